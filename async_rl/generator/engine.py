@@ -1,0 +1,101 @@
+"""What an engine is: tokens in, tokens out, with the log-prob and weight version of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one turn is sampled. Always the whole vocabulary (top-p 1, no top-k): the recorded log-prob
+    is that of the distribution sampled from."""
+
+    max_tokens: int
+    """>= 1"""
+    temperature: float = 1.0
+    """0 is greedy decoding; the log-prob recorded is then that of temperature 1"""
+    stop_tokens: tuple[int, ...] = ()
+    """sampling one of these ends the turn; it is part of the turn"""
+    stop_strings: tuple[str, ...] = ()
+    """the turn ends when its decoded text contains one of these"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One turn to be sampled."""
+
+    session: int
+    """key of the episode: an engine may keep its KV cache between turns until `release(session)`"""
+    tokens: Sequence[int]
+    """the whole history, never empty; each turn's history starts with the one before"""
+    params: SamplingParams
+    seed: int
+    """of the episode. The noise of a token depends on (seed, its position in the history) only, so
+    neither the batch it shares nor an interruption changes what is sampled"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled turn; the three lists have equal length."""
+
+    tokens: Sequence[int]
+    log_probs: Sequence[float]
+    """log-prob of each token under the (temperature-scaled) distribution it was sampled from"""
+    versions: Sequence[int]
+    """weight version that sampled each token"""
+    finish: Literal["stop", "length", "aborted"]
+    """length: `max_tokens` or the engine's context length was reached"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counters since the engine was made."""
+
+    busy_seconds: float
+    """wall time inside model steps"""
+    tokens_generated: int
+    tokens_prefilled: int
+    running: int
+    """sequences being decoded now"""
+    waiting: int
+    """requests not yet started"""
+
+
+class Engine(Protocol):
+    """Implemented by the embedded engine and by vLLM. One event loop owns an engine."""
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that sample the next token."""
+        ...
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens (history and new) of one sequence."""
+        ...
+
+    async def generate(self, request: Request) -> Completion:
+        """Sample one turn. Requests run together; one that finishes leaves, new ones enter at once."""
+        ...
+
+    async def load(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Replace the weights in flight. Running sequences go on; tokens sampled after the return
+        carry `version`."""
+        ...
+
+    async def probe(self, tokens: Sequence[int]) -> Sequence[float]:
+        """Log-probs of tokens[1:] given what precedes each, under the current weights."""
+        ...
+
+    def release(self, session: int) -> None:
+        """The episode is over: forget its KV cache."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def close(self) -> None: ...

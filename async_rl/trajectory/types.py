@@ -1,0 +1,129 @@
+"""What flows from generator to trainer: one episode with everything that a correction needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Split = Literal["train", "eval"]
+Ended = Literal["finished", "length", "turn_limit", "error", "aborted"]
+"""How an episode ended: by itself; by the token limit; by the turn limit; the task or reward raised
+or returned NaN; the engine gave the request up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """Contiguous tokens sampled by the policy between two environment messages.
+
+    Example: `Turn(start=12, length=3)` covers `tokens[12:15]`.
+    """
+
+    start: int
+    """index of its first token in the trajectory"""
+    length: int
+    """tokens, >= 0"""
+    reward: float = 0.0
+    """reward the environment gave for this turn alone"""
+    state_key: int = -1
+    """non-negative hash of the environment state in which the turn began; -1 when the task gives none"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSpan:
+    """Policy tokens at positions `start <= position < end` were sampled by weights `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trajectory:
+    """One episode. Policy tokens are exactly those inside `turns`; all others came from the prompt
+    or the environment and carry no loss."""
+
+    group: int
+    """identity of the group (admission number, unique in a run)"""
+    sample: int
+    """index within the group"""
+    problem: int
+    """index into the task's problems of this split"""
+    split: Split
+    seed: int
+    """seed of this trajectory's sampling, 64 bits unsigned"""
+    tokens: NDArray[np.int32]  # [tokens]
+    log_behaviour: NDArray[np.float32]  # [tokens]
+    """log-prob of each policy token under the distribution it was sampled from; 0 elsewhere"""
+    turns: tuple[Turn, ...]
+    """in order, disjoint"""
+    versions: tuple[VersionSpan, ...]
+    """in order, disjoint, together covering every policy token"""
+    reward: float
+    ended: Ended
+    temperature: float = 1.0
+    reason: str = ""
+    """why, when `ended` is "error" or "aborted" """
+    generator: str = ""
+    started_at: float = 0.0
+    """seconds since the epoch"""
+    finished_at: float = 0.0
+    info: Mapping[str, float | str] = field(default_factory=dict)
+    """numbers and labels of the task or a recipe (agent, parent and fork position, source, ...)"""
+
+    @property
+    def num_policy_tokens(self) -> int:
+        return sum(turn.length for turn in self.turns)
+
+    @property
+    def version_min(self) -> int:
+        """Version of the oldest policy token; -1 when the trajectory has none."""
+        return min((span.version for span in self.versions), default=-1)
+
+    @property
+    def version_max(self) -> int:
+        return max((span.version for span in self.versions), default=-1)
+
+    def policy_positions(self) -> NDArray[np.int64]:  # [policy tokens]
+        """Positions of the policy tokens, in order."""
+        if not self.turns:
+            return np.zeros(0, dtype=np.int64)
+        return np.concatenate([np.arange(t.start, t.start + t.length, dtype=np.int64) for t in self.turns])
+
+    def policy_versions(self) -> NDArray[np.int64]:  # [policy tokens]
+        """Weight version of each policy token."""
+        version = np.full(len(self.tokens), -1, dtype=np.int64)
+        for span in self.versions:
+            version[span.start : span.end] = span.version
+        return version[self.policy_positions()]
+
+    def check(self) -> str | None:
+        """What is wrong with this trajectory, or None. Used on everything that comes off the wire."""
+        n = len(self.tokens)
+        if self.tokens.dtype != np.int32 or self.log_behaviour.dtype != np.float32:
+            return "tokens must be int32 and log_behaviour float32"
+        if len(self.log_behaviour) != n:
+            return f"{len(self.log_behaviour)} log-probs for {n} tokens"
+        position = 0
+        for turn in self.turns:
+            if turn.length < 0 or turn.start < position or turn.start + turn.length > n:
+                return f"turn at {turn.start}+{turn.length} is out of order or outside {n} tokens"
+            position = turn.start + turn.length
+        covered = np.zeros(n, dtype=bool)
+        position = 0
+        for span in self.versions:
+            if span.version < 0 or span.start < position or span.end < span.start or span.end > n:
+                return f"version span {span.start}:{span.end} of version {span.version} is not valid"
+            position = span.end
+            covered[span.start : span.end] = True
+        where = self.policy_positions()
+        if not covered[where].all():
+            return "a policy token has no version"
+        if not np.isfinite(self.log_behaviour[where]).all() or (self.log_behaviour[where] > 1e-3).any():
+            return "a behaviour log-prob is not finite or above zero"
+        if self.ended != "error" and not np.isfinite(self.reward):
+            return "the reward is not finite"
+        return None
