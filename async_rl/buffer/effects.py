@@ -1,0 +1,75 @@
+"""What the state machine asks its surroundings to do, in order. Writes are committed before anything
+is sent, so whatever a peer was told is in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from async_rl.trajectory import Split, Trajectory
+from async_rl.wire.messages import Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddGroup:
+    """A group was admitted."""
+
+    group: int
+    problem: int
+    split: Split
+    admitted_version: int
+    admitted_at: float
+    generator: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddTrajectories:
+    trajectories: Sequence[Trajectory]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefuseGroup:
+    """The group will not be trained; it stays in the store with the reason."""
+
+    group: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormBatch:
+    step: int
+    groups: tuple[int, ...]
+    formed_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarkTrained:
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Send:
+    peer: bytes
+    message: Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendBatch:
+    """Load the groups of this step from the store and send them."""
+
+    peer: bytes
+    step: int
+    groups: tuple[int, ...]
+    detail: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndRun:
+    """Stop everything. `failed` tells an error from a normal end."""
+
+    reason: str
+    failed: bool
+
+
+Write = AddGroup | AddTrajectories | RefuseGroup | FormBatch | MarkTrained
+Effect = Write | Send | SendBatch | EndRun

@@ -1,0 +1,82 @@
+"""A group on its way from admission to a batch: which samples are there, which are still out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from async_rl.trajectory import Split, Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """What the buffer remembers of one trajectory; the tokens are in the store."""
+
+    reward: float
+    version_min: int
+    version_max: int
+    length: int
+    policy_length: int
+    failed: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class Group:
+    """The trajectories of one prompt that are compared with each other."""
+
+    group: int
+    problem: int
+    split: Split
+    size: int
+    """samples asked for"""
+    seed: int
+    temperature: float
+    admitted_at: float
+    """seconds, the buffer's clock"""
+    admitted_version: int
+    holder: bytes | None
+    """the generator that works on it; None while it waits for a new one"""
+    samples: dict[int, Sample] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.size) if i not in self.samples)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.samples) == self.size
+
+    @property
+    def usable(self) -> list[Sample]:
+        """Samples that did not fail."""
+        return [s for s in self.samples.values() if not s.failed]
+
+    @property
+    def version_min(self) -> int:
+        """Version of the oldest policy token of the usable samples; -1 when there is none."""
+        return min((s.version_min for s in self.usable if s.version_min >= 0), default=-1)
+
+    def arrive(self, trajectory: Trajectory) -> bool:
+        """Take in one trajectory; False when that sample is already here."""
+        if trajectory.sample in self.samples:
+            return False
+        self.samples[trajectory.sample] = Sample(
+            reward=trajectory.reward,
+            version_min=trajectory.version_min,
+            version_max=trajectory.version_max,
+            length=len(trajectory.tokens),
+            policy_length=trajectory.num_policy_tokens,
+            failed=trajectory.ended in ("error", "aborted"),
+        )
+        return True
+
+
+def group_seed(run_seed: int, group: int) -> int:
+    """Seed of a group: depends on the run's seed and the group only. 63 bits."""
+    digest = blake2b(f"{run_seed}:{group}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """Seed of one trajectory of a group. 63 bits."""
+    return group_seed(seed, sample)
