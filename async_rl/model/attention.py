@@ -1,0 +1,141 @@
+"""Attention among packed documents: what the trainer passes to the decoder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_PADDING = 1.25
+"""a bucket may hold at most this many times its real tokens"""
+
+
+class DocumentAttention:
+    """Causal attention in which documents, laid end to end, never see each other.
+
+    Example: `model(tokens, positions, DocumentAttention([5, 3]))` with eight tokens and positions
+    0..4, 0..2. On CUDA one varlen kernel; on CPU documents of similar length are padded together.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        if any(length < 1 for length in lengths):
+            raise ValueError(f"every document needs at least one token, lengths are {list(lengths)}")
+        self.lengths = [int(length) for length in lengths]
+        self.num_tokens = sum(self.lengths)
+        self._buckets: list[Bucket] | None = None
+        self._bounds: Tensor | None = None
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim]."""
+        if query.shape[0] != self.num_tokens:
+            raise ValueError(f"{query.shape[0]} tokens for documents of {self.num_tokens} tokens")
+        if len(self.lengths) == 1:
+            return causal(query[None], key[None], value[None])[0]
+        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+            return self._varlen(query, key, value)
+        return self._padded(query, key, value)
+
+    def _padded(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self._buckets is None or self._buckets[0].gather.device != query.device:
+            self._buckets = make_buckets(self.lengths, query.device)
+        parts = []
+        for bucket in self._buckets:
+            out = causal(query[bucket.gather], key[bucket.gather], value[bucket.gather])
+            parts.append(out.flatten(0, 1))
+        # One index puts the tokens of all buckets back in order and leaves the padding out.
+        every = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return every.index_select(0, self._buckets[0].restore)
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self._bounds is None or self._bounds.device != query.device:
+            bounds = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            self._bounds = bounds.to(query.device)
+        return varlen()(query, key, value, self._bounds, max(self.lengths))
+
+
+class Bucket:
+    """Documents of similar length. `gather` [documents, longest] indexes packed tokens (padding repeats
+    a document's last token); `restore` [tokens] is shared by all buckets of a call."""
+
+    def __init__(self, gather: Tensor, restore: Tensor) -> None:
+        self.gather = gather
+        self.restore = restore
+
+
+def make_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
+    """Sort documents by length and cut where padding would exceed `MAX_PADDING`."""
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    groups: list[list[int]] = []
+    filled = 0
+    for document in order:
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= MAX_PADDING * (
+            filled + lengths[document]
+        ):
+            groups[-1].append(document)
+            filled += lengths[document]
+        else:
+            groups.append([document])
+            filled = lengths[document]
+    restore = torch.empty(sum(lengths), dtype=torch.int64)
+    gathers, base = [], 0
+    for group in groups:
+        size = torch.tensor([lengths[i] for i in group])[:, None]
+        column = torch.arange(lengths[group[0]])[None, :]
+        gather = starts[group][:, None] + torch.minimum(column, size - 1)
+        real = column < size
+        where = base + torch.arange(gather.numel()).view(gather.shape)
+        restore[gather[real]] = where[real]
+        gathers.append(gather)
+        base += gather.numel()
+    on_device = restore.to(device)
+    return [Bucket(gather.to(device), on_device) for gather in gathers]
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention of whole documents: [documents, tokens, heads, head_dim] in and out. Padding at
+    the end of a document is never seen by its real tokens."""
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        is_causal=True,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def varlen() -> Varlen:
+    """flash-attn's kernel when installed, else torch's own (FACTS.md 4)."""
+    try:
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    except ImportError:
+        return torch_varlen
+
+    def flash(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        return flash_attn_varlen_func(query, key, value, bounds, bounds, longest, longest, causal=True)
+
+    return flash
+
+
+def torch_varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
+    """torch.nn.attention.varlen. Before 2.12 it has no `enable_gqa`: key-value heads are repeated."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    extra: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            extra["enable_gqa"] = True
+        else:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    out = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0), **extra)
+    assert isinstance(out, Tensor)
+    return out

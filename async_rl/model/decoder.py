@@ -1,0 +1,171 @@
+"""The decoder of Llama, Mistral, Qwen2 and Qwen3, over flat packed tokens.
+
+Left out on purpose: batching, padding, caches and masks. Whoever calls passes an `Attention` that
+knows which token may see which: packed documents in training, a KV cache in the engine. So both run
+the same arithmetic. Parameters carry Hugging Face's names; projections are `nn.Linear`, the embedding
+is `nn.Embedding`, norms are `RMSNorm`, all called as modules, so that hooks see every use of a weight.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from async_rl.model.architecture import DecoderConfig, Rope
+
+
+class Attention(Protocol):
+    """Causal attention among the packed tokens, scaled by 1/sqrt(head_dim)."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim], positions
+        already rotated in; returns [tokens, heads, head_dim]."""
+        ...
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        c = config
+        self.layer, self.head_dim = layer, c.head_dim
+        self.q_proj = nn.Linear(c.hidden, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=c.output_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        per_head = (x.shape[0], -1, self.head_dim)
+        query, key = self.q_proj(x).view(per_head), self.k_proj(x).view(per_head)
+        value = self.v_proj(x).view(per_head)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        out = attention(self.layer, rotate(query, cos, sin), rotate(key, cos, sin), value)
+        return self.o_proj(out.reshape(x.shape[0], -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate, config.hidden, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """What Hugging Face calls `model`: everything below the head."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model without its last matrix product.
+
+    forward(tokens [tokens] int64, positions [tokens] int64, attention) -> hidden [tokens, hidden] after
+    the final norm; logits are `hidden @ head.T`, left to the caller, who rarely needs all of them.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = None if config.tied else nn.Linear(config.hidden, config.vocabulary, bias=False)
+        # Not a buffer: `.to(bfloat16)` must not round it.
+        self._frequencies: dict[torch.device, Tensor] = {}
+
+    @property
+    def head(self) -> Tensor:  # [vocabulary, hidden]
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        x = self.model.embed_tokens(tokens)
+        cos, sin = self._rotation(positions, x.dtype)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, attention)
+        return self.model.norm(x)
+
+    def initialise(self, seed: int, std: float = 0.02) -> None:
+        """Random weights as Hugging Face draws them: normal(0, std), norms 1, biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("norm.weight"):
+                    parameter.fill_(1.0)
+                elif name.endswith(".bias"):
+                    parameter.zero_()
+                else:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos [tokens, 1, head_dim] and sin with the sign of `rotate` folded in."""
+        frequency = self._frequencies.get(positions.device)
+        if frequency is None:
+            frequency = inverse_frequencies(self.config.rope, self.config.head_dim).to(positions.device)
+            self._frequencies[positions.device] = frequency
+        angle = positions.to(torch.float32)[:, None, None] * frequency
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021) in Hugging Face's half-split order; `sin` is negative in its
+    first half. x [tokens, heads, head_dim]."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((x[..., half:], x[..., :half]), -1) * sin
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:  # [head_dim / 2] float32
+    """Angle per position of each pair of dimensions. llama3: the wavelength-dependent scaling of
+    Llama 3.1, as in transformers' `_compute_llama3_parameters`."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
+    frequency = 1.0 / (rope.theta**exponent)
+    if rope.kind == "default":
+        return frequency
+    if rope.kind == "linear":
+        return frequency / rope.factor
+    low = rope.original_context / rope.low_frequency_factor
+    high = rope.original_context / rope.high_frequency_factor
+    wavelength = 2 * math.pi / frequency
+    smooth = (rope.original_context / wavelength - rope.low_frequency_factor) / (
+        rope.high_frequency_factor - rope.low_frequency_factor
+    )
+    between = (1 - smooth) * frequency / rope.factor + smooth * frequency
+    scaled = torch.where(wavelength > low, frequency / rope.factor, frequency)
+    return torch.where((wavelength >= high) & (wavelength <= low), between, scaled)

@@ -1,0 +1,213 @@
+"""A model folder on disk: config.json, safetensors, tokenizer. Checking one does not import torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from async_rl.errors import UserError
+from async_rl.model.architecture import FAMILIES, DecoderConfig, parse_config, tensor_shapes
+from async_rl.model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from async_rl.model.decoder import Decoder
+    from async_rl.model.huggingface import HuggingFaceDecoder
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
+
+
+def read_config(path: str | Path) -> DecoderConfig | None:
+    """The decoder a folder holds; None when its architecture is left to transformers."""
+    folder = existing(path)
+    values = read_json(folder / CONFIG)
+    if values.get("model_type") not in FAMILIES:
+        return None
+    return parse_config(values, where=str(folder / CONFIG))
+
+
+def check_folder(path: str | Path) -> DecoderConfig | None:
+    """Everything that can be known wrong before torch is imported. Returns `read_config(path)`.
+
+    Raises UserError naming the file and the remedy: missing folder, config, weights or tokenizer;
+    unsupported architecture; missing, unexpected or misshapen tensors; a tokenizer that can produce
+    tokens the model has no embedding for.
+    """
+    folder = existing(path)
+    config = read_config(folder)
+    headers = read_headers(folder)
+    tokenizer = Tokenizer(folder)
+    if config is not None:
+        check_tensors(headers, config, folder)
+        vocabulary = config.vocabulary
+    else:
+        values = read_json(folder / CONFIG)
+        if importlib.util.find_spec("transformers") is None:
+            raise UserError(
+                f"{folder / CONFIG}: model_type {values.get('model_type')!r} needs transformers; "
+                "pip install 'async-rl[transformers]'"
+            )
+        vocabulary = int((values.get("text_config") or values).get("vocab_size") or tokenizer.vocab_size)
+    if tokenizer.vocab_size > vocabulary:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocabulary}; "
+            "use the tokenizer the model was trained with"
+        )
+    return config
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Decoder | HuggingFaceDecoder:
+    """The model of a folder in `dtype` (default float32) on `device`, after `check_folder`."""
+    import torch
+
+    dtype = dtype or torch.float32
+    folder = existing(path)
+    config = check_folder(folder)
+    if config is None:
+        from async_rl.model.huggingface import HuggingFaceDecoder
+
+        return HuggingFaceDecoder.load(folder, dtype=dtype, device=device)
+    from async_rl.model.decoder import Decoder
+
+    with torch.device("meta"):
+        model = Decoder(config)
+    wanted = tensor_shapes(config)
+    tensors = {name: t for name, t in load_tensors(folder, device).items() if name in wanted}
+    model.load_state_dict({name: t.to(dtype) for name, t in tensors.items()}, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model
+
+
+def load_tensors(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Every tensor of the folder's safetensors files."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(existing(path)):
+        tensors |= load_file(file, device=str(device))
+    return tensors
+
+
+def save_folder(path: str | Path, model: Decoder | HuggingFaceDecoder, *, source: str | Path) -> None:
+    """Write `model` as a folder that transformers loads.
+
+    config.json, tokenizer and the other small files are copied from `source`, the folder the model came
+    from. The weights are renamed into place last, so a folder with weights is a whole one.
+    """
+    from safetensors.torch import save_file
+
+    folder, origin = Path(path), existing(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    if origin.resolve() != folder.resolve():
+        for file in origin.iterdir():
+            if file.is_file() and not file.name.endswith(NOT_COPIED):
+                shutil.copyfile(file, folder / file.name)
+    from async_rl.model.decoder import Decoder
+
+    if not isinstance(model, Decoder):  # its stored names may differ from its parameters' names
+        model.save(folder)
+        return
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    values = read_json(folder / CONFIG)
+    values["dtype" if "dtype" in values else "torch_dtype"] = dtype
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    partial = folder / f".{WEIGHTS}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    (folder / INDEX).unlink(missing_ok=True)
+    os.replace(partial, folder / WEIGHTS)
+
+
+def read_headers(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor, from the headers of the safetensors files alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        for name, entry in safetensors_header(file).items():
+            shapes[name] = tuple(entry["shape"])
+    return shapes
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The single weights file, or those the index lists. Raises UserError when one is missing."""
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX)
+        files = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+    else:
+        files = [folder / WEIGHTS]
+    for file in files:
+        if not file.is_file():
+            hint = ""
+            if any(folder.glob("*.bin")):
+                hint = "; only pickled weights (.bin) lie there: convert them to safetensors"
+            raise UserError(f"{folder}: no weights, {file.name} is missing{hint}")
+    if not files:
+        raise UserError(f"{folder / INDEX} lists no weights")
+    return files
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file. Raises UserError for a truncated or foreign file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise UserError(f"{file} is not a whole safetensors file; copy or download it again")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            raise UserError(f"{file} is not a safetensors file; copy or download it again") from None
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if 8 + length + end != size:
+        raise UserError(f"{file} is truncated: {size} bytes instead of {8 + length + end}; copy it again")
+    return header
+
+
+def check_tensors(found: dict[str, tuple[int, ...]], config: DecoderConfig, folder: Path) -> None:
+    """Raise UserError unless the tensors are those of `config`."""
+    wanted = tensor_shapes(config)
+    # A tied head is often stored twice; old files also hold the rotary frequencies.
+    extra = sorted(
+        name for name in set(found) - set(wanted)
+        if not name.endswith("rotary_emb.inv_freq") and not (name == "lm_head.weight" and config.tied)
+    )
+    missing = sorted(set(wanted) - set(found))
+    if missing or extra:
+        parts = [f"{len(names)} {kind}, e.g. {names[0]}" for kind, names in
+                 (("missing", missing), ("unexpected", extra)) if names]
+        raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(parts)}")
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise UserError(f"{folder}: {name} has shape {list(found[name])}, config.json says {list(shape)}")
+
+
+def existing(path: str | Path) -> Path:
+    """The folder, or UserError when it is not one or has no config.json."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist; `async-rl init-model` makes one")
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: no {CONFIG}; this is not a Hugging Face model folder")
+    return folder
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} does not hold a JSON object")
+    return values

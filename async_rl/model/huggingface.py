@@ -1,0 +1,212 @@
+"""Any other causal language model, through transformers.
+
+transformers lets one register an attention function by name; ours hands query, key and value to the
+`Attention` object of the current call. So a foreign architecture has the same `forward(tokens,
+positions, attention)` and `head` as `Decoder`, and the same packing and KV cache serve it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from async_rl.errors import UserError
+from async_rl.model.attention import DocumentAttention
+from async_rl.model.decoder import Attention
+
+INTERFACE = "async_rl"
+TOLERANCE = 1e-3
+"""largest difference of a logit between our call and transformers' own, in float32, relative to the
+largest logit; features we cannot honour differ by far more"""
+
+_current: ContextVar[Attention] = ContextVar("async_rl_attention")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignConfig:
+    """The shape of a model that transformers defines."""
+
+    family: str
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_context: int
+    """tokens"""
+
+
+class HuggingFaceDecoder(nn.Module):
+    """A transformers causal LM under `Decoder`'s interface. Parameter names are those of transformers."""
+
+    config: ForeignConfig
+
+    def __init__(self, causal: Any, config: ForeignConfig) -> None:
+        super().__init__()
+        for name, child in causal.named_children():
+            self.add_module(name, child)
+        # Hidden from nn.Module: its children are registered above, under their own names.
+        object.__setattr__(self, "_causal", causal)
+        self.config = config
+
+    @classmethod
+    def load(cls, folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> HuggingFaceDecoder:
+        """Load and prove that our call computes what transformers computes.
+
+        Raises UserError when transformers is missing, does not know the architecture, or the
+        architecture does something between the attention and the logits that we cannot honour.
+        """
+        try:
+            from transformers import AutoModelForCausalLM
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+        except ImportError:
+            raise UserError(
+                f"{folder / 'config.json'}: this architecture needs transformers; "
+                "pip install 'async-rl[transformers]'"
+            ) from None
+        ALL_ATTENTION_FUNCTIONS.register(INTERFACE, call_attention)
+        try:
+            causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        except (ValueError, OSError) as error:
+            raise UserError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from None
+        refuse_unsupported(causal.config, folder)
+        causal.eval()
+        model = cls(causal, observe_shape(causal, folder))
+        model._prove(folder)
+        causal.to(device=device, dtype=dtype)
+        return model
+
+    @property
+    def head(self) -> Tensor:  # [vocabulary, hidden]
+        return self._causal.get_output_embeddings().weight
+
+    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """tokens, positions [tokens] int64 -> hidden [tokens, hidden] after the final norm."""
+        with using(attention):
+            out = self._causal.base_model(
+                input_ids=tokens[None], position_ids=positions[None], use_cache=False
+            )
+        return out.last_hidden_state[0]
+
+    def save(self, folder: Path) -> None:
+        """Write config.json and weights as transformers does."""
+        self._causal.save_pretrained(folder)
+
+    def _prove(self, folder: Path) -> None:
+        """Two documents packed through our attention must give transformers' logits of each."""
+        lengths = (11, 6)
+        generator = torch.Generator().manual_seed(0)
+        documents = [torch.randint(self.config.vocabulary, (n,), generator=generator) for n in lengths]
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        with torch.no_grad():
+            expected = torch.cat([self._causal(input_ids=d[None], use_cache=False).logits[0] for d in documents])
+            self._causal.set_attn_implementation(INTERFACE)
+            calls = CountedAttention(DocumentAttention(lengths))
+            try:
+                found = self(torch.cat(documents), positions, calls) @ self.head.T
+            except (TypeError, LookupError) as error:
+                raise UserError(f"{folder}: this architecture cannot be packed: {error}") from None
+        error = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+        if len(calls.layers) != self.config.layers or not error < TOLERANCE:
+            raise UserError(
+                f"{folder}: model_type {self.config.family!r} does something this trainer cannot honour "
+                f"(logits differ by {float(error):.2g} of the largest, {len(calls.layers)} of "
+                f"{self.config.layers} layers use plain attention): logit scaling or soft-capping, "
+                "a head with bias, recurrent layers, attention sinks"
+            )
+
+
+class CountedAttention:
+    """Passes on to `inner` and remembers which layers called, and the shape of their keys."""
+
+    def __init__(self, inner: Attention) -> None:
+        self.inner = inner
+        self.layers: set[int] = set()
+        self.heads = (0, 0, 0)
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.layers.add(layer)
+        self.heads = (query.shape[1], key.shape[1], key.shape[2])
+        return self.inner(layer, query, key, value)
+
+
+def call_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **features: Any,
+) -> tuple[Tensor, None]:
+    """The function registered with transformers: [1, heads, tokens, head_dim] -> [1, tokens, heads, head_dim].
+
+    Raises UserError for a feature of the layer that `Attention` has no word for.
+    """
+    for name in ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask"):
+        if features.get(name) is not None:
+            raise UserError(f"{type(module).__name__} uses {name}, which is not supported")
+    if attention_mask is not None or key.shape[-1] != value.shape[-1]:
+        raise UserError(f"{type(module).__name__} passes its own mask or unequal key and value sizes; not supported")
+    head_dim = query.shape[-1]
+    if scaling is not None and not math.isclose(scaling, head_dim**-0.5):
+        query = query * (scaling * head_dim**0.5)  # Attention scales by 1/sqrt(head_dim)
+    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return _current.get()(module.layer_idx, *packed)[None], None
+
+
+@contextlib.contextmanager
+def using(attention: Attention) -> Any:
+    """`attention` serves the transformers layers called inside."""
+    token = _current.set(attention)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def refuse_unsupported(config: Any, folder: Path) -> None:
+    """UserError for settings that a short probe would not reveal."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if kinds - {"full_attention"} or (windowed and not kinds):
+        raise UserError(f"{folder / 'config.json'}: sliding-window or mixed attention is not supported")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size"):
+        if getattr(config, name, None):
+            raise UserError(f"{folder / 'config.json'}: {name} is not supported")
+
+
+def observe_shape(causal: Any, folder: Path) -> ForeignConfig:
+    """The shape of a loaded model; head counts are seen in a call, not guessed from the config."""
+    config = causal.config
+    calls = CountedAttention(DocumentAttention([2]))
+    before = config._attn_implementation
+    causal.set_attn_implementation(INTERFACE)
+    try:
+        with torch.no_grad(), using(calls):
+            causal.base_model(input_ids=torch.tensor([[0, 1]]), use_cache=False)
+    except TypeError as error:
+        raise UserError(f"{folder}: this architecture does not use the attention interface: {error}") from None
+    causal.set_attn_implementation(before)
+    heads, kv_heads, head_dim = calls.heads
+    head = causal.get_output_embeddings().weight
+    return ForeignConfig(
+        family=str(config.model_type),
+        vocabulary=head.shape[0],
+        hidden=head.shape[1],
+        layers=int(config.num_hidden_layers),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_context=int(getattr(config, "max_position_embeddings", 0) or 2048),
+    )

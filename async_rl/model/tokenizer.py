@@ -1,0 +1,204 @@
+"""Text to tokens and back, over the `tokenizers` library alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from async_rl.errors import UserError
+
+END, PAD = "<|end|>", "<|pad|>"
+
+
+class Tokenizer:
+    """The tokenizer of a Hugging Face model folder.
+
+    Example: `t = Tokenizer("models/tiny"); t.decode(t.encode("12<")) == "12<"`.
+    Raises UserError when the folder has no tokenizer.json or no end-of-text token.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
+            raise UserError(
+                f"{self.folder}: no tokenizer.json; save the tokenizer in the fast format "
+                "(AutoTokenizer.from_pretrained(...).save_pretrained(folder))"
+            )
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"{file} cannot be read: {error}") from None
+        self._settings = self._read("tokenizer_config.json")
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        """one more than the greatest token id"""
+        self.eos_id = self._end_of_text(vocabulary)
+        """the token that ends a text"""
+        # A vocabulary of single characters would drop what it does not know.
+        self._alphabet = self._closed_alphabet(vocabulary)
+        self._template: Any = None
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of `text`; nothing is added. Raises ValueError naming a character the tokenizer has
+        no token for (a character tokenizer would silently drop it)."""
+        if self._alphabet is not None:
+            unknown = sorted(set(self._outside_special(text)) - self._alphabet)
+            if unknown:
+                raise ValueError(f"the tokenizer of {self.folder} has no token for {unknown[0]!r}")
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of tokens. Special tokens (end of text, chat marks) are left out unless `special`."""
+        text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not special)
+        return text
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template_source() is not None
+
+    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """Chat messages through the folder's template, as transformers renders them.
+
+        Raises UserError when the folder has none or the template refuses the messages.
+        """
+        import jinja2
+
+        if self._template is None:
+            source = self._template_source()
+            if source is None:
+                raise UserError(
+                    f"{self.folder}: the tokenizer has no chat template; use prompts that are plain text"
+                )
+            self._template = compile_template(source)
+        try:
+            text: str = self._template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens(),
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"{self.folder}: the chat template refused the messages: {error}") from None
+        return text
+
+    def _read(self, name: str) -> dict[str, Any]:
+        file = self.folder / name
+        if not file.is_file():
+            return {}
+        try:
+            values = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(f"{file} is not valid JSON: {error}") from None
+        return values if isinstance(values, dict) else {}
+
+    def _end_of_text(self, vocabulary: Mapping[str, int]) -> int:
+        named = self._settings.get("eos_token")
+        content = named.get("content") if isinstance(named, dict) else named
+        if content is not None and content in vocabulary:
+            return vocabulary[content]
+        for name in ("generation_config.json", "config.json"):
+            value = self._read(name).get("eos_token_id")
+            value = value[0] if isinstance(value, list) and value else value
+            if isinstance(value, int):
+                return value
+        raise UserError(
+            f"{self.folder}: no end-of-text token; set eos_token in tokenizer_config.json "
+            "or eos_token_id in config.json"
+        )
+
+    def _closed_alphabet(self, vocabulary: Mapping[str, int]) -> frozenset[str] | None:
+        if not isinstance(self._tokenizer.model, tokenizers.models.WordLevel):
+            return None
+        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        plain = frozenset(token for token in vocabulary if token not in special)
+        return plain if all(len(token) == 1 for token in plain) else None
+
+    def _outside_special(self, text: str) -> str:
+        for token in self._tokenizer.get_added_tokens_decoder().values():
+            text = text.replace(token.content, "")
+        return text
+
+    def _special_tokens(self) -> dict[str, str]:
+        found = {}
+        for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            value = self._settings.get(key)
+            content = value.get("content") if isinstance(value, dict) else value
+            if isinstance(content, str):
+                found[key] = content
+        return found
+
+    def _template_source(self) -> str | None:
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text()
+        source = self._settings.get("chat_template")
+        if isinstance(source, list):  # several named templates
+            named = {entry["name"]: entry["template"] for entry in source}
+            source = named.get("default")
+        return source if isinstance(source, str) else None
+
+
+def compile_template(source: str) -> Any:
+    """A chat template in the environment transformers uses: sandboxed, immutable, with `tojson`,
+    `raise_exception`, `strftime_now` and `{% generation %}` blocks."""
+    import datetime
+
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks the assistant's words for training masks; here it only passes them."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body).set_lineno(line)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def write_character_tokenizer(folder: str | Path, alphabet: str) -> int:
+    """Write tokenizer.json and tokenizer_config.json with one token per character of `alphabet` (in its
+    order), then `<|end|>` (end of text) and `<|pad|>`. Loadable with transformers' AutoTokenizer.
+
+    Returns the number of tokens. Raises ValueError for an empty alphabet or a character twice.
+    """
+    if not alphabet or len(set(alphabet)) != len(alphabet):
+        raise ValueError(f"the alphabet must hold each character once, it is {alphabet!r}")
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=""))
+    # Every character its own piece, newlines included.
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    made.decoder = tokenizers.decoders.Fuse()
+    made.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in (END, PAD)])
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    made.save(str(path / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return len(alphabet) + 2
