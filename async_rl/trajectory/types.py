@@ -112,18 +112,36 @@ class Trajectory:
             if turn.length < 0 or turn.start < position or turn.start + turn.length > n:
                 return f"turn at {turn.start}+{turn.length} is out of order or outside {n} tokens"
             position = turn.start + turn.length
-        covered = np.zeros(n, dtype=bool)
         position = 0
         for span in self.versions:
             if span.version < 0 or span.start < position or span.end < span.start or span.end > n:
                 return f"version span {span.start}:{span.end} of version {span.version} is not valid"
             position = span.end
-            covered[span.start : span.end] = True
-        where = self.policy_positions()
-        if not covered[where].all():
+        if not self._versions_cover_turns():
             return "a policy token has no version"
-        if not np.isfinite(self.log_behaviour[where]).all() or (self.log_behaviour[where] > 1e-3).any():
-            return "a behaviour log-prob is not finite or above zero"
+        log = self.log_behaviour
+        # the whole column first: it is cheaper than gathering the policy tokens, and right when it passes
+        if not ((log <= 1e-3).all() and (log > -np.inf).all()):
+            log = log[self.policy_positions()]
+            if not np.isfinite(log).all() or (log > 1e-3).any():
+                return "a behaviour log-prob is not finite or above zero"
         if self.ended != "error" and not np.isfinite(self.reward):
             return "the reward is not finite"
         return None
+
+    def _versions_cover_turns(self) -> bool:
+        """Both are in order and disjoint."""
+        spans = iter(self.versions)
+        start = end = 0
+        for turn in self.turns:
+            position = turn.start
+            while position < turn.start + turn.length:
+                while end <= position:
+                    span = next(spans, None)
+                    if span is None:
+                        return False
+                    start, end = span.start, span.end
+                if start > position:
+                    return False
+                position = end
+        return True
