@@ -1,19 +1,22 @@
-"""Every setting, its meaning, unit and default. The only file that imports omegaconf."""
+"""Settings from YAML files and the command line: read, checked, printed. The only file that imports
+omegaconf; what can be set stands in settings.py, task/ and objective/recipe.py."""
 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from async_rl.errors import UserError, nearest
 
-Settings = TypeVar("Settings")
+Made = TypeVar("Made")
 
 
 def setting(default: Any, meaning: str, *, unit: str = "") -> Any:
@@ -24,49 +27,121 @@ def setting(default: Any, meaning: str, *, unit: str = "") -> Any:
     return field(default=default, metadata=metadata)
 
 
-def structured(cls: type[Settings], values: Mapping[str, Any], *, where: str) -> Settings:
+def structured(cls: type[Made], values: Mapping[str, Any], *, where: str) -> Made:
     """An instance of the settings dataclass `cls` from plain values.
 
-    `where` is the path of the values in the config, for messages ("task.args").
+    `where` is the path of the values in the config, for messages ("task.args"; "" at the top).
     Raises UserError for an unknown name (with the nearest known one) or a wrong type.
     """
     _refuse_unknown(cls, values, where)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(dict(values)))
-        made = OmegaConf.to_object(merged)
+        base = OmegaConf.structured(cls)
+        _unfreeze(base)
+        made = OmegaConf.to_object(OmegaConf.merge(base, OmegaConf.create(dict(values))))
     except OmegaConfBaseException as error:
         raise UserError(_explain(error, where)) from None
     assert isinstance(made, cls)
     return made
 
 
+def load_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping, interpolations resolved. Raises UserError naming file and line."""
+    try:
+        loaded = OmegaConf.load(path)
+        values = OmegaConf.to_container(loaded, resolve=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a YAML file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_explain(error, '')}") from None
+    if values in ([], None):
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold settings (name: value), not a {type(values).__name__}")
+    return {str(k): v for k, v in values.items()}
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`values` with `a.b=c` words laid over them. `task=X` and `recipe=X` name one by itself."""
+    for word in overrides:
+        if "=" not in word or word.startswith("="):
+            raise UserError(f"'{word}' is not a setting; write name=value, e.g. trainer.steps=100")
+    try:
+        laid = OmegaConf.from_dotlist([_named(word) for word in overrides])
+        merged = OmegaConf.merge(OmegaConf.create(dict(values)), laid)
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error, "")) from None
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"a value on the command line is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items()}
+
+
+def _named(word: str) -> str:
+    name, value = word.split("=", 1)
+    return f"{name}.name={value}" if name in ("task", "recipe") else word
+
+
+def to_yaml(settings: object) -> str:
+    """The settings as YAML that can be read back."""
+    plain = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings  # type: ignore[arg-type]
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
+def described(settings: object, prefix: str = "") -> Iterator[tuple[str, Any, str, str]]:
+    """(path, value, meaning, unit) of every setting in a settings dataclass, groups flattened."""
+    assert dataclasses.is_dataclass(settings)
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        path = f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(value):
+            yield from described(value, path + ".")
+        else:
+            yield path, value, f.metadata.get("meaning", ""), f.metadata.get("unit", "")
+
+
+def _unfreeze(node: DictConfig) -> None:
+    """Frozen dataclasses come as read-only nodes; values are still to be laid over them."""
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            _unfreeze(child)
+
+
 def _refuse_unknown(cls: type, values: Mapping[str, Any], where: str) -> None:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    assert dataclasses.is_dataclass(cls)
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
     for name, value in values.items():
         path = f"{where}.{name}" if where else str(name)
-        if name not in fields:
-            raise UserError(f"{path} is not a setting; {nearest(str(name), fields)}")
-        inner = _settings_class(cls, name)
-        if inner is not None:
+        if name not in names:
+            raise UserError(f"{path} is not a setting; {nearest(str(name), names)}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
-                raise UserError(f"{path} is a group of settings ({', '.join(_names(inner))}), not {value!r}")
-            _refuse_unknown(inner, value, path)
-
-
-def _settings_class(cls: type, name: str) -> type | None:
-    """The dataclass of field `name`, when that field is a group of settings."""
-    import typing
-
-    hint = typing.get_type_hints(cls)[name]
-    return hint if dataclasses.is_dataclass(hint) and isinstance(hint, type) else None
-
-
-def _names(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls)]
+                inner = ", ".join(f.name for f in dataclasses.fields(hint))
+                raise UserError(f"{path} is a group of settings ({inner}), not {value!r}")
+            _refuse_unknown(typing.cast(type, hint), value, path)
+        elif typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
+            choices = [str(c) for c in typing.get_args(hint)]
+            raise UserError(
+                f"{path} is {value!r}; choose one of {', '.join(choices)} ({nearest(str(value), choices)})"
+            )
+        elif typing.get_origin(hint) is dict and not isinstance(value, Mapping):
+            raise UserError(f"{path} is a group of settings (name: value), not {value!r}")
 
 
 def _explain(error: OmegaConfBaseException, where: str) -> str:
     key = getattr(error, "full_key", None) or getattr(error, "key", None) or ""
     path = ".".join(part for part in (where, str(key)) if part)
-    message = str(error).strip().splitlines()[0]
-    return f"{path}: {message}"
+    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"{path}: {message}" if path else message

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.evaluation import Evaluation, evaluation_result
-from async_rl.buffer.group import Group, group_seed
+from async_rl.buffer.group import Group
 from async_rl.buffer.staleness import Entry, Pace, forget_trained, zero_signal
 from async_rl.trajectory import Trajectory
+from async_rl.trajectory.seed import group_seed
 from async_rl.wire import messages as msg
 
 WAITING_NOTICE_S = 2.0
@@ -47,8 +48,10 @@ class Generator:
 
     name: str
     version: int = 0
-    wanted: int = 0
-    """groups it could start now"""
+    limit: int = 0
+    """permits it takes in all since its Hello"""
+    granted: int = 0
+    """permits given since its Hello"""
     held: int = 0
     """groups it works on"""
     last_heard: float = 0.0
@@ -171,7 +174,7 @@ class Core:
         generator = self.generators.get(peer)
         if generator is None:
             return [do.Send(peer=peer, message=msg.Refused(what="Want", reason="say Hello first"))]
-        generator.wanted = want.count
+        generator.limit = max(generator.limit, want.limit)
         generator.version = max(generator.version, want.version)
         return self._grant(now)
 
@@ -201,17 +204,15 @@ class Core:
             out.append(do.Send(peer=peer, message=msg.Permits(permits=tuple(list_))))
         return out
 
-    def _grant_one(
-        self, permits: dict[bytes, list[msg.Permit]], out: list[do.Effect], now: float
-    ) -> bool:
-        willing = [(g.held, peer) for peer, g in self.generators.items() if g.wanted > 0]
+    def _grant_one(self, permits: dict[bytes, list[msg.Permit]], out: list[do.Effect], now: float) -> bool:
+        willing = [(g.held, peer) for peer, g in self.generators.items() if g.limit > g.granted]
         for _, peer in sorted(willing):
             generator = self.generators[peer]
             group = self._next_for(generator, peer, out, now)
             if group is None:
                 continue
             group.holder = peer
-            generator.wanted -= 1
+            generator.granted += 1
             generator.held += 1
             permits.setdefault(peer, []).append(
                 msg.Permit(
@@ -226,9 +227,7 @@ class Core:
             return True
         return False
 
-    def _next_for(
-        self, generator: Generator, peer: bytes, out: list[do.Effect], now: float
-    ) -> Group | None:
+    def _next_for(self, generator: Generator, peer: bytes, out: list[do.Effect], now: float) -> Group | None:
         if self.evaluation_queue:
             number = self.evaluation_queue[0]
             evaluation, group = self.evaluation_groups[number]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
 from async_rl.trajectory import Split, Trajectory
 
@@ -69,14 +68,3 @@ class Group:
             failed=trajectory.ended in ("error", "aborted"),
         )
         return True
-
-
-def group_seed(run_seed: int, group: int) -> int:
-    """Seed of a group: depends on the run's seed and the group only. 63 bits."""
-    digest = blake2b(f"{run_seed}:{group}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def sample_seed(seed: int, sample: int) -> int:
-    """Seed of one trajectory of a group. 63 bits."""
-    return group_seed(seed, sample)

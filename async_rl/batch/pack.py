@@ -1,0 +1,129 @@
+"""Trajectories of one step as flat tensors, in micro-batches of whole trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from async_rl.trajectory import Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Consecutive trajectories that go through the model in one packed forward."""
+
+    tokens: Tensor  # [tokens] int64
+    positions: Tensor  # [tokens] int64, from 0 in every trajectory
+    lengths: tuple[int, ...]
+    """tokens of each trajectory"""
+    predictors: Tensor  # [policy tokens] int64
+    """index of the token whose hidden state predicts the policy token (the one before it)"""
+    targets: Tensor  # [policy tokens] int64
+    trajectories: slice
+    """which trajectories of the batch"""
+    policy: slice
+    """which policy tokens of the batch's columns"""
+    policy_lengths: tuple[int, ...]
+    """policy tokens of each trajectory"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """One step's trajectories, group by group, and the columns an objective needs (policy tokens only)."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    log_behaviour: Tensor  # [policy tokens] float32
+    version: Tensor  # [policy tokens] int64
+    turn_of_token: Tensor  # [policy tokens] int64
+    trajectory_of_turn: Tensor  # [turns] int64
+    group_of_trajectory: Tensor  # [trajectories] int64
+    turn_reward: Tensor  # [turns] float32
+    state_key: Tensor  # [turns] int64
+    reward: Tensor  # [trajectories] float32
+    truncated: Tensor  # [trajectories] bool
+    num_tokens: int
+    """all tokens, prompts and environment included"""
+
+    @property
+    def num_trajectories(self) -> int:
+        return len(self.reward)
+
+    @property
+    def num_policy_tokens(self) -> int:
+        return len(self.log_behaviour)
+
+
+def pack_batch(
+    trajectories: Sequence[Trajectory], *, micro_batch_tokens: int, device: str | torch.device = "cpu"
+) -> PackedBatch:
+    """Pack trajectories (sorted here by group and sample) into micro-batches of at most
+    `micro_batch_tokens` tokens; a longer trajectory gets one of its own."""
+    assert trajectories, "a batch has at least one trajectory"
+    ordered = sorted(trajectories, key=lambda t: (t.group, t.sample))
+    policy_positions = [t.policy_positions() for t in ordered]
+    for trajectory, where in zip(ordered, policy_positions, strict=True):
+        assert len(where) == 0 or where[0] > 0, f"group {trajectory.group}: a policy token without a prompt"
+    turns = [(i, turn) for i, trajectory in enumerate(ordered) for turn in trajectory.turns]
+    groups = np.unique([t.group for t in ordered], return_inverse=True)[1]
+
+    def tensor(values: object, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(np.asarray(values)).to(dtype=dtype, device=device)
+
+    return PackedBatch(
+        micro_batches=tuple(_micro_batches(ordered, policy_positions, micro_batch_tokens, device)),
+        log_behaviour=tensor(
+            np.concatenate([t.log_behaviour[w] for t, w in zip(ordered, policy_positions, strict=True)]), torch.float32
+        ),
+        version=tensor(np.concatenate([t.policy_versions() for t in ordered]), torch.int64),
+        turn_of_token=tensor(np.repeat(np.arange(len(turns)), np.array([t.length for _, t in turns], np.int64)), torch.int64),
+        trajectory_of_turn=tensor([i for i, _ in turns], torch.int64),
+        group_of_trajectory=tensor(groups, torch.int64),
+        turn_reward=tensor([turn.reward for _, turn in turns], torch.float32),
+        state_key=tensor([turn.state_key for _, turn in turns], torch.int64),
+        reward=tensor([t.reward for t in ordered], torch.float32),
+        truncated=tensor([t.ended in ("length", "turn_limit") for t in ordered], torch.bool),
+        num_tokens=sum(len(t.tokens) for t in ordered),
+    )
+
+
+def _micro_batches(
+    ordered: Sequence[Trajectory],
+    policy_positions: Sequence[np.ndarray],
+    limit: int,
+    device: str | torch.device,
+) -> list[MicroBatch]:
+    cuts = [0]
+    filled = 0
+    for i, trajectory in enumerate(ordered):
+        if filled and filled + len(trajectory.tokens) > limit:
+            cuts.append(i)
+            filled = 0
+        filled += len(trajectory.tokens)
+    cuts.append(len(ordered))
+    out = []
+    policy_start = 0
+    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+        part, where = ordered[first:last], policy_positions[first:last]
+        lengths = [len(t.tokens) for t in part]
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        tokens = np.concatenate([t.tokens for t in part]).astype(np.int64)
+        positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
+        sampled = np.concatenate([w + s for w, s in zip(where, starts, strict=True)])
+        out.append(
+            MicroBatch(
+                tokens=torch.from_numpy(tokens).to(device),
+                positions=torch.from_numpy(positions).to(device),
+                lengths=tuple(lengths),
+                predictors=torch.from_numpy(sampled - 1).to(device),
+                targets=torch.from_numpy(tokens[sampled]).to(device),
+                trajectories=slice(first, last),
+                policy=slice(policy_start, policy_start + len(sampled)),
+                policy_lengths=tuple(len(w) for w in where),
+            )
+        )
+        policy_start += len(sampled)
+    return out

@@ -1,0 +1,175 @@
+"""One running episode: what the task sees on one side, the tokens it leaves behind on the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from async_rl.generator.engine import Engine, Request, SamplingParams
+from async_rl.task.protocol import Problem
+from async_rl.trajectory import Ended, Split, Trajectory, Turn, VersionSpan
+
+if TYPE_CHECKING:
+    from async_rl.model.tokenizer import Tokenizer
+
+
+class TurnLimit(Exception):
+    """The episode asked for more turns than `generator.max_turns` allows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """Which trajectory an episode is to become."""
+
+    group: int
+    sample: int
+    problem: int
+    split: Split
+    seed: int
+    temperature: float
+
+
+class EpisodeSession:
+    """Implements `task.Session`. Tokens are only ever appended; nothing is re-tokenised."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        ticket: Ticket,
+        session_id: int,
+        max_context: int,
+        max_turns: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._ticket = ticket
+        self._id = session_id
+        self._max_context = max_context
+        self._max_turns = max_turns
+        self._clock = clock
+        self._tokens: list[int] = []
+        self._log_probs: list[float] = []
+        self._versions: list[int] = []  # -1 where not sampled
+        self._turns: list[Turn] = []
+        self._truncated = False
+        self._ended: Ended = "finished"
+        self._info: dict[str, float | str] = {}
+        self._started_at = clock()
+
+    # ------------------------------------------------ what the task may do
+
+    @property
+    def turn(self) -> int:
+        return len(self._turns)
+
+    @property
+    def truncated(self) -> bool:
+        return self._truncated
+
+    def begin(self, problem: Problem) -> None:
+        """Put the prompt in. Raises ValueError when it is empty or too long."""
+        if isinstance(problem.prompt, str):
+            tokens = self._tokenizer.encode(problem.prompt)
+        else:
+            tokens = self._tokenizer.encode(self._tokenizer.render(problem.prompt))
+        if not tokens:
+            raise ValueError("the prompt is empty")
+        if len(tokens) >= self._max_context:
+            raise ValueError(f"the prompt has {len(tokens)} tokens, the context holds {self._max_context}")
+        self._extend(tokens)
+
+    async def generate(self, *, max_tokens: int, stop: Sequence[str] = (), state_key: int = -1) -> str:
+        if len(self._turns) >= self._max_turns:
+            raise TurnLimit(f"more than {self._max_turns} turns")
+        room = min(max_tokens, self._max_context - len(self._tokens))
+        if room < 1:
+            self._truncated = True
+            return ""
+        eos = self._tokenizer.eos_id
+        completion = await self._engine.generate(
+            Request(
+                session=self._id,
+                tokens=self._tokens,
+                params=SamplingParams(
+                    max_tokens=room,
+                    temperature=self._ticket.temperature,
+                    stop_tokens=() if eos is None else (eos,),
+                    stop_strings=tuple(stop),
+                ),
+                seed=self._ticket.seed,
+            )
+        )
+        if completion.finish == "aborted":
+            raise ConnectionAbortedError("the engine gave the request up")
+        self._turns.append(Turn(start=len(self._tokens), length=len(completion.tokens), state_key=state_key))
+        self._tokens = [*self._tokens, *completion.tokens]
+        self._log_probs.extend(completion.log_probs)
+        self._versions.extend(completion.versions)
+        self._truncated = completion.finish == "length" and room < max_tokens
+        return self._tokenizer.decode(completion.tokens)
+
+    def append(self, text: str) -> None:
+        self._extend(self._tokenizer.encode(text))
+
+    def reward_turn(self, value: float) -> None:
+        if not self._turns:
+            raise ValueError("no turn has been generated yet")
+        last = self._turns[-1]
+        self._turns[-1] = Turn(start=last.start, length=last.length, reward=value, state_key=last.state_key)
+
+    def end_at_turn_limit(self) -> None:
+        self._ended = "turn_limit"
+
+    def note(self, key: str, value: float | str) -> None:
+        self._info[key] = value
+
+    # -------------------------------------------- what the generator does
+
+    def finish(self, *, reward: float, failed: Ended | None = None, reason: str = "") -> Trajectory:
+        """The trajectory this episode became; `failed` overrides how it ended."""
+        self._engine.release(self._id)
+        ended: Ended = failed or ("length" if self._truncated else self._ended)
+        ticket = self._ticket
+        return Trajectory(
+            group=ticket.group,
+            sample=ticket.sample,
+            problem=ticket.problem,
+            split=ticket.split,
+            seed=ticket.seed,
+            tokens=np.asarray(self._tokens, dtype=np.int32),
+            log_behaviour=np.asarray(self._log_probs, dtype=np.float32),
+            turns=tuple(self._turns),
+            versions=_spans(self._versions),
+            reward=reward,
+            ended=ended,
+            temperature=ticket.temperature,
+            reason=reason,
+            started_at=self._started_at,
+            finished_at=self._clock(),
+            info=self._info,
+        )
+
+    def _extend(self, tokens: Sequence[int]) -> None:
+        self._tokens = [*self._tokens, *tokens]
+        self._log_probs.extend([0.0] * len(tokens))
+        self._versions.extend([-1] * len(tokens))
+
+
+def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
+    """Runs of equal versions; environment tokens (-1) between two runs of one version do not split it."""
+    spans: list[VersionSpan] = []
+    for position, version in enumerate(versions):
+        if version < 0:
+            continue
+        if spans and spans[-1].version == version:
+            spans[-1] = VersionSpan(version=version, start=spans[-1].start, end=position + 1)
+        else:
+            spans.append(VersionSpan(version=version, start=position, end=position + 1))
+    return tuple(spans)

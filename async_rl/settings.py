@@ -1,0 +1,269 @@
+"""Every setting of a run: its meaning, unit and default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import floor, isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+from async_rl.config import described, load_yaml, setting, structured, with_overrides
+from async_rl.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    path: str = setting("", "folder of the Hugging Face model that is trained (config.json, safetensors, tokenizer)")
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    name: str = setting("", "the task: guess, sort, reverse, arithmetic, countdown, calculator or dataset")
+    args: dict[str, Any] = setting({}, "settings of that task; `async-rl config` prints them")
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    groups_per_step: int = setting(16, "P: groups trained in one step", unit="groups")
+    group_size: int = setting(
+        8, "trajectories sampled for one problem and compared with each other", unit="trajectories"
+    )
+
+
+@dataclass(frozen=True)
+class StalenessSettings:
+    max_staleness: int = setting(
+        1, "k: no token is trained more than k steps after the weights that sampled it", unit="steps"
+    )
+    pipeline_depth: float = setting(
+        0.0,
+        "batches being generated, waiting or being trained at once, 1 .. max_staleness + 1; 0 takes max_staleness + 1",
+        unit="batches",
+    )
+    window: float = setting(
+        0.3,
+        "a batch may take finished groups out of the oldest `window` share of the slots, so that one long episode does not stop the step; 0 is strict order",
+        unit="share of slots",
+    )
+
+
+@dataclass(frozen=True)
+class BufferSettings:
+    drop_zero_signal: bool = setting(
+        False, "refuse groups whose rewards are all equal (no gradient) and generate others instead"
+    )
+    max_failures: int = setting(64, "end the run when so many trajectories in a row failed", unit="trajectories")
+    max_refusals: int = setting(1000, "end the run when so many groups in a row were refused", unit="groups")
+    durability: Literal["process", "power"] = setting(
+        "process",
+        "what a stored trajectory survives: the death of any process, or a power loss (an fsync a commit)",
+    )
+
+
+@dataclass(frozen=True)
+class GeneratorSettings:
+    count: int = setting(1, "generator processes", unit="processes")
+    engine: Literal["embedded"] = setting("embedded", "what samples: the embedded torch engine")
+    temperature: float = setting(
+        1.0, "sampling temperature of training rollouts; the trainer computes log-probs at the same one"
+    )
+    max_sequences: int = setting(256, "trajectories that one generator decodes at once", unit="trajectories")
+    max_context: int = setting(0, "longest sequence, prompt included; 0 takes the model's own limit", unit="tokens")
+    max_turns: int = setting(64, "turns after which an episode is ended whatever the task says", unit="turns")
+    episode_timeout_s: float = setting(
+        600.0, "an episode that takes longer ends as failed, with this reason", unit="seconds"
+    )
+    kv_on_update: Literal["recompute", "keep"] = setting(
+        "recompute",
+        "KV cache of running sequences after a weight update: rebuilt under the new weights, or kept (later tokens are then sampled from a mixture)",
+    )
+    device: str = setting("cpu", "torch device of the engine")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "dtype of the engine's weights")
+    threads: int = setting(1, "CPU threads of one generator process", unit="threads")
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    steps: int = setting(400, "training steps (batches)", unit="steps")
+    updates_per_batch: int = setting(
+        1,
+        "optimizer updates on each batch; more than one makes the proximal policy meaningful",
+        unit="updates",
+    )
+    micro_batch_tokens: int = setting(16384, "most tokens (prompt included) of one packed forward", unit="tokens")
+    device: str = setting("cpu", "torch device of the trainer")
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "arithmetic of forward and backward; weights and optimizer stay float32"
+    )
+    threads: int = setting(1, "CPU threads of the trainer process", unit="threads")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    learning_rate: float = setting(5e-4, "AdamW learning rate after warm-up, before the recipe's factors")
+    warmup_steps: int = setting(20, "linear warm-up from 0", unit="steps")
+    schedule: Literal["constant", "linear", "cosine"] = setting("constant", "learning rate after warm-up")
+    final_share: float = setting(0.0, "linear and cosine end at this share of the learning rate", unit="share")
+    weight_decay: float = setting(0.0, "AdamW decoupled weight decay of matrices")
+    beta1: float = setting(0.9, "AdamW first-moment decay")
+    beta2: float = setting(0.95, "AdamW second-moment decay")
+    epsilon: float = setting(1e-8, "AdamW denominator offset")
+    clip_norm: float = setting(1.0, "global gradient norm above which the gradient is scaled down; 0 turns it off")
+
+
+@dataclass(frozen=True)
+class CriticSettings:
+    kind: Literal["head", "model"] = setting(
+        "head", "value head on the policy's last hidden state, or a separate model of the same architecture"
+    )
+    learning_rate: float = setting(1e-3, "AdamW learning rate of the critic")
+    warmup_steps: int = setting(
+        20, "first steps that train the critic alone, on returns of the frozen policy", unit="steps"
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    every: int = setting(
+        50,
+        "evaluate on held-out problems every so many steps without stopping generation; 0 evaluates at start and end only",
+        unit="steps",
+    )
+    problems: int = setting(64, "held-out problems of one evaluation", unit="problems")
+    samples: int = setting(4, "trajectories per problem", unit="trajectories")
+    temperature: float = setting(1.0, "sampling temperature of evaluation; 0 is greedy")
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    every: int = setting(
+        0,
+        "write the model as a Hugging Face folder every so many steps; 0 writes the last one only",
+        unit="steps",
+    )
+    keep: int = setting(3, "newest checkpoints kept", unit="checkpoints")
+
+
+@dataclass(frozen=True)
+class WireSettings:
+    endpoint: str = setting(
+        "auto", "where the buffer listens: auto (a Unix socket of this run), ipc://PATH or tcp://HOST:PORT"
+    )
+    timeout_s: float = setting(
+        120.0, "longest wait of any process for another before the run ends with an error", unit="seconds"
+    )
+    max_message_mb: int = setting(256, "larger messages are refused", unit="MB")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run can be told."""
+
+    name: str = setting("run", "name of the run; its folder is runs/<name>-<time>")
+    seed: int = setting(0, "seed of sampling, prompt order and initialisation")
+    model: ModelSettings = field(default_factory=ModelSettings)
+    task: TaskSettings = field(default_factory=TaskSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    staleness: StalenessSettings = field(default_factory=StalenessSettings)
+    recipe: dict[str, Any] = setting(
+        {"name": "vcpo"}, "the objective: a recipe's name and any of its axes; `async-rl recipes` lists them"
+    )
+    buffer: BufferSettings = field(default_factory=BufferSettings)
+    generator: GeneratorSettings = field(default_factory=GeneratorSettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    critic: CriticSettings = field(default_factory=CriticSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    wire: WireSettings = field(default_factory=WireSettings)
+
+
+def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Settings from a YAML file and `a.b=c` words, checked. Raises UserError."""
+    settings = structured(Settings, with_overrides(load_yaml(path), overrides), where="")
+    check(settings)
+    return settings
+
+
+def pace_of(settings: Settings) -> tuple[float, int]:
+    """(pipeline depth in batches, window in groups) with the defaults filled in."""
+    stale, batch = settings.staleness, settings.batch
+    depth = stale.pipeline_depth or stale.max_staleness + 1.0
+    wanted = floor(stale.window * (stale.max_staleness + 1) * batch.groups_per_step)
+    window = max(1, min(wanted, stale.max_staleness * batch.groups_per_step + 1))
+    return depth, window
+
+
+AT_LEAST: dict[str, float] = {
+    "batch.groups_per_step": 1,
+    "batch.group_size": 1,
+    "staleness.max_staleness": 0,
+    "staleness.pipeline_depth": 0,
+    "staleness.window": 0,
+    "buffer.max_failures": 1,
+    "buffer.max_refusals": 1,
+    "generator.count": 1,
+    "generator.max_sequences": 1,
+    "generator.max_context": 0,
+    "generator.max_turns": 1,
+    "generator.threads": 1,
+    "trainer.steps": 1,
+    "trainer.updates_per_batch": 1,
+    "trainer.micro_batch_tokens": 1,
+    "trainer.threads": 1,
+    "optimizer.learning_rate": 0,
+    "optimizer.warmup_steps": 0,
+    "optimizer.final_share": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.clip_norm": 0,
+    "critic.learning_rate": 0,
+    "critic.warmup_steps": 0,
+    "evaluation.every": 0,
+    "evaluation.problems": 1,
+    "evaluation.samples": 1,
+    "evaluation.temperature": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "wire.max_message_mb": 1,
+}
+"""Smallest allowed value of a setting."""
+
+ABOVE_ZERO = (
+    "generator.temperature",
+    "generator.episode_timeout_s",
+    "optimizer.epsilon",
+    "wire.timeout_s",
+)
+
+
+def check(settings: Settings) -> None:
+    """Refuse values out of range and settings that contradict each other. Raises UserError."""
+    values = {path: value for path, value, _, _ in described(settings)}
+    for path, value in values.items():
+        if isinstance(value, float) and not isfinite(value):
+            raise UserError(f"{path} is {value}; it must be a finite number")
+    for path, least in AT_LEAST.items():
+        if values[path] < least:
+            raise UserError(f"{path} is {values[path]}; it must be at least {least:g}")
+    for path in ABOVE_ZERO:
+        if values[path] <= 0:
+            raise UserError(f"{path} is {values[path]}; it must be above 0")
+    for path in ("staleness.window", "optimizer.final_share", "optimizer.beta1", "optimizer.beta2"):
+        if not 0 <= values[path] <= 1:
+            raise UserError(f"{path} is {values[path]}; it must lie between 0 and 1")
+    if not settings.model.path:
+        raise UserError("model.path is not set; name a model folder (`async-rl init-model` makes a small one)")
+    if not settings.task.name:
+        raise UserError("task.name is not set; e.g. task.name=guess")
+    depth, most = settings.staleness.pipeline_depth, settings.staleness.max_staleness + 1
+    if depth and not 1 <= depth <= most:
+        raise UserError(
+            f"staleness.pipeline_depth is {depth:g}, but with staleness.max_staleness={most - 1} it must lie "
+            f"between 1 and {most}: deeper batches would be too stale to train"
+        )
+    if settings.generator.max_sequences < settings.batch.group_size:
+        raise UserError(
+            f"generator.max_sequences is {settings.generator.max_sequences}, less than one group "
+            f"(batch.group_size={settings.batch.group_size}); raise it"
+        )
