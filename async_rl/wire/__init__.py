@@ -8,6 +8,6 @@ much can be under way is bounded by permits, not by the sockets' high-water mark
 """
 
 from async_rl.trajectory.codec import WireError
-from async_rl.wire.messages import Message, decode, encode
+from async_rl.wire.channel import AsyncDealer, Dealer, Router, WireTimeout
 
-__all__ = ["Message", "WireError", "decode", "encode"]
+__all__ = ["AsyncDealer", "Dealer", "Router", "WireError", "WireTimeout"]

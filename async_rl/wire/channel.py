@@ -1,0 +1,250 @@
+"""Sockets that carry messages: `Router` in the buffer, `Dealer` and `AsyncDealer` everywhere else.
+
+Who blocks whom: see `async_rl.wire`. One socket belongs to one thread (or one event loop).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+import socket
+import tempfile
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from async_rl.errors import UserError
+from async_rl.trajectory.codec import Blob, WireError
+from async_rl.wire.messages import Message, decode, encode
+
+LONGEST_IPC_PATH = 107
+"""bytes, the size of a Unix socket's address on Linux"""
+LINGER_S = 2.0
+"""how long a closing socket may still deliver what was sent"""
+MAX_MESSAGE_BYTES = 1 << 30
+"""largest frame that is received; a peer that sends a larger one is disconnected"""
+_LARGE_FRAME_BYTES = 64 * 1024
+"""from here on it costs less to share a frame's memory with the socket's thread than to copy it"""
+
+
+class WireTimeout(Exception):
+    """A wait that took longer than its deadline. The message says who waited for whom and how long."""
+
+
+def ipc_endpoint(run_folder: Path) -> str:
+    """The Unix socket of a run: in its folder, or in the temporary folder when that path is too long."""
+    path = run_folder.resolve() / "buffer.sock"
+    if len(os.fsencode(path)) > LONGEST_IPC_PATH:
+        name = hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest()
+        path = Path(tempfile.gettempdir()) / f"async-rl-{name}.sock"
+    return f"ipc://{path}"
+
+
+class Router:
+    """The buffer's end: hears every peer, answers the one it names, waits for none.
+
+    A peer that comes back under its old identity takes that identity over.
+    """
+
+    def __init__(self, endpoint: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        """Raises UserError when the endpoint is malformed or taken."""
+        self.refused: Counter[str] = Counter()
+        """messages that were none, by reason"""
+        self._socket_file = _socket_file(endpoint)
+        if self._socket_file is not None:
+            _remove_stale(self._socket_file, endpoint)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        _set_options(self._socket, max_message_bytes)
+        self._socket.set(zmq.ROUTER_MANDATORY, 1)
+        self._socket.set(zmq.ROUTER_HANDOVER, 1)
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise _endpoint_error(endpoint, error) from None
+        self.endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
+        """where it listens, with the port the system chose for tcp://HOST:*"""
+
+    def receive(self, seconds: float) -> tuple[bytes, Message | WireError] | None:
+        """The next message and who sent it; None when none came within `seconds`.
+
+        What cannot be decoded comes as a `WireError` (and is counted in `refused`), so that its sender
+        can be told."""
+        if not self._socket.poll(max(0, round(seconds * 1000))):
+            return None
+        frames = self._socket.recv_multipart(copy=False)
+        peer = frames[0].bytes
+        try:
+            return peer, decode(_buffers(frames[1:]))
+        except WireError as error:
+            self.refused[str(error)[:200]] += 1
+            return peer, error
+
+    def send(self, peer: bytes, message: Message) -> bool:
+        """False when the peer is not there (any more)."""
+        try:
+            _send(self._socket, [peer, *encode(message)])
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                return False
+            raise
+        return True
+
+    def close(self) -> None:
+        self._context.destroy(linger=round(LINGER_S * 1000))
+        if self._socket_file is not None:
+            self._socket_file.unlink(missing_ok=True)
+
+    def __enter__(self) -> Router:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+class Dealer:
+    """The trainer's and the launcher's end: sends to the buffer, waits for its answers by a deadline."""
+
+    def __init__(self, endpoint: str, identity: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        """`identity`: unique in the run, also the name in messages about waiting."""
+        self.identity = identity
+        self._context: zmq.Context = zmq.Context()
+        self._socket = _connected(self._context, endpoint, identity, max_message_bytes)
+
+    def send(self, message: Message) -> None:
+        """Returns at once; the message leaves when the buffer is there."""
+        _send(self._socket, encode(message))
+
+    def receive(self, seconds: float, waiting_for: str) -> Message:
+        """The next message. Example: `receive(30, "the buffer's batch of step 3")`.
+
+        Raises WireTimeout, and WireError for a message that is none (it is consumed)."""
+        if not self._socket.poll(max(0, round(seconds * 1000))):
+            raise WireTimeout(_waited(self.identity, seconds, waiting_for))
+        return decode(_buffers(self._socket.recv_multipart(copy=False)))
+
+    def close(self) -> None:
+        self._context.destroy(linger=round(LINGER_S * 1000))
+
+    def __enter__(self) -> Dealer:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+class AsyncDealer:
+    """The generator's end, on an event loop. One task receives; any task sends."""
+
+    def __init__(self, endpoint: str, identity: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self.identity = identity
+        self._context = zmq.asyncio.Context()
+        # typed loosely: pyzmq's annotations do not tell an asyncio socket from a blocking one
+        self._socket: Any = _connected(self._context, endpoint, identity, max_message_bytes)
+
+    async def send(self, message: Message) -> None:
+        """Returns at once; the message leaves when the buffer is there."""
+        await self._socket.send_multipart(encode(message), copy=False)
+
+    async def receive(
+        self, seconds: float = math.inf, waiting_for: str = "a message of the buffer"
+    ) -> Message:
+        """The next message. A caller without a deadline of its own watches the buffer's silence elsewhere.
+
+        Raises WireTimeout, and WireError for a message that is none (it is consumed). A receive that is
+        cancelled loses no message."""
+        timeout = None if math.isinf(seconds) else max(0, round(seconds * 1000))
+        if not await self._socket.poll(timeout):
+            raise WireTimeout(_waited(self.identity, seconds, waiting_for))
+        return decode(_buffers(await self._socket.recv_multipart(copy=False)))
+
+    def close(self) -> None:
+        self._context.destroy(linger=round(LINGER_S * 1000))
+
+
+def _connected(context: zmq.Context, endpoint: str, identity: str, max_message_bytes: int) -> zmq.Socket:
+    _socket_file(endpoint)
+    made = context.socket(zmq.DEALER)
+    _set_options(made, max_message_bytes)
+    made.set(zmq.IDENTITY, identity.encode())
+    try:
+        made.connect(endpoint)
+    except zmq.ZMQError as error:
+        context.destroy(linger=0)
+        raise _endpoint_error(endpoint, error) from None
+    return made
+
+
+def _set_options(made: zmq.Socket, max_message_bytes: int) -> None:
+    # No high-water marks: what is under way is bounded by permits. A mark would only turn a burst of
+    # acknowledgements into a lost or blocked one.
+    made.set(zmq.SNDHWM, 0)
+    made.set(zmq.RCVHWM, 0)
+    made.set(zmq.MAXMSGSIZE, max_message_bytes)
+    made.set(zmq.RECONNECT_IVL, 20)
+    made.set(zmq.RECONNECT_IVL_MAX, 500)
+    made.copy_threshold = _LARGE_FRAME_BYTES
+
+
+def _send(made: zmq.Socket, frames: list[Blob]) -> None:
+    made.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+
+
+def _buffers(frames: list[zmq.Frame]) -> list[Blob]:
+    """Small frames as bytes (a view would keep the socket's whole receive buffer), others as views."""
+    return [frame.bytes if len(frame) < 4096 else frame.buffer for frame in frames]
+
+
+def _waited(who: str, seconds: float, waiting_for: str) -> str:
+    return f"{who} waited {seconds:g} s for {waiting_for}"
+
+
+def _socket_file(endpoint: str) -> Path | None:
+    """The file of an ipc endpoint that has one. Raises UserError when its path is too long."""
+    if not endpoint.startswith("ipc://") or endpoint.startswith("ipc://@"):
+        return None
+    path = endpoint.removeprefix("ipc://")
+    if path in ("", "*"):
+        return None
+    if len(os.fsencode(path)) > LONGEST_IPC_PATH:
+        raise UserError(
+            f"wire.endpoint: the socket's path {path} is longer than {LONGEST_IPC_PATH} bytes; "
+            "use a shorter one, such as ipc:///tmp/NAME.sock, or tcp://127.0.0.1:*"
+        )
+    return Path(path)
+
+
+def _remove_stale(path: Path, endpoint: str) -> None:
+    """Take away the socket file of a process that is dead. ZeroMQ would take away that of a live one."""
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise UserError(
+            f"wire.endpoint: {path} exists and is no socket; name another path or remove the file"
+        )
+    with socket.socket(socket.AF_UNIX) as probe, suppress(ConnectionRefusedError, FileNotFoundError):
+        probe.settimeout(1.0)
+        probe.connect(str(path))
+        raise UserError(
+            f"wire.endpoint: {endpoint} is in use by another process; end that run or choose another endpoint"
+        )
+    path.unlink(missing_ok=True)
+
+
+def _endpoint_error(endpoint: str, error: zmq.ZMQError) -> UserError:
+    remedy = {
+        zmq.EADDRINUSE: "it is in use; end the other run or choose another port (tcp://127.0.0.1:* finds one)",
+        zmq.EADDRNOTAVAIL: "this machine has no such address; use one of its own, such as 127.0.0.1",
+        errno.ENODEV: "this machine has no such address; use one of its own, such as 127.0.0.1",
+        zmq.EINVAL: "it must look like ipc://PATH or tcp://HOST:PORT",
+        zmq.EPROTONOSUPPORT: "it must look like ipc://PATH or tcp://HOST:PORT",
+    }.get(error.errno, f"{error.strerror}; does its folder exist, and may this user write there?")
+    return UserError(f"wire.endpoint: cannot use {endpoint}: {remedy}")
