@@ -48,6 +48,7 @@ class HuggingFaceDecoder(nn.Module):
     """A transformers causal LM under `Decoder`'s interface. Parameter names are those of transformers."""
 
     config: ForeignConfig
+    _causal: Any
 
     def __init__(self, causal: Any, config: ForeignConfig) -> None:
         super().__init__()
@@ -74,7 +75,9 @@ class HuggingFaceDecoder(nn.Module):
             ) from None
         ALL_ATTENTION_FUNCTIONS.register(INTERFACE, call_attention)
         try:
-            causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+            causal: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager"
+            )
         except (ValueError, OSError) as error:
             raise UserError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from None
         refuse_unsupported(causal.config, folder)
@@ -114,11 +117,11 @@ class HuggingFaceDecoder(nn.Module):
                 found = self(torch.cat(documents), positions, calls) @ self.head.T
             except (TypeError, LookupError) as error:
                 raise UserError(f"{folder}: this architecture cannot be packed: {error}") from None
-        error = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-        if len(calls.layers) != self.config.layers or not error < TOLERANCE:
+        difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+        if len(calls.layers) != self.config.layers or not difference < TOLERANCE:
             raise UserError(
                 f"{folder}: model_type {self.config.family!r} does something this trainer cannot honour "
-                f"(logits differ by {float(error):.2g} of the largest, {len(calls.layers)} of "
+                f"(logits differ by {float(difference):.2g} of the largest, {len(calls.layers)} of "
                 f"{self.config.layers} layers use plain attention): logit scaling or soft-capping, "
                 "a head with bias, recurrent layers, attention sinks"
             )
@@ -181,6 +184,8 @@ def refuse_unsupported(config: Any, folder: Path) -> None:
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     if kinds - {"full_attention"} or (windowed and not kinds):
         raise UserError(f"{folder / 'config.json'}: sliding-window or mixed attention is not supported")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{folder / 'config.json'}: encoder-decoder models are not supported")
     for name in ("attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size"):
         if getattr(config, name, None):
             raise UserError(f"{folder / 'config.json'}: {name} is not supported")
@@ -199,6 +204,8 @@ def observe_shape(causal: Any, folder: Path) -> ForeignConfig:
         raise UserError(f"{folder}: this architecture does not use the attention interface: {error}") from None
     causal.set_attn_implementation(before)
     heads, kv_heads, head_dim = calls.heads
+    if getattr(causal.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(f"{folder}: model_type {config.model_type!r} has a head with bias, which is not supported")
     head = causal.get_output_embeddings().weight
     return ForeignConfig(
         family=str(config.model_type),
