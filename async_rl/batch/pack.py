@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -68,6 +69,7 @@ def pack_batch(
     for trajectory, where in zip(ordered, policy_positions, strict=True):
         assert len(where) == 0 or where[0] > 0, f"group {trajectory.group}: a policy token without a prompt"
     turns = [(i, turn) for i, trajectory in enumerate(ordered) for turn in trajectory.turns]
+    turn_lengths = np.array([turn.length for _, turn in turns], np.int64)
     groups = np.unique([t.group for t in ordered], return_inverse=True)[1]
 
     def tensor(values: object, dtype: torch.dtype) -> Tensor:
@@ -79,7 +81,7 @@ def pack_batch(
             np.concatenate([t.log_behaviour[w] for t, w in zip(ordered, policy_positions, strict=True)]), torch.float32
         ),
         version=tensor(np.concatenate([t.policy_versions() for t in ordered]), torch.int64),
-        turn_of_token=tensor(np.repeat(np.arange(len(turns)), np.array([t.length for _, t in turns], np.int64)), torch.int64),
+        turn_of_token=tensor(np.repeat(np.arange(len(turns)), turn_lengths), torch.int64),
         trajectory_of_turn=tensor([i for i, _ in turns], torch.int64),
         group_of_trajectory=tensor(groups, torch.int64),
         turn_reward=tensor([turn.reward for _, turn in turns], torch.float32),
@@ -106,7 +108,7 @@ def _micro_batches(
     cuts.append(len(ordered))
     out = []
     policy_start = 0
-    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, last in pairwise(cuts):
         part, where = ordered[first:last], policy_positions[first:last]
         lengths = [len(t.tokens) for t in part]
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])

@@ -1,0 +1,60 @@
+"""One packed micro-batch through the model: log-probs of its policy tokens."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from async_rl.batch import MicroBatch, PackedBatch
+from async_rl.model.attention import DocumentAttention
+from async_rl_kernels import LogProbs, linear_logprob
+
+if TYPE_CHECKING:
+    from async_rl.model.decoder import Decoder
+    from async_rl.model.huggingface import HuggingFaceDecoder
+
+    Model = Decoder | HuggingFaceDecoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """How a forward is computed."""
+
+    temperature: float
+    """log-probs are those of the distribution the generators sampled from"""
+    dtype: torch.dtype = torch.float32
+    """bfloat16 runs the model under autocast; weights stay as they are"""
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        if self.dtype == torch.bfloat16:
+            return torch.autocast(device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+
+def hidden_states(model: Model, micro: MicroBatch, arithmetic: Arithmetic) -> Tensor:  # [policy tokens, hidden]
+    """Hidden states that predict the policy tokens."""
+    with arithmetic.autocast(micro.tokens.device):
+        hidden = model(micro.tokens, micro.positions, DocumentAttention(micro.lengths))
+    return hidden[micro.predictors]
+
+
+def log_probs(model: Model, micro: MicroBatch, arithmetic: Arithmetic) -> LogProbs:
+    """Log-prob, entropy and sum of squared probabilities of every policy token."""
+    hidden = hidden_states(model, micro, arithmetic)
+    head = model.head
+    return linear_logprob(hidden.to(head.dtype), head, micro.targets, temperature=arithmetic.temperature)
+
+
+@torch.no_grad()
+def batch_log_probs(model: Model, batch: PackedBatch, arithmetic: Arithmetic) -> LogProbs:
+    """The columns of the whole batch, without gradients."""
+    parts = [log_probs(model, micro, arithmetic) for micro in batch.micro_batches]
+    return LogProbs(
+        log_prob=torch.cat([p.log_prob for p in parts]),
+        entropy=torch.cat([p.entropy for p in parts]),
+        prob_square_sum=torch.cat([p.prob_square_sum for p in parts]),
+    )

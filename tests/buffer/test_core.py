@@ -1,0 +1,390 @@
+"""The buffer's state machine on a virtual clock: random speeds, losses and orders of arrival."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from async_rl.buffer import effects as do
+from async_rl.buffer.core import Core, Rules
+from async_rl.buffer.staleness import Entry, Pace
+from async_rl.errors import UserError
+from async_rl.trajectory import Trajectory, Turn, VersionSpan
+from async_rl.wire import messages as msg
+
+TRAINER = b"trainer"
+
+
+def trajectory(group: int, sample: int, version: int, *, split: str = "train", **changes: object) -> Trajectory:
+    values: dict[str, object] = {
+        "group": group,
+        "sample": sample,
+        "problem": 0,
+        "split": split,
+        "seed": 1,
+        "tokens": np.array([1, 2], np.int32),
+        "log_behaviour": np.array([0.0, -1.0], np.float32),
+        "turns": (Turn(start=1, length=1),),
+        "versions": (VersionSpan(version=version, start=1, end=2),),
+        "reward": float(Random(31 * group + sample).random() < 0.5),
+        "ended": "finished",
+    }
+    return Trajectory(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def make_core(pace: Pace, **changes: object) -> Core:
+    values: dict[str, object] = {
+        "pace": pace,
+        "group_size": 2,
+        "temperature": 1.0,
+        "drop_zero_signal": False,
+        "max_failures": 10**9,
+        "max_refusals": 10**9,
+        "seed": 0,
+    }
+    return Core(Rules(**{**values, **changes}), problem_at=lambda position: position)  # type: ignore[arg-type]
+
+
+@dataclass
+class World:
+    """Generators, a trainer and a network with random delays around a real Core.
+
+    Messages between one pair stay in order (as ZeroMQ keeps them); everything else may be reordered.
+    """
+
+    core: Core
+    random: Random
+    steps: int
+    generators: int
+    loss: float
+    """chance that a generator dies after a delivery to it"""
+    failure: float
+    """chance that a trajectory fails"""
+    spread: float
+    """ratio of slow to fast episodes"""
+    now: float = 0.0
+    events: list[tuple[float, int, object]] = field(default_factory=list)
+    count: itertools.count = field(default_factory=itertools.count)  # type: ignore[type-arg]
+    last_arrival: dict[tuple[bytes, bytes], float] = field(default_factory=dict)
+    versions: dict[bytes, int] = field(default_factory=dict)
+    received: Counter[bytes] = field(default_factory=Counter)
+    lives: Counter[bytes] = field(default_factory=Counter)
+    trained: list[int] = field(default_factory=list)
+    admitted: set[int] = field(default_factory=set)
+    refused: dict[int, str] = field(default_factory=dict)
+    stored: dict[tuple[int, int], Trajectory] = field(default_factory=dict)
+    max_lag: int = 0
+    finished: bool = False
+
+    def at(self, delay: float, action: object) -> None:
+        heapq.heappush(self.events, (self.now + delay, next(self.count), action))
+
+    def send(self, sender: bytes, receiver: bytes, action: object) -> None:
+        arrival = max(self.now + self.random.expovariate(20.0), self.last_arrival.get((sender, receiver), 0.0))
+        self.last_arrival[sender, receiver] = arrival
+        heapq.heappush(self.events, (arrival, next(self.count), action))
+
+    def to_buffer(self, peer: bytes, message: msg.Message) -> None:
+        self.send(peer, b"", lambda: self.obey(self.core.handle(peer, message, self.now)))
+
+    def obey(self, effects: list[do.Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case do.AddGroup(group=group, split="train"):
+                    assert group not in self.admitted
+                    self.admitted.add(group)
+                case do.AddTrajectories(trajectories=many):
+                    for t in many:
+                        assert (t.group, t.sample) not in self.stored
+                        self.stored[t.group, t.sample] = t
+                case do.RefuseGroup(group=group, reason=reason):
+                    assert group not in self.refused
+                    self.refused[group] = reason
+                case do.FormBatch(step=step, groups=groups):
+                    self.check_batch(step, groups)
+                case do.SendBatch(step=step):
+                    self.send(b"", TRAINER, lambda s=step: self.train(s))
+                case do.Send(peer=peer, message=message) if peer != TRAINER:
+                    life = self.lives[peer]
+                    self.send(b"", peer, lambda p=peer, m=message, n=life: self.generator(p, m, n))
+
+    def check_batch(self, step: int, groups: tuple[int, ...]) -> None:
+        pace = self.core.rules.pace
+        assert len(groups) == pace.groups_per_step
+        for group in groups:
+            assert group not in self.trained
+            assert group not in self.refused
+            self.trained.append(group)
+            for sample in range(self.core.rules.group_size):
+                lag = step - self.stored[group, sample].version_min
+                self.max_lag = max(self.max_lag, lag)
+                assert lag <= pace.max_staleness, f"group {group} trained {lag} steps after its weights"
+
+    # ------------------------------------------------------------ actors
+
+    def start(self) -> None:
+        for i in range(self.generators):
+            self.join(b"g%d" % i)
+        self.ask(0)
+
+    def join(self, peer: bytes) -> None:
+        self.lives[peer] += 1
+        self.received[peer] = 0
+        self.versions[peer] = self.core.published
+        self.to_buffer(peer, msg.Hello(role="generator", name=peer.decode(), pid=1))
+        self.want(peer)
+
+    def want(self, peer: bytes) -> None:
+        self.to_buffer(peer, msg.Want(limit=self.received[peer] + 3, version=self.versions[peer]))
+
+    def generator(self, peer: bytes, message: msg.Message, life: int) -> None:
+        if life != self.lives[peer]:
+            return
+        match message:
+            case msg.NewWeights(version=version):
+                self.at(self.random.expovariate(5.0), lambda: self.swap(peer, version, life))
+            case msg.Permits(permits=permits):
+                if self.random.random() < self.loss:
+                    self.lives[peer] += 1
+                    self.obey(self.core.lost(peer, self.now))
+                    self.at(self.random.expovariate(1.0), lambda: self.join(peer))
+                    return
+                for permit in permits:
+                    self.received[peer] += 1
+                    for sample in permit.samples:
+                        seconds = self.random.expovariate(1.0) * self.spread ** self.random.random()
+                        version = self.versions[peer]
+                        self.at(seconds, lambda p=permit, s=sample, v=version: self.finish(peer, p, s, v, life))
+                self.want(peer)
+
+    def swap(self, peer: bytes, version: int, life: int) -> None:
+        if life == self.lives[peer] and version > self.versions[peer]:
+            self.versions[peer] = version
+            self.to_buffer(peer, msg.Holds(version=version))
+
+    def finish(self, peer: bytes, permit: msg.Permit, sample: int, version: int, life: int) -> None:
+        if life != self.lives[peer]:
+            return
+        ended = "error" if self.random.random() < self.failure else "finished"
+        done = trajectory(permit.group, sample, version, split=permit.split, ended=ended)
+        self.to_buffer(peer, msg.Finished(trajectories=(done,)))
+        if self.random.random() < 0.05:  # a message that comes twice changes nothing
+            self.to_buffer(peer, msg.Finished(trajectories=(done,)))
+
+    def ask(self, step: int) -> None:
+        if step >= self.steps:
+            self.finished = True
+            return
+        self.to_buffer(TRAINER, msg.NextBatch(step=step))
+        if self.random.random() < 0.2:
+            self.to_buffer(TRAINER, msg.NextBatch(step=step))
+
+    def train(self, step: int) -> None:
+        if step + 1 > getattr(self, "trained_to", 0):
+            self.trained_to = step + 1
+            self.at(self.random.expovariate(2.0), lambda: self.publish(step + 1))
+
+    def publish(self, version: int) -> None:
+        self.to_buffer(TRAINER, msg.Published(version=version))
+        self.ask(version)
+
+    def run(self) -> None:
+        self.start()
+        events = 0
+        while self.events and not self.finished:
+            self.now, _, action = heapq.heappop(self.events)
+            action()  # type: ignore[operator]
+            events += 1
+            assert events < 200_000, "the world goes on without getting anywhere"
+        assert self.finished, f"deadlock: {self.core.wait_reason(self.now)}"
+
+
+@st.composite
+def paces(draw: st.DrawFn) -> Pace:
+    p, k = draw(st.integers(1, 6)), draw(st.integers(0, 4))
+    return Pace(
+        groups_per_step=p,
+        max_staleness=k,
+        pipeline_depth=draw(st.floats(1, k + 1)),
+        window=draw(st.integers(1, k * p + 1)),
+    )
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(
+    pace=paces(),
+    generators=st.integers(1, 4),
+    loss=st.sampled_from([0.0, 0.1]),
+    failure=st.sampled_from([0.0, 0.05]),
+    spread=st.sampled_from([1.0, 30.0]),
+    drop=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_staleness_is_bounded_and_each_admitted_group_is_trained_once_or_refused(
+    pace: Pace, generators: int, loss: float, failure: float, spread: float, drop: bool, seed: int
+) -> None:
+    core = make_core(pace, drop_zero_signal=drop)
+    world = World(
+        core=core, random=Random(seed), steps=8, generators=generators, loss=loss, failure=failure, spread=spread
+    )
+    world.run()
+    assert len(world.trained) == len(set(world.trained)) == 8 * pace.groups_per_step
+    in_flight = set(core.groups)
+    assert world.admitted == set(world.trained) | set(world.refused) | in_flight
+    assert not set(world.trained) & set(world.refused)
+    assert not in_flight & set(world.trained)
+    assert core.counts["groups_admitted"] == len(world.admitted)
+    assert core.counts["groups_trained"] == len(world.trained)
+    assert core.counts["groups_refused"] == len(world.refused)
+    # pacing admits nothing that would have to be refused for its age
+    assert not any(reason.startswith("stale") for reason in world.refused.values())
+    assert len(core.order) >= len(core.groups)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(pace=paces(), data=st.data())
+def test_no_group_is_overtaken_by_more_than_the_window_allows(pace: Pace, data: st.DataObject) -> None:
+    order = [Entry(group=i) for i in range(60)]
+    batch_of: dict[int, int] = {}
+    step = 0
+    finish_order = data.draw(st.permutations(range(60)))
+    for group in finish_order:
+        order_entry = next(e for e in order if e.group == group)
+        order_entry.finished = True
+        while (chosen := pace.select(order)) is not None:
+            for entry in order:
+                if entry.group in chosen:
+                    entry.trained = True
+                    batch_of[entry.group] = step
+            step += 1
+    for group, at in batch_of.items():
+        assert at <= pace.latest_step(ahead=group, step=0)
+
+
+def test_the_same_messages_at_the_same_times_give_the_same_effects() -> None:
+    def play() -> list[str]:
+        core = make_core(Pace(groups_per_step=2, max_staleness=1, pipeline_depth=2.0, window=1))
+        out: list[do.Effect] = []
+        out += core.handle(b"g", msg.Hello(role="generator", name="g", pid=1), 0.0)
+        out += core.handle(b"g", msg.Want(limit=4, version=0), 0.1)
+        out += core.handle(TRAINER, msg.NextBatch(step=0), 0.2)
+        for group in (1, 0):
+            for sample in (0, 1):
+                done = trajectory(group, sample, 0)
+                out += core.handle(b"g", msg.Finished(trajectories=(done,)), 1.0)
+        return [type(e).__name__ for e in out]
+
+    assert play() == play()
+    assert play()[-1] == "SendBatch"
+
+
+def test_a_batch_is_formed_once_and_answered_identically_when_asked_again() -> None:
+    core = make_core(Pace(groups_per_step=1, max_staleness=1, pipeline_depth=2.0, window=1), group_size=1)
+    core.handle(b"g", msg.Hello(role="generator", name="g", pid=1), 0.0)
+    core.handle(b"g", msg.Want(limit=9, version=0), 0.0)
+    for group in (0, 1):
+        core.handle(b"g", msg.Finished(trajectories=(trajectory(group, 0, 0),)), 0.0)
+    first = core.handle(TRAINER, msg.NextBatch(step=0), 0.0)
+    again = core.handle(TRAINER, msg.NextBatch(step=0), 1.0)
+    assert [e.groups for e in first + again if isinstance(e, do.SendBatch)] == [(0,), (0,)]
+    assert sum(isinstance(e, do.FormBatch) for e in first + again) == 1
+
+
+def test_a_trajectory_that_is_too_old_is_refused_when_the_batch_is_formed() -> None:
+    core = make_core(Pace(groups_per_step=1, max_staleness=0, pipeline_depth=1.0, window=1), group_size=1)
+    core.handle(b"g", msg.Hello(role="generator", name="g", pid=1), 0.0)
+    core.handle(b"g", msg.Want(limit=9, version=0), 0.0)
+    core.handle(b"g", msg.Finished(trajectories=(trajectory(0, 0, 0),)), 0.0)
+    core.handle(TRAINER, msg.NextBatch(step=0), 0.0)
+    core.handle(TRAINER, msg.Published(version=1), 0.0)
+    core.handle(b"g", msg.Holds(version=1), 0.0)
+    # a generator that claims version 1 but answers with tokens of version 0
+    core.handle(b"g", msg.Finished(trajectories=(trajectory(1, 0, 0),)), 0.0)
+    effects = core.handle(TRAINER, msg.NextBatch(step=1), 0.0)
+    refused = [e for e in effects if isinstance(e, do.RefuseGroup)]
+    assert [r.group for r in refused] == [1]
+    assert refused[0].reason.startswith("stale: version 0 at step 1")
+    assert not any(isinstance(e, do.SendBatch) for e in effects)
+
+
+def test_zero_signal_groups_free_their_slot_at_once() -> None:
+    core = make_core(Pace(groups_per_step=1, max_staleness=0, pipeline_depth=1.0, window=1), drop_zero_signal=True)
+    core.handle(b"g", msg.Hello(role="generator", name="g", pid=1), 0.0)
+    core.handle(b"g", msg.Want(limit=9, version=0), 0.0)
+    assert list(core.groups) == [0]
+    pair = tuple(trajectory(0, s, 0, reward=1.0) for s in (0, 1))
+    effects = core.handle(b"g", msg.Finished(trajectories=pair), 0.0)
+    assert [e.reason for e in effects if isinstance(e, do.RefuseGroup)] == ["zero_signal"]
+    assert list(core.groups) == [1], "the next group starts although no batch was trained"
+
+
+def test_failures_in_a_row_end_the_run_with_the_last_reason() -> None:
+    core = make_core(
+        Pace(groups_per_step=1, max_staleness=0, pipeline_depth=1.0, window=1), group_size=3, max_failures=3
+    )
+    core.handle(b"g", msg.Hello(role="generator", name="g", pid=1), 0.0)
+    core.handle(b"g", msg.Want(limit=9, version=0), 0.0)
+    bad = tuple(trajectory(0, s, 0, ended="error", reason="RewardError: boom") for s in range(3))
+    effects = core.handle(b"g", msg.Finished(trajectories=bad), 0.0)
+    ends = [e for e in effects if isinstance(e, do.EndRun)]
+    assert len(ends) == 1
+    assert ends[0].failed
+    assert "RewardError: boom" in ends[0].reason
+
+
+def test_an_evaluation_runs_between_training_groups_and_is_not_trained() -> None:
+    core = make_core(Pace(groups_per_step=1, max_staleness=1, pipeline_depth=2.0, window=1))
+    core.handle(b"g", msg.Hello(role="generator", name="g", pid=1), 0.0)
+    ask = msg.Evaluate(evaluation=0, version=0, problems=(5, 6), samples=2, temperature=0.0)
+    core.handle(TRAINER, ask, 0.0)
+    core.handle(TRAINER, ask, 0.0)
+    effects = core.handle(b"g", msg.Want(limit=9, version=0), 0.0)
+    permits = next(e.message.permits for e in effects if isinstance(e, do.Send) and isinstance(e.message, msg.Permits))
+    assert [(p.split, p.problem) for p in permits] == [("eval", 5), ("eval", 6), ("train", 0), ("train", 1)]
+    for permit in permits[:2]:
+        for s in permit.samples:
+            done = trajectory(permit.group, s, 0, split="eval", reward=0.5)
+            core.handle(b"g", msg.Finished(trajectories=(done,)), 0.0)
+    answer = core.handle(TRAINER, msg.FetchEvaluation(evaluation=0), 2.0)[0]
+    assert isinstance(answer, do.Send)
+    assert isinstance(answer.message, msg.EvaluationResult)
+    assert answer.message.finished
+    assert answer.message.rewards == (0.5,) * 4
+    assert core.step == 0
+
+
+def test_a_waiting_trainer_is_told_whom_it_waits_for() -> None:
+    core = make_core(Pace(groups_per_step=2, max_staleness=0, pipeline_depth=1.0, window=1))
+    core.handle(b"g", msg.Hello(role="generator", name="generator-0", pid=1), 0.0)
+    core.handle(b"g", msg.Want(limit=9, version=0), 0.0)
+    core.handle(b"g", msg.Finished(trajectories=(trajectory(0, 0, 0),)), 1.0)
+    core.handle(TRAINER, msg.NextBatch(step=0), 2.0)
+    effects = core.tick(12.0)
+    assert isinstance(effects[0], do.Send)
+    assert isinstance(effects[0].message, msg.Waiting)
+    text = effects[0].message.reason
+    assert "0 of 2 groups finished" in text
+    assert "group 0 on generator-0, 12.0 s, 1/2 samples" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"pipeline_depth": 3.0}, "pipeline_depth"),
+        ({"window": 6}, "window"),
+        ({"max_staleness": -1}, "max_staleness"),
+        ({"groups_per_step": 0}, "groups_per_step"),
+    ],
+)
+def test_settings_that_cannot_keep_the_bound_are_refused(changes: dict[str, float], name: str) -> None:
+    values = {"groups_per_step": 4, "max_staleness": 1, "pipeline_depth": 2.0, "window": 1}
+    with pytest.raises(UserError, match=name):
+        Pace(**{**values, **changes})  # type: ignore[arg-type]
