@@ -1,0 +1,149 @@
+"""Named rewards of a completion against the answer of its row."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from async_rl.errors import UserError, nearest
+from async_rl.task.math_judge import MathJudge, VerdictTimeout
+from async_rl.task.protocol import Problem
+
+NAMES = ("exact", "numeric", "math")
+Function = Callable[[str, str, Problem], Any]
+"""(completion, answer, problem) -> number, or a coroutine that returns one"""
+
+NUMBER = re.compile(
+    r"(?:(?<![\w)])[-\u2212])?"  # a sign, unless it subtracts
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?:/[0-9]+)?(?:[eE][-+]?[0-9]+)?"
+)
+MOST_CHARACTERS = 400
+TOLERANCE = Fraction(1, 10**6)
+
+
+class RewardError(Exception):
+    """A reward function raised, or returned something that is not a finite number."""
+
+
+class Reward:
+    """Example: `await make_reward("numeric").score("so 1,200.", "1200", problem) == 1.0`."""
+
+    def __init__(self, name: str, function: Function) -> None:
+        self.name = name
+        self._function = function
+
+    async def score(self, completion: str, answer: str, problem: Problem) -> float:
+        """The reward, finite. Raises RewardError with the reason, or VerdictTimeout.
+
+        A plain function is called here and now and holds up this process's other episodes while it runs;
+        one that waits for something should be `async def`.
+        """
+        try:
+            value = self._function(completion, answer, problem)
+            if inspect.isawaitable(value):
+                value = await value
+        except VerdictTimeout:
+            raise
+        except Exception as error:  # code of others: whatever it raises ends this trajectory only
+            raise RewardError(f"reward '{self.name}' raised {type(error).__name__}: {error}") from error
+        try:
+            reward = float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise RewardError(f"reward '{self.name}' returned {value!r:.100}, not a number") from None
+        if not math.isfinite(reward):
+            raise RewardError(f"reward '{self.name}' returned {reward}")
+        return reward
+
+
+def make_reward(name: str) -> Reward:
+    """The reward called `name`: exact, numeric, math, or `module:function` (imported, with the working
+    directory on the path). Raises UserError for one that is unknown or cannot be imported."""
+    match name:
+        case "exact":
+            return Reward(name, exact)
+        case "numeric":
+            return Reward(name, numeric)
+        case "math":
+            return Reward(name, _math(MathJudge()))
+        case _ if ":" in name:
+            return Reward(name, _imported(name))
+        case _:
+            raise UserError(f"task.args.reward '{name}' is not known; {nearest(name, NAMES)} (or module:function)")
+
+
+def exact(completion: str, answer: str, problem: Problem) -> float:
+    """1 when the completion is the answer, but for white space at the ends."""
+    return float(completion.strip() == answer.strip())
+
+
+def numeric(completion: str, answer: str, problem: Problem) -> float:
+    """1 when the last number of the completion equals the last number of the answer.
+
+    `1,200`, `1200.0`, `2400/2` and `1.2e3` are equal. Whole numbers must be equal exactly; others to one
+    part in a million, since written decimals are rounded. Raises ValueError for an answer without number.
+    """
+    wanted, said = last_number(answer), last_number(completion)
+    if wanted is None:
+        raise ValueError(f"the answer {answer!r} holds no number")
+    if said is None:
+        return 0.0
+    if wanted.denominator == 1:
+        return float(said == wanted)
+    return float(abs(said - wanted) <= TOLERANCE * abs(wanted))
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number in `text`; None when it holds none, or one of absurd size."""
+    found = None
+    for found in NUMBER.finditer(text):  # noqa: B007
+        pass
+    if found is None or len(found[0]) > MOST_CHARACTERS:
+        return None
+    mantissa, _, exponent = found[0].replace(",", "").replace("\u2212", "-").lower().partition("e")
+    if len(exponent) > 4:  # 1e999999999 would fill the memory
+        return None
+    numerator, _, denominator = mantissa.partition("/")
+    if denominator and int(denominator) == 0:
+        return None
+    return Fraction(numerator) / int(denominator or 1) * Fraction(10) ** int(exponent or 0)
+
+
+def _math(judge: MathJudge) -> Function:
+    async def mathematics(completion: str, answer: str, problem: Problem) -> float:
+        # In a thread: a verdict takes milliseconds to seconds, and decoding must go on.
+        return await asyncio.to_thread(judge.score, completion, answer)
+
+    return mathematics
+
+
+def _imported(name: str) -> Function:
+    module_name, _, function_name = name.partition(":")
+    where = f"task.args.reward '{name}'"
+    # An installed command does not look in the working directory; last, so that it hides nothing.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the user's module may raise anything while it is imported
+        raise UserError(f"{where}: cannot import '{module_name}': {type(error).__name__}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value)]
+        raise UserError(f"{where}: '{module_name}' has no function '{function_name}'; {nearest(function_name, known)}")
+    try:
+        inspect.signature(function).bind("completion", "answer", None)
+    except TypeError:
+        raise UserError(f"{where}: it must take three arguments: (completion, answer, problem)") from None
+    except ValueError:
+        pass  # a builtin without a signature
+    made: Function = function
+    return made
