@@ -246,5 +246,5 @@ def _endpoint_error(endpoint: str, error: zmq.ZMQError) -> UserError:
         errno.ENODEV: "this machine has no such address; use one of its own, such as 127.0.0.1",
         zmq.EINVAL: "it must look like ipc://PATH or tcp://HOST:PORT",
         zmq.EPROTONOSUPPORT: "it must look like ipc://PATH or tcp://HOST:PORT",
-    }.get(error.errno, f"{error.strerror}; does its folder exist, and may this user write there?")
+    }.get(error.errno or 0, f"{error.strerror}; does its folder exist, and may this user write there?")
     return UserError(f"wire.endpoint: cannot use {endpoint}: {remedy}")

@@ -1,0 +1,356 @@
+"""Weights in one memory-mapped file: written in place by the trainer, copied out by generators.
+
+The file (in /dev/shm where there is one): a header page, the layout as JSON, two buffers. A new version
+goes into the buffer that does not hold the newest one; a sequence number per buffer, odd while it is
+being written, tells a reader that its copy is torn. A reader's copy is whole when it ends before the
+publisher begins its next but one write.
+
+Not multiprocessing.shared_memory: its resource tracker removes segments when any process ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import mmap
+import os
+import platform
+import struct
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from async_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MAGIC = b"ARLWGHT1"
+_PREFIX = struct.Struct("<8sIIQ")  # magic, schema, layout bytes, bytes of one buffer
+_SCHEMA = 1
+_WORDS_AT = 64
+_LAYOUT_AT = 4096
+_ALIGN = 64
+_NOTHING, _CLOSED = -1, -2
+# 8-byte words from _WORDS_AT on; written and read as one aligned word each
+_NEWEST, _PID, _SEQUENCE, _VERSION, _CHECKSUM, _NUM_WORDS = 0, 1, 2, 4, 6, 8
+_POLL_S = 0.001
+_ITEM_BYTES = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+# x86 keeps the order of stores; elsewhere a reader could see a sequence number before the bytes
+_STORES_IN_ORDER = platform.machine() in ("x86_64", "AMD64")
+
+
+class WeightsError(Exception):
+    """The weights cannot be had: no valid segment, or a wait that took longer than its deadline."""
+
+
+def segment_path(run_folder: Path, name: str = "weights") -> Path:
+    """Where the weights of a run lie: shared memory where the machine has it, else the run's folder.
+
+    Every process of a run finds the same path from the same folder and name."""
+    shared = Path("/dev/shm")
+    if shared.is_dir() and os.access(shared, os.W_OK):
+        run = hashlib.blake2b(os.fsencode(run_folder.resolve()), digest_size=8).hexdigest()
+        return shared / f"async-rl-{run}-{name}"
+    return run_folder / f"{name}.segment"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Slot:
+    """Where one tensor lies in each buffer."""
+
+    name: str
+    dtype: str
+    """as torch names it, e.g. "bfloat16" """
+    shape: tuple[int, ...]
+    offset: int
+    """bytes from the start of a buffer"""
+
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+class WeightPublisher:
+    """The trainer's end. Owns the file: makes it, and removes it in `close()`."""
+
+    def __init__(self, path: Path, layout: Mapping[str, Tensor], *, checksum: bool | None = None) -> None:
+        """`layout`: tensors with the names, dtypes and shapes that will be published (values unused).
+        `checksum`: store a crc32 (3 GB/s); None: where the processor may reorder stores.
+
+        Takes the place of a segment whose publisher is dead. Raises UserError when one is alive, or the
+        memory is too small."""
+        self.path = path
+        self._checksum = not _STORES_IN_ORDER if checksum is None else checksum
+        self._slots, self._buffer_bytes = _layout(layout)
+        described = json.dumps([[s.name, s.dtype, s.shape, s.offset] for s in self._slots]).encode()
+        self._first = _aligned(_LAYOUT_AT + len(described), _LAYOUT_AT)
+        _retire(path)
+        self._file = self._create(described)
+        os.rename(f"{path}.new", path)
+
+    def _create(self, described: bytes) -> int:
+        """Make the new segment under a temporary name, locked and mapped."""
+        size = self._first + 2 * self._buffer_bytes
+        try:
+            file = os.open(f"{self.path}.new", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.posix_fallocate(file, 0, size)  # else a full memory would be a bus error later
+        except OSError as error:
+            os.close(file)
+            os.unlink(f"{self.path}.new")
+            raise UserError(
+                f"{self.path}: the weights need {size / 1e9:.2f} GB twice-buffered there ({error.strerror}); "
+                "give the machine or container more shared memory (docker run --shm-size)"
+            ) from None
+        self._map = mmap.mmap(file, size)
+        self._words = memoryview(self._map)[_WORDS_AT : _WORDS_AT + 8 * _NUM_WORDS].cast("q")
+        self._words[_NEWEST], self._words[_PID] = _NOTHING, os.getpid()
+        self._words[_VERSION] = self._words[_VERSION + 1] = _NOTHING
+        self._map[_LAYOUT_AT : _LAYOUT_AT + len(described)] = described
+        self._map[: _PREFIX.size] = _PREFIX.pack(_MAGIC, _SCHEMA, len(described), self._buffer_bytes)
+        self._views = [self._view(buffer) for buffer in (0, 1)]
+        return file
+
+    def _view(self, buffer: int) -> list[Tensor]:
+        import torch
+
+        start = self._first + buffer * self._buffer_bytes
+        whole = torch.frombuffer(self._map, dtype=torch.uint8, count=self._buffer_bytes, offset=start)
+        return [_tensor(whole, slot) for slot in self._slots]
+
+    def publish(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Copy the tensors (from any device) and announce them. Raises ValueError when names, dtypes or
+        shapes are not those of the layout, or the version is not newer."""
+        newest = self._words[_NEWEST]
+        if version <= newest:
+            raise ValueError(f"version {version} is not newer than {newest}")
+        if tensors.keys() != {slot.name for slot in self._slots}:
+            raise ValueError(f"other tensors than announced: {sorted(tensors.keys() ^ self._names())[:5]}")
+        buffer = 1 if newest != _NOTHING and self._words[_VERSION] == newest else 0
+        for slot, view in zip(self._slots, self._views[buffer], strict=True):
+            given = tensors[slot.name]
+            if given.shape != view.shape or given.dtype != view.dtype:
+                raise ValueError(
+                    f"{slot.name} is {given.dtype} {tuple(given.shape)}, not {slot.dtype} {slot.shape}"
+                )
+        self._words[_SEQUENCE + buffer] |= 1  # it may be odd already, when a copy failed half-way
+        for slot, view in zip(self._slots, self._views[buffer], strict=True):
+            view.copy_(tensors[slot.name].detach())
+        start = self._first + buffer * self._buffer_bytes
+        self._words[_CHECKSUM + buffer] = (
+            _crc(memoryview(self._map)[start : start + self._buffer_bytes]) if self._checksum else _NOTHING
+        )
+        self._words[_VERSION + buffer] = version
+        self._words[_SEQUENCE + buffer] += 1
+        self._words[_NEWEST] = version
+
+    def _names(self) -> set[str]:
+        return {slot.name for slot in self._slots}
+
+    def close(self) -> None:
+        """Remove the segment. Readers keep what they have."""
+        if self._file < 0:
+            return
+        self._words[_NEWEST] = _CLOSED
+        self.path.unlink(missing_ok=True)
+        self._views.clear()
+        self._words.release()
+        self._map.close()
+        os.close(self._file)
+        self._file = -1
+
+    def __enter__(self) -> WeightPublisher:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+class WeightReader:
+    """A generator's end. Follows the publisher when it is replaced by a new one at the same path."""
+
+    def __init__(self, path: Path) -> None:
+        """The segment need not exist yet. One reader belongs to one thread at a time."""
+        self.path = path
+        self._map: mmap.mmap | None = None
+        self._words = memoryview(bytes(8 * _NUM_WORDS)).cast("q")
+        self._slots: list[_Slot] = []
+        self._first = self._buffer_bytes = 0
+        self._seen = _NOTHING
+
+    def latest(self) -> int:
+        """The newest version published; -1 before the first. Costs a microsecond. After the publisher
+        has closed: the last one it had. Raises WeightsError for a file that is no segment."""
+        newest = self._words[_NEWEST] if self._map is not None else _CLOSED
+        if newest == _CLOSED:
+            if not self._open():
+                return self._seen
+            newest = self._words[_NEWEST]
+        if newest >= 0:
+            self._seen = newest
+        return self._seen
+
+    def read(self, seconds: float = 60.0) -> tuple[int, dict[str, Tensor]]:
+        """The newest version and its tensors, which the caller owns (one allocation, on the CPU).
+
+        Waits for the first version; raises WeightsError after `seconds`."""
+        deadline = time.monotonic() + seconds
+        overtaken = 0
+        while True:
+            self.latest()
+            if self._map is not None and self._words[_NEWEST] >= 0:
+                found = self._copy()
+                if found is not None:
+                    return found
+                overtaken += 1
+            if time.monotonic() > deadline:
+                raise WeightsError(self._why(seconds, overtaken))
+            if not overtaken:
+                time.sleep(_POLL_S)
+
+    def _copy(self) -> tuple[int, dict[str, Tensor]] | None:
+        """One attempt. None when the publisher wrote meanwhile."""
+        import torch
+
+        assert self._map is not None
+        newest = self._words[_NEWEST]
+        buffer = 0 if self._words[_VERSION] == newest else 1
+        sequence = self._words[_SEQUENCE + buffer]
+        if newest < 0 or sequence % 2 or self._words[_VERSION + buffer] != newest:
+            return None
+        start = self._first + buffer * self._buffer_bytes
+        copied = np.frombuffer(self._map, np.uint8, self._buffer_bytes, start).copy()
+        checksum = self._words[_CHECKSUM + buffer]
+        if self._words[_SEQUENCE + buffer] != sequence:
+            return None
+        if checksum != _NOTHING and checksum != _crc(copied.data):
+            return None
+        whole = torch.from_numpy(copied)
+        return newest, {slot.name: _tensor(whole, slot) for slot in self._slots}
+
+    def _why(self, seconds: float, overtaken: int) -> str:
+        if self._map is None:
+            return f"waited {seconds:g} s for the trainer to make the weight segment {self.path}"
+        if overtaken:
+            return (
+                f"{self.path}: in {seconds:g} s no copy of the weights was whole ({overtaken} attempts): "
+                "the trainer publishes faster than they can be copied, or the segment is damaged"
+            )
+        return f"waited {seconds:g} s for the trainer to publish weights in {self.path}"
+
+    def _open(self) -> bool:
+        """Map the segment at the path. False when there is none (yet)."""
+        try:
+            with self.path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{self.path} is no weight segment: {error}") from None
+        slots, first, buffer_bytes = _parse(self.path, mapped)
+        words = memoryview(mapped)[_WORDS_AT : _WORDS_AT + 8 * _NUM_WORDS].cast("q")
+        if words[_NEWEST] == _CLOSED:
+            words.release()
+            mapped.close()
+            return False
+        self.close()
+        self._map, self._words = mapped, words
+        self._slots, self._first, self._buffer_bytes = slots, first, buffer_bytes
+        return True
+
+    def close(self) -> None:
+        """Unmap. Tensors that were read stay valid."""
+        if self._map is not None:
+            self._words.release()
+            self._map.close()
+            self._map = None
+
+    def __enter__(self) -> WeightReader:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> tuple[list[_Slot], int]:
+    """The slots and the bytes of one buffer."""
+    slots, end = [], 1
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in _ITEM_BYTES:
+            raise ValueError(f"{name}: weights of dtype {dtype} cannot be published")
+        slot = _Slot(name=name, dtype=dtype, shape=tuple(tensor.shape), offset=_aligned(end, _ALIGN))
+        slots.append(slot)
+        end = slot.end
+    return slots, _aligned(end, mmap.PAGESIZE)
+
+
+def _tensor(whole: Tensor, slot: _Slot) -> Tensor:
+    """The tensor of one slot as a view of its buffer's bytes."""
+    import torch
+
+    return whole[slot.offset : slot.end].view(getattr(torch, slot.dtype)).view(slot.shape)
+
+
+def _parse(path: Path, mapped: mmap.mmap) -> tuple[list[_Slot], int, int]:
+    """The layout of a segment. Raises WeightsError when it is none."""
+    if len(mapped) < _LAYOUT_AT:
+        raise WeightsError(f"{path} is no weight segment: it has {len(mapped)} bytes")
+    magic, schema, layout_bytes, buffer_bytes = _PREFIX.unpack_from(mapped)
+    if magic != _MAGIC or schema != _SCHEMA:
+        raise WeightsError(f"{path} is no weight segment of schema {_SCHEMA}; remove it and run again")
+    first = _aligned(_LAYOUT_AT + layout_bytes, _LAYOUT_AT)
+    try:
+        described = json.loads(mapped[_LAYOUT_AT : _LAYOUT_AT + layout_bytes])
+        slots = [
+            _Slot(name=str(name), dtype=dtype, shape=tuple(int(n) for n in shape), offset=int(offset))
+            for name, dtype, shape, offset in described
+        ]
+        fits = all(0 <= slot.offset <= slot.end <= buffer_bytes for slot in slots)
+    except (ValueError, TypeError, KeyError) as error:
+        raise WeightsError(f"{path}: the weight segment's layout is damaged: {error}") from None
+    if not fits or first + 2 * buffer_bytes != len(mapped):
+        raise WeightsError(f"{path}: the weight segment is truncated or damaged; remove it and run again")
+    return slots, first, buffer_bytes
+
+
+def _retire(path: Path) -> None:
+    """Tell readers of a dead publisher's segment to look for the new one. Raises UserError when the
+    publisher lives."""
+    try:
+        file = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be replaced ({error.strerror}); remove it") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file).st_size >= _LAYOUT_AT and os.pread(file, 8, 0) == _MAGIC:
+            os.pwrite(file, struct.pack("<q", _CLOSED), _WORDS_AT + 8 * _NEWEST)
+    except BlockingIOError:
+        raise UserError(f"{path}: another run publishes its weights there; end that run first") from None
+    finally:
+        os.close(file)
+
+
+def _aligned(offset: int, to: int) -> int:
+    return -(-offset // to) * to
+
+
+def _crc(data: Any) -> int:
+    return zlib.crc32(data)
