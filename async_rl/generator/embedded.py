@@ -1,0 +1,330 @@
+"""Continuous decoding in plain torch on the decoder the trainer uses.
+
+Every step feeds one packed row of tokens: the last token of each running turn, together with new
+prompts and appended environment text up to the prefill budget. A turn that ends leaves at once and the
+next request takes its place before the following step; no sequence waits for the longest.
+
+One background task owns the model. It yields to the event loop after each step, so that sessions whose
+turn just ended ask for their next one before the next step; without work it sleeps on an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from async_rl.generator.engine import Completion, EngineStats, Request
+from async_rl.generator.kv_cache import CacheAttention, Feed, KVCache, arrange
+from async_rl.generator.sampler import sample, uniforms
+from async_rl.generator.slots import Slots, Turn
+from async_rl.generator.stopping import StopRules
+from async_rl.model.attention import DocumentAttention
+from async_rl.model.decoder import Decoder
+from async_rl.model.huggingface import HuggingFaceDecoder
+from async_rl.model.tokenizer import Tokenizer
+
+PROBE_ROWS = 1024
+"""tokens whose logits a probe holds at once"""
+FILLED = 0.75
+"""running sequences are moved together when they fill less than this part of the slots they span"""
+
+Answer = asyncio.Future[Completion]
+
+
+class EmbeddedEngine:
+    """`Engine` on the CPU or one GPU. Takes the model over: moves it and overwrites its weights.
+
+    max_sequences: sequences with a cache (running and between turns); further requests wait in order.
+    max_context: tokens of one sequence; never more than the model's own limit.
+    kv_on_update: after `load`, rebuild the cache of every sequence under the new weights ("recompute")
+    or go on with the old one ("keep", cheaper; later tokens then come from neither policy).
+    prefill_tokens: most prompt and environment tokens in one step.
+    """
+
+    def __init__(
+        self,
+        model: Decoder | HuggingFaceDecoder,
+        tokenizer: Tokenizer,
+        *,
+        max_sequences: int = 64,
+        max_context: int | None = None,
+        kv_on_update: Literal["recompute", "keep"] = "recompute",
+        prefill_tokens: int = 2048,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if max_sequences < 1 or prefill_tokens < 1:
+            raise ValueError("max_sequences and prefill_tokens must be at least 1")
+        if max_context is not None and not 2 <= max_context <= model.config.max_context:
+            raise ValueError(f"max_context {max_context} is not within 2..{model.config.max_context} of the model")
+        self._model = model.to(device=device, dtype=dtype).eval()
+        self._device = torch.device(device)
+        self._max_context = max_context or model.config.max_context
+        self._recompute = kv_on_update == "recompute"
+        self._prefill_tokens = prefill_tokens
+        self._cache = KVCache(
+            layers=model.config.layers,
+            heads=model.config.heads,
+            kv_heads=model.config.kv_heads,
+            head_dim=model.config.head_dim,
+            max_slots=max_sequences,
+            max_context=self._max_context,
+            device=self._device,
+            dtype=dtype,
+        )
+        self._slots = Slots(max_sequences, self._max_context)
+        self._rules = StopRules(tokenizer, model.config.vocabulary)
+        self._waiting: dict[int, tuple[Turn, Answer]] = {}  # by session, in order of arrival
+        self._answers: dict[int, Answer] = {}  # of running sessions
+        self._version = 0
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+        self._busy_seconds = 0.0
+        self._generated = self._prefilled = 0
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @property
+    def max_context(self) -> int:
+        return self._max_context
+
+    async def generate(self, request: Request) -> Completion:
+        """Sample one turn. Raises ValueError for a request that cannot be right, RuntimeError when the
+        model gives logits that are not finite."""
+        self._check(request)
+        if self._closed:
+            return Completion(tokens=(), log_probs=(), versions=(), finish="aborted")
+        if len(request.tokens) >= self._max_context:
+            return Completion(tokens=(), log_probs=(), versions=(), finish="length")
+        running = self._slots.rule[self._slots.running].tolist()
+        waiting = [turn.rule for turn, _ in self._waiting.values()]
+        turn = Turn(request=request, rule=self._rules.number(request.params, running + waiting))
+        answer: Answer = asyncio.get_running_loop().create_future()
+        self._start_task()
+        if self._slots.of(request.session) is not None:  # between turns: it has its place already
+            self._begin(turn, answer)
+        else:
+            self._waiting[request.session] = (turn, answer)
+        self._wake.set()
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self.release(request.session)
+            raise
+
+    async def load(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Copy `weights` into the parameters. Raises ValueError, and changes nothing, unless they are
+        exactly the model's parameters."""
+        parameters = dict(self._model.named_parameters())
+        if weights.keys() != parameters.keys():
+            odd = sorted(weights.keys() ^ parameters.keys())
+            raise ValueError(f"weights of version {version} do not fit the model: {odd[0]} and {len(odd) - 1} more")
+        for name, parameter in parameters.items():
+            if weights[name].shape != parameter.shape:
+                raise ValueError(f"{name} has shape {list(weights[name].shape)}, not {list(parameter.shape)}")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+        self._version = version
+        if self._recompute:
+            self._slots.cached[:] = 0
+
+    async def probe(self, tokens: Sequence[int]) -> Sequence[float]:
+        """Log-probs of tokens[1:] given what precedes each, at temperature 1."""
+        ids = torch.tensor(list(tokens), dtype=torch.int64, device=self._device)
+        if len(ids) < 2:
+            return []
+        found: list[float] = []
+        with torch.no_grad():
+            positions = torch.arange(len(ids), device=self._device)
+            hidden = self._model(ids, positions, DocumentAttention([len(ids)]))
+            for begin in range(0, len(ids) - 1, PROBE_ROWS):
+                target = ids[begin + 1 : begin + 1 + PROBE_ROWS, None]
+                logits = hidden[begin : begin + len(target)] @ self._model.head.T
+                found += torch.log_softmax(logits.float(), -1).gather(1, target).squeeze(1).tolist()
+        return found
+
+    def release(self, session: int) -> None:
+        """Forget a session; a turn of it that still waits or runs is aborted."""
+        waiting = self._waiting.pop(session, None)
+        if waiting is not None:
+            self._finish(waiting[1], (), (), (), "aborted")
+        slot = self._slots.of(session)
+        if slot is None:
+            return
+        if self._slots.running[slot]:
+            self._answer(slot, "aborted")
+        self._slots.clear(slot)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            busy_seconds=self._busy_seconds,
+            tokens_generated=self._generated,
+            tokens_prefilled=self._prefilled,
+            running=int(self._slots.running.sum()),
+            waiting=len(self._waiting),
+        )
+
+    async def close(self) -> None:
+        """Abort every request with the tokens it has, and stop."""
+        self._closed = True
+        for session in [*self._waiting, *self._answers]:
+            self.release(session)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def _check(self, request: Request) -> None:
+        params, tokens = request.params, np.asarray(request.tokens)
+        if len(tokens) == 0 or params.max_tokens < 1 or not params.temperature >= 0:
+            raise ValueError("a request needs tokens, max_tokens >= 1 and temperature >= 0")
+        if tokens.min() < 0 or tokens.max() >= self._model.config.vocabulary:
+            raise ValueError(f"a token is outside the vocabulary of {self._model.config.vocabulary}")
+        if request.session in self._answers or request.session in self._waiting:
+            raise ValueError(f"session {request.session} is generating already")
+
+    def _start_task(self) -> None:
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="embedded engine")
+            self._task.add_done_callback(self._ended)
+        elif self._task.done():
+            self._task.result()  # raises what ended it
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Hand the error that ended the background task to everyone who waits for it."""
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        for answer in [*self._answers.values(), *(answer for _, answer in self._waiting.values())]:
+            if not answer.done():
+                answer.set_exception(error)
+        self._answers.clear()
+        self._waiting.clear()
+
+    async def _run(self) -> None:
+        while True:
+            if not self._answers and not self._waiting:
+                self._wake.clear()
+                await self._wake.wait()
+            self._admit()
+            if self._answers:
+                begun = time.perf_counter()
+                self._step()
+                self._busy_seconds += time.perf_counter() - begun
+            await asyncio.sleep(0)
+
+    def _admit(self) -> None:
+        """Give waiting requests a slot, in order."""
+        while self._waiting:
+            session = next(iter(self._waiting))
+            if self._slots.take(session) is None:
+                return
+            turn, answer = self._waiting.pop(session)
+            self._begin(turn, answer)
+
+    def _begin(self, turn: Turn, answer: Answer) -> None:
+        slot = self._slots.of(turn.request.session)
+        assert slot is not None
+        self._slots.start(slot, turn)
+        self._answers[turn.request.session] = answer
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """Feed, sample one token of every row whose history is complete, end turns."""
+        slots = self._slots
+        rows, num_near, num_far = arrange(self._next_feed())
+        attention = CacheAttention(self._cache, rows, num_near, num_far)
+        tokens = self._to_device(slots.tokens[attention.slot, attention.position].astype(np.int64))
+        hidden = self._model(tokens, self._to_device(attention.position), attention)
+        reached = rows.start + rows.count
+        slots.cached[rows.slot] = reached
+        complete = reached == slots.known[rows.slot]
+        self._prefilled += int(rows.count.sum()) - int((rows.count == 1).sum())
+        if not complete.any():
+            return
+        if len(tokens) > len(rows.slot) or not complete.all():
+            hidden = hidden.index_select(0, self._to_device(attention.last[complete]))
+        self._sample(rows.slot[complete], hidden)
+
+    def _next_feed(self) -> Feed:
+        """What each running row lacks: one token when decoding, more within the prefill budget. Oldest
+        requests first. Also keeps the running rows together and the cache large enough."""
+        slots = self._slots
+        slot = np.flatnonzero(slots.running)
+        if len(slot) < FILLED * (slot[-1] + 1):
+            self._cache.reserve(int(slot[-1]) + 1, 1)
+            first, second = slots.compaction()
+            slots.swap(first, second)
+            self._cache.swap(first, second, int(slots.cached.max()))
+            slot = np.flatnonzero(slots.running)
+        count = slots.known[slot] - slots.cached[slot]
+        if int(count.sum()) - len(slot) > self._prefill_tokens:
+            order = np.argsort(slots.arrival[slot], kind="stable")
+            extra = count[order] - 1
+            before = extra.cumsum() - extra
+            granted = np.clip(self._prefill_tokens - before, 0, extra)
+            # A row that lacks several tokens and gets no budget is left out of this step.
+            count[order] = np.where((extra > 0) & (granted == 0), 0, granted + 1)
+            slot, count = slot[count > 0], count[count > 0]
+        self._cache.reserve(int(slot[-1]) + 1, int((slots.cached[slot] + count).max()))
+        return Feed(slot=slot, start=slots.cached[slot], count=count)
+
+    def _sample(self, slot: NDArray[np.int64], hidden: Tensor) -> None:
+        """Sample one token for each of `slot` from hidden [rows, hidden]."""
+        slots = self._slots
+        at = slots.known[slot]
+        drawn, drawn_log_probs = sample(
+            hidden @ self._model.head.T, slots.temperature[slot], uniforms(slots.seed[slot], at)
+        )
+        token, log_prob = drawn.cpu().numpy(), drawn_log_probs.cpu().numpy()
+        if not np.isfinite(log_prob).all():
+            raise RuntimeError(f"the model's logits are not finite under weights of version {self._version}")
+        slots.tokens[slot, at] = token
+        slots.log_probs[slot, at] = log_prob
+        slots.versions[slot, at] = self._version
+        slots.known[slot] = at + 1
+        self._generated += len(slot)
+        stopped = self._rules.ended(slots.rule[slot], token, slot, slots.new_tokens)
+        over = stopped | (at + 1 >= slots.limit[slot])
+        for row in np.flatnonzero(over):
+            self._answer(int(slot[row]), "stop" if stopped[row] else "length")
+            slots.end(int(slot[row]))
+
+    def _answer(self, slot: int, finish: Literal["stop", "length", "aborted"]) -> None:
+        """Complete the turn of a running slot."""
+        slots = self._slots
+        turn = slice(int(slots.turn_start[slot]), int(slots.known[slot]))
+        self._finish(
+            self._answers.pop(slots.session[slot]),
+            slots.tokens[slot, turn].tolist(),
+            slots.log_probs[slot, turn].tolist(),
+            slots.versions[slot, turn].tolist(),
+            finish,
+        )
+
+    def _finish(
+        self,
+        answer: Answer,
+        tokens: Sequence[int],
+        log_probs: Sequence[float],
+        versions: Sequence[int],
+        finish: Literal["stop", "length", "aborted"],
+    ) -> None:
+        if not answer.done():
+            answer.set_result(
+                Completion(tokens=tokens, log_probs=log_probs, versions=versions, finish=finish)
+            )
+
+    def _to_device(self, values: NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)

@@ -1,0 +1,268 @@
+"""Keys and values of the engine's sequences, and attention over them.
+
+Layout: per layer [slots, capacity, kv_heads, head_dim]. A sequence lives in one slot; running sequences
+keep to the low slots, so a decode step attends over a *view* of the cache and copies nothing. Capacity
+and slots double when needed, up to the engine's limits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from async_rl.model.attention import DocumentAttention
+
+Ints = NDArray[np.int64]
+FIRST_CAPACITY, FIRST_SLOTS = 64, 16
+SMALL_APPEND = 8
+"""tokens: longer appends never share the decode rows' attention call"""
+GATHER_COST = 4
+"""copying a cached position costs about this many times attending to it"""
+CALL_COST = 1200
+"""one more attention call costs about as much as attending to this many positions"""
+
+
+class KVCache:
+    """Storage, grown on demand. Zeroed when made: masked positions must be finite."""
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        max_slots: int,
+        max_context: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.shared_heads = heads // kv_heads
+        """query heads of one key-value head"""
+        self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
+        self.max_slots, self.max_context = max_slots, max_context
+        self.device, self.dtype = device, dtype
+        self.slots = self.capacity = 0
+        self._store = torch.empty(0)
+        self._allocate(min(FIRST_SLOTS, max_slots), min(FIRST_CAPACITY, max_context))
+
+    def reserve(self, slots: int, tokens: int) -> None:
+        """Make room for `slots` sequences of `tokens` tokens; existing contents stay."""
+        assert slots <= self.max_slots
+        assert tokens <= self.max_context
+        if slots > self.slots or tokens > self.capacity:
+            grown_slots = self.slots if slots <= self.slots else min(self.max_slots, max(slots, 2 * self.slots))
+            grown = self.capacity
+            if tokens > grown:
+                grown = min(self.max_context, max(tokens, 2 * grown))
+            self._allocate(grown_slots, grown)
+
+    def swap(self, first: list[int], second: list[int], tokens: int) -> None:
+        """Exchange the first `tokens` positions of slots `first[i]` and `second[i]`."""
+        here = torch.tensor(first + second, device=self.device)
+        there = torch.tensor(second + first, device=self.device)
+        part = self._store[:, :, :, :tokens]
+        part[:, :, here] = part[:, :, there]
+
+    def _allocate(self, slots: int, capacity: int) -> None:
+        shape = (2, self.layers, slots, capacity, self.kv_heads, self.head_dim)
+        store = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        if self.slots:
+            store[:, :, : self.slots, : self.capacity] = self._store
+        self._store = store
+        self.slots, self.capacity = slots, capacity
+        self.key = [store[0, layer] for layer in range(self.layers)]
+        self.value = [store[1, layer] for layer in range(self.layers)]
+        flat = (slots * capacity, self.kv_heads, self.head_dim)
+        self.flat_key = [tensor.view(flat) for tensor in self.key]
+        self.flat_value = [tensor.view(flat) for tensor in self.value]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feed:
+    """What one step feeds to the model: row i adds `count[i]` tokens to slot `slot[i]`, whose first
+    `start[i]` positions are cached. Packed row by row in this order."""
+
+    slot: Ints  # [rows]
+    start: Ints  # [rows]
+    count: Ints  # [rows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Rows of consecutive packed tokens that share one attention call over the cache."""
+
+    first: int
+    last: int
+    """packed tokens first <= i < last"""
+    rows: Tensor | None  # [padded rows] int64 slots; None: the view of slots 0..num_rows
+    num_rows: int
+    queries: int
+    """most tokens a row adds"""
+    scatter: Tensor | None  # [last - first] int64 into [num_rows * queries]; None: one token each row
+    mask: Tensor  # [num_rows, 1, queries or 1, length], 0 or -inf
+
+
+class CacheAttention:
+    """Writes the fed keys and values into the cache and attends over it: one step's `Attention`.
+
+    Three kinds of rows: *near* rows (one token, or few) over a view of the low slots; *far* rows over
+    a copy of their cache (many tokens, or much longer than the rest); *fresh* rows, which have nothing
+    cached, among their own packed tokens.
+    """
+
+    def __init__(self, cache: KVCache, feed: Feed, num_near: int, num_far: int) -> None:
+        """The first `num_near` rows of `feed` are near, the next `num_far` far, the others fresh."""
+        self._cache = cache
+        device = cache.device
+        ends = feed.count.cumsum()
+        self.row = np.repeat(np.arange(len(feed.slot)), feed.count)  # [tokens]
+        offset = np.arange(len(self.row)) - (ends - feed.count)[self.row]
+        self.position = feed.start[self.row] + offset  # [tokens]
+        self.slot = feed.slot[self.row]  # [tokens]
+        self.last = ends - 1  # [rows]
+        self._where = torch.from_numpy(self.slot * cache.capacity + self.position).to(device)
+        self._groups: list[Group] = []
+        if num_near:
+            self._groups.append(self._group(feed, offset, 0, num_near, near=True))
+        first = num_near
+        for last in _pieces(feed, num_near, num_near + num_far):
+            self._groups.append(self._group(feed, offset, first, last, near=False))
+            first = last
+        fresh = feed.count[num_near + num_far :]
+        self._fresh = DocumentAttention(fresh.tolist()) if len(fresh) else None
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        cache = self._cache
+        cache.flat_key[layer].index_copy_(0, self._where, key)
+        cache.flat_value[layer].index_copy_(0, self._where, value)
+        parts = [self._attend(group, layer, query[group.first : group.last]) for group in self._groups]
+        if self._fresh is not None:
+            begin = len(self.row) - self._fresh.num_tokens
+            parts.append(self._fresh(layer, query[begin:], key[begin:], value[begin:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend(self, group: Group, layer: int, query: Tensor) -> Tensor:
+        """query [tokens, heads, head_dim] -> the same shape. The query heads that share a key-value head
+        are laid beside each other as if they were queries, so no key is repeated."""
+        _, heads, size = query.shape
+        n, kv = group.num_rows, self._cache.kv_heads
+        length = group.mask.shape[-1]
+        key, value = self._cache.key[layer][:, :length], self._cache.value[layer][:, :length]
+        if group.rows is None:
+            key, value = key[:n], value[:n]
+        else:
+            key, value = key.index_select(0, group.rows), value.index_select(0, group.rows)
+        if group.scatter is not None:
+            padded = query.new_zeros((n * group.queries, heads, size))
+            query = padded.index_copy_(0, group.scatter, query)
+        folded = query.view(n, group.queries, kv, heads // kv, size).transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            folded.reshape(n, kv, -1, size), key.transpose(1, 2), value.transpose(1, 2), attn_mask=group.mask
+        )
+        out = out.view(n, kv, group.queries, heads // kv, size).transpose(1, 2).reshape(-1, heads, size)
+        return out if group.scatter is None else out.index_select(0, group.scatter)
+
+    def _group(self, feed: Feed, offset: Ints, first: int, last: int, *, near: bool) -> Group:
+        """One attention call for rows first <= i < last."""
+        device, dtype = self._cache.device, self._cache.dtype
+        begin = int(self.last[first] - feed.count[first] + 1)
+        end = int(self.last[last - 1]) + 1
+        slots = feed.slot[first:last]
+        queries = int(feed.count[first:last].max())
+        length = int((feed.start[first:last] + feed.count[first:last]).max())
+        num_rows = int(slots[-1]) + 1 if near else last - first
+        dense = queries == 1 and num_rows == last - first
+        # Unused rows of the view look at position 0, so that their softmax is finite.
+        position = np.zeros((num_rows, queries), dtype=np.int64)
+        index = None
+        if dense:
+            position[:, 0] = self.position[begin:end]
+        else:
+            at = self.slot[begin:end] if near else self.row[begin:end] - first
+            position[at, offset[begin:end]] = self.position[begin:end]
+            index = torch.from_numpy(at * queries + offset[begin:end]).to(device)
+        hidden = np.arange(length) > position[:, None, :, None]
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+        mask.masked_fill_(torch.from_numpy(hidden).to(device), float("-inf"))
+        if queries > 1:
+            mask = mask.repeat_interleave(self._cache.shared_heads, 2)
+        return Group(
+            first=begin,
+            last=end,
+            rows=None if near else torch.from_numpy(slots).to(device),
+            num_rows=num_rows,
+            queries=queries,
+            scatter=index,
+            mask=mask,
+        )
+
+
+def arrange(feed: Feed) -> tuple[Feed, int, int]:
+    """Sort the rows (given by ascending slot) into near, far and fresh ones, by estimated cost.
+
+    Returns the sorted feed and the numbers of near and far rows.
+    """
+    length = feed.start + feed.count
+    several = feed.count > 1
+    near = ~several
+    if several.any():
+        small = several & (feed.count <= SMALL_APPEND)
+        if small.any() and _worth_sharing(feed, length, near, small):
+            near = near | small
+    near = _without_outliers(feed, length, near)
+    fresh = ~near & several & (feed.start == 0)
+    far = np.flatnonzero(~near & ~fresh)
+    if len(far) > 1:
+        far = far[np.lexsort((_magnitude(length[far]), _magnitude(feed.count[far])))]
+    order = np.concatenate((np.flatnonzero(near), far, np.flatnonzero(fresh)))
+    if len(far) or fresh.any():
+        feed = Feed(slot=feed.slot[order], start=feed.start[order], count=feed.count[order])
+    return feed, int(near.sum()), len(far)
+
+
+def _worth_sharing(feed: Feed, length: Ints, near: NDArray[np.bool_], small: NDArray[np.bool_]) -> bool:
+    """Whether small appends should share the near call, which pads every row to the widest of them."""
+    if not near.any():
+        return True
+    widest = int(feed.count[small].max())
+    both = near | small
+    padding = (widest - 1) * (int(feed.slot[both].max()) + 1) * int(length[both].max())
+    apart = int(length[small].sum()) * (GATHER_COST + widest) + CALL_COST
+    return padding <= apart
+
+
+def _without_outliers(feed: Feed, length: Ints, near: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """`near` without the longest rows, when all others attending over their length costs more than
+    copying their cache."""
+    rows = np.flatnonzero(near)
+    if len(rows) < 2:
+        return near
+    rows = rows[np.argsort(-length[rows], kind="stable")]
+    longest = length[rows]
+    if longest[0] < 2 * longest[-1]:
+        return near
+    viewed = int(feed.slot[rows].max()) + 1
+    taken_out = np.concatenate(([0], longest.cumsum()[:-1]))  # tokens of the rows before this one
+    cost = viewed * longest + GATHER_COST * taken_out + CALL_COST * (taken_out > 0)
+    near = near.copy()
+    near[rows[: int(cost.argmin())]] = False
+    return near
+
+
+def _pieces(feed: Feed, first: int, last: int) -> list[int]:
+    """Ends of the runs of far rows with similar count and length; each run is padded to its largest."""
+    if first == last:
+        return []
+    kind = _magnitude(feed.count[first:last]) * 64 + _magnitude((feed.start + feed.count)[first:last])
+    return [*(np.flatnonzero(np.diff(kind)) + first + 1).tolist(), last]
+
+
+def _magnitude(values: Ints) -> Ints:
+    """Number of binary digits."""
+    return np.frexp(values.astype(np.float64))[1].astype(np.int64)
