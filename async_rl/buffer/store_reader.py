@@ -1,0 +1,271 @@
+"""Reading the record of a run, also while it goes on: its tables, rows, and `StoreReader`.
+
+A reader sees what was committed and never blocks the writer. A half-read iterator holds a snapshot, which
+keeps the write-ahead log from shrinking: read to the end.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from async_rl.errors import UserError
+
+SCHEMA = 1
+APPLICATION_ID = 0x41524C31
+PAGE_BYTES = 32768
+"""large pages: a blob of 10-20 kB fits into one"""
+LOCK_WAIT_S = 10.0
+
+TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value);
+CREATE TABLE groups (
+    group_id INTEGER PRIMARY KEY, problem INTEGER, split TEXT,
+    admitted_version INTEGER, admitted_at REAL, generator TEXT,
+    step INTEGER,             -- the batch it is in
+    refused_because TEXT      -- why it will not be trained
+);
+CREATE INDEX groups_by_step ON groups (step) WHERE step IS NOT NULL;
+CREATE TABLE trajectories (
+    id INTEGER PRIMARY KEY,   -- order of arrival
+    group_id INTEGER, sample INTEGER, split TEXT, problem INTEGER,
+    step INTEGER, version_min INTEGER, version_max INTEGER, reward REAL,
+    length INTEGER, policy_length INTEGER, num_turns INTEGER,
+    ended TEXT, reason TEXT, refused_because TEXT, generator TEXT,
+    started_at REAL, finished_at REAL
+);
+CREATE UNIQUE INDEX trajectories_by_sample ON trajectories (group_id, sample);
+-- Apart from the columns, so that setting a step or scanning the columns does not move the bytes.
+CREATE TABLE payloads (
+    id INTEGER PRIMARY KEY,   -- that of the trajectory
+    payload BLOB              -- see async_rl/trajectory/codec.py
+);
+CREATE TABLE batches (
+    step INTEGER PRIMARY KEY,
+    groups TEXT,              -- JSON list of group ids, in the batch's order
+    formed_at REAL, trained_at REAL
+);
+CREATE TABLE evaluations (
+    evaluation INTEGER PRIMARY KEY, version_min INTEGER, version_max INTEGER,
+    reward REAL, rewards TEXT, -- mean; JSON list
+    finished_at REAL
+);
+"""
+_GROUP = "group_id, problem, split, admitted_version, admitted_at, generator, step, refused_because"
+_TRAJECTORY = (
+    "group_id, sample, split, problem, step, version_min, version_max, reward, length, policy_length, "
+    "num_turns, ended, reason, refused_because, generator, started_at, finished_at"
+)
+_PAYLOADS = "SELECT payload FROM trajectories JOIN payloads USING (id)"
+Row = TypeVar("Row")
+
+
+class StoreError(Exception):
+    """The store cannot go on (disk full, file lost, ...). The message names the file and the remedy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRow:
+    group: int
+    problem: int
+    split: str
+    admitted_version: int
+    admitted_at: float
+    """seconds, the buffer's clock"""
+    generator: str
+    step: int | None = None
+    """batch it is in"""
+    refused_because: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryRow:
+    """A trajectory without its tokens."""
+
+    group: int
+    sample: int
+    split: str
+    problem: int
+    step: int | None
+    version_min: int
+    version_max: int
+    reward: float | None
+    """None where it was NaN"""
+    length: int
+    """tokens"""
+    policy_length: int
+    """tokens sampled by the policy"""
+    num_turns: int
+    ended: str
+    reason: str
+    refused_because: str | None
+    generator: str
+    started_at: float
+    finished_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchRow:
+    step: int
+    groups: tuple[int, ...]
+    formed_at: float
+    trained_at: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRow:
+    evaluation: int
+    version_min: int
+    version_max: int
+    reward: float
+    """mean"""
+    rewards: tuple[float, ...]
+    finished_at: float
+
+
+class StoreReader:
+    """Reads a store, also one that another process is writing. It sees what was committed."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError when the file is missing or no store."""
+        self.path = path
+        if not path.is_file():
+            raise UserError(f"{path}: there is no store here; name a run folder that has trajectories.sqlite")
+        with explained(path, UserError):
+            self._connection = connect(path, mode="ro")
+            self.refuse_foreign()
+
+    def trajectories(self, *, step: int | None = None, split: str | None = None) -> Iterator[TrajectoryRow]:
+        """In the order of arrival, without tokens."""
+        where = " AND ".join(
+            [f"{name} = ?" for name, value in (("step", step), ("split", split)) if value is not None]
+            or ["1"]
+        )
+        given = [value for value in (step, split) if value is not None]
+        query = f"SELECT {_TRAJECTORY} FROM trajectories WHERE {where} ORDER BY id"
+        return self._rows(TrajectoryRow, query, given)
+
+    def groups(self, *, unfinished: bool = False) -> Iterator[GroupRow]:
+        """In the order of admission; `unfinished`: only those neither in a batch nor refused."""
+        where = "step IS NULL AND refused_because IS NULL" if unfinished else "1"
+        return self._rows(GroupRow, f"SELECT {_GROUP} FROM groups WHERE {where} ORDER BY group_id")
+
+    def batches(self) -> Iterator[BatchRow]:
+        for step, groups, formed_at, trained_at in self._all("SELECT * FROM batches ORDER BY step"):
+            yield BatchRow(
+                step=step, groups=tuple(json.loads(groups)), formed_at=formed_at, trained_at=trained_at
+            )
+
+    def evaluations(self) -> Iterator[EvaluationRow]:
+        for number, low, high, reward, rewards, at in self._all(
+            "SELECT * FROM evaluations ORDER BY evaluation"
+        ):
+            yield EvaluationRow(
+                evaluation=number,
+                version_min=low,
+                version_max=high,
+                reward=reward,
+                rewards=tuple(json.loads(rewards)),
+                finished_at=at,
+            )
+
+    def load_groups(self, groups: Sequence[int]) -> list[bytes]:
+        """Blobs of these groups: group by group in the given order, sample by sample."""
+        found: list[bytes] = []
+        query = f"{_PAYLOADS} WHERE group_id = ? ORDER BY sample"
+        for group in groups:
+            found += [payload for (payload,) in self._all(query, (group,))]
+        return found
+
+    def load_batch(self, step: int) -> list[bytes] | None:
+        """Blobs of the batch of `step`: the same ones in the same order whenever asked. None: not formed."""
+        batch = self._all("SELECT groups FROM batches WHERE step = ?", (step,))
+        if not batch:
+            return None
+        found: list[bytes] = []
+        query = f"{_PAYLOADS} WHERE group_id = ? AND step = ? ORDER BY sample"
+        for group in json.loads(batch[0][0]):
+            found += [payload for (payload,) in self._all(query, (group, step))]
+        return found
+
+    def counts(self) -> dict[str, int]:
+        """How many groups are admitted, in a batch, refused; trajectories, batches, batches trained."""
+        groups = "count(*), count(step), count(refused_because)"
+        admitted, batched, refused = self._all(f"SELECT {groups} FROM groups WHERE split = 'train'")[0]
+        batches, trained = self._all("SELECT count(*), count(trained_at) FROM batches")[0]
+        return {
+            "groups_admitted": admitted,
+            "groups_batched": batched,
+            "groups_refused": refused,
+            "trajectories": self._all("SELECT count(*) FROM trajectories")[0][0],
+            "batches": batches,
+            "batches_trained": trained,
+        }
+
+    def consumed_step(self) -> int:
+        """The last step whose batch was trained; -1 before the first."""
+        return int(self.meta("consumed_step", -1))
+
+    def meta(self, key: str, default: Any = None) -> Any:
+        found = self._all("SELECT value FROM meta WHERE key = ?", (key,))
+        return found[0][0] if found else default
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def _rows(self, row: type[Row], query: str, given: Sequence[Any] = ()) -> Iterator[Row]:
+        names = list(row.__dataclass_fields__)  # type: ignore[attr-defined]
+        with explained(self.path):
+            for values in self._connection.execute(query, given):
+                yield row(**dict(zip(names, values, strict=True)))
+
+    def _all(self, query: str, given: Sequence[Any] = ()) -> list[Any]:
+        with explained(self.path):
+            return self._connection.execute(query, given).fetchall()
+
+    def refuse_foreign(self) -> None:
+        (application,) = self._connection.execute("PRAGMA application_id").fetchone()
+        (schema,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if application != APPLICATION_ID:
+            raise UserError(f"{self.path}: this is an SQLite file, but not a store of async_rl")
+        if schema != SCHEMA:
+            raise UserError(
+                f"{self.path}: this store has schema {schema}, this program reads {SCHEMA}; "
+                "use the version of async_rl that wrote it"
+            )
+
+
+def connect(path: Path, *, mode: str) -> sqlite3.Connection:
+    uri = f"{path.resolve().as_uri()}?mode={mode}"
+    return sqlite3.connect(uri, uri=True, timeout=LOCK_WAIT_S, isolation_level=None)
+
+
+@contextmanager
+def explained(path: Path, kind: type[Exception] = StoreError) -> Iterator[None]:
+    """SQLite's errors as ours, with the file and what to do."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        said = str(error)
+        remedies = {
+            "unable to open": "this user must be able to write in its folder; else read a copy elsewhere",
+            "disk is full": "free some space on this disk and resume the run",
+            "readonly": "make the file and its folder writable, then resume the run",
+            "locked": f"another program held it for {LOCK_WAIT_S:g} s; close that one and resume the run",
+            "not a database": "this is no SQLite file; name the trajectories.sqlite of a run",
+            "malformed": "the file is damaged; restore it from a copy (sqlite3's .recover may help)",
+        }
+        remedy = next((remedies[key] for key in remedies if key in said), "is its disk in order?")
+        raise kind(f"{path}: {said}; {remedy}") from error
