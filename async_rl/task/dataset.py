@@ -11,8 +11,9 @@ from typing import Any, Literal
 from async_rl.config import setting
 from async_rl.errors import UserError, nearest
 from async_rl.task.generated import Prompt, require_range, stable_hash
+from async_rl.task.math_judge import VerdictTimeout
 from async_rl.task.protocol import Problem, Session
-from async_rl.task.reward import VerdictTimeout, last_number, make_reward
+from async_rl.task.reward import last_number, make_reward
 from async_rl.task.rows import Row, read_rows
 from async_rl.trajectory import Split
 
