@@ -39,6 +39,8 @@ class Columns:
     log_reference: Tensor | None = None  # [tokens]
     value: Tensor | None = None  # [tokens]
     """critic's value of the state *before* the token was sampled"""
+    value_before: Tensor | None = None  # [tokens]
+    """the same at the start of the step, for the clipped value loss (several updates a batch)"""
     entropy: Tensor | None = None  # [tokens]
     """entropy of the distribution the token was sampled from, under the current weights"""
     prob_square_sum: Tensor | None = None  # [tokens]
@@ -50,6 +52,8 @@ class Coefficients:
     """What the trainer multiplies gradients with. Everything is detached.
 
     loss = - sum_t policy[t] log pi_t  (+ sum_t value_grad[t] V_t  - sum_t entropy[t] H_t)
+
+    All columns have the dtype of `Columns.log_prob`.
 
     Denominators are already inside, so micro-batches and ranks simply add up.
     """

@@ -1,0 +1,261 @@
+"""Advantages without a critic: what is credited, compared with what, divided by what.
+
+A value is given to every trajectory, turn or token, centred within a set of comparable ones (the group,
+the same turn of the group, the same environment state) and spread to the tokens. The outcome (`reward`) and
+turn rewards are separate amounts: trajectory credit sees the outcome alone, finer credit sees turn
+rewards where they fell and the outcome at the last token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from async_rl.objective.baseline import Opob
+from async_rl.objective.gae import Returns, token_gae, turn_gae
+from async_rl.objective.recipe import AdvantageSettings, Recipe
+from async_rl.objective.segment import (
+    discounted_suffix_sum,
+    segment_max,
+    segment_min,
+    segment_sum,
+)
+from async_rl.objective.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advantage:
+    per_token: Tensor  # [tokens]
+    """what the trust rule sees. With an exact OPOB: R_i / scale, before the baseline is taken off"""
+    unit: Tensor | None = None  # [tokens]
+    """with OPOB: 1 / scale, what the baseline multiplies; 0 in groups of equal rewards"""
+    opob: Opob | None = None
+    returns: Returns | None = None
+    """targets of the critic"""
+    zero_signal: Tensor  # [trajectories] bool: its group has equal rewards
+
+
+def advantage_of(tokens: Tokens, recipe: Recipe, penalty: Tensor | None) -> Advantage:
+    """`penalty` [tokens]: subtracted from token rewards (KL in the reward)."""
+    settings = recipe.advantage
+    reward = tokens.reward if penalty is None else tokens.reward - tokens.sum_trajectory(penalty)
+    zero_signal = _equal(reward, tokens)[tokens.group_of_trajectory]
+    returns, unit, opob = None, None, None
+    match settings.credit:
+        case "trajectory":
+            if settings.baseline == "opob":
+                per_trajectory, per_unit = opob_parts(tokens, reward, recipe)
+                per_token, unit = per_trajectory[tokens.trajectory], per_unit[tokens.trajectory]
+                opob = Opob(values=per_trajectory, units=per_unit)
+            else:
+                per_token = group_advantage(tokens, reward, settings)[tokens.trajectory]
+        case "turn_return":
+            values = turn_returns(tokens, reward, penalty, settings.discount)
+            per_token = _centre_turns(tokens, values, settings)[tokens.turn]
+        case "turn_group":
+            per_token = _turn_group(tokens, reward, penalty, settings)[tokens.turn]
+        case "gigpo":
+            per_token = _gigpo(tokens, reward, penalty, settings)[tokens.turn]
+        case "token_return":
+            per_token = _token_returns(tokens, reward, penalty, settings)
+        case "token_gae":
+            returns = token_gae(tokens, token_rewards(tokens, tokens.reward, penalty), recipe)
+            per_token = returns.advantage
+        case "turn_gae":
+            returns = turn_gae(tokens, token_rewards(tokens, tokens.reward, penalty), recipe)
+            per_token = returns.advantage
+    if settings.whiten:
+        per_token = whitened(per_token, tokens)
+    per_token = torch.where(tokens.finite[tokens.trajectory], per_token, 0.0)
+    return Advantage(per_token=per_token, unit=unit, opob=opob, returns=returns, zero_signal=zero_signal)
+
+
+def token_rewards(tokens: Tokens, outcome: Tensor, penalty: Tensor | None) -> Tensor:
+    """Turn rewards where they fell, the outcome at the last policy token, less `penalty`. [tokens]"""
+    reward = tokens.token_reward.clone()
+    has_tokens = tokens.length > 0
+    last = tokens.length.cumsum(0).long() - 1
+    reward.index_add_(0, last[has_tokens], outcome[has_tokens])
+    return reward if penalty is None else reward - penalty
+
+
+def group_advantage(tokens: Tokens, reward: Tensor, settings: AdvantageSettings) -> Tensor:
+    """(R - baseline) / scale of each trajectory within its group. [trajectories]
+
+    A group of equal rewards gives exactly 0 (virtual_max and no baseline excepted), and so does a group of
+    one. Trajectories without a finite reward are not compared with and get 0.
+    """
+    return _compare(
+        reward, tokens.group_of_trajectory, tokens.num_groups, settings,
+        counted=tokens.rewarded, length=tokens.length, batch_values=reward,
+    )  # fmt: skip
+
+
+def _compare(
+    values: Tensor, key: Tensor, num_keys: int, settings: AdvantageSettings,
+    *, counted: Tensor, length: Tensor | None = None, batch_values: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Centre and scale `values` within equal `key`s. [values]"""
+    weight = counted.to(values.dtype)
+    count = segment_sum(weight, key, num_keys)
+    safe = count.clamp(min=1.0)
+    mean = segment_sum(values * weight, key, num_keys) / safe
+    total, size = mean * count, count
+    if settings.baseline == "virtual_max":
+        mean, size = (total + settings.reward_max) / (count + 1), count + 1
+    match settings.baseline:
+        case "none":
+            centred = values
+        case "leave_one_out":
+            others = (count - 1).clamp(min=1.0)[key]
+            centred = (values - mean[key]) * count[key] / others
+        case "length_weighted":
+            assert length is not None
+            mass = segment_sum(length * weight, key, num_keys)
+            weighted = segment_sum(values * length * weight, key, num_keys)
+            centred = values - torch.where(mass > 0, weighted / mass.clamp(min=1.0), mean)[key]
+        case _:
+            centred = values - mean[key]
+    scaled = centred / _scale(values, key, num_keys, settings, weight, mean, size, batch_values)
+    if settings.scale == "group_mean":
+        scaled = torch.where(mean[key] > 0, scaled, 0.0)
+    if settings.baseline not in ("none", "virtual_max"):
+        scaled = torch.where(_constant(values, key, num_keys, counted)[key], 0.0, scaled)
+    return torch.where(counted, scaled, 0.0)
+
+
+def _scale(
+    values: Tensor, key: Tensor, num_keys: int, settings: AdvantageSettings,
+    weight: Tensor, mean: Tensor, size: Tensor, batch_values: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """What `_compare` divides by, [values]; never 0."""
+    if settings.scale == "none":
+        return torch.ones_like(values)
+    if settings.scale == "group_mean":
+        positive = torch.where(mean > 0, mean, torch.ones_like(mean))
+        return positive[key]
+    less = 1.0 if settings.std == "sample" else 0.0
+    if settings.scale == "batch_std":
+        total = weight.sum().clamp(min=1.0)
+        batch_mean = (values * weight).sum() / total
+        variance = ((values - batch_mean).square() * weight).sum() / (total - less).clamp(min=1.0)
+        return (variance.sqrt() + settings.std_epsilon).expand_as(values)
+    square = segment_sum((values - mean[key]).square() * weight, key, num_keys)
+    if settings.baseline == "virtual_max":
+        square = square + (settings.reward_max - mean).square()
+    std = (square / (size - less).clamp(min=1.0)).sqrt()
+    return (std + settings.std_epsilon)[key]
+
+
+def _constant(values: Tensor, key: Tensor, num_keys: int, counted: Tensor) -> Tensor:
+    """Whether all counted values of a key are equal, [keys] bool. Exact, unlike a variance."""
+    highest = segment_max(torch.where(counted, values, -torch.inf), key, num_keys, empty=-torch.inf)
+    lowest = segment_min(torch.where(counted, values, torch.inf), key, num_keys, empty=torch.inf)
+    return ~(highest > lowest)
+
+
+def _equal(reward: Tensor, tokens: Tokens) -> Tensor:
+    return _constant(reward, tokens.group_of_trajectory, tokens.num_groups, tokens.rewarded)
+
+
+def opob_parts(tokens: Tokens, reward: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """What OPOB's baseline is subtracted from, and what it multiplies. Two [trajectories].
+
+    Scope group: R / scale and 1 / scale. Scope batch: the group-centred, scaled reward, and 1.
+    Both 0 where all rewards within the scope are equal, so that the gradient there is exactly 0.
+    """
+    settings = recipe.advantage
+    group = tokens.group_of_trajectory
+    if recipe.opob.scope == "batch":
+        values = _group_mean_advantage(tokens, reward, settings)
+        one = torch.zeros_like(group)
+        dead = _constant(values, one, 1, tokens.rewarded)[one]
+        alive = tokens.rewarded & ~dead
+        return torch.where(alive, values, 0.0), alive.to(values.dtype)
+    weight = tokens.rewarded.to(reward.dtype)
+    count = tokens.sum_group(weight)
+    mean = tokens.sum_group(reward * weight) / count.clamp(min=1.0)
+    scale = _scale(reward, group, tokens.num_groups, settings, weight, mean, count, reward)
+    alive = tokens.rewarded & ~_equal(reward, tokens)[group]
+    return torch.where(alive, reward / scale, 0.0), torch.where(alive, 1 / scale, 0.0)
+
+
+def _group_mean_advantage(tokens: Tokens, reward: Tensor, settings: AdvantageSettings) -> Tensor:
+    from dataclasses import replace
+
+    return group_advantage(tokens, reward, replace(settings, baseline="group_mean"))
+
+
+def turn_returns(tokens: Tokens, reward: Tensor, penalty: Tensor | None, discount: float) -> Tensor:
+    """R_k = sum_{j >= k} gamma^(j-k) r_j over the trajectory's turns, outcome in the last. [turns]"""
+    per_turn = tokens.sum_turn(token_rewards(tokens, tokens.reward, penalty))
+    decay = torch.full_like(per_turn, discount)
+    return discounted_suffix_sum(per_turn, decay, tokens.trajectory_of_turn)
+
+
+def _centre_turns(tokens: Tokens, values: Tensor, settings: AdvantageSettings) -> Tensor:
+    """Turns against all turns of their group. [turns]"""
+    key = tokens.group_of_trajectory[tokens.trajectory_of_turn]
+    counted = tokens.rewarded[tokens.trajectory_of_turn]
+    return _compare(values, key, tokens.num_groups, settings, counted=counted, length=tokens.turn_length)
+
+
+def _turn_group(
+    tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: AdvantageSettings
+) -> Tensor:
+    """Turn rewards against the same turn of the group, plus the outcome's group advantage. [turns]"""
+    own = tokens.sum_turn(tokens.token_reward if penalty is None else tokens.token_reward - penalty)
+    trajectory = tokens.trajectory_of_turn
+    ones = torch.ones_like(own)
+    first = segment_sum(ones, trajectory, tokens.num_trajectories).cumsum(0)
+    number = torch.arange(len(own), device=own.device) - torch.cat([first.new_zeros(1), first])[trajectory]
+    key, num_keys = _pairs(tokens.group_of_trajectory[trajectory], number.long())
+    within = _compare(own, key, num_keys, settings, counted=tokens.rewarded[trajectory],
+                      length=tokens.turn_length)  # fmt: skip
+    outcome = group_advantage(tokens, tokens.reward, settings)[trajectory]
+    return settings.turn_weight * within + settings.outcome_weight * outcome
+
+
+def _gigpo(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: AdvantageSettings) -> Tensor:
+    """Episode advantage in the group, plus the discounted return of the turn against the turns of the
+    group that began in the same environment state; 0 where the state is unknown or met once. [turns]"""
+    trajectory = tokens.trajectory_of_turn
+    values = turn_returns(tokens, reward, penalty, settings.discount)
+    key, num_keys = _pairs(tokens.group_of_trajectory[trajectory], tokens.state_key)
+    known = (tokens.state_key >= 0) & tokens.rewarded[trajectory]
+    step = _compare(values, key, num_keys, settings, counted=known, length=tokens.turn_length)
+    episode_return = reward + segment_sum(
+        tokens.sum_turn(tokens.token_reward), trajectory, tokens.num_trajectories
+    )
+    episode = group_advantage(tokens, episode_return, settings)[trajectory]
+    return settings.turn_weight * step + settings.outcome_weight * episode
+
+
+def _pairs(first: Tensor, second: Tensor) -> tuple[Tensor, int]:
+    """An index for every distinct pair, and how many there are."""
+    if len(first) == 0:
+        return first, 0
+    second = torch.unique(second, return_inverse=True)[1]
+    distinct, index = torch.unique(first * (int(second.max()) + 1) + second, return_inverse=True)
+    return index, len(distinct)
+
+
+def _token_returns(
+    tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: AdvantageSettings
+) -> Tensor:
+    """Discounted return-to-go of every token (REINFORCE++), of the baselined outcome. [tokens]"""
+    outcome = group_advantage(tokens, tokens.reward, settings)
+    per_token = token_rewards(tokens, outcome, penalty)
+    decay = torch.full_like(per_token, settings.discount)
+    return discounted_suffix_sum(per_token, decay, tokens.trajectory)
+
+
+def whitened(values: Tensor, tokens: Tokens) -> Tensor:
+    """Mean 0 and sample std 1 over the batch's tokens of finite trajectories. [tokens]"""
+    ok = tokens.finite[tokens.trajectory].to(values.dtype)
+    count = ok.sum()
+    mean = (values * ok).sum() / count.clamp(min=1.0)
+    variance = ((values - mean).square() * ok).sum() / (count - 1).clamp(min=1.0)
+    return (values - mean) * (variance + 1e-8).rsqrt()

@@ -1,0 +1,269 @@
+"""Columns -> coefficients: the one function that every recipe goes through.
+
+Sum over tokens of `policy[t] * grad log pi(y_t)` is the gradient of the recipe's published surrogate.
+Order: clean, ratio, advantage, trust rule, selection, shares, baseline, regularisers, step control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import log
+
+import torch
+from torch import Tensor
+
+from async_rl.objective.advantage import Advantage, advantage_of
+from async_rl.objective.aggregate import shares
+from async_rl.objective.baseline import log_opob_weight, optimal_baseline, proxy_log_norm_square
+from async_rl.objective.clipping_bias import (
+    kappa_of,
+    kappa_per_trajectory,
+    logit_size,
+    scalar_size,
+)
+from async_rl.objective.columns import Coefficients, Columns
+from async_rl.objective.ess import effective_sample_size, ess_ratio
+from async_rl.objective.gae import value_loss
+from async_rl.objective.metrics import (
+    Meter,
+    measure_lag,
+    measure_ratios,
+    measure_selection,
+    measure_signal,
+    measure_trust,
+    without_empty_buckets,
+)
+from async_rl.objective.ratio import Ratio, ratio_of
+from async_rl.objective.recipe import Recipe, requirements
+from async_rl.objective.regularise import adapted, coefficient_now, kl_loss, kl_penalty
+from async_rl.objective.select import Selection, select
+from async_rl.objective.state import ObjectiveState
+from async_rl.objective.tokens import Tokens, tokens_of
+from async_rl.objective.trust import Trust, correction_weight, trust
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surrogate:
+    """The policy-gradient part of a recipe on one batch, before its baseline is known."""
+
+    tokens: Tokens
+    ratio: Ratio
+    advantage: Advantage
+    trust: Trust
+    selection: Selection
+    share: Tensor  # [tokens], 0 where rejected
+    base: Tensor  # [tokens], share * correction * per-trajectory kappa
+    penalty: Tensor | None  # [tokens], KL in the reward
+
+    def column(self, weight: Tensor, advantage: Tensor) -> Tensor:
+        """Coefficients of sum_t base_t * surrogate with this weight and advantage. [tokens]"""
+        per_token = self.base * weight * advantage
+        return self.ratio.pull_back(per_token, self.tokens) if self.trust.through else per_token
+
+
+@torch.no_grad()
+def coefficients(
+    columns: Columns, recipe: Recipe, state: ObjectiveState
+) -> tuple[Coefficients, ObjectiveState]:
+    """Coefficients of one optimizer step, and the state after it.
+
+    Pure: the same arguments give the same answer; `columns` is the whole batch, so every count, group
+    and ESS in here is global. Raises ValueError when a column that the recipe needs is missing.
+    """
+    meter = Meter()
+    surrogate = _surrogate(columns, recipe, state)
+    tokens, keep = surrogate.tokens, surrogate.selection.keep
+    advantage, baseline = _baselined(surrogate, recipe, meter)
+    policy = surrogate.column(surrogate.trust.weight, _policy_advantage(surrogate, recipe, advantage))
+    if surrogate.trust.extra is not None:
+        policy = policy + surrogate.base * surrogate.trust.extra
+    clipped = surrogate.column(surrogate.trust.full - surrogate.trust.weight, advantage)
+    policy, state = _regularised(policy, surrogate, recipe, state, meter)
+    entropy = surrogate.share * recipe.entropy if recipe.entropy else None
+    value_grad = None
+    if surrogate.advantage.returns is not None:
+        value_grad, loss = value_loss(tokens, surrogate.advantage.returns, recipe.gae)
+        _measure_critic(meter, surrogate, loss)
+
+    ess, state = effective_sample_size(tokens, recipe.ess, state)
+    factors = {"ess_scale": ess.scale} if recipe.ess.scale != "none" else {}
+    size = scalar_size(tokens, keep, surrogate.trust.full, surrogate.trust.weight, advantage)
+    kappa, state = _free_kappa(surrogate, recipe, state, size.cut, size.used, clipped, policy)
+    if kappa is not None:
+        factors["kappa"] = kappa
+
+    meter.put("ess/ratio", ess.ratio)
+    meter.put("ess/size", ess.size)
+    meter.put("ess/reference", ess.reference)
+    meter.put("ess/nonfinite", ess.nonfinite)
+    meter.put("ess/token", _token_ess(tokens))
+    meter.put("lr/ess_scale", ess.scale)
+    meter.put("lr/kappa", 1.0 if kappa is None else kappa)
+    meter.put("clip/bias", size.cut / size.full.clamp(min=torch.finfo(size.full.dtype).tiny))
+    meter.put("clip/bias_size", size.cut)
+    cap = log(recipe.trust.cap) if recipe.trust.rule == "truncate" else None
+    measure_ratios(meter, tokens, cap)
+    measure_lag(meter, tokens)
+    measure_trust(meter, tokens, surrogate.trust, keep, advantage)
+    measure_selection(meter, tokens, surrogate.selection)
+    measure_signal(meter, tokens, advantage, surrogate.advantage.zero_signal)
+
+    need = requirements(recipe)
+    dtype = columns.log_prob.dtype
+    result = Coefficients(
+        policy=policy.to(dtype),
+        baseline=None if baseline is None else baseline.to(dtype),
+        entropy=None if entropy is None else entropy.to(dtype),
+        value_grad=None if value_grad is None else value_grad.to(dtype),
+        clipped=clipped.to(dtype) if need.clipping_bias_norm else None,
+        learning_rate_factors=factors,
+        skip=_nothing_left(surrogate, [policy, baseline, entropy, value_grad]),
+        metrics=without_empty_buckets(meter.read()),
+    )
+    return result, state
+
+
+@torch.no_grad()
+def opob_baselines(norm_squares: Tensor, columns: Columns, recipe: Recipe) -> Tensor:
+    """Exact OPOB: the baseline of each group, from per-trajectory squared gradient norms.
+
+    norm_squares: [trajectories], |sum_t baseline[t] grad log pi_t|^2 with the `baseline` column of the
+    coefficients of these columns. Returns [groups]: the step's gradient is
+    sum(policy * grad) - sum_groups b_g * sum(baseline * grad).
+    """
+    surrogate = _surrogate(columns, recipe, ObjectiveState())
+    opob = surrogate.advantage.opob
+    assert opob is not None and surrogate.advantage.unit is not None, "the recipe has no exact OPOB"
+    column = surrogate.column(surrogate.trust.weight, surrogate.advantage.unit)
+    log_weight = log_opob_weight(
+        norm_squares.double().log(), column, surrogate.trust.weight, surrogate.tokens, recipe
+    )
+    baseline, _ = optimal_baseline(log_weight, opob, surrogate.tokens, recipe)
+    return baseline.to(norm_squares.dtype)
+
+
+def finish(
+    recipe: Recipe, state: ObjectiveState, *, gradient_norm: float, clipped_norm: float
+) -> tuple[Mapping[str, float], ObjectiveState, Mapping[str, float]]:
+    """What is known only after the backward pass: kappa from exact gradient norms.
+
+    gradient_norm: norm of sum(policy * grad) (with its baseline), before gradient clipping
+    clipped_norm: norm of sum(clipped * grad)
+    Returns further learning-rate factors, the new state, and metrics. Call it where
+    `requirements(recipe).clipping_bias_norm`, on the state that `coefficients` returned.
+    """
+    kappa, state = kappa_of(clipped_norm, gradient_norm, recipe.bias, state)
+    whole = gradient_norm + clipped_norm
+    metrics = {"lr/kappa": kappa, "clip/bias_size": clipped_norm}
+    metrics["clip/bias"] = clipped_norm / whole if whole > 0 else 0.0
+    return {"kappa": kappa}, state, metrics
+
+
+def _surrogate(columns: Columns, recipe: Recipe, state: ObjectiveState) -> Surrogate:
+    tokens = tokens_of(columns, recipe, requirements(recipe))
+    ratio = ratio_of(tokens, recipe.ratio)
+    penalty = kl_penalty(tokens, recipe, state)
+    advantage = advantage_of(tokens, recipe, penalty)
+    rule = trust(tokens, ratio, advantage.per_token, recipe)
+    selection = select(tokens, recipe, advantage.per_token, advantage.zero_signal)
+    counted = selection.keep if recipe.select.denominator == "kept" else torch.ones_like(selection.keep)
+    share = shares(tokens, counted, recipe.aggregate) * selection.keep[tokens.trajectory]
+    base = share * correction_weight(tokens, recipe)
+    if recipe.bias.kappa == "per_trajectory":
+        kappa = kappa_per_trajectory(tokens, rule.full, rule.weight, rule.advantage, recipe.bias)
+        base = base * kappa[tokens.trajectory]
+    return Surrogate(tokens=tokens, ratio=ratio, advantage=advantage, trust=rule, selection=selection,
+                     share=share, base=base, penalty=penalty)  # fmt: skip
+
+
+def _baselined(surrogate: Surrogate, recipe: Recipe, meter: Meter) -> tuple[Tensor, Tensor | None]:
+    """The advantage with an OPOB taken off, and the `baseline` column when the trainer has to find it.
+
+    With exact norms the advantage returned uses the length estimate: for metrics and kappa only.
+    """
+    advantage, opob = surrogate.advantage, surrogate.advantage.opob
+    if opob is None:
+        return surrogate.trust.advantage, None
+    assert advantage.unit is not None
+    tokens = surrogate.tokens
+    column = surrogate.column(surrogate.trust.weight, advantage.unit)
+    norm = "length" if recipe.opob.norm == "exact" else recipe.opob.norm
+    log_norm = proxy_log_norm_square(column, tokens, norm)
+    log_weight = log_opob_weight(log_norm, column, surrogate.trust.weight, tokens, recipe)
+    baseline, largest = optimal_baseline(log_weight, opob, tokens, recipe)
+    if tokens.num_groups:
+        meter.put("opob/baseline", baseline.mean())
+        meter.put("opob/max_weight_share", largest.mean())
+    per_token = advantage.per_token - baseline[tokens.group] * advantage.unit
+    return per_token, column if recipe.opob.norm == "exact" else None
+
+
+def _policy_advantage(surrogate: Surrogate, recipe: Recipe, advantage: Tensor) -> Tensor:
+    """What the `policy` column holds: the advantage, or the reward's part before an exact baseline."""
+    if surrogate.advantage.opob is not None and recipe.opob.norm == "exact":
+        return surrogate.advantage.per_token
+    return advantage
+
+
+def _regularised(
+    policy: Tensor, surrogate: Surrogate, recipe: Recipe, state: ObjectiveState, meter: Meter
+) -> tuple[Tensor, ObjectiveState]:
+    """Add KL and positive-example terms to the policy column; adapt beta."""
+    tokens = surrogate.tokens
+    if recipe.positive_nll:
+        positive = (tokens.reward > 0)[tokens.trajectory]
+        policy = policy + surrogate.share * recipe.positive_nll * positive
+    if recipe.kl.coefficient == 0:
+        return policy, state
+    beta = coefficient_now(recipe, state)
+    value, slope = kl_loss(tokens, recipe.kl)
+    if recipe.kl.place == "loss":
+        policy = policy - surrogate.share * beta * slope
+    ok = tokens.finite[tokens.trajectory]
+    measured = float(torch.where(ok, value, 0.0).sum() / ok.sum().clamp(min=1))
+    meter.put("kl/regulariser", measured)
+    meter.put("kl/coefficient", beta)
+    return policy, adapted(measured, tokens, recipe, state)
+
+
+def _free_kappa(
+    surrogate: Surrogate, recipe: Recipe, state: ObjectiveState,
+    cut: Tensor, used: Tensor, clipped: Tensor, policy: Tensor,
+) -> tuple[float | None, ObjectiveState]:  # fmt: skip
+    """kappa by an estimator that needs no backward pass; None when the recipe has none here."""
+    if recipe.bias.kappa in ("none", "per_trajectory") or recipe.bias.estimator == "exact":
+        return None, state
+    if recipe.bias.estimator == "logit":
+        cut, used = logit_size(surrogate.tokens, clipped), logit_size(surrogate.tokens, policy)
+    return kappa_of(float(cut), float(used), recipe.bias, state)
+
+
+def _token_ess(tokens: Tokens) -> float:
+    ok = tokens.finite[tokens.trajectory]
+    return ess_ratio(torch.where(ok, tokens.log_prob - tokens.log_behaviour, torch.nan))
+
+
+def _measure_critic(meter: Meter, surrogate: Surrogate, loss: Tensor) -> None:
+    returns, value = surrogate.advantage.returns, surrogate.tokens.value
+    assert returns is not None and value is not None
+    target, predicted = returns.target[returns.trained], value[returns.trained]
+    meter.put("value/loss", loss)
+    if len(target):
+        meter.put("value/mean", predicted.mean())
+        spread = target.var(correction=0)
+        left = (target - predicted).var(correction=0)
+        meter.put("value/explained_variance", torch.where(spread > 0, 1 - left / spread, 0.0))
+
+
+def _nothing_left(surrogate: Surrogate, parts: list[Tensor | None]) -> str:
+    """Why the step must be skipped: a zero gradient would still move weights through Adam's moments."""
+    if any(part is not None and bool((part != 0).any()) for part in parts):
+        return ""
+    tokens = surrogate.tokens
+    if tokens.num_tokens == 0:
+        return "the batch has no policy token"
+    if not bool((surrogate.selection.keep & (tokens.length > 0)).any()):
+        counts = {name: int(mask.sum()) for name, mask in surrogate.selection.rejected.items()}
+        return "every trajectory was rejected: " + ", ".join(f"{n} {c}" for n, c in counts.items() if c)
+    return "every coefficient is zero: equal rewards within every group, or every token clipped"

@@ -1,0 +1,160 @@
+"""The columns of a batch as the objective computes with them: float64, cleaned, with their segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from async_rl.objective.columns import Columns
+from async_rl.objective.recipe import Recipe, Requirements
+from async_rl.objective.segment import segment_sum
+
+LARGEST_LOG_RATIO = 20.0
+"""log-ratios are clamped to this before exp wherever a weight is formed (ALGORITHMS.md 0); never for ESS"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """Trajectories with a non-finite number are zeroed here and rejected by `select`; turns without a
+    token are gone (their reward moved to the last token sampled before them)."""
+
+    columns: Columns
+    log_prob: Tensor  # [tokens]
+    log_behaviour: Tensor  # [tokens]
+    log_proximal: Tensor  # [tokens], log_prob where the column is absent
+    log_reference: Tensor | None
+    value: Tensor | None  # [tokens]
+    value_before: Tensor | None  # [tokens], the critic at the start of the step
+    entropy: Tensor | None
+    prob_square_sum: Tensor | None
+    reward: Tensor  # [trajectories], 0 where not finite
+    token_reward: Tensor  # [tokens]: turn rewards at the turn's last token, without the outcome
+    turn: Tensor  # [tokens] int64, 0..turns-1
+    trajectory: Tensor  # [tokens] int64
+    group: Tensor  # [tokens] int64
+    trajectory_of_turn: Tensor  # [turns] int64
+    group_of_trajectory: Tensor  # [trajectories] int64
+    state_key: Tensor  # [turns] int64
+    turn_length: Tensor  # [turns] float64, > 0
+    length: Tensor  # [trajectories] float64
+    num_groups: int
+    finite: Tensor  # [trajectories] bool: every number of it is finite
+    rewarded: Tensor  # [trajectories] bool: its reward is finite
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.log_prob)
+
+    @property
+    def num_turns(self) -> int:
+        return len(self.turn_length)
+
+    @property
+    def num_trajectories(self) -> int:
+        return len(self.length)
+
+    def sum_turn(self, values: Tensor) -> Tensor:
+        """[tokens] -> [turns]"""
+        return segment_sum(values, self.turn, self.num_turns)
+
+    def sum_trajectory(self, values: Tensor) -> Tensor:
+        """[tokens] -> [trajectories]"""
+        return segment_sum(values, self.trajectory, self.num_trajectories)
+
+    def sum_group(self, values: Tensor) -> Tensor:
+        """[trajectories] -> [groups]"""
+        return segment_sum(values, self.group_of_trajectory, self.num_groups)
+
+    def mean_trajectory(self, values: Tensor) -> Tensor:
+        """[tokens] -> [trajectories], 0 for one without tokens"""
+        return self.sum_trajectory(values) / self.length.clamp(min=1.0)
+
+
+def tokens_of(columns: Columns, recipe: Recipe, need: Requirements) -> Tokens:
+    """`columns` in float64. Raises ValueError when a column that `recipe` needs is missing."""
+    _check(columns, recipe, need)
+    trajectories = len(columns.reward)
+    per_turn = torch.bincount(columns.turn_of_token, minlength=len(columns.trajectory_of_turn))
+    kept_turn = per_turn > 0
+    compact = kept_turn.cumsum(0) - 1
+    trajectory = columns.trajectory_of_turn[columns.turn_of_token]
+    length = torch.bincount(trajectory, minlength=trajectories)
+    token_finite = torch.isfinite(columns.log_prob - columns.log_behaviour)
+    for column in (columns.log_proximal, columns.log_reference, columns.value, columns.value_before):
+        if column is not None:
+            token_finite &= torch.isfinite(column)
+    rewarded = torch.isfinite(columns.reward)
+    rewarded &= segment_sum((~torch.isfinite(columns.turn_reward)).double(), columns.trajectory_of_turn,
+                            trajectories) == 0  # fmt: skip
+    broken = segment_sum((~token_finite).double(), trajectory, trajectories) > 0
+    finite = rewarded & ~broken
+    ok = finite[trajectory]
+
+    def clean(column: Tensor | None) -> Tensor | None:
+        return None if column is None else torch.where(ok, column.double(), 0.0).nan_to_num()
+
+    def must(column: Tensor) -> Tensor:
+        cleaned = clean(column)
+        assert cleaned is not None
+        return cleaned
+
+    groups = int(columns.group_of_trajectory[-1]) + 1 if trajectories else 0
+    proximal = columns.log_proximal if columns.log_proximal is not None else columns.log_prob
+    return Tokens(
+        columns=columns,
+        log_prob=must(columns.log_prob),
+        log_behaviour=must(columns.log_behaviour),
+        log_proximal=must(proximal),
+        log_reference=clean(columns.log_reference),
+        value=clean(columns.value),
+        value_before=clean(columns.value_before if columns.value_before is not None else columns.value),
+        entropy=clean(columns.entropy),
+        prob_square_sum=clean(columns.prob_square_sum),
+        reward=torch.where(rewarded, columns.reward.double(), 0.0),
+        token_reward=_token_rewards(columns, per_turn, trajectory, length, rewarded),
+        turn=compact[columns.turn_of_token],
+        trajectory=trajectory,
+        group=columns.group_of_trajectory[trajectory],
+        trajectory_of_turn=columns.trajectory_of_turn[kept_turn],
+        group_of_trajectory=columns.group_of_trajectory,
+        state_key=columns.state_key[kept_turn],
+        turn_length=per_turn[kept_turn].double(),
+        length=length.double(),
+        num_groups=groups,
+        finite=finite,
+        rewarded=rewarded,
+    )
+
+
+def _token_rewards(
+    columns: Columns, per_turn: Tensor, trajectory: Tensor, length: Tensor, rewarded: Tensor
+) -> Tensor:
+    """Turn rewards at the last token of the turn; of a turn without tokens at the token before it, or at
+    the trajectory's first. Lost only when the trajectory has no token at all."""
+    end = length.cumsum(0)
+    last = per_turn.cumsum(0) - 1
+    owner = columns.trajectory_of_turn
+    position = torch.maximum(last, (end - length)[owner])
+    usable = (length[owner] > 0) & rewarded[owner]
+    values = columns.turn_reward.double()[usable]
+    return segment_sum(values, position[usable], len(trajectory))
+
+
+def _check(columns: Columns, recipe: Recipe, need: Requirements) -> None:
+    tokens = len(columns.log_prob)
+    if len(columns.log_behaviour) != tokens or len(columns.turn_of_token) != tokens:
+        raise ValueError("log_prob, log_behaviour and turn_of_token must have one entry per policy token")
+    columns_needed = {
+        "log_proximal": need.proximal,
+        "log_reference": need.reference,
+        "value": need.value,
+        "prob_square_sum": need.prob_square_sum,
+    }
+    for name, needed in columns_needed.items():
+        column = getattr(columns, name)
+        if needed and column is None:
+            raise ValueError(f"recipe {recipe.name!r} needs the column {name}")
+        if column is not None and len(column) != tokens:
+            raise ValueError(f"{name} has {len(column)} entries for {tokens} policy tokens")
