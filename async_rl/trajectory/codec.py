@@ -68,7 +68,28 @@ def pack(trajectory: Trajectory) -> bytes:
         policy = log_behaviour[trajectory.policy_positions()]
     rewards = any(turn.reward != 0.0 for turn in turns)
     keys = any(turn.state_key != -1 for turn in turns)
-    header = msgpack.packb(
+    try:
+        header = _header_of(trajectory, len(policy), _REWARDS * rewards | _KEYS * keys)
+        columns: list[Any] = []
+        if rewards:
+            columns.append(np.array([turn.reward for turn in turns], dtype=np.float64).data)
+        if keys:
+            columns.append(np.array([turn.state_key for turn in turns], dtype=np.int64).data)
+        integers = [turn.start for turn in turns] + [turn.length for turn in turns]
+        integers += [span.version for span in spans]
+        integers += [span.start for span in spans] + [span.end for span in spans]
+        packed = np.array(integers, dtype=np.int32)
+    except OverflowError as error:
+        raise ValueError(f"a number of the trajectory does not fit its column: {error}") from None
+    columns += [np.ascontiguousarray(tokens).data, np.ascontiguousarray(policy).data, packed.data]
+    if (len(tokens) + len(policy) + len(packed)) % 2:
+        columns.append(_ZEROS[:4])
+    prefix = _PREFIX.pack(_MAGIC, SCHEMA, len(header))
+    return b"".join((prefix, header, _ZEROS[: -len(header) % 8], *columns))
+
+
+def _header_of(trajectory: Trajectory, num_policy: int, flags: int) -> bytes:
+    return msgpack.packb(
         (
             int(trajectory.group),
             int(trajectory.sample),
@@ -83,29 +104,14 @@ def pack(trajectory: Trajectory) -> bytes:
             float(trajectory.started_at),
             float(trajectory.finished_at),
             {k: v if type(v) is str else float(v) for k, v in trajectory.info.items()},
-            len(tokens),
-            len(policy),
-            len(turns),
-            len(spans),
-            _REWARDS * rewards | _KEYS * keys,
-        )
+            len(trajectory.tokens),
+            num_policy,
+            len(trajectory.turns),
+            len(trajectory.versions),
+            flags,
+        ),
+        unicode_errors="replace",  # half a surrogate pair in an error's text must not lose the trajectory
     )
-    parts: list[Any] = [_PREFIX.pack(_MAGIC, SCHEMA, len(header)), header, _ZEROS[: -len(header) % 8]]
-    try:
-        if rewards:
-            parts.append(np.array([turn.reward for turn in turns], dtype=np.float64).data)
-        if keys:
-            parts.append(np.array([turn.state_key for turn in turns], dtype=np.int64).data)
-        integers = [turn.start for turn in turns] + [turn.length for turn in turns]
-        integers += [span.version for span in spans]
-        integers += [span.start for span in spans] + [span.end for span in spans]
-        packed = np.array(integers, dtype=np.int32)
-    except OverflowError as error:
-        raise ValueError(f"a turn or version span does not fit its column: {error}") from None
-    parts += [np.ascontiguousarray(tokens).data, np.ascontiguousarray(policy).data, packed.data]
-    if (len(tokens) + len(policy) + len(packed)) % 2:
-        parts.append(_ZEROS[:4])
-    return b"".join(parts)
 
 
 def unpack(blob: Blob) -> Trajectory:

@@ -245,7 +245,7 @@ def encode(message: Message) -> list[Blob]:
         case _:
             values = _values(message)
     try:
-        frames[0] = msgpack.packb([SCHEMA, type(message).__name__, values])
+        frames[0] = msgpack.packb([SCHEMA, type(message).__name__, values], unicode_errors="replace")
     except (TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{type(message).__name__} cannot be sent: {error}") from None
     return frames

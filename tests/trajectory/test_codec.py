@@ -1,0 +1,203 @@
+"""A trajectory survives its byte form, and no bytes whatever raise anything but WireError."""
+
+import math
+import struct
+from contextlib import suppress
+from dataclasses import fields, replace
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from async_rl.trajectory import Trajectory, Turn, VersionSpan
+from async_rl.trajectory.codec import WireError, pack, unpack
+
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+NAMES = st.text(max_size=8)
+
+
+@st.composite
+def trajectories(draw: st.DrawFn) -> Trajectory:
+    turns: list[Turn] = []
+    spans: list[VersionSpan] = []
+    position = draw(st.integers(0, 5))
+    plain = draw(st.booleans())
+    for _ in range(draw(st.integers(0, 5))):
+        length = draw(st.integers(0, 7))
+        reward = 0.0 if plain else draw(FLOATS)
+        key = -1 if plain else draw(st.integers(-1, 2**63 - 1))
+        turns.append(Turn(start=position, length=length, reward=reward, state_key=key))
+        cut = draw(st.integers(0, length))
+        version = draw(st.integers(0, 2**31 - 1))
+        spans.append(VersionSpan(version=version, start=position, end=position + cut))
+        spans.append(VersionSpan(version=version, start=position + cut, end=position + length))
+        position += length + draw(st.integers(0, 4))
+    log_behaviour = np.zeros(position, dtype=np.float32)
+    for turn in turns:
+        log = draw(st.lists(st.floats(-50, 0, width=32), min_size=turn.length, max_size=turn.length))
+        log_behaviour[turn.start : turn.start + turn.length] = log
+    token = st.integers(-(2**31), 2**31 - 1)
+    return Trajectory(
+        group=draw(st.integers(0, 2**63 - 1)),
+        sample=draw(st.integers(0, 1000)),
+        problem=draw(st.integers(0, 2**40)),
+        split=draw(st.sampled_from(["train", "eval"])),
+        seed=draw(st.integers(0, 2**64 - 1)),
+        tokens=np.array(draw(st.lists(token, min_size=position, max_size=position)), dtype=np.int32),
+        log_behaviour=log_behaviour,
+        turns=tuple(turns),
+        versions=tuple(spans),
+        reward=draw(FLOATS),
+        ended=draw(st.sampled_from(["finished", "length", "turn_limit", "error", "aborted"])),
+        temperature=draw(FLOATS),
+        reason=draw(NAMES),
+        generator=draw(NAMES),
+        started_at=draw(FLOATS),
+        finished_at=draw(FLOATS),
+        info=draw(st.dictionaries(NAMES, FLOATS | NAMES, max_size=3)),
+    )
+
+
+def many_turns(tokens: int = 2000, turns: int = 1, *, rewards: bool = False) -> Trajectory:
+    """Half of the tokens are the policy's."""
+    length = tokens // (2 * turns)
+    log_behaviour = np.zeros(tokens, dtype=np.float32)
+    listed = []
+    for i in range(turns):
+        log_behaviour[2 * i * length : (2 * i + 1) * length] = -0.5
+        reward, key = (1.0 * i, i) if rewards else (0.0, -1)
+        listed.append(Turn(start=2 * i * length, length=length, reward=reward, state_key=key))
+    return Trajectory(
+        group=1,
+        sample=2,
+        problem=3,
+        split="train",
+        seed=4,
+        tokens=np.arange(tokens, dtype=np.int32),
+        log_behaviour=log_behaviour,
+        turns=tuple(listed),
+        versions=(VersionSpan(version=7, start=0, end=tokens),),
+        reward=1.0,
+        ended="finished",
+    )
+
+
+def assert_same(left: Trajectory, right: Trajectory) -> None:
+    for field in fields(Trajectory):
+        one, other = getattr(left, field.name), getattr(right, field.name)
+        if isinstance(one, np.ndarray):
+            assert one.dtype == other.dtype
+            assert np.array_equal(one, other)
+        else:
+            assert one == other, field.name
+
+
+def truthful(blob: bytes | memoryview) -> None:
+    """Whatever the bytes: a checked trajectory, or WireError."""
+    with suppress(WireError):
+        assert unpack(blob).check() is None
+
+
+@settings(derandomize=True, deadline=None)
+@given(trajectories())
+def test_a_trajectory_comes_back_as_it_was(trajectory: Trajectory) -> None:
+    assert trajectory.check() is None
+    blob = pack(trajectory)
+    assert len(blob) % 8 == 0
+    assert_same(unpack(blob), trajectory)
+    assert pack(unpack(blob)) == blob
+    shifted = memoryview(b"x" + blob)[1:]  # a frame may lie at any address
+    assert_same(unpack(shifted), trajectory)
+    assert unpack(shifted).tokens.flags.aligned
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.binary(max_size=300))
+def test_random_bytes_are_refused(data: bytes) -> None:
+    truthful(data)
+    truthful(struct.pack("<2sHI", b"TJ", 1, len(data)) + data)
+
+
+@settings(derandomize=True, deadline=None)
+@given(trajectories(), st.data())
+def test_cut_lengthened_and_flipped_bytes_are_refused_or_still_valid(
+    trajectory: Trajectory, data: st.DataObject
+) -> None:
+    blob = pack(trajectory)
+    with pytest.raises(WireError):
+        unpack(blob[: data.draw(st.integers(0, len(blob) - 1))])
+    with pytest.raises(WireError):
+        unpack(blob + bytes(data.draw(st.integers(1, 20))))
+    flipped = bytearray(blob)
+    for _ in range(data.draw(st.integers(1, 3))):
+        flipped[data.draw(st.integers(0, len(blob) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    truthful(bytes(flipped))
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.data())
+def test_headers_with_any_other_value_are_refused_or_still_valid(data: st.DataObject) -> None:
+    blob = pack(many_turns(20))
+    end = 8 + struct.unpack_from("<2sHI", blob)[2]
+    header = msgpack.unpackb(blob[8:end])
+    header[data.draw(st.integers(0, len(header) - 1))] = data.draw(ANYTHING)
+    packed = msgpack.packb(header)
+    columns = blob[end + -end % 8 :]
+    truthful(struct.pack("<2sHI", b"TJ", 1, len(packed)) + packed + bytes(-len(packed) % 8) + columns)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"versions": ()}, "no version"),
+        ({"versions": (VersionSpan(version=1, start=0, end=3),)}, "no version"),
+        ({"turns": (Turn(start=8, length=2), Turn(start=0, length=8))}, "out of order"),
+        ({"reward": math.inf}, "not finite"),
+        ({"log_behaviour": np.full(20, 0.5, dtype=np.float32)}, "above zero"),
+        ({"log_behaviour": np.full(20, np.nan, dtype=np.float32)}, "not finite"),
+        ({"group": -1}, "out of range"),
+        ({"split": "test"}, "split"),
+        ({"ended": "died"}, "ended"),
+    ],
+)
+def test_what_a_trajectory_must_not_be_is_refused_with_its_reason(change: dict, message: str) -> None:
+    with pytest.raises(WireError, match=message):
+        unpack(pack(replace(many_turns(20), **change)))
+
+
+def test_another_schema_is_named() -> None:
+    blob = bytearray(pack(many_turns(20)))
+    blob[2] = 9
+    with pytest.raises(WireError, match="schema 9; this program reads 1"):
+        unpack(bytes(blob))
+
+
+@pytest.mark.parametrize("change", [{"turns": (Turn(start=0, length=2, state_key=2**63),)}, {"seed": 2**64}])
+def test_a_number_beyond_its_column_is_an_error_of_the_sender(change: dict) -> None:
+    with pytest.raises(ValueError):
+        pack(replace(many_turns(20), **change))
+
+
+def test_half_a_surrogate_pair_in_a_reason_is_replaced() -> None:
+    assert unpack(pack(replace(many_turns(20), reason="bad \udcff name"))).reason == "bad ? name"
+
+
+def test_a_failed_reward_may_be_nan_when_the_trajectory_says_so() -> None:
+    failed = replace(many_turns(20), reward=math.nan, ended="error", reason="ValueError: no")
+    assert math.isnan(unpack(pack(failed)).reward)
+
+
+@pytest.mark.parametrize(("turns", "rewards"), [(1, False), (1, True), (20, True), (250, True)])
+def test_two_thousand_tokens_cost_at_most_thirteen_bytes_each(turns: int, rewards: bool) -> None:
+    trajectory = many_turns(2000, turns, rewards=rewards)
+    assert len(pack(trajectory)) <= 13 * 2000
+    assert_same(unpack(pack(trajectory)), trajectory)

@@ -1,0 +1,182 @@
+"""Every message survives the wire; whatever else arrives is a WireError."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import MISSING, fields
+from typing import Any, get_args, get_origin, get_type_hints
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from async_rl.trajectory import Split, Trajectory, Turn, VersionSpan
+from async_rl.trajectory.codec import WireError, pack
+from async_rl.wire import messages as msg
+from async_rl.wire.messages import decode, encode
+
+KINDS = get_args(msg.Message)
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def trajectory(sample: int = 0, tokens: int = 20) -> Trajectory:
+    log_behaviour = np.zeros(tokens, dtype=np.float32)
+    log_behaviour[5:] = -0.25
+    return Trajectory(
+        group=3,
+        sample=sample,
+        problem=7,
+        split="train",
+        seed=11,
+        tokens=np.arange(tokens, dtype=np.int32),
+        log_behaviour=log_behaviour,
+        turns=(Turn(start=5, length=tokens - 5),),
+        versions=(VersionSpan(version=2, start=5, end=tokens),),
+        reward=0.5,
+        ended="finished",
+    )
+
+
+def values(hint: Any) -> st.SearchStrategy[Any]:
+    """Anything a field of this type may hold."""
+    arguments = get_args(hint)
+    if hint is int:
+        return st.integers(-(2**63), 2**64 - 1)
+    if hint == Split:
+        return st.sampled_from(arguments)
+    if hint == Mapping[str, float]:
+        return st.dictionaries(st.text(max_size=4), st.floats(allow_nan=False), max_size=3)
+    if hint == msg.Detail:
+        return st.dictionaries(st.text(max_size=4), PLAIN, max_size=3)
+    if get_origin(hint) is tuple and arguments[-1] is Ellipsis:
+        return st.lists(values(arguments[0]), max_size=3).map(tuple)
+    if get_origin(hint) is tuple:
+        return st.tuples(*(values(argument) for argument in arguments))
+    if hint is msg.Permit:
+        return messages(hint)
+    return {float: st.floats(allow_nan=False), str: st.text(max_size=8), bool: st.booleans()}[hint]
+
+
+def messages(kind: type) -> st.SearchStrategy[Any]:
+    hints = get_type_hints(kind)
+    return st.builds(kind, **{f.name: values(hints[f.name]) for f in fields(kind)})
+
+
+SMALL = [kind for kind in KINDS if kind not in (msg.Finished, msg.Batch)]
+
+
+@pytest.mark.parametrize("kind", SMALL)
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(data=st.data())
+def test_a_message_comes_back_as_it_was(kind: type, data: st.DataObject) -> None:
+    message = data.draw(messages(kind))
+    assert decode(encode(message)) == message
+
+
+def test_trajectories_small_and_large_come_back_in_order() -> None:
+    sent = [trajectory(i, tokens) for i, tokens in enumerate([20, 2000, 20, 20, 3000, 2000, 20])]
+    frames = encode(msg.Finished(trajectories=tuple(sent)))
+    assert len(frames) == 1 + 6  # the two small ones in the middle share a frame
+    received = decode([memoryview(frame) for frame in frames])
+    assert isinstance(received, msg.Finished)
+    assert [pack(t) for t in received.trajectories] == [pack(t) for t in sent]
+
+
+def test_stored_blobs_travel_as_they_are() -> None:
+    blobs = tuple(pack(trajectory(i)) for i in range(5))
+    received = decode(encode(msg.Batch(step=4, blobs=blobs, detail={"slots": 3})))
+    assert isinstance(received, msg.Batch)
+    assert (received.step, received.blobs, received.detail) == (4, (), {"slots": 3.0})
+    assert tuple(pack(t) for t in received.trajectories) == blobs
+
+
+def test_whole_numbers_in_float_fields_arrive_as_floats() -> None:
+    received = decode(encode(msg.Waiting(what="a", reason="b", seconds=3)))
+    assert isinstance(received, msg.Waiting)
+    assert type(received.seconds) is float
+
+
+@pytest.mark.parametrize("detail", [{"a": object()}, {"a": 2**70}, {"a": np.float32(1)}])
+def test_what_is_no_plain_data_is_an_error_of_the_sender(detail: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Snapshot cannot be sent"):
+        encode(msg.Snapshot(detail=detail))
+
+
+def altered(kind: str, value: Any, schema: Any = msg.SCHEMA) -> list[bytes]:
+    return [msgpack.packb([schema, kind, value])]
+
+
+@pytest.mark.parametrize(
+    ("frames", "reason"),
+    [
+        ([], "without frames"),
+        ([b""], "not msgpack"),
+        ([b"\xc1"], "not msgpack"),
+        ([b"\x91" * 5000], "not msgpack"),
+        ([msgpack.packb({"kind": "Want"})], "not a message"),
+        (altered("Want", {"limit": 1, "version": 0}, schema=2), "schema 2"),
+        (altered("Want", {"limit": 1, "version": 0}, schema=True), "schema True"),
+        (altered("Exec", {}), "unknown kind 'Exec'"),
+        (altered("Want", {"limit": 1}), "missing or extra"),
+        (altered("Want", {"limit": 1, "version": 0, "x": 1}), "missing or extra"),
+        (altered("Want", {"limit": 1.0, "version": 0}), "Want.limit is a float, not a int"),
+        (altered("Want", {"limit": True, "version": 0}), "Want.limit is a bool"),
+        (altered("Want", [1, 0]), "missing or extra"),
+        (altered("Accepted", {"pairs": [[1, 2, 3]]}), "not a list of 2"),
+        (altered("Accepted", {"pairs": 3}), "not a list"),
+        (altered("Snapshot", {"detail": {"a": b"x"}}), "holds a bytes"),
+        (altered("Snapshot", {"detail": {"a": [[[[[[[[[[[1]]]]]]]]]]]}}), "nested"),
+        ([*altered("Query", {}), b""], "2 frames"),
+        (altered("Finished", {}), "without trajectories"),
+        (altered("Finished", {"trajectories": [[3]]}), "1 frames"),
+        ([*altered("Finished", {"trajectories": [[3]]}), b"xx"], "2 bytes instead of 3"),
+        ([*altered("Finished", {"trajectories": [[4, -2]]}), b"xx"], "no list of lengths"),
+        ([*altered("Finished", {"trajectories": [[2]]}), b"xx"], "truncated"),
+    ],
+)
+def test_what_is_wrong_with_a_message_is_said(frames: list[bytes], reason: str) -> None:
+    with pytest.raises(WireError, match=reason):
+        decode(frames)
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.binary(max_size=60), max_size=4))
+def test_random_frames_are_refused(frames: list[bytes]) -> None:
+    with pytest.raises(WireError):
+        decode(frames)
+
+
+@settings(derandomize=True, deadline=None)
+@given(kind=st.sampled_from([kind.__name__ for kind in KINDS]), value=PLAIN, data=st.data())
+def test_any_content_of_a_known_kind_is_a_message_or_refused(
+    kind: str, value: Any, data: st.DataObject
+) -> None:
+    known = {kind.__name__: kind for kind in KINDS}[kind]
+    names = [f.name for f in fields(known) if f.name != "blobs" and f.default is MISSING]
+    for content in (value, {name: data.draw(PLAIN) for name in names}):
+        with suppress(WireError):
+            assert type(decode(altered(kind, content))) is known
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.data())
+def test_flipped_and_cut_frames_of_trajectories_are_refused_or_still_valid(data: st.DataObject) -> None:
+    frames = [bytearray(frame) for frame in encode(msg.Finished(trajectories=(trajectory(), trajectory(1))))]
+    frame = data.draw(st.sampled_from(frames))
+    if data.draw(st.booleans()):
+        del frame[data.draw(st.integers(0, len(frame) - 1)) :]
+    else:
+        frame[data.draw(st.integers(0, len(frame) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    with suppress(WireError):
+        decoded = decode([bytes(frame) for frame in frames])
+        assert isinstance(decoded, msg.Finished)
+        assert all(t.check() is None for t in decoded.trajectories)
