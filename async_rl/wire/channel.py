@@ -208,7 +208,10 @@ def _waited(who: str, seconds: float, waiting_for: str) -> str:
 
 
 def _socket_file(endpoint: str) -> Path | None:
-    """The file of an ipc endpoint that has one. Raises UserError when its path is too long."""
+    """The file of an ipc endpoint that has one. Raises UserError for what ZeroMQ would not refuse clearly."""
+    port = endpoint.rpartition(":")[2]
+    if endpoint.startswith("tcp://") and port.isdecimal() and int(port) > 65535:  # ZeroMQ would wrap it
+        raise UserError(f"wire.endpoint: {endpoint} has a port above 65535")
     if not endpoint.startswith("ipc://") or endpoint.startswith("ipc://@"):
         return None
     path = endpoint.removeprefix("ipc://")
