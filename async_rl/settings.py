@@ -196,6 +196,7 @@ def pace_of(settings: Settings) -> tuple[float, int]:
 
 
 AT_LEAST: dict[str, float] = {
+    "seed": 0,
     "batch.groups_per_step": 1,
     "batch.group_size": 1,
     "staleness.max_staleness": 0,

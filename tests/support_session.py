@@ -41,7 +41,9 @@ class ScriptedSession:
         self.turns: list[SpokenTurn] = []
         self.notes: dict[str, float | str] = {}
         self.at_turn_limit = False
+        self.at_token_limit = False
         self._truncated = False
+        self._stopped = False
 
     @property
     def turn(self) -> int:
@@ -50,6 +52,10 @@ class ScriptedSession:
     @property
     def truncated(self) -> bool:
         return self._truncated
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped
 
     async def generate(self, *, max_tokens: int, stop: Sequence[str] = (), state_key: int = -1) -> str:
         assert max_tokens >= 1, "a turn without tokens was asked for"
@@ -64,6 +70,7 @@ class ScriptedSession:
             return ""
         said = self._script(self.transcript) if callable(self._script) else self._script[self.turn]
         text, ended = self._cut(said, room, stop)
+        self._stopped = ended
         self._truncated = not ended and room < max_tokens
         self.turns.append(SpokenTurn(text=text, state_key=state_key, max_tokens=max_tokens))
         self.transcript += text
@@ -90,6 +97,9 @@ class ScriptedSession:
 
     def end_at_turn_limit(self) -> None:
         self.at_turn_limit = True
+
+    def end_at_token_limit(self) -> None:
+        self.at_token_limit = True
 
     def note(self, key: str, value: float | str) -> None:
         self.notes[key] = value

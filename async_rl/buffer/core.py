@@ -295,6 +295,11 @@ class Core:
             if (holder := self.generators.get(group.holder or b"")) is not None:
                 holder.held -= 1
             group.holder = None
+            # the last words of a lost generator may complete a group that was to be given to another
+            if group.group in self.orphans:
+                self.orphans.remove(group.group)
+            if group.group in self.evaluation_queue:
+                self.evaluation_queue.remove(group.group)
             if group.split == "train":
                 out += self._close(group)
         if self.failures_in_row >= self.rules.max_failures:
@@ -314,7 +319,7 @@ class Core:
 
     def _count(self, trajectory: Trajectory) -> None:
         self.counts[f"trajectories_{trajectory.split}"] += 1
-        if trajectory.ended in ("error", "aborted"):
+        if trajectory.failed:
             self.counts["trajectories_failed"] += 1
             self.failures_in_row += 1
             self.last_failure = trajectory.reason
@@ -450,10 +455,13 @@ class Core:
             reason = "no such evaluation was asked for"
             return [do.Send(peer=peer, message=msg.Refused(what=f"FetchEvaluation({evaluation})", reason=reason))]
         result = evaluation_result(evaluation, found, now)
-        if result.finished:
+        out: list[do.Effect] = []
+        if result.finished and not found.recorded:
+            found.recorded = True
             for group in found.groups:
                 self.evaluation_groups.pop(group.group, None)
-        return [do.Send(peer=peer, message=result)]
+            out.append(do.AddEvaluation(result=result, finished_at=now))
+        return [*out, do.Send(peer=peer, message=result)]
 
     # ----------------------------------------------------------------- report
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from async_rl.trajectory import Split, Trajectory
-from async_rl.wire.messages import Message
+from async_rl.wire.messages import EvaluationResult, Message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,14 @@ class MarkTrained:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AddEvaluation:
+    """An evaluation is complete."""
+
+    result: EvaluationResult
+    finished_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Send:
     peer: bytes
     message: Message
@@ -71,5 +79,5 @@ class EndRun:
     failed: bool
 
 
-Write = AddGroup | AddTrajectories | RefuseGroup | FormBatch | MarkTrained
+Write = AddGroup | AddTrajectories | RefuseGroup | FormBatch | MarkTrained | AddEvaluation
 Effect = Write | Send | SendBatch | EndRun

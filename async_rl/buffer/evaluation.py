@@ -8,13 +8,15 @@ from async_rl.buffer.group import Group
 from async_rl.wire.messages import EvaluationResult
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Evaluation:
     version: int
     """weights at least this new"""
     groups: list[Group]
     """one per problem, not trained"""
     asked_at: float
+    recorded: bool = False
+    """its result is in the store"""
 
 
 def evaluation_result(number: int, evaluation: Evaluation, now: float) -> EvaluationResult:

@@ -65,6 +65,6 @@ class Group:
             version_max=trajectory.version_max,
             length=len(trajectory.tokens),
             policy_length=trajectory.num_policy_tokens,
-            failed=trajectory.ended in ("error", "aborted"),
+            failed=trajectory.failed,
         )
         return True

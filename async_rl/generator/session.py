@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from async_rl.generator.engine import Engine, Request, SamplingParams
+from async_rl.model.tokenizer import Tokenizer, prompt_text
 from async_rl.task.protocol import Problem
 from async_rl.trajectory import Ended, Split, Trajectory, Turn, VersionSpan
-
-if TYPE_CHECKING:
-    from async_rl.model.tokenizer import Tokenizer
 
 
 class TurnLimit(Exception):
@@ -59,6 +56,7 @@ class EpisodeSession:
         self._versions: list[int] = []  # -1 where not sampled
         self._turns: list[Turn] = []
         self._truncated = False
+        self._stopped = False
         self._ended: Ended = "finished"
         self._info: dict[str, float | str] = {}
         self._started_at = clock()
@@ -73,12 +71,13 @@ class EpisodeSession:
     def truncated(self) -> bool:
         return self._truncated
 
+    @property
+    def stopped(self) -> bool:
+        return self._stopped
+
     def begin(self, problem: Problem) -> None:
         """Put the prompt in. Raises ValueError when it is empty or too long."""
-        if isinstance(problem.prompt, str):
-            tokens = self._tokenizer.encode(problem.prompt)
-        else:
-            tokens = self._tokenizer.encode(self._tokenizer.render(problem.prompt))
+        tokens = self._tokenizer.encode(prompt_text(problem.prompt, self._tokenizer))
         if not tokens:
             raise ValueError("the prompt is empty")
         if len(tokens) >= self._max_context:
@@ -90,7 +89,9 @@ class EpisodeSession:
             raise TurnLimit(f"more than {self._max_turns} turns")
         room = min(max_tokens, self._max_context - len(self._tokens))
         if room < 1:
+            self._stopped = False
             self._truncated = True
+            self._ended = "length"
             return ""
         eos = self._tokenizer.eos_id
         completion = await self._engine.generate(
@@ -112,7 +113,10 @@ class EpisodeSession:
         self._tokens = [*self._tokens, *completion.tokens]
         self._log_probs.extend(completion.log_probs)
         self._versions.extend(completion.versions)
-        self._truncated = completion.finish == "length" and room < max_tokens
+        self._stopped = completion.finish == "stop"
+        if not self._stopped and room < max_tokens:
+            self._truncated = True
+            self._ended = "length"
         return self._tokenizer.decode(completion.tokens)
 
     def append(self, text: str) -> None:
@@ -127,6 +131,9 @@ class EpisodeSession:
     def end_at_turn_limit(self) -> None:
         self._ended = "turn_limit"
 
+    def end_at_token_limit(self) -> None:
+        self._ended = "length"
+
     def note(self, key: str, value: float | str) -> None:
         self._info[key] = value
 
@@ -135,7 +142,6 @@ class EpisodeSession:
     def finish(self, *, reward: float, failed: Ended | None = None, reason: str = "") -> Trajectory:
         """The trajectory this episode became; `failed` overrides how it ended."""
         self._engine.release(self._id)
-        ended: Ended = failed or ("length" if self._truncated else self._ended)
         ticket = self._ticket
         return Trajectory(
             group=ticket.group,
@@ -148,7 +154,7 @@ class EpisodeSession:
             turns=tuple(self._turns),
             versions=_spans(self._versions),
             reward=reward,
-            ended=ended,
+            ended=failed or self._ended,
             temperature=ticket.temperature,
             reason=reason,
             started_at=self._started_at,

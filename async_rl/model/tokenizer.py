@@ -143,6 +143,15 @@ class Tokenizer:
         return source if isinstance(source, str) else None
 
 
+def prompt_text(prompt: str | Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> str:
+    """A prompt as text: chat messages through the template, or line by line where there is none."""
+    if isinstance(prompt, str):
+        return prompt
+    if tokenizer.has_chat_template:
+        return tokenizer.render(prompt)
+    return "\n".join(message["content"] for message in prompt)
+
+
 def compile_template(source: str) -> Any:
     """A chat template in the environment transformers uses: sandboxed, immutable, with `tojson`,
     `raise_exception`, `strftime_now` and `{% generation %}` blocks."""

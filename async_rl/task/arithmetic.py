@@ -61,6 +61,8 @@ class Arithmetic(GeneratedTask):
 
     async def rollout(self, problem: Problem, session: Session) -> float:
         text = await session.generate(max_tokens=self.max_tokens, stop=(STOP,))
+        if not session.stopped:
+            session.end_at_token_limit()
         return float(text.split(STOP)[0].strip() == problem.data["answer"])
 
     @property

@@ -96,6 +96,8 @@ class Countdown(GeneratedTask):
     async def rollout(self, problem: Problem, session: Session) -> float:
         stop = STOP if self.settings.style == "short" else TAG_CLOSE
         text = await session.generate(max_tokens=self.max_tokens, stop=(stop,))
+        if not session.stopped:
+            session.end_at_token_limit()
         return self.score(self.answer_in(text), problem)
 
     def answer_in(self, text: str) -> str:

@@ -86,6 +86,8 @@ class Dataset:
 
     async def rollout(self, problem: Problem, session: Session) -> float:
         text = await session.generate(max_tokens=self.settings.max_tokens, stop=tuple(self.settings.stop))
+        if not session.stopped:
+            session.end_at_token_limit()
         try:
             return await self.reward.score(text, problem.data["answer"], problem)
         except VerdictTimeout:

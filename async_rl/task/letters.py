@@ -47,6 +47,8 @@ class Letters(GeneratedTask):
 
     async def rollout(self, problem: Problem, session: Session) -> float:
         text = await session.generate(max_tokens=self.settings.length + len(STOP), stop=(STOP,))
+        if not session.stopped:
+            session.end_at_token_limit()
         return self.score(text, problem.data["answer"])
 
     def score(self, text: str, answer: str) -> float:

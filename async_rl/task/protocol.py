@@ -40,7 +40,12 @@ class Session(Protocol):
 
     @property
     def truncated(self) -> bool:
-        """True when the last turn ended because no token was left to spend, not by a stop."""
+        """True when the context is full: the last turn was cut by it and no further one is possible."""
+        ...
+
+    @property
+    def stopped(self) -> bool:
+        """True when the last turn ended at a stop string or the end of text, not at a token limit."""
         ...
 
     async def generate(
@@ -63,6 +68,11 @@ class Session(Protocol):
 
     def end_at_turn_limit(self) -> None:
         """Record that the episode is over because its turns are used up."""
+        ...
+
+    def end_at_token_limit(self) -> None:
+        """Record that the episode is over because an answer was cut by a token limit. (Where the context
+        is full this is recorded by itself.)"""
         ...
 
     def note(self, key: str, value: float | str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -75,6 +76,11 @@ class Trajectory:
     """numbers and labels of the task or a recipe (agent, parent and fork position, source, ...)"""
 
     @property
+    def failed(self) -> bool:
+        """The episode broke; it is kept for the record and never trained."""
+        return self.ended in ("error", "aborted")
+
+    @property
     def num_policy_tokens(self) -> int:
         return sum(turn.length for turn in self.turns)
 
@@ -121,7 +127,7 @@ class Trajectory:
             return "a policy token has no version"
         log = self.log_behaviour
         # the whole column first: it is cheaper than gathering the policy tokens, and right when it passes
-        if not ((log <= 1e-3).all() and (log > -np.inf).all()):
+        if n and not (log.max() <= 1e-3 and math.isfinite(log.dot(log))):
             log = log[self.policy_positions()]
             if not np.isfinite(log).all() or (log > 1e-3).any():
                 return "a behaviour log-prob is not finite or above zero"

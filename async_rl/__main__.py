@@ -1,0 +1,227 @@
+"""The command line: `async-rl run | config | recipes | init-model | eval`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from async_rl import __version__
+from async_rl.errors import RunFailed, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exit codes: 0 done, 1 a run failed, 2 a wrong setting or file, 130 stopped by Ctrl-C."""
+    parser = _parser()
+    # settings may stand before and behind options, which argparse alone does not allow
+    arguments, more = parser.parse_known_args(argv)
+    if more and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        arguments.overrides = [*arguments.overrides, *more]
+    try:
+        code = arguments.work(arguments)
+    except UserError as error:
+        _complain(str(error))
+        code = 2
+    except RunFailed as error:
+        _complain(str(error))
+        code = 1
+    except KeyboardInterrupt:
+        _complain("stopped")
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone
+        code = 1
+    sys.exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="async-rl", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--version", action="version", version=f"async-rl {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="train: start generators, buffer and trainer")
+    run.add_argument("config", type=Path, help="YAML file of settings")
+    run.add_argument("overrides", nargs="*", help="name=value, e.g. trainer.steps=100 recipe=vcpo")
+    run.add_argument("--run-dir", type=Path, help="folder of this run (default: runs/<name>-<time>)")
+    run.add_argument("--quiet", action="store_true", help="no line for every step")
+    run.set_defaults(work=_run)
+
+    config = commands.add_parser("config", help="print every setting, resolved, with meaning and unit")
+    config.add_argument("config", type=Path)
+    config.add_argument("overrides", nargs="*")
+    config.add_argument("--yaml", action="store_true", help="as YAML that `run` reads, without explanations")
+    config.set_defaults(work=_config)
+
+    recipes = commands.add_parser("recipes", help="list the objectives, or explain one")
+    recipes.add_argument("name", nargs="?")
+    recipes.add_argument("overrides", nargs="*", help="axis=value, e.g. trust.cap=4")
+    recipes.set_defaults(work=_recipes)
+
+    init = commands.add_parser("init-model", help="make a small model that a task's demonstrations warmed up")
+    init.add_argument("path", type=Path, help="folder to make")
+    init.add_argument("--task", default="guess")
+    init.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="setting of the task")
+    init.add_argument("--until", type=float, default=0.4, help="success rate at which to stop (default 0.4)")
+    init.add_argument("--max-steps", type=int, default=1000, help="supervised steps at most (default 1000)")
+    init.add_argument("--batch", type=int, default=64, help="demonstrations a step (default 64)")
+    init.add_argument("--learning-rate", type=float, default=1e-3)
+    init.add_argument("--seed", type=int, default=0)
+    for name, default in (("hidden", 128), ("layers", 2), ("heads", 4), ("kv-heads", 2), ("head-dim", 32)):
+        init.add_argument(f"--{name}", type=int, default=default)
+    init.add_argument("--intermediate", type=int, default=384)
+    init.add_argument("--max-context", type=int, default=256, help="longest sequence in tokens (default 256)")
+    init.set_defaults(work=_init_model)
+
+    evaluate = commands.add_parser("eval", help="held-out reward of a model folder")
+    evaluate.add_argument("config", type=Path, help="settings: task and evaluation are used")
+    evaluate.add_argument("overrides", nargs="*", help="e.g. model.path=runs/x/checkpoints/step_000400")
+    evaluate.set_defaults(work=_eval)
+    return parser
+
+
+def _complain(message: str) -> None:
+    print(f"async-rl: {message}", file=sys.stderr)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from async_rl.launch import Interrupted, run_training
+    from async_rl.observe.console import Console
+    from async_rl.settings import load_settings
+
+    settings = load_settings(arguments.config, arguments.overrides)
+    path = arguments.run_dir or Path("runs") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    console = Console(quiet=arguments.quiet)
+    try:
+        summary = run_training(settings, path, console=console)
+    except Interrupted as error:
+        _complain(f"stopped by {error}; everything is down, the record of the run is in {path}")
+        return 130
+    console.summary(summary)
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from async_rl.config import described, structured, to_yaml
+    from async_rl.objective.library import load_recipe
+    from async_rl.settings import load_settings
+    from async_rl.task.build import settings_of
+
+    settings = load_settings(arguments.config, arguments.overrides)
+    if arguments.yaml:
+        print(to_yaml(settings), end="")
+        return 0
+    rows = [row for row in described(settings) if row[0] not in ("task.args", "recipe")]
+    task: Any = structured(settings_of(settings.task.name), settings.task.args, where="task.args")
+    rows += described(task, "task.args.")
+    rows += described(load_recipe(settings.recipe), "recipe.")
+    for path, value, meaning, unit in rows:
+        shown = json.dumps(value) if not isinstance(value, str) or value == "" else value
+        print(f"{path} = {shown}" + (f"  [{unit}]" if unit else ""))
+        print(f"    {meaning}")
+    return 0
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from async_rl.config import with_overrides
+    from async_rl.objective.library import explain, list_recipes, load_recipe
+
+    if arguments.name is None:
+        found = list_recipes()
+        width = max(map(len, found))
+        for name, line in found.items():
+            print(f"{name:<{width}}  {line}")
+        return 0
+    print(explain(load_recipe(with_overrides({"name": arguments.name}, arguments.overrides))), end="")
+    return 0
+
+
+def _init_model(arguments: argparse.Namespace) -> int:
+    from async_rl.config import with_overrides
+    from async_rl.task import make_task
+
+    task = make_task(arguments.task, with_overrides({}, arguments.arg))
+    if not 0 < arguments.until <= 1:
+        raise UserError(f"--until is {arguments.until}; it is a success rate, above 0 and at most 1")
+
+    import torch
+
+    from async_rl.lab.init_model import Shape, init_model
+    from async_rl.trainer.warmup import WarmupOptions
+
+    torch.manual_seed(arguments.seed)
+    shape = Shape(
+        hidden=arguments.hidden,
+        layers=arguments.layers,
+        heads=arguments.heads,
+        kv_heads=arguments.kv_heads,
+        head_dim=arguments.head_dim,
+        intermediate=arguments.intermediate,
+        max_context=arguments.max_context,
+    )
+    options = WarmupOptions(
+        target=arguments.until,
+        max_steps=arguments.max_steps,
+        batch=arguments.batch,
+        learning_rate=arguments.learning_rate,
+        check_every=25,
+        seed=arguments.seed,
+    )
+    result = init_model(arguments.path, task, shape, options, print)
+    print(f"{arguments.path}: success rate {result.success:.2f} after {result.steps} steps, {result.seconds:.0f} s")
+    if result.success < arguments.until:
+        raise RunFailed(f"{arguments.until:.2f} was not reached in {arguments.max_steps} steps; the folder was kept")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from async_rl.preflight import preflight
+    from async_rl.settings import load_settings
+    from async_rl.task import make_task
+
+    settings = load_settings(arguments.config, arguments.overrides)
+    preflight(settings)
+
+    from async_rl.lab.evaluate import Limits, evaluate
+    from async_rl.model.folder import load_model
+    from async_rl.model.tokenizer import Tokenizer
+
+    chosen = settings.evaluation
+    episodes = evaluate(
+        load_model(settings.model.path),
+        make_task(settings.task.name, settings.task.args),
+        Tokenizer(settings.model.path),
+        problems=chosen.problems,
+        samples=chosen.samples,
+        temperature=chosen.temperature,
+        seed=settings.seed,
+        limits=Limits(
+            max_sequences=settings.generator.max_sequences,
+            max_turns=settings.generator.max_turns,
+            episode_timeout_s=settings.generator.episode_timeout_s,
+        ),
+        max_context=settings.generator.max_context or None,
+    )
+    failed = [t for t in episodes if t.failed]
+    print(
+        json.dumps(
+            {
+                "model": settings.model.path,
+                "reward": sum(t.reward for t in episodes if not t.failed) / len(episodes),
+                "trajectories": len(episodes),
+                "failed": len(failed),
+                "first_failure": failed[0].reason if failed else "",
+                "policy_tokens_mean": sum(t.num_policy_tokens for t in episodes) / len(episodes),
+            }
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    main()

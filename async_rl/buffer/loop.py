@@ -1,0 +1,131 @@
+"""The buffer process: sockets and the store around the state machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from async_rl.buffer import effects as do
+from async_rl.buffer.core import Core, Rules
+from async_rl.buffer.staleness import Pace
+from async_rl.buffer.store import Store
+from async_rl.errors import RunFailed
+from async_rl.run_folder import RunFolder
+from async_rl.settings import Settings, pace_of
+from async_rl.task.order import PromptOrder
+from async_rl.trajectory.codec import WireError
+from async_rl.wire import messages as msg
+from async_rl.wire.channel import Router
+
+POLL_S = 0.05
+DRAIN = 256
+"""messages handled before one commit"""
+
+
+def make_pace(settings: Settings) -> Pace:
+    """The staleness rule of a run."""
+    depth, window = pace_of(settings)
+    return Pace(
+        groups_per_step=settings.batch.groups_per_step,
+        max_staleness=settings.staleness.max_staleness,
+        pipeline_depth=depth,
+        window=window,
+    )
+
+
+def make_core(settings: Settings, train_problems: int) -> Core:
+    """A fresh state machine for a run over so many training problems."""
+    order = PromptOrder(train_problems, settings.seed)
+    rules = Rules(
+        pace=make_pace(settings),
+        group_size=settings.batch.group_size,
+        temperature=settings.generator.temperature,
+        drop_zero_signal=settings.buffer.drop_zero_signal,
+        max_failures=settings.buffer.max_failures,
+        max_refusals=settings.buffer.max_refusals,
+        seed=settings.seed,
+    )
+    return Core(rules, problem_at=order)
+
+
+def run_buffer(folder: RunFolder, settings: Settings, endpoint: str, train_problems: int) -> None:
+    """Serve until the trainer is done or something ends the run. Raises RunFailed with the cause."""
+    core = make_core(settings, train_problems)
+    limit = settings.wire.max_message_mb << 20
+    with (
+        Store(folder.store, durability=settings.buffer.durability, create=True) as store,
+        Router(endpoint, max_message_bytes=limit) as router,
+    ):
+        folder.event("buffer_ready", time=time.time(), endpoint=endpoint)
+        while not core.ended:
+            carry_out(receive(router, core), store, router)
+
+
+def receive(router: Router, core: Core) -> list[do.Effect]:
+    """Wait a moment for messages, handle all that are there."""
+    out: list[do.Effect] = []
+    received = router.receive(POLL_S)
+    for _ in range(DRAIN):
+        if received is None:
+            break
+        peer, message = received
+        if isinstance(message, WireError):
+            core.counts["messages_refused"] += 1
+            out.append(do.Send(peer=peer, message=msg.Refused(what="message", reason=str(message))))
+        else:
+            out += core.handle(peer, message, time.time())
+        received = router.receive(0.0)
+    return out + core.tick(time.time())
+
+
+def carry_out(effects: Sequence[do.Effect], store: Store, router: Router) -> None:
+    """Write everything, commit, and only then tell anybody."""
+    if not effects:
+        return
+    wrote = False
+    for effect in effects:
+        wrote |= write(effect, store)
+    if wrote:
+        store.commit()
+    for effect in effects:
+        match effect:
+            case do.Send(peer=peer, message=message):
+                router.send(peer, message)
+            case do.SendBatch(peer=peer, step=step, groups=groups, detail=detail):
+                blobs = tuple(store.load_groups(groups))
+                router.send(peer, msg.Batch(step=step, blobs=blobs, detail=detail))
+            case do.EndRun(reason=reason, failed=True):
+                raise RunFailed(reason)
+
+
+def write(effect: do.Effect, store: Store) -> bool:
+    """Put one effect into the store; False when it is not a write."""
+    match effect:
+        case do.AddGroup():
+            store.add_group(
+                group=effect.group,
+                problem=effect.problem,
+                split=effect.split,
+                admitted_version=effect.admitted_version,
+                admitted_at=effect.admitted_at,
+                generator=effect.generator,
+            )
+        case do.AddTrajectories(trajectories=trajectories):
+            store.add_trajectories(trajectories)
+        case do.RefuseGroup(group=group, reason=reason):
+            store.refuse_group(group, reason)
+        case do.FormBatch(step=step, groups=groups, formed_at=at):
+            store.form_batch(step=step, groups=groups, formed_at=at)
+        case do.MarkTrained(step=step):
+            store.mark_trained(step=step, trained_at=time.time())
+        case do.AddEvaluation(result=result, finished_at=at):
+            store.add_evaluation(
+                evaluation=result.evaluation,
+                rewards=result.rewards,
+                version_min=result.version_min,
+                version_max=result.version_max,
+                finished_at=at,
+            )
+        case _:
+            return False
+    return True

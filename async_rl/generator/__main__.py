@@ -1,0 +1,51 @@
+"""The generator process; started by the launcher."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+from async_rl.process import run_process
+from async_rl.run_folder import RunFolder
+from async_rl.settings import Settings
+from async_rl.wire.channel import AsyncDealer
+
+
+async def generate(folder: RunFolder, settings: Settings, endpoint: str, name: str) -> None:
+    """Build the engine and serve until the buffer says stop."""
+    from async_rl.generator.build import make_engine
+    from async_rl.generator.loop import GeneratorLoop, GeneratorOptions
+    from async_rl.model.tokenizer import Tokenizer
+    from async_rl.task import make_task
+    from async_rl.weights.shared_memory import WeightReader, segment_path
+
+    tokenizer = Tokenizer(settings.model.path)
+    engine = make_engine(settings, tokenizer)
+    dealer = AsyncDealer(endpoint, name, max_message_bytes=settings.wire.max_message_mb << 20)
+    weights = WeightReader(segment_path(folder.path))
+    options = GeneratorOptions(
+        name=name,
+        max_sequences=settings.generator.max_sequences,
+        group_size=settings.batch.group_size,
+        max_turns=settings.generator.max_turns,
+        episode_timeout_s=settings.generator.episode_timeout_s,
+        timeout_s=settings.wire.timeout_s,
+    )
+    folder.event("generator_ready", name=name, time=time.time())
+    try:
+        task = make_task(settings.task.name, settings.task.args)
+        await GeneratorLoop(options, engine, task, tokenizer, dealer, weights).run()
+    finally:
+        weights.close()
+        dealer.close()
+
+
+def main(path: str, endpoint: str, name: str) -> None:
+    folder = RunFolder(Path(path))
+    run_process(name, folder, lambda: asyncio.run(generate(folder, folder.settings(), endpoint, name)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,150 @@
+"""The terminal during a run: one line a step, a progress bar, and the story in words at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from async_rl.settings import Settings, pace_of
+
+HEADER = "  step  reward   lag mean/max    ESS     lr x   grad  waits              tok/s  step s"
+
+
+class Console:
+    """Where a run shows itself. `quiet` keeps the lines of steps back."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._out = RichConsole(highlight=False)
+        self._quiet = quiet
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._last: Mapping[str, Any] | None = None
+        self._events_shown = 0
+
+    def say(self, text: str) -> None:
+        self._out.print(text, markup=False, soft_wrap=True)
+
+    def start(self, settings: Settings, folder: Path, notes: Iterable[str]) -> None:
+        depth, window = pace_of(settings)
+        batch, stale = settings.batch, settings.staleness
+        self.say(
+            f"run {folder}: task {settings.task.name}, recipe {settings.recipe.get('name')}, "
+            f"{settings.generator.count} generator(s) + buffer + trainer\n"
+            f"{batch.groups_per_step} groups x {batch.group_size} trajectories a step; max_staleness "
+            f"{stale.max_staleness}, pipeline_depth {depth:g}, window {window}"
+        )
+        for note in notes:
+            self.say(f"note: {note}")
+        if not self._quiet:
+            self.say(HEADER)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._out,
+            transient=True,
+            disable=not self._out.is_terminal,
+        )
+        self._task = self._progress.add_task("starting", total=settings.trainer.steps)
+        self._progress.start()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """One line for one metric row."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=int(row["step"]) + 1, description="training")
+        if not self._quiet:
+            self.say(step_line(row, self._last))
+        self._last = row
+
+    def events(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Say the events that are new: evaluations, skipped steps."""
+        for i, event in enumerate(events):
+            if i < self._events_shown:
+                continue
+            self._events_shown = i + 1
+            match event.get("event"):
+                case "evaluation":
+                    self.say(
+                        f"held-out reward {event['reward']:.3f} before step {event['step']} "
+                        f"({event['trajectories']} episodes, weights {event['version_min']}..{event['version_max']})"
+                    )
+                case "step_skipped":
+                    self.say(f"step {event['step']} changed nothing: {event['reason']}")
+
+    def stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        """The end of a run in a table and in words."""
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in summary_rows(summary):
+            table.add_row(name, value)
+        self._out.print(table)
+        self.say(in_words(summary))
+
+
+def step_line(row: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
+    """reward, staleness, ESS, learning-rate factor, who waits for whom, tokens/s."""
+    seconds = row["time"] - before["time"] if before else row["time/step"] + row["time/wait_for_batch"]
+    rate = row["tokens/trained"] / max(seconds, 1e-9)
+    factor = row.get("lr/effective", 0.0) / row["lr/base"] if row.get("lr/base") else 0.0
+    return (
+        f"{int(row['step']):6d}  {row['reward/mean']:6.3f}   {row['lag/mean']:5.2f} / {int(row['lag/max']):<3d} "
+        f"{row.get('ess/ratio', float('nan')):8.3f} {factor:8.3f} {row.get('grad/norm', 0.0):6.2f}  "
+        f"{who_waits(row, seconds):<16s} {rate:8.0f}  {seconds:6.2f}"
+    )
+
+
+def who_waits(row: Mapping[str, Any], seconds: float) -> str:
+    """The side that stood still during this step, and for what share of it."""
+    waited = row["time/wait_for_batch"] / max(seconds, 1e-9)
+    if waited >= 0.02:
+        return f"trainer {min(1.0, waited):4.0%}"
+    full = row["slots/used"] >= row["slots/all"]
+    return "generators" if full else "nobody"
+
+
+def summary_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("held-out reward", f"{s['reward_eval_first']:.3f} before, {s['reward_eval_last']:.3f} after {s['steps']} steps"),
+        ("staleness", f"mean {s['lag_mean']:.2f}, max {s['lag_max']}, bound {s['max_staleness']} steps"),
+        ("effective sample size", f"{s['ess_mean']:.3f} of the batch on average"),
+        (
+            "time",
+            f"{s['seconds']:.1f} s of training steps ({s['seconds_training']:.1f} s training, "
+            f"{s['seconds_generating']:.1f} s generating), {s['seconds_with_start']:.1f} s in all",
+        ),
+        ("overlap", f"{s['overlap_efficiency']:.2f} (1 when the slower side never waits)"),
+        ("tokens", f"{s['tokens_generated']} generated, {s['tokens_trained']} trained"),
+        (
+            "groups",
+            f"{s['groups_admitted']} admitted, {s['groups_trained']} trained, {s['groups_refused']} refused, "
+            f"{s['trajectories_failed']} trajectories failed",
+        ),
+        ("model", str(s["model"])),
+    ]
+
+
+def in_words(s: Mapping[str, Any]) -> str:
+    """Whether it learned, how stale the data were, and what running side by side saved."""
+    gain = s["reward_eval_last"] - s["reward_eval_first"]
+    learned = "learned" if gain > 0.02 else "did not learn" if gain > -0.02 else "got worse"
+    serial = s["seconds_training"] + s["seconds_generating"]
+    saved = f"one after the other the two would have taken {serial:.0f} s, side by side {s['seconds']:.0f} s"
+    stale = (
+        f"It trained on data {s['lag_mean']:.1f} steps old on average and never more than {s['lag_max']} "
+        f"(allowed: {s['max_staleness']})."
+    )
+    return (
+        f"The model {learned}: held-out reward {s['reward_eval_first']:.2f} -> {s['reward_eval_last']:.2f}. "
+        f"{stale} Generating and training overlapped: {saved}."
+    )

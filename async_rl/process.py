@@ -1,0 +1,64 @@
+"""What every process of a run does at its ends: start, orders to stop, death of the launcher, failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from async_rl.errors import RunFailed, UserError
+from async_rl.run_folder import RunFolder
+
+PARENT_PIPE = "ASYNC_RL_PARENT_PIPE"
+"""environment variable: file descriptor that closes when the launcher dies"""
+
+
+def run_process(name: str, folder: RunFolder, work: Callable[[], None]) -> NoReturn:
+    """Run `work` as process `name`, leave the reason of a bad end in the run folder, and exit."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
+    signal.signal(signal.SIGTERM, _stop)
+    _die_with_parent()
+    try:
+        work()
+    except SystemExit:
+        raise
+    except (UserError, RunFailed) as error:
+        _leave(name, folder, "user" if isinstance(error, UserError) else "run", str(error))
+    except Exception as error:  # a process boundary: reported, and it ends the run
+        traceback.print_exc()
+        _leave(name, folder, "run", f"{type(error).__name__}: {error}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to clean up; threads of libraries need not be waited for
+
+
+def _leave(name: str, folder: RunFolder, kind: str, message: str) -> NoReturn:
+    folder.failure(name).write_text(json.dumps({"kind": kind, "message": message, "time": time.time()}))
+    folder.event("failed", process=name, message=message, time=time.time())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2 if kind == "user" else 1)
+
+
+def _stop(*_: object) -> NoReturn:
+    raise SystemExit(0)
+
+
+def _die_with_parent() -> None:
+    """No orphans: the launcher holds the other end of a pipe; when it is gone, so are we."""
+    descriptor = os.environ.get(PARENT_PIPE)
+    if descriptor is None:
+        return
+
+    def watch() -> None:
+        while os.read(int(descriptor), 1):
+            pass
+        os._exit(3)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

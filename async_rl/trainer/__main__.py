@@ -1,0 +1,58 @@
+"""The trainer process; started by the launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from async_rl.process import run_process
+from async_rl.run_folder import RunFolder
+from async_rl.wire import messages as msg
+from async_rl.wire.channel import Dealer
+
+
+def train(folder: RunFolder, endpoint: str) -> None:
+    """Build the learner, train, leave the summary, say done."""
+    import torch
+
+    from async_rl.task import make_task
+    from async_rl.trainer.build import make_learner
+    from async_rl.trainer.inbox import Inbox
+    from async_rl.trainer.loop import TrainerLoop
+    from async_rl.weights.shared_memory import WeightPublisher, segment_path
+
+    settings = folder.settings()
+    torch.set_num_threads(settings.trainer.threads)
+    learner = make_learner(settings)
+    task = make_task(settings.task.name, settings.task.args)
+    limit = settings.wire.max_message_mb << 20
+    with (
+        Dealer(endpoint, "trainer", max_message_bytes=limit) as dealer,
+        WeightPublisher(segment_path(folder.path), learner.weights()) as publisher,
+    ):
+        dealer.send(msg.Hello(role="trainer", name="trainer", pid=os.getpid()))
+        loop = TrainerLoop(
+            settings=settings,
+            folder=folder,
+            learner=learner,
+            inbox=Inbox(dealer, settings.wire.timeout_s),
+            publisher=publisher,
+            source=Path(settings.model.path),
+            eval_problems=len(task.problems("eval")),
+        )
+        folder.event("trainer_ready", time=time.time())
+        summary = loop.run()
+        folder.summary.write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
+        dealer.send(msg.Done())
+
+
+def main(path: str, endpoint: str) -> None:
+    folder = RunFolder(Path(path))
+    run_process("trainer", folder, lambda: train(folder, endpoint))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,38 @@
+"""From settings to a learner."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+
+from async_rl.model.folder import load_model
+from async_rl.objective.library import load_recipe
+from async_rl.objective.recipe import requirements
+from async_rl.settings import Settings
+from async_rl.trainer.critic import Critic
+from async_rl.trainer.forward import Arithmetic
+from async_rl.trainer.learner import Learner, LearnerOptions
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def make_learner(settings: Settings) -> Learner:
+    """The model of `model.path` (float32 weights) with the recipe's needs filled. Raises UserError."""
+    recipe = load_recipe(settings.recipe)
+    needs = requirements(recipe)
+    arithmetic = Arithmetic(temperature=settings.generator.temperature, dtype=DTYPES[settings.trainer.dtype])
+    torch.manual_seed(settings.seed)
+    model = load_model(Path(settings.model.path), device=settings.trainer.device)
+    reference = None
+    if needs.reference:
+        reference = deepcopy(model).requires_grad_(False)
+    critic = Critic(model, settings.critic, arithmetic) if needs.value else None
+    options = LearnerOptions(
+        steps=settings.trainer.steps,
+        updates_per_batch=settings.trainer.updates_per_batch,
+        optimizer=settings.optimizer,
+        arithmetic=arithmetic,
+    )
+    return Learner(model, recipe, options, reference=reference, critic=critic)

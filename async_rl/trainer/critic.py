@@ -1,0 +1,89 @@
+"""The value of a state before each policy token: a head on the policy's features, or a model of its own.
+
+Trained on the coefficients of the value loss (`Coefficients.value_grad`) with an optimizer of its own, so
+that neither learning-rate factors nor the policy's gradient clipping touch it.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from async_rl.batch import MicroBatch, PackedBatch
+from async_rl.settings import CriticSettings
+from async_rl.trainer.forward import Arithmetic, hidden_states
+
+if TYPE_CHECKING:
+    from async_rl.trainer.forward import Model
+
+CLIP_NORM = 1.0
+
+
+class Critic:
+    """V(state before the token) for every policy token of a batch.
+
+    `kind="head"`: a linear head on the policy's last hidden states, which it reads but does not move.
+    `kind="model"`: a copy of the policy's network with such a head, trained throughout (the usual PPO
+    critic; twice the memory). The value of a turn is that at its first token.
+    """
+
+    def __init__(self, policy: Model, settings: CriticSettings, arithmetic: Arithmetic) -> None:
+        self.warmup_steps = settings.warmup_steps
+        self._arithmetic = arithmetic
+        self._separate = settings.kind == "model"
+        self.trunk = deepcopy(policy) if self._separate else policy
+        width = policy.head.shape[1]
+        self.head = nn.Linear(width, 1, device=policy.head.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self._parameters = list(self.head.parameters())
+        if self._separate:
+            # an untied output head takes no part in the value
+            self._parameters += [p for name, p in self.trunk.named_parameters() if not name.startswith("lm_head")]
+        self.optimizer = torch.optim.AdamW(self._parameters, lr=settings.learning_rate, weight_decay=0.0)
+        self._batch: PackedBatch | None = None
+
+    @torch.no_grad()
+    def values(self, batch: PackedBatch) -> Tensor:  # [policy tokens] float32
+        """Values of the whole batch, detached. `step` then trains on the same batch."""
+        self._batch = batch
+        return torch.cat([self._forward(micro) for micro in batch.micro_batches])
+
+    def step(self, value_grad: Tensor) -> float:
+        """One optimizer step with d(value loss)/d(value) [policy tokens]; the gradient's norm."""
+        assert self._batch is not None, "values() comes first"
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in self._batch.micro_batches:
+            (self._forward(micro) * value_grad[micro.policy]).sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, CLIP_NORM)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters by name, for a checkpoint."""
+        own = {f"head.{name}": p.detach() for name, p in self.head.named_parameters()}
+        if self._separate:
+            own |= {f"trunk.{name}": p.detach() for name, p in self.trunk.named_parameters()}
+        return own
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`. Raises KeyError for a missing tensor."""
+        with torch.no_grad():
+            for name, parameter in self.head.named_parameters():
+                parameter.copy_(tensors[f"head.{name}"])
+            if self._separate:
+                for name, parameter in self.trunk.named_parameters():
+                    parameter.copy_(tensors[f"trunk.{name}"])
+
+    def _forward(self, micro: MicroBatch) -> Tensor:
+        if self._separate:
+            hidden = hidden_states(self.trunk, micro, self._arithmetic)
+        else:
+            with torch.no_grad():  # the head reads the policy's features and does not move them
+                hidden = hidden_states(self.trunk, micro, self._arithmetic)
+        return self.head(hidden.float()).squeeze(-1)

@@ -1,0 +1,89 @@
+"""The trainer's side of the conversation with the buffer: ask ahead, wait by name, never for ever."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from async_rl.errors import RunFailed
+from async_rl.wire import messages as msg
+from async_rl.wire.channel import Dealer, WireTimeout
+
+POLL_EVALUATION_S = 0.05
+
+
+@dataclass(slots=True)
+class Inbox:
+    """Answers come in any order: a batch asked for ahead may arrive while an evaluation is awaited."""
+
+    dealer: Dealer
+    timeout_s: float
+    """longest silence about what is waited for"""
+    batches: dict[int, msg.Batch] = field(default_factory=dict)
+    evaluations: dict[int, msg.EvaluationResult] = field(default_factory=dict)
+    asked: int = -1
+    """newest step whose batch was asked for"""
+    last_word: str = ""
+    """what the buffer last said about a wait"""
+
+    def ask_batch(self, step: int) -> None:
+        """Ask for the batch of `step`, ahead of need."""
+        if step > self.asked:
+            self.asked = step
+            self.dealer.send(msg.NextBatch(step=step))
+
+    def batch(self, step: int) -> msg.Batch:
+        """Wait for the batch of `step`. Raises RunFailed naming who was waited for."""
+        self.ask_batch(step)
+        deadline = time.monotonic() + self.timeout_s
+        while step not in self.batches:
+            before = self.last_word
+            self._receive(deadline, f"the batch of step {step}")
+            if self.last_word != before:  # something moved: a slow episode is not a hang
+                deadline = time.monotonic() + self.timeout_s
+        self.last_word = ""
+        return self.batches.pop(step)
+
+    def evaluation(self, number: int, *, wait: bool) -> msg.EvaluationResult | None:
+        """The result of an evaluation asked for before; None when it is not complete and `wait` is off."""
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            self.evaluations.pop(number, None)
+            self.dealer.send(msg.FetchEvaluation(evaluation=number))
+            while number not in self.evaluations:
+                self._receive(deadline, f"evaluation {number}")
+            result = self.evaluations.pop(number)
+            if result.finished or not wait:
+                return result if result.finished else None
+            if time.monotonic() > deadline:
+                missing = result.detail.get("missing")
+                raise RunFailed(f"the trainer waited {self.timeout_s:.0f} s for evaluation {number}: {missing} missing")
+            time.sleep(POLL_EVALUATION_S)
+
+    def _receive(self, deadline: float, waiting_for: str) -> None:
+        try:
+            message = self.dealer.receive(max(0.0, deadline - time.monotonic()), waiting_for)
+        except WireTimeout as error:
+            last = f"; last heard: {self.last_word}" if self.last_word else ""
+            raise RunFailed(f"{error}{last}") from None
+        match message:
+            case msg.Batch(step=step):
+                self.batches[step] = message
+            case msg.EvaluationResult(evaluation=evaluation):
+                self.evaluations[evaluation] = message
+            case msg.Waiting(reason=reason):
+                self.last_word = _without_seconds(reason)
+            case msg.Refused(what=what, reason=reason):
+                raise RunFailed(f"the buffer refused {what}: {reason}")
+            case msg.Stop(reason=reason):
+                raise RunFailed(f"the buffer stopped: {reason}")
+            case _:
+                pass
+
+
+def _without_seconds(reason: str) -> str:
+    """The reason without the running clock, so that an unchanged situation reads the same."""
+    return ", ".join(part for part in reason.split(", ") if not part.endswith(" s"))
+
+

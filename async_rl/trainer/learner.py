@@ -1,0 +1,210 @@
+"""The trainer's step: a packed batch in, weights one version further, and what happened.
+
+The same object serves the trainer process, the in-process reference and the lab.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from async_rl_kernels import LogProbs
+from torch import Tensor
+
+from async_rl.batch import PackedBatch
+from async_rl.objective import Coefficients, Columns, ObjectiveState, coefficients
+from async_rl.objective.coefficients import finish
+from async_rl.objective.recipe import Recipe, requirements
+from async_rl.settings import OptimizerSettings
+from async_rl.trainer import gradient
+from async_rl.trainer.critic import Critic
+from async_rl.trainer.forward import Arithmetic, batch_log_probs
+from async_rl.trainer.schedule import base_learning_rate
+
+if TYPE_CHECKING:
+    from async_rl.trainer.forward import Model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerOptions:
+    """What a learner is told."""
+
+    steps: int
+    """training steps of the whole run, for the schedule"""
+    updates_per_batch: int
+    optimizer: OptimizerSettings
+    arithmetic: Arithmetic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One training step. `skipped` tells why nothing was changed, or is empty."""
+
+    version: int
+    """of the weights after the step"""
+    skipped: str
+    seconds: float
+    metrics: Mapping[str, float]
+
+
+class Learner:
+    """Model, optimizer and the objective's running state."""
+
+    def __init__(
+        self,
+        model: Model,
+        recipe: Recipe,
+        options: LearnerOptions,
+        *,
+        reference: Model | None = None,
+        critic: Critic | None = None,
+    ) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.options = options
+        self.needs = requirements(recipe)
+        self.reference = reference
+        self.critic = critic
+        self.version = 0
+        self.state = ObjectiveState()
+        assert reference is not None or not self.needs.reference, "this recipe needs a reference model"
+        assert critic is not None or not self.needs.value, "this recipe needs a critic"
+        self.optimizer = make_optimizer(model, options.optimizer)
+
+    def step(self, batch: PackedBatch) -> StepReport:
+        """Train on one batch. Weights and moments stay as they are when nothing can be learned from it."""
+        started = time.perf_counter()
+        metrics: dict[str, float] = {}
+        skipped = ""
+        proximal: Tensor | None = None
+        for _ in range(self.options.updates_per_batch):
+            pass_ = gradient.Pass(self.model, batch, self.options.arithmetic, self.needs)
+            columns = self._columns(batch, pass_.log_probs, proximal)
+            if proximal is None:
+                proximal = columns.log_prob
+            answer, state = coefficients(columns, self.recipe, self.state)
+            metrics.update(answer.metrics)
+            skipped = answer.skip or self._update(pass_, answer, state, metrics)
+            if skipped:
+                break
+        self.version += 1
+        metrics.update(self._batch_metrics(batch))
+        return StepReport(
+            version=self.version, skipped=skipped, seconds=time.perf_counter() - started, metrics=metrics
+        )
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by name, detached, not copied."""
+        return {name: p.detach() for name, p in self.model.named_parameters()}
+
+    # ------------------------------------------------------------- one update
+
+    def _columns(self, batch: PackedBatch, log_probs: LogProbs, proximal: Tensor | None) -> Columns:
+        log_prob = log_probs.log_prob.detach()
+        reference = value = None
+        if self.needs.reference:
+            assert self.reference is not None
+            reference = batch_log_probs(self.reference, batch, self.options.arithmetic).log_prob
+        if self.critic is not None:
+            value = self.critic.values(batch)
+        return Columns(
+            log_prob=log_prob,
+            log_behaviour=batch.log_behaviour,
+            version=batch.version,
+            turn_of_token=batch.turn_of_token,
+            trajectory_of_turn=batch.trajectory_of_turn,
+            group_of_trajectory=batch.group_of_trajectory,
+            reward=batch.reward,
+            turn_reward=batch.turn_reward,
+            state_key=batch.state_key,
+            truncated=batch.truncated,
+            current_version=self.version,
+            log_proximal=log_prob if proximal is None else proximal,
+            log_reference=reference,
+            value=value,
+            entropy=log_probs.entropy.detach(),
+            prob_square_sum=log_probs.prob_square_sum,
+        )
+
+    def _update(
+        self,
+        pass_: gradient.Pass,
+        answer: Coefficients,
+        state: ObjectiveState,
+        metrics: dict[str, float],
+    ) -> str:
+        """Backward and optimizer step; why it was skipped, or an empty string."""
+        settings = self.options.optimizer
+        base = base_learning_rate(self.version, steps=self.options.steps, optimizer=settings)
+        if self.critic is not None and answer.value_grad is not None:
+            metrics["critic/grad_norm"] = self.critic.step(answer.value_grad)
+            if self.version < self.critic.warmup_steps:
+                self.state = state
+                return "critic warm-up: the policy stays frozen"
+        self.optimizer.zero_grad(set_to_none=True)
+        clipped_norm = pass_.clipped_norm(answer)
+        pass_.backward(answer)
+        norm = clip_gradient(self.model, settings.clip_norm)
+        metrics["grad/norm"] = norm
+        factors = dict(answer.learning_rate_factors)
+        if clipped_norm is not None and math.isfinite(norm):
+            more, state, measured = finish(self.recipe, state, gradient_norm=norm, clipped_norm=clipped_norm)
+            factors.update(more)
+            metrics.update(measured)
+        factor = math.prod(factors.values())
+        if not math.isfinite(norm) or not math.isfinite(factor):
+            self.optimizer.zero_grad(set_to_none=True)
+            return f"gradient norm {norm} or learning-rate factor {factor} is not finite"
+        step_with(self.optimizer, base * factor)
+        self.state = state
+        metrics |= {"lr/base": base, "lr/effective": base * factor}
+        return ""
+
+    def _batch_metrics(self, batch: PackedBatch) -> dict[str, float]:
+        return {
+            "reward/mean": batch.reward.mean().item(),
+            "len/mean": batch.num_policy_tokens / batch.num_trajectories,
+            "batch/trajectories": batch.num_trajectories,
+            "batch/policy_tokens": batch.num_policy_tokens,
+            "batch/tokens": batch.num_tokens,
+            "batch/micro_batches": len(batch.micro_batches),
+        }
+
+
+def make_optimizer(model: torch.nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, as is usual."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True
+    )
+
+
+def clip_gradient(model: torch.nn.Module, limit: float) -> float:
+    """Global L2 norm of the gradient; scaled down to `limit` when that is above 0 and exceeded."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit > 0:
+        torch.nn.utils.clip_grads_with_norm_(list(model.parameters()), limit, norm)
+    return float(norm)
+
+
+def step_with(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """One optimizer step at `learning_rate`, which is put back afterwards: factors of one step never
+    reach the schedule or a checkpoint."""
+    before = [group["lr"] for group in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+    finally:
+        for group, rate in zip(optimizer.param_groups, before, strict=True):
+            group["lr"] = rate
