@@ -238,7 +238,7 @@ class EmbeddedEngine:
         self._slots.start(slot, turn)
         self._answers[turn.request.session] = answer
 
-    @torch.no_grad()
+    @torch.inference_mode()  # no tensor of a step outlives the engine
     def _step(self) -> None:
         """Feed, sample one token of every row whose history is complete, end turns."""
         slots = self._slots

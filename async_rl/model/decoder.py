@@ -137,7 +137,8 @@ class Decoder(nn.Module):
         """cos [tokens, 1, head_dim] and sin with the sign of `rotate` folded in."""
         frequency = self._frequencies.get(positions.device)
         if frequency is None:
-            frequency = inverse_frequencies(self.config.rope, self.config.head_dim).to(positions.device)
+            with torch.inference_mode(False):  # the engine's first call must not spoil it for training
+                frequency = inverse_frequencies(self.config.rope, self.config.head_dim).to(positions.device)
             self._frequencies[positions.device] = frequency
         angle = positions.to(torch.float32)[:, None, None] * frequency
         cos, sin = angle.cos(), angle.sin()
