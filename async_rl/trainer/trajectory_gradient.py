@@ -2,18 +2,18 @@
 
 With exact norms a recipe answers two columns that are proportional within a trajectory: policy_t = R_i c_t
 and baseline_t = c_t. The gradient is sum_i (R_i - b_i) G_i with G_i = sum_t c_t grad log pi_t, and b
-depends on all |G_i|^2. So the backward pass runs with c, autograd forms no weight gradient, hooks keep
-each layer's inputs a and output gradients g, norms come from those (async_rl_kernels.segment_gradient),
-and each weight gradient (m g)^T a is formed once, when m = R - b is known. Nothing per trajectory is ever
-stored but the sums of vectors (norms, biases), and micro-batches stay as packed as they were.
+depends on every |G_i|^2. So the backward pass runs with c, autograd forms no weight gradient, hooks keep
+each layer's input a and output gradient g, norms come from those (async_rl_kernels.segment_gradient), and
+each weight gradient (m g)^T a is formed once, when m = R - b is known. Nothing per trajectory is stored
+but the gradients of vectors (norms, biases), and micro-batches stay as packed as they were.
 
-Memory. `a` is what any backward saves; each layer's g replaces what autograd frees by then (attention's
-q, k, v, the inputs of norms and activations), which is more, so one packed micro-batch needs about as much
-as an ordinary backward (bench/opob.py measures it). A group cut by the end of a micro-batch cannot wait
-with its a and g, since groups can be longer than micro-batches: its two sums are formed instead, sum R_i G_i
-in `.grad` and sum G_i in one extra gradient copy, and b is taken off when its last trajectory has been seen. The
-same serves one baseline for the whole batch. Norms first and a second pass over everything would need no
-copy but one more backward, 4/3 of the time, for a case in which a copy is the smaller evil.
+Memory. a is what any backward saves, and when g of a layer is kept, autograd has freed more of it (q, k, v,
+the inputs of norms and activations): one packed micro-batch needs about what an ordinary backward needs
+(bench/opob.py). A group cut by the end of a micro-batch does not wait with its a and g, since groups can
+be longer than micro-batches: its two sums are formed instead, sum R_i G_i in `.grad` and sum G_i in one
+extra copy of the gradient, and b is taken off when its last trajectory has been seen. The same serves one
+baseline for the whole batch. Norms first and a second pass over the batch would spare that copy for a
+third more time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,52 +32,307 @@ from async_rl.errors import UserError
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder, RMSNorm
 from async_rl.trainer.forward import Arithmetic
-from async_rl_kernels import LogProbs, linear_logprob
+from async_rl_kernels import LogProbs
+from async_rl_kernels.head_gradient import HeadGradient
 from async_rl_kernels.segment_gradient import (
     Segments,
     embedding_norm_squares,
-    logit_gradients,
     segment_sums,
-    tied_products,
     weight_norm_squares,
 )
 
 if TYPE_CHECKING:
     from async_rl.trainer.forward import Model
 
-HEAD_ELEMENTS = 1 << 22
-"""logit gradients held at a time; a micro-batch that fits keeps them until its gradient is formed"""
-HEAD_ROWS = 1024
-"""policy tokens of one tile of the head, at least (a tile holds whole trajectories)"""
+Sums = dict[Tensor, Tensor]
+"""a gradient kept beside the parameters' own"""
 
-Sums = dict[nn.Parameter, Tensor]
-"""a gradient beside the parameters' own"""
+
+class TrajectoryGradient:
+    """Use: `forward(micro)`, then `add(batch, ...)`; or `add` alone when the columns are known.
+
+    Inside, and for other uses of per-trajectory gradients: `forward`, `backward`, `accumulate` of one
+    micro-batch. Raises UserError for a model whose layers are not known here.
+    """
+
+    def __init__(self, model: Model, arithmetic: Arithmetic) -> None:
+        if not isinstance(model, Decoder):
+            raise UserError(
+                "recipe.opob.norm=exact needs the gradients of every layer, which are known for the built-in decoder "
+                f"only, not for {type(model).__name__}; set recipe.opob.norm to logit or length"
+            )
+        self._model = model
+        self._arithmetic = arithmetic
+        self._record: Record | None = None
+
+    def add(
+        self,
+        batch: PackedBatch,
+        policy: Tensor,
+        baseline: Tensor,
+        baselines: Callable[[Tensor], Tensor],
+        *,
+        scope: Literal["group", "batch"] = "group",
+    ) -> Tensor:
+        """Add the gradient of -(sum_t policy_t log pi_t - sum_groups b_g sum_t baseline_t log pi_t) to
+        `.grad`; returns |sum_{t in i} baseline_t grad log pi_t|^2, [trajectories] float64.
+
+        policy, baseline: [policy tokens], proportional within each trajectory
+        baselines: [trajectories] norm squares -> [groups] b; with several micro-batches it is asked more
+        than once, with 0 for trajectories not seen yet, and read for groups seen completely
+        scope: batch when any b depends on trajectories of other groups
+        """
+        last = len(batch.micro_batches) - 1
+        reward = proportion(policy, baseline, batch)
+        group = batch.group_of_trajectory
+        owner = group.tolist() if scope == "group" else [0] * len(group)
+        first = {i: owner.index(i) for i in set(owner)}
+        # Summed up around the scope's first reward: equal rewards leave exact zeros.
+        provisional = reward[[first[i] for i in owner]]
+        norm_squares = torch.zeros(len(group), dtype=torch.float64, device=reward.device)
+        carried: Sums = {}
+        for number, micro in enumerate(batch.micro_batches):
+            if self._record is None or self._record.micro is not micro:
+                self.forward(micro)
+            part = micro.trajectories
+            norm_squares[part] = self.backward(baseline[micro.policy])
+            # Trajectories from `cut` on belong to a scope that goes on in the next micro-batch.
+            cut = part.stop
+            if number < last and owner[part.stop] == owner[part.stop - 1]:
+                cut = max(part.start, first[owner[part.stop]])
+            multipliers = (reward - provisional)[part]
+            if cut > part.start:
+                found = baselines(norm_squares)[group].to(reward)
+                done = slice(0, cut - part.start)
+                multipliers[done] = (reward - found)[part][done]
+                for parameter, total in carried.items():
+                    _buffer(parameter, None).sub_(total * (found - provisional)[part.start].to(total.dtype))
+                carried = {}
+            self.accumulate(multipliers)
+            if cut < part.stop:
+                self.accumulate(torch.ones_like(multipliers), first=cut - part.start, into=carried)
+            self._record = None
+        return norm_squares
+
+    def forward(self, micro: MicroBatch) -> LogProbs:
+        """Log-probs, entropies, sums of squares of the policy tokens, detached; keeps what `backward` needs."""
+        device = micro.tokens.device
+        segments = Segments(micro.lengths, device)
+        record = Record(micro=micro, segments=segments)
+        weights = {name: p.detach() for name, p in self._model.named_parameters()}
+        inputs = (micro.tokens, micro.positions, DocumentAttention(micro.lengths))
+        with torch.enable_grad(), Hooks(self._model, record), self._arithmetic.autocast(device):
+            hidden = functional_call(self._model, weights, inputs)
+        head = self._model.head
+        record.hidden = hidden[micro.predictors].to(head.dtype)
+        record.head = HeadGradient(
+            record.hidden.detach(),
+            head.detach(),
+            micro.targets,
+            Segments(micro.policy_lengths, device),
+            temperature=self._arithmetic.temperature,
+        )
+        self._record = record
+        return record.head.log_probs
+
+    @torch.no_grad()
+    def backward(self, weights: Tensor) -> Tensor:
+        """|sum_{t in i} weights_t grad log pi_t|^2 over all parameters that are trained, [trajectories]
+        float64. weights: [policy tokens] of the micro-batch last seen by `forward`."""
+        record = self._record
+        assert record is not None, "forward first"
+        assert record.head is not None
+        policy, segments = record.head.segments, record.segments
+        largest = torch.zeros(len(policy), dtype=torch.float64, device=weights.device)
+        largest.scatter_reduce_(0, policy.ids, weights.abs().double(), "amax")
+        record.scale = torch.where(largest > 0, largest, 1.0)
+        scaled = (weights.double() / record.scale[policy.ids]).to(record.head.log_probs.log_prob.dtype)
+        gradient, norm_squares = record.head.backward(scaled)
+        if not self._model.head.requires_grad:
+            norm_squares = torch.zeros_like(norm_squares)
+        if policy.rows == 0:
+            return norm_squares
+        assert record.hidden is not None
+        assert record.embedded is not None
+        with torch.enable_grad():
+            (record.embedding_gradient,) = torch.autograd.grad(record.hidden, record.embedded, gradient)
+        record.hidden = None
+        for shared in record.inputs:
+            if shared.uses:
+                norm_squares += weight_norm_squares(shared.activations, [g for _, g in shared.uses], segments)
+        for _, each in record.vectors:
+            norm_squares += torch.linalg.vecdot(each, each)
+        if self._model.model.embed_tokens.weight.requires_grad:
+            tokens = record.micro.tokens
+            norm_squares += embedding_norm_squares(record.embedding_gradient, tokens, segments)
+            if self._model.lm_head is None:
+                embedded = record.embedded.detach()
+                norm_squares += 2 * record.head.product_with_embedding(
+                    embedded, record.embedding_gradient, tokens, segments
+                )
+        return norm_squares.clamp_(min=0) * record.scale.square()
+
+    @torch.no_grad()
+    def accumulate(self, multipliers: Tensor, *, first: int = 0, into: Sums | None = None) -> None:
+        """Add the gradient of -sum_{i >= first} multipliers_i sum_t weights_t log pi_t to `.grad`, or to `into`.
+
+        multipliers: [trajectories] of the micro-batch last given to `backward`
+        """
+        record = self._record
+        assert record is not None, "forward first"
+        assert record.head is not None
+        assert record.scale is not None, "backward first"
+        segments, policy = record.segments, record.head.segments
+        each = multipliers.double() * record.scale
+        each[:first] = 0
+        rows = slice(segments.start(first), None)
+        of_row = each[segments.ids[rows], None]
+        head = self._model.head
+        if head.requires_grad:
+            record.head.accumulate(_buffer(head, into), each[policy.ids], first=first)
+        for shared in record.inputs:
+            if shared.uses:
+                activations = shared.activations[rows] * of_row.to(shared.activations.dtype)
+                for weight, gradient in shared.uses:
+                    _add_product(_buffer(weight, into), gradient[rows].T, activations)
+        for vector, values in record.vectors:
+            _buffer(vector, into).add_(each.to(values.dtype) @ values)
+        embedding = self._model.model.embed_tokens.weight
+        if record.embedding_gradient is not None and embedding.requires_grad:
+            total = _buffer(embedding, into)
+            values = record.embedding_gradient[rows] * of_row.to(total.dtype)
+            total.index_put_((record.micro.tokens[rows],), values.to(total.dtype), accumulate=True)
 
 
 @dataclass(slots=True, eq=False)
 class SharedInput:
-    """An input and the linear layers that read it (q, k, v; gate, up)."""
+    """The input of linear layers that read the same tensor: q, k, v; gate, up."""
 
-    source: Tensor  # the tensor as it was passed, to recognise it
-    activations: Tensor | None  # [tokens, in], in the dtype of the product
-    uses: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
-    """weight [out, in], gradient of the output [tokens, out]"""
+    activations: Tensor  # [tokens, in], in the dtype of the product
+    uses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """weight [out, in] and gradient of the layer's output [tokens, out]"""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Record:
-    """One micro-batch between forward and accumulate. Gradients are those of -sum c_t / s_i log pi_t,
-    with s_i the largest |c| of the trajectory: importance weights of any size neither under- nor overflow."""
+    """One micro-batch between forward and the end of accumulate.
+
+    Gradients in it are those of -sum_t c_t / s_i log pi_t, with s_i the largest |c_t| of trajectory i:
+    importance weights of any size neither under- nor overflow in a square.
+    """
 
     micro: MicroBatch
-    segments: Segments  # of tokens
-    policy: Segments  # of policy tokens
+    segments: Segments
+    """its tokens, by trajectory"""
+    embedded: Tensor | None = None  # [tokens, hidden], leaf of the graph
+    hidden: Tensor | None = None  # [policy tokens, hidden], root of the graph
+    head: HeadGradient | None = None
     inputs: list[SharedInput] = field(default_factory=list)
-    vectors: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
-    """norm weight or bias [width], its gradient for each trajectory [trajectories, width]"""
-    embedded: Tensor | None = None  # [tokens, hidden], the leaf of the graph
-    hidden: Tensor | None = None  # [policy tokens, hidden], its root
-    log_normaliser: Tensor | None = None  # [policy tokens]
-    coefficients: Tensor | None = None  # [policy tokens], c_t / s_i
+    vectors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """norm weight or bias [width] and its gradient in each trajectory [trajectories, width]"""
+    embedding_gradient: Tensor | None = None  # [tokens, hidden]
     scale: Tensor | None = None  # [trajectories] float64, s_i
-    logit_gradient: Tensor | None = None  # [policy tokens, vocabulary] where small enough
+
+
+class Hooks:
+    """While entered, each use of a trained parameter of the model puts its part into `record`."""
+
+    def __init__(self, model: Decoder, record: Record) -> None:
+        self._model = model
+        self._record = record
+        self._handles: list[Any] = []
+        self._source: Tensor | None = None
+
+    def __enter__(self) -> None:
+        # Parameters are taken here: during functional_call modules hold detached stand-ins.
+        for module in self._model.modules():
+            hook: Callable[..., Tensor | None]
+            match module:
+                case nn.Linear():
+                    hook = partial(self._linear, module.weight, module.bias)
+                case RMSNorm():
+                    hook = partial(self._norm, module.weight)
+                case nn.Embedding():
+                    hook = self._embedding
+                case _:
+                    assert not list(module.parameters(recurse=False)), f"{type(module).__name__} has parameters"
+                    continue
+            self._handles.append(module.register_forward_hook(hook))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._source = None
+
+    def _linear(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        module: nn.Module,
+        inputs: tuple[Tensor, ...],
+        output: Tensor,
+    ) -> None:
+        record = self._record
+        if self._source is not inputs[0]:
+            self._source = inputs[0]
+            record.inputs.append(SharedInput(inputs[0].detach().to(output.dtype)))
+        shared = record.inputs[-1]
+
+        def keep(gradient: Tensor) -> None:
+            if weight.requires_grad:
+                shared.uses.append((weight, gradient))
+            if bias is not None and bias.requires_grad:
+                record.vectors.append((bias, segment_sums(gradient, record.segments)))
+
+        output.register_hook(keep)
+
+    def _norm(self, weight: Tensor, module: RMSNorm, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        record, x = self._record, inputs[0].detach()
+        if not weight.requires_grad:
+            return
+
+        def keep(gradient: Tensor) -> None:
+            # d(loss)/d(weight) = sum of gradient * x / rms(x), over tokens and, for q and k, heads
+            rows = x.flatten(0, -2).to(weight.dtype)
+            per_row = torch.rsqrt(torch.linalg.vecdot(rows, rows) / rows.shape[-1] + module.eps)
+            values = gradient.flatten(0, -2) * rows * per_row[:, None]
+            record.vectors.append((weight, segment_sums(values, record.segments)))
+
+        output.register_hook(keep)
+
+    def _embedding(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        self._record.embedded = output.detach().requires_grad_()
+        return self._record.embedded
+
+
+def proportion(policy: Tensor, baseline: Tensor, batch: PackedBatch) -> Tensor:
+    """R_i with policy_t = R_i baseline_t in each trajectory, 0 where both are 0: [trajectories] float64."""
+    lengths = torch.tensor([n for micro in batch.micro_batches for n in micro.policy_lengths])
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(policy.device)
+    zero = torch.zeros(len(lengths), dtype=torch.float64, device=policy.device)
+    largest = zero.scatter_reduce(0, owner, baseline.abs().double(), "amax")[owner]
+    unit = torch.where(largest > 0, baseline.double() / largest, 0.0)
+    share = torch.where(largest > 0, policy.double() / largest, 0.0)
+    result = zero.index_add(0, owner, share * unit) / zero.index_add(0, owner, unit.square()).clamp(min=1e-300)
+    error = (policy - result[owner] * baseline).abs()
+    assert not (error > 1e-3 * policy.abs() + 1e-30).any(), "policy is not a multiple of baseline in a trajectory"
+    return result
+
+
+def _buffer(parameter: Tensor, into: Sums | None) -> Tensor:
+    """Where the gradient of `parameter` is summed up; zeros when new."""
+    if into is not None:
+        if parameter not in into:
+            into[parameter] = torch.zeros_like(parameter)
+        return into[parameter]
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; products of a lower precision are added in that of `total`."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,3 +20,40 @@ def linear_logprob(
     probs = log_probs.exp()
     chosen = log_probs.gather(-1, targets[:, None]).squeeze(-1)
     return chosen, -(probs * log_probs).sum(-1), probs.square().sum(-1)
+
+
+def segmented_weight_grad(
+    activations: Tensor, gradients: Tensor, lengths: Sequence[int], multipliers: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the weight gradients G_i = sum_{t in i} g_t a_t^T of packed segments: |G_i|^2, sum G_i, sum m_i G_i.
+
+    activations [rows, in], gradients [rows, out] of a linear layer's output, lengths of the segments in
+    rows, multipliers [segments]; answers [segments], [out, in], [out, in].
+    """
+    of_segment = [
+        g.T @ a for a, g in zip(activations.split(list(lengths)), gradients.split(list(lengths)), strict=True)
+    ]
+    each = torch.stack(of_segment)  # [segments, out, in]
+    return each.square().sum((1, 2)), each.sum(0), torch.einsum("s,soi->oi", multipliers, each)
+
+
+def segmented_embedding_grad(
+    gradients: Tensor, tokens: Tensor, lengths: Sequence[int], vocabulary: int
+) -> Tensor:  # [segments, vocabulary, width]
+    """Each segment's gradient of an embedding, from its outputs' gradients [rows, width]."""
+    out = gradients.new_zeros(len(lengths), vocabulary, gradients.shape[1])
+    row = 0
+    for segment, length in enumerate(lengths):
+        for _ in range(length):
+            out[segment, tokens[row]] += gradients[row]
+            row += 1
+    return out
+
+
+def logit_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, *, temperature: float = 1.0
+) -> Tensor:  # [rows, vocabulary]
+    """d(-sum_t c_t log pi_t) / d(hidden @ weight.T) = c_t (pi_t - onehot) / temperature."""
+    pi = torch.softmax(hidden @ weight.T / temperature, dim=-1)
+    onehot = torch.nn.functional.one_hot(targets, weight.shape[0]).to(pi.dtype)
+    return coefficients[:, None] * (pi - onehot) / temperature

@@ -1,0 +1,126 @@
+"""The head, log pi = log_softmax(hidden @ weight.T / temperature)[target], and each segment's gradient of it.
+
+Output gradients of the head are [policy tokens, vocabulary], too many to keep in general: they are formed
+in tiles of whole segments x vocabulary ids, once for the gradient of the hidden states and the norms,
+and again for the weight gradient, when the multipliers of the segments are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from async_rl_kernels.logprob import linear_logprob
+from async_rl_kernels.segment_gradient import Segments, promoted, weight_norm_squares
+
+TILE_ELEMENTS = 1 << 22
+"""logit gradients held at a time; if all fit, they are kept instead of formed again"""
+TILE_ROWS = 1024
+"""rows from which on a tile is cut along the vocabulary rather than between segments"""
+
+
+class HeadGradient:
+    """Forward at construction, then `backward`, then `accumulate` as often as wanted.
+
+    hidden [rows, width], weight [vocabulary, width] of one dtype, detached; targets [rows] int64;
+    segments of rows. `log_probs` are linear_logprob's, without a graph.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, segments: Segments, *, temperature: float
+    ) -> None:
+        self.segments = segments
+        self._hidden, self._weight, self._targets = hidden, weight, targets
+        self._scale = 1.0 / temperature
+        with torch.no_grad():
+            self.log_probs = linear_logprob(hidden, weight, targets, temperature=temperature)
+            chosen = torch.linalg.vecdot(promoted(hidden), promoted(weight[targets]))
+        self._log_normaliser = chosen * self._scale - self.log_probs.log_prob
+        self._coefficients: Tensor | None = None
+        self._kept: Tensor | None = None
+
+    def backward(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Of loss = -sum_t coefficients_t log pi_t: d(loss)/d(hidden) [rows, width], and |G_i|^2 of the
+        weight, [segments] float64. coefficients: [rows]"""
+        self._coefficients, self._kept = coefficients, None
+        gradient = torch.zeros_like(self._hidden)
+        norm_squares = torch.zeros(len(self.segments), dtype=torch.float64, device=gradient.device)
+        for part in self._blocks(0):
+            rows = slice(self.segments.start(part.start), self.segments.start(part.stop))
+            block = Segments(self.segments.lengths[part], gradient.device)
+            for ids in self._tiles(rows):
+                tile = self._logit_gradients(rows, ids)
+                gradient[rows].addmm_(tile, self._weight[ids])
+                norm_squares[part] += weight_norm_squares(self._hidden[rows], [tile], block)
+                if tile.numel() == self.segments.rows * len(self._weight):
+                    self._kept = tile
+        return gradient, norm_squares
+
+    def accumulate(self, total: Tensor, multipliers: Tensor, *, first: int = 0) -> None:
+        """total [vocabulary, width] += d(-sum_t multipliers_t coefficients_t log pi_t)/d(weight) over the rows
+        of segments from `first` on. multipliers: [rows]"""
+        for part in self._blocks(first):
+            rows = slice(self.segments.start(part.start), self.segments.start(part.stop))
+            hidden = self._hidden[rows] * multipliers[rows, None].to(self._hidden.dtype)
+            for ids in self._tiles(rows):
+                tile = self._logit_gradients(rows, ids) if self._kept is None else self._kept[rows, ids]
+                total[ids] += tile.T @ hidden
+
+    def product_with_embedding(
+        self, embedded: Tensor, gradients: Tensor, tokens: Tensor, segments: Segments
+    ) -> Tensor:
+        """<G_i of the head, G_i of the embedding> where both are one weight: [segments] float64.
+
+        Row x_t of the head's G_i is sum_s g_s[x_t] h_s, and the embedding's G_i has d_t there, so the product
+        is sum_{s,t} g_s[x_t] (h_s . d_t): only the probabilities of a segment's own tokens are needed.
+        embedded [tokens, width] are rows of the weight, gradients [tokens, width] their d_t, tokens [tokens]
+        int64, segments of tokens.
+        """
+        assert self._coefficients is not None, "backward first"
+        result = torch.zeros(len(segments), dtype=torch.float64, device=gradients.device)
+        policy = self.segments
+        for bucket in segments.buckets:
+            size, start = policy.sizes[bucket.segments, None], policy.starts[bucket.segments, None]
+            column = torch.arange(int(size.max()), device=gradients.device)[None, :]
+            rows = (start + column).clamp(max=policy.rows - 1)  # [bucket, longest policy]
+            hidden, d = self._hidden[rows], bucket.take_padded(gradients).to(self._hidden.dtype)
+            probs = torch.bmm(hidden, bucket.take(embedded).to(hidden.dtype).mT)  # [..., longest]
+            probs = promoted(probs).mul_(self._scale).sub_(self._log_normaliser[rows][..., None]).exp_()
+            probs -= (self._targets[rows][..., None] == bucket.take(tokens)[:, None, :]).to(probs.dtype)
+            product = (probs * torch.bmm(hidden, d.mT)).sum(2) * (self._coefficients[rows] * self._scale)
+            result[bucket.segments] = torch.where(column < size, product, 0.0).sum(1).double()
+        return result
+
+    def _logit_gradients(self, rows: slice, ids: slice) -> Tensor:
+        """c_t (pi_t - onehot) / temperature of a tile, in the dtype of the weight."""
+        assert self._coefficients is not None, "backward first"
+        logits = promoted(self._hidden[rows] @ self._weight[ids].T)
+        pull = self._coefficients[rows].to(logits.dtype) * self._scale
+        out = logits.mul_(self._scale).sub_(self._log_normaliser[rows, None]).exp_().mul_(pull[:, None])
+        local = self._targets[rows] - ids.start
+        inside = (local >= 0) & (local < out.shape[1])
+        local = local.clamp(0, out.shape[1] - 1)
+        out.scatter_add_(1, local[:, None], -torch.where(inside, pull, 0.0)[:, None])
+        return out.to(self._weight.dtype)
+
+    def _blocks(self, first: int) -> Iterator[slice]:
+        """Runs of whole segments from `first` on, that give tiles of full size."""
+        lengths = self.segments.lengths
+        limit = max(TILE_ROWS, TILE_ELEMENTS // len(self._weight))
+        begin, rows = first, 0
+        for segment in range(first, len(lengths)):
+            if rows and rows + lengths[segment] > limit:
+                yield slice(begin, segment)
+                begin, rows = segment, 0
+            rows += lengths[segment]
+        if rows:
+            yield slice(begin, len(lengths))
+
+    def _tiles(self, rows: slice) -> Iterator[slice]:
+        """Vocabulary ids, so that a tile of these rows stays within its size."""
+        vocabulary = len(self._weight)
+        width = max(1, TILE_ELEMENTS // max(1, rows.stop - rows.start))
+        for start in range(0, vocabulary, width):
+            yield slice(start, min(vocabulary, start + width))

@@ -1,0 +1,192 @@
+"""Per-trajectory gradients of packed layers, without ever storing one per trajectory (DESIGN.md 7).
+
+A linear layer with packed activations a [tokens, in] and output gradients g [tokens, out] has, for the
+trajectory (segment) i, the weight gradient G_i = sum_{t in i} g_t a_t^T. Here are |G_i|^2 and what else a
+decoder needs: embedding, vectors (norms, biases), the head, and the cross term of tied weights. Weighted
+sums sum_i m_i G_i = (m g)^T a are ordinary products and left to the caller.
+
+|G_i|^2 is the cheaper of two, for segments of similar length padded together (no loop per segment):
+- Gram: sum_{s,t in i} (g_s . g_t) (a_s . a_t), about T^2 / 2 (in + out) products; short segments;
+- direct: G_i tile by tile, T in out products; long segments in narrow layers.
+Definitions: reference.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BUCKET_ROWS = 1024
+"""rows of a bucket on a CPU: copies of them stay in the second-level cache"""
+GRAM_BLOCK = 32
+"""rows of a Gram matrix formed at a time; only blocks on and below the diagonal are"""
+DIRECT_TILE = 1 << 18
+"""elements of the G_i formed at a time"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Bucket:
+    """Segments of similar length, padded to the longest with copies of their last row."""
+
+    segments: Tensor  # [bucket] int64
+    rows: Tensor  # [bucket * longest] int64, into the packed rows
+    padding: Tensor  # [padded rows] int64, into `rows`
+    longest: int
+    """rows"""
+
+    def take(self, packed: Tensor) -> Tensor:  # [bucket, longest, ...]
+        return packed.index_select(0, self.rows).unflatten(0, (-1, self.longest))
+
+    def take_padded(self, packed: Tensor) -> Tensor:  # [bucket, longest, ...]
+        """Like `take`, but padding is 0."""
+        rows = packed.index_select(0, self.rows)
+        if len(self.padding):
+            rows.index_fill_(0, self.padding, 0)
+        return rows.unflatten(0, (-1, self.longest))
+
+
+class Segments:
+    """Consecutive rows that belong together: `Segments([5, 0, 3])` has rows 0..4, none, 5..7."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.lengths = tuple(int(n) for n in lengths)
+        self.rows = sum(self.lengths)
+        sizes = torch.tensor(self.lengths, dtype=torch.int64)
+        ends = sizes.cumsum(0)
+        self.starts = (ends - sizes).to(device)  # [segments] int64
+        self.sizes = sizes.to(device)  # [segments] int64
+        self.ids = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(device)  # [rows] int64
+        self.device = torch.device(device)
+        self._buckets: list[Bucket] | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def start(self, segment: int) -> int:
+        """First row of `segment`; the number of rows for segment == len(self)."""
+        return sum(self.lengths[:segment])
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """Every segment with rows, in one bucket each."""
+        if self._buckets is None:
+            limit = BUCKET_ROWS if self.device.type == "cpu" else 64 * BUCKET_ROWS
+            self._buckets = [self._bucket(members) for members in _similar(self.lengths, limit)]
+        return self._buckets
+
+    def _bucket(self, members: Sequence[int]) -> Bucket:
+        longest = self.lengths[members[0]]
+        which = torch.tensor(members, dtype=torch.int64).to(self.device)
+        size, start = self.sizes[which, None], self.starts[which, None]
+        column = torch.arange(longest, device=self.device)[None, :]
+        rows = start + torch.minimum(column, size - 1)
+        padding = (column >= size).flatten().nonzero().squeeze(-1)
+        return Bucket(segments=which, rows=rows.flatten(), padding=padding, longest=longest)
+
+
+def _similar(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Segments by falling length, cut where padding would exceed an eighth or rows the limit."""
+    out: list[list[int]] = []
+    for segment in sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i]):
+        longest = lengths[out[-1][0]] if out else 0
+        fits = out and longest - lengths[segment] <= longest // 8 and longest * (len(out[-1]) + 1) <= limit
+        if fits:
+            out[-1].append(segment)
+        else:
+            out.append([segment])
+    return out
+
+
+def weight_norm_squares(activations: Tensor, gradients: Sequence[Tensor], segments: Segments) -> Tensor:
+    """sum over layers of |G_i|^2, [segments] float64, for layers that share their input.
+
+    activations [rows, in]; gradients: for each layer [rows, out]; any float dtype, products in float32
+    or better. Definition: reference.segmented_weight_grad.
+    """
+    assert all(g.shape[0] == activations.shape[0] == segments.rows for g in gradients)
+    result = torch.zeros(len(segments), dtype=torch.float64, device=activations.device)
+    width = sum(g.shape[1] for g in gradients)
+    for bucket in segments.buckets:
+        a = promoted(bucket.take(activations))
+        padded = [promoted(bucket.take_padded(g)) for g in gradients]
+        rows = bucket.longest
+        gram_cost = (rows + min(rows, GRAM_BLOCK)) / 2 * (a.shape[-1] + width)
+        if gram_cost <= a.shape[-1] * width:
+            values = _gram(a, padded)
+        else:
+            values = _direct(a, padded)
+        result[bucket.segments] = values
+    return result
+
+
+def _gram(a: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """[bucket, rows, in], each [bucket, rows, out] -> [bucket] float64. The product of the two Gram
+    matrices is symmetric: what is below the diagonal blocks counts twice."""
+    total = torch.zeros(a.shape[0], dtype=torch.float64, device=a.device)
+    for start in range(0, a.shape[1], GRAM_BLOCK):
+        stop = start + GRAM_BLOCK
+        product = _sum_of_grams(gradients, start, stop)
+        product.mul_(torch.bmm(a[:, start:stop], a[:, :stop].mT))
+        total += 2 * product.sum((1, 2))
+        total -= product[:, :, start:].sum((1, 2))
+    return total
+
+
+def _sum_of_grams(gradients: Sequence[Tensor], start: int, stop: int) -> Tensor:
+    out = torch.bmm(gradients[0][:, start:stop], gradients[0][:, :stop].mT)
+    for g in gradients[1:]:
+        out.baddbmm_(g[:, start:stop], g[:, :stop].mT)
+    return out
+
+
+def _direct(a: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """[bucket, rows, in], each [bucket, rows, out] -> [bucket] float64."""
+    total = torch.zeros(a.shape[0], dtype=torch.float64, device=a.device)
+    tile = max(1, DIRECT_TILE // a.shape[-1])
+    for g in gradients:
+        for i in range(a.shape[0]):
+            for start in range(0, g.shape[-1], tile):
+                piece = (g[i, :, start : start + tile].T @ a[i]).flatten()
+                total[i] += torch.dot(piece, piece)
+    return total
+
+
+def promoted(x: Tensor) -> Tensor:
+    """float32, float64 kept."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def segment_sums(values: Tensor, segments: Segments) -> Tensor:
+    """Sum of each segment's rows, in float32 or better, in a fixed order.
+
+    values [rows * k, width], with k rows for each packed row (heads); returns [segments, width].
+    """
+    repeats = values.shape[0] // max(1, segments.rows)
+    assert values.shape[0] == repeats * segments.rows
+    every = torch.arange(values.shape[0], device=values.device)
+    return _bags(promoted(values), every, segments.starts * repeats)
+
+
+def embedding_norm_squares(gradients: Tensor, tokens: Tensor, segments: Segments) -> Tensor:
+    """|G_i|^2 of an embedding from the gradients of its outputs: sum over the ids of a segment of the
+    square of the sum of their rows. gradients [rows, width], tokens [rows] int64 -> [segments] float64."""
+    result = torch.zeros(len(segments), dtype=torch.float64, device=gradients.device)
+    if segments.rows == 0:
+        return result
+    order = torch.argsort(tokens, stable=True)
+    order = order[torch.argsort(segments.ids[order], stable=True)]
+    owner, token = segments.ids[order], tokens[order]
+    new = torch.ones_like(owner, dtype=torch.bool)
+    new[1:] = (owner[1:] != owner[:-1]) | (token[1:] != token[:-1])
+    first = new.nonzero().squeeze(-1)
+    sums = _bags(promoted(gradients), order, first)
+    return result.index_put_((owner[first],), torch.linalg.vecdot(sums, sums).double(), accumulate=True)
+
+
+def _bags(values: Tensor, rows: Tensor, first: Tensor) -> Tensor:
+    """Sums of values[rows[first[i]:first[i + 1]]]. Not index_add_: its order is not fixed on CUDA."""
+    return F.embedding_bag(rows, values, first, mode="sum")
