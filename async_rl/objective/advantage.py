@@ -8,7 +8,7 @@ rewards where they fell and the outcome at the last token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -183,8 +183,6 @@ def opob_parts(tokens: Tokens, reward: Tensor, recipe: Recipe) -> tuple[Tensor, 
 
 
 def _group_mean_advantage(tokens: Tokens, reward: Tensor, settings: AdvantageSettings) -> Tensor:
-    from dataclasses import replace
-
     return group_advantage(tokens, reward, replace(settings, baseline="group_mean"))
 
 

@@ -125,16 +125,20 @@ def coefficients(
 
 
 @torch.no_grad()
-def opob_baselines(norm_squares: Tensor, columns: Columns, recipe: Recipe) -> Tensor:
+def opob_baselines(
+    norm_squares: Tensor, columns: Columns, recipe: Recipe, state: ObjectiveState | None = None
+) -> Tensor:
     """Exact OPOB: the baseline of each group, from per-trajectory squared gradient norms.
 
     norm_squares: [trajectories], |sum_t baseline[t] grad log pi_t|^2 with the `baseline` column of the
-    coefficients of these columns. Returns [groups]: the step's gradient is
+    coefficients of these columns; state: the one that `coefficients` was given (only an adaptive KL in
+    the reward reads it). Returns [groups]: the step's gradient is
     sum(policy * grad) - sum_groups b_g * sum(baseline * grad).
     """
-    surrogate = _surrogate(columns, recipe, ObjectiveState())
+    surrogate = _surrogate(columns, recipe, state or ObjectiveState())
     opob = surrogate.advantage.opob
-    assert opob is not None and surrogate.advantage.unit is not None, "the recipe has no exact OPOB"
+    assert opob is not None, "the recipe has no OPOB"
+    assert surrogate.advantage.unit is not None
     column = surrogate.column(surrogate.trust.weight, surrogate.advantage.unit)
     log_weight = log_opob_weight(
         norm_squares.double().log(), column, surrogate.trust.weight, surrogate.tokens, recipe
@@ -246,7 +250,8 @@ def _token_ess(tokens: Tokens) -> float:
 
 def _measure_critic(meter: Meter, surrogate: Surrogate, loss: Tensor) -> None:
     returns, value = surrogate.advantage.returns, surrogate.tokens.value
-    assert returns is not None and value is not None
+    assert returns is not None
+    assert value is not None
     target, predicted = returns.target[returns.trained], value[returns.trained]
     meter.put("value/loss", loss)
     if len(target):

@@ -87,11 +87,13 @@ def effective_sample_size(
 def _calibrated(tokens: Tokens, settings: EssSettings, state: ObjectiveState) -> ObjectiveState:
     """Add the log-weights of this batch's fresh tokens, unit by unit, to the running moments.
 
-    Fresh: sampled by the version about to be updated, so that the ratio is engine noise alone. A unit
-    that began under older weights contributes its fresh end, at that end's length.
+    Fresh: sampled by the version about to be updated, so that the ratio is engine noise alone; taken at
+    the proximal policy, so that a batch's later updates do not count as noise. A unit that began under
+    older weights contributes its fresh end, at that end's length.
     """
     fresh = (tokens.columns.version == tokens.columns.current_version).to(tokens.log_prob.dtype)
-    total, _, trajectory = unit_sums(behaviour_log_ratio(tokens) * fresh, tokens, settings.level)
+    noise = (tokens.log_proximal - tokens.log_behaviour) * fresh
+    total, _, trajectory = unit_sums(noise, tokens, settings.level)
     length = unit_sums(fresh, tokens, settings.level)[0]
     use = (length > 0) & tokens.finite[trajectory]
     total, length = total[use], length[use]

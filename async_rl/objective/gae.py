@@ -80,7 +80,8 @@ def value_loss(tokens: Tokens, returns: Returns, settings: GaeSettings) -> tuple
     Returns d loss / d V [tokens], and the loss. Where both branches tie the unclipped one counts.
     """
     value, before = tokens.value, tokens.value_before
-    assert value is not None and before is not None
+    assert value is not None
+    assert before is not None
     share = returns.trained.to(value.dtype) / returns.trained.sum().clamp(min=1)
     error = value - returns.target
     gradient, square = error, error.square()

@@ -32,7 +32,7 @@ class Meter:
         else:
             numbers = []
         read = dict(zip(tensors, numbers, strict=True))
-        return {name: read[name] if name in read else float(v) for name, v in self._values.items()}  # type: ignore[arg-type]
+        return {name: read[name] if name in read else float(v) for name, v in self._values.items()}
 
 
 def mean_of(values: Tensor, mask: Tensor) -> Tensor:
@@ -58,7 +58,9 @@ def measure_ratios(meter: Meter, tokens: Tokens, log_weight_cap: float | None) -
     meter.put("kl/behaviour", mean_of(k3, ok))
     meter.put("kl/behaviour_k1", mean_of(-log_ratio, ok))
     fresh = ok & (tokens.columns.version == tokens.columns.current_version)
-    meter.put("kl/mismatch", torch.where(fresh.any(), mean_of(k3, fresh), torch.nan))
+    if bool(fresh.any()):
+        engine = (tokens.log_proximal - tokens.log_behaviour).clamp(-20.0, 20.0)
+        meter.put("kl/mismatch", mean_of(engine.exp() - 1 - engine, fresh))
     meter.put("is/ratio_mean", mean_of(ratio, ok))
     meter.put("is/chi2_token", mean_of(ratio.square(), ok) - 1)
     if len(ratio):
@@ -130,8 +132,8 @@ def measure_signal(meter: Meter, tokens: Tokens, advantage: Tensor, zero_signal:
     meter.put("reward/mean", mean_of(tokens.reward, tokens.rewarded))
     meter.put("advantage/mean", mean)
     meter.put("advantage/std", mean_of((advantage - mean).square(), ok).sqrt())
-    meter.put("advantage/max", torch.where(ok, advantage.abs(), 0.0).sum() * 0 if not len(advantage)
-              else torch.where(ok, advantage.abs(), 0.0).max())  # fmt: skip
+    if len(advantage):
+        meter.put("advantage/max", torch.where(ok, advantage.abs(), 0.0).max())
     meter.put("group/zero_signal", mean_of(zero_signal.double(), torch.ones_like(zero_signal)))
     if tokens.entropy is not None:
         meter.put("entropy", mean_of(tokens.entropy, ok))

@@ -51,6 +51,8 @@ def trust(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Tr
                 full = torch.ones_like(full)
             elif recipe.trust.rule == "topr":  # positives are not weighted at all
                 full = torch.where(advantage < 0, full, 1.0)
+            elif recipe.trust.rule in ("dppo", "m2po"):  # differentiate the ratio
+                full = full * ratio.inside
             return Trust(weight=weight, full=full, clipped=clipped, dual=torch.zeros_like(clipped),
                          advantage=advantage, through=False)  # fmt: skip
 
@@ -115,7 +117,7 @@ def _detached_weight(
             assert settings.rule == "m2po"
             moved = torch.where(tokens.finite[tokens.trajectory], ratio.log, torch.inf)
             kept = second_moment_mask(moved, settings.second_moment)
-            return torch.where(kept, value, 0.0), ~kept
+            return torch.where(kept, value * ratio.inside, 0.0), ~kept
     return weight, weight != value
 
 
@@ -134,7 +136,7 @@ def _divergence_mask(
     drop = ((advantage > 0) & rose & (distance > settings.mask_high)) | (
         (advantage <= 0) & ~rose & (distance > settings.mask_low)
     )
-    return torch.where(drop, 0.0, ratio.value), drop
+    return torch.where(drop, 0.0, ratio.value * ratio.inside), drop
 
 
 def bernoulli_kl(new: Tensor, old: Tensor) -> Tensor:
