@@ -2,10 +2,13 @@
 
     python bench/wire.py [--batches N]
 
-Two processes over ipc, 2,000-token trajectories, 16 a message, at most 4 messages under way (as permits
-would keep it), each answered by the receiver. `codec`: encode + send + receive + decode. `raw`: the same
-bytes, one frame a trajectory, sent by plain pyzmq. `lists`: tokens and log-probs as msgpack lists. The
-three take turns in one run; the rates are medians.
+Two processes over ipc, 2,000-token trajectories, 16 in a go, each go answered by the receiver, at most 4
+goes under way (as permits would keep it). The ways take turns in one run; the rates are medians.
+
+codec          encode + send + receive + decode and check, one message a go
+raw            the same bytes by plain pyzmq, one message a trajectory
+raw_multipart  the same bytes by plain pyzmq, one multipart message a go, a frame a trajectory
+lists          tokens and log-probs as msgpack lists of numbers, one message a go
 """
 
 from __future__ import annotations
@@ -69,17 +72,37 @@ def receive_codec(endpoint: str) -> None:
             router.send(peer, Accepted(pairs=tuple((t.group, t.sample) for t in message.trajectories)))
 
 
-def receive_plain(endpoint: str, unpack_lists: bool) -> None:
+def receive_raw(endpoint: str) -> None:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.bind(endpoint)
         while True:
-            peer, *frames = router.recv_multipart(copy=unpack_lists)
-            if len(frames[0]) == 0:
+            for _ in range(MESSAGE_TRAJECTORIES):
+                peer, frame = router.recv_multipart()
+                if not frame:
+                    return
+            router.send_multipart([peer, b"ok"])
+
+
+def receive_multipart(endpoint: str) -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.bind(endpoint)
+        while True:
+            peer, *frames = router.recv_multipart(copy=False)
+            if len(frames) < MESSAGE_TRAJECTORIES:
                 return
-            if unpack_lists:
-                for tokens, log_behaviour in msgpack.unpackb(frames[0]):
-                    np.array(tokens, dtype=np.int32)
-                    np.array(log_behaviour, dtype=np.float32)
+            router.send_multipart([peer, b"ok"])
+
+
+def receive_lists(endpoint: str) -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.bind(endpoint)
+        while True:
+            peer, frame = router.recv_multipart()
+            if not frame:
+                return
+            for tokens, log_behaviour in msgpack.unpackb(frame):
+                np.array(tokens, dtype=np.int32)
+                np.array(log_behaviour, dtype=np.float32)
             router.send_multipart([peer, b"ok"])
 
 
@@ -95,75 +118,90 @@ def pumped(batches: int, send: Callable[[], None], receive: Callable[[], Any]) -
     return time.perf_counter() - started
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, default=100, help="messages of one measurement")
-    batches = parser.parse_args().batches
-    sent = trajectories()
+def measure(sent: tuple[Trajectory, ...], batches: int) -> dict[str, list[float]]:
+    """Tokens per second of each way, round by round."""
     blobs = [pack(t) for t in sent]
-    num_bytes = sum(len(frame) for frame in encode(Finished(trajectories=sent)))
-    lists = as_lists(sent)
-    processes = multiprocessing.get_context("spawn")
+    receivers = {
+        "codec": receive_codec,
+        "raw": receive_raw,
+        "raw_multipart": receive_multipart,
+        "lists": receive_lists,
+    }
     with tempfile.TemporaryDirectory() as folder, zmq.Context() as context:
-        ends = {name: f"ipc://{folder}/{name}" for name in ("codec", "raw", "lists")}
-        receivers = [
-            processes.Process(target=receive_codec, args=(ends["codec"],)),
-            processes.Process(target=receive_plain, args=(ends["raw"], False)),
-            processes.Process(target=receive_plain, args=(ends["lists"], True)),
-        ]
-        for receiver in receivers:
-            receiver.start()
+        ends = {name: f"ipc://{folder}/{name}" for name in receivers}
+        spawn = multiprocessing.get_context("spawn")
+        processes = [spawn.Process(target=f, args=(ends[name],)) for name, f in receivers.items()]
+        for process in processes:
+            process.start()
         dealer = Dealer(ends["codec"], "bench")
-        raw, listed = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
-        raw.connect(ends["raw"])
-        listed.connect(ends["lists"])
-        ways: dict[str, tuple[int, Callable[[], None], Callable[[], Any]]] = {
+        raw, multipart, lists = (context.socket(zmq.DEALER) for _ in range(3))
+        for name, plain in (("raw", raw), ("raw_multipart", multipart), ("lists", lists)):
+            plain.connect(ends[name])
+
+        def send_raw() -> None:
+            for blob in blobs:
+                raw.send(blob)
+
+        ways: dict[str, tuple[int, Callable[[], Any], Callable[[], Any]]] = {
             "codec": (
                 batches,
                 lambda: dealer.send(Finished(trajectories=sent)),
                 lambda: dealer.receive(60, "an acknowledgement"),
             ),
-            "raw": (batches, lambda: raw.send_multipart(blobs, copy=False), raw.recv),
-            "lists": (max(UNDER_WAY, batches // 10), lambda: listed.send(as_lists(sent)), listed.recv),
+            "raw": (batches, send_raw, lambda: raw.recv()),
+            "raw_multipart": (
+                batches,
+                lambda: multipart.send_multipart(blobs, copy=False),
+                lambda: multipart.recv(),
+            ),
+            "lists": (
+                max(UNDER_WAY, batches // 10),
+                lambda: lists.send(as_lists(sent)),
+                lambda: lists.recv(),
+            ),
         }
         rates: dict[str, list[float]] = {name: [] for name in ways}
-        for name, (_, send, receive) in ways.items():
+        for _, send, receive in ways.values():
             pumped(UNDER_WAY, send, receive)  # connections and first touches
-            assert name in rates
         for _ in range(ROUNDS):
             for name, (count, send, receive) in ways.items():
                 seconds = pumped(count, send, receive)
                 rates[name].append(count * MESSAGE_TRAJECTORIES * TOKENS / seconds)
         dealer.send(Holds(version=0))
-        raw.send(b"")
-        listed.send(b"")
-        for receiver in receivers:
-            receiver.join()
-        dealer.close()
-        raw.close()
-        listed.close()
-    rate = {name: statistics.median(values) for name, values in rates.items()}
-    bytes_per_token = num_bytes / (MESSAGE_TRAJECTORIES * TOKENS)
-    small = short_step_ms()
-    print(
-        json.dumps(
-            {
-                "codec_over_raw": round(rate["codec"] / rate["raw"], 3),
-                "target_codec_over_raw": 0.8,
-                "bytes_per_token": round(bytes_per_token, 2),
-                "target_bytes_per_token": 13,
-                "codec_mtokens_per_s": round(rate["codec"] / 1e6, 2),
-                "raw_mtokens_per_s": round(rate["raw"] / 1e6, 2),
-                "lists_mtokens_per_s": round(rate["lists"] / 1e6, 2),
-                "codec_mb_per_s": round(rate["codec"] * bytes_per_token / 1e6, 1),
-                "lists_bytes_per_token": round(len(lists) / (MESSAGE_TRAJECTORIES * TOKENS), 2),
-                "codec_over_raw_by_round": [
-                    round(a / b, 3) for a, b in zip(rates["codec"], rates["raw"], strict=True)
-                ],
-                **small,
-            }
-        )
+        for plain in (raw, multipart, lists):
+            plain.send(b"")
+        for process in processes:
+            process.join()
+        for end in (dealer, raw, multipart, lists):
+            end.close()
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--batches", type=int, default=100, help="goes of one measurement")
+    batches = parser.parse_args().batches
+    sent = trajectories()
+    rates = measure(sent, batches)
+    rate = {name: statistics.median(values) for name, values in rates.items()}
+    num_tokens = MESSAGE_TRAJECTORIES * TOKENS
+    bytes_per_token = sum(len(frame) for frame in encode(Finished(trajectories=sent))) / num_tokens
+    found: dict[str, Any] = {
+        "codec_over_raw": round(rate["codec"] / rate["raw"], 3),
+        "target_codec_over_raw": 0.8,
+        "codec_over_raw_multipart": round(rate["codec"] / rate["raw_multipart"], 3),
+        "codec_over_lists": round(rate["codec"] / rate["lists"], 1),
+        "bytes_per_token": round(bytes_per_token, 2),
+        "target_bytes_per_token": 13,
+        "lists_bytes_per_token": round(len(as_lists(sent)) / num_tokens, 2),
+        "codec_mb_per_s": round(rate["codec"] * bytes_per_token / 1e6, 1),
+    }
+    found |= {f"{name}_mtokens_per_s": round(value / 1e6, 2) for name, value in rate.items()}
+    by_round = zip(rates["codec"], rates["raw"], strict=True)
+    found["codec_over_raw_by_round"] = [round(codec / raw, 3) for codec, raw in by_round]
+    print(json.dumps(found | short_step_ms()))
 
 
 def short_step_ms() -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+_INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 Split = Literal["train", "eval"]
 Ended = Literal["finished", "length", "turn_limit", "error", "aborted"]
 """How an episode ended: by itself; by the token limit; by the turn limit; the task or reward raised
@@ -109,7 +110,7 @@ class Trajectory:
     def check(self) -> str | None:
         """What is wrong with this trajectory, or None. Used on everything that comes off the wire."""
         n = len(self.tokens)
-        if self.tokens.dtype != np.int32 or self.log_behaviour.dtype != np.float32:
+        if self.tokens.dtype != _INT32 or self.log_behaviour.dtype != _FLOAT32:
             return "tokens must be int32 and log_behaviour float32"
         if len(self.log_behaviour) != n:
             return f"{len(self.log_behaviour)} log-probs for {n} tokens"

@@ -1,7 +1,7 @@
 """Every message that crosses a process, and its frames.
 
-Frame 0 is msgpack `[schema, kind, {field: value}]`. Trajectories follow as blobs (trajectory/codec.py):
-small ones joined into shared frames, large ones in frames of their own; frame 0 says how long each is.
+Frame 0 is msgpack `[schema, kind, {field: value}]`. Trajectories follow as blobs (trajectory/codec.py)
+joined into frames of some 100 kB, which the socket takes without a copy; frame 0 says how long each is.
 `decode` answers a complete, typed message or raises `WireError`, whatever the bytes are.
 """
 
@@ -13,11 +13,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import msgpack
 
-from async_rl.trajectory.codec import Blob, WireError, pack, plain, unpack
+from async_rl.trajectory.codec import Blob, WireError, pack_parts, plain, unpack
 from async_rl.trajectory.types import Split, Trajectory
 
 SCHEMA = 1
-_OWN_FRAME_BYTES = 4096
+_FRAME_BYTES = 256 * 1024
+"""blobs are joined until a frame is this long"""
 _DEEPEST = 8
 Detail = Mapping[str, Any]
 """plain data: strings, numbers, booleans, None, and lists and dicts (with string keys) of these"""
@@ -232,9 +233,12 @@ def encode(message: Message) -> list[Blob]:
     frames: list[Blob] = [b""]
     match message:
         case Finished(trajectories=trajectories):
-            values: Any = {"trajectories": _frame((pack(t) for t in trajectories), frames)}
+            values: Any = {"trajectories": _frame((pack_parts(t) for t in trajectories), frames)}
         case Batch():
-            blobs: list[Blob] = [*(pack(t) for t in message.trajectories), *message.blobs]
+            blobs: list[Sequence[Blob]] = [
+                *(pack_parts(t) for t in message.trajectories),
+                *([blob] for blob in message.blobs),
+            ]
             values = {
                 "step": message.step,
                 "trajectories": _frame(blobs, frames),
@@ -273,25 +277,23 @@ def decode(frames: Sequence[Blob]) -> Message:
     return _KINDS[kind](values, kind)
 
 
-def _frame(blobs: Iterable[Blob], frames: list[Blob]) -> list[list[int]]:
-    """Append the blobs to `frames`; the lengths of those in each frame."""
+def _frame(blobs: Iterable[Sequence[Blob]], frames: list[Blob]) -> list[list[int]]:
+    """Join the blobs, each given in parts, into `frames`; the lengths of those in each frame."""
     layout: list[list[int]] = []
-    small: list[Blob] = []
-
-    def flush() -> None:
-        if small:
-            layout.append([len(blob) for blob in small])
-            frames.append(b"".join(small))
-            small.clear()
-
-    for blob in blobs:
-        if len(blob) >= _OWN_FRAME_BYTES:
-            flush()
-            layout.append([len(blob)])
-            frames.append(blob)
-        else:
-            small.append(blob)
-    flush()
+    lengths: list[int] = []
+    joined: list[Blob] = []
+    size = 0
+    for parts in blobs:
+        lengths.append(sum([len(part) for part in parts]))
+        joined += parts
+        size += lengths[-1]
+        if size >= _FRAME_BYTES:
+            layout.append(lengths)
+            frames.append(b"".join(joined))
+            lengths, joined, size = [], [], 0
+    if lengths:
+        layout.append(lengths)
+        frames.append(b"".join(joined))
     return layout
 
 

@@ -133,7 +133,13 @@ def test_an_endpoint_in_use_is_refused_and_its_owner_undisturbed(tmp_path: Path)
 
 @pytest.mark.parametrize(
     "bad",
-    ["buffer.sock", "ipc://" + "x" * 200, "tcp://no-such-interface:5", "tcp://127.0.0.1:99999", "ipc:///no/such/folder/b.sock"],
+    [
+        "buffer.sock",
+        "ipc://" + "x" * 200,
+        "tcp://no-such-interface:5",
+        "tcp://127.0.0.1:99999",
+        "ipc:///no/such/folder/b.sock",
+    ],
 )
 def test_an_endpoint_that_cannot_be_used_names_the_setting(bad: str) -> None:
     with pytest.raises(UserError, match=r"wire\.endpoint"):
