@@ -5,4 +5,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model folder that speaks the guess task."""
+    from async_rl.model.create import create_model_folder
+    from async_rl.task import make_task
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    alphabet = make_task("guess", {}).alphabet  # type: ignore[attr-defined]
+    create_model_folder(
+        path, alphabet=alphabet, hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=64, seed=3
+    )
+    return path

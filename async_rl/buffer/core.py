@@ -251,7 +251,8 @@ class Core:
             problem=self.problem_at(self.position),
             split="train",
             size=self.rules.group_size,
-            seed=group_seed(self.rules.seed, self.next_group),
+            # by position in the prompt order, so that evaluations in between change nothing
+            seed=group_seed(self.rules.seed, self.position),
             temperature=self.rules.temperature,
             admitted_at=now,
             admitted_version=generator.version,

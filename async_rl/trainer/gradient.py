@@ -15,9 +15,11 @@ from torch import Tensor
 from async_rl_kernels import LogProbs
 
 from async_rl.batch import PackedBatch
-from async_rl.objective import Coefficients
-from async_rl.objective.recipe import Requirements
+from async_rl.objective import Coefficients, Columns
+from async_rl.objective.coefficients import opob_baselines
+from async_rl.objective.recipe import Recipe, Requirements
 from async_rl.trainer.forward import Arithmetic, batch_log_probs, log_probs
+from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 
 if TYPE_CHECKING:
     from async_rl.trainer.forward import Model
@@ -32,11 +34,14 @@ class Pass:
         self._arithmetic = arithmetic
         self._needs = needs
         self._graph: LogProbs | None = None
-        if len(batch.micro_batches) == 1 and not needs.per_trajectory_norms:
+        self._exact = TrajectoryGradient(model, arithmetic) if needs.per_trajectory_norms else None
+        if len(batch.micro_batches) > 1:
+            self.log_probs = batch_log_probs(model, batch, arithmetic)
+        elif self._exact is not None:
+            self.log_probs = self._exact.forward(batch.micro_batches[0])
+        else:
             self._graph = log_probs(model, batch.micro_batches[0], arithmetic)
             self.log_probs = self._graph
-        else:
-            self.log_probs = batch_log_probs(model, batch, arithmetic)
 
     def clipped_norm(self, answer: Coefficients) -> float | None:
         """Gradient norm of what the trust rule cut away, where the recipe asks for it exactly. Call it
@@ -45,9 +50,23 @@ class Pass:
             return None
         return self._norm_of(answer.clipped)
 
-    def backward(self, answer: Coefficients) -> None:
-        """Add the gradient of `answer` to the parameters' `.grad`."""
-        self._accumulate(answer.policy, answer.entropy)
+    def backward(self, answer: Coefficients, columns: Columns, recipe: Recipe) -> dict[str, float]:
+        """Add the gradient of `answer` to the parameters' `.grad`; metrics of an exact baseline."""
+        if self._exact is None or answer.baseline is None:
+            self._accumulate(answer.policy, answer.entropy)
+            return {}
+
+        def baselines(norm_squares: Tensor) -> Tensor:
+            return opob_baselines(norm_squares, columns, recipe)
+
+        norms = self._exact.add(
+            self._batch, answer.policy, answer.baseline, baselines, scope=recipe.opob.scope
+        )
+        return {
+            "opob/baseline": baselines(norms).mean().item(),
+            "grad/norm_per_trajectory_median": norms.sqrt().median().item(),
+            "grad/norm_per_trajectory_max": norms.sqrt().max().item(),
+        }
 
     def _accumulate(self, policy: Tensor, entropy: Tensor | None) -> None:
         for micro in self._batch.micro_batches:

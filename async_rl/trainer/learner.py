@@ -88,7 +88,7 @@ class Learner:
                 proximal = columns.log_prob
             answer, state = coefficients(columns, self.recipe, self.state)
             metrics.update(answer.metrics)
-            skipped = answer.skip or self._update(pass_, answer, state, metrics)
+            skipped = answer.skip or self._update(pass_, columns, answer, state, metrics)
             if skipped:
                 break
         self.version += 1
@@ -133,6 +133,7 @@ class Learner:
     def _update(
         self,
         pass_: gradient.Pass,
+        columns: Columns,
         answer: Coefficients,
         state: ObjectiveState,
         metrics: dict[str, float],
@@ -147,7 +148,7 @@ class Learner:
                 return "critic warm-up: the policy stays frozen"
         self.optimizer.zero_grad(set_to_none=True)
         clipped_norm = pass_.clipped_norm(answer)
-        pass_.backward(answer)
+        metrics.update(pass_.backward(answer, columns, self.recipe))
         norm = clip_gradient(self.model, settings.clip_norm)
         metrics["grad/norm"] = norm
         factors = dict(answer.learning_rate_factors)
