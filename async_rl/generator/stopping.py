@@ -57,8 +57,9 @@ class StopRules:
             strings = self._strings[rule[row]]
             # A character takes at most four tokens (one a byte).
             tail = turn_of(int(slot[row]))[-4 * max(map(len, strings)) - 4 :].tolist()
-            text = self._tokenizer.decode(tail, special=True)
-            ends[row] = any(string in text for string in strings)
+            # With special tokens, which a stop string may name, and without, as a task sees the text.
+            texts = [self._tokenizer.decode(tail, special=special) for special in (True, False)]
+            ends[row] = any(string in text for string in strings for text in texts)
         return ends
 
     def _replaceable(self, in_use: Iterable[int]) -> int:

@@ -100,7 +100,9 @@ def test_neither_batch_nor_order_nor_prefill_budget_changes_what_is_sampled(toke
             assert np.allclose(done.log_probs, alone[i].log_probs, atol=TOLERANCE)
 
 
-async def episode(engine: EmbeddedEngine, session: int, turns: int, appended: int) -> list[tuple[list[int], Completion]]:
+async def episode(
+    engine: EmbeddedEngine, session: int, turns: int, appended: int
+) -> list[tuple[list[int], Completion]]:
     """Several turns with environment text between them."""
     history, record = prompt(session, 3 + session % 4), []
     for turn in range(turns):
