@@ -92,7 +92,9 @@ def _named(word: str) -> str:
 
 def to_yaml(settings: object) -> str:
     """The settings as YAML that can be read back."""
-    plain = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings  # type: ignore[arg-type]
+    assert dataclasses.is_dataclass(settings)
+    assert not isinstance(settings, type)
+    plain = dataclasses.asdict(settings)
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 

@@ -100,8 +100,8 @@ class GeneratorLoop:
                         self._start(permit)
                     await self._ask()
                 case msg.Accepted(pairs=pairs):
-                    for pair in pairs:
-                        self.unacknowledged.pop(tuple(pair), None)
+                    for group, sample in pairs:
+                        self.unacknowledged.pop((group, sample), None)
                 case msg.NewWeights(version=version):
                     self.announced = max(self.announced, version)
                     self.new_weights.set()

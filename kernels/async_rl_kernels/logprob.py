@@ -78,7 +78,7 @@ class _LinearLogProb(torch.autograd.Function):
         return log_prob, entropy, square
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, weight, targets, entropy, kept = ctx.saved_tensors

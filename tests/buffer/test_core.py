@@ -353,7 +353,8 @@ def test_an_evaluation_runs_between_training_groups_and_is_not_trained() -> None
         for s in permit.samples:
             done = trajectory(permit.group, s, 0, split="eval", reward=0.5)
             core.handle(b"g", msg.Finished(trajectories=(done,)), 0.0)
-    answer = core.handle(TRAINER, msg.FetchEvaluation(evaluation=0), 2.0)[0]
+    recorded, answer = core.handle(TRAINER, msg.FetchEvaluation(evaluation=0), 2.0)
+    assert isinstance(recorded, do.AddEvaluation)
     assert isinstance(answer, do.Send)
     assert isinstance(answer.message, msg.EvaluationResult)
     assert answer.message.finished

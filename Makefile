@@ -1,0 +1,36 @@
+# `make quickstart` shows it, `make test` proves it. Everything lives in .venv.
+PYTHON ?= python3
+# The CPU build comes from wherever your pip finds it; a plain range would bring several GB of CUDA.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: install test check quickstart clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+models/quickstart: | .venv/installed
+	$(BIN)/async-rl init-model $@ --task guess --until 0.4
+
+quickstart: install models/quickstart
+	$(BIN)/async-rl run configs/quickstart.yaml
+
+# One BLAS thread a process: the tests start processes of their own on the same cores.
+test: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist models
