@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -143,7 +143,7 @@ class EpisodeSession:
         """The trajectory this episode became; `failed` overrides how it ended."""
         self._engine.release(self._id)
         ticket = self._ticket
-        return Trajectory(
+        made = Trajectory(
             group=ticket.group,
             sample=ticket.sample,
             problem=ticket.problem,
@@ -161,6 +161,12 @@ class EpisodeSession:
             finished_at=self._clock(),
             info=self._info,
         )
+        broken = made.check()
+        if broken is None:
+            return made
+        # An engine that answers nonsense (a log-prob that is no number) must not end the run.
+        empty = np.zeros(len(made.tokens), np.float32)
+        return replace(made, log_behaviour=empty, turns=(), versions=(), reward=0.0, ended="error", reason=broken)
 
     def _extend(self, tokens: Sequence[int]) -> None:
         self._tokens = [*self._tokens, *tokens]

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors.torch import save_file
+
 from async_rl.model.folder import save_folder
 
 if TYPE_CHECKING:
-    from async_rl.trainer.forward import Model
+    from async_rl.trainer.learner import Learner
 
 
 def checkpoint_path(folder: Path, version: int) -> Path:
     return folder / f"step_{version:06d}"
 
 
-def save_checkpoint(folder: Path, model: Model, *, version: int, source: Path, keep: int) -> Path:
-    """Write the weights of `version` beside config and tokenizer from `source`; keep the newest `keep`."""
+def save_checkpoint(folder: Path, learner: Learner, *, source: Path, keep: int) -> Path:
+    """Write the policy beside config and tokenizer from `source`, the critic and the objective's running
+    state beside it; keep the newest `keep`."""
+    version = learner.version
     final = checkpoint_path(folder, version)
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    save_folder(partial, model, source=source)
+    save_folder(partial, learner.model, source=source)
+    if learner.critic is not None:
+        save_file(learner.critic.state_dict(), partial / "critic.safetensors")
+    state = {"version": version, "objective": learner.state.to_dict()}
+    (partial / "learner.json").write_text(json.dumps(state, indent=2) + "\n")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     for old in list_checkpoints(folder)[:-keep]:

@@ -145,7 +145,8 @@ class Learner:
             metrics["critic/grad_norm"] = self.critic.step(answer.value_grad)
             if self.version < self.critic.warmup_steps:
                 self.state = state
-                return "critic warm-up: the policy stays frozen"
+                metrics |= {"critic/warmup": 1.0, "lr/base": base, "lr/effective": 0.0}
+                return ""
         self.optimizer.zero_grad(set_to_none=True)
         clipped_norm = pass_.clipped_norm(answer)
         metrics.update(pass_.backward(answer, columns, self.recipe))

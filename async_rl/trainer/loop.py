@@ -69,7 +69,7 @@ class TrainerLoop:
             self.record(row)
         seconds = time.monotonic() - started
         last = self.evaluate_and_wait(step=steps)
-        model = self.checkpoint(steps)
+        model = self.checkpoint()
         busy = detail.get("generator_busy_seconds", 0.0) - generating
         return summarise(
             rows=self.rows,
@@ -120,7 +120,7 @@ class TrainerLoop:
             row["skipped"] = 1.0
         every = self.settings.checkpoint.every
         if every and (step + 1) % every == 0 and step + 1 < self.settings.trainer.steps:
-            self.checkpoint(step + 1)
+            self.checkpoint()
         return row
 
     def publish(self) -> None:
@@ -128,14 +128,9 @@ class TrainerLoop:
         self.publisher.publish(self.learner.weights(), self.learner.version)
         self.inbox.dealer.send(msg.Published(version=self.learner.version))
 
-    def checkpoint(self, version: int) -> Path:
-        return save_checkpoint(
-            self.folder.checkpoints,
-            self.learner.model,
-            version=version,
-            source=self.source,
-            keep=self.settings.checkpoint.keep,
-        )
+    def checkpoint(self) -> Path:
+        keep = self.settings.checkpoint.keep
+        return save_checkpoint(self.folder.checkpoints, self.learner, source=self.source, keep=keep)
 
     def record(self, row: dict[str, float]) -> None:
         self.rows.append(row)
