@@ -200,9 +200,7 @@ def _centre_turns(tokens: Tokens, values: Tensor, settings: AdvantageSettings) -
     return _compare(values, key, tokens.num_groups, settings, counted=counted, length=tokens.turn_length)
 
 
-def _turn_group(
-    tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: AdvantageSettings
-) -> Tensor:
+def _turn_group(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: AdvantageSettings) -> Tensor:
     """Turn rewards against the same turn of the group, plus the outcome's group advantage. [turns]"""
     own = tokens.sum_turn(tokens.token_reward if penalty is None else tokens.token_reward - penalty)
     trajectory = tokens.trajectory_of_turn
@@ -224,9 +222,7 @@ def _gigpo(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: Adv
     key, num_keys = _pairs(tokens.group_of_trajectory[trajectory], tokens.state_key)
     known = (tokens.state_key >= 0) & tokens.rewarded[trajectory]
     step = _compare(values, key, num_keys, settings, counted=known, length=tokens.turn_length)
-    episode_return = reward + segment_sum(
-        tokens.sum_turn(tokens.token_reward), trajectory, tokens.num_trajectories
-    )
+    episode_return = reward + segment_sum(tokens.sum_turn(tokens.token_reward), trajectory, tokens.num_trajectories)
     episode = group_advantage(tokens, episode_return, settings)[trajectory]
     return settings.turn_weight * step + settings.outcome_weight * episode
 
@@ -240,9 +236,7 @@ def _pairs(first: Tensor, second: Tensor) -> tuple[Tensor, int]:
     return index, len(distinct)
 
 
-def _token_returns(
-    tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: AdvantageSettings
-) -> Tensor:
+def _token_returns(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: AdvantageSettings) -> Tensor:
     """Discounted return-to-go of every token (REINFORCE++), of the baselined outcome. [tokens]"""
     outcome = group_advantage(tokens, tokens.reward, settings)
     per_token = token_rewards(tokens, outcome, penalty)

@@ -45,9 +45,7 @@ def logit_size(tokens: Tokens, column: Tensor) -> Tensor:
     return (column.square() * energy(tokens, "logit")).sum().sqrt()
 
 
-def kappa_of(
-    cut: float, used: float, settings: BiasSettings, state: ObjectiveState
-) -> tuple[float, ObjectiveState]:
+def kappa_of(cut: float, used: float, settings: BiasSettings, state: ObjectiveState) -> tuple[float, ObjectiveState]:
     """Learning-rate factor from the sizes of the cut and the used gradient, and the new running size.
 
     1 when nothing was cut; 0 when a size is not finite, so that a broken batch never speeds learning up.

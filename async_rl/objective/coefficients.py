@@ -63,9 +63,7 @@ class Surrogate:
 
 
 @torch.no_grad()
-def coefficients(
-    columns: Columns, recipe: Recipe, state: ObjectiveState
-) -> tuple[Coefficients, ObjectiveState]:
+def coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tuple[Coefficients, ObjectiveState]:
     """Coefficients of one optimizer step, and the state after it.
 
     Pure: the same arguments give the same answer; `columns` is the whole batch, so every count, group
@@ -118,7 +116,7 @@ def coefficients(
         value_grad=None if value_grad is None else value_grad.to(dtype),
         clipped=clipped.to(dtype) if need.clipping_bias_norm else None,
         learning_rate_factors=factors,
-        skip=_nothing_left(surrogate, [policy, baseline, entropy, value_grad]),
+        skip=_nothing_left(surrogate, [policy, baseline, entropy]),
         metrics=without_empty_buckets(meter.read()),
     )
     return result, state
@@ -140,9 +138,7 @@ def opob_baselines(
     assert opob is not None, "the recipe has no OPOB"
     assert surrogate.advantage.unit is not None
     column = surrogate.column(surrogate.trust.weight, surrogate.advantage.unit)
-    log_weight = log_opob_weight(
-        norm_squares.double().log(), column, surrogate.trust.weight, surrogate.tokens, recipe
-    )
+    log_weight = log_opob_weight(norm_squares.double().log(), column, surrogate.trust.weight, surrogate.tokens, recipe)
     baseline, _ = optimal_baseline(log_weight, opob, surrogate.tokens, recipe)
     return baseline.to(norm_squares.dtype)
 
@@ -262,7 +258,8 @@ def _measure_critic(meter: Meter, surrogate: Surrogate, loss: Tensor) -> None:
 
 
 def _nothing_left(surrogate: Surrogate, parts: list[Tensor | None]) -> str:
-    """Why the step must be skipped: a zero gradient would still move weights through Adam's moments."""
+    """Why the policy's step must be skipped: a zero gradient would still move weights through Adam's
+    moments. The critic may have something to learn all the same."""
     if any(part is not None and bool((part != 0).any()) for part in parts):
         return ""
     tokens = surrogate.tokens

@@ -59,7 +59,8 @@ class Coefficients:
     """
 
     policy: Tensor  # [tokens]
-    """c_t. With an exact baseline: the part that multiplies the reward (see `baseline`)"""
+    """c_t. With an exact baseline: the part that multiplies the reward (see `baseline`), on every
+    trajectory a number times `baseline`"""
     baseline: Tensor | None = None  # [tokens]
     """OPOB with exact norms: the gradient is sum(policy*grad) - sum_groups b_g * sum(baseline*grad),
     where the trainer finds b_g from per-trajectory gradient norms (DESIGN.md 7)"""
@@ -71,5 +72,6 @@ class Coefficients:
     learning_rate_factors: Mapping[str, float] = field(default_factory=dict)
     """named factors multiplied into this step's learning rate only, e.g. ess_scale and kappa"""
     skip: str = ""
-    """not empty: nothing is left to train on; the step leaves weights and moments unchanged"""
+    """not empty: nothing is left to train on; the step leaves the policy's weights and moments unchanged
+    (`value_grad` may still be worth a step of the critic)"""
     metrics: Mapping[str, float] = field(default_factory=dict)

@@ -125,8 +125,8 @@ def _opob_problem(recipe: Recipe) -> str:
         )
     if recipe.opob.norm == "exact" and (recipe.entropy or recipe.positive_nll or _kl_in_loss(recipe)):
         return (
-            "opob.norm=exact takes the policy column for the reward's part alone; KL, entropy and NLL terms "
-            "in the loss need opob.norm=logit or length (or kl.place=reward)"
+            "with opob.norm=exact the gradient is formed from the reward's part alone; KL, entropy and NLL "
+            "terms in the loss need opob.norm=logit or length (or kl.place=reward)"
         )
     return ""
 
@@ -164,8 +164,6 @@ def _regulariser_problem(recipe: Recipe) -> str:
             "k1 in the loss has zero expected gradient; set kl.gradient=k2 (same value, right gradient), "
             "kl.importance=through, or kl.place=reward"
         )
-    if kl.place == "reward" and recipe.advantage.credit in ("token_gae", "turn_gae"):
-        return ""
     return ""
 
 

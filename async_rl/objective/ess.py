@@ -62,9 +62,7 @@ def unit_sums(values: Tensor, tokens: Tokens, level: Level) -> tuple[Tensor, Ten
     return tokens.sum_trajectory(values)[has_tokens], tokens.length[has_tokens], has_tokens
 
 
-def effective_sample_size(
-    tokens: Tokens, settings: EssSettings, state: ObjectiveState
-) -> tuple[Ess, ObjectiveState]:
+def effective_sample_size(tokens: Tokens, settings: EssSettings, state: ObjectiveState) -> tuple[Ess, ObjectiveState]:
     """ESS of the batch, and the state with this batch's fresh tokens in the running reference."""
     total, length, trajectory = unit_sums(behaviour_log_ratio(tokens), tokens, settings.level)
     log_weight = total / length if settings.pool == "mean" else total
@@ -114,9 +112,7 @@ def _calibrated(tokens: Tokens, settings: EssSettings, state: ObjectiveState) ->
                 length=keep * before.length + tokens_seen,
             )
         )
-    return ObjectiveState(
-        fresh=tuple(moments), bias_size=state.bias_size, kl_coefficient=state.kl_coefficient
-    )
+    return ObjectiveState(fresh=tuple(moments), bias_size=state.bias_size, kl_coefficient=state.kl_coefficient)
 
 
 def _expected_ratio(length: Tensor, pool: Pool, state: ObjectiveState) -> float:

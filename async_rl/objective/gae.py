@@ -26,12 +26,8 @@ class Returns:
 def token_gae(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Returns:
     """A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t. `reward` [tokens]."""
     assert tokens.value is not None
-    advantage, target = _scan(
-        reward, tokens.value, tokens.trajectory, tokens, recipe.gae, recipe.advantage.discount
-    )
-    return Returns(
-        advantage=advantage, target=target, trained=_trained(tokens, recipe.gae)[tokens.trajectory]
-    )
+    advantage, target = _scan(reward, tokens.value, tokens.trajectory, tokens, recipe.gae, recipe.advantage.discount)
+    return Returns(advantage=advantage, target=target, trained=_trained(tokens, recipe.gae)[tokens.trajectory])
 
 
 def turn_gae(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Returns:

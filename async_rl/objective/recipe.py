@@ -118,20 +118,18 @@ class SelectSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvantageSettings:
-    credit: Literal[
-        "trajectory", "turn_return", "turn_group", "gigpo", "token_return", "token_gae", "turn_gae"
-    ] = setting(
-        "trajectory",
-        "what gets a value of its own: trajectory (the outcome); turn_return (discounted return of each "
-        "turn); turn_group (turn reward against the same turn of the group, plus outcome); gigpo (outcome "
-        "plus return against the same environment state); token_return; token_gae, turn_gae (critic)",
-    )
-    baseline: Literal["none", "group_mean", "leave_one_out", "length_weighted", "virtual_max", "opob"] = (
+    credit: Literal["trajectory", "turn_return", "turn_group", "gigpo", "token_return", "token_gae", "turn_gae"] = (
         setting(
-            "group_mean",
-            "what is subtracted: mean of the group; mean of the others; length-weighted mean (OPO); mean with a "
-            "virtual best sample (NGRPO); off-policy optimal baseline (VCPO)",
+            "trajectory",
+            "what gets a value of its own: trajectory (the outcome); turn_return (discounted return of each "
+            "turn); turn_group (turn reward against the same turn of the group, plus outcome); gigpo (outcome "
+            "plus return against the same environment state); token_return; token_gae, turn_gae (critic)",
         )
+    )
+    baseline: Literal["none", "group_mean", "leave_one_out", "length_weighted", "virtual_max", "opob"] = setting(
+        "group_mean",
+        "what is subtracted: mean of the group; mean of the others; length-weighted mean (OPO); mean with a "
+        "virtual best sample (NGRPO); off-policy optimal baseline (VCPO)",
     )
     scale: Literal["none", "group_std", "group_mean", "batch_std"] = setting(
         "group_std", "what divides: nothing, std of the group's rewards, their mean (MaxRL), std of the batch"
@@ -190,9 +188,7 @@ class KlSettings:
         "token ratio pi / mu in front: none; detached (weight capped at 10); through (its gradient "
         "too: the unbiased KL off policy)",
     )
-    adaptive_target: float = setting(
-        0.0, "adapt beta so that the KL stays near this; 0 is fixed", unit="nats"
-    )
+    adaptive_target: float = setting(0.0, "adapt beta so that the KL stays near this; 0 is fixed", unit="nats")
     adaptive_horizon: float = setting(10000.0, "how slowly beta adapts", unit="trajectories")
 
 
@@ -206,9 +202,7 @@ class AggregateSettings:
         "turn_mean",
         "seq_mean_turn_mean",
         "group_mean_token_mean",
-    ] = setting(
-        "seq_mean_token_mean", "how token losses become one number; all counts are of the whole batch"
-    )
+    ] = setting("seq_mean_token_mean", "how token losses become one number; all counts are of the whole batch")
     constant: float = setting(
         1024.0, "constant: divisor of a trajectory's token sum (Dr. GRPO: the longest answer)", unit="tokens"
     )
@@ -226,9 +220,7 @@ class EssSettings:
         "rho on fresh data: a number (1.0, VCPO's default; 0.55 in its multi-turn scripts) or calibrated, "
         "a running value by length; long answers have rho < 1 even on policy",
     )
-    decay: float = setting(
-        0.95, "calibrated: how much of the running value stays after a step with fresh data"
-    )
+    decay: float = setting(0.95, "calibrated: how much of the running value stays after a step with fresh data")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,9 +252,7 @@ class Recipe:
     gae: GaeSettings = field(default_factory=GaeSettings)
     kl: KlSettings = field(default_factory=KlSettings)
     entropy: float = setting(0.0, "weight of the entropy bonus; 0 is off")
-    positive_nll: float = setting(
-        0.0, "weight of -log pi on trajectories with positive reward (VAPO); 0 is off"
-    )
+    positive_nll: float = setting(0.0, "weight of -log pi on trajectories with positive reward (VAPO); 0 is off")
     aggregate: AggregateSettings = field(default_factory=AggregateSettings)
     ess: EssSettings = field(default_factory=EssSettings)
     bias: BiasSettings = field(default_factory=BiasSettings)
@@ -295,8 +285,7 @@ def requirements(recipe: Recipe) -> Requirements:
         reference=recipe.ratio.denominator == "reference" or (kl and recipe.kl.target == "reference"),
         value=recipe.advantage.credit in ("token_gae", "turn_gae"),
         entropy=recipe.entropy != 0.0,
-        prob_square_sum=(opob and recipe.opob.norm == "logit")
-        or (kappa and recipe.bias.estimator == "logit"),
+        prob_square_sum=(opob and recipe.opob.norm == "logit") or (kappa and recipe.bias.estimator == "logit"),
         per_trajectory_norms=opob and recipe.opob.norm == "exact",
         clipping_bias_norm=kappa and recipe.bias.estimator == "exact",
     )

@@ -13,9 +13,7 @@ def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
 
 def segment_max(values: Tensor, segment: Tensor, num_segments: int, *, empty: float) -> Tensor:
     """[rows] and [rows] int64 -> [segments]; an empty segment is `empty`."""
-    return values.new_full((num_segments,), empty).scatter_reduce_(
-        0, segment, values, "amax", include_self=False
-    )
+    return values.new_full((num_segments,), empty).scatter_reduce_(0, segment, values, "amax", include_self=False)
 
 
 def segment_min(values: Tensor, segment: Tensor, num_segments: int, *, empty: float) -> Tensor:

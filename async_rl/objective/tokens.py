@@ -128,9 +128,7 @@ def tokens_of(columns: Columns, recipe: Recipe, need: Requirements) -> Tokens:
     )
 
 
-def _token_rewards(
-    columns: Columns, per_turn: Tensor, trajectory: Tensor, length: Tensor, rewarded: Tensor
-) -> Tensor:
+def _token_rewards(columns: Columns, per_turn: Tensor, trajectory: Tensor, length: Tensor, rewarded: Tensor) -> Tensor:
     """Turn rewards at the last token of the turn; of a turn without tokens at the token before it, or at
     the trajectory's first. Lost only when the trajectory has no token at all."""
     end = length.cumsum(0)

@@ -62,9 +62,7 @@ def _plain(ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
     through = recipe.ratio.level != "none" and recipe.trust.gradient == "unit"
     weight = ratio.value * ratio.inside if through else ratio.value
     clipped = torch.zeros_like(ratio.inside)
-    return Trust(
-        weight=weight, full=weight, clipped=clipped, dual=clipped, advantage=advantage, through=through
-    )
+    return Trust(weight=weight, full=weight, clipped=clipped, dual=clipped, advantage=advantage, through=through)
 
 
 def _surrogate(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
@@ -90,9 +88,7 @@ def _surrogate(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) 
                  through=through, extra=extra)  # fmt: skip
 
 
-def _detached_weight(
-    tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe
-) -> tuple[Tensor, Tensor]:
+def _detached_weight(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Rules of the form sg(weight) * A * log pi: the weight, and where the rule changed it."""
     settings, value = recipe.trust, ratio.value
     match settings.rule:
@@ -121,9 +117,7 @@ def _detached_weight(
     return weight, weight != value
 
 
-def _divergence_mask(
-    tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe
-) -> tuple[Tensor, Tensor]:
+def _divergence_mask(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """DPPO: drop tokens whose probability already moved far in the advantage's direction."""
     settings = recipe.trust
     new = tokens.log_prob.exp()

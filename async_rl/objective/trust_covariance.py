@@ -17,9 +17,7 @@ def covariance(tokens: Tokens, advantage: Tensor) -> Tensor:
     return centred * (tokens.log_prob - (tokens.log_prob * ok).sum() / count)
 
 
-def covariance_choice(
-    tokens: Tokens, advantage: Tensor, candidate: Tensor, settings: TrustSettings
-) -> Tensor:
+def covariance_choice(tokens: Tokens, advantage: Tensor, candidate: Tensor, settings: TrustSettings) -> Tensor:
     """Clip-Cov: a random covariance_fraction of all tokens, among candidates within the bounds. [tokens] bool
 
     Random numbers come from a generator seeded with the seed and the version: same batch, same choice.

@@ -28,7 +28,10 @@ def _make_columns(
     spread: std of the log-ratio of a token. extreme: a few log-ratios of +-80.
     """
     rng = np.random.default_rng(seed)
-    group_of_trajectory, trajectory_of_turn, turn_of_token, reward = [], [], [], []
+    group_of_trajectory: list[int] = []
+    trajectory_of_turn: list[int] = []
+    turn_of_token: list[int] = []
+    reward: list[float] = []
     for group in range(groups):
         size = 1 if group == 1 else int(rng.integers(2, 6))
         equal = group == 2

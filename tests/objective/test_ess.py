@@ -27,9 +27,7 @@ from async_rl.objective.state import FreshMoments
         ([math.exp(-30)] * 8, 1.0, 1.0, 1.0),
     ],
 )
-def test_the_vectors_of_the_specification(
-    weights: list[float], ratio: float, scale: float, scale_55: float
-) -> None:
+def test_the_vectors_of_the_specification(weights: list[float], ratio: float, scale: float, scale_55: float) -> None:
     log_weight = torch.tensor(weights, dtype=torch.float64).log()
     assert ess_ratio(log_weight) == pytest.approx(ratio, abs=1e-6)
     for reference, want in ((1.0, scale), (0.55, scale_55)):

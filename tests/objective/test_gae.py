@@ -114,6 +114,7 @@ def test_value_grad_is_the_gradient_of_the_clipped_value_loss(
     if finished:
         for trajectory, members in enumerate(tokens_of_trajectory(columns)):
             trained[members] = not bool(columns.truncated[trajectory])
+    assert columns.value is not None
     value = columns.value.clone().requires_grad_()
     old = columns.value_before
     assert old is not None

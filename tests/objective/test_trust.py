@@ -43,9 +43,10 @@ def with_credit(columns: Columns, credit: str) -> tuple[Columns, Tensor, dict[st
         columns = replace(columns, reward=zero(columns.reward), turn_reward=columns.turn_reward * full)
         advantage = columns.turn_reward[columns.turn_of_token]
         return columns, advantage, {"credit": "turn_return", "discount": 0.0, **none}
-    assert columns.value is not None
+    value = columns.value
+    assert value is not None
     columns = replace(columns, reward=zero(columns.reward), turn_reward=zero(columns.turn_reward))
-    return columns, -columns.value, {"credit": "token_gae", "discount": 0.0, **none}
+    return columns, -value, {"credit": "token_gae", "discount": 0.0, **none}
 
 
 def units(columns: Columns, level: str) -> list[list[int]]:
@@ -354,9 +355,7 @@ def test_other_denominators_stand_below_the_ratio(
         return torch.maximum(-advantage * r, -advantage * r.clamp(0.8, 1.2)).mean()
 
     ratio = {"denominator": denominator, "mixture_weight": 0.3}
-    recipe = load_recipe(
-        {"name": "grpo", "ratio": ratio, "advantage": chosen, "aggregate": {"mode": "token_mean"}}
-    )
+    recipe = load_recipe({"name": "grpo", "ratio": ratio, "advantage": chosen, "aggregate": {"mode": "token_mean"}})
     got, _ = coefficients(columns, recipe, ObjectiveState())
     assert_equal(got.policy, descent(loss, columns))
 
