@@ -86,4 +86,4 @@ class Critic:
         else:
             with torch.no_grad():  # the head reads the policy's features and does not move them
                 hidden = hidden_states(self.trunk, micro, self._arithmetic)
-        return self.head(hidden.float()).squeeze(-1)
+        return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
