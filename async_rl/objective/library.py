@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,12 @@ def load_recipe(values: Mapping[str, Any]) -> Recipe:
     Example: `load_recipe({"name": "vcpo", "ess": {"reference": 0.55}})`.
     Raises UserError for an unknown recipe or setting, a wrong type, or choices that exclude each other.
     """
+    return _loaded(json.dumps(values, default=str))
+
+
+@lru_cache(maxsize=256)  # checking takes 30 ms, and a recipe is frozen
+def _loaded(values_json: str) -> Recipe:
+    values = json.loads(values_json)
     name = str(values.get("name", ""))
     known = list_recipes()
     if name not in known:
