@@ -240,7 +240,7 @@ def _free_kappa(
 
 
 def _token_ess(tokens: Tokens) -> float:
-    ok = tokens.finite[tokens.trajectory]
+    ok = tokens.readable[tokens.trajectory]
     return ess_ratio(torch.where(ok, tokens.log_prob - tokens.log_behaviour, torch.nan))
 
 

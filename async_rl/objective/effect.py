@@ -84,6 +84,13 @@ def _bounds_problem(recipe: Recipe) -> str:
         low, high = getattr(select, f"{name}_low"), getattr(select, f"{name}_high")
         if low > 1 or 0 < high < 1:
             return f"select.{name}_low..{name}_high does not contain 1: on-policy data would be rejected"
+    if trust.rule == "truncate" and recipe.ratio.denominator == "mixture" and recipe.ratio.level == "token":
+        bound = 1 / recipe.ratio.mixture_weight
+        if trust.cap >= bound:
+            return (
+                f"the mixture denominator bounds the ratio by 1 / mixture_weight = {bound:g}, below "
+                f"trust.cap={trust.cap}: the truncation never acts. Lower trust.cap or set trust.rule=none"
+            )
     if select.veto >= 1:
         return "select.veto must lie below 1: on-policy data would be rejected"
     if trust.rule == "truncate" and recipe.ratio.level == "sequence":
@@ -204,6 +211,8 @@ def _notes(
             f"with max_staleness=0 and one update a batch every ratio is 1 up to the engine's mismatch: "
             f"trust.rule={recipe.trust.rule} rarely acts"
         )
+    if max_staleness > 0 and recipe.ratio.level == "none":
+        notes.append("ratio.level=none does not correct for stale data; meant for max_staleness=0")
     if fresh and recipe.ess.scale != "none":
         notes.append("with max_staleness=0 the ESS scale reacts to engine mismatch only")
     if single_turn and recipe.ratio.level == "turn":

@@ -66,7 +66,7 @@ def effective_sample_size(tokens: Tokens, settings: EssSettings, state: Objectiv
     """ESS of the batch, and the state with this batch's fresh tokens in the running reference."""
     total, length, trajectory = unit_sums(behaviour_log_ratio(tokens), tokens, settings.level)
     log_weight = total / length if settings.pool == "mean" else total
-    finite = tokens.finite[trajectory]
+    finite = tokens.readable[trajectory]
     ratio = ess_ratio(torch.where(finite, log_weight, torch.nan))
     if settings.reference == "calibrated":
         state = _calibrated(tokens, settings, state)
@@ -93,7 +93,7 @@ def _calibrated(tokens: Tokens, settings: EssSettings, state: ObjectiveState) ->
     noise = (tokens.log_proximal - tokens.log_behaviour) * fresh
     total, _, trajectory = unit_sums(noise, tokens, settings.level)
     length = unit_sums(fresh, tokens, settings.level)[0]
-    use = (length > 0) & tokens.finite[trajectory]
+    use = (length > 0) & tokens.readable[trajectory]
     total, length = total[use], length[use]
     bucket = length_bucket(length)
     buckets = len(LENGTH_BUCKETS) + 1

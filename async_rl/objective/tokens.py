@@ -17,8 +17,8 @@ LARGEST_LOG_RATIO = 20.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """Trajectories with a non-finite number are zeroed here and rejected by `select`; turns without a
-    token are gone (their reward moved to the last token sampled before them)."""
+    """What is not finite is zeroed here and its trajectory rejected by `select`; turns without a token
+    are gone (their reward moved to the last token sampled before them)."""
 
     columns: Columns
     log_prob: Tensor  # [tokens]
@@ -40,7 +40,8 @@ class Tokens:
     turn_length: Tensor  # [turns] float64, > 0
     length: Tensor  # [trajectories] float64
     num_groups: int
-    finite: Tensor  # [trajectories] bool: every number of it is finite
+    readable: Tensor  # [trajectories] bool: every column of its tokens is finite
+    finite: Tensor  # [trajectories] bool: and so is its reward
     rewarded: Tensor  # [trajectories] bool: its reward is finite
 
     @property
@@ -90,7 +91,7 @@ def tokens_of(columns: Columns, recipe: Recipe, need: Requirements) -> Tokens:
                             trajectories) == 0  # fmt: skip
     broken = segment_sum((~token_finite).double(), trajectory, trajectories) > 0
     finite = rewarded & ~broken
-    ok = finite[trajectory]
+    ok = ~broken[trajectory]
 
     def clean(column: Tensor | None) -> Tensor | None:
         return None if column is None else torch.where(ok, column.double(), 0.0).nan_to_num()
@@ -123,6 +124,7 @@ def tokens_of(columns: Columns, recipe: Recipe, need: Requirements) -> Tokens:
         turn_length=per_turn[kept_turn].double(),
         length=length.double(),
         num_groups=groups,
+        readable=~broken,
         finite=finite,
         rewarded=rewarded,
     )

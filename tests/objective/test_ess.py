@@ -89,6 +89,16 @@ def test_a_number_that_is_not_finite_gives_the_smallest_step_and_is_counted(
     assert not got.policy[owner == owner[0]].any()
 
 
+def test_a_reward_that_is_not_finite_says_nothing_about_the_weights(make_columns: Callable[..., Columns]) -> None:
+    columns = make_columns(4)
+    reward = columns.reward.clone()
+    reward[0] = math.nan
+    got, _ = coefficients(replace(columns, reward=reward), vcpo(reference=1.0), ObjectiveState())
+    want, _ = coefficients(columns, vcpo(reference=1.0), ObjectiveState())
+    assert got.metrics["ess/ratio"] == want.metrics["ess/ratio"]
+    assert got.metrics["ess/nonfinite"] == 0
+
+
 @pytest.mark.parametrize(("scale", "power"), [("none", 0.0), ("sqrt", 0.5), ("linear", 1.0)])
 def test_the_rule_is_a_power_of_the_ratio(scale: str, power: float) -> None:
     log_weight = torch.tensor([1.0, 2.0, 0.5, 4.0], dtype=torch.float64).log()

@@ -72,6 +72,10 @@ def test_values_are_laid_over_the_file_and_shown_as_overrides() -> None:
         ({"name": "vcpo", "kl": {"coefficient": 0.1}}, "opob.norm=logit or length"),
         ({"name": "vcpo", "entropy": 0.01}, "opob.norm=logit or length"),
         ({"name": "vcpo_turn", "opob": {"weight": "paper"}}, "one weight per trajectory"),
+        (
+            {"name": "tis", "ratio": {"denominator": "mixture"}, "trust": {"cap": 2.0}},
+            "bounds the ratio by 1 / mixture_weight = 2",
+        ),
         ({"name": "icepop", "trust": {"low": 1.1}}, "does not contain 1"),
         ({"name": "mis", "select": {"geometric_high": 0.9}}, "does not contain 1"),
     ],
@@ -113,6 +117,7 @@ def test_what_is_idle_but_harmless_is_said() -> None:
     single = {**SETUP, "single_turn": True}
     notes = check_effect(load_recipe({"name": "so_grpo"}), **single)
     assert any("turn ratio is the sequence ratio" in note for note in notes)
+    assert any("does not correct for stale" in note for note in check_effect(load_recipe({"name": "opo"}), **SETUP))
 
 
 def test_only_what_a_recipe_needs_is_asked_for() -> None:
