@@ -27,6 +27,7 @@ from async_rl.generator.slots import Slots, Turn
 from async_rl.generator.stopping import StopRules
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
+from async_rl.model.fused import FusedDecoder
 from async_rl.model.huggingface import HuggingFaceDecoder
 from async_rl.model.tokenizer import Tokenizer
 
@@ -65,6 +66,7 @@ class EmbeddedEngine:
         if max_context is not None and not 2 <= max_context <= model.config.max_context:
             raise ValueError(f"max_context {max_context} is not within 2..{model.config.max_context} of the model")
         self._model = model.to(device=device, dtype=dtype).eval()
+        self._forward = FusedDecoder(self._model) if isinstance(self._model, Decoder) else self._model
         self._device = torch.device(device)
         self._max_context = max_context or model.config.max_context
         self._recompute = kv_on_update == "recompute"
@@ -101,14 +103,13 @@ class EmbeddedEngine:
     async def generate(self, request: Request) -> Completion:
         """Sample one turn. Raises ValueError for a request that cannot be right, RuntimeError when the
         model gives logits that are not finite."""
-        self._check(request)
+        history = self._checked(request)
         if self._closed:
             return Completion(tokens=(), log_probs=(), versions=(), finish="aborted")
-        if len(request.tokens) >= self._max_context:
+        if len(history) >= self._max_context:
             return Completion(tokens=(), log_probs=(), versions=(), finish="length")
-        running = self._slots.rule[self._slots.running].tolist()
-        waiting = [turn.rule for turn, _ in self._waiting.values()]
-        turn = Turn(request=request, rule=self._rules.number(request.params, running + waiting))
+        rule = self._rules.number(request.params, self._rules_in_use)
+        turn = Turn(request=request, history=history, rule=rule)
         answer: Answer = asyncio.get_running_loop().create_future()
         self._start_task()
         if self._slots.of(request.session) is not None:  # between turns: it has its place already
@@ -147,7 +148,7 @@ class EmbeddedEngine:
         found: list[float] = []
         with torch.no_grad():
             positions = torch.arange(len(ids), device=self._device)
-            hidden = self._model(ids, positions, DocumentAttention([len(ids)]))
+            hidden = self._forward(ids, positions, DocumentAttention([len(ids)]))
             for begin in range(0, len(ids) - 1, PROBE_ROWS):
                 target = ids[begin + 1 : begin + 1 + PROBE_ROWS, None]
                 logits = hidden[begin : begin + len(target)] @ self._model.head.T
@@ -184,14 +185,20 @@ class EmbeddedEngine:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def _check(self, request: Request) -> None:
-        params, tokens = request.params, np.asarray(request.tokens)
-        if len(tokens) == 0 or params.max_tokens < 1 or not params.temperature >= 0:
+    def _checked(self, request: Request) -> NDArray[np.int32]:
+        """The request's tokens as an array. Raises ValueError for what cannot be right."""
+        params, history = request.params, np.asarray(request.tokens, dtype=np.int32)
+        if len(history) == 0 or params.max_tokens < 1 or not params.temperature >= 0:
             raise ValueError("a request needs tokens, max_tokens >= 1 and temperature >= 0")
-        if tokens.min() < 0 or tokens.max() >= self._model.config.vocabulary:
+        if int(history.view(np.uint32).max()) >= self._model.config.vocabulary:  # negative ones are huge
             raise ValueError(f"a token is outside the vocabulary of {self._model.config.vocabulary}")
         if request.session in self._answers or request.session in self._waiting:
             raise ValueError(f"session {request.session} is generating already")
+        return history
+
+    def _rules_in_use(self) -> set[int]:
+        running = self._slots.rule[self._slots.running].tolist()
+        return {*running, *(turn.rule for turn, _ in self._waiting.values())}
 
     def _start_task(self) -> None:
         if self._task is None:
@@ -245,7 +252,7 @@ class EmbeddedEngine:
         rows, num_near, num_far = arrange(self._next_feed())
         attention = CacheAttention(self._cache, rows, num_near, num_far)
         tokens = self._to_device(slots.tokens[attention.slot, attention.position].astype(np.int64))
-        hidden = self._model(tokens, self._to_device(attention.position), attention)
+        hidden = self._forward(tokens, self._to_device(attention.position), attention)
         reached = rows.start + rows.count
         slots.cached[rows.slot] = reached
         complete = reached == slots.known[rows.slot]

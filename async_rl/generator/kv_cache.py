@@ -19,6 +19,8 @@ from async_rl.model.attention import DocumentAttention
 
 Ints = NDArray[np.int64]
 FIRST_CAPACITY, FIRST_SLOTS = 64, 16
+STRIDE = 16
+"""attention lengths are multiples of this: torch's CPU softmax is ten times slower on others"""
 SMALL_APPEND = 8
 """tokens: longer appends never share the decode rows' attention call"""
 GATHER_COST = 4
@@ -45,13 +47,13 @@ class KVCache:
         self.shared_heads = heads // kv_heads
         """query heads of one key-value head"""
         self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
-        self.max_slots, self.max_context = max_slots, max_context
+        self.max_slots, self.max_context = max_slots, rounded_up(max_context)
         self.device, self.dtype = device, dtype
         self.plain = device.type == "cpu" and dtype == torch.float32
         """near rows: two batched products beat SDPA's CPU kernel by a quarter when queries are few"""
         self.slots = self.capacity = 0
         self._store = torch.empty(0)
-        self._allocate(min(FIRST_SLOTS, max_slots), min(FIRST_CAPACITY, max_context))
+        self._allocate(min(FIRST_SLOTS, max_slots), min(FIRST_CAPACITY, self.max_context))
 
     def reserve(self, slots: int, tokens: int) -> None:
         """Make room for `slots` sequences of `tokens` tokens; existing contents stay."""
@@ -61,7 +63,7 @@ class KVCache:
             grown_slots = self.slots if slots <= self.slots else min(self.max_slots, max(slots, 2 * self.slots))
             grown = self.capacity
             if tokens > grown:
-                grown = min(self.max_context, max(tokens, 2 * grown))
+                grown = min(self.max_context, max(rounded_up(tokens), 2 * grown))
             self._allocate(grown_slots, grown)
 
     def swap(self, first: list[int], second: list[int], tokens: int) -> None:
@@ -184,7 +186,7 @@ class CacheAttention:
         end = int(self.last[last - 1]) + 1
         slots = feed.slot[first:last]
         queries = int(feed.count[first:last].max())
-        length = int((feed.start[first:last] + feed.count[first:last]).max())
+        length = rounded_up(int((feed.start[first:last] + feed.count[first:last]).max()))
         num_rows = int(slots[-1]) + 1 if near else last - first
         dense = queries == 1 and num_rows == last - first
         # Unused rows of the view look at position 0, so that their softmax is finite.
@@ -212,6 +214,11 @@ class CacheAttention:
             scatter=index,
             mask=mask,
         )
+
+
+def rounded_up(length: int) -> int:
+    """`length` to the next multiple of STRIDE."""
+    return -(-length // STRIDE) * STRIDE
 
 
 def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ class Turn:
     """A request's place in the arrays."""
 
     request: Request
+    history: NDArray[np.int32]  # [tokens]
+    """the request's tokens"""
     rule: int
     """number of its stop rule"""
 
@@ -72,8 +74,7 @@ class Slots:
 
     def start(self, slot: int, turn: Turn) -> None:
         """Begin a turn. What is cached stays valid as far as the old history agrees with the new one."""
-        request = turn.request
-        history = np.asarray(request.tokens, dtype=np.int32)
+        request, history = turn.request, turn.history
         n = len(history)
         same = min(int(self.cached[slot]), n - 1)  # the last token is fed again: its logits are needed
         differs = np.flatnonzero(self.tokens[slot, :same] != history[:same])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +29,9 @@ class StopRules:
         self._ends = np.zeros((MAX_RULES, vocabulary), dtype=bool)
         self._maybe = np.zeros((MAX_RULES, vocabulary), dtype=bool)
 
-    def number(self, params: SamplingParams, in_use: Iterable[int]) -> int:
-        """The rule of a request, compiled on first use. `in_use` are the rules of running rows, which
-        are not overwritten. Raises ValueError for a stop token outside the vocabulary."""
+    def number(self, params: SamplingParams, in_use: Callable[[], Collection[int]]) -> int:
+        """The rule of a request, compiled on first use. `in_use()` are the rules of unfinished requests,
+        which are not overwritten. Raises ValueError for a stop token outside the vocabulary."""
         key = (params.stop_tokens, params.stop_strings)
         found = self._index.get(key)
         if found is None:
@@ -39,7 +39,7 @@ class StopRules:
                 found = len(self._strings)
                 self._strings.append(())
             else:
-                found = self._replaceable(in_use)
+                found = self._replaceable(in_use())
             self._compile(found, params)
             self._index[key] = found
         return found
@@ -62,8 +62,7 @@ class StopRules:
             ends[row] = any(string in text for string in strings for text in texts)
         return ends
 
-    def _replaceable(self, in_use: Iterable[int]) -> int:
-        busy = set(in_use)
+    def _replaceable(self, busy: Collection[int]) -> int:
         for key, number in self._index.items():  # oldest first
             if number not in busy:
                 del self._index[key]

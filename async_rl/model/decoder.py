@@ -116,7 +116,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         x = self.model.embed_tokens(tokens)
-        cos, sin = self._rotation(positions, x.dtype)
+        cos, sin = self.rotation(positions, x.dtype)
         for layer in self.model.layers:
             x = layer(x, cos, sin, attention)
         return self.model.norm(x)
@@ -133,7 +133,7 @@ class Decoder(nn.Module):
                 else:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
-    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos [tokens, 1, head_dim] and sin with the sign of `rotate` folded in."""
         frequency = self._frequencies.get(positions.device)
         if frequency is None:

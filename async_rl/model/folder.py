@@ -118,7 +118,8 @@ def save_folder(path: str | Path, model: Decoder | HuggingFaceDecoder, *, source
     if not isinstance(model, Decoder):  # its stored names may differ from its parameters' names
         model.save(folder)
         return
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    # Cloned: safetensors refuses views of a joint buffer, which an engine's parameters are.
+    tensors = {name: p.detach().cpu().contiguous().clone() for name, p in model.named_parameters()}
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     values = read_json(folder / CONFIG)
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype

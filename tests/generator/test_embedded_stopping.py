@@ -42,7 +42,7 @@ def subwords(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def end_of(tokenizer: Tokenizer, ids: list[int], *strings: str, tokens: tuple[int, ...] = ()) -> int | None:
     """Index of the token at which a turn of `ids` would end."""
     rules = StopRules(tokenizer, tokenizer.vocab_size + 3)
-    rule = rules.number(SamplingParams(max_tokens=1, stop_strings=strings, stop_tokens=tokens), ())
+    rule = rules.number(SamplingParams(max_tokens=1, stop_strings=strings, stop_tokens=tokens), set)
     for i, token in enumerate(ids):
         so_far = np.array(ids[: i + 1], dtype=np.int32)
         if rules.ended(np.array([rule]), np.array([token]), np.array([0]), lambda _slot, t=so_far: t)[0]:
@@ -88,8 +88,8 @@ def test_end_of_text_always_ends_and_stop_tokens_end_when_asked(tokenizer):
 def test_rules_are_compiled_once_and_replaced_when_there_are_too_many(tokenizer):
     rules = StopRules(tokenizer, tokenizer.vocab_size)
     params = [SamplingParams(max_tokens=1, stop_strings=(f"{i}x",)) for i in range(MAX_RULES + 5)]
-    numbers = [rules.number(p, in_use=[0, 1]) for p in params]
-    assert rules.number(params[0], ()) == numbers[0]  # in use: not replaced
+    numbers = [rules.number(p, lambda: {0, 1}) for p in params]
+    assert rules.number(params[0], set) == numbers[0]  # in use: not replaced
     assert numbers[MAX_RULES] == 2
     slots, turn = np.array([0]), np.array(tokenizer.encode("64x"), dtype=np.int32)
     assert rules.ended(np.array([2]), turn[-1:].astype(np.int64), slots, lambda _slot: turn)[0]

@@ -56,8 +56,8 @@ def test_parameters_are_those_listed_without_torch(name):
 def test_rotary_frequencies_survive_a_cast_to_bfloat16():
     model = Decoder(qwen3_config())
     positions = torch.arange(1000, 1010)
-    exact = model._rotation(positions, torch.float32)
-    after = model.to(torch.bfloat16)._rotation(positions, torch.float32)
+    exact = model.rotation(positions, torch.float32)
+    after = model.to(torch.bfloat16).rotation(positions, torch.float32)
     assert torch.equal(exact[0], after[0])
     assert torch.equal(exact[1], after[1])
 
