@@ -18,6 +18,9 @@ from async_rl.errors import UserError, nearest
 
 Made = TypeVar("Made")
 
+NAMED = ("task", "recipe")
+"""groups of settings that are chosen by a name: `task=guess` is short for `task.name=guess`"""
+
 
 def setting(default: Any, meaning: str, *, unit: str = "") -> Any:
     """A dataclass field that is a setting: default, what it does, and in which unit."""
@@ -71,9 +74,14 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
     for word in overrides:
         if "=" not in word or word.startswith("="):
             raise UserError(f"'{word}' is not a setting; write name=value, e.g. trainer.steps=100")
+    base = dict(values)
+    for word in overrides:
+        name, value = word.split("=", 1)
+        if name in NAMED and isinstance(base.get(name), Mapping) and base[name].get("name") != value:
+            base[name] = {}  # another task or recipe: what the file says of its own does not apply
     try:
         laid = OmegaConf.from_dotlist([_named(word) for word in overrides])
-        merged = OmegaConf.merge(OmegaConf.create(dict(values)), laid)
+        merged = OmegaConf.merge(OmegaConf.create(base), laid)
         plain = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(_explain(error, "")) from None
@@ -87,7 +95,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
 
 def _named(word: str) -> str:
     name, value = word.split("=", 1)
-    return f"{name}.name={value}" if name in ("task", "recipe") else word
+    return f"{name}.name={value}" if name in NAMED else word
 
 
 def to_yaml(settings: object) -> str:

@@ -1,0 +1,46 @@
+"""Recipes with a critic train end to end on multi-turn episodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support_run import quick_settings, train
+
+from async_rl.model.create import create_model_folder
+from async_rl.run_folder import read_rows
+from async_rl.task import make_task
+
+
+@pytest.fixture(scope="module")
+def calculator_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "calculator"
+    alphabet = make_task("calculator", {}).alphabet  # type: ignore[attr-defined]
+    create_model_folder(
+        path, alphabet=alphabet, hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=64, seed=3
+    )
+    return path
+
+
+@pytest.mark.parametrize("recipe", ["ppo", "s_ppo", "turn_ppo", "st_ppo"])
+def test_a_critic_recipe_warms_its_critic_up_and_then_trains_the_policy(
+    recipe: str, tmp_path: Path, calculator_model: Path
+) -> None:
+    settings = quick_settings(
+        calculator_model,
+        "task=calculator",
+        "task.args={digits: 1, num_operands: 2, max_turns: 3, max_tokens: 6, num_train: 64, num_eval: 8}",
+        f"recipe={recipe}",
+        "critic.kind=model",
+        "critic.warmup_steps=1",
+        "trainer.steps=3",
+        "staleness.max_staleness=2",
+        "buffer.max_failures=10000",
+    )
+    folder = train(settings, tmp_path / "run")
+    rows = list(read_rows(folder.metrics))
+    assert [row.get("critic/warmup", 0.0) for row in rows] == [1.0, 0.0, 0.0]
+    assert all("value/loss" in row and row["critic/grad_norm"] >= 0 for row in rows)
+    assert rows[0]["lr/effective"] == 0.0
+    assert all(row["lag/max"] <= 2 for row in rows)
+    assert (folder.checkpoints / "step_000003" / "critic.safetensors").exists()
