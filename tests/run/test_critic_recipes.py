@@ -7,18 +7,23 @@ from pathlib import Path
 import pytest
 from support_run import quick_settings, train
 
-from async_rl.model.create import create_model_folder
+from async_rl.lab.init_model import Shape, init_model
 from async_rl.run_folder import read_rows
 from async_rl.task import make_task
+from async_rl.trainer.warmup import WarmupOptions
+
+
+ARGS = {"digits": 1, "num_operands": 2, "max_turns": 3, "max_tokens": 6, "num_train": 512, "num_eval": 16}
 
 
 @pytest.fixture(scope="module")
 def calculator_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Warmed up until some episodes succeed: a critic needs returns that differ."""
     path = tmp_path_factory.mktemp("models") / "calculator"
-    alphabet = make_task("calculator", {}).alphabet  # type: ignore[attr-defined]
-    create_model_folder(
-        path, alphabet=alphabet, hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=64, seed=3
-    )
+    shape = Shape(hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=64)
+    options = WarmupOptions(target=0.3, max_steps=600, batch=64, learning_rate=3e-3, check_every=25, seed=0)
+    result = init_model(path, make_task("calculator", ARGS), shape, options, print)
+    assert result.success >= 0.3
     return path
 
 
@@ -29,13 +34,13 @@ def test_a_critic_recipe_warms_its_critic_up_and_then_trains_the_policy(
     settings = quick_settings(
         calculator_model,
         "task=calculator",
-        "task.args={digits: 1, num_operands: 2, max_turns: 3, max_tokens: 6, num_train: 64, num_eval: 8}",
+        *(f"task.args.{name}={value}" for name, value in ARGS.items()),
         f"recipe={recipe}",
+        "batch.groups_per_step=8",
         "critic.kind=model",
         "critic.warmup_steps=1",
         "trainer.steps=3",
         "staleness.max_staleness=2",
-        "buffer.max_failures=10000",
     )
     folder = train(settings, tmp_path / "run")
     rows = list(read_rows(folder.metrics))
