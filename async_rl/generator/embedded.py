@@ -29,6 +29,7 @@ from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
 from async_rl.model.fused import FusedDecoder
 from async_rl.model.huggingface import HuggingFaceDecoder
+from async_rl.model.matmul import linear
 from async_rl.model.tokenizer import Tokenizer
 
 PROBE_ROWS = 1024
@@ -291,7 +292,7 @@ class EmbeddedEngine:
         slots = self._slots
         at = slots.known[slot]
         drawn, drawn_log_probs = sample(
-            hidden @ self._model.head.T, slots.temperature[slot], uniforms(slots.seed[slot], at)
+            linear(hidden, self._model.head), slots.temperature[slot], uniforms(slots.seed[slot], at)
         )
         token, log_prob = drawn.cpu().numpy(), drawn_log_probs.cpu().numpy()
         if not np.isfinite(log_prob).all():

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from async_rl.model.decoder import Attention, Decoder, Layer, RMSNorm, rotate
+from async_rl.model.matmul import add_linear, linear
 
 
 class FusedDecoder:
@@ -60,16 +61,16 @@ class FusedLayer:
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         tokens = x.shape[0]
         normed = rms_norm(x, self._first_norm, self._eps)
-        qkv = F.linear(normed, self._qkv, self._qkv_bias).view(tokens, -1, self._head_dim)
+        qkv = linear(normed, self._qkv, self._qkv_bias).view(tokens, -1, self._head_dim)
         both = qkv[:, : self._rotated]  # query and key heads
         if self._norms is not None:
             both = rms_norm(both, self._norms.index_select(0, self._kind), self._eps)
         both = rotate(both, cos, sin)
         out = attention(self._index, both[:, : self._heads], both[:, self._heads :], qkv[:, self._rotated :])
-        x = add_linear(x, out.reshape(tokens, -1), self._out)
+        x = add_linear(x, out.reshape(tokens, -1), self._out.weight, self._out.bias)
         normed = rms_norm(x, self._second_norm, self._eps)
-        gate, up = F.linear(normed, self._gate_up, self._gate_up_bias).chunk(2, -1)
-        return add_linear(x, F.silu(gate).mul_(up), self._down)
+        gate, up = linear(normed, self._gate_up, self._gate_up_bias).chunk(2, -1)
+        return add_linear(x, F.silu(gate).mul_(up), self._down.weight, self._down.bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
@@ -79,12 +80,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
     return (x * scale).mul_(weight)
-
-
-def add_linear(x: Tensor, features: Tensor, linear: nn.Linear) -> Tensor:
-    """x + linear(features), the sum inside the product."""
-    out = torch.addmm(x, features, linear.weight.t())
-    return out if linear.bias is None else out.add_(linear.bias)
 
 
 def join(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
