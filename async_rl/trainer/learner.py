@@ -80,14 +80,15 @@ class Learner:
         started = time.perf_counter()
         metrics: dict[str, float] = {}
         skipped = ""
-        proximal: Tensor | None = None
+        start: Columns | None = None
         for _ in range(self.options.updates_per_batch):
             pass_ = gradient.Pass(self.model, batch, self.options.arithmetic, self.needs)
-            columns = self._columns(batch, pass_.log_probs, proximal)
-            if proximal is None:
-                proximal = columns.log_prob
+            columns = self._columns(batch, pass_.log_probs, start)
+            start = start or columns
             answer, state = coefficients(columns, self.recipe, self.state)
             metrics.update(answer.metrics)
+            if self.critic is not None and answer.value_grad is not None:
+                metrics["critic/grad_norm"] = self.critic.step(answer.value_grad)
             skipped = answer.skip or self._update(pass_, columns, answer, state, metrics)
             if skipped:
                 break
@@ -103,12 +104,16 @@ class Learner:
 
     # ------------------------------------------------------------- one update
 
-    def _columns(self, batch: PackedBatch, log_probs: LogProbs, proximal: Tensor | None) -> Columns:
+    def _columns(self, batch: PackedBatch, log_probs: LogProbs, start: Columns | None) -> Columns:
+        """The batch under the current weights; `start`: its columns before the step's first update."""
         log_prob = log_probs.log_prob.detach()
         reference = value = None
         if self.needs.reference:
             assert self.reference is not None
-            reference = batch_log_probs(self.reference, batch, self.options.arithmetic).log_prob
+            if start is None:
+                reference = batch_log_probs(self.reference, batch, self.options.arithmetic).log_prob
+            else:
+                reference = start.log_reference
         if self.critic is not None:
             value = self.critic.values(batch)
         return Columns(
@@ -123,9 +128,10 @@ class Learner:
             state_key=batch.state_key,
             truncated=batch.truncated,
             current_version=self.version,
-            log_proximal=log_prob if proximal is None else proximal,
+            log_proximal=log_prob if start is None else start.log_prob,
             log_reference=reference,
             value=value,
+            value_before=value if start is None else start.value,
             entropy=log_probs.entropy.detach(),
             prob_square_sum=log_probs.prob_square_sum,
         )
@@ -141,12 +147,10 @@ class Learner:
         """Backward and optimizer step; why it was skipped, or an empty string."""
         settings = self.options.optimizer
         base = base_learning_rate(self.version, steps=self.options.steps, optimizer=settings)
-        if self.critic is not None and answer.value_grad is not None:
-            metrics["critic/grad_norm"] = self.critic.step(answer.value_grad)
-            if self.version < self.critic.warmup_steps:
-                self.state = state
-                metrics |= {"critic/warmup": 1.0, "lr/base": base, "lr/effective": 0.0}
-                return ""
+        if self.critic is not None and self.version < self.critic.warmup_steps:
+            self.state = state
+            metrics |= {"critic/warmup": 1.0, "lr/base": base, "lr/effective": 0.0}
+            return ""
         self.optimizer.zero_grad(set_to_none=True)
         clipped_norm = pass_.clipped_norm(answer)
         metrics.update(pass_.backward(answer, columns, self.recipe))
