@@ -295,8 +295,8 @@ class Hooks:
             # d(loss)/d(weight) = sum of gradient * x / rms(x), over tokens and, for q and k, heads
             rows = x.flatten(0, -2).to(weight.dtype)
             per_row = torch.rsqrt(torch.linalg.vecdot(rows, rows) / rows.shape[-1] + module.eps)
-            values = gradient.flatten(0, -2) * rows * per_row[:, None]
-            record.vectors.append((weight, segment_sums(values, record.segments)))
+            values = gradient.flatten(0, -2) * rows
+            record.vectors.append((weight, segment_sums(values, record.segments, per_row)))
 
         output.register_hook(keep)
 

@@ -29,9 +29,19 @@ class HeadGradient:
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor, segments: Segments, *, temperature: float
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        segments: Segments,
+        *,
+        temperature: float,
+        tile_elements: int = TILE_ELEMENTS,
+        tile_rows: int = TILE_ROWS,
     ) -> None:
+        assert segments.rows == len(hidden) == len(targets)
         self.segments = segments
+        self._tile_elements, self._tile_rows = tile_elements, tile_rows
         self._hidden, self._weight, self._targets = hidden, weight, targets
         self._scale = 1.0 / temperature
         with torch.no_grad():
@@ -108,7 +118,7 @@ class HeadGradient:
     def _blocks(self, first: int) -> Iterator[slice]:
         """Runs of whole segments from `first` on, that give tiles of full size."""
         lengths = self.segments.lengths
-        limit = max(TILE_ROWS, TILE_ELEMENTS // len(self._weight))
+        limit = max(self._tile_rows, self._tile_elements // len(self._weight))
         begin, rows = first, 0
         for segment in range(first, len(lengths)):
             if rows and rows + lengths[segment] > limit:
@@ -121,6 +131,6 @@ class HeadGradient:
     def _tiles(self, rows: slice) -> Iterator[slice]:
         """Vocabulary ids, so that a tile of these rows stays within its size."""
         vocabulary = len(self._weight)
-        width = max(1, TILE_ELEMENTS // max(1, rows.stop - rows.start))
+        width = max(1, self._tile_elements // (rows.stop - rows.start))
         for start in range(0, vocabulary, width):
             yield slice(start, min(vocabulary, start + width))

@@ -160,15 +160,16 @@ def promoted(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def segment_sums(values: Tensor, segments: Segments) -> Tensor:
-    """Sum of each segment's rows, in float32 or better, in a fixed order.
+def segment_sums(values: Tensor, segments: Segments, scale: Tensor | None = None) -> Tensor:
+    """Sum of each segment's rows, each times its `scale`, in float32 or better, in a fixed order.
 
-    values [rows * k, width], with k rows for each packed row (heads); returns [segments, width].
+    values [rows * k, width] and scale [rows * k], with k rows for each packed row (heads); returns
+    [segments, width].
     """
     repeats = values.shape[0] // max(1, segments.rows)
     assert values.shape[0] == repeats * segments.rows
     every = torch.arange(values.shape[0], device=values.device)
-    return _bags(promoted(values), every, segments.starts * repeats)
+    return _bags(promoted(values), every, segments.starts * repeats, scale)
 
 
 def embedding_norm_squares(gradients: Tensor, tokens: Tensor, segments: Segments) -> Tensor:
@@ -187,6 +188,8 @@ def embedding_norm_squares(gradients: Tensor, tokens: Tensor, segments: Segments
     return result.index_put_((owner[first],), torch.linalg.vecdot(sums, sums).double(), accumulate=True)
 
 
-def _bags(values: Tensor, rows: Tensor, first: Tensor) -> Tensor:
-    """Sums of values[rows[first[i]:first[i + 1]]]. Not index_add_: its order is not fixed on CUDA."""
-    return F.embedding_bag(rows, values, first, mode="sum")
+def _bags(values: Tensor, rows: Tensor, first: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Sums of scale[first[i]:first[i + 1]] * values[rows[first[i]:first[i + 1]]]. Not index_add_: its order
+    is not fixed on CUDA."""
+    scale = None if scale is None else scale.to(values.dtype)
+    return F.embedding_bag(rows, values, first, mode="sum", per_sample_weights=scale)
