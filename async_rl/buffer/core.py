@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.evaluation import Evaluation, evaluation_result
@@ -86,6 +86,8 @@ class Core:
     groups: dict[int, Group] = field(default_factory=dict)
     """training groups admitted and not yet in a batch or refused"""
     generators: dict[bytes, Generator] = field(default_factory=dict)
+    trainer: bytes = b""
+    """the peer that said so in its Hello; empty: none yet"""
     orphans: list[int] = field(default_factory=list)
     """admitted groups whose generator was lost"""
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
@@ -115,6 +117,8 @@ class Core:
                 return self._holds(peer, message.version, now)
             case msg.Status():
                 return self._status(peer, message)
+            case msg.Canary():
+                return self._canary(peer, message)
             case msg.NextBatch():
                 return self._next_batch(peer, message.step, now)
             case msg.Published():
@@ -164,6 +168,8 @@ class Core:
     # ------------------------------------------------------------- generators
 
     def _hello(self, peer: bytes, hello: msg.Hello, now: float) -> list[do.Effect]:
+        if hello.role == "trainer":
+            self.trainer = peer
         if hello.role != "generator":
             return []
         out = self.lost(peer, now)
@@ -191,6 +197,14 @@ class Core:
             generator.tokens_generated = status.tokens_generated
             generator.running = status.running
         return []
+
+    def _canary(self, peer: bytes, canary: msg.Canary) -> list[do.Effect]:
+        """The trainer compares; a stranger's evidence is no generator's."""
+        generator = self.generators.get(peer)
+        if generator is None or not self.trainer:
+            self.counts["canaries_ignored"] += 1
+            return []
+        return [do.Send(peer=self.trainer, message=replace(canary, name=generator.name))]
 
     def _grant(self, now: float) -> list[do.Effect]:
         """Give every permit that may be given: evaluation first, then orphans, then new groups."""
@@ -507,6 +521,7 @@ class Core:
             "groups_trained": self.counts["groups_trained"],
             "groups_refused": self.counts["groups_refused"],
             "trajectories_failed": self.counts["trajectories_failed"],
+            **{f"{msg.HOLDS}{g.name}": g.version for g in generators},
         }
 
     def snapshot(self, now: float) -> dict[str, object]:

@@ -31,6 +31,7 @@ from async_rl.model.fused import FusedDecoder
 from async_rl.model.huggingface import HuggingFaceDecoder
 from async_rl.model.matmul import linear
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.weights.canary import fingerprint
 
 PROBE_ROWS = 1024
 """tokens whose logits a probe holds at once"""
@@ -155,6 +156,10 @@ class EmbeddedEngine:
                 logits = hidden[begin : begin + len(target)] @ self._model.head.T
                 found += torch.log_softmax(logits.float(), -1).gather(1, target).squeeze(1).tolist()
         return found
+
+    async def fingerprint(self) -> Mapping[str, int]:
+        """Checksums of the parameters as they are now."""
+        return fingerprint(dict(self._model.named_parameters()), self._version)
 
     def release(self, session: int) -> None:
         """Forget a session; a turn of it that still waits or runs is aborted."""

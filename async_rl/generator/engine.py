@@ -92,6 +92,11 @@ class Engine(Protocol):
         """Log-probs of tokens[1:] given what precedes each, under the current weights."""
         ...
 
+    async def fingerprint(self) -> Mapping[str, int]:
+        """Checksums (`async_rl.weights.canary.fingerprint`) of the weights as the engine holds them now, under
+        the trainer's names. An engine that holds them otherwise gives those of the weights it was given last."""
+        ...
+
     def release(self, session: int) -> None:
         """The episode is over: forget its KV cache."""
         ...

@@ -21,6 +21,7 @@ from async_rl.generator.session import EpisodeSession, Ticket, TurnLimit
 from async_rl.task.protocol import Task
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.seed import sample_seed
+from async_rl.weights.canary import probe_tokens
 from async_rl.weights.shared_memory import WeightReader
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import AsyncDealer
@@ -67,6 +68,8 @@ class GeneratorLoop:
     episodes: int = 0
     started: float = 0.0
     stopping: bool = False
+    probe: tuple[int, ...] = ()
+    """tokens whose log-probs are shown after each load"""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     new_weights: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -74,7 +77,9 @@ class GeneratorLoop:
         """Until the buffer says stop. Raises RunFailed when the buffer is silent for too long."""
         self.started = time.monotonic()
         await self.dealer.send(msg.Hello(role="generator", name=self.options.name, pid=os.getpid()))
+        self.probe = probe_tokens(self.task, self.tokenizer, self.engine.max_context)
         await self._pull_weights()
+        await self._show_weights()
         await self._ask()
         loops: list[Coroutine[Any, Any, None]] = [self._receive(), self._send(), self._update(), self._report()]
         tasks = [asyncio.create_task(loop) for loop in loops]
@@ -133,6 +138,7 @@ class GeneratorLoop:
             self.new_weights.clear()
             if self.announced > self.engine.version:
                 await self._pull_weights()
+                await self._show_weights()  # before any token sampled under a permit for this version
                 await self.dealer.send(msg.Holds(version=self.engine.version))
 
     async def _report(self) -> None:
@@ -154,6 +160,19 @@ class GeneratorLoop:
         version, tensors = await asyncio.to_thread(self.weights.read)
         if version > self.engine.version:
             await self.engine.load(tensors, version)
+
+    async def _show_weights(self) -> None:
+        """Evidence of the weights the engine holds; the trainer knows what it must be."""
+        digests = await self.engine.fingerprint()
+        log_probs = await self.engine.probe(self.probe)
+        await self.dealer.send(
+            msg.Canary(
+                name=self.options.name,
+                version=self.engine.version,
+                digests=tuple(digests.items()),
+                log_probs=tuple([float(value) for value in log_probs]),
+            )
+        )
 
     async def _ask(self) -> None:
         """Tell the buffer how many permits fit, as a total since Hello, so that permits on their way

@@ -20,6 +20,8 @@ SCHEMA = 1
 _FRAME_BYTES = 256 * 1024
 """blobs are joined until a frame is this long"""
 _DEEPEST = 8
+HOLDS = "holds/"
+"""in the detail of a batch: this and a connected generator's name -> version it holds"""
 Detail = Mapping[str, Any]
 """plain data: strings, numbers, booleans, None, and lists and dicts (with string keys) of these"""
 
@@ -73,6 +75,19 @@ class Status:
     """sequences being decoded now"""
     waiting: int
     """sequences not yet started"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canary:
+    """What a generator shows of the weights it has just loaded. The buffer passes it on to the trainer."""
+
+    name: str
+    """of the generator, as the buffer knows it"""
+    version: int
+    digests: tuple[tuple[str, int], ...]
+    """(tensor, checksum of elements sampled from it), 64 bits unsigned"""
+    log_probs: tuple[float, ...]
+    """of the probe under these weights, nats"""
 
 
 # ---- buffer -> generator ------------------------------------------------------------------------
@@ -133,6 +148,13 @@ class NextBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpointed:
+    """The checkpoint of this version is on the disk: its training steps are not done again."""
+
     version: int
 
 
@@ -218,9 +240,9 @@ class Shutdown:
 
 # fmt: off
 Message = (
-    Hello | Want | Finished | Holds | Status
+    Hello | Want | Finished | Holds | Status | Canary
     | Permits | Accepted | Refused | NewWeights | Stop
-    | NextBatch | Published | Evaluate | FetchEvaluation | Done
+    | NextBatch | Published | Checkpointed | Evaluate | FetchEvaluation | Done
     | Batch | Waiting | EvaluationResult
     | Query | Snapshot | Shutdown
 )

@@ -1,0 +1,152 @@
+"""What a holder of weights can show of them: checksums of sampled elements, and log-probs on a probe.
+
+The trainer makes the evidence of each version it publishes, a generator that of the weights its engine
+holds after each load. Checksums say exactly which tensors are not those published; the probe says whether
+the engine computes with them what the trainer would. Nothing here knows of processes or messages.
+
+What is sampled changes with the version, so that an element that one version's samples miss is seen under
+another. What this cannot see: a fault in fewer elements of a tensor than there are between two samples,
+until some version's samples meet it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from async_rl.model.tokenizer import prompt_text
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from async_rl.model.tokenizer import Tokenizer
+    from async_rl.task.protocol import Task
+
+SAMPLES = 64
+"""elements of one tensor that are looked at under one version; smaller tensors are looked at whole"""
+PROBE_TOKENS = 64
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+"""mean absolute difference of log-probs on the probe that the engine's dtype explains, nats"""
+_ENOUGH_KINDS = 16
+"""a probe of fewer different tokens says nothing of attention: equal values average to themselves"""
+_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """Of one version of the weights, as one holder has them."""
+
+    version: int
+    digests: Mapping[str, int]
+    """tensor name -> checksum of its name, shape, dtype and sampled elements, 64 bits"""
+    log_probs: Sequence[float]
+    """of all but the first token of the probe, nats"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What is different between the evidence expected and that found."""
+
+    tensors: tuple[str, ...]
+    """whose checksums differ, or that only one side has"""
+    num_tensors: int
+    max_difference: float
+    """of the log-probs on the probe, nats; infinite when one is no number or the probes are not of one length"""
+    mean_difference: float
+    """mean absolute difference, nats"""
+    worst: int
+    """index of the log-prob with the largest difference"""
+    expected: float
+    """log-prob there, nats"""
+    found: float
+
+    def wrong(self, tolerance: float) -> bool:
+        """`tolerance`: of the mean difference, nats."""
+        return bool(self.tensors) or not self.mean_difference <= tolerance
+
+
+def fingerprint(
+    tensors: Mapping[str, Tensor], version: int, dtype: torch.dtype | None = None
+) -> dict[str, int]:
+    """A 64-bit checksum of each tensor; `dtype`: as they are after a cast to it (the engine's)."""
+    import torch
+
+    names = sorted(tensors)
+    sizes = np.array([tensors[name].numel() for name in names], dtype=np.int64)
+    device = tensors[names[0]].device if names else None
+    index = torch.from_numpy(sampled_elements(sizes, version)).to(device)
+    parts = []
+    for name, row in zip(names, index, strict=True):
+        tensor = tensors[name].detach()
+        taken = tensor.reshape(-1) if tensor.numel() <= SAMPLES else torch.take(tensor, row)
+        parts.append(taken.to(dtype or tensor.dtype).contiguous().view(torch.uint8))
+    # one copy from the device, not one a tensor
+    content = torch.cat(parts).cpu().numpy().tobytes() if parts else b""
+    digests, start = {}, 0
+    for name, part in zip(names, parts, strict=True):
+        tensor = tensors[name]
+        described = f"{name} {list(tensor.shape)} {dtype or tensor.dtype} ".encode()
+        digest = hashlib.blake2b(described + content[start : start + len(part)], digest_size=8)
+        digests[name] = int.from_bytes(digest.digest(), "little")
+        start += len(part)
+    return digests
+
+
+def sampled_elements(sizes: NDArray[np.int64], version: int) -> NDArray[np.int64]:  # [tensors, SAMPLES]
+    """Flat indices of the elements looked at: one in each of SAMPLES equal parts of a tensor, where in
+    its part by a golden-ratio sequence, so that neither samples nor versions fall on one column."""
+    part = np.arange(SAMPLES)
+    within = ((version * SAMPLES + part) * _GOLDEN) % 1.0
+    return ((part + within) * (sizes[:, None] / SAMPLES)).astype(np.int64).clip(0, (sizes[:, None] - 1).clip(0))
+
+
+def probe_tokens(task: Task, tokenizer: Tokenizer, max_context: int) -> tuple[int, ...]:
+    """At most PROBE_TOKENS tokens that every process of a run makes alike: the prompts of the task's first
+    problems; where these have too few different tokens, half of it is spread over the vocabulary."""
+    problems = task.problems("train")
+    tokens: list[int] = []
+    for i in range(min(len(problems), PROBE_TOKENS)):
+        if len(tokens) >= PROBE_TOKENS:
+            break
+        tokens += tokenizer.encode(prompt_text(problems[i].prompt, tokenizer))
+    tokens = tokens[:PROBE_TOKENS]
+    if len(set(tokens)) < _ENOUGH_KINDS:
+        tokens = tokens[: PROBE_TOKENS // 2]
+        spread = ((i * _GOLDEN) % 1.0 for i in range(1, PROBE_TOKENS - len(tokens) + 1))
+        tokens += [int(x * tokenizer.vocab_size) for x in spread]
+    return tuple(tokens[:max_context])
+
+
+def compare(expected: Evidence, found: Evidence) -> Comparison:
+    """Both must be of one version: the elements sampled depend on it."""
+    assert expected.version == found.version
+    names = sorted(expected.digests.keys() | found.digests.keys())
+    tensors = tuple(n for n in names if expected.digests.get(n) != found.digests.get(n))
+    if len(expected.log_probs) != len(found.log_probs):
+        difference = [math.inf]
+    else:
+        difference = [
+            abs(e - f) if math.isfinite(e) and math.isfinite(f) else math.inf
+            for e, f in zip(expected.log_probs, found.log_probs, strict=True)
+        ]
+    worst = max(range(len(difference)), key=difference.__getitem__, default=0)
+    return Comparison(
+        tensors=tensors,
+        num_tensors=len(names),
+        max_difference=max(difference, default=0.0),
+        mean_difference=sum(difference) / max(1, len(difference)),
+        worst=worst,
+        expected=_at(expected.log_probs, worst),
+        found=_at(found.log_probs, worst),
+    )
+
+
+def _at(values: Sequence[float], index: int) -> float:
+    return values[index] if index < len(values) else math.nan
