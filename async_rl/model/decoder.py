@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from async_rl.model.architecture import DecoderConfig, Rope
+from async_rl.model.matmul import Linear
 
 
 class Attention(Protocol):
@@ -44,10 +45,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         c = config
         self.layer, self.head_dim = layer, c.head_dim
-        self.q_proj = nn.Linear(c.hidden, c.heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=c.output_bias)
+        self.q_proj = Linear(c.hidden, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.heads * c.head_dim, c.hidden, bias=c.output_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
@@ -64,9 +65,9 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate, config.hidden, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate, config.hidden, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -106,7 +107,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config)
-        self.lm_head = None if config.tied else nn.Linear(config.hidden, config.vocabulary, bias=False)
+        self.lm_head = None if config.tied else Linear(config.hidden, config.vocabulary, bias=False)
         # Not a buffer: `.to(bfloat16)` must not round it.
         self._frequencies: dict[torch.device, Tensor] = {}
 
