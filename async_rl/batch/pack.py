@@ -98,14 +98,7 @@ def _micro_batches(
     limit: int,
     device: str | torch.device,
 ) -> list[MicroBatch]:
-    cuts = [0]
-    filled = 0
-    for i, trajectory in enumerate(ordered):
-        if filled and filled + len(trajectory.tokens) > limit:
-            cuts.append(i)
-            filled = 0
-        filled += len(trajectory.tokens)
-    cuts.append(len(ordered))
+    cuts = _cuts(ordered, limit)
     out = []
     policy_start = 0
     for first, last in pairwise(cuts):
@@ -129,3 +122,22 @@ def _micro_batches(
         )
         policy_start += len(sampled)
     return out
+
+
+def _cuts(ordered: Sequence[Trajectory], limit: int) -> list[int]:
+    """Where micro-batches begin, and the end. A group that fits one micro-batch is not cut: an exact
+    baseline then needs no second gradient sum for it."""
+    sizes: dict[int, int] = {}
+    for trajectory in ordered:
+        sizes[trajectory.group] = sizes.get(trajectory.group, 0) + len(trajectory.tokens)
+    cuts = [0]
+    filled = 0
+    for i, trajectory in enumerate(ordered):
+        begins = i == 0 or ordered[i - 1].group != trajectory.group
+        whole = sizes[trajectory.group] if begins else 0
+        need = whole if whole <= limit else len(trajectory.tokens)
+        if filled and filled + max(need, len(trajectory.tokens)) > limit:
+            cuts.append(i)
+            filled = 0
+        filled += len(trajectory.tokens)
+    return [*cuts, len(ordered)]

@@ -100,3 +100,20 @@ def test_groups_are_numbered_from_zero_without_gaps() -> None:
         for group in (90, 7, 7, 1000)
     ]
     assert pack_batch(made, micro_batch_tokens=100).group_of_trajectory.tolist() == [0, 0, 1, 2]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(batch=episodes(), limit=st.integers(1, 60))
+def test_a_group_that_fits_one_micro_batch_is_not_cut(batch: list[Trajectory], limit: int) -> None:
+    packed = pack_batch(batch, micro_batch_tokens=limit)
+    groups = sorted({t.group for t in batch})
+    for number, group in enumerate(groups):
+        where = (packed.group_of_trajectory == number).nonzero().flatten().tolist()
+        parts = {
+            i
+            for i, m in enumerate(packed.micro_batches)
+            for t in where
+            if m.trajectories.start <= t < m.trajectories.stop
+        }
+        if sum(len(t.tokens) for t in batch if t.group == group) <= limit:
+            assert len(parts) == 1
