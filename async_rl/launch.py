@@ -90,8 +90,8 @@ class Launcher:
 
     def start(self, endpoint: str, train_problems: int) -> None:
         path = str(self.folder.path)
-        self.spawn("buffer", ["async_rl.buffer", path, endpoint, str(train_problems)], threads=1)
-        self.spawn("trainer", ["async_rl.trainer", path, endpoint], threads=self.settings.trainer.threads)
+        self.spawn("buffer", ["async_rl.buffer", path, endpoint, str(train_problems), "0"], threads=1)
+        self.spawn("trainer", ["async_rl.trainer", path, endpoint, "0"], threads=self.settings.trainer.threads)
         for i in range(self.settings.generator.count):
             name = f"generator-{i}"
             self.spawn(name, ["async_rl.generator", path, endpoint, name], threads=self.settings.generator.threads)

@@ -35,6 +35,11 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def weights(self) -> Path:
+        """hash of the weights by version: one JSON row a step for small models, else one a checkpoint"""
+        return self.path / "weights.jsonl"
+
+    @property
     def store(self) -> Path:
         return self.path / "trajectories.sqlite"
 
@@ -71,6 +76,13 @@ class RunFolder:
 
     def event(self, kind: str, **detail: Any) -> None:
         append_row(self.events, {"event": kind, **detail})
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a death half-way, finds the old text or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

@@ -10,9 +10,13 @@ from async_rl.process import run_process
 from async_rl.run_folder import RunFolder
 
 
-def main(path: str, endpoint: str, train_problems: str) -> None:
+def main(path: str, endpoint: str, train_problems: str, version: str) -> None:
     folder = RunFolder(Path(path))
-    run_process("buffer", folder, lambda: run_buffer(folder, folder.settings(), endpoint, int(train_problems)))
+
+    def work() -> None:
+        run_buffer(folder, folder.settings(), endpoint, int(train_problems), int(version))
+
+    run_process("buffer", folder, work)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,15 @@ class FormBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarkTrained:
+    """Weights of version `step + 1` exist."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarkConsumed:
+    """Weights of version `step + 1` are in a checkpoint: steps up to here are not trained again."""
+
     step: int
 
 
@@ -63,11 +72,10 @@ class Send:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendBatch:
-    """Load the groups of this step from the store and send them."""
+    """Load the batch of this step from the store and send it."""
 
     peer: bytes
     step: int
-    groups: tuple[int, ...]
     detail: Mapping[str, float]
 
 
@@ -79,5 +87,5 @@ class EndRun:
     failed: bool
 
 
-Write = AddGroup | AddTrajectories | RefuseGroup | FormBatch | MarkTrained | AddEvaluation
+Write = AddGroup | AddTrajectories | RefuseGroup | FormBatch | MarkTrained | MarkConsumed | AddEvaluation
 Effect = Write | Send | SendBatch | EndRun

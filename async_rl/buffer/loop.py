@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core, Rules
+from async_rl.buffer.restore import read_standing, restore
 from async_rl.buffer.staleness import Pace
-from async_rl.buffer.store import Store
+from async_rl.buffer.store import Store, store_begun
 from async_rl.errors import RunFailed
 from async_rl.run_folder import RunFolder
 from async_rl.settings import Settings, pace_of
@@ -48,14 +49,21 @@ def make_core(settings: Settings, train_problems: int) -> Core:
     return Core(rules, problem_at=order)
 
 
-def run_buffer(folder: RunFolder, settings: Settings, endpoint: str, train_problems: int) -> None:
-    """Serve until the trainer is done or something ends the run. Raises RunFailed with the cause."""
+def run_buffer(folder: RunFolder, settings: Settings, endpoint: str, train_problems: int, version: int) -> None:
+    """Serve until the trainer is done or something ends the run. Raises RunFailed with the cause.
+
+    A store that is there already is gone on with, for a trainer that begins at `version`."""
     core = make_core(settings, train_problems)
     limit = settings.wire.max_message_mb << 20
+    begun = store_begun(folder.store)
     with (
-        Store(folder.store, durability=settings.buffer.durability, create=True) as store,
+        Store(folder.store, durability=settings.buffer.durability, create=not begun) as store,
         Router(endpoint, max_message_bytes=limit) as router,
     ):
+        if begun:
+            store.rewind(version=version)
+            store.commit()
+            restore(core, read_standing(store), version=version)
         folder.event("buffer_ready", time=time.time(), endpoint=endpoint)
         while not core.ended:
             carry_out(receive(router, core), store, router)
@@ -91,9 +99,10 @@ def carry_out(effects: Sequence[do.Effect], store: Store, router: Router) -> Non
         match effect:
             case do.Send(peer=peer, message=message):
                 router.send(peer, message)
-            case do.SendBatch(peer=peer, step=step, groups=groups, detail=detail):
-                blobs = tuple(store.load_groups(groups))
-                router.send(peer, msg.Batch(step=step, blobs=blobs, detail=detail))
+            case do.SendBatch(peer=peer, step=step, detail=detail):
+                blobs = store.load_batch(step)
+                assert blobs is not None, "a batch is stored before it is sent"
+                router.send(peer, msg.Batch(step=step, blobs=tuple(blobs), detail=detail))
             case do.EndRun(reason=reason, failed=True):
                 raise RunFailed(reason)
 
@@ -118,6 +127,8 @@ def write(effect: do.Effect, store: Store) -> bool:
             store.form_batch(step=step, groups=groups, formed_at=at)
         case do.MarkTrained(step=step):
             store.mark_trained(step=step, trained_at=time.time())
+        case do.MarkConsumed(step=step):
+            store.mark_consumed(step=step)
         case do.AddEvaluation(result=result, finished_at=at):
             store.add_evaluation(
                 evaluation=result.evaluation,

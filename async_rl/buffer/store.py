@@ -54,7 +54,7 @@ class Store(StoreReader):
     def __init__(self, path: Path, *, durability: Durability, create: bool) -> None:
         """`create`: make a new file; else go on with one that exists. Raises UserError."""
         self.path = path
-        if create and path.exists():
+        if create and store_begun(path):
             raise UserError(f"{path}: there is a store already; choose another run folder or resume this one")
         if not create and not path.is_file():
             raise UserError(f"{path}: there is no store to go on with; start a new run")
@@ -136,7 +136,16 @@ class Store(StoreReader):
         """The weights of version `step + 1` exist. Marking twice keeps the first time."""
         first = "UPDATE batches SET trained_at = ? WHERE step = ? AND trained_at IS NULL"
         self._write(first, (trained_at, step))
+
+    def mark_consumed(self, *, step: int) -> None:
+        """The weights of version `step + 1` are in a checkpoint."""
         self.set_meta("consumed_step", max(step, self.consumed_step()))
+
+    def rewind(self, *, version: int) -> None:
+        """The run goes on from the weights of `version`: later ones are lost, their batches are kept and
+        will be trained again."""
+        self._write("UPDATE batches SET trained_at = NULL WHERE step >= ?", (version,))
+        self.set_meta("consumed_step", version - 1)
 
     def add_evaluation(
         self,
@@ -180,6 +189,20 @@ class Store(StoreReader):
             f"BEGIN; {TABLES} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA};"
             f"INSERT INTO meta VALUES ('schema', {SCHEMA}), ('consumed_step', -1); COMMIT;"
         )
+
+
+def store_begun(path: Path) -> bool:
+    """Whether the file holds anything; a process killed while it made the store leaves an empty one."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    try:
+        connection = connect(path, mode="ro")
+        try:
+            return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+        finally:
+            connection.close()
+    except sqlite3.Error:
+        return True  # something else, which must not be written over
 
 
 def _writer_lock(path: Path) -> int:

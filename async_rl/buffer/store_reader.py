@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,10 +152,33 @@ class StoreReader:
         query = f"SELECT {_TRAJECTORY} FROM trajectories WHERE {where} ORDER BY id"
         return self._rows(TrajectoryRow, query, given)
 
-    def groups(self, *, unfinished: bool = False) -> Iterator[GroupRow]:
-        """In the order of admission; `unfinished`: only those neither in a batch nor refused."""
+    def groups(self, *, unfinished: bool = False, since: int = 0) -> Iterator[GroupRow]:
+        """In the order of admission, from group `since` on; `unfinished`: only those neither in a batch nor
+        refused."""
         where = "step IS NULL AND refused_because IS NULL" if unfinished else "1"
-        return self._rows(GroupRow, f"SELECT {_GROUP} FROM groups WHERE {where} ORDER BY group_id")
+        query = f"SELECT {_GROUP} FROM groups WHERE {where} AND group_id >= ? ORDER BY group_id"
+        return self._rows(GroupRow, query, (since,))
+
+    def trajectories_of(self, group: int) -> Iterator[TrajectoryRow]:
+        """Sample by sample, without tokens."""
+        query = f"SELECT {_TRAJECTORY} FROM trajectories WHERE group_id = ? ORDER BY sample"
+        return self._rows(TrajectoryRow, query, (group,))
+
+    def next_numbers(self) -> tuple[int, int]:
+        """(step of the next batch, number of the next group)."""
+        (step,) = self._all("SELECT coalesce(max(step) + 1, 0) FROM batches")[0]
+        (group,) = self._all("SELECT coalesce(max(group_id) + 1, 0) FROM groups")[0]
+        return step, group
+
+    def tally(self) -> dict[str, int]:
+        """Training groups refused by reason (`refused_<reason>`), trajectories by split and how many failed."""
+        reasons = "SELECT refused_because, count(*) FROM groups WHERE split = 'train' AND refused_because NOT NULL GROUP BY 1"
+        splits = "SELECT split, count(*), sum(ended IN ('error', 'aborted')) FROM trajectories GROUP BY split"
+        found = Counter({f"refused_{reason}": count for reason, count in self._all(reasons)})
+        for split, count, failed in self._all(splits):
+            found[f"trajectories_{split}"] = count
+            found["trajectories_failed"] += failed
+        return dict(found)
 
     def batches(self) -> Iterator[BatchRow]:
         for step, groups, formed_at, trained_at in self._all("SELECT * FROM batches ORDER BY step"):
@@ -209,7 +233,7 @@ class StoreReader:
         }
 
     def consumed_step(self) -> int:
-        """The last step whose batch was trained; -1 before the first."""
+        """The last step whose weights are in a checkpoint; -1 before the first."""
         return int(self.meta("consumed_step", -1))
 
     def meta(self, key: str, default: Any = None) -> Any:

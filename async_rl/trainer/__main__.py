@@ -9,24 +9,29 @@ import time
 from pathlib import Path
 
 from async_rl.process import run_process
-from async_rl.run_folder import RunFolder
+from async_rl.run_folder import RunFolder, replace_text
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer
 
 
-def train(folder: RunFolder, endpoint: str) -> None:
-    """Build the learner, train, leave the summary, say done."""
+def train(folder: RunFolder, endpoint: str, version: int) -> None:
+    """Build the learner, go on from the checkpoint of `version` (0: from the initial model), train, leave
+    the summary, say done."""
     import torch
 
     from async_rl.task import make_task
     from async_rl.trainer.build import make_learner
+    from async_rl.trainer.checkpoint import load_checkpoint, weights_hash
     from async_rl.trainer.inbox import Inbox
     from async_rl.trainer.loop import TrainerLoop
+    from async_rl.trainer.manifest import checkpoint_path
     from async_rl.weights.shared_memory import WeightPublisher, segment_path
 
     settings = folder.settings()
     torch.set_num_threads(settings.trainer.threads)
     learner = make_learner(settings)
+    initial_hash = weights_hash(learner.weights())
+    progress = load_checkpoint(checkpoint_path(folder.checkpoints, version), learner) if version else None
     task = make_task(settings.task.name, settings.task.args)
     limit = settings.wire.max_message_mb << 20
     with (
@@ -42,16 +47,19 @@ def train(folder: RunFolder, endpoint: str) -> None:
             publisher=publisher,
             source=Path(settings.model.path),
             eval_problems=len(task.problems("eval")),
+            initial_hash=initial_hash,
         )
+        if progress is not None:
+            loop.resume(progress)
         folder.event("trainer_ready", time=time.time())
         summary = loop.run()
-        folder.summary.write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
+        replace_text(folder.summary, json.dumps(summary.to_dict(), indent=2) + "\n")
         dealer.send(msg.Done())
 
 
-def main(path: str, endpoint: str) -> None:
+def main(path: str, endpoint: str, version: str) -> None:
     folder = RunFolder(Path(path))
-    run_process("trainer", folder, lambda: train(folder, endpoint))
+    run_process("trainer", folder, lambda: train(folder, endpoint, int(version)))
 
 
 if __name__ == "__main__":

@@ -1,44 +1,158 @@
-"""The model of a step as a Hugging Face folder, written aside and renamed when it is whole."""
+"""A learner on disk and back: everything a step depends on, in safetensors and JSON.
+
+A checkpoint is a Hugging Face folder of the policy (config, tokenizer, weights) with, beside it:
+`optimizer.safetensors` (moments by parameter name), `critic.safetensors` and `critic_optimizer.safetensors`
+where there is a critic, `learner.json` (version, objective's running state, random generators) and
+`progress.json` (what the trainer's loop remembers). The learning-rate schedule is a function of the version.
+The KL reference is the initial model: `initial_hash` says which bytes that was.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import random
 import shutil
+from collections.abc import Mapping
+from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from async_rl.model.folder import save_folder
+from async_rl.errors import UserError
+from async_rl.model.folder import load_model, save_folder
+from async_rl.objective import ObjectiveState
+from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, write_whole
 
 if TYPE_CHECKING:
     from async_rl.trainer.learner import Learner
 
+Progress = Mapping[str, Any]
+"""plain data, for JSON"""
 
-def checkpoint_path(folder: Path, version: int) -> Path:
-    return folder / f"step_{version:06d}"
 
+def save_checkpoint(folder: Path, learner: Learner, progress: Progress, *, source: Path, keep: int) -> Path:
+    """Write the learner's state as a whole, durable folder; keep the newest `keep`.
 
-def save_checkpoint(folder: Path, learner: Learner, *, source: Path, keep: int) -> Path:
-    """Write the policy beside config and tokenizer from `source`, the critic and the objective's running
-    state beside it; keep the newest `keep`."""
-    version = learner.version
-    final = checkpoint_path(folder, version)
-    partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_folder(partial, learner.model, source=source)
-    if learner.critic is not None:
-        save_file(learner.critic.state_dict(), partial / "critic.safetensors")
-    state = {"version": version, "objective": learner.state.to_dict()}
-    (partial / "learner.json").write_text(json.dumps(state, indent=2) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
+    `source` gives config and tokenizer. Raises OSError when it cannot be written."""
+    final = checkpoint_path(folder, learner.version)
+
+    def write(into: Path) -> None:
+        save_folder(into, learner.model, source=source)
+        _save(optimizer_state(learner.optimizer, _names(learner)), into / "optimizer.safetensors")
+        if learner.critic is not None:
+            _save(learner.critic.state_dict(), into / "critic.safetensors")
+            critic = optimizer_state(learner.critic.optimizer, _critic_names(learner))
+            _save(critic, into / "critic_optimizer.safetensors")
+        state = {"version": learner.version, "objective": learner.state.to_dict(), "random": random_state()}
+        (into / "learner.json").write_text(json.dumps(state) + "\n")
+        (into / "progress.json").write_text(json.dumps(dict(progress)) + "\n")
+
+    write_whole(final, write)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if p.is_dir())
+def load_checkpoint(path: Path, learner: Learner) -> Progress:
+    """Put a fresh learner of the same settings into the state of a checkpoint that `damage_of` found whole."""
+    try:
+        stored = dict(load_model(path, device=next(learner.model.parameters()).device).named_parameters())
+        with torch.no_grad():
+            for name, parameter in learner.model.named_parameters():
+                parameter.copy_(stored[name])
+        load_optimizer(learner.optimizer, _names(learner), load_file(path / "optimizer.safetensors"))
+        if learner.critic is not None:
+            learner.critic.load_state_dict(load_file(path / "critic.safetensors"))
+            moments = load_file(path / "critic_optimizer.safetensors")
+            load_optimizer(learner.critic.optimizer, _critic_names(learner), moments)
+        state = json.loads((path / "learner.json").read_text())
+        learner.version = state["version"]
+        learner.state = ObjectiveState.from_dict(state["objective"])
+        set_random_state(state["random"])
+        progress: Progress = json.loads((path / "progress.json").read_text())
+    except (KeyError, FileNotFoundError) as error:
+        raise UserError(f"{path} does not belong to these settings: {error} is not in it") from None
+    return progress
+
+
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """One hash over names, dtypes, shapes and bytes of all tensors, in order of name."""
+    digest = blake2b(digest_size=16)
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------- optimizer
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The optimizer's tensors as `<what>/<parameter>`; parameters that never had a gradient have none."""
+    return {
+        f"{what}/{names[parameter]}": value
+        for parameter, values in optimizer.state.items()
+        for what, value in values.items()
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], stored: Mapping[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_state`, bit by bit. Raises KeyError for a parameter it does not have."""
+    parameters = {name: parameter for parameter, name in names.items()}
+    optimizer.state.clear()
+    for key, value in stored.items():
+        what, _, name = key.partition("/")
+        parameter = parameters[name]
+        optimizer.state[parameter][what] = value.to(parameter.device)
+
+
+def _names(learner: Learner) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in learner.model.named_parameters()}
+
+
+def _critic_names(learner: Learner) -> dict[Tensor, str]:
+    assert learner.critic is not None
+    return {parameter: name for name, parameter in learner.critic.named_parameters().items()}
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    # Cloned: safetensors refuses views of a joint buffer.
+    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path)
+
+
+# -------------------------------------------------------------------------------------- random numbers
+
+
+def random_state() -> dict[str, Any]:
+    """Of torch (CPU, and each GPU), numpy and Python, as plain data."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    cuda = [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": [bytes(state).hex() for state in cuda],
+        "python": [version, list(words), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """The inverse of `random_state`; a GPU that is not there (any more) is left out."""
+    torch.set_rng_state(_bytes(state["torch"]))
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_bytes(one) for one in state["cuda"]])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

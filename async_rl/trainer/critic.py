@@ -64,21 +64,22 @@ class Critic:
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Its own parameters; the policy's are not among them."""
+        own = {f"head.{name}": p for name, p in self.head.named_parameters()}
+        if self._separate:
+            own |= {f"trunk.{name}": p for name, p in self.trunk.named_parameters()}
+        return own
+
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters by name, for a checkpoint."""
-        own = {f"head.{name}": p.detach() for name, p in self.head.named_parameters()}
-        if self._separate:
-            own |= {f"trunk.{name}": p.detach() for name, p in self.trunk.named_parameters()}
-        return own
+        return {name: p.detach() for name, p in self.named_parameters().items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`. Raises KeyError for a missing tensor."""
         with torch.no_grad():
-            for name, parameter in self.head.named_parameters():
-                parameter.copy_(tensors[f"head.{name}"])
-            if self._separate:
-                for name, parameter in self.trunk.named_parameters():
-                    parameter.copy_(tensors[f"trunk.{name}"])
+            for name, parameter in self.named_parameters().items():
+                parameter.copy_(tensors[name])
 
     def _forward(self, micro: MicroBatch) -> Tensor:
         if self._separate:

@@ -22,6 +22,7 @@ class Inbox:
     """longest silence about what is waited for"""
     batches: dict[int, msg.Batch] = field(default_factory=dict)
     evaluations: dict[int, msg.EvaluationResult] = field(default_factory=dict)
+    snapshots: list[msg.Snapshot] = field(default_factory=list)
     asked: int = -1
     """newest step whose batch was asked for"""
     last_word: str = ""
@@ -61,6 +62,16 @@ class Inbox:
                 raise RunFailed(f"the trainer waited {self.timeout_s:.0f} s for evaluation {number}: {missing} missing")
             time.sleep(POLL_EVALUATION_S)
 
+    def snapshot(self) -> dict[str, float]:
+        """The buffer's counters now."""
+        self.snapshots.clear()
+        self.dealer.send(msg.Query())
+        deadline = time.monotonic() + self.timeout_s
+        while not self.snapshots:
+            self._receive(deadline, "the buffer's counters")
+        detail = self.snapshots.pop().detail
+        return {name: float(value) for name, value in detail.items() if isinstance(value, int | float)}
+
     def _receive(self, deadline: float, waiting_for: str) -> None:
         try:
             message = self.dealer.receive(max(0.0, deadline - time.monotonic()), waiting_for)
@@ -72,6 +83,8 @@ class Inbox:
                 self.batches[step] = message
             case msg.EvaluationResult(evaluation=evaluation):
                 self.evaluations[evaluation] = message
+            case msg.Snapshot():
+                self.snapshots.append(message)
             case msg.Waiting(reason=reason):
                 self.last_word = _without_seconds(reason)
             case msg.Refused(what=what, reason=reason):

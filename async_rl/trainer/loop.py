@@ -7,17 +7,19 @@ and sends it meanwhile.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from async_rl.batch import pack_batch
-from async_rl.errors import RunFailed
-from async_rl.run_folder import RunFolder, append_row
+from async_rl.errors import RunFailed, UserError
+from async_rl.run_folder import RunFolder, append_row, read_rows
 from async_rl.settings import Settings
-from async_rl.trainer.checkpoint import save_checkpoint
+from async_rl.trainer.checkpoint import Progress, save_checkpoint, weights_hash
 from async_rl.trainer.inbox import Inbox
+from async_rl.trainer.manifest import checkpoint_path
 from async_rl.trainer.summary import Summary, mean, summarise
 from async_rl.trajectory import Trajectory
 from async_rl.wire import messages as msg
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
     from async_rl.trainer.learner import Learner
     from async_rl.weights.shared_memory import WeightPublisher
+
+HASH_EVERY_STEP_BYTES = 16 << 20
+"""models up to this size have their weights hashed every step (some 16 ms), larger ones at checkpoints"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,44 +47,78 @@ class TrainerLoop:
     """folder of the model the run began with"""
     eval_problems: int
     """problems of the task's eval split"""
+    initial_hash: str
+    """of the model the run began with"""
     rows: list[dict[str, float]] = field(default_factory=list)
     evaluations_asked: int = 0
     pending_evaluation: tuple[int, int] | None = None
     """(number, step) of an evaluation that runs beside training"""
+    reward_first: float | None = None
+    """held-out reward before training"""
+    seconds_before: float = 0.0
+    """training time of earlier lives of the run, up to where this one began"""
+    tokens_before: float = 0.0
+    """generated in earlier lives (generators count from their start)"""
+    busy_before: float = 0.0
+    """their seconds inside model steps"""
+    started: float = 0.0
+    saved: int = 0
+    """newest version that is in a checkpoint"""
+
+    def resume(self, progress: Progress) -> None:
+        """Go on behind a checkpoint that was loaded into the learner. Raises UserError when the model
+        the run began with is not what it was."""
+        if progress["initial_hash"] != self.initial_hash:
+            raise UserError(
+                f"model.path: {self.source} holds other weights than when the run began; put them back "
+                "(the run's reference and replay need them), or start a new run from a checkpoint"
+            )
+        version = self.learner.version
+        self.rows = [row for row in read_rows(self.folder.metrics) if row["step"] < version]
+        self.evaluations_asked = progress["evaluations_asked"]
+        if progress["pending_evaluation"] is not None:
+            # under the same number, but by the weights there are now
+            self.pending_evaluation = (progress["pending_evaluation"][0], version)
+        self.reward_first = progress["reward_first"]
+        self.seconds_before = progress["seconds"]
+        if self.rows:
+            self.tokens_before = self.rows[-1]["tokens/generated"]
+            self.busy_before = self.rows[-1]["time/generator_busy"]
+        self.saved = version
 
     def run(self) -> Summary:
         """Train all steps. Raises RunFailed when something it waits for does not come."""
+        first_step, steps = self.learner.version, self.settings.trainer.steps
         self.publish()
-        first = self.evaluate_and_wait(step=0)
-        steps = self.settings.trainer.steps
-        started = time.monotonic()
-        generating = 0.0
-        detail: dict[str, float] = {}
-        for step in range(steps):
+        if first_step == 0:
+            self.record_hash()
+        if self.reward_first is None:
+            self.reward_first = mean(self.evaluate_and_wait(step=first_step).rewards)
+        if self.pending_evaluation is not None:
+            self.send_evaluation(self.pending_evaluation[0])
+        self.started = time.monotonic()
+        for step in range(first_step, steps):
             waited = time.monotonic()
             batch = self.inbox.batch(step)
             waited = time.monotonic() - waited
             if step + 1 < steps:
                 self.inbox.ask_batch(step + 1)
-            if step == 0:
-                generating = batch.detail.get("generator_busy_seconds", 0.0)
-            detail = dict(batch.detail)
-            row = self.train(step, batch, waited)
+            self.record(self.train(step, batch, waited))
             self.watch_evaluation(step)
-            self.record(row)
-        seconds = time.monotonic() - started
+            every = self.settings.checkpoint.every
+            if every and (step + 1) % every == 0 and step + 1 < steps:
+                self.checkpoint()
+        seconds = self.seconds()
         last = self.evaluate_and_wait(step=steps)
-        model = self.checkpoint()
-        busy = detail.get("generator_busy_seconds", 0.0) - generating
+        self.checkpoint()
         return summarise(
             rows=self.rows,
-            first=first,
-            last=last,
-            detail=detail,
-            generating=busy / max(1.0, detail.get("generators", 1.0)),
+            first=self.reward_first,
+            last=mean(last.rewards),
+            detail=self.inbox.snapshot(),
             seconds=seconds,
             max_staleness=self.settings.staleness.max_staleness,
-            model=str(model),
+            model=str(checkpoint_path(self.folder.checkpoints, self.learner.version)),
         )
 
     # ------------------------------------------------------------------ steps
@@ -98,6 +137,9 @@ class TrainerLoop:
         report = self.learner.step(packed)
         trained = time.monotonic()
         self.publish()
+        published = time.monotonic()
+        if self.hashes_every_step():
+            self.record_hash()
         row: dict[str, float] = {
             "step": step,
             "time": time.time(),
@@ -105,22 +147,19 @@ class TrainerLoop:
             **_lag_split(usable, step),
             "time/wait_for_batch": waited,
             "time/step": trained - started,
-            "time/publish": time.monotonic() - trained,
+            "time/publish": published - trained,
             "len/refused": batch.detail.get("len_refused", 0.0),
-            "tokens/generated": batch.detail.get("tokens_generated", 0.0),
+            "tokens/generated": self.tokens_before + batch.detail.get("tokens_generated", 0.0),
             "tokens/trained": float(packed.num_policy_tokens),
             "slots/used": batch.detail.get("slots_used", 0.0),
             "slots/all": batch.detail.get("slots", 0.0),
             "groups/refused": batch.detail.get("groups_refused", 0.0),
-            "time/generator_busy": batch.detail.get("generator_busy_seconds", 0.0),
+            "time/generator_busy": self.busy_before + batch.detail.get("generator_busy_seconds", 0.0),
             "generators": batch.detail.get("generators", 0.0),
         }
         if report.skipped:
             self.folder.event("step_skipped", step=step, reason=report.skipped, time=time.time())
             row["skipped"] = 1.0
-        every = self.settings.checkpoint.every
-        if every and (step + 1) % every == 0 and step + 1 < self.settings.trainer.steps:
-            self.checkpoint()
         return row
 
     def publish(self) -> None:
@@ -128,13 +167,53 @@ class TrainerLoop:
         self.publisher.publish(self.learner.weights(), self.learner.version)
         self.inbox.dealer.send(msg.Published(version=self.learner.version))
 
-    def checkpoint(self) -> Path:
+    def checkpoint(self) -> None:
+        """Save everything a step depends on, then tell the buffer that these steps are not done again."""
+        version = self.learner.version
+        if version == self.saved:
+            return
+        started = time.monotonic()
+        if not self.hashes_every_step():
+            self.record_hash()
+        for rows in (self.folder.metrics, self.folder.weights):
+            _to_disk(rows)  # the rows of a checkpoint's steps must not be missing behind it
+        progress: dict[str, Any] = {
+            "evaluations_asked": self.evaluations_asked,
+            "pending_evaluation": self.pending_evaluation,
+            "reward_first": self.reward_first,
+            "seconds": self.seconds(),
+            "initial_hash": self.initial_hash,
+        }
         keep = self.settings.checkpoint.keep
-        return save_checkpoint(self.folder.checkpoints, self.learner, source=self.source, keep=keep)
+        try:
+            path = save_checkpoint(self.folder.checkpoints, self.learner, progress, source=self.source, keep=keep)
+        except OSError as error:
+            raise RunFailed(
+                f"the checkpoint of version {version} cannot be written to {self.folder.checkpoints} "
+                f"({error.strerror}); make room there and resume the run"
+            ) from None
+        self.saved = version
+        self.inbox.dealer.send(msg.Checkpointed(version=version))
+        took = time.monotonic() - started
+        self.folder.event("checkpoint", version=version, path=str(path), seconds=round(took, 4), time=time.time())
 
     def record(self, row: dict[str, float]) -> None:
         self.rows.append(row)
         append_row(self.folder.metrics, row)
+
+    def record_hash(self) -> None:
+        """So that a replay finds the step at which it differs."""
+        hashed = weights_hash(self.learner.weights())
+        append_row(self.folder.weights, {"version": self.learner.version, "hash": hashed})
+
+    def hashes_every_step(self) -> bool:
+        size = sum(p.numel() * p.element_size() for p in self.learner.weights().values())
+        return size <= HASH_EVERY_STEP_BYTES
+
+    def seconds(self) -> float:
+        """Training time of the run so far."""
+        return self.seconds_before + time.monotonic() - self.started
+
 
     # ------------------------------------------------------------- evaluation
 
@@ -142,6 +221,10 @@ class TrainerLoop:
         """Ask for held-out episodes under the newest weights; generation goes on."""
         number = self.evaluations_asked
         self.evaluations_asked += 1
+        self.send_evaluation(number)
+        return number
+
+    def send_evaluation(self, number: int) -> None:
         settings = self.settings.evaluation
         self.inbox.dealer.send(
             msg.Evaluate(
@@ -152,12 +235,12 @@ class TrainerLoop:
                 temperature=settings.temperature,
             )
         )
-        return number
 
     def evaluate_and_wait(self, *, step: int) -> msg.EvaluationResult:
-        result = self.inbox.evaluation(self.ask_evaluation(), wait=True)
+        number = self.ask_evaluation()
+        result = self.inbox.evaluation(number, wait=True)
         assert result is not None
-        self.report_evaluation(step, result)
+        self.report_evaluation(number, step, result)
         return result
 
     def watch_evaluation(self, step: int) -> None:
@@ -167,15 +250,16 @@ class TrainerLoop:
             result = self.inbox.evaluation(number, wait=False)
             if result is not None:
                 self.pending_evaluation = None
-                self.report_evaluation(asked_at, result)
+                self.report_evaluation(number, asked_at, result)
         every = self.settings.evaluation.every
         due = every and (step + 1) % every == 0 and step + 1 < self.settings.trainer.steps
         if due and self.pending_evaluation is None:
             self.pending_evaluation = (self.ask_evaluation(), step + 1)
 
-    def report_evaluation(self, step: int, result: msg.EvaluationResult) -> None:
+    def report_evaluation(self, number: int, step: int, result: msg.EvaluationResult) -> None:
         self.folder.event(
             "evaluation",
+            evaluation=number,
             step=step,
             reward=mean(result.rewards),
             trajectories=len(result.rewards),
@@ -195,3 +279,11 @@ def _lag_split(trajectories: Sequence[Trajectory], step: int) -> dict[str, float
         "lag/flight": mean([float(t.version_max - t.version_min) for t in sampled]),
         "lag/queue": mean([float(step - t.version_max) for t in sampled]),
     }
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from async_rl.wire.messages import EvaluationResult
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
@@ -46,21 +44,22 @@ class Summary:
 def summarise(
     *,
     rows: Sequence[Mapping[str, float]],
-    first: EvaluationResult,
-    last: EvaluationResult,
+    first: float,
+    last: float,
     detail: Mapping[str, float],
-    generating: float,
     seconds: float,
     max_staleness: int,
     model: str,
 ) -> Summary:
-    """From the run's metric rows, its evaluations and the buffer's counters of the last batch."""
+    """From the run's metric rows (of all its lives), its held-out rewards and the buffer's counters."""
+    busy = [row["time/generator_busy"] for row in rows]
+    generating = (busy[-1] - busy[0]) / max(1.0, rows[-1]["generators"]) if rows else 0.0
     training = sum(row["time/step"] for row in rows)
     tokens = sum(row["batch/policy_tokens"] for row in rows)
     return Summary(
         steps=len(rows),
-        reward_eval_first=mean(first.rewards),
-        reward_eval_last=mean(last.rewards),
+        reward_eval_first=first,
+        reward_eval_last=last,
         lag_mean=sum(row["lag/mean"] * row["batch/policy_tokens"] for row in rows) / max(1.0, tokens),
         lag_max=int(max((row["lag/max"] for row in rows), default=0)),
         max_staleness=max_staleness,
@@ -69,7 +68,7 @@ def summarise(
         seconds_training=training,
         seconds_generating=generating,
         overlap_efficiency=max(training, generating) / max(seconds, 1e-9),
-        tokens_generated=int(detail.get("tokens_generated", 0)),
+        tokens_generated=int(rows[-1]["tokens/generated"]) if rows else 0,
         tokens_trained=int(tokens),
         groups_admitted=int(detail.get("groups_admitted", 0)),
         groups_trained=int(detail.get("groups_trained", 0)),

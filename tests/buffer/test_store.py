@@ -57,6 +57,7 @@ def test_what_was_committed_comes_back_after_closing(tmp_path: Path, durability:
             add_group(store, group)
         store.form_batch(step=0, groups=[2, 0], formed_at=6.0)
         store.mark_trained(step=0, trained_at=7.0)
+        store.mark_consumed(step=0)
         store.refuse_group(1, "zero_signal")
         store.add_evaluation(evaluation=0, rewards=[1.0, 0.0], version_min=0, version_max=1, finished_at=8.0)
         store.commit()
@@ -118,7 +119,7 @@ def test_marking_an_older_step_does_not_take_the_mark_back(tmp_path: Path) -> No
     with new_store(tmp_path) as store:
         assert store.consumed_step() == -1
         for step in (0, 1, 0):
-            store.mark_trained(step=step, trained_at=1.0)
+            store.mark_consumed(step=step)
         assert store.consumed_step() == 1
 
 

@@ -1,0 +1,107 @@
+"""From the rows of a store to the state machine that wrote them: a buffer comes back.
+
+What was committed is everything that any peer was told. Not restored, because it died with its owners:
+generators and what they hold (their groups wait for new ones, at their old places and at no new charge),
+evaluations that were not finished (the trainer asks again), the streaks of failures and refusals.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import nan
+
+from async_rl.buffer.core import Core
+from async_rl.buffer.group import Group, Sample
+from async_rl.buffer.staleness import Entry
+from async_rl.buffer.store_reader import GroupRow, StoreReader, TrajectoryRow
+from async_rl.trajectory.seed import group_seed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What the buffer had reached."""
+
+    step: int
+    """of the next batch"""
+    next_group: int
+    position: int
+    """in the prompt order: training groups admitted"""
+    order: tuple[GroupRow, ...]
+    """training groups from the oldest live one on, in order of admission"""
+    samples: Mapping[int, tuple[TrajectoryRow, ...]]
+    """of the live groups"""
+    counts: Mapping[str, int]
+
+
+def read_standing(store: StoreReader) -> Standing:
+    """Reads rows of live groups and sums over the others; no payload."""
+    step, next_group = store.next_numbers()
+    counts = store.counts()
+    live = [row.group for row in store.groups(unfinished=True) if row.split == "train"]
+    order = tuple(row for row in store.groups(since=live[0]) if row.split == "train") if live else ()
+    tally = Counter(
+        groups_admitted=counts["groups_admitted"],
+        groups_trained=counts["groups_batched"],
+        groups_refused=counts["groups_refused"],
+    )
+    for name, count in store.tally().items():
+        tally[name.split(":")[0]] += count
+    return Standing(
+        step=step,
+        next_group=next_group,
+        position=counts["groups_admitted"],
+        order=order,
+        samples={group: tuple(store.trajectories_of(group)) for group in live},
+        counts=dict(tally),
+    )
+
+
+def restore(core: Core, standing: Standing, *, version: int) -> None:
+    """Put a fresh `core` where the old one stood. The trainer begins at `version`, which may lie behind
+    batches that were formed: it is answered those, and the generators start nothing too old meanwhile."""
+    core.step, core.next_group, core.position = standing.step, standing.next_group, standing.position
+    core.published = version
+    core.counts.update(standing.counts)
+    first = standing.position - len(standing.order)
+    for position, row in enumerate(standing.order, start=first):
+        if row.refused_because is not None:
+            continue
+        entry = Entry(group=row.group, trained=row.step is not None)
+        core.order.append(entry)
+        if entry.trained:
+            entry.finished = True
+            continue
+        group = _group(core, row, position)
+        for sample in standing.samples[row.group]:
+            group.samples[sample.sample] = _sample(sample)
+        core.groups[row.group] = group
+        entry.finished = group.complete
+        if not group.complete:
+            core.orphans.append(row.group)
+
+
+def _group(core: Core, row: GroupRow, position: int) -> Group:
+    return Group(
+        group=row.group,
+        problem=row.problem,
+        split="train",
+        size=core.rules.group_size,
+        seed=group_seed(core.rules.seed, position),
+        temperature=core.rules.temperature,
+        admitted_at=row.admitted_at,
+        admitted_version=row.admitted_version,
+        holder=None,
+    )
+
+
+def _sample(row: TrajectoryRow) -> Sample:
+    return Sample(
+        reward=nan if row.reward is None else row.reward,
+        version_min=row.version_min,
+        version_max=row.version_max,
+        length=row.length,
+        policy_length=row.policy_length,
+        failed=row.ended in ("error", "aborted"),
+    )
