@@ -87,19 +87,21 @@ class Pace:
 
         `order`: every group not refused, in order of admission, from the oldest untrained one on.
         """
-        taken: set[int] = set()
-        head = 0
-        for _ in range(self.groups_per_step):
-            while head < len(order) and (order[head].trained or order[head].group in taken):
-                head += 1
-            pick = next(
-                (e for e in order[head : head + self.window] if e.finished and not e.trained and e.group not in taken),
-                None,
-            )
-            if pick is None:
+        chosen: list[int] = []
+        oldest_open: int | None = None  # place of the oldest group that is not finished
+        for place, entry in enumerate(order):
+            if entry.trained:
+                continue
+            if not entry.finished:
+                if oldest_open is None:
+                    oldest_open = place
+                continue
+            if oldest_open is not None and place - oldest_open >= self.window:
                 return None
-            taken.add(pick.group)
-        return [e.group for e in order if e.group in taken]
+            chosen.append(entry.group)
+            if len(chosen) == self.groups_per_step:
+                return chosen
+        return None
 
     def refuse(self, *, version_min: int, step: int) -> str | None:
         """Why a finished trajectory may not be trained at `step`, or None. Checked when a batch is
