@@ -1,0 +1,216 @@
+"""Messages per second through the buffer's state machine. Prints one JSON object.
+
+    python bench/buffer.py [--messages N] [--store]
+
+No sockets and no store: the messages of a whole run are made first (four generators, 64 groups of 16 a step,
+max_staleness 4), then the same messages go through a fresh core on one core of the machine, three times.
+The mix is that of a run: trajectories in messages of 1 to 4 in random order of arrival, permits asked for and
+weights held as they come, counters from every generator, a trainer that asks a batch ahead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from async_rl.buffer import effects as do
+from async_rl.buffer.core import Core, Rules
+from async_rl.buffer.staleness import Pace, default_window
+from async_rl.trajectory import Trajectory, Turn, VersionSpan
+from async_rl.wire import messages as msg
+
+GENERATORS, GROUPS, GROUP_SIZE, MAX_STALENESS, TOKENS, PROMPT = 4, 64, 16, 4, 512, 64
+ROUNDS = 3
+TARGET = 20_000
+TRAINER = b"trainer"
+Sent = tuple[bytes, msg.Message, float]
+
+
+def make_core() -> Core:
+    window = default_window(GROUPS, MAX_STALENESS, 0.3)
+    pace = Pace(groups_per_step=GROUPS, max_staleness=MAX_STALENESS, pipeline_depth=MAX_STALENESS + 1.0, window=window)
+    rules = Rules(
+        pace=pace,
+        group_size=GROUP_SIZE,
+        temperature=1.0,
+        drop_zero_signal=True,
+        max_failures=10**9,
+        max_refusals=10**9,
+        seed=0,
+    )
+    return Core(rules, problem_at=lambda position: position)
+
+
+@dataclass
+class Play:
+    """A run without processes; keeps every message that reaches the core."""
+
+    random: Random
+    core: Core = field(default_factory=make_core)
+    sent: list[Sent] = field(default_factory=list)
+    open: dict[bytes, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    """(group, sample) that each generator has not finished"""
+    received: dict[bytes, int] = field(default_factory=lambda: defaultdict(int))
+    version: dict[bytes, int] = field(default_factory=lambda: defaultdict(int))
+    batches: deque[int] = field(default_factory=deque)
+    tokens = np.zeros(TOKENS, np.int32)
+    log_behaviour = np.full(TOKENS, -0.5, np.float32)
+
+    def send(self, peer: bytes, message: msg.Message) -> None:
+        now = len(self.sent) * 1e-4
+        self.sent.append((peer, message, now))
+        for effect in self.core.handle(peer, message, now):
+            match effect:
+                case do.SendBatch(step=step):
+                    self.batches.append(step)
+                case do.Send(peer=to, message=msg.Permits(permits=permits)):
+                    self.received[to] += len(permits)
+                    self.open[to] += [(p.group, sample) for p in permits for sample in p.samples]
+                    self.want(to)
+                case do.Send(peer=to, message=msg.NewWeights(version=version)) if version:
+                    self.version[to] = version
+                    self.send(to, msg.Holds(version=version))
+
+    def want(self, peer: bytes) -> None:
+        self.send(peer, msg.Want(limit=self.received[peer] + GROUPS, version=self.version[peer]))
+
+    def finish(self, peer: bytes) -> None:
+        """1 to 4 trajectories in any order."""
+        mine = self.open[peer]
+        done = []
+        for _ in range(min(len(mine), self.random.randint(1, 4))):
+            place = self.random.randrange(len(mine))
+            mine[place], mine[-1] = mine[-1], mine[place]
+            done.append(self.trajectory(*mine.pop(), self.version[peer]))
+        self.send(peer, msg.Finished(trajectories=tuple(done)))
+
+    def trajectory(self, group: int, sample: int, version: int) -> Trajectory:
+        return Trajectory(
+            group=group,
+            sample=sample,
+            problem=group,
+            split="train",
+            seed=group,
+            tokens=self.tokens,
+            log_behaviour=self.log_behaviour,
+            turns=tuple(Turn(start=PROMPT + 112 * turn, length=100) for turn in range(4)),
+            versions=(VersionSpan(version=version, start=PROMPT, end=TOKENS),),
+            # one group in ten has no signal and is refused
+            reward=float(group % 10 != 0 and self.random.random() < 0.5),
+            ended="finished",
+        )
+
+    def run(self, messages: int) -> list[Sent]:
+        peers = [b"generator-%d" % i for i in range(GENERATORS)]
+        for peer in peers:
+            self.send(peer, msg.Hello(role="generator", name=peer.decode(), pid=1))
+            self.want(peer)
+        self.send(TRAINER, msg.NextBatch(step=0))
+        while len(self.sent) < messages:
+            busy = [peer for peer in peers if self.open[peer]]
+            # training a step takes about as long as 400 messages of generators
+            if self.batches and (not busy or self.random.random() < 1 / 400):
+                step = self.batches.popleft()
+                self.send(TRAINER, msg.NextBatch(step=step + 1))
+                self.send(TRAINER, msg.Published(version=step + 1))
+            elif self.random.random() < 0.01:
+                self.send(self.random.choice(peers), self.status(peers))
+            else:
+                assert busy, "nobody has anything to do"
+                self.finish(self.random.choice(busy))
+        return self.sent
+
+    def status(self, peers: list[bytes]) -> msg.Status:
+        return msg.Status(
+            name=peers[0].decode(),
+            version=self.core.published,
+            busy_seconds=1.0,
+            wall_seconds=1.0,
+            tokens_generated=len(self.sent) * 100,
+            running=64,
+            waiting=0,
+        )
+
+
+def replay(sent: list[Sent]) -> float:
+    """Seconds for all messages on a fresh core."""
+    core = make_core()
+    handle = core.handle
+    started = time.perf_counter()
+    for peer, message, now in sent:
+        handle(peer, message, now)
+    seconds = time.perf_counter() - started
+    assert core.step > 0
+    return seconds
+
+
+def microseconds(sent: list[Sent]) -> dict[str, dict[str, float]]:
+    """Count, mean and 99th percentile of each kind, measured one by one (the clock's cost included)."""
+    core = make_core()
+    taken: dict[str, list[float]] = defaultdict(list)
+    for peer, message, now in sent:
+        started = time.perf_counter()
+        core.handle(peer, message, now)
+        taken[type(message).__name__].append(1e6 * (time.perf_counter() - started))
+    return {
+        kind: {
+            "messages": len(values),
+            "mean_us": round(statistics.fmean(values), 1),
+            "p99_us": round(sorted(values)[int(0.99 * (len(values) - 1))], 1),
+        }
+        for kind, values in sorted(taken.items())
+    }
+
+
+def store_rates() -> dict[str, Any]:
+    """What bench/store.py measures of the durable store."""
+    script = Path(__file__).with_name("store.py")
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        command = [sys.executable, str(script), "--folder", folder, "--groups", "64"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--messages", type=int, default=40_000)
+    parser.add_argument("--store", action="store_true", help="measure the store as well (bench/store.py)")
+    arguments = parser.parse_args()
+    play = Play(Random(0))
+    sent = play.run(arguments.messages)
+    seconds = [replay(sent) for _ in range(ROUNDS)]
+    trajectories = sum(len(m.trajectories) for _, m, _ in sent if isinstance(m, msg.Finished))
+    result: dict[str, Any] = {
+        "messages_per_s": round(len(sent) / statistics.median(seconds)),
+        "messages_per_s_all": [round(len(sent) / s) for s in seconds],
+        "target_messages_per_s": TARGET,
+        "trajectories_per_s": round(trajectories / statistics.median(seconds)),
+        "messages": len(sent),
+        "steps": play.core.step,
+        "groups_refused": play.core.counts["groups_refused"],
+        "kinds": microseconds(sent),
+        "generators": GENERATORS,
+        "groups_per_step": GROUPS,
+        "group_size": GROUP_SIZE,
+        "max_staleness": MAX_STALENESS,
+    }
+    if arguments.store:
+        result["store"] = store_rates()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
