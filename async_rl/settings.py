@@ -136,6 +136,20 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
+class CanarySettings:
+    tolerance: float = setting(
+        0.0,
+        "mean difference between a generator's log-probs and the trainer's on a fixed probe, at equal weights, above which the run ends; 0 takes 1e-4 for generator.dtype=float32, 5e-2 for bfloat16",
+        unit="nats",
+    )
+    silent_steps: int = setting(
+        20,
+        "report a generator that has not shown for so many steps that it holds published weights; 0 never does",
+        unit="steps",
+    )
+
+
+@dataclass(frozen=True)
 class CheckpointSettings:
     every: int = setting(
         0,
@@ -175,6 +189,7 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     critic: CriticSettings = field(default_factory=CriticSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    canary: CanarySettings = field(default_factory=CanarySettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     wire: WireSettings = field(default_factory=WireSettings)
 
@@ -224,6 +239,8 @@ AT_LEAST: dict[str, float] = {
     "evaluation.problems": 1,
     "evaluation.samples": 1,
     "evaluation.temperature": 0,
+    "canary.tolerance": 0,
+    "canary.silent_steps": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "wire.max_message_mb": 1,

@@ -75,6 +75,11 @@ class Console:
                         f"held-out reward {event['reward']:.3f} before step {event['step']} "
                         f"({event['trajectories']} episodes, weights {event['version_min']}..{event['version_max']})"
                     )
+                case "canary_silent":
+                    self.say(
+                        f"step {event['step']}: {event['name']} has not shown since step {event['since_step']} "
+                        f"that its weights are those published"
+                    )
                 case "step_skipped":
                     self.say(f"step {event['step']} changed nothing: {event['reason']}")
 
@@ -130,8 +135,19 @@ def summary_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{s['groups_admitted']} admitted, {s['groups_trained']} trained, {s['groups_refused']} refused, "
             f"{s['trajectories_failed']} trajectories failed",
         ),
+        ("weights", weights_checked(s["canary"])),
         ("model", str(s["model"])),
     ]
+
+
+def weights_checked(canary: Mapping[str, Any]) -> str:
+    """How often generators were seen to hold what was published."""
+    text = f"{canary['checked']} loads checked, log-probs differed by {canary['max_difference']:.1e} nats at most"
+    if canary["unchecked"]:
+        text += f"; NEVER CHECKED: {', '.join(canary['unchecked'])}"
+    elif not canary["checked"]:
+        text += "; NO GENERATOR WAS CHECKED"
+    return text
 
 
 def in_words(s: Mapping[str, Any]) -> str:

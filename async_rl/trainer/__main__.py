@@ -21,6 +21,7 @@ def train(folder: RunFolder, endpoint: str, version: int) -> None:
 
     from async_rl.task import make_task
     from async_rl.trainer.build import make_learner
+    from async_rl.trainer.canary import make_canary
     from async_rl.trainer.checkpoint import load_checkpoint, weights_hash
     from async_rl.trainer.inbox import Inbox
     from async_rl.trainer.loop import TrainerLoop
@@ -39,11 +40,13 @@ def train(folder: RunFolder, endpoint: str, version: int) -> None:
         WeightPublisher(segment_path(folder.path), learner.weights()) as publisher,
     ):
         dealer.send(msg.Hello(role="trainer", name="trainer", pid=os.getpid()))
+        canary = make_canary(settings, learner, task, folder.event)
         loop = TrainerLoop(
             settings=settings,
             folder=folder,
             learner=learner,
-            inbox=Inbox(dealer, settings.wire.timeout_s),
+            inbox=Inbox(dealer, settings.wire.timeout_s, canary),
+            canary=canary,
             publisher=publisher,
             source=Path(settings.model.path),
             eval_problems=len(task.problems("eval")),

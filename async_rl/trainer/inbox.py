@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from async_rl.errors import RunFailed
+from async_rl.trainer.canary import CanaryWatch
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout
 
@@ -20,6 +21,8 @@ class Inbox:
     dealer: Dealer
     timeout_s: float
     """longest silence about what is waited for"""
+    canary: CanaryWatch
+    """compares what generators show of their weights, wherever it arrives"""
     batches: dict[int, msg.Batch] = field(default_factory=dict)
     evaluations: dict[int, msg.EvaluationResult] = field(default_factory=dict)
     snapshots: list[msg.Snapshot] = field(default_factory=list)
@@ -72,12 +75,24 @@ class Inbox:
         detail = self.snapshots.pop().detail
         return {name: float(value) for name, value in detail.items() if isinstance(value, int | float)}
 
+    def listen(self) -> None:
+        """Take in what has arrived, without waiting."""
+        while True:
+            try:
+                message = self.dealer.receive(0.0, "anything")
+            except WireTimeout:
+                return
+            self._take(message)
+
     def _receive(self, deadline: float, waiting_for: str) -> None:
         try:
             message = self.dealer.receive(max(0.0, deadline - time.monotonic()), waiting_for)
         except WireTimeout as error:
             last = f"; last heard: {self.last_word}" if self.last_word else ""
             raise RunFailed(f"{error}{last}") from None
+        self._take(message)
+
+    def _take(self, message: msg.Message) -> None:
         match message:
             case msg.Batch(step=step):
                 self.batches[step] = message
@@ -85,6 +100,8 @@ class Inbox:
                 self.evaluations[evaluation] = message
             case msg.Snapshot():
                 self.snapshots.append(message)
+            case msg.Canary():
+                self.canary.hear(message)
             case msg.Waiting(reason=reason):
                 self.last_word = _without_seconds(reason)
             case msg.Refused(what=what, reason=reason):

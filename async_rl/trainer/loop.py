@@ -17,6 +17,7 @@ from async_rl.batch import pack_batch
 from async_rl.errors import RunFailed, UserError
 from async_rl.run_folder import RunFolder, append_row, read_rows
 from async_rl.settings import Settings
+from async_rl.trainer.canary import CanaryWatch
 from async_rl.trainer.checkpoint import Progress, save_checkpoint, weights_hash
 from async_rl.trainer.inbox import Inbox
 from async_rl.trainer.manifest import checkpoint_path
@@ -42,6 +43,7 @@ class TrainerLoop:
     folder: RunFolder
     learner: Learner
     inbox: Inbox
+    canary: CanaryWatch
     publisher: WeightPublisher
     source: Path
     """folder of the model the run began with"""
@@ -116,6 +118,7 @@ class TrainerLoop:
             first=self.reward_first,
             last=mean(last.rewards),
             detail=self.inbox.snapshot(),
+            canary=self.canary.summary(),
             seconds=seconds,
             max_staleness=self.settings.staleness.max_staleness,
             model=str(checkpoint_path(self.folder.checkpoints, self.learner.version)),
@@ -124,7 +127,9 @@ class TrainerLoop:
     # ------------------------------------------------------------------ steps
 
     def train(self, step: int, batch: msg.Batch, waited: float) -> dict[str, float]:
-        """One step; its metric row."""
+        """One step; its metric row. Raises RunFailed when generators show other weights than the published."""
+        self.canary.look(step, batch.detail)
+        self.inbox.listen()
         started = time.monotonic()
         usable = [t for t in batch.trajectories if not t.failed]
         if not usable:
@@ -136,6 +141,7 @@ class TrainerLoop:
         )
         report = self.learner.step(packed)
         trained = time.monotonic()
+        self.inbox.listen()  # nothing newer is published over weights that arrived wrong
         self.publish()
         published = time.monotonic()
         if self.hashes_every_step():
@@ -156,6 +162,7 @@ class TrainerLoop:
             "groups/refused": batch.detail.get("groups_refused", 0.0),
             "time/generator_busy": self.busy_before + batch.detail.get("generator_busy_seconds", 0.0),
             "generators": batch.detail.get("generators", 0.0),
+            **self.canary.row(),
         }
         if report.skipped:
             self.folder.event("step_skipped", step=step, reason=report.skipped, time=time.time())
@@ -166,6 +173,7 @@ class TrainerLoop:
         """Hand the weights over and say so."""
         self.publisher.publish(self.learner.weights(), self.learner.version)
         self.inbox.dealer.send(msg.Published(version=self.learner.version))
+        self.canary.expect()
 
     def checkpoint(self) -> None:
         """Save everything a step depends on, then tell the buffer that these steps are not done again."""

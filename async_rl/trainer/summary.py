@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from async_rl.trainer.canary import CanarySummary
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
@@ -34,6 +36,7 @@ class Summary:
     groups_trained: int
     groups_refused: int
     trajectories_failed: int
+    canary: CanarySummary
     model: str
     """folder of the trained model"""
 
@@ -47,6 +50,7 @@ def summarise(
     first: float,
     last: float,
     detail: Mapping[str, float],
+    canary: CanarySummary,
     seconds: float,
     max_staleness: int,
     model: str,
@@ -74,6 +78,7 @@ def summarise(
         groups_trained=int(detail.get("groups_trained", 0)),
         groups_refused=int(detail.get("groups_refused", 0)),
         trajectories_failed=int(detail.get("trajectories_failed", 0)),
+        canary=canary,
         model=model,
     )
 
