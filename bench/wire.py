@@ -1,14 +1,18 @@
 """What it costs to send trajectories through the wire. Prints one JSON object.
 
-    python bench/wire.py [--batches N]
+    python bench/wire.py [--batches N] [--rounds N] [--pin]
 
 Two processes over ipc, 2,000-token trajectories, 16 in a go, each go answered by the receiver, at most 4
-goes under way (as permits would keep it). The ways take turns in one run; the rates are medians.
+goes under way (as permits would keep it). Every way has its own two processes and the ways take turns;
+rates are medians over the rounds. `--pin` ties each sender to one core and each receiver to another.
 
 codec          encode + send + receive + decode and check, one message a go
 raw            the same bytes by plain pyzmq, one message a trajectory
 raw_multipart  the same bytes by plain pyzmq, one multipart message a go, a frame a trajectory
 lists          tokens and log-probs as msgpack lists of numbers, one message a go
+
+`cpu_us`: processor time of all threads, microseconds a trajectory. Of the codec's, `encode` and `decode`
+are measured alone; `send` and `receive` are the rest of each process.
 """
 
 from __future__ import annotations
@@ -16,11 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from typing import Any
 
 import msgpack
@@ -30,9 +36,10 @@ import zmq
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.codec import pack
 from async_rl.wire.channel import Dealer, Router
-from async_rl.wire.messages import Accepted, Finished, Holds, decode, encode
+from async_rl.wire.frames import decode, encode
+from async_rl.wire.messages import Accepted, Finished, Holds
 
-TOKENS, PROMPT, MESSAGE_TRAJECTORIES, UNDER_WAY, ROUNDS = 2000, 100, 16, 4, 7
+TOKENS, PROMPT, MESSAGE_TRAJECTORIES, UNDER_WAY = 2000, 100, 16, 4
 
 
 def trajectories() -> tuple[Trajectory, ...]:
@@ -60,11 +67,12 @@ def as_lists(sent: tuple[Trajectory, ...]) -> bytes:
     return msgpack.packb([[t.tokens.tolist(), t.log_behaviour.tolist()] for t in sent])
 
 
-def receive_codec(endpoint: str) -> None:
+def receive_codec(endpoint: str) -> Iterator[None]:
     with Router(endpoint) as router:
         while True:
             received = router.receive(60)
             assert received is not None
+            yield
             peer, message = received
             if isinstance(message, Holds):
                 return
@@ -72,7 +80,7 @@ def receive_codec(endpoint: str) -> None:
             router.send(peer, Accepted(pairs=tuple((t.group, t.sample) for t in message.trajectories)))
 
 
-def receive_raw(endpoint: str) -> None:
+def receive_raw(endpoint: str) -> Iterator[None]:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.bind(endpoint)
         while True:
@@ -80,156 +88,217 @@ def receive_raw(endpoint: str) -> None:
                 peer, frame = router.recv_multipart()
                 if not frame:
                     return
+            yield
             router.send_multipart([peer, b"ok"])
 
 
-def receive_multipart(endpoint: str) -> None:
+def receive_multipart(endpoint: str) -> Iterator[None]:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.bind(endpoint)
         while True:
             peer, *frames = router.recv_multipart(copy=False)
             if len(frames) < MESSAGE_TRAJECTORIES:
                 return
+            yield
             router.send_multipart([peer, b"ok"])
 
 
-def receive_lists(endpoint: str) -> None:
+def receive_lists(endpoint: str) -> Iterator[None]:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.bind(endpoint)
         while True:
             peer, frame = router.recv_multipart()
             if not frame:
                 return
+            yield
             for tokens, log_behaviour in msgpack.unpackb(frame):
                 np.array(tokens, dtype=np.int32)
                 np.array(log_behaviour, dtype=np.float32)
             router.send_multipart([peer, b"ok"])
 
 
-def pumped(batches: int, send: Callable[[], None], receive: Callable[[], Any]) -> float:
-    """Seconds for so many messages, with a window of answers outstanding."""
+RECEIVERS = {
+    "codec": receive_codec,
+    "raw": receive_raw,
+    "raw_multipart": receive_multipart,
+    "lists": receive_lists,
+}
+
+
+def receiver(name: str, endpoint: str, core: int | None, told: Connection) -> None:
+    """Tells the processor seconds from the first message on, over the number of the others."""
+    pin(core)
+    first, count = 0.0, 0
+    for _ in RECEIVERS[name](endpoint):
+        first = first or time.process_time()
+        count += 1
+    told.send((time.process_time() - first) / (count - 1))
+
+
+def sender(name: str, endpoint: str, core: int | None, asked: Connection) -> None:
+    """Sends as many goes as it is asked for and tells wall and processor seconds; 0: the end."""
+    pin(core)
+    sent = trajectories()
+    blobs = [pack(t) for t in sent]
+    with zmq.Context() as context:
+        dealer = Dealer(endpoint, "bench") if name == "codec" else context.socket(zmq.DEALER)
+        if name == "codec":
+            assert isinstance(dealer, Dealer)
+            ways = (
+                lambda: dealer.send(Finished(trajectories=sent)),
+                lambda: dealer.receive(60, "an acknowledgement"),
+            )
+        else:
+            dealer.connect(endpoint)
+            send = {
+                "raw": lambda: [dealer.send(blob) for blob in blobs],
+                "raw_multipart": lambda: dealer.send_multipart(blobs, copy=False),
+                "lists": lambda: dealer.send(as_lists(sent)),
+            }
+            ways = (send[name], dealer.recv)
+        while goes := asked.recv():
+            cpu = time.process_time()
+            seconds = pumped(goes, *ways)
+            asked.send((seconds, time.process_time() - cpu))
+        dealer.send(Holds(version=0) if name == "codec" else b"")
+        dealer.close()
+
+
+def pumped(goes: int, send: Callable[[], Any], receive: Callable[[], Any]) -> float:
+    """Seconds for so many goes, with a window of answers outstanding."""
     started = time.perf_counter()
-    for number in range(batches):
+    for number in range(goes):
         send()
         if number >= UNDER_WAY - 1:
             receive()
-    for _ in range(min(UNDER_WAY - 1, batches)):
+    for _ in range(min(UNDER_WAY - 1, goes)):
         receive()
     return time.perf_counter() - started
 
 
-def measure(sent: tuple[Trajectory, ...], batches: int) -> dict[str, list[float]]:
-    """Tokens per second of each way, round by round."""
-    blobs = [pack(t) for t in sent]
-    receivers = {
-        "codec": receive_codec,
-        "raw": receive_raw,
-        "raw_multipart": receive_multipart,
-        "lists": receive_lists,
-    }
-    with tempfile.TemporaryDirectory() as folder, zmq.Context() as context:
-        ends = {name: f"ipc://{folder}/{name}" for name in receivers}
-        spawn = multiprocessing.get_context("spawn")
-        processes = [spawn.Process(target=f, args=(ends[name],)) for name, f in receivers.items()]
+def pin(core: int | None) -> None:
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+
+
+def measure(
+    goes: int, rounds: int, cores: tuple[int | None, int | None]
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+    """Tokens per second of each way, round by round; processor seconds a trajectory of its two ends."""
+    spawn = multiprocessing.get_context("spawn")
+    rates: dict[str, list[float]] = {name: [] for name in RECEIVERS}
+    spent: dict[str, list[float]] = {name: [] for name in RECEIVERS}
+    senders, receivers, processes = {}, {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in RECEIVERS:
+            for role, ends, core in ((receiver, receivers, cores[1]), (sender, senders, cores[0])):
+                ends[name], theirs = spawn.Pipe()
+                processes.append(
+                    spawn.Process(target=role, args=(name, f"ipc://{folder}/{name}", core, theirs))
+                )
         for process in processes:
             process.start()
-        dealer = Dealer(ends["codec"], "bench")
-        raw, multipart, lists = (context.socket(zmq.DEALER) for _ in range(3))
-        for name, plain in (("raw", raw), ("raw_multipart", multipart), ("lists", lists)):
-            plain.connect(ends[name])
-
-        def send_raw() -> None:
-            for blob in blobs:
-                raw.send(blob)
-
-        ways: dict[str, tuple[int, Callable[[], Any], Callable[[], Any]]] = {
-            "codec": (
-                batches,
-                lambda: dealer.send(Finished(trajectories=sent)),
-                lambda: dealer.receive(60, "an acknowledgement"),
-            ),
-            "raw": (batches, send_raw, lambda: raw.recv()),
-            "raw_multipart": (
-                batches,
-                lambda: multipart.send_multipart(blobs, copy=False),
-                lambda: multipart.recv(),
-            ),
-            "lists": (
-                max(UNDER_WAY, batches // 10),
-                lambda: lists.send(as_lists(sent)),
-                lambda: lists.recv(),
-            ),
+        for number in range(rounds + 1):
+            for name, end in senders.items():
+                count = max(UNDER_WAY, goes // 10) if name == "lists" else goes
+                end.send(count)
+                seconds, cpu = end.recv()
+                if number > 0:  # the first round: connections and first touches
+                    rates[name].append(count * MESSAGE_TRAJECTORIES * TOKENS / seconds)
+                    spent[name].append(cpu / count)
+        for end in senders.values():
+            end.send(0)
+        each = {
+            name: {
+                "sender": statistics.mean(spent[name]) / MESSAGE_TRAJECTORIES,
+                "receiver": receivers[name].recv() / MESSAGE_TRAJECTORIES,
+            }
+            for name in RECEIVERS
         }
-        rates: dict[str, list[float]] = {name: [] for name in ways}
-        for _, send, receive in ways.values():
-            pumped(UNDER_WAY, send, receive)  # connections and first touches
-        for _ in range(ROUNDS):
-            for name, (count, send, receive) in ways.items():
-                seconds = pumped(count, send, receive)
-                rates[name].append(count * MESSAGE_TRAJECTORIES * TOKENS / seconds)
-        dealer.send(Holds(version=0))
-        for plain in (raw, multipart, lists):
-            plain.send(b"")
         for process in processes:
             process.join()
-        for end in (dealer, raw, multipart, lists):
-            end.close()
-    return rates
+    return rates, each
+
+
+def alone(message: Finished, rounds: int = 40) -> tuple[float, float]:
+    """Processor seconds of one `encode` and one `decode` of the message."""
+    frames = encode(message)
+    encoding, decoding = [], []
+    for _ in range(rounds):
+        started = time.process_time()
+        encode(message)
+        middle = time.process_time()
+        decode(frames)
+        encoding.append(middle - started)
+        decoding.append(time.process_time() - middle)
+    return statistics.median(encoding), statistics.median(decoding)
+
+
+def short_step() -> Finished:
+    """256 trajectories of 17 tokens in 5 turns, as the quickstart's task makes them."""
+    one = trajectories()[0]
+    log_behaviour = np.zeros(17, dtype=np.float32)
+    log_behaviour[2::3] = -0.5
+    short = replace(
+        one,
+        tokens=one.tokens[:17].copy(),
+        log_behaviour=log_behaviour,
+        turns=tuple(Turn(start=start, length=1) for start in range(2, 17, 3)),
+        versions=(VersionSpan(version=1, start=2, end=17),),
+        info={"secret": 3.0},
+    )
+    return Finished(trajectories=tuple(replace(short, sample=i) for i in range(256)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batches", type=int, default=100, help="goes of one measurement")
-    batches = parser.parse_args().batches
+    parser.add_argument("--batches", type=int, default=60, help="goes of one measurement")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--pin", action="store_true", help="senders on one core, receivers on another")
+    arguments = parser.parse_args()
+    cores: list[int | None] = [None, None]
+    if arguments.pin:
+        cores = sorted(os.sched_getaffinity(0))[:2]  # type: ignore[assignment]
+    rates, spent = measure(arguments.batches, arguments.rounds, (cores[0], cores[-1]))
     sent = trajectories()
-    rates = measure(sent, batches)
+    with tempfile.TemporaryDirectory() as folder, Dealer(f"ipc://{folder}/nobody", "bench"):
+        encode_go, decode_go = alone(Finished(trajectories=sent))
+        encode_short, decode_short = alone(short_step())
+    encode_s, decode_s = encode_go / MESSAGE_TRAJECTORIES, decode_go / MESSAGE_TRAJECTORIES
+    spent["codec"] |= {
+        "encode": encode_s,
+        "send": spent["codec"]["sender"] - encode_s,
+        "receive": spent["codec"]["receiver"] - decode_s,
+        "decode": decode_s,
+    }
     rate = {name: statistics.median(values) for name, values in rates.items()}
     num_tokens = MESSAGE_TRAJECTORIES * TOKENS
     bytes_per_token = sum(len(frame) for frame in encode(Finished(trajectories=sent))) / num_tokens
+    by_round = [codec / raw for codec, raw in zip(rates["codec"], rates["raw"], strict=True)]
     found: dict[str, Any] = {
-        "codec_over_raw": round(rate["codec"] / rate["raw"], 3),
+        "codec_over_raw": round(statistics.median(by_round), 3),
         "target_codec_over_raw": 0.8,
+        "codec_over_raw_of_medians": round(rate["codec"] / rate["raw"], 3),
         "codec_over_raw_multipart": round(rate["codec"] / rate["raw_multipart"], 3),
         "codec_over_lists": round(rate["codec"] / rate["lists"], 1),
         "bytes_per_token": round(bytes_per_token, 2),
         "target_bytes_per_token": 13,
         "lists_bytes_per_token": round(len(as_lists(sent)) / num_tokens, 2),
         "codec_mb_per_s": round(rate["codec"] * bytes_per_token / 1e6, 1),
+        "pinned": arguments.pin,
+        "load_average": round(os.getloadavg()[0], 1),
     }
     found |= {f"{name}_mtokens_per_s": round(value / 1e6, 2) for name, value in rate.items()}
-    by_round = zip(rates["codec"], rates["raw"], strict=True)
-    found["codec_over_raw_by_round"] = [round(codec / raw, 3) for codec, raw in by_round]
-    print(json.dumps(found | short_step_ms()))
-
-
-def short_step_ms() -> dict[str, float]:
-    """Cost of the Python side for one step of 256 trajectories of 20 tokens, milliseconds."""
-    one = trajectories()[0]
-    log_behaviour = one.log_behaviour[PROMPT : PROMPT + 20].copy()
-    log_behaviour[:5] = 0.0
-    short = replace(
-        one,
-        tokens=one.tokens[:20].copy(),
-        log_behaviour=log_behaviour,
-        turns=(Turn(start=5, length=15),),
-        versions=(VersionSpan(version=1, start=5, end=20),),
-    )
-    message = Finished(trajectories=tuple(replace(short, sample=i) for i in range(256)))
-    frames = encode(message)
-    encoding, decoding = [], []
-    for _ in range(20):
-        started = time.perf_counter()
-        encode(message)
-        middle = time.perf_counter()
-        decode(frames)
-        encoding.append(middle - started)
-        decoding.append(time.perf_counter() - middle)
-    return {
-        "encode_256_short_ms": round(1e3 * statistics.median(encoding), 2),
-        "decode_256_short_ms": round(1e3 * statistics.median(decoding), 2),
+    found["codec_over_raw_by_round"] = [round(ratio, 2) for ratio in by_round]
+    found["cpu_us"] = {
+        name: {part: round(1e6 * seconds, 1) for part, seconds in parts.items()}
+        for name, parts in spent.items()
     }
+    found["encode_256_short_ms"] = round(1e3 * encode_short, 2)
+    found["decode_256_short_ms"] = round(1e3 * decode_short, 2)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -127,12 +127,13 @@ class Trajectory:
         if not self._versions_cover_turns():
             return "a policy token has no version"
         log = self.log_behaviour
-        # the whole column first: it is cheaper than gathering the policy tokens, and right when it passes
-        if n and not (log.max() <= 1e-3 and math.isfinite(log.dot(log))):
+        # The whole column first: that is cheaper than gathering the policy tokens, and right when it passes.
+        # argmax and argmin find a NaN first, and cost half of what max and min do on a short column.
+        if n and not (log.item(log.argmax()) <= 1e-3 and log.item(log.argmin()) > -math.inf):
             log = log[self.policy_positions()]
             if not np.isfinite(log).all() or (log > 1e-3).any():
                 return "a behaviour log-prob is not finite or above zero"
-        if self.ended != "error" and not np.isfinite(self.reward):
+        if self.ended != "error" and not math.isfinite(self.reward):
             return "the reward is not finite"
         return None
 

@@ -22,7 +22,8 @@ import zmq.asyncio
 
 from async_rl.errors import UserError
 from async_rl.trajectory.codec import Blob, WireError
-from async_rl.wire.messages import Message, decode, encode
+from async_rl.wire.frames import decode, encode
+from async_rl.wire.messages import Message
 
 LONGEST_IPC_PATH = 107
 """bytes, the size of a Unix socket's address on Linux"""
@@ -30,8 +31,10 @@ LINGER_S = 2.0
 """how long a closing socket may still deliver what was sent"""
 MAX_MESSAGE_BYTES = 1 << 30
 """largest frame that is received; a peer that sends a larger one is disconnected"""
-_LARGE_FRAME_BYTES = 64 * 1024
-"""from here on it costs less to share a frame's memory with the socket's thread than to copy it"""
+_LARGE_FRAME_BYTES = 1024 * 1024
+"""from here on it costs less to share a frame's memory with the socket's thread, which a third thread must
+then give back under the GIL, than to copy it"""
+_KEPT_BYTES = 8 * 1024 * 1024
 
 
 class WireTimeout(Exception):
@@ -183,7 +186,19 @@ def _connected(context: zmq.Context, endpoint: str, identity: str, max_message_b
     return made
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc's malloc keep what frames leave behind instead of returning it to the system.
+
+    A frame is larger than what malloc hands back at once by default (128 kB), so every one would cost a
+    system call and a page fault for each of its 4 kB, on both ends: as much as everything else together.
+    Giving back one larger block raises that mark to its size for the whole process (mallopt(3),
+    M_MMAP_THRESHOLD). The block itself is never touched, so it takes no memory.
+    """
+    bytes(_KEPT_BYTES)
+
+
 def _set_options(made: zmq.Socket, max_message_bytes: int) -> None:
+    _keep_freed_memory()
     # No high-water marks: what is under way is bounded by permits. A mark would only turn a burst of
     # acknowledgements into a lost or blocked one.
     made.set(zmq.SNDHWM, 0)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from async_rl.trajectory import Split, Trajectory, Turn, VersionSpan
 from async_rl.trajectory.codec import WireError, pack
 from async_rl.wire import messages as msg
-from async_rl.wire.messages import decode, encode
+from async_rl.wire.frames import SCHEMA, decode, encode
 
 KINDS = get_args(msg.Message)
 PLAIN = st.recursive(
@@ -111,7 +111,7 @@ def test_what_is_no_plain_data_is_an_error_of_the_sender(detail: dict[str, Any])
         encode(msg.Snapshot(detail=detail))
 
 
-def altered(kind: str, value: Any, schema: Any = msg.SCHEMA) -> list[bytes]:
+def altered(kind: str, value: Any, schema: Any = SCHEMA) -> list[bytes]:
     return [msgpack.packb([schema, kind, value])]
 
 

@@ -1,0 +1,116 @@
+"""A message <-> frames.
+
+Frame 0 is msgpack `[schema, kind, {field: value}]`. Trajectories follow as blobs (trajectory/codec.py)
+joined into frames of some 256 kB; frame 0 says how long each is. `decode` answers a complete, typed
+message or raises `WireError`, whatever the bytes are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, get_args, get_type_hints
+
+import msgpack
+
+from async_rl.trajectory.codec import Blob, WireError, pack, plain, unpack
+from async_rl.wire.messages import Batch, Finished, Message, Permit, Permits
+from async_rl.wire.readers import READERS, wire_fields
+
+SCHEMA = 1
+_FRAME_BYTES = 256 * 1024
+"""blobs are joined until a frame is this long: few frames cost less, and all of them cost a copy once"""
+
+
+def encode(message: Message) -> list[Blob]:
+    """The frames of a message. Raises ValueError when it cannot be sent (a number beyond 64 bits,
+    something in a detail that is not plain data)."""
+    frames: list[Blob] = [b""]
+    match message:
+        case Finished(trajectories=trajectories):
+            values: Any = {"trajectories": _join(map(pack, trajectories), frames)}
+        case Batch():
+            values = {
+                "step": message.step,
+                "trajectories": _join([*map(pack, message.trajectories), *message.blobs], frames),
+                "detail": {name: float(value) for name, value in message.detail.items()},
+            }
+        case Permits(permits=permits):
+            values = {"permits": [_values(permit) for permit in permits]}
+        case _:
+            values = _values(message)
+    try:
+        frames[0] = msgpack.packb([SCHEMA, type(message).__name__, values], unicode_errors="replace")
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{type(message).__name__} cannot be sent: {error}") from None
+    return frames
+
+
+def decode(frames: Sequence[Blob]) -> Message:
+    """The message of these frames. Raises WireError."""
+    if not frames:
+        raise WireError("a message without frames")
+    header = plain(frames[0])
+    if type(header) is not list or len(header) != 3 or type(header[1]) is not str:
+        raise WireError("not a message of ours")
+    schema, kind, values = header
+    if type(schema) is not int or schema != SCHEMA:
+        raise WireError(f"a message of schema {schema!r}; this program speaks {SCHEMA}")
+    read = READERS.get(kind)
+    if read is None:
+        raise WireError(f"a message of unknown kind {kind[:40]!r}")
+    if kind not in ("Finished", "Batch"):
+        if len(frames) != 1:
+            raise WireError(f"{kind} with {len(frames)} frames")
+        return read(values, kind)
+    if type(values) is not dict or "trajectories" not in values:
+        raise WireError(f"{kind} without trajectories")
+    values["trajectories"] = tuple(map(unpack, _views(values["trajectories"], frames, kind)))
+    return read(values, kind)
+
+
+def _join(blobs: Iterable[Blob], frames: list[Blob]) -> list[list[int]]:
+    """Append the blobs, joined, to `frames`; the lengths of those in each frame."""
+    layout: list[list[int]] = []
+    lengths: list[int] = []
+    joined: list[Blob] = []
+    size = 0
+    for blob in blobs:
+        joined.append(blob)
+        lengths.append(len(blob))
+        size += len(blob)
+        if size >= _FRAME_BYTES:
+            layout.append(lengths)
+            frames.append(b"".join(joined))
+            lengths, joined, size = [], [], 0
+    if lengths:
+        layout.append(lengths)
+        frames.append(b"".join(joined))
+    return layout
+
+
+def _views(layout: Any, frames: Sequence[Blob], kind: str) -> Iterator[Blob]:
+    """The blobs of the frames after the first, as views."""
+    if type(layout) is not list or len(layout) != len(frames) - 1:
+        raise WireError(f"{kind} with {len(frames)} frames, not what its header says")
+    for lengths, frame in zip(layout, frames[1:], strict=True):
+        if type(lengths) is not list or any(type(n) is not int or n < 0 for n in lengths):
+            raise WireError(f"{kind} with a frame layout that is no list of lengths")
+        if sum(lengths) != len(frame):
+            raise WireError(f"{kind} with a frame of {len(frame)} bytes instead of {sum(lengths)}")
+        view, start = memoryview(frame), 0
+        for length in lengths:
+            yield view[start : start + length]
+            start += length
+
+
+def _values(message: Any) -> dict[str, Any]:
+    """Field by field; a whole number in a float field becomes a float, as its type says."""
+    return {
+        name: float(getattr(message, name)) if is_float else getattr(message, name)
+        for name, is_float in _FLOATS[type(message)]
+    }
+
+_FLOATS: dict[type, list[tuple[str, bool]]] = {
+    cls: [(name, get_type_hints(cls)[name] is float) for name in wire_fields(cls)]
+    for cls in (*get_args(Message), Permit)
+}
