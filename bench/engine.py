@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import argparse
 import asyncio
+import gc
 import json
 import statistics
 import tempfile
@@ -43,6 +44,7 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=5)
     repeats = arguments.parse_args().repeats
     torch.set_num_threads(1)
+    gc.freeze()  # as the generator process does: what imports left behind is not traversed again
     with tempfile.TemporaryDirectory() as folder:
         result = {"mixed": asyncio.run(mixed(Path(folder) / "mixed", repeats))}
         result["episodes"] = episodes(Path(folder) / "episodes", repeats)

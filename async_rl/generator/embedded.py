@@ -49,6 +49,7 @@ class EmbeddedEngine:
     kv_on_update: after `load`, rebuild the cache of every sequence under the new weights ("recompute")
     or go on with the old one ("keep", cheaper; later tokens then come from neither policy).
     prefill_tokens: most prompt and environment tokens in one step.
+    device, dtype: where and how to compute; the model's own unless given.
     """
 
     def __init__(
@@ -60,16 +61,18 @@ class EmbeddedEngine:
         max_context: int | None = None,
         kv_on_update: Literal["recompute", "keep"] = "recompute",
         prefill_tokens: int = 2048,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if max_sequences < 1 or prefill_tokens < 1:
             raise ValueError("max_sequences and prefill_tokens must be at least 1")
         if max_context is not None and not 2 <= max_context <= model.config.max_context:
             raise ValueError(f"max_context {max_context} is not within 2..{model.config.max_context} of the model")
+        device = torch.device(device) if device is not None else model.head.device
+        dtype = dtype or model.head.dtype
         self._model = model.to(device=device, dtype=dtype).eval()
         self._forward = FusedDecoder(self._model) if isinstance(self._model, Decoder) else self._model
-        self._device = torch.device(device)
+        self._device = device
         self._max_context = max_context or model.config.max_context
         self._recompute = kv_on_update == "recompute"
         self._prefill_tokens = prefill_tokens
