@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from async_rl.buffer.group import Group
 from async_rl.trajectory import Split, Trajectory
 from async_rl.wire.messages import EvaluationResult, Message
 
@@ -89,3 +90,15 @@ class EndRun:
 
 Write = AddGroup | AddTrajectories | RefuseGroup | FormBatch | MarkTrained | MarkConsumed | AddEvaluation
 Effect = Write | Send | SendBatch | EndRun
+
+
+def add_group(group: Group, generator: str) -> AddGroup:
+    """The record of an admission. `generator`: name of the one that holds it, if any."""
+    return AddGroup(
+        group=group.group,
+        problem=group.problem,
+        split=group.split,
+        admitted_version=group.admitted_version,
+        admitted_at=group.admitted_at,
+        generator=generator,
+    )

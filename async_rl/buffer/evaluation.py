@@ -1,8 +1,10 @@
-"""An evaluation: held-out problems sampled by generators between training groups."""
+"""Evaluations: held-out problems sampled by generators between training groups."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from async_rl.buffer.group import Group
 from async_rl.wire.messages import EvaluationResult
@@ -12,11 +14,58 @@ from async_rl.wire.messages import EvaluationResult
 class Evaluation:
     version: int
     """weights at least this new"""
-    groups: list[Group]
+    groups: Sequence[Group]
     """one per problem, not trained"""
     asked_at: float
     recorded: bool = False
     """its result is in the store"""
+
+
+@dataclass(slots=True, kw_only=True)
+class Evaluations:
+    """All that were asked for, and which of their groups no generator has taken yet."""
+
+    asked: dict[int, Evaluation] = field(default_factory=dict)
+    """by the trainer's number"""
+    groups: dict[int, tuple[Evaluation, Group]] = field(default_factory=dict)
+    """by group number, of those not recorded yet"""
+    queue: deque[int] = field(default_factory=deque)
+    """group numbers without a generator, in order"""
+
+    def add(self, number: int, evaluation: Evaluation) -> None:
+        """Queue the groups of a new evaluation."""
+        self.asked[number] = evaluation
+        for group in evaluation.groups:
+            self.groups[group.group] = (evaluation, group)
+            self.queue.append(group.group)
+
+    def take(self, version: int) -> Group | None:
+        """The next group for a generator that holds `version`, if those weights are new enough."""
+        if not self.queue:
+            return None
+        evaluation, group = self.groups[self.queue[0]]
+        if version < evaluation.version:
+            return None
+        self.queue.popleft()
+        return group
+
+    def lost(self, peer: bytes) -> None:
+        """What this generator had not finished goes to others."""
+        for number, (_, group) in self.groups.items():
+            if group.holder == peer and not group.complete:
+                group.holder = None
+                self.queue.append(number)
+
+    def complete(self, group: int) -> None:
+        """It needs no generator any more (the last words of a lost one may complete it)."""
+        if group in self.queue:
+            self.queue.remove(group)
+
+    def record(self, evaluation: Evaluation) -> None:
+        """Its result is in the store."""
+        evaluation.recorded = True
+        for group in evaluation.groups:
+            self.groups.pop(group.group, None)
 
 
 def evaluation_result(number: int, evaluation: Evaluation, now: float) -> EvaluationResult:

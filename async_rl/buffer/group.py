@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from async_rl.trajectory import Split, Trajectory
+from async_rl.wire.messages import Permit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +34,8 @@ class Group:
     admitted_at: float
     """seconds, the buffer's clock"""
     admitted_version: int
-    holder: bytes | None
-    """the generator that works on it; None while it waits for a new one"""
+    holder: bytes | None = None
+    """the generator that works on it; None while it waits for one"""
     samples: dict[int, Sample] = field(default_factory=dict)
 
     @property
@@ -54,6 +55,17 @@ class Group:
     def version_min(self) -> int:
         """Version of the oldest policy token of the usable samples; -1 when there is none."""
         return min((s.version_min for s in self.usable if s.version_min >= 0), default=-1)
+
+    def permit(self) -> Permit:
+        """The right to generate what is missing."""
+        return Permit(
+            group=self.group,
+            problem=self.problem,
+            split=self.split,
+            samples=self.missing,
+            seed=self.seed,
+            temperature=self.temperature,
+        )
 
     def arrive(self, trajectory: Trajectory) -> bool:
         """Take in one trajectory; False when that sample is already here."""

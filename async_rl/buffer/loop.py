@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 
 from async_rl.buffer import effects as do
-from async_rl.buffer.core import Core, Rules
+from async_rl.buffer.core import Core
 from async_rl.buffer.restore import read_standing, restore
+from async_rl.buffer.rules import Rules
 from async_rl.buffer.staleness import Pace
 from async_rl.buffer.store import Store, store_begun
 from async_rl.errors import RunFailed

@@ -61,7 +61,9 @@ def read_standing(store: StoreReader) -> Standing:
 def restore(core: Core, standing: Standing, *, version: int) -> None:
     """Put a fresh `core` where the old one stood. The trainer begins at `version`, which may lie behind
     batches that were formed: it is answered those, and the generators start nothing too old meanwhile."""
-    core.step, core.next_group, core.position = standing.step, standing.next_group, standing.position
+    ledger, admission = core.ledger, core.admission
+    ledger.step, ledger.next_group = standing.step, standing.next_group
+    admission.position = standing.position
     core.published = version
     core.counts.update(standing.counts)
     first = standing.position - len(standing.order)
@@ -69,17 +71,17 @@ def restore(core: Core, standing: Standing, *, version: int) -> None:
         if row.refused_because is not None:
             continue
         entry = Entry(group=row.group, trained=row.step is not None)
-        core.order.append(entry)
+        ledger.order.append(entry)
         if entry.trained:
             entry.finished = True
             continue
         group = _group(core, row, position)
         for sample in standing.samples[row.group]:
             group.samples[sample.sample] = _sample(sample)
-        core.groups[row.group] = group
+        ledger.groups[row.group] = group
         entry.finished = group.complete
         if not group.complete:
-            core.orphans.append(row.group)
+            admission.orphans.append(row.group)
 
 
 def _group(core: Core, row: GroupRow, position: int) -> Group:
@@ -92,7 +94,6 @@ def _group(core: Core, row: GroupRow, position: int) -> Group:
         temperature=core.rules.temperature,
         admitted_at=row.admitted_at,
         admitted_version=row.admitted_version,
-        holder=None,
     )
 
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_rl.buffer import effects as do
-from async_rl.buffer.core import Core, Rules
+from async_rl.buffer.core import Core
+from async_rl.buffer.rules import Rules
 from async_rl.buffer.staleness import Entry, Pace
 from async_rl.errors import UserError
 from async_rl.trajectory import Trajectory, Turn, VersionSpan

@@ -1,0 +1,25 @@
+"""The settings that the state machine obeys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from async_rl.buffer.staleness import Pace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """Example: `Rules(pace=pace, group_size=8, temperature=1.0, drop_zero_signal=False, max_failures=64,
+    max_refusals=1000, seed=0)`."""
+
+    pace: Pace
+    group_size: int
+    """trajectories of one group"""
+    temperature: float
+    drop_zero_signal: bool
+    """refuse groups whose rewards are all equal, at once"""
+    max_failures: int
+    """trajectories in a row that may fail before the run ends"""
+    max_refusals: int
+    """groups in a row that may be refused before the run ends"""
+    seed: int
