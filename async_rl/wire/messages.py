@@ -9,6 +9,8 @@ from typing import Any
 from async_rl.trajectory.codec import Blob
 from async_rl.trajectory.types import Split, Trajectory
 
+HOLDS = "holds/"
+"""in the detail of a batch: this and a connected generator's name -> version it holds"""
 Detail = Mapping[str, Any]
 """plain data: strings, numbers, booleans, None, and lists and dicts (with string keys) of these"""
 
