@@ -3,9 +3,10 @@
     python bench/buffer.py [--messages N] [--store]
 
 No sockets and no store: the messages of a whole run are made first (four generators, 64 groups of 16 a step,
-max_staleness 4), then the same messages go through a fresh core, five times; rates are per second of one processor's time.
-The mix is that of a run: trajectories in messages of 1 to 4 in random order of arrival, permits asked for and
-weights held as they come, counters from every generator, a trainer that asks a batch ahead.
+max_staleness 4), then the same messages go through a fresh core, five times; rates are per second of one
+processor's time. The mix is that of a run: trajectories in messages of 1 to 4 in random order of arrival,
+permits asked for and weights held as they come, counters from every generator, a trainer that asks a batch
+ahead.
 """
 
 from __future__ import annotations
