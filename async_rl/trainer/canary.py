@@ -83,8 +83,8 @@ class CanaryWatch:
     step: int = 0
     late: int = 0
     max_difference: float = 0.0
-    found: list[float] = field(default_factory=list)
-    """largest difference of each comparison since the last row, nats"""
+    found: list[Comparison] = field(default_factory=list)
+    """since the last row"""
     seconds: float = 0.0
     """spent on evidence since the last row"""
 
@@ -120,7 +120,7 @@ class CanaryWatch:
                 time=time.time(),
             )
             raise RunFailed(self._explain(canary, comparison))
-        self.found.append(comparison.max_difference)
+        self.found.append(comparison)
         self.max_difference = max(self.max_difference, comparison.max_difference)
         watched = self.generators.setdefault(canary.name, Watched(since=self.step))
         watched.since, watched.reported = self.step, False
@@ -144,7 +144,8 @@ class CanaryWatch:
         """Metrics since the last row."""
         row = {"canary/checked": float(len(self.found)), "canary/late": float(self.late), "time/canary": self.seconds}
         if self.found:
-            row["canary/max_difference"] = max(self.found)
+            row["canary/max_difference"] = max(c.max_difference for c in self.found)
+            row["canary/mean_difference"] = max(c.mean_difference for c in self.found)
         self.found.clear()
         self.seconds = 0.0
         return row
