@@ -4,6 +4,7 @@ omegaconf; what can be set stands in settings.py, task/ and objective/recipe.py.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
@@ -56,6 +57,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a YAML file") from None
+    except OSError as error:  # omegaconf also raises it for a file that holds a number
+        raise UserError(f"{path} cannot be read as settings: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file") from None
     except yaml.YAMLError as error:
@@ -134,20 +137,77 @@ def _refuse_unknown(cls: type, values: Mapping[str, Any], where: str) -> None:
     for name, value in values.items():
         path = f"{where}.{name}" if where else str(name)
         if name not in names:
-            raise UserError(f"{path} is not a setting; {nearest(str(name), names)}")
+            raise UserError(f"{path} is not a setting; {_nearest(cls, str(name), where)}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
-                inner = ", ".join(f.name for f in dataclasses.fields(hint))
-                raise UserError(f"{path} is a group of settings ({inner}), not {value!r}")
+                raise UserError(_not_a_group(path, value, [f.name for f in dataclasses.fields(hint)]))
             _refuse_unknown(typing.cast(type, hint), value, path)
         elif typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
             choices = [str(c) for c in typing.get_args(hint)]
-            raise UserError(
-                f"{path} is {value!r}; choose one of {', '.join(choices)} ({nearest(str(value), choices)})"
-            )
+            raise UserError(f"{path} is {value!r}; choose one of {', '.join(choices)}")
         elif typing.get_origin(hint) is dict and not isinstance(value, Mapping):
-            raise UserError(f"{path} is a group of settings (name: value), not {value!r}")
+            raise UserError(_not_a_group(path, value, []))
+        elif hint in WANTED and not _fits(value, hint):
+            raise UserError(f"{path} is {_shown(value)}; it must be {WANTED[hint]}")
+
+
+WANTED: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+}
+"""Plain types of settings in a user's words."""
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether omegaconf would take `value` for a setting of the plain type `hint`."""
+    if hint is bool:
+        return isinstance(value, bool) or str(value).lower() in ("true", "false", "yes", "no", "on", "off", "0", "1")
+    if hint is str:  # a name such as 2024 arrives as a number
+        return isinstance(value, str | int | float | bool)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return False
+    if hint is int and isinstance(value, float):
+        return False
+    try:
+        int(value) if hint is int else float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _shown(value: object) -> str:
+    return "empty" if value is None else repr(value)
+
+
+def _not_a_group(path: str, value: object, inner: Sequence[str]) -> str:
+    what = f"a group of settings ({', '.join(inner) or 'name: value'})"
+    if isinstance(value, str) and path in NAMED:
+        return f"{path} is {what}; write {path}: {{name: {value}}}"
+    return f"{path} is {what}, not {_shown(value)}"
+
+
+def _nearest(cls: type, name: str, where: str) -> str:
+    """A sentence that helps with a misspelt or misplaced setting, in whole paths."""
+    prefix = f"{where}." if where else ""
+    names = [f.name for f in dataclasses.fields(cls)]
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"did you mean '{prefix}{close[0]}'?"
+    elsewhere = [path for path in _paths(cls, prefix) if path.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"did you mean {' or '.join(repr(path) for path in elsewhere)}?"
+    return nearest(name, names)
+
+
+def _paths(cls: type, prefix: str) -> Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        yield prefix + f.name
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from _paths(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")
 
 
 def _explain(error: OmegaConfBaseException, where: str) -> str:

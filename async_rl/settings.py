@@ -247,6 +247,30 @@ AT_LEAST: dict[str, float] = {
 }
 """Smallest allowed value of a setting."""
 
+AT_MOST: dict[str, float] = {
+    "seed": 2**63 - 1,
+    "batch.groups_per_step": 10**6,
+    "batch.group_size": 10**6,
+    "staleness.max_staleness": 10**6,
+    "staleness.window": 1,
+    "generator.count": 1024,
+    "generator.max_sequences": 10**6,
+    "generator.max_context": 10**9,
+    "generator.threads": 1024,
+    "generator.episode_timeout_s": 10**7,
+    "trainer.steps": 10**9,
+    "trainer.updates_per_batch": 10**4,
+    "trainer.threads": 1024,
+    "optimizer.final_share": 1,
+    "evaluation.problems": 10**6,
+    "evaluation.samples": 10**6,
+    "wire.timeout_s": 10**6,
+    "wire.max_message_mb": 10**6,
+}
+"""Largest allowed value of a setting."""
+
+BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
+
 ABOVE_ZERO = (
     "generator.temperature",
     "generator.episode_timeout_s",
@@ -267,13 +291,20 @@ def check(settings: Settings) -> None:
     for path in ABOVE_ZERO:
         if values[path] <= 0:
             raise UserError(f"{path} is {values[path]}; it must be above 0")
-    for path in ("staleness.window", "optimizer.final_share", "optimizer.beta1", "optimizer.beta2"):
-        if not 0 <= values[path] <= 1:
-            raise UserError(f"{path} is {values[path]}; it must lie between 0 and 1")
+    for path, most_allowed in AT_MOST.items():
+        if values[path] > most_allowed:
+            raise UserError(f"{path} is {values[path]}; it must be at most {most_allowed:,}")
+    for path in BELOW_ONE:
+        if not 0 <= values[path] < 1:
+            raise UserError(f"{path} is {values[path]}; it must be at least 0 and below 1")
+    if not settings.name.strip() or "/" in settings.name or "\0" in settings.name:
+        raise UserError(f"name is {settings.name!r}; it names a folder, so it must be text without '/'")
     if not settings.model.path:
         raise UserError("model.path is not set; name a model folder (`async-rl init-model` makes a small one)")
     if not settings.task.name:
         raise UserError("task.name is not set; e.g. task.name=guess")
+    if not isinstance(settings.recipe.get("name"), str):
+        raise UserError("recipe.name is not set; e.g. recipe.name=vcpo (`async-rl recipes` lists them)")
     depth, most = settings.staleness.pipeline_depth, settings.staleness.max_staleness + 1
     if depth and not 1 <= depth <= most:
         raise UserError(

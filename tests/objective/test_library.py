@@ -59,7 +59,7 @@ def test_values_are_laid_over_the_file_and_shown_as_overrides() -> None:
     [
         ({"name": "vcop"}, "did you mean 'vcpo'"),
         ({}, "is not a recipe"),
-        ({"name": "vcpo", "trust": {"cpa": 1}}, "recipe.trust.cpa is not a setting; did you mean 'cap'"),
+        ({"name": "vcpo", "trust": {"cpa": 1}}, "recipe.trust.cpa is not a setting; did you mean 'recipe.trust.cap'"),
         ({"name": "vcpo", "trust": {"rule": "clip"}}, "recipe.trust.rule"),
         ({"name": "vcpo", "ess": {"reference": "calibrate"}}, "a number or calibrated"),
         ({"name": "grpo", "ratio": {"level": "none"}}, "1 by construction"),

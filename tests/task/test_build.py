@@ -38,7 +38,7 @@ def test_an_unknown_task_with_no_near_name_lists_all() -> None:
 
 
 def test_a_misspelt_or_mistyped_argument_is_named() -> None:
-    with pytest.raises(UserError, match=r"task\.args\.max_turn is not a setting; did you mean 'max_turns'"):
+    with pytest.raises(UserError, match=r"task\.args\.max_turn is not a setting; did you mean 'task.args.max_turns'"):
         make_task("guess", {"max_turn": 3})
     with pytest.raises(UserError, match=r"task\.args\.max_turns"):
         make_task("guess", {"max_turns": "many"})

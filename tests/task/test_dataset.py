@@ -179,7 +179,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         ({"answer_field": ""}, "task.args.answer_field is empty"),
         ({"reward": "exat"}, "did you mean 'exact'"),
         ({"duplicates": "none"}, "task.args.duplicates"),
-        ({"prompt_feild": "x"}, "did you mean 'prompt_field'"),
+        ({"prompt_feild": "x"}, "did you mean 'task.args.prompt_field'"),
     ],
 )
 def test_settings_that_cannot_be_used(tmp_path: Path, args: dict[str, object], expected: str) -> None:
