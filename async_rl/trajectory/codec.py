@@ -8,7 +8,7 @@ A blob (little endian, each column aligned to its own item size, length a multip
     state_key   i8[turns]    only when a turn has a key
     tokens      i4[tokens]
     log_behaviour f4         [tokens]; of the policy tokens only when those are few (zeros elsewhere)
-    turn_start, turn_length i4[turns] | span_version, span_start, span_end i4[spans] | padding to 8
+    (start, length) i4 of each turn | (version, start, end) i4 of each span | padding to 8
 
 About 8 bytes a token. Nothing in it is executable. Whatever is wrong with a blob is a `WireError`.
 
@@ -20,7 +20,8 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Sequence
-from itertools import repeat
+from functools import lru_cache
+from itertools import repeat, starmap
 from typing import Any, get_args
 
 import msgpack
@@ -32,7 +33,7 @@ from async_rl.trajectory.types import Ended, Split, Trajectory, Turn, VersionSpa
 
 assert sys.byteorder == "little", "columns are sent as they lie in memory, which is little endian"
 
-SCHEMA = 1
+SCHEMA = 2
 _MAGIC = b"TJ"
 _FIXED = struct.Struct("<2sHI qqqQ dddd IIII BBB5x")
 # magic, schema, text bytes | group, sample, problem, seed | reward, temperature, started_at, finished_at |
@@ -41,8 +42,13 @@ _REWARDS, _KEYS, _DENSE = 1, 2, 4
 _SPLITS = get_args(Split)
 _ENDINGS = get_args(Ended)
 _TEXT_TYPES = [str, str, dict]
+_SHORT_TEXT = 128
+"""bytes; what is longer is not remembered"""
+_INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 _ZEROS = bytes(8)
+_TURN, _SPAN = struct.Struct("<ii"), struct.Struct("<iii")
 _trajectory, _turn, _span = constructor(Trajectory), constructor(Turn), constructor(VersionSpan)
+_bare_turn = constructor(Turn, reward=0.0, state_key=-1)
 # half a surrogate pair in an error's text must not lose the trajectory
 _pack_text = msgpack.Packer(unicode_errors="replace").pack
 
@@ -67,11 +73,11 @@ def plain(packed: Blob) -> Any:
 def pack(trajectory: Trajectory) -> bytes:
     """The blob of one trajectory. It is expected to pass `Trajectory.check()`: the receiver refuses it
     otherwise. Raises ValueError when a number does not fit its column."""
-    turns, spans = trajectory.turns, trajectory.versions
+    turns = trajectory.turns
     tokens, log_behaviour = trajectory.tokens, trajectory.log_behaviour
-    assert (tokens.dtype, log_behaviour.dtype, tokens.ndim) == (np.int32, np.float32, 1)
+    assert tokens.dtype == _INT32 and log_behaviour.dtype == _FLOAT32 and tokens.ndim == 1  # noqa: PT018
     flags, eights = 0, b""
-    starts, lengths = [turn.start for turn in turns], [turn.length for turn in turns]
+    integers = [number for turn in turns for number in (turn.start, turn.length)]
     rewards, keys = [turn.reward for turn in turns], [turn.state_key for turn in turns]
     try:
         if any(rewards):
@@ -80,25 +86,27 @@ def pack(trajectory: Trajectory) -> bytes:
         if keys.count(-1) != len(keys):
             flags |= _KEYS
             eights += struct.pack(f"<{len(keys)}q", *keys)
-        if 4 * sum(lengths) >= 3 * len(tokens):
+        if 4 * sum(integers[1::2]) >= 3 * len(tokens):
             flags |= _DENSE
         else:
             log_behaviour = log_behaviour[trajectory.policy_positions()]
-        integers = starts + lengths + [span.version for span in spans]
-        integers += [span.start for span in spans] + [span.end for span in spans]
+        integers += [number for s in trajectory.versions for number in (s.version, s.start, s.end)]
         fours = struct.pack(f"<{len(integers)}i", *integers)
         if (len(tokens) + len(log_behaviour) + len(integers)) % 2:
             fours += _ZEROS[:4]
-        head = _head(trajectory, len(log_behaviour), flags)
+        head, text = _head(trajectory, len(log_behaviour), flags)
     except (OverflowError, struct.error) as error:
         raise ValueError(f"a number of the trajectory does not fit its column: {error}") from None
-    return b"".join((head, eights, tokens.tobytes(), log_behaviour.tobytes(), fours))
+    padding = _ZEROS[: -len(text) % 8]
+    return b"".join((head, text, padding, eights, tokens.tobytes(), log_behaviour.tobytes(), fours))
 
 
-def _head(trajectory: Trajectory, num_log: int, flags: int) -> bytes:
-    """Fixed part, text, padding."""
-    info = {name: v if type(v) is str else float(v) for name, v in trajectory.info.items()}
-    text = _pack_text((trajectory.reason, trajectory.generator, info))
+def _head(trajectory: Trajectory, num_log: int, flags: int) -> tuple[bytes, bytes]:
+    """Fixed part and text."""
+    info: dict[str, float | str] = {}
+    if trajectory.info:
+        info = {name: v if type(v) is str else float(v) for name, v in trajectory.info.items()}
+    text: bytes = _pack_text((trajectory.reason, trajectory.generator, info))
     fixed = _FIXED.pack(
         _MAGIC,
         SCHEMA,
@@ -119,7 +127,7 @@ def _head(trajectory: Trajectory, num_log: int, flags: int) -> bytes:
         _ENDINGS.index(trajectory.ended),
         flags,
     )
-    return fixed + text + _ZEROS[: -len(text) % 8]
+    return fixed, text
 
 
 def unpack(blob: Blob) -> Trajectory:
@@ -146,7 +154,11 @@ def unpack(blob: Blob) -> Trajectory:
         raise WireError("a trajectory's group, sample or problem is below zero")
     if split >= len(_SPLITS) or ended >= len(_ENDINGS) or flags > _REWARDS | _KEYS | _DENSE:
         raise WireError("a trajectory of unknown split, ending or flags")
-    reason, generator, info = _text(memoryview(blob)[_FIXED.size : _FIXED.size + text_bytes])
+    if text_bytes <= _SHORT_TEXT:
+        reason, generator, labels = _short_text(bytes(blob[_FIXED.size : _FIXED.size + text_bytes]))
+        info = labels.copy()
+    else:
+        reason, generator, info = _text(blob[_FIXED.size : _FIXED.size + text_bytes])
     rewards: Sequence[float] | None = None
     keys: Sequence[int] | None = None
     if flags & _REWARDS:
@@ -161,15 +173,15 @@ def unpack(blob: Blob) -> Trajectory:
     if not tokens.flags.aligned:  # a small frame lies at any offset of the socket's buffer
         tokens, log_behaviour = tokens.copy(), log_behaviour.copy()
     offset += 4 * num_log
-    integers = struct.unpack_from(f"<{2 * num_turns + 3 * num_spans}i", blob, offset)
-    turns = _turns(integers[:num_turns], integers[num_turns : 2 * num_turns], rewards, keys)
+    middle = offset + _TURN.size * num_turns
+    turns = _turns(blob[offset:middle], rewards, keys)
+    versions = tuple(starmap(_span, _SPAN.iter_unpack(blob[middle : middle + _SPAN.size * num_spans])))
     if not flags & _DENSE:
         log_behaviour = _spread(log_behaviour, turns, num_tokens)
     # fmt: off
     trajectory = _trajectory(
-        group, sample, problem, _SPLITS[split], seed, tokens, log_behaviour, turns,
-        _spans(integers[2 * num_turns :]), reward, _ENDINGS[ended], temperature, reason, generator,
-        started_at, finished_at, info,
+        group, sample, problem, _SPLITS[split], seed, tokens, log_behaviour, turns, versions, reward,
+        _ENDINGS[ended], temperature, reason, generator, started_at, finished_at, info,
     )
     # fmt: on
     wrong = trajectory.check()
@@ -189,15 +201,16 @@ def _text(packed: Blob) -> tuple[str, str, dict[str, float | str]]:
     return text[0], text[1], text[2]
 
 
-def _turns(
-    starts: Sequence[int], lengths: Sequence[int], rewards: Sequence[float] | None, keys: Sequence[int] | None
-) -> tuple[Turn, ...]:
-    return tuple(map(_turn, starts, lengths, rewards or repeat(0.0), keys or repeat(-1)))
+_short_text = lru_cache(maxsize=1024)(_text)
+"""most texts name a generator and little else, again and again"""
 
 
-def _spans(integers: Sequence[int]) -> tuple[VersionSpan, ...]:
-    n = len(integers) // 3
-    return tuple(map(_span, integers[:n], integers[n : 2 * n], integers[2 * n :]))
+def _turns(packed: Blob, rewards: Sequence[float] | None, keys: Sequence[int] | None) -> tuple[Turn, ...]:
+    places = _TURN.iter_unpack(packed)
+    if rewards is None and keys is None:
+        return tuple(starmap(_bare_turn, places))
+    rest = zip(rewards or repeat(0.0), keys or repeat(-1), strict=False)
+    return tuple([_turn(start, length, r, k) for (start, length), (r, k) in zip(places, rest, strict=False)])
 
 
 def _spread(

@@ -109,24 +109,26 @@ class Trajectory:
 
     def check(self) -> str | None:
         """What is wrong with this trajectory, or None. Used on everything that comes off the wire."""
-        n = len(self.tokens)
-        if self.tokens.dtype != _INT32 or self.log_behaviour.dtype != _FLOAT32:
+        tokens, log = self.tokens, self.log_behaviour
+        n = len(tokens)
+        if tokens.dtype != _INT32 or log.dtype != _FLOAT32:
             return "tokens must be int32 and log_behaviour float32"
-        if len(self.log_behaviour) != n:
-            return f"{len(self.log_behaviour)} log-probs for {n} tokens"
+        if len(log) != n:
+            return f"{len(log)} log-probs for {n} tokens"
         position = 0
         for turn in self.turns:
-            if turn.length < 0 or turn.start < position or turn.start + turn.length > n:
-                return f"turn at {turn.start}+{turn.length} is out of order or outside {n} tokens"
-            position = turn.start + turn.length
+            start, length = turn.start, turn.length
+            if length < 0 or start < position or start + length > n:
+                return f"turn at {start}+{length} is out of order or outside {n} tokens"
+            position = start + length
         position = 0
         for span in self.versions:
-            if span.version < 0 or span.start < position or span.end < span.start or span.end > n:
-                return f"version span {span.start}:{span.end} of version {span.version} is not valid"
-            position = span.end
+            start, end = span.start, span.end
+            if span.version < 0 or start < position or end < start or end > n:
+                return f"version span {start}:{end} of version {span.version} is not valid"
+            position = end
         if not self._versions_cover_turns():
             return "a policy token has no version"
-        log = self.log_behaviour
         # The whole column first: that is cheaper than gathering the policy tokens, and right when it passes.
         # argmax and argmin find a NaN first, and cost half of what max and min do on a short column.
         if n and not (log.item(log.argmax()) <= 1e-3 and log.item(log.argmin()) > -math.inf):
@@ -140,16 +142,17 @@ class Trajectory:
     def _versions_cover_turns(self) -> bool:
         """Both are in order and disjoint."""
         spans = iter(self.versions)
-        start = end = 0
+        covered = end = 0
         for turn in self.turns:
             position = turn.start
-            while position < turn.start + turn.length:
+            last = position + turn.length
+            while position < last:
                 while end <= position:
                     span = next(spans, None)
                     if span is None:
                         return False
-                    start, end = span.start, span.end
-                if start > position:
+                    covered, end = span.start, span.end
+                if covered > position:
                     return False
                 position = end
         return True

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
-from async_rl.trajectory.codec import WireError, pack, unpack
+from async_rl.trajectory.codec import SCHEMA, WireError, pack, unpack
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 NAMES = st.text(max_size=8)
@@ -117,7 +117,7 @@ def test_a_trajectory_comes_back_as_it_was(trajectory: Trajectory) -> None:
 @given(st.binary(max_size=300))
 def test_random_bytes_are_refused(data: bytes) -> None:
     truthful(data)
-    truthful(struct.pack("<2sHI", b"TJ", 1, len(data) % 20) + data)
+    truthful(struct.pack("<2sHI", b"TJ", SCHEMA, len(data) % 20) + data)
 
 
 @settings(derandomize=True, deadline=None)
@@ -182,7 +182,7 @@ def test_what_a_trajectory_must_not_be_is_refused_with_its_reason(change: dict, 
 def test_another_schema_is_named() -> None:
     blob = bytearray(pack(many_turns(20)))
     blob[2] = 9
-    with pytest.raises(WireError, match="schema 9; this program reads 1"):
+    with pytest.raises(WireError, match="schema 9; this program reads 2"):
         unpack(bytes(blob))
 
 
