@@ -161,8 +161,9 @@ class CanaryWatch:
     def _explain(self, canary: msg.Canary, comparison: Comparison) -> str:
         c = comparison
         probe = (
-            f"log-prob {c.worst + 1} of the probe is {c.found:.6g} there and {c.expected:.6g} here (difference "
-            f"{c.max_difference:.3g} nats, mean {c.mean_difference:.3g}, tolerance {self.options.tolerance:g})"
+            f"it gives log-prob {c.worst + 1} of the probe as {c.found:.6g}, the trainer as {c.expected:.6g} "
+            f"(difference {c.max_difference:.3g} nats, mean {c.mean_difference:.3g}, tolerance of the mean "
+            f"{self.options.tolerance:g})"
         )
         if not c.tensors:
             return (
@@ -185,7 +186,7 @@ class CanaryWatch:
         nearest = min(means, key=means.__getitem__)
         if means[nearest] >= means[canary.version]:
             return ""
-        return f"; the log-probs there are nearest to those of version {nearest}"
+        return f"; its log-probs are nearest to those of version {nearest}"
 
 
 @torch.no_grad()

@@ -1,0 +1,64 @@
+"""The buffer passes evidence on to the trainer, and whose it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from async_rl.buffer import effects as do
+from async_rl.buffer.core import Core
+from async_rl.buffer.rules import Rules
+from async_rl.buffer.staleness import Pace
+from async_rl.wire import messages as msg
+
+TRAINER, GENERATOR = b"trainer", b"generator-0"
+SHOWN = msg.Canary(name="generator-0", version=3, digests=(("w", 2**64 - 1),), log_probs=(-0.5,))
+
+
+@pytest.fixture
+def core() -> Core:
+    rules = Rules(
+        pace=Pace(groups_per_step=1, max_staleness=1, pipeline_depth=1, window=1),
+        group_size=1,
+        temperature=1.0,
+        drop_zero_signal=False,
+        max_failures=1,
+        max_refusals=1,
+        seed=0,
+    )
+    return Core(rules, problem_at=lambda position: position)
+
+
+def hello(core: Core, peer: bytes, role: str) -> None:
+    core.handle(peer, msg.Hello(role=role, name=peer.decode(), pid=1), 0.0)
+
+
+def sends(effects: list[do.Effect]) -> list[tuple[bytes, msg.Message]]:
+    return [(e.peer, e.message) for e in effects if isinstance(e, do.Send)]
+
+
+def test_evidence_goes_to_the_trainer_under_the_name_the_buffer_knows(core: Core) -> None:
+    hello(core, TRAINER, "trainer")
+    hello(core, GENERATOR, "generator")
+    forged = msg.Canary(name="somebody else", version=3, digests=SHOWN.digests, log_probs=SHOWN.log_probs)
+    assert sends(core.handle(GENERATOR, forged, 1.0)) == [(TRAINER, SHOWN)]
+
+
+def test_it_goes_to_the_trainer_that_said_hello_last(core: Core) -> None:
+    hello(core, TRAINER, "trainer")
+    hello(core, GENERATOR, "generator")
+    hello(core, b"trainer-again", "trainer")
+    assert sends(core.handle(GENERATOR, SHOWN, 1.0)) == [(b"trainer-again", SHOWN)]
+
+
+@pytest.mark.parametrize("known", ["trainer", "generator"])
+def test_without_a_trainer_or_of_a_stranger_it_is_counted_and_let_go(core: Core, known: str) -> None:
+    hello(core, TRAINER if known == "trainer" else GENERATOR, known)
+    assert core.handle(GENERATOR, SHOWN, 1.0) == []
+    assert core.counts["canaries_ignored"] == 1
+
+
+def test_a_batch_names_the_connected_generators_and_what_they_hold(core: Core) -> None:
+    hello(core, GENERATOR, "generator")
+    core.handle(GENERATOR, msg.Holds(version=5), 1.0)
+    detail = core.snapshot(1.0)
+    assert detail[f"{msg.HOLDS}generator-0"] == 5
