@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 from async_rl.errors import UserError
 from async_rl.model.folder import check_folder
@@ -13,7 +14,13 @@ from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.settings import Settings
 from async_rl.task import Task, make_task
+from async_rl.trajectory import Split
 
+MOST_PROMPTS = 500
+"""prompts of a split that are looked at"""
+MOST_EPISODES = 20
+REMEDY = "raise generator.max_context, or use a model with a longer context or an easier task"
+SPLITS: tuple[Split, ...] = ("train", "eval")
 SINGLE_TURN = ("sort", "reverse", "arithmetic", "countdown", "dataset")
 
 
@@ -27,20 +34,21 @@ class Facts:
 
 
 def preflight(settings: Settings) -> Facts:
-    """Check model, tokenizer, task, recipe and their fit. Raises UserError."""
+    """Check model, tokenizer, devices, task, recipe and their fit. Raises UserError."""
     config = check_folder(settings.model.path)
+    for name in ("generator", "trainer"):
+        check_device(f"{name}.device", getattr(settings, name).device)
     tokenizer = Tokenizer(Path(settings.model.path))
     task = make_task(settings.task.name, settings.task.args)
-    context = settings.generator.max_context or (config.max_context if config is not None else 0)
     if config is not None and settings.generator.max_context > config.max_context:
         raise UserError(
             f"generator.max_context is {settings.generator.max_context}, but the model of {settings.model.path} "
             f"holds {config.max_context} tokens"
         )
-    for split in ("train", "eval"):
-        _check_prompt(task, tokenizer, split, context)
+    context = settings.generator.max_context or (config.max_context if config is not None else 0)
+    notes = check_fit(task, tokenizer, context)
     recipe = load_recipe(settings.recipe)
-    notes = check_effect(
+    notes += check_effect(
         recipe,
         group_size=settings.batch.group_size,
         updates_per_batch=settings.trainer.updates_per_batch,
@@ -48,22 +56,84 @@ def preflight(settings: Settings) -> Facts:
         has_critic=requirements(recipe).value,
         single_turn=settings.task.name in SINGLE_TURN,
     )
+    held_out = len(task.problems("eval"))
+    if settings.evaluation.problems > held_out:
+        notes.append(
+            f"evaluation.problems is {settings.evaluation.problems}, but task '{task.name}' holds out {held_out}; "
+            "all of them are used"
+        )
     return Facts(notes=notes, train_problems=len(task.problems("train")))
 
 
-def _check_prompt(task: Task, tokenizer: Tokenizer, split: str, context: int) -> None:
-    """The first problem of the split can be put to this model."""
-    problems = task.problems(split)  # type: ignore[arg-type]
+def check_device(name: str, device: str) -> None:
+    """Raises UserError unless this machine has the torch device that setting `name` asks for."""
+    if device == "cpu":
+        return
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or (index and not index.isdecimal()):
+        raise UserError(f"{name} is '{device}'; it must be cpu, cuda or cuda:N")
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "is built without CUDA" if torch.version.cuda is None else "finds no GPU here"
+        raise UserError(f"{name} is '{device}', but torch {torch.__version__} {why}; set {name}=cpu")
+    found = torch.cuda.device_count()
+    if index and int(index) >= found:
+        raise UserError(f"{name} is '{device}', but this machine has {found} GPU(s): cuda:0 to cuda:{found - 1}")
+
+
+def check_fit(task: Task, tokenizer: Tokenizer, context: int) -> list[str]:
+    """Prompts of both splits, everything the environment may say, and a whole episode fit tokenizer and
+    context (tokens; 0: not known). Returns notes; raises UserError naming the problem."""
+    longest = 0
+    for split in SPLITS:
+        longest = max(longest, _check_prompts(task, tokenizer, split, context))
+    if hasattr(task, "demonstration"):
+        try:
+            tokenizer.encode(task.alphabet)  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise UserError(f"task '{task.name}' does not fit the tokenizer: {error}") from None
+        needed = _longest_demonstration(task, tokenizer)
+        if context and needed > context:
+            raise UserError(
+                f"an episode of task '{task.name}' takes up to {needed} tokens, the context holds {context}; {REMEDY}"
+            )
+    answer = getattr(getattr(task, "settings", None), "max_tokens", 0)
+    if context and longest + answer > context:
+        return [
+            f"task.args.max_tokens is {answer}, but behind the longest prompt seen ({longest} tokens) the context of "
+            f"{context} leaves {context - longest}; longer answers are cut"
+        ]
+    return []
+
+
+def _check_prompts(task: Task, tokenizer: Tokenizer, split: Split, context: int) -> int:
+    """Problems spread over the split can be put to this model; tokens of the longest prompt."""
+    problems = task.problems(split)
     if not len(problems):
         where = "task.args.eval_path or eval_share" if split == "eval" else "task.args.path"
         raise UserError(f"task '{task.name}' has no problem in its {split} split; see {where}")
-    prompt = problems[0].prompt
-    try:
-        tokens = tokenizer.encode(prompt_text(prompt, tokenizer))
-    except ValueError as error:
-        raise UserError(f"task '{task.name}' does not fit the tokenizer: {error}") from None
-    if context and len(tokens) >= context:
-        raise UserError(
-            f"the first {split} prompt has {len(tokens)} tokens, the context holds {context}; "
-            "raise generator.max_context or use a model with a longer one"
-        )
+    longest = 0
+    for number in range(0, len(problems), -(-len(problems) // MOST_PROMPTS)):
+        problem = problems[number]
+        where = problem.data.get("where", f"problem {number} of the {split} split")
+        try:
+            tokens = len(tokenizer.encode(prompt_text(problem.prompt, tokenizer)))
+        except ValueError as error:
+            raise UserError(f"task '{task.name}' does not fit the tokenizer: {where}: {error}") from None
+        if context and tokens >= context:
+            raise UserError(
+                f"task '{task.name}': {where}: the prompt has {tokens} tokens, the context holds {context}; {REMEDY}"
+            )
+        longest = max(longest, tokens)
+    return longest
+
+
+def _longest_demonstration(task: Task, tokenizer: Tokenizer) -> int:
+    """Tokens of the longest of a few fair episodes, with the end of text."""
+    problems = task.problems("train")
+    longest = 0
+    for number in range(min(MOST_EPISODES, len(problems))):
+        shown = task.demonstration(problems[number], Random(number))  # type: ignore[attr-defined]
+        longest = max(longest, len(tokenizer.encode("".join(segment.text for segment in shown))) + 1)
+    return longest

@@ -17,6 +17,10 @@ from async_rl.run_folder import RunFolder
 
 PARENT_PIPE = "ASYNC_RL_PARENT_PIPE"
 """environment variable: file descriptor that closes when the launcher dies"""
+TOLD_TO_END = 143
+"""exit code after SIGTERM"""
+GRACE_S = 1.0
+"""time a process has to clean up after being told to end; what it leaves then, the launcher removes"""
 
 
 def run_process(name: str, folder: RunFolder, work: Callable[[], None]) -> NoReturn:
@@ -26,28 +30,35 @@ def run_process(name: str, folder: RunFolder, work: Callable[[], None]) -> NoRet
     _die_with_parent()
     try:
         work()
-    except SystemExit:
-        raise
+    except SystemExit as order:
+        _exit(int(order.code or 0))
     except (UserError, RunFailed) as error:
         _leave(name, folder, "user" if isinstance(error, UserError) else "run", str(error))
     except Exception as error:  # a process boundary: reported, and it ends the run
         traceback.print_exc()
         _leave(name, folder, "run", f"{type(error).__name__}: {error}")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # nothing is left to clean up; threads of libraries need not be waited for
+    _exit(0)
 
 
 def _leave(name: str, folder: RunFolder, kind: str, message: str) -> NoReturn:
     folder.failure(name).write_text(json.dumps({"kind": kind, "message": message, "time": time.time()}))
     folder.event("failed", process=name, message=message, time=time.time())
+    _exit(2 if kind == "user" else 1)
+
+
+def _exit(code: int) -> NoReturn:
+    """End now: nothing is left to clean up, and threads of libraries need not be waited for."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(2 if kind == "user" else 1)
+    os._exit(code)
 
 
 def _stop(*_: object) -> NoReturn:
-    raise SystemExit(0)
+    """Clean up and end; a thread that waits for something must not hold that up."""
+    timer = threading.Timer(GRACE_S, os._exit, (TOLD_TO_END,))
+    timer.daemon = True
+    timer.start()
+    raise SystemExit(TOLD_TO_END)
 
 
 def _die_with_parent() -> None:
@@ -59,6 +70,8 @@ def _die_with_parent() -> None:
     def watch() -> None:
         while os.read(int(descriptor), 1):
             pass
-        os._exit(3)
+        os.kill(os.getpid(), signal.SIGTERM)  # the main thread removes what it has made
+        time.sleep(2 * GRACE_S)
+        os._exit(TOLD_TO_END)  # it is in the middle of something that cannot be interrupted
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -50,6 +50,8 @@ def check_folder(path: str | Path) -> DecoderConfig | None:
         vocabulary = config.vocabulary
     else:
         values = read_json(folder / CONFIG)
+        if not isinstance(values.get("model_type"), str):
+            raise UserError(f"{folder / CONFIG} names no model_type; this is not a Hugging Face model folder")
         if importlib.util.find_spec("transformers") is None:
             raise UserError(
                 f"{folder / CONFIG}: model_type {values.get('model_type')!r} needs transformers; "
@@ -169,8 +171,13 @@ def safetensors_header(file: Path) -> dict[str, Any]:
             header = json.loads(stream.read(length))
         except ValueError:
             raise UserError(f"{file} is not a safetensors file; copy or download it again") from None
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        header.pop("__metadata__", None)
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        shapes = [tuple(entry["shape"]) for entry in header.values()]
+    except (AttributeError, TypeError, KeyError, IndexError):
+        raise UserError(f"{file} is not a safetensors file; copy or download it again") from None
+    assert len(shapes) == len(header)
     if 8 + length + end != size:
         raise UserError(f"{file} is truncated: {size} bytes instead of {8 + length + end}; copy it again")
     return header

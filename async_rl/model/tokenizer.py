@@ -75,7 +75,10 @@ class Tokenizer:
                 raise UserError(
                     f"{self.folder}: the tokenizer has no chat template; use prompts that are plain text"
                 )
-            self._template = compile_template(source)
+            try:
+                self._template = compile_template(source)
+            except jinja2.TemplateError as error:
+                raise UserError(f"{self.folder}: the chat template is not valid: {error}") from None
         try:
             text: str = self._template.render(
                 messages=[dict(message) for message in messages],

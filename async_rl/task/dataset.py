@@ -57,8 +57,8 @@ class Item:
 class Dataset:
     """One turn: the prompt, the completion, the named reward of it against the row's answer.
 
-    `problem.data` holds `answer` (text) and `row` (the other fields). Raises UserError for a file, row or
-    field that is wrong. Not a Demonstrator: an answer alone does not say what to write.
+    `problem.data` holds `answer` (text), `row` (the other fields) and `where` (file and line). Raises
+    UserError for a file, row or field that is wrong. Not a Demonstrator: an answer alone does not say what to write.
     """
 
     name = "dataset"
@@ -123,7 +123,7 @@ class Dataset:
         answer = self._answer(row, _field(row, name, "answer_field")) if name else ""
         rest = {key: value for key, value in row.values.items() if key not in (self.settings.prompt_field, name)}
         key = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
-        return Item(where=row.where, key=key, prompt=prompt, data={"answer": answer, "row": rest})
+        return Item(where=row.where, key=key, prompt=prompt, data={"answer": answer, "row": rest, "where": row.where})
 
     def _answer(self, row: Row, value: object) -> str:
         where = f"{row.where}: field '{self.settings.answer_field}'"

@@ -224,6 +224,8 @@ def _waited(who: str, seconds: float, waiting_for: str) -> str:
 
 def _socket_file(endpoint: str) -> Path | None:
     """The file of an ipc endpoint that has one. Raises UserError for what ZeroMQ would not refuse clearly."""
+    if not endpoint.startswith(("ipc://", "tcp://")):
+        raise UserError(f"wire.endpoint: cannot use {endpoint}: it must look like ipc://PATH or tcp://HOST:PORT")
     port = endpoint.rpartition(":")[2]
     if endpoint.startswith("tcp://") and port.isdecimal() and int(port) > 65535:  # ZeroMQ would wrap it
         raise UserError(f"wire.endpoint: {endpoint} has a port above 65535")
@@ -264,5 +266,5 @@ def _endpoint_error(endpoint: str, error: zmq.ZMQError) -> UserError:
         errno.ENODEV: "this machine has no such address; use one of its own, such as 127.0.0.1",
         zmq.EINVAL: "it must look like ipc://PATH or tcp://HOST:PORT",
         zmq.EPROTONOSUPPORT: "it must look like ipc://PATH or tcp://HOST:PORT",
-    }.get(error.errno or 0, f"{error.strerror}; does its folder exist, and may this user write there?")
+    }.get(error.errno or 0, f"{os.strerror(error.errno or 0)}; does its folder exist, and may this user write there?")
     return UserError(f"wire.endpoint: cannot use {endpoint}: {remedy}")

@@ -1,0 +1,50 @@
+"""Ctrl-C, an order to end, a closed terminal: the three ways a person stops a command.
+
+The first of them raises `Interrupted` wherever the command is; from then on further ones are ignored, so
+that cleaning up is never cut short. Imports nothing heavy: it must act while everything else is imported.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(KeyboardInterrupt):
+    """The command was told to end; the message is the signal's name. Not an Exception: code that guards
+    itself against whatever a user's function raises must not swallow it."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, the signals raise Interrupted (once); handlers are put back behind it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {}
+    for s in SIGNALS:
+        if s == signal.SIGHUP and signal.getsignal(s) == signal.SIG_IGN:
+            continue  # nohup: the command shall outlive its terminal
+        before[s] = signal.signal(s, _interrupt)
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def ignore_interrupts() -> None:
+    """From here on the signals do nothing."""
+    if threading.current_thread() is threading.main_thread():
+        for s in SIGNALS:
+            signal.signal(s, signal.SIG_IGN)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    ignore_interrupts()
+    raise Interrupted(signal.Signals(number).name)
