@@ -46,8 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="train: start generators, buffer and trainer")
-    run.add_argument("config", type=Path, help="YAML file of settings")
+    run.add_argument("config", nargs="?", help="YAML file of settings (not with --resume)")
     run.add_argument("overrides", nargs="*", help="name=value, e.g. trainer.steps=100 recipe=vcpo")
+    run.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with the run in this folder from its newest checkpoint"
+    )
     run.add_argument("--run-dir", type=Path, help="folder of this run (default: runs/<name>-<time>)")
     run.add_argument("--quiet", action="store_true", help="no line for every step")
     run.set_defaults(work=_run)
@@ -90,20 +93,38 @@ def _complain(message: str) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from async_rl.launch import Interrupted, run_training
+    from async_rl.launch import Interrupted, resume_training, run_training
     from async_rl.observe.console import Console
     from async_rl.settings import load_settings
 
-    settings = load_settings(arguments.config, arguments.overrides)
-    path = arguments.run_dir or Path("runs") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     console = Console(quiet=arguments.quiet)
     try:
-        summary = run_training(settings, path, console=console)
+        if arguments.resume is not None:
+            path = arguments.resume
+            summary = resume_training(path, _resume_words(arguments), console=console)
+        else:
+            if arguments.config is None:
+                raise UserError("name a YAML file of settings, or --resume RUN to go on with a run")
+            settings = load_settings(Path(arguments.config), arguments.overrides)
+            path = arguments.run_dir or Path("runs") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            summary = run_training(settings, path, console=console)
     except Interrupted as error:
-        _complain(f"stopped by {error}; everything is down, the record of the run is in {path}")
+        _complain(f"stopped by {error}; everything is down. `async-rl run --resume {path}` goes on with the run")
         return 130
+    except RunFailed as error:
+        raise RunFailed(f"{error}\n`async-rl run --resume {path}` goes on with the run") from None
     console.summary(summary)
     return 0
+
+
+def _resume_words(arguments: argparse.Namespace) -> list[str]:
+    """The settings given beside --resume; the first of them was taken for the config."""
+    if arguments.run_dir is not None:
+        raise UserError("--run-dir cannot be given with --resume: the run stays in its folder")
+    first = [] if arguments.config is None else [arguments.config]
+    if first and "=" not in first[0]:
+        raise UserError(f"--resume takes its settings from the run's folder; leave {first[0]} out")
+    return [*first, *arguments.overrides]
 
 
 def _config(arguments: argparse.Namespace) -> int:

@@ -10,19 +10,23 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from async_rl.child import Child, Command, start_child
+from async_rl.config import to_yaml
 from async_rl.errors import RunFailed, UserError
 from async_rl.observe.console import Console
 from async_rl.preflight import preflight
-from async_rl.process import PARENT_PIPE
-from async_rl.run_folder import RunFolder, read_rows
+from async_rl.restart import RestartBudget
+from async_rl.resume import Start, find_start, resumed_settings, rewind
+from async_rl.run_folder import RunFolder, read_rows, replace_text
+from async_rl.run_lock import take_lock
 from async_rl.settings import Settings
 from async_rl.weights.shared_memory import segment_path
 from async_rl.wire.channel import Router, ipc_endpoint
@@ -32,17 +36,12 @@ STOP_S = 3.0
 """time children get to end by themselves after being told to"""
 FINISH_S = 15.0
 """time the others get after the trainer is done"""
+LAST_LAUNCH_S = 15.0
+"""time processes of a launch whose launcher was killed get to notice it"""
 
 
 class Interrupted(Exception):
     """Ctrl-C or an order to end."""
-
-
-@dataclass(slots=True)
-class Child:
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path
 
 
 @dataclass(slots=True)
@@ -52,15 +51,24 @@ class Launcher:
     settings: Settings
     folder: RunFolder
     console: Console
+    start_at: Start | None = None
+    """where a resumed run goes on; None: a new run"""
     children: list[Child] = field(default_factory=list)
     pipe: tuple[int, int] = (-1, -1)
+    lock: int = -1
     shown: int = 0
+    """metric rows shown or older than this launch"""
+    events_before: int = 0
+    """events of earlier launches"""
+    budgets: dict[str, RestartBudget] = field(default_factory=dict)
+    resting: dict[str, tuple[float, Command]] = field(default_factory=dict)
+    """generators that died: when they are started again (monotonic clock), and how"""
 
     def run(self) -> dict[str, Any]:
         """The run's summary. Raises UserError, RunFailed or Interrupted; all processes are gone then."""
         facts = preflight(self.settings)
         endpoint = self.endpoint()
-        self.folder.create(self.settings)
+        self.open_folder()
         self.console.start(self.settings, self.folder.path, facts.notes)
         before = {s: signal.signal(s, _interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         started = time.monotonic()
@@ -78,6 +86,24 @@ class Launcher:
             for s, handler in before.items():
                 signal.signal(s, handler)
 
+    def open_folder(self) -> None:
+        """Make the folder of a new run, or put that of a resumed one into the state of its start."""
+        if self.start_at is None:
+            self.folder.create(self.settings)
+            self.lock = take_lock(self.folder.lock, LAST_LAUNCH_S)
+            return
+        start = self.start_at
+        for damage in start.damaged:
+            self.console.say(f"{damage.path.name} is damaged and left out: {damage.reason}")
+            self.folder.event("checkpoint_damaged", path=str(damage.path), reason=damage.reason, time=time.time())
+        rewind(self.folder, start)
+        replace_text(self.folder.config, to_yaml(self.settings))
+        self.shown = sum(1 for _ in read_rows(self.folder.metrics))
+        self.folder.event("resumed", version=start.version, time=time.time())
+        self.events_before = sum(1 for _ in read_rows(self.folder.events))
+        what = start.checkpoint.name if start.checkpoint is not None else "the initial model (no checkpoint yet)"
+        self.console.say(f"resuming {self.folder.path} at step {start.version} from {what}")
+
     def endpoint(self) -> str:
         """Where the buffer will listen. Raises UserError when that is taken."""
         chosen = self.settings.wire.endpoint
@@ -90,35 +116,20 @@ class Launcher:
 
     def start(self, endpoint: str, train_problems: int) -> None:
         path = str(self.folder.path)
-        self.spawn("buffer", ["async_rl.buffer", path, endpoint, str(train_problems), "0"], threads=1)
-        self.spawn("trainer", ["async_rl.trainer", path, endpoint, "0"], threads=self.settings.trainer.threads)
-        for i in range(self.settings.generator.count):
+        version = str(self.start_at.version if self.start_at is not None else 0)
+        chosen = self.settings.generator
+        self.spawn("buffer", "async_rl.buffer", path, endpoint, str(train_problems), version)
+        self.spawn("trainer", "async_rl.trainer", path, endpoint, version, threads=self.settings.trainer.threads)
+        for i in range(chosen.count):
             name = f"generator-{i}"
-            self.spawn(name, ["async_rl.generator", path, endpoint, name], threads=self.settings.generator.threads)
+            self.budgets[name] = RestartBudget(max_restarts=chosen.max_restarts, window_s=chosen.restart_window_s)
+            self.spawn(name, "async_rl.generator", path, endpoint, name, threads=chosen.threads)
 
-    def spawn(self, name: str, command: list[str], *, threads: int) -> None:
-        log = self.folder.logs / f"{name}.log"
-        environment = {
-            **os.environ,
-            PARENT_PIPE: str(self.pipe[0]),
-            # before torch is imported: two processes with a thread a core each run ten times slower
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
-            "OPENBLAS_NUM_THREADS": str(threads),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        with log.open("ab") as stream:
-            process = subprocess.Popen(
-                [sys.executable, "-m", *command],
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                env=environment,
-                pass_fds=(self.pipe[0],),
-                start_new_session=True,  # Ctrl-C in the terminal reaches the launcher alone
-            )
-        self.children.append(Child(name, process, log))
-        self.folder.event("started", process=name, pid=process.pid, time=time.time())
+    def spawn(self, name: str, *words: str, threads: int = 1) -> None:
+        self.launch(Command(name=name, words=words, threads=threads))
+
+    def launch(self, command: Command) -> None:
+        self.children.append(start_child(command, self.folder, parent_pipe=self.pipe[0], lock=self.lock))
 
     # ------------------------------------------------------------------ watch
 
@@ -128,6 +139,7 @@ class Launcher:
         while any(child.process.poll() is None for child in self.children):
             self.show()
             self.check()
+            self.restart()
             if done_at is None and self.child("trainer").process.poll() == 0:
                 done_at = time.monotonic()
             if done_at is not None and time.monotonic() - done_at > FINISH_S:
@@ -139,30 +151,58 @@ class Launcher:
         self.check()
 
     def check(self) -> None:
-        ended = [c for c in self.children if c.process.poll() is not None]
-        bad = [c for c in ended if c.process.returncode != 0]
+        """Raises RunFailed when trainer or buffer ended before their time, or a generator too often."""
+        done = self.folder.summary.exists()
+        for child in [c for c in self.children if c.ended and c.name in self.budgets and not done]:
+            self.bury(child)
+        bad = [c for c in self.children if c.ended and c.process.returncode != 0 and c.name not in self.budgets]
         if bad:
             time.sleep(POLL_S)  # those that fell with the first one get to say so
-            raise self.first_cause()
-        if ended and self.child("trainer").process.poll() is None:
+            raise self.first_cause(bad)
+        ended = [c for c in self.children if c.ended and c.name not in self.budgets]
+        if ended and not done and not self.child("trainer").ended:
             raise RunFailed(f"{ended[0].name} ended before the trainer was done; see {ended[0].log}")
 
-    def first_cause(self) -> Exception:
-        """The earliest recorded failure; a process killed from outside left none."""
-        reasons = []
-        for child in self.children:
-            record = self.folder.failure(child.name)
-            if record.exists():
-                reasons.append((child, json.loads(record.read_text())))
-        silent = [c for c in self.children if c.process.poll() not in (None, 0) and not self.folder.failure(c.name).exists()]
-        if silent:
-            child = silent[0]
-            code = child.process.returncode
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-            return RunFailed(f"{child.name} {how}; its last words are in {child.log}{_tail(child.log)}")
-        child, reason = min(reasons, key=lambda r: r[1]["time"])
-        message = f"{child.name}: {reason['message']}"
-        return UserError(reason["message"]) if reason["kind"] == "user" else RunFailed(f"{message} (log: {child.log})")
+    def bury(self, child: Child) -> None:
+        """A generator died: it is started again after a pause. The buffer gives its permits to it anew, or to
+        others. Raises the cause when starting again cannot help or was done too often."""
+        cause = child.cause()
+        if isinstance(cause, UserError):
+            raise cause
+        budget = self.budgets[child.name]
+        pause = budget.died(str(cause), time.monotonic())
+        if pause is None:
+            raise RunFailed(
+                f"{child.name} died {len(budget.causes)} times within {budget.window_s:g} s "
+                f"(generator.max_restarts={budget.max_restarts}); the first cause: {budget.causes[0][1]}"
+            )
+        self.children.remove(child)
+        self.folder.failure(child.name).unlink(missing_ok=True)
+        self.resting[child.name] = (time.monotonic() + pause, child.command)
+        self.folder.event(
+            "generator_died",
+            name=child.name,
+            reason=str(cause),
+            restart_in_s=pause,
+            deaths=len(budget.causes),
+            max_restarts=budget.max_restarts,
+            time=time.time(),
+        )
+
+    def restart(self) -> None:
+        """Start the generators whose pause is over."""
+        for name, (due, command) in list(self.resting.items()):
+            if time.monotonic() >= due and not self.folder.summary.exists():
+                del self.resting[name]
+                self.launch(command)
+
+    def first_cause(self, bad: Sequence[Child]) -> Exception:
+        """Of several failures the earliest; a process killed from outside recorded none and comes first."""
+        cause = min(bad, key=lambda child: child.failed_at).cause()
+        if isinstance(cause, RunFailed) and self.resting:
+            deaths = [f"{name} died: {self.budgets[name].causes[0][1]}" for name in self.resting]
+            return RunFailed(f"{cause}; before that {'; '.join(deaths)}")
+        return cause
 
     def child(self, name: str) -> Child:
         return next(c for c in self.children if c.name == name)
@@ -173,7 +213,7 @@ class Launcher:
         for row in rows[self.shown :]:
             self.console.step(row)
         self.shown = len(rows)
-        self.console.events(read_rows(self.folder.events))
+        self.console.events(islice(read_rows(self.folder.events), self.events_before, None))
 
     # -------------------------------------------------------------------- end
 
@@ -182,7 +222,7 @@ class Launcher:
             raise RunFailed("the trainer ended without a summary; see its log")
         summary: dict[str, Any] = json.loads(self.folder.summary.read_text())
         summary["seconds_with_start"] = round(seconds, 3)
-        self.folder.summary.write_text(json.dumps(summary, indent=2) + "\n")
+        replace_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         return summary
 
     def stop(self) -> None:
@@ -202,6 +242,11 @@ class Launcher:
                 os.close(end)
         self.pipe = (-1, -1)
 
+    def release(self) -> None:
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
+
     def clean(self, endpoint: str) -> None:
         """What a killed process could not remove itself."""
         segment_path(self.folder.path).unlink(missing_ok=True)
@@ -210,14 +255,27 @@ class Launcher:
 
 
 def run_training(settings: Settings, path: Path, *, console: Console) -> Mapping[str, Any]:
-    """Run `settings` in the run folder `path`; the summary."""
-    return Launcher(settings, RunFolder(path), console).run()
+    """Run `settings` in the new run folder `path`; the summary."""
+    launcher = Launcher(settings, RunFolder(path), console)
+    try:
+        return launcher.run()
+    finally:
+        launcher.release()
+
+
+def resume_training(path: Path, overrides: Sequence[str], *, console: Console) -> Mapping[str, Any]:
+    """Go on with the run in `path` from its newest whole checkpoint; the summary of the whole run."""
+    folder = RunFolder(path)
+    if not folder.config.is_file():
+        raise UserError(f"{path} is not a run folder: there is no {folder.config.name} in it")
+    lock = take_lock(folder.lock, LAST_LAUNCH_S)
+    try:
+        settings = resumed_settings(folder, overrides)
+        return Launcher(settings, folder, console, start_at=find_start(folder, settings), lock=lock).run()
+    finally:
+        os.close(lock)
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
     raise Interrupted(signal.Signals(number).name)
 
-
-def _tail(log: Path, lines: int = 5) -> str:
-    text = log.read_text(errors="replace").strip().splitlines()[-lines:] if log.exists() else []
-    return ":\n  " + "\n  ".join(text) if text else ""

@@ -52,6 +52,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def lock(self) -> Path:
+        """held while any process of a launch lives"""
+        return self.path / "run.lock"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

@@ -81,6 +81,10 @@ class GeneratorSettings:
     device: str = setting("cpu", "torch device of the engine")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "dtype of the engine's weights")
     threads: int = setting(1, "CPU threads of one generator process", unit="threads")
+    max_restarts: int = setting(
+        5, "times a generator that died is started again within `restart_window_s` before the run ends", unit="restarts"
+    )
+    restart_window_s: float = setting(300.0, "time over which restarts of one generator are counted", unit="seconds")
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class EvaluationSettings:
 class CanarySettings:
     tolerance: float = setting(
         0.0,
-        "mean difference between a generator's log-probs and the trainer's on a fixed probe, at equal weights, above which the run ends; 0 takes 1e-4 for generator.dtype=float32, 5e-2 for bfloat16",
+        "mean difference between a generator's log-probs and the trainer's on a fixed probe (as a share of log-probs beyond 1 nat), at equal weights, above which the run ends; 0 takes 1e-4 for generator.dtype=float32, 5e-2 for bfloat16",
         unit="nats",
     )
     silent_steps: int = setting(
@@ -152,8 +156,8 @@ class CanarySettings:
 @dataclass(frozen=True)
 class CheckpointSettings:
     every: int = setting(
-        0,
-        "write the model as a Hugging Face folder every so many steps; 0 writes the last one only",
+        50,
+        "save everything a resumed run needs, the model as a Hugging Face folder, every so many steps; 0 saves at the end only",
         unit="steps",
     )
     keep: int = setting(3, "newest checkpoints kept", unit="checkpoints")
@@ -224,6 +228,7 @@ AT_LEAST: dict[str, float] = {
     "generator.max_context": 0,
     "generator.max_turns": 1,
     "generator.threads": 1,
+    "generator.max_restarts": 0,
     "trainer.steps": 1,
     "trainer.updates_per_batch": 1,
     "trainer.micro_batch_tokens": 1,
@@ -274,6 +279,7 @@ BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
 ABOVE_ZERO = (
     "generator.temperature",
     "generator.episode_timeout_s",
+    "generator.restart_window_s",
     "optimizer.epsilon",
     "wire.timeout_s",
 )

@@ -33,6 +33,8 @@ class Standing:
     samples: Mapping[int, tuple[TrajectoryRow, ...]]
     """of the live groups"""
     counts: Mapping[str, int]
+    tokens_generated: int
+    """policy tokens of everything stored"""
 
 
 def read_standing(store: StoreReader) -> Standing:
@@ -46,7 +48,9 @@ def read_standing(store: StoreReader) -> Standing:
         groups_trained=counts["groups_batched"],
         groups_refused=counts["groups_refused"],
     )
-    for name, count in store.tally().items():
+    sums = store.tally()
+    tokens = sums.pop("tokens_generated", 0)
+    for name, count in sums.items():
         tally[name.split(":")[0]] += count
     return Standing(
         step=step,
@@ -55,6 +59,7 @@ def read_standing(store: StoreReader) -> Standing:
         order=order,
         samples={group: tuple(store.trajectories_of(group)) for group in live},
         counts=dict(tally),
+        tokens_generated=tokens,
     )
 
 
@@ -64,6 +69,7 @@ def restore(core: Core, standing: Standing, *, version: int) -> None:
     ledger, admission = core.ledger, core.admission
     ledger.step, ledger.next_group = standing.step, standing.next_group
     admission.position = standing.position
+    admission.lost_tokens = standing.tokens_generated
     core.published = version
     core.counts.update(standing.counts)
     first = standing.position - len(standing.order)

@@ -171,12 +171,18 @@ class StoreReader:
         return step, group
 
     def tally(self) -> dict[str, int]:
-        """Training groups refused by reason (`refused_<reason>`), trajectories by split and how many failed."""
-        reasons = "SELECT refused_because, count(*) FROM groups WHERE split = 'train' AND refused_because NOT NULL GROUP BY 1"
-        splits = "SELECT split, count(*), sum(ended IN ('error', 'aborted')) FROM trajectories GROUP BY split"
+        """Training groups refused by reason (`refused_<reason>`), trajectories by split, how many failed, and
+        policy tokens of all (`tokens_generated`)."""
+        refused = "split = 'train' AND refused_because IS NOT NULL"
+        reasons = f"SELECT refused_because, count(*) FROM groups WHERE {refused} GROUP BY 1"
+        splits = (
+            "SELECT split, count(*), sum(ended IN ('error', 'aborted')), sum(policy_length) "
+            "FROM trajectories GROUP BY split"
+        )
         found = Counter({f"refused_{reason}": count for reason, count in self._all(reasons)})
-        for split, count, failed in self._all(splits):
+        for split, count, failed, tokens in self._all(splits):
             found[f"trajectories_{split}"] = count
+            found["tokens_generated"] += tokens
             found["trajectories_failed"] += failed
         return dict(found)
 

@@ -80,6 +80,11 @@ class Console:
                         f"step {event['step']}: {event['name']} has not shown since step {event['since_step']} "
                         f"that its weights are those published"
                     )
+                case "generator_died":
+                    self.say(
+                        f"{event['reason']}\n{event['name']} is started again in {event['restart_in_s']:g} s "
+                        f"(death {event['deaths']}; {event['max_restarts']} restarts are allowed)"
+                    )
                 case "step_skipped":
                     self.say(f"step {event['step']} changed nothing: {event['reason']}")
 

@@ -59,22 +59,14 @@ class TrainerLoop:
     """held-out reward before training"""
     seconds_before: float = 0.0
     """training time of earlier lives of the run, up to where this one began"""
-    tokens_before: float = 0.0
-    """generated in earlier lives (generators count from their start)"""
     busy_before: float = 0.0
-    """their seconds inside model steps"""
+    """seconds inside model steps in earlier lives (generators count from their start)"""
     started: float = 0.0
     saved: int = 0
     """newest version that is in a checkpoint"""
 
     def resume(self, progress: Progress) -> None:
-        """Go on behind a checkpoint that was loaded into the learner. Raises UserError when the model
-        the run began with is not what it was."""
-        if progress["initial_hash"] != self.initial_hash:
-            raise UserError(
-                f"model.path: {self.source} holds other weights than when the run began; put them back "
-                "(the run's reference and replay need them), or start a new run from a checkpoint"
-            )
+        """Go on behind a checkpoint that was loaded into the learner."""
         version = self.learner.version
         self.rows = [row for row in read_rows(self.folder.metrics) if row["step"] < version]
         self.evaluations_asked = progress["evaluations_asked"]
@@ -84,16 +76,14 @@ class TrainerLoop:
         self.reward_first = progress["reward_first"]
         self.seconds_before = progress["seconds"]
         if self.rows:
-            self.tokens_before = self.rows[-1]["tokens/generated"]
             self.busy_before = self.rows[-1]["time/generator_busy"]
         self.saved = version
 
     def run(self) -> Summary:
         """Train all steps. Raises RunFailed when something it waits for does not come."""
         first_step, steps = self.learner.version, self.settings.trainer.steps
+        self.check_initial()
         self.publish()
-        if first_step == 0:
-            self.record_hash()
         if self.reward_first is None:
             self.reward_first = mean(self.evaluate_and_wait(step=first_step).rewards)
         if self.pending_evaluation is not None:
@@ -155,7 +145,7 @@ class TrainerLoop:
             "time/step": trained - started,
             "time/publish": published - trained,
             "len/refused": batch.detail.get("len_refused", 0.0),
-            "tokens/generated": self.tokens_before + batch.detail.get("tokens_generated", 0.0),
+            "tokens/generated": batch.detail.get("tokens_generated", 0.0),
             "tokens/trained": float(packed.num_policy_tokens),
             "slots/used": batch.detail.get("slots_used", 0.0),
             "slots/all": batch.detail.get("slots", 0.0),
@@ -190,7 +180,6 @@ class TrainerLoop:
             "pending_evaluation": self.pending_evaluation,
             "reward_first": self.reward_first,
             "seconds": self.seconds(),
-            "initial_hash": self.initial_hash,
         }
         keep = self.settings.checkpoint.keep
         try:
@@ -209,6 +198,17 @@ class TrainerLoop:
         self.rows.append(row)
         append_row(self.folder.metrics, row)
 
+    def check_initial(self) -> None:
+        """The model the run began with, known by its hash, is also its reference and where a replay begins."""
+        known = next((row["hash"] for row in read_rows(self.folder.weights) if row["version"] == 0), None)
+        if known is None:
+            append_row(self.folder.weights, {"version": 0, "hash": self.initial_hash})
+        elif known != self.initial_hash:
+            raise UserError(
+                f"model.path: {self.source} holds other weights than when the run began; put those back, or start "
+                f"a new run from a checkpoint of this one (model.path={self.folder.checkpoints}/step_...)"
+            )
+
     def record_hash(self) -> None:
         """So that a replay finds the step at which it differs."""
         hashed = weights_hash(self.learner.weights())
@@ -221,7 +221,6 @@ class TrainerLoop:
     def seconds(self) -> float:
         """Training time of the run so far."""
         return self.seconds_before + time.monotonic() - self.started
-
 
     # ------------------------------------------------------------- evaluation
 

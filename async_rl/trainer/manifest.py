@@ -79,7 +79,7 @@ def damage_of(path: Path) -> str | None:
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[Damage]]:
     """The newest checkpoint that is as it was written, and the newer ones that are not."""
-    damaged = []
+    damaged: list[Damage] = []
     for path in reversed(list_checkpoints(folder)):
         reason = damage_of(path)
         if reason is None:

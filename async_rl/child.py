@@ -1,0 +1,93 @@
+"""A process of a run: started with the right surroundings, and how it ended in words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from async_rl.errors import RunFailed, UserError
+from async_rl.process import PARENT_PIPE
+from async_rl.run_folder import RunFolder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """What is started, again after a death."""
+
+    name: str
+    words: tuple[str, ...]
+    """module and its arguments"""
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Child:
+    command: Command
+    folder: RunFolder
+    process: subprocess.Popen[bytes]
+
+    @property
+    def name(self) -> str:
+        return self.command.name
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    @property
+    def log(self) -> Path:
+        return self.folder.logs / f"{self.name}.log"
+
+    @property
+    def failed_at(self) -> float:
+        """When it recorded its failure; 0 when something killed it before it could, or there is none."""
+        record = self.folder.failure(self.name)
+        return float(json.loads(record.read_text())["time"]) if record.exists() else 0.0
+
+    def cause(self) -> Exception:
+        """Why it ended: what it recorded, or how it was killed."""
+        record = self.folder.failure(self.name)
+        if record.exists():
+            reason = json.loads(record.read_text())
+            if reason["kind"] == "user":
+                return UserError(reason["message"])
+            return RunFailed(f"{self.name}: {reason['message']} (log: {self.log})")
+        code = self.process.returncode
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        return RunFailed(f"{self.name} {how}; its last words are in {self.log}{_tail(self.log)}")
+
+
+def start_child(command: Command, folder: RunFolder, *, parent_pipe: int, lock: int) -> Child:
+    """`parent_pipe`: the end that closes when the launcher dies; `lock`: of the run, kept until the last
+    process is gone."""
+    environment = {
+        **os.environ,
+        PARENT_PIPE: str(parent_pipe),
+        # before torch is imported: two processes with a thread a core each run ten times slower
+        "OMP_NUM_THREADS": str(command.threads),
+        "MKL_NUM_THREADS": str(command.threads),
+        "OPENBLAS_NUM_THREADS": str(command.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    with (folder.logs / f"{command.name}.log").open("ab") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command.words],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            env=environment,
+            pass_fds=(parent_pipe, lock),
+            start_new_session=True,  # Ctrl-C in the terminal reaches the launcher alone
+        )
+    folder.event("started", process=command.name, pid=process.pid, time=time.time())
+    return Child(command=command, folder=folder, process=process)
+
+
+def _tail(log: Path, lines: int = 5) -> str:
+    text = log.read_text(errors="replace").strip().splitlines()[-lines:] if log.exists() else []
+    return ":\n  " + "\n  ".join(text) if text else ""

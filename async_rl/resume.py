@@ -1,0 +1,106 @@
+"""Where and with which settings a run goes on after it was stopped or killed. Does not import torch.
+
+A run resumes at the newest whole checkpoint (else at its initial model): the trainer is answered the
+batches stored since, and trains them again on the same numbers. Rows of steps that are trained again are
+taken out of metrics.jsonl and weights.jsonl and written anew; so are the results of evaluations the
+checkpoint does not know. Everything else in events.jsonl stays: it is the story of all lives of the run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from async_rl.config import described, load_yaml, structured, with_overrides
+from async_rl.errors import UserError
+from async_rl.run_folder import RunFolder, read_rows, replace_text
+from async_rl.settings import Settings, check
+from async_rl.trainer.manifest import Damage, newest_whole, version_of
+
+MAY_CHANGE = ("trainer.steps", "checkpoint.", "wire.", "generator.count", "generator.max_restarts", "generator.restart")
+"""settings that a resumed run may be given anew: none of them changes what a stored batch or a step is"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The point a run goes on from."""
+
+    version: int
+    """of the weights; 0: the initial model"""
+    checkpoint: Path | None
+    damaged: tuple[Damage, ...]
+    """newer checkpoints that cannot be used"""
+
+
+def resumed_settings(folder: RunFolder, overrides: Sequence[str]) -> Settings:
+    """The settings of the run with what may change changed. Raises UserError."""
+    if not folder.config.is_file():
+        raise UserError(f"{folder.path} is not a run folder: there is no {folder.config.name} in it")
+    values = load_yaml(folder.config)
+    before = structured(Settings, values, where="")
+    settings = structured(Settings, with_overrides(values, overrides), where="")
+    check(settings)
+    old = {path: value for path, value, _, _ in described(before)}
+    for path, value, _, _ in described(settings):
+        if value != old[path] and not path.startswith(MAY_CHANGE):
+            raise UserError(
+                f"{path} cannot change in a resumed run: what is stored and trained so far was made with "
+                f"{old[path]!r}. Only trainer.steps, checkpoint.*, wire.* and generator.count may; else start a "
+                f"new run from a checkpoint, model.path={folder.checkpoints}/step_..."
+            )
+    if settings.trainer.steps != before.trainer.steps and settings.optimizer.schedule != "constant":
+        raise UserError(
+            f"trainer.steps cannot change in this run: its learning-rate schedule ({settings.optimizer.schedule}) "
+            f"was laid out over {before.trainer.steps} steps"
+        )
+    if folder.summary.exists():
+        done = json.loads(folder.summary.read_text())["steps"]
+        if settings.trainer.steps <= done:
+            raise UserError(
+                f"{folder.path}: this run is finished ({done} steps); trainer.steps={2 * done} would go on with it"
+            )
+    return settings
+
+
+def find_start(folder: RunFolder, settings: Settings) -> Start:
+    """The newest whole checkpoint. Raises UserError when it lies behind the last step asked for."""
+    path, damaged = newest_whole(folder.checkpoints)
+    version = version_of(path) if path is not None else 0
+    if version > settings.trainer.steps:
+        raise UserError(f"trainer.steps is {settings.trainer.steps}, but the run has done {version} steps already")
+    return Start(version=version, checkpoint=path, damaged=tuple(damaged))
+
+
+def rewind(folder: RunFolder, start: Start) -> None:
+    """Take the rows out that will be written again, and the traces of the end. Doing it twice is the same."""
+    version = start.version
+    reported = 0
+    if start.checkpoint is not None:
+        progress = json.loads((start.checkpoint / "progress.json").read_text())
+        pending = progress["pending_evaluation"]
+        reported = pending[0] if pending is not None else progress["evaluations_asked"]
+
+    def still_true(row: Mapping[str, Any]) -> bool:
+        match row["event"]:
+            case "evaluation":
+                return bool(row["evaluation"] < reported)
+            case "step_skipped":
+                return bool(row["step"] < version)
+            case _:
+                return True
+
+    _keep(folder.metrics, lambda row: row["step"] < version)
+    _keep(folder.weights, lambda row: row["version"] <= version)
+    _keep(folder.events, still_true)
+    folder.summary.unlink(missing_ok=True)
+    for record in folder.logs.glob("*.failure.json"):
+        record.unlink()
+
+
+def _keep(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+    rows = list(read_rows(path))
+    if path.exists():
+        replace_text(path, "".join(json.dumps(row, allow_nan=True) + "\n" for row in rows if wanted(row)))
