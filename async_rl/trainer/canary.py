@@ -42,7 +42,7 @@ class CanaryOptions:
     dtype: torch.dtype
     """in which the generators hold the weights"""
     tolerance: float
-    """of the mean difference on the probe, nats"""
+    """of `Comparison.mean_difference`, nats"""
     silent_steps: int
     """steps after which a generator that shows nothing is reported; 0: never"""
 

@@ -33,7 +33,8 @@ SAMPLES = 64
 """elements of one tensor that are looked at under one version; smaller tensors are looked at whole"""
 PROBE_TOKENS = 64
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
-"""mean absolute difference of log-probs on the probe that the engine's dtype explains, nats"""
+"""mean difference (`Comparison.mean_difference`) that the engine's dtype explains, nats. Measured in bfloat16: 0.001
+to 0.005 for two layers, up to 0.02 for 16 layers with sharp answers; in float32 2e-6."""
 _ENOUGH_KINDS = 16
 """a probe of fewer different tokens says nothing of attention: equal values average to themselves"""
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
@@ -60,7 +61,8 @@ class Comparison:
     max_difference: float
     """of the log-probs on the probe, nats; infinite when one is no number or the probes are not of one length"""
     mean_difference: float
-    """mean absolute difference, nats"""
+    """mean of |difference| / max(1, |log-prob expected|), nats: rounding errors grow with the log-prob, and a
+    probe has tokens that are far less probable than any the policy samples"""
     worst: int
     """index of the log-prob with the largest difference"""
     expected: float
@@ -141,11 +143,17 @@ def compare(expected: Evidence, found: Evidence) -> Comparison:
         tensors=tensors,
         num_tensors=len(names),
         max_difference=max(difference, default=0.0),
-        mean_difference=sum(difference) / max(1, len(difference)),
+        mean_difference=sum(_scaled(difference, expected.log_probs)) / max(1, len(difference)),
         worst=worst,
         expected=_at(expected.log_probs, worst),
         found=_at(found.log_probs, worst),
     )
+
+
+def _scaled(difference: Sequence[float], log_probs: Sequence[float]) -> list[float]:
+    if math.inf in difference:
+        return list(difference)
+    return [d / max(1.0, abs(value)) for d, value in zip(difference, log_probs, strict=True)]
 
 
 def _at(values: Sequence[float], index: int) -> float:

@@ -123,12 +123,13 @@ def test_tensors_that_differ_or_that_one_side_lacks_are_named() -> None:
 
 
 def test_the_tolerance_bounds_the_mean_difference_and_the_worst_log_prob_is_shown() -> None:
-    found = compare(evidence(), evidence(log_probs=(-1.0, -2.5, -3.1)))
+    expected = evidence(log_probs=(-0.5, -2.0, -4.0))
+    found = compare(expected, evidence(log_probs=(-0.6, -2.5, -4.2)))
     assert found.max_difference == 0.5
     assert (found.worst, found.expected, found.found) == (1, -2.0, -2.5)
-    assert found.mean_difference == pytest.approx(0.2)
-    assert not found.wrong(0.21)
-    assert found.wrong(0.19)
+    assert found.mean_difference == pytest.approx((0.1 + 0.5 / 2 + 0.2 / 4) / 3)
+    assert not found.wrong(0.134)
+    assert found.wrong(0.133)
 
 
 @pytest.mark.parametrize("log_probs", [(-1.0, -2.0), (), (-1.0, math.nan, -3.0), (-1.0, -math.inf, -3.0)])
