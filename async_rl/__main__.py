@@ -1,9 +1,10 @@
-"""The command line: `async-rl run | config | recipes | init-model | eval`."""
+"""The command line: `async-rl run | replay | config | recipes | init-model | eval`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -66,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     recipes.add_argument("overrides", nargs="*", help="axis=value, e.g. trust.cap=4")
     recipes.set_defaults(work=_recipes)
 
+    replay = commands.add_parser("replay", help="train again on the batches a run stored and compare the weights")
+    replay.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    replay.add_argument("--until", type=int, metavar="N", help="stop at version N, that is after N steps")
+    replay.set_defaults(work=_replay)
+
     init = commands.add_parser("init-model", help="make a small model that a task's demonstrations warmed up")
     init.add_argument("path", type=Path, help="folder to make")
     init.add_argument("--task", default="guess")
@@ -125,6 +131,23 @@ def _resume_words(arguments: argparse.Namespace) -> list[str]:
     if first and "=" not in first[0]:
         raise UserError(f"--resume takes its settings from the run's folder; leave {first[0]} out")
     return [*first, *arguments.overrides]
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from async_rl.run_folder import RunFolder
+
+    folder = RunFolder(arguments.run)
+    if not folder.config.is_file():
+        raise UserError(f"{folder.path} is not a run folder: there is no {folder.config.name} in it")
+    # as the trainer was started: another number of threads may round differently
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(folder.settings().trainer.threads)
+
+    from async_rl.lab.replay import in_words, replay
+
+    result = replay(folder, until=arguments.until)
+    print(in_words(result, folder))
+    return 0 if result.difference is None else 1
 
 
 def _config(arguments: argparse.Namespace) -> int:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from async_rl.batch import PackedBatch, pack_batch
+from async_rl.errors import RunFailed
 from async_rl.model.folder import load_model
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
@@ -14,6 +17,11 @@ from async_rl.settings import Settings
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import Arithmetic
 from async_rl.trainer.learner import Learner, LearnerOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from async_rl.trajectory import Trajectory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,3 +44,12 @@ def make_learner(settings: Settings) -> Learner:
         arithmetic=arithmetic,
     )
     return Learner(model, recipe, options, reference=reference, critic=critic)
+
+
+def pack_step(settings: Settings, trajectories: Sequence[Trajectory]) -> PackedBatch:
+    """The batch of a step as it is trained: failed trajectories are left out."""
+    usable = [t for t in trajectories if not t.failed]
+    if not usable:
+        raise RunFailed("the batch holds no usable trajectory")
+    limit = settings.trainer.micro_batch_tokens
+    return pack_batch(usable, micro_batch_tokens=limit, device=settings.trainer.device)

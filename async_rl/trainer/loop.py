@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from async_rl.batch import pack_batch
 from async_rl.errors import RunFailed, UserError
 from async_rl.run_folder import RunFolder, append_row, read_rows
 from async_rl.settings import Settings
+from async_rl.trainer.build import pack_step
 from async_rl.trainer.canary import CanaryWatch
 from async_rl.trainer.checkpoint import Progress, save_checkpoint, weights_hash
 from async_rl.trainer.inbox import Inbox
@@ -121,14 +121,7 @@ class TrainerLoop:
         self.canary.look(step, batch.detail)
         self.inbox.listen()
         started = time.monotonic()
-        usable = [t for t in batch.trajectories if not t.failed]
-        if not usable:
-            raise RunFailed(f"the batch of step {step} holds no usable trajectory")
-        packed = pack_batch(
-            usable,
-            micro_batch_tokens=self.settings.trainer.micro_batch_tokens,
-            device=self.settings.trainer.device,
-        )
+        packed = pack_step(self.settings, batch.trajectories)
         report = self.learner.step(packed)
         trained = time.monotonic()
         self.inbox.listen()  # nothing newer is published over weights that arrived wrong
@@ -140,7 +133,7 @@ class TrainerLoop:
             "step": step,
             "time": time.time(),
             **report.metrics,
-            **_lag_split(usable, step),
+            **_lag_split(batch.trajectories, step),
             "time/wait_for_batch": waited,
             "time/step": trained - started,
             "time/publish": published - trained,
@@ -279,7 +272,7 @@ class TrainerLoop:
 def _lag_split(trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
     """Staleness by where it arose, mean over trajectories: while in flight (weights changed during the
     episode) and after its last token (queue and training)."""
-    sampled = [t for t in trajectories if t.version_min >= 0]
+    sampled = [t for t in trajectories if t.version_min >= 0 and not t.failed]
     if not sampled:
         return {"lag/flight": 0.0, "lag/queue": 0.0}
     return {

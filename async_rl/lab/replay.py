@@ -1,0 +1,107 @@
+"""Train again on what a run stored: the same batches from the same start must give the same weights.
+
+Bit-equal on the same machine with the same settings and library versions; a CPU of another kind, another
+number of threads or a GPU may round differently.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from async_rl.buffer.store import StoreReader
+from async_rl.errors import UserError
+from async_rl.run_folder import RunFolder, read_rows
+from async_rl.trainer.build import make_learner, pack_step
+from async_rl.trainer.checkpoint import weights_hash
+from async_rl.trajectory.codec import unpack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """The first version at which a replay has other weights than the run had."""
+
+    version: int
+    recorded: str
+    replayed: str
+    last_equal: int
+    """newest version before it at which both were compared and equal; -1: none"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    version: int
+    """of the last weights = training steps done again"""
+    hash: str
+    """of those, over the bytes of all parameters"""
+    compared: int
+    """versions whose hash the run had recorded, the initial one included"""
+    difference: Difference | None
+    """None: every compared version is equal, bit for bit"""
+    seconds: float
+
+
+def replay(
+    folder: RunFolder, *, until: int | None = None, each_step: Callable[[int], None] = lambda _: None
+) -> Replayed:
+    """Train from the initial model on the stored batches, up to the last step of the run or to version
+    `until`, and compare with the hashes in weights.jsonl. Stops at the first difference. Raises UserError."""
+    settings = folder.settings()
+    recorded = {int(row["version"]): str(row["hash"]) for row in read_rows(folder.weights)}
+    trained = max((int(row["step"]) + 1 for row in read_rows(folder.metrics)), default=0)
+    if until is not None and not 0 <= until <= trained:
+        raise UserError(f"--until is {until}; the run in {folder.path} has trained {trained} steps")
+    last = trained if until is None else until
+    started = time.monotonic()
+    torch.set_num_threads(settings.trainer.threads)
+    with StoreReader(folder.store) as store:
+        learner = make_learner(settings)
+        compared, equal, difference = 0, -1, None
+        for version in range(last + 1):
+            if version > 0:
+                blobs = store.load_batch(version - 1)
+                if blobs is None:
+                    raise UserError(f"{store.path}: the batch of step {version - 1} is not in it")
+                learner.step(pack_step(settings, [unpack(blob) for blob in blobs]))
+                each_step(version)
+            if version not in recorded and version != last:
+                continue
+            found = weights_hash(learner.weights())
+            if version not in recorded:
+                continue
+            compared += 1
+            if found != recorded[version]:
+                difference = Difference(
+                    version=version, recorded=recorded[version], replayed=found, last_equal=equal
+                )
+                break
+            equal = version
+    return Replayed(
+        version=learner.version,
+        hash=found,
+        compared=compared,
+        difference=difference,
+        seconds=time.monotonic() - started,
+    )
+
+
+def in_words(result: Replayed, folder: RunFolder) -> str:
+    """What a replay came to."""
+    head = f"{folder.path}: {result.version} steps trained again in {result.seconds:.1f} s"
+    weights = f"weights of version {result.version}: {result.hash}"
+    if result.difference is None:
+        same = f"identical to the run at all {result.compared} versions it recorded" if result.compared else (
+            "the run recorded no hash to compare with"
+        )
+        return f"{head}\n{weights}\n{same}"
+    d = result.difference
+    if d.version == 0:
+        where = "the initial model is not the one the run began with (see model.path)"
+    elif d.last_equal == d.version - 1:
+        where = f"the first difference arises in training step {d.version - 1}"
+    else:
+        where = f"the first difference arises in one of the training steps {d.last_equal} to {d.version - 1}"
+    return f"{head}\n{weights}\nNOT identical: {where}; the run recorded {d.recorded} for version {d.version}"
