@@ -71,9 +71,13 @@ class EmbeddedEngine:
         device = torch.device(device) if device is not None else model.head.device
         dtype = dtype or model.head.dtype
         self._model = model.to(device=device, dtype=dtype).eval()
-        self._forward = FusedDecoder(self._model) if isinstance(self._model, Decoder) else self._model
         self._device = device
         self._max_context = max_context or model.config.max_context
+        self._forward: FusedDecoder | HuggingFaceDecoder
+        if isinstance(self._model, Decoder):
+            self._forward = FusedDecoder(self._model, self._max_context)
+        else:
+            self._forward = self._model
         self._recompute = kv_on_update == "recompute"
         self._prefill_tokens = prefill_tokens
         self._cache = KVCache(

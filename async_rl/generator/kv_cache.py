@@ -21,6 +21,7 @@ Ints = NDArray[np.int64]
 FIRST_CAPACITY, FIRST_SLOTS = 64, 16
 STRIDE = 16
 """attention lengths are multiples of this: torch's CPU softmax is ten times slower on others"""
+SEEN, MASKED = np.float32(0), np.float32(-np.inf)
 SMALL_APPEND = 8
 """tokens: longer appends never share the decode rows' attention call"""
 GATHER_COST = 4
@@ -125,12 +126,16 @@ class CacheAttention:
         """The first `num_near` rows of `feed` are near, the next `num_far` far, the others fresh."""
         self._cache = cache
         device = cache.device
+        rows = np.arange(len(feed.slot))
         ends = feed.count.cumsum()
-        self.row = np.repeat(np.arange(len(feed.slot)), feed.count)  # [tokens]
-        offset = np.arange(len(self.row)) - (ends - feed.count)[self.row]
-        self.position = feed.start[self.row] + offset  # [tokens]
-        self.slot = feed.slot[self.row]  # [tokens]
         self.last = ends - 1  # [rows]
+        if len(rows) == ends[-1]:  # one token each
+            self.row, offset, self.position, self.slot = rows, np.zeros_like(rows), feed.start, feed.slot
+        else:
+            self.row = np.repeat(rows, feed.count)  # [tokens]
+            offset = np.arange(len(self.row)) - (ends - feed.count)[self.row]
+            self.position = feed.start[self.row] + offset  # [tokens]
+            self.slot = feed.slot[self.row]  # [tokens]
         head = self.slot[:, None] * cache.kv_heads + np.arange(cache.kv_heads)
         self._where = torch.from_numpy((head * cache.capacity + self.position[:, None]).ravel()).to(device)
         self._groups: list[Group] = []
@@ -198,13 +203,12 @@ class CacheAttention:
             at = self.slot[begin:end] if near else self.row[begin:end] - first
             position[at, offset[begin:end]] = self.position[begin:end]
             index = torch.from_numpy(at * queries + offset[begin:end]).to(device)
-        hidden = np.arange(length) > position[:, :, None]
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
-        mask.masked_fill_(torch.from_numpy(hidden).to(device), float("-inf"))
-        if queries > 1:
-            mask = mask.repeat_interleave(self._cache.shared_heads, 1)
         if near and self._cache.plain:
-            mask = mask.repeat_interleave(self._cache.kv_heads, 0)
+            position = np.repeat(position, self._cache.kv_heads, 0)
+        if queries > 1:
+            position = np.repeat(position, self._cache.shared_heads, 1)
+        hidden = np.arange(length) > position[:, :, None]
+        mask = torch.from_numpy(np.where(hidden, MASKED, SEEN)).to(device, dtype)
         return Group(
             first=begin,
             last=end,
@@ -236,20 +240,20 @@ def arrange(feed: Feed) -> tuple[Feed, int, int]:
     """
     length = feed.start + feed.count
     several = feed.count > 1
+    if not several.any() and length.max() < 2 * length.min():
+        return feed, len(length), 0
     near = ~several
-    if several.any():
-        small = several & (feed.count <= SMALL_APPEND)
-        if small.any() and _worth_sharing(feed, length, near, small):
-            near = near | small
+    small = several & (feed.count <= SMALL_APPEND)
+    if small.any() and _worth_sharing(feed, length, near, small):
+        near = near | small
     near = _without_outliers(feed, length, near)
     fresh = ~near & several & (feed.start == 0)
     far = np.flatnonzero(~near & ~fresh)
     if len(far) > 1:
         far = far[np.lexsort((_magnitude(length[far]), _magnitude(feed.count[far])))]
     order = np.concatenate((np.flatnonzero(near), far, np.flatnonzero(fresh)))
-    if len(far) or fresh.any():
-        feed = Feed(slot=feed.slot[order], start=feed.start[order], count=feed.count[order])
-    return feed, int(near.sum()), len(far)
+    sorted_feed = Feed(slot=feed.slot[order], start=feed.start[order], count=feed.count[order])
+    return sorted_feed, int(near.sum()), len(far)
 
 
 def _worth_sharing(feed: Feed, length: Ints, near: NDArray[np.bool_], small: NDArray[np.bool_]) -> bool:

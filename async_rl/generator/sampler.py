@@ -19,7 +19,7 @@ BLOCK = 1024
 def uniforms(seed: NDArray[np.uint64], position: NDArray[np.int64]) -> NDArray[np.float64]:
     """One number in [0, 1) for each (seed, position): SplitMix64 (Steele et al. 2014) of both."""
     state = _mix(seed + GOLDEN) + GOLDEN * (position.astype(np.uint64) + np.uint64(1))
-    # 52 bits: u * total then never rounds up to total.
+    # 52 bits: u <= 1 - 2**-52, so that u * total never rounds up to total.
     return (_mix(state) >> np.uint64(12)).astype(np.float64) * 2.0**-52
 
 
@@ -65,14 +65,14 @@ def inverse_cdf(prob: Tensor, uniform: Tensor) -> Tensor:
     rows = torch.arange(prob.shape[0], device=prob.device)
     before = torch.where(block > 0, ends[rows, (block - 1).clamp_min(0)], 0.0)
     inside = padded[rows, block].cumsum(-1, dtype=torch.float64)
-    return block * BLOCK + _exceeding(inside, target - before)
+    # Both sums are rounded differently: the target must not lie beyond the block.
+    last = torch.nextafter(inside[:, -1], torch.zeros_like(target))
+    return block * BLOCK + _exceeding(inside, torch.minimum(target - before, last))
 
 
 def _exceeding(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Index of the first element above `target`, which rounding may not put beyond the end. The clamp
-    only acts on NaN, whose log-prob the caller refuses."""
-    last = cumulative[:, -1]
-    target = torch.minimum(target, torch.nextafter(last, torch.zeros_like(last)))
+    """Index of the first element above `target`, which is below the last one. The clamp only acts on
+    NaN, whose log-prob the caller refuses."""
     found = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
     return found.clamp_max(cumulative.shape[1] - 1)
 

@@ -22,16 +22,19 @@ class FusedDecoder:
     """The forward pass of `decoder`, without autograd. Takes the storage of its parameters over: do not
     move or cast the decoder afterwards."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, max_context: int) -> None:
+        """`max_context`: positions stay below it."""
         self.decoder = decoder
         config = decoder.config
+        positions = torch.arange(max_context, device=decoder.head.device)
+        self._rotation = torch.stack(decoder.rotation(positions, decoder.head.dtype), 1)  # [positions, 2, 1, head_dim]
         self._eps = torch.tensor(config.norm_eps, device=decoder.head.device, dtype=torch.float32)
         self._layers = [FusedLayer(layer, self._eps) for layer in decoder.model.layers if isinstance(layer, Layer)]
 
     def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """tokens, positions [tokens] int64 -> hidden [tokens, hidden] after the final norm."""
         x = F.embedding(tokens, self.decoder.model.embed_tokens.weight)
-        cos, sin = self.decoder.rotation(positions, x.dtype)
+        cos, sin = self._rotation.index_select(0, positions).unbind(1)
         for layer in self._layers:
             x = layer(x, cos, sin, attention)
         norm = self.decoder.model.norm

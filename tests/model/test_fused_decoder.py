@@ -31,7 +31,7 @@ def hidden_of(model: Decoder | FusedDecoder) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_forwards_agree_before_and_after_an_update_in_place(name, dtype):
     plain, taken = make_decoder(CONFIGS[name]).to(dtype), make_decoder(CONFIGS[name]).to(dtype)
-    fused = FusedDecoder(taken)
+    fused = FusedDecoder(taken, 64)
     tolerance = 1e-5 if dtype == torch.float32 else 0.15
     assert torch.allclose(hidden_of(plain), hidden_of(fused), atol=tolerance)
     assert torch.equal(hidden_of(plain), hidden_of(taken))  # the decoder itself still works
@@ -46,7 +46,7 @@ def test_both_forwards_agree_before_and_after_an_update_in_place(name, dtype):
 def test_a_fused_decoder_can_be_saved(tmp_path: Path):
     folder = qwen3_folder(tmp_path / "m")
     model = load_model(folder)
-    FusedDecoder(model)
+    FusedDecoder(model, 64)
     save_folder(tmp_path / "saved", model, source=folder)
     for a, b in zip(load_model(folder).parameters(), load_model(tmp_path / "saved").parameters(), strict=True):
         assert torch.equal(a, b)
