@@ -141,10 +141,9 @@ def sender(name: str, endpoint: str, core: int | None, asked: Connection) -> Non
     sent = trajectories()
     blobs = [pack(t) for t in sent]
     with zmq.Context() as context:
-        dealer = Dealer(endpoint, "bench") if name == "codec" else context.socket(zmq.DEALER)
+        dealer: Any = Dealer(endpoint, "bench") if name == "codec" else context.socket(zmq.DEALER)
         if name == "codec":
-            assert isinstance(dealer, Dealer)
-            ways = (
+            ways: tuple[Callable[[], Any], Callable[[], Any]] = (
                 lambda: dealer.send(Finished(trajectories=sent)),
                 lambda: dealer.receive(60, "an acknowledgement"),
             )
@@ -188,7 +187,9 @@ def measure(
     spawn = multiprocessing.get_context("spawn")
     rates: dict[str, list[float]] = {name: [] for name in RECEIVERS}
     spent: dict[str, list[float]] = {name: [] for name in RECEIVERS}
-    senders, receivers, processes = {}, {}, []
+    senders: dict[str, Connection] = {}
+    receivers: dict[str, Connection] = {}
+    processes = []
     with tempfile.TemporaryDirectory() as folder:
         for name in RECEIVERS:
             for role, ends, core in ((receiver, receivers, cores[1]), (sender, senders, cores[0])):

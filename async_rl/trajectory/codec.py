@@ -42,6 +42,8 @@ _REWARDS, _KEYS, _DENSE = 1, 2, 4
 _SPLITS = get_args(Split)
 _ENDINGS = get_args(Ended)
 _TEXT_TYPES = [str, str, dict]
+_FEW = 128
+"""tokens that are not the policy's: their log-probs, zeros, cost less to send than to leave out"""
 _SHORT_TEXT = 128
 """bytes; what is longer is not remembered"""
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
@@ -86,19 +88,23 @@ def pack(trajectory: Trajectory) -> bytes:
         if keys.count(-1) != len(keys):
             flags |= _KEYS
             eights += struct.pack(f"<{len(keys)}q", *keys)
-        if 4 * sum(integers[1::2]) >= 3 * len(tokens):
+        num_other = len(tokens) - sum(integers[1::2])
+        if num_other <= max(len(tokens) // 4, _FEW):
             flags |= _DENSE
+            log_policy = log_behaviour.tobytes()
         else:
-            log_behaviour = log_behaviour[trajectory.policy_positions()]
+            policy = [log_behaviour[turn.start : turn.start + turn.length].tobytes() for turn in turns]
+            log_policy = b"".join(policy)
+        num_log = len(log_policy) // 4
         integers += [number for s in trajectory.versions for number in (s.version, s.start, s.end)]
         fours = struct.pack(f"<{len(integers)}i", *integers)
-        if (len(tokens) + len(log_behaviour) + len(integers)) % 2:
+        if (len(tokens) + num_log + len(integers)) % 2:
             fours += _ZEROS[:4]
-        head, text = _head(trajectory, len(log_behaviour), flags)
+        head, text = _head(trajectory, num_log, flags)
     except (OverflowError, struct.error) as error:
         raise ValueError(f"a number of the trajectory does not fit its column: {error}") from None
     padding = _ZEROS[: -len(text) % 8]
-    return b"".join((head, text, padding, eights, tokens.tobytes(), log_behaviour.tobytes(), fours))
+    return b"".join((head, text, padding, eights, tokens.tobytes(), log_policy, fours))
 
 
 def _head(trajectory: Trajectory, num_log: int, flags: int) -> tuple[bytes, bytes]:

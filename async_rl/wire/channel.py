@@ -13,6 +13,7 @@ import socket
 import tempfile
 from collections import Counter
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,7 @@ _LARGE_FRAME_BYTES = 1024 * 1024
 """from here on it costs less to share a frame's memory with the socket's thread, which a third thread must
 then give back under the GIL, than to copy it"""
 _KEPT_BYTES = 8 * 1024 * 1024
+"""some frames of those under way; up to twice as much freed memory stays with the process"""
 
 
 class WireTimeout(Exception):
@@ -186,6 +188,7 @@ def _connected(context: zmq.Context, endpoint: str, identity: str, max_message_b
     return made
 
 
+@cache
 def _keep_freed_memory() -> None:
     """Let glibc's malloc keep what frames leave behind instead of returning it to the system.
 

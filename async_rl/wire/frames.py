@@ -110,6 +110,7 @@ def _values(message: Any) -> dict[str, Any]:
         for name, is_float in _FLOATS[type(message)]
     }
 
+
 _FLOATS: dict[type, list[tuple[str, bool]]] = {
     cls: [(name, get_type_hints(cls)[name] is float) for name in wire_fields(cls)]
     for cls in (*get_args(Message), Permit)

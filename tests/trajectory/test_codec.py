@@ -3,7 +3,7 @@
 import math
 import struct
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import FrozenInstanceError, fields, replace
 
 import msgpack
 import numpy as np
@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.codec import SCHEMA, WireError, pack, unpack
+from async_rl.trajectory.construct import constructor
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 NAMES = st.text(max_size=8)
 
@@ -22,7 +24,7 @@ NAMES = st.text(max_size=8)
 def trajectories(draw: st.DrawFn) -> Trajectory:
     turns: list[Turn] = []
     spans: list[VersionSpan] = []
-    position = draw(st.integers(0, 5))
+    position = draw(st.integers(0, 5) | st.just(300))  # a long prompt has its zeros left out
     plain = draw(st.booleans())
     for _ in range(draw(st.integers(0, 5))):
         length = draw(st.integers(0, 7))
@@ -38,14 +40,16 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
     for turn in turns:
         log = draw(st.lists(st.floats(-50, 0, width=32), min_size=turn.length, max_size=turn.length))
         log_behaviour[turn.start : turn.start + turn.length] = log
-    token = st.integers(-(2**31), 2**31 - 1)
+    tokens = np.arange(position, dtype=np.int32)
+    listed = draw(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=20))[:position]
+    tokens[: len(listed)] = listed
     return Trajectory(
         group=draw(st.integers(0, 2**63 - 1)),
         sample=draw(st.integers(0, 1000)),
         problem=draw(st.integers(0, 2**40)),
         split=draw(st.sampled_from(["train", "eval"])),
         seed=draw(st.integers(0, 2**64 - 1)),
-        tokens=np.array(draw(st.lists(token, min_size=position, max_size=position)), dtype=np.int32),
+        tokens=tokens,
         log_behaviour=log_behaviour,
         turns=tuple(turns),
         versions=tuple(spans),
@@ -208,3 +212,46 @@ def test_two_thousand_tokens_cost_at_most_thirteen_bytes_each(turns: int, reward
     trajectory = many_turns(2000, turns, rewards=rewards)
     assert len(pack(trajectory)) <= 13 * 2000
     assert_same(unpack(pack(trajectory)), trajectory)
+
+
+def test_equal_texts_do_not_share_their_info() -> None:
+    blob = pack(replace(many_turns(20), info={"a": 1.0}))
+    first, second = unpack(blob), unpack(blob)
+    assert isinstance(first.info, dict)
+    first.info["a"] = 2.0
+    assert second.info == unpack(blob).info == {"a": 1.0}
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.floats(width=32) | st.floats(-1, 2**-9, width=32), min_size=1, max_size=20), st.data())
+def test_check_refuses_exactly_the_policy_log_probs_that_are_not_finite_or_above_zero(
+    values: list[float], data: st.DataObject
+) -> None:
+    n = len(values)
+    start = data.draw(st.integers(0, n))
+    turn = Turn(start=start, length=data.draw(st.integers(0, n - start)))
+    log_behaviour = np.array(values, dtype=np.float32)
+    trajectory = replace(
+        many_turns(n),
+        log_behaviour=log_behaviour,
+        turns=(turn,),
+    )
+    policy = log_behaviour[turn.start : turn.start + turn.length]
+    right = all(math.isfinite(value) and value <= np.float32(1e-3) for value in policy)
+    assert (trajectory.check() is None) == right
+    truthful(pack(trajectory))
+
+
+def test_a_fast_constructor_makes_what_the_class_makes() -> None:
+    turn = constructor(Turn)(3, 4, 0.5, 7)
+    assert type(turn) is Turn
+    assert turn == Turn(start=3, length=4, reward=0.5, state_key=7)
+    assert constructor(Turn, reward=0.0, state_key=-1)(3, 4) == Turn(start=3, length=4)
+    with pytest.raises(FrozenInstanceError):
+        turn.start = 5  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        constructor(Turn)(3, 4)
+    given = many_turns(20)
+    values = [getattr(given, field.name) for field in fields(Trajectory)]
+    assert_same(constructor(Trajectory)(*values), given)
+    assert replace(unpack(pack(given)), sample=9).sample == 9

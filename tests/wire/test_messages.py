@@ -16,6 +16,7 @@ from async_rl.trajectory.codec import WireError, pack
 from async_rl.wire import messages as msg
 from async_rl.wire.frames import SCHEMA, decode, encode
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 KINDS = get_args(msg.Message)
 PLAIN = st.recursive(
     st.none()
@@ -132,6 +133,7 @@ def altered(kind: str, value: Any, schema: Any = SCHEMA) -> list[bytes]:
         (altered("Want", {"limit": True, "version": 0}), "Want.limit is a bool"),
         (altered("Want", [1, 0]), "missing or extra"),
         (altered("Accepted", {"pairs": [[1, 2, 3]]}), "not a list of 2"),
+        (altered("Accepted", {"pairs": [[1, 2.0]]}), "not a list of 2: int, int"),
         (altered("Accepted", {"pairs": 3}), "not a list"),
         (altered("Snapshot", {"detail": {"a": b"x"}}), "holds a bytes"),
         (altered("Snapshot", {"detail": {"a": [[[[[[[[[[[1]]]]]]]]]]]}}), "nested"),
