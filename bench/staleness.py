@@ -1,0 +1,97 @@
+"""What bounding staleness is worth on the quickstart's task. Prints one JSON object.
+
+    python bench/staleness.py [--model DIR] [--steps N] [--recipe NAME] [--seed N]
+
+The same run twice, real processes, same seed and same model: once with staleness bounded at one step, once
+with 16 steps allowed and the pipeline as deep as that permits. By default nothing corrects for staleness
+(GRPO's advantages without a ratio and without a clip), so that its damage is seen and not its cure; --recipe
+takes one of the package's recipes instead. Without --model a model is made and warmed up as the quickstart's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from async_rl.lab.init_model import Shape, init_model
+from async_rl.launch import run_training
+from async_rl.observe.console import Console
+from async_rl.run_folder import RunFolder, read_rows
+from async_rl.settings import load_settings
+from async_rl.task import make_task
+from async_rl.trainer.warmup import WarmupOptions
+
+CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+UNCORRECTED = ("recipe=grpo", "recipe.ratio.level=none", "recipe.trust.rule=none")
+WAYS = {"bounded": (1, 2), "loose": (16, 17)}
+"""max_staleness and pipeline_depth"""
+
+
+def make_model(path: Path, seed: int) -> None:
+    """As `make quickstart` does."""
+    torch.manual_seed(seed)
+    options = WarmupOptions(target=0.4, max_steps=1000, batch=64, learning_rate=1e-3, check_every=25, seed=seed)
+    init_model(path, make_task("guess", {}), Shape(), options, print)
+
+
+def train(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """One run: what it reached, and how stale its data were."""
+    summary = run_training(load_settings(CONFIG, overrides), folder, console=Console(quiet=True))
+    rewards = [row["reward/mean"] for row in read_rows(RunFolder(folder).metrics)]
+    last = max(1, len(rewards) // 10)
+    keys = ("lag_mean", "lag_max", "max_staleness", "reward_eval_first", "reward_eval_last", "seconds")
+    return {
+        **{key: round(summary[key], 4) for key in keys},
+        "reward_train_last_tenth": round(statistics.fmean(rewards[-last:]), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="model folder (default: one is made)")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--recipe", help="a recipe of the package (default: no correction)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    recipe = [f"recipe={arguments.recipe}"] if arguments.recipe else list(UNCORRECTED)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name, redirect_stdout(sys.stderr):
+        model = arguments.model
+        if model is None:
+            model = Path(name) / "model"
+            make_model(model, arguments.seed)
+        runs = {}
+        for way, (staleness, depth) in WAYS.items():
+            runs[way] = train(
+                Path(name) / way,
+                [
+                    f"model.path={model}",
+                    f"seed={arguments.seed}",
+                    f"trainer.steps={arguments.steps}",
+                    f"staleness.max_staleness={staleness}",
+                    f"staleness.pipeline_depth={depth}",
+                    "evaluation.every=0",
+                    "checkpoint.every=0",
+                    *recipe,
+                ],
+            )
+    result = {
+        **{f"{way}_{key}": value for way, run in runs.items() for key, value in run.items()},
+        "reward_gained_by_bounding": round(runs["bounded"]["reward_eval_last"] - runs["loose"]["reward_eval_last"], 4),
+        "recipe": " ".join(recipe),
+        "steps": arguments.steps,
+        "seed": arguments.seed,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The shape of the code, kept by reading it: who may import whom, what must not appear, how long things get."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {"async_rl": ROOT / "async_rl", "async_rl_kernels": ROOT / "kernels" / "async_rl_kernels"}
+
+LAYERS: tuple[frozenset[str], ...] = tuple(
+    frozenset(layer.split())
+    for layer in (
+        # what everything stands on, each importing only those before it
+        "errors",
+        "config trajectory",
+        "settings",
+        "run_folder",
+        "process run_lock",
+        # rooms
+        "wire task model batch async_rl_kernels",
+        "buffer objective observe",
+        "weights",
+        "generator trainer",
+        # what starts and studies them
+        "child interrupt preflight restart resume",
+        "launch",
+        "lab",
+        "__main__",
+    )
+)
+"""A room (a folder or a file of async_rl, or the kernels) imports rooms of earlier lines only: never one
+beside it, never a later one. So generator and trainer do not know each other."""
+
+ONLY = {
+    "omegaconf": r"async_rl/config\.py",
+    "zmq": r"async_rl/wire/.*",
+    "triton": r"kernels/async_rl_kernels/.*",
+    "vllm": r".*vllm.*",
+    "transformers": r"async_rl/model/huggingface\.py",
+}
+"""packages that may be imported by some files only"""
+WITHOUT_TORCH = ("buffer", "wire", "trajectory", "task", "observe/console.py")
+HEAVY = ("torch", "vllm", "transformers")
+EXECUTABLE_FORMATS = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve")
+EXECUTING_FILES = {
+    "async_rl/trajectory/construct.py": "writes constructors of our own records out, as dataclasses does; no data in it"
+}
+"""exceptions, each with its reason"""
+EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "managers", "misc"}
+
+LONGEST_FILE = 400
+LONGER_FILES: dict[str, str] = {}
+"""exceptions, each with its reason"""
+LONGEST_FUNCTION = 75
+
+
+@cache
+def sources() -> tuple[Path, ...]:
+    return tuple(sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.py")))
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def room_of(path: Path) -> str:
+    """ "buffer" for async_rl/buffer/core.py, "launch" for async_rl/launch.py."""
+    if path.is_relative_to(PACKAGES["async_rl_kernels"]):
+        return "async_rl_kernels"
+    return path.relative_to(PACKAGES["async_rl"]).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of everything a file imports, wherever in the file, for types or not."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)} imports relatively"
+            assert node.module
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_imported(name: str) -> str | None:
+    """The room behind `async_rl.buffer.core`; None for other packages and for `async_rl` itself."""
+    first, *rest = name.split(".")
+    if first == "async_rl_kernels":
+        return first
+    if first != "async_rl" or not rest or rest[0] == "__version__":
+        return None
+    return rest[0]
+
+
+def test_every_room_has_its_place_among_the_layers() -> None:
+    rooms = {room_of(path) for path in sources()} - {"__init__"}
+    placed = frozenset().union(*LAYERS)
+    assert rooms <= placed, f"{sorted(rooms - placed)}: say in LAYERS what it may import"
+
+
+def test_imports_point_one_way() -> None:
+    height = {room: number for number, layer in enumerate(LAYERS) for room in layer}
+    wrong = sorted(
+        {
+            f"{name_of(path)} imports {there}"
+            for path in sources()
+            for there in map(room_imported, imports(path))
+            if there is not None and there != room_of(path) and height[there] >= height[room_of(path)]
+        }
+    )
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("package", ONLY)
+def test_a_foreign_package_is_imported_in_its_own_place_only(package: str) -> None:
+    importing = {name_of(path) for path in sources() for name in imports(path) if name.split(".")[0] == package}
+    strangers = sorted(name for name in importing if not re.fullmatch(ONLY[package], name))
+    assert not strangers, f"{package} is imported by {strangers}"
+
+
+def test_buffer_wire_trajectory_task_and_console_run_without_torch() -> None:
+    modules = []
+    for path in sources():
+        inside = name_of(path).removeprefix("async_rl/")
+        if inside.startswith(WITHOUT_TORCH) and path.name != "__main__.py":
+            modules.append(name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    assert len(modules) > 20
+    script = (
+        "import importlib, json, sys\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        f"print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
+
+
+def test_nothing_that_is_read_can_execute_code() -> None:
+    found = []
+    for path in sources():
+        found += [f"{name_of(path)}: {n}" for n in imports(path) if n.split(".")[0] in EXECUTABLE_FORMATS]
+        for node in ast.walk(tree(path)):
+            match node:
+                case ast.Call(func=ast.Name(id="eval" | "exec" as called)):
+                    found.append(f"{name_of(path)}:{node.lineno}: {called}")
+                case ast.Attribute(value=ast.Name(id="torch"), attr="load"):
+                    found.append(f"{name_of(path)}:{node.lineno}: torch.load")
+    found = [line for line in found if line.split(":")[0] not in EXECUTING_FILES]
+    assert not found, found
+
+
+def test_no_module_has_a_name_that_says_nothing() -> None:
+    empty = [name_of(path) for path in sources() if EMPTY_NAMES & set(path.relative_to(ROOT).with_suffix("").parts)]
+    assert not empty, empty
+
+
+def test_there_is_no_root_package_named_kernels() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "transformers imports another package of that name"
+
+
+def test_every_room_says_what_it_is_for() -> None:
+    for folder in sorted({path.parent for path in sources()}):
+        entry = folder / "__init__.py"
+        assert entry.exists(), f"{name_of(folder)} has no __init__.py"
+        assert ast.get_docstring(tree(entry)), f"{name_of(entry)} has no docstring"
+
+
+def test_files_stay_short() -> None:
+    others = [*(ROOT / "bench").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    length = {name_of(path): path.read_text().count("\n") for path in (*sources(), *others)}
+    long = {name: lines for name, lines in length.items() if lines > LONGEST_FILE and name not in LONGER_FILES}
+    assert not long, long
+    needless = [name for name in LONGER_FILES if length.get(name, 0) <= LONGEST_FILE]
+    assert not needless, f"{needless} need no exception any more"
+
+
+def test_functions_stay_short() -> None:
+    long = {}
+    for path in sources():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                lines = node.end_lineno - node.lineno + 1
+                if lines > LONGEST_FUNCTION:
+                    long[f"{name_of(path)}:{node.name}"] = lines
+    assert not long, long
+
+
+def test_no_path_of_a_developers_machine_is_published() -> None:
+    published = [ROOT / "README.md", *(ROOT / "docs").rglob("*"), *(ROOT / "configs").rglob("*")]
+    found = []
+    for path in published:
+        if path.is_file() and path.suffix in (".md", ".yaml", ".yml", ".py", ".toml", ".txt", ".html"):
+            for number, line in enumerate(path.read_text().splitlines(), start=1):
+                if re.search(r"(?<![\w.~])/(tmp|root|work|home)\b", line):
+                    found.append(f"{name_of(path)}:{number}: {line.strip()}")
+    assert not found, found
