@@ -62,7 +62,7 @@ def run_buffer(folder: RunFolder, settings: Settings, endpoint: str, train_probl
         Router(endpoint, max_message_bytes=limit) as router,
     ):
         if begun:
-            store.rewind(version=version)
+            store.rewind(version=version, now=time.time())
             store.commit()
             restore(core, read_standing(store), version=version)
         folder.event("buffer_ready", time=time.time(), endpoint=endpoint)

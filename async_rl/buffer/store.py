@@ -141,9 +141,11 @@ class Store(StoreReader):
         """The weights of version `step + 1` are in a checkpoint."""
         self.set_meta("consumed_step", max(step, self.consumed_step()))
 
-    def rewind(self, *, version: int) -> None:
+    def rewind(self, *, version: int, now: float) -> None:
         """The run goes on from the weights of `version`: later ones are lost, their batches are kept and
-        will be trained again."""
+        will be trained again. What the checkpoint holds is trained, even if that was not heard of."""
+        unheard = "UPDATE batches SET trained_at = ? WHERE step < ? AND trained_at IS NULL"
+        self._write(unheard, (now, version))
         self._write("UPDATE batches SET trained_at = NULL WHERE step >= ?", (version,))
         self.set_meta("consumed_step", version - 1)
 

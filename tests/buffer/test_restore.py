@@ -1,0 +1,190 @@
+"""A buffer killed at any moment comes back from its store and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import heapq
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support_buffer_world import TRAINER, World, make_core, paces
+
+from async_rl.buffer import effects as do
+from async_rl.buffer.core import Core
+from async_rl.buffer.loop import write
+from async_rl.buffer.restore import read_standing, restore
+from async_rl.buffer.staleness import Pace
+from async_rl.buffer.store import Store
+from async_rl.wire import messages as msg
+
+STEPS = 8
+
+
+@dataclass
+class MortalWorld(World):
+    """A world with a real store, in which everything dies now and then and resumes at a checkpoint."""
+
+    path: Path = Path()
+    every: int = 2
+    """steps between two checkpoints"""
+    deaths: int = 0
+    """that are still to come"""
+    store: Store = None  # type: ignore[assignment]
+    saved: list[int] = field(default_factory=lambda: [0])
+    """versions a trainer may go on from"""
+    sent: dict[int, list[bytes]] = field(default_factory=dict)
+    """batch of each step as it was first answered"""
+
+    def __post_init__(self) -> None:
+        self.store = Store(self.path, durability="process", create=True)
+
+    def to_buffer(self, peer: bytes, message: msg.Message) -> None:
+        self.send(peer, b"", lambda: self.receive(peer, message))
+
+    def receive(self, peer: bytes, message: msg.Message) -> None:
+        effects = self.core.handle(peer, message, self.now)
+        if self.deaths == 0 or self.random.random() > 0.03:
+            self.obey(effects)
+            return
+        self.deaths -= 1
+        if self.random.random() < 0.5:
+            for effect in effects[: self.random.randint(0, len(effects))]:
+                write(effect, self.store)  # written and not committed: nobody was told
+            self.die(None)
+        else:
+            self.commit(effects)
+            World.obey(self, [e for e in effects if not isinstance(e, do.Send | do.SendBatch)])
+            self.die(self.core)
+
+    def obey(self, effects: list[do.Effect]) -> None:
+        self.commit(effects)
+        super().obey(effects)
+        for effect in effects:
+            if isinstance(effect, do.SendBatch):
+                blobs = self.store.load_batch(effect.step)
+                assert blobs is not None
+                assert self.sent.setdefault(effect.step, blobs) == blobs, "a batch is answered identically"
+
+    def commit(self, effects: list[do.Effect]) -> None:
+        new = [e.problem for e in effects if isinstance(e, do.AddGroup) and e.split == "train"]
+        known = len(self.admitted)
+        assert new == list(range(known, known + len(new))), "the prompt order goes on without gap or repeat"
+        for effect in effects:
+            write(effect, self.store)
+        self.store.commit()
+
+    def publish(self, version: int) -> None:
+        super().publish(version)
+        if version % self.every == 0:
+            self.saved.append(version)
+            self.to_buffer(TRAINER, msg.Checkpointed(version=version))
+
+    def die(self, whole: Core | None) -> None:
+        """Every process dies; the run resumes at one of the last checkpoints. `whole`: the state machine,
+        when all its effects were committed."""
+        self.store.close()
+        self.events.clear()
+        self.last_arrival.clear()
+        self.store = Store(self.path, durability="process", create=False)
+        version = self.random.choice(self.saved[-2:])
+        self.saved = [v for v in self.saved if v <= version]
+        self.store.rewind(version=version, now=self.now)
+        self.store.commit()
+        self.core = make_core(self.core.rules.pace, drop_zero_signal=self.core.rules.drop_zero_signal)
+        restore(self.core, read_standing(self.store), version=version)
+        if whole is not None:
+            assert durable(self.core) == durable(whole)
+        self.trained_to = version
+        for peer in self.versions:
+            self.join(peer)
+        self.ask(version)
+
+
+def durable(core: Core) -> object:
+    """What a buffer must know again."""
+    counts = ("groups_admitted", "groups_trained", "groups_refused", "trajectories_train", "trajectories_failed")
+    return (
+        (core.ledger.step, core.ledger.next_group, core.admission.position),
+        [(e.group, e.finished, e.trained) for e in core.order],
+        {g.group: (g.problem, g.seed, g.admitted_version) for g in core.groups.values()},
+        {g.group: dict(sorted(g.samples.items())) for g in core.groups.values()},
+        {name: core.counts[name] for name in counts},
+    )
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    pace=paces(),
+    generators=st.integers(1, 3),
+    loss=st.sampled_from([0.0, 0.1]),
+    failure=st.sampled_from([0.0, 0.05]),
+    spread=st.sampled_from([1.0, 30.0]),
+    drop=st.booleans(),
+    every=st.integers(1, 4),
+    seed=st.integers(0, 2**32),
+)
+def test_after_deaths_at_any_moment_every_admitted_group_is_trained_once_within_the_bound(
+    pace: Pace, generators: int, loss: float, failure: float, spread: float, drop: bool, every: int, seed: int
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        world = MortalWorld(
+            core=make_core(pace, drop_zero_signal=drop),
+            random=Random(seed),
+            steps=STEPS,
+            generators=generators,
+            loss=loss,
+            failure=failure,
+            spread=spread,
+            path=Path(folder) / "trajectories.sqlite",
+            every=every,
+            deaths=4,
+        )
+        world.run()
+        audit(world)
+
+
+def audit(world: MortalWorld) -> None:
+    pace = world.core.rules.pace
+    assert len(world.trained) == len(set(world.trained)) == STEPS * pace.groups_per_step
+    assert world.admitted == set(world.trained) | set(world.refused) | set(world.core.groups)
+    assert not set(world.trained) & set(world.refused)
+    assert not any(reason.startswith("stale") for reason in world.refused.values())
+    with world.store as store:
+        rows = [row for row in store.groups() if row.split == "train"]
+        assert [row.problem for row in rows] == list(range(len(rows)))
+        assert {row.group for row in rows if row.step is not None} == set(world.trained)
+        assert {row.group for row in rows if row.refused_because is not None} == set(world.refused)
+        batches = list(store.batches())
+        assert [batch.step for batch in batches] == list(range(STEPS))
+        assert all(len(set(batch.groups)) == pace.groups_per_step for batch in batches)
+        # the world ends when the trainer has published the last version
+        assert all(batch.trained_at is not None for batch in batches[: STEPS - 1])
+        assert store.consumed_step() <= STEPS - 1
+
+
+def test_a_store_without_anything_gives_a_fresh_buffer(tmp_path: Path) -> None:
+    pace = Pace(groups_per_step=2, max_staleness=1, pipeline_depth=2.0, window=1)
+    core = make_core(pace)
+    with Store(tmp_path / "trajectories.sqlite", durability="process", create=True) as store:
+        restore(core, read_standing(store), version=0)
+    assert durable(core) == durable(make_core(pace))
+
+
+def test_restored_groups_keep_their_seeds_whatever_evaluations_took_numbers_in_between(tmp_path: Path) -> None:
+    pace = Pace(groups_per_step=1, max_staleness=1, pipeline_depth=2.0, window=1)
+    core = make_core(pace)
+    again = make_core(pace)
+    with Store(tmp_path / "trajectories.sqlite", durability="process", create=True) as store:
+        ask = msg.Evaluate(evaluation=0, version=0, problems=(5, 6, 7), samples=2, temperature=0.0)
+        effects = core.handle(TRAINER, ask, 0.0)
+        effects += core.handle(b"g", msg.Hello(role="generator", name="g", pid=1), 0.0)
+        effects += core.handle(b"g", msg.Want(limit=9, version=0), 0.0)
+        for effect in effects:
+            write(effect, store)
+        restore(again, read_standing(store), version=0)
+    assert {g.group: g.seed for g in again.groups.values()} == {g.group: g.seed for g in core.groups.values()}
+    assert again.ledger.next_group == core.ledger.next_group == 5
+    assert heapq.nsmallest(2, again.admission.orphans) == [3, 4]

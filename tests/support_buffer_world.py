@@ -1,0 +1,216 @@
+"""The buffer's state machine among generators and a trainer on a virtual clock."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+from hypothesis import strategies as st
+
+from async_rl.buffer import effects as do
+from async_rl.buffer.core import Core
+from async_rl.buffer.rules import Rules
+from async_rl.buffer.staleness import Pace
+from async_rl.trajectory import Trajectory, Turn, VersionSpan
+from async_rl.wire import messages as msg
+
+TRAINER = b"trainer"
+
+
+def trajectory(group: int, sample: int, version: int, *, split: str = "train", **changes: object) -> Trajectory:
+    values: dict[str, object] = {
+        "group": group,
+        "sample": sample,
+        "problem": 0,
+        "split": split,
+        "seed": 1,
+        "tokens": np.array([1, 2], np.int32),
+        "log_behaviour": np.array([0.0, -1.0], np.float32),
+        "turns": (Turn(start=1, length=1),),
+        "versions": (VersionSpan(version=version, start=1, end=2),),
+        "reward": float(Random(31 * group + sample).random() < 0.5),
+        "ended": "finished",
+    }
+    return Trajectory(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def make_core(pace: Pace, **changes: object) -> Core:
+    values: dict[str, object] = {
+        "pace": pace,
+        "group_size": 2,
+        "temperature": 1.0,
+        "drop_zero_signal": False,
+        "max_failures": 10**9,
+        "max_refusals": 10**9,
+        "seed": 0,
+    }
+    return Core(Rules(**{**values, **changes}), problem_at=lambda position: position)  # type: ignore[arg-type]
+
+
+@dataclass
+class World:
+    """Generators, a trainer and a network with random delays around a real Core.
+
+    Messages between one pair stay in order (as ZeroMQ keeps them); everything else may be reordered.
+    """
+
+    core: Core
+    random: Random
+    steps: int
+    generators: int
+    loss: float
+    """chance that a generator dies after a delivery to it"""
+    failure: float
+    """chance that a trajectory fails"""
+    spread: float
+    """ratio of slow to fast episodes"""
+    now: float = 0.0
+    events: list[tuple[float, int, object]] = field(default_factory=list)
+    count: itertools.count = field(default_factory=itertools.count)  # type: ignore[type-arg]
+    last_arrival: dict[tuple[bytes, bytes], float] = field(default_factory=dict)
+    versions: dict[bytes, int] = field(default_factory=dict)
+    received: Counter[bytes] = field(default_factory=Counter)
+    lives: Counter[bytes] = field(default_factory=Counter)
+    trained: list[int] = field(default_factory=list)
+    admitted: set[int] = field(default_factory=set)
+    refused: dict[int, str] = field(default_factory=dict)
+    stored: dict[tuple[int, int], Trajectory] = field(default_factory=dict)
+    max_lag: int = 0
+    finished: bool = False
+
+    def at(self, delay: float, action: object) -> None:
+        heapq.heappush(self.events, (self.now + delay, next(self.count), action))
+
+    def send(self, sender: bytes, receiver: bytes, action: object) -> None:
+        arrival = max(self.now + self.random.expovariate(20.0), self.last_arrival.get((sender, receiver), 0.0))
+        self.last_arrival[sender, receiver] = arrival
+        heapq.heappush(self.events, (arrival, next(self.count), action))
+
+    def to_buffer(self, peer: bytes, message: msg.Message) -> None:
+        self.send(peer, b"", lambda: self.obey(self.core.handle(peer, message, self.now)))
+
+    def obey(self, effects: list[do.Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case do.AddGroup(group=group, split="train"):
+                    assert group not in self.admitted
+                    self.admitted.add(group)
+                case do.AddTrajectories(trajectories=many):
+                    for t in many:
+                        assert (t.group, t.sample) not in self.stored
+                        self.stored[t.group, t.sample] = t
+                case do.RefuseGroup(group=group, reason=reason):
+                    assert group not in self.refused
+                    self.refused[group] = reason
+                case do.FormBatch(step=step, groups=groups):
+                    self.check_batch(step, groups)
+                case do.SendBatch(step=step):
+                    self.send(b"", TRAINER, lambda s=step: self.train(s))
+                case do.Send(peer=peer, message=message) if peer != TRAINER:
+                    life = self.lives[peer]
+                    self.send(b"", peer, lambda p=peer, m=message, n=life: self.generator(p, m, n))
+
+    def check_batch(self, step: int, groups: tuple[int, ...]) -> None:
+        pace = self.core.rules.pace
+        assert len(groups) == pace.groups_per_step
+        for group in groups:
+            assert group not in self.trained
+            assert group not in self.refused
+            self.trained.append(group)
+            for sample in range(self.core.rules.group_size):
+                lag = step - self.stored[group, sample].version_min
+                self.max_lag = max(self.max_lag, lag)
+                assert lag <= pace.max_staleness, f"group {group} trained {lag} steps after its weights"
+
+    # ------------------------------------------------------------ actors
+
+    def start(self) -> None:
+        for i in range(self.generators):
+            self.join(b"g%d" % i)
+        self.ask(0)
+
+    def join(self, peer: bytes) -> None:
+        self.lives[peer] += 1
+        self.received[peer] = 0
+        self.versions[peer] = self.core.published
+        self.to_buffer(peer, msg.Hello(role="generator", name=peer.decode(), pid=1))
+        self.want(peer)
+
+    def want(self, peer: bytes) -> None:
+        self.to_buffer(peer, msg.Want(limit=self.received[peer] + 3, version=self.versions[peer]))
+
+    def generator(self, peer: bytes, message: msg.Message, life: int) -> None:
+        if life != self.lives[peer]:
+            return
+        match message:
+            case msg.NewWeights(version=version):
+                self.at(self.random.expovariate(5.0), lambda: self.swap(peer, version, life))
+            case msg.Permits(permits=permits):
+                if self.random.random() < self.loss:
+                    self.lives[peer] += 1
+                    self.obey(self.core.lost(peer, self.now))
+                    self.at(self.random.expovariate(1.0), lambda: self.join(peer))
+                    return
+                for permit in permits:
+                    self.received[peer] += 1
+                    for sample in permit.samples:
+                        seconds = self.random.expovariate(1.0) * self.spread ** self.random.random()
+                        version = self.versions[peer]
+                        self.at(seconds, lambda p=permit, s=sample, v=version: self.finish(peer, p, s, v, life))
+                self.want(peer)
+
+    def swap(self, peer: bytes, version: int, life: int) -> None:
+        if life == self.lives[peer] and version > self.versions[peer]:
+            self.versions[peer] = version
+            self.to_buffer(peer, msg.Holds(version=version))
+
+    def finish(self, peer: bytes, permit: msg.Permit, sample: int, version: int, life: int) -> None:
+        if life != self.lives[peer]:
+            return
+        ended = "error" if self.random.random() < self.failure else "finished"
+        done = trajectory(permit.group, sample, version, split=permit.split, ended=ended)
+        self.to_buffer(peer, msg.Finished(trajectories=(done,)))
+        if self.random.random() < 0.05:  # a message that comes twice changes nothing
+            self.to_buffer(peer, msg.Finished(trajectories=(done,)))
+
+    def ask(self, step: int) -> None:
+        if step >= self.steps:
+            self.finished = True
+            return
+        self.to_buffer(TRAINER, msg.NextBatch(step=step))
+        if self.random.random() < 0.2:
+            self.to_buffer(TRAINER, msg.NextBatch(step=step))
+
+    def train(self, step: int) -> None:
+        if step + 1 > getattr(self, "trained_to", 0):
+            self.trained_to = step + 1
+            self.at(self.random.expovariate(2.0), lambda: self.publish(step + 1))
+
+    def publish(self, version: int) -> None:
+        self.to_buffer(TRAINER, msg.Published(version=version))
+        self.ask(version)
+
+    def run(self) -> None:
+        self.start()
+        events = 0
+        while self.events and not self.finished:
+            self.now, _, action = heapq.heappop(self.events)
+            action()  # type: ignore[operator]
+            events += 1
+            assert events < 200_000, "the world goes on without getting anywhere"
+        assert self.finished, f"deadlock: {self.core.wait_reason(self.now)}"
+
+
+@st.composite
+def paces(draw: st.DrawFn) -> Pace:
+    p, k = draw(st.integers(1, 6)), draw(st.integers(0, 4))
+    return Pace(
+        groups_per_step=p,
+        max_staleness=k,
+        pipeline_depth=draw(st.floats(1, k + 1)),
+        window=draw(st.integers(1, k * p + 1)),
+    )
