@@ -13,6 +13,7 @@ from typing import Any
 
 from async_rl import __version__
 from async_rl.errors import RunFailed, UserError
+from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,24 +21,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     # settings may stand before and behind options, which argparse alone does not allow
     arguments, more = parser.parse_known_args(argv)
-    if more and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in more)):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    dashed = [word for word in more if word.startswith("-")]
+    if more and (not hasattr(arguments, "overrides") or dashed):
+        hint = " (settings are written without dashes)" if any("=" in word for word in dashed) else ""
+        parser.error(f"unrecognized arguments: {' '.join(dashed or more)}{hint}")
     if more:
         arguments.overrides = [*arguments.overrides, *more]
     try:
-        code = arguments.work(arguments)
+        with interruptible():
+            code = arguments.work(arguments)
+            sys.stdout.flush()
     except UserError as error:
         _complain(str(error))
         code = 2
     except RunFailed as error:
         _complain(str(error))
         code = 1
-    except KeyboardInterrupt:
-        _complain("stopped")
+    except KeyboardInterrupt as order:
+        _complain(f"stopped by {order}" if str(order) else "stopped")
         code = 130
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has gone
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    if code == 130:
+        ignore_interrupts()  # the interpreter's own end takes a moment, too
     sys.exit(code)
 
 
@@ -99,23 +106,33 @@ def _complain(message: str) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from async_rl.launch import Interrupted, resume_training, run_training
     from async_rl.observe.console import Console
+    from async_rl.run_folder import RunFolder
     from async_rl.settings import load_settings
 
     console = Console(quiet=arguments.quiet)
+    path: Path | None = None
     try:
         if arguments.resume is not None:
+            from async_rl.launch import resume_training
+
             path = arguments.resume
             summary = resume_training(path, _resume_words(arguments), console=console)
         else:
             if arguments.config is None:
                 raise UserError("name a YAML file of settings, or --resume RUN to go on with a run")
             settings = load_settings(Path(arguments.config), arguments.overrides)
+            from async_rl.launch import run_training  # after the settings: a misspelt one is said at once
+
             path = arguments.run_dir or Path("runs") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
             summary = run_training(settings, path, console=console)
-    except Interrupted as error:
-        _complain(f"stopped by {error}; everything is down. `async-rl run --resume {path}` goes on with the run")
+    except Interrupted as order:
+        if path is None or not RunFolder(path).config.is_file():
+            raise  # before anything was there
+        _complain(
+            f"stopped by {order}; everything is down, the record of the run is in {path}. "
+            f"`async-rl run --resume {path}` goes on with it"
+        )
         return 130
     except RunFailed as error:
         raise RunFailed(f"{error}\n`async-rl run --resume {path}` goes on with the run") from None

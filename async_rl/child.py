@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from async_rl.errors import RunFailed, UserError
-from async_rl.process import PARENT_PIPE
+from async_rl.process import PARENT_PIPE, TOLD_TO_END
 from async_rl.run_folder import RunFolder
 
 
@@ -57,9 +58,9 @@ class Child:
             if reason["kind"] == "user":
                 return UserError(reason["message"])
             return RunFailed(f"{self.name}: {reason['message']} (log: {self.log})")
-        code = self.process.returncode
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        return RunFailed(f"{self.name} {how}; its last words are in {self.log}{_tail(self.log)}")
+        said = _tail(self.log)
+        where = f"its last words, in {self.log}:{said}" if said else "it left no word"
+        return RunFailed(f"{self.name} {how_it_ended(self.process.returncode)}; {where}")
 
 
 def start_child(command: Command, folder: RunFolder, *, parent_pipe: int, lock: int) -> Child:
@@ -88,6 +89,18 @@ def start_child(command: Command, folder: RunFolder, *, parent_pipe: int, lock: 
     return Child(command=command, folder=folder, process=process)
 
 
+def how_it_ended(code: int) -> str:
+    """An exit code of a process that recorded no reason, in words."""
+    if code == TOLD_TO_END:
+        return "was told to end from outside (SIGTERM)"
+    if code >= 0:
+        return f"ended with code {code}"
+    name = signal.Signals(-code).name
+    if name == "SIGKILL":
+        return "was killed from outside (SIGKILL), or the machine ran out of memory"
+    return f"was killed from outside ({name})" if name == "SIGTERM" else f"crashed ({name})"
+
+
 def _tail(log: Path, lines: int = 5) -> str:
     text = log.read_text(errors="replace").strip().splitlines()[-lines:] if log.exists() else []
-    return ":\n  " + "\n  ".join(text) if text else ""
+    return "".join(f"\n  {line}" for line in text)

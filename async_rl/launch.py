@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from async_rl.child import Child, Command, start_child
 from async_rl.config import to_yaml
 from async_rl.errors import RunFailed, UserError
+from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
 from async_rl.observe.console import Console
 from async_rl.preflight import preflight
 from async_rl.restart import RestartBudget
 from async_rl.resume import Start, find_start, resumed_settings, rewind
-from async_rl.run_folder import RunFolder, read_rows, replace_text
+from async_rl.run_folder import RowTail, RunFolder, replace_text
 from async_rl.run_lock import take_lock
 from async_rl.settings import Settings
 from async_rl.weights.shared_memory import segment_path
@@ -36,12 +35,10 @@ STOP_S = 3.0
 """time children get to end by themselves after being told to"""
 FINISH_S = 15.0
 """time the others get after the trainer is done"""
+SETTLE_S = 2.0
+"""time a process gets to say why it ends after another has ended without a reason"""
 LAST_LAUNCH_S = 15.0
 """time processes of a launch whose launcher was killed get to notice it"""
-
-
-class Interrupted(Exception):
-    """Ctrl-C or an order to end."""
 
 
 @dataclass(slots=True)
@@ -56,35 +53,51 @@ class Launcher:
     children: list[Child] = field(default_factory=list)
     pipe: tuple[int, int] = (-1, -1)
     lock: int = -1
-    shown: int = 0
-    """metric rows shown or older than this launch"""
-    events_before: int = 0
-    """events of earlier launches"""
+    rows: RowTail = field(init=False)
+    """metric rows not shown yet"""
+    events: RowTail = field(init=False)
     budgets: dict[str, RestartBudget] = field(default_factory=dict)
     resting: dict[str, tuple[float, Command]] = field(default_factory=dict)
     """generators that died: when they are started again (monotonic clock), and how"""
 
+    def __post_init__(self) -> None:
+        self.rows, self.events = RowTail(self.folder.metrics), RowTail(self.folder.events)
+
     def run(self) -> dict[str, Any]:
         """The run's summary. Raises UserError, RunFailed or Interrupted; all processes are gone then."""
+        with interruptible():
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         facts = preflight(self.settings)
         endpoint = self.endpoint()
         self.open_folder()
-        self.console.start(self.settings, self.folder.path, facts.notes)
-        before = {s: signal.signal(s, _interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         started = time.monotonic()
         try:
+            self.console.start(self.settings, self.folder.path, facts.notes)
             self.pipe = os.pipe()
             self.start(endpoint, facts.train_problems)
             self.watch()
             return self.finish(time.monotonic() - started)
+        except Interrupted as order:
+            self.folder.event("interrupted", signal=str(order), time=time.time())
+            raise
+        except UserError:
+            self.end(endpoint)
+            if self.start_at is None and not self.folder.metrics.exists():
+                shutil.rmtree(self.folder.path, ignore_errors=True)  # a wrong set-up leaves nothing behind
+            raise
         finally:
-            for s in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(s, signal.SIG_IGN)  # a second Ctrl-C must not stop the cleaning up
+            self.end(endpoint)
+
+    def end(self, endpoint: str) -> None:
+        """Every process down, nothing of theirs left. May be called twice."""
+        try:
+            ignore_interrupts()
+        finally:  # one that came just before is raised when all is done
             self.stop()
             self.clean(endpoint)
             self.console.stop()
-            for s, handler in before.items():
-                signal.signal(s, handler)
 
     def open_folder(self) -> None:
         """Make the folder of a new run, or put that of a resumed one into the state of its start."""
@@ -98,9 +111,9 @@ class Launcher:
             self.folder.event("checkpoint_damaged", path=str(damage.path), reason=damage.reason, time=time.time())
         rewind(self.folder, start)
         replace_text(self.folder.config, to_yaml(self.settings))
-        self.shown = sum(1 for _ in read_rows(self.folder.metrics))
         self.folder.event("resumed", version=start.version, time=time.time())
-        self.events_before = sum(1 for _ in read_rows(self.folder.events))
+        self.rows.new()  # what earlier launches wrote is not shown again
+        self.events.new()
         what = start.checkpoint.name if start.checkpoint is not None else "the initial model (no checkpoint yet)"
         self.console.say(f"resuming {self.folder.path} at step {start.version} from {what}")
 
@@ -144,7 +157,7 @@ class Launcher:
                 done_at = time.monotonic()
             if done_at is not None and time.monotonic() - done_at > FINISH_S:
                 alive = [c.name for c in self.children if c.process.poll() is None]
-                self.folder.event("ended_by_force", processes=alive, time=time.time())
+                self.folder.event("still_running", processes=alive, time=time.time())
                 return
             time.sleep(POLL_S)
         self.show()
@@ -161,7 +174,18 @@ class Launcher:
             raise self.first_cause(bad)
         ended = [c for c in self.children if c.ended and c.name not in self.budgets]
         if ended and not done and not self.child("trainer").ended:
+            self.settle()
             raise RunFailed(f"{ended[0].name} ended before the trainer was done; see {ended[0].log}")
+
+    def settle(self) -> None:
+        """A process has ended in peace, because another told it to that is still writing down why. Raises that
+        cause."""
+        deadline = time.monotonic() + SETTLE_S
+        while time.monotonic() < deadline:
+            bad = [c for c in self.children if c.ended and c.process.returncode != 0]
+            if bad:
+                raise self.first_cause(bad)
+            time.sleep(POLL_S)
 
     def bury(self, child: Child) -> None:
         """A generator died: it is started again after a pause. The buffer gives its permits to it anew, or to
@@ -209,11 +233,10 @@ class Launcher:
 
     def show(self) -> None:
         """Rows and evaluations that are new since last time."""
-        rows = list(read_rows(self.folder.metrics))
-        for row in rows[self.shown :]:
+        for row in self.rows.new():
             self.console.step(row)
-        self.shown = len(rows)
-        self.console.events(islice(read_rows(self.folder.events), self.events_before, None))
+        for event in self.events.new():
+            self.console.event(event)
 
     # -------------------------------------------------------------------- end
 
@@ -235,6 +258,7 @@ class Launcher:
             try:
                 child.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
+                self.folder.event("ended_by_force", process=child.name, time=time.time())
                 child.process.kill()
                 child.process.wait()
         for end in self.pipe:
@@ -249,7 +273,9 @@ class Launcher:
 
     def clean(self, endpoint: str) -> None:
         """What a killed process could not remove itself."""
-        segment_path(self.folder.path).unlink(missing_ok=True)
+        segment = segment_path(self.folder.path)
+        for path in (segment, segment.with_name(f"{segment.name}.new")):
+            path.unlink(missing_ok=True)
         if endpoint.startswith("ipc://"):
             Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
@@ -274,8 +300,3 @@ def resume_training(path: Path, overrides: Sequence[str], *, console: Console) -
         return Launcher(settings, folder, console, start_at=find_start(folder, settings), lock=lock).run()
     finally:
         os.close(lock)
-
-
-def _interrupt(number: int, _: FrameType | None) -> None:
-    raise Interrupted(signal.Signals(number).name)
-

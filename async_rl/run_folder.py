@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,14 @@ class RunFolder:
 
     def create(self, settings: Settings) -> None:
         """Make the folder and write the resolved settings. Raises UserError when it is not new."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UserError(f"{self.path} exists already; choose another --run-dir or remove it")
         try:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise UserError(f"{self.path} exists already; choose another --run-dir or remove it")
             for folder in (self.path, self.logs, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
             self.config.write_text(to_yaml(settings))
         except OSError as error:
+            shutil.rmtree(self.path, ignore_errors=True)  # it was empty, or not there
             raise UserError(f"{self.path} cannot be written: {error.strerror}; choose another --run-dir") from None
 
     def settings(self) -> Settings:
@@ -107,3 +109,22 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n"):
             yield json.loads(line)
+
+
+@dataclass(slots=True)
+class RowTail:
+    """The rows of a growing JSONL file that have not been read yet."""
+
+    path: Path
+    _offset: int = field(default=0, init=False)
+    """bytes read"""
+
+    def new(self) -> list[dict[str, Any]]:
+        """Whole rows since the last call; one that is still being written comes with a later call."""
+        if not self.path.exists() or self.path.stat().st_size == self._offset:
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        return [json.loads(line) for line in whole.splitlines()] if newline else []

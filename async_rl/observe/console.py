@@ -24,7 +24,6 @@ class Console:
         self._progress: Progress | None = None
         self._task: Any = None
         self._last: Mapping[str, Any] | None = None
-        self._events_shown = 0
 
     def say(self, text: str) -> None:
         self._out.print(text, markup=False, soft_wrap=True)
@@ -63,30 +62,26 @@ class Console:
             self.say(step_line(row, self._last))
         self._last = row
 
-    def events(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """Say the events that are new: evaluations, skipped steps."""
-        for i, event in enumerate(events):
-            if i < self._events_shown:
-                continue
-            self._events_shown = i + 1
-            match event.get("event"):
-                case "evaluation":
-                    self.say(
-                        f"held-out reward {event['reward']:.3f} before step {event['step']} "
-                        f"({event['trajectories']} episodes, weights {event['version_min']}..{event['version_max']})"
-                    )
-                case "canary_silent":
-                    self.say(
-                        f"step {event['step']}: {event['name']} has not shown since step {event['since_step']} "
-                        f"that its weights are those published"
-                    )
-                case "generator_died":
-                    self.say(
-                        f"{event['reason']}\n{event['name']} is started again in {event['restart_in_s']:g} s "
-                        f"(death {event['deaths']}; {event['max_restarts']} restarts are allowed)"
-                    )
-                case "step_skipped":
-                    self.say(f"step {event['step']} changed nothing: {event['reason']}")
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Say what is worth saying: evaluations, skipped steps, generators that died."""
+        match event.get("event"):
+            case "evaluation":
+                self.say(
+                    f"held-out reward {event['reward']:.3f} before step {event['step']} "
+                    f"({event['trajectories']} episodes, weights {event['version_min']}..{event['version_max']})"
+                )
+            case "canary_silent":
+                self.say(
+                    f"step {event['step']}: {event['name']} has not shown since step {event['since_step']} "
+                    f"that its weights are those published"
+                )
+            case "generator_died":
+                self.say(
+                    f"{event['reason']}\n{event['name']} is started again in {event['restart_in_s']:g} s "
+                    f"(death {event['deaths']}; {event['max_restarts']} restarts are allowed)"
+                )
+            case "step_skipped":
+                self.say(f"step {event['step']} changed nothing: {event['reason']}")
 
     def stop(self) -> None:
         if self._progress is not None:
@@ -125,7 +120,10 @@ def who_waits(row: Mapping[str, Any], seconds: float) -> str:
 
 def summary_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
-        ("held-out reward", f"{s['reward_eval_first']:.3f} before, {s['reward_eval_last']:.3f} after {s['steps']} steps"),
+        (
+            "held-out reward",
+            f"{s['reward_eval_first']:.3f} before, {s['reward_eval_last']:.3f} after {s['steps']} steps",
+        ),
         ("staleness", f"mean {s['lag_mean']:.2f}, max {s['lag_max']}, bound {s['max_staleness']} steps"),
         ("effective sample size", f"{s['ess_mean']:.3f} of the batch on average"),
         (

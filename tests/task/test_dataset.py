@@ -209,7 +209,8 @@ def test_parquet_gives_the_same_problems_as_jsonl(tmp_path: Path) -> None:
     other = make_task("dataset", {"path": write(tmp_path / "a.jsonl", rows)})
     for split in ("train", "eval"):
         same = zip(one.problems(split), other.problems(split), strict=True)
-        assert all((a.prompt, a.data["answer"], a.data["row"]) == (b.prompt, b.data["answer"], b.data["row"]) for a, b in same)
+        for a, b in same:
+            assert (a.prompt, a.data["answer"], a.data["row"]) == (b.prompt, b.data["answer"], b.data["row"])
     assert f"{tmp_path / 'a.parquet'}, row 1: no field 'question'" in refusal(
         tmp_path / "a.parquet", prompt_field="question"
     )
