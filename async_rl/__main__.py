@@ -151,14 +151,14 @@ def _resume_words(arguments: argparse.Namespace) -> list[str]:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
+    from async_rl.child import arithmetic_environment
     from async_rl.run_folder import RunFolder
 
     folder = RunFolder(arguments.run)
     if not folder.config.is_file():
         raise UserError(f"{folder.path} is not a run folder: there is no {folder.config.name} in it")
     # as the trainer was started: another number of threads may round differently
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(folder.settings().trainer.threads)
+    os.environ.update(arithmetic_environment(folder.settings().trainer.threads))
 
     from async_rl.lab.replay import in_words, replay
 

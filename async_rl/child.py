@@ -63,17 +63,30 @@ class Child:
         return RunFailed(f"{self.name} {how_it_ended(self.process.returncode)}; {where}")
 
 
+def arithmetic_environment(threads: int) -> dict[str, str]:
+    """Variables that must stand before torch is imported."""
+    return {
+        # two processes with a thread a core each run ten times slower
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        # every batch has another number of tokens: oneDNN would keep a kernel for a thousand of them (1 GB)
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+        "LRU_CACHE_CAPACITY": "64",  # the same of the layer above oneDNN
+        # activations of one step are the next step's: keep freed memory (glibc; a tenth of a step's time)
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+    }
+
+
 def start_child(command: Command, folder: RunFolder, *, parent_pipe: int, lock: int) -> Child:
     """`parent_pipe`: the end that closes when the launcher dies; `lock`: of the run, kept until the last
     process is gone."""
     environment = {
         **os.environ,
+        **arithmetic_environment(command.threads),
         PARENT_PIPE: str(parent_pipe),
-        # before torch is imported: two processes with a thread a core each run ten times slower
-        "OMP_NUM_THREADS": str(command.threads),
-        "MKL_NUM_THREADS": str(command.threads),
-        "OPENBLAS_NUM_THREADS": str(command.threads),
-        "TOKENIZERS_PARALLELISM": "false",
     }
     with (folder.logs / f"{command.name}.log").open("ab") as stream:
         process = subprocess.Popen(
