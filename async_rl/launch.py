@@ -167,6 +167,8 @@ class Launcher:
         """Raises RunFailed when trainer or buffer ended before their time, or a generator too often."""
         done = self.folder.summary.exists()
         for child in [c for c in self.children if c.ended and c.name in self.budgets and not done]:
+            if child.process.returncode == 0:
+                self.settle()  # the buffer told it to
             self.bury(child)
         bad = [c for c in self.children if c.ended and c.process.returncode != 0 and c.name not in self.budgets]
         if bad:
@@ -182,7 +184,7 @@ class Launcher:
         cause."""
         deadline = time.monotonic() + SETTLE_S
         while time.monotonic() < deadline:
-            bad = [c for c in self.children if c.ended and c.process.returncode != 0]
+            bad = [c for c in self.children if c.ended and c.process.returncode != 0 and c.name not in self.budgets]
             if bad:
                 raise self.first_cause(bad)
             time.sleep(POLL_S)

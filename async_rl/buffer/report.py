@@ -8,6 +8,9 @@ from async_rl.buffer.admission import Admission
 from async_rl.buffer.ledger import Ledger
 from async_rl.wire.messages import HOLDS
 
+SILENT_S = 5.0
+"""a generator sends its counters twice a second"""
+
 
 def wait_reason(ledger: Ledger, admission: Admission, *, published: int, now: float) -> str:
     """Who the trainer is waiting for, since when."""
@@ -18,9 +21,12 @@ def wait_reason(ledger: Ledger, admission: Admission, *, published: int, now: fl
         oldest = min(open_groups, key=lambda g: g.group)
         holder = generators.get(oldest.holder or b"")
         who = holder.name if holder is not None else "no generator"
+        silent = ""
+        if holder is not None and now - holder.last_heard > SILENT_S:
+            silent = f"; {who} is silent (a reward or tool function that blocks stops it)"
         return (
             f"{text}; oldest is group {oldest.group} on {who}, {now - oldest.admitted_at:.1f} s, "
-            f"{len(oldest.samples)}/{oldest.size} samples"
+            f"{len(oldest.samples)}/{oldest.size} samples{silent}"
         )
     if not generators:
         return f"{text}; no generator is connected"

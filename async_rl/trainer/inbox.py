@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -49,19 +50,26 @@ class Inbox:
         return self.batches.pop(step)
 
     def evaluation(self, number: int, *, wait: bool) -> msg.EvaluationResult | None:
-        """The result of an evaluation asked for before; None when it is not complete and `wait` is off."""
-        deadline = time.monotonic() + self.timeout_s
+        """The result of an evaluation asked for before; None when it is not complete and `wait` is off.
+
+        Raises RunFailed when no trajectory of it has come for `timeout_s`."""
+        deadline, missing = 0.0, math.inf
         while True:
             self.evaluations.pop(number, None)
             self.dealer.send(msg.FetchEvaluation(evaluation=number))
+            answered_by = time.monotonic() + self.timeout_s
             while number not in self.evaluations:
-                self._receive(deadline, f"evaluation {number}")
+                self._receive(answered_by, f"the buffer's word on evaluation {number}")
             result = self.evaluations.pop(number)
             if result.finished or not wait:
                 return result if result.finished else None
+            if result.detail["missing"] < missing:  # something moved: a slow evaluation is not a hang
+                deadline, missing = time.monotonic() + self.timeout_s, result.detail["missing"]
             if time.monotonic() > deadline:
-                missing = result.detail.get("missing")
-                raise RunFailed(f"the trainer waited {self.timeout_s:.0f} s for evaluation {number}: {missing} missing")
+                raise RunFailed(
+                    f"waited {self.timeout_s:g} s (wire.timeout_s) for another trajectory of evaluation "
+                    f"{number}, {missing:.0f} are missing; a reward or tool function that blocks stops its generator"
+                )
             time.sleep(POLL_EVALUATION_S)
 
     def snapshot(self) -> dict[str, float]:
@@ -86,9 +94,11 @@ class Inbox:
     def _receive(self, deadline: float, waiting_for: str) -> None:
         try:
             message = self.dealer.receive(max(0.0, deadline - time.monotonic()), waiting_for)
-        except WireTimeout as error:
+        except WireTimeout:
             last = f"; last heard: {self.last_word}" if self.last_word else ""
-            raise RunFailed(f"{error}{last}") from None
+            raise RunFailed(
+                f"waited {self.timeout_s:g} s (wire.timeout_s) for {waiting_for}{last}"
+            ) from None
         self._take(message)
 
     def _take(self, message: msg.Message) -> None:
