@@ -49,7 +49,7 @@ from async_rl.trainer.warmup import WarmupOptions, warm_up
 
 SKIPPED = 6
 """steps at the start of a run that are not counted: the pipeline fills, memory is touched first"""
-LADDER = (16, 24, 32, 48, 64, 96, 128)
+LADDER = (24, 32, 48, 64, 96, 128)
 """sequences decoded at once that are tried"""
 TASK: dict[str, Any] = {
     "name": "reverse",
