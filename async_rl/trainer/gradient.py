@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from async_rl_kernels import LogProbs
-
 from async_rl.batch import PackedBatch
 from async_rl.objective import Coefficients, Columns
 from async_rl.objective.coefficients import opob_baselines
 from async_rl.objective.recipe import Recipe, Requirements
 from async_rl.trainer.forward import Arithmetic, batch_log_probs, log_probs
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
+from async_rl_kernels import LogProbs
 
 if TYPE_CHECKING:
     from async_rl.trainer.forward import Model

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from async_rl_kernels import LogProbs
 from torch import Tensor
 
 from async_rl.batch import PackedBatch
@@ -24,6 +23,7 @@ from async_rl.trainer import gradient
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import Arithmetic, batch_log_probs
 from async_rl.trainer.schedule import base_learning_rate
+from async_rl_kernels import LogProbs
 
 if TYPE_CHECKING:
     from async_rl.trainer.forward import Model

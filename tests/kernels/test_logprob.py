@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from async_rl_kernels import linear_logprob, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from async_rl_kernels import linear_logprob, reference
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

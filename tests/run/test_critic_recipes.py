@@ -12,7 +12,6 @@ from async_rl.run_folder import read_rows
 from async_rl.task import make_task
 from async_rl.trainer.warmup import WarmupOptions
 
-
 ARGS = {"digits": 1, "num_operands": 2, "max_turns": 3, "max_tokens": 6, "num_train": 512, "num_eval": 16}
 
 

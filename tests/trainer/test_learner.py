@@ -55,7 +55,7 @@ def make_batch(*, micro_batch_tokens: int = 10_000, broken: bool = False, order:
                 log_behaviour=np.full(length, -1.0, np.float32), turns=turns,
                 versions=(VersionSpan(version=0, start=start, end=length),),
                 reward=float(random.integers(0, 2)), ended="finished",
-            )  # fmt: skip
+            )
         )
     packed = pack_batch(made, micro_batch_tokens=10_000)
     log_behaviour = batch_log_probs(behaviour, packed, ARITHMETIC).log_prob.float().numpy()
