@@ -1,0 +1,184 @@
+"""A learner that was saved and loaded goes on bit for bit; what is damaged on the disk is not used."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support_run import quick_settings
+
+from async_rl.errors import UserError
+from async_rl.objective import ObjectiveState
+from async_rl.settings import Settings
+from async_rl.trainer.build import make_learner, pack_step
+from async_rl.trainer.checkpoint import (
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    weights_hash,
+)
+from async_rl.trainer.learner import Learner
+from async_rl.trainer.manifest import (
+    MANIFEST,
+    checkpoint_path,
+    damage_of,
+    list_checkpoints,
+    newest_whole,
+    version_of,
+    write_whole,
+)
+from async_rl.trajectory import Trajectory, Turn, VersionSpan
+
+
+def episodes(step: int) -> list[Trajectory]:
+    """Two-turn episodes in groups of four, with made-up behaviour log-probs."""
+    drawn = np.random.default_rng(step)
+    made = []
+    for number in range(8):
+        first, second = int(drawn.integers(1, 5)), int(drawn.integers(1, 4))
+        length = 3 + first + 2 + second
+        made.append(
+            Trajectory(
+                group=100 * step + number // 4, sample=number % 4, problem=0, split="train", seed=0,
+                tokens=drawn.integers(0, 10, length).astype(np.int32),
+                log_behaviour=drawn.uniform(-3.0, -1.0, length).astype(np.float32),
+                turns=(Turn(start=3, length=first, reward=0.25), Turn(start=5 + first, length=second)),
+                versions=(VersionSpan(version=max(0, step - number % 2), start=3, end=length),),
+                reward=float(drawn.integers(0, 2)), ended="finished",
+            )
+        )
+    return made
+
+
+def train(learner: Learner, settings: Settings, steps: Sequence[int]) -> list[object]:
+    return [learner.step(pack_step(settings, episodes(step))).metrics for step in steps]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("recipe=vcpo",),
+        ("recipe=turn_gae_ppo", "critic.warmup_steps=1"),
+        ("recipe=turn_gae_ppo", "critic.kind=model", "critic.warmup_steps=1"),
+        ("recipe=ppo", "recipe.kl.coefficient=0.1", "trainer.updates_per_batch=2", "optimizer.schedule=cosine"),
+    ],
+    ids=" ".join,
+)
+def test_a_learner_saved_and_loaded_goes_on_bit_for_bit(
+    overrides: tuple[str, ...], tmp_path: Path, tiny_model: Path
+) -> None:
+    settings = quick_settings(tiny_model, "trainer.steps=6", *overrides)
+    whole = make_learner(settings)
+    train(whole, settings, range(3))
+    path = save_checkpoint(tmp_path, whole, {"evaluations_asked": 2}, source=tiny_model, keep=3)
+    expected = train(whole, settings, range(3, 6))
+
+    torch.rand(3)
+    resumed = make_learner(settings)
+    progress = load_checkpoint(path, resumed)
+
+    assert progress == {"evaluations_asked": 2}
+    assert resumed.version == version_of(path) == 3
+    assert train(resumed, settings, range(3, 6)) == expected
+    assert weights_hash(resumed.weights()) == weights_hash(whole.weights())
+    assert resumed.state == whole.state
+    assert resumed.state != ObjectiveState() or overrides[0] != "recipe=vcpo"
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_with_what_is_missing(tmp_path: Path, tiny_model: Path) -> None:
+    settings = quick_settings(tiny_model, "recipe=grpo")
+    learner = make_learner(settings)
+    train(learner, settings, [0])
+    path = save_checkpoint(tmp_path, learner, {}, source=tiny_model, keep=1)
+    with pytest.raises(UserError, match=r"does not belong to these settings.*critic\.safetensors"):
+        load_checkpoint(path, make_learner(quick_settings(tiny_model, "recipe=turn_gae_ppo")))
+
+
+def test_random_numbers_go_on_where_they_were() -> None:
+    state = json.loads(json.dumps(random_state()))
+    first = (torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random() for _ in range(4)])
+    set_random_state(state)
+    assert (torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random() for _ in range(4)]) == first
+
+
+def test_the_hash_sees_every_bit_and_every_name() -> None:
+    weights = {"a": torch.zeros(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
+    known = weights_hash(weights)
+    assert weights_hash(dict(reversed(weights.items()))) == known
+    assert weights_hash({**weights, "a": torch.tensor([0.0, -0.0, 0.0])}) != known
+    assert weights_hash({"a": weights["a"], "c": weights["b"]}) != known
+    assert weights_hash({**weights, "b": weights["b"].flatten()}) != known
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+def some_checkpoint(folder: Path, version: int) -> Path:
+    def write(into: Path) -> None:
+        (into / "model.safetensors").write_bytes(bytes(range(200)) * version)
+        (into / "learner.json").write_text("{}")
+
+    path = checkpoint_path(folder, version)
+    write_whole(path, write)
+    return path
+
+
+def test_every_kind_of_damage_is_found_and_the_checkpoint_before_is_used(tmp_path: Path) -> None:
+    good = some_checkpoint(tmp_path, 1)
+
+    def truncated(path: Path) -> None:
+        (path / "model.safetensors").write_bytes(bytes(100))
+
+    def flipped(path: Path) -> None:
+        content = bytearray((path / "model.safetensors").read_bytes())
+        content[77] ^= 1
+        (path / "model.safetensors").write_bytes(bytes(content))
+
+    damages = {
+        r"model\.safetensors has 100 bytes instead of 400": truncated,
+        "checksum": flipped,
+        "learner.json is missing": lambda path: (path / "learner.json").unlink(),
+        f"{MANIFEST} is missing": lambda path: (path / MANIFEST).unlink(),
+        f"{MANIFEST} is damaged": lambda path: (path / MANIFEST).write_text('{"schema": 1, "fil'),
+        f"{MANIFEST} has schema 9": lambda path: (path / MANIFEST).write_text('{"schema": 9}'),
+    }
+    for expected, harm in damages.items():
+        path = some_checkpoint(tmp_path, 2)
+        assert newest_whole(tmp_path) == (path, [])
+        harm(path)
+        found, (damage,) = newest_whole(tmp_path)
+        assert found == good
+        assert damage.path == path
+        assert damage.reason == damage_of(path)
+        assert re.search(expected, damage.reason), damage.reason
+
+
+def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    good = some_checkpoint(tmp_path, 1)
+
+    def half(into: Path) -> None:
+        (into / "model.safetensors").write_bytes(b"x")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(checkpoint_path(tmp_path, 2), half)
+    assert list_checkpoints(tmp_path) == [good]
+    assert newest_whole(tmp_path) == (good, [])
+    assert newest_whole(tmp_path / "nothing") == (None, [])
+
+
+def test_only_the_newest_are_kept(tmp_path: Path, tiny_model: Path) -> None:
+    settings = quick_settings(tiny_model)
+    learner = make_learner(settings)
+    for step in range(4):
+        train(learner, settings, [step])
+        save_checkpoint(tmp_path, learner, {}, source=tiny_model, keep=2)
+    assert [version_of(path) for path in list_checkpoints(tmp_path)] == [3, 4]
+    assert all(damage_of(path) is None for path in list_checkpoints(tmp_path))
