@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FLUSH_S = 0.004
 """finished trajectories are gathered this long into one message"""
-STATUS_S = 0.5
+STATUS_S = 0.2
 """interval of the counters sent to the buffer"""
 
 
