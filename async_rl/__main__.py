@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with interruptible():
             code = arguments.work(arguments)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except UserError as error:
         _complain(str(error))
         code = 2
@@ -41,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         _complain(f"stopped by {order}" if str(order) else "stopped")
         code = 130
     except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+        code = 1
+    except OSError as error:  # a full disk
+        _drop_output()
+        _complain(str(error))
         code = 1
     if code == 130:
         ignore_interrupts()  # the interpreter's own end takes a moment, too
@@ -99,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", help="e.g. model.path=runs/x/checkpoints/step_000400")
     evaluate.set_defaults(work=_eval)
     return parser
+
+
+def _drop_output() -> None:
+    """Nothing more can be written: what is still buffered must not fail again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: str) -> None:

@@ -75,6 +75,7 @@ class Launcher:
         started = time.monotonic()
         try:
             self.console.start(self.settings, self.folder.path, facts.notes)
+            self.clean(endpoint)  # of a launch before that was killed: its weights must not be taken for ours
             self.pipe = os.pipe()
             self.start(endpoint, facts.train_problems)
             self.watch()

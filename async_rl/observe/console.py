@@ -8,11 +8,13 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from async_rl.settings import Settings, pace_of
 
-HEADER = "  step  reward   lag mean/max    ESS     lr x   grad  waits              tok/s  step s"
+HEADER = (
+    "  step  reward  staleness        ESS  learning  gradient  who waits for whom    tokens/s  seconds\n"
+    "                mean / max              rate x      norm"
+)
 
 
 class Console:
@@ -30,10 +32,10 @@ class Console:
 
     def start(self, settings: Settings, folder: Path, notes: Iterable[str]) -> None:
         depth, window = pace_of(settings)
-        batch, stale = settings.batch, settings.staleness
+        batch, stale, generators = settings.batch, settings.staleness, settings.generator.count
         self.say(
             f"run {folder}: task {settings.task.name}, recipe {settings.recipe.get('name')}, "
-            f"{settings.generator.count} generator(s) + buffer + trainer\n"
+            f"{generators} generator{'s' * (generators > 1)} + buffer + trainer\n"
             f"{batch.groups_per_step} groups x {batch.group_size} trajectories a step; max_staleness "
             f"{stale.max_staleness}, pipeline_depth {depth:g}, window {window}"
         )
@@ -57,7 +59,9 @@ class Console:
     def step(self, row: Mapping[str, Any]) -> None:
         """One line for one metric row."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=int(row["step"]) + 1, description="training")
+            done = int(row["step"]) + 1
+            last = done == self._progress.tasks[0].total
+            self._progress.update(self._task, completed=done, description="evaluating" if last else "training")
         if not self._quiet:
             self.say(step_line(row, self._last))
         self._last = row
@@ -65,11 +69,10 @@ class Console:
     def event(self, event: Mapping[str, Any]) -> None:
         """Say what is worth saying: evaluations, skipped steps, generators that died."""
         match event.get("event"):
+            case "trainer_ready" if self._progress is not None:
+                self._progress.update(self._task, description="evaluating")
             case "evaluation":
-                self.say(
-                    f"held-out reward {event['reward']:.3f} before step {event['step']} "
-                    f"({event['trajectories']} episodes, weights {event['version_min']}..{event['version_max']})"
-                )
+                self.say(evaluation_line(event))
             case "canary_silent":
                 self.say(
                     f"step {event['step']}: {event['name']} has not shown since step {event['since_step']} "
@@ -90,11 +93,19 @@ class Console:
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """The end of a run in a table and in words."""
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        for name, value in summary_rows(summary):
-            table.add_row(name, value)
-        self._out.print(table)
+        rows = summary_rows(summary)
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:  # not a table, which would break lines where the output is no terminal
+            self.say(f"{name:<{width}}  {value}")
         self.say(in_words(summary))
+
+
+def evaluation_line(event: Mapping[str, Any]) -> str:
+    """Held-out reward, and which weights sampled it (new ones may come in the middle of an evaluation)."""
+    step, oldest, newest = event["step"], event["version_min"], event["version_max"]
+    when = f"after {step} step{'s' * (step > 1)}" if step else "before training"
+    weights = f"weights {oldest}" if oldest == newest else f"weights {oldest} to {newest}"
+    return f"held-out reward {event['reward']:.3f} {when} ({event['trajectories']} episodes, {weights})"
 
 
 def step_line(row: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
@@ -103,9 +114,9 @@ def step_line(row: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
     rate = row["tokens/trained"] / max(seconds, 1e-9)
     factor = row.get("lr/effective", 0.0) / row["lr/base"] if row.get("lr/base") else 0.0
     return (
-        f"{int(row['step']):6d}  {row['reward/mean']:6.3f}   {row['lag/mean']:5.2f} / {int(row['lag/max']):<3d} "
-        f"{row.get('ess/ratio', float('nan')):8.3f} {factor:8.3f} {row.get('grad/norm', 0.0):6.2f}  "
-        f"{who_waits(row, seconds):<16s} {rate:8.0f}  {seconds:6.2f}"
+        f"{int(row['step']):6d}  {row['reward/mean']:6.3f}  {row['lag/mean']:5.2f} / {int(row['lag/max']):<3d}  "
+        f"{row.get('ess/ratio', float('nan')):8.3f}  {factor:8.3f}  {row.get('grad/norm', 0.0):8.3f}  "
+        f"{who_waits(row, seconds):<20s}  {rate:8.0f}  {seconds:7.2f}"
     )
 
 
@@ -113,9 +124,9 @@ def who_waits(row: Mapping[str, Any], seconds: float) -> str:
     """The side that stood still during this step, and for what share of it."""
     waited = row["time/wait_for_batch"] / max(seconds, 1e-9)
     if waited >= 0.02:
-        return f"trainer {min(1.0, waited):4.0%}"
+        return f"trainer for data {min(1.0, waited):3.0%}"
     full = row["slots/used"] >= row["slots/all"]
-    return "generators" if full else "nobody"
+    return "generators for slots" if full else "nobody"
 
 
 def summary_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
