@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ async def generate(folder: RunFolder, settings: Settings, endpoint: str, name: s
     folder.event("generator_ready", name=name, time=time.time())
     try:
         task = make_task(settings.task.name, settings.task.args)
+        gc.freeze()  # what imports and set-up left behind is never garbage: do not look through it again
         await GeneratorLoop(options, engine, task, tokenizer, dealer, weights).run()
     finally:
         weights.close()
