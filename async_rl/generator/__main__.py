@@ -41,7 +41,7 @@ async def generate(folder: RunFolder, settings: Settings, endpoint: str, name: s
         await GeneratorLoop(options, engine, task, tokenizer, dealer, weights).run()
     finally:
         weights.close()
-        dealer.close()
+        dealer.close(deliver=False)  # told to stop: the buffer has gone
 
 
 def main(path: str, endpoint: str, name: str) -> None:

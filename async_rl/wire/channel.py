@@ -171,8 +171,9 @@ class AsyncDealer:
             raise WireTimeout(_waited(self.identity, seconds, waiting_for))
         return decode(_buffers(await self._socket.recv_multipart(copy=False)))
 
-    def close(self) -> None:
-        self._context.destroy(linger=round(LINGER_S * 1000))
+    def close(self, *, deliver: bool = True) -> None:
+        """`deliver`: give what was sent a moment to leave; not wanted when the buffer is gone."""
+        self._context.destroy(linger=round(LINGER_S * 1000) if deliver else 0)
 
 
 def _connected(context: zmq.Context, endpoint: str, identity: str, max_message_bytes: int) -> zmq.Socket:
