@@ -72,7 +72,7 @@ class RunFolder:
                 raise UserError(f"{self.path} exists already; choose another --run-dir or remove it")
             for folder in (self.path, self.logs, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
-            self.config.write_text(to_yaml(settings))
+            replace_text(self.config, to_yaml(settings))
         except OSError as error:
             shutil.rmtree(self.path, ignore_errors=True)  # it was empty, or not there
             raise UserError(f"{self.path} cannot be written: {error.strerror}; choose another --run-dir") from None

@@ -54,6 +54,9 @@ class Store(StoreReader):
     def __init__(self, path: Path, *, durability: Durability, create: bool) -> None:
         """`create`: make a new file; else go on with one that exists. Raises UserError."""
         self.path = path
+        self.seconds_writing = 0.0
+        """what its owner spent on writes and commits"""
+        self.commits = 0
         if create and store_begun(path):
             raise UserError(f"{path}: there is a store already; choose another run folder or resume this one")
         if not create and not path.is_file():
@@ -172,6 +175,7 @@ class Store(StoreReader):
         if self._connection.in_transaction:
             with explained(self.path):
                 self._connection.execute("COMMIT")
+            self.commits += 1
 
     def close(self) -> None:
         """What was not committed is lost."""

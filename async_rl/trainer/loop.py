@@ -145,6 +145,8 @@ class TrainerLoop:
             "groups/refused": batch.detail.get("groups_refused", 0.0),
             "time/generator_busy": self.busy_before + batch.detail.get("generator_busy_seconds", 0.0),
             "generators": batch.detail.get("generators", 0.0),
+            "time/store": batch.detail.get("store_seconds", 0.0),
+            "store/commits": batch.detail.get("store_commits", 0.0),
             **self.canary.row(),
         }
         if report.skipped:

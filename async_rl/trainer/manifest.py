@@ -40,7 +40,8 @@ def write_whole(final: Path, write: Callable[[Path], None]) -> None:
 
     Raises OSError, for example when the disk is full."""
     partial = final.parent / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in final.parent.glob(".*.partial"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     write(partial)
     files = {p.name: {"bytes": p.stat().st_size, "blake2b": _digest(p)} for p in sorted(partial.iterdir())}
