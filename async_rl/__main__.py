@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -212,13 +213,34 @@ def _recipes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+COUNTS = ("max-steps", "batch", "hidden", "layers", "heads", "kv-heads", "head-dim", "intermediate", "max-context")
+"""options of init-model that must be at least 1"""
+
+
+def _check_init(arguments: argparse.Namespace) -> None:
+    """Raises UserError for numbers no model can be made with."""
+    if not 0 < arguments.until <= 1:
+        raise UserError(f"--until is {arguments.until}; it is a success rate, above 0 and at most 1")
+    if not 0 < arguments.learning_rate < math.inf:
+        raise UserError(f"--learning-rate is {arguments.learning_rate}; it must be above 0")
+    for name in COUNTS:
+        if (value := getattr(arguments, name.replace("-", "_"))) < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed is {arguments.seed}; it must be at least 0 and below 2^63")
+    if arguments.heads % arguments.kv_heads or arguments.head_dim % 2:
+        raise UserError(
+            f"--heads {arguments.heads} must be a multiple of --kv-heads {arguments.kv_heads}, and --head-dim "
+            f"{arguments.head_dim} an even number"
+        )
+
+
 def _init_model(arguments: argparse.Namespace) -> int:
     from async_rl.config import with_overrides
     from async_rl.task import make_task
 
     task = make_task(arguments.task, with_overrides({}, arguments.arg))
-    if not 0 < arguments.until <= 1:
-        raise UserError(f"--until is {arguments.until}; it is a success rate, above 0 and at most 1")
+    _check_init(arguments)
 
     import torch
 

@@ -37,7 +37,7 @@ def structured(cls: type[Made], values: Mapping[str, Any], *, where: str) -> Mad
     `where` is the path of the values in the config, for messages ("task.args"; "" at the top).
     Raises UserError for an unknown name (with the nearest known one) or a wrong type.
     """
-    _refuse_unknown(cls, values, where)
+    _refuse_unknown(cls, values, where, (cls, where))
     try:
         base = OmegaConf.structured(cls)
         _unfreeze(base)
@@ -130,19 +130,20 @@ def _unfreeze(node: DictConfig) -> None:
             _unfreeze(child)
 
 
-def _refuse_unknown(cls: type, values: Mapping[str, Any], where: str) -> None:
+def _refuse_unknown(cls: type, values: Mapping[str, Any], where: str, top: tuple[type, str]) -> None:
+    """`top`: the outermost settings and where they stand, among which a misplaced name is looked for."""
     assert dataclasses.is_dataclass(cls)
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for name, value in values.items():
         path = f"{where}.{name}" if where else str(name)
         if name not in names:
-            raise UserError(f"{path} is not a setting; {_nearest(cls, str(name), where)}")
+            raise UserError(f"{path} is not a setting; {_nearest(cls, str(name), where, top)}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise UserError(_not_a_group(path, value, [f.name for f in dataclasses.fields(hint)]))
-            _refuse_unknown(typing.cast(type, hint), value, path)
+            _refuse_unknown(typing.cast(type, hint), value, path, top)
         elif typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
             choices = [str(c) for c in typing.get_args(hint)]
             raise UserError(f"{path} is {value!r}; choose one of {', '.join(choices)}")
@@ -189,14 +190,15 @@ def _not_a_group(path: str, value: object, inner: Sequence[str]) -> str:
     return f"{path} is {what}, not {_shown(value)}"
 
 
-def _nearest(cls: type, name: str, where: str) -> str:
+def _nearest(cls: type, name: str, where: str, top: tuple[type, str]) -> str:
     """A sentence that helps with a misspelt or misplaced setting, in whole paths."""
     prefix = f"{where}." if where else ""
     names = [f.name for f in dataclasses.fields(cls)]
     close = difflib.get_close_matches(name, names, n=1)
     if close:
         return f"did you mean '{prefix}{close[0]}'?"
-    elsewhere = [path for path in _paths(cls, prefix) if path.rpartition(".")[2] == name]
+    outermost, at = top
+    elsewhere = [path for path in _paths(outermost, f"{at}." if at else "") if path.rpartition(".")[2] == name]
     if elsewhere:
         return f"did you mean {' or '.join(repr(path) for path in elsewhere)}?"
     return nearest(name, names)

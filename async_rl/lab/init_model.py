@@ -13,6 +13,7 @@ from async_rl.model.create import create_model_folder
 from async_rl.model.decoder import Decoder
 from async_rl.model.folder import load_model, save_folder
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.preflight import check_fit
 from async_rl.task import Task
 from async_rl.trainer.warmup import WarmupOptions, WarmupResult, save_text, warm_up
 
@@ -54,6 +55,7 @@ def init_model(
             seed=options.seed,
         )
         tokenizer = Tokenizer(partial)
+        check_fit(task, tokenizer, shape.max_context)
         model = load_model(partial)
         assert isinstance(model, Decoder)
         size = sum(p.numel() for p in model.parameters())

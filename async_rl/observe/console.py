@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from async_rl.settings import Settings, pace_of
 
 HEADER = (
-    "  step  reward  staleness        ESS  learning  gradient  who waits for whom    tokens/s  seconds\n"
-    "                mean / max              rate x      norm"
+    "  step  reward  staleness         ESS  learning  gradient  who waits for whom    tokens/s  seconds\n"
+    "                mean / max               rate x      norm"
 )
 
 
