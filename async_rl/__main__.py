@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _complain(str(error))
         code = 1
     if code == 130:
-        ignore_interrupts()  # the interpreter's own end takes a moment, too
+        ignore_interrupts(to_the_end=True)
     sys.exit(code)
 
 

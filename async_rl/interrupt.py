@@ -38,11 +38,17 @@ def interruptible() -> Iterator[None]:
             signal.signal(s, handler)
 
 
-def ignore_interrupts() -> None:
-    """From here on the signals do nothing."""
+def ignore_interrupts(*, to_the_end: bool = False) -> None:
+    """From here on the signals do nothing; `to_the_end`: of the interpreter, which takes a moment, too."""
     if threading.current_thread() is threading.main_thread():
         for s in SIGNALS:
-            signal.signal(s, signal.SIG_IGN)
+            # Not SIG_IGN at once: Python writes a traceback when a signal came just before it was set. But
+            # the interpreter takes its own handlers away while it ends.
+            signal.signal(s, signal.SIG_IGN if to_the_end else _nothing)
+
+
+def _nothing(number: int, _: FrameType | None) -> None:
+    pass
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
