@@ -81,6 +81,11 @@ class GeneratorSettings:
     device: str = setting("cpu", "torch device of the engine")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "dtype of the engine's weights")
     threads: int = setting(1, "CPU threads of one generator process", unit="threads")
+    save_turns_after_s: float = setting(
+        20.0,
+        "the finished turns of an episode that has run longer are kept, so that it goes on there should its generator die",
+        unit="seconds",
+    )
     max_restarts: int = setting(
         5, "times a generator that died is started again within `restart_window_s` before the run ends", unit="restarts"
     )
@@ -229,6 +234,7 @@ AT_LEAST: dict[str, float] = {
     "generator.max_turns": 1,
     "generator.threads": 1,
     "generator.max_restarts": 0,
+    "generator.save_turns_after_s": 0,
     "trainer.steps": 1,
     "trainer.updates_per_batch": 1,
     "trainer.micro_batch_tokens": 1,

@@ -103,6 +103,9 @@ class Admission:
                 group.holder = peer
                 generator.granted += 1
                 generator.held += 1
+                if group.begun:
+                    self.counts["episodes_resumed"] += len(group.begun)
+                    out.append(do.SendTurns(peer=peer, pairs=[(group.group, sample) for sample in sorted(group.begun)]))
                 permits.setdefault(peer, []).append(group.permit())
                 if generator.granted < generator.limit:
                     willing[place] = (generator.held, peer)

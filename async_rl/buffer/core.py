@@ -93,6 +93,8 @@ class Core:
         match message:
             case msg.Finished():
                 return self._finished(peer, message, now)
+            case msg.Turns():
+                return self._turns(message)
             case msg.Want():
                 return self._want(peer, message, now)
             case msg.Holds():
@@ -185,17 +187,23 @@ class Core:
     def _finished(self, peer: bytes, finished: msg.Finished, now: float) -> list[do.Effect]:
         fresh: list[Trajectory] = []
         closed: list[Group] = []
+        begun: list[tuple[int, int]] = []
         for trajectory in finished.trajectories:
             group = self._group_of(trajectory)
             if group is None or trajectory.sample >= group.size or not group.arrive(trajectory):
                 self.counts["trajectories_ignored"] += 1
                 continue
             fresh.append(trajectory)
+            if trajectory.sample in group.begun:
+                group.begun.remove(trajectory.sample)
+                begun.append((trajectory.group, trajectory.sample))
             self._count(trajectory)
             if group.complete:
                 closed.append(group)
         pairs = tuple((t.group, t.sample) for t in finished.trajectories)
         out: list[do.Effect] = [do.AddTrajectories(trajectories=fresh)] if fresh else []
+        if begun:
+            out.append(do.DropTurns(pairs=begun))
         out.append(do.Send(peer=peer, message=msg.Accepted(pairs=pairs)))
         for group in closed:
             self.admission.complete(group)
@@ -209,6 +217,18 @@ class Core:
             out += self._try_batch(now)
             out += self._grant(now)
         return out
+
+    def _turns(self, turns: msg.Turns) -> list[do.Effect]:
+        """Keep what is done of long episodes, so that they are not lost more often than short ones."""
+        kept = []
+        for trajectory in turns.trajectories:
+            group = self.groups.get(trajectory.group)
+            if group is None or trajectory.split != "train" or trajectory.sample not in group.missing:
+                continue
+            group.begun.add(trajectory.sample)
+            kept.append(trajectory)
+        self.counts["turns_saved"] += len(kept)
+        return [do.SaveTurns(trajectories=kept)] if kept else []
 
     def _group_of(self, trajectory: Trajectory) -> Group | None:
         if trajectory.split == "train":

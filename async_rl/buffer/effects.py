@@ -29,6 +29,28 @@ class AddTrajectories:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SaveTurns:
+    """Finished turns of running episodes, each in place of what was saved of it before."""
+
+    trajectories: Sequence[Trajectory]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropTurns:
+    """These episodes, (group, sample), are finished."""
+
+    pairs: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendTurns:
+    """Load what a lost generator had saved of these, (group, sample), and send it."""
+
+    peer: bytes
+    pairs: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RefuseGroup:
     """The group will not be trained; it stays in the store with the reason."""
 
@@ -88,8 +110,13 @@ class EndRun:
     failed: bool
 
 
-Write = AddGroup | AddTrajectories | RefuseGroup | FormBatch | MarkTrained | MarkConsumed | AddEvaluation
-Effect = Write | Send | SendBatch | EndRun
+# fmt: off
+Write = (
+    AddGroup | AddTrajectories | SaveTurns | DropTurns | RefuseGroup
+    | FormBatch | MarkTrained | MarkConsumed | AddEvaluation
+)
+# fmt: on
+Effect = Write | Send | SendTurns | SendBatch | EndRun
 
 
 def add_group(group: Group, generator: str) -> AddGroup:

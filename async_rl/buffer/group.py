@@ -37,6 +37,8 @@ class Group:
     holder: bytes | None = None
     """the generator that works on it; None while it waits for one"""
     samples: dict[int, Sample] = field(default_factory=dict)
+    begun: set[int] = field(default_factory=set)
+    """samples of which finished turns are saved"""
 
     @property
     def missing(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from async_rl.errors import RunFailed
 from async_rl.run_folder import RunFolder
 from async_rl.settings import Settings, pace_of
 from async_rl.task.order import PromptOrder
-from async_rl.trajectory.codec import WireError
+from async_rl.trajectory.codec import WireError, unpack
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Router
 
@@ -102,6 +102,9 @@ def carry_out(effects: Sequence[do.Effect], store: Store, router: Router) -> Non
         match effect:
             case do.Send(peer=peer, message=message):
                 router.send(peer, message)
+            case do.SendTurns(peer=peer, pairs=pairs):
+                found = tuple(unpack(blob) for blob in store.load_turns(pairs))
+                router.send(peer, msg.Turns(trajectories=found))
             case do.SendBatch(peer=peer, step=step, detail=detail):
                 blobs = store.load_batch(step)
                 assert blobs is not None, "a batch is stored before it is sent"
@@ -125,6 +128,10 @@ def write(effect: do.Effect, store: Store) -> bool:
             )
         case do.AddTrajectories(trajectories=trajectories):
             store.add_trajectories(trajectories)
+        case do.SaveTurns(trajectories=trajectories):
+            store.save_turns(trajectories)
+        case do.DropTurns(pairs=pairs):
+            store.drop_turns(pairs)
         case do.RefuseGroup(group=group, reason=reason):
             store.refuse_group(group, reason)
         case do.FormBatch(step=step, groups=groups, formed_at=at):

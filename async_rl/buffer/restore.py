@@ -32,6 +32,8 @@ class Standing:
     """training groups from the oldest live one on, in order of admission"""
     samples: Mapping[int, tuple[TrajectoryRow, ...]]
     """of the live groups"""
+    begun: frozenset[tuple[int, int]]
+    """(group, sample) of episodes of which finished turns are kept"""
     counts: Mapping[str, int]
     tokens_generated: int
     """policy tokens of everything stored"""
@@ -58,6 +60,7 @@ def read_standing(store: StoreReader) -> Standing:
         position=counts["groups_admitted"],
         order=order,
         samples={group: tuple(store.trajectories_of(group)) for group in live},
+        begun=frozenset(store.begun()),
         counts=dict(tally),
         tokens_generated=tokens,
     )
@@ -84,6 +87,7 @@ def restore(core: Core, standing: Standing, *, version: int) -> None:
         group = _group(core, row, position)
         for sample in standing.samples[row.group]:
             group.samples[sample.sample] = _sample(sample)
+        group.begun.update(sample for number, sample in standing.begun if number == row.group)
         ledger.groups[row.group] = group
         entry.finished = group.complete
         if not group.complete:

@@ -109,6 +109,16 @@ class Store(StoreReader):
         self._write("INSERT INTO payloads VALUES (last_insert_rowid(), ?)", (pack(t),))
         return True
 
+    def save_turns(self, trajectories: Iterable[Trajectory]) -> None:
+        """Finished turns of running episodes, each in place of what was saved of it before."""
+        for t in trajectories:
+            self._write("INSERT OR REPLACE INTO turns VALUES (?, ?, ?)", (t.group, t.sample, pack(t)))
+
+    def drop_turns(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """These episodes, (group, sample), are finished."""
+        for pair in pairs:
+            self._write("DELETE FROM turns WHERE group_id = ? AND sample = ?", pair)
+
     def refuse_group(self, group: int, reason: str) -> None:
         """It will not be trained. It and its trajectories stay, with the reason."""
         self._write("UPDATE groups SET refused_because = ? WHERE group_id = ?", (reason, group))

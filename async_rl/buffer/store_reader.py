@@ -47,6 +47,11 @@ CREATE TABLE payloads (
     id INTEGER PRIMARY KEY,   -- that of the trajectory
     payload BLOB              -- see async_rl/trajectory/codec.py
 );
+-- Finished turns of episodes that still run; long episodes only.
+CREATE TABLE turns (
+    group_id INTEGER, sample INTEGER, payload BLOB,
+    PRIMARY KEY (group_id, sample)
+);
 CREATE TABLE batches (
     step INTEGER PRIMARY KEY,
     groups TEXT,              -- JSON list of group ids, in the batch's order
@@ -223,6 +228,15 @@ class StoreReader:
         for group in json.loads(batch[0][0]):
             found += [payload for (payload,) in self._all(query, (group, step))]
         return found
+
+    def load_turns(self, pairs: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Blobs of the finished turns of these running episodes, (group, sample)."""
+        query = "SELECT payload FROM turns WHERE group_id = ? AND sample = ?"
+        return [payload for pair in pairs for (payload,) in self._all(query, pair)]
+
+    def begun(self) -> list[tuple[int, int]]:
+        """(group, sample) of running episodes of which finished turns are kept."""
+        return [(group, sample) for group, sample in self._all("SELECT group_id, sample FROM turns ORDER BY 1, 2")]
 
     def counts(self) -> dict[str, int]:
         """How many groups are admitted, in a batch, refused; trajectories, batches, batches trained."""

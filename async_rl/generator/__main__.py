@@ -32,6 +32,7 @@ async def generate(folder: RunFolder, settings: Settings, endpoint: str, name: s
         group_size=settings.batch.group_size,
         max_turns=settings.generator.max_turns,
         episode_timeout_s=settings.generator.episode_timeout_s,
+        save_turns_after_s=settings.generator.save_turns_after_s,
         timeout_s=settings.wire.timeout_s,
     )
     folder.event("generator_ready", name=name, time=time.time())

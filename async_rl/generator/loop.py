@@ -44,6 +44,8 @@ class GeneratorOptions:
     group_size: int
     max_turns: int
     episode_timeout_s: float
+    save_turns_after_s: float
+    """finished turns of episodes that have run longer are kept by the buffer"""
     timeout_s: float
     """longest silence of the buffer while something is unacknowledged"""
 
@@ -60,6 +62,12 @@ class GeneratorLoop:
     weights: WeightReader
     running: dict[tuple[int, int], asyncio.Task[None]] = field(default_factory=dict)
     outbox: list[Trajectory] = field(default_factory=list)
+    begun: dict[tuple[int, int], Trajectory] = field(default_factory=dict)
+    """newest finished turns of long episodes, to be sent"""
+    recorded: dict[tuple[int, int], Trajectory] = field(default_factory=dict)
+    """what a lost generator had done of episodes that are to be started here"""
+    records_dropped: int = 0
+    """of them, those whose environment answered otherwise this time"""
     unacknowledged: dict[tuple[int, int], float] = field(default_factory=dict)
     permits_received: int = 0
     told_limit: int = -1
@@ -104,6 +112,8 @@ class GeneratorLoop:
                     for permit in permits:
                         self._start(permit)
                     await self._ask()
+                case msg.Turns(trajectories=trajectories):
+                    self.recorded |= {(t.group, t.sample): t for t in trajectories}
                 case msg.Accepted(pairs=pairs):
                     for group, sample in pairs:
                         self.unacknowledged.pop((group, sample), None)
@@ -123,6 +133,9 @@ class GeneratorLoop:
             await self.changed.wait()
             await asyncio.sleep(FLUSH_S)
             self.changed.clear()
+            if self.begun:
+                turns, self.begun = tuple(self.begun.values()), {}
+                await self.dealer.send(msg.Turns(trajectories=turns))
             if self.outbox:
                 batch, self.outbox = tuple(self.outbox), []
                 now = time.monotonic()
@@ -212,8 +225,27 @@ class GeneratorLoop:
             self.running[permit.group, sample] = episode
 
     async def _episode(self, ticket: Ticket) -> None:
-        """One episode from permit to outbox."""
+        """One episode from permit to outbox; begun by a lost generator, it goes on behind its last turn."""
+        key = (ticket.group, ticket.sample)
+        session = self._session(ticket, self.recorded.pop(key, None))
+        trajectory = await run_episode(self.task, session, ticket, timeout_s=self.options.episode_timeout_s)
+        if session.diverged:
+            self.records_dropped += 1
+            session = self._session(ticket, None)
+            trajectory = await run_episode(self.task, session, ticket, timeout_s=self.options.episode_timeout_s)
+        self.begun.pop(key, None)
+        self.outbox.append(trajectory)
+        del self.running[key]
+        self.changed.set()
+
+    def _session(self, ticket: Ticket, record: Trajectory | None) -> EpisodeSession:
         self.episodes += 1
+
+        def on_turn() -> None:
+            if time.time() - session.started_at > self.options.save_turns_after_s:
+                self.begun[ticket.group, ticket.sample] = session.so_far()
+                self.changed.set()
+
         session = EpisodeSession(
             engine=self.engine,
             tokenizer=self.tokenizer,
@@ -221,11 +253,10 @@ class GeneratorLoop:
             session_id=self.episodes,
             max_context=self.engine.max_context,
             max_turns=self.options.max_turns,
+            record=record,
+            on_turn=on_turn if ticket.split == "train" else None,
         )
-        trajectory = await run_episode(self.task, session, ticket, timeout_s=self.options.episode_timeout_s)
-        self.outbox.append(trajectory)
-        del self.running[ticket.group, ticket.sample]
-        self.changed.set()
+        return session
 
 
 async def run_episode(task: Task, session: EpisodeSession, ticket: Ticket, *, timeout_s: float) -> Trajectory:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from async_rl.generator.engine import Engine, Request, SamplingParams
+from async_rl.generator.engine import Completion, Engine, Request, SamplingParams
 from async_rl.model.tokenizer import Tokenizer, prompt_text
 from async_rl.task.protocol import Problem
 from async_rl.trajectory import Ended, Split, Trajectory, Turn, VersionSpan
 
+STOPS = "turns_stopped"
+"""in the info of an unfinished trajectory: for each turn 1 when it ended by a stop, else 0"""
+
 
 class TurnLimit(Exception):
     """The episode asked for more turns than `generator.max_turns` allows."""
+
+
+class OtherEpisode(Exception):
+    """The recorded turns are not those of this episode: its environment answered otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +50,11 @@ class EpisodeSession:
         max_context: int,
         max_turns: int,
         clock: Callable[[], float] = time.time,
+        record: Trajectory | None = None,
+        on_turn: Callable[[], None] | None = None,
     ) -> None:
+        """`record`: turns that a lost generator had sampled of this episode (see `so_far`): the first calls of
+        `generate` are answered with them. `on_turn`: called after each turn that was sampled here."""
         self._engine = engine
         self._tokenizer = tokenizer
         self._ticket = ticket
@@ -59,7 +70,12 @@ class EpisodeSession:
         self._stopped = False
         self._ended: Ended = "finished"
         self._info: dict[str, float | str] = {}
-        self._started_at = clock()
+        self._record = record
+        self._on_turn = on_turn
+        self._stops = ""  # of each turn: 1 when it ended by a stop
+        self.diverged = False
+        """the record was of no use; the episode has to begin anew without it"""
+        self.started_at = clock() if record is None else record.started_at
 
     # ------------------------------------------------ what the task may do
 
@@ -93,8 +109,26 @@ class EpisodeSession:
             self._truncated = True
             self._ended = "length"
             return ""
+        recalled = self._recalled(room)
+        completion = recalled or await self._sample(room, stop)
+        if completion.finish == "aborted":
+            raise ConnectionAbortedError("the engine gave the request up")
+        self._turns.append(Turn(start=len(self._tokens), length=len(completion.tokens), state_key=state_key))
+        self._tokens = [*self._tokens, *completion.tokens]
+        self._log_probs.extend(completion.log_probs)
+        self._versions.extend(completion.versions)
+        self._stopped = completion.finish == "stop"
+        self._stops += "01"[self._stopped]
+        if self._on_turn is not None and recalled is None:
+            self._on_turn()
+        if not self._stopped and room < max_tokens:
+            self._truncated = True
+            self._ended = "length"
+        return self._tokenizer.decode(completion.tokens)
+
+    async def _sample(self, room: int, stop: Sequence[str]) -> Completion:
         eos = self._tokenizer.eos_id
-        completion = await self._engine.generate(
+        return await self._engine.generate(
             Request(
                 session=self._id,
                 tokens=self._tokens,
@@ -107,17 +141,28 @@ class EpisodeSession:
                 seed=self._ticket.seed,
             )
         )
-        if completion.finish == "aborted":
-            raise ConnectionAbortedError("the engine gave the request up")
-        self._turns.append(Turn(start=len(self._tokens), length=len(completion.tokens), state_key=state_key))
-        self._tokens = [*self._tokens, *completion.tokens]
-        self._log_probs.extend(completion.log_probs)
-        self._versions.extend(completion.versions)
-        self._stopped = completion.finish == "stop"
-        if not self._stopped and room < max_tokens:
-            self._truncated = True
-            self._ended = "length"
-        return self._tokenizer.decode(completion.tokens)
+
+    def _recalled(self, room: int) -> Completion | None:
+        """The next turn as the record has it; None behind its last one. Raises OtherEpisode."""
+        record, number = self._record, len(self._turns)
+        if record is None or number >= len(record.turns):
+            return None
+        turn = record.turns[number]
+        end = turn.start + turn.length
+        stops = str(record.info.get(STOPS, ""))
+        same = self._tokens == record.tokens[: turn.start].tolist()
+        if not same or turn.length > room or len(stops) != len(record.turns):
+            self.diverged = True
+            raise OtherEpisode(f"turn {number} of the record follows other tokens")
+        versions = np.full(len(record.tokens), -1, np.int64)
+        for span in record.versions:
+            versions[span.start : span.end] = span.version
+        return Completion(
+            tokens=record.tokens[turn.start : end].tolist(),
+            log_probs=record.log_behaviour[turn.start : end].tolist(),
+            versions=versions[turn.start : end].tolist(),
+            finish="stop" if stops[number] == "1" else "length",
+        )
 
     def append(self, text: str) -> None:
         self._extend(self._tokenizer.encode(text))
@@ -139,11 +184,24 @@ class EpisodeSession:
 
     # -------------------------------------------- what the generator does
 
+    def so_far(self) -> Trajectory:
+        """The turns finished until now, to go on from should this generator die. Not to be trained."""
+        return self._made(reward=0.0, ended="aborted", reason="still running", info={STOPS: self._stops})
+
     def finish(self, *, reward: float, failed: Ended | None = None, reason: str = "") -> Trajectory:
         """The trajectory this episode became; `failed` overrides how it ended."""
         self._engine.release(self._id)
+        made = self._made(reward=reward, ended=failed or self._ended, reason=reason, info=self._info)
+        broken = made.check()
+        if broken is None:
+            return made
+        # An engine that answers nonsense (a log-prob that is no number) must not end the run.
+        empty = np.zeros(len(made.tokens), np.float32)
+        return replace(made, log_behaviour=empty, turns=(), versions=(), reward=0.0, ended="error", reason=broken)
+
+    def _made(self, *, reward: float, ended: Ended, reason: str, info: Mapping[str, float | str]) -> Trajectory:
         ticket = self._ticket
-        made = Trajectory(
+        return Trajectory(
             group=ticket.group,
             sample=ticket.sample,
             problem=ticket.problem,
@@ -154,19 +212,13 @@ class EpisodeSession:
             turns=tuple(self._turns),
             versions=_spans(self._versions),
             reward=reward,
-            ended=failed or self._ended,
+            ended=ended,
             temperature=ticket.temperature,
             reason=reason,
-            started_at=self._started_at,
+            started_at=self.started_at,
             finished_at=self._clock(),
-            info=self._info,
+            info=info,
         )
-        broken = made.check()
-        if broken is None:
-            return made
-        # An engine that answers nonsense (a log-prob that is no number) must not end the run.
-        empty = np.zeros(len(made.tokens), np.float32)
-        return replace(made, log_behaviour=empty, turns=(), versions=(), reward=0.0, ended="error", reason=broken)
 
     def _extend(self, tokens: Sequence[int]) -> None:
         self._tokens = [*self._tokens, *tokens]

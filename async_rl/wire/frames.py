@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 import msgpack
 
 from async_rl.trajectory.codec import Blob, WireError, pack, plain, unpack
-from async_rl.wire.messages import Batch, Finished, Message, Permit, Permits
+from async_rl.wire.messages import Batch, Finished, Message, Permit, Permits, Turns
 from async_rl.wire.readers import READERS, wire_fields
 
 SCHEMA = 1
@@ -26,7 +26,7 @@ def encode(message: Message) -> list[Blob]:
     something in a detail that is not plain data)."""
     frames: list[Blob] = [b""]
     match message:
-        case Finished(trajectories=trajectories):
+        case Finished(trajectories=trajectories) | Turns(trajectories=trajectories):
             values: Any = {"trajectories": _join(map(pack, trajectories), frames)}
         case Batch():
             values = {
@@ -58,7 +58,7 @@ def decode(frames: Sequence[Blob]) -> Message:
     read = READERS.get(kind)
     if read is None:
         raise WireError(f"a message of unknown kind {kind[:40]!r}")
-    if kind not in ("Finished", "Batch"):
+    if kind not in ("Finished", "Turns", "Batch"):
         if len(frames) != 1:
             raise WireError(f"{kind} with {len(frames)} frames")
         return read(values, kind)

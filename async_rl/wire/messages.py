@@ -45,6 +45,14 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """Finished turns of episodes that still run, kept in case their generator dies. Not answered; each takes
+    the place of the one before. From the buffer, before the permit: what a lost generator had done of it."""
+
+    trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Holds:
     version: int
     """weights that sample the next token"""
@@ -229,7 +237,7 @@ class Shutdown:
 
 # fmt: off
 Message = (
-    Hello | Want | Finished | Holds | Status | Canary
+    Hello | Want | Finished | Turns | Holds | Status | Canary
     | Permits | Accepted | Refused | NewWeights | Stop
     | NextBatch | Published | Checkpointed | Evaluate | FetchEvaluation | Done
     | Batch | Waiting | EvaluationResult

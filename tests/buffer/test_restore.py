@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import heapq
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_buffer_world import TRAINER, World, make_core, paces
+from support_buffer_world import TRAINER, World, make_core, paces, trajectory
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
@@ -18,6 +19,7 @@ from async_rl.buffer.loop import write
 from async_rl.buffer.restore import read_standing, restore
 from async_rl.buffer.staleness import Pace
 from async_rl.buffer.store import Store
+from async_rl.trajectory.codec import unpack
 from async_rl.wire import messages as msg
 
 STEPS = 8
@@ -35,6 +37,9 @@ class MortalWorld(World):
     store: Store = None  # type: ignore[assignment]
     saved: list[int] = field(default_factory=lambda: [0])
     """versions a trainer may go on from"""
+    kept: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(group, sample) of running episodes whose turns are saved -> oldest version in them"""
+    resumed: Counter[bytes] = field(default_factory=Counter)
     sent: dict[int, list[bytes]] = field(default_factory=dict)
     """batch of each step as it was first answered"""
 
@@ -63,10 +68,34 @@ class MortalWorld(World):
         self.commit(effects)
         super().obey(effects)
         for effect in effects:
+            if isinstance(effect, do.SendTurns):
+                found = [unpack(blob) for blob in self.store.load_turns(effect.pairs)]
+                assert [(t.group, t.sample) for t in found] == list(effect.pairs)
+                self.kept |= {(t.group, t.sample): t.version_min for t in found}
+                self.resumed[effect.peer] += len(found)
             if isinstance(effect, do.SendBatch):
                 blobs = self.store.load_batch(effect.step)
                 assert blobs is not None
                 assert self.sent.setdefault(effect.step, blobs) == blobs, "a batch is answered identically"
+
+    def generator(self, peer: bytes, message: msg.Message, life: int) -> None:
+        """Some episodes save a turn on their way; a generator goes on with what it is sent."""
+        if isinstance(message, msg.Permits) and life == self.lives[peer]:
+            for permit in message.permits:
+                for sample in permit.samples:
+                    if permit.split == "train" and self.random.random() < 0.4:
+                        seconds, version = self.random.expovariate(2.0), self.versions[peer]
+                        self.at(seconds, lambda p=permit, s=sample, v=version: self.save(peer, p.group, s, v, life))
+        super().generator(peer, message, life)
+
+    def save(self, peer: bytes, group: int, sample: int, version: int, life: int) -> None:
+        if life == self.lives[peer]:
+            oldest = min(version, self.kept.get((group, sample), version))
+            self.to_buffer(peer, msg.Turns(trajectories=(trajectory(group, sample, oldest),)))
+
+    def finish(self, peer: bytes, permit: msg.Permit, sample: int, version: int, life: int) -> None:
+        oldest = min(version, self.kept.get((permit.group, sample), version))
+        super().finish(peer, permit, sample, oldest, life)
 
     def commit(self, effects: list[do.Effect]) -> None:
         new = [e.problem for e in effects if isinstance(e, do.AddGroup) and e.split == "train"]
@@ -110,7 +139,7 @@ def durable(core: Core) -> object:
         (core.ledger.step, core.ledger.next_group, core.admission.position),
         [(e.group, e.finished, e.trained) for e in core.order],
         {g.group: (g.problem, g.seed, g.admitted_version) for g in core.groups.values()},
-        {g.group: dict(sorted(g.samples.items())) for g in core.groups.values()},
+        {g.group: (dict(sorted(g.samples.items())), g.begun) for g in core.groups.values()},
         {name: core.counts[name] for name in counts},
     )
 
@@ -163,6 +192,8 @@ def audit(world: MortalWorld) -> None:
         # the world ends when the trainer has published the last version
         assert all(batch.trained_at is not None for batch in batches[: STEPS - 1])
         assert store.consumed_step() <= STEPS - 1
+        live = {(g.group, s) for g in world.core.groups.values() for s in g.begun}
+        assert set(store.begun()) == live, "saved turns go when their episode is finished"
 
 
 def test_a_store_without_anything_gives_a_fresh_buffer(tmp_path: Path) -> None:
