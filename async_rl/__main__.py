@@ -30,18 +30,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.overrides = [*arguments.overrides, *more]
     try:
         with interruptible():
-            code = arguments.work(arguments)
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            code = _work(arguments)
     except UserError as error:
         _complain(str(error))
         code = 2
     except RunFailed as error:
         _complain(str(error))
         code = 1
-    except KeyboardInterrupt as order:
-        _complain(f"stopped by {order}" if str(order) else "stopped")
-        code = 130
     except BrokenPipeError:  # whoever read our output has gone
         _drop_output()
         code = 1
@@ -49,9 +44,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         _drop_output()
         _complain(str(error))
         code = 1
+    sys.exit(code)
+
+
+def _work(arguments: argparse.Namespace) -> int:
+    """The exit code; once interrupted, nothing interrupts any more."""
+    try:
+        code: int = arguments.work(arguments)
+    except Interrupted as order:
+        _complain(f"stopped by {order}")
+        code = 130
     if code == 130:
         ignore_interrupts(to_the_end=True)
-    sys.exit(code)
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

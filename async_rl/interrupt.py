@@ -22,8 +22,10 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, the signals raise Interrupted (once); handlers are put back behind it."""
-    if threading.current_thread() is not threading.main_thread():
+    """Inside, the signals raise Interrupted (once); handlers are put back behind it. Inside another one, or
+    in another thread than the main one, it changes nothing."""
+    nested = signal.getsignal(signal.SIGINT) in (_interrupt, _nothing)
+    if nested or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {}
@@ -35,7 +37,8 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         for s, handler in before.items():
-            signal.signal(s, handler)
+            if signal.getsignal(s) != signal.SIG_IGN:  # else it is to stay so
+                signal.signal(s, handler)
 
 
 def ignore_interrupts(*, to_the_end: bool = False) -> None:
