@@ -91,13 +91,14 @@ def carry_out(effects: Sequence[do.Effect], store: Store, router: Router) -> Non
     """Write everything, commit, and only then tell anybody."""
     if not effects:
         return
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.thread_time()
     wrote = False
     for effect in effects:
         wrote |= write(effect, store)
     if wrote:
         store.commit()
         store.seconds_writing += time.perf_counter() - started
+        store.processor_seconds += time.thread_time() - processor
     for effect in effects:
         match effect:
             case do.Send(peer=peer, message=message):
@@ -108,7 +109,11 @@ def carry_out(effects: Sequence[do.Effect], store: Store, router: Router) -> Non
             case do.SendBatch(peer=peer, step=step, detail=detail):
                 blobs = store.load_batch(step)
                 assert blobs is not None, "a batch is stored before it is sent"
-                spent = {"store_seconds": store.seconds_writing, "store_commits": store.commits}
+                spent = {
+                    "store_seconds": store.seconds_writing,
+                    "store_processor_seconds": store.processor_seconds,
+                    "store_commits": store.commits,
+                }
                 router.send(peer, msg.Batch(step=step, blobs=tuple(blobs), detail={**detail, **spent}))
             case do.EndRun(reason=reason, failed=True):
                 raise RunFailed(reason)

@@ -55,7 +55,9 @@ class Store(StoreReader):
         """`create`: make a new file; else go on with one that exists. Raises UserError."""
         self.path = path
         self.seconds_writing = 0.0
-        """what its owner spent on writes and commits"""
+        """what its owner spent on writes and commits, waiting for the disk and for a processor included"""
+        self.processor_seconds = 0.0
+        """of them, on a processor"""
         self.commits = 0
         if create and store_begun(path):
             raise UserError(f"{path}: there is a store already; choose another run folder or resume this one")
@@ -97,17 +99,19 @@ class Store(StoreReader):
 
     def add_trajectories(self, trajectories: Iterable[Trajectory]) -> list[tuple[int, int]]:
         """Store them; the (group, sample) of those that were there before, which stay as they are."""
-        return [(t.group, t.sample) for t in trajectories if not self._add(t)]
-
-    def _add(self, t: Trajectory) -> bool:
-        what = (t.group, t.sample, t.split, t.problem, t.version_min, t.version_max, t.reward)
-        size = (len(t.tokens), t.num_policy_tokens, len(t.turns))
-        how = (t.ended, t.reason, t.generator, t.started_at, t.finished_at)
-        if self._write(_INSERT, (*what, *size, *how)).rowcount == 0:
-            return False
-        # the id just given, without asking for it
-        self._write("INSERT INTO payloads VALUES (last_insert_rowid(), ?)", (pack(t),))
-        return True
+        known = []
+        with explained(self.path):
+            execute = self._begun().execute
+            for t in trajectories:
+                what = (t.group, t.sample, t.split, t.problem, t.version_min, t.version_max, t.reward)
+                size = (len(t.tokens), t.num_policy_tokens, len(t.turns))
+                how = (t.ended, t.reason, t.generator, t.started_at, t.finished_at)
+                if execute(_INSERT, (*what, *size, *how)).rowcount == 0:
+                    known.append((t.group, t.sample))
+                else:
+                    # the id just given, without asking for it
+                    execute("INSERT INTO payloads VALUES (last_insert_rowid(), ?)", (pack(t),))
+        return known
 
     def save_turns(self, trajectories: Iterable[Trajectory]) -> None:
         """Finished turns of running episodes, each in place of what was saved of it before."""
@@ -194,9 +198,13 @@ class Store(StoreReader):
 
     def _write(self, statement: str, values: Sequence[Any]) -> sqlite3.Cursor:
         with explained(self.path):
-            if not self._connection.in_transaction:
-                self._connection.execute("BEGIN IMMEDIATE")
-            return self._connection.execute(statement, values)
+            return self._begun().execute(statement, values)
+
+    def _begun(self) -> sqlite3.Connection:
+        """The connection with a transaction open."""
+        if not self._connection.in_transaction:
+            self._connection.execute("BEGIN IMMEDIATE")
+        return self._connection
 
     def _make(self) -> None:
         self._connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")

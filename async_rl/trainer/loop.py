@@ -146,6 +146,7 @@ class TrainerLoop:
             "time/generator_busy": self.busy_before + batch.detail.get("generator_busy_seconds", 0.0),
             "generators": batch.detail.get("generators", 0.0),
             "time/store": batch.detail.get("store_seconds", 0.0),
+            "time/store_processor": batch.detail.get("store_processor_seconds", 0.0),
             "store/commits": batch.detail.get("store_commits", 0.0),
             **self.canary.row(),
         }
