@@ -29,7 +29,8 @@ import torch
 from async_rl.batch import PackedBatch, pack_batch
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.decoder import Decoder
-from async_rl.objective import Columns, ObjectiveState, coefficients
+from async_rl.objective import Columns, ObjectiveState
+from async_rl.objective.coefficients import coefficients
 from async_rl.objective.library import list_recipes, load_recipe
 from async_rl.objective.recipe import Recipe, requirements
 from async_rl.trainer.forward import Arithmetic, log_probs

@@ -6,7 +6,9 @@ from math import isfinite
 
 from async_rl.errors import UserError
 from async_rl.objective.recipe import Recipe
-from async_rl.objective.trust import SIGN_FREE
+
+SIGN_FREE = ("none", "truncate", "interval", "cispo", "damp", "m2po")
+"""rules that do not look at the advantage, hence usable with a baseline found after the backward pass"""
 
 
 def check_recipe(recipe: Recipe) -> None:

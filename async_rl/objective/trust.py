@@ -31,10 +31,6 @@ class Trust:
     """added to kappa * advantage, on the token's own log-prob (kl_cov's penalty)"""
 
 
-SIGN_FREE = ("none", "truncate", "interval", "cispo", "damp", "m2po")
-"""rules that do not look at the advantage, hence usable with a baseline found after the backward pass"""
-
-
 def trust(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
     """Apply the recipe's rule. Every weight is finite."""
     match recipe.trust.rule:

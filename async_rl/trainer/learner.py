@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from async_rl.batch import PackedBatch
-from async_rl.objective import Coefficients, Columns, ObjectiveState, coefficients
-from async_rl.objective.coefficients import finish
+from async_rl.objective import Coefficients, Columns, ObjectiveState
+from async_rl.objective.coefficients import coefficients, finish
 from async_rl.objective.recipe import Recipe, requirements
 from async_rl.settings import OptimizerSettings
 from async_rl.trainer import gradient

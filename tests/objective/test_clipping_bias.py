@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from async_rl.objective import Columns, ObjectiveState, coefficients
-from async_rl.objective.coefficients import finish
+from async_rl.objective import Columns, ObjectiveState
+from async_rl.objective.coefficients import coefficients, finish
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import BiasSettings, Recipe, requirements
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from async_rl.objective import Columns, ObjectiveState, coefficients
+from async_rl.objective import Columns, ObjectiveState
+from async_rl.objective.coefficients import coefficients
 from async_rl.objective.library import list_recipes, load_recipe
 from async_rl.objective.recipe import Recipe, requirements
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from async_rl.objective import Columns, ObjectiveState, coefficients
+from async_rl.objective import Columns, ObjectiveState
 from async_rl.objective.advantage import advantage_of
+from async_rl.objective.coefficients import coefficients
 from async_rl.objective.gae import Returns
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements

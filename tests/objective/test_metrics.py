@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_rl.objective import Columns, ObjectiveState, coefficients
+from async_rl.objective import Columns, ObjectiveState
+from async_rl.objective.coefficients import coefficients
 from async_rl.objective.library import list_recipes, load_recipe
 from async_rl.objective.metrics import quantile
 from async_rl.objective.select import bucket_names

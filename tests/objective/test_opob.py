@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from async_rl.objective import Columns, ObjectiveState, coefficients
-from async_rl.objective.coefficients import opob_baselines
+from async_rl.objective import Columns, ObjectiveState
+from async_rl.objective.coefficients import coefficients, opob_baselines
 from async_rl.objective.library import load_recipe
 
 Lists = Callable[[Columns], list[list[int]]]

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_rl.objective import Columns, ObjectiveState, coefficients
+from async_rl.objective import Columns, ObjectiveState
+from async_rl.objective.coefficients import coefficients
 from async_rl.objective.library import load_recipe
 
 Lists = Callable[[Columns], list[list[int]]]
