@@ -31,6 +31,7 @@ from async_rl.batch import MicroBatch, PackedBatch
 from async_rl.errors import UserError
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder, RMSNorm
+from async_rl.model.matmul import linear
 from async_rl.trainer.forward import Arithmetic
 from async_rl_kernels import LogProbs
 from async_rl_kernels.head_gradient import HeadGradient
@@ -332,7 +333,7 @@ def _buffer(parameter: Tensor, into: Sums | None) -> Tensor:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right; products of a lower precision are added in that of `total`."""
-    if left.dtype == total.dtype:
+    if left.dtype == total.dtype and left.device.type != "cpu":
         total.addmm_(left, right)
     else:
-        total.add_(left @ right)
+        total.add_(linear(left, right.T))  # on a CPU twice as fast as addmm
