@@ -287,7 +287,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     settings = load_settings(arguments.config, arguments.overrides)
     preflight(settings)
 
-    from async_rl.lab.evaluate import Limits, evaluate
+    from async_rl.lab.evaluate import evaluate, limits_of
     from async_rl.model.folder import load_model
     from async_rl.model.tokenizer import Tokenizer
 
@@ -300,11 +300,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         samples=chosen.samples,
         temperature=chosen.temperature,
         seed=settings.seed,
-        limits=Limits(
-            max_sequences=settings.generator.max_sequences,
-            max_turns=settings.generator.max_turns,
-            episode_timeout_s=settings.generator.episode_timeout_s,
-        ),
+        limits=limits_of(settings),
         max_context=settings.generator.max_context or None,
     )
     failed = [t for t in episodes if t.failed]

@@ -210,13 +210,17 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
     return settings
 
 
+def default_window(groups_per_step: int, max_staleness: int, fraction: float) -> int:
+    """Window in groups: `fraction` of the slots, within what the bound allows."""
+    wanted = floor(fraction * (max_staleness + 1) * groups_per_step)
+    return max(1, min(wanted, max_staleness * groups_per_step + 1))
+
+
 def pace_of(settings: Settings) -> tuple[float, int]:
     """(pipeline depth in batches, window in groups) with the defaults filled in."""
     stale, batch = settings.staleness, settings.batch
     depth = stale.pipeline_depth or stale.max_staleness + 1.0
-    wanted = floor(stale.window * (stale.max_staleness + 1) * batch.groups_per_step)
-    window = max(1, min(wanted, stale.max_staleness * batch.groups_per_step + 1))
-    return depth, window
+    return depth, default_window(batch.groups_per_step, stale.max_staleness, stale.window)
 
 
 AT_LEAST: dict[str, float] = {

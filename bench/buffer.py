@@ -30,7 +30,8 @@ import numpy as np
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
 from async_rl.buffer.rules import Rules
-from async_rl.buffer.staleness import Pace, default_window
+from async_rl.buffer.staleness import Pace
+from async_rl.settings import default_window
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.wire import messages as msg
 

@@ -120,12 +120,6 @@ class Entry:
     trained: bool = False
 
 
-def default_window(groups_per_step: int, max_staleness: int, fraction: float) -> int:
-    """Window in groups: `fraction` of the slots, within what the bound allows."""
-    wanted = floor(fraction * (max_staleness + 1) * groups_per_step)
-    return max(1, min(wanted, max_staleness * groups_per_step + 1))
-
-
 def forget_trained(order: list[Entry]) -> None:
     """Drop the trained groups before the oldest untrained one."""
     keep = next((i for i, entry in enumerate(order) if not entry.trained), len(order))

@@ -8,11 +8,10 @@ import torch
 
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
+from async_rl.model.decoder import DTYPES
 from async_rl.model.folder import load_model
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.settings import Settings
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def make_engine(settings: Settings, tokenizer: Tokenizer) -> Engine:

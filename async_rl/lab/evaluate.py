@@ -13,6 +13,7 @@ from async_rl.generator.session import EpisodeSession, Ticket
 from async_rl.model.decoder import Decoder
 from async_rl.model.huggingface import HuggingFaceDecoder
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.settings import Settings
 from async_rl.task import Task
 from async_rl.trajectory import Trajectory
 
@@ -24,6 +25,14 @@ class Limits:
     max_sequences: int = 256
     max_turns: int = 64
     episode_timeout_s: float = 600.0
+
+
+def limits_of(settings: Settings) -> Limits:
+    """Those of a run's generators."""
+    chosen = settings.generator
+    return Limits(
+        max_sequences=chosen.max_sequences, max_turns=chosen.max_turns, episode_timeout_s=chosen.episode_timeout_s
+    )
 
 
 async def sample_episodes(

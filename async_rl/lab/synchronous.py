@@ -14,7 +14,7 @@ from pathlib import Path
 from async_rl.batch import pack_batch
 from async_rl.generator.build import make_engine
 from async_rl.generator.session import Ticket
-from async_rl.lab.evaluate import Limits, sample_episodes
+from async_rl.lab.evaluate import limits_of, sample_episodes
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.settings import Settings
 from async_rl.task import make_task
@@ -52,11 +52,7 @@ def train_synchronously(settings: Settings, each_step: Callable[[int, StepReport
         order = PromptOrder(len(task.problems("train")), settings.seed)
         engine = make_engine(settings, tokenizer)
         learner = make_learner(settings)
-        limits = Limits(
-            max_sequences=settings.generator.max_sequences,
-            max_turns=settings.generator.max_turns,
-            episode_timeout_s=settings.generator.episode_timeout_s,
-        )
+        limits = limits_of(settings)
         try:
             for step in range(settings.trainer.steps):
                 episodes = await sample_episodes(engine, task, tokenizer, tickets_of(settings, order, step), limits)

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from async_rl.model.architecture import DecoderConfig, Rope
 from async_rl.model.matmul import Linear
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""the dtypes that settings name"""
+
 
 class Attention(Protocol):
     """Causal attention among the packed tokens, scaled by 1/sqrt(head_dim)."""

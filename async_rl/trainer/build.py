@@ -10,6 +10,7 @@ import torch
 
 from async_rl.batch import PackedBatch, pack_batch
 from async_rl.errors import RunFailed
+from async_rl.model.decoder import DTYPES
 from async_rl.model.folder import load_model
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from async_rl.trajectory import Trajectory
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def make_learner(settings: Settings) -> Learner:

@@ -7,7 +7,6 @@ and sends it meanwhile.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from async_rl.trainer.build import pack_step
 from async_rl.trainer.canary import CanaryWatch
 from async_rl.trainer.checkpoint import Progress, save_checkpoint, weights_hash
 from async_rl.trainer.inbox import Inbox
-from async_rl.trainer.manifest import checkpoint_path
+from async_rl.trainer.manifest import checkpoint_path, to_disk
 from async_rl.trainer.summary import Summary, mean, summarise
 from async_rl.trajectory import Trajectory
 from async_rl.wire import messages as msg
@@ -170,7 +169,7 @@ class TrainerLoop:
         if not self.hashes_every_step():
             self.record_hash()
         for rows in (self.folder.metrics, self.folder.weights):
-            _to_disk(rows)  # the rows of a checkpoint's steps must not be missing behind it
+            to_disk(rows)  # the rows of a checkpoint's steps must not be missing behind it
         progress: dict[str, Any] = {
             "evaluations_asked": self.evaluations_asked,
             "pending_evaluation": self.pending_evaluation,
@@ -282,11 +281,3 @@ def _lag_split(trajectories: Sequence[Trajectory], step: int) -> dict[str, float
         "lag/flight": mean([float(t.version_max - t.version_min) for t in sampled]),
         "lag/queue": mean([float(step - t.version_max) for t in sampled]),
     }
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -47,11 +47,11 @@ def write_whole(final: Path, write: Callable[[Path], None]) -> None:
     files = {p.name: {"bytes": p.stat().st_size, "blake2b": _digest(p)} for p in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=1) + "\n")
     for path in (*partial.iterdir(), partial):
-        _to_disk(path)
+        to_disk(path)
     # An older folder of this name belongs to a life of the run that was given up.
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    _to_disk(final.parent)
+    to_disk(final.parent)
 
 
 def damage_of(path: Path) -> str | None:
@@ -107,7 +107,7 @@ def _chunks(read: Callable[[int], bytes]) -> Iterator[bytes]:
         yield chunk
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
