@@ -4,7 +4,7 @@
 
 A run of the quickstart (checkpoints every 50 steps, as it has them). From it, as shares of a step's wall time:
 processor seconds of the buffer process in writes and commits to the store (beside the training step, but taken
-from it where all cores are busy), and wall seconds of the trainer in checkpoints and in hashing its weights.
+from it where all cores are busy), and wall seconds of the trainer in checkpoints and in checksums of its weights.
 Then a store of many trajectories, read back into a state machine.
 """
 
@@ -27,7 +27,7 @@ from async_rl.observe.console import Console
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.settings import Settings, load_settings
 from async_rl.trainer.build import make_learner
-from async_rl.trainer.checkpoint import weights_hash
+from async_rl.trainer.checkpoint import weights_checksum
 from async_rl.trainer.manifest import list_checkpoints, newest_whole
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
@@ -44,8 +44,8 @@ def cost(settings: Settings, path: Path) -> dict[str, float]:
     learner = make_learner(settings)
     started = time.perf_counter()
     for _ in range(20):
-        weights_hash(learner.weights())
-    hashing = (time.perf_counter() - started) / 20
+        weights_checksum(learner.weights())
+    checksum = (time.perf_counter() - started) / 20
     first, last = rows[0], rows[-1]
 
     def grown(key: str) -> float:
@@ -57,7 +57,7 @@ def cost(settings: Settings, path: Path) -> dict[str, float]:
     started = time.perf_counter()
     assert newest_whole(folder.checkpoints)[0] == list_checkpoints(folder.checkpoints)[-1]
     verify = time.perf_counter() - started
-    parts = {"store": grown("time/store_processor"), "checkpoint": checkpoint / every, "hash": hashing}
+    parts = {"store": grown("time/store_processor"), "checkpoint": checkpoint / every, "checksum": checksum}
     return {
         "step_ms": round(1000 * step, 2),
         **{f"{name}_ms_per_step": round(1000 * seconds, 3) for name, seconds in parts.items()},
@@ -65,7 +65,7 @@ def cost(settings: Settings, path: Path) -> dict[str, float]:
         "durability_share": round(sum(parts.values()) / step, 5),
         "commits_per_step": round(grown("store/commits"), 1),
         "store_wall_ms_per_step": round(1000 * grown("time/store"), 3),
-        "inside_the_step_share": round((parts["checkpoint"] + parts["hash"]) / step, 5),
+        "inside_the_step_share": round((parts["checkpoint"] + parts["checksum"]) / step, 5),
         "checkpoint_ms": round(1000 * checkpoint, 1),
         "checkpoint_verify_ms": round(1000 * verify, 1),
     }

@@ -16,8 +16,11 @@ from async_rl.buffer.store import StoreReader
 from async_rl.errors import UserError
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.trainer.build import make_learner, pack_step
-from async_rl.trainer.checkpoint import weights_hash
+from async_rl.trainer.checkpoint import weights_checksum, weights_hash
 from async_rl.trajectory.codec import unpack
+
+MARKS = {"hash": weights_hash, "checksum": weights_checksum}
+"""what a run records of its weights: the hash at checkpoints, after each step of a small model a checksum"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +41,7 @@ class Replayed:
     hash: str
     """of those, over the bytes of all parameters"""
     compared: int
-    """versions whose hash the run had recorded, the initial one included"""
+    """versions of which the run had recorded a hash or checksum, the initial one included"""
     difference: Difference | None
     """None: every compared version is equal, bit for bit"""
     seconds: float
@@ -48,9 +51,9 @@ def replay(
     folder: RunFolder, *, until: int | None = None, each_step: Callable[[int], None] = lambda _: None
 ) -> Replayed:
     """Train from the initial model on the stored batches, up to the last step of the run or to version
-    `until`, and compare with the hashes in weights.jsonl. Stops at the first difference. Raises UserError."""
+    `until`, and compare with weights.jsonl. Stops at the first difference. Raises UserError."""
     settings = folder.settings()
-    recorded = {int(row["version"]): str(row["hash"]) for row in read_rows(folder.weights)}
+    recorded = _recorded(folder)
     trained = max((int(row["step"]) + 1 for row in read_rows(folder.metrics)), default=0)
     if until is not None and not 0 <= until <= trained:
         raise UserError(f"--until is {until}; the run in {folder.path} has trained {trained} steps")
@@ -67,25 +70,33 @@ def replay(
                     raise UserError(f"{store.path}: the batch of step {version - 1} is not in it")
                 learner.step(pack_step(settings, [unpack(blob) for blob in blobs]))
                 each_step(version)
-            if version not in recorded and version != last:
-                continue
-            found = weights_hash(learner.weights())
-            if version not in recorded:
-                continue
-            compared += 1
-            if found != recorded[version]:
+            weights = learner.weights()
+            marks = recorded.get(version, {})
+            compared += bool(marks)
+            found = {kind: MARKS[kind](weights) for kind in marks}
+            different = next((kind for kind in MARKS if marks.get(kind) != found.get(kind)), None)
+            if different is not None:
                 difference = Difference(
-                    version=version, recorded=recorded[version], replayed=found, last_equal=equal
+                    version=version, recorded=marks[different], replayed=found[different], last_equal=equal
                 )
                 break
-            equal = version
+            if marks:
+                equal = version
     return Replayed(
         version=learner.version,
-        hash=found,
+        hash=weights_hash(learner.weights()),
         compared=compared,
         difference=difference,
         seconds=time.monotonic() - started,
     )
+
+
+def _recorded(folder: RunFolder) -> dict[int, dict[str, str]]:
+    """Version -> kind of mark -> mark."""
+    found: dict[int, dict[str, str]] = {}
+    for row in read_rows(folder.weights):
+        found.setdefault(int(row["version"]), {}).update({kind: str(row[kind]) for kind in MARKS if kind in row})
+    return found
 
 
 def in_words(result: Replayed, folder: RunFolder) -> str:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -82,11 +83,25 @@ def load_checkpoint(path: Path, learner: Learner) -> Progress:
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
     """One hash over names, dtypes, shapes and bytes of all tensors, in order of name."""
     digest = blake2b(digest_size=16)
+    for part in _parts(weights):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def weights_checksum(weights: Mapping[str, Tensor]) -> str:
+    """CRC-32 of the same bytes: a fifth of the time, for every step. It finds the step at which two trainings
+    part; that they end alike is the hash's to say."""
+    value = 0
+    for part in _parts(weights):
+        value = crc32(part, value)
+    return f"{value:08x}"
+
+
+def _parts(weights: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+        yield tensor.view(-1).view(torch.uint8).numpy().data
 
 
 # ------------------------------------------------------------------------------------------- optimizer

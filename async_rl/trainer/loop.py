@@ -17,7 +17,7 @@ from async_rl.run_folder import RunFolder, append_row, read_rows
 from async_rl.settings import Settings
 from async_rl.trainer.build import pack_step
 from async_rl.trainer.canary import CanaryWatch
-from async_rl.trainer.checkpoint import Progress, save_checkpoint, weights_hash
+from async_rl.trainer.checkpoint import Progress, save_checkpoint, weights_checksum, weights_hash
 from async_rl.trainer.inbox import Inbox
 from async_rl.trainer.manifest import checkpoint_path, to_disk
 from async_rl.trainer.summary import Summary, mean, summarise
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from async_rl.trainer.learner import Learner
     from async_rl.weights.shared_memory import WeightPublisher
 
-HASH_EVERY_STEP_BYTES = 16 << 20
-"""models up to this size have their weights hashed every step (some 16 ms), larger ones at checkpoints"""
+CHECKSUM_BYTES = 32 << 20
+"""models up to this size have a checksum of their weights recorded every step (5 ms), all a hash at checkpoints"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -126,8 +126,8 @@ class TrainerLoop:
         self.inbox.listen()  # nothing newer is published over weights that arrived wrong
         self.publish()
         published = time.monotonic()
-        if self.hashes_every_step():
-            self.record_hash()
+        if self.size_bytes <= CHECKSUM_BYTES:
+            self.record_weights("checksum", weights_checksum(self.learner.weights()))
         row: dict[str, float] = {
             "step": step,
             "time": time.time(),
@@ -166,8 +166,7 @@ class TrainerLoop:
         if version == self.saved:
             return
         started = time.monotonic()
-        if not self.hashes_every_step():
-            self.record_hash()
+        self.record_weights("hash", weights_hash(self.learner.weights()))
         for rows in (self.folder.metrics, self.folder.weights):
             to_disk(rows)  # the rows of a checkpoint's steps must not be missing behind it
         progress: dict[str, Any] = {
@@ -197,21 +196,20 @@ class TrainerLoop:
         """The model the run began with, known by its hash, is also its reference and where a replay begins."""
         known = next((row["hash"] for row in read_rows(self.folder.weights) if row["version"] == 0), None)
         if known is None:
-            append_row(self.folder.weights, {"version": 0, "hash": self.initial_hash})
+            self.record_weights("hash", self.initial_hash)
         elif known != self.initial_hash:
             raise UserError(
                 f"model.path: {self.source} holds other weights than when the run began; put those back, or start "
                 f"a new run from a checkpoint of this one (model.path={self.folder.checkpoints}/step_...)"
             )
 
-    def record_hash(self) -> None:
-        """So that a replay finds the step at which it differs."""
-        hashed = weights_hash(self.learner.weights())
-        append_row(self.folder.weights, {"version": self.learner.version, "hash": hashed})
+    def record_weights(self, kind: str, value: str) -> None:
+        """So that a replay finds the step at which it differs. `kind`: "hash" or "checksum"."""
+        append_row(self.folder.weights, {"version": self.learner.version, kind: value})
 
-    def hashes_every_step(self) -> bool:
-        size = sum(p.numel() * p.element_size() for p in self.learner.weights().values())
-        return size <= HASH_EVERY_STEP_BYTES
+    @property
+    def size_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.learner.weights().values())
 
     def seconds(self) -> float:
         """Training time of the run so far."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from async_rl.trainer.checkpoint import (
     random_state,
     save_checkpoint,
     set_random_state,
+    weights_checksum,
     weights_hash,
 )
 from async_rl.trainer.learner import Learner
@@ -108,13 +109,14 @@ def test_random_numbers_go_on_where_they_were() -> None:
     assert (torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random() for _ in range(4)]) == first
 
 
-def test_the_hash_sees_every_bit_and_every_name() -> None:
+@pytest.mark.parametrize("mark", [weights_hash, weights_checksum])
+def test_hash_and_checksum_see_every_bit_and_every_name(mark: Callable[[Mapping[str, torch.Tensor]], str]) -> None:
     weights = {"a": torch.zeros(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
-    known = weights_hash(weights)
-    assert weights_hash(dict(reversed(weights.items()))) == known
-    assert weights_hash({**weights, "a": torch.tensor([0.0, -0.0, 0.0])}) != known
-    assert weights_hash({"a": weights["a"], "c": weights["b"]}) != known
-    assert weights_hash({**weights, "b": weights["b"].flatten()}) != known
+    known = mark(weights)
+    assert mark(dict(reversed(weights.items()))) == known
+    assert mark({**weights, "a": torch.tensor([0.0, -0.0, 0.0])}) != known
+    assert mark({"a": weights["a"], "c": weights["b"]}) != known
+    assert mark({**weights, "b": weights["b"].flatten()}) != known
 
 
 # ------------------------------------------------------------------------------------- files
