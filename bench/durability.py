@@ -80,14 +80,16 @@ def fill(path: Path, trajectories: int, size: int, per_step: int) -> None:
             store.add_group(
                 group=group, problem=0, split="train", admitted_version=0, admitted_at=0.0, generator="g"
             )
-            store.add_trajectories(
+            size_now = size if group < groups - 1 else size - 1
+            members = [
                 Trajectory(
                     group=group, sample=sample, problem=0, split="train", seed=0, reward=float(sample % 2),
                     turns=(Turn(start=4, length=20),), versions=(VersionSpan(version=0, start=4, end=24),),
                     ended="finished", **columns,
                 )
-                for sample in range(size if group < groups - 1 else size - 1)
-            )
+                for sample in range(size_now)
+            ]
+            store.add_trajectories(members)
             if group % per_step == per_step - 1 and group < groups - per_step:
                 store.form_batch(step=group // per_step, groups=range(group - per_step + 1, group + 1), formed_at=0.0)
                 store.commit()

@@ -22,6 +22,7 @@ from async_rl.buffer.report import counters, wait_reason
 from async_rl.buffer.rules import Rules
 from async_rl.buffer.staleness import Entry
 from async_rl.trajectory import Trajectory
+from async_rl.trajectory.codec import Blob
 from async_rl.trajectory.seed import group_seed
 from async_rl.wire import messages as msg
 
@@ -186,14 +187,16 @@ class Core:
 
     def _finished(self, peer: bytes, finished: msg.Finished, now: float) -> list[do.Effect]:
         fresh: list[Trajectory] = []
+        blobs: list[Blob] = []
         closed: list[Group] = []
         begun: list[tuple[int, int]] = []
-        for trajectory in finished.trajectories:
+        for place, trajectory in enumerate(finished.trajectories):
             group = self._group_of(trajectory)
             if group is None or trajectory.sample >= group.size or not group.arrive(trajectory):
                 self.counts["trajectories_ignored"] += 1
                 continue
             fresh.append(trajectory)
+            blobs += finished.blobs[place : place + 1]
             if trajectory.sample in group.begun:
                 group.begun.remove(trajectory.sample)
                 begun.append((trajectory.group, trajectory.sample))
@@ -201,7 +204,7 @@ class Core:
             if group.complete:
                 closed.append(group)
         pairs = tuple((t.group, t.sample) for t in finished.trajectories)
-        out: list[do.Effect] = [do.AddTrajectories(trajectories=fresh)] if fresh else []
+        out: list[do.Effect] = [do.AddTrajectories(trajectories=fresh, blobs=blobs)] if fresh else []
         if begun:
             out.append(do.DropTurns(pairs=begun))
         out.append(do.Send(peer=peer, message=msg.Accepted(pairs=pairs)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from async_rl.buffer.group import Group
 from async_rl.trajectory import Split, Trajectory
+from async_rl.trajectory.codec import Blob
 from async_rl.wire.messages import EvaluationResult, Message
 
 
@@ -26,6 +27,8 @@ class AddGroup:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddTrajectories:
     trajectories: Sequence[Trajectory]
+    blobs: Sequence[Blob]
+    """their bytes, as they came; empty: not at hand"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

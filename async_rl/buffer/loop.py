@@ -131,8 +131,8 @@ def write(effect: do.Effect, store: Store) -> bool:
                 admitted_at=effect.admitted_at,
                 generator=effect.generator,
             )
-        case do.AddTrajectories(trajectories=trajectories):
-            store.add_trajectories(trajectories)
+        case do.AddTrajectories(trajectories=trajectories, blobs=blobs):
+            store.add_trajectories(trajectories, blobs)
         case do.SaveTurns(trajectories=trajectories):
             store.save_turns(trajectories)
         case do.DropTurns(pairs=pairs):

@@ -12,6 +12,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from async_rl.buffer.store_reader import (
     explained,
 )
 from async_rl.errors import UserError
-from async_rl.trajectory.codec import pack
+from async_rl.trajectory.codec import Blob, pack
 from async_rl.trajectory.types import Trajectory
 
 __all__ = ["BatchRow", "EvaluationRow", "GroupRow", "Store", "StoreError", "StoreReader", "TrajectoryRow"]
@@ -97,12 +98,17 @@ class Store(StoreReader):
             (group, problem, split, admitted_version, admitted_at, generator),
         )
 
-    def add_trajectories(self, trajectories: Iterable[Trajectory]) -> list[tuple[int, int]]:
-        """Store them; the (group, sample) of those that were there before, which stay as they are."""
+    def add_trajectories(
+        self, trajectories: Sequence[Trajectory], blobs: Sequence[Blob] = ()
+    ) -> list[tuple[int, int]]:
+        """Store them; the (group, sample) of those that were there before, which stay as they are.
+
+        `blobs`: the bytes of each, as they came; empty when they are not at hand."""
         known = []
+        assert len(blobs) in (0, len(trajectories))
         with explained(self.path):
             execute = self._begun().execute
-            for t in trajectories:
+            for t, blob in zip(trajectories, blobs or repeat(b""), strict=False):
                 what = (t.group, t.sample, t.split, t.problem, t.version_min, t.version_max, t.reward)
                 size = (len(t.tokens), t.num_policy_tokens, len(t.turns))
                 how = (t.ended, t.reason, t.generator, t.started_at, t.finished_at)
@@ -110,7 +116,7 @@ class Store(StoreReader):
                     known.append((t.group, t.sample))
                 else:
                     # the id just given, without asking for it
-                    execute("INSERT INTO payloads VALUES (last_insert_rowid(), ?)", (pack(t),))
+                    execute("INSERT INTO payloads VALUES (last_insert_rowid(), ?)", (blob or pack(t),))
         return known
 
     def save_turns(self, trajectories: Iterable[Trajectory]) -> None:

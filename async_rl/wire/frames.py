@@ -8,6 +8,7 @@ message or raises `WireError`, whatever the bytes are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 import msgpack
@@ -64,8 +65,10 @@ def decode(frames: Sequence[Blob]) -> Message:
         return read(values, kind)
     if type(values) is not dict or "trajectories" not in values:
         raise WireError(f"{kind} without trajectories")
-    values["trajectories"] = tuple(map(unpack, _views(values["trajectories"], frames, kind)))
-    return read(values, kind)
+    blobs = tuple(_views(values["trajectories"], frames, kind))
+    values["trajectories"] = tuple(map(unpack, blobs))
+    message = read(values, kind)
+    return replace(message, blobs=blobs) if kind == "Finished" else message
 
 
 def _join(blobs: Iterable[Blob], frames: list[Blob]) -> list[list[int]]:

@@ -42,6 +42,8 @@ class Finished:
 
     trajectories: tuple[Trajectory, ...]
     """each has passed `Trajectory.check()`, else the whole message is refused"""
+    blobs: tuple[Blob, ...] = ()
+    """the bytes of each, as they came: they can be stored as they are; the receiver finds them here"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,8 @@ from async_rl.buffer.store import Durability, Store, StoreError, StoreReader
 from async_rl.errors import UserError
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.codec import pack, unpack
+from async_rl.wire.frames import decode, encode
+from async_rl.wire.messages import Finished
 
 PROCESSES = multiprocessing.get_context("spawn")
 
@@ -94,6 +96,16 @@ def test_a_trajectory_stored_twice_stays_as_it_was_and_is_reported(tmp_path: Pat
         store.commit()
         assert [row.reward for row in store.trajectories()] == [0.0, 0.25, 0.5]
         assert [unpack(blob).sample for blob in store.load_groups([0])] == [0, 1, 2]
+
+
+def test_bytes_that_came_with_trajectories_are_stored_as_they_are(tmp_path: Path) -> None:
+    sent = (trajectory(0, 0), trajectory(0, 1))
+    received = decode(encode(Finished(trajectories=sent)))
+    assert isinstance(received, Finished)
+    with new_store(tmp_path) as store:
+        assert store.add_trajectories(received.trajectories, received.blobs) == []
+        store.commit()
+        assert [bytes(blob) for blob in store.load_groups([0])] == [pack(t) for t in sent]
 
 
 def test_a_batch_is_formed_once_and_stays_the_same_when_more_arrives(tmp_path: Path) -> None:
