@@ -83,16 +83,16 @@ class Trajectory:
 
     @property
     def num_policy_tokens(self) -> int:
-        return sum(turn.length for turn in self.turns)
+        return sum([turn.length for turn in self.turns])
 
     @property
     def version_min(self) -> int:
         """Version of the oldest policy token; -1 when the trajectory has none."""
-        return min((span.version for span in self.versions), default=-1)
+        return min([span.version for span in self.versions], default=-1)
 
     @property
     def version_max(self) -> int:
-        return max((span.version for span in self.versions), default=-1)
+        return max([span.version for span in self.versions], default=-1)
 
     def policy_positions(self) -> NDArray[np.int64]:  # [policy tokens]
         """Positions of the policy tokens, in order."""
