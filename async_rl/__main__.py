@@ -1,4 +1,4 @@
-"""The command line: `async-rl run | replay | config | recipes | init-model | eval`."""
+"""The command line: `async-rl run | replay | config | recipes | init-model | keys | eval`."""
 
 from __future__ import annotations
 
@@ -106,6 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--intermediate", type=int, default=384)
     init.add_argument("--max-context", type=int, default=256, help="longest sequence in tokens (default 256)")
     init.set_defaults(work=_init_model)
+
+    keys = commands.add_parser("keys", help="make the keys a run needs to be reached over TCP")
+    keys.add_argument("folder", type=Path, metavar="DIR", help="folder to make")
+    keys.set_defaults(work=_keys)
 
     evaluate = commands.add_parser("eval", help="held-out reward of a model folder")
     evaluate.add_argument("config", type=Path, help="settings: task and evaluation are used")
@@ -276,6 +280,17 @@ def _init_model(arguments: argparse.Namespace) -> int:
     print(f"{arguments.path}: success rate {result.success:.2f} after {result.steps} steps, {result.seconds:.0f} s")
     if result.success < arguments.until:
         raise RunFailed(f"{arguments.until:.2f} was not reached in {arguments.max_steps} steps; the folder was kept")
+    return 0
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    from async_rl.wire.keys import make_keys
+
+    folder = make_keys(arguments.folder).folder
+    print(
+        f"{folder}: run with wire.keys={folder} wire.endpoint=tcp://HOST:PORT. A host of more generators needs "
+        "server.key, client.key and client.key_secret; server.key_secret stays here"
+    )
     return 0
 
 

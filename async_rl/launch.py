@@ -29,6 +29,8 @@ from async_rl.run_lock import take_lock
 from async_rl.settings import Settings
 from async_rl.weights.shared_memory import segment_path
 from async_rl.wire.channel import Router, ipc_endpoint
+from async_rl.wire.endpoint import as_reached_from_here
+from async_rl.wire.keys import keys_in
 
 POLL_S = 0.1
 STOP_S = 3.0
@@ -123,7 +125,7 @@ class Launcher:
         chosen = self.settings.wire.endpoint
         if chosen == "auto":
             return ipc_endpoint(self.folder.path)
-        with Router(chosen) as probe:
+        with Router(chosen, keys=keys_in(self.settings.wire.keys)) as probe:
             return probe.endpoint
 
     # ------------------------------------------------------------------ start
@@ -133,6 +135,7 @@ class Launcher:
         version = str(self.start_at.version if self.start_at is not None else 0)
         chosen = self.settings.generator
         self.spawn("buffer", "async_rl.buffer", path, endpoint, str(train_problems), version)
+        endpoint = as_reached_from_here(endpoint)
         self.spawn("trainer", "async_rl.trainer", path, endpoint, version, threads=self.settings.trainer.threads)
         for i in range(chosen.count):
             name = f"generator-{i}"

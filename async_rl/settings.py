@@ -171,8 +171,10 @@ class CheckpointSettings:
 @dataclass(frozen=True)
 class WireSettings:
     endpoint: str = setting(
-        "auto", "where the buffer listens: auto (a Unix socket of this run), ipc://PATH or tcp://HOST:PORT"
+        "auto",
+        "where the buffer listens: auto (a Unix socket of this run), ipc://PATH or tcp://HOST:PORT; without a host (tcp://:PORT) on the loopback only, on every interface with tcp://0.0.0.0:PORT",
     )
+    keys: str = setting("", "folder of the CURVE keys (`async-rl keys` makes them) that tcp is served with, never without")
     timeout_s: float = setting(
         120.0, "longest wait of any process for another before the run ends with an error", unit="seconds"
     )
@@ -295,6 +297,21 @@ ABOVE_ZERO = (
 )
 
 
+def check_wire(wire: WireSettings) -> None:
+    """TCP with keys, keys with TCP. Raises UserError."""
+    tcp = wire.endpoint.startswith("tcp://")
+    if tcp and not wire.keys:
+        raise UserError(
+            f"wire.endpoint is {wire.endpoint}, but wire.keys is not set: TCP is served with keys only; "
+            "`async-rl keys DIR` makes them, then wire.keys=DIR"
+        )
+    if wire.keys and not tcp:
+        raise UserError(
+            f"wire.keys is {wire.keys}, but wire.endpoint={wire.endpoint} is no tcp endpoint, and a Unix socket needs "
+            "none; set wire.endpoint=tcp://HOST:PORT or leave wire.keys out"
+        )
+
+
 def check(settings: Settings) -> None:
     """Refuse values out of range and settings that contradict each other. Raises UserError."""
     values = {path: value for path, value, _, _ in described(settings)}
@@ -313,6 +330,7 @@ def check(settings: Settings) -> None:
     for path in BELOW_ONE:
         if not 0 <= values[path] < 1:
             raise UserError(f"{path} is {values[path]}; it must be at least 0 and below 1")
+    check_wire(settings.wire)
     if not settings.name.strip() or "/" in settings.name or "\0" in settings.name:
         raise UserError(f"name is {settings.name!r}; it names a folder, so it must be text without '/'")
     if not settings.model.path:

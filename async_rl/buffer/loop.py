@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
@@ -18,10 +19,14 @@ from async_rl.task.order import PromptOrder
 from async_rl.trajectory.codec import WireError, unpack
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Router
+from async_rl.wire.gate import Gate
+from async_rl.wire.keys import keys_in
 
 POLL_S = 0.05
 DRAIN = 256
 """messages handled before one commit"""
+STRANGERS_S = 1.0
+"""at most so often is said how many were turned away"""
 
 
 def make_pace(settings: Settings) -> Pace:
@@ -59,15 +64,35 @@ def run_buffer(folder: RunFolder, settings: Settings, endpoint: str, train_probl
     begun = store_begun(folder.store)
     with (
         Store(folder.store, durability=settings.buffer.durability, create=not begun) as store,
-        Router(endpoint, max_message_bytes=limit) as router,
+        Router(endpoint, max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as router,
     ):
         if begun:
             store.rewind(version=version, now=time.time())
             store.commit()
             restore(core, read_standing(store), version=version)
         folder.event("buffer_ready", time=time.time(), endpoint=endpoint)
+        strangers = Strangers(router.gate)
         while not core.ended:
             carry_out(receive(router, core), store, router)
+            strangers.report(core, folder, time.monotonic())
+
+
+@dataclass(slots=True)
+class Strangers:
+    """Tells of the peers that were turned away because they showed no known key."""
+
+    gate: Gate | None
+    """None: a Unix socket, which the file system guards"""
+    told: int = 0
+    told_at: float = 0.0
+
+    def report(self, core: Core, folder: RunFolder, now: float) -> None:
+        """`now`: seconds, monotonic."""
+        if self.gate is None or self.gate.turned_away <= self.told or now - self.told_at < STRANGERS_S:
+            return
+        self.told, self.told_at = self.gate.turned_away, now
+        core.counts["peers_turned_away"] = self.told
+        folder.event("peers_turned_away", count=self.told, reasons=self.gate.reasons, time=time.time())
 
 
 def receive(router: Router, core: Core) -> list[do.Effect]:

@@ -12,6 +12,7 @@ from async_rl.process import run_process
 from async_rl.run_folder import RunFolder
 from async_rl.settings import Settings
 from async_rl.wire.channel import AsyncDealer
+from async_rl.wire.keys import keys_in
 
 
 async def generate(folder: RunFolder, settings: Settings, endpoint: str, name: str) -> None:
@@ -24,7 +25,8 @@ async def generate(folder: RunFolder, settings: Settings, endpoint: str, name: s
 
     tokenizer = Tokenizer(settings.model.path)
     engine = make_engine(settings, tokenizer)
-    dealer = AsyncDealer(endpoint, name, max_message_bytes=settings.wire.max_message_mb << 20)
+    limit = settings.wire.max_message_mb << 20
+    dealer = AsyncDealer(endpoint, name, max_message_bytes=limit, keys=keys_in(settings.wire.keys))
     weights = WeightReader(segment_path(folder.path))
     options = GeneratorOptions(
         name=name,

@@ -12,6 +12,7 @@ from async_rl.process import run_process
 from async_rl.run_folder import RunFolder, replace_text
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer
+from async_rl.wire.keys import keys_in
 
 
 def train(folder: RunFolder, endpoint: str, version: int) -> None:
@@ -36,7 +37,7 @@ def train(folder: RunFolder, endpoint: str, version: int) -> None:
     task = make_task(settings.task.name, settings.task.args)
     limit = settings.wire.max_message_mb << 20
     with (
-        Dealer(endpoint, "trainer", max_message_bytes=limit) as dealer,
+        Dealer(endpoint, "trainer", max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as dealer,
         WeightPublisher(segment_path(folder.path), learner.weights()) as publisher,
     ):
         dealer.send(msg.Hello(role="trainer", name="trainer", pid=os.getpid()))

@@ -23,11 +23,12 @@ import zmq.asyncio
 
 from async_rl.errors import UserError
 from async_rl.trajectory.codec import Blob, WireError
+from async_rl.wire.endpoint import LONGEST_IPC_PATH, is_tcp, require_keys, socket_file
 from async_rl.wire.frames import decode, encode
+from async_rl.wire.gate import Gate, show_key
+from async_rl.wire.keys import Keys
 from async_rl.wire.messages import Message
 
-LONGEST_IPC_PATH = 107
-"""bytes, the size of a Unix socket's address on Linux"""
 LINGER_S = 2.0
 """how long a closing socket may still deliver what was sent"""
 MAX_MESSAGE_BYTES = 1 << 30
@@ -55,14 +56,20 @@ def ipc_endpoint(run_folder: Path) -> str:
 class Router:
     """The buffer's end: hears every peer, answers the one it names, waits for none.
 
-    A peer that comes back under its old identity takes that identity over.
+    A peer that comes back under its old identity takes that identity over. Over TCP only peers with a known
+    key are heard at all.
     """
 
-    def __init__(self, endpoint: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
-        """Raises UserError when the endpoint is malformed or taken."""
+    def __init__(
+        self, endpoint: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES, keys: Keys | None = None
+    ) -> None:
+        """`keys`: needed for tcp. Raises UserError when the endpoint is malformed or taken, or has no keys."""
         self.refused: Counter[str] = Counter()
         """messages that were none, by reason"""
-        self._socket_file = _socket_file(endpoint)
+        self.gate: Gate | None = None
+        """over TCP: who was let in"""
+        self._socket_file = socket_file(endpoint)
+        endpoint = require_keys(endpoint, keys)
         if self._socket_file is not None:
             _remove_stale(self._socket_file, endpoint)
         self._context = zmq.Context()
@@ -71,9 +78,14 @@ class Router:
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._socket.set(zmq.ROUTER_HANDOVER, 1)
         try:
+            if keys is not None and is_tcp(endpoint):
+                self.gate = Gate(self._context, self._socket, keys)
             self._socket.bind(endpoint)
-        except zmq.ZMQError as error:
+        except UserError:
             self._context.destroy(linger=0)
+            raise
+        except zmq.ZMQError as error:
+            self._close(linger=0)
             raise _endpoint_error(endpoint, error) from None
         self.endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
         """where it listens, with the port the system chose for tcp://HOST:*"""
@@ -83,6 +95,8 @@ class Router:
 
         What cannot be decoded comes as a `WireError` (and is counted in `refused`), so that its sender
         can be told."""
+        if self.gate is not None and seconds > 0:
+            self.gate.look()
         if not self._socket.poll(max(0, round(seconds * 1000))):
             return None
         frames = self._socket.recv_multipart(copy=False)
@@ -104,9 +118,15 @@ class Router:
         return True
 
     def close(self) -> None:
-        self._context.destroy(linger=round(LINGER_S * 1000))
+        self._close(linger=round(LINGER_S * 1000))
         if self._socket_file is not None:
             self._socket_file.unlink(missing_ok=True)
+
+    def _close(self, linger: int) -> None:
+        self._socket.close(linger)  # nobody comes in when the gate is gone
+        if self.gate is not None:
+            self.gate.close()
+        self._context.destroy(linger=linger)
 
     def __enter__(self) -> Router:
         return self
@@ -118,11 +138,18 @@ class Router:
 class Dealer:
     """The trainer's and the launcher's end: sends to the buffer, waits for its answers by a deadline."""
 
-    def __init__(self, endpoint: str, identity: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
-        """`identity`: unique in the run, also the name in messages about waiting."""
+    def __init__(
+        self,
+        endpoint: str,
+        identity: str,
+        *,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        keys: Keys | None = None,
+    ) -> None:
+        """`identity`: unique in the run, also the name in messages about waiting. `keys`: needed for tcp."""
         self.identity = identity
         self._context: zmq.Context = zmq.Context()
-        self._socket = _connected(self._context, endpoint, identity, max_message_bytes)
+        self._socket = _connected(self._context, endpoint, identity, max_message_bytes, keys)
 
     def send(self, message: Message) -> None:
         """Returns at once; the message leaves when the buffer is there."""
@@ -149,11 +176,18 @@ class Dealer:
 class AsyncDealer:
     """The generator's end, on an event loop. One task receives; any task sends."""
 
-    def __init__(self, endpoint: str, identity: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        identity: str,
+        *,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        keys: Keys | None = None,
+    ) -> None:
         self.identity = identity
         self._context = zmq.asyncio.Context()
         # typed loosely: pyzmq's annotations do not tell an asyncio socket from a blocking one
-        self._socket: Any = _connected(self._context, endpoint, identity, max_message_bytes)
+        self._socket: Any = _connected(self._context, endpoint, identity, max_message_bytes, keys)
 
     async def send(self, message: Message) -> None:
         """Returns at once; the message leaves when the buffer is there."""
@@ -176,13 +210,21 @@ class AsyncDealer:
         self._context.destroy(linger=round(LINGER_S * 1000) if deliver else 0)
 
 
-def _connected(context: zmq.Context, endpoint: str, identity: str, max_message_bytes: int) -> zmq.Socket:
-    _socket_file(endpoint)
+def _connected(
+    context: zmq.Context, endpoint: str, identity: str, max_message_bytes: int, keys: Keys | None
+) -> zmq.Socket:
+    socket_file(endpoint)
+    endpoint = require_keys(endpoint, keys)
     made = context.socket(zmq.DEALER)
     _set_options(made, max_message_bytes)
     made.set(zmq.IDENTITY, identity.encode())
     try:
+        if keys is not None and is_tcp(endpoint):
+            show_key(made, keys)
         made.connect(endpoint)
+    except UserError:
+        context.destroy(linger=0)
+        raise
     except zmq.ZMQError as error:
         context.destroy(linger=0)
         raise _endpoint_error(endpoint, error) from None
@@ -210,6 +252,10 @@ def _set_options(made: zmq.Socket, max_message_bytes: int) -> None:
     made.set(zmq.MAXMSGSIZE, max_message_bytes)
     made.set(zmq.RECONNECT_IVL, 20)
     made.set(zmq.RECONNECT_IVL_MAX, 500)
+    made.set(zmq.TCP_KEEPALIVE, 1)  # a host that is gone says nothing
+    made.set(zmq.TCP_KEEPALIVE_IDLE, 30)
+    made.set(zmq.TCP_KEEPALIVE_INTVL, 10)
+    made.set(zmq.TCP_KEEPALIVE_CNT, 6)
     made.copy_threshold = _LARGE_FRAME_BYTES
 
 
@@ -224,26 +270,6 @@ def _buffers(frames: list[zmq.Frame]) -> list[Blob]:
 
 def _waited(who: str, seconds: float, waiting_for: str) -> str:
     return f"{who} waited {seconds:g} s for {waiting_for}"
-
-
-def _socket_file(endpoint: str) -> Path | None:
-    """The file of an ipc endpoint that has one. Raises UserError for what ZeroMQ would not refuse clearly."""
-    if not endpoint.startswith(("ipc://", "tcp://")):
-        raise UserError(f"wire.endpoint: cannot use {endpoint}: it must look like ipc://PATH or tcp://HOST:PORT")
-    port = endpoint.rpartition(":")[2]
-    if endpoint.startswith("tcp://") and port.isdecimal() and int(port) > 65535:  # ZeroMQ would wrap it
-        raise UserError(f"wire.endpoint: {endpoint} has a port above 65535")
-    if not endpoint.startswith("ipc://") or endpoint.startswith("ipc://@"):
-        return None
-    path = endpoint.removeprefix("ipc://")
-    if path in ("", "*"):
-        return None
-    if len(os.fsencode(path)) > LONGEST_IPC_PATH:
-        raise UserError(
-            f"wire.endpoint: the socket's path {path} is longer than {LONGEST_IPC_PATH} bytes; "
-            "use a shorter one, such as ipc:///tmp/NAME.sock, or tcp://127.0.0.1:*"
-        )
-    return Path(path)
 
 
 def _remove_stale(path: Path, endpoint: str) -> None:

@@ -14,6 +14,7 @@ from support_command import write_config
 
 from async_rl.__main__ import main
 from async_rl.weights.shared_memory import segment_path
+from async_rl.wire.keys import make_keys
 
 Refused = Callable[..., str]
 ROWS = "".join(json.dumps({"prompt": f"{i}<", "answer": str(i)}) + "\n" for i in range(60))
@@ -88,8 +89,9 @@ def refused(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
         # where the buffer listens
         ("wire.endpoint=nonsense", "wire.endpoint: cannot use nonsense: it must look like ipc://PATH or tcp://HOST:PORT"),
         ("wire.endpoint=inproc://x", "it must look like ipc://PATH or tcp://HOST:PORT"),
-        ("wire.endpoint=tcp://127.0.0.1:99999", "has a port above 65535"),
-        ("wire.endpoint=tcp://203.0.113.7:4000", "this machine has no such address"),
+        ("wire.endpoint=tcp://127.0.0.1:5555", "but wire.keys is not set: TCP is served with keys only"),
+        ("wire.endpoint=tcp://:*", "but wire.keys is not set: TCP is served with keys only; `async-rl keys DIR` makes"),
+        ("wire.keys=somewhere", "wire.endpoint=auto is no tcp endpoint, and a Unix socket needs none"),
         ("wire.endpoint=ipc:///nowhere/at/all", "does its folder exist, and may this user write there?"),
     ],
 )
@@ -263,6 +265,28 @@ def test_a_run_folder_under_a_file_is_refused(
     assert "cannot be written: Not a directory; choose another --run-dir" in capsys.readouterr().err
 
 
+def with_keys(folder: Path) -> str:
+    return f"wire.keys={make_keys(folder / 'keys').folder}"
+
+
+def test_what_is_wrong_with_a_tcp_endpoint_or_its_keys_is_said(refused: Refused, tmp_path: Path) -> None:
+    words = with_keys(tmp_path)
+    for endpoint, message in (
+        ("tcp://127.0.0.1:99999", "has a port above 65535"),
+        ("tcp://203.0.113.7:4000", "this machine has no such address"),
+        ("tcp://5555", "it must look like ipc://PATH or tcp://HOST:PORT"),
+        ("tcp://127.0.0.1:http", "it must look like ipc://PATH or tcp://HOST:PORT"),
+    ):
+        assert message in refused(f"wire.endpoint={endpoint}", words)
+    tcp = "wire.endpoint=tcp://:*"
+    assert "`async-rl keys " in refused(tcp, f"wire.keys={tmp_path / 'none'}")
+    (tmp_path / "keys" / "server.key_secret").chmod(0o644)
+    assert "server.key_secret can be read by others than its owner; chmod 600" in refused(tcp, words)
+    (tmp_path / "keys" / "client.key").write_text("curve\n")
+    (tmp_path / "keys" / "server.key_secret").chmod(0o600)
+    assert "client.key holds no key" in refused(tcp, words)
+
+
 @pytest.fixture
 def listening(tmp_path: Path) -> Iterator[tuple[int, Path]]:
     """A TCP port and a socket file that somebody uses."""
@@ -277,6 +301,7 @@ def listening(tmp_path: Path) -> Iterator[tuple[int, Path]]:
 
 def test_a_port_or_socket_in_use_is_refused_and_left_alone(refused: Refused, listening: tuple[int, Path]) -> None:
     port, path = listening
-    assert "it is in use; end the other run or choose another port" in refused(f"wire.endpoint=tcp://127.0.0.1:{port}")
+    words = with_keys(path.parent)
+    assert "it is in use; end the other run or choose another port" in refused(f"wire.endpoint=tcp://:{port}", words)
     assert "is in use by another process" in refused(f"wire.endpoint=ipc://{path}")
     assert path.exists()

@@ -16,6 +16,7 @@ from async_rl.errors import UserError
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import AsyncDealer, Dealer, Router, WireTimeout
 from async_rl.wire.channel import LONGEST_IPC_PATH, ipc_endpoint
+from async_rl.wire.keys import make_keys
 from async_rl.wire.messages import Accepted, Holds, NextBatch, Published, Query, Refused, Snapshot
 
 PROCESSES = multiprocessing.get_context("spawn")
@@ -127,8 +128,12 @@ def test_an_endpoint_in_use_is_refused_and_its_owner_undisturbed(tmp_path: Path)
             Router(endpoint(tmp_path))
         trainer.send(Query())
         assert router.receive(5) == (b"trainer", Query())
-    with Router("tcp://127.0.0.1:*") as router, pytest.raises(UserError, match=r"wire\.endpoint.*in use"):
-        Router(router.endpoint)
+    keys = make_keys(tmp_path / "keys")
+    with (
+        Router("tcp://127.0.0.1:*", keys=keys) as router,
+        pytest.raises(UserError, match=r"wire\.endpoint.*in use"),
+    ):
+        Router(router.endpoint, keys=keys)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +146,9 @@ def test_an_endpoint_in_use_is_refused_and_its_owner_undisturbed(tmp_path: Path)
         "ipc:///no/such/folder/b.sock",
     ],
 )
-def test_an_endpoint_that_cannot_be_used_names_the_setting(bad: str) -> None:
+def test_an_endpoint_that_cannot_be_used_names_the_setting(tmp_path: Path, bad: str) -> None:
     with pytest.raises(UserError, match=r"wire\.endpoint"):
-        Router(bad)
+        Router(bad, keys=make_keys(tmp_path / "keys"))
 
 
 def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""Endpoints as a user writes them, and what ZeroMQ is given."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from async_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from async_rl.wire.keys import Keys
+
+LONGEST_IPC_PATH = 107
+"""bytes, the size of a Unix socket's address on Linux"""
+EVERYWHERE = "0.0.0.0"
+LOOPBACK = "127.0.0.1"
+FORM = "it must look like ipc://PATH or tcp://HOST:PORT"
+
+
+def is_tcp(endpoint: str) -> bool:
+    return endpoint.startswith("tcp://")
+
+
+def tcp_address(endpoint: str) -> tuple[str, str]:
+    """(host, port) of a tcp endpoint; without a host it is the loopback, `*` and 0.0.0.0 are every interface.
+
+    The port is a number, or `*` for one the system chooses. Raises UserError."""
+    host, colon, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if not colon or not (port == "*" or port.isdecimal()):
+        raise UserError(f"wire.endpoint: cannot use {endpoint}: {FORM}")
+    if port.isdecimal() and int(port) > 65535:  # ZeroMQ would wrap it
+        raise UserError(f"wire.endpoint: {endpoint} has a port above 65535")
+    return {"": LOOPBACK, "*": EVERYWHERE}.get(host, host), port
+
+
+def as_bound(endpoint: str) -> str:
+    """What a socket is to listen on."""
+    if not is_tcp(endpoint):
+        return endpoint
+    host, port = tcp_address(endpoint)
+    return f"tcp://{host}:{port}"
+
+
+def as_reached_from_here(endpoint: str) -> str:
+    """Where processes of the same host find what is bound there."""
+    if not is_tcp(endpoint):
+        return endpoint
+    host, port = tcp_address(endpoint)
+    return f"tcp://{LOOPBACK if host == EVERYWHERE else host}:{port}"
+
+
+def require_keys(endpoint: str, keys: Keys | None) -> str:
+    """The endpoint as ZeroMQ is given it. Raises UserError for TCP without keys: nothing is served openly."""
+    if is_tcp(endpoint) and keys is None:
+        raise UserError(
+            f"wire.endpoint: {endpoint} needs keys: make them with `async-rl keys DIR` and name the folder in "
+            "wire.keys=DIR"
+        )
+    return as_bound(endpoint)
+
+
+def socket_file(endpoint: str) -> Path | None:
+    """The file of an ipc endpoint that has one. Raises UserError for what ZeroMQ would not refuse clearly."""
+    if not endpoint.startswith(("ipc://", "tcp://")):
+        raise UserError(f"wire.endpoint: cannot use {endpoint}: {FORM}")
+    if is_tcp(endpoint):
+        tcp_address(endpoint)
+        return None
+    path = endpoint.removeprefix("ipc://")
+    if path in ("", "*") or path.startswith("@"):
+        return None
+    if len(os.fsencode(path)) > LONGEST_IPC_PATH:
+        raise UserError(
+            f"wire.endpoint: the socket's path {path} is longer than {LONGEST_IPC_PATH} bytes; "
+            "use a shorter one, such as ipc:///tmp/NAME.sock"
+        )
+    return Path(path)
