@@ -33,6 +33,10 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class StalenessSettings:
+    policy: Literal["pace", "wait"] = setting(
+        "pace",
+        "how the bound is kept: pace holds generation back (nothing is discarded); wait lets the trainer wait for groups that are due",
+    )
     max_staleness: int = setting(
         1, "k: no token is trained more than k steps after the weights that sampled it", unit="steps"
     )
@@ -344,6 +348,12 @@ def check(settings: Settings) -> None:
         raise UserError(
             f"staleness.pipeline_depth is {depth:g}, but with staleness.max_staleness={most - 1} it must lie "
             f"between 1 and {most}: deeper batches would be too stale to train"
+        )
+    stale = settings.staleness
+    if stale.policy != "pace" and stale.window != StalenessSettings.window:
+        raise UserError(
+            f"staleness.window is {stale.window:g}, but staleness.policy={stale.policy} has no window: a batch takes "
+            "whatever groups are finished. Leave staleness.window out"
         )
     if settings.generator.max_sequences < settings.batch.group_size:
         raise UserError(

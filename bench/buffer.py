@@ -29,8 +29,8 @@ import numpy as np
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
+from async_rl.buffer.pace import Pace
 from async_rl.buffer.rules import Rules
-from async_rl.buffer.staleness import Pace
 from async_rl.settings import default_window
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.wire import messages as msg
@@ -46,7 +46,7 @@ def make_core() -> Core:
     window = default_window(GROUPS, MAX_STALENESS, 0.3)
     pace = Pace(groups_per_step=GROUPS, max_staleness=MAX_STALENESS, pipeline_depth=MAX_STALENESS + 1.0, window=window)
     rules = Rules(
-        pace=pace,
+        policy=pace,
         group_size=GROUP_SIZE,
         temperature=1.0,
         drop_zero_signal=True,

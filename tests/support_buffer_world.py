@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
+from async_rl.buffer.pace import Pace
 from async_rl.buffer.rules import Rules
-from async_rl.buffer.staleness import Pace
+from async_rl.buffer.staleness import Policy
+from async_rl.buffer.wait import Wait
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.wire import messages as msg
 
@@ -38,9 +40,9 @@ def trajectory(group: int, sample: int, version: int, *, split: str = "train", *
     return Trajectory(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def make_core(pace: Pace, **changes: object) -> Core:
+def make_core(policy: Policy, **changes: object) -> Core:
     values: dict[str, object] = {
-        "pace": pace,
+        "policy": policy,
         "group_size": 2,
         "temperature": 1.0,
         "drop_zero_signal": False,
@@ -115,8 +117,8 @@ class World:
                     self.send(b"", peer, lambda p=peer, m=message, n=life: self.generator(p, m, n))
 
     def check_batch(self, step: int, groups: tuple[int, ...]) -> None:
-        pace = self.core.rules.pace
-        assert len(groups) == pace.groups_per_step
+        policy = self.core.rules.policy
+        assert len(groups) == policy.groups_per_step
         for group in groups:
             assert group not in self.trained
             assert group not in self.refused
@@ -124,7 +126,7 @@ class World:
             for sample in range(self.core.rules.group_size):
                 lag = step - self.stored[group, sample].version_min
                 self.max_lag = max(self.max_lag, lag)
-                assert lag <= pace.max_staleness, f"group {group} trained {lag} steps after its weights"
+                assert lag <= policy.max_staleness, f"group {group} trained {lag} steps after its weights"
 
     # ------------------------------------------------------------ actors
 
@@ -214,3 +216,13 @@ def paces(draw: st.DrawFn) -> Pace:
         pipeline_depth=draw(st.floats(1, k + 1)),
         window=draw(st.integers(1, k * p + 1)),
     )
+
+
+@st.composite
+def waits(draw: st.DrawFn) -> Wait:
+    k = draw(st.integers(0, 4))
+    return Wait(groups_per_step=draw(st.integers(1, 6)), max_staleness=k, pipeline_depth=draw(st.floats(1, k + 1)))
+
+
+def policies() -> st.SearchStrategy[Policy]:
+    return st.one_of(paces(), waits())

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.admission import Admission
+from async_rl.buffer.batching import Batching
 from async_rl.buffer.evaluation import Evaluation, Evaluations, evaluation_result
 from async_rl.buffer.group import Group
-from async_rl.buffer.ledger import Ledger, untrainable
+from async_rl.buffer.ledger import Ledger
 from async_rl.buffer.report import counters, wait_reason
 from async_rl.buffer.rules import Rules
 from async_rl.buffer.staleness import Entry
@@ -50,19 +51,17 @@ class Core:
     ledger: Ledger = field(init=False)
     admission: Admission = field(init=False)
     evaluations: Evaluations = field(default_factory=Evaluations)
-    published: int = 0
-    """newest version the trainer has published"""
+    batching: Batching = field(init=False)
     trainer: bytes = b""
     """the peer that said so in its Hello; empty: none yet"""
     pending: PendingBatch | None = None
     counts: Counter[str] = field(default_factory=Counter)
     failures_in_row: int = 0
-    refusals_in_row: int = 0
     last_failure: str = ""
     ended: bool = False
 
     def __post_init__(self) -> None:
-        self.ledger = Ledger(pace=self.rules.pace)
+        self.ledger = Ledger(policy=self.rules.policy)
         self.admission = Admission(
             rules=self.rules,
             problem_at=self.problem_at,
@@ -70,11 +69,17 @@ class Core:
             evaluations=self.evaluations,
             counts=self.counts,
         )
+        self.batching = Batching(rules=self.rules, ledger=self.ledger, admission=self.admission, counts=self.counts)
 
     @property
     def step(self) -> int:
         """Of the next batch."""
         return self.ledger.step
+
+    @property
+    def published(self) -> int:
+        """Newest version the trainer has published."""
+        return self.ledger.published
 
     @property
     def groups(self) -> Mapping[int, Group]:
@@ -83,7 +88,7 @@ class Core:
 
     @property
     def order(self) -> Sequence[Entry]:
-        return self.ledger.order
+        return self.ledger.line.entries
 
     # ------------------------------------------------------------------ entry
 
@@ -211,7 +216,7 @@ class Core:
         for group in closed:
             self.admission.complete(group)
             if group.split == "train":
-                out += self._close(group)
+                out += self.batching.close(group) + self._hopeless()
         if self.failures_in_row >= self.rules.max_failures:
             out += self._end(
                 f"{self.failures_in_row} trajectories in a row failed; the last one: {self.last_failure}", failed=True
@@ -248,27 +253,6 @@ class Core:
         else:
             self.failures_in_row = 0
 
-    def _close(self, group: Group) -> list[do.Effect]:
-        """A training group is complete: it waits for a batch, or is refused now."""
-        reason = untrainable(group, drop_zero_signal=self.rules.drop_zero_signal)
-        if reason is not None:
-            return self._refuse(group.group, reason)
-        self.refusals_in_row = 0
-        self.ledger.finish(group.group)
-        return []
-
-    def _refuse(self, group: int, reason: str) -> list[do.Effect]:
-        self.ledger.refuse(group)
-        self.counts["groups_refused"] += 1
-        self.counts[f"refused_{reason.split(':')[0]}"] += 1
-        self.refusals_in_row += 1
-        out: list[do.Effect] = [do.RefuseGroup(group=group, reason=reason)]
-        if self.refusals_in_row >= self.rules.max_refusals:
-            out += self._end(
-                f"{self.refusals_in_row} groups in a row were refused, the last because: {reason}", failed=True
-            )
-        return out
-
     # ---------------------------------------------------------------- trainer
 
     def _next_batch(self, peer: bytes, step: int, now: float) -> list[do.Effect]:
@@ -286,27 +270,22 @@ class Core:
     def _try_batch(self, now: float) -> list[do.Effect]:
         """Form the batch the trainer waits for, if it can be filled."""
         pending = self.pending
-        out: list[do.Effect] = []
         if pending is None or self.ended:
-            return out
-        chosen = self.ledger.choose()
-        while chosen is not None and (stale := self.ledger.too_stale(chosen)):
-            for group, reason in stale:
-                out += self._refuse(group, reason)
-            chosen = self.ledger.choose()
-        if chosen is None:
-            return out
-        self.ledger.form_batch(chosen)
-        self.pending = None
-        self.counts["groups_trained"] += len(chosen)
-        out.append(do.FormBatch(step=pending.step, groups=tuple(chosen), formed_at=now))
-        out.append(do.SendBatch(peer=pending.peer, step=pending.step, detail=self._counters()))
-        return out
+            return []
+        out, chosen = self.batching.form(pending.step, now)
+        if chosen:
+            self.pending = None
+            out.append(do.SendBatch(peer=pending.peer, step=pending.step, detail=self._counters()))
+        return out + self._hopeless()
+
+    def _hopeless(self) -> list[do.Effect]:
+        """The end, when too many groups in a row were refused."""
+        return self._end(self.batching.hopeless, failed=True) if self.batching.hopeless else []
 
     def _published(self, version: int, now: float) -> list[do.Effect]:
         if version <= self.published:
             return []
-        self.published = version
+        self.ledger.published = version
         out: list[do.Effect] = [do.MarkTrained(step=version - 1)] if version <= self.step else []
         out += [do.Send(peer=peer, message=msg.NewWeights(version=version)) for peer in self.admission.generators]
         return out + self._grant(now)

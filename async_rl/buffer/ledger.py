@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from async_rl.buffer.group import Group
-from async_rl.buffer.staleness import Entry, Pace, forget_trained, zero_signal
+from async_rl.buffer.staleness import Entry, Line, Policy
 
 
 @dataclass(slots=True, kw_only=True)
 class Ledger:
     """What is admitted, what is finished, what the next batch takes."""
 
-    pace: Pace
+    policy: Policy
     step: int = 0
     """batches formed so far = the step of the next batch"""
+    published: int = 0
+    """newest version the trainer has published"""
     next_group: int = 0
     """number of the group admitted next; evaluation groups draw from the same numbers"""
-    order: list[Entry] = field(default_factory=list)
+    line: Line = field(default_factory=Line)
     """every group not refused, in order of admission, from the oldest untrained one on"""
     groups: dict[int, Group] = field(default_factory=dict)
     """those that are in no batch yet"""
@@ -30,59 +32,63 @@ class Ledger:
 
     def admit(self, group: Group) -> None:
         """Put a new group, with the highest number so far, at the end."""
-        assert not self.order or self.order[-1].group < group.group
         self.groups[group.group] = group
-        self.order.append(Entry(group=group.group))
+        self.line.add(Entry(group=group.group, deadline=self.deadline(group)))
+
+    def deadline(self, group: Group) -> int:
+        """Latest step at which the oldest token the group has, or may get, is no staler than allowed."""
+        # no weights are newer than the next step, whatever a generator says
+        oldest = group.version_min if group.complete else min(group.admitted_version, self.step)
+        return (oldest if oldest >= 0 else self.step) + self.policy.max_staleness
 
     def may_admit(self, version: int) -> bool:
         """May a generator holding `version` start one more group?"""
-        return self.pace.admit(live=len(self.groups), step=self.step, version=version)
+        return self.policy.admit(self.line, step=self.step, version=version, published=self.published)
 
     def may_reissue(self, group: int, version: int) -> bool:
         """May a generator holding `version` take over this admitted group?"""
-        ahead = sum(1 for entry in self.order[: self._place(group)] if not entry.trained)
-        return self.pace.reissue(ahead=ahead, step=self.step, version=version)
+        return self.policy.reissue(self.line, group, step=self.step, version=version)
 
     def finish(self, group: int) -> None:
         """All its samples are there: it may be trained."""
-        self.order[self._place(group)].finished = True
+        self.line.finish(group, deadline=self.deadline(self.groups[group]))
 
     def refuse(self, group: int) -> None:
         """It will not be trained and frees its slot."""
         del self.groups[group]
-        del self.order[self._place(group)]
-        forget_trained(self.order)
+        self.line.refuse(group)
 
     def choose(self) -> list[int] | None:
         """The groups of the next batch, or None while it cannot be filled."""
-        return self.pace.select(self.order)
+        return self.policy.select(self.line, step=self.step)
 
-    def too_stale(self, chosen: list[int]) -> list[tuple[int, str]]:
+    def overdue(self) -> list[tuple[int, str]]:
+        """(group, reason) of those, finished or not, that can no longer be trained in time."""
+        return [(group, self._overdue(self.groups[group])) for group in self.policy.overdue(self.line, step=self.step)]
+
+    def too_stale(self, chosen: Iterable[int]) -> list[tuple[int, str]]:
         """(group, reason) of those that may not be trained now, whatever admission believed."""
         found = []
         for group in chosen:
-            reason = self.pace.refuse(version_min=self.groups[group].version_min, step=self.step)
+            reason = self.policy.refuse(version_min=self.groups[group].version_min, step=self.step)
             if reason is not None:
                 found.append((group, reason))
         return found
 
-    def form_batch(self, chosen: list[int]) -> None:
+    def form_batch(self, chosen: Iterable[int]) -> None:
         """These groups are the batch of `step`; the next step begins."""
         for group in chosen:
-            self.order[self._place(group)].trained = True
             del self.groups[group]
-        forget_trained(self.order)
+        self.line.train(chosen)
         self.step += 1
 
-    @property
-    def num_ready(self) -> int:
-        """Groups that wait for a batch."""
-        return sum(1 for entry in self.order if entry.finished and not entry.trained)
-
-    def _place(self, group: int) -> int:
-        place = bisect_left(self.order, group, key=lambda entry: entry.group)
-        assert self.order[place].group == group
-        return place
+    def _overdue(self, group: Group) -> str:
+        reason = self.policy.refuse(version_min=group.version_min, step=self.step) if group.complete else None
+        done = f"{len(group.samples)} of {group.size} samples finished"
+        return reason or (
+            f"stale: admitted at version {group.admitted_version}, not finished when step {self.step} was due "
+            f"({done}; max_staleness {self.policy.max_staleness})"
+        )
 
 
 def untrainable(group: Group, *, drop_zero_signal: bool) -> str | None:
@@ -93,3 +99,9 @@ def untrainable(group: Group, *, drop_zero_signal: bool) -> str | None:
     if drop_zero_signal and zero_signal(sample.reward for sample in usable):
         return "zero_signal"
     return None
+
+
+def zero_signal(rewards: Iterable[float]) -> bool:
+    """All rewards of a group are equal: its group-relative advantages are zero."""
+    values = list(rewards)
+    return len(values) > 1 and max(values) == min(values)

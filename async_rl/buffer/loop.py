@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
+from async_rl.buffer.pace import Pace
 from async_rl.buffer.restore import read_standing, restore
 from async_rl.buffer.rules import Rules
-from async_rl.buffer.staleness import Pace
+from async_rl.buffer.staleness import Policy
 from async_rl.buffer.store import Store, store_begun
+from async_rl.buffer.wait import Wait
 from async_rl.errors import RunFailed
 from async_rl.run_folder import RunFolder
 from async_rl.settings import Settings, pace_of
@@ -29,22 +31,22 @@ STRANGERS_S = 1.0
 """at most so often is said how many were turned away"""
 
 
-def make_pace(settings: Settings) -> Pace:
-    """The staleness rule of a run."""
+def make_policy(settings: Settings) -> Policy:
+    """How a run keeps its staleness within the bound."""
     depth, window = pace_of(settings)
-    return Pace(
-        groups_per_step=settings.batch.groups_per_step,
-        max_staleness=settings.staleness.max_staleness,
-        pipeline_depth=depth,
-        window=window,
-    )
+    groups, staleness = settings.batch.groups_per_step, settings.staleness.max_staleness
+    match settings.staleness.policy:
+        case "pace":
+            return Pace(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth, window=window)
+        case "wait":
+            return Wait(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth)
 
 
 def make_core(settings: Settings, train_problems: int) -> Core:
     """A fresh state machine for a run over so many training problems."""
     order = PromptOrder(train_problems, settings.seed)
     rules = Rules(
-        pace=make_pace(settings),
+        policy=make_policy(settings),
         group_size=settings.batch.group_size,
         temperature=settings.generator.temperature,
         drop_zero_signal=settings.buffer.drop_zero_signal,

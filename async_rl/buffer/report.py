@@ -14,7 +14,7 @@ SILENT_S = 5.0
 
 def wait_reason(ledger: Ledger, admission: Admission, *, published: int, now: float) -> str:
     """Who the trainer is waiting for, since when."""
-    text = f"{ledger.num_ready} of {ledger.pace.groups_per_step} groups finished"
+    text = f"{ledger.line.num_ready} of {ledger.policy.groups_per_step} groups finished"
     generators = admission.generators
     open_groups = [g for g in ledger.groups.values() if not g.complete]
     if open_groups:
@@ -39,8 +39,8 @@ def counters(ledger: Ledger, admission: Admission, counts: Counter[str], *, publ
     generators = admission.generators.values()
     oldest = min((g.version for g in generators), default=published)
     return {
-        "slots_used": ledger.pace.used(live=len(ledger.groups), step=ledger.step, version=oldest),
-        "slots": ledger.pace.slots,
+        "slots_used": ledger.policy.used(ledger.line, step=ledger.step, version=oldest, published=published),
+        "slots": ledger.policy.slots,
         "generators": len(generators),
         "generator_busy_seconds": admission.busy_seconds,
         "tokens_generated": admission.tokens_generated,

@@ -73,24 +73,23 @@ def restore(core: Core, standing: Standing, *, version: int) -> None:
     ledger.step, ledger.next_group = standing.step, standing.next_group
     admission.position = standing.position
     admission.lost_tokens = standing.tokens_generated
-    core.published = version
+    ledger.published = version
     core.counts.update(standing.counts)
     first = standing.position - len(standing.order)
     for position, row in enumerate(standing.order, start=first):
         if row.refused_because is not None:
             continue
-        entry = Entry(group=row.group, trained=row.step is not None)
-        ledger.order.append(entry)
-        if entry.trained:
-            entry.finished = True
+        if row.step is not None:
+            ledger.line.add(Entry(group=row.group, deadline=row.step, finished=True, trained=True))
             continue
         group = _group(core, row, position)
         for sample in standing.samples[row.group]:
             group.samples[sample.sample] = _sample(sample)
         group.begun.update(sample for number, sample in standing.begun if number == row.group)
-        ledger.groups[row.group] = group
-        entry.finished = group.complete
-        if not group.complete:
+        ledger.admit(group)
+        if group.complete:
+            ledger.finish(row.group)
+        else:
             admission.orphans.append(row.group)
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from async_rl.buffer.staleness import Pace
+from async_rl.buffer.staleness import Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """Example: `Rules(pace=pace, group_size=8, temperature=1.0, drop_zero_signal=False, max_failures=64,
+    """Example: `Rules(policy=policy, group_size=8, temperature=1.0, drop_zero_signal=False, max_failures=64,
     max_refusals=1000, seed=0)`."""
 
-    pace: Pace
+    policy: Policy
     group_size: int
     """trajectories of one group"""
     temperature: float

@@ -32,12 +32,13 @@ class Console:
 
     def start(self, settings: Settings, folder: Path, notes: Iterable[str]) -> None:
         depth, window = pace_of(settings)
+        window_text = f", window {window}" if settings.staleness.policy == "pace" else ""
         batch, stale, generators = settings.batch, settings.staleness, settings.generator.count
         self.say(
             f"run {folder}: task {settings.task.name}, recipe {settings.recipe.get('name')}, "
             f"{generators} generator{'s' * (generators > 1)} + buffer + trainer\n"
             f"{batch.groups_per_step} groups x {batch.group_size} trajectories a step; max_staleness "
-            f"{stale.max_staleness}, pipeline_depth {depth:g}, window {window}"
+            f"{stale.max_staleness}, policy {stale.policy}, pipeline_depth {depth:g}{window_text}"
         )
         for note in notes:
             self.say(f"note: {note}")

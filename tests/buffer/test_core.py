@@ -7,17 +7,18 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_buffer_world import TRAINER, World, make_core, paces, trajectory
+from support_buffer_world import TRAINER, World, make_core, paces, policies, trajectory
 
 from async_rl.buffer import effects as do
-from async_rl.buffer.staleness import Entry, Pace
+from async_rl.buffer.pace import Pace
+from async_rl.buffer.staleness import Entry, Line, Policy
 from async_rl.errors import UserError
 from async_rl.wire import messages as msg
 
 
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(
-    pace=paces(),
+    policy=policies(),
     generators=st.integers(1, 4),
     loss=st.sampled_from([0.0, 0.1]),
     failure=st.sampled_from([0.0, 0.05]),
@@ -26,14 +27,14 @@ from async_rl.wire import messages as msg
     seed=st.integers(0, 2**32),
 )
 def test_staleness_is_bounded_and_each_admitted_group_is_trained_once_or_refused(
-    pace: Pace, generators: int, loss: float, failure: float, spread: float, drop: bool, seed: int
+    policy: Policy, generators: int, loss: float, failure: float, spread: float, drop: bool, seed: int
 ) -> None:
-    core = make_core(pace, drop_zero_signal=drop)
+    core = make_core(policy, drop_zero_signal=drop)
     world = World(
         core=core, random=Random(seed), steps=8, generators=generators, loss=loss, failure=failure, spread=spread
     )
     world.run()
-    assert len(world.trained) == len(set(world.trained)) == 8 * pace.groups_per_step
+    assert len(world.trained) == len(set(world.trained)) == 8 * policy.groups_per_step
     in_flight = set(core.groups)
     assert world.admitted == set(world.trained) | set(world.refused) | in_flight
     assert not set(world.trained) & set(world.refused)
@@ -41,26 +42,25 @@ def test_staleness_is_bounded_and_each_admitted_group_is_trained_once_or_refused
     assert core.counts["groups_admitted"] == len(world.admitted)
     assert core.counts["groups_trained"] == len(world.trained)
     assert core.counts["groups_refused"] == len(world.refused)
-    # pacing admits nothing that would have to be refused for its age
+    # pacing and waiting admit nothing that would have to be refused for its age
     assert not any(reason.startswith("stale") for reason in world.refused.values())
-    assert len(core.order) >= len(core.groups)
+    assert len(core.order) >= len(core.groups) == core.ledger.line.live
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(pace=paces(), data=st.data())
 def test_no_group_is_overtaken_by_more_than_the_window_allows(pace: Pace, data: st.DataObject) -> None:
-    order = [Entry(group=i) for i in range(60)]
+    line = Line()
+    for group in range(60):
+        line.add(Entry(group=group, deadline=0))
     batch_of: dict[int, int] = {}
     step = 0
     finish_order = data.draw(st.permutations(range(60)))
     for group in finish_order:
-        order_entry = next(e for e in order if e.group == group)
-        order_entry.finished = True
-        while (chosen := pace.select(order)) is not None:
-            for entry in order:
-                if entry.group in chosen:
-                    entry.trained = True
-                    batch_of[entry.group] = step
+        line.finish(group, deadline=0)
+        while (chosen := pace.select(line, step=step)) is not None:
+            line.train(chosen)
+            batch_of |= dict.fromkeys(chosen, step)
             step += 1
     for group, at in batch_of.items():
         assert at <= pace.latest_step(ahead=group, step=0)

@@ -11,13 +11,14 @@ from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_buffer_world import TRAINER, World, make_core, paces, trajectory
+from support_buffer_world import TRAINER, World, make_core, policies, trajectory
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
 from async_rl.buffer.loop import write
+from async_rl.buffer.pace import Pace
 from async_rl.buffer.restore import read_standing, restore
-from async_rl.buffer.staleness import Pace
+from async_rl.buffer.staleness import Policy
 from async_rl.buffer.store import Store
 from async_rl.trajectory.codec import unpack
 from async_rl.wire import messages as msg
@@ -122,7 +123,7 @@ class MortalWorld(World):
         self.saved = [v for v in self.saved if v <= version]
         self.store.rewind(version=version, now=self.now)
         self.store.commit()
-        self.core = make_core(self.core.rules.pace, drop_zero_signal=self.core.rules.drop_zero_signal)
+        self.core = make_core(self.core.rules.policy, drop_zero_signal=self.core.rules.drop_zero_signal)
         restore(self.core, read_standing(self.store), version=version)
         if whole is not None:
             assert durable(self.core) == durable(whole)
@@ -146,7 +147,7 @@ def durable(core: Core) -> object:
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(
-    pace=paces(),
+    policy=policies(),
     generators=st.integers(1, 3),
     loss=st.sampled_from([0.0, 0.1]),
     failure=st.sampled_from([0.0, 0.05]),
@@ -156,11 +157,11 @@ def durable(core: Core) -> object:
     seed=st.integers(0, 2**32),
 )
 def test_after_deaths_at_any_moment_every_admitted_group_is_trained_once_within_the_bound(
-    pace: Pace, generators: int, loss: float, failure: float, spread: float, drop: bool, every: int, seed: int
+    policy: Policy, generators: int, loss: float, failure: float, spread: float, drop: bool, every: int, seed: int
 ) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         world = MortalWorld(
-            core=make_core(pace, drop_zero_signal=drop),
+            core=make_core(policy, drop_zero_signal=drop),
             random=Random(seed),
             steps=STEPS,
             generators=generators,
@@ -176,8 +177,8 @@ def test_after_deaths_at_any_moment_every_admitted_group_is_trained_once_within_
 
 
 def audit(world: MortalWorld) -> None:
-    pace = world.core.rules.pace
-    assert len(world.trained) == len(set(world.trained)) == STEPS * pace.groups_per_step
+    policy = world.core.rules.policy
+    assert len(world.trained) == len(set(world.trained)) == STEPS * policy.groups_per_step
     assert world.admitted == set(world.trained) | set(world.refused) | set(world.core.groups)
     assert not set(world.trained) & set(world.refused)
     assert not any(reason.startswith("stale") for reason in world.refused.values())
@@ -188,7 +189,7 @@ def audit(world: MortalWorld) -> None:
         assert {row.group for row in rows if row.refused_because is not None} == set(world.refused)
         batches = list(store.batches())
         assert [batch.step for batch in batches] == list(range(STEPS))
-        assert all(len(set(batch.groups)) == pace.groups_per_step for batch in batches)
+        assert all(len(set(batch.groups)) == policy.groups_per_step for batch in batches)
         # the world ends when the trainer has published the last version
         assert all(batch.trained_at is not None for batch in batches[: STEPS - 1])
         assert store.consumed_step() <= STEPS - 1

@@ -1,0 +1,70 @@
+"""Drop: bound staleness by discarding what came too late, and asking the same problems again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from async_rl.buffer.staleness import Line, earliest, pipeline_slots, too_stale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drop:
+    """Generators run ahead within the slots; no step waits for a slow group; what is too old is dropped.
+
+    A batch takes any P finished groups, those with the earliest deadline first. A group started by a generator
+    that holds version v has tokens of version >= v; when the batch of step v + k has been formed without it, it is
+    overdue: finished or still running, it is dropped, gives its slot up at once, and its problem is asked again.
+    (When it is finished, the version of its oldest token counts instead of v.) So every batch has P groups, all of
+    them within the bound, and every problem is trained.
+
+    What is trained is then biased towards short episodes *under given weights*: long ones are dropped more often
+    and come from later attempts. The buffer reports by how much.
+
+    Example: `Drop(groups_per_step=16, max_staleness=1, pipeline_depth=2.0)`.
+    """
+
+    refills: ClassVar[bool] = True
+
+    groups_per_step: int
+    """P, groups of one optimizer step"""
+    max_staleness: int
+    """k, steps"""
+    pipeline_depth: float
+    """batches in the pipeline (being generated, waiting or being trained), 1 .. k + 1"""
+
+    def __post_init__(self) -> None:
+        pipeline_slots(self.groups_per_step, self.max_staleness, self.pipeline_depth)
+
+    @property
+    def slots(self) -> int:
+        return pipeline_slots(self.groups_per_step, self.max_staleness, self.pipeline_depth)
+
+    def used(self, line: Line, *, step: int, version: int, published: int) -> int:
+        """Groups in no batch, and in batches whose weights are not there yet."""
+        return line.live + self.groups_per_step * max(0, step - published)
+
+    def admit(self, line: Line, *, step: int, version: int, published: int) -> bool:
+        """Not what is too old before it begins."""
+        used = self.used(line, step=step, version=version, published=published)
+        return used < self.slots and version + self.max_staleness >= step
+
+    def reissue(self, line: Line, group: int, *, step: int, version: int) -> bool:
+        """Its deadline stays: the weights must be no older than those it was admitted with."""
+        return version + self.max_staleness >= line.entry(group).deadline
+
+    def select(self, line: Line, *, step: int) -> list[int] | None:
+        chosen = earliest(line, self.groups_per_step)
+        return sorted(chosen) if len(chosen) == self.groups_per_step else None
+
+    def held_up_by(self, line: Line, *, step: int) -> list[int]:
+        return []
+
+    def overdue(self, line: Line, *, step: int) -> list[int]:
+        return [e.group for e in line.entries if not e.trained and e.deadline < step]
+
+    def refuse(self, *, version_min: int, step: int) -> str | None:
+        return too_stale(version_min=version_min, step=step, max_staleness=self.max_staleness)
+
+    def at_depth(self, depth: float) -> Self:
+        return replace(self, pipeline_depth=depth)
