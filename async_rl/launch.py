@@ -21,7 +21,7 @@ from async_rl.config import to_yaml
 from async_rl.errors import RunFailed, UserError
 from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
 from async_rl.observe.console import Console
-from async_rl.preflight import preflight
+from async_rl.preflight import Facts, preflight
 from async_rl.restart import RestartBudget
 from async_rl.resume import Start, find_start, resumed_settings, rewind
 from async_rl.run_folder import RowTail, RunFolder, replace_text
@@ -79,7 +79,7 @@ class Launcher:
             self.console.start(self.settings, self.folder.path, facts.notes)
             self.clean(endpoint)  # of a launch before that was killed: its weights must not be taken for ours
             self.pipe = os.pipe()
-            self.start(endpoint, facts.train_problems)
+            self.start(endpoint, facts)
             self.watch()
             return self.finish(time.monotonic() - started)
         except Interrupted as order:
@@ -130,11 +130,12 @@ class Launcher:
 
     # ------------------------------------------------------------------ start
 
-    def start(self, endpoint: str, train_problems: int) -> None:
+    def start(self, endpoint: str, facts: Facts) -> None:
         path = str(self.folder.path)
         version = str(self.start_at.version if self.start_at is not None else 0)
         chosen = self.settings.generator
-        self.spawn("buffer", "async_rl.buffer", path, endpoint, str(train_problems), version)
+        known = (str(facts.train_problems), str(facts.vocabulary))
+        self.spawn("buffer", "async_rl.buffer", path, endpoint, *known, version)
         endpoint = as_reached_from_here(endpoint)
         self.spawn("trainer", "async_rl.trainer", path, endpoint, version, threads=self.settings.trainer.threads)
         for i in range(chosen.count):

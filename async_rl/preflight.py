@@ -31,6 +31,8 @@ class Facts:
     notes: list[str]
     """worth saying, not wrong"""
     train_problems: int
+    vocabulary: int = 0
+    """tokens the model knows; 0: only transformers can say"""
 
 
 def preflight(settings: Settings) -> Facts:
@@ -62,7 +64,8 @@ def preflight(settings: Settings) -> Facts:
             f"evaluation.problems is {settings.evaluation.problems}, but task '{task.name}' holds out {held_out}; "
             "all of them are used"
         )
-    return Facts(notes=notes, train_problems=len(task.problems("train")))
+    vocabulary = config.vocabulary if config is not None else 0
+    return Facts(notes=notes, train_problems=len(task.problems("train")), vocabulary=vocabulary)
 
 
 def check_device(name: str, device: str) -> None:

@@ -101,7 +101,7 @@ def recovery(settings: Settings, path: Path, trajectories: int) -> dict[str, flo
     fill(path, trajectories, size, per_step)
     seconds = []
     for _ in range(3):
-        core: Core = make_core(settings, 1000)
+        core: Core = make_core(settings, train_problems=1000, vocabulary=0)
         started = time.perf_counter()
         with Store(path, durability="process", create=False) as store:
             store.rewind(version=0, now=0.0)

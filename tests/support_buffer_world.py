@@ -18,18 +18,20 @@ from async_rl.buffer.rules import Rules
 from async_rl.buffer.staleness import Policy
 from async_rl.buffer.wait import Wait
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
+from async_rl.trajectory.seed import group_seed, sample_seed
 from async_rl.wire import messages as msg
 
 TRAINER = b"trainer"
 
 
 def trajectory(group: int, sample: int, version: int, *, split: str = "train", **changes: object) -> Trajectory:
+    """What a generator answers to the permit of this training group, while no evaluation took a number."""
     values: dict[str, object] = {
         "group": group,
         "sample": sample,
-        "problem": 0,
+        "problem": group,
         "split": split,
-        "seed": 1,
+        "seed": sample_seed(group_seed(0, group), sample),
         "tokens": np.array([1, 2], np.int32),
         "log_behaviour": np.array([0.0, -1.0], np.float32),
         "turns": (Turn(start=1, length=1),),
@@ -40,7 +42,18 @@ def trajectory(group: int, sample: int, version: int, *, split: str = "train", *
     return Trajectory(**{**values, **changes})  # type: ignore[arg-type]
 
 
+def answer(permit: msg.Permit, sample: int, version: int, **changes: object) -> Trajectory:
+    """One trajectory for a permit."""
+    asked = {
+        "problem": permit.problem,
+        "seed": sample_seed(permit.seed, sample),
+        "temperature": permit.temperature,
+    }
+    return trajectory(permit.group, sample, version, split=permit.split, **{**asked, **changes})
+
+
 def make_core(policy: Policy, **changes: object) -> Core:
+    """It has heard the trainer's Hello."""
     values: dict[str, object] = {
         "policy": policy,
         "group_size": 2,
@@ -50,7 +63,9 @@ def make_core(policy: Policy, **changes: object) -> Core:
         "max_refusals": 10**9,
         "seed": 0,
     }
-    return Core(Rules(**{**values, **changes}), problem_at=lambda position: position)  # type: ignore[arg-type]
+    core = Core(Rules(**{**values, **changes}), problem_at=lambda position: position)  # type: ignore[arg-type]
+    core.handle(TRAINER, msg.Hello(role="trainer", name="trainer", pid=1), 0.0)
+    return core
 
 
 @dataclass
@@ -174,7 +189,7 @@ class World:
         if life != self.lives[peer]:
             return
         ended = "error" if self.random.random() < self.failure else "finished"
-        done = trajectory(permit.group, sample, version, split=permit.split, ended=ended)
+        done = answer(permit, sample, version, ended=ended)
         self.to_buffer(peer, msg.Finished(trajectories=(done,)))
         if self.random.random() < 0.05:  # a message that comes twice changes nothing
             self.to_buffer(peer, msg.Finished(trajectories=(done,)))

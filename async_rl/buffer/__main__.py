@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from async_rl.buffer.loop import run_buffer
+from async_rl.buffer.loop import make_core, run_buffer
 from async_rl.process import run_process
 from async_rl.run_folder import RunFolder
 
 
-def main(path: str, endpoint: str, train_problems: str, version: str) -> None:
+def main(path: str, endpoint: str, train_problems: str, vocabulary: str, version: str) -> None:
     folder = RunFolder(Path(path))
 
     def work() -> None:
-        run_buffer(folder, folder.settings(), endpoint, int(train_problems), int(version))
+        settings = folder.settings()
+        core = make_core(settings, train_problems=int(train_problems), vocabulary=int(vocabulary))
+        run_buffer(folder, settings, core, endpoint, int(version))
 
     run_process("buffer", folder, work)
 

@@ -6,7 +6,7 @@ staleness rule allows.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,6 +17,9 @@ from async_rl.buffer.ledger import Ledger
 from async_rl.buffer.rules import Rules
 from async_rl.trajectory.seed import group_seed
 from async_rl.wire import messages as msg
+
+MOST_FORMER = 4096
+"""lost generators that are remembered"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,6 +55,8 @@ class Admission:
     generators: dict[bytes, Generator] = field(default_factory=dict)
     orphans: list[int] = field(default_factory=list)
     """admitted groups whose generator was lost"""
+    former: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    """the generators lost last: what they still send is no stranger's"""
     lost_busy_seconds: float = 0.0
     """inside model steps, of generators that are gone"""
     lost_tokens: int = 0
@@ -70,6 +75,9 @@ class Admission:
         self.counts["generators_lost"] += 1
         self.lost_busy_seconds += gone.busy_seconds
         self.lost_tokens += gone.tokens_generated
+        self.former[peer] = None
+        if len(self.former) > MOST_FORMER:
+            self.former.popitem(last=False)
         for group in self.ledger.groups.values():
             if group.holder == peer:
                 group.holder = None
@@ -77,6 +85,10 @@ class Admission:
                     self.orphans.append(group.group)
         self.evaluations.lost(peer)
         return True
+
+    def met(self, peer: bytes) -> bool:
+        """It is a generator, or was one not long ago."""
+        return peer in self.generators or peer in self.former
 
     def complete(self, group: Group) -> None:
         """All samples of a group have arrived, from whomever."""
@@ -100,7 +112,7 @@ class Admission:
                 group = self._next_for(generator, out, now)
                 if group is None:
                     continue
-                group.holder = peer
+                group.give(peer, generator.version)
                 generator.granted += 1
                 generator.held += 1
                 if group.begun:

@@ -14,17 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from async_rl.buffer import effects as do
+from async_rl.buffer.acceptance import Acceptance, Objection
 from async_rl.buffer.admission import Admission
 from async_rl.buffer.batching import Batching
-from async_rl.buffer.evaluation import Evaluation, Evaluations, evaluation_result
+from async_rl.buffer.evaluation import Evaluation, Evaluations, evaluation_groups, evaluation_result
 from async_rl.buffer.group import Group
 from async_rl.buffer.ledger import Ledger
+from async_rl.buffer.refusals import Refusals
 from async_rl.buffer.report import counters, wait_reason
 from async_rl.buffer.rules import Rules
 from async_rl.buffer.staleness import Entry
 from async_rl.trajectory import Trajectory
-from async_rl.trajectory.codec import Blob
-from async_rl.trajectory.seed import group_seed
+from async_rl.trajectory.codec import Blob, WireError
 from async_rl.wire import messages as msg
 
 WAITING_NOTICE_S = 2.0
@@ -50,7 +51,9 @@ class Core:
     """prompt order: position -> problem index"""
     ledger: Ledger = field(init=False)
     admission: Admission = field(init=False)
+    acceptance: Acceptance = field(init=False)
     evaluations: Evaluations = field(default_factory=Evaluations)
+    refusals: Refusals = field(default_factory=Refusals)
     batching: Batching = field(init=False)
     trainer: bytes = b""
     """the peer that said so in its Hello; empty: none yet"""
@@ -70,6 +73,9 @@ class Core:
             counts=self.counts,
         )
         self.batching = Batching(rules=self.rules, ledger=self.ledger, admission=self.admission, counts=self.counts)
+        self.acceptance = Acceptance(
+            rules=self.rules, ledger=self.ledger, admission=self.admission, evaluations=self.evaluations
+        )
 
     @property
     def step(self) -> int:
@@ -96,11 +102,13 @@ class Core:
         """Everything that follows from one message at time `now` (seconds, any monotonic clock)."""
         if (known := self.admission.generators.get(peer)) is not None:
             known.last_heard = now
+        if (objection := self.acceptance.message(peer, message, self.trainer)) is not None:
+            return self._object(peer, type(message).__name__, objection, now)
         match message:
             case msg.Finished():
                 return self._finished(peer, message, now)
             case msg.Turns():
-                return self._turns(message)
+                return self._turns(peer, message, now)
             case msg.Want():
                 return self._want(peer, message, now)
             case msg.Holds():
@@ -114,7 +122,7 @@ class Core:
             case msg.Published():
                 return self._published(message.version, now)
             case msg.Checkpointed():
-                return [do.MarkConsumed(step=message.version - 1)] if 0 < message.version <= self.step else []
+                return [do.MarkConsumed(step=message.version - 1)]
             case msg.Evaluate():
                 return self._evaluate(message, now)
             case msg.FetchEvaluation():
@@ -122,15 +130,26 @@ class Core:
             case msg.Hello():
                 return self._hello(peer, message, now)
             case msg.Query():
-                return [do.Send(peer=peer, message=msg.Snapshot(detail=self.snapshot(now)))]
-            case msg.Done():
-                return self._end(message.reason, failed=False)
-            case msg.Shutdown():
+                return self._query(peer, now)
+            case msg.Done() | msg.Shutdown():
                 return self._end(message.reason, failed=False)
             case _:
-                self.counts["messages_refused"] += 1
-                reason = "the buffer does not take this kind"
-                return [do.Send(peer=peer, message=msg.Refused(what=type(message).__name__, reason=reason))]
+                return []
+
+    def malformed(self, peer: bytes, error: WireError, now: float) -> list[do.Effect]:
+        """Bytes that are no message."""
+        return self._object(peer, "message", Objection(kind=error.kind, reason=str(error)), now)
+
+    def _object(
+        self, peer: bytes, what: str, objection: Objection, now: float, pairs: tuple[tuple[int, int], ...] = ()
+    ) -> list[do.Effect]:
+        answer = peer == self.trainer or self.refusals.may_answer(now)
+        return self.refusals.refuse(peer, what, objection, answer=answer, pairs=pairs)
+
+    def _query(self, peer: bytes, now: float) -> list[do.Effect]:
+        if peer != self.trainer and not self.refusals.may_answer(now):
+            return []
+        return [do.Send(peer=peer, message=msg.Snapshot(detail=self.snapshot(now)))]
 
     def tick(self, now: float) -> list[do.Effect]:
         """Time passes: tell a waiting trainer whom it waits for."""
@@ -156,31 +175,29 @@ class Core:
         return [*out, do.Send(peer=peer, message=msg.NewWeights(version=self.published))]
 
     def _want(self, peer: bytes, want: msg.Want, now: float) -> list[do.Effect]:
-        generator = self.admission.generators.get(peer)
-        if generator is None:
-            return [do.Send(peer=peer, message=msg.Refused(what="Want", reason="say Hello first"))]
+        generator = self.admission.generators[peer]
         generator.limit = max(generator.limit, want.limit)
         generator.version = max(generator.version, want.version)
         return self._grant(now)
 
     def _holds(self, peer: bytes, version: int, now: float) -> list[do.Effect]:
-        generator = self.admission.generators.get(peer)
-        if generator is None or version <= generator.version:
+        generator = self.admission.generators[peer]
+        if version <= generator.version:
             return []
         generator.version = version
         return self._grant(now)
 
     def _status(self, peer: bytes, status: msg.Status) -> list[do.Effect]:
-        if (generator := self.admission.generators.get(peer)) is not None:
-            generator.busy_seconds = status.busy_seconds
-            generator.tokens_generated = status.tokens_generated
-            generator.running = status.running
+        generator = self.admission.generators[peer]
+        generator.busy_seconds = status.busy_seconds
+        generator.tokens_generated = status.tokens_generated
+        generator.running = status.running
         return []
 
     def _canary(self, peer: bytes, canary: msg.Canary) -> list[do.Effect]:
-        """The trainer compares; a stranger's evidence is no generator's."""
-        generator = self.admission.generators.get(peer)
-        if generator is None or not self.trainer:
+        """The trainer compares."""
+        generator = self.admission.generators[peer]
+        if not self.trainer:
             self.counts["canaries_ignored"] += 1
             return []
         return [do.Send(peer=self.trainer, message=replace(canary, name=generator.name))]
@@ -195,9 +212,9 @@ class Core:
         blobs: list[Blob] = []
         closed: list[Group] = []
         begun: list[tuple[int, int]] = []
-        for place, trajectory in enumerate(finished.trajectories):
-            group = self._group_of(trajectory)
-            if group is None or trajectory.sample >= group.size or not group.arrive(trajectory):
+        possible, out = self._sift(peer, "Finished", finished.trajectories, now)
+        for place, trajectory, group in possible:
+            if group is None or not group.arrive(trajectory):
                 self.counts["trajectories_ignored"] += 1
                 continue
             fresh.append(trajectory)
@@ -208,11 +225,13 @@ class Core:
             self._count(trajectory)
             if group.complete:
                 closed.append(group)
-        pairs = tuple((t.group, t.sample) for t in finished.trajectories)
-        out: list[do.Effect] = [do.AddTrajectories(trajectories=fresh, blobs=blobs)] if fresh else []
+        if fresh:
+            out.append(do.AddTrajectories(trajectories=fresh, blobs=blobs))
         if begun:
             out.append(do.DropTurns(pairs=begun))
-        out.append(do.Send(peer=peer, message=msg.Accepted(pairs=pairs)))
+        if possible:
+            pairs = tuple((t.group, t.sample) for _, t, _ in possible)
+            out.append(do.Send(peer=peer, message=msg.Accepted(pairs=pairs)))
         for group in closed:
             self.admission.complete(group)
             if group.split == "train":
@@ -226,23 +245,40 @@ class Core:
             out += self._grant(now)
         return out
 
-    def _turns(self, turns: msg.Turns) -> list[do.Effect]:
+    def _turns(self, peer: bytes, turns: msg.Turns, now: float) -> list[do.Effect]:
         """Keep what is done of long episodes, so that they are not lost more often than short ones."""
         kept = []
-        for trajectory in turns.trajectories:
-            group = self.groups.get(trajectory.group)
-            if group is None or trajectory.split != "train" or trajectory.sample not in group.missing:
+        possible, out = self._sift(peer, "Turns", turns.trajectories, now)
+        for _, trajectory, group in possible:
+            if group is None or group.split != "train" or trajectory.sample not in group.missing:
                 continue
             group.begun.add(trajectory.sample)
             kept.append(trajectory)
         self.counts["turns_saved"] += len(kept)
-        return [do.SaveTurns(trajectories=kept)] if kept else []
+        return [*out, do.SaveTurns(trajectories=kept)] if kept else out
 
-    def _group_of(self, trajectory: Trajectory) -> Group | None:
-        if trajectory.split == "train":
-            return self.groups.get(trajectory.group)
-        entry = self.evaluations.groups.get(trajectory.group)
-        return entry[1] if entry is not None else None
+    def _sift(
+        self, peer: bytes, what: str, trajectories: Sequence[Trajectory], now: float
+    ) -> tuple[list[tuple[int, Trajectory, Group | None]], list[do.Effect]]:
+        """Those that may be what they say, each with its place and its group if that is live; what follows for
+        the others."""
+        possible: list[tuple[int, Trajectory, Group | None]] = []
+        refused: dict[str, tuple[Objection, list[tuple[int, int]]]] = {}
+        for place, trajectory in enumerate(trajectories):
+            group = self._group(trajectory.group)
+            objection = self.acceptance.trajectory(peer, trajectory, group)
+            if objection is None:
+                possible.append((place, trajectory, group))
+                continue
+            refused.setdefault(objection.kind, (objection, []))[1].append((trajectory.group, trajectory.sample))
+        out: list[do.Effect] = []
+        for objection, pairs in refused.values():
+            out += self._object(peer, what, objection, now, tuple(pairs))
+        return possible, out
+
+    def _group(self, number: int) -> Group | None:
+        entry = self.evaluations.groups.get(number)
+        return entry[1] if entry is not None else self.groups.get(number)
 
     def _count(self, trajectory: Trajectory) -> None:
         self.counts[f"trajectories_{trajectory.split}"] += 1
@@ -256,12 +292,9 @@ class Core:
     # ---------------------------------------------------------------- trainer
 
     def _next_batch(self, peer: bytes, step: int, now: float) -> list[do.Effect]:
-        if 0 <= step < self.step:
+        if step < self.step:
             # formed before: also for a trainer that goes on from a checkpoint
             return [do.SendBatch(peer=peer, step=step, detail=self._counters())]
-        if step != self.step:
-            reason = f"the next batch is that of step {self.step}"
-            return [do.Send(peer=peer, message=msg.Refused(what=f"NextBatch({step})", reason=reason))]
         if self.pending is None or self.pending.step != step:
             self.pending = PendingBatch(peer=peer, step=step, since=now, told=now)
         self.pending.peer = peer
@@ -295,29 +328,12 @@ class Core:
     def _evaluate(self, ask: msg.Evaluate, now: float) -> list[do.Effect]:
         if ask.evaluation in self.evaluations.asked:
             return []
-        groups = [
-            Group(
-                group=self.ledger.number(),
-                problem=problem,
-                split="eval",
-                size=ask.samples,
-                # not the training stream: every evaluation draws the same noise for the same problem
-                seed=group_seed(self.rules.seed ^ 0x5EED, place),
-                temperature=ask.temperature,
-                admitted_at=now,
-                admitted_version=ask.version,
-            )
-            for place, problem in enumerate(ask.problems)
-        ]
+        groups = evaluation_groups(ask, seed=self.rules.seed, number=self.ledger.number, now=now)
         self.evaluations.add(ask.evaluation, Evaluation(version=ask.version, groups=groups, asked_at=now))
         return [*(do.add_group(group, generator="") for group in groups), *self._grant(now)]
 
     def _fetch_evaluation(self, peer: bytes, evaluation: int, now: float) -> list[do.Effect]:
-        found = self.evaluations.asked.get(evaluation)
-        if found is None:
-            reason = "no such evaluation was asked for"
-            return [do.Send(peer=peer, message=msg.Refused(what=f"FetchEvaluation({evaluation})", reason=reason))]
-        result = evaluation_result(evaluation, found, now)
+        result = evaluation_result(evaluation, found := self.evaluations.asked[evaluation], now)
         out: list[do.Effect] = []
         if result.finished and not found.recorded:
             self.evaluations.record(found)
@@ -337,7 +353,8 @@ class Core:
         return wait_reason(self.ledger, self.admission, published=self.published, now=now)
 
     def _counters(self) -> dict[str, float]:
-        return counters(self.ledger, self.admission, self.counts, published=self.published)
+        refused = self.refusals.counts.total()
+        return counters(self.ledger, self.admission, self.counts, refused=refused, published=self.published)
 
     def snapshot(self, now: float) -> dict[str, object]:
         """State in plain values, for a person or a monitor."""
@@ -351,6 +368,7 @@ class Core:
                 for g in self.admission.generators.values()
             ],
             "counts": dict(self.counts),
+            "refused": dict(self.refusals.counts),
             **self._counters(),
         }
 

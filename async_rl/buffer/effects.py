@@ -106,6 +106,16 @@ class SendBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecordRefusal:
+    """Something was not taken; an example for the record."""
+
+    peer: bytes
+    what: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EndRun:
     """Stop everything. `failed` tells an error from a normal end."""
 
@@ -119,7 +129,7 @@ Write = (
     | FormBatch | MarkTrained | MarkConsumed | AddEvaluation
 )
 # fmt: on
-Effect = Write | Send | SendTurns | SendBatch | EndRun
+Effect = Write | Send | SendTurns | SendBatch | RecordRefusal | EndRun
 
 
 def add_group(group: Group, generator: str) -> AddGroup:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from async_rl.buffer.group import Group
-from async_rl.wire.messages import EvaluationResult
+from async_rl.trajectory.seed import group_seed
+from async_rl.wire.messages import Evaluate, EvaluationResult
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,6 +40,10 @@ class Evaluations:
             self.groups[group.group] = (evaluation, group)
             self.queue.append(group.group)
 
+    @property
+    def unfinished(self) -> int:
+        return sum(not evaluation.recorded for evaluation in self.asked.values())
+
     def take(self, version: int) -> Group | None:
         """The next group for a generator that holds `version`, if those weights are new enough."""
         if not self.queue:
@@ -66,6 +71,24 @@ class Evaluations:
         evaluation.recorded = True
         for group in evaluation.groups:
             self.groups.pop(group.group, None)
+
+
+def evaluation_groups(ask: Evaluate, *, seed: int, number: Callable[[], int], now: float) -> list[Group]:
+    """One group a problem. `seed`: of the run; `number`: gives a group number that was never used."""
+    return [
+        Group(
+            group=number(),
+            problem=problem,
+            split="eval",
+            size=ask.samples,
+            # not the training stream: every evaluation draws the same noise for the same problem
+            seed=group_seed(seed ^ 0x5EED, place),
+            temperature=ask.temperature,
+            admitted_at=now,
+            admitted_version=ask.version,
+        )
+        for place, problem in enumerate(ask.problems)
+    ]
 
 
 def evaluation_result(number: int, evaluation: Evaluation, now: float) -> EvaluationResult:

@@ -39,6 +39,12 @@ class Group:
     samples: dict[int, Sample] = field(default_factory=dict)
     begun: set[int] = field(default_factory=set)
     """samples of which finished turns are saved"""
+    holders: set[bytes] = field(default_factory=set)
+    """every generator it was given to"""
+    oldest_held: int = 0
+    """the oldest weights of those generators when it was given to them"""
+    restored: bool = False
+    """read from the store: to whom it was given before is not known, nor which weights those held"""
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -57,6 +63,13 @@ class Group:
     def version_min(self) -> int:
         """Version of the oldest policy token of the usable samples; -1 when there is none."""
         return min((s.version_min for s in self.usable if s.version_min >= 0), default=-1)
+
+    def give(self, peer: bytes, version: int) -> None:
+        """To a generator that holds `version`."""
+        self.holder = peer
+        if not self.restored:
+            self.oldest_held = version if not self.holders else min(self.oldest_held, version)
+        self.holders.add(peer)
 
     def permit(self) -> Permit:
         """The right to generate what is missing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from async_rl.buffer import effects as do
@@ -42,8 +42,8 @@ def make_policy(settings: Settings) -> Policy:
             return Wait(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth)
 
 
-def make_core(settings: Settings, train_problems: int) -> Core:
-    """A fresh state machine for a run over so many training problems."""
+def make_core(settings: Settings, *, train_problems: int, vocabulary: int) -> Core:
+    """A fresh state machine for a run over so many training problems. `vocabulary`: 0 when it is not known."""
     order = PromptOrder(train_problems, settings.seed)
     rules = Rules(
         policy=make_policy(settings),
@@ -53,15 +53,16 @@ def make_core(settings: Settings, train_problems: int) -> Core:
         max_failures=settings.buffer.max_failures,
         max_refusals=settings.buffer.max_refusals,
         seed=settings.seed,
+        vocabulary=vocabulary,
+        max_permits=max(1, settings.generator.max_sequences // settings.batch.group_size),
     )
     return Core(rules, problem_at=order)
 
 
-def run_buffer(folder: RunFolder, settings: Settings, endpoint: str, train_problems: int, version: int) -> None:
+def run_buffer(folder: RunFolder, settings: Settings, core: Core, endpoint: str, version: int) -> None:
     """Serve until the trainer is done or something ends the run. Raises RunFailed with the cause.
 
     A store that is there already is gone on with, for a trainer that begins at `version`."""
-    core = make_core(settings, train_problems)
     limit = settings.wire.max_message_mb << 20
     begun = store_begun(folder.store)
     with (
@@ -75,7 +76,7 @@ def run_buffer(folder: RunFolder, settings: Settings, endpoint: str, train_probl
         folder.event("buffer_ready", time=time.time(), endpoint=endpoint)
         strangers = Strangers(router.gate)
         while not core.ended:
-            carry_out(receive(router, core), store, router)
+            carry_out(receive(router, core), store, router, folder.event)
             strangers.report(core, folder, time.monotonic())
 
 
@@ -106,16 +107,15 @@ def receive(router: Router, core: Core) -> list[do.Effect]:
             break
         peer, message = received
         if isinstance(message, WireError):
-            core.counts["messages_refused"] += 1
-            out.append(do.Send(peer=peer, message=msg.Refused(what="message", reason=str(message))))
+            out += core.malformed(peer, message, time.time())
         else:
             out += core.handle(peer, message, time.time())
         received = router.receive(0.0)
     return out + core.tick(time.time())
 
 
-def carry_out(effects: Sequence[do.Effect], store: Store, router: Router) -> None:
-    """Write everything, commit, and only then tell anybody."""
+def carry_out(effects: Sequence[do.Effect], store: Store, router: Router, record: Callable[..., None]) -> None:
+    """Write everything, commit, and only then tell anybody. `record(event, **detail)` writes into events.jsonl."""
     if not effects:
         return
     started, processor = time.perf_counter(), time.thread_time()
@@ -142,6 +142,15 @@ def carry_out(effects: Sequence[do.Effect], store: Store, router: Router) -> Non
                     "store_commits": store.commits,
                 }
                 router.send(peer, msg.Batch(step=step, blobs=tuple(blobs), detail={**detail, **spent}))
+            case do.RecordRefusal():
+                record(
+                    "refused",
+                    peer=effect.peer.hex(),
+                    what=effect.what,
+                    kind=effect.kind,
+                    reason=effect.reason,
+                    time=time.time(),
+                )
             case do.EndRun(reason=reason, failed=True):
                 raise RunFailed(reason)
 

@@ -34,7 +34,9 @@ def wait_reason(ledger: Ledger, admission: Admission, *, published: int, now: fl
     return f"{text}; no group is running, newest weights are version {published}, {', '.join(behind)}"
 
 
-def counters(ledger: Ledger, admission: Admission, counts: Counter[str], *, published: int) -> dict[str, float]:
+def counters(
+    ledger: Ledger, admission: Admission, counts: Counter[str], *, refused: int, published: int
+) -> dict[str, float]:
     """What goes to the trainer with every batch."""
     generators = admission.generators.values()
     oldest = min((g.version for g in generators), default=published)
@@ -48,5 +50,6 @@ def counters(ledger: Ledger, admission: Admission, counts: Counter[str], *, publ
         "groups_trained": counts["groups_trained"],
         "groups_refused": counts["groups_refused"],
         "trajectories_failed": counts["trajectories_failed"],
+        "wire_refused": refused,
         **{f"{HOLDS}{g.name}": g.version for g in generators},
     }

@@ -103,6 +103,7 @@ def _group(core: Core, row: GroupRow, position: int) -> Group:
         temperature=core.rules.temperature,
         admitted_at=row.admitted_at,
         admitted_version=row.admitted_version,
+        restored=True,
     )
 
 

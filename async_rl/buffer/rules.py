@@ -23,3 +23,7 @@ class Rules:
     max_refusals: int
     """groups in a row that may be refused before the run ends"""
     seed: int
+    vocabulary: int = 0
+    """tokens are below it; 0: not known"""
+    max_permits: int = 1 << 31
+    """most that one generator may have under way"""

@@ -20,11 +20,13 @@ from async_rl.generator.engine import Engine
 from async_rl.generator.session import EpisodeSession, Ticket, TurnLimit
 from async_rl.task.protocol import Task
 from async_rl.trajectory import Trajectory
+from async_rl.trajectory.codec import WireError
 from async_rl.trajectory.seed import sample_seed
 from async_rl.weights.canary import probe_tokens
 from async_rl.weights.shared_memory import WeightReader
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import AsyncDealer
+from async_rl.wire.refusal import HARMLESS
 
 if TYPE_CHECKING:
     from async_rl.model.tokenizer import Tokenizer
@@ -106,7 +108,10 @@ class GeneratorLoop:
     async def _receive(self) -> None:
         """What the buffer says. Ends when it says stop."""
         while True:
-            message = await self.dealer.receive()
+            try:
+                message = await self.dealer.receive()
+            except WireError as error:
+                raise RunFailed(f"{self.options.name} cannot read what the buffer sends: {error}") from None
             match message:
                 case msg.Permits(permits=permits):
                     for permit in permits:
@@ -122,8 +127,11 @@ class GeneratorLoop:
                     self.new_weights.set()
                 case msg.Stop():
                     return
-                case msg.Refused(what=what, reason=reason):
-                    raise RunFailed(f"{self.options.name}: the buffer refused {what}: {reason}")
+                case msg.Refused(what=what, reason=reason, kind=kind, pairs=pairs):
+                    if kind not in HARMLESS:
+                        raise RunFailed(f"{self.options.name}: the buffer refused {what}: {reason}")
+                    for pair in pairs:
+                        self.unacknowledged.pop(pair, None)
                 case _:
                     pass
 

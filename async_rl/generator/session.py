@@ -17,6 +17,10 @@ STOPS = "turns_stopped"
 """in the info of an unfinished trajectory: for each turn 1 when it ended by a stop, else 0"""
 
 
+LONGEST_REASON = 4000
+"""characters kept of what a task raised"""
+
+
 class TurnLimit(Exception):
     """The episode asked for more turns than `generator.max_turns` allows."""
 
@@ -214,7 +218,7 @@ class EpisodeSession:
             reward=reward,
             ended=ended,
             temperature=ticket.temperature,
-            reason=reason,
+            reason=reason[:LONGEST_REASON],
             started_at=self.started_at,
             finished_at=self._clock(),
             info=info,

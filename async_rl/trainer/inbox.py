@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from async_rl.errors import RunFailed
 from async_rl.trainer.canary import CanaryWatch
+from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout
 
@@ -89,6 +90,8 @@ class Inbox:
                 message = self.dealer.receive(0.0, "anything")
             except WireTimeout:
                 return
+            except WireError as error:
+                raise RunFailed(f"the trainer cannot read what the buffer sends: {error}") from None
             self._take(message)
 
     def _receive(self, deadline: float, waiting_for: str) -> None:
@@ -99,6 +102,8 @@ class Inbox:
             raise RunFailed(
                 f"waited {self.timeout_s:g} s (wire.timeout_s) for {waiting_for}{last}"
             ) from None
+        except WireError as error:
+            raise RunFailed(f"the trainer cannot read what the buffer sends: {error}") from None
         self._take(message)
 
     def _take(self, message: msg.Message) -> None:

@@ -146,6 +146,7 @@ class TrainerLoop:
             "generators": batch.detail.get("generators", 0.0),
             "time/store": batch.detail.get("store_seconds", 0.0),
             "time/store_processor": batch.detail.get("store_processor_seconds", 0.0),
+            "wire/refused": batch.detail.get("wire_refused", 0.0),
             "store/commits": batch.detail.get("store_commits", 0.0),
             **self.canary.row(),
         }

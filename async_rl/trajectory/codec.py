@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import repeat, starmap
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import msgpack
 import numpy as np
@@ -46,6 +46,9 @@ _FEW = 128
 """tokens that are not the policy's: their log-probs, zeros, cost less to send than to leave out"""
 _SHORT_TEXT = 128
 """bytes; what is longer is not remembered"""
+_MOST_TEXT_BYTES = 1 << 20
+_MOST_TURNS = 1 << 16
+"""turns, or spans of versions"""
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 _ZEROS = bytes(8)
 _TURN, _SPAN = struct.Struct("<ii"), struct.Struct("<iii")
@@ -57,19 +60,40 @@ _pack_text = msgpack.Packer(unicode_errors="replace").pack
 Blob = bytes | memoryview
 
 
+WireKind = Literal["bytes", "message", "schema", "fields", "frames", "trajectory", "columns", "size"]
+"""What is wrong with bytes: no msgpack; no message of ours; of another schema; fields missing, extra or of the
+wrong type; frames that are not those of the header; a blob that is no trajectory; a trajectory that contradicts
+itself; larger than is taken."""
+
+
 class WireError(Exception):
     """Bytes that are no message of ours: malformed, truncated, oversized or of another schema.
 
-    The message is the reason. The receiver counts it and lives on.
+    The message is the reason, `kind` what it is counted under. The receiver counts it and lives on.
     """
 
+    def __init__(self, reason: str, kind: WireKind) -> None:
+        super().__init__(reason)
+        self.kind: WireKind = kind
 
-def plain(packed: Blob) -> Any:
-    """What msgpack bytes from another process say. Raises WireError, never anything else."""
+
+def plain(packed: Blob, most_bytes: int) -> Any:
+    """What msgpack bytes from another process say. Raises WireError, never anything else.
+
+    A byte of msgpack may become an object of 64 bytes, hence the bound."""
+    if len(packed) > most_bytes:
+        raise WireError(f"{len(packed)} bytes of msgpack; no more than {most_bytes} are taken here", "size")
     try:
-        return msgpack.unpackb(packed)
+        return msgpack.unpackb(packed, object_pairs_hook=_table)
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
-        raise WireError(f"not msgpack: {error or type(error).__name__}") from None
+        raise WireError(f"not msgpack: {error or type(error).__name__}", "bytes") from None
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a table has a name twice")
+    return table
 
 
 def pack(trajectory: Trajectory) -> bytes:
@@ -140,7 +164,7 @@ def unpack(blob: Blob) -> Trajectory:
     """The trajectory of one blob, checked. Its columns are read-only views into the blob where that is
     possible. Raises WireError."""
     if len(blob) < _FIXED.size:
-        raise WireError(f"a trajectory of {len(blob)} bytes is truncated")
+        raise WireError(f"a trajectory of {len(blob)} bytes is truncated", "trajectory")
     # fmt: off
     (
         magic, schema, text_bytes, group, sample, problem, seed, reward, temperature, started_at,
@@ -148,18 +172,20 @@ def unpack(blob: Blob) -> Trajectory:
     ) = _FIXED.unpack_from(blob)
     # fmt: on
     if magic != _MAGIC:
-        raise WireError("not a trajectory")
+        raise WireError("not a trajectory", "trajectory")
     if schema != SCHEMA:
-        raise WireError(f"a trajectory of schema {schema}; this program reads {SCHEMA}")
+        raise WireError(f"a trajectory of schema {schema}; this program reads {SCHEMA}", "schema")
     offset = _FIXED.size + text_bytes + -text_bytes % 8
     eights = num_turns * (bool(flags & _REWARDS) + bool(flags & _KEYS))
     fours = num_tokens + num_log + 2 * num_turns + 3 * num_spans
     if offset + 8 * eights + 4 * (fours + fours % 2) != len(blob):
-        raise WireError(f"a trajectory of {len(blob)} bytes does not have the length its header says")
+        raise WireError(f"a trajectory of {len(blob)} bytes does not have the length its header says", "trajectory")
+    if text_bytes > _MOST_TEXT_BYTES or num_turns > _MOST_TURNS or num_spans > _MOST_TURNS:
+        raise WireError(f"a trajectory of {text_bytes} bytes of text, {num_turns} turns, {num_spans} spans", "size")
     if group < 0 or sample < 0 or problem < 0:
-        raise WireError("a trajectory's group, sample or problem is below zero")
+        raise WireError("a trajectory's group, sample or problem is below zero", "columns")
     if split >= len(_SPLITS) or ended >= len(_ENDINGS) or flags > _REWARDS | _KEYS | _DENSE:
-        raise WireError("a trajectory of unknown split, ending or flags")
+        raise WireError("a trajectory of unknown split, ending or flags", "trajectory")
     if text_bytes <= _SHORT_TEXT:
         reason, generator, labels = _short_text(bytes(blob[_FIXED.size : _FIXED.size + text_bytes]))
         info = labels.copy()
@@ -192,18 +218,18 @@ def unpack(blob: Blob) -> Trajectory:
     # fmt: on
     wrong = trajectory.check()
     if wrong is not None:
-        raise WireError(f"trajectory {sample} of group {group}: {wrong}")
+        raise WireError(f"trajectory {sample} of group {group}: {wrong}", "columns")
     return trajectory
 
 
 def _text(packed: Blob) -> tuple[str, str, dict[str, float | str]]:
     """Reason, generator, info."""
-    text = plain(packed)
+    text = plain(packed, _MOST_TEXT_BYTES)
     if type(text) is not list or [*map(type, text)] != _TEXT_TYPES:
-        raise WireError("a trajectory's text has missing, extra or wrong-typed fields")
+        raise WireError("a trajectory's text has missing, extra or wrong-typed fields", "fields")
     for name, value in text[2].items():
         if type(name) is not str or type(value) not in (float, str):
-            raise WireError("a trajectory's info holds something other than numbers and labels")
+            raise WireError("a trajectory's info holds something other than numbers and labels", "fields")
     return text[0], text[1], text[2]
 
 
@@ -229,12 +255,13 @@ def _spread(
         end = turn.start + turn.length
         if turn.length < 0 or turn.start < position or end > num_tokens:
             raise WireError(
-                f"turn at {turn.start}+{turn.length} is out of order or outside {num_tokens} tokens"
+                f"turn at {turn.start}+{turn.length} is out of order or outside {num_tokens} tokens",
+                "columns",
             )
         if taken + turn.length > len(policy):
             break
         spread[turn.start : end] = policy[taken : taken + turn.length]
         taken, position = taken + turn.length, end
     if taken != len(policy) or sum(turn.length for turn in turns) != taken:
-        raise WireError(f"{len(policy)} log-probs do not cover the tokens of {len(turns)} turns")
+        raise WireError(f"{len(policy)} log-probs do not cover the tokens of {len(turns)} turns", "columns")
     return spread

@@ -120,6 +120,8 @@ class Trajectory:
             start, length = turn.start, turn.length
             if length < 0 or start < position or start + length > n:
                 return f"turn at {start}+{length} is out of order or outside {n} tokens"
+            if not math.isfinite(turn.reward):
+                return "a turn's reward is not finite"
             position = start + length
         position = 0
         for span in self.versions:
@@ -135,8 +137,12 @@ class Trajectory:
             log = log[self.policy_positions()]
             if not np.isfinite(log).all() or (log > 1e-3).any():
                 return "a behaviour log-prob is not finite or above zero"
+        if n and tokens.item(tokens.argmin()) < 0:
+            return "a token is below zero"
         if self.ended != "error" and not math.isfinite(self.reward):
             return "the reward is not finite"
+        if not (math.isfinite(self.started_at) and math.isfinite(self.finished_at)):
+            return "its times are not finite"
         return None
 
     def _versions_cover_turns(self) -> bool:

@@ -18,6 +18,9 @@ from async_rl.wire.messages import Batch, Finished, Message, Permit, Permits, Tu
 from async_rl.wire.readers import READERS, wire_fields
 
 SCHEMA = 1
+_MOST_HEADER_BYTES = 4 << 20
+"""of frame 0; the largest is the evidence of a model with some ten thousand tensors"""
+_MOST_FRAMES = 1 << 16
 _FRAME_BYTES = 256 * 1024
 """blobs are joined until a frame is this long: few frames cost less, and all of them cost a copy once"""
 
@@ -49,22 +52,25 @@ def encode(message: Message) -> list[Blob]:
 def decode(frames: Sequence[Blob]) -> Message:
     """The message of these frames. Raises WireError."""
     if not frames:
-        raise WireError("a message without frames")
-    header = plain(frames[0])
+        raise WireError("a message without frames", "message")
+    if len(frames) > _MOST_FRAMES:
+        raise WireError(f"a message of {len(frames)} frames; no more than {_MOST_FRAMES} are taken", "size")
+    header = plain(frames[0], _MOST_HEADER_BYTES)
     if type(header) is not list or len(header) != 3 or type(header[1]) is not str:
-        raise WireError("not a message of ours")
+        raise WireError("not a message of ours", "message")
     schema, kind, values = header
     if type(schema) is not int or schema != SCHEMA:
-        raise WireError(f"a message of schema {schema!r}; this program speaks {SCHEMA}")
+        said = schema if type(schema) in (int, bool) else type(schema).__name__
+        raise WireError(f"a message of schema {said}; this program speaks {SCHEMA}", "schema")
     read = READERS.get(kind)
     if read is None:
-        raise WireError(f"a message of unknown kind {kind[:40]!r}")
+        raise WireError(f"a message of unknown kind {kind[:40]!r}", "message")
     if kind not in ("Finished", "Turns", "Batch"):
         if len(frames) != 1:
-            raise WireError(f"{kind} with {len(frames)} frames")
+            raise WireError(f"{kind} with {len(frames)} frames", "frames")
         return read(values, kind)
     if type(values) is not dict or "trajectories" not in values:
-        raise WireError(f"{kind} without trajectories")
+        raise WireError(f"{kind} without trajectories", "fields")
     blobs = tuple(_views(values["trajectories"], frames, kind))
     values["trajectories"] = tuple(map(unpack, blobs))
     message = read(values, kind)
@@ -94,12 +100,12 @@ def _join(blobs: Iterable[Blob], frames: list[Blob]) -> list[list[int]]:
 def _views(layout: Any, frames: Sequence[Blob], kind: str) -> Iterator[Blob]:
     """The blobs of the frames after the first, as views."""
     if type(layout) is not list or len(layout) != len(frames) - 1:
-        raise WireError(f"{kind} with {len(frames)} frames, not what its header says")
+        raise WireError(f"{kind} with {len(frames)} frames, not what its header says", "frames")
     for lengths, frame in zip(layout, frames[1:], strict=True):
         if type(lengths) is not list or any(type(n) is not int or n < 0 for n in lengths):
-            raise WireError(f"{kind} with a frame layout that is no list of lengths")
+            raise WireError(f"{kind} with a frame layout that is no list of lengths", "frames")
         if sum(lengths) != len(frame):
-            raise WireError(f"{kind} with a frame of {len(frame)} bytes instead of {sum(lengths)}")
+            raise WireError(f"{kind} with a frame of {len(frame)} bytes instead of {sum(lengths)}", "frames")
         view, start = memoryview(frame), 0
         for length in lengths:
             yield view[start : start + length]

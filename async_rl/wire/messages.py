@@ -123,6 +123,10 @@ class Refused:
 
     what: str
     reason: str
+    kind: str = ""
+    """what it was counted under; one of wire/refusal.py"""
+    pairs: tuple[tuple[int, int], ...] = ()
+    """(group, sample) of the trajectories that were not taken"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,15 +39,15 @@ def _reader(hint: Any) -> _Reader:
 def _exactly(kind: type) -> _Reader:
     def read(value: Any, where: str) -> Any:
         if type(value) is not kind:
-            raise WireError(f"{where} is a {type(value).__name__}, not a {kind.__name__}")
+            raise WireError(f"{where} is a {type(value).__name__}, not a {kind.__name__}", "fields")
         return value
 
     return read
 
 
 def _split(value: Any, where: str) -> Any:
-    if value not in get_args(Split):
-        raise WireError(f"{where} is {value!r}, not one of {get_args(Split)}")
+    if type(value) is not str or value not in get_args(Split):
+        raise WireError(f"{where} is not one of {get_args(Split)}", "fields")
     return value
 
 
@@ -58,7 +58,7 @@ def _as_it_is(value: Any, where: str) -> Any:
 def _many(read_one: _Reader) -> _Reader:
     def read(value: Any, where: str) -> Any:
         if type(value) is not list:
-            raise WireError(f"{where} is a {type(value).__name__}, not a list")
+            raise WireError(f"{where} is a {type(value).__name__}, not a list", "fields")
         return tuple([read_one(item, where) for item in value])
 
     return read
@@ -71,7 +71,7 @@ def _row(kinds: tuple[type, ...]) -> _Reader:
     def read(value: Any, where: str) -> Any:
         if type(value) is not list or [*map(type, value)] != expected:
             names = ", ".join(kind.__name__ for kind in expected)
-            raise WireError(f"{where} is not a list of {len(expected)}: {names}")
+            raise WireError(f"{where} is not a list of {len(expected)}: {names}", "fields")
         return tuple(value)
 
     return read
@@ -79,29 +79,29 @@ def _row(kinds: tuple[type, ...]) -> _Reader:
 
 def _named_floats(value: Any, where: str) -> Any:
     if type(value) is not dict or any(type(k) is not str or type(v) is not float for k, v in value.items()):
-        raise WireError(f"{where} is not a table of names and numbers")
+        raise WireError(f"{where} is not a table of names and numbers", "fields")
     return value
 
 
 def _detail(value: Any, where: str) -> Any:
     if type(value) is not dict:
-        raise WireError(f"{where} is a {type(value).__name__}, not a table")
+        raise WireError(f"{where} is a {type(value).__name__}, not a table", "fields")
     _refuse_unless_plain(value, where, depth=0)
     return value
 
 
 def _refuse_unless_plain(value: Any, where: str, depth: int) -> None:
     if depth > _DEEPEST:
-        raise WireError(f"{where} is nested deeper than {_DEEPEST}")
+        raise WireError(f"{where} is nested deeper than {_DEEPEST}", "fields")
     if type(value) is dict:
         if any(type(name) is not str for name in value):
-            raise WireError(f"{where} has a key that is no string")
+            raise WireError(f"{where} has a key that is no string", "fields")
         value = list(value.values())
     if type(value) is list:
         for item in value:
             _refuse_unless_plain(item, where, depth + 1)
     elif value is not None and type(value) not in (int, float, str, bool):
-        raise WireError(f"{where} holds a {type(value).__name__}")
+        raise WireError(f"{where} holds a {type(value).__name__}", "fields")
 
 
 def _fields_of(cls: type) -> _Reader:
@@ -110,7 +110,7 @@ def _fields_of(cls: type) -> _Reader:
 
     def read(value: Any, where: str) -> Any:
         if type(value) is not dict or value.keys() != readers.keys():
-            raise WireError(f"{where} with missing or extra fields; it has {sorted(readers)}")
+            raise WireError(f"{where} with missing or extra fields; it has {sorted(readers)}", "fields")
         return cls(**{name: readers[name](item, f"{where}.{name}") for name, item in value.items()})
 
     return read

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_buffer_world import TRAINER, World, make_core, paces, policies, trajectory
+from support_buffer_world import TRAINER, World, answer, make_core, paces, policies, trajectory
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.pace import Pace
@@ -104,7 +104,13 @@ def test_a_trajectory_that_is_too_old_is_refused_when_the_batch_is_formed() -> N
     core.handle(TRAINER, msg.Published(version=1), 0.0)
     core.handle(b"g", msg.Holds(version=1), 0.0)
     # a generator that claims version 1 but answers with tokens of version 0
-    core.handle(b"g", msg.Finished(trajectories=(trajectory(1, 0, 0),)), 0.0)
+    old = msg.Finished(trajectories=(trajectory(1, 0, 0),))
+    core.handle(b"g", old, 0.0)
+    assert core.refusals.counts == {"version": 1}
+    assert core.groups[1].missing == (0,)
+    # of a group read from the store it is not known what its generators held
+    core.groups[1].oldest_held = 0
+    core.handle(b"g", old, 0.0)
     effects = core.handle(TRAINER, msg.NextBatch(step=1), 0.0)
     refused = [e for e in effects if isinstance(e, do.RefuseGroup)]
     assert [r.group for r in refused] == [1]
@@ -148,14 +154,14 @@ def test_an_evaluation_runs_between_training_groups_and_is_not_trained() -> None
     assert [(p.split, p.problem) for p in permits] == [("eval", 5), ("eval", 6), ("train", 0), ("train", 1)]
     for permit in permits[:2]:
         for s in permit.samples:
-            done = trajectory(permit.group, s, 0, split="eval", reward=0.5)
+            done = answer(permit, s, 0, reward=0.5)
             core.handle(b"g", msg.Finished(trajectories=(done,)), 0.0)
-    recorded, answer = core.handle(TRAINER, msg.FetchEvaluation(evaluation=0), 2.0)
+    recorded, told = core.handle(TRAINER, msg.FetchEvaluation(evaluation=0), 2.0)
     assert isinstance(recorded, do.AddEvaluation)
-    assert isinstance(answer, do.Send)
-    assert isinstance(answer.message, msg.EvaluationResult)
-    assert answer.message.finished
-    assert answer.message.rewards == (0.5,) * 4
+    assert isinstance(told, do.Send)
+    assert isinstance(told.message, msg.EvaluationResult)
+    assert told.message.finished
+    assert told.message.rewards == (0.5,) * 4
     assert core.step == 0
 
 

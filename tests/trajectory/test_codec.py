@@ -41,7 +41,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         log = draw(st.lists(st.floats(-50, 0, width=32), min_size=turn.length, max_size=turn.length))
         log_behaviour[turn.start : turn.start + turn.length] = log
     tokens = np.arange(position, dtype=np.int32)
-    listed = draw(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=20))[:position]
+    listed = draw(st.lists(st.integers(0, 2**31 - 1), max_size=20))[:position]
     tokens[: len(listed)] = listed
     return Trajectory(
         group=draw(st.integers(0, 2**63 - 1)),

@@ -1,0 +1,185 @@
+"""What the buffer takes from whom. Everything that arrives is well formed already (async_rl/wire); here it must
+also be possible: said by a peer whose business it is, about something this peer was given, with numbers that can
+be. Pure: it reads the state machine's parts and changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from async_rl.buffer.admission import Admission
+from async_rl.buffer.evaluation import Evaluations
+from async_rl.buffer.group import Group
+from async_rl.buffer.ledger import Ledger
+from async_rl.buffer.rules import Rules
+from async_rl.trajectory import Trajectory
+from async_rl.trajectory.seed import sample_seed
+from async_rl.wire import messages as msg
+from async_rl.wire.refusal import RefusalKind
+
+ROLES = ("generator", "trainer")
+LONGEST_NAME = 200
+"""characters"""
+MOST_GENERATORS = 4096
+MOST_EVALUATIONS = 64
+"""asked for and not finished"""
+MOST_EPISODES = 1 << 20
+"""of one evaluation"""
+LARGEST = 1 << 62
+"""of a counter: SQLite holds 63 bits"""
+OF_THE_TRAINER = (
+    msg.NextBatch, msg.Published, msg.Checkpointed, msg.Evaluate, msg.FetchEvaluation, msg.Done, msg.Shutdown
+)  # fmt: skip
+OF_GENERATORS = (msg.Want, msg.Holds, msg.Status, msg.Canary)
+OF_ANYBODY = (msg.Hello, msg.Query)
+TAKEN = (*OF_THE_TRAINER, *OF_GENERATORS, *OF_ANYBODY, msg.Finished, msg.Turns)
+"""Finished and Turns are looked at one trajectory after the other"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objection:
+    """Why something is not taken."""
+
+    kind: RefusalKind
+    reason: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Acceptance:
+    """Says what is wrong with a message, or None."""
+
+    rules: Rules
+    ledger: Ledger
+    admission: Admission
+    evaluations: Evaluations
+
+    def message(self, peer: bytes, message: msg.Message, trainer: bytes) -> Objection | None:
+        """`trainer`: the peer that is; empty: none yet."""
+        if not isinstance(message, TAKEN):
+            return Objection(kind="direction", reason="the buffer does not take this kind")
+        if isinstance(message, OF_THE_TRAINER) and peer != trainer:
+            return Objection(kind="stranger", reason="only the trainer may say this")
+        if isinstance(message, OF_GENERATORS) and peer not in self.admission.generators:
+            return Objection(kind="stranger", reason="say Hello first")
+        match message:
+            case msg.Hello():
+                return self._hello(peer, message, trainer)
+            case msg.Want(limit=limit, version=version):
+                return self._want(peer, limit) or self._version(version, -1)
+            case msg.Holds(version=version) | msg.Published(version=version) | msg.Canary(version=version):
+                return self._version(version, 0)
+            case msg.Checkpointed(version=version):
+                return self._version(version, 1)
+            case msg.Status():
+                return self._status(message) or self._version(message.version, -1)
+            case msg.NextBatch(step=step) if not 0 <= step <= self.ledger.step:
+                return Objection(kind="step", reason=f"the next batch is that of step {self.ledger.step}")
+            case msg.Evaluate():
+                return self._evaluate(message) or self._version(message.version, 0)
+            case msg.FetchEvaluation(evaluation=number) if number not in self.evaluations.asked:
+                return Objection(kind="number", reason="no such evaluation was asked for")
+        return None
+
+    def trajectory(self, peer: bytes, trajectory: Trajectory, group: Group | None) -> Objection | None:
+        """`group`: the live one of its number; None: it is not live (any more), which is harmless when there was
+        one and the peer is known."""
+        if group is None:
+            if 0 <= trajectory.group < self.ledger.next_group and self.admission.met(peer):
+                return None
+            return Objection(kind="group", reason=f"group {trajectory.group} was not given to this peer")
+        if not self._given(peer, group):
+            return Objection(kind="group", reason=f"group {group.group} was not given to this peer")
+        return (
+            _permitted(trajectory, group) or self._sampled(trajectory, group) or self._within_vocabulary(trajectory)
+        )
+
+    # ---------------------------------------------------------------- messages
+
+    def _hello(self, peer: bytes, hello: msg.Hello, trainer: bytes) -> Objection | None:
+        if hello.role not in ROLES:
+            return Objection(kind="role", reason=f"there is no role {hello.role[:40]!r}")
+        if not 0 < len(hello.name) <= LONGEST_NAME:
+            return Objection(kind="number", reason=f"a name has 1 to {LONGEST_NAME} characters")
+        if hello.role == "trainer" and trainer not in (b"", peer):
+            return Objection(kind="second", reason="there is a trainer already")
+        generators = self.admission.generators
+        if hello.role == "generator" and peer not in generators and len(generators) >= MOST_GENERATORS:
+            return Objection(kind="crowd", reason=f"there are {len(generators)} generators already")
+        return None
+
+    def _want(self, peer: bytes, limit: int) -> Objection | None:
+        most = self.admission.generators[peer].granted + self.rules.max_permits
+        if not 0 <= limit <= most:
+            return Objection(kind="number", reason=f"a limit of {limit} permits; it may reach {most} now")
+        return None
+
+    def _version(self, version: int, lowest: int) -> Objection | None:
+        """A version of weights exists only when the batch before it was formed. What the trainer published may
+        be known to a generator, which reads it elsewhere, before the trainer's word of it arrives here."""
+        if not lowest <= version <= self.ledger.step:
+            return Objection(kind="version", reason=f"there are no weights of version {version}")
+        return None
+
+    def _status(self, status: msg.Status) -> Objection | None:
+        counters = (
+            status.busy_seconds, status.wall_seconds, status.tokens_generated, status.running, status.waiting
+        )  # fmt: skip
+        if not all(0 <= counter < LARGEST for counter in counters):
+            return Objection(kind="number", reason="a counter is below zero, too large or no number")
+        return None
+
+    def _evaluate(self, ask: msg.Evaluate) -> Objection | None:
+        episodes = len(ask.problems) * ask.samples
+        if not (0 <= ask.evaluation < LARGEST and ask.samples >= 1 and episodes <= MOST_EPISODES):
+            return Objection(kind="number", reason=f"an evaluation {ask.evaluation} of {episodes} episodes")
+        if not all(0 <= problem < LARGEST for problem in ask.problems):
+            return Objection(kind="number", reason="a problem's number is below zero or too large")
+        if not 0 <= ask.temperature < math.inf:
+            return Objection(kind="number", reason=f"a temperature of {ask.temperature}")
+        if ask.evaluation not in self.evaluations.asked and self.evaluations.unfinished >= MOST_EVALUATIONS:
+            return Objection(kind="crowd", reason=f"{MOST_EVALUATIONS} evaluations are not finished")
+        return None
+
+    # ------------------------------------------------------------ trajectories
+
+    def _given(self, peer: bytes, group: Group) -> bool:
+        """To this peer, now or before; to whom it was given before the buffer came back from its store is not
+        known, then any generator may finish it."""
+        return peer in group.holders or (group.restored and self.admission.met(peer))
+
+    def _sampled(self, trajectory: Trajectory, group: Group) -> Objection | None:
+        """By weights that there were, and that whoever worked on it held."""
+        spans = trajectory.versions
+        newest = trajectory.version_max
+        if newest > self.ledger.step:
+            return Objection(kind="version", reason=f"tokens of version {newest}, which does not exist")
+        if spans and trajectory.version_min < group.oldest_held:
+            reason = f"tokens of version {trajectory.version_min}; the permit was for {group.oldest_held} and later"
+            return Objection(kind="version", reason=reason)
+        # turns of a lost generator may have been sampled by newer weights than the rest: the run was resumed
+        # at a checkpoint behind them, or the group went to a generator that is behind
+        if trajectory.sample not in group.begun and any(a.version > b.version for a, b in pairwise(spans)):
+            return Objection(kind="version", reason="versions go down within the trajectory")
+        return None
+
+    def _within_vocabulary(self, trajectory: Trajectory) -> Objection | None:
+        known, tokens = self.rules.vocabulary, trajectory.tokens
+        if known and len(tokens) and tokens.item(tokens.argmax()) >= known:
+            return Objection(kind="tokens", reason=f"token {tokens.max()} of a vocabulary of {known}")
+        return None
+
+
+def _permitted(trajectory: Trajectory, group: Group) -> Objection | None:
+    if not 0 <= trajectory.sample < group.size:
+        said = f"sample {trajectory.sample} of {group.size}"
+    elif (trajectory.problem, trajectory.split) != (group.problem, group.split):
+        said = f"problem {trajectory.problem} ({trajectory.split}) instead of {group.problem} ({group.split})"
+    elif trajectory.seed != sample_seed(group.seed, trajectory.sample):
+        said = "another seed"
+    elif trajectory.temperature != group.temperature:
+        said = f"temperature {trajectory.temperature:g} instead of {group.temperature:g}"
+    else:
+        return None
+    return Objection(kind="permit", reason=f"group {group.group} was permitted otherwise: {said}")
