@@ -33,6 +33,7 @@ from async_rl.buffer.pace import Pace
 from async_rl.buffer.rules import Rules
 from async_rl.settings import default_window
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
+from async_rl.trajectory.seed import sample_seed
 from async_rl.wire import messages as msg
 
 GENERATORS, GROUPS, GROUP_SIZE, MAX_STALENESS, TOKENS, PROMPT = 4, 64, 16, 4, 512, 64
@@ -53,6 +54,7 @@ def make_core() -> Core:
         max_failures=10**9,
         max_refusals=10**9,
         seed=0,
+        vocabulary=1,
     )
     return Core(rules, problem_at=lambda position: position)
 
@@ -64,8 +66,8 @@ class Play:
     random: Random
     core: Core = field(default_factory=make_core)
     sent: list[Sent] = field(default_factory=list)
-    open: dict[bytes, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
-    """(group, sample) that each generator has not finished"""
+    open: dict[bytes, list[tuple[msg.Permit, int]]] = field(default_factory=lambda: defaultdict(list))
+    """(permit, sample) that each generator has not finished"""
     received: dict[bytes, int] = field(default_factory=lambda: defaultdict(int))
     version: dict[bytes, int] = field(default_factory=lambda: defaultdict(int))
     batches: deque[int] = field(default_factory=deque)
@@ -81,7 +83,7 @@ class Play:
                     self.batches.append(step)
                 case do.Send(peer=to, message=msg.Permits(permits=permits)):
                     self.received[to] += len(permits)
-                    self.open[to] += [(p.group, sample) for p in permits for sample in p.samples]
+                    self.open[to] += [(p, sample) for p in permits for sample in p.samples]
                     self.want(to)
                 case do.Send(peer=to, message=msg.NewWeights(version=version)) if version:
                     self.version[to] = version
@@ -100,19 +102,19 @@ class Play:
             done.append(self.trajectory(*mine.pop(), self.version[peer]))
         self.send(peer, msg.Finished(trajectories=tuple(done)))
 
-    def trajectory(self, group: int, sample: int, version: int) -> Trajectory:
+    def trajectory(self, permit: msg.Permit, sample: int, version: int) -> Trajectory:
         return Trajectory(
-            group=group,
+            group=permit.group,
             sample=sample,
-            problem=group,
+            problem=permit.problem,
             split="train",
-            seed=group,
+            seed=sample_seed(permit.seed, sample),
             tokens=self.tokens,
             log_behaviour=self.log_behaviour,
             turns=tuple(Turn(start=PROMPT + 112 * turn, length=100) for turn in range(4)),
             versions=(VersionSpan(version=version, start=PROMPT, end=TOKENS),),
             # one group in ten has no signal and is refused
-            reward=float(group % 10 != 0 and self.random.random() < 0.5),
+            reward=float(permit.group % 10 != 0 and self.random.random() < 0.5),
             ended="finished",
         )
 
@@ -121,6 +123,7 @@ class Play:
         for peer in peers:
             self.send(peer, msg.Hello(role="generator", name=peer.decode(), pid=1))
             self.want(peer)
+        self.send(TRAINER, msg.Hello(role="trainer", name="trainer", pid=1))
         self.send(TRAINER, msg.NextBatch(step=0))
         while len(self.sent) < messages:
             busy = [peer for peer in peers if self.open[peer]]
