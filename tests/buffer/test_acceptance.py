@@ -14,8 +14,8 @@ from support_buffer_world import TRAINER, answer, make_core
 from async_rl.buffer import effects as do
 from async_rl.buffer.acceptance import MOST_EVALUATIONS
 from async_rl.buffer.core import Core
+from async_rl.buffer.pace import Pace
 from async_rl.buffer.refusals import ANSWERS_AT_ONCE, EXAMPLES
-from async_rl.buffer.staleness import Pace
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
