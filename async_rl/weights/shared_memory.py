@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
-import math
 import mmap
 import os
 import platform
@@ -27,8 +25,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from async_rl.errors import UserError
+from async_rl.weights.layout import Slot, aligned, from_text, in_text, lay_out, tensor_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,15 +38,10 @@ _PREFIX = struct.Struct("<8sIIQ")  # magic, schema, layout bytes, bytes of one b
 _SCHEMA = 1
 _WORDS_AT = 64
 _LAYOUT_AT = 4096
-_ALIGN = 64
 _NOTHING, _CLOSED = -1, -2
 # 8-byte words from _WORDS_AT on; written and read as one aligned word each
 _NEWEST, _PID, _SEQUENCE, _VERSION, _CHECKSUM, _NUM_WORDS = 0, 1, 2, 4, 6, 8
 _POLL_S = 0.001
-_ITEM_BYTES = {
-    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
-    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
-}  # fmt: skip
 # x86 keeps the order of stores; elsewhere a reader could see a sequence number before the bytes
 _STORES_IN_ORDER = platform.machine() in ("x86_64", "AMD64")
 
@@ -67,19 +62,13 @@ def segment_path(run_folder: Path, name: str = "weights") -> Path:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Slot:
-    """Where one tensor lies in each buffer."""
+class Copied:
+    """One version as it lay in the segment."""
 
-    name: str
-    dtype: str
-    """as torch names it, e.g. "bfloat16" """
-    shape: tuple[int, ...]
-    offset: int
-    """bytes from the start of a buffer"""
-
-    @property
-    def end(self) -> int:
-        return self.offset + math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+    version: int
+    layout: str
+    """`weights.layout.in_text` of it"""
+    content: NDArray[np.uint8]
 
 
 class WeightPublisher:
@@ -93,9 +82,9 @@ class WeightPublisher:
         memory is too small."""
         self.path = path
         self._checksum = not _STORES_IN_ORDER if checksum is None else checksum
-        self._slots, self._buffer_bytes = _layout(layout)
-        described = json.dumps([[s.name, s.dtype, s.shape, s.offset] for s in self._slots]).encode()
-        self._first = _aligned(_LAYOUT_AT + len(described), _LAYOUT_AT)
+        self._slots, self._buffer_bytes = lay_out(layout)
+        described = in_text(self._slots).encode()
+        self._first = aligned(_LAYOUT_AT + len(described), _LAYOUT_AT)
         _retire(path)
         self._file = self._create(described)
         os.rename(f"{path}.new", path)
@@ -131,7 +120,7 @@ class WeightPublisher:
 
         start = self._first + buffer * self._buffer_bytes
         whole = torch.frombuffer(self._map, dtype=torch.uint8, count=self._buffer_bytes, offset=start)
-        return [_tensor(whole, slot) for slot in self._slots]
+        return [tensor_of(whole, slot) for slot in self._slots]
 
     def publish(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Copy the tensors (from any device) and announce them. Raises ValueError when names, dtypes or
@@ -189,7 +178,7 @@ class WeightReader:
         self.path = path
         self._map: mmap.mmap | None = None
         self._words = memoryview(bytes(8 * _NUM_WORDS)).cast("q")
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
         self._first = self._buffer_bytes = 0
         self._seen = _NOTHING
 
@@ -209,25 +198,28 @@ class WeightReader:
         """The newest version and its tensors, which the caller owns (one allocation, on the CPU).
 
         Waits for the first version; raises WeightsError after `seconds`."""
+        import torch
+
         deadline = time.monotonic() + seconds
         overtaken = 0
         while True:
             self.latest()
             if self._map is not None and self._words[_NEWEST] >= 0:
-                found = self._copy()
+                found = self.copy()
                 if found is not None:
-                    return found
+                    whole = torch.from_numpy(found.content)
+                    return found.version, {slot.name: tensor_of(whole, slot) for slot in self._slots}
                 overtaken += 1
             if time.monotonic() > deadline:
                 raise WeightsError(self._why(seconds, overtaken))
             if not overtaken:
                 time.sleep(_POLL_S)
 
-    def _copy(self) -> tuple[int, dict[str, Tensor]] | None:
-        """One attempt. None when the publisher wrote meanwhile."""
-        import torch
-
-        assert self._map is not None
+    def copy(self) -> Copied | None:
+        """The bytes of the newest version, without torch; one attempt. None when there is no version (yet), or
+        the publisher wrote meanwhile."""
+        if self.latest() < 0 or self._map is None:
+            return None
         newest = self._words[_NEWEST]
         buffer = 0 if self._words[_VERSION] == newest else 1
         sequence = self._words[_SEQUENCE + buffer]
@@ -240,8 +232,7 @@ class WeightReader:
             return None
         if checksum != _NOTHING and checksum != _crc(copied.data):
             return None
-        whole = torch.from_numpy(copied)
-        return newest, {slot.name: _tensor(whole, slot) for slot in self._slots}
+        return Copied(version=newest, layout=in_text(self._slots), content=copied)
 
     def _why(self, seconds: float, overtaken: int) -> str:
         if self._map is None:
@@ -287,44 +278,19 @@ class WeightReader:
         self.close()
 
 
-def _layout(tensors: Mapping[str, Tensor]) -> tuple[list[_Slot], int]:
-    """The slots and the bytes of one buffer."""
-    slots, end = [], 1
-    for name, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in _ITEM_BYTES:
-            raise ValueError(f"{name}: weights of dtype {dtype} cannot be published")
-        slot = _Slot(name=name, dtype=dtype, shape=tuple(tensor.shape), offset=_aligned(end, _ALIGN))
-        slots.append(slot)
-        end = slot.end
-    return slots, _aligned(end, mmap.PAGESIZE)
-
-
-def _tensor(whole: Tensor, slot: _Slot) -> Tensor:
-    """The tensor of one slot as a view of its buffer's bytes."""
-    import torch
-
-    return whole[slot.offset : slot.end].view(getattr(torch, slot.dtype)).view(slot.shape)
-
-
-def _parse(path: Path, mapped: mmap.mmap) -> tuple[list[_Slot], int, int]:
+def _parse(path: Path, mapped: mmap.mmap) -> tuple[list[Slot], int, int]:
     """The layout of a segment. Raises WeightsError when it is none."""
     if len(mapped) < _LAYOUT_AT:
         raise WeightsError(f"{path} is no weight segment: it has {len(mapped)} bytes")
     magic, schema, layout_bytes, buffer_bytes = _PREFIX.unpack_from(mapped)
     if magic != _MAGIC or schema != _SCHEMA:
         raise WeightsError(f"{path} is no weight segment of schema {_SCHEMA}; remove it and run again")
-    first = _aligned(_LAYOUT_AT + layout_bytes, _LAYOUT_AT)
+    first = aligned(_LAYOUT_AT + layout_bytes, _LAYOUT_AT)
     try:
-        described = json.loads(mapped[_LAYOUT_AT : _LAYOUT_AT + layout_bytes])
-        slots = [
-            _Slot(name=str(name), dtype=dtype, shape=tuple(int(n) for n in shape), offset=int(offset))
-            for name, dtype, shape, offset in described
-        ]
-        fits = all(0 <= slot.offset <= slot.end <= buffer_bytes for slot in slots)
-    except (ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{path}: the weight segment's layout is damaged: {error}") from None
-    if not fits or first + 2 * buffer_bytes != len(mapped):
+        slots = from_text(mapped[_LAYOUT_AT : _LAYOUT_AT + layout_bytes], buffer_bytes)
+    except ValueError as error:
+        raise WeightsError(f"{path}: the weight segment's layout is {error}") from None
+    if first + 2 * buffer_bytes != len(mapped):
         raise WeightsError(f"{path}: the weight segment is truncated or damaged; remove it and run again")
     return slots, first, buffer_bytes
 
@@ -346,10 +312,6 @@ def _retire(path: Path) -> None:
         raise UserError(f"{path}: another run publishes its weights there; end that run first") from None
     finally:
         os.close(file)
-
-
-def _aligned(offset: int, to: int) -> int:
-    return -(-offset // to) * to
 
 
 def _crc(data: Any) -> int:
