@@ -241,6 +241,55 @@ class Shutdown:
     reason: str
 
 
+# ---- generator of another host <-> weight server ------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskWeights:
+    """Answered by `Offer`, or by `Waiting` while there is nothing newer."""
+
+    after: int
+    """a version newer than this; also: of what was offered before nothing more is wanted"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A version that stays to be had while its chunks are asked for."""
+
+    version: int
+    num_bytes: int
+    chunk_bytes: int
+    """of every chunk but the last"""
+    checksum: int
+    """crc32 of all bytes"""
+    layout: str
+    """where each tensor lies among them (weights/layout.py)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskChunks:
+    """Each is answered by `Chunk`; or all by `Withdrawn`."""
+
+    version: int
+    chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    version: int
+    index: int
+    checksum: int
+    """crc32 of the content"""
+    content: Blob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Withdrawn:
+    """This version is no longer there: ask for weights anew."""
+
+    version: int
+
+
 # fmt: off
 Message = (
     Hello | Want | Finished | Turns | Holds | Status | Canary
@@ -248,5 +297,6 @@ Message = (
     | NextBatch | Published | Checkpointed | Evaluate | FetchEvaluation | Done
     | Batch | Waiting | EvaluationResult
     | Query | Snapshot | Shutdown
+    | AskWeights | Offer | AskChunks | Chunk | Withdrawn
 )
 # fmt: on

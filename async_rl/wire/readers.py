@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_origin, get_type_hints
 
-from async_rl.trajectory.codec import WireError
+from async_rl.trajectory.codec import Blob, WireError
 from async_rl.trajectory.types import Split, Trajectory
 from async_rl.wire.messages import Detail, Message
 
@@ -22,6 +22,8 @@ def _reader(hint: Any) -> _Reader:
     arguments = get_args(hint)
     if hint in (int, float, str, bool):
         return _exactly(hint)
+    if hint == Blob:
+        return _exactly(bytes)
     if hint == Split:
         return _split
     if hint == Detail:

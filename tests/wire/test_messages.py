@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_rl.trajectory import Split, Trajectory, Turn, VersionSpan
-from async_rl.trajectory.codec import WireError, pack
+from async_rl.trajectory.codec import Blob, WireError, pack
 from async_rl.wire import messages as msg
 from async_rl.wire.frames import SCHEMA, decode, encode
 
@@ -52,6 +52,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     arguments = get_args(hint)
     if hint is int:
         return st.integers(-(2**63), 2**64 - 1)
+    if hint == Blob:
+        return st.binary(max_size=8)
     if hint == Split:
         return st.sampled_from(arguments)
     if hint == Mapping[str, float]:
