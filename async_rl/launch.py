@@ -29,9 +29,11 @@ from async_rl.run_lock import take_lock
 from async_rl.settings import Settings
 from async_rl.weights.shared_memory import segment_path
 from async_rl.wire.channel import Router, ipc_endpoint
-from async_rl.wire.endpoint import as_reached_from_here
+from async_rl.wire.endpoint import as_reached_from_here, beside, is_tcp
 from async_rl.wire.keys import keys_in
 
+WEIGHTS = "weights"
+"""name of the weight server's process"""
 POLL_S = 0.1
 STOP_S = 3.0
 """time children get to end by themselves after being told to"""
@@ -58,6 +60,8 @@ class Launcher:
     rows: RowTail = field(init=False)
     """metric rows not shown yet"""
     events: RowTail = field(init=False)
+    weights_endpoint: str = ""
+    """where the weight server listens; empty: there is none"""
     budgets: dict[str, RestartBudget] = field(default_factory=dict)
     resting: dict[str, tuple[float, Command]] = field(default_factory=dict)
     """generators that died: when they are started again (monotonic clock), and how"""
@@ -125,7 +129,11 @@ class Launcher:
         chosen = self.settings.wire.endpoint
         if chosen == "auto":
             return ipc_endpoint(self.folder.path)
-        with Router(chosen, keys=keys_in(self.settings.wire.keys)) as probe:
+        keys = keys_in(self.settings.wire.keys)
+        with Router(chosen, keys=keys) as probe:
+            if is_tcp(chosen):
+                with Router(beside(chosen, self.settings.weights.endpoint), keys=keys) as second:
+                    self.weights_endpoint = second.endpoint
             return probe.endpoint
 
     # ------------------------------------------------------------------ start
@@ -138,10 +146,14 @@ class Launcher:
         self.spawn("buffer", "async_rl.buffer", path, endpoint, *known, version)
         endpoint = as_reached_from_here(endpoint)
         self.spawn("trainer", "async_rl.trainer", path, endpoint, version, threads=self.settings.trainer.threads)
+        if self.weights_endpoint:
+            self.budgets[WEIGHTS] = RestartBudget(max_restarts=chosen.max_restarts, window_s=chosen.restart_window_s)
+            self.spawn(WEIGHTS, "async_rl.weights.server", path, self.weights_endpoint)
         for i in range(chosen.count):
             name = f"generator-{i}"
             self.budgets[name] = RestartBudget(max_restarts=chosen.max_restarts, window_s=chosen.restart_window_s)
-            self.spawn(name, "async_rl.generator", path, endpoint, name, threads=chosen.threads)
+            weights = as_reached_from_here(self.weights_endpoint)
+            self.spawn(name, "async_rl.generator", path, endpoint, name, weights, threads=chosen.threads)
 
     def spawn(self, name: str, *words: str, threads: int = 1) -> None:
         self.launch(Command(name=name, words=words, threads=threads))

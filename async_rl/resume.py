@@ -20,7 +20,10 @@ from async_rl.run_folder import RunFolder, read_rows, replace_text
 from async_rl.settings import Settings, check
 from async_rl.trainer.manifest import Damage, newest_whole, version_of
 
-MAY_CHANGE = ("trainer.steps", "checkpoint.", "wire.", "generator.count", "generator.max_restarts", "generator.restart")
+MAY_CHANGE = (
+    "trainer.steps", "checkpoint.", "wire.", "weights.",
+    "generator.count", "generator.max_restarts", "generator.restart",
+)  # fmt: skip
 """settings that a resumed run may be given anew: none of them changes what a stored batch or a step is"""
 
 

@@ -186,6 +186,18 @@ class WireSettings:
 
 
 @dataclass(frozen=True)
+class WeightsSettings:
+    transport: Literal["auto", "shared_memory", "stream"] = setting(
+        "auto",
+        "how generators get weights: from the trainer's shared memory, or as a stream from the weight server, which runs with a tcp endpoint; auto: shared memory where it can be seen",
+    )
+    endpoint: str = setting(
+        "auto",
+        "where the weight server listens, tcp://HOST:PORT as for wire.endpoint; auto: a free port beside the buffer's",
+    )
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything a run can be told."""
 
@@ -207,6 +219,7 @@ class Settings:
     canary: CanarySettings = field(default_factory=CanarySettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     wire: WireSettings = field(default_factory=WireSettings)
+    weights: WeightsSettings = field(default_factory=WeightsSettings)
 
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
@@ -301,8 +314,8 @@ ABOVE_ZERO = (
 )
 
 
-def check_wire(wire: WireSettings) -> None:
-    """TCP with keys, keys with TCP. Raises UserError."""
+def check_wire(wire: WireSettings, weights: WeightsSettings) -> None:
+    """TCP with keys, keys with TCP, a weight server with TCP. Raises UserError."""
     tcp = wire.endpoint.startswith("tcp://")
     if tcp and not wire.keys:
         raise UserError(
@@ -314,6 +327,18 @@ def check_wire(wire: WireSettings) -> None:
             f"wire.keys is {wire.keys}, but wire.endpoint={wire.endpoint} is no tcp endpoint, and a Unix socket needs "
             "none; set wire.endpoint=tcp://HOST:PORT or leave wire.keys out"
         )
+    if not tcp and weights.transport == "stream":
+        raise UserError(
+            f"weights.transport is stream, but with wire.endpoint={wire.endpoint} no weight server runs: every "
+            "generator is on this host; set wire.endpoint=tcp://HOST:PORT or leave weights.transport out"
+        )
+    if not tcp and weights.endpoint != "auto":
+        raise UserError(
+            f"weights.endpoint is {weights.endpoint}, but with wire.endpoint={wire.endpoint} no weight server runs; "
+            "set wire.endpoint=tcp://HOST:PORT or leave weights.endpoint out"
+        )
+    if weights.endpoint != "auto" and not weights.endpoint.startswith("tcp://"):
+        raise UserError(f"weights.endpoint is {weights.endpoint}; it must be auto or tcp://HOST:PORT")
 
 
 def check(settings: Settings) -> None:
@@ -334,7 +359,7 @@ def check(settings: Settings) -> None:
     for path in BELOW_ONE:
         if not 0 <= values[path] < 1:
             raise UserError(f"{path} is {values[path]}; it must be at least 0 and below 1")
-    check_wire(settings.wire)
+    check_wire(settings.wire, settings.weights)
     if not settings.name.strip() or "/" in settings.name or "\0" in settings.name:
         raise UserError(f"name is {settings.name!r}; it names a folder, so it must be text without '/'")
     if not settings.model.path:

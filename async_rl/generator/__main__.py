@@ -15,19 +15,19 @@ from async_rl.wire.channel import AsyncDealer
 from async_rl.wire.keys import keys_in
 
 
-async def generate(folder: RunFolder, settings: Settings, endpoint: str, name: str) -> None:
+async def generate(folder: RunFolder, settings: Settings, endpoint: str, name: str, weights_endpoint: str) -> None:
     """Build the engine and serve until the buffer says stop."""
-    from async_rl.generator.build import make_engine
+    from async_rl.generator.build import make_engine, make_weights
     from async_rl.generator.loop import GeneratorLoop, GeneratorOptions
     from async_rl.model.tokenizer import Tokenizer
     from async_rl.task import make_task
-    from async_rl.weights.shared_memory import WeightReader, segment_path
+    from async_rl.weights.shared_memory import segment_path
 
     tokenizer = Tokenizer(settings.model.path)
     engine = make_engine(settings, tokenizer)
     limit = settings.wire.max_message_mb << 20
     dealer = AsyncDealer(endpoint, name, max_message_bytes=limit, keys=keys_in(settings.wire.keys))
-    weights = WeightReader(segment_path(folder.path))
+    weights = make_weights(settings, segment_path(folder.path), weights_endpoint, name, here=True)
     options = GeneratorOptions(
         name=name,
         max_sequences=settings.generator.max_sequences,
@@ -47,9 +47,13 @@ async def generate(folder: RunFolder, settings: Settings, endpoint: str, name: s
         dealer.close(deliver=False)  # told to stop: the buffer has gone
 
 
-def main(path: str, endpoint: str, name: str) -> None:
+def main(path: str, endpoint: str, name: str, weights_endpoint: str) -> None:
     folder = RunFolder(Path(path))
-    run_process(name, folder, lambda: asyncio.run(generate(folder, folder.settings(), endpoint, name)))
+
+    def work() -> None:
+        asyncio.run(generate(folder, folder.settings(), endpoint, name, weights_endpoint))
+
+    run_process(name, folder, work)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import WireError
 from async_rl.trajectory.seed import sample_seed
 from async_rl.weights.canary import probe_tokens
-from async_rl.weights.shared_memory import WeightReader
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import AsyncDealer
 from async_rl.wire.refusal import HARMLESS
 
 if TYPE_CHECKING:
+    from async_rl.generator.build import WeightSource
     from async_rl.model.tokenizer import Tokenizer
 
 FLUSH_S = 0.004
@@ -61,7 +61,7 @@ class GeneratorLoop:
     task: Task
     tokenizer: Tokenizer
     dealer: AsyncDealer
-    weights: WeightReader
+    weights: WeightSource
     running: dict[tuple[int, int], asyncio.Task[None]] = field(default_factory=dict)
     outbox: list[Trajectory] = field(default_factory=list)
     begun: dict[tuple[int, int], Trajectory] = field(default_factory=dict)
@@ -157,7 +157,7 @@ class GeneratorLoop:
         while True:
             await self.new_weights.wait()
             self.new_weights.clear()
-            if self.announced > self.engine.version:
+            while self.announced > self.engine.version:  # a stream may bring an older one than was announced last
                 await self._pull_weights()
                 await self._show_weights()  # before any token sampled under a permit for this version
                 await self.dealer.send(msg.Holds(version=self.engine.version))

@@ -50,6 +50,17 @@ def as_reached_from_here(endpoint: str) -> str:
     return f"tcp://{LOOPBACK if host == EVERYWHERE else host}:{port}"
 
 
+def beside(endpoint: str, chosen: str) -> str:
+    """Where another socket of the same host listens: as chosen, or (auto) on a free port beside `endpoint`."""
+    return f"tcp://{tcp_address(endpoint)[0]}:*" if chosen == "auto" else chosen
+
+
+def as_reached_by(endpoint: str, reached: str) -> str:
+    """Where a socket bound to `endpoint` is found by one that reaches another of the same host at `reached`."""
+    host, port = tcp_address(endpoint)
+    return f"tcp://{tcp_address(reached)[0] if host == EVERYWHERE else host}:{port}"
+
+
 def require_keys(endpoint: str, keys: Keys | None) -> str:
     """The endpoint as ZeroMQ is given it. Raises UserError for TCP without keys: nothing is served openly."""
     if is_tcp(endpoint) and keys is None:

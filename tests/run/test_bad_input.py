@@ -91,6 +91,8 @@ def refused(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
         ("wire.endpoint=inproc://x", "it must look like ipc://PATH or tcp://HOST:PORT"),
         ("wire.endpoint=tcp://127.0.0.1:5555", "but wire.keys is not set: TCP is served with keys only"),
         ("wire.endpoint=tcp://:*", "but wire.keys is not set: TCP is served with keys only; `async-rl keys DIR` makes"),
+        ("weights.transport=stream", "weights.transport is stream, but with wire.endpoint=auto no weight server runs"),
+        ("weights.endpoint=tcp://:1", "weights.endpoint is tcp://:1, but with wire.endpoint=auto no weight server"),
         ("wire.keys=somewhere", "wire.endpoint=auto is no tcp endpoint, and a Unix socket needs none"),
         ("wire.endpoint=ipc:///nowhere/at/all", "does its folder exist, and may this user write there?"),
     ],
