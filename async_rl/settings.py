@@ -33,9 +33,9 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class StalenessSettings:
-    policy: Literal["pace", "wait"] = setting(
+    policy: Literal["pace", "wait", "drop"] = setting(
         "pace",
-        "how the bound is kept: pace holds generation back (nothing is discarded); wait lets the trainer wait for groups that are due",
+        "how the bound is kept: pace holds generation back (nothing is discarded); wait lets the trainer wait for groups that are due; drop discards groups that are too old and asks their problems again (biased towards short answers; the bias is reported)",
     )
     max_staleness: int = setting(
         1, "k: no token is trained more than k steps after the weights that sampled it", unit="steps"

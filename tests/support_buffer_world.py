@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
+from async_rl.buffer.drop import Drop
 from async_rl.buffer.pace import Pace
 from async_rl.buffer.rules import Rules
 from async_rl.buffer.staleness import Policy
@@ -96,6 +97,10 @@ class World:
     admitted: set[int] = field(default_factory=set)
     refused: dict[int, str] = field(default_factory=dict)
     stored: dict[tuple[int, int], Trajectory] = field(default_factory=dict)
+    asked: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """group -> (position, attempt)"""
+    running: dict[tuple[int, int], tuple[bytes, int, int]] = field(default_factory=dict)
+    """episodes (group, sample) that run -> generator, version, life"""
     max_lag: int = 0
     finished: bool = False
 
@@ -116,7 +121,8 @@ class World:
                 case do.AddGroup(group=group, split="train"):
                     assert group not in self.admitted
                     self.admitted.add(group)
-                case do.AddTrajectories(trajectories=many):
+                    self.ask_again_exactly(effect)
+                case do.AddTrajectories(trajectories=many) | do.AddDropped(trajectories=many):
                     for t in many:
                         assert (t.group, t.sample) not in self.stored
                         self.stored[t.group, t.sample] = t
@@ -131,6 +137,18 @@ class World:
                     life = self.lives[peer]
                     self.send(b"", peer, lambda p=peer, m=message, n=life: self.generator(p, m, n))
 
+    def ask_again_exactly(self, admitted: do.AddGroup) -> None:
+        """The prompt order without gap or repeat, or what was dropped, as a further attempt."""
+        position, attempt = admitted.position, admitted.attempt
+        assert admitted.problem == position, "the problem at this position"
+        if attempt == 0:
+            assert position == 1 + max((p for p, _ in self.asked.values()), default=-1)
+        else:
+            before = [group for group, place in self.asked.items() if place == (position, attempt - 1)]
+            assert [self.refused[group].split(":")[0] for group in before] == ["stale"]
+        assert (position, attempt) not in self.asked.values()
+        self.asked[admitted.group] = position, attempt
+
     def check_batch(self, step: int, groups: tuple[int, ...]) -> None:
         policy = self.core.rules.policy
         assert len(groups) == policy.groups_per_step
@@ -144,6 +162,15 @@ class World:
                 assert lag <= policy.max_staleness, f"group {group} trained {lag} steps after its weights"
 
     # ------------------------------------------------------------ actors
+
+    def check_prompts(self) -> None:
+        """Every position of the prompt order so far is trained, live, waiting to be asked again or refused for
+        another reason than its age; in exactly one of these."""
+        again = [position for position, _ in self.core.admission.refill]
+        live = [self.asked[group][0] for group in self.core.groups]
+        trained = [self.asked[group][0] for group in self.trained]
+        refused = [self.asked[group][0] for group, reason in self.refused.items() if not reason.startswith("stale")]
+        assert sorted([*again, *live, *trained, *refused]) == list(range(self.core.admission.position))
 
     def start(self) -> None:
         for i in range(self.generators):
@@ -175,10 +202,21 @@ class World:
                 for permit in permits:
                     self.received[peer] += 1
                     for sample in permit.samples:
+                        self.running[permit.group, sample] = peer, self.versions[peer], life
                         seconds = self.random.expovariate(1.0) * self.spread ** self.random.random()
                         version = self.versions[peer]
                         self.at(seconds, lambda p=permit, s=sample, v=version: self.finish(peer, p, s, v, life))
                 self.want(peer)
+            case msg.Abandon(groups=groups):
+                for group, sample in [key for key in self.running if key[0] in groups]:
+                    self.stop(group, sample)
+
+    def stop(self, group: int, sample: int) -> None:
+        """What there is of an episode that nobody wants."""
+        peer, version, life = self.running.pop((group, sample))
+        if life == self.lives[peer]:
+            done = trajectory(group, sample, version, ended="aborted", reason=msg.ABANDONED)
+            self.to_buffer(peer, msg.Finished(trajectories=(done,)))
 
     def swap(self, peer: bytes, version: int, life: int) -> None:
         if life == self.lives[peer] and version > self.versions[peer]:
@@ -186,8 +224,9 @@ class World:
             self.to_buffer(peer, msg.Holds(version=version))
 
     def finish(self, peer: bytes, permit: msg.Permit, sample: int, version: int, life: int) -> None:
-        if life != self.lives[peer]:
+        if life != self.lives[peer] or (permit.group, sample) not in self.running:
             return
+        del self.running[permit.group, sample]
         ended = "error" if self.random.random() < self.failure else "finished"
         done = answer(permit, sample, version, ended=ended)
         self.to_buffer(peer, msg.Finished(trajectories=(done,)))
@@ -239,5 +278,11 @@ def waits(draw: st.DrawFn) -> Wait:
     return Wait(groups_per_step=draw(st.integers(1, 6)), max_staleness=k, pipeline_depth=draw(st.floats(1, k + 1)))
 
 
+@st.composite
+def drops(draw: st.DrawFn) -> Drop:
+    k = draw(st.integers(0, 4))
+    return Drop(groups_per_step=draw(st.integers(1, 6)), max_staleness=k, pipeline_depth=draw(st.floats(1, k + 1)))
+
+
 def policies() -> st.SearchStrategy[Policy]:
-    return st.one_of(paces(), waits())
+    return st.one_of(paces(), waits(), drops())

@@ -1,7 +1,7 @@
 """Who may generate: which generators there are, and the permits they get.
 
 Evaluation comes first, then the groups of lost generators (at no new charge), then new groups as the
-staleness rule allows.
+staleness rule allows: first the problems of groups that were dropped, then the prompt order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from async_rl.buffer.evaluation import Evaluations
 from async_rl.buffer.group import Group
 from async_rl.buffer.ledger import Ledger
 from async_rl.buffer.rules import Rules
-from async_rl.trajectory.seed import group_seed
+from async_rl.trajectory.seed import attempt_seed
 from async_rl.wire import messages as msg
 
 MOST_FORMER = 4096
@@ -52,6 +52,8 @@ class Admission:
     counts: Counter[str]
     position: int = 0
     """next position in the prompt order"""
+    refill: list[tuple[int, int]] = field(default_factory=list)
+    """(position, attempt) of dropped groups that are to be asked again, ascending"""
     generators: dict[bytes, Generator] = field(default_factory=dict)
     orphans: list[int] = field(default_factory=list)
     """admitted groups whose generator was lost"""
@@ -156,16 +158,19 @@ class Admission:
         return group
 
     def _new_group(self, version: int, now: float) -> Group:
-        group = Group(
+        """What was dropped is asked again before anything new."""
+        position, attempt = self.refill.pop(0) if self.refill else (self.position, 0)
+        self.position = max(self.position, position + 1)
+        return Group(
             group=self.ledger.number(),
-            problem=self.problem_at(self.position),
+            problem=self.problem_at(position),
             split="train",
             size=self.rules.group_size,
             # by position in the prompt order, so that evaluations in between change nothing
-            seed=group_seed(self.rules.seed, self.position),
+            seed=attempt_seed(self.rules.seed, position, attempt),
             temperature=self.rules.temperature,
             admitted_at=now,
             admitted_version=version,
+            position=position,
+            attempt=attempt,
         )
-        self.position += 1
-        return group

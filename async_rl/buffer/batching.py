@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.admission import Admission
+from async_rl.buffer.discarded import Discarded
 from async_rl.buffer.group import Group
 from async_rl.buffer.ledger import Ledger, untrainable
 from async_rl.buffer.rules import Rules
+from async_rl.trajectory import Trajectory
+from async_rl.wire import messages as msg
+
+
+@dataclass(slots=True, kw_only=True)
+class HeldUp:
+    """P groups are finished, and their batch waits for others (staleness.py, `held_up_by`)."""
+
+    since: float
+    groups: list[int]
+    generators: list[str]
+    """that have them; empty names: nobody"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20,9 +34,14 @@ class Batching:
     ledger: Ledger
     admission: Admission
     counts: Counter[str]
+    discarded: Discarded = field(default_factory=Discarded)
     refusals_in_row: int = 0
     hopeless: str = ""
     """why the run has to end: too many groups in a row were refused; else empty"""
+    held_up: HeldUp | None = None
+    """the batch that is to be formed next"""
+    held_up_seconds: float = 0.0
+    """of all batches since this buffer started"""
 
     def close(self, group: Group) -> list[do.Effect]:
         """A training group is complete: it waits for a batch, or is refused now."""
@@ -35,27 +54,90 @@ class Batching:
 
     def form(self, step: int, now: float) -> tuple[list[do.Effect], tuple[int, ...]]:
         """The batch of `step`, if it can be filled: what follows, and its groups (none: not yet)."""
-        out: list[do.Effect] = []
-        for group, reason in self.ledger.overdue():
-            out += self.refuse(group, reason)
+        out = self._drop()
         chosen = self.ledger.choose()
         while chosen is not None and (stale := self.ledger.too_stale(chosen)):
             for group, reason in stale:
                 out += self.refuse(group, reason)
             chosen = self.ledger.choose()
         if chosen is None:
+            self._hold_up(now)
             return out, ()
+        for group in chosen:
+            self.discarded.train(self.ledger.groups[group])
         self.ledger.form_batch(chosen)
         self.counts["groups_trained"] += len(chosen)
         out.append(do.FormBatch(step=step, groups=tuple(chosen), formed_at=now))
-        return out, tuple(chosen)
+        return [*out, *self._go_on(step, now), *self._drop()], tuple(chosen)
 
-    def refuse(self, group: int, reason: str) -> list[do.Effect]:
-        """It will not be trained; it stays in the store with the reason."""
-        self.ledger.refuse(group)
+    def refuse(self, number: int, reason: str) -> list[do.Effect]:
+        """It will not be trained; it stays in the store with the reason, and its slot is free."""
+        group = self.ledger.groups[number]
+        out: list[do.Effect] = [do.RefuseGroup(group=number, reason=reason)]
+        stale = reason.startswith("stale")
+        if not group.complete:
+            owed = group.holder in self.admission.generators
+            if owed and group.holder is not None:
+                out.append(do.Send(peer=group.holder, message=msg.Abandon(groups=(number,))))
+            if group.begun:
+                out.append(do.DropTurns(pairs=[(number, sample) for sample in sorted(group.begun)]))
+            self.admission.complete(group)
+        else:
+            owed = False
+        if stale:
+            self.discarded.drop(group, owed=owed)
+        if stale and self.ledger.policy.refills:
+            insort(self.admission.refill, (group.position, group.attempt + 1))
+        self.ledger.refuse(number)
         self.counts["groups_refused"] += 1
         self.counts[f"refused_{reason.split(':')[0]}"] += 1
         self.refusals_in_row += 1
         if self.refusals_in_row >= self.rules.max_refusals:
             self.hopeless = f"{self.refusals_in_row} groups in a row were refused, the last because: {reason}"
-        return [do.RefuseGroup(group=group, reason=reason)]
+        return out
+
+    def late(self, trajectory: Trajectory) -> bool:
+        """Whether it is new, and of a group that was dropped while it ran; it is counted then."""
+        if trajectory.group not in self.discarded.running or not self.discarded.late(trajectory):
+            return False
+        self.counts["trajectories_train"] += 1
+        if trajectory.failed and trajectory.reason != msg.ABANDONED:
+            self.counts["trajectories_failed"] += 1
+        return True
+
+    def numbers(self) -> dict[str, float]:
+        """For the trainer's metric rows."""
+        held = {f"held_up/{name}": count for name, count in self.counts.items() if name.startswith("by/")}
+        found = {"held_up/batches": self.counts["batches_held_up"], "held_up/seconds": self.held_up_seconds, **held}
+        if self.ledger.policy.refills:
+            found |= {"drop/groups": self.counts["refused_stale"], **self.discarded.numbers()}
+        return found
+
+    def _drop(self) -> list[do.Effect]:
+        """Refuse what can no longer be trained in time."""
+        out: list[do.Effect] = []
+        for group, reason in self.ledger.overdue():
+            out += self.refuse(group, reason)
+        return out
+
+    def _hold_up(self, now: float) -> None:
+        """Remember for whom a batch waits that could be filled without them."""
+        if self.held_up is not None:
+            return
+        due = self.ledger.policy.held_up_by(self.ledger.line, step=self.ledger.step)
+        if due:
+            holders = [self.admission.generators.get(self.ledger.groups[group].holder or b"") for group in due]
+            names = sorted({holder.name if holder is not None else "" for holder in holders})
+            self.held_up = HeldUp(since=now, groups=due, generators=names)
+
+    def _go_on(self, step: int, now: float) -> list[do.Effect]:
+        """The batch is formed; say for whom it had to wait."""
+        held, self.held_up = self.held_up, None
+        if held is None:
+            return []
+        self.counts["batches_held_up"] += 1
+        self.held_up_seconds += now - held.since
+        for name in held.generators:
+            self.counts[f"by/{name or 'nobody'}"] += 1
+        detail = {"step": step, "seconds": now - held.since, "groups": held.groups, "generators": held.generators}
+        return [do.Note(event="held_up", detail=detail)]

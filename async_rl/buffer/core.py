@@ -209,11 +209,15 @@ class Core:
 
     def _finished(self, peer: bytes, finished: msg.Finished, now: float) -> list[do.Effect]:
         fresh: list[Trajectory] = []
+        late: list[Trajectory] = []
         blobs: list[Blob] = []
         closed: list[Group] = []
         begun: list[tuple[int, int]] = []
         possible, out = self._sift(peer, "Finished", finished.trajectories, now)
         for place, trajectory, group in possible:
+            if self.batching.late(trajectory):
+                late.append(trajectory)
+                continue
             if group is None or not group.arrive(trajectory):
                 self.counts["trajectories_ignored"] += 1
                 continue
@@ -227,6 +231,8 @@ class Core:
                 closed.append(group)
         if fresh:
             out.append(do.AddTrajectories(trajectories=fresh, blobs=blobs))
+        if late:
+            out.append(do.AddDropped(trajectories=late))
         if begun:
             out.append(do.DropTurns(pairs=begun))
         if possible:
@@ -250,7 +256,7 @@ class Core:
         kept = []
         possible, out = self._sift(peer, "Turns", turns.trajectories, now)
         for _, trajectory, group in possible:
-            if group is None or group.split != "train" or trajectory.sample not in group.missing:
+            if group is None or group.group not in self.groups or trajectory.sample not in group.missing:
                 continue
             group.begun.add(trajectory.sample)
             kept.append(trajectory)
@@ -277,8 +283,9 @@ class Core:
         return possible, out
 
     def _group(self, number: int) -> Group | None:
+        """Live, or dropped while it ran."""
         entry = self.evaluations.groups.get(number)
-        return entry[1] if entry is not None else self.groups.get(number)
+        return entry[1] if entry is not None else self.groups.get(number) or self.batching.discarded.running.get(number)
 
     def _count(self, trajectory: Trajectory) -> None:
         self.counts[f"trajectories_{trajectory.split}"] += 1
@@ -309,6 +316,8 @@ class Core:
         if chosen:
             self.pending = None
             out.append(do.SendBatch(peer=pending.peer, step=pending.step, detail=self._counters()))
+        if any(isinstance(effect, do.RefuseGroup) for effect in out):
+            out += self._grant(now)  # what was refused gave its slot up
         return out + self._hopeless()
 
     def _hopeless(self) -> list[do.Effect]:
@@ -354,7 +363,8 @@ class Core:
 
     def _counters(self) -> dict[str, float]:
         refused = self.refusals.counts.total()
-        return counters(self.ledger, self.admission, self.counts, refused=refused, published=self.published)
+        general = counters(self.ledger, self.admission, self.counts, refused=refused, published=self.published)
+        return {**general, **self.batching.numbers()}
 
     def snapshot(self, now: float) -> dict[str, object]:
         """State in plain values, for a person or a monitor."""

@@ -22,6 +22,10 @@ class AddGroup:
     admitted_version: int
     admitted_at: float
     generator: str
+    position: int
+    """in the prompt order; -1: none (evaluation)"""
+    attempt: int
+    """how often a group of this position was dropped before"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +33,13 @@ class AddTrajectories:
     trajectories: Sequence[Trajectory]
     blobs: Sequence[Blob]
     """their bytes, as they came; empty: not at hand"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddDropped:
+    """What still arrived of groups that were dropped while they ran: for the record, refused as their groups."""
+
+    trajectories: Sequence[Trajectory]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +127,14 @@ class RecordRefusal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """A row for events.jsonl."""
+
+    event: str
+    detail: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EndRun:
     """Stop everything. `failed` tells an error from a normal end."""
 
@@ -125,11 +144,11 @@ class EndRun:
 
 # fmt: off
 Write = (
-    AddGroup | AddTrajectories | SaveTurns | DropTurns | RefuseGroup
+    AddGroup | AddTrajectories | AddDropped | SaveTurns | DropTurns | RefuseGroup
     | FormBatch | MarkTrained | MarkConsumed | AddEvaluation
 )
 # fmt: on
-Effect = Write | Send | SendTurns | SendBatch | RecordRefusal | EndRun
+Effect = Write | Send | SendTurns | SendBatch | RecordRefusal | Note | EndRun
 
 
 def add_group(group: Group, generator: str) -> AddGroup:
@@ -141,4 +160,6 @@ def add_group(group: Group, generator: str) -> AddGroup:
         admitted_version=group.admitted_version,
         admitted_at=group.admitted_at,
         generator=generator,
+        position=group.position,
+        attempt=group.attempt,
     )

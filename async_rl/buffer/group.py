@@ -34,6 +34,10 @@ class Group:
     admitted_at: float
     """seconds, the buffer's clock"""
     admitted_version: int
+    position: int = -1
+    """in the prompt order; -1: none (evaluation)"""
+    attempt: int = 0
+    """how often a group of this position was dropped before"""
     holder: bytes | None = None
     """the generator that works on it; None while it waits for one"""
     samples: dict[int, Sample] = field(default_factory=dict)

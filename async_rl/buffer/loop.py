@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
+from async_rl.buffer.drop import Drop
 from async_rl.buffer.pace import Pace
 from async_rl.buffer.restore import read_standing, restore
 from async_rl.buffer.rules import Rules
@@ -40,6 +41,8 @@ def make_policy(settings: Settings) -> Policy:
             return Pace(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth, window=window)
         case "wait":
             return Wait(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth)
+        case "drop":
+            return Drop(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth)
 
 
 def make_core(settings: Settings, *, train_problems: int, vocabulary: int) -> Core:
@@ -151,6 +154,8 @@ def carry_out(effects: Sequence[do.Effect], store: Store, router: Router, record
                     reason=effect.reason,
                     time=time.time(),
                 )
+            case do.Note(event=event, detail=noted):
+                record(event, **noted, time=time.time())
             case do.EndRun(reason=reason, failed=True):
                 raise RunFailed(reason)
 
@@ -166,9 +171,13 @@ def write(effect: do.Effect, store: Store) -> bool:
                 admitted_version=effect.admitted_version,
                 admitted_at=effect.admitted_at,
                 generator=effect.generator,
+                position=effect.position,
+                attempt=effect.attempt,
             )
         case do.AddTrajectories(trajectories=trajectories, blobs=blobs):
             store.add_trajectories(trajectories, blobs)
+        case do.AddDropped(trajectories=trajectories):
+            store.add_dropped(trajectories)
         case do.SaveTurns(trajectories=trajectories):
             store.save_turns(trajectories)
         case do.DropTurns(pairs=pairs):

@@ -16,7 +16,8 @@ from async_rl.buffer.core import Core
 from async_rl.buffer.group import Group, Sample
 from async_rl.buffer.staleness import Entry
 from async_rl.buffer.store_reader import GroupRow, StoreReader, TrajectoryRow
-from async_rl.trajectory.seed import group_seed
+from async_rl.trajectory.length import LENGTH_BUCKETS
+from async_rl.trajectory.seed import attempt_seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,11 @@ class Standing:
     """of the next batch"""
     next_group: int
     position: int
-    """in the prompt order: training groups admitted"""
+    """next one in the prompt order"""
+    dropped: tuple[tuple[int, int], ...]
+    """(position, attempt) of groups refused as stale whose problem was not asked again"""
+    lengths: tuple[tuple[bool, int, int, int], ...]
+    """(dropped, length bucket, trajectories, policy tokens) of what was trained and what was dropped"""
     order: tuple[GroupRow, ...]
     """training groups from the oldest live one on, in order of admission"""
     samples: Mapping[int, tuple[TrajectoryRow, ...]]
@@ -57,7 +62,9 @@ def read_standing(store: StoreReader) -> Standing:
     return Standing(
         step=step,
         next_group=next_group,
-        position=counts["groups_admitted"],
+        position=store.next_position(),
+        dropped=tuple(store.dropped_last()),
+        lengths=tuple(store.lengths(LENGTH_BUCKETS)),
         order=order,
         samples={group: tuple(store.trajectories_of(group)) for group in live},
         begun=frozenset(store.begun()),
@@ -75,14 +82,16 @@ def restore(core: Core, standing: Standing, *, version: int) -> None:
     admission.lost_tokens = standing.tokens_generated
     ledger.published = version
     core.counts.update(standing.counts)
-    first = standing.position - len(standing.order)
-    for position, row in enumerate(standing.order, start=first):
+    if ledger.policy.refills:
+        admission.refill = [(position, attempt + 1) for position, attempt in standing.dropped]
+    core.batching.discarded.restore(standing.lengths)
+    for row in standing.order:
         if row.refused_because is not None:
             continue
         if row.step is not None:
             ledger.line.add(Entry(group=row.group, deadline=row.step, finished=True, trained=True))
             continue
-        group = _group(core, row, position)
+        group = _group(core, row)
         for sample in standing.samples[row.group]:
             group.samples[sample.sample] = _sample(sample)
         group.begun.update(sample for number, sample in standing.begun if number == row.group)
@@ -93,17 +102,19 @@ def restore(core: Core, standing: Standing, *, version: int) -> None:
             admission.orphans.append(row.group)
 
 
-def _group(core: Core, row: GroupRow, position: int) -> Group:
+def _group(core: Core, row: GroupRow) -> Group:
     return Group(
         group=row.group,
         problem=row.problem,
         split="train",
         size=core.rules.group_size,
-        seed=group_seed(core.rules.seed, position),
+        seed=attempt_seed(core.rules.seed, row.position, row.attempt),
         temperature=core.rules.temperature,
         admitted_at=row.admitted_at,
         admitted_version=row.admitted_version,
         restored=True,
+        position=row.position,
+        attempt=row.attempt,
     )
 
 

@@ -90,12 +90,14 @@ class Store(StoreReader):
         admitted_version: int,
         admitted_at: float,
         generator: str,
+        position: int = -1,
+        attempt: int = 0,
     ) -> None:
         """Adding a group again changes only its generator (its permit was issued anew)."""
         self._write(
-            "INSERT INTO groups (group_id, problem, split, admitted_version, admitted_at, generator) "
-            "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET generator = excluded.generator",
-            (group, problem, split, admitted_version, admitted_at, generator),
+            "INSERT INTO groups (group_id, problem, split, position, attempt, admitted_version, admitted_at, "
+            "generator) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET generator = excluded.generator",
+            (group, problem, split, position, attempt, admitted_version, admitted_at, generator),
         )
 
     def add_trajectories(
@@ -133,6 +135,13 @@ class Store(StoreReader):
         """It will not be trained. It and its trajectories stay, with the reason."""
         self._write("UPDATE groups SET refused_because = ? WHERE group_id = ?", (reason, group))
         self._write("UPDATE trajectories SET refused_because = ? WHERE group_id = ?", (reason, group))
+
+    def add_dropped(self, trajectories: Sequence[Trajectory]) -> None:
+        """Store what arrived of groups that were refused before, with their groups' reasons."""
+        self.add_trajectories(trajectories)
+        reason = "(SELECT refused_because FROM groups WHERE groups.group_id = trajectories.group_id)"
+        for group in {t.group for t in trajectories}:
+            self._write(f"UPDATE trajectories SET refused_because = {reason} WHERE group_id = ?", (group,))
 
     def form_batch(self, *, step: int, groups: Sequence[int], formed_at: float) -> None:
         """These groups, in this order, with the trajectories stored so far, are the batch of `step`.

@@ -17,8 +17,9 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from async_rl.errors import UserError
+from async_rl.wire.messages import ABANDONED
 
-SCHEMA = 1
+SCHEMA = 2
 APPLICATION_ID = 0x41524C31
 PAGE_BYTES = 16384
 """a commit writes whole pages: larger ones cost short trajectories more (0.5 ms instead of 0.2 a commit at 32 kB),
@@ -29,6 +30,8 @@ TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value);
 CREATE TABLE groups (
     group_id INTEGER PRIMARY KEY, problem INTEGER, split TEXT,
+    position INTEGER,         -- in the prompt order; -1: evaluation
+    attempt INTEGER,          -- how often a group of this position was dropped before
     admitted_version INTEGER, admitted_at REAL, generator TEXT,
     step INTEGER,             -- the batch it is in
     refused_because TEXT      -- why it will not be trained
@@ -64,7 +67,7 @@ CREATE TABLE evaluations (
     finished_at REAL
 );
 """
-_GROUP = "group_id, problem, split, admitted_version, admitted_at, generator, step, refused_because"
+_GROUP = "group_id, problem, split, position, attempt, admitted_version, admitted_at, generator, step, refused_because"
 _TRAJECTORY = (
     "group_id, sample, split, problem, step, version_min, version_max, reward, length, policy_length, "
     "num_turns, ended, reason, refused_because, generator, started_at, finished_at"
@@ -82,6 +85,10 @@ class GroupRow:
     group: int
     problem: int
     split: str
+    position: int
+    """in the prompt order; -1: evaluation"""
+    attempt: int
+    """how often a group of this position was dropped before"""
     admitted_version: int
     admitted_at: float
     """seconds, the buffer's clock"""
@@ -176,17 +183,45 @@ class StoreReader:
         (group,) = self._all("SELECT coalesce(max(group_id) + 1, 0) FROM groups")[0]
         return step, group
 
+    def next_position(self) -> int:
+        """In the prompt order: behind every one that was asked."""
+        (position,) = self._all("SELECT coalesce(max(position) + 1, 0) FROM groups")[0]
+        return int(position)
+
+    def dropped_last(self) -> list[tuple[int, int]]:
+        """(position, attempt) of the groups refused as stale whose problem was not asked again since."""
+        newest = (
+            "SELECT position, max(attempt) AS attempt, refused_because FROM groups WHERE split = 'train' "
+            "GROUP BY position"
+        )
+        found = f"SELECT position, attempt FROM ({newest}) WHERE refused_because LIKE 'stale:%' ORDER BY position"
+        return [(position, attempt) for position, attempt in self._all(found)]
+
+    def lengths(self, ends: Sequence[int]) -> list[tuple[bool, int, int, int]]:
+        """(dropped, bucket, trajectories, policy tokens) of training trajectories that are in a batch or were
+        dropped as stale, by the buckets of policy tokens that end below `ends`. Without failed ones (of the
+        dropped: those that raised) and those without a policy token."""
+        bucket = " + ".join(f"(policy_length >= {end})" for end in ends)
+        stale = "refused_because LIKE 'stale:%'"
+        trained = "step IS NOT NULL AND ended NOT IN ('error', 'aborted')"
+        query = (
+            f"SELECT {stale} AS dropped, {bucket} AS bucket, count(*), sum(policy_length) FROM trajectories "
+            f"WHERE split = 'train' AND policy_length > 0 AND (({trained}) OR ({stale} AND ended != 'error')) "
+            "GROUP BY 1, 2"
+        )
+        return [(bool(dropped), number, count, tokens) for dropped, number, count, tokens in self._all(query)]
+
     def tally(self) -> dict[str, int]:
         """Training groups refused by reason (`refused_<reason>`), trajectories by split, how many failed, and
         policy tokens of all (`tokens_generated`)."""
         refused = "split = 'train' AND refused_because IS NOT NULL"
         reasons = f"SELECT refused_because, count(*) FROM groups WHERE {refused} GROUP BY 1"
         splits = (
-            "SELECT split, count(*), sum(ended IN ('error', 'aborted')), sum(policy_length) "
+            "SELECT split, count(*), sum(ended IN ('error', 'aborted') AND reason != ?), sum(policy_length) "
             "FROM trajectories GROUP BY split"
         )
         found = Counter({f"refused_{reason}": count for reason, count in self._all(reasons)})
-        for split, count, failed, tokens in self._all(splits):
+        for split, count, failed, tokens in self._all(splits, (ABANDONED,)):
             found[f"trajectories_{split}"] = count
             found["tokens_generated"] += tokens
             found["trajectories_failed"] += failed

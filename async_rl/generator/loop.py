@@ -63,6 +63,10 @@ class GeneratorLoop:
     dealer: AsyncDealer
     weights: WeightSource
     running: dict[tuple[int, int], asyncio.Task[None]] = field(default_factory=dict)
+    sessions: dict[tuple[int, int], EpisodeSession] = field(default_factory=dict)
+    """of the running episodes"""
+    abandoned: set[tuple[int, int]] = field(default_factory=set)
+    """running episodes that nobody wants any more"""
     outbox: list[Trajectory] = field(default_factory=list)
     begun: dict[tuple[int, int], Trajectory] = field(default_factory=dict)
     """newest finished turns of long episodes, to be sent"""
@@ -122,6 +126,11 @@ class GeneratorLoop:
                 case msg.Accepted(pairs=pairs):
                     for group, sample in pairs:
                         self.unacknowledged.pop((group, sample), None)
+                case msg.Abandon(groups=groups):
+                    for key in [key for key in self.running if key[0] in groups]:
+                        self.abandoned.add(key)
+                        if key in self.sessions:
+                            self.sessions[key].abandon(msg.ABANDONED)
                 case msg.NewWeights(version=version):
                     self.announced = max(self.announced, version)
                     self.new_weights.set()
@@ -243,7 +252,8 @@ class GeneratorLoop:
             trajectory = await run_episode(self.task, session, ticket, timeout_s=self.options.episode_timeout_s)
         self.begun.pop(key, None)
         self.outbox.append(trajectory)
-        del self.running[key]
+        del self.running[key], self.sessions[key]
+        self.abandoned.discard(key)
         self.changed.set()
 
     def _session(self, ticket: Ticket, record: Trajectory | None) -> EpisodeSession:
@@ -264,6 +274,9 @@ class GeneratorLoop:
             record=record,
             on_turn=on_turn if ticket.split == "train" else None,
         )
+        self.sessions[ticket.group, ticket.sample] = session
+        if (ticket.group, ticket.sample) in self.abandoned:
+            session.abandon(msg.ABANDONED)
         return session
 
 

@@ -77,6 +77,7 @@ class EpisodeSession:
         self._record = record
         self._on_turn = on_turn
         self._stops = ""  # of each turn: 1 when it ended by a stop
+        self._abandoned = ""
         self.diverged = False
         """the record was of no use; the episode has to begin anew without it"""
         self.started_at = clock() if record is None else record.started_at
@@ -113,14 +114,18 @@ class EpisodeSession:
             self._truncated = True
             self._ended = "length"
             return ""
+        if self._abandoned:
+            raise ConnectionAbortedError(self._abandoned)
         recalled = self._recalled(room)
         completion = recalled or await self._sample(room, stop)
-        if completion.finish == "aborted":
-            raise ConnectionAbortedError("the engine gave the request up")
+        if completion.finish == "aborted" and not completion.tokens:
+            raise ConnectionAbortedError(self._abandoned or "the engine gave the request up")
         self._turns.append(Turn(start=len(self._tokens), length=len(completion.tokens), state_key=state_key))
         self._tokens = [*self._tokens, *completion.tokens]
         self._log_probs.extend(completion.log_probs)
         self._versions.extend(completion.versions)
+        if completion.finish == "aborted":  # what there is, for the record
+            raise ConnectionAbortedError(self._abandoned or "the engine gave the request up")
         self._stopped = completion.finish == "stop"
         self._stops += "01"[self._stopped]
         if self._on_turn is not None and recalled is None:
@@ -187,6 +192,11 @@ class EpisodeSession:
         self._info[key] = value
 
     # -------------------------------------------- what the generator does
+
+    def abandon(self, reason: str) -> None:
+        """Nobody wants the episode any more: its turn ends now, or when its environment has answered."""
+        self._abandoned = reason
+        self._engine.release(self._id)
 
     def so_far(self) -> Trajectory:
         """The turns finished until now, to go on from should this generator die. Not to be trained."""

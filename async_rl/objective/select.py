@@ -13,9 +13,9 @@ from async_rl.objective.ratio import log_denominator
 from async_rl.objective.recipe import Recipe
 from async_rl.objective.segment import segment_max, segment_min
 from async_rl.objective.tokens import Tokens
+from async_rl.trajectory.length import LENGTH_BUCKETS, bucket_names
 
-LENGTH_BUCKETS = (16, 64, 256, 1024, 4096, 16384)
-"""upper ends (exclusive) of the buckets of trajectory length, in policy tokens; the last is open"""
+__all__ = ["LENGTH_BUCKETS", "Selection", "bucket_names", "length_bucket", "select"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,11 +23,6 @@ class Selection:
     keep: Tensor  # [trajectories] bool
     rejected: Mapping[str, Tensor]
     """reason -> [trajectories] bool; a trajectory may have several"""
-
-
-def bucket_names() -> list[str]:
-    ends = [f"below_{end}" for end in LENGTH_BUCKETS]
-    return [*ends, f"from_{LENGTH_BUCKETS[-1]}"]
 
 
 def length_bucket(length: Tensor) -> Tensor:

@@ -148,6 +148,7 @@ class TrainerLoop:
             "time/store_processor": batch.detail.get("store_processor_seconds", 0.0),
             "wire/refused": batch.detail.get("wire_refused", 0.0),
             "store/commits": batch.detail.get("store_commits", 0.0),
+            **{name: value for name, value in batch.detail.items() if name.startswith(msg.AS_METRICS)},
             **self.canary.row(),
         }
         if report.skipped:

@@ -9,6 +9,10 @@ from typing import Any
 from async_rl.trajectory.codec import Blob
 from async_rl.trajectory.types import Split, Trajectory
 
+ABANDONED = "the buffer dropped its group"
+"""why a trajectory was aborted that nobody wants any more"""
+AS_METRICS = ("drop/", "held_up/", "staleness/")
+"""what begins so in the detail of a batch is a metric by that name"""
 HOLDS = "holds/"
 """in the detail of a batch: this and a connected generator's name -> version it holds"""
 Detail = Mapping[str, Any]
@@ -127,6 +131,14 @@ class Refused:
     """what it was counted under; one of wire/refusal.py"""
     pairs: tuple[tuple[int, int], ...] = ()
     """(group, sample) of the trajectories that were not taken"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandon:
+    """These groups are not wanted any more. What was generated of their unfinished trajectories is sent as
+    `Finished`, ended as aborted."""
+
+    groups: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,7 +305,7 @@ class Withdrawn:
 # fmt: off
 Message = (
     Hello | Want | Finished | Turns | Holds | Status | Canary
-    | Permits | Accepted | Refused | NewWeights | Stop
+    | Permits | Accepted | Refused | Abandon | NewWeights | Stop
     | NextBatch | Published | Checkpointed | Evaluate | FetchEvaluation | Done
     | Batch | Waiting | EvaluationResult
     | Query | Snapshot | Shutdown

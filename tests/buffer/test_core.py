@@ -42,8 +42,11 @@ def test_staleness_is_bounded_and_each_admitted_group_is_trained_once_or_refused
     assert core.counts["groups_admitted"] == len(world.admitted)
     assert core.counts["groups_trained"] == len(world.trained)
     assert core.counts["groups_refused"] == len(world.refused)
+    stale = [group for group, reason in world.refused.items() if reason.startswith("stale")]
     # pacing and waiting admit nothing that would have to be refused for its age
-    assert not any(reason.startswith("stale") for reason in world.refused.values())
+    assert policy.refills or not stale
+    assert core.counts["refused_stale"] == len(stale)
+    world.check_prompts()
     assert len(core.order) >= len(core.groups) == core.ledger.line.live
 
 

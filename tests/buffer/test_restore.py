@@ -99,9 +99,6 @@ class MortalWorld(World):
         super().finish(peer, permit, sample, oldest, life)
 
     def commit(self, effects: list[do.Effect]) -> None:
-        new = [e.problem for e in effects if isinstance(e, do.AddGroup) and e.split == "train"]
-        known = len(self.admitted)
-        assert new == list(range(known, known + len(new))), "the prompt order goes on without gap or repeat"
         for effect in effects:
             write(effect, self.store)
         self.store.commit()
@@ -136,11 +133,14 @@ class MortalWorld(World):
 def durable(core: Core) -> object:
     """What a buffer must know again."""
     counts = ("groups_admitted", "groups_trained", "groups_refused", "trajectories_train", "trajectories_failed")
+    counts += ("refused_stale",)
     return (
         (core.ledger.step, core.ledger.next_group, core.admission.position),
         [(e.group, e.finished, e.trained) for e in core.order],
         {g.group: (g.problem, g.seed, g.admitted_version) for g in core.groups.values()},
         {g.group: (dict(sorted(g.samples.items())), g.begun) for g in core.groups.values()},
+        core.admission.refill,
+        (core.batching.discarded.dropped, core.batching.discarded.trained),
         {name: core.counts[name] for name in counts},
     )
 
@@ -181,10 +181,12 @@ def audit(world: MortalWorld) -> None:
     assert len(world.trained) == len(set(world.trained)) == STEPS * policy.groups_per_step
     assert world.admitted == set(world.trained) | set(world.refused) | set(world.core.groups)
     assert not set(world.trained) & set(world.refused)
-    assert not any(reason.startswith("stale") for reason in world.refused.values())
+    assert policy.refills or not any(reason.startswith("stale") for reason in world.refused.values())
+    world.check_prompts()
     with world.store as store:
         rows = [row for row in store.groups() if row.split == "train"]
-        assert [row.problem for row in rows] == list(range(len(rows)))
+        assert [(row.position, row.attempt) for row in rows] == list(world.asked.values())
+        assert [row.problem for row in rows] == [row.position for row in rows]
         assert {row.group for row in rows if row.step is not None} == set(world.trained)
         assert {row.group for row in rows if row.refused_because is not None} == set(world.refused)
         batches = list(store.batches())
