@@ -7,13 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from async_rl.errors import RunFailed, UserError
-from async_rl.process import PARENT_PIPE, TOLD_TO_END
+from async_rl.process import CAUSE_PIPE, PARENT_PIPE, TOLD_TO_END
 from async_rl.run_folder import RunFolder
+
+PIPE_BYTES = 1 << 16
+"""what a pipe holds"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,10 @@ class Child:
     command: Command
     folder: RunFolder
     process: subprocess.Popen[bytes]
+    said: dict[str, Any]
+    """what it sent of its failure when it ended; empty before, and when it could not"""
+    cause_pipe: int
+    """file descriptor from which that comes"""
 
     @property
     def name(self) -> str:
@@ -47,14 +55,24 @@ class Child:
     @property
     def failed_at(self) -> float:
         """When it recorded its failure; 0 when something killed it before it could, or there is none."""
-        record = self.folder.failure(self.name)
-        return float(json.loads(record.read_text())["time"]) if record.exists() else 0.0
+        return float(self.failure().get("time", 0.0))
+
+    def failure(self) -> dict[str, Any]:
+        """What it left of its failure: in the run folder or, when nothing could be written there, by its pipe."""
+        if self.ended and not self.said:
+            with suppress(ValueError, OSError):
+                self.said.update(json.loads(os.read(self.cause_pipe, PIPE_BYTES)))
+        with suppress(ValueError, OSError):  # a full disk leaves it empty
+            return dict(json.loads(self.folder.failure(self.name).read_text()))
+        return self.said
+
+    def close(self) -> None:
+        """It has ended, and nobody will ask why."""
+        os.close(self.cause_pipe)
 
     def cause(self) -> Exception:
         """Why it ended: what it recorded, or how it was killed."""
-        record = self.folder.failure(self.name)
-        if record.exists():
-            reason = json.loads(record.read_text())
+        if reason := self.failure():
             if reason["kind"] == "user":
                 return UserError(reason["message"])
             return RunFailed(f"{self.name}: {reason['message']} (log: {self.log})")
@@ -83,10 +101,12 @@ def arithmetic_environment(threads: int) -> dict[str, str]:
 def start_child(command: Command, folder: RunFolder, *, parent_pipe: int, lock: int) -> Child:
     """`parent_pipe`: the end that closes when the launcher dies; `lock`: of the run, kept until the last
     process is gone."""
+    cause, said = os.pipe()
     environment = {
         **os.environ,
         **arithmetic_environment(command.threads),
         PARENT_PIPE: str(parent_pipe),
+        CAUSE_PIPE: str(said),
     }
     with (folder.logs / f"{command.name}.log").open("ab") as stream:
         process = subprocess.Popen(
@@ -95,11 +115,12 @@ def start_child(command: Command, folder: RunFolder, *, parent_pipe: int, lock: 
             stdout=stream,
             stderr=stream,
             env=environment,
-            pass_fds=(parent_pipe, lock),
+            pass_fds=(parent_pipe, lock, said),
             start_new_session=True,  # Ctrl-C in the terminal reaches the launcher alone
         )
-    folder.event("started", process=command.name, pid=process.pid, time=time.time())
-    return Child(command=command, folder=folder, process=process)
+    os.close(said)
+    os.set_blocking(cause, False)
+    return Child(command=command, folder=folder, process=process, said={}, cause_pipe=cause)
 
 
 def how_it_ended(code: int) -> str:

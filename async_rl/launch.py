@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,8 @@ class Launcher:
         rewind(self.folder, start)
         replace_text(self.folder.config, to_yaml(self.settings))
         self.folder.event("resumed", version=start.version, time=time.time())
-        self.rows.new()  # what earlier launches wrote is not shown again
-        self.events.new()
+        self.rows.skip()  # what earlier launches wrote is not shown again
+        self.events.skip()
         what = start.checkpoint.name if start.checkpoint is not None else "the initial model (no checkpoint yet)"
         self.console.say(f"resuming {self.folder.path} at step {start.version} from {what}")
 
@@ -159,7 +160,9 @@ class Launcher:
         self.launch(Command(name=name, words=words, threads=threads))
 
     def launch(self, command: Command) -> None:
-        self.children.append(start_child(command, self.folder, parent_pipe=self.pipe[0], lock=self.lock))
+        child = start_child(command, self.folder, parent_pipe=self.pipe[0], lock=self.lock)
+        self.children.append(child)  # before anything can fail: it is to be ended then
+        self.folder.event("started", process=child.name, pid=child.process.pid, time=time.time())
 
     # ------------------------------------------------------------------ watch
 
@@ -220,6 +223,7 @@ class Launcher:
                 f"(generator.max_restarts={budget.max_restarts}); the first cause: {budget.causes[0][1]}"
             )
         self.children.remove(child)
+        child.close()
         self.folder.failure(child.name).unlink(missing_ok=True)
         self.resting[child.name] = (time.monotonic() + pause, child.command)
         self.folder.event(
@@ -277,9 +281,13 @@ class Launcher:
             try:
                 child.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                self.folder.event("ended_by_force", process=child.name, time=time.time())
                 child.process.kill()
                 child.process.wait()
+                with suppress(RunFailed):  # on a full disk the others are ended all the same
+                    self.folder.event("ended_by_force", process=child.name, time=time.time())
+        for child in self.children:
+            child.close()
+        self.children.clear()
         for end in self.pipe:
             if end >= 0:
                 os.close(end)

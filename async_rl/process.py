@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from async_rl.errors import RunFailed, UserError
@@ -17,6 +18,10 @@ from async_rl.run_folder import RunFolder
 
 PARENT_PIPE = "ASYNC_RL_PARENT_PIPE"
 """environment variable: file descriptor that closes when the launcher dies"""
+CAUSE_PIPE = "ASYNC_RL_CAUSE_PIPE"
+"""environment variable: file descriptor that takes the cause of a bad end, also when no file can be written"""
+MOST_CAUSE = 5000
+"""characters of a cause; as JSON it fits a pipe"""
 TOLD_TO_END = 143
 """exit code after SIGTERM"""
 GRACE_S = 1.0
@@ -34,22 +39,31 @@ def run_process(name: str, folder: RunFolder, work: Callable[[], None]) -> NoRet
         _exit(int(order.code or 0))
     except (UserError, RunFailed) as error:
         _leave(name, folder, "user" if isinstance(error, UserError) else "run", str(error))
+    except OSError as error:  # most of them: a full disk
+        _leave(name, folder, "run", f"{error}; is its disk full or read-only? Then make room and resume the run")
     except Exception as error:  # a process boundary: reported, and it ends the run
-        traceback.print_exc()
+        with suppress(OSError):
+            traceback.print_exc()
         _leave(name, folder, "run", f"{type(error).__name__}: {error}")
     _exit(0)
 
 
 def _leave(name: str, folder: RunFolder, kind: str, message: str) -> NoReturn:
-    folder.failure(name).write_text(json.dumps({"kind": kind, "message": message, "time": time.time()}))
-    folder.event("failed", process=name, message=message, time=time.time())
+    cause = json.dumps({"kind": kind, "message": message[:MOST_CAUSE], "time": time.time()})
+    with suppress(OSError, KeyError):  # first where no disk is needed
+        os.write(int(os.environ[CAUSE_PIPE]), cause.encode())
+    with suppress(OSError):
+        folder.failure(name).write_text(cause)
+    with suppress(RunFailed):
+        folder.event("failed", process=name, message=message, time=time.time())
     _exit(2 if kind == "user" else 1)
 
 
 def _exit(code: int) -> NoReturn:
     """End now: nothing is left to clean up, and threads of libraries need not be waited for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 

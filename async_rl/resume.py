@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from async_rl.buffer.store import StoreReader, store_begun
 from async_rl.config import described, load_yaml, structured, with_overrides
 from async_rl.errors import UserError
 from async_rl.run_folder import RunFolder, read_rows, replace_text
@@ -23,6 +24,7 @@ from async_rl.trainer.manifest import Damage, newest_whole, version_of
 MAY_CHANGE = (
     "trainer.steps", "checkpoint.", "wire.", "weights.",
     "generator.count", "generator.max_restarts", "generator.restart",
+    "buffer.memory_mb", "buffer.max_store_mb", "buffer.keep_steps",
 )  # fmt: skip
 """settings that a resumed run may be given anew: none of them changes what a stored batch or a step is"""
 
@@ -51,8 +53,8 @@ def resumed_settings(folder: RunFolder, overrides: Sequence[str]) -> Settings:
         if value != old[path] and not path.startswith(MAY_CHANGE):
             raise UserError(
                 f"{path} cannot change in a resumed run: what is stored and trained so far was made with "
-                f"{old[path]!r}. Only trainer.steps, checkpoint.*, wire.* and generator.count may; else start a "
-                f"new run from a checkpoint, model.path={folder.checkpoints}/step_..."
+                f"{old[path]!r}. Only trainer.steps, checkpoint.*, wire.*, generator.count and the buffer's sizes "
+                f"may; else start a new run from a checkpoint, model.path={folder.checkpoints}/step_..."
             )
     if settings.trainer.steps != before.trainer.steps and settings.optimizer.schedule != "constant":
         raise UserError(
@@ -74,6 +76,15 @@ def find_start(folder: RunFolder, settings: Settings) -> Start:
     version = version_of(path) if path is not None else 0
     if version > settings.trainer.steps:
         raise UserError(f"trainer.steps is {settings.trainer.steps}, but the run has done {version} steps already")
+    if store_begun(folder.store):
+        with StoreReader(folder.store) as store:
+            first = store.first_step()
+        if version < first:
+            reasons = "".join(f"; {damage.path.name}: {damage.reason}" for damage in damaged)
+            raise UserError(
+                f"{folder.path}: no whole checkpoint from which the run could go on: the trajectories of steps before "
+                f"{first} are deleted (buffer.keep_steps){reasons}. Start a new run from a model folder you trust"
+            )
     return Start(version=version, checkpoint=path, damaged=tuple(damaged))
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from async_rl.config import load_yaml, structured, to_yaml
-from async_rl.errors import UserError
+from async_rl.errors import RunFailed, UserError
 from async_rl.settings import Settings
 
 
@@ -93,22 +94,36 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON row in one write, so that rows of several processes never mix."""
-    line = json.dumps(row, allow_nan=True) + "\n"
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    """Append one JSON row in one write, so that rows of several processes never mix. Raises RunFailed."""
+    line = (json.dumps(row, allow_nan=True) + "\n").encode()
     try:
-        os.write(fd, line.encode())
-    finally:
-        os.close(fd)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            written = os.write(fd, line)
+            if written < len(line):  # the rest tells why: the disk is full
+                os.write(fd, line[written:])
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise RunFailed(
+            f"{path} cannot be written ({error.strerror}); make room on its disk and resume the run"
+        ) from None
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole rows of a JSONL file; a last row that is still being written is left out."""
+    """The whole rows of a JSONL file. A last row that is still being written is left out, and one that a full
+    disk tore."""
     if not path.exists():
         return
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+    with path.open("rb") as file:
+        yield from _whole_rows(file)
+
+
+def _whole_rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        if line.endswith(b"\n"):
+            with suppress(ValueError):
+                yield json.loads(line)
 
 
 @dataclass(slots=True)
@@ -119,6 +134,10 @@ class RowTail:
     _offset: int = field(default=0, init=False)
     """bytes read"""
 
+    def skip(self) -> None:
+        """What is there now is not of interest."""
+        self._offset = self.path.stat().st_size if self.path.exists() else 0
+
     def new(self) -> list[dict[str, Any]]:
         """Whole rows since the last call; one that is still being written comes with a later call."""
         if not self.path.exists() or self.path.stat().st_size == self._offset:
@@ -127,4 +146,4 @@ class RowTail:
             file.seek(self._offset)
             whole, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(whole) + len(newline)
-        return [json.loads(line) for line in whole.splitlines()] if newline else []
+        return list(_whole_rows((whole + newline).splitlines(keepends=True)))

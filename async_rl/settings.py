@@ -63,6 +63,21 @@ class BufferSettings:
         "process",
         "what a stored trajectory survives: the death of any process, or a power loss (an fsync a commit)",
     )
+    memory_mb: int = setting(
+        256,
+        "what the buffer process may hold of trajectories in memory: pages of the store, messages under way, the part of a batch being sent; everything else is in the store alone",
+        unit="MB",
+    )
+    max_store_mb: int = setting(
+        0,
+        "end the run, resumable, before trajectories.sqlite grows beyond this size (its write-ahead log of some 16 MB not counted); 0: no limit",
+        unit="MB",
+    )
+    keep_steps: int = setting(
+        0,
+        "delete the tokens of batches older than the newest so many steps that are in a checkpoint, and of groups refused before them; never what a kept checkpoint needs to go on. Their rows stay. 0 keeps all: needed to replay or rescore a whole run",
+        unit="steps",
+    )
 
 
 @dataclass(frozen=True)
@@ -251,6 +266,9 @@ AT_LEAST: dict[str, float] = {
     "staleness.window": 0,
     "buffer.max_failures": 1,
     "buffer.max_refusals": 1,
+    "buffer.memory_mb": 16,
+    "buffer.max_store_mb": 0,
+    "buffer.keep_steps": 0,
     "generator.count": 1,
     "generator.max_sequences": 1,
     "generator.max_context": 0,
@@ -287,6 +305,8 @@ AT_MOST: dict[str, float] = {
     "batch.group_size": 10**6,
     "staleness.max_staleness": 10**6,
     "staleness.window": 1,
+    "buffer.memory_mb": 10**6,
+    "buffer.max_store_mb": 10**8,
     "generator.count": 1024,
     "generator.max_sequences": 10**6,
     "generator.max_context": 10**9,

@@ -70,12 +70,16 @@ class Acceptance:
                 return self._want(peer, limit) or self._version(version, -1)
             case msg.Holds(version=version) | msg.Published(version=version) | msg.Canary(version=version):
                 return self._version(version, 0)
+            case msg.Checkpointed(version=version, oldest=oldest) if not 0 <= oldest <= version:
+                return Objection(kind="number", reason=f"the oldest checkpoint cannot be of version {oldest}")
             case msg.Checkpointed(version=version):
                 return self._version(version, 1)
             case msg.Status():
                 return self._status(message) or self._version(message.version, -1)
             case msg.NextBatch(step=step) if not 0 <= step <= self.ledger.step:
                 return Objection(kind="step", reason=f"the next batch is that of step {self.ledger.step}")
+            case msg.NextBatch(after=after) if after < 0:
+                return Objection(kind="number", reason=f"{after} trajectories cannot have been received")
             case msg.Evaluate():
                 return self._evaluate(message) or self._version(message.version, 0)
             case msg.FetchEvaluation(evaluation=number) if number not in self.evaluations.asked:

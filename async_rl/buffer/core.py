@@ -118,11 +118,11 @@ class Core:
             case msg.Canary():
                 return self._canary(peer, message)
             case msg.NextBatch():
-                return self._next_batch(peer, message.step, now)
+                return self._next_batch(peer, message, now)
             case msg.Published():
                 return self._published(message.version, now)
             case msg.Checkpointed():
-                return [do.MarkConsumed(step=message.version - 1)]
+                return self._checkpointed(message)
             case msg.Evaluate():
                 return self._evaluate(message, now)
             case msg.FetchEvaluation():
@@ -298,10 +298,11 @@ class Core:
 
     # ---------------------------------------------------------------- trainer
 
-    def _next_batch(self, peer: bytes, step: int, now: float) -> list[do.Effect]:
+    def _next_batch(self, peer: bytes, ask: msg.NextBatch, now: float) -> list[do.Effect]:
+        step = ask.step
         if step < self.step:
-            # formed before: also for a trainer that goes on from a checkpoint
-            return [do.SendBatch(peer=peer, step=step, detail=self._counters())]
+            # formed before: also for a trainer that goes on from a checkpoint, or fetches the next part
+            return [do.SendBatch(peer=peer, step=step, after=ask.after, detail=self._counters())]
         if self.pending is None or self.pending.step != step:
             self.pending = PendingBatch(peer=peer, step=step, since=now, told=now)
         self.pending.peer = peer
@@ -331,6 +332,9 @@ class Core:
         out: list[do.Effect] = [do.MarkTrained(step=version - 1)] if version <= self.step else []
         out += [do.Send(peer=peer, message=msg.NewWeights(version=version)) for peer in self.admission.generators]
         return out + self._grant(now)
+
+    def _checkpointed(self, done: msg.Checkpointed) -> list[do.Effect]:
+        return [do.MarkConsumed(step=done.version - 1, oldest=done.oldest)]
 
     # ------------------------------------------------------------- evaluation
 
@@ -365,6 +369,10 @@ class Core:
         refused = self.refusals.counts.total()
         general = counters(self.ledger, self.admission, self.counts, refused=refused, published=self.published)
         return {**general, **self.batching.numbers()}
+
+    def oldest_live(self) -> int:
+        """Lowest number of a group that is in no batch yet, or of an evaluation under way."""
+        return min([*self.groups, *self.evaluations.groups], default=self.ledger.next_group)
 
     def snapshot(self, now: float) -> dict[str, object]:
         """State in plain values, for a person or a monitor."""

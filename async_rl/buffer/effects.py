@@ -91,6 +91,8 @@ class MarkConsumed:
     """Weights of version `step + 1` are in a checkpoint: steps up to here are not trained again."""
 
     step: int
+    oldest: int
+    """version of the oldest checkpoint that is kept"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,10 +111,12 @@ class Send:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendBatch:
-    """Load the batch of this step from the store and send it."""
+    """Load the batch of this step from the store and send it, or as much of it as may be in memory."""
 
     peer: bytes
     step: int
+    after: int = 0
+    """trajectories of it that were sent before"""
     detail: Mapping[str, float]
 
 

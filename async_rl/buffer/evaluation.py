@@ -10,6 +10,9 @@ from async_rl.buffer.group import Group
 from async_rl.trajectory.seed import group_seed
 from async_rl.wire.messages import Evaluate, EvaluationResult
 
+REMEMBERED = 8
+"""evaluations whose result is in the store that can still be asked for"""
+
 
 @dataclass(slots=True, kw_only=True)
 class Evaluation:
@@ -24,7 +27,7 @@ class Evaluation:
 
 @dataclass(slots=True, kw_only=True)
 class Evaluations:
-    """All that were asked for, and which of their groups no generator has taken yet."""
+    """Those asked for (of the recorded ones the newest), and which of their groups no generator has taken yet."""
 
     asked: dict[int, Evaluation] = field(default_factory=dict)
     """by the trainer's number"""
@@ -71,6 +74,9 @@ class Evaluations:
         evaluation.recorded = True
         for group in evaluation.groups:
             self.groups.pop(group.group, None)
+        recorded = [number for number, one in self.asked.items() if one.recorded]
+        for number in recorded[:-REMEMBERED]:
+            del self.asked[number]
 
 
 def evaluation_groups(ask: Evaluate, *, seed: int, number: Callable[[], int], now: float) -> list[Group]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
 from async_rl.buffer.drop import Drop
+from async_rl.buffer.memory import divide
 from async_rl.buffer.pace import Pace
 from async_rl.buffer.restore import read_standing, restore
 from async_rl.buffer.rules import Rules
@@ -67,10 +68,24 @@ def run_buffer(folder: RunFolder, settings: Settings, core: Core, endpoint: str,
 
     A store that is there already is gone on with, for a trainer that begins at `version`."""
     limit = settings.wire.max_message_mb << 20
+    chosen = settings.buffer
+    memory = divide(chosen.memory_mb << 20, peers=settings.generator.count + 1)
+    part_bytes = min(memory.part_bytes, limit // 2)
     begun = store_begun(folder.store)
     with (
-        Store(folder.store, durability=settings.buffer.durability, create=not begun) as store,
-        Router(endpoint, max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as router,
+        Store(
+            folder.store,
+            durability=chosen.durability,
+            create=not begun,
+            cache_bytes=memory.cache_bytes,
+            max_bytes=chosen.max_store_mb << 20,
+        ) as store,
+        Router(
+            endpoint,
+            max_message_bytes=limit,
+            queued_messages=memory.queued_messages,
+            keys=keys_in(settings.wire.keys),
+        ) as router,
     ):
         if begun:
             store.rewind(version=version, now=time.time())
@@ -78,9 +93,14 @@ def run_buffer(folder: RunFolder, settings: Settings, core: Core, endpoint: str,
             restore(core, read_standing(store), version=version)
         folder.event("buffer_ready", time=time.time(), endpoint=endpoint)
         strangers = Strangers(router.gate)
+        pruning = chosen.keep_steps > 0
         while not core.ended:
-            carry_out(receive(router, core), store, router, folder.event)
+            effects = receive(router, core, memory.handled_bytes)
+            carry_out(effects, store, router, folder.event, part_bytes)
             strangers.report(core, folder, time.monotonic())
+            if chosen.keep_steps and (pruning or any(isinstance(effect, do.MarkConsumed) for effect in effects)):
+                pruning = store.prune(keep_steps=chosen.keep_steps, oldest_live=core.oldest_live())
+                store.commit()
 
 
 @dataclass(slots=True)
@@ -101,8 +121,8 @@ class Strangers:
         folder.event("peers_turned_away", count=self.told, reasons=self.gate.reasons, time=time.time())
 
 
-def receive(router: Router, core: Core) -> list[do.Effect]:
-    """Wait a moment for messages, handle all that are there."""
+def receive(router: Router, core: Core, most_bytes: int) -> list[do.Effect]:
+    """Wait a moment for messages, handle those that are there, as many as `most_bytes` of trajectories allow."""
     out: list[do.Effect] = []
     received = router.receive(POLL_S)
     for _ in range(DRAIN):
@@ -113,12 +133,25 @@ def receive(router: Router, core: Core) -> list[do.Effect]:
             out += core.malformed(peer, message, time.time())
         else:
             out += core.handle(peer, message, time.time())
+            most_bytes -= trajectory_bytes(message)
+        if most_bytes <= 0:
+            break
         received = router.receive(0.0)
     return out + core.tick(time.time())
 
 
-def carry_out(effects: Sequence[do.Effect], store: Store, router: Router, record: Callable[..., None]) -> None:
-    """Write everything, commit, and only then tell anybody. `record(event, **detail)` writes into events.jsonl."""
+def trajectory_bytes(message: msg.Message) -> int:
+    """Of the columns it carries."""
+    if not isinstance(message, msg.Finished | msg.Turns):
+        return 0
+    return sum(t.tokens.nbytes + t.log_behaviour.nbytes for t in message.trajectories)
+
+
+def carry_out(
+    effects: Sequence[do.Effect], store: Store, router: Router, record: Callable[..., None], part_bytes: int
+) -> None:
+    """Write everything, commit, and only then tell anybody. `record(event, **detail)` writes into events.jsonl.
+    `part_bytes`: of a batch, sent at once."""
     if not effects:
         return
     started, processor = time.perf_counter(), time.thread_time()
@@ -134,17 +167,11 @@ def carry_out(effects: Sequence[do.Effect], store: Store, router: Router, record
             case do.Send(peer=peer, message=message):
                 router.send(peer, message)
             case do.SendTurns(peer=peer, pairs=pairs):
-                found = tuple(unpack(blob) for blob in store.load_turns(pairs))
-                router.send(peer, msg.Turns(trajectories=found))
-            case do.SendBatch(peer=peer, step=step, detail=detail):
-                blobs = store.load_batch(step)
-                assert blobs is not None, "a batch is stored before it is sent"
-                spent = {
-                    "store_seconds": store.seconds_writing,
-                    "store_processor_seconds": store.processor_seconds,
-                    "store_commits": store.commits,
-                }
-                router.send(peer, msg.Batch(step=step, blobs=tuple(blobs), detail={**detail, **spent}))
+                for pair in pairs:  # one by one: each may be long
+                    found = tuple(unpack(blob) for blob in store.load_turns([pair]))
+                    router.send(peer, msg.Turns(trajectories=found))
+            case do.SendBatch():
+                send_batch(effect, store, router, part_bytes)
             case do.RecordRefusal():
                 record(
                     "refused",
@@ -158,6 +185,26 @@ def carry_out(effects: Sequence[do.Effect], store: Store, router: Router, record
                 record(event, **noted, time=time.time())
             case do.EndRun(reason=reason, failed=True):
                 raise RunFailed(reason)
+
+
+def send_batch(effect: do.SendBatch, store: Store, router: Router, part_bytes: int) -> None:
+    """The batch, or so much of it that its memory is bounded; the trainer asks for the rest."""
+    if effect.step < store.first_step():
+        raise RunFailed(
+            f"{store.path}: the trajectories of step {effect.step} are deleted (buffer.keep_steps), those from step "
+            f"{store.first_step()} on are there; go on from a checkpoint of that version or a later one"
+        )
+    part = store.load_part(effect.step, after=effect.after, most_bytes=part_bytes)
+    assert part is not None, "a batch is stored before it is sent"
+    total, blobs = part
+    spent = {
+        "store_seconds": store.seconds_writing,
+        "store_processor_seconds": store.processor_seconds,
+        "store_commits": store.commits,
+    }
+    detail = {**effect.detail, **spent}
+    message = msg.Batch(step=effect.step, blobs=tuple(blobs), after=effect.after, total=total, detail=detail)
+    router.send(effect.peer, message)
 
 
 def write(effect: do.Effect, store: Store) -> bool:
@@ -188,8 +235,8 @@ def write(effect: do.Effect, store: Store) -> bool:
             store.form_batch(step=step, groups=groups, formed_at=at)
         case do.MarkTrained(step=step):
             store.mark_trained(step=step, trained_at=time.time())
-        case do.MarkConsumed(step=step):
-            store.mark_consumed(step=step)
+        case do.MarkConsumed(step=step, oldest=oldest):
+            store.mark_consumed(step=step, oldest=oldest)
         case do.AddEvaluation(result=result, finished_at=at):
             store.add_evaluation(
                 evaluation=result.evaluation,

@@ -41,7 +41,9 @@ Durability = Literal["process", "power"]
 
 _WAL_BYTES = 16 << 20
 """write-ahead log that may gather before it is moved into the file"""
-_CACHE_KIB = 65536
+CACHE_BYTES = 64 << 20
+PRUNED_AT_ONCE = 16
+"""groups whose payloads are deleted in one portion, so that nobody waits for a long one"""
 _INSERT = (
     "INSERT INTO trajectories (group_id, sample, split, problem, version_min, version_max, reward, length, "
     "policy_length, num_turns, ended, reason, generator, started_at, finished_at) "
@@ -52,9 +54,19 @@ _INSERT = (
 class Store(StoreReader):
     """The buffer's store. Every write belongs to the open transaction until `commit()`."""
 
-    def __init__(self, path: Path, *, durability: Durability, create: bool) -> None:
-        """`create`: make a new file; else go on with one that exists. Raises UserError."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        durability: Durability,
+        create: bool,
+        cache_bytes: int = CACHE_BYTES,
+        max_bytes: int = 0,
+    ) -> None:
+        """`create`: make a new file; else go on with one that exists. `cache_bytes`: of pages kept in memory.
+        `max_bytes`: size the file may reach, without its write-ahead log; 0: no limit. Raises UserError."""
         self.path = path
+        self.max_bytes = max_bytes
         self.seconds_writing = 0.0
         """what its owner spent on writes and commits, waiting for the disk and for a processor included"""
         self.processor_seconds = 0.0
@@ -66,7 +78,7 @@ class Store(StoreReader):
             raise UserError(f"{path}: there is no store to go on with; start a new run")
         self._lock = _writer_lock(path)
         try:
-            with explained(path, UserError):
+            with explained(path, UserError, max_bytes=max_bytes):
                 self._connection = connect(path, mode="rw")
                 if create:
                     self._make()
@@ -76,7 +88,9 @@ class Store(StoreReader):
                     f"PRAGMA synchronous = {'FULL' if durability == 'power' else 'NORMAL'}"
                 )
                 self._connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_BYTES // PAGE_BYTES}")
-                self._connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+                self._connection.execute(f"PRAGMA cache_size = -{max(1, cache_bytes >> 10)}")
+                if max_bytes:  # never below what is there already: then nothing more fits
+                    self._connection.execute(f"PRAGMA max_page_count = {max(1, max_bytes // PAGE_BYTES)}")
         except BaseException:
             os.close(self._lock)
             raise
@@ -108,7 +122,7 @@ class Store(StoreReader):
         `blobs`: the bytes of each, as they came; empty when they are not at hand."""
         known = []
         assert len(blobs) in (0, len(trajectories))
-        with explained(self.path):
+        with explained(self.path, max_bytes=self.max_bytes):
             execute = self._begun().execute
             for t, blob in zip(trajectories, blobs or repeat(b""), strict=False):
                 what = (t.group, t.sample, t.split, t.problem, t.version_min, t.version_max, t.reward)
@@ -169,9 +183,33 @@ class Store(StoreReader):
         first = "UPDATE batches SET trained_at = ? WHERE step = ? AND trained_at IS NULL"
         self._write(first, (trained_at, step))
 
-    def mark_consumed(self, *, step: int) -> None:
-        """The weights of version `step + 1` are in a checkpoint."""
+    def mark_consumed(self, *, step: int, oldest: int = 0) -> None:
+        """The weights of version `step + 1` are in a checkpoint. `oldest`: version of the oldest one kept."""
         self.set_meta("consumed_step", max(step, self.consumed_step()))
+        self.set_meta("oldest_checkpoint", oldest)
+
+    def prune(self, *, keep_steps: int, oldest_live: int) -> bool:
+        """Delete one portion of the payloads that nothing needs: of batches older than the newest `keep_steps`
+        consumed ones and than the oldest checkpoint kept (a resume may fall back on it), and of refused and
+        evaluated groups admitted before the groups of all later batches. Rows stay. `oldest_live`: lowest number
+        of a group that is not finished with. True when something was deleted: there may be more."""
+        first = min(self.consumed_step() + 1 - keep_steps, int(self.meta("oldest_checkpoint", 0)))
+        if first <= 0:
+            return False
+        (lowest,) = self._all("SELECT min(group_id) FROM groups WHERE step >= ?", (first,))[0]
+        end = oldest_live if lowest is None else min(lowest, oldest_live)
+        begin = int(self.meta("pruned_groups", 0))
+        query = "SELECT group_id FROM groups WHERE group_id >= ? AND group_id < ? ORDER BY group_id LIMIT ?"
+        portion = [group for (group,) in self._all(query, (begin, end, PRUNED_AT_ONCE))]
+        if not portion:
+            return False
+        if self.first_step() < first:  # before anything is deleted: a batch that is there is whole
+            self.set_meta("first_step", first)
+        of_group = "SELECT id FROM trajectories WHERE group_id = ?"
+        for group in portion:
+            self._write(f"DELETE FROM payloads WHERE id IN ({of_group})", (group,))
+        self.set_meta("pruned_groups", portion[-1] + 1)
+        return True
 
     def rewind(self, *, version: int, now: float) -> None:
         """The run goes on from the weights of `version`: later ones are lost, their batches are kept and
@@ -202,7 +240,7 @@ class Store(StoreReader):
     def commit(self) -> None:
         """Make everything written so far durable. Nothing to write: nothing is done."""
         if self._connection.in_transaction:
-            with explained(self.path):
+            with explained(self.path, max_bytes=self.max_bytes):
                 self._connection.execute("COMMIT")
             self.commits += 1
 
@@ -212,7 +250,7 @@ class Store(StoreReader):
         os.close(self._lock)
 
     def _write(self, statement: str, values: Sequence[Any]) -> sqlite3.Cursor:
-        with explained(self.path):
+        with explained(self.path, max_bytes=self.max_bytes):
             return self._begun().execute(statement, values)
 
     def _begun(self) -> sqlite3.Connection:

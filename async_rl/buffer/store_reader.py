@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from async_rl.errors import UserError
+from async_rl.errors import RunFailed, UserError
 from async_rl.wire.messages import ABANDONED
 
 SCHEMA = 2
@@ -76,7 +76,7 @@ _PAYLOADS = "SELECT payload FROM trajectories JOIN payloads USING (id)"
 Row = TypeVar("Row")
 
 
-class StoreError(Exception):
+class StoreError(RunFailed):
     """The store cannot go on (disk full, file lost, ...). The message names the file and the remedy."""
 
 
@@ -265,6 +265,26 @@ class StoreReader:
             found += [payload for (payload,) in self._all(query, (group, step))]
         return found
 
+    def load_part(self, step: int, *, after: int, most_bytes: int) -> tuple[int, list[bytes]] | None:
+        """(trajectories of the whole batch, blobs of those behind the first `after`): as many as `most_bytes`
+        hold, one at least. So a batch is read piece by piece, whatever its size. None: not formed."""
+        batch = self._all("SELECT groups FROM batches WHERE step = ?", (step,))
+        if not batch:
+            return None
+        query = (
+            "SELECT id, length(payload) FROM trajectories JOIN payloads USING (id) "
+            "WHERE group_id = ? AND step = ? ORDER BY sample"
+        )
+        sizes = [row for group in json.loads(batch[0][0]) for row in self._all(query, (group, step))]
+        found: list[bytes] = []
+        taken = 0
+        for number, size in sizes[after:]:
+            if found and taken + size > most_bytes:
+                break
+            found += [payload for (payload,) in self._all("SELECT payload FROM payloads WHERE id = ?", (number,))]
+            taken += size
+        return len(sizes), found
+
     def load_turns(self, pairs: Sequence[tuple[int, int]]) -> list[bytes]:
         """Blobs of the finished turns of these running episodes, (group, sample)."""
         query = "SELECT payload FROM turns WHERE group_id = ? AND sample = ?"
@@ -291,6 +311,10 @@ class StoreReader:
     def consumed_step(self) -> int:
         """The last step whose weights are in a checkpoint; -1 before the first."""
         return int(self.meta("consumed_step", -1))
+
+    def first_step(self) -> int:
+        """The oldest step whose batch is still whole (buffer.keep_steps); 0: nothing was deleted."""
+        return int(self.meta("first_step", 0))
 
     def meta(self, key: str, default: Any = None) -> Any:
         found = self._all("SELECT value FROM meta WHERE key = ?", (key,))
@@ -333,15 +357,17 @@ def connect(path: Path, *, mode: str) -> sqlite3.Connection:
 
 
 @contextmanager
-def explained(path: Path, kind: type[Exception] = StoreError) -> Iterator[None]:
-    """SQLite's errors as ours, with the file and what to do."""
+def explained(path: Path, kind: type[Exception] = StoreError, *, max_bytes: int = 0) -> Iterator[None]:
+    """SQLite's errors as ours, with the file and what to do. `max_bytes`: limit set on the file; 0: none."""
     try:
         yield
     except sqlite3.Error as error:
         said = str(error)
+        room = f"it may hold {max_bytes >> 20} MB (buffer.max_store_mb): raise that, or " if max_bytes else ""
         remedies = {
             "unable to open": "this user must be able to write in its folder; else read a copy elsewhere",
-            "disk is full": "free some space on this disk and resume the run",
+            "disk is full": f"{room}free some space on this disk and resume the run",
+            "I/O error": "is the disk full, or a limit on file sizes reached (ulimit -f)? Then resume the run",
             "readonly": "make the file and its folder writable, then resume the run",
             "locked": f"another program held it for {LOCK_WAIT_S:g} s; close that one and resume the run",
             "not a database": "this is no SQLite file; name the trajectories.sqlite of a run",

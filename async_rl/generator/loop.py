@@ -25,6 +25,7 @@ from async_rl.trajectory.seed import sample_seed
 from async_rl.weights.canary import probe_tokens
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import AsyncDealer
+from async_rl.wire.frames import portions
 from async_rl.wire.refusal import HARMLESS
 
 if TYPE_CHECKING:
@@ -152,13 +153,15 @@ class GeneratorLoop:
             self.changed.clear()
             if self.begun:
                 turns, self.begun = tuple(self.begun.values()), {}
-                await self.dealer.send(msg.Turns(trajectories=turns))
+                for some in portions(turns):
+                    await self.dealer.send(msg.Turns(trajectories=some))
             if self.outbox:
                 batch, self.outbox = tuple(self.outbox), []
                 now = time.monotonic()
                 for trajectory in batch:
                     self.unacknowledged[trajectory.group, trajectory.sample] = now
-                await self.dealer.send(msg.Finished(trajectories=batch))
+                for some in portions(batch):
+                    await self.dealer.send(msg.Finished(trajectories=some))
             await self._ask()
 
     async def _update(self) -> None:

@@ -16,7 +16,9 @@ from async_rl.buffer.store import StoreReader
 from async_rl.errors import UserError
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.trainer.build import make_learner, pack_step
-from async_rl.trainer.checkpoint import weights_checksum, weights_hash
+from async_rl.trainer.checkpoint import load_checkpoint, weights_checksum, weights_hash
+from async_rl.trainer.learner import Learner
+from async_rl.trainer.manifest import damage_of, list_checkpoints, version_of
 from async_rl.trajectory.codec import unpack
 
 MARKS = {"hash": weights_hash, "checksum": weights_checksum}
@@ -45,12 +47,15 @@ class Replayed:
     difference: Difference | None
     """None: every compared version is equal, bit for bit"""
     seconds: float
+    begun: int = 0
+    """version it began with; above 0 a checkpoint's, because the batches before are deleted"""
 
 
 def replay(
     folder: RunFolder, *, until: int | None = None, each_step: Callable[[int], None] = lambda _: None
 ) -> Replayed:
-    """Train from the initial model on the stored batches, up to the last step of the run or to version
+    """Train from the initial model (from the oldest checkpoint where buffer.keep_steps has deleted what lies
+    before) on the stored batches, up to the last step of the run or to version
     `until`, and compare with weights.jsonl. Stops at the first difference. Raises UserError."""
     settings = folder.settings()
     recorded = _recorded(folder)
@@ -62,9 +67,10 @@ def replay(
     torch.set_num_threads(settings.trainer.threads)
     with StoreReader(folder.store) as store:
         learner = make_learner(settings)
+        begun = _begin(folder, store.first_step(), last, learner)
         compared, equal, difference = 0, -1, None
-        for version in range(last + 1):
-            if version > 0:
+        for version in range(begun, last + 1):
+            if version > begun:
                 blobs = store.load_batch(version - 1)
                 if blobs is None:
                     raise UserError(f"{store.path}: the batch of step {version - 1} is not in it")
@@ -88,7 +94,25 @@ def replay(
         compared=compared,
         difference=difference,
         seconds=time.monotonic() - started,
+        begun=begun,
     )
+
+
+def _begin(folder: RunFolder, first_step: int, last: int, learner: Learner) -> int:
+    """Put the learner where a replay can begin; that version. Raises UserError when there is no such place."""
+    if first_step == 0:
+        return 0
+    whole = [path for path in list_checkpoints(folder.checkpoints) if damage_of(path) is None]
+    able = [path for path in whole if first_step <= version_of(path) <= last]
+    if not able:
+        there = ", ".join(str(version_of(path)) for path in whole) or "none"
+        raise UserError(
+            f"{folder.path}: the batches of steps before {first_step} are deleted (buffer.keep_steps="
+            f"{folder.settings().buffer.keep_steps}), so a replay up to version {last} must begin with a checkpoint "
+            f"of version {first_step} to {last}; whole checkpoints: {there}"
+        )
+    load_checkpoint(able[0], learner)
+    return version_of(able[0])
 
 
 def _recorded(folder: RunFolder) -> dict[int, dict[str, str]]:
@@ -101,7 +125,12 @@ def _recorded(folder: RunFolder) -> dict[int, dict[str, str]]:
 
 def in_words(result: Replayed, folder: RunFolder) -> str:
     """What a replay came to."""
-    head = f"{folder.path}: {result.version} steps trained again in {result.seconds:.1f} s"
+    head = f"{folder.path}: {result.version - result.begun} steps trained again in {result.seconds:.1f} s"
+    if result.begun:
+        head += (
+            f", from the checkpoint of version {result.begun} on: of the batches before, trajectories are deleted "
+            "(buffer.keep_steps)"
+        )
     weights = f"weights of version {result.version}: {result.hash}"
     if result.difference is None:
         same = f"identical to the run at all {result.compared} versions it recorded" if result.compared else (
@@ -111,6 +140,8 @@ def in_words(result: Replayed, folder: RunFolder) -> str:
     d = result.difference
     if d.version == 0:
         where = "the initial model is not the one the run began with (see model.path)"
+    elif d.version == result.begun:
+        where = f"the checkpoint of version {d.version} does not hold the weights that the run recorded"
     elif d.last_equal == d.version - 1:
         where = f"the first difference arises in training step {d.version - 1}"
     else:

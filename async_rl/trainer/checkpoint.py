@@ -38,7 +38,7 @@ Progress = Mapping[str, Any]
 def save_checkpoint(folder: Path, learner: Learner, progress: Progress, *, source: Path, keep: int) -> Path:
     """Write the learner's state as a whole, durable folder; keep the newest `keep`.
 
-    `source` gives config and tokenizer. Raises OSError when it cannot be written."""
+    `source` gives config and tokenizer. Raises OSError or SafetensorError when it cannot be written."""
     final = checkpoint_path(folder, learner.version)
 
     def write(into: Path) -> None:

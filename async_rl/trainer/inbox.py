@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from async_rl.errors import RunFailed
 from async_rl.trainer.canary import CanaryWatch
+from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout
@@ -25,6 +26,11 @@ class Inbox:
     canary: CanaryWatch
     """compares what generators show of their weights, wherever it arrives"""
     batches: dict[int, msg.Batch] = field(default_factory=dict)
+    """whole ones, of the step waited for and those asked for ahead"""
+    parts: dict[int, list[Trajectory]] = field(default_factory=dict)
+    """what has come of batches that are larger than one message"""
+    wanted: int = 0
+    """step of the next batch that will be taken"""
     evaluations: dict[int, msg.EvaluationResult] = field(default_factory=dict)
     snapshots: list[msg.Snapshot] = field(default_factory=list)
     asked: int = -1
@@ -43,11 +49,12 @@ class Inbox:
         self.ask_batch(step)
         deadline = time.monotonic() + self.timeout_s
         while step not in self.batches:
-            before = self.last_word
+            before = self.last_word, len(self.parts.get(step, ()))
             self._receive(deadline, f"the batch of step {step}")
-            if self.last_word != before:  # something moved: a slow episode is not a hang
+            if (self.last_word, len(self.parts.get(step, ()))) != before:  # something moved: slow is not hung
                 deadline = time.monotonic() + self.timeout_s
         self.last_word = ""
+        self.wanted = step + 1
         return self.batches.pop(step)
 
     def evaluation(self, number: int, *, wait: bool) -> msg.EvaluationResult | None:
@@ -108,8 +115,8 @@ class Inbox:
 
     def _take(self, message: msg.Message) -> None:
         match message:
-            case msg.Batch(step=step):
-                self.batches[step] = message
+            case msg.Batch():
+                self._take_batch(message)
             case msg.EvaluationResult(evaluation=evaluation):
                 self.evaluations[evaluation] = message
             case msg.Snapshot():
@@ -124,6 +131,20 @@ class Inbox:
                 raise RunFailed(f"the buffer stopped: {reason}")
             case _:
                 pass
+
+
+    def _take_batch(self, part: msg.Batch) -> None:
+        """Put a batch together; ask for what is missing. What was taken before is not kept again."""
+        step = part.step
+        if step < self.wanted or step in self.batches:
+            return
+        have = self.parts.setdefault(step, [])
+        if part.after == len(have):
+            have += part.trajectories
+        if len(have) < part.total:
+            self.dealer.send(msg.NextBatch(step=step, after=len(have)))
+            return
+        self.batches[step] = replace(part, trajectories=tuple(self.parts.pop(step)), after=0)
 
 
 def _without_seconds(reason: str) -> str:

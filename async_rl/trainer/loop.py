@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from async_rl.errors import RunFailed, UserError
 from async_rl.run_folder import RunFolder, append_row, read_rows
 from async_rl.settings import Settings
@@ -19,8 +21,8 @@ from async_rl.trainer.build import pack_step
 from async_rl.trainer.canary import CanaryWatch
 from async_rl.trainer.checkpoint import Progress, save_checkpoint, weights_checksum, weights_hash
 from async_rl.trainer.inbox import Inbox
-from async_rl.trainer.manifest import checkpoint_path, to_disk
-from async_rl.trainer.summary import Summary, mean, summarise
+from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, to_disk, version_of
+from async_rl.trainer.summary import Summary, Totals, mean, summarise
 from async_rl.trajectory import Trajectory
 from async_rl.wire import messages as msg
 
@@ -50,7 +52,8 @@ class TrainerLoop:
     """problems of the task's eval split"""
     initial_hash: str
     """of the model the run began with"""
-    rows: list[dict[str, float]] = field(default_factory=list)
+    totals: Totals = field(default_factory=Totals)
+    """of the metric rows so far"""
     evaluations_asked: int = 0
     pending_evaluation: tuple[int, int] | None = None
     """(number, step) of an evaluation that runs beside training"""
@@ -67,15 +70,16 @@ class TrainerLoop:
     def resume(self, progress: Progress) -> None:
         """Go on behind a checkpoint that was loaded into the learner."""
         version = self.learner.version
-        self.rows = [row for row in read_rows(self.folder.metrics) if row["step"] < version]
+        for row in read_rows(self.folder.metrics):
+            if row["step"] < version:
+                self.totals.add(row)
         self.evaluations_asked = progress["evaluations_asked"]
         if progress["pending_evaluation"] is not None:
             # under the same number, but by the weights there are now
             self.pending_evaluation = (progress["pending_evaluation"][0], version)
         self.reward_first = progress["reward_first"]
         self.seconds_before = progress["seconds"]
-        if self.rows:
-            self.busy_before = self.rows[-1]["time/generator_busy"]
+        self.busy_before = self.totals.generator_busy
         self.saved = version
 
     def run(self) -> Summary:
@@ -103,7 +107,7 @@ class TrainerLoop:
         last = self.evaluate_and_wait(step=steps)
         self.checkpoint()
         return summarise(
-            rows=self.rows,
+            totals=self.totals,
             first=self.reward_first,
             last=mean(last.rewards),
             detail=self.inbox.snapshot(),
@@ -180,18 +184,19 @@ class TrainerLoop:
         keep = self.settings.checkpoint.keep
         try:
             path = save_checkpoint(self.folder.checkpoints, self.learner, progress, source=self.source, keep=keep)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise RunFailed(
                 f"the checkpoint of version {version} cannot be written to {self.folder.checkpoints} "
-                f"({error.strerror}); make room there and resume the run"
+                f"({getattr(error, 'strerror', None) or error}); make room there and resume the run"
             ) from None
         self.saved = version
-        self.inbox.dealer.send(msg.Checkpointed(version=version))
+        oldest = version_of(list_checkpoints(self.folder.checkpoints)[0])
+        self.inbox.dealer.send(msg.Checkpointed(version=version, oldest=oldest))
         took = time.monotonic() - started
         self.folder.event("checkpoint", version=version, path=str(path), seconds=round(took, 4), time=time.time())
 
     def record(self, row: dict[str, float]) -> None:
-        self.rows.append(row)
+        self.totals.add(row)
         append_row(self.folder.metrics, row)
 
     def check_initial(self) -> None:

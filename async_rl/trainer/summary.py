@@ -3,9 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from async_rl.trainer.canary import CanarySummary
+
+
+@dataclass(slots=True, kw_only=True)
+class Totals:
+    """What the summary needs of the run's metric rows, so that none of them is kept."""
+
+    steps: int = 0
+    training: float = 0.0
+    """seconds inside steps"""
+    tokens: float = 0.0
+    lag: float = 0.0
+    """staleness times tokens"""
+    lag_max: float = 0.0
+    ess: float = 0.0
+    ess_steps: int = 0
+    first: Mapping[str, float] = field(default_factory=dict)
+    last: Mapping[str, float] = field(default_factory=dict)
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """In order."""
+        self.steps += 1
+        self.training += row["time/step"]
+        self.tokens += row["batch/policy_tokens"]
+        self.lag += row["lag/mean"] * row["batch/policy_tokens"]
+        self.lag_max = max(self.lag_max, row["lag/max"])
+        if "ess/ratio" in row:
+            self.ess += row["ess/ratio"]
+            self.ess_steps += 1
+        self.first = self.first or row
+        self.last = row
+
+    @property
+    def generator_busy(self) -> float:
+        """Seconds inside model steps, as of the last row."""
+        return self.last.get("time/generator_busy", 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +81,7 @@ class Summary:
 
 def summarise(
     *,
-    rows: Sequence[Mapping[str, float]],
+    totals: Totals,
     first: float,
     last: float,
     detail: Mapping[str, float],
@@ -55,25 +90,26 @@ def summarise(
     max_staleness: int,
     model: str,
 ) -> Summary:
-    """From the run's metric rows (of all its lives), its held-out rewards and the buffer's counters."""
-    busy = [row["time/generator_busy"] for row in rows]
-    generating = (busy[-1] - busy[0]) / max(1.0, rows[-1]["generators"]) if rows else 0.0
-    training = sum(row["time/step"] for row in rows)
-    tokens = sum(row["batch/policy_tokens"] for row in rows)
+    """From the totals of the run's metric rows (of all its lives), its held-out rewards and the buffer's counters."""
+    generating = 0.0
+    if totals.steps:
+        busy = totals.generator_busy - totals.first["time/generator_busy"]
+        generating = busy / max(1.0, totals.last["generators"])
+    training = totals.training
     return Summary(
-        steps=len(rows),
+        steps=totals.steps,
         reward_eval_first=first,
         reward_eval_last=last,
-        lag_mean=sum(row["lag/mean"] * row["batch/policy_tokens"] for row in rows) / max(1.0, tokens),
-        lag_max=int(max((row["lag/max"] for row in rows), default=0)),
+        lag_mean=totals.lag / max(1.0, totals.tokens),
+        lag_max=int(totals.lag_max),
         max_staleness=max_staleness,
-        ess_mean=mean([row["ess/ratio"] for row in rows if "ess/ratio" in row]),
+        ess_mean=totals.ess / max(1, totals.ess_steps),
         seconds=seconds,
         seconds_training=training,
         seconds_generating=generating,
         overlap_efficiency=max(training, generating) / max(seconds, 1e-9),
-        tokens_generated=int(rows[-1]["tokens/generated"]) if rows else 0,
-        tokens_trained=int(tokens),
+        tokens_generated=int(totals.last.get("tokens/generated", 0.0)),
+        tokens_trained=int(totals.tokens),
         groups_admitted=int(detail.get("groups_admitted", 0)),
         groups_trained=int(detail.get("groups_trained", 0)),
         groups_refused=int(detail.get("groups_refused", 0)),

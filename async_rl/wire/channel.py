@@ -21,7 +21,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from async_rl.errors import UserError
+from async_rl.errors import RunFailed, UserError
 from async_rl.trajectory.codec import Blob, WireError
 from async_rl.wire.endpoint import LONGEST_IPC_PATH, is_tcp, require_keys, socket_file
 from async_rl.wire.frames import decode, encode
@@ -32,17 +32,21 @@ from async_rl.wire.messages import Message
 LINGER_S = 2.0
 """how long a closing socket may still deliver what was sent"""
 MAX_MESSAGE_BYTES = 1 << 30
-"""largest frame that is received; a peer that sends a larger one is disconnected"""
+"""largest message that is sent, and largest frame that is received (a peer that sends a larger one is
+disconnected)"""
+QUEUED_MESSAGES = 10_000
+"""that may wait for one peer, or of one. What is under way is bounded by permits: a peer that has so many
+unread ones is frozen"""
 _LARGE_FRAME_BYTES = 1024 * 1024
 """from here on it costs less to share a frame's memory with the socket's thread, which a third thread must
 then give back under the GIL, than to copy it"""
-_UNREAD_IN, _UNREAD_OUT = 1024, 1 << 16
+UNREAD_IN, _UNREAD_OUT = 1024, 1 << 16
 """messages of one peer that wait to be handled, messages to one peer that wait to be read"""
 _KEPT_BYTES = 8 * 1024 * 1024
 """some frames of those under way; up to twice as much freed memory stays with the process"""
 
 
-class WireTimeout(Exception):
+class WireTimeout(RunFailed):
     """A wait that took longer than its deadline. The message says who waited for whom and how long."""
 
 
@@ -63,9 +67,16 @@ class Router:
     """
 
     def __init__(
-        self, endpoint: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES, keys: Keys | None = None
+        self,
+        endpoint: str,
+        *,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        queued_messages: int = UNREAD_IN,
+        keys: Keys | None = None,
     ) -> None:
-        """`keys`: needed for tcp. Raises UserError when the endpoint is malformed or taken, or has no keys."""
+        """`queued_messages`: of each peer, received and not looked at yet; beyond them the peer keeps what it
+        sends. `keys`: needed for tcp. Raises UserError when the endpoint is malformed or taken, or has no keys."""
+        self._max_message_bytes = max_message_bytes
         self.refused: Counter[str] = Counter()
         """messages that were none, by kind"""
         self.gate: Gate | None = None
@@ -80,7 +91,7 @@ class Router:
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._socket.set(zmq.ROUTER_HANDOVER, 1)
         # against peers that flood or never read; the one only slows its sender down, the other no sound peer reaches
-        self._socket.set(zmq.RCVHWM, _UNREAD_IN)
+        self._socket.set(zmq.RCVHWM, queued_messages)
         self._socket.set(zmq.SNDHWM, _UNREAD_OUT)
         try:
             if keys is not None and is_tcp(endpoint):
@@ -113,9 +124,10 @@ class Router:
             return peer, error
 
     def send(self, peer: bytes, message: Message) -> bool:
-        """False when the peer is not there (any more)."""
+        """False when the peer is not there (any more), or takes nothing. Raises UserError for a message larger
+        than the limit."""
         try:
-            _send(self._socket, [peer, *encode(message)])
+            _send(self._socket, [peer, *_within(encode(message), message, self._max_message_bytes)])
         except zmq.ZMQError as error:
             if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 return False
@@ -153,12 +165,19 @@ class Dealer:
     ) -> None:
         """`identity`: unique in the run, also the name in messages about waiting. `keys`: needed for tcp."""
         self.identity = identity
+        self._max_message_bytes = max_message_bytes
         self._context: zmq.Context = zmq.Context()
         self._socket = _connected(self._context, endpoint, identity, max_message_bytes, keys)
 
     def send(self, message: Message) -> None:
-        """Returns at once; the message leaves when the buffer is there."""
-        _send(self._socket, encode(message))
+        """Returns at once; the message leaves when the buffer is there. Raises UserError for a message larger
+        than the limit, WireTimeout when the buffer takes nothing any more."""
+        try:
+            _send(self._socket, _within(encode(message), message, self._max_message_bytes))
+        except zmq.Again:
+            raise WireTimeout(
+                f"{self.identity}: {QUEUED_MESSAGES} messages wait for the buffer, which takes none"
+            ) from None
 
     def receive(self, seconds: float, waiting_for: str) -> Message:
         """The next message. Example: `receive(30, "the buffer's batch of step 3")`.
@@ -190,13 +209,15 @@ class AsyncDealer:
         keys: Keys | None = None,
     ) -> None:
         self.identity = identity
+        self._max_message_bytes = max_message_bytes
         self._context = zmq.asyncio.Context()
         # typed loosely: pyzmq's annotations do not tell an asyncio socket from a blocking one
         self._socket: Any = _connected(self._context, endpoint, identity, max_message_bytes, keys)
 
     async def send(self, message: Message) -> None:
-        """Returns at once; the message leaves when the buffer is there."""
-        await self._socket.send_multipart(encode(message), copy=False)
+        """Returns at once, unless the buffer has taken nothing for long; the message leaves when the buffer is
+        there. Raises UserError for a message larger than the limit."""
+        await self._socket.send_multipart(_within(encode(message), message, self._max_message_bytes), copy=False)
 
     async def receive(
         self, seconds: float = math.inf, waiting_for: str = "a message of the buffer"
@@ -250,10 +271,9 @@ def _keep_freed_memory() -> None:
 
 def _set_options(made: zmq.Socket, max_message_bytes: int) -> None:
     _keep_freed_memory()
-    # No high-water marks: what is under way is bounded by permits. A mark would only turn a burst of
-    # acknowledgements into a lost or blocked one.
-    made.set(zmq.SNDHWM, 0)
-    made.set(zmq.RCVHWM, 0)
+    # High enough that a burst of acknowledgements is never lost or blocked; permits bound what is under way.
+    made.set(zmq.SNDHWM, QUEUED_MESSAGES)
+    made.set(zmq.RCVHWM, QUEUED_MESSAGES)
     made.set(zmq.MAXMSGSIZE, max_message_bytes)
     made.set(zmq.RECONNECT_IVL, 20)
     made.set(zmq.RECONNECT_IVL_MAX, 500)
@@ -262,6 +282,26 @@ def _set_options(made: zmq.Socket, max_message_bytes: int) -> None:
     made.set(zmq.TCP_KEEPALIVE_INTVL, 10)
     made.set(zmq.TCP_KEEPALIVE_CNT, 6)
     made.copy_threshold = _LARGE_FRAME_BYTES
+
+
+def _within(frames: list[Blob], message: Message, max_bytes: int) -> list[Blob]:
+    """The frames, if the receiver will take them: it would cut the connection without a word."""
+    size = sum(map(len, frames))
+    if size > max_bytes:
+        raise UserError(
+            f"wire.max_message_mb is {max_bytes >> 20}, but {_named(message)} takes {size / 2**20:.1f} MB; raise "
+            "it (about 8 bytes a token), or lower generator.max_context"
+        )
+    return frames
+
+
+def _named(message: Message) -> str:
+    kind = type(message).__name__
+    trajectories = getattr(message, "trajectories", ())
+    if not trajectories:
+        return f"a message '{kind}'"
+    t = max(trajectories, key=lambda one: len(one.tokens))
+    return f"a message '{kind}' with the trajectory of group {t.group}, sample {t.sample} ({len(t.tokens)} tokens)"
 
 
 def _send(made: zmq.Socket, frames: list[Blob]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 import msgpack
 
 from async_rl.trajectory.codec import Blob, WireError, pack, plain, unpack
+from async_rl.trajectory.types import Trajectory
 from async_rl.wire.messages import Batch, Finished, Message, Permit, Permits, Turns
 from async_rl.wire.readers import READERS, wire_fields
 
@@ -21,6 +22,8 @@ SCHEMA = 1
 _MOST_HEADER_BYTES = 4 << 20
 """of frame 0; the largest is the evidence of a model with some ten thousand tensors"""
 _MOST_FRAMES = 1 << 16
+PORTION_BYTES = 256 << 10
+"""of trajectories that leave in one message, where there are several"""
 _FRAME_BYTES = 256 * 1024
 """blobs are joined until a frame is this long: few frames cost less, and all of them cost a copy once"""
 
@@ -36,6 +39,8 @@ def encode(message: Message) -> list[Blob]:
             values = {
                 "step": message.step,
                 "trajectories": _join([*map(pack, message.trajectories), *message.blobs], frames),
+                "after": message.after,
+                "total": message.total,
                 "detail": {name: float(value) for name, value in message.detail.items()},
             }
         case Permits(permits=permits):
@@ -47,6 +52,21 @@ def encode(message: Message) -> list[Blob]:
     except (TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{type(message).__name__} cannot be sent: {error}") from None
     return frames
+
+
+def portions(trajectories: Iterable[Trajectory]) -> Iterator[tuple[Trajectory, ...]]:
+    """In order, so many at a time that a message stays small; one that is larger goes alone."""
+    portion: list[Trajectory] = []
+    size = 0
+    for trajectory in trajectories:
+        more = trajectory.tokens.nbytes + trajectory.log_behaviour.nbytes
+        if portion and size + more > PORTION_BYTES:
+            yield tuple(portion)
+            portion, size = [], 0
+        portion.append(trajectory)
+        size += more
+    if portion:
+        yield tuple(portion)
 
 
 def decode(frames: Sequence[Blob]) -> Message:

@@ -159,6 +159,8 @@ class Stop:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextBatch:
     step: int
+    after: int = 0
+    """trajectories of it that have been received: a large batch comes in parts, each asked for"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +173,8 @@ class Checkpointed:
     """The checkpoint of this version is on the disk: its training steps are not done again."""
 
     version: int
+    oldest: int = 0
+    """version of the oldest checkpoint that is kept; 0: everything may be needed again"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +212,10 @@ class Batch:
     """group by group"""
     blobs: tuple[Blob, ...] = ()
     """stored blobs, sent as they are after `trajectories`; the receiver finds them in `trajectories`"""
+    after: int = 0
+    """trajectories of the batch before these"""
+    total: int = 0
+    """of the whole batch"""
     detail: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -1,0 +1,163 @@
+"""The buffer process stays as large as its budget says, whatever goes through it."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support_run import quick_settings
+
+from async_rl.buffer.loop import run_buffer
+from async_rl.buffer.memory import FEWEST_MESSAGES, divide
+from async_rl.run_folder import RunFolder
+from async_rl.settings import Settings
+from async_rl.trajectory import Trajectory, Turn, VersionSpan
+from async_rl.wire import messages as msg
+from async_rl.wire.channel import Dealer, ipc_endpoint
+from async_rl.wire.frames import PORTION_BYTES, portions
+
+PROCESSES = multiprocessing.get_context("spawn")
+LONGEST_S = 60.0
+
+
+def trajectory(group: int, sample: int, version: int, length: int) -> Trajectory:
+    return Trajectory(
+        group=group,
+        sample=sample,
+        problem=0,
+        split="train",
+        seed=1,
+        tokens=np.full(length, group, np.int32),
+        log_behaviour=np.full(length, -1.0, np.float32),
+        turns=(Turn(start=0, length=length),),
+        versions=(VersionSpan(version=version, start=0, end=length),),
+        reward=float(sample % 2),
+        ended="finished",
+    )
+
+
+@dataclass
+class Peers:
+    """A generator and a trainer that do nothing but talk."""
+
+    settings: Settings
+    generator: Dealer
+    trainer: Dealer
+    lengths: np.random.Generator = field(default_factory=lambda: np.random.default_rng(5))
+    open: list[msg.Permit] = field(default_factory=list)
+    finished: int = 0
+
+    def begin(self) -> None:
+        self.generator.send(msg.Hello(role="generator", name="generator-0", pid=1))
+        self.generator.send(msg.Want(limit=10**6, version=0))
+        self.trainer.send(msg.Hello(role="trainer", name="trainer", pid=2))
+
+    def generate(self, version: int) -> None:
+        """All groups of one batch, a message for some of them."""
+        wanted = self.settings.batch.groups_per_step
+        while len(self.open) < wanted:
+            self.hear(self.generator, msg.Permits, "permits")
+        made = [
+            trajectory(permit.group, sample, version, int(self.lengths.integers(50, 4001)))
+            for permit in self.open[:wanted]
+            for sample in permit.samples
+        ]
+        del self.open[:wanted]
+        for some in portions(made):
+            self.generator.send(msg.Finished(trajectories=some))
+            self.hear(self.generator, msg.Accepted, "an acknowledgement")
+        self.finished += len(made)
+
+    def train(self, step: int) -> list[Trajectory]:
+        """Fetch the batch part by part; then there are new weights, in a checkpoint."""
+        got: list[Trajectory] = []
+        total = 1
+        while len(got) < total:
+            self.trainer.send(msg.NextBatch(step=step, after=len(got)))
+            part = self.hear(self.trainer, msg.Batch, f"batch {step}")
+            assert isinstance(part, msg.Batch)
+            assert part.after == len(got)
+            got += part.trajectories
+            total = part.total
+        self.trainer.send(msg.Published(version=step + 1))
+        self.trainer.send(msg.Checkpointed(version=step + 1, oldest=step + 1))
+        self.generator.send(msg.Holds(version=step + 1))
+        return got
+
+    def hear(self, dealer: Dealer, kind: type, what: str) -> msg.Message:
+        while True:
+            message = dealer.receive(LONGEST_S, what)
+            assert not isinstance(message, msg.Refused | msg.Stop), message
+            if isinstance(message, msg.Permits):
+                self.open += message.permits
+            if isinstance(message, kind):
+                return message
+
+
+def anonymous_mb(pid: int) -> float:
+    """Memory of a process that is no file's."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("no RssAnon")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return quick_settings(
+        tmp_path, "batch.groups_per_step=160", "batch.group_size=8", "staleness.max_staleness=0", "buffer.memory_mb=16",
+        "buffer.keep_steps=1",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def buffer(tmp_path: Path, settings: Settings) -> Iterator[tuple[Peers, int]]:
+    folder = RunFolder(tmp_path / "run")
+    folder.create(settings)
+    endpoint = ipc_endpoint(folder.path)
+    process = PROCESSES.Process(target=run_buffer, args=(folder, settings, endpoint, 50, 0), daemon=True)
+    process.start()
+    with Dealer(endpoint, "generator-0") as generator, Dealer(endpoint, "trainer") as trainer:
+        assert process.pid is not None
+        yield Peers(settings, generator, trainer), process.pid
+        trainer.send(msg.Done())
+        process.join(LONGEST_S)
+        assert process.exitcode == 0
+
+
+def test_memory_stays_flat_over_ten_thousand_trajectories_and_batches_beyond_the_budget(
+    buffer: tuple[Peers, int], settings: Settings
+) -> None:
+    peers, pid = buffer
+    peers.begin()
+    grown: list[float] = []
+    for step in range(8):
+        peers.generate(step)
+        batch = peers.train(step)
+        assert len(batch) == 1280
+        assert sum(t.tokens.nbytes + t.log_behaviour.nbytes for t in batch) > settings.buffer.memory_mb << 20
+        assert [t.sample for t in batch] == [*range(8)] * 160
+        grown.append(anonymous_mb(pid))
+    assert peers.finished == 10_240
+    print(grown)
+    assert grown[-1] - grown[1] < 4.0, f"after 2,560 and after 10,240 trajectories: {grown} MB"
+
+
+def test_the_parts_of_a_budget_fit_into_it() -> None:
+    for megabytes in (16, 256, 4096):
+        for peers in (1, 3, 200):
+            memory = divide(megabytes << 20, peers=peers)
+            queued = memory.queued_messages * peers * PORTION_BYTES
+            if memory.queued_messages > FEWEST_MESSAGES:
+                assert queued + memory.cache_bytes + memory.handled_bytes + 3 * memory.part_bytes <= megabytes << 20
+            assert memory.cache_bytes + memory.handled_bytes + 3 * memory.part_bytes <= megabytes << 20
+
+
+def test_trajectories_leave_in_order_in_messages_of_bounded_size() -> None:
+    made = [trajectory(0, sample, 0, length) for sample, length in enumerate([10, 90_000, 5, 20_000, 20_000, 1])]
+    assert [[t.sample for t in some] for some in portions(made)] == [[0], [1], [2, 3], [4, 5]]
+    assert list(portions([])) == []
