@@ -143,7 +143,6 @@ def test_memory_stays_flat_over_ten_thousand_trajectories_and_batches_beyond_the
         assert [t.sample for t in batch] == [*range(8)] * 160
         grown.append(anonymous_mb(pid))
     assert peers.finished == 10_240
-    print(grown)
     assert grown[-1] - grown[1] < 4.0, f"after 2,560 and after 10,240 trajectories: {grown} MB"
 
 
