@@ -122,7 +122,7 @@ class Core:
             case msg.Published():
                 return self._published(message.version, now)
             case msg.Checkpointed():
-                return self._checkpointed(message)
+                return [do.MarkConsumed(step=message.version - 1, oldest=message.oldest)]
             case msg.Evaluate():
                 return self._evaluate(message, now)
             case msg.FetchEvaluation():
@@ -332,9 +332,6 @@ class Core:
         out: list[do.Effect] = [do.MarkTrained(step=version - 1)] if version <= self.step else []
         out += [do.Send(peer=peer, message=msg.NewWeights(version=version)) for peer in self.admission.generators]
         return out + self._grant(now)
-
-    def _checkpointed(self, done: msg.Checkpointed) -> list[do.Effect]:
-        return [do.MarkConsumed(step=done.version - 1, oldest=done.oldest)]
 
     # ------------------------------------------------------------- evaluation
 

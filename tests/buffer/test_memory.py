@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,27 +12,26 @@ import numpy as np
 import pytest
 from support_run import quick_settings
 
-from async_rl.buffer.loop import run_buffer
 from async_rl.buffer.memory import FEWEST_MESSAGES, divide
 from async_rl.run_folder import RunFolder
 from async_rl.settings import Settings
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
+from async_rl.trajectory.seed import sample_seed
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, ipc_endpoint
 from async_rl.wire.frames import PORTION_BYTES, portions
 
-PROCESSES = multiprocessing.get_context("spawn")
 LONGEST_S = 60.0
 
 
-def trajectory(group: int, sample: int, version: int, length: int) -> Trajectory:
+def trajectory(permit: msg.Permit, sample: int, version: int, length: int) -> Trajectory:
     return Trajectory(
-        group=group,
+        group=permit.group,
         sample=sample,
-        problem=0,
+        problem=permit.problem,
         split="train",
-        seed=1,
-        tokens=np.full(length, group, np.int32),
+        seed=sample_seed(permit.seed, sample),
+        tokens=np.full(length, sample, np.int32),
         log_behaviour=np.full(length, -1.0, np.float32),
         turns=(Turn(start=0, length=length),),
         versions=(VersionSpan(version=version, start=0, end=length),),
@@ -53,16 +53,16 @@ class Peers:
 
     def begin(self) -> None:
         self.generator.send(msg.Hello(role="generator", name="generator-0", pid=1))
-        self.generator.send(msg.Want(limit=10**6, version=0))
         self.trainer.send(msg.Hello(role="trainer", name="trainer", pid=2))
 
     def generate(self, version: int) -> None:
         """All groups of one batch, a message for some of them."""
         wanted = self.settings.batch.groups_per_step
+        self.generator.send(msg.Want(limit=(version + 1) * wanted, version=version))
         while len(self.open) < wanted:
             self.hear(self.generator, msg.Permits, "permits")
         made = [
-            trajectory(permit.group, sample, version, int(self.lengths.integers(50, 4001)))
+            trajectory(permit, sample, version, int(self.lengths.integers(50, 4001)))
             for permit in self.open[:wanted]
             for sample in permit.samples
         ]
@@ -110,7 +110,7 @@ def anonymous_mb(pid: int) -> float:
 def settings(tmp_path: Path) -> Settings:
     return quick_settings(
         tmp_path, "batch.groups_per_step=160", "batch.group_size=8", "staleness.max_staleness=0", "buffer.memory_mb=16",
-        "buffer.keep_steps=1",
+        "buffer.keep_steps=1", "generator.max_sequences=1280",
     )  # fmt: skip
 
 
@@ -119,14 +119,16 @@ def buffer(tmp_path: Path, settings: Settings) -> Iterator[tuple[Peers, int]]:
     folder = RunFolder(tmp_path / "run")
     folder.create(settings)
     endpoint = ipc_endpoint(folder.path)
-    process = PROCESSES.Process(target=run_buffer, args=(folder, settings, endpoint, 50, 0), daemon=True)
-    process.start()
-    with Dealer(endpoint, "generator-0") as generator, Dealer(endpoint, "trainer") as trainer:
-        assert process.pid is not None
-        yield Peers(settings, generator, trainer), process.pid
-        trainer.send(msg.Done())
-        process.join(LONGEST_S)
-        assert process.exitcode == 0
+    words = [sys.executable, "-m", "async_rl.buffer", str(folder.path), endpoint, "50", "100", "0"]
+    process = subprocess.Popen(words)
+    try:
+        with Dealer(endpoint, "generator-0") as generator, Dealer(endpoint, "trainer") as trainer:
+            yield Peers(settings, generator, trainer), process.pid
+            trainer.send(msg.Done())
+            assert process.wait(LONGEST_S) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_memory_stays_flat_over_ten_thousand_trajectories_and_batches_beyond_the_budget(
@@ -157,6 +159,7 @@ def test_the_parts_of_a_budget_fit_into_it() -> None:
 
 
 def test_trajectories_leave_in_order_in_messages_of_bounded_size() -> None:
-    made = [trajectory(0, sample, 0, length) for sample, length in enumerate([10, 90_000, 5, 20_000, 20_000, 1])]
+    permit = msg.Permit(group=0, problem=0, split="train", samples=(), seed=0, temperature=1.0)
+    made = [trajectory(permit, sample, 0, length) for sample, length in enumerate([10, 90_000, 5, 20_000, 20_000, 1])]
     assert [[t.sample for t in some] for some in portions(made)] == [[0], [1], [2, 3], [4, 5]]
     assert list(portions([])) == []
