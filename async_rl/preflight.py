@@ -19,6 +19,8 @@ from async_rl.trajectory import Split
 MOST_PROMPTS = 500
 """prompts of a split that are looked at"""
 MOST_EPISODES = 20
+TOKEN_BYTES = 10
+"""of a trajectory on the wire: token and log-prob, and its share of the turns"""
 REMEDY = "raise generator.max_context, or use a model with a longer context or an easier task"
 SPLITS: tuple[Split, ...] = ("train", "eval")
 SINGLE_TURN = ("sort", "reverse", "arithmetic", "countdown", "dataset")
@@ -48,6 +50,7 @@ def preflight(settings: Settings) -> Facts:
             f"holds {config.max_context} tokens"
         )
     context = settings.generator.max_context or (config.max_context if config is not None else 0)
+    check_message_size(context, settings.wire.max_message_mb)
     notes = check_fit(task, tokenizer, context)
     recipe = load_recipe(settings.recipe)
     notes += check_effect(
@@ -66,6 +69,16 @@ def preflight(settings: Settings) -> Facts:
         )
     vocabulary = config.vocabulary if config is not None else 0
     return Facts(notes=notes, train_problems=len(task.problems("train")), vocabulary=vocabulary)
+
+
+def check_message_size(context: int, max_message_mb: int) -> None:
+    """The longest trajectory must fit into one message. `context`: tokens, 0: not known. Raises UserError."""
+    needed = context * TOKEN_BYTES
+    if needed > max_message_mb << 20:
+        raise UserError(
+            f"wire.max_message_mb is {max_message_mb}, but a trajectory of {context} tokens (the context) takes up to "
+            f"{-(-needed // 2**20)} MB; raise it, or lower generator.max_context"
+        )
 
 
 def check_device(name: str, device: str) -> None:

@@ -400,6 +400,11 @@ def check(settings: Settings) -> None:
             f"staleness.window is {stale.window:g}, but staleness.policy={stale.policy} has no window: a batch takes "
             "whatever groups are finished. Leave staleness.window out"
         )
+    if settings.buffer.keep_steps and not settings.checkpoint.every:
+        raise UserError(
+            "buffer.keep_steps deletes nothing before the first checkpoint, and with checkpoint.every=0 that is the "
+            "end of the run; set checkpoint.every"
+        )
     if settings.generator.max_sequences < settings.batch.group_size:
         raise UserError(
             f"generator.max_sequences is {settings.generator.max_sequences}, less than one group "

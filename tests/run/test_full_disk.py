@@ -17,6 +17,7 @@ from async_rl.errors import RunFailed, UserError
 from async_rl.lab.replay import in_words, replay
 from async_rl.launch import resume_training
 from async_rl.observe.console import Console
+from async_rl.preflight import check_message_size, preflight
 from async_rl.run_folder import RowTail, RunFolder, append_row, read_rows
 
 SMALL = (
@@ -118,3 +119,15 @@ def test_a_process_that_can_write_nowhere_still_says_why_it_ended(tmp_path: Path
     assert done.returncode == 1
     assert cause["kind"] == "run"
     assert cause["message"].startswith(said)
+
+
+def test_a_context_that_no_message_can_carry_is_refused_before_the_start(tiny_model: Path) -> None:
+    preflight(quick_settings(tiny_model, "wire.max_message_mb=1"))
+    check_message_size(100_000, 1)
+    with pytest.raises(UserError, match=r"wire\.max_message_mb is 1, .* 200000 tokens \(the context\) takes up to 2 MB"):
+        check_message_size(200_000, 1)
+
+
+def test_retention_that_would_do_nothing_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match=r"buffer\.keep_steps deletes nothing .* set checkpoint\.every"):
+        quick_settings(tiny_model, "buffer.keep_steps=3", "checkpoint.every=0")
