@@ -124,7 +124,7 @@ def test_a_process_that_can_write_nowhere_still_says_why_it_ended(tmp_path: Path
 def test_a_context_that_no_message_can_carry_is_refused_before_the_start(tiny_model: Path) -> None:
     preflight(quick_settings(tiny_model, "wire.max_message_mb=1"))
     check_message_size(100_000, 1)
-    with pytest.raises(UserError, match=r"wire\.max_message_mb is 1, .* 200000 tokens \(the context\) takes up to 2 MB"):
+    with pytest.raises(UserError, match=r"max_message_mb is 1, .* 200000 tokens \(the context\) takes up to 2 MB"):
         check_message_size(200_000, 1)
 
 
