@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
         # what everything stands on, each importing only those before it
-        "errors",
+        "errors ranges",
         "config trajectory",
         "settings",
         "run_folder",
