@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 
 from async_rl.errors import UserError
+from async_rl.generator.vllm_release import installed_release
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer, prompt_text
 from async_rl.objective.effect import check_effect
@@ -42,6 +43,8 @@ def preflight(settings: Settings) -> Facts:
     config = check_folder(settings.model.path)
     for name in ("generator", "trainer"):
         check_device(f"{name}.device", getattr(settings, name).device)
+    if settings.generator.engine == "vllm":
+        installed_release()
     tokenizer = Tokenizer(Path(settings.model.path))
     task = make_task(settings.task.name, settings.task.args)
     if config is not None and settings.generator.max_context > config.max_context:

@@ -19,6 +19,8 @@ AT_LEAST: dict[str, float] = {
     "generator.max_context": 0,
     "generator.max_turns": 1,
     "generator.threads": 1,
+    "vllm.tensor_parallel": 1,
+    "vllm.kv_cache_mb": 0,
     "generator.max_restarts": 0,
     "generator.save_turns_after_s": 0,
     "trainer.steps": 1,
@@ -56,6 +58,9 @@ AT_MOST: dict[str, float] = {
     "generator.max_sequences": 10**6,
     "generator.max_context": 10**9,
     "generator.threads": 1024,
+    "vllm.tensor_parallel": 1024,
+    "vllm.memory_share": 1,
+    "vllm.kv_cache_mb": 10**8,
     "generator.episode_timeout_s": 10**7,
     "trainer.steps": 10**9,
     "trainer.updates_per_batch": 10**4,
@@ -72,6 +77,7 @@ BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
 
 ABOVE_ZERO = (
     "generator.temperature",
+    "vllm.memory_share",
     "generator.episode_timeout_s",
     "generator.restart_window_s",
     "optimizer.epsilon",

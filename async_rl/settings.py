@@ -84,7 +84,9 @@ class BufferSettings:
 @dataclass(frozen=True)
 class GeneratorSettings:
     count: int = setting(1, "generator processes", unit="processes")
-    engine: Literal["embedded"] = setting("embedded", "what samples: the embedded torch engine")
+    engine: Literal["embedded", "vllm"] = setting(
+        "embedded", "what samples: the embedded torch engine, or vLLM (see vllm.*)"
+    )
     temperature: float = setting(
         1.0, "sampling temperature of training rollouts; the trainer computes log-probs at the same one"
     )
@@ -110,6 +112,19 @@ class GeneratorSettings:
         5, "times a generator that died is started again within `restart_window_s` before the run ends", unit="restarts"
     )
     restart_window_s: float = setting(300.0, "time over which restarts of one generator are counted", unit="seconds")
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    tensor_parallel: int = setting(1, "GPUs that one generator's model is split over", unit="GPUs")
+    memory_share: float = setting(
+        0.9, "share of the GPU's memory that vLLM takes for weights and KV cache; lower it where a trainer shares the GPU"
+    )
+    kv_cache_mb: int = setting(
+        0,
+        "memory for keys and values; 0: on a GPU what `memory_share` leaves, on a CPU what max_sequences full sequences need",
+        unit="MB",
+    )
 
 
 @dataclass(frozen=True)
@@ -228,6 +243,7 @@ class Settings:
     )
     buffer: BufferSettings = field(default_factory=BufferSettings)
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
+    vllm: VllmSettings = field(default_factory=VllmSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     critic: CriticSettings = field(default_factory=CriticSettings)
@@ -334,3 +350,20 @@ def check(settings: Settings) -> None:
             f"generator.max_sequences is {settings.generator.max_sequences}, less than one group "
             f"(batch.group_size={settings.batch.group_size}); raise it"
         )
+    _check_engine(settings)
+
+
+def _check_engine(settings: Settings) -> None:
+    """Settings of an engine that is not used, or that its device cannot follow. Raises UserError."""
+    chosen, vllm = settings.generator, settings.vllm
+    if chosen.engine != "vllm":
+        if vllm != VllmSettings():
+            raise UserError(f"vllm.* does nothing with generator.engine={chosen.engine}; set generator.engine=vllm")
+        return
+    if chosen.device not in ("cpu", "cuda"):
+        raise UserError(
+            f"generator.device is '{chosen.device}'; with generator.engine=vllm it is cpu or cuda (CUDA_VISIBLE_DEVICES "
+            "says which GPU)"
+        )
+    if chosen.device == "cpu" and (vllm.tensor_parallel != 1 or vllm.memory_share != VllmSettings().memory_share):
+        raise UserError("vllm.tensor_parallel and vllm.memory_share need GPUs, and generator.device is cpu")

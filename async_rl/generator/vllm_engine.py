@@ -1,0 +1,326 @@
+"""vLLM behind the `Engine` protocol: `AsyncLLM` in this process, its core and workers in their own.
+
+Tokens in, tokens out. Log-probs are of the distribution sampled from (`processed_logprobs`); the version of
+each token is vLLM's own record of which weights sampled it, or, in releases without one, of what had come
+when the update paused the engine. Weights are changed while the engine is paused with its requests kept: the
+version is set before it goes on, and with `kv_on_update=recompute` the cache of running requests is rebuilt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from async_rl.errors import RunFailed
+from async_rl.generator.engine import Completion, EngineStats, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOAD_DEADLINE_S = 600.0
+"""longest time the workers may take to load weights"""
+CPU_BATCH_TOKENS = 8192
+"""tokens of one model step on a CPU"""
+_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+_ENVIRONMENT_CPU = {
+    "TORCHDYNAMO_DISABLE": "1",  # else the first tokens wait 40 s for the sampler to be compiled
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the launcher says how many threads; the trainer needs a core
+}
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request under way."""
+
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    cuts: list[tuple[int, int]] = field(default_factory=list)
+    """(tokens that had come, version they have) at each update while it ran"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmOptions:
+    """What is asked of vLLM."""
+
+    model: Path
+    max_sequences: int
+    max_context: int
+    """tokens of one sequence"""
+    dtype: Literal["float32", "bfloat16"]
+    device: str
+    """cpu or cuda"""
+    kv_on_update: Literal["recompute", "keep"]
+    kv_cache_bytes: int
+    """memory for keys and values; 0: vLLM's own choice (a share of the GPU)"""
+    memory_share: float
+    """of the GPU, for weights and cache together"""
+    tensor_parallel: int
+    layout: Mapping[str, tuple[int, ...]]
+    """shapes of the model's weights, under the trainer's names"""
+
+
+class VllmEngine:
+    """`Engine` on vLLM. Made by `start`, within the event loop that will use it."""
+
+    def __init__(self, llm: Any, options: VllmOptions, *, has_spans: bool) -> None:
+        self._llm = llm
+        self._options = options
+        self._has_spans = has_spans
+        self._version = 0
+        self._loading = asyncio.Lock()
+        self._requests: dict[int, str] = {}  # by session
+        self._running: dict[str, _Running] = {}
+        self._asked = 0
+        self._generated = self._prefilled = 0
+        self._busy_seconds, self._busy_since = 0.0, 0.0
+        self._closed = False
+
+    @classmethod
+    def start(cls, options: VllmOptions) -> VllmEngine:
+        """Start vLLM's processes (10 to 30 s). Raises RunFailed with its reason when they do not come up."""
+        for name, value in {**_ENVIRONMENT, **(_ENVIRONMENT_CPU if options.device == "cpu" else {})}.items():
+            os.environ.setdefault(name, value)
+        from vllm import outputs
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(options)))
+        except Exception as error:  # vLLM's own processes failed: whatever it says
+            raise RunFailed(f"vLLM did not start: {type(error).__name__}: {error}") from error
+        return cls(llm, options, has_spans=hasattr(outputs, "WeightVersionSpan"))
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @property
+    def max_context(self) -> int:
+        return self._options.max_context
+
+    async def generate(self, request: Request) -> Completion:
+        """Sample one turn. Raises ValueError for a request that cannot be right, RunFailed when vLLM died."""
+        history = list(request.tokens)
+        params = request.params
+        if not history or params.max_tokens < 1 or not params.temperature >= 0:
+            raise ValueError("a request needs tokens, max_tokens >= 1 and temperature >= 0")
+        if request.session in self._requests:
+            raise ValueError(f"session {request.session} is generating already")
+        if self._closed:
+            return Completion(tokens=(), log_probs=(), versions=(), finish="aborted")
+        room = self.max_context - len(history)
+        if room <= 0:
+            return Completion(tokens=(), log_probs=(), versions=(), finish="length")
+        self._asked += 1
+        name = f"{request.session}-{self._asked}"
+        self._requests[request.session] = name
+        running = self._running[name] = _Running()
+        self._busy(now=time.perf_counter())
+        try:
+            return await self._collect(name, running, history, request, min(params.max_tokens, room))
+        finally:
+            del self._requests[request.session], self._running[name]
+            self._busy(now=time.perf_counter())
+
+    async def _collect(
+        self, name: str, running: _Running, history: list[int], request: Request, max_tokens: int
+    ) -> Completion:
+        from vllm.exceptions import VLLMValidationError
+        from vllm.inputs import TokensPrompt
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        prompt = TokensPrompt(prompt_token_ids=history, cache_salt=f"version {self._version}")
+        params = sampling_params(request.params, turn_seed(request.seed, len(history)), max_tokens)
+        output = None
+        try:
+            async for answer in self._llm.generate(prompt, params, name):
+                (output,) = answer.outputs
+                running.tokens += output.token_ids
+                running.log_probs += [
+                    entry[token].logprob
+                    for token, entry in zip(output.token_ids, output.logprobs or (), strict=True)
+                ]
+        except (EngineDeadError, EngineGenerateError) as error:
+            if self._llm.errored:
+                raise RunFailed(f"vLLM's engine died: {error or error.__cause__}") from error
+            raise RuntimeError(f"vLLM could not serve a request: {error.__cause__ or error}") from error
+        except VLLMValidationError as error:
+            raise ValueError(str(error)) from None
+        self._prefilled += len(history)
+        self._generated += len(running.tokens)
+        reason = output.finish_reason if output is not None else "abort"
+        return Completion(
+            tokens=running.tokens,
+            log_probs=running.log_probs,
+            versions=self._versions(running, output.weight_versions if self._has_spans and output else None),
+            finish={"stop": "stop", "length": "length"}.get(str(reason), "aborted"),  # type: ignore[arg-type]
+        )
+
+    def _versions(self, running: _Running, spans: Sequence[Any] | None) -> list[int]:
+        """Of each token. vLLM labels weights from before the first update with its own word."""
+        if spans is not None:
+            labels = [""] * len(running.tokens)
+            for span in spans:
+                labels[span.start : span.end] = [span.version] * (span.end - span.start)
+            return [int(label) if label.isdecimal() else 0 for label in labels]
+        versions: list[int] = []
+        for count, version in [*running.cuts, (len(running.tokens), self._version)]:
+            versions += [version] * (count - len(versions))
+        return versions
+
+    async def load(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Replace the weights in flight. Raises RunFailed when vLLM does not take them in time."""
+        async with self._loading:
+            with tempfile.TemporaryDirectory(prefix="async-rl-", dir=_shared_folder()) as folder:
+                file = Path(folder) / "weights.safetensors"
+                await asyncio.to_thread(_save, weights, file)
+                await self._llm.pause_generation(mode="keep", clear_cache=False)
+                try:
+                    for running in self._running.values():
+                        running.cuts.append((len(running.tokens), self._version))
+                    await self._ask_workers("async_rl_load", str(file))
+                    if self._has_spans:
+                        await self._llm.update_weight_version(str(version))
+                    self._version = version
+                    # blocks of other versions are never found again: their salt says which version filled them
+                    if self._options.kv_on_update == "recompute":
+                        await self._llm.reset_prefix_cache(reset_running_requests=True)
+                finally:
+                    await self._llm.resume_generation()
+
+    async def probe(self, tokens: Sequence[int]) -> Sequence[float]:
+        """Log-probs of tokens[1:] given what precedes each, at temperature 1."""
+        from vllm import SamplingParams as VllmParams
+        from vllm.inputs import TokensPrompt
+
+        if len(tokens) < 2:
+            return []
+        self._asked += 1
+        prompt = TokensPrompt(prompt_token_ids=list(tokens), cache_salt=f"probe {self._asked}")
+        found: Sequence[Any] = []
+        # The token after the probe needs room too: the last one is shown by its own log-prob.
+        params = VllmParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
+        async for answer in self._llm.generate(prompt, params, f"probe-{self._asked}"):
+            found = answer.prompt_logprobs or found
+        return [entry[token].logprob for token, entry in zip(tokens[1:], found[1:], strict=True)]
+
+    async def fingerprint(self) -> Mapping[str, int]:
+        """Checksums of the weights as vLLM's workers hold them now, under the trainer's names."""
+        layout = [(name, list(shape)) for name, shape in self._options.layout.items()]
+        shown = await self._ask_workers("async_rl_fingerprint", self._version, layout)
+        digests: dict[str, int] = {}
+        for held in shown:
+            digests |= held
+        return digests
+
+    def release(self, session: int) -> None:
+        """The episode is over; a turn of it that still runs is aborted."""
+        name = self._requests.get(session)
+        if name is not None:
+            self._aborts = asyncio.ensure_future(self._llm.abort(name))
+
+    def stats(self) -> EngineStats:
+        self._busy(now=time.perf_counter())
+        return EngineStats(
+            busy_seconds=self._busy_seconds,
+            tokens_generated=self._generated + sum(len(r.tokens) for r in self._running.values()),
+            tokens_prefilled=self._prefilled,
+            running=min(len(self._running), self._options.max_sequences),
+            waiting=max(0, len(self._running) - self._options.max_sequences),
+        )
+
+    async def close(self) -> None:
+        """Abort every request with the tokens it has, and end vLLM's processes."""
+        self._closed = True
+        if self._requests:
+            await self._llm.abort(list(self._requests.values()))
+        await asyncio.to_thread(self._llm.shutdown)
+
+    async def _ask_workers(self, method: str, *arguments: Any) -> list[Any]:
+        try:
+            answers: list[Any] = await asyncio.wait_for(
+                self._llm.collective_rpc(method, args=arguments), LOAD_DEADLINE_S
+            )
+        except TimeoutError:
+            raise RunFailed(f"vLLM's workers did not answer {method} within {LOAD_DEADLINE_S:g} s") from None
+        return answers
+
+    def _busy(self, now: float) -> None:
+        """Count time in which requests ran: vLLM does not tell its time in model steps."""
+        if self._busy_since:
+            self._busy_seconds += now - self._busy_since
+        self._busy_since = now if self._running else 0.0
+
+
+def engine_arguments(options: VllmOptions) -> dict[str, Any]:
+    """Keyword arguments of vLLM's AsyncEngineArgs."""
+    chosen: dict[str, Any] = {
+        "model": str(options.model),
+        "dtype": options.dtype,
+        "max_model_len": options.max_context,
+        "max_num_seqs": options.max_sequences,
+        "tensor_parallel_size": options.tensor_parallel,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",  # no sampling defaults out of the model folder: they would bias ratios
+        "worker_extension_cls": "async_rl.generator.vllm_worker.Weights",
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    if options.device == "cpu":
+        chosen["enforce_eager"] = True
+        # A request with a seed whose prompt is fed in parts crashes the worker on a CPU (its generator knows no
+        # offset to go back to): feed every history whole.
+        chosen["enable_chunked_prefill"] = False
+        chosen["max_num_batched_tokens"] = max(CPU_BATCH_TOKENS, options.max_context)
+    else:
+        chosen["gpu_memory_utilization"] = options.memory_share
+    if options.kv_cache_bytes:
+        chosen["kv_cache_memory_bytes"] = options.kv_cache_bytes
+    return chosen
+
+
+def sampling_params(params: SamplingParams, seed: int, max_tokens: int) -> Any:
+    """The whole vocabulary, no penalties: what the record's log-prob belongs to."""
+    from vllm import SamplingParams as VllmParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return VllmParams(
+        temperature=params.temperature,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop_token_ids=list(params.stop_tokens),
+        stop=list(params.stop_strings) or None,
+        include_stop_str_in_output=True,
+        ignore_eos=True,  # only what the request names ends a turn
+        logprobs=0,
+        detokenize=bool(params.stop_strings),
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def turn_seed(seed: int, position: int) -> int:
+    """vLLM draws a request's noise from its own seed in order of tokens, and every turn is a request."""
+    digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # vLLM's seeds are signed
+
+
+def _save(weights: Mapping[str, Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file)
+
+
+def _shared_folder() -> str | None:
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

@@ -1,0 +1,219 @@
+"""The contract of an engine, kept by vLLM itself on the CPU. One vLLM serves all tests of this file."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from support_models import make_decoder, qwen3_config, write_folder
+
+from async_rl.errors import RunFailed
+from async_rl.generator.engine import Completion, Request, SamplingParams
+from async_rl.model.attention import DocumentAttention
+from async_rl.model.decoder import Decoder
+from async_rl.weights.canary import fingerprint
+
+pytest.importorskip("vllm", reason="vLLM is not installed (make vllm)")
+
+TOLERANCE = 1e-4
+CONTEXT = 128
+CONFIG = qwen3_config(hidden=64, head_dim=32)  # vLLM's attention on a CPU knows no smaller heads
+Result = TypeVar("Result")
+
+
+class Served:
+    """An engine on an event loop of its own, asked from the tests' thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.engine = self.run(self._make(folder))
+        self.models = {0: make_decoder(CONFIG, 0)}
+
+    async def _make(self, folder: Path) -> Any:
+        from async_rl.generator.vllm_engine import VllmEngine, VllmOptions
+
+        return VllmEngine.start(
+            VllmOptions(
+                model=folder,
+                max_sequences=16,
+                max_context=CONTEXT,
+                dtype="float32",
+                device="cpu",
+                kv_on_update="recompute",
+                kv_cache_bytes=64 << 20,
+                memory_share=0.9,
+                tensor_parallel=1,
+                layout={name: tuple(p.shape) for name, p in make_decoder(CONFIG).named_parameters()},
+            )
+        )
+
+    def run(self, work: Coroutine[Any, Any, Result], seconds: float = 120.0) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(seconds)
+
+    def ask(self, requests: Sequence[Request]) -> list[Completion]:
+        async def all_at_once() -> list[Completion]:
+            return await asyncio.gather(*(self.engine.generate(request) for request in requests))
+
+        return self.run(all_at_once())
+
+    async def load(self, version: int) -> None:
+        """Other weights, known by their version."""
+        self.models[version] = make_decoder(CONFIG, version)
+        await self.engine.load({n: p.detach() for n, p in self.models[version].named_parameters()}, version)
+
+    @property
+    def model(self) -> Decoder:
+        return self.models[self.engine.version]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(write_folder(tmp_path_factory.mktemp("model") / "m", CONFIG))
+    yield served
+    served.run(served.engine.close())
+    served.loop.call_soon_threadsafe(served.loop.stop)
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 40, length).tolist()
+
+
+def ask(session: int, tokens: Sequence[int], max_tokens: int = 12, **params: Any) -> Request:
+    sampling = SamplingParams(max_tokens=max_tokens, **params)
+    return Request(session=session, tokens=tokens, params=sampling, seed=1000 + session)
+
+
+def clean(model: Decoder, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
+    """Log-prob of tokens[1:], by the trainer's forward."""
+    ids = torch.tensor(list(tokens))
+    with torch.no_grad():
+        hidden = model(ids, torch.arange(len(ids)), DocumentAttention([len(ids)]))
+        log_probs = torch.log_softmax(hidden @ model.head.T / temperature, -1)
+    return log_probs[:-1].gather(1, ids[1:, None]).squeeze(1).numpy()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_log_probs_are_those_of_the_trainers_forward(served: Served, temperature: float) -> None:
+    requests = [ask(i, prompt(i, 1 + 5 * i), 3 + 2 * i, temperature=temperature) for i in range(12)]
+    for request, done in zip(requests, served.ask(requests), strict=True):
+        assert done.finish == "length"
+        assert len(done.tokens) == request.params.max_tokens
+        assert set(done.versions) == {served.engine.version}
+        expected = clean(served.model, [*request.tokens, *done.tokens], temperature or 1.0)
+        assert np.allclose(done.log_probs, expected[len(request.tokens) - 1 :], atol=TOLERANCE)
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_the_batch(served: Served) -> None:
+    requests = [ask(i, prompt(i, 4 + i), 10) for i in range(8)]
+    together = served.ask(requests)
+    alone = [served.ask([request])[0] for request in reversed(requests)][::-1]
+    assert [list(done.tokens) for done in together] == [list(done.tokens) for done in alone]
+    assert len({tuple(done.tokens) for done in together}) > 1
+
+
+def test_a_turn_ends_at_stop_tokens_and_strings_and_keeps_them(served: Served) -> None:
+    (done,) = served.ask([ask(1, prompt(1, 5), 100, stop_tokens=tuple(range(20)))])
+    assert done.finish == "stop"
+    assert done.tokens[-1] in range(20)
+    assert not set(done.tokens[:-1]) & set(range(20))
+    (done,) = served.ask([ask(2, prompt(2, 5), 100, stop_strings=("0", "1", "2", "3"))])
+    assert done.finish == "stop"
+    assert done.tokens[-1] in range(4)  # the alphabet begins with the digits
+
+
+def test_a_full_context_ends_a_turn_and_a_longer_history_gets_none(served: Served) -> None:
+    (done,) = served.ask([ask(3, prompt(3, CONTEXT - 5), 50)])
+    assert (done.finish, len(done.tokens)) == ("length", 5)
+    (done,) = served.ask([ask(4, prompt(4, CONTEXT), 50)])
+    assert (done.finish, len(done.tokens)) == ("length", 0)
+    with pytest.raises(ValueError, match="out of vocabulary"):
+        served.ask([ask(5, [10_000], 5)])
+
+
+def test_versions_are_right_token_by_token_across_updates_in_flight(served: Served) -> None:
+    before, requests = served.engine.version, [ask(i, prompt(i, 3), 120) for i in range(6)]
+
+    async def with_two_updates() -> list[Completion]:
+        turns = [asyncio.ensure_future(served.engine.generate(request)) for request in requests]
+        start = served.engine.stats().tokens_generated
+        for number, share in ((before + 1, 20), (before + 2, 60)):
+            while served.engine.stats().tokens_generated < start + share * len(requests):
+                await asyncio.sleep(0.001)
+            await served.load(number)
+        return await asyncio.gather(*turns)
+
+    for request, done in zip(requests, served.run(with_two_updates()), strict=True):
+        versions = np.array(done.versions)
+        assert set(done.versions) == {before, before + 1, before + 2}
+        assert (np.diff(versions) >= 0).all()
+        whole = [*request.tokens, *done.tokens]
+        for version in sorted(set(done.versions)):  # the cache was rebuilt: each token is of its version's policy
+            expected = clean(served.models[version], whole)[len(request.tokens) - 1 :]
+            of_version = versions == version
+            assert np.allclose(np.array(done.log_probs)[of_version], expected[of_version], atol=TOLERANCE)
+
+
+def test_a_release_that_keeps_no_spans_gives_the_same_versions(served: Served) -> None:
+    """vLLM 0.26 has none: the engine counts what had come when it paused."""
+    served.engine._has_spans = False
+    try:
+        test_versions_are_right_token_by_token_across_updates_in_flight(served)
+    finally:
+        served.engine._has_spans = True
+        served.run(served.load(served.engine.version + 1))
+
+
+def test_the_weights_shown_are_the_weights_held(served: Served) -> None:
+    version = served.engine.version + 1
+    served.run(served.load(version))
+    assert served.run(served.engine.fingerprint()) == fingerprint(dict(served.model.named_parameters()), version)
+    tokens = prompt(7, 60)
+    assert np.allclose(served.run(served.engine.probe(tokens)), clean(served.model, tokens), atol=TOLERANCE)
+    partial = {n: p.detach().clone() for n, p in served.model.named_parameters()}
+    partial["model.layers.1.self_attn.k_proj.weight"] += 0.1
+    served.run(served.engine.load(partial, version))
+    shown, right = served.run(served.engine.fingerprint()), fingerprint(dict(served.model.named_parameters()), version)
+    assert {name for name in right if shown[name] != right[name]} == {"model.layers.1.self_attn.k_proj.weight"}
+
+
+def test_a_released_session_ends_aborted_with_what_it_has(served: Served) -> None:
+    async def abort() -> Completion:
+        turn = asyncio.ensure_future(served.engine.generate(ask(9, prompt(9, 3), 120)))
+        start = served.engine.stats().tokens_generated
+        while served.engine.stats().tokens_generated < start + 5:
+            await asyncio.sleep(0.001)
+        served.engine.release(9)
+        return await turn
+
+    done = served.run(abort())
+    assert done.finish == "aborted"
+    assert 5 <= len(done.tokens) == len(done.log_probs) == len(done.versions) < 120
+
+
+def test_a_dead_engine_is_told_apart_from_a_failed_request(tmp_path: Path) -> None:
+    served = Served(write_folder(tmp_path / "m", CONFIG))
+    (worker,) = served.run(served.engine._ask_workers("async_rl_pid"))
+
+    async def killed() -> Completion:
+        turn = asyncio.ensure_future(served.engine.generate(ask(1, prompt(1, 3), 120)))
+        while not served.engine.stats().tokens_generated:
+            await asyncio.sleep(0.001)
+        os.kill(worker, signal.SIGKILL)
+        return await turn
+
+    with pytest.raises(RunFailed, match="vLLM's engine died"):
+        served.run(killed())
+    with pytest.raises(RunFailed, match="vLLM's engine died"):
+        served.ask([ask(2, prompt(2, 3), 5)])
+    served.run(served.engine.close())
+    served.loop.call_soon_threadsafe(served.loop.stop)
