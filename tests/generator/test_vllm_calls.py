@@ -7,8 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from support_models import qwen3_config
+from support_run import quick_settings
 
 from async_rl.errors import UserError
+from async_rl.generator.build import MOST_CPU_CACHE_BYTES, cpu_cache_bytes
 from async_rl.generator.vllm_release import INSTALL, supported
 
 
@@ -19,6 +22,29 @@ def test_old_releases_are_refused_with_the_install_command() -> None:
     with pytest.raises(UserError, match=r"vLLM 0\.25\.2 is installed.*needs 0\.26 or newer") as refused:
         supported("0.25.2")
     assert INSTALL in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("vllm.kv_cache_mb=100",), r"vllm\.\* does nothing with generator\.engine=embedded"),
+        (("generator.engine=vllm", "vllm.tensor_parallel=2"), "need GPUs, and generator.device is cpu"),
+        (("generator.engine=vllm", "vllm.memory_share=0.5"), "need GPUs, and generator.device is cpu"),
+        (("generator.engine=vllm", "generator.device=cuda:1"), "CUDA_VISIBLE_DEVICES says which GPU"),
+        (("generator.engine=vllm", "vllm.memory_share=0", "generator.device=cuda"), "it must be above 0"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(tmp_path: Path, words: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        quick_settings(tmp_path, *words)
+
+
+def test_the_cache_of_a_cpu_holds_every_sequence_and_is_bounded() -> None:
+    config = qwen3_config()
+    token = 2 * config.layers * config.kv_heads * config.head_dim * 4
+    assert cpu_cache_bytes(config, 4096, 1024, 4) >= 4096 * 1024 * token
+    assert cpu_cache_bytes(config, 10**6, 10**5, 4) == MOST_CPU_CACHE_BYTES
+    assert cpu_cache_bytes(config, 1, 100, 4) == 64 << 20
 
 
 def test_every_call_fits_the_installed_release() -> None:
