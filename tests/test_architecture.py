@@ -51,6 +51,7 @@ ONLY = {
 WITHOUT_TORCH = ("buffer", "wire", "trajectory", "task", "observe/console.py")
 HEAVY = ("torch", "vllm", "transformers")
 EXECUTABLE_FORMATS = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve")
+UNSAFE_YAML = ("load", "load_all", "full_load", "full_load_all", "unsafe_load", "unsafe_load_all", "Loader")
 EXECUTING_FILES = {
     "async_rl/trajectory/construct.py": "writes constructors of our own records out, as dataclasses does; no data in it"
 }
@@ -157,8 +158,12 @@ def test_nothing_that_is_read_can_execute_code() -> None:
             match node:
                 case ast.Call(func=ast.Name(id="eval" | "exec" as called)):
                     found.append(f"{name_of(path)}:{node.lineno}: {called}")
-                case ast.Attribute(value=ast.Name(id="torch"), attr="load"):
-                    found.append(f"{name_of(path)}:{node.lineno}: torch.load")
+                case ast.Attribute(value=ast.Name(id="torch"), attr="load" | "jit" | "package" as read):
+                    found.append(f"{name_of(path)}:{node.lineno}: torch.{read}")
+                case ast.Attribute(value=ast.Name(id="yaml"), attr=read) if read in UNSAFE_YAML:
+                    found.append(f"{name_of(path)}:{node.lineno}: yaml.{read}")
+                case ast.keyword(arg="allow_pickle" | "trust_remote_code" as allowed):
+                    found.append(f"{name_of(path)}:{node.value.lineno}: {allowed}")
     found = [line for line in found if line.split(":")[0] not in EXECUTING_FILES]
     assert not found, found
 
