@@ -13,6 +13,7 @@ import msgpack
 import numpy as np
 
 from async_rl.trajectory import Split, Trajectory, Turn, VersionSpan
+from async_rl.trajectory.codec import Blob
 from async_rl.wire import messages as msg
 from async_rl.wire.frames import SCHEMA, encode
 
@@ -117,6 +118,8 @@ def some_value(random: Random, hint: Any) -> Any:
         return random.random() < 0.5
     if hint == Split:
         return random.choice(arguments)
+    if hint == Blob:
+        return random.randbytes(random.randrange(30))
     if hint is msg.Permit:
         return some_message(random, hint)
     if hint == Mapping[str, float]:
