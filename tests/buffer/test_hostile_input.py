@@ -283,7 +283,8 @@ def test_the_process_around_it_records_a_few_examples_answers_and_lives_on(tmp_p
         snapshot = None
         deadline = time.monotonic() + 30
         while snapshot is None and time.monotonic() < deadline:
-            carry_out(receive(router, core, 1 << 20), store, router, lambda event, **detail: events.append(detail))
+            effects = receive(router, core, 1 << 20)
+            carry_out(effects, store, router, lambda event, **detail: events.append(detail), part_bytes=1 << 20)
             if core.refusals.counts.total() > 200:
                 monitor.send(msg.Query())
             with suppress(WireTimeout):
