@@ -9,6 +9,7 @@ AT_LEAST: dict[str, float] = {
     "staleness.max_staleness": 0,
     "staleness.pipeline_depth": 0,
     "staleness.window": 0,
+    "staleness.target_ess": 0,
     "buffer.max_failures": 1,
     "buffer.max_refusals": 1,
     "buffer.memory_mb": 16,
@@ -73,7 +74,7 @@ AT_MOST: dict[str, float] = {
 }
 """Largest allowed value of a setting."""
 
-BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
+BELOW_ONE = ("staleness.target_ess", "optimizer.beta1", "optimizer.beta2")
 
 ABOVE_ZERO = (
     "generator.temperature",

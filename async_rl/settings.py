@@ -46,6 +46,11 @@ class StalenessSettings:
         "batches being generated, waiting or being trained at once, 1 .. max_staleness + 1; 0 takes max_staleness + 1",
         unit="batches",
     )
+    target_ess: float = setting(
+        0.0,
+        "move pipeline_depth (then its start) within 1 .. max_staleness + 1 so that the effective sample size of the batches, metric ess/ratio, stays at this share; 0 leaves the depth as it is",
+        unit="share of the batch",
+    )
     window: float = setting(
         0.3,
         "a batch may take finished groups out of the oldest `window` share of the slots, so that one long episode does not stop the step; 0 is strict order",
@@ -335,6 +340,11 @@ def check(settings: Settings) -> None:
             f"between 1 and {most}: deeper batches would be too stale to train"
         )
     stale = settings.staleness
+    if stale.target_ess and stale.max_staleness == 0:
+        raise UserError(
+            f"staleness.target_ess is {stale.target_ess:g}, but with staleness.max_staleness=0 the pipeline is one batch "
+            "deep whatever the ESS; raise staleness.max_staleness or leave staleness.target_ess out"
+        )
     if stale.policy != "pace" and stale.window != StalenessSettings.window:
         raise UserError(
             f"staleness.window is {stale.window:g}, but staleness.policy={stale.policy} has no window: a batch takes "

@@ -99,8 +99,8 @@ class World:
     stored: dict[tuple[int, int], Trajectory] = field(default_factory=dict)
     asked: dict[int, tuple[int, int]] = field(default_factory=dict)
     """group -> (position, attempt)"""
-    running: dict[tuple[int, int], tuple[bytes, int, int]] = field(default_factory=dict)
-    """episodes (group, sample) that run -> generator, version, life"""
+    running: dict[tuple[int, int], tuple[bytes, msg.Permit, int, int]] = field(default_factory=dict)
+    """episodes (group, sample) that run -> generator, permit, version, life"""
     max_lag: int = 0
     finished: bool = False
 
@@ -202,7 +202,7 @@ class World:
                 for permit in permits:
                     self.received[peer] += 1
                     for sample in permit.samples:
-                        self.running[permit.group, sample] = peer, self.versions[peer], life
+                        self.running[permit.group, sample] = peer, permit, self.versions[peer], life
                         seconds = self.random.expovariate(1.0) * self.spread ** self.random.random()
                         version = self.versions[peer]
                         self.at(seconds, lambda p=permit, s=sample, v=version: self.finish(peer, p, s, v, life))
@@ -213,9 +213,9 @@ class World:
 
     def stop(self, group: int, sample: int) -> None:
         """What there is of an episode that nobody wants."""
-        peer, version, life = self.running.pop((group, sample))
+        peer, permit, version, life = self.running.pop((group, sample))
         if life == self.lives[peer]:
-            done = trajectory(group, sample, version, ended="aborted", reason=msg.ABANDONED)
+            done = answer(permit, sample, version, ended="aborted", reason=msg.ABANDONED)
             self.to_buffer(peer, msg.Finished(trajectories=(done,)))
 
     def swap(self, peer: bytes, version: int, life: int) -> None:

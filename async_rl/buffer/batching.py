@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.admission import Admission
+from async_rl.buffer.depth import Depth
 from async_rl.buffer.discarded import Discarded
 from async_rl.buffer.group import Group
 from async_rl.buffer.ledger import Ledger, untrainable
@@ -42,6 +43,14 @@ class Batching:
     """the batch that is to be formed next"""
     held_up_seconds: float = 0.0
     """of all batches since this buffer started"""
+    depth: Depth | None = field(init=False, default=None)
+    """what moves the depth of the pipeline, if anything does"""
+
+    def __post_init__(self) -> None:
+        if (control := self.rules.control) is not None:
+            start = control.start(self.ledger.policy.pipeline_depth)
+            self.depth = Depth(control=control, ledger=self.ledger, state=start)
+            self.ledger.policy = self.ledger.policy.at_depth(start.depth)
 
     def close(self, group: Group) -> list[do.Effect]:
         """A training group is complete: it waits for a batch, or is refused now."""
@@ -105,10 +114,15 @@ class Batching:
             self.counts["trajectories_failed"] += 1
         return True
 
+    def trained(self, step: int, ess: float) -> list[do.Effect]:
+        """The trainer has done `step` and found this ESS / B in its batch (-1: it does not say)."""
+        return [] if self.depth is None or ess == -1 else self.depth.observe(step=step, ess=ess)
+
     def numbers(self) -> dict[str, float]:
         """For the trainer's metric rows."""
         held = {f"held_up/{name}": count for name, count in self.counts.items() if name.startswith("by/")}
         found = {"held_up/batches": self.counts["batches_held_up"], "held_up/seconds": self.held_up_seconds, **held}
+        found["staleness/depth"] = self.ledger.policy.pipeline_depth
         if self.ledger.policy.refills:
             found |= {"drop/groups": self.counts["refused_stale"], **self.discarded.numbers()}
         return found

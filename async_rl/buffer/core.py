@@ -120,7 +120,7 @@ class Core:
             case msg.NextBatch():
                 return self._next_batch(peer, message, now)
             case msg.Published():
-                return self._published(message.version, now)
+                return self._published(message, now)
             case msg.Checkpointed():
                 return [do.MarkConsumed(step=message.version - 1, oldest=message.oldest)]
             case msg.Evaluate():
@@ -325,12 +325,14 @@ class Core:
         """The end, when too many groups in a row were refused."""
         return self._end(self.batching.hopeless, failed=True) if self.batching.hopeless else []
 
-    def _published(self, version: int, now: float) -> list[do.Effect]:
+    def _published(self, published: msg.Published, now: float) -> list[do.Effect]:
+        version = published.version
         if version <= self.published:
             return []
         self.ledger.published = version
         out: list[do.Effect] = [do.MarkTrained(step=version - 1)] if version <= self.step else []
         out += [do.Send(peer=peer, message=msg.NewWeights(version=version)) for peer in self.admission.generators]
+        out += self.batching.trained(version - 1, published.ess)
         return out + self._grant(now)
 
     # ------------------------------------------------------------- evaluation

@@ -96,6 +96,14 @@ class MarkConsumed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Remember:
+    """Something small that a restarted buffer must know again, in place of what was remembered under its key."""
+
+    key: str
+    value: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AddEvaluation:
     """An evaluation is complete."""
 
@@ -149,7 +157,7 @@ class EndRun:
 # fmt: off
 Write = (
     AddGroup | AddTrajectories | AddDropped | SaveTurns | DropTurns | RefuseGroup
-    | FormBatch | MarkTrained | MarkConsumed | AddEvaluation
+    | FormBatch | MarkTrained | MarkConsumed | Remember | AddEvaluation
 )
 # fmt: on
 Effect = Write | Send | SendTurns | SendBatch | RecordRefusal | Note | EndRun

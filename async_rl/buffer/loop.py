@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
+from async_rl.buffer.depth import DepthControl
 from async_rl.buffer.drop import Drop
 from async_rl.buffer.memory import divide
 from async_rl.buffer.pace import Pace
@@ -46,11 +48,22 @@ def make_policy(settings: Settings) -> Policy:
             return Drop(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth)
 
 
+def make_control(settings: Settings) -> DepthControl | None:
+    """What moves the depth of the pipeline during the run, if anything does."""
+    stale, groups = settings.staleness, settings.batch.groups_per_step
+    if stale.target_ess == 0:
+        return None
+    # the window of `pace` takes slots off the bound: depths beyond that would change nothing
+    deepest = make_policy(settings).at_depth(stale.max_staleness + 1.0).slots / groups
+    return DepthControl(target=stale.target_ess, deepest=max(1.0, deepest), groups_per_step=groups)
+
+
 def make_core(settings: Settings, *, train_problems: int, vocabulary: int) -> Core:
     """A fresh state machine for a run over so many training problems. `vocabulary`: 0 when it is not known."""
     order = PromptOrder(train_problems, settings.seed)
     rules = Rules(
         policy=make_policy(settings),
+        control=make_control(settings),
         group_size=settings.batch.group_size,
         temperature=settings.generator.temperature,
         drop_zero_signal=settings.buffer.drop_zero_signal,
@@ -237,6 +250,8 @@ def write(effect: do.Effect, store: Store) -> bool:
             store.mark_trained(step=step, trained_at=time.time())
         case do.MarkConsumed(step=step, oldest=oldest):
             store.mark_consumed(step=step, oldest=oldest)
+        case do.Remember(key=key, value=value):
+            store.set_meta(key, json.dumps(value))
         case do.AddEvaluation(result=result, finished_at=at):
             store.add_evaluation(
                 evaluation=result.evaluation,

@@ -7,12 +7,15 @@ evaluations that were not finished (the trainer asks again), the streaks of fail
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import nan
+from typing import Any
 
 from async_rl.buffer.core import Core
+from async_rl.buffer.depth import KEY
 from async_rl.buffer.group import Group, Sample
 from async_rl.buffer.staleness import Entry
 from async_rl.buffer.store_reader import GroupRow, StoreReader, TrajectoryRow
@@ -31,6 +34,8 @@ class Standing:
     """next one in the prompt order"""
     dropped: tuple[tuple[int, int], ...]
     """(position, attempt) of groups refused as stale whose problem was not asked again"""
+    depth: Mapping[str, Any] | None
+    """state of the controller of the depth, if there was one"""
     lengths: tuple[tuple[bool, int, int, int], ...]
     """(dropped, length bucket, trajectories, policy tokens) of what was trained and what was dropped"""
     order: tuple[GroupRow, ...]
@@ -64,6 +69,7 @@ def read_standing(store: StoreReader) -> Standing:
         next_group=next_group,
         position=store.next_position(),
         dropped=tuple(store.dropped_last()),
+        depth=json.loads(depth) if (depth := store.meta(KEY)) is not None else None,
         lengths=tuple(store.lengths(LENGTH_BUCKETS)),
         order=order,
         samples={group: tuple(store.trajectories_of(group)) for group in live},
@@ -84,6 +90,8 @@ def restore(core: Core, standing: Standing, *, version: int) -> None:
     core.counts.update(standing.counts)
     if ledger.policy.refills:
         admission.refill = [(position, attempt + 1) for position, attempt in standing.dropped]
+    if core.batching.depth is not None and standing.depth is not None:
+        core.batching.depth.restore(standing.depth)
     core.batching.discarded.restore(standing.lengths)
     for row in standing.order:
         if row.refused_because is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from async_rl.buffer.depth import DepthControl
 from async_rl.buffer.staleness import Policy
 
 
@@ -23,6 +24,8 @@ class Rules:
     max_refusals: int
     """groups in a row that may be refused before the run ends"""
     seed: int
+    control: DepthControl | None = None
+    """what moves the policy's depth during the run; None: it stays"""
     vocabulary: int = 0
     """tokens are below it; 0: not known"""
     max_permits: int = 1 << 31

@@ -35,6 +35,11 @@ class Policy(Protocol):
         ...
 
     @property
+    def pipeline_depth(self) -> float:
+        """batches in the pipeline (being generated, waiting or being trained), 1 .. k + 1"""
+        ...
+
+    @property
     def refills(self) -> bool:
         """Whether the problem of a group refused for its age is asked again."""
         ...
@@ -176,7 +181,7 @@ def pipeline_slots(groups_per_step: int, max_staleness: int, pipeline_depth: flo
             f"staleness.pipeline_depth is {pipeline_depth:g}; it must lie between 1 (one batch at a time) "
             f"and max_staleness + 1 = {k + 1}"
         )
-    return floor(pipeline_depth * p)
+    return floor(pipeline_depth * p + 1e-9)  # a depth that is a number of slots divided by P
 
 
 def too_stale(*, version_min: int, step: int, max_staleness: int) -> str | None:

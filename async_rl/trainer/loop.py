@@ -128,7 +128,7 @@ class TrainerLoop:
         report = self.learner.step(packed)
         trained = time.monotonic()
         self.inbox.listen()  # nothing newer is published over weights that arrived wrong
-        self.publish()
+        self.publish(ess=report.metrics.get("ess/ratio", -1.0))
         published = time.monotonic()
         if self.size_bytes <= CHECKSUM_BYTES:
             self.record_weights("checksum", weights_checksum(self.learner.weights()))
@@ -160,10 +160,10 @@ class TrainerLoop:
             row["skipped"] = 1.0
         return row
 
-    def publish(self) -> None:
-        """Hand the weights over and say so."""
+    def publish(self, *, ess: float = -1.0) -> None:
+        """Hand the weights over and say so; `ess`: of the batch they were trained on, if any."""
         self.publisher.publish(self.learner.weights(), self.learner.version)
-        self.inbox.dealer.send(msg.Published(version=self.learner.version))
+        self.inbox.dealer.send(msg.Published(version=self.learner.version, ess=ess))
         self.canary.expect()
 
     def checkpoint(self) -> None:

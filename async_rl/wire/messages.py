@@ -166,6 +166,9 @@ class NextBatch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
     version: int
+    ess: float = -1.0
+    """ESS / B of the batch it was trained on (metric ess/ratio), or what came of it that is no number; -1: there is
+    none to tell"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
