@@ -1,4 +1,4 @@
-"""The command line: `async-rl run | replay | config | recipes | init-model | keys | eval`."""
+"""The command line: `async-rl run | replay | audit | chaos | config | recipes | init-model | keys | eval`."""
 
 from __future__ import annotations
 
@@ -91,6 +91,20 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     replay.add_argument("--until", type=int, metavar="N", help="stop at version N, that is after N steps")
     replay.set_defaults(work=_replay)
+
+    audit = commands.add_parser("audit", help="was anything of a run lost, trained twice or too old?")
+    audit.add_argument("run", type=Path, metavar="RUN", help="folder of a run that has ended")
+    audit.set_defaults(work=_audit)
+
+    chaos = commands.add_parser("chaos", help="a run whose processes are killed and frozen, then audited and replayed")
+    chaos.add_argument("config", type=Path, help="YAML file of settings")
+    chaos.add_argument("overrides", nargs="*", help="name=value, e.g. trainer.steps=100")
+    chaos.add_argument("--kills", type=int, default=8, metavar="N", help="processes killed (default 8)")
+    for name in ("freezes", "slows", "disconnects"):
+        chaos.add_argument(f"--{name}", type=int, metavar="N", help="default: a quarter of --kills")
+    chaos.add_argument("--seed", type=int, default=0, help="of the plan: which process, how and when (default 0)")
+    chaos.add_argument("--run-dir", type=Path, help="folder of this run (default: runs/<name>-chaos-<time>)")
+    chaos.set_defaults(work=_chaos)
 
     init = commands.add_parser("init-model", help="make a small model that a task's demonstrations warmed up")
     init.add_argument("path", type=Path, help="folder to make")
@@ -187,6 +201,42 @@ def _replay(arguments: argparse.Namespace) -> int:
     result = replay(folder, until=arguments.until)
     print(in_words(result, folder))
     return 0 if result.difference is None else 1
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from async_rl.lab.audit import audit_rows, audit_run, said
+    from async_rl.run_folder import RunFolder
+
+    audit = audit_run(RunFolder(arguments.run))
+    for name, value in audit_rows(audit):
+        print(f"{name:<10}  {value}")
+    for line in said(audit.findings):
+        print(f"WRONG: {line}")
+    if not audit.findings:
+        print("Nothing was lost, nothing was trained twice, nothing is missing.")
+    return 1 if audit.findings else 0
+
+
+def _chaos(arguments: argparse.Namespace) -> int:
+    from async_rl.lab.chaos_command import run_chaos
+    from async_rl.lab.chaos_plan import Counts
+    from async_rl.lab.chaos_report import table, verdict
+
+    quarter = -(-max(arguments.kills, 0) // 4)
+    others = {name: getattr(arguments, name) for name in ("freezes", "slows", "disconnects")}
+    counts = {"kills": arguments.kills} | {name: quarter if n is None else n for name, n in others.items()}
+    for name, number in counts.items():
+        if not 0 <= number <= 10_000:
+            raise UserError(f"--{name} is {number}; it must be at least 0 and at most 10,000")
+    path = arguments.run_dir or Path("runs") / f"{arguments.config.stem}-chaos-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    outcome = run_chaos(arguments.config, arguments.overrides, path, Counts(**counts), seed=arguments.seed, say=say)
+    for line in (*table(outcome), *verdict(outcome), f"The record is in {path / 'chaos.json'} and chaos.jsonl."):
+        print(line)
+    return 0 if outcome.clean else 1
 
 
 def _config(arguments: argparse.Namespace) -> int:

@@ -145,7 +145,7 @@ class Launcher:
         chosen = self.settings.generator
         known = (str(facts.train_problems), str(facts.vocabulary))
         self.spawn("buffer", "async_rl.buffer", path, endpoint, *known, version)
-        endpoint = as_reached_from_here(endpoint)
+        endpoint = self.settings.wire.connect or as_reached_from_here(endpoint)
         self.spawn("trainer", "async_rl.trainer", path, endpoint, version, threads=self.settings.trainer.threads)
         if self.weights_endpoint:
             self.budgets[WEIGHTS] = RestartBudget(max_restarts=chosen.max_restarts, window_s=chosen.restart_window_s)

@@ -215,6 +215,9 @@ class WireSettings:
         "where the buffer listens: auto (a Unix socket of this run), ipc://PATH or tcp://HOST:PORT; without a host (tcp://:PORT) on the loopback only, on every interface with tcp://0.0.0.0:PORT",
     )
     keys: str = setting("", "folder of the CURVE keys (`async-rl keys` makes them) that tcp is served with, never without")
+    connect: str = setting(
+        "", "where generators and trainer connect, if not at wire.endpoint itself: the near end of a tunnel or proxy"
+    )
     timeout_s: float = setting(
         120.0, "longest wait of any process for another before the run ends with an error", unit="seconds"
     )
@@ -333,6 +336,8 @@ def check(settings: Settings) -> None:
         raise UserError("task.name is not set; e.g. task.name=guess")
     if not isinstance(settings.recipe.get("name"), str):
         raise UserError("recipe.name is not set; e.g. recipe.name=vcpo (`async-rl recipes` lists them)")
+    if settings.wire.connect and not settings.wire.connect.startswith(("ipc://", "tcp://")):
+        raise UserError(f"wire.connect is {settings.wire.connect!r}; it must look like ipc://PATH or tcp://HOST:PORT")
     depth, most = settings.staleness.pipeline_depth, settings.staleness.max_staleness + 1
     if depth and not 1 <= depth <= most:
         raise UserError(

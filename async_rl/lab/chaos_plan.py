@@ -1,0 +1,140 @@
+"""Which process is hurt, how, and when: drawn before the run from a seed. Pure.
+
+Moments are shares of the training steps, so that all faults happen before the end however fast the machine
+is. Every fourth fault follows the one before it within seconds, while the run recovers.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal, get_args
+
+Kind = Literal["kill", "freeze", "slow", "disconnect"]
+"""SIGKILL; SIGSTOP, for a moment or for ever; stopped and continued in turn; connections cut"""
+Role = Literal["buffer", "generator", "trainer", "launcher"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+LATEST = 0.94
+"""share of the steps before which every fault is due: the last ones must not come after the end"""
+FOLLOWS = 0.25
+"""share of the faults that come while the run recovers from the one before"""
+FOLLOWS_WITHIN_S = 8.0
+DELAY_S = 0.5
+"""the moment within a step is random, too"""
+SHORT_S = (0.3, 3.0)
+SLOW_S = (2.0, 5.0)
+SLOW_STOPPED_S, SLOW_RUNNING_S = 0.15, 0.05
+HOLD_S = (0.02, 0.5)
+"""how long connections carry nothing before they are cut: what gathers meanwhile is lost"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """How many faults of each kind."""
+
+    kills: int
+    freezes: int
+    slows: int
+    disconnects: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    kind: Kind
+    role: Role | None
+    """None: the connections of generators and trainer"""
+    progress: float
+    """share of the training steps that is done, 0 .. 1"""
+    delay_s: float
+    """after that, or after the fault before"""
+    follows: bool
+    """the run still recovers from the fault before"""
+    seconds: float
+    """how long; 0: at once, or for ever"""
+    pick: float
+    """0 .. 1, which of several generators or connections"""
+
+    @property
+    def endless(self) -> bool:
+        """A freeze that somebody else has to notice."""
+        return self.kind == "freeze" and self.seconds == 0
+
+
+def make_plan(counts: Counts, *, seed: int, endless: bool) -> tuple[Fault, ...]:
+    """In the order in which they happen. The same arguments give the same plan. `endless`: freezes may last
+    until somebody ends the frozen process."""
+    random = Random(seed)
+    victims: list[tuple[Kind, Role | None, float]] = []
+    for number, frozen in enumerate(_roles(counts.freezes, random)):
+        short = not endless or number % 2 == 1
+        victims.append(("freeze", frozen, random.uniform(*SHORT_S) if short else 0.0))
+    victims += [("kill", role, 0.0) for role in _roles(counts.kills, random)]
+    victims += [("slow", role, random.uniform(*SLOW_S)) for role in _roles(counts.slows, random)]
+    victims += [("disconnect", None, random.uniform(*HOLD_S)) for _ in range(counts.disconnects)]
+    random.shuffle(victims)
+    moments = sorted(random.uniform(0.0, LATEST) for _ in victims)
+    plan: list[Fault] = []
+    for number, (kind, role, seconds) in enumerate(victims):
+        follows = number > 0 and random.random() < FOLLOWS
+        plan.append(
+            Fault(
+                kind=kind,
+                role=role,
+                progress=plan[-1].progress if follows else moments[number],
+                delay_s=random.uniform(0.0, FOLLOWS_WITHIN_S if follows else DELAY_S),
+                follows=follows,
+                seconds=seconds,
+                pick=random.random(),
+            )
+        )
+    return tuple(plan)
+
+
+def _roles(count: int, random: Random) -> list[Role]:
+    """Each role as often as any other, but for one; in random order."""
+    found: list[Role] = []
+    while len(found) < count:
+        found += random.sample(ROLES, len(ROLES))
+    return found[:count]
+
+
+def timetable(fault: Fault, *, patience_s: float) -> list[tuple[float, signal.Signals]]:
+    """(seconds after its beginning, signal) of what is done to a process, in order.
+
+    Nobody watches the launcher but its user: frozen for ever it is killed after `patience_s`."""
+    stop, go_on, kill = signal.SIGSTOP, signal.SIGCONT, signal.SIGKILL
+    match fault.kind:
+        case "kill":
+            return [(0.0, kill)]
+        case "freeze" if fault.endless:
+            return [(0.0, stop), (patience_s, kill)] if fault.role == "launcher" else [(0.0, stop)]
+        case "freeze":
+            return [(0.0, stop), (fault.seconds, go_on)]
+        case "slow":
+            cycle = SLOW_STOPPED_S + SLOW_RUNNING_S
+            found: list[tuple[float, signal.Signals]] = []
+            for turn in range(max(1, round(fault.seconds / cycle))):
+                found += [(turn * cycle, stop), (turn * cycle + SLOW_STOPPED_S, go_on)]
+            return found
+        case "disconnect":
+            return []
+
+
+def in_words(fault: Fault) -> str:
+    """A fault for the terminal and the record."""
+    match fault.kind:
+        case "kill":
+            return f"{fault.role} is killed"
+        case "freeze":
+            return f"{fault.role} is frozen" + ("" if fault.endless else f" for {fault.seconds:.1f} s")
+        case "slow":
+            return f"{fault.role} is slowed for {fault.seconds:.1f} s"
+        case "disconnect":
+            return "connections are cut"
+
+
+def all_kinds(plan: Sequence[Fault]) -> dict[Kind, int]:
+    return {kind: sum(1 for fault in plan if fault.kind == kind) for kind in get_args(Kind)}
