@@ -204,7 +204,8 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from async_rl.lab.audit import audit_rows, audit_run, said
+    from async_rl.lab.audit import audit_rows, said
+    from async_rl.lab.audit_run import audit_run
     from async_rl.run_folder import RunFolder
 
     audit = audit_run(RunFolder(arguments.run))

@@ -13,7 +13,7 @@ from pathlib import Path
 from async_rl.child import arithmetic_environment
 from async_rl.config import to_yaml
 from async_rl.errors import RunFailed, UserError
-from async_rl.lab.audit import audit_run
+from async_rl.lab.audit_run import audit_run
 from async_rl.lab.chaos import ChaosRun
 from async_rl.lab.chaos_plan import Counts, make_plan
 from async_rl.lab.chaos_proxy import Proxy

@@ -1,0 +1,88 @@
+"""The plan of the faults, the timetable of one, and the watch over a run's files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from signal import SIGCONT, SIGKILL, SIGSTOP
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from async_rl.lab.chaos_plan import LATEST, ROLES, Counts, Fault, all_kinds, make_plan, timetable
+from async_rl.lab.chaos_watch import Watch
+from async_rl.run_folder import RunFolder, append_row, replace_text
+
+COUNTS = st.builds(
+    Counts,
+    kills=st.integers(0, 40), freezes=st.integers(0, 9), slows=st.integers(0, 9), disconnects=st.integers(0, 9),
+)  # fmt: skip
+SEEDS = st.integers(0, 2**63 - 1)
+
+
+@given(counts=COUNTS, seed=SEEDS, endless=st.booleans())
+def test_a_plan_has_what_was_asked_for_before_the_end(counts: Counts, seed: int, endless: bool) -> None:
+    plan = make_plan(counts, seed=seed, endless=endless)
+    assert plan == make_plan(counts, seed=seed, endless=endless)
+    assert all_kinds(plan) == {
+        "kill": counts.kills, "freeze": counts.freezes, "slow": counts.slows, "disconnect": counts.disconnects
+    }  # fmt: skip
+    killed = Counter(fault.role for fault in plan if fault.kind == "kill")
+    assert all(abs(killed[one] - killed[other]) <= 1 for one in ROLES for other in ROLES)
+    moments = [fault.progress for fault in plan]
+    assert moments == sorted(moments)
+    assert all(0 <= moment <= LATEST for moment in moments)
+    assert all((fault.role is None) == (fault.kind == "disconnect") for fault in plan)
+    assert not any(fault.endless for fault in plan) or endless
+
+
+@given(counts=COUNTS, seed=SEEDS)
+def test_whoever_is_stopped_goes_on_or_is_ended(counts: Counts, seed: int) -> None:
+    for fault in make_plan(counts, seed=seed, endless=True):
+        times = timetable(fault, patience_s=4.0)
+        assert [moment for moment, _ in times] == sorted(moment for moment, _ in times)
+        signals = [number for _, number in times]
+        match fault:
+            case Fault(kind="kill"):
+                assert times == [(0.0, SIGKILL)]
+            case Fault(kind="freeze", endless=True, role="launcher"):
+                assert times == [(0.0, SIGSTOP), (4.0, SIGKILL)]  # nobody else watches it
+            case Fault(kind="freeze", endless=True):
+                assert times == [(0.0, SIGSTOP)]
+            case Fault(kind="freeze" | "slow"):
+                assert signals == [SIGSTOP, SIGCONT] * (len(signals) // 2)
+                assert len(signals) == 2 or fault.kind == "slow"
+                assert times[-1][0] <= fault.seconds + 0.2
+            case Fault(kind="disconnect"):
+                assert times == []
+
+
+def test_other_seeds_give_other_plans() -> None:
+    counts = Counts(kills=8, freezes=2, slows=2, disconnects=2)
+    assert len({make_plan(counts, seed=seed, endless=True) for seed in range(20)}) == 20
+
+
+def test_the_watch_knows_the_longest_time_without_progress(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    watch = Watch(folder, 0.0)
+    assert watch.look(3.0) == []
+    folder.event("started", process="buffer", pid=1)
+    folder.event("waiting", process="trainer")  # no progress
+    assert [event["event"] for event in watch.look(4.0)] == ["started", "waiting"]
+    for step in range(3):
+        append_row(folder.metrics, {"step": step})
+        watch.look(5.0 + step)
+    assert (watch.steps_done, watch.longest_stall_s) == (3, 4.0)
+    assert watch.stalled_where == "after the start, before started (buffer)"
+
+    # a resumed run: rows are taken out, what is kept comes again and is no progress
+    replace_text(folder.metrics, json.dumps({"step": 0}) + "\n")
+    replace_text(folder.events, folder.events.read_text())
+    assert watch.look(12.0) == []
+    assert (watch.steps_done, watch.furthest, watch.longest_stall_s) == (1, 3, 5.0)
+    append_row(folder.metrics, {"step": 1})
+    watch.look(15.5)
+    assert (watch.steps_done, watch.furthest, watch.longest_stall_s) == (2, 3, 8.5)
+    assert watch.stalled_where == "after step 2, before step 1"
+    assert watch.stalled_s(20.0) == 4.5
