@@ -307,6 +307,11 @@ def check_wire(wire: WireSettings, weights: WeightsSettings) -> None:
         )
     if weights.endpoint != "auto" and not weights.endpoint.startswith("tcp://"):
         raise UserError(f"weights.endpoint is {weights.endpoint}; it must be auto or tcp://HOST:PORT")
+    if wire.connect and not wire.connect.startswith("tcp://" if tcp else "ipc://"):
+        raise UserError(
+            f"wire.connect is {wire.connect!r}; it must look like {'tcp://HOST:PORT' if tcp else 'ipc://PATH'}, as what "
+            f"it leads to (wire.endpoint={wire.endpoint})"
+        )
 
 
 def check(settings: Settings) -> None:
@@ -336,8 +341,6 @@ def check(settings: Settings) -> None:
         raise UserError("task.name is not set; e.g. task.name=guess")
     if not isinstance(settings.recipe.get("name"), str):
         raise UserError("recipe.name is not set; e.g. recipe.name=vcpo (`async-rl recipes` lists them)")
-    if settings.wire.connect and not settings.wire.connect.startswith(("ipc://", "tcp://")):
-        raise UserError(f"wire.connect is {settings.wire.connect!r}; it must look like ipc://PATH or tcp://HOST:PORT")
     depth, most = settings.staleness.pipeline_depth, settings.staleness.max_staleness + 1
     if depth and not 1 <= depth <= most:
         raise UserError(

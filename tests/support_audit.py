@@ -48,14 +48,13 @@ def write_run(path: Path, model: Path) -> RunFolder:
     with Store(folder.store, durability="process", create=True) as store:
         for group in range(last + 1):
             store.add_group(
-                group=group, problem=promise.problem_at(group), split="train", admitted_version=0, admitted_at=0.0,
-                generator="generator-0",
+                group=group, problem=promise.problem_at(group), split="train",
+                admitted_version=STEPS - 1 if group > groups[-1] else 0, admitted_at=0.0, generator="generator-0",
             )  # fmt: skip
         for step in range(STEPS):
             batch = groups[step * P : (step + 1) * P]
-            store.add_trajectories(
-                trajectory(group, sample, max(0, step - 1)) for group in batch for sample in range(SIZE)
-            )
+            version = max(0, step - 1)
+            store.add_trajectories([trajectory(group, sample, version) for group in batch for sample in range(SIZE)])
             store.form_batch(step=step, groups=batch, formed_at=1.0)
             store.mark_trained(step=step, trained_at=2.0)
         store.refuse_group(REFUSED, "zero_signal")

@@ -38,8 +38,6 @@ class Promise:
     """trajectories"""
     max_staleness: int
     """steps"""
-    window: int
-    """groups; at most window - 1 may overtake one"""
     most_waiting: int
     """groups that may be neither trained nor refused: the slots"""
     problem_at: Callable[[int], int]
@@ -79,7 +77,7 @@ def audit_store(store: StoreReader, promise: Promise) -> Audit:
         *_numbers(rows),
         *_order(list(groups.values()), promise),
         *_batches(batches, groups, promise, store.consumed_step()),
-        *_fates(list(groups.values()), batches, promise),
+        *_fates(store, list(groups.values()), batches, promise),
     ]
     tokens = _Tokens()
     for batch in batches:
@@ -161,7 +159,9 @@ def _batches(
         )
 
 
-def _fates(rows: Sequence[GroupRow], batches: Sequence[BatchRow], promise: Promise) -> Iterator[Finding]:
+def _fates(
+    store: StoreReader, rows: Sequence[GroupRow], batches: Sequence[BatchRow], promise: Promise
+) -> Iterator[Finding]:
     """Each group is in a batch, or refused with a reason, or one of those still in the pipeline at the end."""
     in_batches = {group for batch in batches for group in batch.groups}
     waiting: list[GroupRow] = []
@@ -179,14 +179,13 @@ def _fates(rows: Sequence[GroupRow], batches: Sequence[BatchRow], promise: Promi
             yield Finding(kind="lost", what=f"group {row.group} has step {row.step}, but is not in that batch")
         else:
             waiting.append(row)
-    numbers = sorted(row.group for row in rows if row.group in in_batches)
     for place, row in enumerate(waiting):
-        overtaken = sum(1 for number in numbers[-promise.window - 1 :] if number > row.group)
-        if overtaken >= promise.window:
+        deadline = _deadline(store, row, promise)
+        if deadline < len(batches):
             yield Finding(
                 kind="lost",
-                what=f"group {row.group} is neither trained nor refused, and {promise.window} or more admitted after "
-                f"it were trained; at most {promise.window - 1} may overtake one",
+                what=f"group {row.group} is neither trained nor refused; begun with weights {row.admitted_version}, it "
+                f"had to be by step {deadline}, and there are {len(batches)}",
             )
         elif place >= promise.most_waiting:
             yield Finding(
@@ -194,6 +193,15 @@ def _fates(rows: Sequence[GroupRow], batches: Sequence[BatchRow], promise: Promi
                 what=f"group {row.group} is neither trained nor refused; at most {promise.most_waiting} groups can "
                 f"be in the pipeline, and {place} older ones are",
             )
+
+
+def _deadline(store: StoreReader, row: GroupRow, promise: Promise) -> int:
+    """The last step at which a group can be trained: max_staleness behind its oldest token, which is known once
+    all its samples are there; until then, behind the weights it was begun with."""
+    found = list(store.trajectories_of(row.group))
+    versions = [t.version_min for t in found if t.version_min >= 0]
+    oldest = min(versions) if versions and len(found) >= promise.group_size else row.admitted_version
+    return max(oldest, row.admitted_version) + promise.max_staleness
 
 
 # ----------------------------------------------------------------------------------------------- tokens

@@ -14,7 +14,7 @@ from async_rl.buffer.store_reader import StoreReader
 from async_rl.errors import UserError
 from async_rl.lab.audit import Audit, Finding, Promise, audit_store
 from async_rl.run_folder import RunFolder, read_rows
-from async_rl.settings import Settings, pace_of
+from async_rl.settings import Settings
 from async_rl.task import make_task
 from async_rl.task.order import PromptOrder
 from async_rl.trainer.manifest import damage_of, list_checkpoints, version_of
@@ -44,7 +44,6 @@ def promise_of(settings: Settings, *, finished: bool) -> Promise:
         groups_per_step=batch.groups_per_step,
         group_size=batch.group_size,
         max_staleness=settings.staleness.max_staleness,
-        window=pace_of(settings)[1],
         most_waiting=(settings.staleness.max_staleness + 1) * batch.groups_per_step,
         problem_at=PromptOrder(len(task.problems("train")), settings.seed),
         steps=settings.trainer.steps if finished else None,
@@ -81,7 +80,7 @@ def _evaluations(
 
 
 def _rows(folder: RunFolder, formed: int, promise: Promise) -> Iterator[Finding]:
-    """One metric row a step and at most one hash a version, in order."""
+    """One metric row a step, and one mark of each kind a version at most, in order."""
     steps = [int(row["step"]) for row in read_rows(folder.metrics)]
     last = promise.steps if promise.steps is not None else min(formed, len(steps))
     times = Counter(steps)
@@ -90,11 +89,14 @@ def _rows(folder: RunFolder, formed: int, promise: Promise) -> Iterator[Finding]
             yield Finding(kind="record", what=f"{folder.metrics.name} has step {step} {times[step]} times")
     if any(second < first for first, second in pairwise(steps)):
         yield Finding(kind="record", what=f"{folder.metrics.name} is not in the order of the steps")
-    versions = Counter(int(row["version"]) for row in read_rows(folder.weights))
-    for version, count in versions.items():
+    marks = Counter(
+        (int(row["version"]), kind) for row in read_rows(folder.weights) for kind in ("hash", "checksum") if kind in row
+    )
+    for (version, kind), count in marks.items():
         if count > 1:
-            yield Finding(kind="record", what=f"{folder.weights.name} has version {version} {count} times")
-    if promise.steps is not None and versions[promise.steps] == 0:
+            what = f"{folder.weights.name} has the {kind} of version {version} {count} times"
+            yield Finding(kind="record", what=what)
+    if promise.steps is not None and marks[promise.steps, "hash"] == 0:
         yield Finding(kind="record", what=f"{folder.weights.name} has no hash of the last weights")
 
 

@@ -63,7 +63,7 @@ def drop_last(path: Path) -> None:
         (lambda run: put_batch(run, 1, [4, 5, 7]),
          "lost: group 8 has step 1, but is not in that batch"),
         (lambda run: change(run, f"UPDATE groups SET refused_because = NULL WHERE group_id = {REFUSED}"),
-         f"lost: group {REFUSED} is neither trained nor refused, and 2 or more admitted after it were trained"),
+         f"lost: group {REFUSED} is neither trained nor refused; begun with weights 0, it had to be by"),
         (lambda run: change(run, f"UPDATE groups SET refused_because = '' WHERE group_id = {REFUSED}"),
          f"lost: group {REFUSED} was refused without a reason"),
         (lambda run: change(run, "DELETE FROM trajectories WHERE group_id = 3 AND sample = 1"),
@@ -104,6 +104,8 @@ def drop_last(path: Path) -> None:
         (lambda run: append_row(run.metrics, {"step": 2}), "record: metrics.jsonl has step 2 2 times"),
         (lambda run: drop_last(run.metrics), "record: metrics.jsonl has step 3 0 times"),
         (lambda run: drop_last(run.weights), "record: weights.jsonl has no hash of the last weights"),
+        (lambda run: append_row(run.weights, {"version": 2, "hash": "0"}),
+         "record: weights.jsonl has the hash of version 2 2 times"),
         (lambda run: replace_weights(run.checkpoints / "step_000004", b"other"),
          "checkpoint: step_000004: model.safetensors is not what was written (checksum)"),
         (lambda run: (run.checkpoints / "step_000004").rename(run.checkpoints / "step_000003"),
@@ -118,8 +120,9 @@ def test_a_defect_is_found_and_named(run: RunFolder, defect: Callable[[RunFolder
 
 def test_the_groups_behind_the_last_batch_are_not_lost_unless_there_are_too_many(run: RunFolder) -> None:
     more = range(LAST + 1, LAST + 8)
-    for group in more:  # in the prompt order, as if generators had gone on and on
-        change(run, f"INSERT INTO groups SELECT {group}, problem, split, 0, 0, '', NULL, NULL FROM groups LIMIT 1")
+    for group in more:
+        row = f"{group}, problem, split, {STEPS}, 0, '', NULL, NULL"
+        change(run, f"INSERT INTO groups SELECT {row} FROM groups LIMIT 1")
     lines = [line for line in said(audit_run(run).findings) if line.startswith("lost")]
     assert len(lines) == WAITING + len(more) - 2 * P  # with max_staleness 1 there are two batches of slots
     assert lines[-1].startswith(f"lost: group {more[-1]} is neither trained nor refused; at most 8 groups can be in")

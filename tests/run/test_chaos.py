@@ -81,10 +81,10 @@ def test_ctrl_c_leaves_no_process_and_says_where_the_record_is(tmp_path: Path, t
         (("--kills", "-1"), "--kills is -1; it must be at least 0"),
         (("--kills", "1", "--freezes", "20000"), "--freezes is 20000; it must be at least 0 and at most 10,000"),
         (("trainer.step=3",), "did you mean 'trainer.steps'?"),
-        (("wire.connect=here",), "wire.connect is 'here'; it must look like ipc://PATH or tcp://HOST:PORT"),
+        (("wire.connect=here",), "wire.connect is 'here'; it must look like ipc://PATH"),
         (("--disconnects", "1", "wire.connect=ipc://x"), "disconnects need it: leave it out, or say --disconnects 0"),
-        (("--disconnects", "1", "wire.endpoint=tcp://127.0.0.1:*"), "connections are cut on Unix sockets only"),
-        (("model.path=nowhere",), "model.path"),
+        (("--disconnects", "1", "wire.endpoint=tcp://127.0.0.1:*", "wire.keys=k"), "are cut on Unix sockets only"),
+        (("model.path=nowhere",), "model folder nowhere does not exist"),
     ],
 )
 def test_wrong_settings_are_refused(
