@@ -1,5 +1,6 @@
-"""EXPERIMENTS IN ONE PROCESS. In: settings. Out: numbers about a model or an objective.
+"""EXPERIMENTS. In: settings, or the folder of a run. Out: numbers about a model, an objective or a run.
 
 The rooms of a run (engine, task, trainer) without its processes: evaluation of a model folder, the small
-model of the quickstart, and the synchronous reference that `max_staleness=0` must equal.
+model of the quickstart, and the synchronous reference that `max_staleness=0` must equal. And questions to a
+run: audit (was anything lost?), replay (the same weights again?), chaos (what if everything is killed?).
 """

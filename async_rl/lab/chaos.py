@@ -35,8 +35,6 @@ LEFT_S = 5.0
 """time processes get to be gone after their launcher"""
 PATIENCE_S = 5.0
 """after which its user kills a launcher that is frozen"""
-LAST_CALL = 0.97
-"""share of the steps from which on faults that are still due do not wait any more"""
 MOST_RESUMES_IN_VAIN = 3
 """in a row, without a step, after ends that no fault explains"""
 TOLD_TO_STOP_S = 10.0
@@ -104,7 +102,8 @@ class ChaosRun:
     """place in the plan"""
     due: float | None = None
     """when the next fault comes; None: its step has not come"""
-    strike: Strike | None = None
+    active: list[Strike] = field(default_factory=list)
+    """begun and not over"""
     open: list[Strike] = field(default_factory=list)
     """over, but the run has not stepped since"""
     end_expected: str = ""
@@ -166,7 +165,8 @@ class ChaosRun:
             self.in_vain += 1
             if self.in_vain > MOST_RESUMES_IN_VAIN:
                 raise RunFailed(f"resumed {MOST_RESUMES_IN_VAIN} times in a row without a step; last: {said}")
-        self.free_frozen()
+        if any(strike.fault.endless for strike in self.active):
+            self.free_frozen()
         self.outcome.resumes += 1
         self.launch("--resume", str(self.folder.path))
         return False
@@ -212,7 +212,7 @@ class ChaosRun:
 
     def note(self, what: str) -> None:
         """To every fault the run has not stepped on from."""
-        for strike in (*self.open, *([self.strike] if self.strike is not None else [])):
+        for strike in (*self.open, *self.active):
             strike.followed.append(what)
 
     def problem(self, what: str) -> None:
@@ -222,22 +222,22 @@ class ChaosRun:
     # ------------------------------------------------------------------------------------------------- hurting
 
     def hurt(self) -> None:
-        """Go on with the fault that is going on; else begin the next one when it is due."""
+        """Go on with the faults that are going on, begin the next one when it is due."""
         now = time.monotonic()
-        if self.strike is not None:
-            if self.strike.advance(now):
-                self.open.append(self.strike)
-                self.strike = None
-            return
-        if self.next == len(self.plan):
+        for strike in [strike for strike in self.active if strike.advance(now)]:
+            self.active.remove(strike)
+            self.open.append(strike)
+        if self.next == len(self.plan) or not self.folder.config.is_file():
             return
         fault = self.plan[self.next]
         done = self.watch.steps_done / self.steps
         if self.due is None and (fault.follows or done >= fault.progress):
             self.due = now + fault.delay_s
-        if self.due is None or (now < self.due and done < LAST_CALL) or not self.folder.config.is_file():
-            return
-        self.begin(fault, now)
+        if self.active and (fault.endless or any(strike.fault.endless for strike in self.active)):
+            return  # whoever is frozen for ever must not be woken, nor left without anybody who notices
+        in_time = done < (fault.progress + 1.0) / 2.0  # else the run is so fast that it would end before
+        if self.due is not None and (now >= self.due or not in_time):
+            self.begin(fault, now)
 
     def begin(self, fault: Fault, now: float) -> None:
         """Unless nobody of that role lives at the moment: then it comes a little later."""
@@ -254,7 +254,7 @@ class ChaosRun:
                 return
             cut = self.proxy.hold(fault.pick)
         times = timetable(fault, patience_s=PATIENCE_S)
-        self.strike = Strike(
+        strike = Strike(
             fault=fault,
             target=target,
             began=now,
@@ -272,7 +272,10 @@ class ChaosRun:
         )
         self.next += 1
         self.due = None
-        self.hurt()
+        if strike.advance(now):
+            self.open.append(strike)
+        else:
+            self.active.append(strike)
 
     def close(self, now: float) -> None:
         """The run has stepped: what followed on the faults that are some time ago is known."""
@@ -324,7 +327,7 @@ class ChaosRun:
         self.kill_all()
         self.output.close()
         if self.folder.path.is_dir():
-            for strike in (*self.open, *([self.strike] if self.strike is not None else [])):
+            for strike in (*self.open, *self.active):
                 self.record(strike)
 
     def remaining(self, seconds: float) -> list[Target]:
@@ -338,9 +341,10 @@ class ChaosRun:
 
     def free_frozen(self) -> None:
         """Those that chaos itself has stopped go on."""
-        if self.strike is not None and self.strike.target is not None:
-            self.strike.target.send(SIGCONT)
-            self.strike.ahead.clear()
+        for strike in self.active:
+            if strike.target is not None:
+                strike.target.send(SIGCONT)
+                strike.ahead.clear()
 
     def kill_all(self) -> None:
         for target in self.seen.values():

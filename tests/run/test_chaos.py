@@ -28,7 +28,7 @@ def begin(config: Path, run: Path, *words: str) -> subprocess.Popen[str]:
 
 def test_a_run_of_which_everything_is_killed_loses_nothing(tmp_path: Path, tiny_model: Path) -> None:
     config = write_config(
-        tmp_path, tiny_model, "trainer.steps=60", "checkpoint.every=10", "evaluation.every=25", "wire.timeout_s=30"
+        tmp_path, tiny_model, "trainer.steps=120", "checkpoint.every=20", "evaluation.every=25", "wire.timeout_s=30"
     )
     run = RunFolder(tmp_path / "run")
     process = begin(config, run.path, "--kills", "4", "--seed", "3")
@@ -38,7 +38,7 @@ def test_a_run_of_which_everything_is_killed_loses_nothing(tmp_path: Path, tiny_
 
     result = json.loads((run.path / "chaos.json").read_text())
     wanted = {
-        "kills": 4, "freezes": 1, "slows": 1, "groups_trained": 240, "groups_refused": 0, "lost": 0,
+        "kills": 4, "freezes": 1, "slows": 1, "groups_trained": 480, "groups_refused": 0, "lost": 0,
         "duplicated": 0, "hangs": 0, "replay_identical": True, "problems": [],
     }  # fmt: skip
     assert {name: result[name] for name in wanted} == wanted
