@@ -217,30 +217,28 @@ class _Tokens:
     """(group, sample)"""
 
     def look(self, store: StoreReader, batch: BatchRow, promise: Promise) -> Iterator[Finding]:
-        """The batch as a trainer is answered it."""
+        """The batch as a trainer is answered it; its rows where the bytes are deleted (buffer.keep_steps)."""
         samples: dict[int, Counter[int]] = {group: Counter() for group in batch.groups}
-        for blob in store.load_batch(batch.step) or ():
-            try:
-                trajectory = unpack(blob)
-            except WireError as error:
-                yield Finding(kind="lost", what=f"a trajectory of step {batch.step} cannot be read: {error}")
+        stored: Iterable[_Lag | Finding]
+        stored = _read(store, batch.step) if batch.step >= store.first_step() else _rows(store, batch.step)
+        for one in stored:
+            if isinstance(one, Finding):
+                yield one
                 continue
             self.trajectories += 1
-            samples.setdefault(trajectory.group, Counter())[trajectory.sample] += 1
-            if trajectory.failed or not trajectory.versions:
+            samples.setdefault(one.group, Counter())[one.sample] += 1
+            if one.oldest < 0:
                 continue
-            spans = [span.version for span in trajectory.versions if span.end > span.start]
-            oldest, newest = min(spans, default=batch.step), max(spans, default=batch.step)
-            self.lag_max = max(self.lag_max, batch.step - oldest)
-            name = f"sample {trajectory.sample} of group {trajectory.group}, trained at step {batch.step},"
-            if batch.step - oldest > promise.max_staleness:
+            self.lag_max = max(self.lag_max, batch.step - one.oldest)
+            name = f"sample {one.sample} of group {one.group}, trained at step {batch.step},"
+            if batch.step - one.oldest > promise.max_staleness:
                 yield Finding(
                     kind="stale",
-                    what=f"{name} has tokens of version {oldest}: {batch.step - oldest} steps old, at most "
+                    what=f"{name} has tokens of version {one.oldest}: {batch.step - one.oldest} steps old, at most "
                     f"{promise.max_staleness} are allowed",
                 )
-            if newest > batch.step:
-                yield Finding(kind="stale", what=f"{name} has tokens of version {newest}, which came after it")
+            if one.newest > batch.step:
+                yield Finding(kind="stale", what=f"{name} has tokens of version {one.newest}, which came after it")
         yield from self.complete(samples, batch, promise)
 
     def complete(
@@ -260,6 +258,38 @@ class _Tokens:
                         what=f"sample {sample} of group {group} is trained at step {batch.step} and once more",
                     )
                 self.seen.add((group, sample))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lag:
+    """What counts of a trajectory."""
+
+    group: int
+    sample: int
+    oldest: int
+    """version of its oldest policy token; -1: it has none that is trained"""
+    newest: int
+
+
+def _read(store: StoreReader, step: int) -> Iterator[_Lag | Finding]:
+    """From the stored bytes: token by token, whatever the columns beside them say."""
+    for blob in store.load_batch(step) or ():
+        try:
+            t = unpack(blob)
+        except WireError as error:
+            yield Finding(kind="lost", what=f"a trajectory of step {step} cannot be read: {error}")
+            continue
+        versions = [] if t.failed else [span.version for span in t.versions if span.end > span.start]
+        oldest, newest = min(versions, default=-1), max(versions, default=-1)
+        yield _Lag(group=t.group, sample=t.sample, oldest=oldest, newest=newest)
+
+
+def _rows(store: StoreReader, step: int) -> Iterator[_Lag]:
+    """From the columns."""
+    for t in store.trajectories(step=step):
+        trained = t.ended not in ("error", "aborted")
+        oldest, newest = (t.version_min, t.version_max) if trained else (-1, -1)
+        yield _Lag(group=t.group, sample=t.sample, oldest=oldest, newest=newest)
 
 
 def _listed(numbers: Iterable[int]) -> str:

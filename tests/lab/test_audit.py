@@ -157,3 +157,12 @@ def test_what_is_no_run_or_still_runs_is_not_audited(run: RunFolder, tmp_path: P
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="this run is still going on"):
             audit_run(run)
+
+
+def test_batches_whose_tokens_are_deleted_are_judged_by_their_rows(run: RunFolder) -> None:
+    of_step_0 = "SELECT id FROM trajectories WHERE step = 0"
+    change(run, f"DELETE FROM payloads WHERE id IN ({of_step_0})", "INSERT INTO meta VALUES ('first_step', 1)")
+    audit = audit_run(run)
+    assert (audit.findings, audit.trajectories) == ((), STEPS * P * SIZE)
+    change(run, "UPDATE trajectories SET version_max = 1 WHERE group_id = 2 AND sample = 0")
+    assert [finding.kind for finding in audit_run(run).findings] == ["stale"]
