@@ -48,7 +48,7 @@ def write_run(path: Path, model: Path) -> RunFolder:
     with Store(folder.store, durability="process", create=True) as store:
         for group in range(last + 1):
             store.add_group(
-                group=group, problem=promise.problem_at(group), split="train",
+                group=group, problem=promise.problem_at(group), split="train", position=group, attempt=0,
                 admitted_version=STEPS - 1 if group > groups[-1] else 0, admitted_at=0.0, generator="generator-0",
             )  # fmt: skip
         for step in range(STEPS):

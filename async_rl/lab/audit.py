@@ -109,15 +109,30 @@ def _numbers(rows: Sequence[GroupRow]) -> Iterator[Finding]:
 
 
 def _order(rows: Sequence[GroupRow], promise: Promise) -> Iterator[Finding]:
-    """The groups are a gapless prefix of the prompt order. Behind the first gap everything is shifted."""
-    for position, row in enumerate(rows):
-        if row.problem != (expected := promise.problem_at(position)):
+    """First attempts are a gapless prefix of the prompt order; a problem is asked again only after its group was
+    refused. Behind the first gap everything is shifted."""
+    begun = 0
+    last: dict[int, GroupRow] = {}
+    for row in rows:
+        if row.problem != (expected := promise.problem_at(max(row.position, 0))):
             yield Finding(
                 kind="order",
-                what=f"group {row.group}, {position} groups behind the first, has problem {row.problem}; "
-                f"the prompt order says {expected}",
+                what=f"group {row.group} has problem {row.problem}; at its position, {row.position}, the prompt order "
+                f"says {expected}",
             )
+        before = last.get(row.position)
+        if before is None and (row.position != begun or row.attempt != 0):
+            what = f"group {row.group} is attempt {row.attempt} at position {row.position} of the prompt order"
+            yield Finding(kind="order", what=f"{what}; attempt 0 at position {begun} is next")
             return
+        if before is not None and (before.refused_because is None or row.attempt != before.attempt + 1):
+            yield Finding(
+                kind="duplicated",
+                what=f"groups {before.group} and {row.group} both are attempt {row.attempt} at position {row.position} "
+                f"of the prompt order, or the first of them was not refused",
+            )
+        begun += before is None
+        last[row.position] = row
 
 
 def _batches(

@@ -83,7 +83,11 @@ def drop_last(path: Path) -> None:
         (lambda run: put_trajectory(run, 16, 2, version=2, newest=4),
          "stale: sample 2 of group 16, trained at step 3, has tokens of version 4, which came after it"),
         (lambda run: change(run, "UPDATE groups SET problem = problem + 1 WHERE group_id = 7"),
-         "order: group 7, 7 groups behind the first, has problem"),
+         "order: group 7 has problem"),
+        (lambda run: change(run, "UPDATE groups SET position = position + 1 WHERE group_id >= 7"),
+         "order: group 7 is attempt 0 at position 8 of the prompt order; attempt 0 at position 7 is next"),
+        (lambda run: change(run, f"UPDATE groups SET position = 5, attempt = 1 WHERE group_id = {LAST}"),
+         f"duplicated: groups 5 and {LAST} both are attempt 1 at position 5 of the prompt order, or the first of them"),
         (lambda run: put_batch(run, 1, [4, 5, 7]),
          "batch: the batch of step 1 has 3 groups instead of 4"),
         (lambda run: change(run, "DELETE FROM batches WHERE step = 2"),
@@ -121,7 +125,7 @@ def test_a_defect_is_found_and_named(run: RunFolder, defect: Callable[[RunFolder
 def test_the_groups_behind_the_last_batch_are_not_lost_unless_there_are_too_many(run: RunFolder) -> None:
     more = range(LAST + 1, LAST + 8)
     for group in more:
-        row = f"{group}, problem, split, {STEPS}, 0, '', NULL, NULL"
+        row = f"{group}, problem, split, {group}, 0, {STEPS}, 0, '', NULL, NULL"
         change(run, f"INSERT INTO groups SELECT {row} FROM groups LIMIT 1")
     lines = [line for line in said(audit_run(run).findings) if line.startswith("lost")]
     assert len(lines) == WAITING + len(more) - 2 * P  # with max_staleness 1 there are two batches of slots
@@ -157,6 +161,12 @@ def test_what_is_no_run_or_still_runs_is_not_audited(run: RunFolder, tmp_path: P
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="this run is still going on"):
             audit_run(run)
+
+
+def test_a_problem_may_be_asked_again_after_its_group_was_refused(run: RunFolder) -> None:
+    again = f"UPDATE groups SET attempt = 1, position = {REFUSED}, problem = (SELECT problem FROM groups WHERE"
+    change(run, f"{again} group_id = {REFUSED}) WHERE group_id = {LAST}")
+    assert audit_run(run).findings == ()
 
 
 def test_batches_whose_tokens_are_deleted_are_judged_by_their_rows(run: RunFolder) -> None:
