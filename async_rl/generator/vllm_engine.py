@@ -28,6 +28,8 @@ LOAD_DEADLINE_S = 600.0
 """longest time the workers may take to load weights"""
 CPU_BATCH_TOKENS = 8192
 """tokens of one model step on a CPU"""
+OWNER = "ASYNC_RL_VLLM_OWNER"
+"""tells vLLM's processes with whom they end (vllm_worker.py)"""
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
@@ -91,6 +93,7 @@ class VllmEngine:
         """Start vLLM's processes (10 to 30 s). Raises RunFailed with its reason when they do not come up."""
         for name, value in {**_ENVIRONMENT, **(_ENVIRONMENT_CPU if options.device == "cpu" else {})}.items():
             os.environ.setdefault(name, value)
+        os.environ[OWNER] = str(os.getpid())
         from vllm import outputs
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM

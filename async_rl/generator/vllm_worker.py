@@ -6,6 +6,9 @@ vLLM mixes `Weights` into its worker class (`worker_extension_cls`) and calls it
 from __future__ import annotations
 
 import os
+import select
+import signal
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +17,7 @@ import vllm._custom_ops
 from safetensors.torch import load_file
 from torch import Tensor
 
+from async_rl.generator.vllm_engine import OWNER
 from async_rl.weights.canary import fingerprint
 
 if not torch.cuda.is_available():
@@ -21,6 +25,28 @@ if not torch.cuda.is_available():
     # place nor looked at. Without the packing decoding is a fifth slower. This module is imported in every
     # worker before its model is made.
     vllm._custom_ops._supports_onednn = False
+
+
+def _die_with_owner() -> None:
+    """vLLM's processes outlive a killed owner, and keep its GPU: end them, this one and the one above it."""
+    owner, above = int(os.environ.get(OWNER, "0")), os.getppid()
+    if not owner:
+        return
+    try:
+        watched = os.pidfd_open(owner)
+    except ProcessLookupError:
+        os._exit(1)
+
+    def watch() -> None:
+        select.select([watched], [], [])
+        if above not in (owner, 1):
+            os.kill(above, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="owner-watch", daemon=True).start()
+
+
+_die_with_owner()
 
 
 class Weights:

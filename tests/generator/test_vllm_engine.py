@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
@@ -217,3 +220,42 @@ def test_a_dead_engine_is_told_apart_from_a_failed_request(tmp_path: Path) -> No
         served.ask([ask(2, prompt(2, 3), 5)])
     served.run(served.engine.close())
     served.loop.call_soon_threadsafe(served.loop.stop)
+
+
+OWNER_SCRIPT = """
+import sys
+from pathlib import Path
+from test_vllm_engine import Served
+
+if __name__ == "__main__":
+    served = Served(Path(sys.argv[1]))
+    print("worker", *served.run(served.engine._ask_workers("async_rl_pid")), flush=True)
+    served.thread.join()
+"""
+
+
+def test_vllms_processes_end_with_a_killed_owner(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", CONFIG)
+    script = tmp_path / "owner.py"
+    script.write_text(OWNER_SCRIPT)
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), *sys.path])
+    owner = subprocess.Popen(
+        [sys.executable, str(script), str(folder)],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert owner.stdout is not None
+    try:
+        said = next(line for line in owner.stdout if line.startswith("worker "))  # vLLM talks too
+        worker = int(said.split()[1])
+        held = [os.pidfd_open(pid) for pid in (worker, parent_of(worker))]
+    finally:
+        owner.kill()
+        owner.wait()
+    for process in held:
+        ended, _, _ = select.select([process], [], [], 30.0)
+        assert ended, "a process of vLLM is left over"
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
