@@ -1,4 +1,4 @@
-"""The command line: `async-rl run | replay | audit | chaos | config | recipes | init-model | keys | eval`."""
+"""The command line: `async-rl run | replay | report | audit | chaos | config | recipes | init-model | keys | eval`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from async_rl import __version__
 from async_rl.errors import RunFailed, UserError
 from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
+from async_rl.observe.commands import add_watching
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -130,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("config", type=Path, help="settings: task and evaluation are used")
     evaluate.add_argument("overrides", nargs="*", help="e.g. model.path=runs/x/checkpoints/step_000400")
     evaluate.set_defaults(work=_eval)
+    add_watching(commands)
     return parser
 
 

@@ -27,9 +27,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "process run_lock",
         # rooms
         "wire task model batch async_rl_kernels",
-        "buffer objective observe",
+        "buffer objective",
         "weights",
         "generator trainer",
+        "observe",
         # what starts and studies them
         "child interrupt preflight restart resume",
         "launch",
@@ -48,7 +49,7 @@ ONLY = {
     "transformers": r"async_rl/model/huggingface\.py",
 }
 """packages that may be imported by some files only"""
-WITHOUT_TORCH = ("buffer", "wire", "trajectory", "task", "observe/console.py")
+WITHOUT_TORCH = ("buffer", "wire", "trajectory", "task", "observe")
 HEAVY = ("torch", "vllm", "transformers")
 EXECUTABLE_FORMATS = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve")
 UNSAFE_YAML = ("load", "load_all", "full_load", "full_load_all", "unsafe_load", "unsafe_load_all", "Loader")
@@ -133,7 +134,7 @@ def test_a_foreign_package_is_imported_in_its_own_place_only(package: str) -> No
     assert not strangers, f"{package} is imported by {strangers}"
 
 
-def test_buffer_wire_trajectory_task_and_console_run_without_torch() -> None:
+def test_buffer_wire_trajectory_task_and_observe_run_without_torch() -> None:
     modules = []
     for path in sources():
         inside = name_of(path).removeprefix("async_rl/")

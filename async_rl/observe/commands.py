@@ -1,0 +1,26 @@
+"""Commands that look at run folders: `async-rl report`. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_watching(commands: Any) -> None:
+    """`commands`: the subparsers of the command line."""
+    report = commands.add_parser("report", help="one HTML page of everything about one run, or several side by side")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, also one that goes on")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the run's folder")
+    report.add_argument("--no-ratios", action="store_true", help="no importance ratios (loads no checkpoint)")
+    report.set_defaults(work=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from async_rl.observe.report import write_report
+
+    runs = arguments.runs
+    out = arguments.out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    write_report(runs, out, with_ratios=not arguments.no_ratios)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    return 0

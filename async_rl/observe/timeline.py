@@ -1,0 +1,216 @@
+"""Who did what when: spans of every process, from the rows and events of a run.
+
+The trainer writes, each step, how long it waited for its batch, trained and published; the steps' spans are
+laid out backwards from the time of the row. Generators are seen by their episodes. A process lives from its
+event `started` to its death, to the next start of the same name, or to the last sign of the run.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from async_rl.buffer.survey import Surveyed
+from async_rl.observe.record import RunRecord
+
+TRAINER = "trainer"
+HELD_OUT = "held-out episodes"
+"""lane of the episodes of evaluations, on whichever generator"""
+BUCKETS = 600
+"""of the whole run's overview"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    lane: str
+    """name of the process"""
+    doing: str
+    """starting, waiting, training, publishing, evaluating, checkpoint, generating or alive"""
+    start: float
+    """seconds since the epoch"""
+    end: float
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """Something that happened at a moment."""
+
+    lane: str
+    """name of the process it is about; empty: the run"""
+    kind: str
+    at: float
+    text: str
+    level: str
+    """ "bad", "note" or "plain" """
+
+
+BAD = ("failed", "died", "stall", "frozen", "alarm", "collapse", "damaged", "wrong", "refused", "force", "lost")
+"""words in the names of events that mean trouble"""
+NOTE = ("resumed", "interrupted", "silent", "skipped", "rollback", "turned_away", "still_running", "full", "tracker")
+
+
+def level_of(kind: str) -> str:
+    if any(word in kind for word in BAD):
+        return "bad"
+    return "note" if any(word in kind for word in NOTE) else "plain"
+
+
+def marks(events: Iterable[Mapping[str, Any]]) -> list[Mark]:
+    """Every event as a mark, in order of time."""
+    found = []
+    for event in events:
+        kind, at = str(event["event"]), event.get("time")
+        if not isinstance(at, int | float):
+            continue
+        named = event.get("process") or event.get("name")
+        lane = str(named) if named else TRAINER if kind in ("checkpoint", "evaluation", "step_skipped") else ""
+        detail = {k: v for k, v in event.items() if k not in ("event", "time", "process", "name")}
+        text = ", ".join(f"{k} {_shown(v)}" for k, v in detail.items())
+        found.append(Mark(lane=lane, kind=kind, at=float(at), text=text, level=level_of(kind)))
+    return sorted(found, key=lambda mark: mark.at)
+
+
+def bounds(record: RunRecord) -> tuple[float, float]:
+    """First and last sign of the run; (0, 0) when there is none."""
+    seen = [float(row["time"]) for row in (*record.rows, *record.events) if isinstance(row.get("time"), int | float)]
+    return (min(seen), max(seen)) if seen else (0.0, 0.0)
+
+
+def lives(record: RunRecord) -> list[Span]:
+    """When each process started up and when it was alive."""
+    _, last = bounds(record)
+    open_: dict[str, tuple[float, float | None]] = {}
+    found: list[Span] = []
+
+    def close(name: str, at: float) -> None:
+        if name in open_:
+            started, ready = open_.pop(name)
+            found.append(Span(lane=name, doing="starting", start=started, end=ready or at))
+            if ready is not None:
+                found.append(Span(lane=name, doing="alive", start=ready, end=max(ready, at)))
+
+    for mark in marks(record.events):
+        kind, name = mark.kind, mark.lane
+        if kind in ("resumed", "interrupted"):  # of an earlier launch nothing lives any more
+            for other in list(open_):
+                close(other, mark.at)
+        elif kind == "started":
+            close(name, mark.at)
+            open_[name] = (mark.at, None)
+        elif kind.endswith("_ready"):
+            who = name or kind.removesuffix("_ready")
+            if who in open_:
+                open_[who] = (open_[who][0], mark.at)
+        elif kind in ("generator_died", "failed"):
+            close(name, mark.at)
+    for name in list(open_):
+        close(name, last)
+    return [span for span in found if span.end > span.start]
+
+
+def trainer_spans(record: RunRecord, first: int = 0, last: int | None = None) -> list[Span]:
+    """What the trainer did in the steps `first` .. `last`, evaluations it waited for and checkpoints included."""
+    found: list[Span] = []
+    rows = [r for r in record.rows if "time" in r and first <= r["step"] and (last is None or r["step"] <= last)]
+    for row in rows:
+        end, step = float(row["time"]), int(row["step"])
+        parts = (("publishing", "time/publish"), ("training", "time/step"), ("waiting", "time/wait_for_batch"))
+        for doing, key in parts:
+            start = end - max(0.0, float(row.get(key, 0.0)))
+            if end > start:
+                found.append(Span(lane=TRAINER, doing=doing, start=start, end=end, text=f"step {step}"))
+            end = start
+    low = min((s.start for s in found[:3]), default=0.0) if first else 0.0
+    high = rows[-1]["time"] if rows and last is not None else float("inf")
+    found += [s for s in _beside_steps(record) if low <= s.end and s.start <= high]
+    return sorted(found, key=lambda span: span.start)
+
+
+def _beside_steps(record: RunRecord) -> list[Span]:
+    times = np.sort(record.column("time"))
+    ready = [m.at for m in marks(record.events) if m.kind == "trainer_ready"]
+    found = []
+    for event in record.events:
+        at = event.get("time")
+        if not isinstance(at, int | float):
+            continue
+        if event["event"] == "checkpoint":
+            start, text = at - float(event.get("seconds", 0.0)), f"version {event.get('version')}"
+            found.append(Span(lane=TRAINER, doing="checkpoint", start=start, end=at, text=text))
+        elif event["event"] == "evaluation" and event.get("version_min") == event.get("version_max"):
+            # weights stood still: the trainer waited for it, from its last row or its start
+            before = [*times[times <= at][-1:], *[r for r in ready if r <= at][-1:]]
+            if before:
+                text = f"held-out reward {event.get('reward')}"
+                found.append(Span(lane=TRAINER, doing="evaluating", start=float(max(before)), end=at, text=text))
+    return found
+
+
+def generator_spans(rows: Sequence[Surveyed]) -> list[Span]:
+    """Times in which a generator ran at least one training episode, and in which it ran none; the held-out
+    episodes of all generators on a lane of their own."""
+    by_name: dict[str, list[Surveyed]] = defaultdict(list)
+    for row in rows:
+        if row.started_at > 0 and row.finished_at >= row.started_at:
+            by_name[row.generator if row.split == "train" else HELD_OUT].append(row)
+    found = []
+    for name, episodes in sorted(by_name.items()):
+        episodes.sort(key=lambda row: row.started_at)
+        doing = "evaluating" if name == HELD_OUT else "generating"
+        start, end, count = episodes[0].started_at, episodes[0].finished_at, 0
+        for row in episodes:
+            if row.started_at > end:
+                found.append(Span(lane=name, doing=doing, start=start, end=end, text=_episodes(count)))
+                if name != HELD_OUT:
+                    found.append(Span(lane=name, doing="waiting", start=end, end=row.started_at))
+                start, count = row.started_at, 0
+            end, count = max(end, row.finished_at), count + 1
+        found.append(Span(lane=name, doing=doing, start=start, end=end, text=_episodes(count)))
+    return found
+
+
+def _episodes(count: int) -> str:
+    return f"{count} episode{'s' * (count != 1)}"
+
+
+def shares(spans: Sequence[Span], edges: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """For each thing done: the share of each bucket [edges[i], edges[i+1]) that was spent on it. Spans of one
+    kind are taken to be disjoint."""
+    found = {}
+    width = np.maximum(np.diff(edges), 1e-9)
+    for doing in dict.fromkeys(span.doing for span in spans):
+        chosen = np.array([(s.start, s.end) for s in spans if s.doing == doing])
+        chosen = chosen[np.argsort(chosen[:, 0])]
+        starts, ends = chosen[:, 0], np.maximum.accumulate(chosen[:, 1])
+        starts = np.maximum(starts, np.append(-np.inf, ends[:-1]))  # rounding: the next begins where one ends
+        lengths = np.maximum(ends - starts, 0.0)
+        total = np.append(0.0, np.cumsum(lengths))
+        before = np.searchsorted(starts, edges, side="right")  # begun by then
+        running = np.maximum(0.0, ends[np.maximum(before - 1, 0)] - edges) * (before > 0)
+        spent = total[before] - np.minimum(running, lengths[np.maximum(before - 1, 0)] * (before > 0))
+        found[doing] = np.clip(np.diff(spent) / width, 0.0, 1.0)
+    return found
+
+
+def busy_share(record: RunRecord, edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Share of each bucket in which the generators decoded, on average over them."""
+    times, busy = record.column("time"), record.column("time/generator_busy")
+    count = np.maximum(1.0, np.nan_to_num(record.column("generators"), nan=1.0))
+    good = np.isfinite(times) & np.isfinite(busy)
+    if good.sum() < 2:
+        return np.zeros(len(edges) - 1)
+    times, each = times[good], np.maximum(0.0, np.diff(busy[good], prepend=busy[good][0])) / count[good]
+    total = np.interp(edges, times, np.cumsum(each))
+    return np.clip(np.diff(total) / np.maximum(np.diff(edges), 1e-9), 0.0, 1.0)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
