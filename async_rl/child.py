@@ -15,6 +15,7 @@ from typing import Any
 from async_rl.errors import RunFailed, UserError
 from async_rl.process import CAUSE_PIPE, PARENT_PIPE, TOLD_TO_END
 from async_rl.run_folder import RunFolder
+from async_rl.wire.heartbeat import PULSE_PIPE
 
 PIPE_BYTES = 1 << 16
 """what a pipe holds"""
@@ -98,15 +99,16 @@ def arithmetic_environment(threads: int) -> dict[str, str]:
     }
 
 
-def start_child(command: Command, folder: RunFolder, *, parent_pipe: int, lock: int) -> Child:
-    """`parent_pipe`: the end that closes when the launcher dies; `lock`: of the run, kept until the last
-    process is gone."""
+def start_child(command: Command, folder: RunFolder, *, parent_pipe: int, pulse_pipe: int, lock: int) -> Child:
+    """`parent_pipe`: the end that closes when the launcher dies; `pulse_pipe`: the end that takes signs of life;
+    `lock`: of the run, kept until the last process is gone."""
     cause, said = os.pipe()
     environment = {
         **os.environ,
         **arithmetic_environment(command.threads),
         PARENT_PIPE: str(parent_pipe),
         CAUSE_PIPE: str(said),
+        PULSE_PIPE: str(pulse_pipe),
     }
     with (folder.logs / f"{command.name}.log").open("ab") as stream:
         process = subprocess.Popen(
@@ -115,7 +117,7 @@ def start_child(command: Command, folder: RunFolder, *, parent_pipe: int, lock: 
             stdout=stream,
             stderr=stream,
             env=environment,
-            pass_fds=(parent_pipe, lock, said),
+            pass_fds=(parent_pipe, pulse_pipe, lock, said),
             start_new_session=True,  # Ctrl-C in the terminal reaches the launcher alone
         )
     os.close(said)

@@ -1,7 +1,7 @@
 """Start the processes of a run, watch them, show what happens, and leave nothing behind.
 
 Who waits for whom: the launcher waits for its children and for nobody's messages; it reads the metric rows
-the trainer writes. The first child that ends badly ends the run, with its reason.
+the trainer writes. The first child that ends badly, or gives no sign of life, ends the run, with its reason.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from async_rl.child import Child, Command, start_child
 from async_rl.config import to_yaml
 from async_rl.errors import RunFailed, UserError
 from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
+from async_rl.live import Live
 from async_rl.observe.console import Console
 from async_rl.preflight import Facts, preflight
 from async_rl.restart import RestartBudget
@@ -28,8 +29,9 @@ from async_rl.resume import Start, find_start, resumed_settings, rewind
 from async_rl.run_folder import RowTail, RunFolder, replace_text
 from async_rl.run_lock import take_lock
 from async_rl.settings import Settings
+from async_rl.vitals import Vitals
 from async_rl.weights.shared_memory import segment_path
-from async_rl.wire.channel import Router, ipc_endpoint
+from async_rl.wire.channel import Dealer, Router, ipc_endpoint
 from async_rl.wire.endpoint import as_reached_from_here, beside, is_tcp
 from async_rl.wire.keys import keys_in
 
@@ -66,6 +68,10 @@ class Launcher:
     budgets: dict[str, RestartBudget] = field(default_factory=dict)
     resting: dict[str, tuple[float, Command]] = field(default_factory=dict)
     """generators that died: when they are started again (monotonic clock), and how"""
+    vitals: Vitals = field(init=False)
+    live: Live = field(init=False)
+    frozen: dict[int, str] = field(default_factory=dict)
+    """process number of those that were ended because nothing came of them, and what was known of each"""
 
     def __post_init__(self) -> None:
         self.rows, self.events = RowTail(self.folder.metrics), RowTail(self.folder.events)
@@ -84,6 +90,8 @@ class Launcher:
             self.console.start(self.settings, self.folder.path, facts.notes)
             self.clean(endpoint)  # of a launch before that was killed: its weights must not be taken for ours
             self.pipe = os.pipe()
+            self.vitals = Vitals(self.settings.wire.frozen_after_s)
+            self.live = Live(self.dealer(endpoint), self.folder.live, self.settings.trainer.steps)
             self.start(endpoint, facts)
             self.watch()
             return self.finish(time.monotonic() - started)
@@ -137,6 +145,10 @@ class Launcher:
                     self.weights_endpoint = second.endpoint
             return probe.endpoint
 
+    def dealer(self, endpoint: str) -> Dealer:
+        """To the buffer."""
+        return Dealer(as_reached_from_here(endpoint), "launcher", keys=keys_in(self.settings.wire.keys))
+
     # ------------------------------------------------------------------ start
 
     def start(self, endpoint: str, facts: Facts) -> None:
@@ -160,8 +172,10 @@ class Launcher:
         self.launch(Command(name=name, words=words, threads=threads))
 
     def launch(self, command: Command) -> None:
-        child = start_child(command, self.folder, parent_pipe=self.pipe[0], lock=self.lock)
+        ends = {"parent_pipe": self.pipe[0], "pulse_pipe": self.vitals.ends[1], "lock": self.lock}
+        child = start_child(command, self.folder, **ends)
         self.children.append(child)  # before anything can fail: it is to be ended then
+        self.vitals.began(child.process.pid, child.name, time.monotonic())
         self.folder.event("started", process=child.name, pid=child.process.pid, time=time.time())
 
     # ------------------------------------------------------------------ watch
@@ -171,13 +185,13 @@ class Launcher:
         done_at: float | None = None
         while any(child.process.poll() is None for child in self.children):
             self.show()
+            self.look()
             self.check()
             self.restart()
             if done_at is None and self.child("trainer").process.poll() == 0:
                 done_at = time.monotonic()
-            if done_at is not None and time.monotonic() - done_at > FINISH_S:
-                alive = [c.name for c in self.children if c.process.poll() is None]
-                self.folder.event("still_running", processes=alive, time=time.time())
+            if done_at is not None and time.monotonic() - done_at > self.patience():
+                self.leave_behind()
                 return
             time.sleep(POLL_S)
         self.show()
@@ -199,6 +213,43 @@ class Launcher:
             self.settle()
             raise RunFailed(f"{ended[0].name} ended before the trainer was done; see {ended[0].log}")
 
+    def patience(self) -> float:
+        """How long the others may take when the trainer is done. A generator that was still starting hears of
+        no end: nobody is left to tell it."""
+        return SETTLE_S if self.child("buffer").ended else FINISH_S
+
+    def leave_behind(self) -> None:
+        """The trainer is done and something goes on. Raises RunFailed when that is the buffer, whose store must
+        be closed; generators are told to end."""
+        alive = [c.name for c in self.children if not c.ended]
+        self.folder.event("still_running", processes=alive, time=time.time())
+        self.check()
+        if not self.child("buffer").ended:
+            raise RunFailed(f"the buffer did not end within {FINISH_S:g} s after the trainer was done")
+
+    def look(self) -> None:
+        """Hear the children and the buffer; end the children that are frozen."""
+        now = time.monotonic()
+        self.vitals.look(now)
+        for child in [c for c in self.children if c.ended]:
+            self.vitals.ended(child.process.pid)
+        for pid, why in self.vitals.frozen(now):
+            child = next(c for c in self.children if c.process.pid == pid)
+            self.vitals.ended(pid)
+            self.frozen[pid] = f"{child.name} {why}"
+            self.folder.event("process_frozen", name=child.name, pid=pid, reason=why, time=time.time())
+            child.process.kill()  # nothing else reaches a stopped process
+            with suppress(subprocess.TimeoutExpired):
+                child.process.wait(STOP_S)
+            if not child.ended and child.name not in self.budgets:
+                raise self.cause(child)
+        self.live.look(now, self.vitals.rows(now))
+
+    def cause(self, child: Child) -> Exception:
+        """Why it ended, in words."""
+        frozen = self.frozen.get(child.process.pid)
+        return RunFailed(f"{frozen}; it was ended") if frozen is not None else child.cause()
+
     def settle(self) -> None:
         """A process has ended in peace, because another told it to that is still writing down why. Raises that
         cause."""
@@ -212,9 +263,10 @@ class Launcher:
     def bury(self, child: Child) -> None:
         """A generator died: it is started again after a pause. The buffer gives its permits to it anew, or to
         others. Raises the cause when starting again cannot help or was done too often."""
-        cause = child.cause()
+        cause = self.cause(child)
         if isinstance(cause, UserError):
             raise cause
+        self.live.gone(child.name, child.process.pid, str(cause))
         budget = self.budgets[child.name]
         pause = budget.died(str(cause), time.monotonic())
         if pause is None:
@@ -245,7 +297,7 @@ class Launcher:
 
     def first_cause(self, bad: Sequence[Child]) -> Exception:
         """Of several failures the earliest; a process killed from outside recorded none and comes first."""
-        cause = min(bad, key=lambda child: child.failed_at).cause()
+        cause = self.cause(min(bad, key=lambda child: child.failed_at))
         if isinstance(cause, RunFailed) and self.resting:
             deaths = [f"{name} died: {self.budgets[name].causes[0][1]}" for name in self.resting]
             return RunFailed(f"{cause}; before that {'; '.join(deaths)}")
@@ -282,16 +334,22 @@ class Launcher:
                 child.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.process.kill()
-                child.process.wait()
+                with suppress(subprocess.TimeoutExpired):  # one that even this does not end must not hold us up
+                    child.process.wait(STOP_S)
                 with suppress(RunFailed):  # on a full disk the others are ended all the same
                     self.folder.event("ended_by_force", process=child.name, time=time.time())
         for child in self.children:
             child.close()
         self.children.clear()
+        if self.pipe == (-1, -1):
+            return
         for end in self.pipe:
-            if end >= 0:
-                os.close(end)
+            os.close(end)
         self.pipe = (-1, -1)
+        now = time.monotonic()
+        self.live.write("ended", now, [])
+        self.live.dealer.close(linger_s=0)
+        self.vitals.close()
 
     def release(self) -> None:
         if self.lock >= 0:

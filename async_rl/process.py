@@ -67,12 +67,27 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
+def on_order_to_end(leave: Callable[[], None]) -> None:
+    """From now on SIGTERM calls `leave`, which has `GRACE_S` to end the process. Main thread only."""
+
+    def ordered(*_: object) -> None:
+        _end_within_grace()
+        leave()
+
+    signal.signal(signal.SIGTERM, ordered)
+
+
 def _stop(*_: object) -> NoReturn:
-    """Clean up and end; a thread that waits for something must not hold that up."""
+    """Clean up and end."""
+    _end_within_grace()
+    raise SystemExit(TOLD_TO_END)
+
+
+def _end_within_grace() -> None:
+    """A thread that waits for something must not hold the end up."""
     timer = threading.Timer(GRACE_S, os._exit, (TOLD_TO_END,))
     timer.daemon = True
     timer.start()
-    raise SystemExit(TOLD_TO_END)
 
 
 def _die_with_parent() -> None:

@@ -43,6 +43,7 @@ AT_LEAST: dict[str, float] = {
     "canary.silent_steps": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
+    "wire.frozen_after_s": 1,
     "wire.max_message_mb": 1,
 }
 """Smallest allowed value of a setting."""
@@ -83,4 +84,5 @@ ABOVE_ZERO = (
     "generator.restart_window_s",
     "optimizer.epsilon",
     "wire.timeout_s",
+    "wire.stall_report_s",
 )

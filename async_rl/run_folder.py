@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def live(self) -> Path:
+        """how things stand now, written anew every second while the run goes on"""
+        return self.path / "live.json"
+
+    @property
     def lock(self) -> Path:
         """held while any process of a launch lives"""
         return self.path / "run.lock"

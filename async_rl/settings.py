@@ -221,6 +221,16 @@ class WireSettings:
     timeout_s: float = setting(
         120.0, "longest wait of any process for another before the run ends with an error", unit="seconds"
     )
+    frozen_after_s: float = setting(
+        15.0,
+        "a process that gives no sign of life for so long (a busy one gives them, a stopped one does not) is taken for frozen: it is ended; a generator is started again and its permits go to others, without trainer or buffer the run ends",
+        unit="seconds",
+    )
+    stall_report_s: float = setting(
+        10.0,
+        "a wait that takes longer is reported on the console and in events.jsonl: who waits for whom, since when, for what",
+        unit="seconds",
+    )
     max_message_mb: int = setting(256, "larger messages are refused", unit="MB")
 
 
@@ -363,6 +373,12 @@ def check(settings: Settings) -> None:
             "buffer.keep_steps deletes nothing before the first checkpoint, and with checkpoint.every=0 that is the "
             "end of the run; set checkpoint.every"
         )
+    for name in ("frozen_after_s", "stall_report_s"):
+        if (seconds := values[f"wire.{name}"]) >= settings.wire.timeout_s:
+            raise UserError(
+                f"wire.{name} is {seconds:g}, but the run ends with an error after wire.timeout_s="
+                f"{settings.wire.timeout_s:g} seconds of waiting anyway; choose a smaller one"
+            )
     if settings.generator.max_sequences < settings.batch.group_size:
         raise UserError(
             f"generator.max_sequences is {settings.generator.max_sequences}, less than one group "

@@ -32,7 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "generator trainer",
         "observe",
         # what starts and studies them
-        "child interrupt preflight restart resume",
+        "child interrupt live preflight restart resume vitals",
         "launch",
         "lab",
         "__main__",

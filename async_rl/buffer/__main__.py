@@ -8,15 +8,17 @@ from pathlib import Path
 from async_rl.buffer.loop import make_core, run_buffer
 from async_rl.process import run_process
 from async_rl.run_folder import RunFolder
+from async_rl.wire.heartbeat import Activity, make_heartbeat
 
 
 def main(path: str, endpoint: str, train_problems: str, vocabulary: str, version: str) -> None:
     folder = RunFolder(Path(path))
 
     def work() -> None:
-        settings = folder.settings()
-        core = make_core(settings, train_problems=int(train_problems), vocabulary=int(vocabulary))
-        run_buffer(folder, settings, core, endpoint, int(version))
+        settings, activity = folder.settings(), Activity()
+        with make_heartbeat("buffer", "buffer", activity, settings.wire, None):
+            core = make_core(settings, train_problems=int(train_problems), vocabulary=int(vocabulary))
+            run_buffer(folder, settings, core, endpoint, int(version), activity)
 
     run_process("buffer", folder, work)
 

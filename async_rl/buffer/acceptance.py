@@ -20,7 +20,10 @@ from async_rl.wire import messages as msg
 from async_rl.wire.refusal import RefusalKind
 
 ROLES = ("generator", "trainer")
+LAUNCHER = b"launcher"
 LONGEST_NAME = 200
+"""characters"""
+LONGEST_DOING = 1000
 """characters"""
 MOST_GENERATORS = 4096
 MOST_EVALUATIONS = 64
@@ -32,9 +35,12 @@ LARGEST = 1 << 62
 OF_THE_TRAINER = (
     msg.NextBatch, msg.Published, msg.Checkpointed, msg.Evaluate, msg.FetchEvaluation, msg.Done, msg.Shutdown
 )  # fmt: skip
-OF_GENERATORS = (msg.Want, msg.Holds, msg.Status, msg.Canary)
-OF_ANYBODY = (msg.Hello, msg.Query)
-TAKEN = (*OF_THE_TRAINER, *OF_GENERATORS, *OF_ANYBODY, msg.Finished, msg.Turns)
+OF_ONE_LIFE = (msg.Want, msg.Status, msg.Leave)
+"""of a generator, between two of its Hellos"""
+OF_GENERATORS = (*OF_ONE_LIFE, msg.Holds, msg.Canary)
+OF_THE_LAUNCHER = (msg.Gone,)
+OF_ANYBODY = (msg.Hello, msg.Query, msg.Pulse)
+TAKEN = (*OF_THE_TRAINER, *OF_GENERATORS, *OF_THE_LAUNCHER, *OF_ANYBODY, msg.Finished, msg.Turns)
 """Finished and Turns are looked at one trajectory after the other"""
 
 
@@ -63,9 +69,15 @@ class Acceptance:
             return Objection(kind="stranger", reason="only the trainer may say this")
         if isinstance(message, OF_GENERATORS) and peer not in self.admission.generators:
             return Objection(kind="stranger", reason="say Hello first")
+        if isinstance(message, OF_ONE_LIFE) and self.admission.known(peer, message.session) is None:
+            return Objection(kind="stranger", reason="say Hello first: this is another life of the generator")
+        if isinstance(message, OF_THE_LAUNCHER) and peer != LAUNCHER:
+            return Objection(kind="stranger", reason="only the launcher may say this")
         match message:
             case msg.Hello():
                 return self._hello(peer, message, trainer)
+            case msg.Pulse(doing=doing, since_s=since_s) if len(doing) > LONGEST_DOING or not 0 <= since_s < LARGEST:
+                return Objection(kind="number", reason=f"a pulse says what is done in {LONGEST_DOING} characters")
             case msg.Want(limit=limit, version=version):
                 return self._want(peer, limit) or self._version(version, -1)
             case msg.Holds(version=version) | msg.Published(version=version) | msg.Canary(version=version):
@@ -75,7 +87,7 @@ class Acceptance:
             case msg.Checkpointed(version=version):
                 return self._version(version, 1)
             case msg.Status():
-                return self._status(message) or self._version(message.version, -1)
+                return self._status(peer, message) or self._version(message.version, -1)
             case msg.NextBatch(step=step) if not 0 <= step <= self.ledger.step:
                 return Objection(kind="step", reason=f"the next batch is that of step {self.ledger.step}")
             case msg.NextBatch(after=after) if after < 0:
@@ -126,13 +138,13 @@ class Acceptance:
             return Objection(kind="version", reason=f"there are no weights of version {version}")
         return None
 
-    def _status(self, status: msg.Status) -> Objection | None:
+    def _status(self, peer: bytes, status: msg.Status) -> Objection | None:
         counters = (
             status.busy_seconds, status.wall_seconds, status.tokens_generated, status.running, status.waiting
         )  # fmt: skip
         if not all(0 <= counter < LARGEST for counter in counters):
             return Objection(kind="number", reason="a counter is below zero, too large or no number")
-        return None
+        return self._want(peer, status.limit)
 
     def _evaluate(self, ask: msg.Evaluate) -> Objection | None:
         episodes = len(ask.problems) * ask.samples

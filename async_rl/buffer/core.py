@@ -16,30 +16,20 @@ from dataclasses import dataclass, field, replace
 from async_rl.buffer import effects as do
 from async_rl.buffer.acceptance import Acceptance, Objection
 from async_rl.buffer.admission import Admission
+from async_rl.buffer.attendance import Attendance
 from async_rl.buffer.batching import Batching
 from async_rl.buffer.evaluation import Evaluation, Evaluations, evaluation_groups, evaluation_result
 from async_rl.buffer.group import Group
 from async_rl.buffer.ledger import Ledger
+from async_rl.buffer.presence import Presence
 from async_rl.buffer.refusals import Refusals
-from async_rl.buffer.report import counters, wait_reason
+from async_rl.buffer.report import counters, evaluation_reason, snapshot
 from async_rl.buffer.rules import Rules
 from async_rl.buffer.staleness import Entry
+from async_rl.buffer.waits import PendingBatch, Waits
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import Blob, WireError
 from async_rl.wire import messages as msg
-
-WAITING_NOTICE_S = 2.0
-"""how often a waiting trainer is told whom it waits for, seconds"""
-
-
-@dataclass(slots=True, kw_only=True)
-class PendingBatch:
-    """The batch the trainer waits for."""
-
-    peer: bytes
-    step: int
-    since: float
-    told: float
 
 
 @dataclass(slots=True)
@@ -52,12 +42,16 @@ class Core:
     ledger: Ledger = field(init=False)
     admission: Admission = field(init=False)
     acceptance: Acceptance = field(init=False)
+    presence: Presence = field(init=False)
+    attendance: Attendance = field(init=False)
     evaluations: Evaluations = field(default_factory=Evaluations)
     refusals: Refusals = field(default_factory=Refusals)
     batching: Batching = field(init=False)
     trainer: bytes = b""
     """the peer that said so in its Hello; empty: none yet"""
-    pending: PendingBatch | None = None
+    waits: Waits = field(init=False)
+    consumed: int = 0
+    """newest version that is in a checkpoint, as far as this buffer was told"""
     counts: Counter[str] = field(default_factory=Counter)
     failures_in_row: int = 0
     last_failure: str = ""
@@ -65,6 +59,7 @@ class Core:
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(policy=self.rules.policy)
+        self.presence = Presence(self.rules.frozen_after_s)
         self.admission = Admission(
             rules=self.rules,
             problem_at=self.problem_at,
@@ -72,10 +67,24 @@ class Core:
             evaluations=self.evaluations,
             counts=self.counts,
         )
+        self.waits = Waits(
+            after_s=self.rules.stall_report_s,
+            ledger=self.ledger,
+            admission=self.admission,
+            presence=self.presence,
+            evaluations=self.evaluations,
+            counts=self.counts,
+        )
         self.batching = Batching(rules=self.rules, ledger=self.ledger, admission=self.admission, counts=self.counts)
         self.acceptance = Acceptance(
             rules=self.rules, ledger=self.ledger, admission=self.admission, evaluations=self.evaluations
         )
+        self.attendance = Attendance(admission=self.admission, presence=self.presence)
+
+    @property
+    def pending(self) -> PendingBatch | None:
+        """The batch the trainer waits for."""
+        return self.waits.batch
 
     @property
     def step(self) -> int:
@@ -100,35 +109,42 @@ class Core:
 
     def handle(self, peer: bytes, message: msg.Message, now: float) -> list[do.Effect]:
         """Everything that follows from one message at time `now` (seconds, any monotonic clock)."""
-        if (known := self.admission.generators.get(peer)) is not None:
-            known.last_heard = now
+        self.presence.hear(peer, message, now)
         if (objection := self.acceptance.message(peer, message, self.trainer)) is not None:
-            return self._object(peer, type(message).__name__, objection, now)
+            return self._refused(peer, message, objection, now)
         match message:
             case msg.Finished():
                 return self._finished(peer, message, now)
             case msg.Turns():
                 return self._turns(peer, message, now)
             case msg.Want():
-                return self._want(peer, message, now)
+                self.attendance.want(peer, message)
+                return self._grant(now)
             case msg.Holds():
                 return self._holds(peer, message.version, now)
             case msg.Status():
-                return self._status(peer, message)
+                return self.attendance.status(peer, message, published=self.published, now=now) + self._grant(now)
+            case msg.Pulse():
+                return self._pulse(peer, now)
             case msg.Canary():
-                return self._canary(peer, message)
+                return self.attendance.canary(peer, message, self.trainer)
             case msg.NextBatch():
                 return self._next_batch(peer, message, now)
             case msg.Published():
                 return self._published(message, now)
             case msg.Checkpointed():
-                return [do.MarkConsumed(step=message.version - 1, oldest=message.oldest)]
+                return self._checkpointed(message)
             case msg.Evaluate():
                 return self._evaluate(message, now)
             case msg.FetchEvaluation():
-                return self._fetch_evaluation(peer, message.evaluation, now)
+                return self._fetch_evaluation(peer, message, now)
             case msg.Hello():
                 return self._hello(peer, message, now)
+            case msg.Leave():
+                return self.attendance.leave(peer, message) + self._grant(now)
+            case msg.Gone():
+                self.attendance.gone(message)
+                return self._grant(now)
             case msg.Query():
                 return self._query(peer, now)
             case msg.Done() | msg.Shutdown():
@@ -139,6 +155,14 @@ class Core:
     def malformed(self, peer: bytes, error: WireError, now: float) -> list[do.Effect]:
         """Bytes that are no message."""
         return self._object(peer, "message", Objection(kind=error.kind, reason=str(error)), now)
+
+    def _refused(self, peer: bytes, message: msg.Message, objection: Objection, now: float) -> list[do.Effect]:
+        """A generator that this buffer does not know (any more) is told so and joins anew."""
+        out = self._object(peer, type(message).__name__, objection, now)
+        answered = any(isinstance(effect, do.Send) for effect in out)
+        if answered and objection.kind == "stranger" and isinstance(message, msg.Want | msg.Status):
+            out.append(do.Send(peer=peer, message=msg.Unknown(session=message.session)))
+        return out
 
     def _object(
         self, peer: bytes, what: str, objection: Objection, now: float, pairs: tuple[tuple[int, int], ...] = ()
@@ -151,34 +175,31 @@ class Core:
             return []
         return [do.Send(peer=peer, message=msg.Snapshot(detail=self.snapshot(now)))]
 
+    def _pulse(self, peer: bytes, now: float) -> list[do.Effect]:
+        """The buffer lives, too."""
+        known = self.presence.knows(peer) or self.refusals.may_answer(now)
+        return [do.Send(peer=peer, message=msg.Heard())] if known else []
+
     def tick(self, now: float) -> list[do.Effect]:
-        """Time passes: tell a waiting trainer whom it waits for."""
-        pending = self.pending
-        if pending is None or now - pending.told < WAITING_NOTICE_S:
-            return []
-        pending.told = now
-        return [self._waiting(pending, now)]
+        """Time passes: give up generators that are frozen, tell a waiting trainer whom it waits for."""
+        out = self.attendance.frozen(now)
+        out += self._grant(now) if out else []
+        return out if self.ended else out + self.waits.tick(now)
 
     def lost(self, peer: bytes, now: float) -> list[do.Effect]:
         """A generator is gone: its permits go to others at no new charge."""
-        return self._grant(now) if self.admission.lost(peer) else []
+        return self._grant(now) if self.attendance.lost(peer) else []
 
     # ------------------------------------------------------------- generators
 
     def _hello(self, peer: bytes, hello: msg.Hello, now: float) -> list[do.Effect]:
+        if hello.role == "generator":
+            return [*self.attendance.hello(peer, hello, published=self.published, now=now), *self._grant(now)]
         if hello.role == "trainer":
             self.trainer = peer
-        if hello.role != "generator":
-            return []
-        out = self.lost(peer, now)
-        self.admission.join(peer, hello.name, now)
-        return [*out, do.Send(peer=peer, message=msg.NewWeights(version=self.published))]
-
-    def _want(self, peer: bytes, want: msg.Want, now: float) -> list[do.Effect]:
-        generator = self.admission.generators[peer]
-        generator.limit = max(generator.limit, want.limit)
-        generator.version = max(generator.version, want.version)
-        return self._grant(now)
+            self.waits.trainer = peer
+            self.presence.join(peer, hello, now)
+        return []
 
     def _holds(self, peer: bytes, version: int, now: float) -> list[do.Effect]:
         generator = self.admission.generators[peer]
@@ -186,21 +207,6 @@ class Core:
             return []
         generator.version = version
         return self._grant(now)
-
-    def _status(self, peer: bytes, status: msg.Status) -> list[do.Effect]:
-        generator = self.admission.generators[peer]
-        generator.busy_seconds = status.busy_seconds
-        generator.tokens_generated = status.tokens_generated
-        generator.running = status.running
-        return []
-
-    def _canary(self, peer: bytes, canary: msg.Canary) -> list[do.Effect]:
-        """The trainer compares."""
-        generator = self.admission.generators[peer]
-        if not self.trainer:
-            self.counts["canaries_ignored"] += 1
-            return []
-        return [do.Send(peer=self.trainer, message=replace(canary, name=generator.name))]
 
     def _grant(self, now: float) -> list[do.Effect]:
         return [] if self.ended else self.admission.grant(now)
@@ -302,10 +308,10 @@ class Core:
         step = ask.step
         if step < self.step:
             # formed before: also for a trainer that goes on from a checkpoint, or fetches the next part
-            return [do.SendBatch(peer=peer, step=step, after=ask.after, detail=self._counters())]
-        if self.pending is None or self.pending.step != step:
-            self.pending = PendingBatch(peer=peer, step=step, since=now, told=now)
-        self.pending.peer = peer
+            return [do.SendBatch(peer=peer, step=step, after=ask.after, detail=self.counters())]
+        if self.waits.batch is None or self.waits.batch.step != step:
+            self.waits.batch = PendingBatch(peer=peer, step=step, since=now, told=now)
+        self.waits.batch.peer = peer
         return self._try_batch(now)
 
     def _try_batch(self, now: float) -> list[do.Effect]:
@@ -315,8 +321,8 @@ class Core:
             return []
         out, chosen = self.batching.form(pending.step, now)
         if chosen:
-            self.pending = None
-            out.append(do.SendBatch(peer=pending.peer, step=pending.step, detail=self._counters()))
+            self.waits.batch = None
+            out.append(do.SendBatch(peer=pending.peer, step=pending.step, detail=self.counters()))
         if any(isinstance(effect, do.RefuseGroup) for effect in out):
             out += self._grant(now)  # what was refused gave its slot up
         return out + self._hopeless()
@@ -331,9 +337,17 @@ class Core:
             return []
         self.ledger.published = version
         out: list[do.Effect] = [do.MarkTrained(step=version - 1)] if version <= self.step else []
-        out += [do.Send(peer=peer, message=msg.NewWeights(version=version)) for peer in self.admission.generators]
+        for peer, generator in self.admission.generators.items():
+            generator.told = now
+            out.append(do.Send(peer=peer, message=msg.NewWeights(version=version)))
         out += self.batching.trained(version - 1, published.ess)
         return out + self._grant(now)
+
+    def _checkpointed(self, done: msg.Checkpointed) -> list[do.Effect]:
+        if done.version <= self.consumed:
+            return []
+        self.consumed = done.version
+        return [do.MarkConsumed(step=done.version - 1, oldest=done.oldest)]
 
     # ------------------------------------------------------------- evaluation
 
@@ -344,27 +358,27 @@ class Core:
         self.evaluations.add(ask.evaluation, Evaluation(version=ask.version, groups=groups, asked_at=now))
         return [*(do.add_group(group, generator="") for group in groups), *self._grant(now)]
 
-    def _fetch_evaluation(self, peer: bytes, evaluation: int, now: float) -> list[do.Effect]:
-        result = evaluation_result(evaluation, found := self.evaluations.asked[evaluation], now)
+    def _fetch_evaluation(self, peer: bytes, ask: msg.FetchEvaluation, now: float) -> list[do.Effect]:
+        found = self.evaluations.asked[ask.evaluation]
+        result = evaluation_result(ask.evaluation, found, now)
+        self.waits.fetched(ask.evaluation, waits=ask.waits, finished=result.finished, now=now)
         out: list[do.Effect] = []
         if result.finished and not found.recorded:
             self.evaluations.record(found)
             out.append(do.AddEvaluation(result=result, finished_at=now))
+        if not result.finished:
+            reason = evaluation_reason(found, self.admission, self.presence, now)
+            result = replace(result, detail={**result.detail, "progress": self.waits.progress, "reason": reason})
         return [*out, do.Send(peer=peer, message=result)]
 
     # ----------------------------------------------------------------- report
 
-    def _waiting(self, pending: PendingBatch, now: float) -> do.Effect:
-        message = msg.Waiting(
-            what=f"batch of step {pending.step}", reason=self.wait_reason(now), seconds=now - pending.since
-        )
-        return do.Send(peer=pending.peer, message=message)
-
     def wait_reason(self, now: float) -> str:
         """Who the trainer is waiting for, since when."""
-        return wait_reason(self.ledger, self.admission, published=self.published, now=now)
+        return self.waits.batch_reason(now)
 
-    def _counters(self) -> dict[str, float]:
+    def counters(self) -> dict[str, float]:
+        """What goes to the trainer with every batch."""
         refused = self.refusals.counts.total()
         general = counters(self.ledger, self.admission, self.counts, refused=refused, published=self.published)
         return {**general, **self.batching.numbers()}
@@ -375,19 +389,7 @@ class Core:
 
     def snapshot(self, now: float) -> dict[str, object]:
         """State in plain values, for a person or a monitor."""
-        return {
-            "step": self.step,
-            "published": self.published,
-            "live": len(self.groups),
-            "waiting_trainer": self.wait_reason(now) if self.pending is not None else "",
-            "generators": [
-                {"name": g.name, "version": g.version, "held": g.held, "silent_s": now - g.last_heard}
-                for g in self.admission.generators.values()
-            ],
-            "counts": dict(self.counts),
-            "refused": dict(self.refusals.counts),
-            **self._counters(),
-        }
+        return snapshot(self, now)
 
     def _end(self, reason: str, *, failed: bool) -> list[do.Effect]:
         if self.ended:

@@ -57,6 +57,11 @@ class Evaluations:
         self.queue.popleft()
         return group
 
+    def group(self, number: int) -> Group | None:
+        """A group that is not recorded yet."""
+        entry = self.groups.get(number)
+        return entry[1] if entry is not None else None
+
     def lost(self, peer: bytes) -> None:
         """What this generator had not finished goes to others."""
         for number, (_, group) in self.groups.items():

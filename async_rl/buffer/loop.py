@@ -26,6 +26,7 @@ from async_rl.trajectory.codec import WireError, unpack
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Router
 from async_rl.wire.gate import Gate
+from async_rl.wire.heartbeat import Activity
 from async_rl.wire.keys import keys_in
 
 POLL_S = 0.05
@@ -72,11 +73,15 @@ def make_core(settings: Settings, *, train_problems: int, vocabulary: int) -> Co
         seed=settings.seed,
         vocabulary=vocabulary,
         max_permits=max(1, settings.generator.max_sequences // settings.batch.group_size),
+        frozen_after_s=settings.wire.frozen_after_s,
+        stall_report_s=settings.wire.stall_report_s,
     )
     return Core(rules, problem_at=order)
 
 
-def run_buffer(folder: RunFolder, settings: Settings, core: Core, endpoint: str, version: int) -> None:
+def run_buffer(
+    folder: RunFolder, settings: Settings, core: Core, endpoint: str, version: int, activity: Activity
+) -> None:
     """Serve until the trainer is done or something ends the run. Raises RunFailed with the cause.
 
     A store that is there already is gone on with, for a trainer that begins at `version`."""
@@ -101,14 +106,19 @@ def run_buffer(folder: RunFolder, settings: Settings, core: Core, endpoint: str,
         ) as router,
     ):
         if begun:
+            activity.now("reading the store")
             store.rewind(version=version, now=time.time())
             store.commit()
             restore(core, read_standing(store), version=version)
         folder.event("buffer_ready", time=time.time(), endpoint=endpoint)
         strangers = Strangers(router.gate)
         pruning = chosen.keep_steps > 0
+        activity.now("serving")
+        activity.looping = True
         while not core.ended:
+            activity.still("serving")
             effects = receive(router, core, memory.handled_bytes)
+            activity.still("storing and answering" if effects else "serving")
             carry_out(effects, store, router, folder.event, part_bytes)
             strangers.report(core, folder, time.monotonic())
             if chosen.keep_steps and (pruning or any(isinstance(effect, do.MarkConsumed) for effect in effects)):

@@ -3,35 +3,90 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from async_rl.buffer.admission import Admission
+from async_rl.buffer.evaluation import Evaluation
+from async_rl.buffer.group import Group
 from async_rl.buffer.ledger import Ledger
+from async_rl.buffer.presence import Presence
 from async_rl.wire.messages import HOLDS
 
-SILENT_S = 5.0
-"""a generator sends its counters twice a second"""
+if TYPE_CHECKING:
+    from async_rl.buffer.core import Core
 
 
-def wait_reason(ledger: Ledger, admission: Admission, *, published: int, now: float) -> str:
+def wait_reason(ledger: Ledger, admission: Admission, presence: Presence, *, now: float) -> str:
     """Who the trainer is waiting for, since when."""
     text = f"{ledger.line.num_ready} of {ledger.policy.groups_per_step} groups finished"
-    generators = admission.generators
     open_groups = [g for g in ledger.groups.values() if not g.complete]
     if open_groups:
-        oldest = min(open_groups, key=lambda g: g.group)
-        holder = generators.get(oldest.holder or b"")
-        who = holder.name if holder is not None else "no generator"
-        silent = ""
-        if holder is not None and now - holder.last_heard > SILENT_S:
-            silent = f"; {who} is silent (a reward or tool function that blocks stops it)"
-        return (
-            f"{text}; oldest is group {oldest.group} on {who}, {now - oldest.admitted_at:.1f} s, "
-            f"{len(oldest.samples)}/{oldest.size} samples{silent}"
-        )
-    if not generators:
+        return f"{text}; {_oldest(open_groups, admission, presence, now)}"
+    if not admission.generators:
         return f"{text}; no generator is connected"
-    behind = [f"{g.name} holds version {g.version}" for g in generators.values()]
-    return f"{text}; no group is running, newest weights are version {published}, {', '.join(behind)}"
+    behind = [f"{g.name} holds version {g.version}" for g in admission.generators.values()]
+    words = [presence.last_word(peer, now) for peer in admission.generators]
+    text = f"{text}; no group is running, newest weights are version {ledger.published}, {', '.join(behind)}"
+    return "; ".join([text, *words])
+
+
+def evaluation_reason(evaluation: Evaluation, admission: Admission, presence: Presence, now: float) -> str:
+    """Who an evaluation waits for, since when."""
+    open_groups = [g for g in evaluation.groups if not g.complete]
+    text = f"{sum(len(g.missing) for g in open_groups)} of its episodes are missing"
+    if not admission.generators:
+        return f"{text}; no generator is connected"
+    return f"{text}; {_oldest(open_groups, admission, presence, now)}"
+
+
+def permit_reason(
+    peer: bytes, ledger: Ledger, admission: Admission, presence: Presence, trainer: bytes, now: float
+) -> str:
+    """Why a generator that wants permits gets none."""
+    generator = admission.generators[peer]
+    if not trainer:
+        return "no trainer has come yet"
+    word = presence.last_word(trainer, now)
+    if generator.version < ledger.published:
+        held = f"it holds version {generator.version}, the newest is {ledger.published}"
+        return f"{held}; {presence.last_word(peer, now)}; {word}"
+    used = ledger.policy.used(ledger.line, step=ledger.step, version=generator.version, published=ledger.published)
+    return (
+        f"{used} of {ledger.policy.slots} slots are in use, {ledger.line.num_ready} finished groups wait for the "
+        f"trainer, which has published version {ledger.published}; {word}"
+    )
+
+
+def snapshot(core: Core, now: float) -> dict[str, object]:
+    """State in plain values, for a person or a monitor."""
+    return {
+        "step": core.step,
+        "published": core.published,
+        "consumed": core.consumed,
+        "live": len(core.groups),
+        "waits": core.waits.rows(now),
+        "standing": [
+            {"name": g.name, "version": g.version, "held": g.held, "running": g.running}
+            for g in core.admission.generators.values()
+        ],
+        "processes": core.presence.table(now),
+        "counts": dict(core.counts),
+        "refused": dict(core.refusals.counts),
+        **core.counters(),
+    }
+
+
+def _oldest(groups: Sequence[Group], admission: Admission, presence: Presence, now: float) -> str:
+    """The open group that waits longest, on whom, and the last thing heard of it."""
+    oldest = min(groups, key=lambda g: g.group)
+    holder = oldest.holder or b""
+    generator = admission.generators.get(holder)
+    text = (
+        f"oldest is group {oldest.group} on {generator.name if generator is not None else 'no generator'}, "
+        f"{now - oldest.admitted_at:.1f} s, {len(oldest.samples)}/{oldest.size} samples"
+    )
+    return f"{text}; {presence.last_word(holder, now)}" if generator is not None else text
 
 
 def counters(

@@ -30,3 +30,7 @@ class Rules:
     """tokens are below it; 0: not known"""
     max_permits: int = 1 << 31
     """most that one generator may have under way"""
+    frozen_after_s: float = 15.0
+    """a generator of which nothing was heard for so long is lost"""
+    stall_report_s: float = 10.0
+    """waits that last longer are reported"""

@@ -8,15 +8,29 @@ import sys
 import time
 from pathlib import Path
 
-from async_rl.process import run_process
+from async_rl.process import TOLD_TO_END, on_order_to_end, run_process
 from async_rl.run_folder import RunFolder
 from async_rl.settings import Settings
 from async_rl.wire.channel import AsyncDealer
+from async_rl.wire.heartbeat import Activity, Heartbeat, make_heartbeat
 from async_rl.wire.keys import keys_in
 
+LEAVE_S = 0.5
+"""time the last words of a generator that is told to end have to leave"""
 
-async def generate(folder: RunFolder, settings: Settings, endpoint: str, name: str, weights_endpoint: str) -> None:
-    """Build the engine and serve until the buffer says stop."""
+
+
+async def generate(
+    folder: RunFolder,
+    settings: Settings,
+    endpoint: str,
+    name: str,
+    weights_endpoint: str,
+    activity: Activity,
+    heartbeat: Heartbeat,
+) -> None:
+    """Build the engine and serve until the buffer says stop. An order to end is obeyed when what is done has
+    been handed over."""
     from async_rl.generator.build import make_engine, make_weights
     from async_rl.generator.loop import GeneratorLoop, GeneratorOptions
     from async_rl.model.tokenizer import Tokenizer
@@ -36,22 +50,40 @@ async def generate(folder: RunFolder, settings: Settings, endpoint: str, name: s
         episode_timeout_s=settings.generator.episode_timeout_s,
         save_turns_after_s=settings.generator.save_turns_after_s,
         timeout_s=settings.wire.timeout_s,
+        stall_report_s=settings.wire.stall_report_s,
     )
     folder.event("generator_ready", name=name, time=time.time())
     try:
         task = make_task(settings.task.name, settings.task.args)
         gc.freeze()  # what imports and set-up left behind is never garbage: do not look through it again
-        await GeneratorLoop(options, engine, task, tokenizer, dealer, weights).run()
+        loop = GeneratorLoop(
+            options,
+            engine,
+            task,
+            tokenizer,
+            dealer,
+            weights,
+            activity=activity,
+            buffer_silent_s=lambda: heartbeat.buffer_silent_s,
+            event=folder.event,
+        )
+        on_order_to_end(lambda: loop.leave("told to end"))
+        await loop.run()
+        if loop.leaving:
+            dealer.close(linger_s=LEAVE_S)
+            raise SystemExit(TOLD_TO_END)
     finally:
         weights.close()
-        dealer.close(deliver=False)  # told to stop: the buffer has gone
+        dealer.close(linger_s=0)  # told to stop: the buffer has gone
 
 
 def main(path: str, endpoint: str, name: str, weights_endpoint: str) -> None:
     folder = RunFolder(Path(path))
 
     def work() -> None:
-        asyncio.run(generate(folder, folder.settings(), endpoint, name, weights_endpoint))
+        settings, activity = folder.settings(), Activity()
+        with make_heartbeat(name, "generator", activity, settings.wire, endpoint) as heartbeat:
+            asyncio.run(generate(folder, settings, endpoint, name, weights_endpoint, activity, heartbeat))
 
     run_process(name, folder, work)
 

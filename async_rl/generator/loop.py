@@ -8,16 +8,18 @@ two decoding steps.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Engine
-from async_rl.generator.session import EpisodeSession, Ticket, TurnLimit
+from async_rl.generator.episode import run_episode
+from async_rl.generator.outbox import AGAIN_S, Outbox
+from async_rl.generator.patience import Patience, no_event
+from async_rl.generator.session import EpisodeSession, Ticket
 from async_rl.task.protocol import Task
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import WireError
@@ -26,6 +28,7 @@ from async_rl.weights.canary import probe_tokens
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import AsyncDealer
 from async_rl.wire.frames import portions
+from async_rl.wire.heartbeat import Activity
 from async_rl.wire.refusal import HARMLESS
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 FLUSH_S = 0.004
 """finished trajectories are gathered this long into one message"""
 STATUS_S = 0.2
-"""interval of the counters sent to the buffer"""
+"""interval of the standing sent to the buffer"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,9 @@ class GeneratorOptions:
     save_turns_after_s: float
     """finished turns of episodes that have run longer are kept by the buffer"""
     timeout_s: float
-    """longest silence of the buffer while something is unacknowledged"""
+    """longest silence of the buffer, and longest wait for it to acknowledge something"""
+    stall_report_s: float
+    """longest wait for that which is not reported"""
 
 
 @dataclass(slots=True)
@@ -63,40 +68,64 @@ class GeneratorLoop:
     tokenizer: Tokenizer
     dealer: AsyncDealer
     weights: WeightSource
+    activity: Activity = field(default_factory=Activity)
+    """tells the heartbeat what is done"""
+    buffer_silent_s: Callable[[], float] = lambda: 0.0
+    event: Callable[..., None] = no_event
+    """writes an event of the run"""
+    patience: Patience = field(init=False)
+    session: int = 0
+    """of the last Hello"""
     running: dict[tuple[int, int], asyncio.Task[None]] = field(default_factory=dict)
-    sessions: dict[tuple[int, int], EpisodeSession] = field(default_factory=dict)
-    """of the running episodes"""
     abandoned: set[tuple[int, int]] = field(default_factory=set)
     """running episodes that nobody wants any more"""
-    outbox: list[Trajectory] = field(default_factory=list)
+    outbox: Outbox = field(default_factory=Outbox)
     begun: dict[tuple[int, int], Trajectory] = field(default_factory=dict)
     """newest finished turns of long episodes, to be sent"""
     recorded: dict[tuple[int, int], Trajectory] = field(default_factory=dict)
     """what a lost generator had done of episodes that are to be started here"""
     records_dropped: int = 0
     """of them, those whose environment answered otherwise this time"""
-    unacknowledged: dict[tuple[int, int], float] = field(default_factory=dict)
+    sessions: dict[tuple[int, int], EpisodeSession] = field(default_factory=dict)
+    """of the running episodes"""
     permits_received: int = 0
+    """in all since the last Hello, as the buffer counts them"""
     told_limit: int = -1
     announced: int = 0
     """newest version the buffer spoke of"""
+    loading: bool = False
+    """newer weights are being read"""
     episodes: int = 0
     started: float = 0.0
-    stopping: bool = False
+    leaving: str = ""
+    """why it is to end"""
     probe: tuple[int, ...] = ()
     """tokens whose log-probs are shown after each load"""
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    leave_now: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     new_weights: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        o = self.options
+        self.patience = Patience(o.name, o.timeout_s, o.stall_report_s, self.buffer_silent_s, self.event)
 
     async def run(self) -> None:
         """Until the buffer says stop. Raises RunFailed when the buffer is silent for too long."""
         self.started = time.monotonic()
-        await self.dealer.send(msg.Hello(role="generator", name=self.options.name, pid=os.getpid()))
+        await self._hello()
         self.probe = probe_tokens(self.task, self.tokenizer, self.engine.max_context)
+        self.activity.now("waiting for the trainer's first weights")
         await self._pull_weights()
         await self._show_weights()
         await self._ask()
-        loops: list[Coroutine[Any, Any, None]] = [self._receive(), self._send(), self._update(), self._report()]
+        loops: list[Coroutine[Any, Any, None]] = [
+            self._receive(),
+            self._send(),
+            self._update(),
+            self._report(),
+            self._await_leave(),
+        ]
         tasks = [asyncio.create_task(loop) for loop in loops]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -108,6 +137,11 @@ class GeneratorLoop:
             await asyncio.gather(*tasks, *self.running.values(), return_exceptions=True)
             await self.engine.close()
 
+    def leave(self, reason: str) -> None:
+        """End soon: what is done is handed over, what is not goes to others. Call it in any thread."""
+        self.leaving = reason
+        self.loop.call_soon_threadsafe(self.leave_now.set)
+
     # ---------------------------------------------------------------- loops
 
     async def _receive(self) -> None:
@@ -118,15 +152,15 @@ class GeneratorLoop:
             except WireError as error:
                 raise RunFailed(f"{self.options.name} cannot read what the buffer sends: {error}") from None
             match message:
-                case msg.Permits(permits=permits):
-                    for permit in permits:
-                        self._start(permit)
+                case msg.Permits(session=self.session):
+                    self._take(message)
                     await self._ask()
                 case msg.Turns(trajectories=trajectories):
                     self.recorded |= {(t.group, t.sample): t for t in trajectories}
+                case msg.Unknown(session=self.session):
+                    await self._join_anew()
                 case msg.Accepted(pairs=pairs):
-                    for group, sample in pairs:
-                        self.unacknowledged.pop((group, sample), None)
+                    self.outbox.acknowledge(pairs)
                 case msg.Abandon(groups=groups):
                     for key in [key for key in self.running if key[0] in groups]:
                         self.abandoned.add(key)
@@ -140,8 +174,7 @@ class GeneratorLoop:
                 case msg.Refused(what=what, reason=reason, kind=kind, pairs=pairs):
                     if kind not in HARMLESS:
                         raise RunFailed(f"{self.options.name}: the buffer refused {what}: {reason}")
-                    for pair in pairs:
-                        self.unacknowledged.pop(pair, None)
+                    self.outbox.acknowledge(pairs)
                 case _:
                     pass
 
@@ -153,15 +186,8 @@ class GeneratorLoop:
             self.changed.clear()
             if self.begun:
                 turns, self.begun = tuple(self.begun.values()), {}
-                for some in portions(turns):
-                    await self.dealer.send(msg.Turns(trajectories=some))
-            if self.outbox:
-                batch, self.outbox = tuple(self.outbox), []
-                now = time.monotonic()
-                for trajectory in batch:
-                    self.unacknowledged[trajectory.group, trajectory.sample] = now
-                for some in portions(batch):
-                    await self.dealer.send(msg.Finished(trajectories=some))
+                await self._send_turns(turns)
+            await self._send_finished(self.outbox.take(time.monotonic()))
             await self._ask()
 
     async def _update(self) -> None:
@@ -170,23 +196,83 @@ class GeneratorLoop:
             await self.new_weights.wait()
             self.new_weights.clear()
             while self.announced > self.engine.version:  # a stream may bring an older one than was announced last
+                self.loading = True
                 await self._pull_weights()
+                self.loading = False
                 await self._show_weights()  # before any token sampled under a permit for this version
                 await self.dealer.send(msg.Holds(version=self.engine.version))
 
     async def _report(self) -> None:
-        """Counters at a steady pace; also the watch over a silent buffer."""
+        """The whole standing at a steady pace; also the watch over a silent buffer."""
+        self.activity.now("waiting for permits")
+        self.activity.looping = True
+        before = time.monotonic()
         while True:
+            self._tell_heartbeat()
             await self._send_status()
             await asyncio.sleep(STATUS_S)
-            oldest = min(self.unacknowledged.values(), default=None)
-            if oldest is not None and time.monotonic() - oldest > self.options.timeout_s:
-                raise RunFailed(
-                    f"{self.options.name} waited {self.options.timeout_s:.0f} s for the buffer to acknowledge "
-                    f"{len(self.unacknowledged)} trajectories"
-                )
+            now = time.monotonic()
+            if now - before > AGAIN_S:  # stopped, or held up by a task: nothing could be heard meanwhile
+                self.outbox.excuse(now - before)
+            before = now
+            await self._send_finished(self.outbox.late(now))
+            self.patience.look(self.outbox, now)
+
+    async def _await_leave(self) -> None:
+        """Told to end: hand over what is done. Its end ends the loop."""
+        await self.leave_now.wait()
+        await self._send_turns(self._finished_turns())
+        await self._send_finished(self.outbox.take(time.monotonic()))
+        await self.dealer.send(msg.Leave(name=self.options.name, reason=self.leaving, session=self.session))
 
     # ---------------------------------------------------------------- steps
+
+    async def _hello(self) -> None:
+        self.session = time.time_ns()
+        await self.dealer.send(
+            msg.Hello(role="generator", name=self.options.name, pid=os.getpid(), session=self.session)
+        )
+
+    async def _join_anew(self) -> None:
+        """The buffer gave this generator up (it was stopped, or cut off): what it held is others' now. Finished
+        trajectories are kept and sent again until they are acknowledged."""
+        await self._send_turns(self._finished_turns())
+        given_up = list(self.running.values())
+        for episode in given_up:
+            episode.cancel()
+        if given_up:
+            await asyncio.wait(given_up, timeout=AGAIN_S)
+        for held in (self.running, self.sessions, self.begun, self.recorded, self.abandoned):
+            held.clear()
+        self.event("generator_rejoined", name=self.options.name, episodes_dropped=len(given_up), time=time.time())
+        self.permits_received, self.told_limit = 0, -1
+        await self._hello()
+        await self._ask()
+
+    async def _send_turns(self, turns: tuple[Trajectory, ...]) -> None:
+        for some in portions(turns):
+            await self.dealer.send(msg.Turns(trajectories=some))
+
+    async def _send_finished(self, trajectories: tuple[Trajectory, ...]) -> None:
+        for some in portions(trajectories):
+            await self.dealer.send(msg.Finished(trajectories=some))
+
+    def _finished_turns(self) -> tuple[Trajectory, ...]:
+        """Of all running episodes, for whoever goes on with them."""
+        return tuple([s.so_far() for s in self.sessions.values() if s.split == "train" and s.turn > 0])
+
+    def _tell_heartbeat(self) -> None:
+        running = self.engine.stats().running
+        if self.loading:
+            kind, what = "loading", f"loading weights version {self.announced}"
+        elif running:
+            kind, what = "decoding", f"decoding {running} sequences"
+        elif self.running:
+            kind, what = "in tasks", f"in tasks or rewards of {len(self.running)} episodes"
+        else:
+            kind, what = "waiting", "waiting for permits"
+        same = self.activity.state()[0].startswith(kind)
+        (self.activity.still if same else self.activity.now)(what)
 
     async def _pull_weights(self) -> None:
         # Copying a large model must not stop the other coroutines.
@@ -216,12 +302,19 @@ class GeneratorLoop:
             self.told_limit = limit
             await self.dealer.send(msg.Want(limit=limit, version=self.engine.version))
 
+    def _in_hand(self) -> set[tuple[int, int]]:
+        """(group, sample) of everything running, or finished and not acknowledged."""
+        return {*self.running, *self.outbox.pairs}
+
     async def _send_status(self) -> None:
         stats = self.engine.stats()
         await self.dealer.send(
             msg.Status(
                 name=self.options.name,
+                session=self.session,
                 version=self.engine.version,
+                limit=max(0, self.told_limit),
+                groups=tuple({group for group, _ in self._in_hand()}),
                 busy_seconds=stats.busy_seconds,
                 wall_seconds=time.monotonic() - self.started,
                 tokens_generated=stats.tokens_generated,
@@ -230,9 +323,14 @@ class GeneratorLoop:
             )
         )
 
-    def _start(self, permit: msg.Permit) -> None:
-        self.permits_received += 1
-        for sample in permit.samples:
+    def _take(self, message: msg.Permits) -> None:
+        self.permits_received = max(self.permits_received, message.granted)
+        in_hand = self._in_hand()
+        for permit in message.permits:
+            self._start(permit, [sample for sample in permit.samples if (permit.group, sample) not in in_hand])
+
+    def _start(self, permit: msg.Permit, samples: Sequence[int]) -> None:
+        for sample in samples:
             ticket = Ticket(
                 group=permit.group,
                 sample=sample,
@@ -248,15 +346,21 @@ class GeneratorLoop:
         """One episode from permit to outbox; begun by a lost generator, it goes on behind its last turn."""
         key = (ticket.group, ticket.sample)
         session = self._session(ticket, self.recorded.pop(key, None))
-        trajectory = await run_episode(self.task, session, ticket, timeout_s=self.options.episode_timeout_s)
-        if session.diverged:
-            self.records_dropped += 1
-            session = self._session(ticket, None)
-            trajectory = await run_episode(self.task, session, ticket, timeout_s=self.options.episode_timeout_s)
-        self.begun.pop(key, None)
-        self.outbox.append(trajectory)
-        del self.running[key], self.sessions[key]
-        self.abandoned.discard(key)
+        limit = self.options.episode_timeout_s
+        try:
+            trajectory = await run_episode(self.task, session, ticket, timeout_s=limit)
+            if session.diverged:
+                self.records_dropped += 1
+                session = self._session(ticket, None)
+                trajectory = await run_episode(self.task, session, ticket, timeout_s=limit)
+        except asyncio.CancelledError:
+            session.abandon("given up")
+            raise
+        self.outbox.put(trajectory)
+        if self.running.get(key) is asyncio.current_task():  # else it was given up and somebody began anew
+            for held in (self.running, self.sessions, self.begun):
+                held.pop(key, None)
+            self.abandoned.discard(key)
         self.changed.set()
 
     def _session(self, ticket: Ticket, record: Trajectory | None) -> EpisodeSession:
@@ -281,23 +385,3 @@ class GeneratorLoop:
         if (ticket.group, ticket.sample) in self.abandoned:
             session.abandon(msg.ABANDONED)
         return session
-
-
-async def run_episode(task: Task, session: EpisodeSession, ticket: Ticket, *, timeout_s: float) -> Trajectory:
-    """Roll the task out. Whatever the task or its reward raises ends this trajectory, with the reason."""
-    try:
-        problem = task.problems(ticket.split)[ticket.problem]
-        session.begin(problem)
-        async with asyncio.timeout(timeout_s):
-            reward = float(await task.rollout(problem, session))
-    except TurnLimit:
-        return session.finish(reward=0.0, failed="turn_limit")
-    except TimeoutError:
-        return session.finish(reward=0.0, failed="error", reason=f"the episode took more than {timeout_s:g} s")
-    except ConnectionAbortedError as error:
-        return session.finish(reward=0.0, failed="aborted", reason=str(error))
-    except Exception as error:  # the task is the user's code: reported, and ends this trajectory
-        return session.finish(reward=0.0, failed="error", reason=f"{type(error).__name__}: {error}")
-    if not math.isfinite(reward):
-        return session.finish(reward=0.0, failed="error", reason=f"the reward is {reward}")
-    return session.finish(reward=reward)

@@ -89,6 +89,10 @@ class EpisodeSession:
         return len(self._turns)
 
     @property
+    def split(self) -> Split:
+        return self._ticket.split
+
+    @property
     def truncated(self) -> bool:
         return self._truncated
 

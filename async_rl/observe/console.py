@@ -84,6 +84,18 @@ class Console:
                     f"{event['reason']}\n{event['name']} is started again in {event['restart_in_s']:g} s "
                     f"(death {event['deaths']}; {event['max_restarts']} restarts are allowed)"
                 )
+            case "generator_lost":
+                self.say(
+                    f"{event['name']} gave no sign of life for {event['silent_s']:.1f} s, its {len(event['groups'])} "
+                    f"groups go to others; {event['reason']}"
+                )
+            case "generator_left":
+                groups = len(event["groups"])
+                self.say(f"{event['name']} has left ({event['reason']}), its {groups} groups go to others")
+            case "generator_rejoined":
+                self.say(f"{event['name']} is back; it begins anew with {event['episodes_dropped']} episodes dropped")
+            case "stall":
+                self.say(event["text"])
             case "step_skipped":
                 self.say(f"step {event['step']} changed nothing: {event['reason']}")
 

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from async_rl.process import run_process
 from async_rl.run_folder import RunFolder, replace_text
+from async_rl.settings import Settings
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer
+from async_rl.wire.heartbeat import Activity, make_heartbeat
 from async_rl.wire.keys import keys_in
 
 
-def train(folder: RunFolder, endpoint: str, version: int) -> None:
+def train(folder: RunFolder, settings: Settings, endpoint: str, version: int, activity: Activity) -> None:
     """Build the learner, go on from the checkpoint of `version` (0: from the initial model), train, leave
     the summary, say done."""
     import torch
@@ -29,7 +31,7 @@ def train(folder: RunFolder, endpoint: str, version: int) -> None:
     from async_rl.trainer.manifest import checkpoint_path
     from async_rl.weights.shared_memory import WeightPublisher, segment_path
 
-    settings = folder.settings()
+    activity.now("loading the model")
     torch.set_num_threads(settings.trainer.threads)
     learner = make_learner(settings)
     initial_hash = weights_hash(learner.weights())
@@ -40,13 +42,14 @@ def train(folder: RunFolder, endpoint: str, version: int) -> None:
         Dealer(endpoint, "trainer", max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as dealer,
         WeightPublisher(segment_path(folder.path), learner.weights()) as publisher,
     ):
-        dealer.send(msg.Hello(role="trainer", name="trainer", pid=os.getpid()))
         canary = make_canary(settings, learner, task, folder.event)
+        inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity)
+        inbox.say(msg.Hello(role="trainer", name="trainer", pid=os.getpid()))
         loop = TrainerLoop(
             settings=settings,
             folder=folder,
             learner=learner,
-            inbox=Inbox(dealer, settings.wire.timeout_s, canary),
+            inbox=inbox,
             canary=canary,
             publisher=publisher,
             source=Path(settings.model.path),
@@ -63,7 +66,13 @@ def train(folder: RunFolder, endpoint: str, version: int) -> None:
 
 def main(path: str, endpoint: str, version: str) -> None:
     folder = RunFolder(Path(path))
-    run_process("trainer", folder, lambda: train(folder, endpoint, int(version)))
+
+    def work() -> None:
+        settings, activity = folder.settings(), Activity()
+        with make_heartbeat("trainer", "trainer", activity, settings.wire, endpoint):
+            train(folder, settings, endpoint, int(version), activity)
+
+    run_process("trainer", folder, work)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""The trainer's side of the conversation with the buffer: ask ahead, wait by name, never for ever."""
+"""The trainer's side of the conversation with the buffer: ask ahead, wait by name, never for ever.
+
+A message may get lost when a connection breaks, so what the buffer must know is said again while something is
+waited for. Hearing it twice, late or in another order changes nothing there.
+"""
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field, replace
 
@@ -12,8 +15,33 @@ from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout
+from async_rl.wire.heartbeat import Activity
+from async_rl.wire.refusal import HARMLESS
 
 POLL_EVALUATION_S = 0.05
+AGAIN_S = 3.0
+"""how often a waiting trainer repeats what the buffer must know"""
+
+
+@dataclass(slots=True)
+class Patience:
+    """What is left of a wait. Time in which this process was stopped does not count: it could hear nobody."""
+
+    limit_s: float
+    left_s: float = field(init=False)
+    progress: float = -1.0
+    """the buffer's, as last heard"""
+
+    def __post_init__(self) -> None:
+        self.left_s = self.limit_s
+
+    def spend(self, seconds: float) -> None:
+        self.left_s -= min(seconds, AGAIN_S + 1.0)
+
+    def renew(self, progress: float) -> None:
+        """Something moved since: a slow episode is not a hang."""
+        if progress != self.progress:
+            self.progress, self.left_s = progress, self.limit_s
 
 
 @dataclass(slots=True)
@@ -22,9 +50,13 @@ class Inbox:
 
     dealer: Dealer
     timeout_s: float
-    """longest silence about what is waited for"""
+    """longest wait without any progress"""
     canary: CanaryWatch
     """compares what generators show of their weights, wherever it arrives"""
+    activity: Activity = field(default_factory=Activity)
+    said: dict[type, msg.Message] = field(default_factory=dict)
+    """the newest of each kind that the buffer must know, in the order in which it is said again"""
+    said_again: float = 0.0
     batches: dict[int, msg.Batch] = field(default_factory=dict)
     """whole ones, of the step waited for and those asked for ahead"""
     parts: dict[int, list[Trajectory]] = field(default_factory=dict)
@@ -37,22 +69,28 @@ class Inbox:
     """newest step whose batch was asked for"""
     last_word: str = ""
     """what the buffer last said about a wait"""
+    progress: int = -1
+    """the buffer's count of what has come, as last heard"""
+
+    def say(self, message: msg.Message) -> None:
+        """Tell the buffer something that it must know."""
+        self.said[type(message)] = message
+        self.dealer.send(message)
 
     def ask_batch(self, step: int) -> None:
         """Ask for the batch of `step`, ahead of need."""
         if step > self.asked:
             self.asked = step
-            self.dealer.send(msg.NextBatch(step=step))
+            self.say(msg.NextBatch(step=step))
 
     def batch(self, step: int) -> msg.Batch:
         """Wait for the batch of `step`. Raises RunFailed naming who was waited for."""
         self.ask_batch(step)
-        deadline = time.monotonic() + self.timeout_s
-        while step not in self.batches:
-            before = self.last_word, len(self.parts.get(step, ()))
-            self._receive(deadline, f"the batch of step {step}")
-            if (self.last_word, len(self.parts.get(step, ()))) != before:  # something moved: slow is not hung
-                deadline = time.monotonic() + self.timeout_s
+        patience = Patience(self.timeout_s)
+        with self.activity.during(f"waiting for the batch of step {step}"):
+            while step not in self.batches:
+                self._receive(patience, f"the batch of step {step}")
+                patience.renew(self.progress + len(self.parts.get(step, ())))
         self.last_word = ""
         self.wanted = step + 1
         return self.batches.pop(step)
@@ -60,35 +98,63 @@ class Inbox:
     def evaluation(self, number: int, *, wait: bool) -> msg.EvaluationResult | None:
         """The result of an evaluation asked for before; None when it is not complete and `wait` is off.
 
-        Raises RunFailed when no trajectory of it has come for `timeout_s`."""
-        deadline, missing = 0.0, math.inf
-        while True:
-            self.evaluations.pop(number, None)
-            self.dealer.send(msg.FetchEvaluation(evaluation=number))
-            answered_by = time.monotonic() + self.timeout_s
-            while number not in self.evaluations:
-                self._receive(answered_by, f"the buffer's word on evaluation {number}")
-            result = self.evaluations.pop(number)
-            if result.finished or not wait:
-                return result if result.finished else None
-            if result.detail["missing"] < missing:  # something moved: a slow evaluation is not a hang
-                deadline, missing = time.monotonic() + self.timeout_s, result.detail["missing"]
-            if time.monotonic() > deadline:
+        Raises RunFailed when nothing has moved for `timeout_s`."""
+        if not wait:
+            return self._fetch(number, waits=False)
+        patience = Patience(self.timeout_s)
+        with self.activity.during(f"waiting for evaluation {number}"):
+            while True:
+                started = time.monotonic()
+                result = self._fetch(number, waits=True, patience=patience)
+                if result is not None:
+                    return result
+                time.sleep(POLL_EVALUATION_S)
+                patience.spend(time.monotonic() - started)
+
+    def _fetch(self, number: int, *, waits: bool, patience: Patience | None = None) -> msg.EvaluationResult | None:
+        """Ask how far an evaluation is; the result when it is complete."""
+        self.evaluations.pop(number, None)
+        self.say(msg.FetchEvaluation(evaluation=number, waits=waits))
+        answer = Patience(self.timeout_s)
+        while number not in self.evaluations:
+            self._receive(answer, f"the buffer's word on evaluation {number}")
+        result = self.evaluations.pop(number)
+        del self.said[msg.FetchEvaluation]
+        if result.finished:
+            if isinstance(asked := self.said.get(msg.Evaluate), msg.Evaluate) and asked.evaluation == number:
+                del self.said[msg.Evaluate]
+            return result
+        if patience is not None:
+            patience.renew(float(result.detail["progress"]))
+            if patience.left_s <= 0:
                 raise RunFailed(
-                    f"waited {self.timeout_s:g} s (wire.timeout_s) for another trajectory of evaluation "
-                    f"{number}, {missing:.0f} are missing; a reward or tool function that blocks stops its generator"
+                    f"waited {self.timeout_s:g} s (wire.timeout_s) for another token or trajectory of evaluation "
+                    f"{number}, {result.detail['missing']:.0f} are missing; {result.detail['reason']}"
                 )
-            time.sleep(POLL_EVALUATION_S)
+        return None
 
     def snapshot(self) -> dict[str, float]:
         """The buffer's counters now."""
         self.snapshots.clear()
-        self.dealer.send(msg.Query())
-        deadline = time.monotonic() + self.timeout_s
+        self.say(msg.Query())
+        patience = Patience(self.timeout_s)
         while not self.snapshots:
-            self._receive(deadline, "the buffer's counters")
+            self._receive(patience, "the buffer's counters")
+        del self.said[msg.Query]
         detail = self.snapshots.pop().detail
         return {name: float(value) for name, value in detail.items() if isinstance(value, int | float)}
+
+    def consumed(self, version: int) -> dict[str, float]:
+        """Wait until the buffer has noted the checkpoint of `version`; its counters then. Raises RunFailed."""
+        patience = Patience(self.timeout_s)
+        while (counters := self.snapshot())["consumed"] < version:
+            started = time.monotonic()
+            time.sleep(POLL_EVALUATION_S)
+            self._say_again()
+            patience.spend(time.monotonic() - started)
+            if patience.left_s <= 0:
+                raise RunFailed(f"waited {self.timeout_s:g} s (wire.timeout_s) for the buffer to note step {version}")
+        return counters
 
     def listen(self) -> None:
         """Take in what has arrived, without waiting."""
@@ -101,17 +167,27 @@ class Inbox:
                 raise RunFailed(f"the trainer cannot read what the buffer sends: {error}") from None
             self._take(message)
 
-    def _receive(self, deadline: float, waiting_for: str) -> None:
-        try:
-            message = self.dealer.receive(max(0.0, deadline - time.monotonic()), waiting_for)
-        except WireTimeout:
+    def _receive(self, patience: Patience, waiting_for: str) -> None:
+        """Take in one message, or wait a while for none."""
+        if patience.left_s <= 0:
             last = f"; last heard: {self.last_word}" if self.last_word else ""
-            raise RunFailed(
-                f"waited {self.timeout_s:g} s (wire.timeout_s) for {waiting_for}{last}"
-            ) from None
+            raise RunFailed(f"waited {self.timeout_s:g} s (wire.timeout_s) for {waiting_for}{last}")
+        started = time.monotonic()
+        try:
+            self._take(self.dealer.receive(min(AGAIN_S, patience.left_s), waiting_for))
+        except WireTimeout:
+            self._say_again()
         except WireError as error:
             raise RunFailed(f"the trainer cannot read what the buffer sends: {error}") from None
-        self._take(message)
+        patience.spend(time.monotonic() - started)
+
+    def _say_again(self) -> None:
+        """Whatever of it was lost: now it is known."""
+        now = time.monotonic()
+        if now - self.said_again >= AGAIN_S:
+            self.said_again = now
+            for message in self.said.values():
+                self.dealer.send(message)
 
     def _take(self, message: msg.Message) -> None:
         match message:
@@ -123,15 +199,17 @@ class Inbox:
                 self.snapshots.append(message)
             case msg.Canary():
                 self.canary.hear(message)
-            case msg.Waiting(reason=reason):
-                self.last_word = _without_seconds(reason)
+            case msg.Waiting(reason=reason, progress=progress):
+                self.last_word, self.progress = reason, progress
+                self._say_again()  # it waits with us: it may be for something of ours that was lost
+            case msg.Refused(what=what, kind=kind) if kind in HARMLESS or what == "FetchEvaluation":
+                pass  # the Hello or the Evaluate before it was lost; they are said again
             case msg.Refused(what=what, reason=reason):
                 raise RunFailed(f"the buffer refused {what}: {reason}")
             case msg.Stop(reason=reason):
                 raise RunFailed(f"the buffer stopped: {reason}")
             case _:
                 pass
-
 
     def _take_batch(self, part: msg.Batch) -> None:
         """Put a batch together; ask for what is missing. What was taken before is not kept again."""
@@ -142,13 +220,7 @@ class Inbox:
         if part.after == len(have):
             have += part.trajectories
         if len(have) < part.total:
-            self.dealer.send(msg.NextBatch(step=step, after=len(have)))
+            self.say(msg.NextBatch(step=step, after=len(have)))
             return
+        self.said.pop(msg.NextBatch, None)
         self.batches[step] = replace(part, trajectories=tuple(self.parts.pop(step)), after=0)
-
-
-def _without_seconds(reason: str) -> str:
-    """The reason without the running clock, so that an unchanged situation reads the same."""
-    return ", ".join(part for part in reason.split(", ") if not part.endswith(" s"))
-
-

@@ -110,7 +110,7 @@ class TrainerLoop:
             totals=self.totals,
             first=self.reward_first,
             last=mean(last.rewards),
-            detail=self.inbox.snapshot(),
+            detail=self.inbox.consumed(steps),
             canary=self.canary.summary(),
             seconds=seconds,
             max_staleness=self.settings.staleness.max_staleness,
@@ -124,10 +124,12 @@ class TrainerLoop:
         self.canary.look(step, batch.detail)
         self.inbox.listen()
         started = time.monotonic()
+        self.inbox.activity.now(f"training step {step}")
         packed = pack_step(self.settings, batch.trajectories)
         report = self.learner.step(packed)
         trained = time.monotonic()
         self.inbox.listen()  # nothing newer is published over weights that arrived wrong
+        self.inbox.activity.now(f"publishing version {step + 1}")
         self.publish(ess=report.metrics.get("ess/ratio", -1.0))
         published = time.monotonic()
         if self.size_bytes <= CHECKSUM_BYTES:
@@ -163,7 +165,7 @@ class TrainerLoop:
     def publish(self, *, ess: float = -1.0) -> None:
         """Hand the weights over and say so; `ess`: of the batch they were trained on, if any."""
         self.publisher.publish(self.learner.weights(), self.learner.version)
-        self.inbox.dealer.send(msg.Published(version=self.learner.version, ess=ess))
+        self.inbox.say(msg.Published(version=self.learner.version, ess=ess))
         self.canary.expect()
 
     def checkpoint(self) -> None:
@@ -172,6 +174,7 @@ class TrainerLoop:
         if version == self.saved:
             return
         started = time.monotonic()
+        self.inbox.activity.now(f"checkpoint {version}")
         self.record_weights("hash", weights_hash(self.learner.weights()))
         for rows in (self.folder.metrics, self.folder.weights):
             to_disk(rows)  # the rows of a checkpoint's steps must not be missing behind it
@@ -191,7 +194,7 @@ class TrainerLoop:
             ) from None
         self.saved = version
         oldest = version_of(list_checkpoints(self.folder.checkpoints)[0])
-        self.inbox.dealer.send(msg.Checkpointed(version=version, oldest=oldest))
+        self.inbox.say(msg.Checkpointed(version=version, oldest=oldest))
         took = time.monotonic() - started
         self.folder.event("checkpoint", version=version, path=str(path), seconds=round(took, 4), time=time.time())
 
@@ -233,7 +236,7 @@ class TrainerLoop:
 
     def send_evaluation(self, number: int) -> None:
         settings = self.settings.evaluation
-        self.inbox.dealer.send(
+        self.inbox.say(
             msg.Evaluate(
                 evaluation=number,
                 version=self.learner.version,

@@ -187,8 +187,9 @@ class Dealer:
             raise WireTimeout(_waited(self.identity, seconds, waiting_for))
         return decode(_buffers(self._socket.recv_multipart(copy=False)))
 
-    def close(self) -> None:
-        self._context.destroy(linger=round(LINGER_S * 1000))
+    def close(self, *, linger_s: float = LINGER_S) -> None:
+        """`linger_s`: time that what was sent has to leave."""
+        self._context.destroy(linger=round(linger_s * 1000))
 
     def __enter__(self) -> Dealer:
         return self
@@ -231,9 +232,9 @@ class AsyncDealer:
             raise WireTimeout(_waited(self.identity, seconds, waiting_for))
         return decode(_buffers(await self._socket.recv_multipart(copy=False)))
 
-    def close(self, *, deliver: bool = True) -> None:
-        """`deliver`: give what was sent a moment to leave; not wanted when the buffer is gone."""
-        self._context.destroy(linger=round(LINGER_S * 1000) if deliver else 0)
+    def close(self, *, linger_s: float = LINGER_S) -> None:
+        """`linger_s`: time that what was sent has to leave; 0 when the buffer is gone."""
+        self._context.destroy(linger=round(linger_s * 1000))
 
 
 def _connected(

@@ -44,7 +44,7 @@ def encode(message: Message) -> list[Blob]:
                 "detail": {name: float(value) for name, value in message.detail.items()},
             }
         case Permits(permits=permits):
-            values = {"permits": [_values(permit) for permit in permits]}
+            values = {**_values(message), "permits": [_values(permit) for permit in permits]}
         case _:
             values = _values(message)
     try:

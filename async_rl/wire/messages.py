@@ -29,6 +29,9 @@ class Hello:
     role: str
     name: str
     pid: int
+    session: int = 0
+    """of a generator: a number never used before; it is in whatever counts from this Hello on. Saying Hello
+    again under the same one changes nothing. 0: a Hello always begins anew"""
     detail: Detail = field(default_factory=dict)
 
 
@@ -38,6 +41,7 @@ class Want:
     """permits it takes in all since its Hello: repeating the message asks for nothing more"""
     version: int
     """weights it holds; -1: none yet"""
+    session: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,15 @@ class Turns:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Leave:
+    """It ends and gives back what it holds; finished turns (Turns) were sent before."""
+
+    name: str
+    reason: str
+    session: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Holds:
     version: int
     """weights that sample the next token"""
@@ -66,10 +79,16 @@ class Holds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """Counters since the generator began."""
+    """The whole standing of a generator, several times a second: whatever message got lost before, the buffer
+    sees what is missing. Counters since the generator began."""
 
     name: str
+    session: int = 0
     version: int
+    limit: int = 0
+    """as in Want"""
+    groups: tuple[int, ...] = ()
+    """groups in hand: running, or finished and not acknowledged"""
     busy_seconds: float
     """inside model steps"""
     wall_seconds: float
@@ -112,7 +131,13 @@ class Permit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Permits:
+    """A permit for a group that the generator has in hand already is one sent again: it changes nothing."""
+
     permits: tuple[Permit, ...]
+    session: int = 0
+    """of the Hello they answer; under another one they are void"""
+    granted: int = 0
+    """permits given in all since that Hello, with these"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +176,36 @@ class Stop:
     """To every process: end now."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unknown:
+    """The buffer knows no generator under this session: say Hello anew, with nothing in hand."""
+
+    session: int
+
+
+# ---- every process -> buffer, from a thread and a socket of its own -----------------------------
+
+PULSE = "/pulse"
+"""identity of that socket: that of the process and this"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulse:
+    """I live, and this is what I do. Answered by `Heard`."""
+
+    name: str
+    pid: int
+    role: str
+    doing: str
+    since_s: float
+    """for how long it has done that"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """The buffer lives."""
 
 
 # ---- trainer -> buffer --------------------------------------------------------------------------
@@ -196,6 +251,8 @@ class Evaluate:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchEvaluation:
     evaluation: int
+    waits: bool = False
+    """the trainer does nothing else until it is complete"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +288,8 @@ class Waiting:
     """who is waited for"""
     seconds: float
     """for how long already"""
+    progress: int = 0
+    """trajectories and tokens so far: a wait during which it grows is no hang"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +314,16 @@ class Query:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     detail: Detail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gone:
+    """This generator's process has ended: its permits need not wait for it."""
+
+    name: str
+    pid: int
+    """of that life of it"""
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,11 +384,12 @@ class Withdrawn:
 
 # fmt: off
 Message = (
-    Hello | Want | Finished | Turns | Holds | Status | Canary
-    | Permits | Accepted | Refused | Abandon | NewWeights | Stop
+    Hello | Want | Finished | Turns | Leave | Holds | Status | Canary
+    | Permits | Accepted | Refused | Abandon | NewWeights | Stop | Unknown
+    | Pulse | Heard
     | NextBatch | Published | Checkpointed | Evaluate | FetchEvaluation | Done
     | Batch | Waiting | EvaluationResult
-    | Query | Snapshot | Shutdown
+    | Query | Snapshot | Gone | Shutdown
     | AskWeights | Offer | AskChunks | Chunk | Withdrawn
 )
 # fmt: on

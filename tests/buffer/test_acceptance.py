@@ -63,10 +63,8 @@ def given(core: Core) -> Trajectory:
 
 def state(core: Core) -> Any:
     """Everything but the counters of refusals and when who was heard."""
-    heard = copy.deepcopy(core.admission.generators)
-    for generator in heard.values():
-        generator.last_heard = 0.0
-    return copy.deepcopy((core.ledger, core.evaluations, core.published, core.pending, core.ended)), heard
+    generators = copy.deepcopy(core.admission.generators)
+    return copy.deepcopy((core.ledger, core.evaluations, core.published, core.pending, core.ended)), generators
 
 
 IMPOSSIBLE: list[tuple[str, dict[str, Any]]] = [
@@ -144,6 +142,12 @@ def test_a_late_duplicate_is_acknowledged_and_a_group_that_never_was_is_not(core
         (b"nobody", STATUS, "stranger"),
         (b"nobody", msg.Canary(name="x", version=0, digests=(), log_probs=()), "stranger"),
         (b"nobody", msg.NextBatch(step=1), "stranger"),
+        (b"nobody", msg.Leave(name="a", reason="x"), "stranger"),
+        (b"a", msg.Leave(name="a", reason="x", session=7), "stranger"),
+        (b"a", msg.Want(limit=2, version=0, session=7), "stranger"),
+        (b"a", msg.Gone(name="a", pid=1, reason="x"), "stranger"),
+        (b"a", msg.Pulse(name="a", pid=1, role="generator", doing="x" * 1001, since_s=0.0), "number"),
+        (b"a", msg.Pulse(name="a", pid=1, role="generator", doing="x", since_s=math.nan), "number"),
         (b"a", msg.NextBatch(step=0), "stranger"),
         (b"a", msg.Published(version=1), "stranger"),
         (b"a", msg.Checkpointed(version=1), "stranger"),
@@ -168,6 +172,7 @@ def test_a_late_duplicate_is_acknowledged_and_a_group_that_never_was_is_not(core
         (b"a", replace(STATUS, wall_seconds=math.inf), "number"),
         (b"a", replace(STATUS, tokens_generated=2**64 - 1), "number"),
         (b"a", replace(STATUS, running=-1), "number"),
+        (b"a", replace(STATUS, limit=99), "number"),
         (b"a", msg.Canary(name="x", version=2**40, digests=(), log_probs=()), "version"),
         (TRAINER, msg.NextBatch(step=2), "step"),
         (TRAINER, msg.NextBatch(step=-1), "step"),

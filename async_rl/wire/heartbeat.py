@@ -1,0 +1,193 @@
+"""Signs of life from a thread of its own, so that a busy process is not taken for dead.
+
+The main thread says what it does (`Activity`, two assignments); the thread tells it to the launcher through
+a pipe and to the buffer through a socket. Torch frees Python's lock while it computes, so the thread runs
+then too; in a stopped process nothing does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from async_rl.settings import WireSettings
+from async_rl.trajectory.codec import WireError
+from async_rl.wire import messages as msg
+from async_rl.wire.channel import Dealer, WireTimeout
+from async_rl.wire.keys import keys_in
+
+PULSE_PIPE = "ASYNC_RL_PULSE_PIPE"
+"""environment variable: file descriptor through which the launcher hears its children"""
+PULSE_S = 1.0
+LONGEST_WORD = 400
+"""characters of what a process does; with them a line on the pipe stays whole (PIPE_BUF)"""
+STARTING = "starting"
+OVERDUE_S = 1.0
+"""a main loop that has not come round for so long is held up by something"""
+_FOREIGN = tuple(
+    str(path)
+    for name in ("stdlib", "purelib", "platlib")
+    for path in (Path(sysconfig.get_path(name)), Path(sysconfig.get_path(name)).resolve())
+)
+_OURS = str(Path(__file__).parent.parent)
+
+
+class Activity:
+    """What the main thread does, since when."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._state = (STARTING, clock())
+        self._round = clock()
+        self.looping = False
+        """the main thread is a loop that calls `now` or `still` all the time: when it does not, it is held up"""
+
+    def now(self, doing: str) -> None:
+        """From now on it does this."""
+        self._round = self._clock()
+        self._state = (doing, self._round)
+
+    def still(self, doing: str) -> None:
+        """The same kind of thing in other words: begun when it was."""
+        self._round = self._clock()
+        self._state = (doing, self._state[1])
+
+    @contextmanager
+    def during(self, doing: str) -> Iterator[None]:
+        """Inside it does this, behind it what it did before."""
+        before = self._state
+        self.now(doing)
+        try:
+            yield
+        finally:
+            self._round = self._clock()
+            self._state = before
+
+    def state(self) -> tuple[str, float]:
+        """(what, for how many seconds)"""
+        doing, since = self._state
+        return doing, self._clock() - since
+
+    def held_up_s(self) -> float:
+        """For how long a main loop has not come round; 0 when it does, or there is none."""
+        late = self._clock() - self._round
+        return late if self.looping and late > OVERDUE_S else 0.0
+
+
+class Heartbeat:
+    """The thread. `dealer` opens its socket to the buffer (in the thread, which owns it); None: no buffer."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        role: str,
+        activity: Activity,
+        dealer: Callable[[], Dealer] | None,
+        every_s: float = PULSE_S,
+    ) -> None:
+        self._name, self._role, self._activity = name, role, activity
+        self._every_s = every_s
+        self._open = dealer
+        self._pipe = int(os.environ[PULSE_PIPE]) if PULSE_PIPE in os.environ else -1
+        self._watched = threading.get_ident()
+        self._end = threading.Event()
+        self._heard = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        """Call it in the main thread, early."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._end.set()
+        self._thread.join(2 * PULSE_S)
+
+    @property
+    def buffer_silent_s(self) -> float:
+        """Since the buffer answered last. Of no meaning without a socket to it."""
+        return time.monotonic() - self._heard
+
+    def _run(self) -> None:
+        dealer = self._open() if self._open is not None else None
+        try:
+            before = time.monotonic()
+            while True:
+                pulse = self._pulse()
+                self._tell_launcher(pulse)
+                if dealer is not None:
+                    dealer.send(pulse)
+                    self._listen(dealer)
+                if self._end.wait(self._every_s):
+                    return
+                now = time.monotonic()
+                if now - before > 4 * self._every_s:  # this process was stopped: it could not hear anybody
+                    self._heard = now
+                before = now
+        finally:
+            if dealer is not None:
+                dealer.close(linger_s=0)
+
+    def _listen(self, dealer: Dealer) -> None:
+        """Whether the buffer has answered."""
+        while True:
+            try:
+                dealer.receive(0.0, "the buffer's answer to a pulse")
+            except WireTimeout:
+                return
+            except WireError:
+                continue
+            self._heard = time.monotonic()
+
+    def _pulse(self) -> msg.Pulse:
+        doing, seconds = self._activity.state()
+        if held_up := self._activity.held_up_s():
+            doing += f"; held up for {held_up:.1f} s {place(sys._current_frames().get(self._watched))}"
+        return msg.Pulse(
+            name=self._name, pid=os.getpid(), role=self._role, doing=doing[:LONGEST_WORD], since_s=seconds
+        )
+
+    def _tell_launcher(self, pulse: msg.Pulse) -> None:
+        if self._pipe < 0:
+            return
+        line = {"name": pulse.name, "pid": pulse.pid, "doing": pulse.doing, "since_s": round(pulse.since_s, 3)}
+        with suppress(BlockingIOError, BrokenPipeError):  # the launcher is busy, or gone: not our concern here
+            os.write(self._pipe, json.dumps(line).encode() + b"\n")
+
+
+def make_heartbeat(name: str, role: str, activity: Activity, wire: WireSettings, endpoint: str | None) -> Heartbeat:
+    """Of a process of a run. `endpoint`: where the buffer listens; None: tell the launcher alone."""
+
+    def dealer() -> Dealer:
+        assert endpoint is not None
+        limit = wire.max_message_mb << 20
+        return Dealer(endpoint, f"{name}{msg.PULSE}", max_message_bytes=limit, keys=keys_in(wire.keys))
+
+    # several pulses must fit into the silence after which a process is taken for frozen
+    every_s = min(PULSE_S, wire.frozen_after_s / 4)
+    chosen = dealer if endpoint is not None else None
+    return Heartbeat(name=name, role=role, activity=activity, dealer=chosen, every_s=every_s)
+
+
+def place(frame: FrameType | None) -> str:
+    """Where a thread is, in the code nearest to it that is neither a library's nor ours (a user's reward or
+    task), else in ours. Example: `in my_rewards.py:31 judge`."""
+    ours = ""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        here = f"in {Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}"
+        if file.startswith(_OURS):
+            ours = ours or here
+        elif not file.startswith((*_FOREIGN, "<")):
+            return here
+        frame = frame.f_back
+    return ours or "in a library"
