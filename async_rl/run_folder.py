@@ -87,7 +87,7 @@ class RunFolder:
         """The settings the run was started with."""
         return structured(Settings, load_yaml(self.config), where="")
 
-    def event(self, kind: str, **detail: Any) -> None:
+    def event(self, kind: str, /, **detail: Any) -> None:
         append_row(self.events, {"event": kind, **detail})
 
 

@@ -300,7 +300,7 @@ class GeneratorLoop:
         limit = self.permits_received + free
         if limit > self.told_limit:
             self.told_limit = limit
-            await self.dealer.send(msg.Want(limit=limit, version=self.engine.version))
+            await self.dealer.send(msg.Want(limit=limit, version=self.engine.version, session=self.session))
 
     def _in_hand(self) -> set[tuple[int, int]]:
         """(group, sample) of everything running, or finished and not acknowledged."""
