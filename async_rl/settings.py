@@ -374,11 +374,8 @@ def check(settings: Settings) -> None:
             "end of the run; set checkpoint.every"
         )
     for name in ("frozen_after_s", "stall_report_s"):
-        if (seconds := values[f"wire.{name}"]) >= settings.wire.timeout_s:
-            raise UserError(
-                f"wire.{name} is {seconds:g}, but the run ends with an error after wire.timeout_s="
-                f"{settings.wire.timeout_s:g} seconds of waiting anyway; choose a smaller one"
-            )
+        if (seconds := values[f"wire.{name}"]) >= (limit := settings.wire.timeout_s):
+            raise UserError(f"wire.{name} is {seconds:g}, but a wait ends the run after wire.timeout_s={limit:g}; lower it")
     if settings.generator.max_sequences < settings.batch.group_size:
         raise UserError(
             f"generator.max_sequences is {settings.generator.max_sequences}, less than one group "

@@ -124,8 +124,8 @@ class Core:
                 return self._holds(peer, message.version, now)
             case msg.Status():
                 return self.attendance.status(peer, message, published=self.published, now=now) + self._grant(now)
-            case msg.Pulse():
-                return self._pulse(peer, now)
+            case msg.Pulse():  # the buffer lives, too
+                return [do.Send(peer=peer, message=msg.Heard())] if self._may_answer(peer, now) else []
             case msg.Canary():
                 return self.attendance.canary(peer, message, self.trainer)
             case msg.NextBatch():
@@ -171,14 +171,12 @@ class Core:
         return self.refusals.refuse(peer, what, objection, answer=answer, pairs=pairs)
 
     def _query(self, peer: bytes, now: float) -> list[do.Effect]:
-        if peer != self.trainer and not self.refusals.may_answer(now):
-            return []
-        return [do.Send(peer=peer, message=msg.Snapshot(detail=self.snapshot(now)))]
+        answer = self._may_answer(peer, now)
+        return [do.Send(peer=peer, message=msg.Snapshot(detail=self.snapshot(now)))] if answer else []
 
-    def _pulse(self, peer: bytes, now: float) -> list[do.Effect]:
-        """The buffer lives, too."""
-        known = self.presence.knows(peer) or self.refusals.may_answer(now)
-        return [do.Send(peer=peer, message=msg.Heard())] if known else []
+    def _may_answer(self, peer: bytes, now: float) -> bool:
+        """Those it knows always; strangers as long as that is cheap."""
+        return self.presence.knows(peer) or self.refusals.may_answer(now)
 
     def tick(self, now: float) -> list[do.Effect]:
         """Time passes: give up generators that are frozen, tell a waiting trainer whom it waits for."""
