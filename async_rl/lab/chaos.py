@@ -19,8 +19,10 @@ from pathlib import Path
 from signal import SIGCONT, SIGINT, SIGKILL
 from typing import IO, Any
 
+from async_rl.buffer.store import StoreReader, store_begun
 from async_rl.errors import RunFailed, UserError
 from async_rl.interrupt import ignore_interrupts, interruptible
+from async_rl.lab.chaos_memory import Memory, remember
 from async_rl.lab.chaos_plan import Fault, in_words, timetable
 from async_rl.lab.chaos_proxy import Proxy
 from async_rl.lab.chaos_report import Outcome
@@ -108,6 +110,8 @@ class ChaosRun:
     """over, but the run has not stepped since"""
     end_expected: str = ""
     """the fault that is bound to end this launch"""
+    memories: list[Memory] = field(default_factory=list)
+    """what the store said at the end of each launch"""
     in_vain: int = 0
     """ends that no fault explains, since the last step"""
 
@@ -168,6 +172,9 @@ class ChaosRun:
         if any(strike.fault.endless for strike in self.active):
             self.free_frozen()
         self.outcome.resumes += 1
+        if store_begun(self.folder.store):
+            with StoreReader(self.folder.store) as store:
+                self.memories.append(remember(store))
         self.launch("--resume", str(self.folder.path))
         return False
 
@@ -181,7 +188,8 @@ class ChaosRun:
                 log.write(written)
         lines = written.decode(errors="replace").strip().splitlines()
         told = [place for place, line in enumerate(lines) if line.startswith("async-rl: ")]
-        return "\n".join(lines[told[-1] :] if told else lines[-3:])
+        last = lines[told[-1] :] if told else lines[-3:]
+        return "\n".join(line for line in last if not line.startswith("`async-rl run --resume"))
 
     # ------------------------------------------------------------------------------------------------ watching
 

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from async_rl.buffer.store_reader import StoreReader
 from async_rl.child import arithmetic_environment
 from async_rl.config import to_yaml
 from async_rl.errors import RunFailed, UserError
 from async_rl.lab.audit_run import audit_run
 from async_rl.lab.chaos import ChaosRun
+from async_rl.lab.chaos_memory import Memory, forgotten
 from async_rl.lab.chaos_plan import Counts, make_plan
 from async_rl.lab.chaos_proxy import Proxy
 from async_rl.lab.chaos_report import Outcome
@@ -63,18 +65,21 @@ def run_chaos(
         finally:
             if proxy is not None:
                 _without_tunnel(folder)
-    _examine(folder, outcome, say)
+    _examine(folder, run.memories, outcome, say)
     replace_text(folder.path / "chaos.json", json.dumps(outcome.to_dict(), indent=2) + "\n")
     return outcome
 
 
-def _examine(folder: RunFolder, outcome: Outcome, say: Callable[[str], None]) -> None:
+def _examine(folder: RunFolder, memories: Sequence[Memory], outcome: Outcome, say: Callable[[str], None]) -> None:
     """What the run left: nothing in memory, a whole store, weights that can be had again."""
     segment = segment_path(folder.path)
     for left in (*segment.parent.glob(f"{segment.name}*"), *folder.path.glob("*.sock")):
         outcome.problems.append(f"{left} was left behind")
     try:
-        outcome.audit = audit_run(folder)
+        audit = audit_run(folder)
+        with StoreReader(folder.store) as store:
+            lost = [finding for memory in memories for finding in forgotten(memory, store)]
+        outcome.audit = dataclasses.replace(audit, findings=(*audit.findings, *dict.fromkeys(lost)))
     except UserError as error:
         outcome.problems.append(f"no audit: {error}")
     if not folder.summary.exists():

@@ -104,6 +104,7 @@ class TrainerLoop:
             if every and (step + 1) % every == 0 and step + 1 < steps:
                 self.checkpoint()
         seconds = self.seconds()
+        self.collect_evaluation(wait=True)  # what was asked for is reported, also when training ends before it
         last = self.evaluate_and_wait(step=steps)
         self.checkpoint()
         return summarise(
@@ -255,16 +256,20 @@ class TrainerLoop:
 
     def watch_evaluation(self, step: int) -> None:
         """Start the evaluation that is due, collect the one that is done; never wait."""
-        if self.pending_evaluation is not None:
-            number, asked_at = self.pending_evaluation
-            result = self.inbox.evaluation(number, wait=False)
-            if result is not None:
-                self.pending_evaluation = None
-                self.report_evaluation(number, asked_at, result)
+        self.collect_evaluation(wait=False)
         every = self.settings.evaluation.every
         due = every and (step + 1) % every == 0 and step + 1 < self.settings.trainer.steps
         if due and self.pending_evaluation is None:
             self.pending_evaluation = (self.ask_evaluation(), step + 1)
+
+    def collect_evaluation(self, *, wait: bool) -> None:
+        """Report the evaluation that ran beside training, if it is done."""
+        if self.pending_evaluation is not None:
+            number, asked_at = self.pending_evaluation
+            result = self.inbox.evaluation(number, wait=wait)
+            if result is not None:
+                self.pending_evaluation = None
+                self.report_evaluation(number, asked_at, result)
 
     def report_evaluation(self, number: int, step: int, result: msg.EvaluationResult) -> None:
         self.folder.event(

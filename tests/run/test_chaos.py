@@ -28,7 +28,7 @@ def begin(config: Path, run: Path, *words: str) -> subprocess.Popen[str]:
 
 def test_a_run_of_which_everything_is_killed_loses_nothing(tmp_path: Path, tiny_model: Path) -> None:
     config = write_config(
-        tmp_path, tiny_model, "trainer.steps=120", "checkpoint.every=20", "evaluation.every=25", "wire.timeout_s=30"
+        tmp_path, tiny_model, "trainer.steps=120", "checkpoint.every=20", "evaluation.every=17", "wire.timeout_s=30"
     )
     run = RunFolder(tmp_path / "run")
     process = begin(config, run.path, "--kills", "4", "--seed", "3")
