@@ -1,4 +1,4 @@
-"""The command line: `async-rl run | replay | report | audit | chaos | config | recipes | init-model | keys | eval`."""
+"""The command line. `async-rl --help` lists the commands."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from async_rl import __version__
+from async_rl.doctor.command import add_doctor
 from async_rl.errors import RunFailed, UserError
 from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
 from async_rl.observe.commands import add_watching
@@ -76,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--run-dir", type=Path, help="folder of this run (default: runs/<name>-<time>)")
     run.add_argument("--quiet", action="store_true", help="no line for every step")
     run.set_defaults(work=_run)
+
+    add_doctor(commands)
 
     config = commands.add_parser("config", help="print every setting, resolved, with meaning and unit")
     config.add_argument("config", type=Path)
@@ -261,6 +264,10 @@ def _config(arguments: argparse.Namespace) -> int:
         shown = json.dumps(value) if not isinstance(value, str) or value == "" else value
         print(f"{path} = {shown}" + (f"  [{unit}]" if unit else ""))
         print(f"    {meaning}")
+    if Path(settings.model.path).is_dir():
+        from async_rl.doctor.memory import estimate, in_words
+
+        print(f"\n{in_words(estimate(settings))}")
     return 0
 
 

@@ -35,6 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "child interrupt live preflight restart resume vitals",
         "launch",
         "lab",
+        "doctor",
         "__main__",
     )
 )

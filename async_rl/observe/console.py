@@ -18,10 +18,10 @@ HEADER = (
 
 
 class Console:
-    """Where a run shows itself. `quiet` keeps the lines of steps back."""
+    """Where a run shows itself. `quiet` keeps the lines of steps back, `silent` everything."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._out = RichConsole(highlight=False)
+    def __init__(self, *, quiet: bool = False, silent: bool = False) -> None:
+        self._out = RichConsole(highlight=False, quiet=silent)
         self._quiet = quiet
         self._progress: Progress | None = None
         self._task: Any = None

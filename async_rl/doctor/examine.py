@@ -1,0 +1,152 @@
+"""All checks in order. Findings come one by one, as they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from async_rl.doctor import machine, memory, reward, software, tokens
+from async_rl.doctor.finding import Finding, error, ok, warning
+from async_rl.errors import UserError
+from async_rl.model.folder import check_folder
+from async_rl.model.tokenizer import Tokenizer
+from async_rl.preflight import preflight
+from async_rl.settings import Settings, load_settings
+from async_rl.task import Task, make_task
+
+Found = Finding | Iterable[Finding]
+Made = TypeVar("Made")
+
+
+def guarded(check: str, look: Callable[[], Found]) -> Iterator[Finding]:
+    """The findings of a check; what it raises is one of them."""
+    try:
+        found = look()
+        yield from (found,) if isinstance(found, Finding) else found
+    except UserError as failure:
+        said, _, remedy = str(failure).partition("; ")  # as messages for users are written
+        yield error(check, said, remedy or "see the message")
+    except Exception as failure:  # a check that cannot be done must not end the others
+        yield error(check, f"the check raised {type(failure).__name__}: {failure}", "please report it with this line")
+
+
+def examine(config: Path | None, overrides: Sequence[str], *, run_folder: Path) -> Iterator[Finding]:
+    """`config`: None looks at the machine alone. `run_folder`: where the run would be."""
+    settings: list[Settings] = []
+    if config is not None:
+        yield from guarded("settings", lambda: _keep(settings, load_settings(config, overrides), f"{config} is read"))
+    chosen = settings[0] if settings else None
+    yield from guarded("software", lambda: software.judge_software(software.read_software()))
+    yield from guarded("cores", lambda: machine.judge_cores(machine.read_cores(), chosen))
+    yield from guarded("gpu", lambda: machine.judge_gpus(machine.read_gpus(), chosen))
+    yield from guarded("unix socket", machine.look_at_ipc)
+    name = f"{chosen.name if chosen is not None else 'run'}-{'0' * len('20260101-000000')}"
+    yield from guarded("socket path", lambda: machine.judge_socket_path(run_folder / name))
+    yield from guarded("tcp loopback", machine.look_at_tcp)
+    if chosen is None:
+        yield from guarded("shared memory", lambda: machine.judge_shared_memory(machine.read_shared_memory(), None))
+        yield from guarded(
+            "disk",
+            lambda: machine.judge_disk(machine.read_disk(run_folder), durability="process", needed_bytes=None),
+        )
+        return
+    yield from examine_run(chosen, run_folder)
+
+
+def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
+    """What the settings ask of the machine, and whether model, tokenizer and task fit."""
+    estimates: list[memory.Estimate] = []
+    yield from guarded("model", lambda: look_at_model(settings, estimates))
+    found = estimates[0] if estimates else None
+    model_bytes = 4 * found.parameters if found is not None else None
+    yield from guarded(
+        "shared memory", lambda: machine.judge_shared_memory(machine.read_shared_memory(), model_bytes)
+    )
+    yield from guarded(
+        "disk",
+        lambda: machine.judge_disk(
+            machine.read_disk(run_folder),
+            durability=settings.buffer.durability,
+            needed_bytes=memory.disk_bytes(settings, found) if found is not None else None,
+        ),
+    )
+    tasks: list[Task] = []
+    yield from guarded(
+        "task", lambda: _keep(tasks, make_task(settings.task.name, settings.task.args), f"{settings.task.name} is made")
+    )
+    if tasks:
+        yield from guarded("reward", lambda: reward.judge_reward(reward.measure_reward(tasks[0], seed=settings.seed)))
+    if found is None:
+        return
+    yield from guarded("memory", lambda: look_at_memory(found))
+    if not tasks:
+        return
+    tokenizers: list[Tokenizer] = []
+    yield from guarded("tokenizer", lambda: _keep_quietly(tokenizers, Tokenizer(settings.model.path)))
+    if not tokenizers:
+        return
+    yield from guarded("tokenizer", lambda: look_at_tokens(tasks[0], tokenizers[0]))
+    failed = False
+    for finding in guarded("preflight", lambda: look_at_fit(settings)):
+        failed = failed or finding.level == "error"
+        yield finding
+    if failed:  # no run could start with these settings
+        return
+    from async_rl.doctor import agreement  # imports the trainer: some seconds
+
+    free = memory.read_available()
+    yield from guarded("log-probs", lambda: agreement.look_at_log_probs(settings, tasks[0], found.parameters, free))
+    yield from guarded("max_staleness=0", lambda: agreement.look_at_equivalence(settings, found.parameters))
+
+
+def look_at_model(settings: Settings, estimates: list[memory.Estimate]) -> Finding:
+    folder = settings.model.path
+    if not Path(folder).is_dir():
+        return error(
+            "model", f"{folder} does not exist",
+            f"`async-rl init-model {folder} --task {settings.task.name}` makes a small one that knows the task a "
+            "little; or name a Hugging Face folder in model.path",
+        )  # fmt: skip
+    config = check_folder(folder)
+    found = memory.estimate(settings)
+    kind = config.family if config is not None else "by transformers"
+    return _keep(estimates, found, f"{folder}: {found.parameters:,} parameters, {kind}, context {found.context} tokens",
+                 check="model")  # fmt: skip
+
+
+def look_at_memory(found: memory.Estimate) -> Iterator[Finding]:
+    yield memory.judge_memory(found, "cpu", memory.read_available())
+    gpus = machine.read_gpus()
+    for device in found.devices:
+        number = int(device.partition(":")[2] or 0)
+        if device != "cpu" and number < len(gpus.free_bytes):
+            yield memory.judge_memory(found, device, gpus.free_bytes[number])
+
+
+def look_at_tokens(task: Task, tokenizer: Tokenizer) -> Iterator[Finding]:
+    episodes = tokens.episodes_of(task)
+    whole = ["".join(segment.text for segment in episode) for episode in episodes]
+    yield tokens.judge_round_trip([*tokens.prompts_of(task, tokenizer), *whole], tokenizer)
+    yield tokens.judge_growth(episodes, tokenizer)
+    yield from tokens.judge_template(tokenizer)
+
+
+def look_at_fit(settings: Settings) -> Iterator[Finding]:
+    """What a run checks before it starts."""
+    notes = preflight(settings).notes
+    for note in notes:
+        yield warning("preflight", note, "a run says the same and goes on")
+    if not notes:
+        yield ok("preflight", "settings, model, task and recipe fit")
+
+
+def _keep(into: list[Made], made: Made, said: str, check: str = "") -> Finding:
+    """Remember what a check made for those that follow."""
+    into.append(made)
+    return ok(check or ("settings" if isinstance(made, Settings) else "task"), said)
+
+
+def _keep_quietly(into: list[Made], made: Made) -> tuple[Finding, ...]:
+    into.append(made)
+    return ()

@@ -1,0 +1,238 @@
+"""Cores, GPUs, sockets, shared memory and disk, measured and judged."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from async_rl.doctor.finding import Finding, error, megabytes, ok, warning
+from async_rl.settings import Settings
+from async_rl.wire.channel import Dealer, Router, ipc_endpoint
+from async_rl.wire.endpoint import LONGEST_IPC_PATH
+from async_rl.wire.keys import Keys, make_keys
+from async_rl.wire.messages import Query, Snapshot
+
+ROUND_TRIP_S = 5.0
+SLOW_FSYNC_S = 0.02
+SLOW_DISK_BYTES_S = 50 << 20
+PROBE_BYTES = 32 << 20
+PROBE_FSYNCS = 10
+
+
+# ------------------------------------------------------------------------------------------------ cores
+
+
+def read_cores() -> int:
+    """Those this process may use: its affinity, cut by a container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        most, _, period = quota.read_text().strip().partition(" ")
+        if most.isdecimal() and period.isdecimal():
+            cores = min(cores, max(1, round(int(most) / int(period))))
+    return cores
+
+
+def judge_cores(cores: int, settings: Settings | None) -> Finding:
+    """Processes times threads against cores. The buffer needs little of one and is not counted."""
+    if settings is None:
+        return ok("cores", f"{cores}")
+    trainer = 0 if settings.trainer.device.startswith("cuda") else settings.trainer.threads
+    each = 0 if settings.generator.device.startswith("cuda") else settings.generator.threads
+    planned = trainer + settings.generator.count * each
+    said = (
+        f"{cores} cores; trainer {trainer} + {settings.generator.count} generators x {each} threads = {planned} at "
+        "work, buffer beside them"
+    )
+    if planned > cores:
+        return warning(
+            "cores", said, "lower generator.count, generator.threads or trainer.threads: too many threads run several "
+            "times slower, not a little",
+        )  # fmt: skip
+    return ok("cores", said)
+
+
+# ------------------------------------------------------------------------------------------------- GPUs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpus:
+    cuda: str
+    """version torch was built for; empty: built without"""
+    names: tuple[str, ...]
+    free_bytes: tuple[int, ...]
+    driver: bool
+    """nvidia-smi is there"""
+
+
+def read_gpus() -> Gpus:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return Gpus(
+        cuda=torch.version.cuda or "",
+        names=tuple(torch.cuda.get_device_name(i) for i in range(count)),
+        free_bytes=tuple(torch.cuda.mem_get_info(i)[0] for i in range(count)),
+        driver=shutil.which("nvidia-smi") is not None,
+    )
+
+
+def judge_gpus(found: Gpus, settings: Settings | None) -> Finding:
+    wanted = [] if settings is None else [
+        name for name in ("generator", "trainer") if getattr(settings, name).device.startswith("cuda")
+    ]  # fmt: skip
+    if wanted and not found.names:
+        why = "torch is built without CUDA" if not found.cuda else "torch finds no GPU"
+        return error(
+            "gpu", f"{' and '.join(f'{name}.device' for name in wanted)} ask for one, but {why}",
+            "set the device to cpu, or install torch for CUDA and a driver",
+        )  # fmt: skip
+    if found.driver and not found.names:
+        return warning(
+            "gpu", "nvidia-smi is there, but torch finds no GPU", "install torch for CUDA, or look at `nvidia-smi`"
+        )
+    if not found.names:
+        return ok("gpu", "none; a run on CPU needs none")
+    each = zip(found.names, found.free_bytes, strict=True)
+    return ok("gpu", ", ".join(f"{name} ({megabytes(free)} free)" for name, free in each))
+
+
+# ---------------------------------------------------------------------------------------------- sockets
+
+
+def round_trip(endpoint: str, keys: Keys | None = None) -> float:
+    """Seconds of one question and answer between two sockets of this process. Raises UserError, WireTimeout."""
+    with Router(endpoint, keys=keys) as router, Dealer(router.endpoint, "doctor", keys=keys) as dealer:
+        started = time.perf_counter()
+        dealer.send(Query())
+        received = router.receive(ROUND_TRIP_S)
+        if received is None:
+            raise TimeoutError(f"no message came through within {ROUND_TRIP_S:g} s")
+        router.send(received[0], Snapshot(detail={}))
+        dealer.receive(ROUND_TRIP_S, "an answer")
+        return time.perf_counter() - started
+
+
+def judge_socket(check: str, trip: Callable[[], float], remedy: str) -> Finding:
+    """`trip`: a round trip, or what it raises."""
+    try:
+        seconds = trip()
+    except Exception as failure:  # whatever it is, the run's sockets would meet it
+        return error(check, f"{failure}", remedy)
+    return ok(check, f"round trip {seconds * 1000:.1f} ms")
+
+
+def look_at_ipc() -> Finding:
+    """A Unix socket, in the temporary folder: the run's own does not exist yet."""
+    with tempfile.TemporaryDirectory() as made:
+        return judge_socket(
+            "unix socket", lambda: round_trip(ipc_endpoint(Path(made))),
+            "the temporary folder must be on a local file system; set TMPDIR",
+        )  # fmt: skip
+
+
+def look_at_tcp() -> Finding:
+    """The loopback, with keys of its own."""
+    with tempfile.TemporaryDirectory() as made:
+        return judge_socket(
+            "tcp loopback", lambda: round_trip("tcp://127.0.0.1:*", make_keys(Path(made) / "keys")),
+            "only needed for generators on other hosts: is the loopback up, is a firewall in the way?",
+        )  # fmt: skip
+
+
+def judge_socket_path(run_folder: Path) -> Finding:
+    """Unix sockets have short names; a longer one goes to the temporary folder."""
+    length = len(os.fsencode(run_folder.resolve() / "buffer.sock"))
+    if length > LONGEST_IPC_PATH:
+        return warning(
+            "socket path",
+            f"{length} bytes, {LONGEST_IPC_PATH} are possible: the socket will lie in the temporary folder",
+            "choose a shorter --run-dir if that folder is cleaned while the run goes on",
+        )  # fmt: skip
+    return ok("socket path", f"{length} of {LONGEST_IPC_PATH} bytes")
+
+
+# ---------------------------------------------------------------------------------------- shared memory
+
+
+def judge_shared_memory(free_bytes: int | None, model_bytes: int | None) -> Finding:
+    """`free_bytes`: of /dev/shm, None where there is none; `model_bytes`: of one version as published."""
+    if free_bytes is None:
+        return warning(
+            "shared memory", "/dev/shm is not there or not writable: weights go through a file in the run's folder",
+            "mount a tmpfs at /dev/shm for large models",
+        )  # fmt: skip
+    if model_bytes is None:
+        return ok("shared memory", f"{megabytes(free_bytes)} free in /dev/shm")
+    said = f"{megabytes(free_bytes)} free in /dev/shm, two versions of the model take {megabytes(2 * model_bytes)}"
+    if free_bytes < 2 * model_bytes:
+        return error("shared memory", said, "give the container more (docker run --shm-size), or remove old segments")
+    return ok("shared memory", said)
+
+
+def read_shared_memory() -> int | None:
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or not os.access(shared, os.W_OK):
+        return None
+    return shutil.disk_usage(shared).free
+
+
+# ------------------------------------------------------------------------------------------------- disk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disk:
+    folder: Path
+    free_bytes: int
+    fsync_s: float
+    """one small write made durable, median"""
+    bytes_s: float
+    """of a large file, fsync included"""
+
+
+def read_disk(folder: Path) -> Disk:
+    """Writes into the nearest folder that is there, and removes it. Raises OSError."""
+    while not folder.is_dir():
+        folder = folder.parent
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as made:
+        path = Path(made) / "probe"
+        block = os.urandom(1 << 20)
+        with path.open("wb", buffering=0) as file:
+            started = time.perf_counter()
+            for _ in range(PROBE_BYTES >> 20):
+                file.write(block)
+            os.fsync(file.fileno())
+            rate = PROBE_BYTES / (time.perf_counter() - started)
+            took = []
+            for _ in range(PROBE_FSYNCS):
+                started = time.perf_counter()
+                file.write(block[:4096])
+                os.fsync(file.fileno())
+                took.append(time.perf_counter() - started)
+    return Disk(
+        folder=folder, free_bytes=shutil.disk_usage(folder).free, fsync_s=sorted(took)[len(took) // 2], bytes_s=rate
+    )
+
+
+def judge_disk(found: Disk, *, durability: str, needed_bytes: int | None) -> Finding:
+    """`needed_bytes`: estimate of what the run writes; None: not known."""
+    said = (
+        f"{found.folder}: {1 / max(found.fsync_s, 1e-9):.0f} fsyncs/s, {megabytes(found.bytes_s)}/s, "
+        f"{megabytes(found.free_bytes)} free"
+    )
+    if needed_bytes is not None:
+        said += f"; the run may write {megabytes(needed_bytes)}"
+        if found.free_bytes < needed_bytes:
+            return error(
+                "disk", said, "make room, choose another --run-dir, or lower checkpoint.keep, or set buffer.keep_steps"
+            )
+    if durability == "power" and found.fsync_s > SLOW_FSYNC_S:
+        return warning("disk", said, "buffer.durability=power waits for an fsync a commit; use a faster disk")
+    if found.bytes_s < SLOW_DISK_BYTES_S:
+        return warning("disk", said, "slow for checkpoints; choose a --run-dir on a local disk")
+    return ok("disk", said)

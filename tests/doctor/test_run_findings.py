@@ -1,0 +1,244 @@
+"""Checks of model, task, tokenizer, reward, memory and agreement, each by its inputs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import tokenizers
+from support_run import quick_settings
+
+from async_rl.doctor import agreement, memory, reward, tokens
+from async_rl.doctor.agreement import Difference
+from async_rl.doctor.memory import Estimate, Part
+from async_rl.model.folder import read_config
+from async_rl.model.tokenizer import Tokenizer, write_character_tokenizer
+from async_rl.task import make_task
+from async_rl.task.protocol import Problem, Segment, Session
+from async_rl.weights.canary import Evidence, compare
+
+# ----------------------------------------------------------------------------------------- tokenizer
+
+
+def character_tokenizer(folder: Path, alphabet: str, template: str = "") -> Tokenizer:
+    write_character_tokenizer(folder, alphabet)
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    return Tokenizer(folder)
+
+
+def lowercasing_tokenizer(folder: Path) -> Tokenizer:
+    """One that does not give back what it was given, as many do."""
+    write_character_tokenizer(folder, "abcdefghijklmnopqrstuvwxyz? ")
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.normalizer = tokenizers.normalizers.Lowercase()
+    made.model = tokenizers.models.WordLevel({**made.get_vocab(), "ZZ": 90}, unk_token="")
+    made.save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder)
+
+
+def test_a_tokenizer_is_judged_by_what_comes_back(tmp_path: Path) -> None:
+    whole = character_tokenizer(tmp_path / "whole", "0123456789?<>=!")
+    assert tokens.judge_round_trip(["?12<", ""], whole).level == "ok"
+    found = tokens.judge_round_trip(["?12<", "?a"], whole)
+    assert found.level == "error"
+    assert "no token for 'a'" in found.said
+    found = tokens.judge_round_trip(["what? ", "What?"], lowercasing_tokenizer(tmp_path / "lower"))
+    assert found.level == "warning"
+    assert "...'What?' as ...'what?'" in found.said
+
+
+def test_a_history_must_read_as_its_pieces(tmp_path: Path) -> None:
+    episode = [Segment(text="?", policy=False), Segment(text="12", policy=True), Segment(text="<", policy=False)]
+    tokenizer = character_tokenizer(tmp_path / "whole", "0123456789?<>=!")
+    assert tokens.judge_growth([episode], tokenizer).level == "ok"
+    assert tokens.judge_growth([], tokenizer).level == "ok"
+    lower = [Segment(text="a ", policy=False), Segment(text="B", policy=True)]
+    assert tokens.judge_growth([lower], lowercasing_tokenizer(tmp_path / "lower")).level == "warning"
+
+
+KEEPS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+REWRITES = "{{ messages | length }}" + KEEPS
+
+
+@pytest.mark.parametrize(("template", "level"), [("", "ok"), (KEEPS, "ok"), (REWRITES, "warning")])
+def test_a_chat_template_must_only_append(tmp_path: Path, template: str, level: str) -> None:
+    tokenizer = character_tokenizer(tmp_path, "abc", template)
+    assert [finding.level for finding in tokens.judge_template(tokenizer)] == [level]
+
+
+@pytest.mark.parametrize("name", ["guess", "sort", "arithmetic", "countdown", "calculator"])
+def test_our_tasks_come_back_from_their_own_alphabet(tmp_path: Path, name: str) -> None:
+    task = make_task(name, {})
+    tokenizer = character_tokenizer(tmp_path, task.alphabet)  # type: ignore[attr-defined]
+    episodes = tokens.episodes_of(task)
+    assert len(episodes) == 16
+    assert tokens.judge_round_trip(tokens.prompts_of(task, tokenizer), tokenizer).level == "ok"
+    assert tokens.judge_growth(episodes, tokenizer).level == "ok"
+
+
+# -------------------------------------------------------------------------------------------- reward
+
+
+@dataclass
+class Timed:
+    """A task whose reward takes its time."""
+
+    blocks_s: float = 0.0
+    waits_s: float = 0.0
+    raises: int = 0
+    """of so many episodes, one raises"""
+    name: str = "timed"
+    played: int = 0
+
+    def problems(self, split: str) -> list[Problem]:
+        return [Problem(index=i, prompt="?", data={"answer": "7"}) for i in range(3)]
+
+    async def rollout(self, problem: Problem, session: Session) -> float:
+        said = await session.generate(max_tokens=4)
+        self.played += 1
+        if self.raises and self.played % self.raises == 0:
+            raise ValueError("no such unit")
+        time.sleep(self.blocks_s)
+        await asyncio.sleep(self.waits_s)
+        return float(said == "7")
+
+
+def test_a_reward_that_holds_up_the_event_loop_is_a_warning_and_one_that_waits_is_not() -> None:
+    blocking = reward.measure_reward(Timed(blocks_s=0.06), seed=0, episodes=3)  # type: ignore[arg-type]
+    assert blocking.blocked_s >= 0.06
+    assert reward.judge_reward(blocking).level == "warning"
+    waiting = reward.measure_reward(Timed(waits_s=0.06), seed=0, episodes=3)  # type: ignore[arg-type]
+    assert min(waiting.seconds) >= 0.06
+    assert waiting.blocked_s < min(waiting.seconds)
+
+
+def test_rewards_are_judged_by_what_was_measured() -> None:
+    timing = reward.Timing(seconds=(0.01, 0.02, 0.3), blocked_s=0.04)
+    assert reward.judge_reward(timing).level == "ok"
+    assert "take 20.0 ms an episode (p99 300.0 ms), at most 40.0 ms" in reward.judge_reward(timing).said
+    assert reward.judge_reward(replace(timing, blocked_s=0.051)).level == "warning"
+    assert reward.judge_reward(replace(timing, failures=("ValueError: x",))).level == "warning"
+    assert reward.judge_reward(replace(timing, failures=("ValueError: x",) * 3)).level == "error"
+
+
+def test_a_reward_that_raises_is_reported_with_its_words() -> None:
+    some = reward.judge_reward(reward.measure_reward(Timed(raises=4), seed=0))  # type: ignore[arg-type]
+    assert some.level == "warning"
+    assert "6 of 24 episodes raised, e.g. ValueError: no such unit" in some.said
+    every = reward.judge_reward(reward.measure_reward(Timed(raises=1), seed=0))  # type: ignore[arg-type]
+    assert every.level == "error"
+
+
+@pytest.mark.parametrize("name", ["guess", "sort", "calculator"])
+def test_demonstrations_play_through_our_tasks(name: str) -> None:
+    found = reward.measure_reward(make_task(name, {}), seed=1)
+    assert len(found.seconds) == reward.EPISODES
+    assert not found.failures
+
+
+def test_a_step_of_a_rollout_ends_where_it_waits_and_passes_errors_on() -> None:
+    async def work() -> float:
+        await asyncio.sleep(0)
+        try:
+            await asyncio.wait_for(asyncio.Event().wait(), 0.01)
+        except TimeoutError:
+            return 3.0
+        return 0.0
+
+    async def run() -> float:
+        return await reward.stepped(work(), steps)
+
+    steps: list[float] = []
+    assert asyncio.run(run()) == 3.0
+    assert len(steps) >= 3
+
+
+# -------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_is_judged_by_device() -> None:
+    found = Estimate(
+        parameters=1, context=1,
+        parts=(Part(name="a", bytes=80, device="cpu"), Part(name="b", bytes=15, device="cpu"),
+               Part(name="c", bytes=50, device="cuda:0")),
+    )  # fmt: skip
+    assert found.devices == ["cpu", "cuda:0"]
+    assert memory.judge_memory(found, "cpu", 110).level == "ok"
+    assert memory.judge_memory(found, "cpu", 100).level == "warning"
+    assert memory.judge_memory(found, "cpu", 94).level == "error"
+    assert memory.judge_memory(found, "cuda:0", 100).level == "ok"
+    assert "in all on cuda:0" in memory.in_words(found)
+
+
+def test_the_parts_follow_the_settings(tiny_model: Path) -> None:
+    def parts(*words: str) -> dict[str, int]:
+        found = memory.estimate(quick_settings(tiny_model, *words))
+        return {part.name.split(" of ")[0]: part.bytes for part in found.parts}
+
+    config = read_config(tiny_model)
+    assert config is not None
+    plain = parts()
+    weights = 4 * memory.estimate(quick_settings(tiny_model)).parameters
+    assert plain["weights in shared memory, two versions"] == 2 * weights
+    assert plain["trainer: weights and gradients"] == plain["trainer: optimizer (AdamW)"] == 2 * weights
+    assert plain["generators: KV cache"] == 256 * config.max_context * 2 * 2 * 1 * 16 * 4
+    twice = parts("generator.max_sequences=512", "trainer.micro_batch_tokens=32768", "generator.count=2")
+    assert twice["generators: KV cache"] == 4 * plain["generators: KV cache"]
+    assert twice["trainer: activations"] == 2 * plain["trainer: activations"]
+    half = parts("generator.dtype=bfloat16", "buffer.memory_mb=1024")
+    assert 2 * half["generators: KV cache"] == plain["generators: KV cache"]
+    assert half["buffer"] - plain["buffer"] == 768 << 20
+
+
+def test_retention_and_limits_bound_the_disk(tiny_model: Path) -> None:
+    def needed(*words: str) -> int:
+        settings = quick_settings(tiny_model, "trainer.steps=100000", "checkpoint.every=10", *words)
+        return memory.disk_bytes(settings, memory.estimate(settings))
+
+    assert needed("buffer.keep_steps=100") < needed("buffer.max_store_mb=100") < needed() / 10
+    assert memory.read_available() > 0
+
+
+# ----------------------------------------------------------------------------------------- agreement
+
+
+def test_log_probs_are_judged_by_the_canarys_tolerance(tiny_model: Path) -> None:
+    settings = quick_settings(tiny_model)
+
+    def judged(difference: float, *words: str) -> str:
+        expected, found = (
+            Evidence(version=0, digests={}, log_probs=[-1.0 + d] * 4) for d in (0.0, difference)
+        )
+        return agreement.judge_log_probs(compare(expected, found), "it", quick_settings(tiny_model, *words)).level
+
+    assert judged(1e-6) == "ok"
+    assert judged(1e-3) == "error"
+    assert judged(1e-3, "canary.tolerance=0.01") == "ok"
+    assert judged(1e-3, "generator.dtype=bfloat16") == "ok"
+    task = make_task(settings.task.name, settings.task.args)
+    for parameters in (1000, agreement.SMALL_PARAMETERS + 1):  # sampled episodes; the probe
+        comparison, on = agreement.measure_log_probs(settings, task, parameters=parameters)
+        assert comparison.max_difference < 1e-4
+        assert ("episodes" in on) == (parameters == 1000)
+
+
+def test_a_model_too_large_for_memory_is_not_loaded(tiny_model: Path) -> None:
+    settings = quick_settings(tiny_model)
+    task = make_task(settings.task.name, settings.task.args)
+    assert agreement.look_at_log_probs(settings, task, 10**9, 7 * 10**9).level == "warning"
+
+
+def test_synchronous_equivalence_is_judged_by_how_far_training_moved(tiny_model: Path) -> None:
+    settings = quick_settings(tiny_model)
+    apart = Difference(apart=1e-9, moved=1e-5, tensor="w")
+    assert agreement.judge_equivalence(apart, settings).level == "ok"
+    assert agreement.judge_equivalence(replace(apart, apart=1e-5), settings).level == "error"
+    assert agreement.judge_equivalence(replace(apart, apart=0.0, moved=0.0), settings).level == "warning"
+    assert agreement.judge_equivalence(replace(apart, moved=0.0), settings).level == "error"
+    assert agreement.look_at_equivalence(settings, 10**9).level == "warning"
+    on_gpu = replace(settings, trainer=replace(settings.trainer, device="cuda"))
+    assert agreement.look_at_equivalence(on_gpu, 1000).level == "warning"
