@@ -93,8 +93,7 @@ class Batching:
             self.admission.complete(group)
         else:
             owed = False
-        if stale:
-            self.discarded.drop(group, owed=owed)
+        self.discarded.refuse(group, stale=stale, owed=owed)
         if stale and self.ledger.policy.refills:
             insort(self.admission.refill, (group.position, group.attempt + 1))
         self.ledger.refuse(number)
@@ -122,6 +121,7 @@ class Batching:
         """For the trainer's metric rows."""
         held = {f"held_up/{name}": count for name, count in self.counts.items() if name.startswith("by/")}
         found = {"held_up/batches": self.counts["batches_held_up"], "held_up/seconds": self.held_up_seconds, **held}
+        found["len_refused"] = self.discarded.mean_refused
         found["staleness/depth"] = self.ledger.policy.pipeline_depth
         if self.ledger.policy.refills:
             found |= {"drop/groups": self.counts["refused_stale"], **self.discarded.numbers()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from async_rl.buffer.group import Group
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.length import bucket_names, bucket_of
+from async_rl.wire.messages import ABANDONED
 
 MOST_RUNNING = 4096
 """groups dropped while they ran that are remembered until the rest of them arrives"""
@@ -42,6 +43,8 @@ class Discarded:
     """
 
     dropped: Lengths = field(default_factory=Lengths)
+    refused: Lengths = field(default_factory=Lengths)
+    """groups refused for other reasons than their age"""
     trained: Lengths = field(default_factory=Lengths)
     running: OrderedDict[int, Group] = field(default_factory=OrderedDict)
     """dropped while they ran: a generator still owes what there is of their missing samples"""
@@ -52,11 +55,12 @@ class Discarded:
             if sample.policy_length:
                 self.trained.add(sample.policy_length)
 
-    def drop(self, group: Group, *, owed: bool) -> None:
-        """`owed`: a generator still has its missing samples and will send what there is of them."""
+    def refuse(self, group: Group, *, stale: bool, owed: bool) -> None:
+        """`stale`: for its age. `owed`: a generator still has its missing samples and will send what there is."""
+        lengths = self.dropped if stale else self.refused
         for sample in group.usable:
             if sample.policy_length:
-                self.dropped.add(sample.policy_length)
+                lengths.add(sample.policy_length)
         if owed and group.missing:
             self.running[group.group] = group
             if len(self.running) > MOST_RUNNING:
@@ -69,17 +73,24 @@ class Discarded:
             return False
         if group.complete:
             del self.running[group.group]
-        if trajectory.num_policy_tokens and trajectory.ended != "error":
+        if trajectory.num_policy_tokens and (not trajectory.failed or trajectory.reason == ABANDONED):
             self.dropped.add(trajectory.num_policy_tokens)
         return True
 
-    def restore(self, lengths: Iterable[tuple[bool, int, int, int]]) -> None:
-        """From (dropped, bucket, trajectories, policy tokens) of all that was stored."""
-        for dropped, bucket, trajectories, tokens in lengths:
-            found = self.dropped if dropped else self.trained
+    def restore(self, lengths: Iterable[tuple[str, int, int, int]]) -> None:
+        """From (what became of them, bucket, trajectories, policy tokens) of all that was stored."""
+        kinds = {"dropped": self.dropped, "refused": self.refused, "trained": self.trained}
+        for kind, bucket, trajectories, tokens in lengths:
+            found = kinds[kind]
             found.trajectories += trajectories
             found.tokens += tokens
             found.buckets[bucket] += trajectories
+
+    @property
+    def mean_refused(self) -> float:
+        """Policy tokens of refused trajectories, whatever the reason."""
+        both = self.dropped, self.refused
+        return sum(lengths.tokens for lengths in both) / max(1, sum(lengths.trajectories for lengths in both))
 
     def numbers(self) -> dict[str, float]:
         """Since the start of the run, as metrics."""

@@ -36,8 +36,8 @@ class Standing:
     """(position, attempt) of groups refused as stale whose problem was not asked again"""
     depth: Mapping[str, Any] | None
     """state of the controller of the depth, if there was one"""
-    lengths: tuple[tuple[bool, int, int, int], ...]
-    """(dropped, length bucket, trajectories, policy tokens) of what was trained and what was dropped"""
+    lengths: tuple[tuple[str, int, int, int], ...]
+    """(trained, dropped or refused; length bucket; trajectories; policy tokens)"""
     order: tuple[GroupRow, ...]
     """training groups from the oldest live one on, in order of admission"""
     samples: Mapping[int, tuple[TrajectoryRow, ...]]

@@ -197,19 +197,22 @@ class StoreReader:
         found = f"SELECT position, attempt FROM ({newest}) WHERE refused_because LIKE 'stale:%' ORDER BY position"
         return [(position, attempt) for position, attempt in self._all(found)]
 
-    def lengths(self, ends: Sequence[int]) -> list[tuple[bool, int, int, int]]:
-        """(dropped, bucket, trajectories, policy tokens) of training trajectories that are in a batch or were
-        dropped as stale, by the buckets of policy tokens that end below `ends`. Without failed ones (of the
-        dropped: those that raised) and those without a policy token."""
+    def lengths(self, ends: Sequence[int]) -> list[tuple[str, int, int, int]]:
+        """(trained, dropped or refused; bucket; trajectories; policy tokens) of training trajectories that are in a
+        batch, were dropped as stale or refused otherwise, by the buckets of policy tokens that end below `ends`.
+        Without failed ones, except those that a generator gave up when it was told, and those without a policy
+        token."""
         bucket = " + ".join(f"(policy_length >= {end})" for end in ends)
-        stale = "refused_because LIKE 'stale:%'"
-        trained = "step IS NOT NULL AND ended NOT IN ('error', 'aborted')"
-        query = (
-            f"SELECT {stale} AS dropped, {bucket} AS bucket, count(*), sum(policy_length) FROM trajectories "
-            f"WHERE split = 'train' AND policy_length > 0 AND (({trained}) OR ({stale} AND ended != 'error')) "
-            "GROUP BY 1, 2"
+        kind = (
+            "CASE WHEN step IS NOT NULL THEN 'trained' WHEN refused_because LIKE 'stale:%' THEN 'dropped' "
+            "WHEN refused_because IS NOT NULL THEN 'refused' END"
         )
-        return [(bool(dropped), number, count, tokens) for dropped, number, count, tokens in self._all(query)]
+        query = (
+            f"SELECT {kind} AS kind, {bucket} AS bucket, count(*), sum(policy_length) FROM trajectories "
+            "WHERE split = 'train' AND policy_length > 0 AND kind IS NOT NULL "
+            "AND (ended NOT IN ('error', 'aborted') OR (kind = 'dropped' AND reason = ?)) GROUP BY 1, 2"
+        )
+        return [tuple(row) for row in self._all(query, (ABANDONED,))]
 
     def tally(self) -> dict[str, int]:
         """Training groups refused by reason (`refused_<reason>`), trajectories by split, how many failed, and

@@ -96,6 +96,11 @@ class Console:
                 self.say(f"{event['name']} is back; it begins anew with {event['episodes_dropped']} episodes dropped")
             case "stall":
                 self.say(event["text"])
+            case "depth":
+                self.say(
+                    f"step {event['step']}: pipeline depth {event['old']:g} -> {event['new']:g}, since "
+                    f"{event['reason']} (smoothed {event['smoothed']:.3f})"
+                )
             case "step_skipped":
                 self.say(f"step {event['step']} changed nothing: {event['reason']}")
 
@@ -149,6 +154,7 @@ def summary_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{s['reward_eval_first']:.3f} before, {s['reward_eval_last']:.3f} after {s['steps']} steps",
         ),
         ("staleness", f"mean {s['lag_mean']:.2f}, max {s['lag_max']}, bound {s['max_staleness']} steps"),
+        *staleness_rows(s),
         ("effective sample size", f"{s['ess_mean']:.3f} of the batch on average"),
         (
             "time",
@@ -165,6 +171,33 @@ def summary_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("weights", weights_checked(s["canary"])),
         ("model", str(s["model"])),
     ]
+
+
+def staleness_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What keeping the bound has cost."""
+    rows = []
+    held, dropped = s["held_up"], s["dropped"]
+    if held.get("batches"):
+        by = [f"{name.removeprefix('by/')} {count:g}" for name, count in held.items() if name.startswith("by/")]
+        what = f"{held['batches']:g} batches waited {held['seconds']:.1f} s for running groups ({', '.join(by)})"
+        rows.append(("held up", what))
+    if dropped.get("groups"):
+        what = f"{dropped['groups']:g} groups too old ({dropped['tokens']:g} tokens), their problems asked again"
+        rows.append(("dropped", what))
+    return rows
+
+
+def length_bias(s: Mapping[str, Any]) -> str:
+    """What dropping did to the data, in words."""
+    dropped = s["dropped"]
+    if not dropped.get("groups"):
+        return ""
+    if "len_bias" not in dropped:
+        return f" {dropped['groups']:g} groups were dropped as too old; how long they were is not known."
+    return (
+        f" {dropped['groups']:g} groups were dropped as too old: {dropped['len_mean']:.0f} policy tokens a "
+        f"trajectory, as far as generated, against {dropped['len_trained']:.0f} trained ({dropped['len_bias']:.2f} x)."
+    )
 
 
 def weights_checked(canary: Mapping[str, Any]) -> str:
@@ -189,5 +222,5 @@ def in_words(s: Mapping[str, Any]) -> str:
     )
     return (
         f"The model {learned}: held-out reward {s['reward_eval_first']:.2f} -> {s['reward_eval_last']:.2f}. "
-        f"{stale} Generating and training overlapped: {saved}."
+        f"{stale}{length_bias(s)} Generating and training overlapped: {saved}."
     )

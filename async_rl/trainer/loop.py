@@ -114,7 +114,7 @@ class TrainerLoop:
             detail=self.inbox.consumed(steps),
             canary=self.canary.summary(),
             seconds=seconds,
-            max_staleness=self.settings.staleness.max_staleness,
+            staleness=self.settings.staleness,
             model=str(checkpoint_path(self.folder.checkpoints, self.learner.version)),
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from async_rl.settings import StalenessSettings
 from async_rl.trainer.canary import CanarySummary
 
 
@@ -55,6 +56,16 @@ class Summary:
     """staleness of trained tokens, steps"""
     lag_max: int
     max_staleness: int
+    policy: str
+    """staleness.policy"""
+    depth: float
+    """of the pipeline at the end, batches"""
+    held_up: Mapping[str, float]
+    """batches that waited for running groups although enough others were finished, seconds, and batches by
+    generator waited for (by/NAME); since the last start of the run"""
+    dropped: Mapping[str, float]
+    """policy drop: groups, trajectories and tokens dropped as stale, mean policy lengths of dropped and trained
+    trajectories, their quotient len_bias, and both counted by length; else empty"""
     ess_mean: float
     """mean effective sample size as a share of the batch"""
     seconds: float
@@ -87,7 +98,7 @@ def summarise(
     detail: Mapping[str, float],
     canary: CanarySummary,
     seconds: float,
-    max_staleness: int,
+    staleness: StalenessSettings,
     model: str,
 ) -> Summary:
     """From the totals of the run's metric rows (of all its lives), its held-out rewards and the buffer's counters."""
@@ -102,7 +113,11 @@ def summarise(
         reward_eval_last=last,
         lag_mean=totals.lag / max(1.0, totals.tokens),
         lag_max=int(totals.lag_max),
-        max_staleness=max_staleness,
+        max_staleness=staleness.max_staleness,
+        policy=staleness.policy,
+        depth=detail.get("staleness/depth", 0.0),
+        held_up=_below("held_up/", detail),
+        dropped=_below("drop/", detail),
         ess_mean=totals.ess / max(1, totals.ess_steps),
         seconds=seconds,
         seconds_training=training,
@@ -117,6 +132,10 @@ def summarise(
         canary=canary,
         model=model,
     )
+
+
+def _below(prefix: str, detail: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in detail.items() if name.startswith(prefix)}
 
 
 def mean(values: Sequence[float]) -> float:

@@ -140,7 +140,7 @@ def durable(core: Core) -> object:
         {g.group: (g.problem, g.seed, g.admitted_version) for g in core.groups.values()},
         {g.group: (dict(sorted(g.samples.items())), g.begun) for g in core.groups.values()},
         core.admission.refill,
-        (core.batching.discarded.dropped, core.batching.discarded.trained),
+        (core.batching.discarded.dropped, core.batching.discarded.refused, core.batching.discarded.trained),
         {name: core.counts[name] for name in counts},
     )
 

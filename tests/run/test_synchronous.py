@@ -18,9 +18,12 @@ TOLERANCE = 2e-6
 """float32: the order in which episodes enter the engine's batch changes the last bits of a log-prob"""
 
 
-@pytest.mark.parametrize("recipe", ["grpo", "vcpo"])
-def test_without_staleness_a_run_equals_the_in_process_reference(recipe: str, tmp_path: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize(("recipe", "policy"), [("grpo", "pace"), ("vcpo", "pace"), ("grpo", "wait"), ("grpo", "drop")])
+def test_without_staleness_a_run_equals_the_in_process_reference(
+    recipe: str, policy: str, tmp_path: Path, tiny_model: Path
+) -> None:
     overrides = ["staleness.max_staleness=0", f"trainer.steps={STEPS}", f"recipe={recipe}", "evaluation.every=2"]
+    overrides.append(f"staleness.policy={policy}")
     settings = quick_settings(tiny_model, *overrides)
     reports: list[StepReport] = []
     learner = train_synchronously(settings, lambda _, report: reports.append(report))
