@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
         # what everything stands on, each importing only those before it
-        "errors ranges",
+        "errors interrupt ranges",
         "config trajectory",
         "settings",
         "run_folder",
@@ -32,7 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "generator trainer",
         "observe",
         # what starts and studies them
-        "child interrupt live preflight restart resume vitals",
+        "child live preflight restart resume vitals",
         "launch",
         "lab",
         "doctor",

@@ -1,4 +1,4 @@
-"""Commands that look at run folders: `async-rl report`. Each imports what it needs when it runs."""
+"""Commands that look at run folders: `async-rl top | report`. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,23 @@ from typing import Any
 
 def add_watching(commands: Any) -> None:
     """`commands`: the subparsers of the command line."""
+    top = commands.add_parser("top", help="a run at a glance in the terminal, until it ends or Ctrl-C")
+    top.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    top.add_argument("--once", action="store_true", help="print once and end")
+    top.set_defaults(work=_top)
+
     report = commands.add_parser("report", help="one HTML page of everything about one run, or several side by side")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, also one that goes on")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the run's folder")
     report.add_argument("--no-ratios", action="store_true", help="no importance ratios (loads no checkpoint)")
     report.set_defaults(work=_report)
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from async_rl.observe.top import top
+
+    top(arguments.run, once=arguments.once)
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -38,7 +38,9 @@ def samples(record: RunRecord, store: StoreSurvey, *, with_ratios: bool) -> tupl
     notes: list[str] = []
     if not chosen:
         return [], ["There are no trajectories with their tokens to show yet."]
-    tokenizer = _tokenizer(record, notes)
+    tokenizer = tokenizer_of(record)
+    if tokenizer is None:
+        notes.append("model.path and the checkpoints have no tokenizer that can be read: tokens are shown as numbers.")
     found: dict[int, Ratios] = {}
     if with_ratios:
         made, note = ratios(record, [c.trajectory for c in chosen], [c.row.step for c in chosen])
@@ -78,7 +80,8 @@ def _group(store: StoreSurvey, group: int) -> list[Chosen]:
     return found[:MOST_OF_A_GROUP]
 
 
-def _tokenizer(record: RunRecord, notes: list[str]) -> Tokenizer | None:
+def tokenizer_of(record: RunRecord) -> Tokenizer | None:
+    """That of the newest checkpoint, else of the model the run began with; None when neither can be read."""
     folders = [str(path) for _, path in sorted(checkpoints_of(record).items(), reverse=True)]
     if record.settings is not None:
         folders.append(record.settings.model.path)
@@ -87,7 +90,6 @@ def _tokenizer(record: RunRecord, notes: list[str]) -> Tokenizer | None:
             return Tokenizer(folder)
         except (UserError, OSError, ValueError):
             continue
-    notes.append("No tokenizer was found (model.path and the checkpoints have none), so tokens are shown as numbers.")
     return None
 
 

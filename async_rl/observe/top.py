@@ -1,0 +1,289 @@
+"""`async-rl top RUN`: a run at a glance in the terminal, again and again until it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from async_rl.interrupt import Interrupted
+from async_rl.observe.glance import Glance, Watch
+
+EVERY_S = 1.0
+WIDE = 118
+"""columns from which there are two halves"""
+BLOCKS = "▁▂▃▄▅▆▇█"
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+MOST_LAGS = 9
+"""rows of a histogram; larger values are counted together"""
+STYLES = {"bad": "red", "note": "yellow", "plain": "dim"}
+
+
+def top(run: Path, *, once: bool, console: Console | None = None) -> None:
+    """Show the run until it ends; once when it has ended, when the output is no terminal, or on `once`.
+    Raises UserError when `run` is no run folder."""
+    console = console or Console(highlight=False)
+    watch = Watch(run)
+    glance = watch.look()
+    if once or glance.state != "going on" or not console.is_terminal:
+        console.print(picture(glance, console.width, time.time()))
+        return
+    try:
+        with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
+            while glance.state == "going on":
+                live.update(picture(glance, console.width, time.time()), refresh=True)
+                time.sleep(EVERY_S)
+                glance = watch.look()
+    except Interrupted:
+        pass  # how one leaves; the run goes on
+    console.print(picture(glance, console.width, time.time()))
+
+
+def picture(glance: Glance, width: int, now: float) -> RenderableType:
+    """Everything, for a terminal of `width` columns. `now`: seconds since the epoch."""
+    half = (width - 1) // 2 if width >= WIDE else width
+    learning = _panel("learning", _learning(glance, half - 4))
+    stale = _panel("staleness of the newest trajectories", _staleness(glance, half - 4))
+    processes = _panel("processes", _processes(glance, half - 4))
+    waits = _panel("who waits for whom", _waits(glance, half - 4))
+    samples = _panel("newest trajectories", _samples(glance, width - 4))
+    parts: list[RenderableType] = [_head(glance, width, now)]
+    if width >= WIDE:
+        grid = Table.grid(padding=(0, 1, 0, 0), expand=True)
+        grid.add_column(ratio=1)
+        grid.add_column(ratio=1)
+        grid.add_row(Group(learning, stale), Group(processes, waits))
+        parts.append(grid)
+    else:
+        parts += [learning, waits, processes, stale]
+    if glance.marks:
+        parts.append(_panel("worth a look", _marks(glance, now)))
+    return Group(*parts, samples)
+
+
+def _panel(title: str, inside: RenderableType) -> Panel:
+    return Panel(inside, title=Text(title, style="bold"), title_align="left", box=box.ROUNDED, border_style="dim")
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def _head(glance: Glance, width: int, now: float) -> RenderableType:
+    record = glance.record
+    colour = {"finished": "green", "going on": "cyan", "stopped": "yellow"}.get(glance.state, "red")
+    title = Text.assemble((record.name, "bold"), "  ", (glance.words, colour))
+    done = int(record.rows[-1]["step"]) + 1 if record.rows else 0
+    wanted = record.settings.trainer.steps if record.settings is not None else 0
+    if glance.state == "going on":  # a resumed run may have been given more
+        wanted = int(glance.live.get("steps", wanted))
+    lines = [title]
+    if wanted:
+        left = _time_left(glance, done, wanted)
+        size = max(8, min(60, width - 34))
+        lines.append(Text.assemble((_bar(done / wanted, size), colour), f" {done / wanted:4.0%}  {left}"))
+    told = glance.live.get("time")
+    if glance.state == "going on" and isinstance(told, int | float) and now - told > 10:
+        lines.append(Text(f"the launcher has not written live.json for {now - told:.0f} s", style="red"))
+    return Group(*lines)
+
+
+def _time_left(glance: Glance, done: int, wanted: int) -> str:
+    times = glance.record.column("time")[-50:]
+    if glance.state != "going on" or done >= wanted or len(times) < 3:
+        return ""
+    return f"{duration((wanted - done) * float(times[-1] - times[0]) / (len(times) - 1))} to go"
+
+
+def _learning(glance: Glance, width: int) -> RenderableType:
+    record = glance.record
+    held_out = [float(e["reward"]) for e in record.events if e["event"] == "evaluation" and "reward" in e]
+    table = Table.grid(padding=(0, 1))
+    table.add_column(width=12, style="dim", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", style="bold", no_wrap=True)
+    size = max(5, width - 12 - 9 - 3)
+    rows = (
+        ("reward", record.column("reward/mean"), "green"),
+        ("held-out", np.array(held_out), "green"),
+        ("ESS", record.column("ess/ratio"), "cyan"),
+        ("staleness", record.column("lag/mean"), "magenta"),
+        ("gradient", record.column("grad/norm"), "yellow"),
+        ("entropy", record.column("entropy"), "blue"),
+        ("tokens/s", _rate(glance), "white"),
+    )
+    for name, values, colour in rows:
+        good = values[np.isfinite(values)]
+        if len(good):
+            table.add_row(name, Text(sparkline(good, size), style=colour), short(float(values[-1])))
+    if not record.rows:
+        return Text("no step was trained yet", style="dim")
+    return Group(table, _factors(record.rows[-1]), _slots(glance, width))
+
+
+def _rate(glance: Glance) -> NDArray[np.float64]:
+    seconds = np.diff(glance.record.column("time"))
+    tokens = glance.record.column("tokens/trained")[1:]
+    return np.divide(tokens, seconds, out=np.full(len(seconds), np.nan), where=seconds > 0)
+
+
+def _factors(row: Mapping[str, float]) -> Text:
+    """The learning rate of the last step and what it is made of."""
+    if "lr/base" not in row:
+        return Text("")
+    made = f"{row['lr/base']:.3g} x ESS {row.get('lr/ess_scale', 1):.3f} x κ {row.get('lr/kappa', 1):.3f}"
+    return Text.assemble(
+        ("learning     ", "dim"), f"{row.get('lr/effective', row['lr/base']):.3g}", (f" = {made}", "dim")
+    )
+
+
+def _slots(glance: Glance, width: int) -> Text:
+    row = glance.record.rows[-1]
+    slots = glance.live.get("slots") if glance.state == "going on" else None
+    used, most = row.get("slots/used", 0), row.get("slots/all", 0)
+    if isinstance(slots, Mapping) and slots.get("all"):
+        used, most = slots["used"], slots["all"]
+    size = max(5, min(30, width - 32))
+    return Text.assemble(("slots        ", "dim"), (_bar(used / max(1, most), size), "cyan"), f" {used:g} of {most:g}")
+
+
+def _staleness(glance: Glance, width: int) -> RenderableType:
+    if not glance.in_flight:
+        return Text(glance.store_note or "no trajectory was trained yet", style="dim")
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right", style="dim", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    size = max(4, (width - 5 - 14) // 2)
+    table.add_row("steps", Text("in flight", style="magenta"), Text("in the queue", style="cyan"))
+    lags = sorted({*glance.in_flight, *glance.in_queue})
+    for lag in lags[:MOST_LAGS]:
+        more = lag == lags[:MOST_LAGS][-1] and len(lags) > MOST_LAGS
+        cells = []
+        for counts, colour in ((glance.in_flight, "magenta"), (glance.in_queue, "cyan")):
+            count = sum(n for at, n in counts.items() if at == lag or (more and at > lag))
+            share = count / max(1, sum(counts.values()))
+            cells.append(Text.assemble((_bar(share, size), colour), f"{share:4.0%}"))
+        table.add_row(f"{lag}{'+' if more else ''}", *cells)
+    return table
+
+
+def _processes(glance: Glance, width: int) -> RenderableType:
+    rows = glance.live.get("processes")
+    if glance.state != "going on" or not isinstance(rows, list) or not rows:
+        return Text("none" if glance.state != "going on" else "nothing is known of them", style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", expand=True)
+    table.add_column("process", no_wrap=True, overflow="ellipsis", min_width=9)
+    table.add_column("version", justify="right", no_wrap=True)
+    table.add_column("doing", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column("for", justify="right", no_wrap=True)
+    roomy = width >= 56
+    if roomy:
+        table.add_column("heard", justify="right", no_wrap=True)
+    for row in rows:
+        version = row.get("version", glance.live.get("published") if row.get("role") == "trainer" else None)
+        silent = _seconds(row.get("silent_s"))
+        style = "red" if silent > 10 else "yellow" if silent > 5 else ""
+        cells: list[RenderableType] = [
+            Text(str(row.get("name", "?"))),
+            "" if version is None else str(version),
+            Text(str(row.get("doing", ""))),
+            duration(_seconds(row.get("since_s"))),
+        ]
+        table.add_row(*cells, *([Text(f"{duration(silent)} ago", style=style)] if roomy else []))
+    return table
+
+
+def _waits(glance: Glance, width: int) -> RenderableType:
+    waits = glance.live.get("waits")
+    if glance.state != "going on":
+        return Text("nobody", style="dim")
+    if not isinstance(waits, list) or not waits:
+        return Text("nobody, for more than a second", style="dim")
+    parts = []
+    for wait in waits[:6]:
+        seconds = _seconds(wait.get("seconds"))
+        style = "bold red" if seconds > 30 else "bold yellow" if seconds > 5 else "bold"
+        first = Text.assemble((str(wait.get("who")), style), f" for {wait.get('what')}, {duration(seconds)}")
+        parts += [first, Text(f"  {wait.get('why')}", style="dim")]
+    return Group(*parts)
+
+
+def _samples(glance: Glance, width: int) -> RenderableType:
+    if not glance.samples:
+        return Text(glance.store_note or "none", style="dim")
+    table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+    for sample in glance.samples:
+        step = "waiting" if sample.step is None else f"step {sample.step}"
+        reward = "no reward" if sample.reward is None else f"{sample.reward:.3g}"
+        colour = "green" if (sample.reward or 0) > 0 else "red" if (sample.reward or 0) < 0 else ""
+        versions = "-".join(str(v) for v in sorted({sample.version_min, sample.version_max}))
+        text = " ".join(sample.text.split())
+        table.add_row(step, Text(reward, style=colour), f"v{versions}", Text(_end_of(text, max(10, width - 34))))
+    return table
+
+
+def _marks(glance: Glance, now: float) -> RenderableType:
+    return Group(
+        *(
+            Text.assemble(
+                (f"{duration(max(0.0, now - mark.at))} ago  ", "dim"),
+                (f"{mark.kind.replace('_', ' ')} {mark.lane}", STYLES[mark.level]),
+                f"  {' '.join(mark.text.split())[:300]}",
+            )
+            for mark in glance.marks[-4:]
+        )
+    )
+
+
+# ---------------------------------------------------------------- small things
+
+
+def sparkline(values: Sequence[float] | NDArray[np.float64], width: int) -> str:
+    """Means of up to `width` buckets as blocks, from the lowest to the highest of them."""
+    array = np.asarray(values, np.float64)
+    array = np.clip(array[np.isfinite(array)], -1e150, 1e150)  # so that no sum overflows
+    if not len(array):
+        return ""
+    means = np.array([part.mean() for part in np.array_split(array, min(width, len(array)))])
+    low, high = means.min(), means.max()
+    level = np.zeros(len(means)) if high <= low else (means - low) / (high - low)
+    return "".join(BLOCKS[min(len(BLOCKS) - 1, int(x * len(BLOCKS)))] for x in level)
+
+
+def _bar(share: float, width: int) -> str:
+    eighths = round(min(1.0, max(0.0, share)) * width * 8)
+    whole, rest = divmod(eighths, 8)
+    return ("█" * whole + (EIGHTHS[rest] if rest else "")).ljust(width, "·" if width >= 20 else " ")
+
+
+def short(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _end_of(text: str, width: int) -> str:
+    return text if len(text) <= width else "…" + text[-width + 1 :]
+
+
+def _seconds(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
