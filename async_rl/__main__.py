@@ -104,9 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     chaos.add_argument("config", type=Path, help="YAML file of settings")
     chaos.add_argument("overrides", nargs="*", help="name=value, e.g. trainer.steps=100")
     chaos.add_argument("--kills", type=int, default=8, metavar="N", help="processes killed (default 8)")
-    for name in ("freezes", "slows"):
+    for name in ("freezes", "slows", "disconnects"):
         chaos.add_argument(f"--{name}", type=int, metavar="N", help="default: a quarter of --kills")
-    chaos.add_argument("--disconnects", type=int, default=0, metavar="N", help="connections cut (default 0)")
     chaos.add_argument("--seed", type=int, default=0, help="of the plan: which process, how and when (default 0)")
     chaos.add_argument("--run-dir", type=Path, help="folder of this run (default: runs/<name>-chaos-<time>)")
     chaos.set_defaults(work=_chaos)

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-START_S = 60.0
-"""time a process gets until its first sign; imports may hold everything up"""
+START_S = 20.0
+"""time a process gets until its first sign, before it imports torch; a cold disk may hold that up"""
 _READ_BYTES = 1 << 16
 
 

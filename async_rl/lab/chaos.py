@@ -42,7 +42,10 @@ MOST_RESUMES_IN_VAIN = 3
 TOLD_TO_STOP_S = 10.0
 FOLLOWED_S = 3.0
 """what happens so long after a fault counts as its consequence, and until the next step"""
-NOTED = ("started", "failed", "generator_died", "resumed", "checkpoint_damaged", "ended_by_force", "still_running")
+NOTED = (
+    "started", "failed", "generator_died", "generator_rejoined", "process_frozen", "stall", "resumed",
+    "checkpoint_damaged", "ended_by_force", "still_running",
+)  # fmt: skip
 """events that are kept with the fault they follow"""
 
 

@@ -25,9 +25,6 @@ from async_rl.settings import Settings, load_settings
 from async_rl.weights.shared_memory import segment_path
 from async_rl.wire.channel import ipc_endpoint
 
-ENDLESS_FREEZES = False
-"""whether the launcher ends processes that are frozen"""
-
 
 def run_chaos(
     config: Path, overrides: Sequence[str], path: Path, counts: Counts, *, seed: int, say: Callable[[str], None]
@@ -35,7 +32,7 @@ def run_chaos(
     """A run in the new folder `path`, hurt as planned, audited and replayed; its record is there. Raises
     UserError, and Interrupted with every process gone."""
     settings = load_settings(config, overrides)
-    plan = make_plan(counts, seed=seed, endless=ENDLESS_FREEZES)
+    plan = make_plan(counts, seed=seed)
     folder = RunFolder(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):  # whatever it is, it is not to be hurt
         raise UserError(f"{path} exists already; choose another --run-dir or remove it")

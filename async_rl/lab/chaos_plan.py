@@ -63,14 +63,12 @@ class Fault:
         return self.kind == "freeze" and self.seconds == 0
 
 
-def make_plan(counts: Counts, *, seed: int, endless: bool) -> tuple[Fault, ...]:
-    """In the order in which they happen. The same arguments give the same plan. `endless`: freezes may last
-    until somebody ends the frozen process."""
+def make_plan(counts: Counts, *, seed: int) -> tuple[Fault, ...]:
+    """In the order in which they happen. The same arguments give the same plan. Every second freeze is for ever."""
     random = Random(seed)
     victims: list[tuple[Kind, Role | None, float]] = []
     for number, frozen in enumerate(_roles(counts.freezes, random)):
-        short = not endless or number % 2 == 1
-        victims.append(("freeze", frozen, random.uniform(*SHORT_S) if short else 0.0))
+        victims.append(("freeze", frozen, random.uniform(*SHORT_S) if number % 2 else 0.0))
     victims += [("kill", role, 0.0) for role in _roles(counts.kills, random)]
     victims += [("slow", role, random.uniform(*SLOW_S)) for role in _roles(counts.slows, random)]
     victims += [("disconnect", None, random.uniform(*HOLD_S)) for _ in range(counts.disconnects)]

@@ -28,7 +28,8 @@ def begin(config: Path, run: Path, *words: str) -> subprocess.Popen[str]:
 
 def test_a_run_of_which_everything_is_killed_loses_nothing(tmp_path: Path, tiny_model: Path) -> None:
     config = write_config(
-        tmp_path, tiny_model, "trainer.steps=120", "checkpoint.every=20", "evaluation.every=17", "wire.timeout_s=30"
+        tmp_path, tiny_model, "trainer.steps=120", "checkpoint.every=20", "evaluation.every=17", "wire.timeout_s=30",
+        "wire.frozen_after_s=5",
     )
     run = RunFolder(tmp_path / "run")
     process = begin(config, run.path, "--kills", "4", "--seed", "3")
@@ -38,7 +39,7 @@ def test_a_run_of_which_everything_is_killed_loses_nothing(tmp_path: Path, tiny_
 
     result = json.loads((run.path / "chaos.json").read_text())
     wanted = {
-        "kills": 4, "freezes": 1, "slows": 1, "groups_trained": 480, "groups_refused": 0, "lost": 0,
+        "kills": 4, "freezes": 1, "slows": 1, "disconnects": 1, "groups_trained": 480, "groups_refused": 0, "lost": 0,
         "duplicated": 0, "hangs": 0, "replay_identical": True, "problems": [],
     }  # fmt: skip
     assert {name: result[name] for name in wanted} == wanted
