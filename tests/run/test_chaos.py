@@ -16,7 +16,7 @@ from async_rl.__main__ import main
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.weights.shared_memory import segment_path
 
-LONGEST_S = 150.0
+LONGEST_S = 300.0
 
 
 def begin(config: Path, run: Path, *words: str) -> subprocess.Popen[str]:
