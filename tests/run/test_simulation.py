@@ -1,0 +1,129 @@
+"""Whole runs on a virtual clock: losses, delays, restarts and reorderings at random moments; invariants watched."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+from support_sim_run import Plan, Run
+from support_sim_store import TwinStore
+
+from async_rl.buffer.drop import Drop
+from async_rl.buffer.pace import Pace
+from async_rl.buffer.staleness import Policy
+from async_rl.buffer.wait import Wait
+
+FAULTS = (
+    "kill buffer",
+    "kill buffer",
+    "kill trainer",
+    "kill launcher",
+    "kill generator",
+    "kill generator",
+    "freeze generator",
+    "freeze trainer",
+    "freeze buffer",
+    "leave generator",
+    "join generator",
+    "cut generator",
+    "cut generator",
+    "cut trainer",
+    "slow",
+)
+
+
+REPAIRS = ("permits_again", "groups_reissued", "episodes_resumed", "trajectories_ignored", "refused_stale")
+
+
+def some_policy(random: Random) -> Policy:
+    p, k = random.randint(1, 3), random.randint(0, 3)
+    depth = random.uniform(1, k + 1)
+    match random.randrange(3):
+        case 0:
+            window = random.randint(1, k * p + 1)
+            return Pace(groups_per_step=p, max_staleness=k, pipeline_depth=depth, window=window)
+        case 1:
+            return Wait(groups_per_step=p, max_staleness=k, pipeline_depth=depth)
+        case _:
+            return Drop(groups_per_step=p, max_staleness=k, pipeline_depth=depth)
+
+
+def some_plan(seed: int) -> Plan:
+    random = Random(seed)
+    several = random.choice((0, 3, 6, 12))
+    faults = sorted((random.uniform(0, 16), random.choice(FAULTS)) for _ in range(several))
+    return Plan(
+        seed=seed,
+        policy=some_policy(random),
+        group_size=random.randint(1, 3),
+        generators=random.randint(1, 3),
+        room=random.randint(1, 3),
+        steps=random.randint(3, 7),
+        every=random.randint(1, 3),
+        evaluate_every=random.choice((0, 0, 2)),
+        drop_zero_signal=random.random() < 0.3,
+        failure=random.choice((0.0, 0.0, 0.1)),
+        spread=random.choice((1.0, 30.0)),
+        delay=random.choice((0.01, 0.1)),
+        faults=tuple(faults),
+    )
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_two_hundred_schedules_of_losses_delays_restarts_and_reorderings(block: int) -> None:
+    for seed in range(200 * block, 200 * block + 200):
+        run = Run(some_plan(seed))
+        try:
+            run.play()
+        except Exception as error:
+            error.add_note(f"seed {seed}: {run.plan}; {run.story}; at {run.clock.now:.3f}")
+            raise
+
+
+def test_the_real_store_does_the_same_as_the_one_the_schedules_are_played_with(tmp_path: Path) -> None:
+    shared = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
+    compared = launches = 0
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        for seed in range(60):
+            store = TwinStore(Path(folder) / f"{seed}.sqlite")
+            run = Run(some_plan(seed), store)
+            run.play()
+            store.real.close()
+            compared, launches = compared + store.compared, launches + run.launches
+    assert launches > 80
+    assert compared > 800
+
+
+def test_the_same_seed_gives_the_same_story() -> None:
+    for seed in range(40, 50):
+        first, again = Run(some_plan(seed)), Run(some_plan(seed))
+        first.play()
+        again.play()
+        assert (first.clock.now, first.clock.happened) == (again.clock.now, again.clock.happened)
+        assert first.story == again.story
+        assert first.watch.formed == again.watch.formed
+        assert first.watch.answered == again.watch.answered
+
+
+def test_the_schedules_meet_what_they_are_about() -> None:
+    """Losses, restarts and repairs happen often enough for the schedules to say something about them."""
+    met: Counter[str] = Counter()
+    for seed in range(1000, 1150):
+        run = Run(some_plan(seed))
+        run.play()
+        met["launches"] += run.launches - 1
+        met["messages lost"] += sum(link.lost for link in run.links.values())
+        met["steps trained again"] += run.watch.counts["steps"] - run.plan.steps
+        met += Counter({name: run.buffer.core.counts[name] for name in REPAIRS})
+        met["frozen"] += run.watch.counts["generator_lost"]
+        met["left"] += run.watch.counts["generator_left"]
+        met.update(what.split(" ", 1)[1] for what in run.story)
+    rare = {
+        name: met[name]
+        for name in (*REPAIRS, *FAULTS, "launches", "messages lost", "steps trained again", "frozen")
+        if met[name] < 3
+    }
+    assert not rare, (rare, met)
