@@ -175,15 +175,20 @@ class FakeStore:
         stale = [r for r in newest.values() if (r.refused_because or "").startswith("stale:")]
         return sorted((row.position, row.attempt) for row in stale)
 
-    def lengths(self, ends: Sequence[int]) -> list[tuple[bool, int, int, int]]:
-        found: dict[tuple[bool, int], list[int]] = {}
+    def lengths(self, ends: Sequence[int]) -> list[tuple[str, int, int, int]]:
+        found: dict[tuple[str, int], list[int]] = {}
         for t in self.trajectories.values():
             row = self.rows[t.group]
-            stale = (row.refused_because or "").startswith("stale:")
-            counts = (row.step is not None and not t.failed) or (stale and t.ended != "error")
+            if row.step is not None:
+                kind = "trained"
+            elif row.refused_because is not None:
+                kind = "dropped" if row.refused_because.startswith("stale:") else "refused"
+            else:
+                continue
+            counts = not t.failed or (kind == "dropped" and t.reason == ABANDONED)
             if t.split == "train" and t.num_policy_tokens and counts:
-                found.setdefault((stale, bucket_of(t.num_policy_tokens)), []).append(t.num_policy_tokens)
-        return sorted((stale, bucket, len(many), sum(many)) for (stale, bucket), many in found.items())
+                found.setdefault((kind, bucket_of(t.num_policy_tokens)), []).append(t.num_policy_tokens)
+        return sorted((kind, bucket, len(many), sum(many)) for (kind, bucket), many in found.items())
 
     def tally(self) -> dict[str, int]:
         found: Counter[str] = Counter()
