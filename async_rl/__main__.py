@@ -16,6 +16,7 @@ from async_rl import __version__
 from async_rl.doctor.command import add_doctor
 from async_rl.errors import RunFailed, UserError
 from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
+from async_rl.join.command import add_joining
 from async_rl.observe.commands import add_watching
 
 
@@ -125,9 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--max-context", type=int, default=256, help="longest sequence in tokens (default 256)")
     init.set_defaults(work=_init_model)
 
-    keys = commands.add_parser("keys", help="make the keys a run needs to be reached over TCP")
-    keys.add_argument("folder", type=Path, metavar="DIR", help="folder to make")
-    keys.set_defaults(work=_keys)
+    add_joining(commands)
 
     evaluate = commands.add_parser("eval", help="held-out reward of a model folder")
     evaluate.add_argument("config", type=Path, help="settings: task and evaluation are used")
@@ -340,17 +339,6 @@ def _init_model(arguments: argparse.Namespace) -> int:
     print(f"{arguments.path}: success rate {result.success:.2f} after {result.steps} steps, {result.seconds:.0f} s")
     if result.success < arguments.until:
         raise RunFailed(f"{arguments.until:.2f} was not reached in {arguments.max_steps} steps; the folder was kept")
-    return 0
-
-
-def _keys(arguments: argparse.Namespace) -> int:
-    from async_rl.wire.keys import make_keys
-
-    folder = make_keys(arguments.folder).folder
-    print(
-        f"{folder}: run with wire.keys={folder} wire.endpoint=tcp://HOST:PORT. A host of more generators needs "
-        "server.key, client.key and client.key_secret; server.key_secret stays here"
-    )
     return 0
 
 

@@ -156,7 +156,8 @@ class Launcher:
         version = str(self.start_at.version if self.start_at is not None else 0)
         chosen = self.settings.generator
         known = (str(facts.train_problems), str(facts.vocabulary))
-        self.spawn("buffer", "async_rl.buffer", path, endpoint, *known, version)
+        for_joiners = (facts.task_digest, str(segment_path(self.folder.path)), self.weights_endpoint)
+        self.spawn("buffer", "async_rl.buffer", path, endpoint, *known, version, *for_joiners)
         endpoint = self.settings.wire.connect or as_reached_from_here(endpoint)
         self.spawn("trainer", "async_rl.trainer", path, endpoint, version, threads=self.settings.trainer.threads)
         if self.weights_endpoint:

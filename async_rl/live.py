@@ -89,4 +89,4 @@ def _processes(children: Sequence[Mapping[str, object]], detail: Mapping[str, An
 
 
 def _role(name: str) -> str:
-    return name if name in ("buffer", "trainer") else "generator"
+    return name if name in ("buffer", "trainer", "weights") else "generator"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from async_rl.digest import task_digest
 from async_rl.errors import UserError
 from async_rl.generator.vllm_release import installed_release
 from async_rl.model.folder import check_folder
@@ -36,6 +37,8 @@ class Facts:
     train_problems: int
     vocabulary: int = 0
     """tokens the model knows; 0: only transformers can say"""
+    task_digest: str = ""
+    """of the problems, for generators that join"""
 
 
 def preflight(settings: Settings) -> Facts:
@@ -71,7 +74,12 @@ def preflight(settings: Settings) -> Facts:
             "all of them are used"
         )
     vocabulary = config.vocabulary if config is not None else 0
-    return Facts(notes=notes, train_problems=len(task.problems("train")), vocabulary=vocabulary)
+    return Facts(
+        notes=notes,
+        train_problems=len(task.problems("train")),
+        vocabulary=vocabulary,
+        task_digest=task_digest(task, tokenizer),
+    )
 
 
 def check_message_size(context: int, max_message_mb: int) -> None:

@@ -15,7 +15,7 @@ AT_LEAST: dict[str, float] = {
     "buffer.memory_mb": 16,
     "buffer.max_store_mb": 0,
     "buffer.keep_steps": 0,
-    "generator.count": 1,
+    "generator.count": 0,
     "generator.max_sequences": 1,
     "generator.max_context": 0,
     "generator.max_turns": 1,

@@ -22,6 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         # what everything stands on, each importing only those before it
         "errors interrupt ranges",
         "config trajectory",
+        "settings_wire",
         "settings",
         "run_folder",
         "process run_lock",
@@ -32,8 +33,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "generator trainer",
         "observe",
         # what starts and studies them
+        "digest",
         "child live preflight restart resume vitals",
-        "launch",
+        "launch join",
         "lab",
         "doctor",
         "__main__",

@@ -6,9 +6,11 @@ be. Pure: it reads the state machine's parts and changes nothing.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 
+from async_rl import __version__
 from async_rl.buffer.admission import Admission
 from async_rl.buffer.evaluation import Evaluations
 from async_rl.buffer.group import Group
@@ -39,7 +41,7 @@ OF_ONE_LIFE = (msg.Want, msg.Status, msg.Leave)
 """of a generator, between two of its Hellos"""
 OF_GENERATORS = (*OF_ONE_LIFE, msg.Holds, msg.Canary)
 OF_THE_LAUNCHER = (msg.Gone,)
-OF_ANYBODY = (msg.Hello, msg.Query, msg.Pulse)
+OF_ANYBODY = (msg.Hello, msg.Query, msg.Pulse, msg.Join)
 TAKEN = (*OF_THE_TRAINER, *OF_GENERATORS, *OF_THE_LAUNCHER, *OF_ANYBODY, msg.Finished, msg.Turns)
 """Finished and Turns are looked at one trajectory after the other"""
 
@@ -78,6 +80,8 @@ class Acceptance:
                 return self._hello(peer, message, trainer)
             case msg.Pulse(doing=doing, since_s=since_s) if len(doing) > LONGEST_DOING or not 0 <= since_s < LARGEST:
                 return Objection(kind="number", reason=f"a pulse says what is done in {LONGEST_DOING} characters")
+            case msg.Join(name=name, package=package):
+                return self._joining(package) or self._name(peer, name)
             case msg.Want(limit=limit, version=version):
                 return self._want(peer, limit) or self._version(version, -1)
             case msg.Holds(version=version) | msg.Published(version=version) | msg.Canary(version=version):
@@ -123,6 +127,22 @@ class Acceptance:
         generators = self.admission.generators
         if hello.role == "generator" and peer not in generators and len(generators) >= MOST_GENERATORS:
             return Objection(kind="crowd", reason=f"there are {len(generators)} generators already")
+        return self._name(peer, hello.name) if hello.role == "generator" and msg.JOINED in hello.detail else None
+
+    def _joining(self, package: str) -> Objection | None:
+        if package != __version__:
+            reason = f"it is async-rl {package[:40]}, this run is {__version__}; both need the same"
+            return Objection(kind="unlike", reason=reason)
+        return None
+
+    def _name(self, peer: bytes, name: str) -> Objection | None:
+        """Of a generator that joins by itself: nobody else's."""
+        if not 0 < len(name) <= LONGEST_NAME:
+            return Objection(kind="name", reason=f"a name has 1 to {LONGEST_NAME} characters")
+        if re.fullmatch(r"generator-\d+|trainer|buffer|weights|launcher", name):
+            return Objection(kind="name", reason=f"{name} is a name of the launcher's own; choose another")
+        if any(g.name == name for p, g in self.admission.generators.items() if p != peer):
+            return Objection(kind="name", reason=f"there is a generator of the name {name}; choose another")
         return None
 
     def _want(self, peer: bytes, limit: int) -> Objection | None:

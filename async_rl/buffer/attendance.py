@@ -21,14 +21,23 @@ class Attendance:
 
     admission: Admission
     presence: Presence
+    welcome: msg.Welcome | None = None
+    """what a generator that joins by itself is told; None: it gets no answer"""
+
+    def knock(self, peer: bytes) -> list[do.Effect]:
+        """One that may join asks."""
+        return [] if self.welcome is None else [do.Send(peer=peer, message=self.welcome)]
 
     def hello(self, peer: bytes, hello: msg.Hello, *, published: int, now: float) -> list[do.Effect]:
         """A new life begins, unless this one has begun already."""
+        out: list[do.Effect] = []
         if not hello.session or self.admission.known(peer, hello.session) is None:
             self.lost(peer)
             self.admission.join(peer, hello, now)
             self.presence.join(peer, hello, now)
-        return [do.Send(peer=peer, message=msg.NewWeights(version=published))]
+            if msg.JOINED in hello.detail:
+                out.append(do.Note(event="generator_joined", detail={"name": hello.name, "pid": hello.pid}))
+        return [*out, do.Send(peer=peer, message=msg.NewWeights(version=published))]
 
     def lost(self, peer: bytes) -> bool:
         """It is gone and what it held is free for others; False when there was none."""
@@ -41,11 +50,12 @@ class Attendance:
         self.lost(peer)
         return [do.Note(event="generator_left", detail=detail)]
 
-    def gone(self, gone: msg.Gone) -> None:
+    def gone(self, gone: msg.Gone) -> list[do.Effect]:
         """The launcher saw that life end."""
         for peer, generator in list(self.admission.generators.items()):
             if (generator.name, generator.pid) == (gone.name, gone.pid):
                 self.lost(peer)
+        return []
 
     def frozen(self, now: float) -> list[do.Effect]:
         """Give up the generators of which nothing comes any more: all of them, before what they held is given."""

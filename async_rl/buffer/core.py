@@ -143,10 +143,11 @@ class Core:
             case msg.Leave():
                 return self.attendance.leave(peer, message) + self._grant(now)
             case msg.Gone():
-                self.attendance.gone(message)
-                return self._grant(now)
+                return self.attendance.gone(message) + self._grant(now)
             case msg.Query():
                 return self._query(peer, now)
+            case msg.Join() if self.refusals.may_answer(now):
+                return self.attendance.knock(peer)
             case msg.Done() | msg.Shutdown():
                 return self._end(message.reason, failed=False)
             case _:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
@@ -27,6 +29,7 @@ from async_rl.wire import messages as msg
 from async_rl.wire.channel import Router
 from async_rl.wire.gate import Gate
 from async_rl.wire.heartbeat import Activity
+from async_rl.wire.host import this_host
 from async_rl.wire.keys import keys_in
 
 POLL_S = 0.05
@@ -59,8 +62,9 @@ def make_control(settings: Settings) -> DepthControl | None:
     return DepthControl(target=stale.target_ess, deepest=max(1.0, deepest), groups_per_step=groups)
 
 
-def make_core(settings: Settings, *, train_problems: int, vocabulary: int) -> Core:
-    """A fresh state machine for a run over so many training problems. `vocabulary`: 0 when it is not known."""
+def make_core(settings: Settings, *, train_problems: int, vocabulary: int, run: str = "RUN") -> Core:
+    """A fresh state machine for a run over so many training problems. `vocabulary`: 0 when it is not known; `run`:
+    the run's folder, for messages."""
     order = PromptOrder(train_problems, settings.seed)
     rules = Rules(
         policy=make_policy(settings),
@@ -75,8 +79,25 @@ def make_core(settings: Settings, *, train_problems: int, vocabulary: int) -> Co
         max_permits=max(1, settings.generator.max_sequences // settings.batch.group_size),
         frozen_after_s=settings.wire.frozen_after_s,
         stall_report_s=settings.wire.stall_report_s,
+        how_to_join="" if settings.generator.count else f": async-rl generate --run {run}",
     )
     return Core(rules, problem_at=order)
+
+
+def make_welcome(
+    folder: RunFolder, settings: Settings, *, task_digest: str, segment: str, weights: str
+) -> msg.Welcome:
+    """What a generator that joins this run is told. `segment`: file of the weights on this host; `weights`: where the
+    weight server listens, if there is one."""
+    return msg.Welcome(
+        run=str(folder.path),
+        settings=asdict(settings),
+        task_digest=task_digest,
+        host=this_host(),
+        folder=os.getcwd(),
+        segment=segment,
+        weights=weights,
+    )
 
 
 def run_buffer(
@@ -104,6 +125,7 @@ def run_buffer(
             queued_messages=memory.queued_messages,
             keys=keys_in(settings.wire.keys),
         ) as router,
+        farewell(core, router),
     ):
         if begun:
             activity.now("reading the store")
@@ -126,6 +148,17 @@ def run_buffer(
                 store.commit()
 
 
+@contextmanager
+def farewell(core: Core, router: Router) -> Iterator[None]:
+    """Where this process ends before the run does, generators that joined by themselves hear it from nobody else."""
+    try:
+        yield
+    finally:
+        if not core.ended:
+            for peer in core.admission.generators:
+                router.send(peer, msg.Stop(reason="its launcher or its buffer was stopped"))
+
+
 @dataclass(slots=True)
 class Strangers:
     """Tells of the peers that were turned away because they showed no known key."""
@@ -133,13 +166,19 @@ class Strangers:
     gate: Gate | None
     """None: a Unix socket, which the file system guards"""
     told: int = 0
+    seen: int = 0
+    """at the last look"""
     told_at: float = 0.0
 
     def report(self, core: Core, folder: RunFolder, now: float) -> None:
         """`now`: seconds, monotonic."""
-        if self.gate is None or self.gate.turned_away <= self.told or now - self.told_at < STRANGERS_S:
+        if self.gate is None or now - self.told_at < STRANGERS_S:
             return
-        self.told, self.told_at = self.gate.turned_away, now
+        # one that was being greeted a moment ago is no stranger yet
+        settled, self.seen, self.told_at = min(self.seen, self.gate.turned_away), self.gate.turned_away, now
+        if settled <= self.told:
+            return
+        self.told = settled
         core.counts["peers_turned_away"] = self.told
         folder.event("peers_turned_away", count=self.told, reasons=self.gate.reasons, time=time.time())
 

@@ -24,7 +24,7 @@ def wait_reason(ledger: Ledger, admission: Admission, presence: Presence, *, now
     if open_groups:
         return f"{text}; {_oldest(open_groups, admission, presence, now)}"
     if not admission.generators:
-        return f"{text}; no generator is connected"
+        return f"{text}; no generator is connected{admission.rules.how_to_join}"
     behind = [f"{g.name} holds version {g.version}" for g in admission.generators.values()]
     words = [presence.last_word(peer, now) for peer in admission.generators]
     text = f"{text}; no group is running, newest weights are version {ledger.published}, {', '.join(behind)}"
@@ -36,7 +36,7 @@ def evaluation_reason(evaluation: Evaluation, admission: Admission, presence: Pr
     open_groups = [g for g in evaluation.groups if not g.complete]
     text = f"{sum(len(g.missing) for g in open_groups)} of its episodes are missing"
     if not admission.generators:
-        return f"{text}; no generator is connected"
+        return f"{text}; no generator is connected{admission.rules.how_to_join}"
     return f"{text}; {_oldest(open_groups, admission, presence, now)}"
 
 

@@ -34,3 +34,5 @@ class Rules:
     """a generator of which nothing was heard for so long is lost"""
     stall_report_s: float = 10.0
     """waits that last longer are reported"""
+    how_to_join: str = ""
+    """what follows "no generator is connected" where the launcher starts none"""

@@ -32,7 +32,8 @@ async def generate(
     """Build the engine and serve until the buffer says stop. An order to end is obeyed when what is done has
     been handed over."""
     from async_rl.generator.build import make_engine, make_weights
-    from async_rl.generator.loop import GeneratorLoop, GeneratorOptions
+    from async_rl.generator.loop import GeneratorLoop
+    from async_rl.generator.options import make_options
     from async_rl.model.tokenizer import Tokenizer
     from async_rl.task import make_task
     from async_rl.weights.shared_memory import segment_path
@@ -42,22 +43,12 @@ async def generate(
     limit = settings.wire.max_message_mb << 20
     dealer = AsyncDealer(endpoint, name, max_message_bytes=limit, keys=keys_in(settings.wire.keys))
     weights = make_weights(settings, segment_path(folder.path), weights_endpoint, name, here=True)
-    options = GeneratorOptions(
-        name=name,
-        max_sequences=settings.generator.max_sequences,
-        group_size=settings.batch.group_size,
-        max_turns=settings.generator.max_turns,
-        episode_timeout_s=settings.generator.episode_timeout_s,
-        save_turns_after_s=settings.generator.save_turns_after_s,
-        timeout_s=settings.wire.timeout_s,
-        stall_report_s=settings.wire.stall_report_s,
-    )
     folder.event("generator_ready", name=name, time=time.time())
     try:
         task = make_task(settings.task.name, settings.task.args)
         gc.freeze()  # what imports and set-up left behind is never garbage: do not look through it again
         loop = GeneratorLoop(
-            options,
+            make_options(settings, name),
             engine,
             task,
             tokenizer,

@@ -46,6 +46,7 @@ def make_weights(settings: Settings, segment: Path, endpoint: str, identity: str
         )
     return WeightStream(endpoint, f"{identity}/weights", keys=keys, timeout_s=settings.wire.timeout_s)
 
+
 MOST_CPU_CACHE_BYTES = 4 << 30
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Engine
 from async_rl.generator.episode import run_episode
+from async_rl.generator.options import GeneratorOptions
 from async_rl.generator.outbox import AGAIN_S, Outbox
 from async_rl.generator.patience import Patience, no_event
 from async_rl.generator.session import EpisodeSession, Ticket
@@ -39,23 +40,6 @@ FLUSH_S = 0.004
 """finished trajectories are gathered this long into one message"""
 STATUS_S = 0.2
 """interval of the standing sent to the buffer"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratorOptions:
-    """What the loop needs of the settings."""
-
-    name: str
-    max_sequences: int
-    group_size: int
-    max_turns: int
-    episode_timeout_s: float
-    save_turns_after_s: float
-    """finished turns of episodes that have run longer are kept by the buffer"""
-    timeout_s: float
-    """longest silence of the buffer, and longest wait for it to acknowledge something"""
-    stall_report_s: float
-    """longest wait for that which is not reported"""
 
 
 @dataclass(slots=True)
@@ -93,12 +77,16 @@ class GeneratorLoop:
     told_limit: int = -1
     announced: int = 0
     """newest version the buffer spoke of"""
+    loaded: bool = False
+    """weights of the run are in the engine"""
     loading: bool = False
     """newer weights are being read"""
     episodes: int = 0
     started: float = 0.0
     leaving: str = ""
     """why it is to end"""
+    stopped: str = ""
+    """why the buffer ended the run"""
     probe: tuple[int, ...] = ()
     """tokens whose log-probs are shown after each load"""
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
@@ -169,7 +157,8 @@ class GeneratorLoop:
                 case msg.NewWeights(version=version):
                     self.announced = max(self.announced, version)
                     self.new_weights.set()
-                case msg.Stop():
+                case msg.Stop(reason=reason):
+                    self.stopped = reason or "it is done"
                     return
                 case msg.Refused(what=what, reason=reason, kind=kind, pairs=pairs):
                     if kind not in HARMLESS:
@@ -230,7 +219,13 @@ class GeneratorLoop:
     async def _hello(self) -> None:
         self.session = time.time_ns()
         await self.dealer.send(
-            msg.Hello(role="generator", name=self.options.name, pid=os.getpid(), session=self.session)
+            msg.Hello(
+                role="generator",
+                name=self.options.name,
+                pid=os.getpid(),
+                session=self.session,
+                detail={msg.JOINED: True} if self.options.joined else {},
+            )
         )
 
     async def _join_anew(self) -> None:
@@ -277,8 +272,10 @@ class GeneratorLoop:
     async def _pull_weights(self) -> None:
         # Copying a large model must not stop the other coroutines.
         version, tensors = await asyncio.to_thread(self.weights.read)
-        if version > self.engine.version:
+        # the first ones always: a model folder of another host may hold others than the run began with
+        if version > self.engine.version or not self.loaded:
             await self.engine.load(tensors, version)
+            self.loaded = True
 
     async def _show_weights(self) -> None:
         """Evidence of the weights the engine holds; the trainer knows what it must be."""
@@ -379,6 +376,7 @@ class GeneratorLoop:
             max_context=self.engine.max_context,
             max_turns=self.options.max_turns,
             record=record,
+            generator=self.options.name,
             on_turn=on_turn if ticket.split == "train" else None,
         )
         self.sessions[ticket.group, ticket.sample] = session

@@ -56,9 +56,12 @@ class EpisodeSession:
         clock: Callable[[], float] = time.time,
         record: Trajectory | None = None,
         on_turn: Callable[[], None] | None = None,
+        generator: str = "",
     ) -> None:
         """`record`: turns that a lost generator had sampled of this episode (see `so_far`): the first calls of
-        `generate` are answered with them. `on_turn`: called after each turn that was sampled here."""
+        `generate` are answered with them. `on_turn`: called after each turn that was sampled here.
+        `generator`: its name."""
+        self._generator = generator
         self._engine = engine
         self._tokenizer = tokenizer
         self._ticket = ticket
@@ -233,6 +236,7 @@ class EpisodeSession:
             ended=ended,
             temperature=ticket.temperature,
             reason=reason[:LONGEST_REASON],
+            generator=self._generator,
             started_at=self.started_at,
             finished_at=self._clock(),
             info=info,

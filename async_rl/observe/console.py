@@ -36,10 +36,12 @@ class Console:
         batch, stale, generators = settings.batch, settings.staleness, settings.generator.count
         self.say(
             f"run {folder}: task {settings.task.name}, recipe {settings.recipe.get('name')}, "
-            f"{generators} generator{'s' * (generators > 1)} + buffer + trainer\n"
+            f"{generators or 'no'} generator{'s' * (generators != 1)} + buffer + trainer\n"
             f"{batch.groups_per_step} groups x {batch.group_size} trajectories a step; max_staleness "
             f"{stale.max_staleness}, policy {stale.policy}, pipeline_depth {depth:g}{window_text}"
         )
+        if not generators:
+            self.say(f"generators join by themselves: async-rl generate --run {folder}")
         for note in notes:
             self.say(f"note: {note}")
         if not self._quiet:
@@ -89,6 +91,8 @@ class Console:
                     f"{event['name']} gave no sign of life for {event['silent_s']:.1f} s, its {len(event['groups'])} "
                     f"groups go to others; {event['reason']}"
                 )
+            case "generator_joined":
+                self.say(f"{event['name']} has joined")
             case "generator_left":
                 groups = len(event["groups"])
                 self.say(f"{event['name']} has left ({event['reason']}), its {groups} groups go to others")

@@ -68,6 +68,8 @@ class Watched:
     """step at which it was first seen, or showed something last"""
     checked: int = 0
     reported: bool = False
+    away: bool = False
+    """it has left; when it comes back it has its time anew"""
 
 
 @dataclass(slots=True)
@@ -131,8 +133,12 @@ class CanaryWatch:
         batch of this step."""
         self.step = step
         connected = {name.removeprefix(msg.HOLDS): held for name, held in detail.items() if name.startswith(msg.HOLDS)}
+        for name, watched in self.generators.items():
+            watched.away |= name not in connected
         for name, held in connected.items():
             watched = self.generators.setdefault(name, Watched(since=step))
+            if watched.away:
+                watched.since, watched.reported, watched.away = step, False, False
             if not 0 < self.options.silent_steps <= step - watched.since or watched.reported:
                 continue
             watched.reported = True

@@ -13,19 +13,20 @@ from pathlib import Path
 
 from async_rl.process import run_process
 from async_rl.run_folder import RunFolder
+from async_rl.settings import Settings
 from async_rl.trajectory.codec import WireError
 from async_rl.weights.chunks import Shelf
 from async_rl.weights.shared_memory import WeightReader, segment_path
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Router
+from async_rl.wire.heartbeat import Activity, make_heartbeat
 from async_rl.wire.keys import keys_in
 
 POLL_S = 0.2
 
 
-def serve(folder: RunFolder, endpoint: str) -> None:
+def serve(folder: RunFolder, settings: Settings, endpoint: str, activity: Activity) -> None:
     """Until the run has its summary, or the launcher says stop."""
-    settings = folder.settings()
     limit = settings.wire.max_message_mb << 20
     with (
         Router(endpoint, max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as router,
@@ -33,7 +34,9 @@ def serve(folder: RunFolder, endpoint: str) -> None:
     ):
         folder.event("weights_ready", time=time.time(), endpoint=endpoint)
         shelf = Shelf(reader.latest, reader.copy)
+        activity.looping = True
         while not folder.summary.exists():
+            activity.still("serving weights")
             answer(router, shelf)
             shelf.tick(time.monotonic())
 
@@ -53,7 +56,14 @@ def answer(router: Router, shelf: Shelf) -> None:
 
 def main(path: str, endpoint: str) -> None:
     folder = RunFolder(Path(path))
-    run_process("weights", folder, lambda: serve(folder, endpoint))
+
+    def work() -> None:
+        settings, activity = folder.settings(), Activity()
+        activity.now("serving weights")
+        with make_heartbeat("weights", "weights", activity, settings.wire, None):
+            serve(folder, settings, endpoint, activity)
+
+    run_process("weights", folder, work)
 
 
 if __name__ == "__main__":

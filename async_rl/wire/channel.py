@@ -12,6 +12,7 @@ import os
 import socket
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from async_rl.errors import RunFailed, UserError
 from async_rl.trajectory.codec import Blob, WireError
 from async_rl.wire.endpoint import LONGEST_IPC_PATH, is_tcp, require_keys, socket_file
 from async_rl.wire.frames import decode, encode
-from async_rl.wire.gate import Gate, show_key
+from async_rl.wire.gate import Gate, Reception, show_key
 from async_rl.wire.keys import Keys
 from async_rl.wire.messages import Message
 
@@ -166,8 +167,13 @@ class Dealer:
         """`identity`: unique in the run, also the name in messages about waiting. `keys`: needed for tcp."""
         self.identity = identity
         self._max_message_bytes = max_message_bytes
+        self.reception: Reception | None = None
+        """over TCP: whether this end was let in"""
         self._context: zmq.Context = zmq.Context()
-        self._socket = _connected(self._context, endpoint, identity, max_message_bytes, keys)
+        self._socket = _connected(self._context, endpoint, identity, max_message_bytes, keys, self._watch)
+
+    def _watch(self, made: zmq.Socket) -> None:
+        self.reception = Reception(self._context, made)
 
     def send(self, message: Message) -> None:
         """Returns at once; the message leaves when the buffer is there. Raises UserError for a message larger
@@ -238,8 +244,14 @@ class AsyncDealer:
 
 
 def _connected(
-    context: zmq.Context, endpoint: str, identity: str, max_message_bytes: int, keys: Keys | None
+    context: zmq.Context,
+    endpoint: str,
+    identity: str,
+    max_message_bytes: int,
+    keys: Keys | None,
+    watch: Callable[[zmq.Socket], None] = lambda _: None,
 ) -> zmq.Socket:
+    """`watch` is given a socket that shows a key before it is connected."""
     socket_file(endpoint)
     endpoint = require_keys(endpoint, keys)
     made = context.socket(zmq.DEALER)
@@ -248,6 +260,7 @@ def _connected(
     try:
         if keys is not None and is_tcp(endpoint):
             show_key(made, keys)
+            watch(made)
         made.connect(endpoint)
     except UserError:
         context.destroy(linger=0)

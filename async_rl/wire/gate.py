@@ -24,6 +24,8 @@ _WATCHED = (
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
 _DOMAIN = "async-rl"
+_CUT_OFF = 3
+"""greetings that ended early, after which that was no accident"""
 _MOST_AT_ONCE = 1000
 """events read in one look"""
 
@@ -87,6 +89,25 @@ class Gate:
     def close(self) -> None:
         self._monitor.close(linger=0)
         self._authenticator.stop()
+
+
+class Reception:
+    """Whether a connecting socket is let in; make it before the socket is connected."""
+
+    def __init__(self, context: zmq.Context, connecting: zmq.Socket) -> None:
+        self._failed: Counter[int] = Counter()
+        connecting.monitor("inproc://reception", _WATCHED)
+        self._monitor = context.socket(zmq.PAIR)
+        self._monitor.set(zmq.RCVHWM, 0)
+        self._monitor.connect("inproc://reception")
+
+    @property
+    def turned_away(self) -> bool:
+        """The server said so, or ended the greeting again and again."""
+        while self._monitor.poll(0):
+            self._failed[int(parse_monitor_message(self._monitor.recv_multipart())["event"])] += 1
+        cut_off = self._failed[zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL] + self._failed[zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL]
+        return self._failed[zmq.EVENT_HANDSHAKE_FAILED_AUTH] > 0 or cut_off >= _CUT_OFF
 
 
 def show_key(connecting: zmq.Socket, keys: Keys) -> None:

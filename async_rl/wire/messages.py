@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from async_rl.trajectory.codec import Blob
 from async_rl.trajectory.types import Split, Trajectory
+from async_rl.wire.elsewhere import JOINED as JOINED
+from async_rl.wire.elsewhere import (
+    AskChunks,
+    AskWeights,
+    Chunk,
+    Detail,
+    Join,
+    Offer,
+    Welcome,
+    Withdrawn,
+)
 
 ABANDONED = "the buffer dropped its group"
 """why a trajectory was aborted that nobody wants any more"""
@@ -15,8 +25,6 @@ AS_METRICS = ("drop/", "held_up/", "staleness/")
 """what begins so in the detail of a batch is a metric by that name"""
 HOLDS = "holds/"
 """in the detail of a batch: this and a connected generator's name -> version it holds"""
-Detail = Mapping[str, Any]
-"""plain data: strings, numbers, booleans, None, and lists and dicts (with string keys) of these"""
 
 
 # ---- generator -> buffer ------------------------------------------------------------------------
@@ -333,55 +341,6 @@ class Shutdown:
     reason: str
 
 
-# ---- generator of another host <-> weight server ------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AskWeights:
-    """Answered by `Offer`, or by `Waiting` while there is nothing newer."""
-
-    after: int
-    """a version newer than this; also: of what was offered before nothing more is wanted"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
-    """A version that stays to be had while its chunks are asked for."""
-
-    version: int
-    num_bytes: int
-    chunk_bytes: int
-    """of every chunk but the last"""
-    checksum: int
-    """crc32 of all bytes"""
-    layout: str
-    """where each tensor lies among them (weights/layout.py)"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AskChunks:
-    """Each is answered by `Chunk`; or all by `Withdrawn`."""
-
-    version: int
-    chunks: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    version: int
-    index: int
-    checksum: int
-    """crc32 of the content"""
-    content: Blob
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Withdrawn:
-    """This version is no longer there: ask for weights anew."""
-
-    version: int
-
-
 # fmt: off
 Message = (
     Hello | Want | Finished | Turns | Leave | Holds | Status | Canary
@@ -390,6 +349,7 @@ Message = (
     | NextBatch | Published | Checkpointed | Evaluate | FetchEvaluation | Done
     | Batch | Waiting | EvaluationResult
     | Query | Snapshot | Gone | Shutdown
+    | Join | Welcome
     | AskWeights | Offer | AskChunks | Chunk | Withdrawn
 )
 # fmt: on

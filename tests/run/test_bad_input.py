@@ -70,7 +70,7 @@ def refused(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
         ("model.path=${nowhere}", "model.path: Interpolation key 'nowhere' not found"),
         ("task.args.num_secrets=many", "task.args.num_secrets is 'many'; it must be a whole number"),
         # values
-        ("generator.count=0", "generator.count is 0; it must be at least 1"),
+        ("generator.count=-1", "generator.count is -1; it must be at least 0"),
         ("generator.threads=5000", "generator.threads is 5000; it must be at most 1,024"),
         ("optimizer.learning_rate=nan", "optimizer.learning_rate is nan; it must be a finite number"),
         ("optimizer.beta2=1", "optimizer.beta2 is 1.0; it must be at least 0 and below 1"),

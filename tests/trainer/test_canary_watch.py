@@ -162,6 +162,15 @@ def test_silence_is_reported_anew_after_a_sign_of_life_and_not_of_who_has_left(t
     assert bench.watch.summary().unchecked == ("gone",)
 
 
+def test_who_comes_back_has_its_time_anew(tiny_model: Path) -> None:
+    bench = Bench(tiny_model, "canary.silent_steps=5")
+    bench.step()
+    for step in range(40):
+        here = step < 4 or step >= 30
+        bench.watch.look(step, {f"{msg.HOLDS}g": 1.0} if here else {})
+    assert [(e["name"], e["since_step"], e["step"]) for e in bench.events] == [("g", 30, 35)]
+
+
 def test_with_silent_steps_zero_silence_is_left_to_the_summary(tiny_model: Path) -> None:
     bench = Bench(tiny_model, "canary.silent_steps=0")
     for step in range(100):
