@@ -115,6 +115,5 @@ def rewind(folder: RunFolder, start: Start) -> None:
 
 
 def _keep(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
-    rows = list(read_rows(path))
     if path.exists():
-        replace_text(path, "".join(json.dumps(row, allow_nan=True) + "\n" for row in rows if wanted(row)))
+        replace_text(path, (json.dumps(row, allow_nan=True) + "\n" for row in read_rows(path) if wanted(row)))

@@ -91,10 +91,12 @@ class RunFolder:
         append_row(self.events, {"event": kind, **detail})
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a death half-way, finds the old text or the new one."""
+def replace_text(path: Path, text: Iterable[str]) -> None:
+    """Write a file so that a reader, or a death half-way, finds the old text or the new one. `text`: whole, or
+    piece by piece."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    with partial.open("w") as file:
+        file.writelines([text] if isinstance(text, str) else text)
     os.replace(partial, path)
 
 

@@ -87,6 +87,8 @@ class Store(StoreReader):
                 self._connection.execute(
                     f"PRAGMA synchronous = {'FULL' if durability == 'power' else 'NORMAL'}"
                 )
+                self._pruned_groups = int(self.meta("pruned_groups", 0))
+                """payloads of groups with lower numbers are deleted"""
                 self._connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_BYTES // PAGE_BYTES}")
                 self._connection.execute(f"PRAGMA cache_size = -{max(1, cache_bytes >> 10)}")
                 if max_bytes:  # never below what is there already: then nothing more fits
@@ -131,8 +133,9 @@ class Store(StoreReader):
                 if execute(_INSERT, (*what, *size, *how)).rowcount == 0:
                     known.append((t.group, t.sample))
                 else:
-                    # the id just given, without asking for it
-                    execute("INSERT INTO payloads VALUES (last_insert_rowid(), ?)", (blob or pack(t),))
+                    # the id just given, without asking for it; what comes so late is of a dropped group
+                    if t.group >= self._pruned_groups:
+                        execute("INSERT INTO payloads VALUES (last_insert_rowid(), ?)", (blob or pack(t),))
         return known
 
     def save_turns(self, trajectories: Iterable[Trajectory]) -> None:
@@ -198,9 +201,8 @@ class Store(StoreReader):
             return False
         (lowest,) = self._all("SELECT min(group_id) FROM groups WHERE step >= ?", (first,))[0]
         end = oldest_live if lowest is None else min(lowest, oldest_live)
-        begin = int(self.meta("pruned_groups", 0))
         query = "SELECT group_id FROM groups WHERE group_id >= ? AND group_id < ? ORDER BY group_id LIMIT ?"
-        portion = [group for (group,) in self._all(query, (begin, end, PRUNED_AT_ONCE))]
+        portion = [group for (group,) in self._all(query, (self._pruned_groups, end, PRUNED_AT_ONCE))]
         if not portion:
             return False
         if self.first_step() < first:  # before anything is deleted: a batch that is there is whole
@@ -208,7 +210,9 @@ class Store(StoreReader):
         of_group = "SELECT id FROM trajectories WHERE group_id = ?"
         for group in portion:
             self._write(f"DELETE FROM payloads WHERE id IN ({of_group})", (group,))
-        self.set_meta("pruned_groups", portion[-1] + 1)
+            self._write("DELETE FROM turns WHERE group_id = ?", (group,))
+        self._pruned_groups = portion[-1] + 1
+        self.set_meta("pruned_groups", self._pruned_groups)
         return True
 
     def rewind(self, *, version: int, now: float) -> None:

@@ -14,6 +14,7 @@ from async_rl.model.tokenizer import Tokenizer
 from async_rl.preflight import preflight
 from async_rl.settings import Settings, load_settings
 from async_rl.task import Task, make_task
+from async_rl.wire.keys import keys_in
 
 Found = Finding | Iterable[Finding]
 Made = TypeVar("Made")
@@ -44,6 +45,8 @@ def examine(config: Path | None, overrides: Sequence[str], *, run_folder: Path) 
     name = f"{chosen.name if chosen is not None else 'run'}-{'0' * len('20260101-000000')}"
     yield from guarded("socket path", lambda: machine.judge_socket_path(run_folder / name))
     yield from guarded("tcp loopback", machine.look_at_tcp)
+    if chosen is not None and chosen.wire.endpoint != "auto":
+        yield from guarded("wire.endpoint", lambda: look_at_endpoint(chosen))
     if chosen is None:
         yield from guarded("shared memory", lambda: machine.judge_shared_memory(machine.read_shared_memory(), None))
         yield from guarded(
@@ -98,6 +101,15 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
     free = memory.read_available()
     yield from guarded("log-probs", lambda: agreement.look_at_log_probs(settings, tasks[0], found.parameters, free))
     yield from guarded("max_staleness=0", lambda: agreement.look_at_equivalence(settings, found.parameters))
+
+
+def look_at_endpoint(settings: Settings) -> Finding:
+    """Where the buffer is to listen, with the run's keys."""
+    wire = settings.wire
+    remedy = f"see wire.endpoint={wire.endpoint}"
+    return machine.judge_socket(
+        "wire.endpoint", lambda: machine.round_trip(wire.endpoint, keys_in(wire.keys)), remedy
+    )
 
 
 def look_at_model(settings: Settings, estimates: list[memory.Estimate]) -> Finding:

@@ -123,7 +123,8 @@ def judge_socket(check: str, trip: Callable[[], float], remedy: str) -> Finding:
     try:
         seconds = trip()
     except Exception as failure:  # whatever it is, the run's sockets would meet it
-        return error(check, f"{failure}", remedy)
+        said, _, better = str(failure).partition("; ")
+        return error(check, said, better or remedy)
     return ok(check, f"round trip {seconds * 1000:.1f} ms")
 
 

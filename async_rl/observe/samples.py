@@ -60,6 +60,7 @@ def _choose(record: RunRecord, store: StoreSurvey) -> list[Chosen]:
     """Whole groups: of steps spread over the run and those whose weights a checkpoint holds, of held-out
     problems, and what was refused or failed."""
     first, last = store.steps()
+    first = max(first, store.first_step())  # of older ones the tokens are deleted
     steps = {int(s) for s in np.linspace(first, last, STEPS_SHOWN)} if last >= first else set()
     steps |= {version for version in checkpoints_of(record) if first <= version <= last}
     groups = [groups[step % len(groups)] for step in sorted(steps) if (groups := store.groups_in(step))]

@@ -122,6 +122,21 @@ def test_nothing_that_a_kept_checkpoint_needs_is_deleted(
         assert not payloads(store) & set(range(4 * first))
 
 
+def test_what_comes_late_of_a_group_that_is_pruned_leaves_its_row_only(tmp_path: Path) -> None:
+    with new_store(tmp_path) as store:
+        filled(store, steps=10)
+        store.save_turns([trajectory(3, 5)])
+        store.mark_consumed(step=9, oldest=10)
+        prune(store, keep_steps=1, oldest_live=1000)
+        assert store.begun() == []
+        store.add_trajectories([trajectory(3, 5), trajectory(38, 5)])
+        store.commit()
+    with Store(tmp_path / "trajectories.sqlite", durability="process", create=False) as store:
+        store.add_trajectories([trajectory(3, 6)])
+        assert payloads(store) == {37, 38, 39}
+        assert [row.sample for row in store.trajectories_of(3)] == [0, 1, 5, 6]
+
+
 def test_a_group_that_is_not_finished_with_stops_the_deleting(tmp_path: Path) -> None:
     with new_store(tmp_path) as store:
         filled(store, steps=10)

@@ -53,13 +53,15 @@ def test_without_a_config_it_looks_at_the_machine(tmp_path: Path) -> None:
 
 def test_without_a_model_folder_it_says_how_to_make_one_and_goes_on(tiny_model: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_model)
-    code, said, _ = doctor(str(config), "model.path=models/none", "generator.count=500", cwd=tmp_path)
+    words = ["model.path=models/none", "generator.count=500", "wire.endpoint=tcp://127.0.0.1:5", "wire.keys=none"]
+    code, said, _ = doctor(str(config), *words, cwd=tmp_path)
     assert code == 1
+    assert "error    wire.endpoint       wire.keys: none/server.key_secret cannot be read" in said
     assert "error    model               models/none does not exist" in said
     assert "-> `async-rl init-model models/none --task guess`" in said
     assert "warning  cores" in said
     assert "ok       reward" in said
-    assert "1 error, 1 warning" in said.splitlines()[-1]
+    assert "2 errors, 1 warning" in said.splitlines()[-1]
 
 
 def test_a_broken_tokenizer_and_a_wrong_setting_are_error_lines(tiny_model: Path, tmp_path: Path) -> None:

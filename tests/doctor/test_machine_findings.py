@@ -97,6 +97,7 @@ def test_a_socket_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
         taken.listen()
         found = machine.judge_socket("unix socket", lambda: machine.round_trip(f"ipc://{tmp_path}/s"), "another")
     assert "in use" in found.said
+    assert found.remedy == "end that run or choose another endpoint"
 
 
 def test_a_run_folder_with_a_long_name_is_a_warning(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support_command import write_config
+from support_command import Run, write_config
 from support_run import quick_settings, train
 
 from async_rl.buffer.store import StoreReader
@@ -131,3 +131,21 @@ def test_a_context_that_no_message_can_carry_is_refused_before_the_start(tiny_mo
 def test_retention_that_would_do_nothing_is_refused(tiny_model: Path) -> None:
     with pytest.raises(UserError, match=r"buffer\.keep_steps deletes nothing .* set checkpoint\.every"):
         quick_settings(tiny_model, "buffer.keep_steps=3", "checkpoint.every=0")
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_folder_and_it_goes_on(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, tiny_model, "trainer.steps=12", "checkpoint.every=8", "wire.timeout_s=30")
+    run = Run(config, RunFolder(tmp_path / "run"))
+    run.wait_for(run.folder.checkpoints.is_dir, "the folder of checkpoints")
+    in_the_way = run.folder.checkpoints / ".step_000008.partial"
+    in_the_way.write_text("")  # root may write anywhere, but not make a folder where a file is
+    said = run.said()
+    assert run.process.returncode == 1
+    assert f"the checkpoint of version 8 cannot be written to {run.folder.checkpoints} (File exists)" in said
+    assert "Traceback" not in said
+    assert not run.folder.summary.exists()
+    assert run.left_behind() == []
+    in_the_way.unlink()
+    assert resume_training(run.folder.path, [], console=Console(quiet=True))["steps"] == 12
