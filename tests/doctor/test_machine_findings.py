@@ -91,7 +91,12 @@ def test_sockets_are_tried_for_real() -> None:
 
 def test_a_socket_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     found = machine.judge_socket("unix socket", lambda: machine.round_trip(f"ipc://{tmp_path}/none/s"), "elsewhere")
-    assert (found.level, found.remedy) == ("error", "elsewhere")
+    assert (found.level, found.remedy) == ("error", "does its folder exist, and may this user write there?")
+
+    def silent() -> float:
+        raise TimeoutError("no message came through")
+
+    assert machine.judge_socket("unix socket", silent, "elsewhere").remedy == "elsewhere"
     with socket.socket(socket.AF_UNIX) as taken:
         taken.bind(str(tmp_path / "s"))
         taken.listen()
