@@ -36,6 +36,7 @@ class Run:
     environment: dict[str, str] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
     """every process that was seen below the launcher"""
+    longest_s: float = LONGEST_S
 
     def __post_init__(self) -> None:
         self.process = subprocess.Popen(
@@ -49,7 +50,7 @@ class Run:
 
     def wait_for(self, condition: Callable[[], object], what: str) -> None:
         """Poll until it holds; the launcher must live meanwhile."""
-        wait_for(lambda: condition() or self.process.poll() is not None, what)
+        wait_for(lambda: condition() or self.process.poll() is not None, what, self.longest_s)
         assert self.process.poll() is None, f"ended before {what}: {self.said()}"
         self.seen |= descendants(self.process.pid)
 
@@ -73,7 +74,7 @@ class Run:
     def said(self) -> str:
         """Wait for the end; everything it printed."""
         self.seen |= descendants(self.process.pid)
-        out, _ = self.process.communicate(timeout=LONGEST_S)
+        out, _ = self.process.communicate(timeout=self.longest_s)
         return out
 
     def left_behind(self) -> list[str]:
@@ -84,10 +85,10 @@ class Run:
         return found + [str(path) for path in self.folder.path.rglob("*.sock")]
 
 
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + LONGEST_S
+def wait_for(condition: Callable[[], object], what: str, longest_s: float = LONGEST_S) -> None:
+    deadline = time.monotonic() + longest_s
     while not condition():
-        assert time.monotonic() < deadline, f"waited {LONGEST_S:g} s for {what}"
+        assert time.monotonic() < deadline, f"waited {longest_s:g} s for {what}"
         time.sleep(0.02)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 
+from async_rl.errors import RunFailed
 from async_rl.generator.session import EpisodeSession, Ticket, TurnLimit
 from async_rl.task.protocol import Task
 from async_rl.trajectory import Trajectory
 
 
 async def run_episode(task: Task, session: EpisodeSession, ticket: Ticket, *, timeout_s: float) -> Trajectory:
-    """Roll the task out. Whatever the task or its reward raises ends this trajectory, with the reason."""
+    """Roll the task out. Whatever the task or its reward raises ends this trajectory, with the reason.
+    Raises RunFailed when the engine died."""
     try:
         problem = task.problems(ticket.split)[ticket.problem]
         session.begin(problem)
@@ -23,6 +25,8 @@ async def run_episode(task: Task, session: EpisodeSession, ticket: Ticket, *, ti
         return session.finish(reward=0.0, failed="error", reason=f"the episode took more than {timeout_s:g} s")
     except ConnectionAbortedError as error:
         return session.finish(reward=0.0, failed="aborted", reason=str(error))
+    except RunFailed:  # the engine died
+        raise
     except Exception as error:  # the task is the user's code: reported, and ends this trajectory
         return session.finish(reward=0.0, failed="error", reason=f"{type(error).__name__}: {error}")
     if not math.isfinite(reward):

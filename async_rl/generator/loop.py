@@ -90,7 +90,10 @@ class GeneratorLoop:
     probe: tuple[int, ...] = ()
     """tokens whose log-probs are shown after each load"""
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    failure: RunFailed | None = None
+    """of the engine: no episode can go on"""
     leave_now: asyncio.Event = field(default_factory=asyncio.Event)
+    failed: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     new_weights: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -113,6 +116,7 @@ class GeneratorLoop:
             self._update(),
             self._report(),
             self._await_leave(),
+            self._await_failure(),
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]
         try:
@@ -213,6 +217,12 @@ class GeneratorLoop:
         await self._send_turns(self._finished_turns())
         await self._send_finished(self.outbox.take(time.monotonic()))
         await self.dealer.send(msg.Leave(name=self.options.name, reason=self.leaving, session=self.session))
+
+    async def _await_failure(self) -> None:
+        """The engine died under the episodes: that is this process's end, not theirs. They go to others."""
+        await self.failed.wait()
+        assert self.failure is not None
+        raise self.failure
 
     # ---------------------------------------------------------------- steps
 
@@ -353,6 +363,10 @@ class GeneratorLoop:
         except asyncio.CancelledError:
             session.abandon("given up")
             raise
+        except RunFailed as error:
+            self.failure = self.failure or error
+            self.failed.set()
+            return
         self.outbox.put(trajectory)
         if self.running.get(key) is asyncio.current_task():  # else it was given up and somebody began anew
             for held in (self.running, self.sessions, self.begun):

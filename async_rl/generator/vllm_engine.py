@@ -13,7 +13,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -183,24 +183,22 @@ class VllmEngine:
         return versions
 
     async def load(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Replace the weights in flight. Raises RunFailed when vLLM does not take them in time."""
+        """Replace the weights in flight. Raises RunFailed when vLLM does not take them, in time."""
         async with self._loading:
             with tempfile.TemporaryDirectory(prefix="async-rl-", dir=_shared_folder()) as folder:
                 file = Path(folder) / "weights.safetensors"
                 await asyncio.to_thread(_save, weights, file)
-                await self._llm.pause_generation(mode="keep", clear_cache=False)
-                try:
-                    for running in self._running.values():
-                        running.cuts.append((len(running.tokens), self._version))
-                    await self._ask_workers("async_rl_load", str(file))
-                    if self._has_spans:
-                        await self._llm.update_weight_version(str(version))
-                    self._version = version
-                    # blocks of other versions are never found again: their salt says which version filled them
-                    if self._options.kv_on_update == "recompute":
-                        await self._llm.reset_prefix_cache(reset_running_requests=True)
-                finally:
-                    await self._llm.resume_generation()
+                await self._served(self._llm.pause_generation(mode="keep", clear_cache=False))
+                for running in self._running.values():
+                    running.cuts.append((len(running.tokens), self._version))
+                await self._ask_workers("async_rl_load", str(file))
+                if self._has_spans:
+                    await self._served(self._llm.update_weight_version(str(version)))
+                self._version = version
+                # blocks of other versions are never found again: their salt says which version filled them
+                if self._options.kv_on_update == "recompute":
+                    await self._served(self._llm.reset_prefix_cache(reset_running_requests=True))
+                await self._served(self._llm.resume_generation())
 
     async def probe(self, tokens: Sequence[int]) -> Sequence[float]:
         """Log-probs of tokens[1:] given what precedes each, at temperature 1."""
@@ -211,12 +209,16 @@ class VllmEngine:
             return []
         self._asked += 1
         prompt = TokensPrompt(prompt_token_ids=list(tokens), cache_salt=f"probe {self._asked}")
-        found: Sequence[Any] = []
-        # The token after the probe needs room too: the last one is shown by its own log-prob.
         params = VllmParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
-        async for answer in self._llm.generate(prompt, params, f"probe-{self._asked}"):
-            found = answer.prompt_logprobs or found
+        answer = await self._served(self._last(self._llm.generate(prompt, params, f"probe-{self._asked}")))
+        found: Sequence[Any] = answer.prompt_logprobs
         return [entry[token].logprob for token, entry in zip(tokens[1:], found[1:], strict=True)]
+
+    async def _last(self, answers: Any) -> Any:
+        answer = None
+        async for answer in answers:  # noqa: B007
+            pass
+        return answer
 
     async def fingerprint(self) -> Mapping[str, int]:
         """Checksums of the weights as vLLM's workers hold them now, under the trainer's names."""
@@ -251,13 +253,18 @@ class VllmEngine:
         await asyncio.to_thread(self._llm.shutdown)
 
     async def _ask_workers(self, method: str, *arguments: Any) -> list[Any]:
-        try:
-            answers: list[Any] = await asyncio.wait_for(
-                self._llm.collective_rpc(method, args=arguments), LOAD_DEADLINE_S
-            )
-        except TimeoutError:
-            raise RunFailed(f"vLLM's workers did not answer {method} within {LOAD_DEADLINE_S:g} s") from None
+        answers: list[Any] = await self._served(self._llm.collective_rpc(method, args=arguments))
         return answers
+
+    async def _served(self, call: Coroutine[Any, Any, Any]) -> Any:
+        """What vLLM answers. Whatever goes wrong here leaves an engine that nobody knows the state of."""
+        name = getattr(call, "__qualname__", "a call")
+        try:
+            return await asyncio.wait_for(call, LOAD_DEADLINE_S)
+        except TimeoutError:
+            raise RunFailed(f"vLLM did not answer {name} within {LOAD_DEADLINE_S:g} s") from None
+        except Exception as error:
+            raise RunFailed(f"vLLM failed in {name}: {error}") from error
 
     def _busy(self, now: float) -> None:
         """Count time in which requests ran: vLLM does not tell its time in model steps."""
