@@ -149,6 +149,8 @@ def _refuse_unknown(cls: type, values: Mapping[str, Any], where: str, top: tuple
             raise UserError(f"{path} is {value!r}; choose one of {', '.join(choices)}")
         elif typing.get_origin(hint) is dict and not isinstance(value, Mapping):
             raise UserError(_not_a_group(path, value, []))
+        elif typing.get_origin(hint) is list and not isinstance(value, list):
+            raise UserError(f"{path} is {_shown(value)}; it must be a list, e.g. {path}=[{value if value else ''}]")
         elif hint in WANTED and not _fits(value, hint):
             raise UserError(f"{path} is {_shown(value)}; it must be {WANTED[hint]}")
 

@@ -29,6 +29,7 @@ from async_rl.resume import Start, find_start, resumed_settings, rewind
 from async_rl.run_folder import RowTail, RunFolder, replace_text
 from async_rl.run_lock import take_lock
 from async_rl.settings import Settings
+from async_rl.tracking import Tracking
 from async_rl.vitals import Vitals
 from async_rl.weights.shared_memory import segment_path
 from async_rl.wire.channel import Dealer, Router, ipc_endpoint
@@ -70,11 +71,13 @@ class Launcher:
     """generators that died: when they are started again (monotonic clock), and how"""
     vitals: Vitals = field(init=False)
     live: Live = field(init=False)
+    tracking: Tracking = field(init=False)
     frozen: dict[int, str] = field(default_factory=dict)
     """process number of those that were ended because nothing came of them, and what was known of each"""
 
     def __post_init__(self) -> None:
         self.rows, self.events = RowTail(self.folder.metrics), RowTail(self.folder.events)
+        self.tracking = Tracking(self.folder)
 
     def run(self) -> dict[str, Any]:
         """The run's summary. Raises UserError, RunFailed or Interrupted; all processes are gone then."""
@@ -112,6 +115,7 @@ class Launcher:
             ignore_interrupts()
         finally:  # one that came just before is raised when all is done
             self.stop()
+            self.tracking.finish()
             self.clean(endpoint)
             self.console.stop()
 
@@ -168,6 +172,8 @@ class Launcher:
             self.budgets[name] = RestartBudget(max_restarts=chosen.max_restarts, window_s=chosen.restart_window_s)
             weights = as_reached_from_here(self.weights_endpoint)
             self.spawn(name, "async_rl.generator", path, endpoint, name, weights, threads=chosen.threads)
+        ends = {"parent_pipe": self.pipe[0], "lock": self.lock}
+        self.tracking = Tracking.start(self.folder, self.settings.trackers, int(version), **ends)
 
     def spawn(self, name: str, *words: str, threads: int = 1) -> None:
         self.launch(Command(name=name, words=words, threads=threads))
@@ -245,6 +251,7 @@ class Launcher:
             if not child.ended and child.name not in self.budgets:
                 raise self.cause(child)
         self.live.look(now, self.vitals.rows(now))
+        self.tracking.look()
 
     def cause(self, child: Child) -> Exception:
         """Why it ended, in words."""

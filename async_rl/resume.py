@@ -22,7 +22,7 @@ from async_rl.settings import Settings, check
 from async_rl.trainer.manifest import Damage, newest_whole, version_of
 
 MAY_CHANGE = (
-    "trainer.steps", "checkpoint.", "wire.", "weights.",
+    "trainer.steps", "checkpoint.", "wire.", "weights.", "trackers",
     "generator.count", "generator.max_restarts", "generator.restart",
     "buffer.memory_mb", "buffer.max_store_mb", "buffer.keep_steps",
 )  # fmt: skip

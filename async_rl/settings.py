@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from async_rl.config import described, load_yaml, setting, structured, with_overrides
 from async_rl.errors import UserError
+from async_rl.extras import check_trackers
 from async_rl.ranges import ABOVE_ZERO, AT_LEAST, AT_MOST, BELOW_ONE
 from async_rl.settings_wire import WeightsSettings, WireSettings, check_wire
 
@@ -28,9 +29,7 @@ class TaskSettings:
 @dataclass(frozen=True)
 class BatchSettings:
     groups_per_step: int = setting(16, "P: groups trained in one step", unit="groups")
-    group_size: int = setting(
-        8, "trajectories sampled for one problem and compared with each other", unit="trajectories"
-    )
+    group_size: int = setting(8, "trajectories sampled for one problem and compared with each other", unit="trajectories")
 
 
 @dataclass(frozen=True)
@@ -223,9 +222,7 @@ class Settings:
     task: TaskSettings = field(default_factory=TaskSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     staleness: StalenessSettings = field(default_factory=StalenessSettings)
-    recipe: dict[str, Any] = setting(
-        {"name": "vcpo"}, "the objective: a recipe's name and any of its axes; `async-rl recipes` lists them"
-    )
+    recipe: dict[str, Any] = setting({"name": "vcpo"}, "the objective: a recipe's name and any of its axes; `async-rl recipes` lists them")
     buffer: BufferSettings = field(default_factory=BufferSettings)
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
     vllm: VllmSettings = field(default_factory=VllmSettings)
@@ -237,6 +234,7 @@ class Settings:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     wire: WireSettings = field(default_factory=WireSettings)
     weights: WeightsSettings = field(default_factory=WeightsSettings)
+    trackers: list[str] = setting([], "where metrics go besides the run folder: tensorboard, wandb; by a process of their own that the run never waits for")
 
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
@@ -278,6 +276,7 @@ def check(settings: Settings) -> None:
         if not 0 <= values[path] < 1:
             raise UserError(f"{path} is {values[path]}; it must be at least 0 and below 1")
     check_wire(settings.wire, settings.weights)
+    check_trackers(settings.trackers)
     if not settings.name.strip() or "/" in settings.name or "\0" in settings.name:
         raise UserError(f"name is {settings.name!r}; it names a folder, so it must be text without '/'")
     if not settings.model.path:

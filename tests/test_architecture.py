@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         # what everything stands on, each importing only those before it
         "errors interrupt ranges",
-        "config trajectory",
+        "config extras trajectory",
         "settings_wire",
         "settings",
         "run_folder",
@@ -35,6 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         # what starts and studies them
         "digest",
         "child live preflight restart resume vitals",
+        "tracking",
         "launch join",
         "lab",
         "doctor",

@@ -81,6 +81,8 @@ class Console:
                     f"step {event['step']}: {event['name']} has not shown since step {event['since_step']} "
                     f"that its weights are those published"
                 )
+            case "tracker_failed":
+                self.say(f"{event['name']}: {event['reason']}; the run goes on without it")
             case "generator_died":
                 self.say(
                     f"{event['reason']}\n{event['name']} is started again in {event['restart_in_s']:g} s "
