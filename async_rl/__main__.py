@@ -17,6 +17,7 @@ from async_rl.doctor.command import add_doctor
 from async_rl.errors import RunFailed, UserError
 from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
 from async_rl.join.command import add_joining
+from async_rl.lab.command import add_lab
 from async_rl.observe.commands import add_watching
 
 
@@ -133,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", help="e.g. model.path=runs/x/checkpoints/step_000400")
     evaluate.set_defaults(work=_eval)
     add_watching(commands)
+    add_lab(commands)
     return parser
 
 

@@ -1,0 +1,63 @@
+"""What a lab came to, in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from async_rl.lab.stability.merit import Merit
+from async_rl.lab.stability.record import CellRecord
+
+HEAD = ("recipe", "lag", "best reward", "of synchronous", "at rate", "span of rates", "collapsed")
+
+
+def merit_lines(merits: Iterable[Merit]) -> list[str]:
+    """One table a task: every recipe and lag with both figures of merit."""
+    by_task: dict[str, list[Merit]] = {}
+    for merit in merits:
+        by_task.setdefault(merit.task, []).append(merit)
+    lines: list[str] = []
+    for task, found in by_task.items():
+        rows = [HEAD, *(merit_row(m) for m in sorted(found, key=lambda m: (m.lag, -m.best_reward)))]
+        lines += ["", f"task {task}", *columns(rows)]
+    return lines
+
+
+def merit_row(m: Merit) -> tuple[str, ...]:
+    replicates = sum(rate.replicates for rate in m.rates)
+    collapsed = sum(rate.collapsed for rate in m.rates)
+    spread = f" ± {m.best_spread:.2f}" if any(rate.replicates > 1 for rate in m.rates) else ""
+    return (
+        m.recipe,
+        str(m.lag),
+        f"{m.best_reward:.3f}{spread}",
+        f"{m.share_of_synchronous:.2f}",
+        f"{m.best_learning_rate:g}",
+        span_text(m),
+        f"{collapsed} of {replicates}",
+    )
+
+
+def span_text(m: Merit) -> str:
+    """`x 4.0`; `> x 4.0` where an end of the grid still holds; `none`."""
+    if m.span == 0:
+        return "none"
+    return f"{'>= ' if m.open_below or m.open_above else ''}x {m.span_interpolated:.1f}"
+
+
+def cell_line(record: CellRecord) -> str:
+    """One finished cell."""
+    if record.failed:
+        return f"{record.name}: FAILED, {record.failed}"
+    assert record.reward_final is not None
+    assert record.seconds is not None
+    ess = f", ESS {record.ess_min:.2f} at least" if record.ess_min is not None else ""
+    return (
+        f"{record.name}: reward {record.reward_first:.2f} -> {record.reward_final:.2f} (best {record.reward_best:.2f})"
+        f"{', COLLAPSED' if record.collapsed else ''}{ess}, {record.seconds:.0f} s"
+    )
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as aligned text; the first column to the left, the others to the right."""
+    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join([row[0].ljust(width[0]), *map(str.rjust, row[1:], width[1:])]) for row in rows]

@@ -1,0 +1,91 @@
+"""The lag is exact, and at lag 0 it is synchronous training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support_run import quick_settings
+
+from async_rl.lab.stability.cell import run_cell, versions_to_measure
+from async_rl.lab.stability.exact_lag import Sampled, train_with_exact_lag
+from async_rl.lab.synchronous import train_synchronously
+from async_rl.settings import Settings
+from async_rl.trainer.learner import StepReport
+
+STEPS = 9
+TIMES = ("seconds",)
+
+
+def lagged(model: Path, lag: int, *overrides: str) -> Settings:
+    settings = quick_settings(model, f"trainer.steps={STEPS}", f"staleness.max_staleness={lag}", *overrides)
+    return replace(settings, generator=replace(settings.generator, max_sequences=40))
+
+
+def test_every_batch_was_sampled_by_the_version_of_its_lag_and_no_other(tiny_model: Path) -> None:
+    for lag in (0, 1, 4):
+        batches: list[Sampled] = []
+        reports: list[StepReport] = []
+        train_with_exact_lag(
+            lagged(tiny_model, lag),
+            each_batch=batches.append,
+            each_step=lambda _, report, into=reports: into.append(report),
+            measured=range(STEPS),
+        )
+        trained = [batch for batch in batches if batch.trained]
+        assert [batch.step for batch in trained] == list(range(STEPS))
+        for batch in batches:
+            versions = {v for t in batch.episodes for v in t.policy_versions().tolist()}
+            assert versions == {max(0, batch.step - lag)} == {batch.version}
+        assert [report.metrics["lag/mean"] for report in reports] == [min(step, lag) for step in range(STEPS)]
+        measured = [batch.version for batch in batches if not batch.trained]
+        assert measured == list(range(STEPS - lag, STEPS)), "newer versions than any batch comes from are measured"
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "vcpo"])
+def test_lag_0_is_synchronous_training_bit_for_bit(recipe: str, tiny_model: Path) -> None:
+    settings = lagged(tiny_model, 0, f"recipe={recipe}")
+    expected: list[StepReport] = []
+    reference = train_synchronously(settings, lambda _, report: expected.append(report))
+    found: list[StepReport] = []
+
+    learner = train_with_exact_lag(
+        settings, each_batch=lambda _: None, each_step=lambda _, report: found.append(report)
+    )
+
+    assert [report.metrics for report in found] == [report.metrics for report in expected]
+    for name, tensor in reference.weights().items():
+        assert torch.equal(learner.weights()[name], tensor), name
+
+
+def test_cells_of_one_seed_see_the_same_problems_whatever_their_lag(tiny_model: Path) -> None:
+    def problems(lag: int) -> list[list[tuple[int, int]]]:
+        batches: list[Sampled] = []
+        settings = lagged(tiny_model, lag)
+        train_with_exact_lag(settings, each_batch=batches.append, each_step=lambda *_: None)
+        return [[(t.problem, t.seed) for t in batch.episodes] for batch in batches]
+
+    assert problems(0) == problems(3)
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "st_ppo"])
+def test_a_cell_is_deterministic(recipe: str, tiny_model: Path) -> None:
+    settings = lagged(tiny_model, 3, f"recipe={recipe}", "critic.warmup_steps=2")
+    torch.manual_seed(1)
+    first, first_curves = run_cell(settings, reward_first=0.1)
+    torch.manual_seed(2)
+    again, again_curves = run_cell(settings, reward_first=0.1)
+    assert first_curves == again_curves
+    for key in first.keys() - {"seconds", "processor_seconds"}:
+        assert first[key] == again[key], key
+
+
+@pytest.mark.parametrize(("steps", "lag"), [(200, 0), (200, 1), (200, 64), (160, 128), (9, 8), (1, 0)])
+def test_the_last_tenth_of_the_versions_is_always_measured(steps: int, lag: int) -> None:
+    sampled = {max(0, step - lag) for step in range(steps)}
+    measured = sampled | set(versions_to_measure(steps, lag))
+    assert set(range(steps - -(-steps // 10), steps)) <= measured
+    assert max(measured) == steps - 1
+    assert len(measured - sampled) <= 33 + steps / 10
