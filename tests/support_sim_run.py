@@ -216,6 +216,8 @@ class Run:
                 self.start_again(name, self.generators[name].pid)
             case "cut generator" if name:
                 self.links[name].cut(self.clock.about(1.0))
+            case "vanish generator" if name:
+                self.vanish(name)
             case "join generator":
                 self.spawn(f"generator-{random.randint(5, 7)}")
 
@@ -224,6 +226,14 @@ class Run:
         if self.clock.chance(0.5):
             self.links[name].incarnation += 1  # what it had sent is lost with it
         self.start_again(name, life.pid)
+
+    def vanish(self, name: str) -> None:
+        """With its host: nobody sees it end. Another one comes some time later."""
+        self.generators.pop(name).die()
+        self.links[name].incarnation += 1
+        self.pids += 1
+        launches, other = self.launches, f"generator-of-host-{self.pids}"
+        self.clock.at(self.clock.about(3.0), lambda: self.spawn(other) if self.launches == launches else None)
 
     def start_again(self, name: str, pid: int) -> None:
         """The launcher sees the end of that life, tells the buffer, starts another after a pause."""

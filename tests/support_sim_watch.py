@@ -75,6 +75,8 @@ class Watch:
                 for group, sample in pairs:
                     known = (group, sample) in self.stored
                     assert known or group in self.refused or group not in self.asked, (group, sample)
+            case msg.Turns(trajectories=turns):
+                assert turns, "turns that were begun are in the store"
             case msg.Permits(permits=permits):
                 self.counts["permits"] += len(permits)
 
@@ -112,5 +114,14 @@ class Watch:
         assert set(self.asked) == batched | set(self.refused) | live
         assert not batched & set(self.refused)
         assert not live & (batched | set(self.refused))
+        self.audit_prompts(live, batched)
         refusals = self.run.buffer.core.refusals.counts
         assert refusals.keys() <= {"group", "stranger", "number"}, refusals
+
+    def audit_prompts(self, live: set[int], batched: set[int]) -> None:
+        """Every position of the prompt order is trained, live, waiting to be asked again, or refused for another
+        reason than its age; in exactly one of these."""
+        other = [group for group, reason in self.refused.items() if not reason.startswith("stale")]
+        places = [self.asked[group][0] for group in (*live, *batched, *other)]
+        places += [position for position, _ in self.run.buffer.core.admission.refill]
+        assert sorted(places) == list(range(1 + max(position for position, _ in self.asked.values())))

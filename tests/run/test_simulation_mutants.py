@@ -1,0 +1,238 @@
+"""The schedules see what they are there to see: each rule, broken on purpose, makes some schedule fail soon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import support_sim_buffer
+import support_sim_run
+from support_sim_plans import FAULTS, some_plan
+from support_sim_run import Run
+
+from async_rl.buffer import effects as do
+from async_rl.buffer.acceptance import Acceptance
+from async_rl.buffer.admission import Admission
+from async_rl.buffer.attendance import Attendance
+from async_rl.buffer.batching import Batching
+from async_rl.buffer.core import Core
+from async_rl.buffer.drop import Drop
+from async_rl.buffer.group import Group
+from async_rl.buffer.ledger import Ledger
+from async_rl.buffer.loop import carry_out, write
+from async_rl.buffer.pace import Pace
+from async_rl.buffer.presence import Presence
+from async_rl.buffer.restore import restore
+from async_rl.buffer.wait import Wait
+from async_rl.wire import messages as msg
+
+SCHEDULES = 400
+Patch = pytest.MonkeyPatch
+
+
+def one_step_more(policy: type) -> Callable[[Patch], None]:
+    def mutate(patch: Patch) -> None:
+        admit, reissue = policy.admit, policy.reissue
+
+        def looser(self: Any) -> Any:
+            return replace(self, max_staleness=self.max_staleness + 1)
+
+        patch.setattr(policy, "admit", lambda self, *given, **named: admit(looser(self), *given, **named))
+        patch.setattr(policy, "reissue", lambda self, *given, **named: reissue(looser(self), *given, **named))
+        patch.setattr(policy, "refuse", lambda self, **named: None)
+
+    return mutate
+
+
+def one_slot_more(patch: Patch) -> None:
+    for policy in (Pace, Wait, Drop):
+        slots = policy.slots
+        patch.setattr(policy, "used", lambda self, line, *, used=policy.used, **named: used(self, line, **named) - 1)
+        assert slots is policy.slots
+
+
+def window_not_taken_off(patch: Patch) -> None:
+    patch.setattr(Pace, "latest_step", lambda self, *, ahead, step: step + ahead // self.groups_per_step)
+    patch.setattr(Pace, "slots", property(lambda self: int(self.pipeline_depth * self.groups_per_step)))
+
+
+def window_too_wide(patch: Patch) -> None:
+    select = Pace.select
+    patch.setattr(Pace, "select", lambda self, *given, **named: select(replace(self, window=10**6), *given, **named))
+    patch.setattr(Pace, "__post_init__", lambda self: None)
+
+
+def drop_keeps_what_is_too_old(patch: Patch) -> None:
+    patch.setattr(Drop, "overdue", lambda self, line, *, step: [])
+    patch.setattr(Drop, "refuse", lambda self, **named: None)
+
+
+def answered_before_committed(patch: Patch) -> None:
+    def hasty(effects: Any, store: Any, router: Any, record: Any, part_bytes: int) -> None:
+        carry_out([e for e in effects if not isinstance(e, do.Write)], store, router, record, part_bytes)
+        carry_out([e for e in effects if isinstance(e, do.Write)], store, router, record, part_bytes)
+
+    patch.setattr(support_sim_buffer, "carry_out", hasty)
+
+
+def batch_not_stored(patch: Patch) -> None:
+    def forgetful(effects: Any, *rest: Any, **named: Any) -> None:
+        carry_out([e for e in effects if not isinstance(e, do.FormBatch)], *rest, **named)
+
+    patch.setattr(support_sim_buffer, "carry_out", forgetful)
+
+
+def orphans_forgotten(patch: Patch) -> None:
+    lost = Admission.lost
+
+    def mutant(self: Admission, peer: bytes) -> bool:
+        found = lost(self, peer)
+        self.orphans.clear()
+        return found
+
+    patch.setattr(Admission, "lost", mutant)
+
+
+def orphans_forgotten_by_restore(patch: Patch) -> None:
+    def mutant(core: Core, *given: Any, **named: Any) -> None:
+        restore(core, *given, **named)
+        core.admission.orphans.clear()
+
+    patch.setattr(support_sim_run, "restore", mutant)
+
+
+def position_forgotten_by_restore(patch: Patch) -> None:
+    def mutant(core: Core, *given: Any, **named: Any) -> None:
+        restore(core, *given, **named)
+        core.admission.position += 1
+
+    patch.setattr(support_sim_run, "restore", mutant)
+
+
+def samples_taken_twice(patch: Patch) -> None:
+    arrive = Group.arrive
+
+    def mutant(self: Group, trajectory: Any) -> bool:
+        arrive(self, trajectory)
+        return True
+
+    patch.setattr(Group, "arrive", mutant)
+
+
+def trained_groups_stay(patch: Patch) -> None:
+    def mutant(self: Ledger, chosen: Any) -> None:
+        for group in chosen:
+            self.line.entry(group).finished = True
+        self.step += 1
+
+    patch.setattr(Ledger, "form_batch", mutant)
+
+
+def dropped_problems_forgotten(patch: Patch) -> None:
+    refuse = Batching.refuse
+
+    def mutant(self: Batching, number: int, reason: str) -> Any:
+        before = list(self.admission.refill)
+        found = refuse(self, number, reason)
+        self.admission.refill[:] = before
+        return found
+
+    patch.setattr(Batching, "refuse", mutant)
+
+
+def lost_permits_not_sent_again(patch: Patch) -> None:
+    patch.setattr(Admission, "again", lambda self, peer, in_hand, now: [])
+
+
+def lost_news_of_weights_not_sent_again(patch: Patch) -> None:
+    status = Attendance.status
+
+    def mutant(self: Attendance, *given: Any, **named: Any) -> Any:
+        return [
+            e
+            for e in status(self, *given, **named)
+            if not (isinstance(e, do.Send) and isinstance(e.message, msg.NewWeights))
+        ]
+
+    patch.setattr(Attendance, "status", mutant)
+
+
+def silent_generators_keep_their_groups(patch: Patch) -> None:
+    patch.setattr(Presence, "frozen", lambda self, now: [])
+
+
+def weights_not_heard_of_yet_refused(patch: Patch) -> None:
+    version = Acceptance._version
+
+    def mutant(self: Acceptance, number: int, lowest: int) -> Any:
+        return version(self, number if number <= self.ledger.published else 1 << 40, lowest)
+
+    patch.setattr(Acceptance, "_version", mutant)
+
+
+def turns_of_lost_generators_refused(patch: Patch) -> None:
+    sampled = Acceptance._sampled
+
+    def mutant(self: Acceptance, trajectory: Any, group: Group) -> Any:
+        begun, group.begun = group.begun, set()
+        restored, group.restored = group.restored, False
+        try:
+            group.oldest_held = max(group.oldest_held, group.admitted_version)
+            return sampled(self, trajectory, group)
+        finally:
+            group.begun, group.restored = begun, restored
+
+    patch.setattr(Acceptance, "_sampled", mutant)
+
+
+def saved_turns_not_written(patch: Patch) -> None:
+    patch.setattr(
+        "async_rl.buffer.loop.write",
+        lambda effect, store: not isinstance(effect, do.SaveTurns) and write(effect, store),
+    )
+
+
+MUTANTS: dict[str, Callable[[Patch], None]] = {
+    "pace admits one step too much": one_step_more(Pace),
+    "wait admits one step too much": one_step_more(Wait),
+    "one slot more": one_slot_more,
+    "the window is not taken off": window_not_taken_off,
+    "the window is too wide": window_too_wide,
+    "drop keeps what is too old": drop_keeps_what_is_too_old,
+    "answered before it is committed": answered_before_committed,
+    "a batch is not stored": batch_not_stored,
+    "orphans are forgotten": orphans_forgotten,
+    "orphans are forgotten by restore": orphans_forgotten_by_restore,
+    "the position is forgotten by restore": position_forgotten_by_restore,
+    "samples are taken twice": samples_taken_twice,
+    "trained groups stay": trained_groups_stay,
+    "dropped problems are forgotten": dropped_problems_forgotten,
+    "lost permits are not sent again": lost_permits_not_sent_again,
+    "lost news of weights is not sent again": lost_news_of_weights_not_sent_again,
+    "silent generators keep their groups": silent_generators_keep_their_groups,
+    "weights not heard of yet are refused": weights_not_heard_of_yet_refused,
+    "turns of lost generators are refused": turns_of_lost_generators_refused,
+    "saved turns are not written": saved_turns_not_written,
+}
+
+
+KINDS = {
+    "lost permits are not sent again": ("cut generator",),
+    "lost news of weights is not sent again": ("cut generator",),
+    "saved turns are not written": ("kill generator",),
+}
+"""what goes wrong in the schedules that are to see it; else anything"""
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_broken_rule_makes_a_schedule_fail(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    MUTANTS[mutant](monkeypatch)
+    for seed in range(SCHEDULES):
+        try:
+            Run(some_plan(seed, KINDS.get(mutant, FAULTS))).play()
+        except Exception as error:
+            print(f"{mutant}: seed {seed}: {type(error).__name__}: {error}"[:300])
+            return
+    pytest.fail(f"{SCHEDULES} schedules did not see that {mutant}")
