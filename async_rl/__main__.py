@@ -225,25 +225,22 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 
 def _chaos(arguments: argparse.Namespace) -> int:
-    from async_rl.lab.chaos_command import run_chaos
-    from async_rl.lab.chaos_plan import Counts
-    from async_rl.lab.chaos_report import table, verdict
+    from async_rl.lab.chaos_command import counts_of, run_chaos
 
-    quarter = -(-max(arguments.kills, 0) // 4)
-    others = {name: getattr(arguments, name) for name in ("freezes", "slows", "disconnects")}
-    counts = {"kills": arguments.kills} | {name: quarter if n is None else n for name, n in others.items()}
-    for name, number in counts.items():
-        if not 0 <= number <= 10_000:
-            raise UserError(f"--{name} is {number}; it must be at least 0 and at most 10,000")
+    counts = counts_of({name: getattr(arguments, name) for name in ("kills", "freezes", "slows", "disconnects")})
     path = arguments.run_dir or Path("runs") / f"{arguments.config.stem}-chaos-{time.strftime('%Y%m%d-%H%M%S')}"
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-
-    outcome = run_chaos(arguments.config, arguments.overrides, path, Counts(**counts), seed=arguments.seed, say=say)
-    for line in (*table(outcome), *verdict(outcome), f"The record is in {path / 'chaos.json'} and chaos.jsonl."):
-        print(line)
+    try:
+        outcome = run_chaos(arguments.config, arguments.overrides, path, counts, seed=arguments.seed, say=_say)
+    except Interrupted as order:
+        if not path.is_dir():
+            raise  # before anything was there
+        _complain(f"stopped by {order}; everything is down, the record of the run is in {path}")
+        return 130
     return 0 if outcome.clean else 1
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _config(arguments: argparse.Namespace) -> int:

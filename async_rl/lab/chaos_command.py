@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,18 +19,30 @@ from async_rl.lab.chaos import ChaosRun
 from async_rl.lab.chaos_memory import Memory, forgotten
 from async_rl.lab.chaos_plan import Counts, make_plan
 from async_rl.lab.chaos_proxy import Proxy
-from async_rl.lab.chaos_report import Outcome
+from async_rl.lab.chaos_report import Outcome, table, verdict
 from async_rl.run_folder import RunFolder, replace_text
 from async_rl.settings import Settings, load_settings
 from async_rl.weights.shared_memory import segment_path
 from async_rl.wire.channel import ipc_endpoint
 
+MOST = 10_000
+"""faults of a kind"""
+
+
+def counts_of(asked: Mapping[str, int | None]) -> Counts:
+    """By the options' names; what is not given is a quarter of the kills. Raises UserError."""
+    for name, number in asked.items():
+        if number is not None and not 0 <= number <= MOST:
+            raise UserError(f"--{name} is {number}; it must be at least 0 and at most {MOST:,}")
+    quarter = -(-(asked["kills"] or 0) // 4)
+    return Counts(**{name: quarter if number is None else number for name, number in asked.items()})
+
 
 def run_chaos(
     config: Path, overrides: Sequence[str], path: Path, counts: Counts, *, seed: int, say: Callable[[str], None]
 ) -> Outcome:
-    """A run in the new folder `path`, hurt as planned, audited and replayed; its record is there. Raises
-    UserError, and Interrupted with every process gone."""
+    """A run in the new folder `path`, hurt as planned, audited and replayed; its record is there, and `say` is told
+    what came of it. Raises UserError, and Interrupted with every process gone."""
     settings = load_settings(config, overrides)
     plan = make_plan(counts, seed=seed)
     folder = RunFolder(path)
@@ -63,7 +75,10 @@ def run_chaos(
             if proxy is not None:
                 _without_tunnel(folder)
     _examine(folder, run.memories, outcome, say)
-    replace_text(folder.path / "chaos.json", json.dumps(outcome.to_dict(), indent=2) + "\n")
+    record = folder.path / "chaos.json"
+    replace_text(record, json.dumps(outcome.to_dict(), indent=2) + "\n")
+    for line in (*table(outcome), *verdict(outcome), f"The record is in {record} and chaos.jsonl."):
+        say(line)
     return outcome
 
 

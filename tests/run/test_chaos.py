@@ -69,7 +69,7 @@ def test_ctrl_c_leaves_no_process_and_says_where_the_record_is(tmp_path: Path, t
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=LONGEST_S)
     assert process.returncode == 130, said
-    assert "stopped by SIGINT" in said
+    assert f"stopped by SIGINT; everything is down, the record of the run is in {run.path}" in said
     assert "Traceback" not in said
     assert len(seen) >= 4
     assert [pid for pid in seen if alive(pid)] == []
