@@ -35,7 +35,7 @@ HANG_S = 60.0
 """no progress for so long is a hang"""
 LEFT_S = 5.0
 """time processes get to be gone after their launcher"""
-PATIENCE_S = 5.0
+PATIENCE_S = 4.0
 """after which its user kills a launcher that is frozen"""
 MOST_RESUMES_IN_VAIN = 3
 """in a row, without a step, after ends that no fault explains"""
