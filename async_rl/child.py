@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ class Child:
     process: subprocess.Popen[bytes]
     said: dict[str, Any]
     """what it sent of its failure when it ended; empty before, and when it could not"""
-    cause_pipe: int
-    """file descriptor from which that comes"""
+    cause_pipe: FileIO
+    """from which that comes"""
 
     @property
     def name(self) -> str:
@@ -62,14 +63,14 @@ class Child:
         """What it left of its failure: in the run folder or, when nothing could be written there, by its pipe."""
         if self.ended and not self.said:
             with suppress(ValueError, OSError):
-                self.said.update(json.loads(os.read(self.cause_pipe, PIPE_BYTES)))
+                self.said.update(json.loads(self.cause_pipe.read(PIPE_BYTES) or b""))
         with suppress(ValueError, OSError):  # a full disk leaves it empty
             return dict(json.loads(self.folder.failure(self.name).read_text()))
         return self.said
 
     def close(self) -> None:
-        """It has ended, and nobody will ask why."""
-        os.close(self.cause_pipe)
+        """It has ended, and nobody will ask why. May be called twice."""
+        self.cause_pipe.close()
 
     def cause(self) -> Exception:
         """Why it ended: what it recorded, or how it was killed."""
@@ -122,7 +123,7 @@ def start_child(command: Command, folder: RunFolder, *, parent_pipe: int, pulse_
         )
     os.close(said)
     os.set_blocking(cause, False)
-    return Child(command=command, folder=folder, process=process, said={}, cause_pipe=cause)
+    return Child(command=command, folder=folder, process=process, said={}, cause_pipe=FileIO(cause, "rb"))
 
 
 def how_it_ended(code: int) -> str:

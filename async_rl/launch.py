@@ -348,7 +348,6 @@ class Launcher:
                     self.folder.event("ended_by_force", process=child.name, time=time.time())
         for child in self.children:
             child.close()
-        self.children.clear()
         if self.pipe == (-1, -1):
             return
         for end in self.pipe:
