@@ -69,24 +69,27 @@ def knock(place: Place, name: str) -> msg.Welcome:
     """Ask to be let in. Raises UserError with the buffer's reason, RunFailed when there is no answer."""
     patience = min(ANSWER_S, place.timeout_s)
     ask = msg.Join(name=name, package=__version__, pid=os.getpid())
-    with Dealer(place.endpoint, f"{name}/{uuid.uuid4().hex[:8]}", keys=place.keys) as dealer:
+    dealer = Dealer(place.endpoint, f"{name}/{uuid.uuid4().hex[:8]}", keys=place.keys)
+    deadline = time.monotonic() + patience
+    try:
         dealer.send(ask)
-        deadline = time.monotonic() + patience
         while True:
             try:
                 answer = dealer.receive(POLL_S, "an answer")
             except WireTimeout:
                 _complain_of(place, dealer, time.monotonic() > deadline, patience)
                 continue
-            except WireError as error:
-                raise UserError(
-                    f"the run at {place.endpoint} speaks otherwise ({error}); install the version of async-rl it has"
-                ) from None
             match answer:
                 case msg.Welcome():
                     return answer
                 case msg.Refused(reason=reason):
                     raise UserError(f"the run at {place.endpoint} refused this generator: {reason}")
+    except WireError as error:
+        raise UserError(
+            f"the run at {place.endpoint} speaks otherwise ({error}); install the version of async-rl it has"
+        ) from None
+    finally:
+        dealer.close(linger_s=0)
 
 
 def _complain_of(place: Place, dealer: Dealer, late: bool, patience: float) -> None:

@@ -64,7 +64,7 @@ class WeightStream:
         return transfer
 
     def close(self) -> None:
-        self._dealer.close()
+        self._dealer.close(linger_s=0)
 
     def __enter__(self) -> WeightStream:
         return self

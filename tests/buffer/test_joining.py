@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from support_buffer_world import make_core
+from support_buffer_world import TRAINER, make_core
 
 from async_rl import __version__
 from async_rl.buffer import effects as do
@@ -70,3 +71,11 @@ def test_a_name_is_one_generators_while_it_lives(core: Core) -> None:
     assert told(core.handle(b"x/2", JOIN, 3.0), msg.Welcome)
     core.handle(b"x/2", hello("mine", joined=True), 3.0)
     assert b"x/2" in core.admission.generators
+
+
+def test_a_run_that_starts_no_generator_says_how_one_joins() -> None:
+    core = make_core(PACE)
+    core.admission.rules = replace(core.rules, how_to_join=": async-rl generate --run runs/x")
+    core.handle(TRAINER, msg.NextBatch(step=0), 0.0)
+    (waiting,) = told(core.tick(5.0), msg.Waiting)
+    assert waiting.reason == "0 of 2 groups finished; no generator is connected: async-rl generate --run runs/x"

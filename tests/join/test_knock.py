@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,16 @@ from support_run import quick_settings
 
 from async_rl.__main__ import main
 from async_rl.config import to_yaml
+from async_rl.digest import task_digest
+from async_rl.model.folder import load_model
+from async_rl.model.tokenizer import Tokenizer
 from async_rl.run_folder import RunFolder
+from async_rl.task import make_task
+from async_rl.weights import WeightPublisher
+from async_rl.weights.canary import fingerprint
 from async_rl.wire import Router, WireError
 from async_rl.wire import messages as msg
+from async_rl.wire.host import this_host
 
 Answer = Callable[[msg.Message], msg.Message | None]
 
@@ -69,9 +77,10 @@ def folder(tmp_path: Path, tiny_model: Path) -> RunFolder:
     return folder
 
 
-def welcome(model: Path, digest: str) -> msg.Welcome:
-    settings = asdict(quick_settings(model))
-    return msg.Welcome(run="r", settings=settings, task_digest=digest, host="h", folder="f", segment="s", weights="")
+def welcome(model: Path, digest: str, *overrides: str, **here: str) -> msg.Welcome:
+    settings = asdict(quick_settings(model, *overrides))
+    place = {"host": "h", "folder": "f", "segment": "s", **here}
+    return msg.Welcome(run="r", settings=settings, task_digest=digest, weights="", **place)
 
 
 def test_other_problems_than_the_runs_are_refused_before_hello(
@@ -132,3 +141,33 @@ def test_a_run_that_is_over_or_that_nobody_runs_is_not_waited_for(
     code, said = told("--run", str(folder.path))
     assert code == 2
     assert "this run is finished; there is nothing to join" in said
+
+
+def test_a_buffer_that_is_gone_ends_it_with_the_cause(
+    told: Callable[..., tuple[int, str]], folder: RunFolder, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says welcome, hears the Hello, and is never heard of again."""
+    monkeypatch.setattr("async_rl.join.generate.arithmetic_environment", lambda threads: {})
+    settings = quick_settings(tiny_model)
+    task = make_task(settings.task.name, settings.task.args)
+    answer = welcome(
+        tiny_model, task_digest(task, Tokenizer(tiny_model)),
+        "wire.frozen_after_s=1", "wire.stall_report_s=1", "wire.timeout_s=3",
+        host=this_host(), folder=os.getcwd(), segment=str(folder.path / "weights"),
+    )  # fmt: skip
+    weights = dict(load_model(tiny_model).named_parameters())
+    with (
+        WeightPublisher(folder.path / "weights", weights) as publisher,
+        buffer(
+            f"ipc://{folder.path}/buffer.sock", lambda heard: answer if isinstance(heard, msg.Join) else None
+        ) as heard,
+    ):
+        publisher.publish(weights, 7)
+        code, said = told("--run", str(folder.path), "--name", "mine")
+    assert code == 1
+    assert re.search(r"mine has heard nothing of the buffer for \d+ s \(wire.timeout_s=3\)", said)
+    hello = next(message for message in heard if isinstance(message, msg.Hello))
+    assert (hello.name, hello.detail) == ("mine", {msg.JOINED: True})
+    canary = next(message for message in heard if isinstance(message, msg.Canary))
+    assert canary.version == 7
+    assert dict(canary.digests) == fingerprint(weights, 7)
