@@ -218,4 +218,4 @@ def make_canary(settings: Settings, learner: Learner, task: Task, event: Callabl
         tolerance=settings.canary.tolerance or TOLERANCE[chosen.dtype],
         silent_steps=settings.canary.silent_steps,
     )
-    return CanaryWatch(learner, options, event)
+    return CanaryWatch(learner, options, event, step=learner.version)

@@ -162,6 +162,17 @@ def test_silence_is_reported_anew_after_a_sign_of_life_and_not_of_who_has_left(t
     assert bench.watch.summary().unchecked == ("gone",)
 
 
+def test_after_a_resume_time_counts_from_its_first_step(tiny_model: Path) -> None:
+    bench = Bench(tiny_model, "canary.silent_steps=5")
+    bench.learner.version = 100
+    watch = make_canary(bench.settings, bench.learner, make_task("guess", bench.settings.task.args), bench.event)
+    bench.watch = watch
+    watch.hear(bench.shown(bench.step(), 101))
+    for step in range(100, 105):
+        watch.look(step, {f"{msg.HOLDS}g": 1.0})
+    assert bench.events == []
+
+
 def test_who_comes_back_has_its_time_anew(tiny_model: Path) -> None:
     bench = Bench(tiny_model, "canary.silent_steps=5")
     bench.step()
