@@ -33,6 +33,8 @@ class Pass:
         self._arithmetic = arithmetic
         self._needs = needs
         self._graph: LogProbs | None = None
+        self.group_baselines: Tensor | None = None  # [groups]
+        """an exact baseline, after `backward`"""
         self._exact = TrajectoryGradient(model, arithmetic) if needs.per_trajectory_norms else None
         if len(batch.micro_batches) > 1:
             self.log_probs = batch_log_probs(model, batch, arithmetic)
@@ -61,8 +63,9 @@ class Pass:
         norms = self._exact.add(
             self._batch, answer.policy, answer.baseline, baselines, scope=recipe.opob.scope
         )
+        self.group_baselines = baselines(norms)
         return {
-            "opob/baseline": baselines(norms).mean().item(),
+            "opob/baseline": self.group_baselines.mean().item(),
             "grad/norm_per_trajectory_median": norms.sqrt().median().item(),
             "grad/norm_per_trajectory_max": norms.sqrt().max().item(),
         }

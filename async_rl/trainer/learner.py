@@ -51,6 +51,22 @@ class StepReport:
     metrics: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What the first update on a batch would be, with nothing changed by looking."""
+
+    skipped: str
+    """why there would be none, or empty"""
+    gradient: Tensor  # [parameters]
+    """of the loss, all parameters one after the other, before clipping"""
+    coefficients: Tensor  # [policy tokens]
+    """with an exact baseline taken off"""
+    learning_rate_factor: float
+    metrics: Mapping[str, float]
+    state: ObjectiveState
+    """the objective's state behind the update"""
+
+
 class Learner:
     """Model, optimizer and the objective's running state."""
 
@@ -96,6 +112,37 @@ class Learner:
         metrics.update(self._batch_metrics(batch))
         return StepReport(
             version=self.version, skipped=skipped, seconds=time.perf_counter() - started, metrics=metrics
+        )
+
+    def look(self, batch: PackedBatch) -> Look:
+        """The gradient that `step` would begin with; weights, moments and state stay as they are."""
+        pass_ = gradient.Pass(self.model, batch, self.options.arithmetic, self.needs)
+        columns = self._columns(batch, pass_.log_probs, None)
+        answer, state = coefficients(columns, self.recipe, self.state)
+        self.optimizer.zero_grad(set_to_none=True)
+        clipped_norm = pass_.clipped_norm(answer)
+        metrics = {**answer.metrics, **pass_.backward(answer, columns, self.recipe)}
+        found = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.model.parameters()]
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics["grad/norm"] = norm = float(torch.linalg.vector_norm(found))
+        factors = dict(answer.learning_rate_factors)
+        if clipped_norm is not None and math.isfinite(norm):
+            more, state, measured = finish(self.recipe, state, gradient_norm=norm, clipped_norm=clipped_norm)
+            factors.update(more)
+            metrics.update(measured)
+        used = answer.policy
+        if answer.baseline is not None and pass_.group_baselines is not None:
+            of_token = batch.group_of_trajectory[batch.trajectory_of_turn[batch.turn_of_token]]
+            used = used - pass_.group_baselines.to(used.dtype)[of_token] * answer.baseline
+        return Look(
+            skipped=answer.skip,
+            gradient=found,
+            coefficients=used,
+            learning_rate_factor=math.prod(factors.values()),
+            metrics=metrics,
+            state=state,
         )
 
     def weights(self) -> dict[str, Tensor]:
