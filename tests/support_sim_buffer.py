@@ -95,6 +95,12 @@ class Disk:
         self.buffer.run.watch.committed(self.buffer.writes)
         self.buffer.spend()
 
+    def load_turns(self, pairs: Sequence[tuple[int, int]]) -> list[bytes]:
+        found: list[bytes] = self.buffer.store.load_turns(pairs)
+        stored = self.buffer.run.watch.stored
+        assert len(found) == len(pairs) or stored.issuperset(pairs), "turns that were begun are in the store"
+        return found
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith(("add_", "save_", "drop_", "refuse_", "form_", "mark_")):
             self.buffer.spend()

@@ -75,8 +75,6 @@ class Watch:
                 for group, sample in pairs:
                     known = (group, sample) in self.stored
                     assert known or group in self.refused or group not in self.asked, (group, sample)
-            case msg.Turns(trajectories=turns):
-                assert turns, "turns that were begun are in the store"
             case msg.Permits(permits=permits):
                 self.counts["permits"] += len(permits)
 

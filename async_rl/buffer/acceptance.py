@@ -111,9 +111,9 @@ class Acceptance:
             return Objection(kind="group", reason=f"group {trajectory.group} was not given to this peer")
         if not self._given(peer, group):
             return Objection(kind="group", reason=f"group {group.group} was not given to this peer")
-        return (
-            _permitted(trajectory, group) or self._sampled(trajectory, group) or self._within_vocabulary(trajectory)
-        )
+        if (objection := _permitted(trajectory, group)) is not None or trajectory.sample in group.samples:
+            return objection  # one that comes again changes nothing; what was known of its turns is forgotten
+        return self._sampled(trajectory, group) or self._within_vocabulary(trajectory)
 
     # ---------------------------------------------------------------- messages
 

@@ -231,7 +231,8 @@ def carry_out(
             case do.SendTurns(peer=peer, pairs=pairs):
                 for pair in pairs:  # one by one: each may be long
                     found = tuple(unpack(blob) for blob in store.load_turns([pair]))
-                    router.send(peer, msg.Turns(trajectories=found))
+                    if found:  # else the episode's last words came in this round
+                        router.send(peer, msg.Turns(trajectories=found))
             case do.SendBatch():
                 send_batch(effect, store, router, part_bytes)
             case do.RecordRefusal():

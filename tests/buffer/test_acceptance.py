@@ -112,6 +112,9 @@ def test_versions_may_go_down_only_behind_turns_that_another_generator_had_sampl
     assert refusals(core.handle(b"a", msg.Finished(trajectories=(mixed,)), 1.0))[0].kind == "version"
     core.groups[2].begun.add(0)
     assert not refusals(core.handle(b"a", msg.Finished(trajectories=(mixed,)), 1.0))
+    again = core.handle(b"a", msg.Finished(trajectories=(mixed,)), 2.0)
+    assert not refusals(again), "the answer got lost: it is sent again, and what was begun is forgotten by then"
+    assert [accepted.pairs for accepted in told(again, msg.Accepted)] == [((2, 0),)]
 
 
 def test_a_group_of_another_generator_is_not_taken_but_that_of_an_earlier_holder_is(core: Core) -> None:
