@@ -169,10 +169,10 @@ def look_at_equivalence(settings: Settings, parameters: int) -> Finding:
     """Only for small models on CPU: it trains."""
     check = "max_staleness=0"
     cuda = settings.trainer.device.startswith("cuda") or settings.generator.device.startswith("cuda")
-    if parameters > SMALL_PARAMETERS or cuda:
+    if parameters > SMALL_PARAMETERS or cuda or settings.generator.engine != "embedded":
         return warning(
-            check, f"left out: it trains a model of at most {SMALL_PARAMETERS:,} parameters on CPU",
-            "run doctor with a small model.path and device=cpu to try this task and recipe",
+            check, f"left out: it trains a model of at most {SMALL_PARAMETERS:,} parameters on CPU, embedded engine",
+            "run doctor with a small model.path, device=cpu and engine=embedded to try this task and recipe",
         )  # fmt: skip
     try:
         found = measure_equivalence(settings)

@@ -89,10 +89,13 @@ def estimate_of(settings: Settings, *, parameters: int, config: DecoderConfig | 
                 device=trainer,
             )
         )
+        cache = generator.max_sequences * context * kv_bytes(config, BYTES[generator.dtype])
+        if settings.vllm.kv_cache_mb:
+            cache = settings.vllm.kv_cache_mb << 20
         parts.append(
             Part(
                 name=f"generators: KV cache of {generator.max_sequences} x {context} tokens, at most",
-                bytes=generator.count * generator.max_sequences * context * kv_bytes(config, BYTES[generator.dtype]),
+                bytes=generator.count * cache,
                 device=engine,
             )
         )

@@ -189,6 +189,8 @@ def test_the_parts_follow_the_settings(tiny_model: Path) -> None:
     twice = parts("generator.max_sequences=512", "trainer.micro_batch_tokens=32768", "generator.count=2")
     assert twice["generators: KV cache"] == 4 * plain["generators: KV cache"]
     assert twice["trainer: activations"] == 2 * plain["trainer: activations"]
+    vllm = parts("generator.engine=vllm", "vllm.kv_cache_mb=128", "generator.count=2")
+    assert vllm["generators: KV cache"] == 256 << 20
     half = parts("generator.dtype=bfloat16", "buffer.memory_mb=1024")
     assert 2 * half["generators: KV cache"] == plain["generators: KV cache"]
     assert half["buffer"] - plain["buffer"] == 768 << 20
@@ -240,5 +242,7 @@ def test_synchronous_equivalence_is_judged_by_how_far_training_moved(tiny_model:
     assert agreement.judge_equivalence(replace(apart, apart=0.0, moved=0.0), settings).level == "warning"
     assert agreement.judge_equivalence(replace(apart, moved=0.0), settings).level == "error"
     assert agreement.look_at_equivalence(settings, 10**9).level == "warning"
+    vllm = replace(settings, generator=replace(settings.generator, engine="vllm"))
+    assert agreement.look_at_equivalence(vllm, 1000).level == "warning"
     on_gpu = replace(settings, trainer=replace(settings.trainer, device="cuda"))
     assert agreement.look_at_equivalence(on_gpu, 1000).level == "warning"
