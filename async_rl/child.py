@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.errors import RunFailed, UserError
+from async_rl.memory_kills import memory_kills
 from async_rl.process import CAUSE_PIPE, PARENT_PIPE, TOLD_TO_END
 from async_rl.run_folder import RunFolder
 from async_rl.wire.heartbeat import PULSE_PIPE
@@ -41,6 +42,8 @@ class Child:
     """what it sent of its failure when it ended; empty before, and when it could not"""
     cause_pipe: FileIO
     """from which that comes"""
+    memory_kills: int | None = None
+    """processes that had been ended for lack of memory before this one began"""
 
     @property
     def name(self) -> str:
@@ -80,7 +83,7 @@ class Child:
             return RunFailed(f"{self.name}: {reason['message']} (log: {self.log})")
         said = _tail(self.log)
         where = f"its last words, in {self.log}:{said}" if said else "it left no word"
-        return RunFailed(f"{self.name} {how_it_ended(self.process.returncode)}; {where}")
+        return RunFailed(f"{self.name} {how_it_ended(self.process.returncode, self.memory_kills)}; {where}")
 
 
 def arithmetic_environment(threads: int) -> dict[str, str]:
@@ -104,6 +107,7 @@ def start_child(command: Command, folder: RunFolder, *, parent_pipe: int, pulse_
     """`parent_pipe`: the end that closes when the launcher dies; `pulse_pipe`: the end that takes signs of life;
     `lock`: of the run, kept until the last process is gone."""
     cause, said = os.pipe()
+    before = memory_kills()
     environment = {
         **os.environ,
         **arithmetic_environment(command.threads),
@@ -123,18 +127,31 @@ def start_child(command: Command, folder: RunFolder, *, parent_pipe: int, pulse_
         )
     os.close(said)
     os.set_blocking(cause, False)
-    return Child(command=command, folder=folder, process=process, said={}, cause_pipe=FileIO(cause, "rb"))
+    return Child(
+        command=command,
+        folder=folder,
+        process=process,
+        said={},
+        cause_pipe=FileIO(cause, "rb"),
+        memory_kills=before,
+    )
 
 
-def how_it_ended(code: int) -> str:
-    """An exit code of a process that recorded no reason, in words."""
+def how_it_ended(code: int, kills_before: int | None = None) -> str:
+    """An exit code of a process that recorded no reason, in words. `kills_before`: for lack of memory, when it
+    was started, if that is known."""
     if code == TOLD_TO_END:
         return "was told to end from outside (SIGTERM)"
     if code >= 0:
         return f"ended with code {code}"
     name = signal.Signals(-code).name
     if name == "SIGKILL":
-        return "was killed from outside (SIGKILL), or the machine ran out of memory"
+        kills = memory_kills()
+        if kills is None or kills_before is None:
+            return "was killed from outside (SIGKILL), or the machine ran out of memory"
+        if kills > kills_before:
+            return "was killed by the kernel because memory ran out (SIGKILL)"
+        return "was killed from outside (SIGKILL), not by the kernel for lack of memory"
     return f"was killed from outside ({name})" if name == "SIGTERM" else f"crashed ({name})"
 
 

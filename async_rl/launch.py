@@ -92,9 +92,9 @@ class Launcher:
         try:
             self.console.start(self.settings, self.folder.path, facts.notes)
             self.clean(endpoint)  # of a launch before that was killed: its weights must not be taken for ours
-            self.pipe = os.pipe()
             self.vitals = Vitals(self.settings.wire.frozen_after_s)
-            self.live = Live(self.dealer(endpoint), self.folder.live, self.settings.trainer.steps)
+            self.live = Live(self.dealer(endpoint), self.folder, self.settings)
+            self.pipe = os.pipe()
             self.start(endpoint, facts)
             self.watch()
             return self.finish(time.monotonic() - started)
@@ -197,6 +197,8 @@ class Launcher:
             self.restart()
             if done_at is None and self.child("trainer").process.poll() == 0:
                 done_at = time.monotonic()
+            if done_at is not None and time.monotonic() - done_at > SETTLE_S:
+                self.live.shut_down("the trainer is done")  # should its last word have got lost
             if done_at is not None and time.monotonic() - done_at > self.patience():
                 self.leave_behind()
                 return

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from async_rl.run_folder import replace_text
+from async_rl.errors import RunFailed
+from async_rl.run_folder import RunFolder, replace_text
+from async_rl.settings import Settings
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout
@@ -28,20 +30,27 @@ class Live:
     """Times are those of one monotonic clock, seconds."""
 
     dealer: Dealer
-    path: Path
-    steps: int
-    """the run's training steps"""
+    folder: RunFolder
+    settings: Settings
+    shut: bool = False
+    """the buffer was told that the run is over"""
     asked: float = -1e9
     answered: float = -1e9
+    waits_since: float | None = None
+    """first question that was not answered"""
+    told_at: float = 0.0
+    """length of that wait when it was reported last"""
     detail: Mapping[str, Any] = field(default_factory=dict)
     """of the buffer's last answer"""
 
     def look(self, now: float, children: Sequence[Mapping[str, object]]) -> None:
         """Take the answer in; ask again, and write what is known, once a second. `children`: one row each."""
         self._listen(now)
+        self._report(now, children)
         if now - self.asked < (ASK_S if self.answered >= self.asked else PATIENCE_S):
             return
         self.asked = now
+        self.waits_since = now if self.waits_since is None else self.waits_since
         self.dealer.send(msg.Query())
         self.write("running", now, children)
 
@@ -49,13 +58,19 @@ class Live:
         """Tell the buffer that a generator has ended, so that nothing waits for its next life."""
         self.dealer.send(msg.Gone(name=name, pid=pid, reason=reason))
 
+    def shut_down(self, reason: str) -> None:
+        """The run is over; said once."""
+        if not self.shut:
+            self.shut = True
+            self.dealer.send(msg.Shutdown(reason=reason))
+
     def write(self, state: str, now: float, children: Sequence[Mapping[str, object]]) -> None:
         """`live.json`, whole or not at all."""
         d = self.detail
         values = {
             "time": time.time(),
             "state": state,
-            "steps": self.steps,
+            "steps": self.settings.trainer.steps,
             "step": d.get("step", 0),
             "published": d.get("published", 0),
             "slots": {"used": d.get("slots_used", 0), "all": d.get("slots", 0)},
@@ -64,7 +79,8 @@ class Live:
             "buffer_answered_s_ago": round(now - self.answered, 3) if self.detail else None,
             "counts": d.get("counts", {}),
         }
-        replace_text(self.path, json.dumps(values) + "\n")
+        with suppress(OSError, RunFailed):  # a full disk is for those to tell who lose something by it
+            replace_text(self.folder.live, json.dumps(values) + "\n")
 
     def _listen(self, now: float) -> None:
         while True:
@@ -75,7 +91,19 @@ class Live:
             except WireError:
                 continue
             if isinstance(message, msg.Snapshot):
-                self.answered, self.detail = now, message.detail
+                self.answered, self.detail, self.waits_since = now, message.detail, None
+
+    def _report(self, now: float, children: Sequence[Mapping[str, object]]) -> None:
+        """A buffer that lives and does not answer."""
+        waited = now - self.waits_since if self.waits_since is not None else 0.0
+        if waited < self.settings.wire.stall_report_s:
+            self.told_at = 0.0
+        elif waited >= 2 * self.told_at:
+            self.told_at = waited
+            words = [f"{row['doing']} (heard {row['silent_s']} s ago)" for row in children if row["name"] == "buffer"]
+            text = f"launcher waits {waited:.0f} s for the buffer's answer; the buffer: {', '.join(words)}"
+            detail = {"waits": "launcher", "for": "the buffer's answer", "seconds": round(waited, 3), "text": text}
+            self.folder.event("stall", **detail, time=time.time())
 
 
 def _processes(children: Sequence[Mapping[str, object]], detail: Mapping[str, Any]) -> list[dict[str, object]]:

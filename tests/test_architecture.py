@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "settings_wire",
         "settings",
         "run_folder",
-        "process run_lock",
+        "memory_kills process run_lock",
         # rooms
         "wire task model batch async_rl_kernels",
         "buffer objective",

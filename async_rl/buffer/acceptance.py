@@ -35,12 +35,12 @@ MOST_EPISODES = 1 << 20
 LARGEST = 1 << 62
 """of a counter: SQLite holds 63 bits"""
 OF_THE_TRAINER = (
-    msg.NextBatch, msg.Published, msg.Checkpointed, msg.Evaluate, msg.FetchEvaluation, msg.Done, msg.Shutdown
+    msg.NextBatch, msg.Published, msg.Checkpointed, msg.Evaluate, msg.FetchEvaluation, msg.Done
 )  # fmt: skip
 OF_ONE_LIFE = (msg.Want, msg.Status, msg.Leave)
 """of a generator, between two of its Hellos"""
 OF_GENERATORS = (*OF_ONE_LIFE, msg.Holds, msg.Canary)
-OF_THE_LAUNCHER = (msg.Gone,)
+OF_THE_LAUNCHER = (msg.Gone, msg.Shutdown)
 OF_ANYBODY = (msg.Hello, msg.Query, msg.Pulse, msg.Join)
 TAKEN = (*OF_THE_TRAINER, *OF_GENERATORS, *OF_THE_LAUNCHER, *OF_ANYBODY, msg.Finished, msg.Turns)
 """Finished and Turns are looked at one trajectory after the other"""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from async_rl.buffer import effects as do
-from async_rl.buffer.acceptance import Acceptance, Objection
+from async_rl.buffer.acceptance import LAUNCHER, Acceptance, Objection
 from async_rl.buffer.admission import Admission
 from async_rl.buffer.attendance import Attendance
 from async_rl.buffer.batching import Batching
@@ -177,7 +177,7 @@ class Core:
 
     def _may_answer(self, peer: bytes, now: float) -> bool:
         """Those it knows always; strangers as long as that is cheap."""
-        return self.presence.knows(peer) or self.refusals.may_answer(now)
+        return peer == LAUNCHER or self.presence.knows(peer) or self.refusals.may_answer(now)
 
     def tick(self, now: float) -> list[do.Effect]:
         """Time passes: give up generators that are frozen, tell a waiting trainer whom it waits for."""
@@ -195,8 +195,7 @@ class Core:
         if hello.role == "generator":
             return [*self.attendance.hello(peer, hello, published=self.published, now=now), *self._grant(now)]
         if hello.role == "trainer":
-            self.trainer = peer
-            self.waits.trainer = peer
+            self.trainer = self.waits.trainer = peer
             self.presence.join(peer, hello, now)
         return []
 
@@ -334,8 +333,9 @@ class Core:
         version = published.version
         if version <= self.published:
             return []
+        steps = range(self.published, min(version, self.step))  # word of the versions before may have got lost
         self.ledger.published = version
-        out: list[do.Effect] = [do.MarkTrained(step=version - 1)] if version <= self.step else []
+        out: list[do.Effect] = [do.MarkTrained(step=step) for step in steps]
         for peer, generator in self.admission.generators.items():
             generator.told = now
             out.append(do.Send(peer=peer, message=msg.NewWeights(version=version)))

@@ -52,10 +52,12 @@ def permit_reason(
         held = f"it holds version {generator.version}, the newest is {ledger.published}"
         return f"{held}; {presence.last_word(peer, now)}; {word}"
     used = ledger.policy.used(ledger.line, step=ledger.step, version=generator.version, published=ledger.published)
-    return (
-        f"{used} of {ledger.policy.slots} slots are in use, {ledger.line.num_ready} finished groups wait for the "
-        f"trainer, which has published version {ledger.published}; {word}"
+    text = (
+        f"{used} of {ledger.policy.slots} slots are in use; the trainer has published version {ledger.published} and "
+        f"{ledger.line.num_ready} finished groups wait for it; {word}"
     )
+    running = [g for g in ledger.groups.values() if not g.complete]
+    return f"{text}; {_oldest(running, admission, presence, now)}" if running else text
 
 
 def snapshot(core: Core, now: float) -> dict[str, object]:

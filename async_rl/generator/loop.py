@@ -335,6 +335,7 @@ class GeneratorLoop:
         in_hand = self._in_hand()
         for permit in message.permits:
             self._start(permit, [sample for sample in permit.samples if (permit.group, sample) not in in_hand])
+        self._tell_heartbeat()
 
     def _start(self, permit: msg.Permit, samples: Sequence[int]) -> None:
         for sample in samples:

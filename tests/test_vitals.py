@@ -1,0 +1,94 @@
+"""The launcher's ear: signs of life through a pipe, silence, and its own absence."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from async_rl.child import how_it_ended
+from async_rl.memory_kills import memory_kills
+from async_rl.vitals import START_S, Vitals
+
+LIMIT_S = 3.0
+
+
+@pytest.fixture
+def vitals() -> Iterator[Vitals]:
+    vitals = Vitals(LIMIT_S)
+    vitals.began(7, "trainer", 0.0)
+    yield vitals
+    vitals.close()
+
+
+def pulse(vitals: Vitals, pid: int, doing: str, since_s: float = 0.5) -> None:
+    line = {"name": "trainer", "pid": pid, "doing": doing, "since_s": since_s}
+    os.write(vitals.ends[1], json.dumps(line).encode() + b"\n")
+
+
+def look(vitals: Vitals, since: float, until: float) -> None:
+    """The launcher looks ten times a second."""
+    for tenth in range(int(10 * since) + 1, int(10 * until) + 1):
+        vitals.look(tenth / 10)
+
+
+def test_a_silent_process_is_named_with_the_last_thing_it_did(vitals: Vitals) -> None:
+    pulse(vitals, 7, "training step 12", since_s=2.0)
+    look(vitals, 0, 3)
+    assert vitals.frozen(3.0) == []
+    look(vitals, 3, 4)
+    ((pid, why),) = vitals.frozen(4.0)
+    assert pid == 7
+    assert why == (
+        "gave no sign of life for 3.9 s (wire.frozen_after_s=3): it is frozen (stopped, or held up by code that blocks "
+        "all of Python); last heard: training step 12, for 2.0 s"
+    )
+
+
+def test_one_that_has_not_spoken_yet_gets_time_to_start(vitals: Vitals) -> None:
+    look(vitals, 0, START_S)
+    assert vitals.frozen(START_S) == []
+    look(vitals, START_S, START_S + 1)
+    assert "it hangs before its first line" in vitals.frozen(START_S + 1)[0][1]
+
+
+def test_a_launcher_that_was_away_gives_everybody_their_time_anew(vitals: Vitals) -> None:
+    pulse(vitals, 7, "training step 12")
+    look(vitals, 0, 1)
+    vitals.look(100.0)
+    assert vitals.frozen(100.0) == []
+    look(vitals, 100, 104)
+    assert [pid for pid, _ in vitals.frozen(104.0)] == [7]
+
+
+def test_words_of_a_process_that_is_gone_and_cut_lines_are_let_go(vitals: Vitals) -> None:
+    pulse(vitals, 6, "an old life")
+    os.write(vitals.ends[1], b'{"pid": 7, "doi\n[]\n')
+    vitals.look(1.0)
+    assert [(row["pid"], row["doing"]) for row in vitals.rows(1.0)] == [(7, "starting")]
+    os.write(vitals.ends[1], b'{"pid": 7, "doing": "half a line", ')
+    vitals.look(1.1)
+    os.write(vitals.ends[1], b'"since_s": 1}\n')
+    vitals.look(1.2)
+    assert [(row["doing"], row["since_s"], row["silent_s"]) for row in vitals.rows(1.2)] == [("half a line", 1.0, 0.0)]
+    vitals.ended(7)
+    assert vitals.rows(1.2) == []
+
+
+def test_a_death_for_lack_of_memory_is_told_from_other_kills(tmp_path: Path) -> None:
+    assert memory_kills(tmp_path) is None
+    group = tmp_path / "sys/fs/cgroup/run"
+    for folder in (tmp_path / "proc/self", group):
+        folder.mkdir(parents=True)
+    (tmp_path / "proc/vmstat").write_text("nr_free_pages 12\noom_kill 3\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/run\n")
+    (group / "memory.events").write_text("low 0\noom 2\noom_kill 2\n")
+    assert memory_kills(tmp_path) == 5
+    now = memory_kills()
+    assert "or the machine ran out of memory" in how_it_ended(-9, None)
+    if now is not None:
+        assert how_it_ended(-9, now - 1) == "was killed by the kernel because memory ran out (SIGKILL)"
+        assert how_it_ended(-9, now) == "was killed from outside (SIGKILL), not by the kernel for lack of memory"
