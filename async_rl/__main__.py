@@ -18,6 +18,7 @@ from async_rl.errors import RunFailed, UserError
 from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
 from async_rl.join.command import add_joining
 from async_rl.lab.command import add_lab
+from async_rl.lab.simulate_options import add_simulate
 from async_rl.observe.commands import add_watching
 
 
@@ -111,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     chaos.add_argument("--seed", type=int, default=0, help="of the plan: which process, how and when (default 0)")
     chaos.add_argument("--run-dir", type=Path, help="folder of this run (default: runs/<name>-chaos-<time>)")
     chaos.set_defaults(work=_chaos)
+
+    add_simulate(commands)
 
     init = commands.add_parser("init-model", help="make a small model that a task's demonstrations warmed up")
     init.add_argument("path", type=Path, help="folder to make")

@@ -27,7 +27,7 @@ LONGEST_NAME = 200
 """characters"""
 LONGEST_DOING = 1000
 """characters"""
-MOST_GENERATORS = 4096
+MOST_GENERATORS = 1 << 14
 MOST_EVALUATIONS = 64
 """asked for and not finished"""
 MOST_EPISODES = 1 << 20

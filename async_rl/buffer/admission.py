@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.evaluation import Evaluations
@@ -144,32 +145,39 @@ class Admission:
             self.orphans.remove(group.group)
         self.evaluations.complete(group.group)
 
-    def grant(self, now: float) -> list[do.Effect]:
-        """Every permit that may be given, to the generator with the fewest groups first."""
+    def grant(self, now: float, only: bytes = b"") -> list[do.Effect]:
+        """Every permit that may be given, to the generator with the fewest groups first. `only`: what came concerns
+        this generator alone, so nothing is new for the others."""
         out: list[do.Effect] = []
         permits: dict[bytes, list[Group]] = {}
-        willing = [(g.held, peer) for peer, g in self.generators.items() if g.granted < g.limit]
+        if self._nothing_for_anybody():
+            return out
+        asked = ((only, self.generators[only]),) if only else self.generators.items()
+        willing = [(g.held, peer) for peer, g in asked if g.granted < g.limit]
+        heapify(willing)
+        refused = -2
         while willing:
-            willing.sort()
-            for place, (_, peer) in enumerate(willing):
-                generator = self.generators[peer]
-                group = self._next_for(generator, out, now)
-                if group is None:
-                    continue
-                group.give(peer, generator.version)
-                generator.granted += 1
-                generator.groups[group.group] = now
-                self.counts["episodes_resumed"] += len(group.begun)
-                out += self._turns(peer, group)
-                permits.setdefault(peer, []).append(group)
-                if generator.granted < generator.limit:
-                    willing[place] = (generator.held, peer)
-                else:
-                    del willing[place]
-                break
-            else:
-                break
+            _, peer = heappop(willing)
+            generator = self.generators[peer]
+            if generator.version <= refused:  # the older the weights, the less is allowed
+                continue
+            group = self._next_for(generator, out, now)
+            if group is None:
+                refused = max(refused, generator.version)
+                continue  # what is given to others meanwhile leaves it no more
+            group.give(peer, generator.version)
+            generator.granted += 1
+            generator.groups[group.group] = now
+            self.counts["episodes_resumed"] += len(group.begun)
+            out += self._turns(peer, group)
+            permits.setdefault(peer, []).append(group)
+            if generator.granted < generator.limit:
+                heappush(willing, (generator.held, peer))
         return [*out, *(self._permits(peer, some) for peer, some in permits.items())]
+
+    def _nothing_for_anybody(self) -> bool:
+        """Not even for one that holds the newest weights there can be: the usual case, and then nobody is asked."""
+        return not (self.evaluations.queue or self.orphans or self.ledger.may_admit(self.ledger.step))
 
     def _permits(self, peer: bytes, groups: Sequence[Group]) -> do.Effect:
         to = self.generators[peer]

@@ -25,7 +25,6 @@ from async_rl.buffer.presence import Presence
 from async_rl.buffer.refusals import Refusals
 from async_rl.buffer.report import counters, evaluation_reason, snapshot
 from async_rl.buffer.rules import Rules
-from async_rl.buffer.staleness import Entry
 from async_rl.buffer.waits import PendingBatch, Waits
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import Blob, WireError
@@ -101,10 +100,6 @@ class Core:
         """Training groups that are in no batch yet."""
         return self.ledger.groups
 
-    @property
-    def order(self) -> Sequence[Entry]:
-        return self.ledger.line.entries
-
     # ------------------------------------------------------------------ entry
 
     def handle(self, peer: bytes, message: msg.Message, now: float) -> list[do.Effect]:
@@ -119,11 +114,11 @@ class Core:
                 return self._turns(peer, message, now)
             case msg.Want():
                 self.attendance.want(peer, message)
-                return self._grant(now)
+                return self._grant(now, peer)
             case msg.Holds():
                 return self._holds(peer, message.version, now)
             case msg.Status():
-                return self.attendance.status(peer, message, published=self.published, now=now) + self._grant(now)
+                return self.attendance.status(peer, message, published=self.published, now=now) + self._grant(now, peer)
             case msg.Pulse():  # the buffer lives, too
                 return [do.Send(peer=peer, message=msg.Heard())] if self._may_answer(peer, now) else []
             case msg.Canary():
@@ -204,10 +199,10 @@ class Core:
         if version <= generator.version:
             return []
         generator.version = version
-        return self._grant(now)
+        return self._grant(now, peer)
 
-    def _grant(self, now: float) -> list[do.Effect]:
-        return [] if self.ended else self.admission.grant(now)
+    def _grant(self, now: float, only: bytes = b"") -> list[do.Effect]:
+        return [] if self.ended else self.admission.grant(now, only)
 
     # ----------------------------------------------------------- trajectories
 
@@ -252,7 +247,8 @@ class Core:
             )
         if closed:
             out += self._try_batch(now)
-            out += self._grant(now)
+            if self.ledger.policy.finish_frees or any(isinstance(effect, do.RefuseGroup) for effect in out):
+                out += self._grant(now)
         return out
 
     def _turns(self, peer: bytes, turns: msg.Turns, now: float) -> list[do.Effect]:

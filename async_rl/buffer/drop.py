@@ -25,6 +25,7 @@ class Drop:
     """
 
     refills: ClassVar[bool] = True
+    finish_frees: ClassVar[bool] = False
 
     groups_per_step: int
     """P, groups of one optimizer step"""
@@ -54,6 +55,8 @@ class Drop:
         return version + self.max_staleness >= line.entry(group).deadline
 
     def select(self, line: Line, *, step: int) -> list[int] | None:
+        if line.num_ready < self.groups_per_step:
+            return None
         chosen = earliest(line, self.groups_per_step)
         return sorted(chosen) if len(chosen) == self.groups_per_step else None
 

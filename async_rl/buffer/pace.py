@@ -32,6 +32,7 @@ class Pace:
     """
 
     refills: ClassVar[bool] = False
+    finish_frees: ClassVar[bool] = False
 
     groups_per_step: int
     """P, groups of one optimizer step"""
@@ -75,6 +76,8 @@ class Pace:
         return self.latest_step(ahead=line.ahead(group), step=step) - version <= self.max_staleness
 
     def select(self, line: Line, *, step: int) -> list[int] | None:
+        if line.num_ready < self.groups_per_step:
+            return None
         chosen: list[int] = []
         oldest_open: int | None = None  # place of the oldest group that is not finished
         for place, entry in enumerate(line.entries):

@@ -45,6 +45,11 @@ class Policy(Protocol):
         ...
 
     @property
+    def finish_frees(self) -> bool:
+        """Whether more may be admitted because a group is finished."""
+        ...
+
+    @property
     def slots(self) -> int:
         """Most groups that may hold a slot at once."""
         ...
@@ -101,6 +106,8 @@ class Line:
     entries: list[Entry] = field(default_factory=list)
     live: int = 0
     """groups that are in no batch yet"""
+    num_ready: int = 0
+    """of them, those that are finished and wait for a batch"""
     due: Counter[int] = field(default_factory=Counter)
     """live groups by deadline"""
 
@@ -115,6 +122,7 @@ class Line:
         """All its samples are there, and with them the true deadline."""
         entry = self.entry(group)
         entry.finished = True
+        self.num_ready += 1
         self._count(entry.deadline, -1)
         entry.deadline = deadline
         self._count(deadline, 1)
@@ -123,6 +131,7 @@ class Line:
         """It leaves the line."""
         place = self._place(group)
         self._count(self.entries[place].deadline, -1)
+        self.num_ready -= self.entries[place].finished
         del self.entries[place]
         self._forget_trained()
 
@@ -131,6 +140,7 @@ class Line:
         for group in groups:
             entry = self.entry(group)
             entry.trained = True
+            self.num_ready -= 1
             self._count(entry.deadline, -1)
         self._forget_trained()
 
@@ -140,11 +150,6 @@ class Line:
     def ahead(self, group: int) -> int:
         """Untrained groups before it."""
         return sum(1 for entry in self.entries[: self._place(group)] if not entry.trained)
-
-    @property
-    def num_ready(self) -> int:
-        """Groups that wait for a batch."""
-        return sum(1 for entry in self.entries if entry.finished and not entry.trained)
 
     def _place(self, group: int) -> int:
         place = bisect_left(self.entries, group, key=lambda entry: entry.group)

@@ -34,6 +34,7 @@ class Wait:
     """
 
     refills: ClassVar[bool] = False
+    finish_frees: ClassVar[bool] = True
 
     groups_per_step: int
     """P, groups of one optimizer step"""
@@ -68,15 +69,18 @@ class Wait:
         return version + self.max_staleness >= line.entry(group).deadline
 
     def select(self, line: Line, *, step: int) -> list[int] | None:
+        if line.num_ready < self.groups_per_step:
+            return None
         chosen = earliest(line, self.groups_per_step)
-        if len(chosen) < self.groups_per_step or self._missed(line, chosen, step):
+        if self._missed(line, chosen, step):
             return None
         return sorted(chosen)
 
     def held_up_by(self, line: Line, *, step: int) -> list[int]:
         """The running groups that would be too late if P finished ones went without them."""
-        chosen = earliest(line, self.groups_per_step)
-        return self._missed(line, chosen, step) if len(chosen) == self.groups_per_step else []
+        if line.num_ready < self.groups_per_step:
+            return []
+        return self._missed(line, earliest(line, self.groups_per_step), step)
 
     def overdue(self, line: Line, *, step: int) -> list[int]:
         """None, unless a generator sent tokens older than the weights it said it held."""

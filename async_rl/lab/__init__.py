@@ -2,5 +2,6 @@
 
 The rooms of a run (engine, task, trainer) without its processes: evaluation of a model folder, the small
 model of the quickstart, and the synchronous reference that `max_staleness=0` must equal. And questions to a
-run: audit (was anything lost?), replay (the same weights again?), chaos (what if everything is killed?).
+run: audit (was anything lost?), replay (the same weights again?), chaos (what if everything is killed?),
+simulate (what would other settings do?).
 """

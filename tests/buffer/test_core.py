@@ -47,7 +47,7 @@ def test_staleness_is_bounded_and_each_admitted_group_is_trained_once_or_refused
     assert policy.refills or not stale
     assert core.counts["refused_stale"] == len(stale)
     world.check_prompts()
-    assert len(core.order) >= len(core.groups) == core.ledger.line.live
+    assert len(core.ledger.line.entries) >= len(core.groups) == core.ledger.line.live
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

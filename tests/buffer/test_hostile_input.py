@@ -174,9 +174,9 @@ def received(frames: list[bytes]) -> msg.Message | WireError:
 def check(core: Core) -> None:
     """What holds whatever was said."""
     ledger, admission = core.ledger, core.admission
-    numbers = [entry.group for entry in core.order]
+    numbers = [entry.group for entry in core.ledger.line.entries]
     assert numbers == sorted(set(numbers))
-    assert {entry.group for entry in core.order if not entry.trained} == set(ledger.groups)
+    assert {entry.group for entry in core.ledger.line.entries if not entry.trained} == set(ledger.groups)
     assert len(ledger.groups) <= PACE.slots
     assert admission.position == core.counts["groups_admitted"]
     assert core.counts["groups_trained"] == PACE.groups_per_step * core.step

@@ -136,7 +136,7 @@ def durable(core: Core) -> object:
     counts += ("refused_stale",)
     return (
         (core.ledger.step, core.ledger.next_group, core.admission.position),
-        [(e.group, e.finished, e.trained) for e in core.order],
+        [(e.group, e.finished, e.trained) for e in core.ledger.line.entries],
         {g.group: (g.problem, g.seed, g.admitted_version) for g in core.groups.values()},
         {g.group: (dict(sorted(g.samples.items())), g.begun) for g in core.groups.values()},
         core.admission.refill,
