@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from async_rl.buffer.store_reader import StoreReader
@@ -102,8 +102,13 @@ class StoreSurvey(StoreReader):
         query = "SELECT group_id FROM groups WHERE split = 'eval' ORDER BY group_id DESC LIMIT ?"
         return [group for (group,) in self._all(query, (most,))]
 
-    def admissions(self, steps: Sequence[int]) -> list[tuple[int, int, float, str]]:
-        """(group, step, seconds since the epoch at admission, generator) of the groups in the batches between
-        these two steps."""
-        query = "SELECT group_id, step, admitted_at, generator FROM groups WHERE step BETWEEN ? AND ? ORDER BY group_id"
-        return self._all(query, (steps[0], steps[-1])) if steps else []
+    def group_range(self, first: int, last: int) -> tuple[int, int]:
+        """(lowest, highest) number of the groups in the batches of these steps, both included; (0, -1) when none."""
+        query = "SELECT coalesce(min(group_id), 0), coalesce(max(group_id), -1) FROM groups WHERE step BETWEEN ? AND ?"
+        low, high = self._all(query, (first, last))[0]
+        return low, high
+
+    def of_groups(self, first: int, last: int) -> Iterator[Surveyed]:
+        """Those of the groups with these numbers, both included."""
+        query = f"SELECT {_COLUMNS} {_FROM} WHERE t.group_id BETWEEN ? AND ? ORDER BY t.group_id, t.sample"
+        return self._rows(Surveyed, query, (first, last))
