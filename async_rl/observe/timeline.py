@@ -7,6 +7,7 @@ event `started` to its death, to the next start of the same name, or to the last
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,13 +79,20 @@ def marks(events: Iterable[Mapping[str, Any]]) -> list[Mark]:
 
 def bounds(record: RunRecord) -> tuple[float, float]:
     """First and last sign of the run; (0, 0) when there is none."""
-    seen = [float(row["time"]) for row in (*record.rows, *record.events) if isinstance(row.get("time"), int | float)]
-    return (min(seen), max(seen)) if seen else (0.0, 0.0)
+    seen = _signs(record)
+    return (seen[0], seen[-1]) if seen else (0.0, 0.0)
+
+
+def _signs(record: RunRecord) -> list[float]:
+    """Times of all rows and events, sorted."""
+    both = (*record.rows, *record.events)
+    return sorted(float(row["time"]) for row in both if isinstance(row.get("time"), int | float))
 
 
 def lives(record: RunRecord) -> list[Span]:
     """When each process started up and when it was alive."""
-    _, last = bounds(record)
+    signs = _signs(record)
+    last = signs[-1] if signs else 0.0
     open_: dict[str, tuple[float, float | None]] = {}
     found: list[Span] = []
 
@@ -98,8 +106,9 @@ def lives(record: RunRecord) -> list[Span]:
     for mark in marks(record.events):
         kind, name = mark.kind, mark.lane
         if kind in ("resumed", "interrupted"):  # of an earlier launch nothing lives any more
+            before = signs[max(0, bisect_left(signs, mark.at) - 1)]  # a launch that was killed leaves no last word
             for other in list(open_):
-                close(other, mark.at)
+                close(other, mark.at if kind == "interrupted" else max(before, open_[other][0]))
         elif kind == "started":
             close(name, mark.at)
             open_[name] = (mark.at, None)

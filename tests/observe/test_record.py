@@ -141,6 +141,14 @@ def test_a_process_lives_from_its_start_to_its_death_or_the_end(tmp_path: Path, 
     ]
 
 
+def test_a_launch_that_was_killed_lived_until_its_last_sign(tmp_path: Path, tiny_model: Path) -> None:
+    story = Story(path=tmp_path / "run", model=tiny_model, steps=20)
+    folder = story.write(summary=False)
+    folder.event("resumed", version=20, time=START + 1000)
+    spans = [s for s in timeline.lives(read_run(folder.path)) if s.lane == "trainer"]
+    assert spans[-1].end == pytest.approx(story.ends_at(19) + 0.02)
+
+
 @given(
     st.lists(st.tuples(st.floats(0, 5), st.floats(0, 5)), min_size=1, max_size=30),
     st.integers(1, 40),

@@ -93,7 +93,7 @@ const Charts = (() => {
         points: { show: few, size: 4, fill: color },
       });
       if (line.curve.lo) {
-        const edge = { stroke: "transparent", width: 0, spanGaps: true, points: { show: false } };
+        const edge = { stroke: color + "70", width: 1, spanGaps: true, points: { show: false } };
         series.push({ ...edge, label: "high" }, { ...edge, label: "low" });
         bands.push({ series: [line.index + 1, line.index + 2], fill: color + "38" });
       }

@@ -127,8 +127,11 @@
   }
 
   function trajectories() {
-    const notes = data.runs.flatMap(run => run.sample_notes.map(note => (several ? `${run.name}: ${note}` : note)));
-    const hint = notes.join(" ");
+    const notes = [...new Set(data.runs.flatMap(run => run.sample_notes))];
+    const hint = notes.map(note => {
+      const runs = data.runs.filter(run => run.sample_notes.includes(note));
+      return runs.length === data.runs.length ? note : `${runs.map(run => run.name).join(", ")}: ${note}`;
+    }).join(" ");
     if (data.runs.some(run => run.samples.length)) section("Trajectories", hint, ...Samples.section(data.runs));
     else section("Trajectories", hint);
   }

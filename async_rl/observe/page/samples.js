@@ -130,7 +130,7 @@ const Samples = (() => {
     const query = state.query.toLowerCase();
     const found = all.filter(s => (!query || s.whole.toLowerCase().includes(query)) && (state.run === "" || s.run === +state.run) && (!state.kind || s.kind === state.kind));
     const by = { step: s => (s.step == null ? 1e12 : s.step), reward: s => (s.reward == null ? -1e12 : s.reward), length: s => s.policy, staleness: s => -s.mostLag }[state.sort];
-    return found.sort((a, b) => by(a) - by(b) || a.group - b.group || a.sample - b.sample);
+    return found.sort((a, b) => by(a) - by(b) || a.run - b.run || a.group - b.group || a.sample - b.sample);
   }
 
   function refresh() {
