@@ -20,6 +20,8 @@ def records(path: Path) -> Iterator[bytes]:
             at += BLOCK - at % BLOCK
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + HEAD + length > len(data):
+            return  # still being written
         body = data[at + HEAD : at + HEAD + length]
         at += HEAD + length
         parts = body if kind in (FULL, FIRST) else parts + body

@@ -53,7 +53,7 @@ class Mark:
 
 BAD = ("failed", "died", "stall", "frozen", "alarm", "collapse", "damaged", "wrong", "refused", "force", "lost")
 """words in the names of events that mean trouble"""
-NOTE = ("resumed", "interrupted", "silent", "skipped", "rollback", "turned_away", "still_running", "full")
+NOTE = ("resumed", "rejoined", "left", "interrupted", "silent", "skipped", "rollback", "turned_away", "still_running")
 
 
 def level_of(kind: str) -> str:

@@ -41,6 +41,17 @@ def cut(folder: RunFolder, version: int) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def logged(folder: Path, key: str, rows: int) -> list[tuple[int, float]]:
+    """(step, value) that W&B wrote, in its order. Its own process may still be writing when a run is finished:
+    waits for so many rows, a minute at most."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = [(row["step"], row[key]) for row in history(folder) if key in row]
+        if len(found) >= rows or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
@@ -58,11 +69,8 @@ def test_a_run_goes_to_both_trackers(tmp_path: Path, tiny_model: Path, offline: 
             assert dict(shown[key])[2] == pytest.approx(value, rel=1e-5), key
     held_out = {e["step"]: e["reward"] for e in read_rows(folder.events) if e["event"] == "evaluation"}
     assert dict(shown["reward/eval"]) == pytest.approx(held_out)
-    logged = history(folder.path)
-    assert [(row["step"], row["reward/mean"]) for row in logged if "reward/mean" in row] == [
-        (row["step"], row["reward/mean"]) for row in rows
-    ]
-    assert {row["step"]: row["reward/eval"] for row in logged if "reward/eval" in row} == held_out
+    assert logged(folder.path, "reward/mean", 4) == [(row["step"], row["reward/mean"]) for row in rows]
+    assert dict(logged(folder.path, "reward/eval", 2)) == held_out
     assert not [e for e in read_rows(folder.events) if e["event"] == "tracker_failed"]
 
 
@@ -97,8 +105,8 @@ def test_wandb_goes_on_with_the_same_run_and_doubles_nothing(tmp_path: Path, tin
         file.write("".join(json.dumps(story.row(step)) + "\n" for step in range(30, 35)))
     time.sleep(1.0 - time.time() % 1.0)  # W&B names the files of a launch by the second
     open_tracker(folder, ["wandb"], 20).follow(at_once)
-    assert [row["step"] for row in history(folder.path) if "entropy" in row] == list(range(35))
-    assert sorted(row["step"] for row in history(folder.path) if "reward/eval" in row) == [0, 10, 20, 30]
+    assert [step for step, _ in logged(folder.path, "entropy", 35)] == list(range(35))
+    assert sorted(step for step, _ in logged(folder.path, "reward/eval", 4)) == [0, 10, 20, 30]
     assert json.loads((folder.path / "trackers.json").read_text())["wandb"]["identity"] == identity
 
 
