@@ -86,7 +86,7 @@ def restore(core: Core, standing: Standing, *, version: int) -> None:
     ledger.step, ledger.next_group = standing.step, standing.next_group
     admission.position = standing.position
     admission.lost_tokens = standing.tokens_generated
-    ledger.published = version
+    ledger.published = core.consumed = version
     core.counts.update(standing.counts)
     if ledger.policy.refills:
         admission.refill = [(position, attempt + 1) for position, attempt in standing.dropped]

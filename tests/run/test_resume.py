@@ -158,6 +158,11 @@ def test_a_run_of_which_everything_was_killed_in_turn_is_the_run_it_would_have_b
     assert versions[-1] >= 8
     audit(folder, steps=STEPS + 2)
 
+    folder.summary.unlink()  # as if the trainer was killed behind its last checkpoint
+    code, said = resume(folder).end()
+    assert code == 0, said
+    audit(folder, steps=STEPS + 2)
+
     code, said = resume(folder).end()
     assert code == 2
     assert f"this run is finished ({STEPS + 2} steps)" in said
