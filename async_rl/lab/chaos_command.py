@@ -97,7 +97,7 @@ def _examine(folder: RunFolder, memories: Sequence[Memory], outcome: Outcome, sa
     if not folder.summary.exists():
         return
     steps = folder.settings().trainer.steps
-    say(f"replaying {steps} steps")
+    say("replaying the steps that are stored")
     os.environ.update(arithmetic_environment(folder.settings().trainer.threads))  # before torch is imported
 
     from async_rl.lab.replay import in_words, replay
@@ -109,7 +109,7 @@ def _examine(folder: RunFolder, memories: Sequence[Memory], outcome: Outcome, sa
         return
     whole = again.version == steps and again.compared > 0
     outcome.replay_identical = again.difference is None and whole
-    outcome.replay = in_words(again, folder)
+    outcome.replay, outcome.replayed_from = in_words(again, folder), again.begun
 
 
 def _socket_of(settings: Settings, folder: RunFolder) -> Path:

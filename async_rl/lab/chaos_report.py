@@ -30,6 +30,8 @@ class Outcome:
     audit: Audit | None = None
     replay_identical: bool | None = None
     """None: not tried, the run did not come to its end"""
+    replayed_from: int = 0
+    """version; above 0 where the batches before are deleted (buffer.keep_steps)"""
     replay: str = ""
     """in words"""
 
@@ -62,6 +64,7 @@ class Outcome:
             "max_stall_where": self.stalled_where,
             "lag_max": a.lag_max if a else None,
             "replay_identical": self.replay_identical,
+            "replayed_from_version": self.replayed_from,
             "seconds": round(self.seconds, 1),
             "clean": self.clean,
             "problems": [*self.problems, *(said(a.findings) if a else [])],
@@ -80,7 +83,8 @@ def table(outcome: Outcome) -> list[str]:
     if outcome.audit is not None:
         rows += audit_rows(outcome.audit)
     identical = {True: "identical weights", False: "NOT identical", None: "not tried"}
-    rows.append(("replay", identical[outcome.replay_identical]))
+    begun = f", from version {outcome.replayed_from} on" if outcome.replayed_from else ""
+    rows.append(("replay", identical[outcome.replay_identical] + begun))
     width = max(len(name) for name, _ in rows)
     return [f"{name:<{width}}  {value}" for name, value in rows]
 
