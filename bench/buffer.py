@@ -133,16 +133,20 @@ class Play:
                 self.send(TRAINER, msg.NextBatch(step=step + 1))
                 self.send(TRAINER, msg.Published(version=step + 1))
             elif self.random.random() < 0.01:
-                self.send(self.random.choice(peers), self.status(peers))
+                peer = self.random.choice(peers)
+                self.send(peer, self.status(peer))
             else:
                 assert busy, "nobody has anything to do"
                 self.finish(self.random.choice(busy))
         return self.sent
 
-    def status(self, peers: list[bytes]) -> msg.Status:
+    def status(self, peer: bytes) -> msg.Status:
+        """The whole standing of a generator."""
         return msg.Status(
-            name=peers[0].decode(),
-            version=self.core.published,
+            name=peer.decode(),
+            version=self.version[peer],
+            limit=self.received[peer] + GROUPS,
+            groups=tuple({permit.group for permit, _ in self.open[peer]}),
             busy_seconds=1.0,
             wall_seconds=1.0,
             tokens_generated=len(self.sent) * 100,
