@@ -18,8 +18,8 @@ from async_rl.errors import RunFailed, UserError
 from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
 from async_rl.join.command import add_joining
 from async_rl.lab.command import add_lab
-from async_rl.lab.simulate_options import add_simulate
 from async_rl.observe.commands import add_watching
+from async_rl.simulate.options import add_simulate
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -159,7 +159,7 @@ def _run(arguments: argparse.Namespace) -> int:
     path: Path | None = None
     try:
         if arguments.resume is not None:
-            from async_rl.launch import resume_training
+            from async_rl.launch.launcher import resume_training
 
             path = arguments.resume
             summary = resume_training(path, _resume_words(arguments), console=console)
@@ -167,7 +167,7 @@ def _run(arguments: argparse.Namespace) -> int:
             if arguments.config is None:
                 raise UserError("name a YAML file of settings, or --resume RUN to go on with a run")
             settings = load_settings(Path(arguments.config), arguments.overrides)
-            from async_rl.launch import run_training  # after the settings: a misspelt one is said at once
+            from async_rl.launch.launcher import run_training  # after the settings: a misspelt one is said at once
 
             path = arguments.run_dir or Path("runs") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
             summary = run_training(settings, path, console=console)
@@ -196,7 +196,7 @@ def _resume_words(arguments: argparse.Namespace) -> list[str]:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from async_rl.child import arithmetic_environment
+    from async_rl.launch.child import arithmetic_environment
     from async_rl.run_folder import RunFolder
 
     folder = RunFolder(arguments.run)
@@ -213,8 +213,8 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from async_rl.lab.audit import audit_rows, said
-    from async_rl.lab.audit_run import audit_run
+    from async_rl.chaos.audit import audit_rows, said
+    from async_rl.chaos.audit_run import audit_run
     from async_rl.run_folder import RunFolder
 
     audit = audit_run(RunFolder(arguments.run))
@@ -228,7 +228,7 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 
 def _chaos(arguments: argparse.Namespace) -> int:
-    from async_rl.lab.chaos_command import counts_of, run_chaos
+    from async_rl.chaos.command import counts_of, run_chaos
 
     counts = counts_of({name: getattr(arguments, name) for name in ("kills", "freezes", "slows", "disconnects")})
     path = arguments.run_dir or Path("runs") / f"{arguments.config.stem}-chaos-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -345,7 +345,7 @@ def _init_model(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from async_rl.preflight import preflight
+    from async_rl.launch.preflight import preflight
     from async_rl.settings import load_settings
     from async_rl.task import make_task
 

@@ -1,5 +1,5 @@
 """Settings from YAML files and the command line: read, checked, printed. The only file that imports
-omegaconf; what can be set stands in settings.py, task/ and objective/recipe.py."""
+omegaconf; what can be set stands in settings/, task/ and objective/recipe.py."""
 
 from __future__ import annotations
 

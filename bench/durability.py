@@ -22,7 +22,7 @@ from async_rl.buffer.core import Core
 from async_rl.buffer.loop import make_core
 from async_rl.buffer.restore import read_standing, restore
 from async_rl.buffer.store import Store
-from async_rl.launch import run_training
+from async_rl.launch.launcher import run_training
 from async_rl.observe.console import Console
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.settings import Settings, load_settings

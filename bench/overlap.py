@@ -34,7 +34,7 @@ from async_rl.config import structured
 from async_rl.generator.build import make_engine
 from async_rl.lab.evaluate import Limits, sample_episodes
 from async_rl.lab.synchronous import tickets_of
-from async_rl.launch import run_training
+from async_rl.launch.launcher import run_training
 from async_rl.model.create import create_model_folder
 from async_rl.model.decoder import Decoder
 from async_rl.model.folder import load_model, save_folder

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from async_rl.lab.init_model import Shape, init_model
-from async_rl.launch import run_training
+from async_rl.launch.launcher import run_training
 from async_rl.observe.console import Console
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.settings import load_settings

@@ -20,12 +20,11 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
         # what everything stands on, each importing only those before it
-        "errors interrupt ranges",
+        "errors interrupt",
         "config extras trajectory",
-        "settings_wire",
         "settings",
         "run_folder",
-        "memory_kills process run_lock",
+        "process run_lock",
         # rooms
         "wire task model batch async_rl_kernels",
         "buffer objective",
@@ -34,11 +33,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "observe",
         # what starts and studies them
         "digest",
-        "child live preflight restart resume vitals",
-        "tracking",
-        "launch join",
+        "launch",
+        "join",
         "lab",
-        "doctor",
+        "chaos doctor simulate",
         "__main__",
     )
 )
@@ -84,7 +82,7 @@ def name_of(path: Path) -> str:
 
 
 def room_of(path: Path) -> str:
-    """ "buffer" for async_rl/buffer/core.py, "launch" for async_rl/launch.py."""
+    """ "buffer" for async_rl/buffer/core.py, "launch" for async_rl/launch/launcher.py."""
     if path.is_relative_to(PACKAGES["async_rl_kernels"]):
         return "async_rl_kernels"
     return path.relative_to(PACKAGES["async_rl"]).with_suffix("").parts[0]

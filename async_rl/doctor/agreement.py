@@ -16,7 +16,7 @@ from async_rl.generator.build import make_engine
 from async_rl.generator.session import Ticket
 from async_rl.lab.evaluate import limits_of, sample_episodes
 from async_rl.lab.synchronous import train_synchronously
-from async_rl.launch import run_training
+from async_rl.launch.launcher import run_training
 from async_rl.model.decoder import DTYPES
 from async_rl.model.folder import load_model, load_tensors
 from async_rl.model.tokenizer import Tokenizer

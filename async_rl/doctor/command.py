@@ -24,7 +24,7 @@ def add_doctor(commands: Any) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     """0 unless a finding is an error."""
-    from async_rl.child import arithmetic_environment
+    from async_rl.launch.child import arithmetic_environment
 
     if arguments.config is not None and "=" in arguments.config and not Path(arguments.config).exists():
         raise UserError(f"name a YAML file of settings before {arguments.config}")

@@ -9,9 +9,9 @@ from typing import TypeVar
 from async_rl.doctor import machine, memory, reward, software, tokens
 from async_rl.doctor.finding import Finding, error, ok, warning
 from async_rl.errors import UserError
+from async_rl.launch.preflight import preflight
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer
-from async_rl.preflight import preflight
 from async_rl.settings import Settings, load_settings
 from async_rl.task import Task, make_task
 from async_rl.wire.keys import keys_in

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from async_rl import __version__
-from async_rl.child import arithmetic_environment
 from async_rl.digest import task_digest
 from async_rl.errors import RunFailed, UserError
 from async_rl.interrupt import Interrupted
 from async_rl.join.place import Place
 from async_rl.join.terms import local_settings
-from async_rl.preflight import check_device
+from async_rl.launch.child import arithmetic_environment
+from async_rl.launch.preflight import check_device
 from async_rl.settings import Settings
 from async_rl.trajectory.codec import WireError
 from async_rl.weights.shared_memory import WeightsError

@@ -2,6 +2,5 @@
 
 The rooms of a run (engine, task, trainer) without its processes: evaluation of a model folder, the small
 model of the quickstart, and the synchronous reference that `max_staleness=0` must equal. And questions to a
-run: audit (was anything lost?), replay (the same weights again?), chaos (what if everything is killed?),
-simulate (what would other settings do?).
+run: replay (the same weights again?), rescore (what would other recipes have made of its batches?).
 """

@@ -55,7 +55,7 @@ def _lab(arguments: argparse.Namespace) -> int:
 
 
 def _rescore(arguments: argparse.Namespace) -> int:
-    from async_rl.child import arithmetic_environment
+    from async_rl.launch.child import arithmetic_environment
     from async_rl.run_folder import RunFolder
 
     folder = RunFolder(arguments.run)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from async_rl.errors import UserError
 from async_rl.lab.evaluate import evaluate
+from async_rl.launch.preflight import check_fit
 from async_rl.model.create import create_model_folder
 from async_rl.model.decoder import Decoder
 from async_rl.model.folder import load_model, save_folder
 from async_rl.model.tokenizer import Tokenizer
-from async_rl.preflight import check_fit
 from async_rl.task import Task
 from async_rl.trainer.warmup import WarmupOptions, WarmupResult, save_text, warm_up
 

@@ -26,12 +26,12 @@ from async_rl.batch import PackedBatch
 from async_rl.buffer.store import StoreReader
 from async_rl.config import with_overrides
 from async_rl.errors import UserError
+from async_rl.launch.preflight import SINGLE_TURN
 from async_rl.model.folder import load_model
 from async_rl.objective.effect import check_effect
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import Recipe, requirements
 from async_rl.objective.select import bucket_names, length_bucket
-from async_rl.preflight import SINGLE_TURN
 from async_rl.run_folder import RunFolder, read_rows, replace_text
 from async_rl.settings import Settings
 from async_rl.trainer.build import make_learner, pack_step

@@ -10,7 +10,7 @@ from support_faulty_trainer import FIRST_WRONG, WRONG_TENSOR
 from support_run import quick_settings, train
 
 from async_rl.errors import RunFailed
-from async_rl.launch import Launcher
+from async_rl.launch.launcher import Launcher
 from async_rl.model.folder import load_tensors
 from async_rl.observe.console import Console
 from async_rl.run_folder import RunFolder, read_rows

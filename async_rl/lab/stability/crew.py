@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from async_rl.child import arithmetic_environment, how_it_ended
+from async_rl.launch.child import arithmetic_environment, how_it_ended
 
 Job = Mapping[str, Any]
 """plain data with a `kind` and a `name`"""

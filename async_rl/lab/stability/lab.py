@@ -28,8 +28,8 @@ from async_rl.lab.stability.merit import HOLDS, Merit, merits
 from async_rl.lab.stability.page import page_text
 from async_rl.lab.stability.plan import Cell, InitialModel, Plan, digest_of
 from async_rl.lab.stability.record import COLLAPSED, CellRecord, read_record, write_record
+from async_rl.launch.preflight import preflight
 from async_rl.model.folder import existing, weight_files
-from async_rl.preflight import preflight
 from async_rl.run_folder import replace_text
 from async_rl.run_lock import take_lock
 from async_rl.settings import ModelSettings, Settings

@@ -13,10 +13,10 @@ from typing import Any
 
 from async_rl.config import load_yaml, setting, structured, with_overrides
 from async_rl.errors import UserError, nearest
+from async_rl.launch.preflight import SINGLE_TURN
 from async_rl.objective.effect import check_effect
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
-from async_rl.preflight import SINGLE_TURN
 from async_rl.settings import Settings, check
 from async_rl.task import make_task
 

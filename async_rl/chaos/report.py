@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from async_rl.lab.audit import Audit, audit_rows, said
+from async_rl.chaos.audit import Audit, audit_rows, said
 
 
 @dataclass(slots=True, kw_only=True)

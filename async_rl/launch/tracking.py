@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
-from async_rl.child import how_it_ended
 from async_rl.errors import RunFailed
+from async_rl.launch.child import how_it_ended
 from async_rl.process import PARENT_PIPE
 from async_rl.run_folder import RunFolder
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from async_rl.config import described, load_yaml, setting, structured, with_overrides
 from async_rl.errors import UserError
 from async_rl.extras import check_trackers
-from async_rl.ranges import ABOVE_ZERO, AT_LEAST, AT_MOST, BELOW_ONE
-from async_rl.settings_wire import WeightsSettings, WireSettings, check_wire
+from async_rl.settings.ranges import ABOVE_ZERO, AT_LEAST, AT_MOST, BELOW_ONE
+from async_rl.settings.wire import WeightsSettings, WireSettings, check_wire
 
 
 @dataclass(frozen=True)

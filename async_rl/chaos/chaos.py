@@ -20,14 +20,14 @@ from signal import SIGCONT, SIGINT, SIGKILL
 from typing import IO, Any
 
 from async_rl.buffer.store import StoreReader, store_begun
+from async_rl.chaos.memory import Memory, remember
+from async_rl.chaos.plan import Fault, in_words, timetable
+from async_rl.chaos.proxy import Proxy
+from async_rl.chaos.report import Outcome
+from async_rl.chaos.target import Target, child_target, launcher_target
+from async_rl.chaos.watch import Watch
 from async_rl.errors import RunFailed, UserError
 from async_rl.interrupt import ignore_interrupts, interruptible
-from async_rl.lab.chaos_memory import Memory, remember
-from async_rl.lab.chaos_plan import Fault, in_words, timetable
-from async_rl.lab.chaos_proxy import Proxy
-from async_rl.lab.chaos_report import Outcome
-from async_rl.lab.chaos_target import Target, child_target, launcher_target
-from async_rl.lab.chaos_watch import Watch
 from async_rl.run_folder import RunFolder, append_row
 
 POLL_S = 0.02

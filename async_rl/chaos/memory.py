@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from async_rl.buffer.store_reader import GroupRow, StoreReader
-from async_rl.lab.audit import Finding
+from async_rl.chaos.audit import Finding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

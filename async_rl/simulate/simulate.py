@@ -22,8 +22,8 @@ from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
 from async_rl.buffer.loop import make_core
 from async_rl.errors import RunFailed
-from async_rl.lab.workload import Workload
 from async_rl.settings import Settings
+from async_rl.simulate.workload import Workload
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.seed import sample_seed
 from async_rl.wire import messages as msg

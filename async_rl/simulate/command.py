@@ -10,10 +10,10 @@ from random import Random
 from typing import Any
 
 from async_rl.errors import UserError
-from async_rl.lab.simulate import Forecast, Simulation
-from async_rl.lab.workload import MESSAGE_S, UPDATE_S, Workload, lognormal_groups, workload_of
 from async_rl.run_folder import RunFolder
 from async_rl.settings import Settings, load_settings
+from async_rl.simulate.simulate import Forecast, Simulation
+from async_rl.simulate.workload import MESSAGE_S, UPDATE_S, Workload, lognormal_groups, workload_of
 
 ENOUGH = 1.1
 """a setting is fast enough when its step takes at most so many times that of the fastest"""

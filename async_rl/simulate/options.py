@@ -28,6 +28,6 @@ def add_simulate(commands: Any) -> None:
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
-    from async_rl.lab.simulate_command import simulate
+    from async_rl.simulate.command import simulate
 
     return simulate(arguments)

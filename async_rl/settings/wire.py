@@ -1,4 +1,4 @@
-"""Settings of how the processes of a run reach each other; a part of settings.py."""
+"""Settings of how the processes of a run reach each other; a part of run.py."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.errors import RunFailed, UserError
-from async_rl.memory_kills import memory_kills
+from async_rl.launch.memory_kills import memory_kills
 from async_rl.process import CAUSE_PIPE, PARENT_PIPE, TOLD_TO_END
 from async_rl.run_folder import RunFolder
 from async_rl.wire.heartbeat import PULSE_PIPE

@@ -11,8 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 from async_rl.buffer.store_reader import StoreReader
+from async_rl.chaos.audit import Audit, Finding, Promise, audit_store
 from async_rl.errors import UserError
-from async_rl.lab.audit import Audit, Finding, Promise, audit_store
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.settings import Settings
 from async_rl.task import make_task

@@ -11,15 +11,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from async_rl.buffer.store_reader import StoreReader
-from async_rl.child import arithmetic_environment
+from async_rl.chaos.audit_run import audit_run
+from async_rl.chaos.chaos import ChaosRun
+from async_rl.chaos.memory import Memory, forgotten
+from async_rl.chaos.plan import Counts, make_plan
+from async_rl.chaos.proxy import Proxy
+from async_rl.chaos.report import Outcome, table, verdict
 from async_rl.config import to_yaml
 from async_rl.errors import RunFailed, UserError
-from async_rl.lab.audit_run import audit_run
-from async_rl.lab.chaos import ChaosRun
-from async_rl.lab.chaos_memory import Memory, forgotten
-from async_rl.lab.chaos_plan import Counts, make_plan
-from async_rl.lab.chaos_proxy import Proxy
-from async_rl.lab.chaos_report import Outcome, table, verdict
+from async_rl.launch.child import arithmetic_environment
 from async_rl.run_folder import RunFolder, replace_text
 from async_rl.settings import Settings, load_settings
 from async_rl.weights.shared_memory import segment_path

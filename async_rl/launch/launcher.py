@@ -17,20 +17,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from async_rl.child import Child, Command, start_child
 from async_rl.config import to_yaml
 from async_rl.errors import RunFailed, UserError
 from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
-from async_rl.live import Live
+from async_rl.launch.child import Child, Command, start_child
+from async_rl.launch.live import Live
+from async_rl.launch.preflight import Facts, preflight
+from async_rl.launch.restart import RestartBudget
+from async_rl.launch.resume import Start, find_start, resumed_settings, rewind
+from async_rl.launch.tracking import Tracking
+from async_rl.launch.vitals import Vitals
 from async_rl.observe.console import Console
-from async_rl.preflight import Facts, preflight
-from async_rl.restart import RestartBudget
-from async_rl.resume import Start, find_start, resumed_settings, rewind
 from async_rl.run_folder import RowTail, RunFolder, replace_text
 from async_rl.run_lock import take_lock
 from async_rl.settings import Settings
-from async_rl.tracking import Tracking
-from async_rl.vitals import Vitals
 from async_rl.weights.shared_memory import segment_path
 from async_rl.wire.channel import Dealer, Router, ipc_endpoint
 from async_rl.wire.endpoint import as_reached_from_here, beside, is_tcp

@@ -1,0 +1,7 @@
+"""THE PROCESSES OF A RUN. In: settings, or a run folder to go on with. Out: processes started, watched, ended.
+
+launcher.py is the story; child.py one process and how it ended; restart.py when a dead one starts again; vitals.py
+and live.py signs of life; preflight.py what can be found wrong before; resume.py where a resumed run begins;
+tracking.py the process that feeds trackers. Invariant: a run ends with a cause or a success, never with a hang, and
+leaves no process behind. The launcher waits for its children by deadlines and for nobody's messages.
+"""

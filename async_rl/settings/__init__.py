@@ -1,0 +1,31 @@
+"""WHAT A RUN IS TOLD. Every setting with its meaning, unit, default (run.py, wire.py) and range (ranges.py).
+
+In: a YAML file and `name=value` words. Out: one frozen `Settings`, checked: a value out of range, settings that
+contradict each other or would do nothing are refused here, before anything starts. Nobody waits.
+"""
+
+from async_rl.settings.run import (
+    CriticSettings,
+    ModelSettings,
+    OptimizerSettings,
+    Settings,
+    StalenessSettings,
+    check,
+    default_window,
+    load_settings,
+    pace_of,
+)
+from async_rl.settings.wire import WireSettings
+
+__all__ = [
+    "CriticSettings",
+    "ModelSettings",
+    "OptimizerSettings",
+    "Settings",
+    "StalenessSettings",
+    "WireSettings",
+    "check",
+    "default_window",
+    "load_settings",
+    "pace_of",
+]
