@@ -31,6 +31,9 @@ models/quickstart: | .venv/installed
 quickstart: install models/quickstart
 	$(BIN)/async-rl run configs/quickstart.yaml
 
+# Two tests at a time; those of one vLLM stay together.
+PYTEST_ARGS ?= -n 2 --dist loadgroup
+
 # One BLAS thread a process: the tests start processes of their own on the same cores.
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

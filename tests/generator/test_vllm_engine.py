@@ -25,6 +25,7 @@ from async_rl.model.decoder import Decoder
 from async_rl.weights.canary import fingerprint
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make vllm)")
+pytestmark = pytest.mark.xdist_group("vllm")
 
 TOLERANCE = 1e-4
 CONTEXT = 128

@@ -15,6 +15,7 @@ from async_rl.run_folder import RunFolder, read_rows
 from async_rl.task import make_task
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make vllm)")
+pytestmark = pytest.mark.xdist_group("vllm")
 
 STEPS = 20
 
