@@ -41,6 +41,24 @@ def interruptible() -> Iterator[None]:
                 signal.signal(s, handler)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside, a signal waits: it raises Interrupted behind it. For what is short and must not be left half done."""
+    waiting: list[int] = []
+    held = [s for s in SIGNALS if signal.getsignal(s) == _interrupt]
+    if threading.current_thread() is not threading.main_thread():
+        held = []
+    for s in held:
+        signal.signal(s, lambda number, _: waiting.append(number))
+    try:
+        yield
+    finally:
+        for s in held:
+            signal.signal(s, _interrupt)
+        if waiting:
+            _interrupt(waiting[0], None)
+
+
 def ignore_interrupts(*, to_the_end: bool = False) -> None:
     """From here on the signals do nothing; `to_the_end`: of the interpreter, which takes a moment, too."""
     if threading.current_thread() is threading.main_thread():

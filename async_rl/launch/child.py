@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -135,6 +137,17 @@ def start_child(command: Command, folder: RunFolder, *, parent_pipe: int, pulse_
         cause_pipe=FileIO(cause, "rb"),
         memory_kills=before,
     )
+
+
+def tell_to_end(some: Sequence[Child], patience_s: float) -> list[Child]:
+    """SIGTERM to each; those that have not ended `patience_s` later."""
+    for child in some:
+        child.process.terminate()
+    deadline = time.monotonic() + patience_s
+    for child in some:
+        with suppress(subprocess.TimeoutExpired):
+            child.process.wait(max(0.0, deadline - time.monotonic()))
+    return [child for child in some if not child.ended]
 
 
 def how_it_ended(code: int, kills_before: int | None = None) -> str:

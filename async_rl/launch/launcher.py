@@ -19,8 +19,8 @@ from typing import Any
 
 from async_rl.config import to_yaml
 from async_rl.errors import RunFailed, UserError
-from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
-from async_rl.launch.child import Child, Command, start_child
+from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible, uninterrupted
+from async_rl.launch.child import Child, Command, start_child, tell_to_end
 from async_rl.launch.live import Live
 from async_rl.launch.preflight import Facts, preflight
 from async_rl.launch.restart import RestartBudget
@@ -41,6 +41,8 @@ WEIGHTS = "weights"
 POLL_S = 0.1
 STOP_S = 3.0
 """time children get to end by themselves after being told to"""
+HAND_OVER_S = 1.5
+"""time generators get to hand over the finished turns of their episodes"""
 FINISH_S = 15.0
 """time the others get after the trainer is done"""
 SETTLE_S = 2.0
@@ -180,8 +182,9 @@ class Launcher:
 
     def launch(self, command: Command) -> None:
         ends = {"parent_pipe": self.pipe[0], "pulse_pipe": self.vitals.ends[1], "lock": self.lock}
-        child = start_child(command, self.folder, **ends)
-        self.children.append(child)  # before anything can fail: it is to be ended then
+        with uninterrupted():  # a process that was started must be known, to be ended
+            child = start_child(command, self.folder, **ends)
+            self.children.append(child)
         self.vitals.began(child.process.pid, child.name, time.monotonic())
         self.folder.event("started", process=child.name, pid=child.process.pid, time=time.time())
 
@@ -334,20 +337,15 @@ class Launcher:
         return summary
 
     def stop(self) -> None:
-        """End every child, kindly first."""
-        alive = [c for c in self.children if c.process.poll() is None]
-        for child in alive:
-            child.process.terminate()
-        deadline = time.monotonic() + STOP_S
-        for child in alive:
-            try:
-                child.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.process.kill()
-                with suppress(subprocess.TimeoutExpired):  # one that even this does not end must not hold us up
-                    child.process.wait(STOP_S)
-                with suppress(RunFailed):  # on a full disk the others are ended all the same
-                    self.folder.event("ended_by_force", process=child.name, time=time.time())
+        """End every child, kindly first; generators before the buffer, which takes what they hand over."""
+        alive = [c for c in self.children if not c.ended]
+        tell_to_end([c for c in alive if c.name in self.budgets], HAND_OVER_S)
+        for child in tell_to_end(alive, STOP_S):
+            child.process.kill()
+            with suppress(subprocess.TimeoutExpired):  # one that even this does not end must not hold us up
+                child.process.wait(STOP_S)
+            with suppress(RunFailed):  # on a full disk the others are ended all the same
+                self.folder.event("ended_by_force", process=child.name, time=time.time())
         for child in self.children:
             child.close()
         if self.pipe == (-1, -1):

@@ -44,6 +44,17 @@ def start(tmp_path: Path, tiny_model: Path) -> Callable[..., Run]:
     return begin
 
 
+def test_on_ctrl_c_generators_hand_over_what_is_done_before_the_buffer_ends(start: Callable[..., Run]) -> None:
+    run = start("generator.count=2")
+    run.wait_for_training()
+    run.wait_for(lambda: len(run.folder.metrics.read_text().splitlines()) >= 3, "three steps")
+    run.press_ctrl_c()
+    run.said()
+    assert run.process.returncode == 130
+    left = {row["name"] for row in read_rows(run.folder.events) if row["event"] == "generator_left"}
+    assert left == {"generator-0", "generator-1"}
+
+
 @pytest.mark.parametrize("moment", ["started", "trainer_ready"])  # imports begin; the first evaluation begins
 def test_ctrl_c_ends_everything_soon(start: Callable[..., Run], moment: str) -> None:
     run = start()
