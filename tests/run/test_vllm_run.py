@@ -17,7 +17,7 @@ from async_rl.task import make_task
 pytest.importorskip("vllm", reason="vLLM is not installed (make vllm)")
 pytestmark = pytest.mark.xdist_group("vllm")
 
-STEPS = 20
+STEPS = 100
 
 
 def worker_below(launcher: int) -> int | None:
