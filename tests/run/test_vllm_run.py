@@ -20,9 +20,10 @@ pytestmark = pytest.mark.xdist_group("vllm")
 STEPS = 100
 
 
-def worker_below(launcher: int) -> int | None:
+def worker_of(generator: int) -> int | None:
     """vLLM's worker: the process whose parent is vLLM's, too."""
-    of_vllm = {pid for pid in descendants(launcher) if b"ASYNC_RL_VLLM_OWNER=" in environment(pid)}
+    owner = f"ASYNC_RL_VLLM_OWNER={generator}".encode()  # the tests' own vLLM may have left another one
+    of_vllm = {pid for pid in descendants(generator) if owner in environment(pid).split(b"\0")}
     return next((pid for pid in sorted(of_vllm) if parent(pid) in of_vllm), None)
 
 
@@ -51,7 +52,7 @@ def test_a_run_with_vllm_trains_and_survives_the_death_of_vllms_worker(tmp_path:
     )
     run = Run(config, RunFolder(tmp_path / "run"), longest_s=300.0)
     run.wait_for_training()
-    worker = worker_below(run.process.pid)
+    worker = worker_of(run.pid("generator-0"))
     assert worker is not None
     os.kill(worker, signal.SIGKILL)
     said = run.said()
@@ -67,4 +68,4 @@ def test_a_run_with_vllm_trains_and_survives_the_death_of_vllms_worker(tmp_path:
             assert all(0 <= step - t.version_min <= 1 for t in store.trajectories(step=step))
     rows = list(read_rows(run.folder.metrics))
     assert max(row["lag/max"] for row in rows) >= 1
-    assert worker_below(run.process.pid) is None
+    assert worker_of(run.pid("generator-0")) is None
