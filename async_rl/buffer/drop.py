@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
-from async_rl.buffer.staleness import Line, earliest, pipeline_slots, too_stale
+from async_rl.buffer.deadline import ByDeadline
+from async_rl.buffer.staleness import Line, earliest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drop:
+class Drop(ByDeadline):
     """Generators run ahead within the slots; no step waits for a slow group; what is too old is dropped.
 
     A batch takes any P finished groups, those with the earliest deadline first. A group started by a generator
@@ -27,32 +28,10 @@ class Drop:
     refills: ClassVar[bool] = True
     finish_frees: ClassVar[bool] = False
 
-    groups_per_step: int
-    """P, groups of one optimizer step"""
-    max_staleness: int
-    """k, steps"""
-    pipeline_depth: float
-    """batches in the pipeline (being generated, waiting or being trained), 1 .. k + 1"""
-
-    def __post_init__(self) -> None:
-        pipeline_slots(self.groups_per_step, self.max_staleness, self.pipeline_depth)
-
-    @property
-    def slots(self) -> int:
-        return pipeline_slots(self.groups_per_step, self.max_staleness, self.pipeline_depth)
-
-    def used(self, line: Line, *, step: int, version: int, published: int) -> int:
-        """Groups in no batch, and in batches whose weights are not there yet."""
-        return line.live + self.groups_per_step * max(0, step - published)
-
     def admit(self, line: Line, *, step: int, version: int, published: int) -> bool:
         """Not what is too old before it begins."""
         used = self.used(line, step=step, version=version, published=published)
         return used < self.slots and version + self.max_staleness >= step
-
-    def reissue(self, line: Line, group: int, *, step: int, version: int) -> bool:
-        """Its deadline stays: the weights must be no older than those it was admitted with."""
-        return version + self.max_staleness >= line.entry(group).deadline
 
     def select(self, line: Line, *, step: int) -> list[int] | None:
         if line.num_ready < self.groups_per_step:
@@ -65,9 +44,3 @@ class Drop:
 
     def overdue(self, line: Line, *, step: int) -> list[int]:
         return [e.group for e in line.entries if not e.trained and e.deadline < step]
-
-    def refuse(self, *, version_min: int, step: int) -> str | None:
-        return too_stale(version_min=version_min, step=step, max_staleness=self.max_staleness)
-
-    def at_depth(self, depth: float) -> Self:
-        return replace(self, pipeline_depth=depth)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
-from async_rl.buffer.staleness import Line, earliest, pipeline_slots, too_stale
+from async_rl.buffer.deadline import ByDeadline
+from async_rl.buffer.staleness import Line, earliest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wait:
+class Wait(ByDeadline):
     """Nothing is discarded and there is no window: a batch takes any finished groups, those with the earliest
     deadline first, as long as all others can still be trained in time; else the trainer waits for a due one.
 
@@ -36,24 +37,6 @@ class Wait:
     refills: ClassVar[bool] = False
     finish_frees: ClassVar[bool] = True
 
-    groups_per_step: int
-    """P, groups of one optimizer step"""
-    max_staleness: int
-    """k, steps"""
-    pipeline_depth: float
-    """batches in the pipeline (being generated, waiting or being trained), 1 .. k + 1"""
-
-    def __post_init__(self) -> None:
-        pipeline_slots(self.groups_per_step, self.max_staleness, self.pipeline_depth)
-
-    @property
-    def slots(self) -> int:
-        return pipeline_slots(self.groups_per_step, self.max_staleness, self.pipeline_depth)
-
-    def used(self, line: Line, *, step: int, version: int, published: int) -> int:
-        """Groups in no batch, and in batches whose weights are not there yet."""
-        return line.live + self.groups_per_step * max(0, step - published)
-
     def admit(self, line: Line, *, step: int, version: int, published: int) -> bool:
         if self.used(line, step=step, version=version, published=published) >= self.slots:
             return False
@@ -63,10 +46,6 @@ class Wait:
             for deadline, count in due_by(line, own)
             if deadline >= own
         )
-
-    def reissue(self, line: Line, group: int, *, step: int, version: int) -> bool:
-        """Its deadline stays: the weights must be no older than those it was admitted with."""
-        return version + self.max_staleness >= line.entry(group).deadline
 
     def select(self, line: Line, *, step: int) -> list[int] | None:
         if line.num_ready < self.groups_per_step:
@@ -85,12 +64,6 @@ class Wait:
     def overdue(self, line: Line, *, step: int) -> list[int]:
         """None, unless a generator sent tokens older than the weights it said it held."""
         return [e.group for e in line.entries if e.finished and not e.trained and e.deadline < step]
-
-    def refuse(self, *, version_min: int, step: int) -> str | None:
-        return too_stale(version_min=version_min, step=step, max_staleness=self.max_staleness)
-
-    def at_depth(self, depth: float) -> Self:
-        return replace(self, pipeline_depth=depth)
 
     def _missed(self, line: Line, chosen: list[int], step: int) -> list[int]:
         """Running groups that could not all be trained in time were `chosen` the batch of `step`.

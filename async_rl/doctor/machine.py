@@ -12,6 +12,7 @@ from pathlib import Path
 
 from async_rl.doctor.finding import Finding, error, megabytes, ok, warning
 from async_rl.settings import Settings
+from async_rl.weights.shared_memory import shared_folder
 from async_rl.wire.channel import Dealer, Router, ipc_endpoint
 from async_rl.wire.endpoint import LONGEST_IPC_PATH
 from async_rl.wire.keys import Keys, make_keys
@@ -177,10 +178,8 @@ def judge_shared_memory(free_bytes: int | None, model_bytes: int | None) -> Find
 
 
 def read_shared_memory() -> int | None:
-    shared = Path("/dev/shm")
-    if not shared.is_dir() or not os.access(shared, os.W_OK):
-        return None
-    return shutil.disk_usage(shared).free
+    shared = shared_folder()
+    return shutil.disk_usage(shared).free if shared is not None else None
 
 
 # ------------------------------------------------------------------------------------------------- disk

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 
 from async_rl.doctor.finding import Finding, error, megabytes, ok, warning
-from async_rl.model.architecture import DecoderConfig
+from async_rl.model.architecture import DecoderConfig, context_of
 from async_rl.model.folder import read_config, read_headers
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
@@ -79,7 +79,7 @@ def estimate_of(settings: Settings, *, parameters: int, config: DecoderConfig | 
         parts.append(Part(name="trainer: reference model", bytes=weights, device=trainer))
     if needs.value and settings.critic.kind == "model":
         parts.append(Part(name="trainer: critic with its optimizer", bytes=4 * weights, device=trainer))
-    context = generator.max_context or (config.max_context if config is not None else 0)
+    context = context_of(generator.max_context, config)
     if config is not None:
         tokens = max(chosen.micro_batch_tokens, context)
         parts.append(
@@ -89,7 +89,7 @@ def estimate_of(settings: Settings, *, parameters: int, config: DecoderConfig | 
                 device=trainer,
             )
         )
-        cache = generator.max_sequences * context * kv_bytes(config, BYTES[generator.dtype])
+        cache = generator.max_sequences * context * config.kv_width * BYTES[generator.dtype]
         if settings.vllm.kv_cache_mb:
             cache = settings.vllm.kv_cache_mb << 20
         parts.append(
@@ -107,11 +107,6 @@ def activation_bytes(c: DecoderConfig, item_bytes: int) -> int:
     values and the attention's output (rotated ones beside the plain), gate, up, their activation and product."""
     layer = 6 * c.hidden + 3 * c.heads * c.head_dim + 3 * c.kv_heads * c.head_dim + 4 * c.intermediate
     return item_bytes * (c.layers * layer + 2 * c.hidden)
-
-
-def kv_bytes(c: DecoderConfig, item_bytes: int) -> int:
-    """Key and value of all layers, a token."""
-    return 2 * c.layers * c.kv_heads * c.head_dim * item_bytes
 
 
 def disk_bytes(settings: Settings, found: Estimate) -> int:

@@ -19,7 +19,6 @@ LEAVE_S = 0.5
 """time the last words of a generator that is told to end have to leave"""
 
 
-
 async def generate(
     folder: RunFolder,
     settings: Settings,

@@ -10,14 +10,17 @@ import torch
 from async_rl.errors import UserError
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
-from async_rl.model.architecture import DecoderConfig
-from async_rl.model.decoder import DTYPES, Decoder
+from async_rl.model.architecture import DecoderConfig, context_of, tensor_shapes
+from async_rl.model.decoder import DTYPES
 from async_rl.model.folder import check_folder, load_model, read_headers
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.settings import Settings
 from async_rl.weights.client import WeightStream
 from async_rl.weights.shared_memory import WeightReader
 from async_rl.wire.keys import keys_in
+
+MOST_CPU_CACHE_BYTES = 4 << 30
+"""of vLLM on a CPU, which would take most of the machine's memory"""
 
 
 class WeightSource(Protocol):
@@ -47,9 +50,6 @@ def make_weights(settings: Settings, segment: Path, endpoint: str, identity: str
     return WeightStream(endpoint, f"{identity}/weights", keys=keys, timeout_s=settings.wire.timeout_s)
 
 
-MOST_CPU_CACHE_BYTES = 4 << 30
-
-
 def make_engine(settings: Settings, tokenizer: Tokenizer) -> Engine:
     """The engine of `generator.engine` on the model of `model.path`. Raises UserError, or RunFailed when vLLM
     does not start."""
@@ -74,7 +74,7 @@ def _make_vllm(settings: Settings) -> Engine:
 
     chosen, vllm = settings.generator, settings.vllm
     config = check_folder(settings.model.path)
-    max_context = chosen.max_context or (config.max_context if config is not None else 0)
+    max_context = context_of(chosen.max_context, config)
     if not max_context:
         raise UserError("generator.max_context is not set, and the model's own limit is not known; set it (tokens)")
     cache = vllm.kv_cache_mb << 20
@@ -91,23 +91,15 @@ def _make_vllm(settings: Settings) -> Engine:
             kv_cache_bytes=cache,
             memory_share=vllm.memory_share,
             tensor_parallel=vllm.tensor_parallel,
-            layout=_layout(config, Path(settings.model.path)),
+            layout=tensor_shapes(config) if config is not None else read_headers(Path(settings.model.path)),
         )
     )
-
-
-def _layout(config: DecoderConfig | None, folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each weight."""
-    if config is None:
-        return read_headers(folder)
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
 
 
 def cpu_cache_bytes(config: DecoderConfig | None, max_sequences: int, max_context: int, item_bytes: int) -> int:
     """Keys and values of so many full sequences and a few blocks, at most 4 GB."""
     if config is None:
         return MOST_CPU_CACHE_BYTES
-    token = 2 * config.layers * config.kv_heads * config.head_dim * item_bytes
+    token = config.kv_width * item_bytes
     blocks = -(-max_context // 128) * 128  # vLLM's block on a CPU
     return min(MOST_CPU_CACHE_BYTES, max(64 << 20, (max_sequences + 4) * blocks * token))

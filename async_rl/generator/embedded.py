@@ -200,9 +200,8 @@ class EmbeddedEngine:
 
     def _checked(self, request: Request) -> NDArray[np.int32]:
         """The request's tokens as an array. Raises ValueError for what cannot be right."""
-        params, history = request.params, np.asarray(request.tokens, dtype=np.int32)
-        if len(history) == 0 or params.max_tokens < 1 or not params.temperature >= 0:
-            raise ValueError("a request needs tokens, max_tokens >= 1 and temperature >= 0")
+        request.check()
+        history = np.asarray(request.tokens, dtype=np.int32)
         if int(history.view(np.uint32).max()) >= self._model.config.vocabulary:  # negative ones are huge
             raise ValueError(f"a token is outside the vocabulary of {self._model.config.vocabulary}")
         if request.session in self._answers or request.session in self._waiting:

@@ -38,6 +38,11 @@ class Request:
     """of the episode. The noise of a token depends on (seed, its position in the history) only, so
     neither the batch it shares nor an interruption changes what is sampled"""
 
+    def check(self) -> None:
+        """Raises ValueError for what no engine can sample."""
+        if len(self.tokens) == 0 or self.params.max_tokens < 1 or not self.params.temperature >= 0:
+            raise ValueError("a request needs tokens, max_tokens >= 1 and temperature >= 0")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:

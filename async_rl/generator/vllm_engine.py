@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, EngineStats, Request, SamplingParams
+from async_rl.weights.shared_memory import shared_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,10 +115,8 @@ class VllmEngine:
 
     async def generate(self, request: Request) -> Completion:
         """Sample one turn. Raises ValueError for a request that cannot be right, RunFailed when vLLM died."""
+        request.check()
         history = list(request.tokens)
-        params = request.params
-        if not history or params.max_tokens < 1 or not params.temperature >= 0:
-            raise ValueError("a request needs tokens, max_tokens >= 1 and temperature >= 0")
         if request.session in self._requests:
             raise ValueError(f"session {request.session} is generating already")
         if self._closed:
@@ -131,7 +130,7 @@ class VllmEngine:
         running = self._running[name] = _Running()
         self._busy(now=time.perf_counter())
         try:
-            return await self._collect(name, running, history, request, min(params.max_tokens, room))
+            return await self._collect(name, running, history, request, min(request.params.max_tokens, room))
         finally:
             del self._requests[request.session], self._running[name]
             self._busy(now=time.perf_counter())
@@ -185,7 +184,7 @@ class VllmEngine:
     async def load(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Replace the weights in flight. Raises RunFailed when vLLM does not take them, in time."""
         async with self._loading:
-            with tempfile.TemporaryDirectory(prefix="async-rl-", dir=_shared_folder()) as folder:
+            with tempfile.TemporaryDirectory(prefix="async-rl-", dir=shared_folder()) as folder:
                 file = Path(folder) / "weights.safetensors"
                 await asyncio.to_thread(_save, weights, file)
                 await self._served(self._llm.pause_generation(mode="keep", clear_cache=False))
@@ -330,7 +329,3 @@ def _save(weights: Mapping[str, Tensor], file: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file)
-
-
-def _shared_folder() -> str | None:
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from async_rl import __version__
 from async_rl.digest import task_digest
 from async_rl.errors import RunFailed, UserError
-from async_rl.interrupt import Interrupted
+from async_rl.interrupt import SIGNALS, Interrupted
 from async_rl.join.place import Place
 from async_rl.join.terms import local_settings
 from async_rl.launch.child import arithmetic_environment
@@ -28,7 +28,7 @@ from async_rl.weights.shared_memory import WeightsError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import AsyncDealer, Dealer, WireTimeout
 from async_rl.wire.endpoint import as_reached_by
-from async_rl.wire.heartbeat import PULSE_S, Activity, Heartbeat
+from async_rl.wire.heartbeat import Activity, make_heartbeat
 from async_rl.wire.host import this_host
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ ANSWER_S = 30.0
 POLL_S = 0.2
 LEAVE_S = 3.0
 """time the last words have to leave"""
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def own_name() -> str:
@@ -122,9 +121,9 @@ class Joined:
         # its own, whatever the name: a socket of the same identity would be cut off
         self.identity = f"{self.name}/{uuid.uuid4().hex[:8]}"
         tokenizer, task = self.same_problems()
-        every_s = min(PULSE_S, self.settings.wire.frozen_after_s / 4)
-        with Heartbeat(
-            name=self.name, role="generator", activity=self.activity, dealer=self._pulse, every_s=every_s
+        wire, endpoint = self.settings.wire, self.place.endpoint
+        with make_heartbeat(
+            self.name, "generator", self.activity, wire, endpoint, identity=self.identity
         ) as heartbeat:
             asyncio.run(self._generate(tokenizer, task, lambda: heartbeat.buffer_silent_s))
         if self.told:
@@ -201,9 +200,3 @@ class Joined:
     def event(self, kind: str, **detail: object) -> None:
         """What the launched ones write into events.jsonl."""
         self.say(f"{kind}: {detail.get('text') or detail}")
-
-    def _pulse(self) -> Dealer:
-        limit = self.settings.wire.max_message_mb << 20
-        return Dealer(
-            self.place.endpoint, f"{self.identity}{msg.PULSE}", max_message_bytes=limit, keys=self.place.keys
-        )

@@ -216,14 +216,17 @@ class Launcher:
             if child.process.returncode == 0:
                 self.settle()  # the buffer told it to
             self.bury(child)
-        bad = [c for c in self.children if c.ended and c.process.returncode != 0 and c.name not in self.budgets]
-        if bad:
+        if bad := self.fallen():
             time.sleep(POLL_S)  # those that fell with the first one get to say so
             raise self.first_cause(bad)
         ended = [c for c in self.children if c.ended and c.name not in self.budgets]
         if ended and not done and not self.child("trainer").ended:
             self.settle()
             raise RunFailed(f"{ended[0].name} ended before the trainer was done; see {ended[0].log}")
+
+    def fallen(self) -> list[Child]:
+        """Those that ended badly and are not started again."""
+        return [c for c in self.children if c.ended and c.process.returncode != 0 and c.name not in self.budgets]
 
     def patience(self) -> float:
         """How long the others may take when the trainer is done. A generator that was still starting hears of
@@ -268,8 +271,7 @@ class Launcher:
         cause."""
         deadline = time.monotonic() + SETTLE_S
         while time.monotonic() < deadline:
-            bad = [c for c in self.children if c.ended and c.process.returncode != 0 and c.name not in self.budgets]
-            if bad:
+            if bad := self.fallen():
                 raise self.first_cause(bad)
             time.sleep(POLL_S)
 

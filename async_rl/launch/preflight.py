@@ -9,6 +9,7 @@ from random import Random
 from async_rl.digest import task_digest
 from async_rl.errors import UserError
 from async_rl.generator.vllm_release import installed_release
+from async_rl.model.architecture import context_of
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer, prompt_text
 from async_rl.objective.effect import check_effect
@@ -55,7 +56,7 @@ def preflight(settings: Settings) -> Facts:
             f"generator.max_context is {settings.generator.max_context}, but the model of {settings.model.path} "
             f"holds {config.max_context} tokens"
         )
-    context = settings.generator.max_context or (config.max_context if config is not None else 0)
+    context = context_of(settings.generator.max_context, config)
     check_message_size(context, settings.wire.max_message_mb)
     notes = check_fit(task, tokenizer, context)
     recipe = load_recipe(settings.recipe)

@@ -61,6 +61,11 @@ class DecoderConfig:
     tied: bool = False
     """the head is the embedding"""
 
+    @property
+    def kv_width(self) -> int:
+        """Numbers that one token leaves in the KV cache: key and value of all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
 
 def parse_config(values: Mapping[str, Any], *, where: str) -> DecoderConfig:
     """The decoder that a config.json describes. `where` names the file in messages.
@@ -99,6 +104,11 @@ def parse_config(values: Mapping[str, Any], *, where: str) -> DecoderConfig:
             f"or head_dim {config.head_dim} is odd"
         )
     return config
+
+
+def context_of(asked: int, config: DecoderConfig | None) -> int:
+    """Most tokens of a sequence: `asked`, else the model's own limit; 0: not known."""
+    return asked or (config.max_context if config is not None else 0)
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

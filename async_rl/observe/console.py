@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
+from async_rl.observe.progress import progress_bar
 from async_rl.settings import Settings, pace_of
 
 HEADER = (
@@ -46,16 +47,7 @@ class Console:
             self.say(f"note: {note}")
         if not self._quiet:
             self.say(HEADER)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._out,
-            transient=True,
-            disable=not self._out.is_terminal,
-        )
+        self._progress = progress_bar(self._out)
         self._task = self._progress.add_task("starting", total=settings.trainer.steps)
         self._progress.start()
 

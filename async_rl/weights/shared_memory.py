@@ -50,12 +50,18 @@ class WeightsError(Exception):
     """The weights cannot be had: no valid segment, or a wait that took longer than its deadline."""
 
 
+def shared_folder() -> Path | None:
+    """Where files are shared memory; None on a machine without."""
+    shared = Path("/dev/shm")
+    return shared if shared.is_dir() and os.access(shared, os.W_OK) else None
+
+
 def segment_path(run_folder: Path, name: str = "weights") -> Path:
     """Where the weights of a run lie: shared memory where the machine has it, else the run's folder.
 
     Every process of a run finds the same path from the same folder and name."""
-    shared = Path("/dev/shm")
-    if shared.is_dir() and os.access(shared, os.W_OK):
+    shared = shared_folder()
+    if shared is not None:
         run = hashlib.blake2b(os.fsencode(run_folder.resolve()), digest_size=8).hexdigest()
         return shared / f"async-rl-{run}-{name}"
     return run_folder / f"{name}.segment"

@@ -164,13 +164,16 @@ class Heartbeat:
             os.write(self._pipe, json.dumps(line).encode() + b"\n")
 
 
-def make_heartbeat(name: str, role: str, activity: Activity, wire: WireSettings, endpoint: str | None) -> Heartbeat:
-    """Of a process of a run. `endpoint`: where the buffer listens; None: tell the launcher alone."""
+def make_heartbeat(
+    name: str, role: str, activity: Activity, wire: WireSettings, endpoint: str | None, *, identity: str = ""
+) -> Heartbeat:
+    """Of a process of a run. `endpoint`: where the buffer listens; None: tell the launcher alone. `identity`: of
+    its socket, where that is not the name."""
 
     def dealer() -> Dealer:
         assert endpoint is not None
         limit = wire.max_message_mb << 20
-        return Dealer(endpoint, f"{name}{msg.PULSE}", max_message_bytes=limit, keys=keys_in(wire.keys))
+        return Dealer(endpoint, f"{identity or name}{msg.PULSE}", max_message_bytes=limit, keys=keys_in(wire.keys))
 
     # several pulses must fit into the silence after which a process is taken for frozen
     every_s = min(PULSE_S, wire.frozen_after_s / 4)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 
 from async_rl.lab.stability.lab import Progress
 from async_rl.lab.stability.merit import Merit
 from async_rl.lab.stability.table import cell_line, merit_lines
+from async_rl.observe.progress import progress_bar
 
 
 class Terminal:
@@ -18,16 +17,7 @@ class Terminal:
 
     def __init__(self) -> None:
         self._out = RichConsole(highlight=False)
-        self._bar = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._out,
-            transient=True,
-            disable=not self._out.is_terminal,
-        )
+        self._bar = progress_bar(self._out)
         self._task = self._bar.add_task("initial models", total=None)
         self._steps: dict[str, str] = {}
         """running cells and the steps they have done"""
