@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from async_rl.batch import PackedBatch, pack_batch
-from async_rl.errors import RunFailed
+from async_rl.errors import RunFailed, UserError
 from async_rl.model.decoder import DTYPES
 from async_rl.model.folder import load_model
 from async_rl.objective.library import load_recipe
@@ -18,6 +18,7 @@ from async_rl.settings import Settings
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import Arithmetic
 from async_rl.trainer.learner import Learner, LearnerOptions
+from async_rl.trainer.ranks import Ranks, one_rank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
     from async_rl.trajectory import Trajectory
 
 
-def make_learner(settings: Settings) -> Learner:
-    """The model of `model.path` (float32 weights) with the recipe's needs filled. Raises UserError."""
+def make_learner(settings: Settings, ranks: Ranks | None = None) -> Learner:
+    """The model of `model.path` (float32 weights) with the recipe's needs filled; on every rank together.
+    Raises UserError."""
+    ranks = ranks or one_rank()
+    if ranks.size > 1:
+        raise UserError("training over several ranks is not there yet; start one trainer rank")
     recipe = load_recipe(settings.recipe)
     needs = requirements(recipe)
     arithmetic = Arithmetic(temperature=settings.generator.temperature, dtype=DTYPES[settings.trainer.dtype])
@@ -42,11 +47,14 @@ def make_learner(settings: Settings) -> Learner:
         optimizer=settings.optimizer,
         arithmetic=arithmetic,
     )
-    return Learner(model, recipe, options, reference=reference, critic=critic)
+    return Learner(model, recipe, options, reference=reference, critic=critic, ranks=ranks)
 
 
-def pack_step(settings: Settings, trajectories: Sequence[Trajectory]) -> PackedBatch:
-    """The batch of a step as it is trained: failed trajectories are left out."""
+def pack_step(settings: Settings, trajectories: Sequence[Trajectory], ranks: Ranks | None = None) -> PackedBatch:
+    """The batch of a step as it is trained: failed trajectories are left out. Every rank is given all of
+    them and gets the columns of all, and micro-batches of its own share."""
+    ranks = ranks or one_rank()
+    assert ranks.size == 1
     usable = [t for t in trajectories if not t.failed]
     if not usable:
         raise RunFailed("the batch holds no usable trajectory")

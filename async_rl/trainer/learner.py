@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from async_rl.settings import OptimizerSettings
 from async_rl.trainer import gradient
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import Arithmetic, batch_log_probs
+from async_rl.trainer.ranks import Ranks, one_rank
 from async_rl.trainer.schedule import base_learning_rate
 from async_rl_kernels import LogProbs
 
@@ -78,7 +79,9 @@ class Learner:
         *,
         reference: Model | None = None,
         critic: Critic | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or one_rank()
         self.model = model
         self.recipe = recipe
         self.options = options
@@ -148,6 +151,11 @@ class Learner:
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name, detached, not copied."""
         return {name: p.detach() for name, p in self.model.named_parameters()}
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters by name, whole, one after another. Collective: every rank goes through all of them;
+        what it gets counts on the leader. Not copied where a rank holds them whole."""
+        yield from self.weights().items()
 
     # ------------------------------------------------------------- one update
 

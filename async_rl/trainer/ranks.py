@@ -1,0 +1,155 @@
+"""Who this process is among the trainer's ranks, and the few collectives that training needs.
+
+Who waits for whom: in every collective each rank waits for all others, `timeout_s` at most; then, or when a
+rank is gone, RunFailed says which exchange it was. With one rank nothing of torch.distributed is touched.
+
+Only bytes and tensors travel, never pickled objects.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from async_rl.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""what torchrun puts into the environment of each rank"""
+
+
+class Ranks:
+    """Example: `with join_ranks("cpu", 600.0) as ranks: learner = make_learner(settings, ranks)`.
+
+    rank: 0 <= rank < size; rank 0 leads. mesh: one dimension over all ranks, None with one rank.
+    """
+
+    def __init__(self, *, rank: int, size: int, mesh: DeviceMesh | None, timeout_s: float) -> None:
+        assert 0 <= rank < size
+        assert (mesh is None) == (size == 1)
+        self.rank = rank
+        self.size = size
+        self.mesh = mesh
+        self.timeout_s = timeout_s
+        """longest wait of a rank for the others in one collective"""
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def broadcast_bytes(self, payload: bytes | None) -> bytes:
+        """The leader's bytes, on every rank; the others' argument is not looked at."""
+        assert not self.leads or payload is not None
+        if self.mesh is None:
+            return payload or b""
+        with self._exchange("bytes of rank 0"):
+            size = torch.tensor([len(payload) if self.leads and payload is not None else 0])
+            dist.broadcast(size, src=0)
+            column = torch.empty(int(size), dtype=torch.uint8)
+            if self.leads and payload:
+                column.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+            if len(column):
+                dist.broadcast(column, src=0)
+        return column.numpy().tobytes()
+
+    def broadcast_tensor(self, tensor: Tensor) -> Tensor:
+        """The leader's values in a tensor that has the same shape, dtype and kind of device on every rank;
+        changed in place."""
+        if self.mesh is not None:
+            with self._exchange("a tensor of rank 0"):
+                dist.broadcast(tensor, src=0)
+        return tensor
+
+    def gather_rows(self, rows: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Rows of all ranks, in rank order, on every rank. rows [lengths[rank], ...]; `lengths` is the same
+        on every rank; a rank may have none."""
+        assert len(lengths) == self.size
+        assert len(rows) == lengths[self.rank]
+        if self.mesh is None:
+            return rows
+        longest = max(lengths)
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        every = [torch.empty_like(padded) for _ in lengths]
+        with self._exchange("rows of every rank"):
+            dist.all_gather(every, padded)
+        return torch.cat([part[:length] for part, length in zip(every, lengths, strict=True)])
+
+    def sum_tensor(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, the same bits on every rank; changed in place."""
+        if self.mesh is not None:
+            with self._exchange("a sum over the ranks"):
+                dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.sum_tensor(torch.zeros(1))
+
+    def close(self) -> None:
+        """Leave the others. No collective may be under way or follow."""
+        if self.mesh is not None:
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _exchange(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # what torch.distributed raises for a lost or late peer
+            raise RunFailed(
+                f"rank {self.rank} of {self.size} did not get {what}: a rank is gone or did not come within "
+                f"{self.timeout_s:g} s ({str(error).splitlines()[0]})"
+            ) from None
+
+
+def one_rank() -> Ranks:
+    """The only rank."""
+    return Ranks(rank=0, size=1, mesh=None, timeout_s=0.0)
+
+
+def join_ranks(device: str | torch.device, timeout_s: float) -> Ranks:
+    """Become one of the ranks that torchrun (or whoever sets RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
+    started, and wait for the others: gloo for tensors on a CPU, nccl for those on a GPU.
+
+    On CUDA it takes the GPU of LOCAL_RANK among the visible ones unless `device` names one. With
+    WORLD_SIZE 1, or without these variables, the only rank. Raises UserError where they are incomplete,
+    RunFailed when not all ranks come within `timeout_s`.
+    """
+    given = [name for name in LAUNCHED if os.environ.get(name)]
+    if not given or os.environ.get("WORLD_SIZE") == "1":
+        return one_rank()
+    if missing := [name for name in LAUNCHED if name not in given]:
+        raise UserError(
+            f"{', '.join(missing)} is not in the environment, though {given[0]} is; start trainer ranks with torchrun"
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        torch.cuda.set_device(kind.index if kind.index is not None else int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout_s)
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=limit)
+        mesh = init_device_mesh(kind.type, (size,), mesh_dim_names=("ranks",))
+        ranks = Ranks(rank=rank, size=size, mesh=mesh, timeout_s=timeout_s)
+        ranks.barrier()
+    except (RuntimeError, ValueError) as error:
+        raise RunFailed(f"rank {rank} of {size} did not find the others: {str(error).splitlines()[0]}") from None
+    return ranks
