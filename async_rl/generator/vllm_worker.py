@@ -9,7 +9,7 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,18 +52,19 @@ _die_with_owner()
 class Weights:
     """Mixed into vLLM's worker."""
 
-    model_runner: Any
+    get_model: Callable[[], Any]
+    """of vLLM's worker"""
 
     def async_rl_load(self, path: str) -> None:
         """Copy the weights of a safetensors file into the model, in place."""
-        self.model_runner.model.load_weights(load_file(path).items())
+        self.get_model().load_weights(load_file(path).items())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
     def async_rl_fingerprint(self, version: int, wanted: Sequence[tuple[str, Sequence[int]]]) -> dict[str, int]:
         """Checksums of the model's tensors under the trainer's names (`wanted`: name, shape). A tensor that this
         worker does not hold whole (tensor parallel) is left out."""
-        model = self.model_runner.model
+        model = self.get_model()
         held = _unpacked(dict(model.named_parameters()), getattr(model, "packed_modules_mapping", {}), dict(wanted))
         return fingerprint(held, version)
 

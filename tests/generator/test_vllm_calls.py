@@ -1,4 +1,4 @@
-"""What is asked of vLLM, checked against the installed release's signatures, and which releases are taken."""
+"""What is asked of vLLM, checked against the installed release's signatures (of others: test_vllm_releases.py)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,10 @@ from pathlib import Path
 import pytest
 from support_models import qwen3_config
 from support_run import quick_settings
+from support_vllm import vllm_options
 
 from async_rl.errors import UserError
 from async_rl.generator.build import MOST_CPU_CACHE_BYTES, cpu_cache_bytes
-from async_rl.generator.vllm_release import INSTALL, supported
-
-
-def test_old_releases_are_refused_with_the_install_command() -> None:
-    assert supported("0.26.0") == (0, 26)
-    assert supported("0.32.0+cpu") == (0, 32)
-    assert supported("1.0.0rc1") == (1, 0)
-    with pytest.raises(UserError, match=r"vLLM 0\.25\.2 is installed.*needs 0\.26 or newer") as refused:
-        supported("0.25.2")
-    assert INSTALL in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -69,11 +60,8 @@ def test_every_call_fits_the_installed_release() -> None:
     for name, arguments in calls.items():
         inspect.signature(getattr(AsyncLLM, name)).bind_partial(None, **dict.fromkeys(arguments))
     for device in ("cpu", "cuda"):
-        options = vllm_engine.VllmOptions(
-            model=Path("m"), max_sequences=4, max_context=64, dtype="float32", device=device, kv_on_update="keep",
-            kv_cache_bytes=1 << 20, memory_share=0.5, tensor_parallel=2, layout={},
-        )  # fmt: skip
-        assert vllm_engine.engine_arguments(options).keys() <= {f.name for f in fields(AsyncEngineArgs)}
+        given = vllm_engine.engine_arguments(vllm_options(device=device))
+        assert given.keys() <= {f.name for f in fields(AsyncEngineArgs)}
     params = vllm_engine.sampling_params(engine.SamplingParams(max_tokens=3, stop_strings=("x",)), 7, 3)
     assert isinstance(params, SamplingParams)
     assert (params.top_p, params.top_k, params.min_p, params.repetition_penalty) == (1.0, 0, 0.0, 1.0)
