@@ -268,6 +268,13 @@ def _config(arguments: argparse.Namespace) -> int:
         from async_rl.doctor.memory import estimate, in_words
 
         print(f"\n{in_words(estimate(settings))}")
+
+        from async_rl.launch.machine import placed
+
+        try:
+            print(f"\nplacement: {placed(settings).in_words()}")
+        except UserError as error:
+            print(f"\nplacement, on this machine impossible: {error}")
     return 0
 
 

@@ -24,6 +24,8 @@ MOST_CAUSE = 5000
 """characters of a cause; as JSON it fits a pipe"""
 TOLD_TO_END = 143
 """exit code after SIGTERM"""
+CORES = "ASYNC_RL_CORES"
+"""environment variable: the cores of a process (0,1), of several ranks one after the other (0,1;2,3)"""
 GRACE_S = 1.0
 """time a process has to clean up after being told to end; what it leaves then, the launcher removes"""
 
@@ -33,6 +35,7 @@ def run_process(name: str, folder: RunFolder, work: Callable[[], None]) -> NoRet
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
     signal.signal(signal.SIGTERM, _stop)
     _die_with_parent()
+    bind_threads()
     try:
         work()
     except SystemExit as order:
@@ -46,6 +49,14 @@ def run_process(name: str, folder: RunFolder, work: Callable[[], None]) -> NoRet
             traceback.print_exc()
         _leave(name, folder, "run", f"{type(error).__name__}: {error}")
     _exit(0)
+
+
+def bind_threads() -> None:
+    """Keep to the cores this process was given, if it was given any; threads begun later keep to them, too."""
+    each = [part for part in os.environ.get(CORES, "").split(";") if part]
+    if each:
+        mine = each[int(os.environ.get("LOCAL_RANK", "0")) % len(each)]
+        os.sched_setaffinity(0, {int(core) for core in mine.split(",")})
 
 
 def _leave(name: str, folder: RunFolder, kind: str, message: str) -> NoReturn:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from async_rl.doctor import machine, memory, reward, software, tokens
 from async_rl.doctor.finding import Finding, error, ok, warning
 from async_rl.errors import UserError
+from async_rl.launch.machine import placed
 from async_rl.launch.preflight import preflight
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer
@@ -41,6 +42,8 @@ def examine(config: Path | None, overrides: Sequence[str], *, run_folder: Path) 
     yield from guarded("software", lambda: software.judge_software(software.read_software()))
     yield from guarded("cores", lambda: machine.judge_cores(machine.read_cores(), chosen))
     yield from guarded("gpu", lambda: machine.judge_gpus(machine.read_gpus(), chosen))
+    if chosen is not None:
+        yield from guarded("placement", lambda: ok("placement", placed(chosen).in_words()))
     yield from guarded("unix socket", machine.look_at_ipc)
     name = f"{chosen.name if chosen is not None else 'run'}-{'0' * len('20260101-000000')}"
     yield from guarded("socket path", lambda: machine.judge_socket_path(run_folder / name))

@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ class Command:
     words: tuple[str, ...]
     """module and its arguments"""
     threads: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """of its own, e.g. which GPUs it sees"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +113,10 @@ def start_child(command: Command, folder: RunFolder, *, parent_pipe: int, pulse_
     cause, said = os.pipe()
     before = memory_kills()
     environment = {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # GPUs are counted as nvidia-smi shows them
         **os.environ,
         **arithmetic_environment(command.threads),
+        **command.environment,
         PARENT_PIPE: str(parent_pipe),
         CAUSE_PIPE: str(said),
         PULSE_PIPE: str(pulse_pipe),

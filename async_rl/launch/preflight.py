@@ -9,6 +9,8 @@ from random import Random
 from async_rl.digest import task_digest
 from async_rl.errors import UserError
 from async_rl.generator.vllm_release import installed_release
+from async_rl.launch.machine import placed
+from async_rl.launch.placement import Placement
 from async_rl.model.architecture import context_of
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer, prompt_text
@@ -36,6 +38,7 @@ class Facts:
     notes: list[str]
     """worth saying, not wrong"""
     train_problems: int
+    placement: Placement
     vocabulary: int = 0
     """tokens the model knows; 0: only transformers can say"""
     task_digest: str = ""
@@ -47,6 +50,7 @@ def preflight(settings: Settings) -> Facts:
     config = check_folder(settings.model.path)
     for name in ("generator", "trainer"):
         check_device(f"{name}.device", getattr(settings, name).device)
+    placement = placed(settings)
     if settings.generator.engine == "vllm":
         installed_release()
     tokenizer = Tokenizer(Path(settings.model.path))
@@ -78,6 +82,7 @@ def preflight(settings: Settings) -> Facts:
     return Facts(
         notes=notes,
         train_problems=len(task.problems("train")),
+        placement=placement,
         vocabulary=vocabulary,
         task_digest=task_digest(task, tokenizer),
     )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from async_rl.config import described, load_yaml, setting, structured, with_overrides
 from async_rl.errors import UserError
 from async_rl.extras import check_trackers
+from async_rl.settings.placement import check_placement
 from async_rl.settings.ranges import ABOVE_ZERO, AT_LEAST, AT_MOST, BELOW_ONE
 from async_rl.settings.wire import WeightsSettings, WireSettings, check_wire
 
@@ -109,7 +110,11 @@ class GeneratorSettings:
         "recompute",
         "KV cache of running sequences after a weight update: rebuilt under the new weights, or kept (later tokens are then sampled from a mixture)",
     )
-    device: str = setting("cpu", "torch device of the engine")
+    device: str = setting("cpu", "torch device of the engine: cpu, cuda (placed by `gpus`) or cuda:N")
+    gpus: str = setting(
+        "",
+        "GPUs of the generators, e.g. 0-3: of those this process sees, counted from 0; each generator takes vllm.tensor_parallel of them. Empty: the first ones, the trainer takes those behind",
+    )
     dtype: Literal["float32", "bfloat16"] = setting("float32", "dtype of the engine's weights")
     threads: int = setting(1, "CPU threads of one generator process", unit="threads")
     save_turns_after_s: float = setting(
@@ -145,11 +150,28 @@ class TrainerSettings:
         unit="updates",
     )
     micro_batch_tokens: int = setting(16384, "most tokens (prompt included) of one packed forward", unit="tokens")
-    device: str = setting("cpu", "torch device of the trainer")
+    device: str = setting("cpu", "torch device of the trainer: cpu, cuda (placed by `gpus`) or cuda:N")
+    ranks: int = setting(
+        1,
+        "processes that train together, each on its share of a batch; the step is that of one, but for the order of its sums. Several are started by torch.distributed's own launcher",
+        unit="processes",
+    )
+    gpus: str = setting("", "GPUs of the trainer's ranks, one each, e.g. 4-7; empty: those behind the generators'")
+    memory_share: float = setting(
+        1.0,
+        "share of its GPU's memory that a trainer rank may take; below 1 generators may be on the same GPU",
+    )
+    start: Literal["launcher", "external"] = setting(
+        "launcher",
+        "who starts the trainer: the run itself, or somebody else (torchrun, a cluster's scheduler) with `async-rl train --run RUN`, which the run waits for",
+    )
+    start_timeout_s: float = setting(
+        600.0, "longest wait for a trainer that is started by somebody else", unit="seconds"
+    )
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "arithmetic of forward and backward; weights and optimizer stay float32"
     )
-    threads: int = setting(1, "CPU threads of the trainer process", unit="threads")
+    threads: int = setting(1, "CPU threads of each trainer process", unit="threads")
 
 
 @dataclass(frozen=True)
@@ -234,6 +256,10 @@ class Settings:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     wire: WireSettings = field(default_factory=WireSettings)
     weights: WeightsSettings = field(default_factory=WeightsSettings)
+    pin_threads: bool = setting(
+        False,
+        "bind each generator and trainer rank to `threads` cores of its own, so that none moves or meets another; the buffer and the rest use any core",
+    )
     trackers: list[str] = setting([], "where metrics go besides the run folder: tensorboard, wandb; by a process of their own that the run never waits for")
 
 
@@ -316,6 +342,7 @@ def check(settings: Settings) -> None:
             f"(batch.group_size={settings.batch.group_size}); raise it"
         )
     _check_engine(settings)
+    check_placement(settings)
 
 
 def _check_engine(settings: Settings) -> None:

@@ -1,0 +1,189 @@
+"""Where processes run: lists of GPUs, automatic choice, sharing, cores, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from async_rl.config import structured, with_overrides
+from async_rl.errors import UserError
+from async_rl.launch.machine import names_of, read_heads
+from async_rl.launch.placement import Heads, Machine, Placement, place
+from async_rl.process import CORES
+from async_rl.settings import Settings, check
+from async_rl.settings.placement import gpus_named
+
+BASE = {"model": {"path": "m"}, "task": {"name": "guess"}}
+BOTH = ("generator.device=cuda", "trainer.device=cuda")
+VLLM = (*BOTH, "generator.engine=vllm")
+
+
+def told(*words: str) -> Settings:
+    settings = structured(Settings, with_overrides(BASE, words), where="")
+    check(settings)
+    return settings
+
+
+def on(gpus: int, *words: str, heads: Heads | None = None, cores: int = 64) -> Placement:
+    machine = Machine(gpus=tuple(map(str, range(gpus))), cores=tuple(range(cores)))
+    return place(told(*words), machine, heads)
+
+
+def gpus_of(placement: Placement) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    return [spot.gpus for spot in placement.generators], [spot.gpus for spot in placement.ranks]
+
+
+def test_the_eight_gpu_example_of_the_issue() -> None:
+    words = (*VLLM, "generator.count=4", "generator.gpus=0-3", "trainer.ranks=4", "trainer.gpus=4-7")
+    placement = on(8, *words)
+    assert gpus_of(placement) == ([(0,), (1,), (2,), (3,)], [(4,), (5,), (6,), (7,)])
+    assert placement.generator_environment(2) == {"CUDA_VISIBLE_DEVICES": "2"}
+    assert placement.trainer_environment() == {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+    assert placement.in_words().endswith("generator-3 on GPU 3; trainer rank 0 on GPU 4; trainer rank 1 on GPU 5; "
+                                         "trainer rank 2 on GPU 6; trainer rank 3 on GPU 7")  # fmt: skip
+    assert gpus_of(on(8, *VLLM, "generator.count=4", "trainer.ranks=4")) == gpus_of(placement), "chosen by itself"
+
+
+def test_a_generator_takes_as_many_gpus_as_it_is_split_over() -> None:
+    placement = on(6, *VLLM, "generator.count=2", "vllm.tensor_parallel=2", heads=Heads(query=8, key_value=2))
+    assert gpus_of(placement) == ([(0, 1), (2, 3)], [(4,)])
+    assert placement.in_words() == "generator-0 on GPU 0,1; generator-1 on GPU 2,3; trainer on GPU 4"
+
+
+def test_one_gpu_is_shared_when_their_shares_of_it_say_so() -> None:
+    placement = on(1, *VLLM, "vllm.memory_share=0.4", "trainer.memory_share=0.5")
+    assert gpus_of(placement) == ([(0,)], [(0,)])
+    assert placement.shared
+    assert "shared by both" in placement.in_words()
+    assert not on(2, *VLLM, "vllm.memory_share=0.4", "trainer.memory_share=0.5").shared, "with two, each has its own"
+
+
+def test_small_generators_are_spread_over_the_gpus_there_are() -> None:
+    assert gpus_of(on(3, *BOTH, "generator.count=4"))[0] == [(0,), (0,), (1,), (1,)]
+    assert gpus_of(on(2, *BOTH, "generator.count=3"))[0] == [(0,)] * 3
+    assert gpus_of(on(1, "generator.device=cuda", "generator.count=3"))[0] == [(0,)] * 3
+
+
+def test_on_a_cpu_nothing_is_placed() -> None:
+    placement = on(0, "trainer.ranks=2", "generator.count=2")
+    assert placement.in_words() == "every process on the CPU, on any core"
+    assert placement.trainer_environment() == placement.generator_environment(1) == {}
+
+
+def test_a_device_with_a_number_leaves_visibility_as_it_is() -> None:
+    placement = on(3, "generator.device=cuda:2", "generator.count=2", "trainer.device=cuda:1")
+    assert gpus_of(placement) == ([(2,), (2,)], [(1,)])
+    assert placement.trainer_environment() == placement.generator_environment(0) == {}
+
+
+def test_processes_are_told_of_gpus_by_the_names_that_were_visible() -> None:
+    assert names_of(2, "GPU-aa, 3,5") == ("GPU-aa", "3")
+    assert names_of(2, None) == ("0", "1")
+    placement = place(told(*BOTH), Machine(gpus=("GPU-aa", "3")), None)
+    assert placement.generator_environment(0) == {"CUDA_VISIBLE_DEVICES": "GPU-aa"}
+    assert placement.trainer_environment() == {"CUDA_VISIBLE_DEVICES": "3"}
+
+
+def test_threads_are_bound_to_cores_when_asked() -> None:
+    words = ("generator.count=2", "generator.threads=2", "trainer.ranks=2", "trainer.threads=3")
+    placement = on(0, *words, "pin_threads=true", cores=10)
+    assert placement.generator_environment(1) == {CORES: "2,3"}
+    assert placement.trainer_environment() == {CORES: "4,5,6;7,8,9"}
+    assert placement.in_words().startswith("generator-0 on core 0,1;")
+    assert on(0, *words, cores=2).trainer_environment() == {}
+    with pytest.raises(UserError, match=r"pin_threads needs a core for each thread.*are 10, but 9 cores"):
+        on(0, *words, "pin_threads=true", cores=9)
+
+
+def test_a_trainer_that_others_start_is_not_placed() -> None:
+    placement = on(1, *BOTH, "trainer.start=external", "trainer.ranks=4")
+    assert gpus_of(placement) == ([(0,)], [])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("generator.gpus=0-1",), "generator.gpus does nothing with generator.device=cpu"),
+        (("trainer.gpus=0", "trainer.device=cuda:0"), "trainer.gpus does nothing with trainer.device=cuda:0"),
+        ((*BOTH, "generator.gpus=0-"), "generator.gpus is '0-'; write numbers"),
+        ((*BOTH, "generator.gpus=3-1"), "3-1 runs backwards; write 1-3"),
+        ((*BOTH, "trainer.gpus='0,1,0'"), "GPU 0 stands there twice"),
+        ((*BOTH, "trainer.gpus=0-1", "trainer.ranks=4"), "names 2 GPUs .* but trainer.ranks is 4"),
+        (("trainer.device=cuda:0", "trainer.ranks=2"), "NCCL takes one rank a GPU"),
+        ((*VLLM, "generator.gpus=0-3", "generator.count=3"), "generator.count=3 with vllm.tensor_parallel=1 needs 3"),
+        ((*VLLM, "generator.gpus=0-2", "vllm.tensor_parallel=2"), "needs 2 GPUs, not 3"),
+        ((*BOTH, "generator.gpus=0-1", "generator.count=3"), "cannot be spread evenly over 2 GPUs"),
+        ((*BOTH, "generator.gpus=0", "generator.count=0"), "does nothing with generator.count=0"),
+        ((*BOTH, "generator.gpus=0", "trainer.gpus=0"), "GPU 0 would hold both .* trainer.memory_share=0.5"),
+        ((*VLLM, "generator.gpus=0", "trainer.gpus=0", "trainer.memory_share=0.5"), "are more than GPU 0 has"),
+        (("trainer.memory_share=0.5",), "trainer.memory_share does nothing with trainer.device=cpu"),
+        ((*BOTH, "trainer.start=external", "trainer.gpus=0"), "trainer.gpus does nothing with trainer.start=external"),
+        (("trainer.start_timeout_s=9",), "trainer.start_timeout_s does nothing with trainer.start=launcher"),
+    ],
+)
+def test_what_can_be_known_wrong_without_a_machine_is_refused_at_load(words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        told(*words)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words", "said"),
+    [
+        (0, BOTH, "need 1 GPU .* but this machine shows none"),
+        (1, BOTH, "need 1 GPU .* the trainer 1, but this machine shows 1 .*share with trainer.memory_share=0.5"),
+        (2, ("trainer.device=cuda", "trainer.gpus=2"), r"trainer.gpus names GPU 2, .* shows 2 \(0 to 1\)"),
+        (2, ("generator.device=cuda:4",), "generator.device names GPU 4"),
+        (4, (*VLLM, "generator.count=4"), "need 4 GPUs .* the trainer 1, but this machine shows 4"),
+        (2, ("trainer.device=cuda", "trainer.ranks=4"), "trainer.ranks=4 needs 4 GPUs"),
+        (4, (*VLLM, "generator.gpus=0-2", "generator.count=3", "trainer.ranks=2"), "generators have 3 of them"),
+    ],
+)
+def test_what_this_machine_cannot_give_is_refused(gpus: int, words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        on(gpus, *words)
+
+
+def test_a_model_that_cannot_be_split_so_is_refused() -> None:
+    split = (*VLLM, "vllm.tensor_parallel=4")
+    with pytest.raises(UserError, match=r"tensor_parallel is 4, but .* 14 attention heads"):
+        on(8, *split, heads=Heads(query=14, key_value=2))
+    with pytest.raises(UserError, match="6 key-value heads"):
+        on(8, *split, heads=Heads(query=12, key_value=6))
+    on(8, *split, heads=Heads(query=8, key_value=2))  # each key-value head twice
+
+
+def test_heads_are_those_of_the_models_config(tiny_model: Path) -> None:
+    assert read_heads(told(f"model.path={tiny_model}")) == Heads(query=2, key_value=1)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=12, unique=True))
+def test_a_list_of_gpus_is_read_as_it_is_written(gpus: list[int]) -> None:
+    assert gpus_named(",".join(map(str, gpus)), "x") == tuple(gpus)
+
+
+@given(
+    gpus=st.integers(1, 9), count=st.integers(1, 4), split=st.sampled_from([1, 2]), ranks=st.integers(1, 4),
+    share=st.sampled_from([1.0, 0.5]),
+)  # fmt: skip
+def test_whatever_is_placed_fits(gpus: int, count: int, split: int, ranks: int, share: float) -> None:
+    words = (
+        *VLLM, f"generator.count={count}", f"vllm.tensor_parallel={split}", f"trainer.ranks={ranks}",
+        f"trainer.memory_share={share}", "vllm.memory_share=0.4",
+    )  # fmt: skip
+    try:
+        placement = on(gpus, *words)
+    except UserError:
+        enough = max(count * split, ranks) if share < 1 else count * split + ranks
+        assert gpus < enough, "refused although it would fit"
+        return
+    generators, trainer = gpus_of(placement)
+    used = [gpu for spot in generators for gpu in spot]
+    assert [len(spot) for spot in generators] == [split] * count
+    assert [len(spot) for spot in trainer] == [1] * ranks
+    assert len(set(used)) == len(used)
+    assert len({spot[0] for spot in trainer}) == ranks
+    assert max(*used, *(spot[0] for spot in trainer)) < gpus
+    assert share < 1 or not placement.shared
