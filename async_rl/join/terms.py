@@ -24,7 +24,7 @@ MAY_DIFFER = (
     "wire.timeout_s",
 )
 """what this host can do, and where things lie on it; everything else says what a trajectory is"""
-NOTHING_HERE = ("generator.count", "generator.max_restarts", "generator.restart_window_s")
+NOTHING_HERE = ("generator.count", "generator.gpus", "generator.max_restarts", "generator.restart_window_s")
 FILES = "task.args."
 
 
@@ -45,7 +45,9 @@ def local_settings(told: Mapping[str, Any], words: Sequence[str], keys: str, her
 
 
 def _with_keys(told: Mapping[str, Any], keys: str) -> dict[str, Any]:
-    return {**told, "wire": {**told.get("wire", {}), "keys": keys}}
+    """With them, and without what is of the run's own generators only."""
+    generator = {**told.get("generator", {}), "gpus": ""}
+    return {**told, "generator": generator, "wire": {**told.get("wire", {}), "keys": keys}}
 
 
 def _allowed(word: str, base: Settings, values: Mapping[str, Any], here: Path) -> str:

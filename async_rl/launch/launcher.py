@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from async_rl.config import to_yaml
 from async_rl.errors import RunFailed, UserError
-from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible, uninterrupted
-from async_rl.launch.child import Child, Command, start_child, tell_to_end
+from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
+from async_rl.launch.child import Command
+from async_rl.launch.crew import POLL_S, SETTLE_S, Crew
 from async_rl.launch.live import Live
 from async_rl.launch.preflight import Facts, preflight
 from async_rl.launch.restart import RestartBudget
@@ -38,15 +38,8 @@ from async_rl.wire.keys import keys_in
 
 WEIGHTS = "weights"
 """name of the weight server's process"""
-POLL_S = 0.1
-STOP_S = 3.0
-"""time children get to end by themselves after being told to"""
-HAND_OVER_S = 1.5
-"""time generators get to hand over the finished turns of their episodes"""
 FINISH_S = 15.0
 """time the others get after the trainer is done"""
-SETTLE_S = 2.0
-"""time a process gets to say why it ends after another has ended without a reason"""
 LAST_LAUNCH_S = 15.0
 """time processes of a launch whose launcher was killed get to notice it"""
 
@@ -60,22 +53,15 @@ class Launcher:
     console: Console
     start_at: Start | None = None
     """where a resumed run goes on; None: a new run"""
-    children: list[Child] = field(default_factory=list)
-    pipe: tuple[int, int] = (-1, -1)
+    crew: Crew = field(init=False)
+    """the processes"""
     lock: int = -1
     rows: RowTail = field(init=False)
     """metric rows not shown yet"""
     events: RowTail = field(init=False)
     weights_endpoint: str = ""
     """where the weight server listens; empty: there is none"""
-    budgets: dict[str, RestartBudget] = field(default_factory=dict)
-    resting: dict[str, tuple[float, Command]] = field(default_factory=dict)
-    """generators that died: when they are started again (monotonic clock), and how"""
-    vitals: Vitals = field(init=False)
-    live: Live = field(init=False)
     tracking: Tracking = field(init=False)
-    frozen: dict[int, str] = field(default_factory=dict)
-    """process number of those that were ended because nothing came of them, and what was known of each"""
 
     def __post_init__(self) -> None:
         self.rows, self.events = RowTail(self.folder.metrics), RowTail(self.folder.events)
@@ -90,13 +76,16 @@ class Launcher:
         facts = preflight(self.settings)
         endpoint = self.endpoint()
         self.open_folder()
+        self.crew = Crew(
+            self.folder,
+            Vitals(self.settings.wire.frozen_after_s),
+            Live(self.dealer(endpoint), self.folder, self.settings),
+            self.lock,
+        )
         started = time.monotonic()
         try:
-            self.console.start(self.settings, self.folder.path, facts.notes)
+            self.console.start(self.settings, self.folder.path, [facts.placement.in_words(), *facts.notes])
             self.clean(endpoint)  # of a launch before that was killed: its weights must not be taken for ours
-            self.vitals = Vitals(self.settings.wire.frozen_after_s)
-            self.live = Live(self.dealer(endpoint), self.folder, self.settings)
-            self.pipe = os.pipe()
             self.start(endpoint, facts)
             self.watch()
             return self.finish(time.monotonic() - started)
@@ -116,7 +105,7 @@ class Launcher:
         try:
             ignore_interrupts()
         finally:  # one that came just before is raised when all is done
-            self.stop()
+            self.crew.stop()
             self.tracking.finish()
             self.clean(endpoint)
             self.console.stop()
@@ -165,161 +154,71 @@ class Launcher:
         for_joiners = (facts.task_digest, str(segment_path(self.folder.path)), self.weights_endpoint)
         self.spawn("buffer", "async_rl.buffer", path, endpoint, *known, version, *for_joiners)
         endpoint = self.settings.wire.connect or as_reached_from_here(endpoint)
-        self.spawn("trainer", "async_rl.trainer", path, endpoint, version, threads=self.settings.trainer.threads)
+        self.spawn(
+            "trainer", "async_rl.trainer", path, endpoint, version,
+            threads=self.settings.trainer.threads, environment=facts.placement.trainer_environment(),
+        )  # fmt: skip
+        budgets = self.crew.budgets
         if self.weights_endpoint:
-            self.budgets[WEIGHTS] = RestartBudget(max_restarts=chosen.max_restarts, window_s=chosen.restart_window_s)
+            budgets[WEIGHTS] = RestartBudget(max_restarts=chosen.max_restarts, window_s=chosen.restart_window_s)
             self.spawn(WEIGHTS, "async_rl.weights.server", path, self.weights_endpoint)
         for i in range(chosen.count):
             name = f"generator-{i}"
-            self.budgets[name] = RestartBudget(max_restarts=chosen.max_restarts, window_s=chosen.restart_window_s)
+            budgets[name] = RestartBudget(max_restarts=chosen.max_restarts, window_s=chosen.restart_window_s)
             weights = as_reached_from_here(self.weights_endpoint)
-            self.spawn(name, "async_rl.generator", path, endpoint, name, weights, threads=chosen.threads)
-        ends = {"parent_pipe": self.pipe[0], "lock": self.lock}
+            self.spawn(
+                name, "async_rl.generator", path, endpoint, name, weights,
+                threads=chosen.threads, environment=facts.placement.generator_environment(i),
+            )  # fmt: skip
+        ends = {"parent_pipe": self.crew.pipe[0], "lock": self.lock}
         self.tracking = Tracking.start(self.folder, self.settings.trackers, int(version), **ends)
 
-    def spawn(self, name: str, *words: str, threads: int = 1) -> None:
-        self.launch(Command(name=name, words=words, threads=threads))
-
-    def launch(self, command: Command) -> None:
-        ends = {"parent_pipe": self.pipe[0], "pulse_pipe": self.vitals.ends[1], "lock": self.lock}
-        with uninterrupted():  # a process that was started must be known, to be ended
-            child = start_child(command, self.folder, **ends)
-            self.children.append(child)
-        self.vitals.began(child.process.pid, child.name, time.monotonic())
-        self.folder.event("started", process=child.name, pid=child.process.pid, time=time.time())
+    def spawn(
+        self, name: str, *words: str, threads: int = 1, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.crew.launch(Command(name=name, words=words, threads=threads, environment=environment))
 
     # ------------------------------------------------------------------ watch
 
     def watch(self) -> None:
         """Until the trainer is done. Raises RunFailed when any process ends before its time."""
         done_at: float | None = None
-        while any(child.process.poll() is None for child in self.children):
+        while self.crew.working:
             self.show()
             self.look()
-            self.check()
-            self.restart()
-            if done_at is None and self.child("trainer").process.poll() == 0:
+            self.crew.check()
+            self.crew.restart()
+            if done_at is None and self.crew.child("trainer").process.poll() == 0:
                 done_at = time.monotonic()
             if done_at is not None and time.monotonic() - done_at > SETTLE_S:
-                self.live.shut_down("the trainer is done")  # should its last word have got lost
+                self.crew.live.shut_down("the trainer is done")  # should its last word have got lost
             if done_at is not None and time.monotonic() - done_at > self.patience():
                 self.leave_behind()
                 return
             time.sleep(POLL_S)
         self.show()
-        self.check()
-
-    def check(self) -> None:
-        """Raises RunFailed when trainer or buffer ended before their time, or a generator too often."""
-        done = self.folder.summary.exists()
-        for child in [c for c in self.children if c.ended and c.name in self.budgets and not done]:
-            if child.process.returncode == 0:
-                self.settle()  # the buffer told it to
-            self.bury(child)
-        if bad := self.fallen():
-            time.sleep(POLL_S)  # those that fell with the first one get to say so
-            raise self.first_cause(bad)
-        ended = [c for c in self.children if c.ended and c.name not in self.budgets]
-        if ended and not done and not self.child("trainer").ended:
-            self.settle()
-            raise RunFailed(f"{ended[0].name} ended before the trainer was done; see {ended[0].log}")
-
-    def fallen(self) -> list[Child]:
-        """Those that ended badly and are not started again."""
-        return [c for c in self.children if c.ended and c.process.returncode != 0 and c.name not in self.budgets]
+        self.crew.check()
 
     def patience(self) -> float:
         """How long the others may take when the trainer is done. A generator that was still starting hears of
         no end: nobody is left to tell it."""
-        return SETTLE_S if self.child("buffer").ended else FINISH_S
+        return SETTLE_S if self.crew.child("buffer").ended else FINISH_S
 
     def leave_behind(self) -> None:
         """The trainer is done and something goes on. Raises RunFailed when that is the buffer, whose store must
         be closed; generators are told to end."""
-        alive = [c.name for c in self.children if not c.ended]
+        alive = [c.name for c in self.crew.children if not c.ended]
         self.folder.event("still_running", processes=alive, time=time.time())
-        self.check()
-        if not self.child("buffer").ended:
+        self.crew.check()
+        if not self.crew.child("buffer").ended:
             raise RunFailed(f"the buffer did not end within {FINISH_S:g} s after the trainer was done")
 
     def look(self) -> None:
         """Hear the children and the buffer; end the children that are frozen."""
         now = time.monotonic()
-        self.vitals.look(now)
-        for child in [c for c in self.children if c.ended]:
-            self.vitals.ended(child.process.pid)
-        for pid, why in self.vitals.frozen(now):
-            child = next(c for c in self.children if c.process.pid == pid)
-            self.vitals.ended(pid)
-            self.frozen[pid] = f"{child.name} {why}"
-            self.folder.event("process_frozen", name=child.name, pid=pid, reason=why, time=time.time())
-            child.process.kill()  # nothing else reaches a stopped process
-            with suppress(subprocess.TimeoutExpired):
-                child.process.wait(STOP_S)
-            if not child.ended and child.name not in self.budgets:
-                raise self.cause(child)
-        self.live.look(now, self.vitals.rows(now))
+        self.crew.look(now)
+        self.crew.live.look(now, self.crew.vitals.rows(now))
         self.tracking.look()
-
-    def cause(self, child: Child) -> Exception:
-        """Why it ended, in words."""
-        frozen = self.frozen.get(child.process.pid)
-        return RunFailed(f"{frozen}; it was ended") if frozen is not None else child.cause()
-
-    def settle(self) -> None:
-        """A process has ended in peace, because another told it to that is still writing down why. Raises that
-        cause."""
-        deadline = time.monotonic() + SETTLE_S
-        while time.monotonic() < deadline:
-            if bad := self.fallen():
-                raise self.first_cause(bad)
-            time.sleep(POLL_S)
-
-    def bury(self, child: Child) -> None:
-        """A generator died: it is started again after a pause. The buffer gives its permits to it anew, or to
-        others. Raises the cause when starting again cannot help or was done too often."""
-        cause = self.cause(child)
-        if isinstance(cause, UserError):
-            raise cause
-        self.live.gone(child.name, child.process.pid, str(cause))
-        budget = self.budgets[child.name]
-        pause = budget.died(str(cause), time.monotonic())
-        if pause is None:
-            raise RunFailed(
-                f"{child.name} died {len(budget.causes)} times within {budget.window_s:g} s "
-                f"(generator.max_restarts={budget.max_restarts}); the first cause: {budget.causes[0][1]}"
-            )
-        self.children.remove(child)
-        child.close()
-        self.folder.failure(child.name).unlink(missing_ok=True)
-        self.resting[child.name] = (time.monotonic() + pause, child.command)
-        self.folder.event(
-            "generator_died",
-            name=child.name,
-            reason=str(cause),
-            restart_in_s=pause,
-            deaths=len(budget.causes),
-            max_restarts=budget.max_restarts,
-            time=time.time(),
-        )
-
-    def restart(self) -> None:
-        """Start the generators whose pause is over."""
-        for name, (due, command) in list(self.resting.items()):
-            if time.monotonic() >= due and not self.folder.summary.exists():
-                del self.resting[name]
-                self.launch(command)
-
-    def first_cause(self, bad: Sequence[Child]) -> Exception:
-        """Of several failures the earliest; a process killed from outside recorded none and comes first."""
-        cause = self.cause(min(bad, key=lambda child: child.failed_at))
-        if isinstance(cause, RunFailed) and self.resting:
-            deaths = [f"{name} died: {self.budgets[name].causes[0][1]}" for name in self.resting]
-            return RunFailed(f"{cause}; before that {'; '.join(deaths)}")
-        return cause
-
-    def child(self, name: str) -> Child:
-        return next(c for c in self.children if c.name == name)
 
     def show(self) -> None:
         """Rows and evaluations that are new since last time."""
@@ -337,28 +236,6 @@ class Launcher:
         summary["seconds_with_start"] = round(seconds, 3)
         replace_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         return summary
-
-    def stop(self) -> None:
-        """End every child, kindly first; generators before the buffer, which takes what they hand over."""
-        alive = [c for c in self.children if not c.ended]
-        tell_to_end([c for c in alive if c.name in self.budgets], HAND_OVER_S)
-        for child in tell_to_end(alive, STOP_S):
-            child.process.kill()
-            with suppress(subprocess.TimeoutExpired):  # one that even this does not end must not hold us up
-                child.process.wait(STOP_S)
-            with suppress(RunFailed):  # on a full disk the others are ended all the same
-                self.folder.event("ended_by_force", process=child.name, time=time.time())
-        for child in self.children:
-            child.close()
-        if self.pipe == (-1, -1):
-            return
-        for end in self.pipe:
-            os.close(end)
-        self.pipe = (-1, -1)
-        now = time.monotonic()
-        self.live.write("ended", now, [])
-        self.live.dealer.close(linger_s=0)
-        self.vitals.close()
 
     def release(self) -> None:
         if self.lock >= 0:

@@ -29,6 +29,8 @@ class Sign:
     """empty: nothing came yet"""
     since: float = 0.0
     """when it began that"""
+    of: int = 0
+    """of a rank of the trainer: process number of the child that started it; 0: it is a child itself"""
 
 
 @dataclass(slots=True)
@@ -53,7 +55,10 @@ class Vitals:
         self.signs[pid] = Sign(name, now)
 
     def ended(self, pid: int) -> None:
+        """With it those that it started."""
         self.signs.pop(pid, None)
+        for other in [number for number, sign in self.signs.items() if sign.of == pid]:
+            del self.signs[other]
 
     def look(self, now: float) -> None:
         """Take in what has come. When the launcher itself was away, everybody gets their time anew."""
@@ -98,6 +103,9 @@ class Vitals:
             os.close(end)
 
     def _hear(self, line: Mapping[str, object], now: float) -> None:
+        match line:
+            case {"pid": int(pid), "name": str(name), "of": int(of)} if of in self.signs and pid not in self.signs:
+                self.signs[pid] = Sign(name, now, of=of)  # a rank, heard of for the first time
         match line:
             case {"pid": int(pid), "doing": str(doing), "since_s": int() | float() as seconds} if pid in self.signs:
                 sign = self.signs[pid]

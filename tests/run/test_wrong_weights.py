@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support_faulty_trainer import FIRST_WRONG, WRONG_TENSOR
@@ -25,10 +26,10 @@ class FaultyLauncher(Launcher):
 
     fault = ""
 
-    def spawn(self, name: str, *words: str, threads: int = 1) -> None:
+    def spawn(self, name: str, *words: str, **surroundings: Any) -> None:
         if name == "trainer":
             words = ("support_faulty_trainer", self.fault, *words[1:])
-        super().spawn(name, *words, threads=threads)
+        super().spawn(name, *words, **surroundings)
 
 
 @pytest.mark.parametrize("fault", ["one", "old", "partial"])
@@ -48,7 +49,7 @@ def test_wrong_weights_end_the_run_at_that_step_with_the_names_of_the_tensors(
 
     message = str(caught.value)
     assert "of the probe as" in message
-    assert launcher.child("trainer").process.returncode == 1
+    assert launcher.crew.child("trainer").process.returncode == 1
     assert not folder.summary.exists()
     # without staleness no token of version 2 can have been trained before generators showed what they hold
     assert len(list(read_rows(folder.metrics))) == FIRST_WRONG
