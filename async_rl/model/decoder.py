@@ -94,7 +94,9 @@ class Trunk(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden)
+        # Given its weight, it draws none: `initialise` does. Drawing on the meta device imports torch's compiler.
+        table = torch.empty(config.vocabulary, config.hidden)
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden, _weight=table)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
 

@@ -43,6 +43,7 @@ class Generated(Sequence[Problem]):
         self._num_problems = num_problems
         self._seed = seed
         self._split = split
+        self._last: Problem | None = None  # a group's samples ask for one problem, one after the other
 
     def __len__(self) -> int:
         return self._num_problems
@@ -57,6 +58,11 @@ class Generated(Sequence[Problem]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"problem {index} of {len(self)}")
         index %= len(self)
+        if self._last is None or self._last.index != index:
+            self._last = self._drawn(index)
+        return self._last
+
+    def _drawn(self, index: int) -> Problem:
         random = Random(f"{self._seed}/{self._split}/{index}")
         for _ in range(MOST_DRAWS):
             key, prompt, data = self._draw(random)

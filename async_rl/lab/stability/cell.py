@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from async_rl.lab.evaluate import evaluate, limits_of
-from async_rl.lab.stability.exact_lag import Sampled, train_with_exact_lag
+from async_rl.lab.stability.exact_lag import FirstBatches, Sampled, train_with_exact_lag
 from async_rl.lab.stability.record import STEP_CURVES, Curves, summarise
 from async_rl.model.folder import load_model
 from async_rl.model.tokenizer import Tokenizer
@@ -68,9 +68,13 @@ def versions_to_measure(steps: int, lag: int) -> list[int]:
 
 
 def run_cell(
-    settings: Settings, *, reward_first: float, each_step: Callable[[int], None] = lambda _: None
+    settings: Settings,
+    *,
+    reward_first: float,
+    each_step: Callable[[int], None] = lambda _: None,
+    first: FirstBatches | None = None,
 ) -> tuple[dict[str, Any], Curves]:
-    """Train; the numbers of the record, and the curves. Raises RunFailed or UserError."""
+    """Train; the numbers of the record, and the curves. `first`: see FirstBatches. Raises RunFailed or UserError."""
     wall, processor = time.monotonic(), time.process_time()
     torch.manual_seed(settings.seed)
     watch = Watch()
@@ -85,6 +89,7 @@ def run_cell(
         each_batch=watch.batch,
         each_step=step,
         measured=versions_to_measure(steps, settings.staleness.max_staleness),
+        first=first,
     )
     curves = watch.curves()
     numbers = summarise(curves, steps=steps, reward_first=reward_first)

@@ -8,8 +8,9 @@ seed, so cells of one seed see the same problems whatever their lag.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -61,23 +62,45 @@ class WeightHistory:
         return self._weights[version]
 
 
+@dataclass(slots=True)
+class FirstBatches:
+    """What version 0 sampled, kept from one training to the next in a process.
+
+    It depends on model, task, seed and engine alone, not on recipe, learning rate or lag: at lag k the first k + 1
+    batches of all cells of one replicate are the same trajectories. Kept for one replicate at a time.
+    """
+
+    _of: str = ""
+    _batches: dict[tuple[int, int], list[list[Trajectory]]] = field(default_factory=dict)
+    """by first and last step sampled together, so that a cell's numbers do not depend on those before it"""
+
+    def of(self, settings: Settings) -> dict[tuple[int, int], list[list[Trajectory]]]:
+        """The batches known for these settings, to be added to."""
+        parts = (settings.model, settings.task, settings.generator, settings.batch)
+        key = json.dumps([settings.seed, *(asdict(part) for part in parts)], sort_keys=True)
+        if key != self._of:
+            self._of, self._batches = key, {}
+        return self._batches
+
+
 def train_with_exact_lag(
     settings: Settings,
     *,
     each_batch: Callable[[Sampled], None],
     each_step: Callable[[int, StepReport], None],
     measured: Collection[int] = (),
+    first: FirstBatches | None = None,
 ) -> Learner:
     """All steps of `settings` at lag `staleness.max_staleness`; the learner afterwards.
 
     `each_batch` sees every batch in the order of sampling, `each_step` every step. Versions too new to sample
-    a batch that is trained sample the one that would be their turn if they are in `measured`. Raises RunFailed
-    for a batch without a usable trajectory.
+    a batch that is trained sample the one that would be their turn if they are in `measured`. `first`: batches of
+    version 0 that trainings before this one sampled. Raises RunFailed for a batch without a usable trajectory.
     """
 
     async def run() -> Learner:
         tokenizer = Tokenizer(Path(settings.model.path))
-        sampler = _Sampler(settings, make_engine(settings, tokenizer), tokenizer)
+        sampler = _Sampler(settings, make_engine(settings, tokenizer), tokenizer, first or FirstBatches())
         lag, steps = settings.staleness.max_staleness, settings.trainer.steps
         learner = make_learner(settings)
         history = WeightHistory(lag + 1)
@@ -103,8 +126,9 @@ def train_with_exact_lag(
 class _Sampler:
     """Batches by step. Those of version 0 are sampled several at a time, as many as the engine takes."""
 
-    def __init__(self, settings: Settings, engine: Engine, tokenizer: Tokenizer) -> None:
+    def __init__(self, settings: Settings, engine: Engine, tokenizer: Tokenizer, first: FirstBatches) -> None:
         self.engine = engine
+        self._first = first.of(settings)
         self._settings = settings
         self._tokenizer = tokenizer
         self._task = make_task(settings.task.name, settings.task.args)
@@ -126,8 +150,16 @@ class _Sampler:
         if version == 0:
             newest = min(self._settings.staleness.max_staleness, self._settings.trainer.steps - 1)
             last = min(newest, step + self._ahead - 1)
-        tickets = [t for s in range(step, last + 1) for t in tickets_of(self._settings, self._order, s)]
+        batches = self._first.get((step, last)) if version == 0 else None
+        if batches is None:
+            batches = await self._sampled(step, last)
+            if version == 0:
+                self._first[step, last] = batches
+        self._ready.update(zip(range(step, last + 1), batches, strict=True))
+
+    async def _sampled(self, first: int, last: int) -> list[list[Trajectory]]:
+        """The batches of steps first .. last, under the weights that the engine has."""
+        tickets = [t for s in range(first, last + 1) for t in tickets_of(self._settings, self._order, s)]
         episodes = await sample_episodes(self.engine, self._task, self._tokenizer, tickets, self._limits)
-        size = len(episodes) // (last + 1 - step)
-        for number, s in enumerate(range(step, last + 1)):
-            self._ready[s] = episodes[number * size : (number + 1) * size]
+        size = len(episodes) // (last + 1 - first)
+        return [episodes[begin : begin + size] for begin in range(0, len(episodes), size)]

@@ -7,6 +7,7 @@ line. The end of the input means that the lab is over, or dead: the worker ends 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -18,13 +19,16 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from async_rl.config import structured
 from async_rl.errors import RunFailed, UserError
 from async_rl.lab.stability.record import CellRecord, write_record
 from async_rl.run_folder import replace_text
 from async_rl.settings import Settings
+
+if TYPE_CHECKING:
+    from async_rl.lab.stability.exact_lag import FirstBatches
 
 Say = Callable[..., None]
 
@@ -38,12 +42,18 @@ def main() -> None:
 
     import torch
 
+    from async_rl.lab.stability.exact_lag import FirstBatches
+
     torch.set_num_threads(1)
+    first = FirstBatches()
+    gc.freeze()  # what has been imported stays: collections need not look at it
     for job in _jobs():
-        work = _cell if job["kind"] == "cell" else _model
         failed = ""
         try:
-            work(job, say)
+            if job["kind"] == "cell":
+                _cell(job, say, first)
+            else:
+                _model(job, say)
         except (UserError, RunFailed) as error:
             failed = str(error)
         except Exception as error:  # a process boundary: reported, and it ends this cell
@@ -65,7 +75,7 @@ def _jobs() -> Iterator[dict[str, Any]]:
         yield waiting.get()
 
 
-def _cell(job: dict[str, Any], say: Say) -> None:
+def _cell(job: dict[str, Any], say: Say, first: FirstBatches) -> None:
     """Train one cell and write its record."""
     from async_rl.lab.stability.cell import run_cell
 
@@ -73,6 +83,7 @@ def _cell(job: dict[str, Any], say: Say) -> None:
         structured(Settings, job["settings"], where="run"),
         reward_first=job["reward_first"],
         each_step=lambda step: say("step", name=job["name"], step=step),
+        first=first,
     )
     write_record(Path(job["path"]), replace(CellRecord(**job["record"]), **numbers), curves)
 
