@@ -10,7 +10,7 @@ import torch
 from support_run import quick_settings
 
 from async_rl.lab.stability.cell import run_cell, versions_to_measure
-from async_rl.lab.stability.exact_lag import Sampled, train_with_exact_lag
+from async_rl.lab.stability.exact_lag import FirstBatches, Sampled, train_with_exact_lag
 from async_rl.lab.synchronous import train_synchronously
 from async_rl.settings import Settings
 from async_rl.trainer.learner import StepReport
@@ -89,3 +89,23 @@ def test_the_last_tenth_of_the_versions_is_always_measured(steps: int, lag: int)
     assert set(range(steps - -(-steps // 10), steps)) <= measured
     assert max(measured) == steps - 1
     assert len(measured - sampled) <= 33 + steps / 10
+
+
+def test_batches_kept_of_version_0_change_no_number_of_the_cells_that_come_after(tiny_model: Path) -> None:
+    first = FirstBatches()
+    for lag, recipe in ((4, "grpo"), (4, "vcpo"), (2, "vcpo"), (0, "grpo")):
+        settings = lagged(tiny_model, lag, f"recipe={recipe}")
+        alone, alone_curves = run_cell(settings, reward_first=0.1)
+        after, after_curves = run_cell(settings, reward_first=0.1, first=first)
+        assert after_curves == alone_curves
+        assert after["reward_final"] == alone["reward_final"]
+
+
+def test_what_version_0_sampled_is_kept_for_one_replicate_and_used_by_its_cells_alone(tiny_model: Path) -> None:
+    first = FirstBatches()
+    settings = lagged(tiny_model, 3)
+    run_cell(settings, reward_first=0.1, first=first)
+    known = first.of(replace(settings, recipe={"name": "vcpo"}, staleness=replace(settings.staleness, max_staleness=2)))
+    assert sorted(step for begin, end in known for step in range(begin, end + 1)) == [0, 1, 2, 3]
+    assert first.of(replace(settings, seed=settings.seed + 1)) == {}
+    assert first.of(settings) == {}, "only the replicate at hand is kept"
