@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import exp, log
 
 import pytest
 
 from async_rl.lab.stability.merit import Merit, longest_run, merits
 from async_rl.lab.stability.record import CellRecord, Curves, has_collapsed, summarise
+from async_rl.lab.stability.table import merit_row, rate_lines
 
 
 def record(recipe: str, lag: int, rate: float, final: float, *, seed: int = 0, failed: str = "") -> CellRecord:
@@ -63,9 +65,37 @@ def test_figures_of_merit_of_a_table_worked_out_by_hand() -> None:
     assert (lagged.open_below, lagged.open_above) == (False, False)
     assert [rate.collapsed for rate in lagged.rates] == [0, 0, 0, 1]
 
+    # the widest synchronous span is a's, 2.5 (0.6 of a decade is 4): reward is not kept at lag 8, the span is
+    assert lagged.share_of_own == pytest.approx(0.9)
+    assert (sync.keeps_reward, sync.keeps_span) == (True, True)
+    assert (lagged.keeps_reward, lagged.keeps_span) == (False, high / low >= sync.span_interpolated)
+    assert [rate.holds for rate in lagged.rates] == [False, True, True, False]
+
     lost = one(found, "b", 8)
     assert (lost.span, lost.span_interpolated, lost.best_reward) == (0.0, 0.0, 0.10)
     assert [rate.learning_rate for rate in lost.rates] == [1e-4], "a failed cell says nothing about its rate"
+
+
+def test_a_recipe_that_keeps_both_figures_says_so_and_shows_the_learning_rate_it_really_took() -> None:
+    found = merits(
+        [
+            record("a", 0, 1e-4, 0.50),
+            record("a", 0, 1e-3, 0.80),
+            replace(record("b", 8, 1e-4, 0.70), learning_rate_factor_mean=0.75),
+            replace(record("b", 8, 1e-3, 0.80), learning_rate_factor_mean=0.5),
+            replace(record("b", 8, 1e-3, 0.84, seed=1), learning_rate_factor_mean=0.3),
+            record("c", 8, 1e-3, 0.82),
+        ]
+    )
+    b, c = one(found, "b", 8), one(found, "c", 8)
+    assert (b.keeps_reward, b.keeps_span, b.share_of_own) == (True, True, None)
+    assert b.best_rate.effective == pytest.approx(0.4e-3)
+    assert (c.keeps_reward, c.keeps_span, c.best_rate.factor) == (True, False, 1.0)
+    assert merit_row(b)[-2:] == ("both", "0 of 3")
+    assert merit_row(c)[-2:] == ("reward", "0 of 1")
+    lines = rate_lines(found)
+    assert "0.820 (0.40) *" in next(line for line in lines if line.startswith("b"))
+    assert "0.500" in next(line for line in lines if line.startswith("a"))
 
 
 def test_a_task_without_a_synchronous_cell_has_no_yardstick() -> None:

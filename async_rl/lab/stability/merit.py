@@ -7,13 +7,17 @@ grid that hold: 0 when none does, 1 when one does. Between a rate that holds and
 edge is also interpolated linearly in log(rate): rewards change smoothly over a factor of two or three more
 often than they jump, and without it every span is one of the few ratios that the grid has. Both are reported.
 An edge at the end of the grid is open: the span is at least that.
+
+A lag *costs nothing* by a figure when the recipe there has at least the task's best synchronous value of it: the
+best reward, and the widest span, of any recipe at lag 0. A recipe may keep its reward by training slower where data is
+stale (an ESS scale does), so the mean learning rate that was really taken stands beside the one that was asked for.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, log
 from statistics import fmean, stdev
 
@@ -35,6 +39,15 @@ class Rate:
     replicates: int
     collapsed: int
     """replicates that collapsed"""
+    factor: float
+    """mean over steps and replicates of what recipe and batch (ESS, kappa) made of the learning rate; 1: nothing"""
+    holds: bool = False
+    """keeps HOLDS of the task's synchronous best"""
+
+    @property
+    def effective(self) -> float:
+        """The mean learning rate that was taken, warm-up and schedule left out."""
+        return self.learning_rate * self.factor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +64,22 @@ class Merit:
     best_spread: float
     share_of_synchronous: float
     """best_reward over the task's synchronous best"""
+    share_of_own: float | None
+    """best_reward over the recipe's own best at lag 0; None where it has no cell there"""
     span: float
     """factor between the lowest and highest learning rate that hold; 0: none does"""
     span_interpolated: float
     open_below: bool
     """the lowest learning rate of the grid holds"""
     open_above: bool
+    keeps_reward: bool
+    """best_reward is at least the task's synchronous best"""
+    keeps_span: bool
+    """span_interpolated is at least the widest synchronous one on the task"""
+
+    @property
+    def best_rate(self) -> Rate:
+        return next(rate for rate in self.rates if rate.learning_rate == self.best_learning_rate)
 
 
 def merits(records: Iterable[CellRecord]) -> list[Merit]:
@@ -68,9 +91,10 @@ def merits(records: Iterable[CellRecord]) -> list[Merit]:
             finals[record.task, record.recipe, record.lag][record.learning_rate].append(record)
     rates = {key: tuple(_rate(r, found[r]) for r in sorted(found)) for key, found in finals.items()}
     best = synchronous_best(rates)
-    return [
+    found = [
         _merit(*key, rates=rates[key], yardstick=best[key[0]]) for key in sorted(rates) if best.get(key[0], 0.0) > 0
     ]
+    return _compared(found)
 
 
 def synchronous_best(rates: dict[tuple[str, str, int], tuple[Rate, ...]]) -> dict[str, float]:
@@ -90,13 +114,15 @@ def _rate(learning_rate: float, records: Sequence[CellRecord]) -> Rate:
         spread=stdev(finals) if len(finals) > 1 else 0.0,
         replicates=len(finals),
         collapsed=sum(bool(record.collapsed) for record in records),
+        factor=fmean([1.0 if r.learning_rate_factor_mean is None else r.learning_rate_factor_mean for r in records]),
     )
 
 
 def _merit(task: str, recipe: str, lag: int, *, rates: tuple[Rate, ...], yardstick: float) -> Merit:
-    best = max(rates, key=lambda rate: rate.reward)
     least = HOLDS * yardstick
-    first, last = longest_run([rate.reward >= least for rate in rates])
+    rates = tuple(replace(rate, holds=rate.reward >= least) for rate in rates)
+    best = max(rates, key=lambda rate: rate.reward)
+    first, last = longest_run([rate.holds for rate in rates])
     span = interpolated = 0.0
     if first <= last:
         span = rates[last].learning_rate / rates[first].learning_rate
@@ -112,11 +138,31 @@ def _merit(task: str, recipe: str, lag: int, *, rates: tuple[Rate, ...], yardsti
         best_reward=best.reward,
         best_spread=best.spread,
         share_of_synchronous=best.reward / yardstick,
+        share_of_own=None,
         span=span,
         span_interpolated=interpolated,
         open_below=first == 0 and first <= last,
         open_above=last == len(rates) - 1 and first <= last,
+        keeps_reward=best.reward >= yardstick,
+        keeps_span=False,
     )
+
+
+def _compared(found: Sequence[Merit]) -> list[Merit]:
+    """With what needs the merits of other lags: the recipe's own at lag 0, and the widest span there."""
+    own = {(m.task, m.recipe): m.best_reward for m in found if m.lag == 0}
+    widest: dict[str, float] = {}
+    for m in found:
+        if m.lag == 0:
+            widest[m.task] = max(widest.get(m.task, 0.0), m.span_interpolated)
+    return [
+        replace(
+            m,
+            share_of_own=m.best_reward / own[m.task, m.recipe] if own.get((m.task, m.recipe)) else None,
+            keeps_span=m.span_interpolated >= widest[m.task] > 0,
+        )
+        for m in found
+    ]
 
 
 def longest_run(holds: Sequence[bool]) -> tuple[int, int]:

@@ -46,7 +46,9 @@ def page_text(plan: Plan, cells: Path, records: Sequence[CellRecord], merits: Se
         "recipe's best learning rate at that lag; bars are the standard deviation over them. "
         f"<b>Collapsed:</b> {escape(COLLAPSED)}. <b>Span:</b> factor between the lowest and the highest learning rate "
         f"that keep {HOLDS} of the task's best synchronous reward, edges interpolated; &gt;= where an end of the "
-        "grid still holds.</p>",
+        "grid still holds. <b>Effective:</b> the mean learning rate really taken at the best one, after the factors of "
+        "recipe and batch. <b>As synchronous:</b> which of reward and span are at least the best of any recipe at lag "
+        "0.</p>",
     ]
     for task in plan.tasks:
         own = [m for m in merits if m.task == task]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from async_rl.lab.stability.merit import Merit
+from async_rl.lab.stability.merit import Merit, Rate
 from async_rl.lab.stability.record import CellRecord
 
-HEAD = ("recipe", "lag", "best reward", "of synchronous", "at rate", "span of rates", "collapsed")
+HEAD = (
+    "recipe", "lag", "best reward", "of synchronous", "of its own", "at rate", "effective", "span of rates",
+    "as synchronous", "collapsed",
+)  # fmt: skip
 
 
 def merit_lines(merits: Iterable[Merit]) -> list[str]:
@@ -31,10 +34,46 @@ def merit_row(m: Merit) -> tuple[str, ...]:
         str(m.lag),
         f"{m.best_reward:.3f}{spread}",
         f"{m.share_of_synchronous:.2f}",
+        "" if m.share_of_own is None else f"{m.share_of_own:.2f}",
         f"{m.best_learning_rate:g}",
+        f"{m.best_rate.effective:.2g}",
         span_text(m),
+        _KEPT[m.keeps_reward, m.keeps_span],
         f"{collapsed} of {replicates}",
     )
+
+
+_KEPT = {
+    (True, True): "both",
+    (True, False): "reward",
+    (False, True): "span",
+    (False, False): "",
+}
+"""which figures are at least those of the best synchronous training"""
+
+
+def rate_lines(merits: Iterable[Merit]) -> list[str]:
+    """One table a task: the mean final reward at every learning rate, what was really taken, who holds."""
+    by_task: dict[str, list[Merit]] = {}
+    for merit in merits:
+        by_task.setdefault(merit.task, []).append(merit)
+    lines: list[str] = []
+    for task, found in by_task.items():
+        rates = sorted({rate.learning_rate for m in found for rate in m.rates})
+        rows = [("recipe", "lag", *(f"at {rate:g}" for rate in rates))]
+        for m in sorted(found, key=lambda m: (m.lag, -m.best_reward)):
+            of = {rate.learning_rate: rate for rate in m.rates}
+            rows.append((m.recipe, str(m.lag), *(rate_text(of.get(rate)) for rate in rates)))
+        lines += ["", f"task {task}: final reward by learning rate (factor of the rate; * holds)", *columns(rows)]
+    return lines
+
+
+def rate_text(rate: Rate | None) -> str:
+    """`0.612 (0.55) *`: mean final reward, mean factor of the learning rate, whether it holds."""
+    if rate is None:
+        return ""
+    factor = f" ({rate.factor:.2f})" if rate.factor < 0.995 else ""
+    return f"{rate.reward:.3f}{factor}{' *' if rate.holds else '  '}"
 
 
 def span_text(m: Merit) -> str:

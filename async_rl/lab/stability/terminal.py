@@ -8,7 +8,7 @@ from rich.console import Console as RichConsole
 
 from async_rl.lab.stability.lab import Progress
 from async_rl.lab.stability.merit import Merit
-from async_rl.lab.stability.table import cell_line, merit_lines
+from async_rl.lab.stability.table import cell_line, merit_lines, rate_lines
 from async_rl.observe.progress import progress_bar
 
 
@@ -44,7 +44,8 @@ class Terminal:
             )
 
     def summary(self, merits: Iterable[Merit]) -> None:
-        for line in merit_lines(merits):
+        found = list(merits)
+        for line in [*rate_lines(found), *merit_lines(found)]:
             self.say(line)
 
     def __enter__(self) -> Terminal:
