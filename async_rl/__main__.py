@@ -22,6 +22,9 @@ from async_rl.observe.commands import add_watching
 from async_rl.simulate.options import add_simulate
 
 
+FAKE_MODEL = "rehearse: a tiny random model on CPU, few steps; recipe, staleness, ranks and task as in the config"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit codes: 0 done, 1 a run failed, 2 a wrong setting or file, 130 stopped by Ctrl-C."""
     parser = _parser()
@@ -79,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--run-dir", type=Path, help="folder of this run (default: runs/<name>-<time>)")
     run.add_argument("--quiet", action="store_true", help="no line for every step")
+    run.add_argument("--fake-model", action="store_true", help=FAKE_MODEL)
     run.set_defaults(work=_run)
 
     add_doctor(commands)
@@ -87,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("config", type=Path)
     config.add_argument("overrides", nargs="*")
     config.add_argument("--yaml", action="store_true", help="as YAML that `run` reads, without explanations")
+    config.add_argument("--fake-model", action="store_true", help="what `run --fake-model` would replace, and the rest")
     config.set_defaults(work=_config)
 
     recipes = commands.add_parser("recipes", help="list the objectives, or explain one")
@@ -169,7 +174,14 @@ def _run(arguments: argparse.Namespace) -> int:
             settings = load_settings(Path(arguments.config), arguments.overrides)
             from async_rl.launch.launcher import run_training  # after the settings: a misspelt one is said at once
 
-            path = arguments.run_dir or Path("runs") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            fake = "-fake" if arguments.fake_model else ""
+            path = arguments.run_dir or Path("runs") / f"{settings.name}{fake}-{time.strftime('%Y%m%d-%H%M%S')}"
+            if arguments.fake_model:
+                from async_rl.rehearse import prepare
+
+                rehearsal = prepare(settings, arguments.overrides, path.with_name(f"{path.name}.files"))
+                console.say(rehearsal.in_words())
+                settings = rehearsal.settings
             summary = run_training(settings, path, console=console)
     except Interrupted as order:
         if path is None or not RunFolder(path).config.is_file():
@@ -187,6 +199,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _resume_words(arguments: argparse.Namespace) -> list[str]:
     """The settings given beside --resume; the first of them was taken for the config."""
+    if arguments.fake_model:
+        raise UserError("--fake-model cannot be given with --resume: the run goes on with the model it has; leave it out")
     if arguments.run_dir is not None:
         raise UserError("--run-dir cannot be given with --resume: the run stays in its folder")
     first = [] if arguments.config is None else [arguments.config]

@@ -112,3 +112,8 @@ def play(task: Task, problem: Problem, session: ScriptedSession) -> float:
     else:
         session.transcript = "".join(f"<{m['role']}>{m['content']}" for m in problem.prompt)
     return asyncio.run(task.rollout(problem, session))
+
+
+def looked_up(call: str, problem: Problem) -> str:
+    """A tool for the task `tools`."""
+    return f"{call}? {problem.data['answer']}"

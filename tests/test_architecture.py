@@ -32,7 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "generator trainer",
         "observe",
         # what starts and studies them
-        "digest",
+        "digest rehearse",
         "launch",
         "join",
         "lab",

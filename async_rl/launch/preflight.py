@@ -70,7 +70,7 @@ def preflight(settings: Settings) -> Facts:
         updates_per_batch=settings.trainer.updates_per_batch,
         max_staleness=settings.staleness.max_staleness,
         has_critic=requirements(recipe).value,
-        single_turn=settings.task.name in SINGLE_TURN,
+        single_turn=_has_one_turn(settings),
     )
     held_out = len(task.problems("eval"))
     if settings.evaluation.problems > held_out:
@@ -86,6 +86,11 @@ def preflight(settings: Settings) -> Facts:
         vocabulary=vocabulary,
         task_digest=task_digest(task, tokenizer),
     )
+
+
+def _has_one_turn(settings: Settings) -> bool:
+    chosen = settings.task
+    return (chosen.args.get("name") if chosen.name == "rehearsed" else chosen.name) in SINGLE_TURN
 
 
 def check_message_size(context: int, max_message_mb: int) -> None:

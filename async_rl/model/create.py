@@ -29,8 +29,6 @@ def create_model_folder(
 
     Raises UserError when `path` exists and is not an empty folder, or the sizes do not fit each other.
     """
-    from async_rl.model.decoder import Decoder
-
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists; remove it or choose another path for the new model")
@@ -51,9 +49,17 @@ def create_model_folder(
         qk_norm=True,
         tied=tied,
     )
-    values = config_values(config) | {"eos_token_id": Tokenizer(folder).eos_id, "pad_token_id": vocabulary - 1}
+    write_random_weights(folder, config, seed=seed)
+    return config
+
+
+def write_random_weights(folder: Path, config: DecoderConfig, *, seed: int) -> None:
+    """Put config.json and random weights of `config` beside the tokenizer that lies in `folder`."""
+    from async_rl.model.decoder import Decoder
+
+    eos = Tokenizer(folder).eos_id
+    values = config_values(config) | {"eos_token_id": eos, "pad_token_id": eos + 1}
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
     model = Decoder(config)
     model.initialise(seed)
     save_folder(folder, model, source=folder)
-    return config

@@ -23,7 +23,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    name: str = setting("", "the task: guess, sort, reverse, arithmetic, countdown, calculator or dataset")
+    name: str = setting("", "the task: guess, sort, reverse, arithmetic, countdown, calculator, dataset or tools (rehearsed: what --fake-model makes of them)")
     args: dict[str, Any] = setting({}, "settings of that task; `async-rl config` prints them")
 
 

@@ -14,6 +14,8 @@ from async_rl.task.dataset import Dataset, DatasetSettings
 from async_rl.task.guess import Guess, GuessSettings
 from async_rl.task.letters import LettersSettings, Reverse, Sort
 from async_rl.task.protocol import Task
+from async_rl.task.rehearsed import Rehearsed, RehearsedSettings
+from async_rl.task.tools import Tools, ToolsSettings
 
 TASKS: dict[str, tuple[type, Callable[[Any], Task]]] = {
     "guess": (GuessSettings, Guess),
@@ -23,6 +25,8 @@ TASKS: dict[str, tuple[type, Callable[[Any], Task]]] = {
     "countdown": (CountdownSettings, Countdown),
     "calculator": (CalculatorSettings, Calculator),
     "dataset": (DatasetSettings, Dataset),
+    "tools": (ToolsSettings, Tools),
+    "rehearsed": (RehearsedSettings, Rehearsed),
 }
 """name -> (dataclass of its settings, task made from them)"""
 

@@ -86,6 +86,10 @@ class Dataset:
 
     async def rollout(self, problem: Problem, session: Session) -> float:
         text = await session.generate(max_tokens=self.settings.max_tokens, stop=tuple(self.settings.stop))
+        return await self.judge(text, problem, session)
+
+    async def judge(self, text: str, problem: Problem, session: Session) -> float:
+        """The reward of an episode that ends with the answer `text`."""
         if not session.stopped:
             session.end_at_token_limit()
         try:

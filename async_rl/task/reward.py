@@ -75,7 +75,8 @@ def make_reward(name: str) -> Reward:
         case "math":
             return Reward(name, _math(MathJudge()))
         case _ if ":" in name:
-            return Reward(name, _imported(name))
+            taken = "(completion, answer, problem)"
+            return Reward(name, imported(name, where=f"task.args.reward '{name}'", arguments=taken))
         case _:
             raise UserError(f"task.args.reward '{name}' is not known; {nearest(name, NAMES)} (or module:function)")
 
@@ -125,9 +126,10 @@ def _math(judge: MathJudge) -> Function:
     return mathematics
 
 
-def _imported(name: str) -> Function:
+def imported(name: str, *, where: str, arguments: str) -> Callable[..., Any]:
+    """The function `module:function`, imported with the working directory on the path. `where`: the setting, in
+    messages; `arguments`: those it takes, e.g. "(completion, answer, problem)". Raises UserError."""
     module_name, _, function_name = name.partition(":")
-    where = f"task.args.reward '{name}'"
     # An installed command does not look in the working directory; last, so that it hides nothing.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
@@ -140,10 +142,11 @@ def _imported(name: str) -> Function:
         known = [key for key, value in vars(module).items() if callable(value)]
         raise UserError(f"{where}: '{module_name}' has no function '{function_name}'; {nearest(function_name, known)}")
     try:
-        inspect.signature(function).bind("completion", "answer", None)
+        inspect.signature(function).bind(*arguments.split(","))
     except TypeError:
-        raise UserError(f"{where}: it must take three arguments: (completion, answer, problem)") from None
+        count = ("one", "two", "three")[arguments.count(",")]
+        raise UserError(f"{where}: it must take {count} arguments: {arguments}") from None
     except ValueError:
         pass  # a builtin without a signature
-    made: Function = function
+    made: Callable[..., Any] = function
     return made

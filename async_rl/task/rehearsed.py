@@ -1,0 +1,97 @@
+"""Another task with short turns and rewards by the toss of a coin: what a model that can do nothing is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from async_rl.config import setting
+from async_rl.errors import UserError
+from async_rl.task.generated import require_range, stable_hash
+from async_rl.task.protocol import Problem, Session
+from async_rl.trajectory import Split
+
+CALLS = 2
+"""turns that a call is put behind"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RehearsedSettings:
+    """Example: `task: {name: rehearsed, args: {name: calculator, args: {digits: 3}}}`; `--fake-model` writes it."""
+
+    name: str = setting("", "the task that is rehearsed")
+    args: dict[str, Any] = setting({}, "its settings")
+    max_tokens: int = setting(16, "longest turn; the task may ask for less", unit="tokens")
+    call: str = setting("", "put behind each of the first two turns, for a task that goes on only when a tool is called")
+
+
+class Rehearsed:
+    """Every episode goes as in the task itself, its reward included, which is noted as `true_reward`. Random weights
+    would earn none; so the reward trained on is 1 or 0 by a hash of what the policy wrote."""
+
+    name = "rehearsed"
+
+    def __init__(self, settings: RehearsedSettings) -> None:
+        from async_rl.task.build import make_task  # which names this file
+
+        require_range("max_tokens", settings.max_tokens, 1, 10**6)
+        if settings.name == self.name:
+            raise UserError("task.args.name is 'rehearsed'; name the task that is rehearsed")
+        self._settings = settings
+        self._inner = make_task(settings.name, settings.args)
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        return self._inner.problems(split)
+
+    async def rollout(self, problem: Problem, session: Session) -> float:
+        short = ShortTurns(session, self._settings)
+        session.note("true_reward", await self._inner.rollout(problem, short))
+        return float(stable_hash("".join(short.written)) & 1)
+
+
+class ShortTurns:
+    """A session whose turns are at most so long, and what was written in it. A call that is put behind a turn is
+    environment text in the record, and part of the turn for the task."""
+
+    def __init__(self, inner: Session, settings: RehearsedSettings) -> None:
+        self._inner = inner
+        self._settings = settings
+        self.written: list[str] = []
+
+    @property
+    def turn(self) -> int:
+        return self._inner.turn
+
+    @property
+    def truncated(self) -> bool:
+        return self._inner.truncated
+
+    @property
+    def stopped(self) -> bool:
+        return self._inner.stopped
+
+    async def generate(self, *, max_tokens: int, stop: Sequence[str] = (), state_key: int = -1) -> str:
+        text = await self._inner.generate(
+            max_tokens=min(max_tokens, self._settings.max_tokens), stop=stop, state_key=state_key
+        )
+        self.written.append(text)
+        if self._settings.call and self._inner.turn <= CALLS and not self._inner.truncated:
+            self._inner.append(self._settings.call)
+            return text + self._settings.call
+        return text
+
+    def append(self, text: str) -> None:
+        self._inner.append(text)
+
+    def reward_turn(self, value: float) -> None:
+        self._inner.reward_turn(value)
+
+    def end_at_turn_limit(self) -> None:
+        self._inner.end_at_turn_limit()
+
+    def end_at_token_limit(self) -> None:
+        self._inner.end_at_token_limit()
+
+    def note(self, key: str, value: float | str) -> None:
+        self._inner.note(key, value)
