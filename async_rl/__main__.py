@@ -21,7 +21,6 @@ from async_rl.lab.command import add_lab
 from async_rl.observe.commands import add_watching
 from async_rl.simulate.options import add_simulate
 
-
 FAKE_MODEL = "rehearse: a tiny random model on CPU, few steps; recipe, staleness, ranks and task as in the config"
 
 
@@ -200,7 +199,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _resume_words(arguments: argparse.Namespace) -> list[str]:
     """The settings given beside --resume; the first of them was taken for the config."""
     if arguments.fake_model:
-        raise UserError("--fake-model cannot be given with --resume: the run goes on with the model it has; leave it out")
+        raise UserError("--fake-model cannot be given with --resume: the run has its model; leave it out")
     if arguments.run_dir is not None:
         raise UserError("--run-dir cannot be given with --resume: the run stays in its folder")
     first = [] if arguments.config is None else [arguments.config]

@@ -17,6 +17,7 @@ from async_rl.config import to_yaml
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.weights.shared_memory import segment_path
 
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 LONGEST_S = 60.0
 """a test that waits longer has failed"""
 
@@ -25,6 +26,12 @@ def write_config(folder: Path, model: Path, *overrides: str) -> Path:
     path = folder / "config.yaml"
     path.write_text(to_yaml(quick_settings(model, *overrides)))
     return path
+
+
+def run_command(*words: object, timeout_s: float = LONGEST_S) -> subprocess.CompletedProcess[str]:
+    """`async-rl words...`, to its end."""
+    command = [sys.executable, "-m", "async_rl", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
 @dataclass

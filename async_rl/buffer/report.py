@@ -34,6 +34,8 @@ def wait_reason(ledger: Ledger, admission: Admission, presence: Presence, *, now
 def evaluation_reason(evaluation: Evaluation, admission: Admission, presence: Presence, now: float) -> str:
     """Who an evaluation waits for, since when."""
     open_groups = [g for g in evaluation.groups if not g.complete]
+    if not open_groups:
+        return "all of its episodes are there"  # the trainer has not looked since
     text = f"{sum(len(g.missing) for g in open_groups)} of its episodes are missing"
     if not admission.generators:
         return f"{text}; no generator is connected{admission.rules.how_to_join}"

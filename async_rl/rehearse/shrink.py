@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ GROUPS, GROUP_SIZE, STEPS, EVERY = 4, 8, 6, 3
 GENERATORS, SEQUENCES = 2, 64
 TURN_TOKENS, MICRO_BATCH_TOKENS = 16, 4096
 PROBLEMS = 4
-LORA_RANK = 4
 
 TIME, NO_GPU, HERE = "time", "no GPU", "this machine alone"
 
@@ -59,8 +57,6 @@ RULES: dict[str, Rule] = {
     "trainer.device": (always("cpu"), NO_GPU),
     "trainer.dtype": (always("float32"), NO_GPU),
     "trainer.threads": (always(1), HERE),
-    "trainer.attention": (always(None), NO_GPU),
-    "trainer.compile": (always(None), TIME),
     "generator.device": (always("cpu"), NO_GPU),
     "generator.dtype": (always("float32"), NO_GPU),
     "generator.threads": (always(1), HERE),
@@ -70,7 +66,6 @@ RULES: dict[str, Rule] = {
     "generator.max_context": (always(0), "tokens are bytes"),
     "optimizer.warmup_steps": (at_most(1), TIME),
     "critic.warmup_steps": (at_most(1), TIME),
-    "lora.rank": (at_most(LORA_RANK), "a tiny model"),
     "evaluation.every": (at_most(EVERY), TIME),
     "evaluation.problems": (at_most(PROBLEMS), TIME),
     "evaluation.samples": (always(1), TIME),
@@ -110,7 +105,7 @@ def shrink(settings: Settings, words: Sequence[str], files: Files) -> tuple[Sett
     new["name"] = f"{settings.name}-fake"
     new["model.path"] = str(files.model)
     new["task.name"], new["task.args"] = "rehearsed", rehearsed(settings, files)
-    why["task.name"] = why["task.args"] = f"turns of {TURN_TOKENS} tokens; rewards are coins, since random weights earn none"
+    why["task.name"] = f"turns of {TURN_TOKENS} tokens; rewards are coins, since random weights earn none"
     laid = [word for word in words if "=" in word and not word.startswith(NOT_BY_HAND) and not _names(word)]
     values = with_overrides(_nested(new), laid)
     made = structured(Settings, values, where="")
@@ -150,7 +145,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
         at = out
         for group in groups:
             at = at.setdefault(group, {})
-        at[name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+        at[name] = value
     return out
 
 

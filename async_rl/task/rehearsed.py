@@ -23,7 +23,7 @@ class RehearsedSettings:
     name: str = setting("", "the task that is rehearsed")
     args: dict[str, Any] = setting({}, "its settings")
     max_tokens: int = setting(16, "longest turn; the task may ask for less", unit="tokens")
-    call: str = setting("", "put behind each of the first two turns, for a task that goes on only when a tool is called")
+    call: str = setting("", "put behind the first two turns, for a task that goes on only when a tool is called")
 
 
 class Rehearsed:

@@ -100,3 +100,14 @@ def test_a_wait_for_an_evaluation_is_reported_and_one_that_nobody_waits_for_is_n
         "trainer waits 10 s for evaluation 3: 2 of its episodes are missing; oldest is group 2 on generator-1, 40.0 s, "
         "0/2 samples; last heard of generator-1 40.0 s ago: "
     )
+
+
+def test_an_evaluation_that_is_done_while_the_trainer_does_not_look_is_no_riddle(core: Core) -> None:
+    core.handle(TRAINER, msg.Evaluate(evaluation=3, version=0, problems=(5,), samples=2, temperature=1.0), 0.0)
+    core.handle(TRAINER, msg.FetchEvaluation(evaluation=3, waits=True), 0.0)
+    core.handle(b"generator-1", msg.Want(limit=8, version=0), 0.0)
+    (group,) = (group for _, group in core.evaluations.groups.values())
+    done = tuple(answer(group.permit(), sample, 0) for sample in sorted(group.missing))
+    core.handle(b"generator-1", msg.Finished(trajectories=done), 1.0)
+    (row,) = (row for row in core.waits.rows(2.0) if row["what"] == "evaluation 3")
+    assert row["why"] == "all of its episodes are there"
