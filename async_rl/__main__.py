@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ from async_rl.errors import RunFailed, UserError
 from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
 from async_rl.join.command import add_joining
 from async_rl.lab.command import add_lab
+from async_rl.lab.init_command import add_init_model
 from async_rl.observe.commands import add_watching
 from async_rl.simulate.options import add_simulate
 
@@ -119,20 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_simulate(commands)
 
-    init = commands.add_parser("init-model", help="make a small model that a task's demonstrations warmed up")
-    init.add_argument("path", type=Path, help="folder to make")
-    init.add_argument("--task", default="guess")
-    init.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="setting of the task")
-    init.add_argument("--until", type=float, default=0.4, help="success rate at which to stop (default 0.4)")
-    init.add_argument("--max-steps", type=int, default=1000, help="supervised steps at most (default 1000)")
-    init.add_argument("--batch", type=int, default=64, help="demonstrations a step (default 64)")
-    init.add_argument("--learning-rate", type=float, default=1e-3)
-    init.add_argument("--seed", type=int, default=0)
-    for name, default in (("hidden", 128), ("layers", 2), ("heads", 4), ("kv-heads", 2), ("head-dim", 32)):
-        init.add_argument(f"--{name}", type=int, default=default)
-    init.add_argument("--intermediate", type=int, default=384)
-    init.add_argument("--max-context", type=int, default=256, help="longest sequence in tokens (default 256)")
-    init.set_defaults(work=_init_model)
+    add_init_model(commands)
 
     add_joining(commands)
 
@@ -302,65 +289,6 @@ def _recipes(arguments: argparse.Namespace) -> int:
             print(f"{name:<{width}}  {line}")
         return 0
     print(explain(load_recipe(with_overrides({"name": arguments.name}, arguments.overrides))), end="")
-    return 0
-
-
-COUNTS = ("max-steps", "batch", "hidden", "layers", "heads", "kv-heads", "head-dim", "intermediate", "max-context")
-"""options of init-model that must be at least 1"""
-
-
-def _check_init(arguments: argparse.Namespace) -> None:
-    """Raises UserError for numbers no model can be made with."""
-    if not 0 < arguments.until <= 1:
-        raise UserError(f"--until is {arguments.until}; it is a success rate, above 0 and at most 1")
-    if not 0 < arguments.learning_rate < math.inf:
-        raise UserError(f"--learning-rate is {arguments.learning_rate}; it must be above 0")
-    for name in COUNTS:
-        if (value := getattr(arguments, name.replace("-", "_"))) < 1:
-            raise UserError(f"--{name} is {value}; it must be at least 1")
-    if not 0 <= arguments.seed < 2**63:
-        raise UserError(f"--seed is {arguments.seed}; it must be at least 0 and below 2^63")
-    if arguments.heads % arguments.kv_heads or arguments.head_dim % 2:
-        raise UserError(
-            f"--heads {arguments.heads} must be a multiple of --kv-heads {arguments.kv_heads}, and --head-dim "
-            f"{arguments.head_dim} an even number"
-        )
-
-
-def _init_model(arguments: argparse.Namespace) -> int:
-    from async_rl.config import with_overrides
-    from async_rl.task import make_task
-
-    task = make_task(arguments.task, with_overrides({}, arguments.arg))
-    _check_init(arguments)
-
-    import torch
-
-    from async_rl.lab.init_model import Shape, init_model
-    from async_rl.trainer.warmup import WarmupOptions
-
-    torch.manual_seed(arguments.seed)
-    shape = Shape(
-        hidden=arguments.hidden,
-        layers=arguments.layers,
-        heads=arguments.heads,
-        kv_heads=arguments.kv_heads,
-        head_dim=arguments.head_dim,
-        intermediate=arguments.intermediate,
-        max_context=arguments.max_context,
-    )
-    options = WarmupOptions(
-        target=arguments.until,
-        max_steps=arguments.max_steps,
-        batch=arguments.batch,
-        learning_rate=arguments.learning_rate,
-        check_every=25,
-        seed=arguments.seed,
-    )
-    result = init_model(arguments.path, task, shape, options, print)
-    print(f"{arguments.path}: success rate {result.success:.2f} after {result.steps} steps, {result.seconds:.0f} s")
-    if result.success < arguments.until:
-        raise RunFailed(f"{arguments.until:.2f} was not reached in {arguments.max_steps} steps; the folder was kept")
     return 0
 
 
