@@ -26,7 +26,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "run_folder",
         "process run_lock",
         # rooms
-        "wire task model batch async_rl_kernels",
+        "async_rl_kernels",
+        "wire task model batch",
         "buffer objective",
         "weights",
         "generator trainer",

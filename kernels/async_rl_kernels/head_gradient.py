@@ -12,13 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from async_rl_kernels.logprob import linear_logprob
-from async_rl_kernels.segment_gradient import Segments, promoted, weight_norm_squares
-
-TILE_ELEMENTS = 1 << 22
-"""logit gradients held at a time; if all fit, they are kept instead of formed again"""
-TILE_ROWS = 1024
-"""rows from which on a tile is cut along the vocabulary rather than between segments"""
+from async_rl_kernels.head_pass import head_sums, product_dtype, tile_limits, tiles_for
+from async_rl_kernels.logit_tile import Pull, tile_kernels
+from async_rl_kernels.logprob import LogProbs
+from async_rl_kernels.product import product, promoted, put_product
+from async_rl_kernels.segment_gradient import Segments, weight_norm_squares
 
 
 class HeadGradient:
@@ -36,18 +34,25 @@ class HeadGradient:
         segments: Segments,
         *,
         temperature: float,
-        tile_elements: int = TILE_ELEMENTS,
-        tile_rows: int = TILE_ROWS,
+        tile_elements: int | None = None,
+        tile_rows: int | None = None,
     ) -> None:
+        """tile_elements: logit gradients held at a time; if all fit, they are kept instead of formed again.
+        tile_rows: from so many on a tile is cut along the vocabulary rather than between segments. None: as the
+        device needs it."""
         assert segments.rows == len(hidden) == len(targets)
         self.segments = segments
-        self._tile_elements, self._tile_rows = tile_elements, tile_rows
+        elements, rows = tile_limits(hidden.device)
+        self._tile_elements, self._tile_rows = tile_elements or elements, tile_rows or rows
         self._hidden, self._weight, self._targets = hidden, weight, targets
         self._scale = 1.0 / temperature
+        self._kernels = tile_kernels(hidden.device)
         with torch.no_grad():
-            self.log_probs = linear_logprob(hidden, weight, targets, temperature=temperature)
-            chosen = torch.linalg.vecdot(promoted(hidden), promoted(weight[targets]))
-        self._log_normaliser = chosen * self._scale - self.log_probs.log_prob
+            sums, _ = head_sums(hidden, weight, targets, self._scale, tiles_for(hidden, weight), self._kernels)
+        self.log_probs = LogProbs(
+            log_prob=sums.log_prob, entropy=sums.entropy, prob_square_sum=sums.prob_square_sum
+        )
+        self._log_normaliser = sums.log_normaliser
         self._coefficients: Tensor | None = None
         self._kept: Tensor | None = None
 
@@ -55,18 +60,18 @@ class HeadGradient:
         """Of loss = -sum_t coefficients_t log pi_t: d(loss)/d(hidden) [rows, width], and |G_i|^2 of the
         weight, [segments] float64. coefficients: [rows]"""
         self._coefficients, self._kept = coefficients, None
-        gradient = torch.zeros_like(self._hidden)
+        gradient = torch.zeros_like(self._hidden, dtype=product_dtype(self._hidden))
         norm_squares = torch.zeros(len(self.segments), dtype=torch.float64, device=gradient.device)
         for part in self._blocks(0):
             rows = slice(self.segments.start(part.start), self.segments.start(part.stop))
             block = Segments(self.segments.lengths[part], gradient.device)
             for ids in self._tiles(rows):
                 tile = self._logit_gradients(rows, ids)
-                gradient[rows].addmm_(tile, self._weight[ids])
+                put_product(gradient[rows], tile, self._weight[ids], add=True)
                 norm_squares[part] += weight_norm_squares(self._hidden[rows], [tile], block)
                 if tile.numel() == self.segments.rows * len(self._weight):
                     self._kept = tile
-        return gradient, norm_squares
+        return gradient.to(self._hidden.dtype), norm_squares
 
     def accumulate(self, total: Tensor, multipliers: Tensor, *, first: int = 0) -> None:
         """total [vocabulary, width] += d(-sum_t multipliers_t coefficients_t log pi_t)/d(weight) over the rows
@@ -76,7 +81,7 @@ class HeadGradient:
             hidden = self._hidden[rows] * multipliers[rows, None].to(self._hidden.dtype)
             for ids in self._tiles(rows):
                 tile = self._logit_gradients(rows, ids) if self._kept is None else self._kept[rows, ids]
-                total[ids] += tile.T @ hidden
+                total[ids] += product(tile.T, hidden.T)
 
     def product_with_embedding(
         self, embedded: Tensor, gradients: Tensor, tokens: Tensor, segments: Segments
@@ -106,14 +111,11 @@ class HeadGradient:
     def _logit_gradients(self, rows: slice, ids: slice) -> Tensor:
         """c_t (pi_t - onehot) / temperature of a tile, in the dtype of the weight."""
         assert self._coefficients is not None, "backward first"
-        logits = promoted(self._hidden[rows] @ self._weight[ids].T)
-        pull = self._coefficients[rows].to(logits.dtype) * self._scale
-        out = logits.mul_(self._scale).sub_(self._log_normaliser[rows, None]).exp_().mul_(pull[:, None])
+        log_normaliser = self._log_normaliser[rows]
+        pull = Pull(log_normaliser=log_normaliser, log_prob=-self._coefficients[rows].to(log_normaliser.dtype))
+        logits = product(self._hidden[rows], self._weight[ids])
         local = self._targets[rows] - ids.start
-        inside = (local >= 0) & (local < out.shape[1])
-        local = local.clamp(0, out.shape[1] - 1)
-        out.scatter_add_(1, local[:, None], -torch.where(inside, pull, 0.0)[:, None])
-        return out.to(self._weight.dtype)
+        return self._kernels.gradient(logits, local, self._scale, pull, self._weight.dtype)
 
     def _blocks(self, first: int) -> Iterator[slice]:
         """Runs of whole segments from `first` on, that give tiles of full size."""

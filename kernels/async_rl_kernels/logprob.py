@@ -1,7 +1,7 @@
 """Log-probs of given tokens from hidden states and the head, without a [tokens, vocabulary] matrix.
 
-The logits of a chunk of tokens exist at a time, in forward and again in backward (recomputed): memory is
-`chunk x vocabulary` instead of `tokens x vocabulary`, for one more head product.
+A tile of the logits exists at a time, in forward and again in backward (computed again: one more product).
+head_pass has the loops, logit_tile what is done to a tile.
 """
 
 from __future__ import annotations
@@ -10,19 +10,48 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 22
-"""logits held at a time (float32: 16 MiB)"""
+from async_rl_kernels.head_pass import Tiles, head_gradients, head_sums, tiles_for
+from async_rl_kernels.logit_tile import Pull, TileKernels, tile_kernels
+from async_rl_kernels.vocabulary_sums import VocabularySums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogProbs:
-    """float32 (float64 for float64 input) columns, one row a token."""
+    """float32 (float64 for float64 input) columns, one row a token, all differentiable."""
 
-    log_prob: Tensor  # [tokens], differentiable
-    entropy: Tensor  # [tokens], differentiable
-    prob_square_sum: Tensor  # [tokens], no gradient
+    log_prob: Tensor  # [tokens]
+    entropy: Tensor  # [tokens]
+    prob_square_sum: Tensor  # [tokens]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A head cut along the vocabulary over the ranks of a group (tensor parallel).
+
+    Every rank has the same hidden states and targets and gives its own rows of the weight; every rank gets the
+    columns of the whole vocabulary, the whole gradient of the hidden states and that of its own rows.
+    """
+
+    start: int
+    """id of this rank's first row"""
+    group: dist.ProcessGroup
+
+    def combined(self, sums: VocabularySums) -> VocabularySums:
+        """Over all ranks."""
+        mine = sums.columns.contiguous()
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(every, mine, group=self.group)
+        return VocabularySums(columns=torch.stack(every, 1)).combined()
+
+    def summed(self, gradient: Tensor) -> Tensor:
+        """Over all ranks, in float32 or better."""
+        total = gradient if gradient.dtype == torch.float64 else gradient.float()
+        total = total.contiguous()
+        dist.all_reduce(total, group=self.group)
+        return total.to(gradient.dtype)
 
 
 def linear_logprob(
@@ -31,100 +60,72 @@ def linear_logprob(
     targets: Tensor,
     *,
     temperature: float = 1.0,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    shard: Shard | None = None,
+    tiles: Tiles | None = None,
+    kernels: TileKernels | None = None,
 ) -> LogProbs:
     """Log pi of `targets` under softmax(hidden @ weight.T / temperature), entropy and sum of pi^2.
 
-    hidden [tokens, hidden], weight [vocabulary, hidden] of one float dtype, targets [tokens] int64.
-    Definition: reference.linear_logprob. Raises ValueError for a temperature that is not positive.
+    hidden [tokens, hidden], weight [vocabulary, hidden] of one float dtype, targets [tokens] int64. shard: weight
+    is this rank's part of the vocabulary. tiles, kernels: how and with what, when not as the device needs it.
+    Definition: reference.linear_logprob. Raises ValueError for a temperature that is not positive, IndexError for
+    a target outside the vocabulary (on CUDA that is not looked at).
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
-    chunk = max(1, chunk_elements // weight.shape[0])
-    log_prob, entropy, square = _LinearLogProb.apply(hidden, weight, targets, 1.0 / temperature, chunk)
+    if shard is None and len(targets) and targets.device.type == "cpu":
+        least, most = targets.aminmax()
+        if least < 0 or most >= len(weight):
+            raise IndexError(f"a target is {int(least if least < 0 else most)}, the vocabulary has {len(weight)} ids")
+    tiles = tiles or tiles_for(hidden, weight)
+    kernels = kernels or tile_kernels(hidden.device)
+    columns = _LinearLogProb.apply(hidden, weight, targets, 1.0 / temperature, shard, tiles, kernels)
+    log_prob, entropy, square = columns
     return LogProbs(log_prob=log_prob, entropy=entropy, prob_square_sum=square)
-
-
-def _log_softmax(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
-    logits = hidden @ weight.T
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    return torch.log_softmax(logits.mul_(scale), dim=-1)
 
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: float,
+        shard: Shard | None,
+        tiles: Tiles,
+        kernels: TileKernels,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = hidden.shape[0]
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        log_prob, entropy, square = (hidden.new_empty(tokens, dtype=dtype) for _ in range(3))
-        # A batch that fits one chunk keeps its probabilities; longer ones recompute them.
-        single = tokens <= chunk
-        kept = None
-        for start in range(0, tokens, chunk):
-            part = slice(start, start + chunk)
-            logp = _log_softmax(hidden[part], weight, scale)
-            probs = logp.exp()
-            log_prob[part] = logp.gather(-1, targets[part, None]).squeeze(-1)
-            entropy[part] = torch.linalg.vecdot(probs, logp).neg_()
-            square[part] = torch.linalg.vecdot(probs, probs)
-            kept = probs if single else None
-        ctx.scale, ctx.chunk, ctx.single = scale, chunk, single
-        ctx.save_for_backward(hidden, weight, targets, entropy, kept)
-        ctx.mark_non_differentiable(square)
+        local = targets if shard is None else targets - shard.start
+        keep = any(ctx.needs_input_grad)
+        sums, kept = head_sums(hidden, weight, local, scale, tiles, kernels, keep_single=keep)
+        if shard is not None:
+            sums = shard.combined(sums)
+        entropy, square = sums.entropy, sums.prob_square_sum
+        ctx.how = scale, shard, tiles, kernels
+        ctx.save_for_backward(hidden, weight, local, sums.log_normaliser, entropy, square, kept)
         ctx.set_materialize_grads(False)
-        return log_prob, entropy, square
+        return sums.log_prob, entropy, square
 
     @staticmethod
     def backward(
-        ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight, targets, entropy, kept = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        if grad_log_prob is None and grad_entropy is None:
-            return None, None, None, None, None
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = None
-        for start in range(0, hidden.shape[0], ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            probs = kept if ctx.single else _log_softmax(hidden[part], weight, ctx.scale).exp_()
-            grad_logits = _grad_logits(
-                probs,
-                targets[part],
-                entropy[part],
-                None if grad_log_prob is None else grad_log_prob[part],
-                None if grad_entropy is None else grad_entropy[part],
-            )
-            grad_logits = grad_logits.mul_(ctx.scale).to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = grad_logits @ weight
-            if need_weight:
-                product = grad_logits.T @ hidden[part]
-                # several chunks are added up in float32, whatever the inputs are
-                grad_weight = product if ctx.single else _add(grad_weight, product)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None
-
-
-def _add(total: Tensor | None, product: Tensor) -> Tensor:
-    if total is None:
-        return product if product.dtype == torch.float64 else product.float()
-    return total.add_(product)
-
-
-def _grad_logits(
-    probs: Tensor, targets: Tensor, entropy: Tensor, grad_log_prob: Tensor | None, grad_entropy: Tensor | None
-) -> Tensor:
-    """d(loss)/d(scaled logits): g (onehot - pi) for log-probs, -h pi (log pi + H) for entropy."""
-    if grad_log_prob is None:
-        out = torch.zeros_like(probs)
-    else:
-        out = probs * -grad_log_prob[:, None]
-        out.scatter_add_(-1, targets[:, None], grad_log_prob[:, None].to(out.dtype))
-    if grad_entropy is not None:
-        log_probs = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
-        out -= grad_entropy[:, None] * probs * (log_probs + entropy[:, None])
-    return out
+        ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, grad_square: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, local, log_normaliser, entropy, square, kept = ctx.saved_tensors
+        scale, shard, tiles, kernels = ctx.how
+        if grad_log_prob is None and grad_entropy is None and grad_square is None:
+            return (None,) * 7
+        pull = Pull(
+            log_normaliser=log_normaliser,
+            log_prob=torch.zeros_like(entropy) if grad_log_prob is None else grad_log_prob,
+            entropy=None if grad_entropy is None else (grad_entropy, entropy),
+            square=None if grad_square is None else (grad_square, square),
+        )
+        of_hidden, of_weight, *_ = ctx.needs_input_grad
+        grad_hidden, grad_weight = head_gradients(
+            hidden, weight, local, scale, pull, tiles, kernels,
+            need_hidden=of_hidden, need_weight=of_weight, kept=None if kept is None else kept.clone(),
+        )  # fmt: skip
+        if shard is not None and grad_hidden is not None:
+            grad_hidden = shard.summed(grad_hidden)
+        return grad_hidden, grad_weight, None, None, None, None, None

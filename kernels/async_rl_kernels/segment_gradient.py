@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from async_rl_kernels.product import promoted
+
 BUCKET_ROWS = 1024
 """rows of a bucket on a CPU: copies of them stay in the second-level cache"""
 GRAM_BLOCK = 32
@@ -153,11 +155,6 @@ def _direct(a: Tensor, gradients: Sequence[Tensor]) -> Tensor:
                 piece = (g[i, :, start : start + tile].T @ a[i]).flatten()
                 total[i] += torch.dot(piece, piece)
     return total
-
-
-def promoted(x: Tensor) -> Tensor:
-    """float32, float64 kept."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def segment_sums(values: Tensor, segments: Segments, scale: Tensor | None = None) -> Tensor:
