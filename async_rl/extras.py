@@ -11,6 +11,12 @@ TRACKERS = ("tensorboard", "wandb")
 """names of `trackers`, of their packages and of our extras"""
 
 
+def check_lora_package() -> None:
+    """Raises UserError when peft, which lora.rank needs, is not installed."""
+    if find_spec("peft") is None:
+        raise UserError("lora.rank needs peft; pip install 'async-rl[lora]', or set lora.rank=0")
+
+
 def check_trackers(names: Sequence[str]) -> None:
     """Raises UserError for one that is unknown, named twice or not installed."""
     for name in names:

@@ -16,11 +16,13 @@ from async_rl.weights import shared_memory
 FIRST_WRONG = 2
 """versions before it are shipped as they are"""
 WRONG_TENSOR = "model.layers.1.mlp.up_proj.weight"
+WRONG_ADAPTER = "model.layers.1.mlp.up_proj.lora_B.weight"
 
 
 class FaultyPublisher(shared_memory.WeightPublisher):
     """Ships, from FIRST_WRONG on: `one`: one tensor that is slightly off; `old`: the last right version under
-    the new number; `partial`: every second tensor of it."""
+    the new number; `partial`: every second tensor of it; `adapter`: one adapter that is slightly off;
+    `none`: adapters that add nothing, which leaves the generator with the model it has."""
 
     fault = ""
     right: Mapping[str, Tensor]
@@ -33,6 +35,10 @@ class FaultyPublisher(shared_memory.WeightPublisher):
             shipped = dict(tensors) | {WRONG_TENSOR: tensors[WRONG_TENSOR] + 1e-6}
         elif self.fault == "old":
             shipped = dict(self.right)
+        elif self.fault == "adapter":
+            shipped = dict(tensors) | {WRONG_ADAPTER: tensors[WRONG_ADAPTER] + 1e-4}
+        elif self.fault == "none":
+            shipped = {name: tensor * 0 for name, tensor in tensors.items()}
         else:
             assert self.fault == "partial"
             shipped = dict(tensors) | {name: self.right[name] for name in sorted(tensors)[::2]}

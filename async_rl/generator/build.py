@@ -12,10 +12,11 @@ from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
 from async_rl.model.architecture import DecoderConfig, context_of, tensor_shapes
 from async_rl.model.decoder import DTYPES
-from async_rl.model.folder import check_folder, load_model, read_headers
+from async_rl.model.folder import check_folder, load_model, load_tensors, read_headers
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.settings import Settings
 from async_rl.weights.client import WeightStream
+from async_rl.weights.merging import MergingSource
 from async_rl.weights.shared_memory import WeightReader
 from async_rl.wire.keys import keys_in
 
@@ -41,13 +42,29 @@ def make_weights(settings: Settings, segment: Path, endpoint: str, identity: str
     if transport == "shared_memory" or (transport == "auto" and here):
         if not here:
             raise UserError(f"weights.transport is shared_memory, but {segment} is not on this host; leave it out")
-        return WeightReader(segment)
+        return whole_weights(settings, WeightReader(segment))
     if not endpoint or keys is None:
         raise UserError(
             "the weights of this run cannot be had here: it has no weight server, which only runs with a tcp endpoint; "
             "start the run with wire.endpoint=tcp://HOST:PORT"
         )
-    return WeightStream(endpoint, f"{identity}/weights", keys=keys, timeout_s=settings.wire.timeout_s)
+    stream = WeightStream(endpoint, f"{identity}/weights", keys=keys, timeout_s=settings.wire.timeout_s)
+    return whole_weights(settings, stream)
+
+
+def whole_weights(settings: Settings, source: WeightSource) -> WeightSource:
+    """`source`, or where only adapters travel, their sums with the weights of the model folder."""
+    lora, chosen = settings.lora, settings.generator
+    if not lora.rank or lora.send == "merged":
+        return source
+    folder = Path(settings.model.path)
+    config = check_folder(folder)
+    if config is None:  # the names in its files may be others than those of its parameters
+        base = {name: p.detach() for name, p in load_model(folder).named_parameters()}
+    else:
+        base = {name: tensor for name, tensor in load_tensors(folder).items() if name in tensor_shapes(config)}
+    device = chosen.device if chosen.engine == "embedded" else "cpu"
+    return MergingSource(source, {name: tensor.to(device) for name, tensor in base.items()}, lora.alpha / lora.rank)
 
 
 def make_engine(settings: Settings, tokenizer: Tokenizer) -> Engine:

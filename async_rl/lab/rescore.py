@@ -222,7 +222,7 @@ def _batch(store: StoreReader, settings: Settings, step: int) -> PackedBatch:
 
 
 def _flat(learner: Learner) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in learner.weights().values()])
+    return torch.cat([tensor.detach().flatten() for tensor in learner.trained().values()])
 
 
 def _add(score: Score, step: int, look: Look, own: Look, update: Tensor, batch: PackedBatch) -> None:

@@ -8,10 +8,11 @@ from random import Random
 
 from async_rl.digest import task_digest
 from async_rl.errors import UserError
+from async_rl.extras import check_lora_package
 from async_rl.generator.vllm_release import installed_release
 from async_rl.launch.machine import placed
 from async_rl.launch.placement import Placement
-from async_rl.model.architecture import context_of
+from async_rl.model.architecture import PROJECTIONS, check_targets, context_of
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer, prompt_text
 from async_rl.objective.effect import check_effect
@@ -53,6 +54,10 @@ def preflight(settings: Settings) -> Facts:
     placement = placed(settings)
     if settings.generator.engine == "vllm":
         installed_release()
+    if settings.lora.rank:
+        check_lora_package()
+        if config is not None:
+            check_targets(settings.lora.targets, PROJECTIONS)
     tokenizer = Tokenizer(Path(settings.model.path))
     task = make_task(settings.task.name, settings.task.args)
     if config is not None and settings.generator.max_context > config.max_context:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from async_rl.errors import UserError
+from async_rl.errors import UserError, nearest
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 FAMILIES: tuple[str, ...] = get_args(Family)
@@ -18,6 +18,10 @@ ARCHITECTURES: dict[str, str] = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""linear layers of every layer of `Decoder`"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +113,13 @@ def parse_config(values: Mapping[str, Any], *, where: str) -> DecoderConfig:
 def context_of(asked: int, config: DecoderConfig | None) -> int:
     """Most tokens of a sequence: `asked`, else the model's own limit; 0: not known."""
     return asked or (config.max_context if config is not None else 0)
+
+
+def check_targets(targets: Sequence[str], known: Sequence[str]) -> None:
+    """Raises UserError for a name in lora.targets that is not among the `known` linear layers."""
+    for name in targets:
+        if name not in known:
+            raise UserError(f"lora.targets: {name!r} is no linear layer of this model; {nearest(name, known)}")
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

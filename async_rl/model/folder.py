@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,8 +102,14 @@ def load_tensors(path: str | Path, device: torch.device | str = "cpu") -> dict[s
     return tensors
 
 
-def save_folder(path: str | Path, model: Decoder | HuggingFaceDecoder, *, source: str | Path) -> None:
-    """Write `model` as a folder that transformers loads.
+def save_folder(
+    path: str | Path,
+    model: Decoder | HuggingFaceDecoder,
+    *,
+    source: str | Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `model` as a folder that transformers loads; `weights`: in place of its parameters (by name).
 
     config.json, tokenizer and the other small files are copied from `source`, the folder the model came
     from. The weights are renamed into place last, so a folder with weights is a whole one.
@@ -118,10 +125,11 @@ def save_folder(path: str | Path, model: Decoder | HuggingFaceDecoder, *, source
     from async_rl.model.decoder import Decoder
 
     if not isinstance(model, Decoder):  # its stored names may differ from its parameters' names
-        model.save(folder)
+        model.save(folder, weights)
         return
     # Cloned: safetensors refuses views of a joint buffer, which an engine's parameters are.
-    tensors = {name: p.detach().cpu().contiguous().clone() for name, p in model.named_parameters()}
+    given = dict(model.named_parameters()) if weights is None else weights
+    tensors = {name: p.detach().cpu().contiguous().clone() for name, p in given.items()}
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     values = read_json(folder / CONFIG)
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from async_rl.errors import UserError
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Attention
+from async_rl.model.lora import plain_name
 
 INTERFACE = "async_rl"
 TOLERANCE = 1e-3
@@ -99,9 +101,13 @@ class HuggingFaceDecoder(nn.Module):
             )
         return out.last_hidden_state[0]
 
-    def save(self, folder: Path) -> None:
-        """Write config.json and weights as transformers does."""
-        self._causal.save_pretrained(folder)
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write config.json and weights as transformers does; `weights`: in place of the parameters."""
+        state = None
+        if weights is not None:  # buffers and tied names come from the model
+            held = self._causal.state_dict().items()
+            state = {plain_name(name): tensor for name, tensor in held if ".lora_" not in name} | dict(weights)
+        self._causal.save_pretrained(folder, state_dict=state, save_peft_format=False)
 
     def _prove(self, folder: Path) -> None:
         """Two documents packed through our attention must give transformers' logits of each."""

@@ -34,6 +34,7 @@ AT_LEAST: dict[str, float] = {
     "optimizer.final_share": 0,
     "optimizer.weight_decay": 0,
     "optimizer.clip_norm": 0,
+    "lora.rank": 0,
     "critic.learning_rate": 0,
     "critic.warmup_steps": 0,
     "evaluation.every": 0,
@@ -72,6 +73,7 @@ AT_MOST: dict[str, float] = {
     "trainer.memory_share": 1,
     "trainer.start_timeout_s": 10**6,
     "optimizer.final_share": 1,
+    "lora.rank": 4096,
     "evaluation.problems": 10**6,
     "evaluation.samples": 10**6,
     "wire.timeout_s": 10**6,
@@ -89,6 +91,7 @@ ABOVE_ZERO = (
     "generator.episode_timeout_s",
     "generator.restart_window_s",
     "optimizer.epsilon",
+    "lora.alpha",
     "wire.timeout_s",
     "wire.stall_report_s",
 )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from async_rl.config import described, load_yaml, setting, structured, with_overrides
 from async_rl.errors import UserError
 from async_rl.extras import check_trackers
+from async_rl.settings.lora import LoraSettings, check_lora
 from async_rl.settings.placement import check_placement
 from async_rl.settings.ranges import ABOVE_ZERO, AT_LEAST, AT_MOST, BELOW_ONE
 from async_rl.settings.wire import WeightsSettings, WireSettings, check_wire
@@ -250,6 +251,7 @@ class Settings:
     vllm: VllmSettings = field(default_factory=VllmSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     critic: CriticSettings = field(default_factory=CriticSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     canary: CanarySettings = field(default_factory=CanarySettings)
@@ -302,6 +304,7 @@ def check(settings: Settings) -> None:
         if not 0 <= values[path] < 1:
             raise UserError(f"{path} is {values[path]}; it must be at least 0 and below 1")
     check_wire(settings.wire, settings.weights)
+    check_lora(settings.lora, settings.weights.transport)
     check_trackers(settings.trackers)
     if not settings.name.strip() or "/" in settings.name or "\0" in settings.name:
         raise UserError(f"name is {settings.name!r}; it names a folder, so it must be text without '/'")

@@ -40,7 +40,7 @@ def train(folder: RunFolder, settings: Settings, endpoint: str, version: int, ac
     limit = settings.wire.max_message_mb << 20
     with (
         Dealer(endpoint, "trainer", max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as dealer,
-        WeightPublisher(segment_path(folder.path), learner.weights()) as publisher,
+        WeightPublisher(segment_path(folder.path), learner.sent()) as publisher,
     ):
         canary = make_canary(settings, learner, task, folder.event)
         inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity)
@@ -58,7 +58,8 @@ def train(folder: RunFolder, settings: Settings, endpoint: str, version: int, ac
         )
         if progress is not None:
             loop.resume(progress)
-        folder.event("trainer_ready", time=time.time())
+        sent = sum(t.numel() * t.element_size() for t in learner.sent().values())
+        folder.event("trainer_ready", weights_bytes=sent, time=time.time())
         summary = loop.run()
         replace_text(folder.summary, json.dumps(summary.to_dict(), indent=2) + "\n")
         dealer.send(msg.Done())

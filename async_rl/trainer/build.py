@@ -12,6 +12,7 @@ from async_rl.batch import PackedBatch, pack_batch
 from async_rl.errors import RunFailed, UserError
 from async_rl.model.decoder import DTYPES
 from async_rl.model.folder import load_model
+from async_rl.model.lora import WithoutAdapters, add_adapters
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.settings import Settings
@@ -23,6 +24,7 @@ from async_rl.trainer.ranks import Ranks, one_rank
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from async_rl.trainer.forward import Model
     from async_rl.trajectory import Trajectory
 
 
@@ -37,17 +39,20 @@ def make_learner(settings: Settings, ranks: Ranks | None = None) -> Learner:
     arithmetic = Arithmetic(temperature=settings.generator.temperature, dtype=DTYPES[settings.trainer.dtype])
     torch.manual_seed(settings.seed)
     model = load_model(Path(settings.model.path), device=settings.trainer.device)
-    reference = None
+    lora = settings.lora
+    adapters = add_adapters(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets) if lora.rank else None
+    reference: Model | WithoutAdapters | None = None
     if needs.reference:
-        reference = deepcopy(model).requires_grad_(False)
+        reference = WithoutAdapters(model, adapters) if adapters else deepcopy(model).requires_grad_(False)
     critic = Critic(model, settings.critic, arithmetic) if needs.value else None
     options = LearnerOptions(
         steps=settings.trainer.steps,
         updates_per_batch=settings.trainer.updates_per_batch,
         optimizer=settings.optimizer,
         arithmetic=arithmetic,
+        send_adapters=lora.send == "adapter",
     )
-    return Learner(model, recipe, options, reference=reference, critic=critic, ranks=ranks)
+    return Learner(model, recipe, options, reference=reference, critic=critic, adapters=adapters, ranks=ranks)
 
 
 def pack_step(settings: Settings, trajectories: Sequence[Trajectory], ranks: Ranks | None = None) -> PackedBatch:

@@ -2,7 +2,8 @@
 
 A checkpoint is a Hugging Face folder of the policy (config, tokenizer, weights) with, beside it:
 `optimizer.safetensors` (moments by parameter name), `critic.safetensors` and `critic_optimizer.safetensors`
-where there is a critic, `learner.json` (version, objective's running state, random generators) and
+where there is a critic, `adapter/` (peft's format; the folder's own weights then have
+them added) where adapters are trained, `learner.json` (version, objective's running state, random generators) and
 `progress.json` (what the trainer's loop remembers). The learning-rate schedule is a function of the version.
 The KL reference is the initial model: `initial_hash` says which bytes that was.
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from async_rl.errors import UserError
 from async_rl.model.folder import load_model, save_folder
+from async_rl.model.lora import read_adapters
 from async_rl.objective import ObjectiveState
 from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, write_whole
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 Progress = Mapping[str, Any]
 """plain data, for JSON"""
+ADAPTERS = "adapter"
+"""folder in a checkpoint, as peft writes one"""
 
 
 def save_checkpoint(folder: Path, learner: Learner, progress: Progress, *, source: Path, keep: int) -> Path:
@@ -42,7 +46,10 @@ def save_checkpoint(folder: Path, learner: Learner, progress: Progress, *, sourc
     final = checkpoint_path(folder, learner.version)
 
     def write(into: Path) -> None:
-        save_folder(into, learner.model, source=source)
+        whole = None if learner.adapters is None else learner.weights()
+        save_folder(into, learner.model, source=source, weights=whole)
+        if learner.adapters is not None:
+            learner.adapters.save(into / ADAPTERS, base=str(source))
         _save(optimizer_state(learner.optimizer, _names(learner)), into / "optimizer.safetensors")
         if learner.critic is not None:
             _save(learner.critic.state_dict(), into / "critic.safetensors")
@@ -61,10 +68,13 @@ def save_checkpoint(folder: Path, learner: Learner, progress: Progress, *, sourc
 def load_checkpoint(path: Path, learner: Learner) -> Progress:
     """Put a fresh learner of the same settings into the state of a checkpoint that `damage_of` found whole."""
     try:
-        stored = dict(load_model(path, device=next(learner.model.parameters()).device).named_parameters())
-        with torch.no_grad():
-            for name, parameter in learner.model.named_parameters():
-                parameter.copy_(stored[name])
+        if learner.adapters is not None:
+            learner.adapters.load(read_adapters(path / ADAPTERS))
+        else:
+            stored = dict(load_model(path, device=next(learner.model.parameters()).device).named_parameters())
+            with torch.no_grad():
+                for name, parameter in learner.model.named_parameters():
+                    parameter.copy_(stored[name])
         load_optimizer(learner.optimizer, _names(learner), load_file(path / "optimizer.safetensors"))
         if learner.critic is not None:
             learner.critic.load_state_dict(load_file(path / "critic.safetensors"))

@@ -27,14 +27,16 @@ class Critic:
 
     `kind="head"`: a linear head on the policy's last hidden states, which it reads but does not move.
     `kind="model"`: a copy of the policy's network with such a head, trained throughout (the usual PPO
-    critic; twice the memory). The value of a turn is that at its first token.
+    critic; twice the memory), or where the policy has adapters, its own adapters on the same frozen
+    weights. The value of a turn is that at its first token.
     """
 
     def __init__(self, policy: Model, settings: CriticSettings, arithmetic: Arithmetic) -> None:
         self.warmup_steps = settings.warmup_steps
         self._arithmetic = arithmetic
         self._separate = settings.kind == "model"
-        self.trunk = deepcopy(policy) if self._separate else policy
+        frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
+        self.trunk = deepcopy(policy, frozen) if self._separate else policy
         width = policy.head.shape[1]
         self.head = nn.Linear(width, 1, device=policy.head.device)
         nn.init.zeros_(self.head.weight)
@@ -42,7 +44,8 @@ class Critic:
         self._parameters = list(self.head.parameters())
         if self._separate:
             # an untied output head takes no part in the value
-            self._parameters += [p for name, p in self.trunk.named_parameters() if not name.startswith("lm_head")]
+            trained = [(name, p) for name, p in self.trunk.named_parameters() if p.requires_grad]
+            self._parameters += [p for name, p in trained if not name.startswith("lm_head")]
         self.optimizer = torch.optim.AdamW(self._parameters, lr=settings.learning_rate, weight_decay=0.0)
         self._batch: PackedBatch | None = None
 
@@ -68,7 +71,7 @@ class Critic:
         """Its own parameters; the policy's are not among them."""
         own = {f"head.{name}": p for name, p in self.head.named_parameters()}
         if self._separate:
-            own |= {f"trunk.{name}": p for name, p in self.trunk.named_parameters()}
+            own |= {f"trunk.{name}": p for name, p in self.trunk.named_parameters() if p.requires_grad}
         return own
 
     def state_dict(self) -> dict[str, Tensor]:

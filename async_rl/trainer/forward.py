@@ -16,6 +16,7 @@ from async_rl_kernels import LogProbs, linear_logprob
 if TYPE_CHECKING:
     from async_rl.model.decoder import Decoder
     from async_rl.model.huggingface import HuggingFaceDecoder
+    from async_rl.model.lora import WithoutAdapters
 
     Model = Decoder | HuggingFaceDecoder
 
@@ -35,14 +36,14 @@ class Arithmetic:
         return nullcontext()
 
 
-def hidden_states(model: Model, micro: MicroBatch, arithmetic: Arithmetic) -> Tensor:  # [policy tokens, hidden]
-    """Hidden states that predict the policy tokens."""
+def hidden_states(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: Arithmetic) -> Tensor:
+    """Hidden states that predict the policy tokens, [policy tokens, hidden]."""
     with arithmetic.autocast(micro.tokens.device):
         hidden = model(micro.tokens, micro.positions, DocumentAttention(micro.lengths))
     return hidden[micro.predictors]
 
 
-def log_probs(model: Model, micro: MicroBatch, arithmetic: Arithmetic) -> LogProbs:
+def log_probs(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: Arithmetic) -> LogProbs:
     """Log-prob, entropy and sum of squared probabilities of every policy token."""
     hidden = hidden_states(model, micro, arithmetic)
     head = model.head
@@ -50,7 +51,7 @@ def log_probs(model: Model, micro: MicroBatch, arithmetic: Arithmetic) -> LogPro
 
 
 @torch.no_grad()
-def batch_log_probs(model: Model, batch: PackedBatch, arithmetic: Arithmetic) -> LogProbs:
+def batch_log_probs(model: Model | WithoutAdapters, batch: PackedBatch, arithmetic: Arithmetic) -> LogProbs:
     """The columns of the whole batch, without gradients."""
     parts = [log_probs(model, micro, arithmetic) for micro in batch.micro_batches]
     return LogProbs(

@@ -27,6 +27,7 @@ from async_rl.trainer.schedule import base_learning_rate
 from async_rl_kernels import LogProbs
 
 if TYPE_CHECKING:
+    from async_rl.model.lora import Adapters, WithoutAdapters
     from async_rl.trainer.forward import Model
 
 
@@ -39,6 +40,8 @@ class LearnerOptions:
     updates_per_batch: int
     optimizer: OptimizerSettings
     arithmetic: Arithmetic
+    send_adapters: bool = False
+    """where there are adapters, only they travel to the generators"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +80,9 @@ class Learner:
         recipe: Recipe,
         options: LearnerOptions,
         *,
-        reference: Model | None = None,
+        reference: Model | WithoutAdapters | None = None,
         critic: Critic | None = None,
+        adapters: Adapters | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or one_rank()
@@ -88,6 +92,7 @@ class Learner:
         self.needs = requirements(recipe)
         self.reference = reference
         self.critic = critic
+        self.adapters = adapters
         self.version = 0
         self.state = ObjectiveState()
         assert reference is not None or not self.needs.reference, "this recipe needs a reference model"
@@ -126,7 +131,7 @@ class Learner:
         clipped_norm = pass_.clipped_norm(answer)
         metrics = {**answer.metrics, **pass_.backward(answer, columns, self.recipe)}
         found = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.model.parameters()]
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.trained().values()]
         )
         self.optimizer.zero_grad(set_to_none=True)
         metrics["grad/norm"] = norm = float(torch.linalg.vector_norm(found))
@@ -149,13 +154,25 @@ class Learner:
         )
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, detached, not copied."""
+        """The policy's weights by name, detached; not copied but where adapters are added to them."""
+        if self.adapters is not None:
+            return dict(self.adapters.weights())
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters by name, whole, one after another. Collective: every rank goes through all of them;
         what it gets counts on the leader. Not copied where a rank holds them whole."""
         yield from self.weights().items()
+
+    def sent(self) -> dict[str, Tensor]:
+        """What travels to the generators."""
+        if self.adapters is not None and self.options.send_adapters:
+            return self.adapters.tensors()
+        return self.weights()
+
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters that are trained, detached from nothing."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     # ------------------------------------------------------------- one update
 

@@ -165,7 +165,7 @@ class TrainerLoop:
 
     def publish(self, *, ess: float = -1.0) -> None:
         """Hand the weights over and say so; `ess`: of the batch they were trained on, if any."""
-        self.publisher.publish(self.learner.weights(), self.learner.version)
+        self.publisher.publish(self.learner.sent(), self.learner.version)
         self.inbox.say(msg.Published(version=self.learner.version, ess=ess))
         self.canary.expect()
 
@@ -220,7 +220,7 @@ class TrainerLoop:
 
     @property
     def size_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.learner.weights().values())
+        return sum(p.numel() * p.element_size() for p in self.learner.model.parameters())
 
     def seconds(self) -> float:
         """Training time of the run so far."""

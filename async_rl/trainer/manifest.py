@@ -44,9 +44,14 @@ def write_whole(final: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     write(partial)
-    files = {p.name: {"bytes": p.stat().st_size, "blake2b": _digest(p)} for p in sorted(partial.iterdir())}
+    inside = sorted(partial.rglob("*"))
+    files = {
+        p.relative_to(partial).as_posix(): {"bytes": p.stat().st_size, "blake2b": _digest(p)}
+        for p in inside
+        if p.is_file()
+    }
     (partial / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=1) + "\n")
-    for path in (*partial.iterdir(), partial):
+    for path in (*inside, partial / MANIFEST, partial):
         to_disk(path)
     # An older folder of this name belongs to a life of the run that was given up.
     shutil.rmtree(final, ignore_errors=True)

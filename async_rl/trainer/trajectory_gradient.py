@@ -242,7 +242,8 @@ class Hooks:
         self._model = model
         self._record = record
         self._handles: list[Any] = []
-        self._source: Tensor | None = None
+        self._sources: list[tuple[Tensor, SharedInput]] = []
+        """inputs seen last: an adapter's own comes between those of the layers it stands beside"""
 
     def __enter__(self) -> None:
         # Parameters are taken here: during functional_call modules hold detached stand-ins.
@@ -263,7 +264,7 @@ class Hooks:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._source = None
+        self._sources.clear()
 
     def _linear(
         self,
@@ -274,10 +275,9 @@ class Hooks:
         output: Tensor,
     ) -> None:
         record = self._record
-        if self._source is not inputs[0]:
-            self._source = inputs[0]
-            record.inputs.append(SharedInput(inputs[0].detach().to(output.dtype)))
-        shared = record.inputs[-1]
+        if not weight.requires_grad and (bias is None or not bias.requires_grad):
+            return
+        shared = self._shared(inputs[0], output.dtype)
 
         def keep(gradient: Tensor) -> None:
             if weight.requires_grad:
@@ -286,6 +286,16 @@ class Hooks:
                 record.vectors.append((bias, segment_sums(gradient, record.segments)))
 
         output.register_hook(keep)
+
+    def _shared(self, source: Tensor, dtype: torch.dtype) -> SharedInput:
+        """The record's entry of an input."""
+        found = next((shared for seen, shared in self._sources if seen is source), None)
+        if found is None:
+            found = SharedInput(source.detach().to(dtype))
+            self._record.inputs.append(found)
+        others = [pair for pair in self._sources if pair[0] is not source]
+        self._sources = [*others[-1:], (source, found)]
+        return found
 
     def _norm(self, weight: Tensor, module: RMSNorm, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         record, x = self._record, inputs[0].detach()

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support_faulty_trainer import FIRST_WRONG, WRONG_TENSOR
+from support_faulty_trainer import FIRST_WRONG, WRONG_ADAPTER, WRONG_TENSOR
 from support_run import quick_settings, train
 
 from async_rl.errors import RunFailed
+from async_rl.lab.replay import replay
 from async_rl.launch.launcher import Launcher
 from async_rl.model.folder import load_tensors
 from async_rl.observe.console import Console
@@ -82,3 +83,46 @@ def test_an_honest_run_of_two_generators_is_checked_and_never_trips(
     assert canary["max_difference"] < (1e-4 if dtype == "float32" else 1.0)
     assert max(row["time/canary"] for row in rows) > 0
 
+
+ADAPTERS = ("lora.rank=2", "lora.send=adapter", "optimizer.learning_rate=0.02", "recipe=grpo")
+
+
+@pytest.mark.parametrize("fault", ["adapter", "none"])
+def test_wrong_adapters_end_the_run_at_that_step_with_the_names_of_the_weights(
+    fault: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    overrides = (*EASY, *ADAPTERS, "staleness.max_staleness=0", "trainer.steps=8")
+    folder = RunFolder(tmp_path / "run")
+    launcher = FaultyLauncher(quick_settings(tiny_model, *overrides), folder, Console(quiet=True))
+    launcher.fault = fault
+    try:
+        with pytest.raises(RunFailed, match="generator-0 does not hold the weights of version 2"):
+            launcher.run()
+    finally:
+        launcher.release()
+    assert len(list(read_rows(folder.metrics))) == FIRST_WRONG
+    (event,) = [e for e in read_rows(folder.events) if e["event"] == "canary_failed"]
+    layer = WRONG_ADAPTER.removesuffix(".lora_B.weight") + ".weight"
+    if fault == "adapter":
+        assert event["tensors"] == [layer]
+    else:
+        assert layer in event["tensors"]
+        assert all("_proj" in name for name in event["tensors"])
+
+
+@pytest.mark.parametrize("send", ["merged", "adapter"])
+def test_a_run_of_adapters_is_checked_by_the_canary_and_replays_to_the_bit(
+    send: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    overrides = (*EASY, *ADAPTERS, f"lora.send={send}", "trainer.steps=6", "checkpoint.every=3")
+    folder = train(quick_settings(tiny_model, *overrides), tmp_path / "run")
+    summary = json.loads(folder.summary.read_text())
+    assert summary["canary"]["unchecked"] == []
+    assert summary["canary"]["max_difference"] < 1e-4
+    replayed = replay(folder)
+    assert replayed.difference is None
+    assert replayed.compared == 7
+    (ready,) = [e for e in read_rows(folder.events) if e["event"] == "trainer_ready"]
+    whole = sum(4 * t.numel() for t in load_tensors(tiny_model).values())
+    assert ready["weights_bytes"] == whole if send == "merged" else ready["weights_bytes"] < whole / 4

@@ -1,0 +1,185 @@
+"""Low-rank adapters on the linear layers of a model (Hu et al. 2021), through peft.
+
+W stays as it is; beside it B A x alpha / rank is learned, with A random and B zero at first, so that a
+model with fresh adapters is the model. No dropout: it would make log-probs and so every ratio random.
+
+The sum W + B A alpha / rank is defined element by element in a fixed order (`merged`), so that trainer and
+generators get the same bits from the same tensors on any device, and checksums can tell a generator whose
+weights are not the trainer's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from async_rl.errors import UserError
+from async_rl.model.architecture import check_targets
+
+if TYPE_CHECKING:
+    from async_rl.model.decoder import Attention, Decoder
+    from async_rl.model.huggingface import HuggingFaceDecoder
+
+NAME = "default"
+"""of the adapter, as peft keeps several"""
+A, B = ".lora_A.weight", ".lora_B.weight"
+WEIGHTS_FILE, PREFIX = "adapter_model.safetensors", "base_model.model."
+"""peft's; the prefix is that of a `PeftModel` around a transformers model"""
+BLOCK = 1 << 16
+"""elements of one tensor that are summed up together: they stay in a processor's cache"""
+
+
+class Adapters:
+    """The adapters in a model. Everything else in it is frozen."""
+
+    def __init__(self, model: Decoder | HuggingFaceDecoder, config: Any, layers: Mapping[str, Any]) -> None:
+        """`config`: peft's; `layers`: its layers by the name of what they replace. Use `add_adapters`."""
+        self._model = model
+        self._config = config
+        self._layers = layers
+        self.scaling: float = config.lora_alpha / config.r
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A [rank, in] and B [out, rank] of every layer, `<layer>.lora_A.weight` and `.lora_B.weight`, detached."""
+        return {name: parameter.detach() for name, parameter in self._parameters().items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `tensors`. Raises KeyError for one that is missing."""
+        with torch.no_grad():
+            for name, parameter in self._parameters().items():
+                parameter.copy_(tensors[name])
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The whole model as if it had been trained itself: (name, tensor), adapters added, one by one."""
+        for name, parameter in self._model.named_parameters():
+            layer, _, rest = name.partition(".base_layer.")
+            if rest == "weight":
+                a, b = self._layers[layer].lora_A[NAME].weight, self._layers[layer].lora_B[NAME].weight
+                yield f"{layer}.weight", merged(parameter.detach(), a.detach(), b.detach(), self.scaling)
+            elif not parameter.requires_grad:
+                yield plain_name(name), parameter.detach()
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, the model is what it was before training. Not for a forward that will be differentiated."""
+        for layer in self._layers.values():
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in self._layers.values():
+                layer.enable_adapters(True)
+
+    def save(self, folder: Path, *, base: str) -> None:
+        """Write a folder that peft loads onto the model of the folder `base`."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._config.base_model_name_or_path = base
+        self._config.save_pretrained(str(folder))
+        whole = {PREFIX + name: t.cpu().contiguous().clone() for name, t in self.tensors().items()}
+        save_file(whole, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        found = {}
+        for name, layer in self._layers.items():
+            found[name + A] = layer.lora_A[NAME].weight
+            found[name + B] = layer.lora_B[NAME].weight
+        return found
+
+
+class WithoutAdapters:
+    """The model as it was before training, without a copy of it: calls it with its adapters off."""
+
+    def __init__(self, model: Decoder | HuggingFaceDecoder, adapters: Adapters) -> None:
+        self._model = model
+        self._adapters = adapters
+
+    @property
+    def head(self) -> Tensor:  # [vocabulary, hidden]
+        return self._model.head
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        with self._adapters.off():
+            hidden: Tensor = self._model(tokens, positions, attention)
+        return hidden
+
+
+def add_adapters(
+    model: Decoder | HuggingFaceDecoder, *, rank: int, alpha: float, targets: Sequence[str] = ()
+) -> Adapters:
+    """Put fresh adapters (A by torch's random state) on the layers whose names end in one of `targets` (empty:
+    all linear layers but the head) and freeze the rest. Raises UserError when peft is missing or a target is no
+    such layer."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("lora.rank needs peft; pip install 'async-rl[lora]', or set lora.rank=0") from None
+    known = linear_names(model)
+    if not known:
+        raise UserError(f"lora.rank: a model of type {model.config.family!r} has no plain linear layer to adapt")
+    check_targets(targets, known)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft computes with it as it is
+        target_modules=sorted(targets or known),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    inject_adapter_in_model(config, model, NAME)
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    for layer in layers.values():
+        layer.cast_input_dtype_enabled = False  # autocast does it, without a copy in float32
+    return Adapters(model, config, layers)
+
+
+def read_adapters(folder: Path) -> dict[str, Tensor]:
+    """What `Adapters.save` wrote, for `load`. Raises FileNotFoundError."""
+    from safetensors.torch import load_file
+
+    return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Last parts of the names of the linear layers but the head."""
+    head = model.head
+    found = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight is not head
+    }
+    return sorted(found)
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what peft puts into it."""
+    return name.replace(".base_layer.", ".")
+
+
+@torch.no_grad()
+def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """weight + scaling * b @ a in float32, which shares no memory with `weight`.
+
+    weight [out, in], a [rank, in], b [out, rank]. Every operation rounds one element once, in the order of the
+    rank, so the bits are the same on every device and for any number of threads; a matrix product promises
+    neither. It costs 2 * rank passes over the tensor.
+    """
+    left, right = (b.float() * scaling).contiguous(), a.float()
+    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    # on a GPU one block: there launches are dear and not caches small
+    rows = len(out) if weight.is_cuda else max(1, BLOCK // max(1, weight.shape[1]))
+    for begin in range(0, len(out), rows):
+        part, factor = out[begin : begin + rows], left[begin : begin + rows]
+        torch.mul(factor[:, :1], right[:1], out=part)
+        product = torch.empty_like(part)
+        for k in range(1, right.shape[0]):
+            part.add_(torch.mul(factor[:, k : k + 1], right[k : k + 1], out=product))
+        part.add_(weight[begin : begin + rows].float())
+    return out
