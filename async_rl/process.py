@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
@@ -24,6 +25,8 @@ MOST_CAUSE = 5000
 """characters of a cause; as JSON it fits a pipe"""
 TOLD_TO_END = 143
 """exit code after SIGTERM"""
+AGENT = "ASYNC_RL_AGENT"
+"""environment variable of the trainer's ranks: process number of what started them (launch/agent.py)"""
 CORES = "ASYNC_RL_CORES"
 """environment variable: the cores of a process (0,1), of several ranks one after the other (0,1;2,3)"""
 GRACE_S = 1.0
@@ -62,7 +65,7 @@ def bind_threads() -> None:
 def _leave(name: str, folder: RunFolder, kind: str, message: str) -> NoReturn:
     cause = json.dumps({"kind": kind, "message": message[:MOST_CAUSE], "time": time.time()})
     with suppress(OSError, KeyError):  # first where no disk is needed
-        os.write(int(os.environ[CAUSE_PIPE]), cause.encode())
+        os.write(int(os.environ[CAUSE_PIPE]), cause.encode() + b"\n")
     with suppress(OSError):
         folder.failure(name).write_text(cause)
     with suppress(RunFailed):
@@ -86,6 +89,38 @@ def on_order_to_end(leave: Callable[[], None]) -> None:
         leave()
 
     signal.signal(signal.SIGTERM, ordered)
+
+
+def belong_to_agent(pipes: Sequence[str]) -> None:
+    """Of a rank that torch's elastic agent started: end when the agent ends, and hold the launcher's `pipes`
+    (environment variables), which that agent holds but does not pass on."""
+    agent = int(os.environ[AGENT])
+    die_with(agent)
+    for name in pipes:
+        end = os.environ.pop(name, None)
+        if end is None:
+            continue
+        with suppress(OSError):
+            # Not to wait for the other end, should that have gone: reading then says so at once.
+            mode = os.O_RDONLY if name == PARENT_PIPE else os.O_WRONLY
+            own = os.open(f"/proc/{agent}/fd/{end}", mode | os.O_NONBLOCK | os.O_CLOEXEC)
+            if name == PARENT_PIPE:
+                os.set_blocking(own, True)
+            os.environ[name] = str(own)
+
+
+def die_with(pid: int) -> None:
+    """From now on this process ends as soon as process `pid` does, however that ends."""
+    try:
+        watched = os.pidfd_open(pid)
+    except ProcessLookupError:
+        os._exit(TOLD_TO_END)
+
+    def watch() -> None:
+        select.select([watched], [], [])
+        os._exit(TOLD_TO_END)
+
+    threading.Thread(target=watch, name="agent-watch", daemon=True).start()
 
 
 def _stop(*_: object) -> NoReturn:

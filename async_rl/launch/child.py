@@ -70,7 +70,8 @@ class Child:
         """What it left of its failure: in the run folder or, when nothing could be written there, by its pipe."""
         if self.ended and not self.said:
             with suppress(ValueError, OSError):
-                self.said.update(json.loads(self.cause_pipe.read(PIPE_BYTES) or b""))
+                said = (self.cause_pipe.read(PIPE_BYTES) or b"").splitlines()
+                self.said.update(json.loads(said[-1] if said else b""))  # of several the last knows the others
         with suppress(ValueError, OSError):  # a full disk leaves it empty
             return dict(json.loads(self.folder.failure(self.name).read_text()))
         return self.said

@@ -154,8 +154,10 @@ class Launcher:
         for_joiners = (facts.task_digest, str(segment_path(self.folder.path)), self.weights_endpoint)
         self.spawn("buffer", "async_rl.buffer", path, endpoint, *known, version, *for_joiners)
         endpoint = self.settings.wire.connect or as_reached_from_here(endpoint)
+        ranks = self.settings.trainer.ranks
+        module = ("async_rl.launch.agent", str(ranks)) if ranks > 1 else ("async_rl.trainer",)
         self.spawn(
-            "trainer", "async_rl.trainer", path, endpoint, version,
+            "trainer", *module, path, endpoint, version,
             threads=self.settings.trainer.threads, environment=facts.placement.trainer_environment(),
         )  # fmt: skip
         budgets = self.crew.budgets

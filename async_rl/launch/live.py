@@ -117,4 +117,6 @@ def _processes(children: Sequence[Mapping[str, object]], detail: Mapping[str, An
 
 
 def _role(name: str) -> str:
-    return name if name in ("buffer", "trainer", "weights") else "generator"
+    if name.startswith("trainer"):
+        return "trainer"  # or one of its ranks
+    return name if name in ("buffer", "weights") else "generator"

@@ -86,7 +86,8 @@ class Vitals:
         return found
 
     def rows(self, now: float) -> list[dict[str, object]]:
-        """One a process, in plain values."""
+        """One a process, in plain values. What started the trainer's ranks stands behind them."""
+        heard = {sign.of for sign in self.signs.values()}
         return [
             {
                 "name": sign.name,
@@ -96,6 +97,7 @@ class Vitals:
                 "silent_s": round(now - sign.heard, 3),
             }
             for pid, sign in self.signs.items()
+            if pid not in heard
         ]
 
     def close(self) -> None:

@@ -7,43 +7,59 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from async_rl.process import run_process
+from async_rl.process import AGENT, CAUSE_PIPE, PARENT_PIPE, belong_to_agent, run_process
 from async_rl.run_folder import RunFolder, replace_text
 from async_rl.settings import Settings
+from async_rl.trainer.rank_name import RANK, process_name
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer
-from async_rl.wire.heartbeat import Activity, make_heartbeat
+from async_rl.wire.heartbeat import PULSE_PIPE, Activity, make_heartbeat
 from async_rl.wire.keys import keys_in
 
+if TYPE_CHECKING:
+    from async_rl.trainer.ranks import Ranks
 
-def train(folder: RunFolder, settings: Settings, endpoint: str, version: int, activity: Activity) -> None:
-    """Build the learner, go on from the checkpoint of `version` (0: from the initial model), train, leave
-    the summary, say done."""
+
+def train(
+    folder: RunFolder, settings: Settings, endpoint: str, version: int, activity: Activity, ranks: Ranks | None = None
+) -> None:
+    """Build the learner, go on from the checkpoint of `version` (0: from the initial model), train. The leader, or
+    the only rank, talks to the buffer, leaves the summary and says done; other ranks follow it."""
     import torch
 
     from async_rl.task import make_task
     from async_rl.trainer.build import make_learner
     from async_rl.trainer.canary import make_canary
     from async_rl.trainer.checkpoint import load_checkpoint, weights_hash
+    from async_rl.trainer.follow import follow
     from async_rl.trainer.inbox import Inbox
     from async_rl.trainer.loop import TrainerLoop
     from async_rl.trainer.manifest import checkpoint_path
+    from async_rl.trainer.team import End, Team
     from async_rl.weights.shared_memory import WeightPublisher, segment_path
 
     activity.now("loading the model")
     torch.set_num_threads(settings.trainer.threads)
-    learner = make_learner(settings)
-    initial_hash = weights_hash(learner.weights())
+    learner = make_learner(settings, ranks)
+    initial = learner.full_weights()
+    initial_hash = weights_hash(initial) if learner.ranks.leads else ""
+    for _ in initial:
+        pass  # on the other ranks, which help to gather them
     progress = load_checkpoint(checkpoint_path(folder.checkpoints, version), learner) if version else None
+    if not learner.ranks.leads:
+        follow(settings, learner, activity)
+        return
+    team = Team(learner.ranks)
     task = make_task(settings.task.name, settings.task.args)
     limit = settings.wire.max_message_mb << 20
     with (
         Dealer(endpoint, "trainer", max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as dealer,
         WeightPublisher(segment_path(folder.path), learner.sent()) as publisher,
     ):
-        canary = make_canary(settings, learner, task, folder.event)
-        inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity)
+        canary = make_canary(settings, learner, task, folder.event, team)
+        inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity, team.still)
         inbox.say(msg.Hello(role="trainer", name="trainer", pid=os.getpid()))
         loop = TrainerLoop(
             settings=settings,
@@ -52,6 +68,7 @@ def train(folder: RunFolder, settings: Settings, endpoint: str, version: int, ac
             inbox=inbox,
             canary=canary,
             publisher=publisher,
+            team=team,
             source=Path(settings.model.path),
             eval_problems=len(task.problems("eval")),
             initial_hash=initial_hash,
@@ -61,19 +78,47 @@ def train(folder: RunFolder, settings: Settings, endpoint: str, version: int, ac
         sent = sum(t.numel() * t.element_size() for t in learner.sent().values())
         folder.event("trainer_ready", weights_bytes=sent, time=time.time())
         summary = loop.run()
+        team.say(End())
         replace_text(folder.summary, json.dumps(summary.to_dict(), indent=2) + "\n")
         dealer.send(msg.Done())
 
 
+def train_as_rank(folder: RunFolder, settings: Settings, endpoint: str, version: int, activity: Activity) -> None:
+    """`train`, as one of the ranks of which torchrun's variables tell; alone without them."""
+    if RANK not in os.environ:
+        train(folder, settings, endpoint, version, activity)
+        return
+    from async_rl.trainer.ranks import join_ranks
+
+    activity.now("waiting for the other ranks")
+    with join_ranks(settings.trainer.device, settings.wire.timeout_s) as ranks:
+        train(folder, settings, endpoint, version, activity, ranks)
+
+
 def main(path: str, endpoint: str, version: str) -> None:
     folder = RunFolder(Path(path))
+    rank = int(os.environ.get(RANK, "0"))
+    name = process_name(rank)
+    if AGENT in os.environ:
+        belong_to_agent((PARENT_PIPE, CAUSE_PIPE, PULSE_PIPE))
+    if rank > 0:
+        own_log(folder.logs / f"{name}.log")
 
     def work() -> None:
         settings, activity = folder.settings(), Activity()
-        with make_heartbeat("trainer", "trainer", activity, settings.wire, endpoint):
-            train(folder, settings, endpoint, int(version), activity)
+        with make_heartbeat(name, "trainer", activity, settings.wire, endpoint if rank == 0 else None):
+            train_as_rank(folder, settings, endpoint, int(version), activity)
 
-    run_process("trainer", folder, work)
+    run_process(name, folder, work)
+
+
+def own_log(path: Path) -> None:
+    """Standard output and error of this process go there from now on, whatever writes to them."""
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log, stream.fileno())
+    os.close(log)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from async_rl.errors import RunFailed
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.settings import Settings
-from async_rl.weights.canary import TOLERANCE, Comparison, Evidence, compare, fingerprint, probe_tokens
+from async_rl.trainer.team import Team
+from async_rl.weights.canary import TOLERANCE, Comparison, Evidence, compare, fingerprint, in_bunches, probe_tokens
 from async_rl.wire import messages as msg
 from async_rl_kernels import linear_logprob
 
@@ -80,6 +81,8 @@ class CanaryWatch:
     options: CanaryOptions
     event: Callable[..., None]
     """writes an event of the run"""
+    team: Team
+    """the trainer's other ranks"""
     expected: dict[int, Evidence] = field(default_factory=dict)
     generators: dict[str, Watched] = field(default_factory=dict)
     step: int = 0
@@ -96,12 +99,18 @@ class CanaryWatch:
         version = self.learner.version
         self.expected[version] = Evidence(
             version=version,
-            digests=fingerprint(self.learner.weights(), version, self.options.dtype),
+            digests=self._digests(version),
             log_probs=probe_log_probs(self.learner.model, self.options.probe),
         )
         while len(self.expected) > REMEMBERED:
             del self.expected[next(iter(self.expected))]
         self.seconds += time.monotonic() - started
+
+    def _digests(self, version: int) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for some in in_bunches(self.team.weights(self.learner)):
+            found |= fingerprint(some, version, self.options.dtype)
+        return found
 
     def hear(self, canary: msg.Canary) -> None:
         """Compare. Raises RunFailed with both numbers and the tensors that differ."""
@@ -207,7 +216,9 @@ def probe_log_probs(model: Model, tokens: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(answer.log_prob.tolist())
 
 
-def make_canary(settings: Settings, learner: Learner, task: Task, event: Callable[..., None]) -> CanaryWatch:
+def make_canary(
+    settings: Settings, learner: Learner, task: Task, event: Callable[..., None], team: Team
+) -> CanaryWatch:
     """The watch of a run."""
     chosen = settings.generator
     options = CanaryOptions(
@@ -218,4 +229,4 @@ def make_canary(settings: Settings, learner: Learner, task: Task, event: Callabl
         tolerance=settings.canary.tolerance or TOLERANCE[chosen.dtype],
         silent_steps=settings.canary.silent_steps,
     )
-    return CanaryWatch(learner, options, event, step=learner.version)
+    return CanaryWatch(learner, options, event, team, step=learner.version)

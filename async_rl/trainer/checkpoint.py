@@ -2,8 +2,9 @@
 
 A checkpoint is a Hugging Face folder of the policy (config, tokenizer, weights) with, beside it:
 `optimizer.safetensors` (moments by parameter name), `critic.safetensors` and `critic_optimizer.safetensors`
-where there is a critic, `adapter/` (peft's format; the folder's own weights then have
-them added) where adapters are trained, `learner.json` (version, objective's running state, random generators) and
+where there is a critic (each in parts where several ranks wrote it, see rows.py), `adapter/` (peft's format; the
+folder's own weights then have them added) where adapters are trained, `learner.json` (version, objective's running
+state, random generators) and
 `progress.json` (what the trainer's loop remembers). The learning-rate schedule is a function of the version.
 The KL reference is the initial model: `initial_hash` says which bytes that was.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,48 +22,73 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from async_rl.errors import UserError
+from async_rl.errors import RunFailed, UserError
 from async_rl.model.folder import load_model, save_folder
 from async_rl.model.lora import read_adapters
 from async_rl.objective import ObjectiveState
 from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, write_whole
+from async_rl.trainer.rows import RowFiles, save_rows
+from async_rl.trainer.team import Save, Team
 
 if TYPE_CHECKING:
     from async_rl.trainer.learner import Learner
 
+Weights = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 Progress = Mapping[str, Any]
 """plain data, for JSON"""
 ADAPTERS = "adapter"
 """folder in a checkpoint, as peft writes one"""
 
 
-def save_checkpoint(folder: Path, learner: Learner, progress: Progress, *, source: Path, keep: int) -> Path:
-    """Write the learner's state as a whole, durable folder; keep the newest `keep`.
+def save_checkpoint(
+    folder: Path, learner: Learner, progress: Progress, *, source: Path, keep: int, team: Team | None = None
+) -> Path:
+    """Write the learner's state as a whole, durable folder; keep the newest `keep`. Of several ranks the leader
+    does it, and each other one writes its part (`save_part`).
 
     `source` gives config and tokenizer. Raises OSError or SafetensorError when it cannot be written."""
     final = checkpoint_path(folder, learner.version)
+    team = team or Team(learner.ranks)
 
     def write(into: Path) -> None:
+        team.say(Save(folder=into))
         whole = None if learner.adapters is None else learner.weights()
         save_folder(into, learner.model, source=source, weights=whole)
         if learner.adapters is not None:
             learner.adapters.save(into / ADAPTERS, base=str(source))
-        _save(optimizer_state(learner.optimizer, _names(learner)), into / "optimizer.safetensors")
-        if learner.critic is not None:
-            _save(learner.critic.state_dict(), into / "critic.safetensors")
-            critic = optimizer_state(learner.critic.optimizer, _critic_names(learner))
-            _save(critic, into / "critic_optimizer.safetensors")
+        save_part(into, learner)
         state = {"version": learner.version, "objective": learner.state.to_dict(), "random": random_state()}
         (into / "learner.json").write_text(json.dumps(state) + "\n")
         (into / "progress.json").write_text(json.dumps(dict(progress)) + "\n")
 
-    write_whole(final, write)
+    write_whole(final, write, still=team.still)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def save_part(folder: Path, learner: Learner) -> None:
+    """What each rank writes of a checkpoint: its part of the moments, and of the critic. Collective: when it
+    returns, all have written. Raises RunFailed where this rank cannot."""
+    ranks = learner.ranks
+    try:
+        save_rows(optimizer_state(learner.optimizer, _names(learner)), folder, "optimizer", ranks)
+        if learner.critic is not None:
+            save_rows(learner.critic.state_dict(), folder, "critic", ranks)
+            moments = optimizer_state(learner.critic.optimizer, _critic_names(learner))
+            save_rows(moments, folder, "critic_optimizer", ranks)
+    except (OSError, SafetensorError) as error:
+        if ranks.leads:
+            raise  # the loop says it
+        raise RunFailed(
+            f"its part of the checkpoint of version {learner.version} cannot be written to {folder} "
+            f"({getattr(error, 'strerror', None) or error}); make room there, or let every rank see that folder, "
+            "and resume the run"
+        ) from None
+    ranks.barrier()
 
 
 def load_checkpoint(path: Path, learner: Learner) -> Progress:
@@ -75,11 +101,13 @@ def load_checkpoint(path: Path, learner: Learner) -> Progress:
             with torch.no_grad():
                 for name, parameter in learner.model.named_parameters():
                     parameter.copy_(stored[name])
-        load_optimizer(learner.optimizer, _names(learner), load_file(path / "optimizer.safetensors"))
+        load_optimizer(learner.optimizer, _names(learner), path, "optimizer")
         if learner.critic is not None:
-            learner.critic.load_state_dict(load_file(path / "critic.safetensors"))
-            moments = load_file(path / "critic_optimizer.safetensors")
-            load_optimizer(learner.critic.optimizer, _critic_names(learner), moments)
+            critic = learner.critic.named_parameters()
+            with RowFiles(path, "critic") as files, torch.no_grad():
+                for name, parameter in critic.items():
+                    parameter.copy_(files.as_laid_out(name, parameter))
+            load_optimizer(learner.critic.optimizer, _critic_names(learner), path, "critic_optimizer")
         state = json.loads((path / "learner.json").read_text())
         learner.version = state["version"]
         learner.state = ObjectiveState.from_dict(state["objective"])
@@ -90,15 +118,16 @@ def load_checkpoint(path: Path, learner: Learner) -> Progress:
     return progress
 
 
-def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """One hash over names, dtypes, shapes and bytes of all tensors, in order of name."""
+def weights_hash(weights: Weights) -> str:
+    """One hash over names, dtypes, shapes and bytes of all tensors, in order of name (in which they must come, where
+    they come one after another)."""
     digest = blake2b(digest_size=16)
     for part in _parts(weights):
         digest.update(part)
     return digest.hexdigest()
 
 
-def weights_checksum(weights: Mapping[str, Tensor]) -> str:
+def weights_checksum(weights: Weights) -> str:
     """CRC-32 of the same bytes: a fifth of the time, for every step. It finds the step at which two trainings
     part; that they end alike is the hash's to say."""
     value = 0
@@ -107,9 +136,12 @@ def weights_checksum(weights: Mapping[str, Tensor]) -> str:
     return f"{value:08x}"
 
 
-def _parts(weights: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
+def _parts(weights: Weights) -> Iterator[bytes | memoryview]:
+    before = ""
+    for name, whole in sorted(weights.items()) if isinstance(weights, Mapping) else weights:
+        assert before < name, "weights are hashed in order of name"
+        before = name
+        tensor = whole.detach().cpu().contiguous()
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
         yield tensor.view(-1).view(torch.uint8).numpy().data
 
@@ -126,16 +158,18 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str
     }
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], stored: Mapping[str, Tensor]
-) -> None:
-    """The inverse of `optimizer_state`, bit by bit. Raises KeyError for a parameter it does not have."""
+def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], folder: Path, stem: str) -> None:
+    """The inverse of `optimizer_state`, bit by bit, whatever number of ranks wrote it. Raises KeyError for a
+    parameter it does not have."""
     parameters = {name: parameter for parameter, name in names.items()}
     optimizer.state.clear()
-    for key, value in stored.items():
-        what, _, name = key.partition("/")
-        parameter = parameters[name]
-        optimizer.state[parameter][what] = value.to(parameter.device)
+    with RowFiles(folder, stem) as files:
+        for key in sorted(files.names()):
+            what, _, name = key.partition("/")
+            parameter = parameters[name]
+            scalar = what == "step"
+            value = files.scalar(key).to(parameter.device) if scalar else files.as_laid_out(key, parameter)
+            optimizer.state[parameter][what] = value
 
 
 def _names(learner: Learner) -> dict[Tensor, str]:
@@ -145,11 +179,6 @@ def _names(learner: Learner) -> dict[Tensor, str]:
 def _critic_names(learner: Learner) -> dict[Tensor, str]:
     assert learner.critic is not None
     return {parameter: name for name, parameter in learner.critic.named_parameters().items()}
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    # Cloned: safetensors refuses views of a joint buffer.
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path)
 
 
 # -------------------------------------------------------------------------------------- random numbers

@@ -7,6 +7,7 @@ waited for. Hearing it twice, late or in another order changes nothing there.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from async_rl.errors import RunFailed
@@ -54,6 +55,8 @@ class Inbox:
     canary: CanaryWatch
     """compares what generators show of their weights, wherever it arrives"""
     activity: Activity = field(default_factory=Activity)
+    still: Callable[[], None] = lambda: None
+    """called every few seconds while it waits"""
     said: dict[type, msg.Message] = field(default_factory=dict)
     """the newest of each kind that the buffer must know, in the order in which it is said again"""
     said_again: float = 0.0
@@ -169,6 +172,7 @@ class Inbox:
 
     def _receive(self, patience: Patience, waiting_for: str) -> None:
         """Take in one message, or wait a while for none."""
+        self.still()
         if patience.left_s <= 0:
             last = f"; last heard: {self.last_word}" if self.last_word else ""
             raise RunFailed(f"waited {self.timeout_s:g} s (wire.timeout_s) for {waiting_for}{last}")

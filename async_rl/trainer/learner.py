@@ -160,9 +160,9 @@ class Learner:
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The parameters by name, whole, one after another. Collective: every rank goes through all of them;
-        what it gets counts on the leader. Not copied where a rank holds them whole."""
-        yield from self.weights().items()
+        """The parameters by name, in order of name, whole, one after another. Collective: every rank goes through
+        all of them; what it gets counts on the leader. Not copied where a rank holds them whole."""
+        yield from sorted(self.weights().items())
 
     def sent(self) -> dict[str, Tensor]:
         """What travels to the generators."""

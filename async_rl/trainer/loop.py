@@ -23,6 +23,7 @@ from async_rl.trainer.checkpoint import Progress, save_checkpoint, weights_check
 from async_rl.trainer.inbox import Inbox
 from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, to_disk, version_of
 from async_rl.trainer.summary import Summary, Totals, mean, summarise
+from async_rl.trainer.team import Team, Train, wait_metrics
 from async_rl.trajectory import Trajectory
 from async_rl.wire import messages as msg
 
@@ -48,6 +49,8 @@ class TrainerLoop:
     publisher: WeightPublisher
     source: Path
     """folder of the model the run began with"""
+    team: Team
+    """the other ranks"""
     eval_problems: int
     """problems of the task's eval split"""
     initial_hash: str
@@ -126,19 +129,23 @@ class TrainerLoop:
         self.inbox.listen()
         started = time.monotonic()
         self.inbox.activity.now(f"training step {step}")
-        packed = pack_step(self.settings, batch.trajectories)
+        self.team.say(Train(step=step, trajectories=batch.trajectories))
+        waited_before = self.team.ranks.waited_s
+        packed = pack_step(self.settings, batch.trajectories, self.team.ranks)
         report = self.learner.step(packed)
+        rank_waits = wait_metrics(self.team.ranks, waited_before)
         trained = time.monotonic()
         self.inbox.listen()  # nothing newer is published over weights that arrived wrong
         self.inbox.activity.now(f"publishing version {step + 1}")
         self.publish(ess=report.metrics.get("ess/ratio", -1.0))
         published = time.monotonic()
         if self.size_bytes <= CHECKSUM_BYTES:
-            self.record_weights("checksum", weights_checksum(self.learner.weights()))
+            self.record_weights("checksum", weights_checksum(self.team.weights(self.learner)))
         row: dict[str, float] = {
             "step": step,
             "time": time.time(),
             **report.metrics,
+            **rank_waits,
             **_lag_split(batch.trajectories, step),
             "time/wait_for_batch": waited,
             "time/step": trained - started,
@@ -165,7 +172,7 @@ class TrainerLoop:
 
     def publish(self, *, ess: float = -1.0) -> None:
         """Hand the weights over and say so; `ess`: of the batch they were trained on, if any."""
-        self.publisher.publish(self.learner.sent(), self.learner.version)
+        self.publisher.publish(self.team.sent(self.learner), self.learner.version)
         self.inbox.say(msg.Published(version=self.learner.version, ess=ess))
         self.canary.expect()
 
@@ -176,7 +183,7 @@ class TrainerLoop:
             return
         started = time.monotonic()
         self.inbox.activity.now(f"checkpoint {version}")
-        self.record_weights("hash", weights_hash(self.learner.weights()))
+        self.record_weights("hash", weights_hash(self.team.weights(self.learner)))
         for rows in (self.folder.metrics, self.folder.weights):
             to_disk(rows)  # the rows of a checkpoint's steps must not be missing behind it
         progress: dict[str, Any] = {
@@ -187,7 +194,9 @@ class TrainerLoop:
         }
         keep = self.settings.checkpoint.keep
         try:
-            path = save_checkpoint(self.folder.checkpoints, self.learner, progress, source=self.source, keep=keep)
+            path = save_checkpoint(
+                self.folder.checkpoints, self.learner, progress, source=self.source, keep=keep, team=self.team
+            )
         except (OSError, SafetensorError) as error:
             raise RunFailed(
                 f"the checkpoint of version {version} cannot be written to {self.folder.checkpoints} "

@@ -35,8 +35,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step_*") if p.is_dir()), key=lambda p: (len(p.name), p.name))
 
 
-def write_whole(final: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder; it appears at `final` with all its bytes on the disk, or not at all.
+def write_whole(final: Path, write: Callable[[Path], None], still: Callable[[], None] = lambda: None) -> None:
+    """Let `write` fill a folder; it appears at `final` with all its bytes on the disk, or not at all. `still` is
+    called again and again while files are read back and made durable.
 
     Raises OSError, for example when the disk is full."""
     partial = final.parent / f".{final.name}.partial"
@@ -46,12 +47,13 @@ def write_whole(final: Path, write: Callable[[Path], None]) -> None:
     write(partial)
     inside = sorted(partial.rglob("*"))
     files = {
-        p.relative_to(partial).as_posix(): {"bytes": p.stat().st_size, "blake2b": _digest(p)}
+        p.relative_to(partial).as_posix(): {"bytes": p.stat().st_size, "blake2b": _digest(p, still)}
         for p in inside
         if p.is_file()
     }
     (partial / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=1) + "\n")
     for path in (*inside, partial / MANIFEST, partial):
+        still()
         to_disk(path)
     # An older folder of this name belongs to a life of the run that was given up.
     shutil.rmtree(final, ignore_errors=True)
@@ -99,11 +101,12 @@ def version_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, still: Callable[[], None] = lambda: None) -> str:
     digest = blake2b(digest_size=16)
     with path.open("rb") as file:
         for chunk in _chunks(file.read):
             digest.update(chunk)
+            still()
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ Only bytes and tensors travel, never pickled objects.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -41,6 +42,8 @@ class Ranks:
         self.mesh = mesh
         self.timeout_s = timeout_s
         """longest wait of a rank for the others in one collective"""
+        self.waited_s = 0.0
+        """spent in exchanges so far, most of it waiting for the slowest rank"""
 
     @property
     def leads(self) -> bool:
@@ -108,6 +111,7 @@ class Ranks:
 
     @contextmanager
     def _exchange(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
         try:
             yield
         except RuntimeError as error:  # what torch.distributed raises for a lost or late peer
@@ -115,6 +119,8 @@ class Ranks:
                 f"rank {self.rank} of {self.size} did not get {what}: a rank is gone or did not come within "
                 f"{self.timeout_s:g} s ({str(error).splitlines()[0]})"
             ) from None
+        finally:
+            self.waited_s += time.perf_counter() - started
 
 
 def one_rank() -> Ranks:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 SAMPLES = 64
 """elements of one tensor that are looked at under one version; smaller tensors are looked at whole"""
 PROBE_TOKENS = 64
+BUNCH_BYTES = 1 << 28
+"""of tensors whose checksums are formed together"""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """mean difference (`Comparison.mean_difference`) that the engine's dtype explains, nats. Measured in bfloat16: 0.001
 to 0.005 for two layers, up to 0.02 for 16 layers with sharp answers; in float32 2e-6."""
@@ -99,6 +101,20 @@ def fingerprint(
         digests[name] = int.from_bytes(digest.digest(), "little")
         start += len(part)
     return digests
+
+
+def in_bunches(tensors: Iterable[tuple[str, Tensor]], most_bytes: int = BUNCH_BYTES) -> Iterator[dict[str, Tensor]]:
+    """Tensors that come one after another, some at a time: to look at many at once without holding all."""
+    bunch: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in tensors:
+        bunch[name] = tensor
+        held += tensor.numel() * tensor.element_size()
+        if held >= most_bytes:
+            yield bunch
+            bunch, held = {}, 0
+    if bunch:
+        yield bunch
 
 
 def sampled_elements(sizes: NDArray[np.int64], version: int) -> NDArray[np.int64]:  # [tensors, SAMPLES]

@@ -18,7 +18,7 @@ import platform
 import struct
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -128,24 +128,26 @@ class WeightPublisher:
         whole = torch.frombuffer(self._map, dtype=torch.uint8, count=self._buffer_bytes, offset=start)
         return [tensor_of(whole, slot) for slot in self._slots]
 
-    def publish(self, tensors: Mapping[str, Tensor], version: int) -> None:
-        """Copy the tensors (from any device) and announce them. Raises ValueError when names, dtypes or
-        shapes are not those of the layout, or the version is not newer."""
+    def publish(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy the tensors (from any device; one after another, where they come so) and announce them. Raises
+        ValueError when names, dtypes or shapes are not those of the layout, or the version is not newer."""
         newest = self._words[_NEWEST]
         if version <= newest:
             raise ValueError(f"version {version} is not newer than {newest}")
-        if tensors.keys() != {slot.name for slot in self._slots}:
-            raise ValueError(f"other tensors than announced: {sorted(tensors.keys() ^ self._names())[:5]}")
         buffer = 1 if newest != _NOTHING and self._words[_VERSION] == newest else 0
-        for slot, view in zip(self._slots, self._views[buffer], strict=True):
-            given = tensors[slot.name]
+        missing = {slot.name: view for slot, view in zip(self._slots, self._views[buffer], strict=True)}
+        self._words[_SEQUENCE + buffer] |= 1  # it may be odd already, when a copy failed half-way
+        for name, given in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            view = missing.pop(name, None)
+            if view is None:
+                raise ValueError(f"other tensors than announced: {name}")
             if given.shape != view.shape or given.dtype != view.dtype:
                 raise ValueError(
-                    f"{slot.name} is {given.dtype} {tuple(given.shape)}, not {slot.dtype} {slot.shape}"
+                    f"{name} is {given.dtype} {tuple(given.shape)}, not {view.dtype} {tuple(view.shape)}"
                 )
-        self._words[_SEQUENCE + buffer] |= 1  # it may be odd already, when a copy failed half-way
-        for slot, view in zip(self._slots, self._views[buffer], strict=True):
-            view.copy_(tensors[slot.name].detach())
+            view.copy_(given.detach())
+        if missing:
+            raise ValueError(f"other tensors than announced: {sorted(missing)[:5]} did not come")
         start = self._first + buffer * self._buffer_bytes
         self._words[_CHECKSUM + buffer] = (
             _crc(memoryview(self._map)[start : start + self._buffer_bytes]) if self._checksum else _NOTHING
@@ -153,9 +155,6 @@ class WeightPublisher:
         self._words[_VERSION + buffer] = version
         self._words[_SEQUENCE + buffer] += 1
         self._words[_NEWEST] = version
-
-    def _names(self) -> set[str]:
-        return {slot.name for slot in self._slots}
 
     def close(self) -> None:
         """Remove the segment. Readers keep what they have."""

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from async_rl.process import AGENT
 from async_rl.settings import WireSettings
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
@@ -98,6 +99,7 @@ class Heartbeat:
         self._every_s = every_s
         self._open = dealer
         self._pipe = int(os.environ[PULSE_PIPE]) if PULSE_PIPE in os.environ else -1
+        self._of = int(os.environ.get(AGENT, "0"))
         self._watched = threading.get_ident()
         self._end = threading.Event()
         self._heard = time.monotonic()
@@ -160,6 +162,8 @@ class Heartbeat:
         if self._pipe < 0:
             return
         line = {"name": pulse.name, "pid": pulse.pid, "doing": pulse.doing, "since_s": round(pulse.since_s, 3)}
+        if self._of:
+            line["of"] = self._of
         with suppress(BlockingIOError, BrokenPipeError):  # the launcher is busy, or gone: not our concern here
             os.write(self._pipe, json.dumps(line).encode() + b"\n")
 

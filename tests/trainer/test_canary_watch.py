@@ -23,6 +23,7 @@ from async_rl.task import make_task
 from async_rl.trainer.build import make_learner
 from async_rl.trainer.canary import REMEMBERED, CanaryWatch, make_canary
 from async_rl.trainer.learner import Learner
+from async_rl.trainer.team import Team
 from async_rl.wire import messages as msg
 
 
@@ -34,7 +35,7 @@ class Bench:
         self.learner: Learner = make_learner(self.settings)
         self.events: list[dict[str, Any]] = []
         task = make_task(self.settings.task.name, self.settings.task.args)
-        self.watch: CanaryWatch = make_canary(self.settings, self.learner, task, self.event)
+        self.watch: CanaryWatch = make_canary(self.settings, self.learner, task, self.event, Team(self.learner.ranks))
 
     def event(self, kind: str, **detail: Any) -> None:
         self.events.append({"event": kind, **detail})
@@ -165,7 +166,8 @@ def test_silence_is_reported_anew_after_a_sign_of_life_and_not_of_who_has_left(t
 def test_after_a_resume_time_counts_from_its_first_step(tiny_model: Path) -> None:
     bench = Bench(tiny_model, "canary.silent_steps=5")
     bench.learner.version = 100
-    watch = make_canary(bench.settings, bench.learner, make_task("guess", bench.settings.task.args), bench.event)
+    task = make_task("guess", bench.settings.task.args)
+    watch = make_canary(bench.settings, bench.learner, task, bench.event, Team(bench.learner.ranks))
     bench.watch = watch
     watch.hear(bench.shown(bench.step(), 101))
     for step in range(100, 105):
