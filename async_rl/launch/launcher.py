@@ -22,6 +22,7 @@ from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
 from async_rl.launch.child import Command
 from async_rl.launch.crew import POLL_S, SETTLE_S, Crew
 from async_rl.launch.live import Live
+from async_rl.launch.placement import ANYWHERE
 from async_rl.launch.preflight import Facts, preflight
 from async_rl.launch.restart import RestartBudget
 from async_rl.launch.resume import Start, find_start, resumed_settings, rewind
@@ -84,7 +85,8 @@ class Launcher:
         )
         started = time.monotonic()
         try:
-            self.console.start(self.settings, self.folder.path, [facts.placement.in_words(), *facts.notes])
+            placed = [where] if (where := facts.placement.in_words()) != ANYWHERE else []
+            self.console.start(self.settings, self.folder.path, placed + facts.notes)
             self.clean(endpoint)  # of a launch before that was killed: its weights must not be taken for ours
             self.start(endpoint, facts)
             self.watch()

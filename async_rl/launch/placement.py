@@ -85,8 +85,11 @@ class Placement:
         named += [("trainer" if one else f"trainer rank {i}", spot) for i, spot in enumerate(self.ranks)]
         said = [f"{name} on {where}" for name, spot in named if (where := _where(spot))]
         if not said:
-            return "every process on the CPU, on any core"
+            return ANYWHERE
         return "; ".join(said) + (" (shared by both)" if self.shared else "")
+
+
+ANYWHERE = "every process on the CPU, on any core"
 
 
 def place(settings: Settings, machine: Machine, heads: Heads | None) -> Placement:

@@ -23,10 +23,12 @@ from async_rl.trainer.manifest import Damage, newest_whole, version_of
 
 MAY_CHANGE = (
     "trainer.steps", "checkpoint.", "wire.", "weights.", "trackers",
-    "generator.count", "generator.max_restarts", "generator.restart",
+    "generator.count", "generator.max_restarts", "generator.restart", "generator.gpus", "pin_threads",
+    "trainer.ranks", "trainer.gpus", "trainer.sharding", "trainer.memory_share", "trainer.start",
     "buffer.memory_mb", "buffer.max_store_mb", "buffer.keep_steps",
 )  # fmt: skip
-"""settings that a resumed run may be given anew: none of them changes what a stored batch or a step is"""
+"""settings that a resumed run may be given anew: none of them changes what a stored batch or a step is (over another
+number of ranks its sums are formed in another order)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +55,9 @@ def resumed_settings(folder: RunFolder, overrides: Sequence[str]) -> Settings:
         if value != old[path] and not path.startswith(MAY_CHANGE):
             raise UserError(
                 f"{path} cannot change in a resumed run: what is stored and trained so far was made with "
-                f"{old[path]!r}. Only trainer.steps, checkpoint.*, wire.*, generator.count and the buffer's sizes "
-                f"may; else start a new run from a checkpoint, model.path={folder.checkpoints}/step_..."
+                f"{old[path]!r}. Only trainer.steps, trainer.ranks, checkpoint.*, wire.*, generator.count, where "
+                "processes run and the buffer's sizes may; else start a new run from a checkpoint, "
+                f"model.path={folder.checkpoints}/step_..."
             )
     if settings.trainer.steps != before.trainer.steps and settings.optimizer.schedule != "constant":
         raise UserError(
