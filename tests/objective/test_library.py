@@ -22,7 +22,7 @@ EXPECTED = [
     "grpo", "dr_grpo", "rloo", "reinforce_tis", "reinforce_pp", "reinforce_pp_baseline", "opo", "max_rl",
     "ngrpo", "gigpo", "turn_grpo", "ppo", "s_ppo", "turn_ppo", "st_ppo", "so_grpo", "gspo", "gspo_token",
     "gmpo", "cispo", "dispo", "topr", "tis", "mis", "icepop", "opsm", "m2po", "dppo", "clip_cov", "kl_cov",
-    "delay_damped", "vcpo", "vcpo_turn", "ess_grpo",
+    "delay_damped", "vcpo", "vcpo_turn", "vcpo_token", "ess_grpo",
 ]  # fmt: skip
 
 

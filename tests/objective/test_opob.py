@@ -42,7 +42,7 @@ def per_trajectory_reward(policy: Tensor, baseline: Tensor, owner: list[list[int
 
 
 @pytest.mark.parametrize("scope", ["group", "batch"])
-@pytest.mark.parametrize("name", ["vcpo", "vcpo_turn"])
+@pytest.mark.parametrize("name", ["vcpo", "vcpo_turn", "vcpo_token"])
 @settings(max_examples=15, derandomize=True, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_the_exact_baseline_minimises_the_second_moment_of_the_used_estimator(
