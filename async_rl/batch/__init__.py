@@ -5,5 +5,6 @@ Invariant: only policy tokens reach the objective; how the batch is cut changes 
 """
 
 from async_rl.batch.pack import MicroBatch, PackedBatch, pack_batch
+from async_rl.batch.share import Spread
 
-__all__ = ["MicroBatch", "PackedBatch", "pack_batch"]
+__all__ = ["MicroBatch", "PackedBatch", "Spread", "pack_batch"]

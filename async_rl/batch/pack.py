@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from async_rl.batch.share import Share, Spread, plan, share_of
 from async_rl.trajectory import Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Consecutive trajectories that go through the model in one packed forward."""
+    """Trajectories that go through the model in one packed forward: consecutive ones of the batch, or, over
+    ranks, of the rank's share (slices then count in the share)."""
 
     tokens: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64, from 0 in every trajectory
@@ -30,11 +32,20 @@ class MicroBatch:
     """which policy tokens of the batch's columns"""
     policy_lengths: tuple[int, ...]
     """policy tokens of each trajectory"""
+    idle: bool = False
+    """a stand-in of two tokens and one prediction that counts for nothing, where this rank has fewer
+    micro-batches than others: a sharded model's forward needs every rank"""
+
+    def rows(self, column: Tensor) -> Tensor:  # [predictions]
+        """The rows of a column of the share's policy tokens; 0 for a stand-in."""
+        return column.new_zeros(1) if self.idle else column[self.policy]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """One step's trajectories, group by group, and the columns an objective needs (policy tokens only)."""
+    """One step's trajectories, group by group, and the columns an objective needs (policy tokens only).
+
+    Columns are those of the whole batch on every rank, micro-batches those of this rank's share."""
 
     micro_batches: tuple[MicroBatch, ...]
     log_behaviour: Tensor  # [policy tokens] float32
@@ -48,6 +59,12 @@ class PackedBatch:
     truncated: Tensor  # [trajectories] bool
     num_tokens: int
     """all tokens, prompts and environment included"""
+    share: Share | None = None
+    """None: micro-batches hold the whole batch"""
+
+    def own(self, column: Tensor) -> Tensor:  # [own policy tokens]
+        """The rows of a column of policy tokens that this rank runs."""
+        return column if self.share is None else column[self.share.policy]
 
     @property
     def num_trajectories(self) -> int:
@@ -59,10 +76,14 @@ class PackedBatch:
 
 
 def pack_batch(
-    trajectories: Sequence[Trajectory], *, micro_batch_tokens: int, device: str | torch.device = "cpu"
+    trajectories: Sequence[Trajectory],
+    *,
+    micro_batch_tokens: int,
+    device: str | torch.device = "cpu",
+    over: Spread | None = None,
 ) -> PackedBatch:
     """Pack trajectories (sorted here by group and sample) into micro-batches of at most
-    `micro_batch_tokens` tokens; a longer trajectory gets one of its own."""
+    `micro_batch_tokens` tokens; a longer trajectory gets one of its own. `over`: ranks that share them."""
     assert trajectories, "a batch has at least one trajectory"
     ordered = sorted(trajectories, key=lambda t: (t.group, t.sample))
     policy_positions = [t.policy_positions() for t in ordered]
@@ -75,8 +96,15 @@ def pack_batch(
     def tensor(values: object, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(np.asarray(values)).to(dtype=dtype, device=device)
 
+    share = None
+    if over is None:
+        parts = [list(range(first, last)) for first, last in pairwise(_cuts(ordered, micro_batch_tokens))]
+    else:
+        made = plan(ordered, over, micro_batch_tokens)
+        share, parts = share_of(made, ordered, over, device), made[over.rank]
     return PackedBatch(
-        micro_batches=tuple(_micro_batches(ordered, policy_positions, micro_batch_tokens, device)),
+        share=share,
+        micro_batches=tuple(_micro_batches(ordered, policy_positions, parts, device)),
         log_behaviour=tensor(
             np.concatenate([t.log_behaviour[w] for t, w in zip(ordered, policy_positions, strict=True)]), torch.float32
         ),
@@ -95,17 +123,20 @@ def pack_batch(
 def _micro_batches(
     ordered: Sequence[Trajectory],
     policy_positions: Sequence[np.ndarray],
-    limit: int,
+    parts: Sequence[Sequence[int]],
     device: str | torch.device,
 ) -> list[MicroBatch]:
-    cuts = _cuts(ordered, limit)
+    """A micro-batch for each part, laid end to end in this order."""
     out = []
-    policy_start = 0
-    for first, last in pairwise(cuts):
-        part, where = ordered[first:last], policy_positions[first:last]
-        lengths = [len(t.tokens) for t in part]
+    first = policy_start = 0
+    for part in parts:
+        if not part:
+            out.append(_idle(first, policy_start, device))
+            continue
+        where = [policy_positions[i] for i in part]
+        lengths = [len(ordered[i].tokens) for i in part]
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        tokens = np.concatenate([t.tokens for t in part]).astype(np.int64)
+        tokens = np.concatenate([ordered[i].tokens for i in part]).astype(np.int64)
         positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
         sampled = np.concatenate([w + s for w, s in zip(where, starts, strict=True)])
         out.append(
@@ -115,13 +146,29 @@ def _micro_batches(
                 lengths=tuple(lengths),
                 predictors=torch.from_numpy(sampled - 1).to(device),
                 targets=torch.from_numpy(tokens[sampled]).to(device),
-                trajectories=slice(first, last),
+                trajectories=slice(first, first + len(part)),
                 policy=slice(policy_start, policy_start + len(sampled)),
                 policy_lengths=tuple(len(w) for w in where),
             )
         )
+        first += len(part)
         policy_start += len(sampled)
     return out
+
+
+def _idle(first: int, policy_start: int, device: str | torch.device) -> MicroBatch:
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    return MicroBatch(
+        tokens=torch.zeros(2, dtype=torch.int64, device=device),
+        positions=torch.arange(2, device=device),
+        lengths=(2,),
+        predictors=zero,
+        targets=zero,
+        trajectories=slice(first, first),
+        policy=slice(policy_start, policy_start),
+        policy_lengths=(1,),
+        idle=True,
+    )
 
 
 def _cuts(ordered: Sequence[Trajectory], limit: int) -> list[int]:
