@@ -98,6 +98,16 @@ def _check_trainer(settings: Settings, gpus: tuple[int, ...]) -> None:
             f"trainer.device is '{trainer.device}', but trainer.ranks is {trainer.ranks}, and NCCL takes one rank a GPU; "
             "set trainer.device=cuda, and trainer.gpus to choose"
         )
+    if trainer.sharding != "none" and trainer.ranks == 1:
+        raise UserError(
+            f"trainer.sharding={trainer.sharding} does nothing with trainer.ranks=1: there is nobody to share the weights "
+            "with; set trainer.ranks, or leave trainer.sharding out"
+        )
+    if trainer.sharding != "none" and settings.lora.rank:
+        raise UserError(
+            f"trainer.sharding={trainer.sharding} cannot be combined with lora.rank={settings.lora.rank} yet: adapters are "
+            "added to whole weights; set trainer.sharding=none, which needs no optimizer memory for frozen weights"
+        )
     if not cuda and trainer.memory_share != 1:
         raise UserError(f"trainer.memory_share does nothing with trainer.device={trainer.device}: it is about a GPU's memory")
 

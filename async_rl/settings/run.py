@@ -173,6 +173,10 @@ class TrainerSettings:
         "float32", "arithmetic of forward and backward; weights and optimizer stay float32"
     )
     threads: int = setting(1, "CPU threads of each trainer process", unit="threads")
+    sharding: Literal["none", "full"] = setting(
+        "none",
+        "over several ranks: none keeps the whole model and its optimizer on each; full splits weights, gradients and moments over them (FSDP2), the KL reference and a critic model too",
+    )
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from async_rl.batch import PackedBatch, pack_batch
-from async_rl.errors import RunFailed, UserError
+from async_rl.batch import PackedBatch, Spread, pack_batch
+from async_rl.errors import RunFailed
 from async_rl.model.decoder import DTYPES
 from async_rl.model.folder import load_model
 from async_rl.model.lora import WithoutAdapters, add_adapters
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.settings import Settings
+from async_rl.trainer.cost import model_cost
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import Arithmetic
 from async_rl.trainer.learner import Learner, LearnerOptions
 from async_rl.trainer.ranks import Ranks, one_rank
+from async_rl.trainer.sharding import is_sharded, load_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,19 +34,26 @@ def make_learner(settings: Settings, ranks: Ranks | None = None) -> Learner:
     """The model of `model.path` (float32 weights) with the recipe's needs filled; on every rank together.
     Raises UserError."""
     ranks = ranks or one_rank()
-    if ranks.size > 1:
-        raise UserError("training over several ranks is not there yet; start one trainer rank")
     recipe = load_recipe(settings.recipe)
     needs = requirements(recipe)
     arithmetic = Arithmetic(temperature=settings.generator.temperature, dtype=DTYPES[settings.trainer.dtype])
     torch.manual_seed(settings.seed)
-    model = load_model(Path(settings.model.path), device=settings.trainer.device)
     lora = settings.lora
+    model = policy_model(settings, ranks)
     adapters = add_adapters(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets) if lora.rank else None
+    sharded = is_sharded(model)
+    if not sharded:
+        for parameter in model.parameters():
+            ranks.broadcast_tensor(parameter.data)
     reference: Model | WithoutAdapters | None = None
-    if needs.reference:
-        reference = WithoutAdapters(model, adapters) if adapters else deepcopy(model).requires_grad_(False)
-    critic = Critic(model, settings.critic, arithmetic) if needs.value else None
+    if needs.reference and adapters:
+        reference = WithoutAdapters(model, adapters)
+    elif needs.reference:
+        reference = (policy_model(settings, ranks) if sharded else deepcopy(model)).requires_grad_(False)
+    critic = None
+    if needs.value:
+        trunk = policy_model(settings, ranks) if sharded and settings.critic.kind == "model" else None
+        critic = Critic(model, settings.critic, arithmetic, ranks=ranks, trunk=trunk)
     options = LearnerOptions(
         steps=settings.trainer.steps,
         updates_per_batch=settings.trainer.updates_per_batch,
@@ -55,13 +64,26 @@ def make_learner(settings: Settings, ranks: Ranks | None = None) -> Learner:
     return Learner(model, recipe, options, reference=reference, critic=critic, adapters=adapters, ranks=ranks)
 
 
+def policy_model(settings: Settings, ranks: Ranks) -> Model:
+    """The model a run begins with, on this rank: whole, or its part. Raises UserError."""
+    path, trainer = Path(settings.model.path), settings.trainer
+    if trainer.sharding == "full" and ranks.size > 1:
+        return load_sharded(path, ranks, device=trainer.device, dtype=DTYPES[trainer.dtype])
+    return load_model(path, device=trainer.device)
+
+
 def pack_step(settings: Settings, trajectories: Sequence[Trajectory], ranks: Ranks | None = None) -> PackedBatch:
     """The batch of a step as it is trained: failed trajectories are left out. Every rank is given all of
     them and gets the columns of all, and micro-batches of its own share."""
     ranks = ranks or one_rank()
-    assert ranks.size == 1
     usable = [t for t in trajectories if not t.failed]
     if not usable:
         raise RunFailed("the batch holds no usable trajectory")
+    over = None
+    if ranks.size > 1:
+        # An exact baseline compares gradients within a group: its norms are then known where it is trained.
+        whole = requirements(load_recipe(settings.recipe)).per_trajectory_norms
+        cost = model_cost(settings.model.path)
+        over = Spread(rank=ranks.rank, size=ranks.size, cost=cost, whole_groups=whole)
     limit = settings.trainer.micro_batch_tokens
-    return pack_batch(usable, micro_batch_tokens=limit, device=settings.trainer.device)
+    return pack_batch(usable, micro_batch_tokens=limit, device=settings.trainer.device, over=over)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from async_rl.batch import Spread
 from async_rl.batch.spread import Cost
 from async_rl.model.architecture import tensor_shapes
 from async_rl.model.folder import CONFIG, existing, read_config, read_json
@@ -52,10 +51,3 @@ def _estimate(values: Mapping[str, Any]) -> Cost:
         per_policy_token=2 * hidden * number("vocab_size", default=1),
         per_pair=4 * layers * width,
     )
-
-
-def spread_over(rank: int, size: int, path: str | Path, *, whole_groups: bool) -> Spread | None:
-    """How batches of a run are laid over its ranks; None with one."""
-    if size == 1:
-        return None
-    return Spread(rank=rank, size=size, cost=model_cost(path), whole_groups=whole_groups)

@@ -6,6 +6,7 @@ that neither learning-rate factors nor the policy's gradient clipping touch it.
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from async_rl.batch import MicroBatch, PackedBatch
 from async_rl.settings import CriticSettings
 from async_rl.trainer.forward import Arithmetic, hidden_states
+from async_rl.trainer.ranks import Ranks, one_rank
+from async_rl.trainer.sharding import free
+from async_rl.trainer.whole import clip_gradient, sum_gradients, whole_column
 
 if TYPE_CHECKING:
     from async_rl.trainer.forward import Model
@@ -29,43 +33,65 @@ class Critic:
     `kind="model"`: a copy of the policy's network with such a head, trained throughout (the usual PPO
     critic; twice the memory), or where the policy has adapters, its own adapters on the same frozen
     weights. The value of a turn is that at its first token.
+
+    Over ranks each runs its share; the head is whole on every rank, the trunk as the policy is.
     """
 
-    def __init__(self, policy: Model, settings: CriticSettings, arithmetic: Arithmetic) -> None:
+    def __init__(
+        self,
+        policy: Model,
+        settings: CriticSettings,
+        arithmetic: Arithmetic,
+        *,
+        ranks: Ranks | None = None,
+        trunk: Model | None = None,
+    ) -> None:
+        """`trunk`: the network of kind="model" where the policy's cannot be copied (sharded)."""
+        self._ranks = ranks or one_rank()
         self.warmup_steps = settings.warmup_steps
         self._arithmetic = arithmetic
         self._separate = settings.kind == "model"
         frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
-        self.trunk = deepcopy(policy, frozen) if self._separate else policy
+        self.trunk = (trunk or deepcopy(policy, frozen)) if self._separate else policy
         width = policy.head.shape[1]
         self.head = nn.Linear(width, 1, device=policy.head.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self._parameters = list(self.head.parameters())
+        groups = [list(self.head.parameters())]
         if self._separate:
             # an untied output head takes no part in the value
             trained = [(name, p) for name, p in self.trunk.named_parameters() if p.requires_grad]
-            self._parameters += [p for name, p in trained if not name.startswith("lm_head")]
-        self.optimizer = torch.optim.AdamW(self._parameters, lr=settings.learning_rate, weight_decay=0.0)
+            groups.append([p for name, p in trained if not name.startswith("lm_head")])
+            self._parameters += groups[-1]
+        # Groups, since one operation over many tensors takes no mixture of whole and sharded ones.
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group} for group in groups], lr=settings.learning_rate, weight_decay=0.0
+        )
         self._batch: PackedBatch | None = None
 
     @torch.no_grad()
     def values(self, batch: PackedBatch) -> Tensor:  # [policy tokens] float32
         """Values of the whole batch, detached. `step` then trains on the same batch."""
         self._batch = batch
-        return torch.cat([self._forward(micro) for micro in batch.micro_batches])
+        own = torch.cat([self._forward(micro)[: 0 if micro.idle else None] for micro in batch.micro_batches])
+        self._free()
+        return whole_column(own, batch, self._ranks)
 
     def step(self, value_grad: Tensor) -> float:
         """One optimizer step with d(value loss)/d(value) [policy tokens]; the gradient's norm."""
         assert self._batch is not None, "values() comes first"
         self.optimizer.zero_grad(set_to_none=True)
+        own = self._batch.own(value_grad)
         for micro in self._batch.micro_batches:
-            (self._forward(micro) * value_grad[micro.policy]).sum().backward()
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, CLIP_NORM)
-        if torch.isfinite(norm):
+            (self._forward(micro) * micro.rows(own)).sum().backward()
+        self._free()
+        sum_gradients(self._parameters, self._ranks)
+        norm = clip_gradient(self._parameters, CLIP_NORM, self._ranks)
+        if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Its own parameters; the policy's are not among them."""
@@ -83,6 +109,10 @@ class Critic:
         with torch.no_grad():
             for name, parameter in self.named_parameters().items():
                 parameter.copy_(tensors[name])
+
+    def _free(self) -> None:
+        if self._separate:  # the policy's own may be waiting for its backward
+            free(self.trunk)
 
     def _forward(self, micro: MicroBatch) -> Tensor:
         if self._separate:

@@ -52,10 +52,19 @@ def log_probs(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: Ari
 
 @torch.no_grad()
 def batch_log_probs(model: Model | WithoutAdapters, batch: PackedBatch, arithmetic: Arithmetic) -> LogProbs:
-    """The columns of the whole batch, without gradients."""
-    parts = [log_probs(model, micro, arithmetic) for micro in batch.micro_batches]
+    """The columns of this rank's share of the batch, without gradients."""
+    parts = [own_rows(log_probs(model, micro, arithmetic), micro) for micro in batch.micro_batches]
     return LogProbs(
         log_prob=torch.cat([p.log_prob for p in parts]),
         entropy=torch.cat([p.entropy for p in parts]),
         prob_square_sum=torch.cat([p.prob_square_sum for p in parts]),
+    )
+
+
+def own_rows(found: LogProbs, micro: MicroBatch) -> LogProbs:
+    """Without those of a stand-in."""
+    if not micro.idle:
+        return found
+    return LogProbs(
+        log_prob=found.log_prob[:0], entropy=found.entropy[:0], prob_square_sum=found.prob_square_sum[:0]
     )

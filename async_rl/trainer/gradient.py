@@ -1,8 +1,11 @@
-"""From coefficients to gradients, over micro-batches.
+"""From coefficients to gradients, over micro-batches and ranks.
 
 A batch that fits one micro-batch costs one forward: its graph is kept until the coefficients are known.
 A longer one is run twice forward (log-probs of the whole batch first, since coefficients may depend on
 all of it), as trainers that recompute old log-probs do anyway.
+
+Over ranks each runs its share. Log-probs are gathered, so that every rank has the columns of the whole batch
+and finds the same coefficients; gradients are summed, without a division: denominators are the batch's.
 """
 
 from __future__ import annotations
@@ -16,53 +19,81 @@ from async_rl.batch import PackedBatch
 from async_rl.objective import Coefficients, Columns
 from async_rl.objective.coefficients import opob_baselines
 from async_rl.objective.recipe import Recipe, Requirements
-from async_rl.trainer.forward import Arithmetic, batch_log_probs, log_probs
+from async_rl.trainer.exact_over_ranks import add_over_ranks
+from async_rl.trainer.forward import Arithmetic, batch_log_probs, log_probs, own_rows
+from async_rl.trainer.ranks import Ranks
+from async_rl.trainer.sharding import free, gather_head, is_sharded
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
+from async_rl.trainer.whole import sum_gradients, total_norm, whole_log_probs
 from async_rl_kernels import LogProbs
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
     from async_rl.trainer.forward import Model
 
 
 class Pass:
     """Forward at construction, backward when the coefficients are there."""
 
-    def __init__(self, model: Model, batch: PackedBatch, arithmetic: Arithmetic, needs: Requirements) -> None:
+    def __init__(
+        self,
+        model: Model,
+        batch: PackedBatch,
+        arithmetic: Arithmetic,
+        needs: Requirements,
+        ranks: Ranks,
+        parameters: Sequence[nn.Parameter],
+    ) -> None:
+        """`parameters`: the model's, as the optimizer knows them."""
         self._model = model
         self._batch = batch
         self._arithmetic = arithmetic
         self._needs = needs
+        self._ranks = ranks
+        self._parameters = [p for p in parameters if p.requires_grad]
         self._graph: LogProbs | None = None
         self.group_baselines: Tensor | None = None  # [groups]
         """an exact baseline, after `backward`"""
         self._exact = TrajectoryGradient(model, arithmetic) if needs.per_trajectory_norms else None
         if len(batch.micro_batches) > 1:
-            self.log_probs = batch_log_probs(model, batch, arithmetic)
+            own = batch_log_probs(model, batch, arithmetic)
         elif self._exact is not None:
-            self.log_probs = self._exact.forward(batch.micro_batches[0])
+            own = own_rows(self._exact.forward(batch.micro_batches[0]), batch.micro_batches[0])
         else:
             self._graph = log_probs(model, batch.micro_batches[0], arithmetic)
-            self.log_probs = self._graph
+            own = own_rows(self._graph, batch.micro_batches[0])
+        self.log_probs = whole_log_probs(own, batch, ranks)
 
     def clipped_norm(self, answer: Coefficients) -> float | None:
         """Gradient norm of what the trust rule cut away, where the recipe asks for it exactly. Call it
         before `backward`."""
         if not self._needs.clipping_bias_norm or answer.clipped is None:
             return None
-        return self._norm_of(answer.clipped)
+        own = self._batch.own(answer.clipped)
+        return self._norm_over_ranks(own) if self._ranks.size > 1 else self._norm_of(own)
 
     def backward(self, answer: Coefficients, columns: Columns, recipe: Recipe) -> dict[str, float]:
         """Add the gradient of `answer` to the parameters' `.grad`; metrics of an exact baseline."""
         if self._exact is None or answer.baseline is None:
-            self._accumulate(answer.policy, answer.entropy)
+            entropy = None if answer.entropy is None else self._batch.own(answer.entropy)
+            self._accumulate(self._batch.own(answer.policy), entropy)
+            self._finish()
             return {}
 
         def baselines(norm_squares: Tensor) -> Tensor:
             return opob_baselines(norm_squares, columns, recipe)
 
-        norms = self._exact.add(
-            self._batch, answer.policy, answer.baseline, baselines, scope=recipe.opob.scope
-        )
+        scope = recipe.opob.scope
+        if self._batch.share is None:
+            norms = self._exact.add(self._batch, answer.policy, answer.baseline, baselines, scope=scope)
+        else:
+            norms = add_over_ranks(
+                self._exact, self._batch, answer.policy, answer.baseline, baselines, self._ranks, scope=scope
+            )
+        self._finish()
         self.group_baselines = baselines(norms)
         return {
             "opob/baseline": self.group_baselines.mean().item(),
@@ -70,18 +101,23 @@ class Pass:
             "grad/norm_per_trajectory_max": norms.sqrt().max().item(),
         }
 
+    def _finish(self) -> None:
+        """The gradient of this rank's share becomes that of the batch."""
+        self._graph = None
+        free(self._model)
+        sum_gradients(self._parameters, self._ranks)
+
     def _accumulate(self, policy: Tensor, entropy: Tensor | None) -> None:
         for micro in self._batch.micro_batches:
             graph = self._graph or log_probs(self._model, micro, self._arithmetic)
-            loss = -(policy[micro.policy].to(graph.log_prob.dtype) * graph.log_prob).sum()
+            loss = -(micro.rows(policy).to(graph.log_prob.dtype) * graph.log_prob).sum()
             if entropy is not None:
-                loss = loss - (entropy[micro.policy].to(graph.entropy.dtype) * graph.entropy).sum()
+                loss = loss - (micro.rows(entropy).to(graph.entropy.dtype) * graph.entropy).sum()
+            gather_head(self._model)
             loss.backward()
-        self._graph = None
 
     def _norm_of(self, weights: Tensor) -> float:
         """L2 norm of sum_t weights[t] grad log pi_t over all parameters, leaving `.grad` alone."""
-        parameters = [p for p in self._model.parameters() if p.requires_grad]
         total: list[Tensor] | None = None
         for micro in self._batch.micro_batches:
             part = weights[micro.policy]
@@ -89,6 +125,25 @@ class Pass:
                 continue
             graph = self._graph or log_probs(self._model, micro, self._arithmetic)
             value = (part.to(graph.log_prob.dtype) * graph.log_prob).sum()
-            found = torch.autograd.grad(value, parameters, retain_graph=self._graph is not None)
+            found = torch.autograd.grad(value, self._parameters, retain_graph=self._graph is not None)
             total = list(found) if total is None else [a.add_(b) for a, b in zip(total, found, strict=True)]
         return float(torch.nn.utils.get_total_norm(total)) if total is not None else 0.0
+
+    def _norm_over_ranks(self, weights: Tensor) -> float:
+        """The same over ranks, by way of `.grad`, which is empty before and after. A kept graph is run
+        through again behind it, but for a sharded model, which has freed the weights it refers to."""
+        assert all(p.grad is None for p in self._parameters)
+        for micro in self._batch.micro_batches:
+            graph = self._graph or log_probs(self._model, micro, self._arithmetic)
+            gather_head(self._model)
+            value = (micro.rows(weights).to(graph.log_prob.dtype) * graph.log_prob).sum()
+            value.backward(retain_graph=self._graph is not None)
+        if is_sharded(self._model):
+            self._graph = None
+        free(self._model)
+        sum_gradients(self._parameters, self._ranks)
+        found = total_norm([p.grad for p in self._parameters if p.grad is not None])
+        norm = float(self._ranks.broadcast_tensor(found))
+        for parameter in self._parameters:
+            parameter.grad = None
+        return norm

@@ -5,10 +5,11 @@ The same object serves the trainer process, the in-process reference and the lab
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,8 @@ from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import Arithmetic, batch_log_probs
 from async_rl.trainer.ranks import Ranks, one_rank
 from async_rl.trainer.schedule import base_learning_rate
+from async_rl.trainer.sharding import free
+from async_rl.trainer.whole import clip_gradient, full, whole_log_probs
 from async_rl_kernels import LogProbs
 
 if TYPE_CHECKING:
@@ -72,7 +75,11 @@ class Look:
 
 
 class Learner:
-    """Model, optimizer and the objective's running state."""
+    """Model, optimizer and the objective's running state.
+
+    Over ranks everything here but `version` and `state` is collective: each rank runs its share of a batch,
+    all have its columns and take the same step. What could part them by rounding, skipping and factors, is
+    the leader's."""
 
     def __init__(
         self,
@@ -87,6 +94,7 @@ class Learner:
     ) -> None:
         self.ranks = ranks or one_rank()
         self.model = model
+        self._parameters = list(model.parameters())
         self.recipe = recipe
         self.options = options
         self.needs = requirements(recipe)
@@ -106,16 +114,17 @@ class Learner:
         skipped = ""
         start: Columns | None = None
         for _ in range(self.options.updates_per_batch):
-            pass_ = gradient.Pass(self.model, batch, self.options.arithmetic, self.needs)
+            pass_ = self._pass(batch)
             columns = self._columns(batch, pass_.log_probs, start)
             start = start or columns
-            answer, state = coefficients(columns, self.recipe, self.state)
+            answer, state = self._agreed(*coefficients(columns, self.recipe, self.state))
             metrics.update(answer.metrics)
             if self.critic is not None and answer.value_grad is not None:
                 metrics["critic/grad_norm"] = self.critic.step(answer.value_grad)
             skipped = answer.skip or self._update(pass_, columns, answer, state, metrics)
             if skipped:
                 break
+        free(self.model)
         self.version += 1
         metrics.update(self._batch_metrics(batch))
         return StepReport(
@@ -123,8 +132,10 @@ class Learner:
         )
 
     def look(self, batch: PackedBatch) -> Look:
-        """The gradient that `step` would begin with; weights, moments and state stay as they are."""
-        pass_ = gradient.Pass(self.model, batch, self.options.arithmetic, self.needs)
+        """The gradient that `step` would begin with; weights, moments and state stay as they are. With one
+        rank only: studies of stored batches run in one process."""
+        assert self.ranks.size == 1, "a look is for one rank"
+        pass_ = self._pass(batch)
         columns = self._columns(batch, pass_.log_probs, None)
         answer, state = coefficients(columns, self.recipe, self.state)
         self.optimizer.zero_grad(set_to_none=True)
@@ -154,7 +165,8 @@ class Learner:
         )
 
     def weights(self) -> dict[str, Tensor]:
-        """The policy's weights by name, detached; not copied but where adapters are added to them."""
+        """The policy's weights by name, detached; not copied but where adapters are added to them. Of a sharded
+        model this rank's part of each."""
         if self.adapters is not None:
             return dict(self.adapters.weights())
         return {name: p.detach() for name, p in self.model.named_parameters()}
@@ -162,7 +174,8 @@ class Learner:
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters by name, in order of name, whole, one after another. Collective: every rank goes through
         all of them; what it gets counts on the leader. Not copied where a rank holds them whole."""
-        yield from sorted(self.weights().items())
+        for name, parameter in sorted(self.weights().items()):
+            yield name, full(parameter)
 
     def sent(self) -> dict[str, Tensor]:
         """What travels to the generators."""
@@ -176,6 +189,20 @@ class Learner:
 
     # ------------------------------------------------------------- one update
 
+    def _pass(self, batch: PackedBatch) -> gradient.Pass:
+        return gradient.Pass(
+            self.model, batch, self.options.arithmetic, self.needs, self.ranks, self._parameters
+        )
+
+    def _agreed(self, answer: Coefficients, state: ObjectiveState) -> tuple[Coefficients, ObjectiveState]:
+        """The leader's decisions. Columns may differ by rounding, which does no harm."""
+        if self.ranks.size == 1:
+            return answer, state
+        mine = {"skip": answer.skip, "factors": dict(answer.learning_rate_factors), "state": state.to_dict()}
+        led = json.loads(self.ranks.broadcast_bytes(json.dumps(mine).encode()))
+        answer = replace(answer, skip=led["skip"], learning_rate_factors=led["factors"])
+        return answer, ObjectiveState.from_dict(led["state"])
+
     def _columns(self, batch: PackedBatch, log_probs: LogProbs, start: Columns | None) -> Columns:
         """The batch under the current weights; `start`: its columns before the step's first update."""
         log_prob = log_probs.log_prob.detach()
@@ -183,7 +210,9 @@ class Learner:
         if self.needs.reference:
             assert self.reference is not None
             if start is None:
-                reference = batch_log_probs(self.reference, batch, self.options.arithmetic).log_prob
+                own = batch_log_probs(self.reference, batch, self.options.arithmetic)
+                free(self.reference)
+                reference = whole_log_probs(own, batch, self.ranks).log_prob
             else:
                 reference = start.log_reference
         if self.critic is not None:
@@ -226,7 +255,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         clipped_norm = pass_.clipped_norm(answer)
         metrics.update(pass_.backward(answer, columns, self.recipe))
-        norm = clip_gradient(self.model, settings.clip_norm)
+        norm = clip_gradient(self._parameters, settings.clip_norm, self.ranks)
         metrics["grad/norm"] = norm
         factors = dict(answer.learning_rate_factors)
         if clipped_norm is not None and math.isfinite(norm):
@@ -250,6 +279,7 @@ class Learner:
             "batch/policy_tokens": batch.num_policy_tokens,
             "batch/tokens": batch.num_tokens,
             "batch/micro_batches": len(batch.micro_batches),
+            **({} if batch.share is None else {"batch/rank_imbalance": batch.share.imbalance}),
         }
 
 
@@ -264,15 +294,6 @@ def make_optimizer(model: torch.nn.Module, settings: OptimizerSettings) -> torch
     return torch.optim.AdamW(
         groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True
     )
-
-
-def clip_gradient(model: torch.nn.Module, limit: float) -> float:
-    """Global L2 norm of the gradient; scaled down to `limit` when that is above 0 and exceeded."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if limit > 0:
-        torch.nn.utils.clip_grads_with_norm_(list(model.parameters()), limit, norm)
-    return float(norm)
 
 
 def step_with(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -18,13 +18,15 @@ third more time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from async_rl.batch import MicroBatch, PackedBatch
@@ -33,6 +35,7 @@ from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder, RMSNorm
 from async_rl.model.matmul import linear
 from async_rl.trainer.forward import Arithmetic
+from async_rl.trainer.sharding import add_gradient, free, gather_head, is_sharded, keep_head_after_backward
 from async_rl_kernels import LogProbs
 from async_rl_kernels.head_gradient import HeadGradient
 from async_rl_kernels.segment_gradient import (
@@ -65,6 +68,7 @@ class TrajectoryGradient:
         self._model = model
         self._arithmetic = arithmetic
         self._record: Record | None = None
+        keep_head_after_backward(model)
 
     def add(
         self,
@@ -93,10 +97,8 @@ class TrajectoryGradient:
         norm_squares = torch.zeros(len(group), dtype=torch.float64, device=reward.device)
         carried: Sums = {}
         for number, micro in enumerate(batch.micro_batches):
-            if self._record is None or self._record.micro is not micro:
-                self.forward(micro)
             part = micro.trajectories
-            norm_squares[part] = self.backward(baseline[micro.policy])
+            norm_squares[part] = self.norms(micro, baseline[micro.policy])
             # Trajectories from `cut` on belong to a scope that goes on in the next micro-batch.
             cut = part.stop
             if number < last and owner[part.stop] == owner[part.stop - 1]:
@@ -112,18 +114,33 @@ class TrajectoryGradient:
             self.accumulate(multipliers)
             if cut < part.stop:
                 self.accumulate(torch.ones_like(multipliers), first=cut - part.start, into=carried)
-            self._record = None
+            self.forget()
         return norm_squares
+
+    def norms(self, micro: MicroBatch, weights: Tensor) -> Tensor:
+        """`backward`, behind `forward` where this micro-batch was not the last to be run."""
+        if self._record is None or self._record.micro is not micro:
+            self.forward(micro)
+        return self.backward(weights)
+
+    def forget(self) -> None:
+        """Free what was kept of the last micro-batch."""
+        self._record = None
+        free(self._model)
 
     def forward(self, micro: MicroBatch) -> LogProbs:
         """Log-probs, entropies, sums of squares of the policy tokens, detached; keeps what `backward` needs."""
         device = micro.tokens.device
         segments = Segments(micro.lengths, device)
-        record = Record(micro=micro, segments=segments)
-        weights = {name: p.detach() for name, p in self._model.named_parameters()}
+        free(self._model)  # gradients go to the sharded parameters, which are the module's now
+        record = Record(micro=micro, segments=segments, head_weight=self._model.head)
         inputs = (micro.tokens, micro.positions, DocumentAttention(micro.lengths))
         with torch.enable_grad(), Hooks(self._model, record), self._arithmetic.autocast(device):
-            hidden = functional_call(self._model, weights, inputs)
+            if is_sharded(self._model):  # autograd forms no gradient of a weight that it is not asked for
+                hidden = self._model(*inputs)
+            else:
+                weights = {name: p.detach() for name, p in self._model.named_parameters()}
+                hidden = functional_call(self._model, weights, inputs)
         head = self._model.head
         record.hidden = hidden[micro.predictors].to(head.dtype)
         record.head = HeadGradient(
@@ -148,8 +165,9 @@ class TrajectoryGradient:
         largest.scatter_reduce_(0, policy.ids, weights.abs().double(), "amax")
         record.scale = torch.where(largest > 0, largest, 1.0)
         scaled = (weights.double() / record.scale[policy.ids]).to(record.head.log_probs.log_prob.dtype)
+        gather_head(self._model)
         gradient, norm_squares = record.head.backward(scaled)
-        if not self._model.head.requires_grad:
+        if not record.head_weight.requires_grad:
             norm_squares = torch.zeros_like(norm_squares)
         if policy.rows == 0:
             return norm_squares
@@ -163,7 +181,7 @@ class TrajectoryGradient:
                 norm_squares += weight_norm_squares(shared.activations, [g for _, g in shared.uses], segments)
         for _, each in record.vectors:
             norm_squares += torch.linalg.vecdot(each, each)
-        if self._model.model.embed_tokens.weight.requires_grad:
+        if record.embedding_weight is not None and record.embedding_weight.requires_grad:
             tokens = record.micro.tokens
             norm_squares += embedding_norm_squares(record.embedding_gradient, tokens, segments)
             if self._model.lm_head is None:
@@ -188,21 +206,23 @@ class TrajectoryGradient:
         each[:first] = 0
         rows = slice(segments.start(first), None)
         of_row = each[segments.ids[rows], None]
-        head = self._model.head
-        if head.requires_grad:
-            record.head.accumulate(_buffer(head, into), each[policy.ids], first=first)
+        if record.head_weight.requires_grad:
+            with _summing(record.head_weight, into) as total:
+                record.head.accumulate(total, each[policy.ids], first=first)
         for shared in record.inputs:
             if shared.uses:
                 activations = shared.activations[rows] * of_row.to(shared.activations.dtype)
                 for weight, gradient in shared.uses:
-                    _add_product(_buffer(weight, into), gradient[rows].T, activations)
+                    with _summing(weight, into) as total:
+                        _add_product(total, gradient[rows].T, activations)
         for vector, values in record.vectors:
-            _buffer(vector, into).add_(each.to(values.dtype) @ values)
-        embedding = self._model.model.embed_tokens.weight
-        if record.embedding_gradient is not None and embedding.requires_grad:
-            total = _buffer(embedding, into)
-            values = record.embedding_gradient[rows] * of_row.to(total.dtype)
-            total.index_put_((record.micro.tokens[rows],), values.to(total.dtype), accumulate=True)
+            with _summing(vector, into) as total:
+                total.add_(each.to(values.dtype) @ values)
+        embedding = record.embedding_weight
+        if record.embedding_gradient is not None and embedding is not None and embedding.requires_grad:
+            with _summing(embedding, into) as total:
+                values = record.embedding_gradient[rows] * of_row.to(total.dtype)
+                total.index_put_((record.micro.tokens[rows],), values.to(total.dtype), accumulate=True)
 
 
 @dataclass(slots=True, eq=False)
@@ -225,6 +245,8 @@ class Record:
     micro: MicroBatch
     segments: Segments
     """its tokens, by trajectory"""
+    head_weight: Tensor
+    embedding_weight: Tensor | None = None
     embedded: Tensor | None = None  # [tokens, hidden], leaf of the graph
     hidden: Tensor | None = None  # [policy tokens, hidden], root of the graph
     head: HeadGradient | None = None
@@ -256,6 +278,7 @@ class Hooks:
                     hook = partial(self._norm, module.weight)
                 case nn.Embedding():
                     hook = self._embedding
+                    self._record.embedding_weight = module.weight
                 case _:
                     assert not list(module.parameters(recurse=False)), f"{type(module).__name__} has parameters"
                     continue
@@ -318,7 +341,9 @@ class Hooks:
 
 def proportion(policy: Tensor, baseline: Tensor, batch: PackedBatch) -> Tensor:
     """R_i with policy_t = R_i baseline_t in each trajectory, 0 where both are 0: [trajectories] float64."""
-    lengths = torch.tensor([n for micro in batch.micro_batches for n in micro.policy_lengths])
+    lengths = torch.tensor(
+        [n for micro in batch.micro_batches if not micro.idle for n in micro.policy_lengths], dtype=torch.int64
+    )
     owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(policy.device)
     zero = torch.zeros(len(lengths), dtype=torch.float64, device=policy.device)
     largest = zero.scatter_reduce(0, owner, baseline.abs().double(), "amax")[owner]
@@ -339,6 +364,19 @@ def _buffer(parameter: Tensor, into: Sums | None) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+@contextmanager
+def _summing(parameter: Tensor, into: Sums | None) -> Iterator[Tensor]:
+    """What to add the gradient of `parameter` to. Of a sharded one that is the sum over ranks, of which each
+    adds its rows to `.grad` behind it: a collective."""
+    if isinstance(parameter, DTensor):
+        assert into is None, "sums by group need whole gradients"
+        total = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        yield total
+        add_gradient(parameter, total)
+    else:
+        yield _buffer(parameter, into)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

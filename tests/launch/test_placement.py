@@ -119,6 +119,8 @@ def test_a_trainer_that_others_start_is_not_placed() -> None:
         ((*BOTH, "generator.gpus=0", "generator.count=0"), "does nothing with generator.count=0"),
         ((*BOTH, "generator.gpus=0", "trainer.gpus=0"), "GPU 0 would hold both .* trainer.memory_share=0.5"),
         ((*VLLM, "generator.gpus=0", "trainer.gpus=0", "trainer.memory_share=0.5"), "are more than GPU 0 has"),
+        (("trainer.sharding=full",), "trainer.sharding=full does nothing with trainer.ranks=1"),
+        (("trainer.sharding=full", "trainer.ranks=2", "lora.rank=4"), "trainer.sharding=full cannot be combined with"),
         (("trainer.memory_share=0.5",), "trainer.memory_share does nothing with trainer.device=cpu"),
         ((*BOTH, "trainer.start=external", "trainer.gpus=0"), "trainer.gpus does nothing with trainer.start=external"),
         (("trainer.start_timeout_s=9",), "trainer.start_timeout_s does nothing with trainer.start=launcher"),

@@ -1,0 +1,219 @@
+"""The same training steps by one process and by several ranks: cases, batches, and the process of a rank.
+
+As a program: `support_ranks.py FOLDER` joins the ranks its environment names, goes through `CASES` and leaves
+each case's weights and metrics in FOLDER.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from async_rl.batch import PackedBatch, Spread, pack_batch
+from async_rl.batch.spread import Cost
+from async_rl.model.architecture import DecoderConfig
+from async_rl.model.decoder import Decoder
+from async_rl.objective.library import load_recipe
+from async_rl.objective.recipe import requirements
+from async_rl.settings import CriticSettings, OptimizerSettings
+from async_rl.trainer.critic import Critic
+from async_rl.trainer.forward import Arithmetic, batch_log_probs
+from async_rl.trainer.learner import Learner, LearnerOptions
+from async_rl.trainer.ranks import Ranks, join_ranks
+from async_rl.trainer.sharding import shard
+from async_rl.trainer.whole import full
+from async_rl.trajectory import Trajectory, Turn, VersionSpan
+
+TIED = DecoderConfig(
+    family="qwen3", vocabulary=23, hidden=24, intermediate=30, layers=3, heads=4, kv_heads=2, head_dim=6,
+    max_context=64, qk_norm=True, tied=True,
+)  # fmt: skip
+UNTIED = replace(TIED, family="qwen2", qk_norm=False, qkv_bias=True, tied=False)
+ARITHMETIC = Arithmetic(temperature=0.9)
+# A large epsilon keeps Adam's first step from being a sign: it would blow rounding up.
+OPTIMIZER = OptimizerSettings(
+    learning_rate=3e-2, warmup_steps=0, clip_norm=0.5, epsilon=1e-2, weight_decay=0.01
+)
+COST = Cost(per_token=1000, per_policy_token=100, per_pair=10)
+STEPS = 2
+TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    name: str
+    recipe: Mapping[str, Any]
+    micro_batch_tokens: int = 10_000
+    groups: Sequence[int] = (4, 3, 1, 5, 2)
+    """trajectories of each"""
+    config: DecoderConfig = TIED
+    updates: int = 1
+    critic: CriticSettings = field(default_factory=lambda: CriticSettings(warmup_steps=0))
+
+
+EXACT = {"name": "vcpo"}
+ONE_FOR_ALL = {"name": "vcpo", "opob": {"scope": "batch"}}
+CASES = (
+    Case(name="grpo", recipe={"name": "grpo"}),
+    Case(name="grpo untied, many micro-batches", recipe={"name": "grpo"}, micro_batch_tokens=40, config=UNTIED),
+    Case(name="grpo, less than a rank each", recipe={"name": "grpo"}, groups=(2,)),
+    Case(name="exact", recipe=EXACT),
+    Case(name="exact untied", recipe=EXACT, config=UNTIED),
+    Case(name="exact, a group a micro-batch", recipe=EXACT, micro_batch_tokens=120, groups=(4, 2, 3, 4, 2, 1)),
+    Case(name="exact, groups cut", recipe=EXACT, micro_batch_tokens=30, config=UNTIED),
+    Case(name="exact, fewer groups than ranks", recipe=EXACT, groups=(3,)),
+    Case(name="exact, one baseline", recipe=ONE_FOR_ALL),
+    Case(name="exact, one baseline, many micro-batches", recipe=ONE_FOR_ALL, micro_batch_tokens=40),
+    Case(name="reference", recipe={"name": "dr_grpo", "kl": {"coefficient": 0.1}}, micro_batch_tokens=60),
+    Case(name="entropy", recipe={"name": "gspo", "entropy": 0.01}, updates=2, micro_batch_tokens=60),
+    Case(name="critic head", recipe={"name": "ppo"}, updates=2),
+    Case(
+        name="critic model", recipe={"name": "ppo"}, updates=2, config=UNTIED, micro_batch_tokens=50,
+        critic=CriticSettings(kind="model", warmup_steps=1),
+    ),
+    Case(name="clipped norm", recipe={"name": "s_ppo", "bias": {"estimator": "exact"}}, updates=2),
+    Case(
+        name="clipped norm, many micro-batches", recipe={"name": "s_ppo", "bias": {"estimator": "exact"}},
+        updates=2, micro_batch_tokens=50,
+    ),
+)  # fmt: skip
+
+
+def episodes(groups: Sequence[int], config: DecoderConfig, seed: int) -> list[Trajectory]:
+    """Two-turn episodes of ragged lengths in groups of these sizes, one without a policy token, sampled (as far
+    as log-probs go) by slightly other weights."""
+    random = np.random.default_rng(seed)
+    made = []
+    for group, size in enumerate(groups):
+        for sample in range(size):
+            start, first, second = (int(random.integers(1, most)) for most in (5, 12, 6))
+            length = start + first + 2 + second
+            turns = (Turn(start=start, length=first, reward=0.5), Turn(start=start + first + 2, length=second))
+            if (group, sample) == (1, 1):
+                turns = ()
+            made.append(
+                Trajectory(
+                    group=group, sample=sample, problem=0, split="train", seed=0,
+                    tokens=random.integers(0, TIED.vocabulary, length).astype(np.int32),
+                    log_behaviour=np.zeros(length, np.float32),
+                    turns=turns, versions=(VersionSpan(version=0, start=start, end=length),),
+                    reward=float(random.integers(0, 3)) + 0.25 * sample, ended="finished",
+                )
+            )
+    behaviour = make_model(config, 1)
+    with torch.no_grad():
+        for parameter in behaviour.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(9)), alpha=0.02)
+    packed = pack_batch(made, micro_batch_tokens=10_000)
+    found = batch_log_probs(behaviour, packed, ARITHMETIC).log_prob.float().numpy()
+    ends = np.cumsum([t.num_policy_tokens for t in made])
+    for trajectory, part in zip(made, np.split(found, ends[:-1]), strict=True):
+        trajectory.log_behaviour[trajectory.policy_positions()] = part
+    return made
+
+
+def make_model(config: DecoderConfig, seed: int) -> Decoder:
+    model = Decoder(config)
+    model.initialise(seed, std=0.3)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".bias", "norm.weight")):
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.double()
+
+
+def build(case: Case, ranks: Ranks, sharding: str) -> Learner:
+    """In float64, where rounding hides nothing."""
+
+    def model(seed: int) -> Decoder:
+        made = make_model(case.config, seed)
+        if sharding == "full" and ranks.size > 1:
+            shard(made, ranks, dtype=torch.float64)
+        return made
+
+    recipe = load_recipe(case.recipe)
+    needs = requirements(recipe)
+    policy = model(1)
+    critic = None
+    if needs.value:
+        trunk = model(1) if case.critic.kind == "model" else None
+        critic = Critic(policy, case.critic, ARITHMETIC, ranks=ranks, trunk=trunk)
+        critic.head.double()
+    options = LearnerOptions(
+        steps=10, updates_per_batch=case.updates, optimizer=OPTIMIZER, arithmetic=ARITHMETIC
+    )
+    reference = model(2).requires_grad_(False) if needs.reference else None
+    return Learner(policy, recipe, options, critic=critic, reference=reference, ranks=ranks)
+
+
+def pack(case: Case, ranks: Ranks, seed: int) -> PackedBatch:
+    over = None
+    if ranks.size > 1:
+        whole = requirements(load_recipe(case.recipe)).per_trajectory_norms
+        over = Spread(rank=ranks.rank, size=ranks.size, cost=COST, whole_groups=whole)
+    return pack_batch(episodes(case.groups, case.config, seed), micro_batch_tokens=case.micro_batch_tokens, over=over)
+
+
+def outcome(case: Case, ranks: Ranks, sharding: str) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Weights (the critic's too) behind two steps, and the metrics of each."""
+    learner = build(case, ranks, sharding)
+    reports = [learner.step(pack(case, ranks, seed)) for seed in range(STEPS)]
+    assert not any(report.skipped for report in reports)
+    weights = {name: tensor.clone() for name, tensor in learner.full_weights()}
+    if learner.critic is not None:
+        weights |= {f"critic.{n}": full(t).clone() for n, t in learner.critic.state_dict().items()}
+    return weights, [dict(report.metrics) for report in reports]
+
+
+def keys() -> Iterator[tuple[str, Case, str]]:
+    for number, case in enumerate(CASES):
+        for sharding in ("none", "full"):
+            yield f"{number}-{sharding}", case, sharding
+
+
+def start(program: str, folder: Path, size: int, *words: str) -> None:
+    """Run `program` as that many ranks to their ends; every one must end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(size):
+        given = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **{name: str(value) for name, value in given.items()}, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, program, str(folder), *words]
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        ends = [(process.communicate(timeout=3 * TIMEOUT_S)[1], process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, (errors, code) in enumerate(ends):
+        assert code == 0, f"rank {rank} of {size} ended with {code}: {errors[-3000:]}"
+        assert "terminate called" not in errors
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    with join_ranks("cpu", TIMEOUT_S) as ranks:
+        for key, case, sharding in keys():
+            weights, metrics = outcome(case, ranks, sharding)
+            save_file(deepcopy(weights), folder / f"{key}.{ranks.rank}.safetensors")
+            (folder / f"{key}.{ranks.rank}.json").write_text(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
