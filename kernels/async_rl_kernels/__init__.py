@@ -1,8 +1,12 @@
 """The operations in which an off-policy trainer spends what an ordinary trainer does not.
 
-`reference.py` is the definition of each, in plain torch; the others are the fast paths.
+`reference.py` is the definition of each, in plain torch; the others are the fast paths. `*_triton.py` are the ones
+for CUDA: nothing else imports Triton, and they are imported only where `backend` says "triton".
 """
 
+from async_rl_kernels.device import backend
 from async_rl_kernels.logprob import LogProbs, linear_logprob
+from async_rl_kernels.segment_ratio import segment_ratio
+from async_rl_kernels.weight_grad import segmented_weight_grad
 
-__all__ = ["LogProbs", "linear_logprob"]
+__all__ = ["LogProbs", "backend", "linear_logprob", "segment_ratio", "segmented_weight_grad"]

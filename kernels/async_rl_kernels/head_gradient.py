@@ -46,7 +46,7 @@ class HeadGradient:
         self._tile_elements, self._tile_rows = tile_elements or elements, tile_rows or rows
         self._hidden, self._weight, self._targets = hidden, weight, targets
         self._scale = 1.0 / temperature
-        self._kernels = tile_kernels(hidden.device)
+        self._kernels = tile_kernels(hidden)
         with torch.no_grad():
             sums, _ = head_sums(hidden, weight, targets, self._scale, tiles_for(hidden, weight), self._kernels)
         self.log_probs = LogProbs(

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from async_rl_kernels.device import uses_triton
 from async_rl_kernels.vocabulary_sums import VocabularySums
 
 PIECE_ELEMENTS = 1 << 17
@@ -45,9 +46,6 @@ class TileKernels(Protocol):
     """Of a tile `logits` [rows, ids] = hidden . weight, float32 or better, contiguous, which may be overwritten.
     local [rows] int64: the target's column, which may lie outside the tile. scale: 1 / temperature."""
 
-    name: str
-    """said by `linear_logprob_backend`"""
-
     def sums(self, logits: Tensor, local: Tensor, scale: float, out: VocabularySums) -> None:
         """Write the sums over the ids to `out` [rows]."""
 
@@ -56,8 +54,6 @@ class TileKernels(Protocol):
 
 
 class TorchTile:
-    name = "torch"
-
     def sums(self, logits: Tensor, local: Tensor, scale: float, out: VocabularySums) -> None:
         width = logits.shape[1]
         inside = (local >= 0) & (local < width)
@@ -104,6 +100,10 @@ def pieces(tile: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(tile), step)]
 
 
-def tile_kernels(device: torch.device) -> TileKernels:
+def tile_kernels(hidden: Tensor) -> TileKernels:
     """Triton on CUDA, torch operations elsewhere."""
+    if uses_triton(hidden):
+        from async_rl_kernels.logit_tile_triton import TritonTile
+
+        return TritonTile()
     return TorchTile()

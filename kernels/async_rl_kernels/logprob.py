@@ -78,7 +78,7 @@ def linear_logprob(
         if least < 0 or most >= len(weight):
             raise IndexError(f"a target is {int(least if least < 0 else most)}, the vocabulary has {len(weight)} ids")
     tiles = tiles or tiles_for(hidden, weight)
-    kernels = kernels or tile_kernels(hidden.device)
+    kernels = kernels or tile_kernels(hidden)
     columns = _LinearLogProb.apply(hidden, weight, targets, 1.0 / temperature, shard, tiles, kernels)
     log_prob, entropy, square = columns
     return LogProbs(log_prob=log_prob, entropy=entropy, prob_square_sum=square)

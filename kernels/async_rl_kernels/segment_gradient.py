@@ -8,19 +8,23 @@ sums sum_i m_i G_i = (m g)^T a are ordinary products and left to the caller.
 |G_i|^2 is the cheaper of two, for segments of similar length padded together (no loop per segment):
 - Gram: sum_{s,t in i} (g_s . g_t) (a_s . a_t), about T^2 / 2 (in + out) products; short segments;
 - direct: G_i tile by tile, T in out products; long segments in narrow layers.
-Definitions: reference.py.
+On CUDA both are Triton's (segment_gradient_triton). Definitions: reference.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from async_rl_kernels.device import uses_triton_products
 from async_rl_kernels.product import promoted
+
+Made = TypeVar("Made")
 
 BUCKET_ROWS = 1024
 """rows of a bucket on a CPU: copies of them stay in the second-level cache"""
@@ -64,6 +68,13 @@ class Segments:
         self.ids = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(device)  # [rows] int64
         self.device = torch.device(device)
         self._buckets: list[Bucket] | None = None
+        self._cached: dict[object, Any] = {}
+
+    def cached(self, key: object, make: Callable[[], Made]) -> Made:
+        """What `make` gave the first time it was asked for by this key: tables that all layers share."""
+        if key not in self._cached:
+            self._cached[key] = make()
+        return self._cached[key]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -110,6 +121,10 @@ def weight_norm_squares(activations: Tensor, gradients: Sequence[Tensor], segmen
     or better. Definition: reference.segmented_weight_grad.
     """
     assert all(g.shape[0] == activations.shape[0] == segments.rows for g in gradients)
+    if uses_triton_products(activations):
+        from async_rl_kernels.segment_gradient_triton import norm_squares
+
+        return norm_squares(activations, gradients, segments)
     result = torch.zeros(len(segments), dtype=torch.float64, device=activations.device)
     width = sum(g.shape[1] for g in gradients)
     for bucket in segments.buckets:
