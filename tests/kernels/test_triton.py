@@ -20,7 +20,7 @@ REGISTERS = 65_536
 def test_kernels_give_what_their_definitions_give_in_the_interpreter() -> None:
     files = sorted(str(path.relative_to(ROOT)) for path in INTERPRETED.glob("*.py"))
     assert len(files) == 3
-    said = run_with_triton("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, interpret=True)
+    said = run_with_triton("-m", "pytest", "-v", "-p", "no:cacheprovider", *files, interpret=True)
     assert "passed" in said
     assert "skipped" not in said
 
