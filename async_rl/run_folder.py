@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def rollback(self) -> Path:
+        """that the run went back to an earlier checkpoint; see rollback.py"""
+        return self.path / "rollback.json"
+
+    @property
     def live(self) -> Path:
         """how things stand now, written anew every second while the run goes on"""
         return self.path / "live.json"

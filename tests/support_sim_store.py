@@ -167,13 +167,14 @@ class FakeStore:
                 finished_at=t.finished_at,
             )
 
-    def dropped_last(self) -> list[tuple[int, int]]:
+    def dropped_last(self) -> list[tuple[int, int, str]]:
         newest: dict[int, GroupRow] = {}
         for row in self.rows.values():
             if row.split == "train" and row.attempt >= newest.get(row.position, row).attempt:
                 newest[row.position] = row
-        stale = [r for r in newest.values() if (r.refused_because or "").startswith("stale:")]
-        return sorted((row.position, row.attempt) for row in stale)
+        why = {row.position: (row.refused_because or "").partition(":")[0] for row in newest.values()}
+        again = [row for row in newest.values() if why[row.position] in ("stale", "rollback")]
+        return sorted((row.position, row.attempt, why[row.position]) for row in again)
 
     def lengths(self, ends: Sequence[int]) -> list[tuple[str, int, int, int]]:
         found: dict[tuple[str, int], list[int]] = {}

@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "config extras trajectory",
         "settings",
         "run_folder",
-        "process run_lock",
+        "process run_lock rollback",
         # rooms
         "async_rl_kernels",
         "wire task model batch",

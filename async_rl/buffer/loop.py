@@ -21,6 +21,7 @@ from async_rl.buffer.staleness import Policy
 from async_rl.buffer.store import Store, store_begun
 from async_rl.buffer.wait import Wait
 from async_rl.errors import RunFailed
+from async_rl.rollback import read_rollback
 from async_rl.run_folder import RunFolder
 from async_rl.settings import Settings, pace_of
 from async_rl.task.order import PromptOrder
@@ -130,6 +131,9 @@ def run_buffer(
         if begun:
             activity.now("reading the store")
             store.rewind(version=version, now=time.time())
+            if (back := read_rollback(folder)) is not None and version >= back.at:
+                reason = f"rollback: begun under weights that were given up at step {back.at - 1}"
+                store.give_up(version=back.at, reason=reason)
             store.commit()
             restore(core, read_standing(store), version=version)
         folder.event("buffer_ready", time=time.time(), endpoint=endpoint)

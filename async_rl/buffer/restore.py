@@ -32,8 +32,9 @@ class Standing:
     next_group: int
     position: int
     """next one in the prompt order"""
-    dropped: tuple[tuple[int, int], ...]
-    """(position, attempt) of groups refused as stale whose problem was not asked again"""
+    dropped: tuple[tuple[int, int, str], ...]
+    """(position, attempt, why) of groups refused as stale, or because the run went back, whose problem was not asked
+    again"""
     depth: Mapping[str, Any] | None
     """state of the controller of the depth, if there was one"""
     lengths: tuple[tuple[str, int, int, int], ...]
@@ -88,8 +89,11 @@ def restore(core: Core, standing: Standing, *, version: int) -> None:
     admission.lost_tokens = standing.tokens_generated
     ledger.published = core.consumed = version
     core.counts.update(standing.counts)
-    if ledger.policy.refills:
-        admission.refill = [(position, attempt + 1) for position, attempt in standing.dropped]
+    admission.refill = [
+        (position, attempt + 1)
+        for position, attempt, why in standing.dropped
+        if why == "rollback" or ledger.policy.refills
+    ]
     if core.batching.depth is not None and standing.depth is not None:
         core.batching.depth.restore(standing.depth)
     core.batching.discarded.restore(standing.lengths)

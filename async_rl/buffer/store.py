@@ -223,6 +223,20 @@ class Store(StoreReader):
         self._write("UPDATE batches SET trained_at = NULL WHERE step >= ?", (version,))
         self.set_meta("consumed_step", version - 1)
 
+    def give_up(self, *, version: int, reason: str) -> None:
+        """The run went back: from `version` on, its weights are others than those that sampled what is not trained
+        yet. All of that is refused, also in batches that were formed ahead. Done once, whenever it is asked for."""
+        if int(self.meta("gone_back_at", 0)) == version:
+            return
+        for table in ("groups", "trajectories"):
+            self._write(f"UPDATE {table} SET step = NULL WHERE step >= ?", (version,))
+        self._write("DELETE FROM batches WHERE step >= ?", (version,))
+        self._write("DELETE FROM turns", ())
+        waiting = [row.group for row in self.groups(unfinished=True) if row.split == "train"]
+        for group in waiting:
+            self.refuse_group(group, reason)
+        self.set_meta("gone_back_at", version)
+
     def add_evaluation(
         self,
         *,

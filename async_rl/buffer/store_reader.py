@@ -188,14 +188,19 @@ class StoreReader:
         (position,) = self._all("SELECT coalesce(max(position) + 1, 0) FROM groups")[0]
         return int(position)
 
-    def dropped_last(self) -> list[tuple[int, int]]:
-        """(position, attempt) of the groups refused as stale whose problem was not asked again since."""
+    def dropped_last(self) -> list[tuple[int, int, str]]:
+        """(position, attempt, why) of the groups refused as stale, or because the run went back ("rollback"), whose
+        problem was not asked again since."""
         newest = (
             "SELECT position, max(attempt) AS attempt, refused_because FROM groups WHERE split = 'train' "
             "GROUP BY position"
         )
-        found = f"SELECT position, attempt FROM ({newest}) WHERE refused_because LIKE 'stale:%' ORDER BY position"
-        return [(position, attempt) for position, attempt in self._all(found)]
+        why = "substr(refused_because, 1, instr(refused_because, ':') - 1)"
+        found = (
+            f"SELECT position, attempt, {why} AS why FROM ({newest}) WHERE why IN ('stale', 'rollback') "
+            "ORDER BY position"
+        )
+        return [tuple(row) for row in self._all(found)]
 
     def lengths(self, ends: Sequence[int]) -> list[tuple[str, int, int, int]]:
         """(trained, dropped or refused; bucket; trajectories; policy tokens) of training trajectories that are in a

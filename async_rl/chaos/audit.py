@@ -46,6 +46,8 @@ class Promise:
     """of a run that is finished; None: it was stopped on its way"""
     evaluation_size: int
     """trajectories of one evaluation"""
+    went_back: int = 0
+    """version from which on no token of an older one is trained, because the run went back; 0: it did not"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,8 @@ class Audit:
     lag_max: int
     """steps, over all trained tokens; 0 when there is none"""
     findings: tuple[Finding, ...]
+    went_back: str = ""
+    """that the run did, in words; or empty"""
 
     def count(self, kind: Kind) -> int:
         return sum(1 for finding in self.findings if finding.kind == kind)
@@ -252,6 +256,12 @@ class _Tokens:
                     what=f"{name} has tokens of version {one.oldest}: {batch.step - one.oldest} steps old, at most "
                     f"{promise.max_staleness} are allowed",
                 )
+            if one.oldest < promise.went_back <= batch.step:
+                yield Finding(
+                    kind="stale",
+                    what=f"{name} has tokens of version {one.oldest}, though the run went back at version "
+                    f"{promise.went_back}: the weights that sampled them were given up",
+                )
             if one.newest > batch.step:
                 yield Finding(kind="stale", what=f"{name} has tokens of version {one.newest}, which came after it")
         yield from self.complete(samples, batch, promise)
@@ -324,6 +334,7 @@ def audit_rows(audit: Audit) -> list[tuple[str, str]]:
                    f"{audit.groups_waiting} in the pipeline at the end"),
         ("batches", f"{audit.steps}, {audit.trajectories} trajectories"),
         ("staleness", f"{audit.lag_max} steps at most"),
+        *([("went back", audit.went_back)] if audit.went_back else []),
         ("lost", str(audit.count("lost"))),
         ("duplicated", str(audit.count("duplicated"))),
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 from async_rl.buffer.store_reader import StoreReader
 from async_rl.chaos.audit import Audit, Finding, Promise, audit_store
 from async_rl.errors import UserError
+from async_rl.rollback import Rollback, read_rollback
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.settings import Settings
 from async_rl.task import make_task
@@ -27,16 +28,18 @@ def audit_run(folder: RunFolder) -> Audit:
         raise UserError(f"{folder.path} is not a run folder: there is no {folder.config.name} in it")
     _refuse_running(folder)
     settings = folder.settings()
-    promise = promise_of(settings, finished=folder.summary.exists())
+    back = read_rollback(folder)
+    promise = promise_of(settings, finished=folder.summary.exists(), back=back)
     with StoreReader(folder.store) as store:
         audit = audit_store(store, promise)
         findings = [*audit.findings, *_evaluations(store, list(read_rows(folder.events)), promise)]
     findings += _rows(folder, audit.steps, promise)
-    findings += _checkpoints(folder, promise)
-    return dataclasses.replace(audit, findings=tuple(findings))
+    findings += _checkpoints(folder, promise, back)
+    told = "" if back is None else f"at step {back.at - 1} to version {back.to} ({back.reason})"
+    return dataclasses.replace(audit, findings=tuple(findings), went_back=told)
 
 
-def promise_of(settings: Settings, *, finished: bool) -> Promise:
+def promise_of(settings: Settings, *, finished: bool, back: Rollback | None = None) -> Promise:
     task = make_task(settings.task.name, settings.task.args)
     batch, evaluation = settings.batch, settings.evaluation
     problems = min(evaluation.problems, len(task.problems("eval")))
@@ -48,6 +51,7 @@ def promise_of(settings: Settings, *, finished: bool) -> Promise:
         problem_at=PromptOrder(len(task.problems("train")), settings.seed),
         steps=settings.trainer.steps if finished else None,
         evaluation_size=problems * evaluation.samples,
+        went_back=back.at if back is not None else 0,
     )
 
 
@@ -100,10 +104,13 @@ def _rows(folder: RunFolder, formed: int, promise: Promise) -> Iterator[Finding]
         yield Finding(kind="record", what=f"{folder.weights.name} has no hash of the last weights")
 
 
-def _checkpoints(folder: RunFolder, promise: Promise) -> Iterator[Finding]:
-    """Every checkpoint is byte for byte what was written; the last one is there."""
+def _checkpoints(folder: RunFolder, promise: Promise, back: Rollback | None) -> Iterator[Finding]:
+    """Every checkpoint is byte for byte what was written; the last one is there; none of a finished run holds
+    weights that were given up."""
     found = list_checkpoints(folder.checkpoints)
     for path in found:
+        if back is not None and promise.steps is not None and back.to < version_of(path) < back.at:
+            yield Finding(kind="checkpoint", what=f"{path.name} holds weights that were given up at step {back.at - 1}")
         if (damage := damage_of(path)) is not None:
             yield Finding(kind="checkpoint", what=f"{path.name}: {damage}")
     if promise.steps is not None and promise.steps not in map(version_of, found):

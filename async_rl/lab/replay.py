@@ -14,6 +14,7 @@ import torch
 
 from async_rl.buffer.store import StoreReader
 from async_rl.errors import UserError
+from async_rl.lab.line import Line
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.trainer.build import make_learner, pack_step
 from async_rl.trainer.checkpoint import load_checkpoint, weights_checksum, weights_hash
@@ -69,25 +70,26 @@ def replay(
         learner = make_learner(settings)
         begun = _begin(folder, store.first_step(), last, learner)
         compared, equal, difference = 0, -1, None
-        for version in range(begun, last + 1):
-            if version > begun:
-                blobs = store.load_batch(version - 1)
-                if blobs is None:
-                    raise UserError(f"{store.path}: the batch of step {version - 1} is not in it")
-                learner.step(pack_step(settings, [unpack(blob) for blob in blobs]))
-                each_step(version)
-            weights = learner.weights()
-            marks = recorded.get(version, {})
-            compared += bool(marks)
-            found = {kind: MARKS[kind](weights) for kind in marks}
-            different = next((kind for kind in MARKS if marks.get(kind) != found.get(kind)), None)
-            if different is not None:
-                difference = Difference(
-                    version=version, recorded=marks[different], replayed=found[different], last_equal=equal
-                )
-                break
-            if marks:
-                equal = version
+        with Line.of(folder, learner) as line:
+            for version in range(begun, last + 1):
+                if version > begun:
+                    blobs = store.load_batch(version - 1)
+                    if blobs is None:
+                        raise UserError(f"{store.path}: the batch of step {version - 1} is not in it")
+                    line.step(pack_step(settings, [unpack(blob) for blob in blobs]))
+                    each_step(version)
+                weights = learner.weights()
+                marks = recorded.get(version, {})
+                compared += bool(marks)
+                found = {kind: MARKS[kind](weights) for kind in marks}
+                different = next((kind for kind in MARKS if marks.get(kind) != found.get(kind)), None)
+                if different is not None:
+                    difference = Difference(
+                        version=version, recorded=marks[different], replayed=found[different], last_equal=equal
+                    )
+                    break
+                if marks:
+                    equal = version
     return Replayed(
         version=learner.version,
         hash=weights_hash(learner.weights()),

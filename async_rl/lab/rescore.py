@@ -26,6 +26,7 @@ from async_rl.batch import PackedBatch
 from async_rl.buffer.store import StoreReader
 from async_rl.config import with_overrides
 from async_rl.errors import UserError
+from async_rl.lab.line import Line
 from async_rl.launch.preflight import SINGLE_TURN
 from async_rl.model.folder import load_model
 from async_rl.objective.effect import check_effect
@@ -130,22 +131,23 @@ def rescore(
     scores = {text: Score(recipe=text) for text in (OWN, *others)}
     with StoreReader(folder.store) as store:
         begun = _begin(folder, store.first_step(), first, learner)
-        for step in range(learner.version, last):
-            packed = _batch(store, settings, step)
-            if step < first:
-                learner.step(packed)
-                continue
-            looks = {OWN: learner.look(packed)}
-            for text, other in others.items():
-                other.version = learner.version
-                looks[text] = other.look(packed)
-                other.state = looks[text].state
-            before = _flat(learner)
-            learner.step(packed)
-            update = _flat(learner) - before
-            for text, look in looks.items():
-                _add(scores[text], step, look, looks[OWN], update, packed)
-            each_step(step)
+        with Line.of(folder, learner) as line:
+            for step in range(learner.version, last):
+                packed = _batch(store, settings, step)
+                if step < first:
+                    line.step(packed)
+                    continue
+                looks = {OWN: learner.look(packed)}
+                for text, other in others.items():
+                    other.version = learner.version
+                    looks[text] = other.look(packed)
+                    other.state = looks[text].state
+                before = _flat(learner)
+                line.step(packed)
+                update = _flat(learner) - before
+                for text, look in looks.items():
+                    _add(scores[text], step, look, looks[OWN], update, packed)
+                each_step(step)
     return Rescored(first=first, last=last, begun=begun, scores=list(scores.values()))
 
 

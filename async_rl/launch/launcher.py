@@ -18,7 +18,7 @@ from typing import Any
 
 from async_rl.config import to_yaml
 from async_rl.errors import RunFailed, UserError
-from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible
+from async_rl.interrupt import Interrupted, ignore_interrupts, interruptible, uninterrupted
 from async_rl.launch.child import Command
 from async_rl.launch.crew import POLL_S, SETTLE_S, Crew
 from async_rl.launch.live import Live
@@ -29,6 +29,7 @@ from async_rl.launch.resume import Start, find_start, resumed_settings, rewind
 from async_rl.launch.tracking import Tracking
 from async_rl.launch.vitals import Vitals
 from async_rl.observe.console import Console
+from async_rl.rollback import read_rollback
 from async_rl.run_folder import RowTail, RunFolder, replace_text
 from async_rl.run_lock import take_lock
 from async_rl.settings import Settings
@@ -45,9 +46,13 @@ LAST_LAUNCH_S = 15.0
 """time processes of a launch whose launcher was killed get to notice it"""
 
 
+class GoneBack(Exception):
+    """The trainer has given its last steps up: the run is to go on from an earlier checkpoint, in a new launch."""
+
+
 @dataclass(slots=True)
 class Launcher:
-    """One run from start to end."""
+    """One launch of a run, from start to end."""
 
     settings: Settings
     folder: RunFolder
@@ -63,13 +68,15 @@ class Launcher:
     weights_endpoint: str = ""
     """where the weight server listens; empty: there is none"""
     tracking: Tracking = field(init=False)
+    goes_on: bool = False
+    """this launch ends for another one to follow"""
 
     def __post_init__(self) -> None:
         self.rows, self.events = RowTail(self.folder.metrics), RowTail(self.folder.events)
         self.tracking = Tracking(self.folder)
 
     def run(self) -> dict[str, Any]:
-        """The run's summary. Raises UserError, RunFailed or Interrupted; all processes are gone then."""
+        """The run's summary. Raises UserError, RunFailed, Interrupted or GoneBack; all processes are gone then."""
         with interruptible():
             return self._run()
 
@@ -104,13 +111,20 @@ class Launcher:
 
     def end(self, endpoint: str) -> None:
         """Every process down, nothing of theirs left. May be called twice."""
+        if self.goes_on:
+            with uninterrupted():  # a signal stops the run as soon as this is done
+                self.take_down(endpoint)
+            return
         try:
             ignore_interrupts()
         finally:  # one that came just before is raised when all is done
-            self.crew.stop()
-            self.tracking.finish()
-            self.clean(endpoint)
-            self.console.stop()
+            self.take_down(endpoint)
+
+    def take_down(self, endpoint: str) -> None:
+        self.crew.stop()
+        self.tracking.finish()
+        self.clean(endpoint)
+        self.console.stop()
 
     def open_folder(self) -> None:
         """Make the folder of a new run, or put that of a resumed one into the state of its start."""
@@ -127,8 +141,12 @@ class Launcher:
         self.folder.event("resumed", version=start.version, time=time.time())
         self.rows.skip()  # what earlier launches wrote is not shown again
         self.events.skip()
-        what = start.checkpoint.name if start.checkpoint is not None else "the initial model (no checkpoint yet)"
-        self.console.say(f"resuming {self.folder.path} at step {start.version} from {what}")
+        self.console.say(f"resuming {self.folder.path} {start.in_words()}")
+
+    @property
+    def version(self) -> int:
+        """It begins with."""
+        return self.start_at.version if self.start_at is not None else 0
 
     def endpoint(self) -> str:
         """Where the buffer will listen. Raises UserError when that is taken."""
@@ -150,7 +168,7 @@ class Launcher:
 
     def start(self, endpoint: str, facts: Facts) -> None:
         path = str(self.folder.path)
-        version = str(self.start_at.version if self.start_at is not None else 0)
+        version = str(self.version)
         chosen = self.settings.generator
         known = (str(facts.train_problems), str(facts.vocabulary))
         for_joiners = (facts.task_digest, str(segment_path(self.folder.path)), self.weights_endpoint)
@@ -185,11 +203,12 @@ class Launcher:
     # ------------------------------------------------------------------ watch
 
     def watch(self) -> None:
-        """Until the trainer is done. Raises RunFailed when any process ends before its time."""
+        """Until the trainer is done. Raises RunFailed when any process ends before its time, GoneBack."""
         done_at: float | None = None
         while self.crew.working:
             self.show()
             self.look()
+            self.look_back()
             self.crew.check()
             self.crew.restart()
             if done_at is None and self.crew.child("trainer").process.poll() == 0:
@@ -201,6 +220,7 @@ class Launcher:
                 return
             time.sleep(POLL_S)
         self.show()
+        self.look_back()
         self.crew.check()
 
     def patience(self) -> float:
@@ -224,12 +244,22 @@ class Launcher:
         self.crew.live.look(now, self.crew.vitals.rows(now))
         self.tracking.look()
 
+    def look_back(self) -> None:
+        """Raises GoneBack when the trainer has ended for that."""
+        if self.crew.child("trainer").process.poll() != 0 or self.folder.summary.exists():
+            return
+        back = read_rollback(self.folder)
+        if back is not None and back.at > self.version:
+            self.goes_on = True
+            raise GoneBack
+
     def show(self) -> None:
         """Rows and evaluations that are new since last time."""
         for row in self.rows.new():
             self.console.step(row)
         for event in self.events.new():
             self.console.event(event)
+            self.crew.live.hear(event)
 
     # -------------------------------------------------------------------- end
 
@@ -259,7 +289,7 @@ def run_training(settings: Settings, path: Path, *, console: Console) -> Mapping
     """Run `settings` in the new run folder `path`; the summary."""
     launcher = Launcher(settings, RunFolder(path), console)
     try:
-        return launcher.run()
+        return _to_the_end(launcher)
     finally:
         launcher.release()
 
@@ -272,6 +302,17 @@ def resume_training(path: Path, overrides: Sequence[str], *, console: Console) -
     lock = take_lock(folder.lock, LAST_LAUNCH_S)
     try:
         settings = resumed_settings(folder, overrides)
-        return Launcher(settings, folder, console, start_at=find_start(folder, settings), lock=lock).run()
+        return _to_the_end(Launcher(settings, folder, console, start_at=find_start(folder, settings), lock=lock))
     finally:
         os.close(lock)
+
+
+def _to_the_end(launcher: Launcher) -> Mapping[str, Any]:
+    """A run that goes back begins there with new processes: none of them knows the weights that were given up."""
+    settings, folder, console = launcher.settings, launcher.folder, launcher.console
+    while True:
+        try:
+            return launcher.run()
+        except GoneBack:
+            start = find_start(folder, settings)
+            launcher = Launcher(settings, folder, console, start_at=start, lock=launcher.lock)

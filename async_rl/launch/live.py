@@ -9,11 +9,12 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from async_rl.errors import RunFailed
-from async_rl.run_folder import RunFolder, replace_text
+from async_rl.observe.alarms import standing
+from async_rl.run_folder import RunFolder, read_rows, replace_text
 from async_rl.settings import Settings
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
@@ -42,6 +43,17 @@ class Live:
     """length of that wait when it was reported last"""
     detail: Mapping[str, Any] = field(default_factory=dict)
     """of the buffer's last answer"""
+    alarms: list[Mapping[str, Any]] = field(default_factory=list)
+    """events of alarms and rollbacks"""
+
+    def __post_init__(self) -> None:
+        for event in read_rows(self.folder.events):  # of earlier launches
+            self.hear(event)
+
+    def hear(self, event: Mapping[str, Any]) -> None:
+        """One of events.jsonl, in order."""
+        if event.get("event") in ("alarm", "rollback"):
+            self.alarms.append(event)
 
     def look(self, now: float, children: Sequence[Mapping[str, object]]) -> None:
         """Take the answer in; ask again, and write what is known, once a second. `children`: one row each."""
@@ -78,6 +90,7 @@ class Live:
             "waits": d.get("waits", []),
             "buffer_answered_s_ago": round(now - self.answered, 3) if self.detail else None,
             "counts": d.get("counts", {}),
+            "alarms": [asdict(alarm) for alarm in standing(self.alarms)],
         }
         with suppress(OSError, RunFailed):  # a full disk is for those to tell who lose something by it
             replace_text(self.folder.live, json.dumps(values) + "\n")

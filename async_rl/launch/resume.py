@@ -4,11 +4,16 @@ A run resumes at the newest whole checkpoint (else at its initial model): the tr
 batches stored since, and trains them again on the same numbers. Rows of steps that are trained again are
 taken out of metrics.jsonl and weights.jsonl and written anew; so are the results of evaluations the
 checkpoint does not know. Everything else in events.jsonl stays: it is the story of all lives of the run.
+
+A run that went back after an alarm (rollback.py) begins at the version it went back at, with the weights of the
+checkpoint it went back to. Nothing is trained again then: the rows of the steps that were given up stay.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +22,13 @@ from typing import Any
 from async_rl.buffer.store import StoreReader, store_begun
 from async_rl.config import described, load_yaml, structured, with_overrides
 from async_rl.errors import UserError
+from async_rl.rollback import Rollback, read_rollback
 from async_rl.run_folder import RunFolder, read_rows, replace_text
 from async_rl.settings import Settings, check
-from async_rl.trainer.manifest import Damage, newest_whole, version_of
+from async_rl.trainer.manifest import Damage, list_checkpoints, newest_whole, version_of
 
 MAY_CHANGE = (
-    "trainer.steps", "checkpoint.", "wire.", "weights.", "trackers",
+    "trainer.steps", "checkpoint.", "wire.", "weights.", "trackers", "guard.",
     "generator.count", "generator.max_restarts", "generator.restart", "generator.gpus", "pin_threads",
     "trainer.ranks", "trainer.gpus", "trainer.sharding", "trainer.memory_share", "trainer.start",
     "buffer.memory_mb", "buffer.max_store_mb", "buffer.keep_steps",
@@ -40,6 +46,15 @@ class Start:
     checkpoint: Path | None
     damaged: tuple[Damage, ...]
     """newer checkpoints that cannot be used"""
+    back: Rollback | None = None
+    """the run goes back here: the weights of the checkpoint are those of `version` from now on"""
+
+    def in_words(self) -> str:
+        """Where the run goes on."""
+        if self.back is not None:
+            return f"at step {self.version}: it went back {self.back.in_words()}"
+        what = self.checkpoint.name if self.checkpoint is not None else "the initial model (no checkpoint yet)"
+        return f"at step {self.version} from {what}"
 
 
 def resumed_settings(folder: RunFolder, overrides: Sequence[str]) -> Settings:
@@ -75,8 +90,11 @@ def resumed_settings(folder: RunFolder, overrides: Sequence[str]) -> Settings:
 
 def find_start(folder: RunFolder, settings: Settings) -> Start:
     """The newest whole checkpoint. Raises UserError when it lies behind the last step asked for."""
-    path, damaged = newest_whole(folder.checkpoints)
+    back = read_rollback(folder)
+    path, damaged = newest_whole(folder.checkpoints, but=given_up(back))
     version = version_of(path) if path is not None else 0
+    goes_back = back if back is not None and version == back.to else None
+    version = goes_back.at if goes_back is not None else version
     if version > settings.trainer.steps:
         raise UserError(f"trainer.steps is {settings.trainer.steps}, but the run has done {version} steps already")
     if store_begun(folder.store):
@@ -88,15 +106,18 @@ def find_start(folder: RunFolder, settings: Settings) -> Start:
                 f"{folder.path}: no whole checkpoint from which the run could go on: the trajectories of steps before "
                 f"{first} are deleted (buffer.keep_steps){reasons}. Start a new run from a model folder you trust"
             )
-    return Start(version=version, checkpoint=path, damaged=tuple(damaged))
+    return Start(version=version, checkpoint=path, damaged=tuple(damaged), back=goes_back)
 
 
 def rewind(folder: RunFolder, start: Start) -> None:
-    """Take the rows out that will be written again, and the traces of the end. Doing it twice is the same."""
+    """Take the rows out that will be written again, the checkpoints that were given up, and the traces of the end.
+    Doing it twice is the same."""
     version = start.version
     reported = 0
-    if start.checkpoint is not None:
+    progress: Mapping[str, Any] | None = start.back.progress if start.back is not None else None
+    if progress is None and start.checkpoint is not None:
         progress = json.loads((start.checkpoint / "progress.json").read_text())
+    if progress is not None:
         pending = progress["pending_evaluation"]
         reported = pending[0] if pending is not None else progress["evaluations_asked"]
 
@@ -104,17 +125,35 @@ def rewind(folder: RunFolder, start: Start) -> None:
         match row["event"]:
             case "evaluation":
                 return bool(row["evaluation"] < reported)
-            case "step_skipped":
+            case "step_skipped" | "alarm":
                 return bool(row["step"] < version)
             case _:
                 return True
 
     _keep(folder.metrics, lambda row: row["step"] < version)
-    _keep(folder.weights, lambda row: row["version"] <= version)
+    # where it goes back, the mark of the version is written at the start
+    marked = version - 1 if start.back is not None else version
+    _keep(folder.weights, lambda row: row["version"] <= marked)
     _keep(folder.events, still_true)
+    if start.back is not None:
+        _note(folder, start.back)
+        for path in list_checkpoints(folder.checkpoints):
+            if start.back.to < version_of(path) <= start.back.at:
+                shutil.rmtree(path)
     folder.summary.unlink(missing_ok=True)
     for record in folder.logs.glob("*.failure.json"):
         record.unlink()
+
+
+def given_up(back: Rollback | None) -> Callable[[int], bool]:
+    """Whether the checkpoint of a version holds weights that a rollback gave up."""
+    return lambda version: back is not None and back.to < version < back.at
+
+
+def _note(folder: RunFolder, back: Rollback) -> None:
+    """Tell of it in events.jsonl, once."""
+    if not any(row["event"] == "rollback" and row["version"] == back.at for row in read_rows(folder.events)):
+        folder.event("rollback", **back.story(), time=time.time())
 
 
 def _keep(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:

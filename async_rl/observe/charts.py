@@ -29,6 +29,7 @@ CHARTS: tuple[Chart, ...] = (
     Chart(section=LEARNING, title="Gradient norm", keys=("grad/norm",), log=True),
     Chart(section=LEARNING, title="Length of answers", keys=("len/mean", "len/kept")),
     Chart(section=LEARNING, title="Learning rate", keys=("lr/base", "lr/effective")),
+    Chart(section=LEARNING, title="Alarms", keys=("alarm/ess", "alarm/entropy", "alarm/gradient", "alarm/reward")),
     Chart(section=LEARNING, title="Groups without a signal", keys=("group/zero_signal",)),
     Chart(section=POLICY, title="Effective sample size", keys=("ess/ratio", "ess/reference", "ess/ratio_clipped")),
     Chart(section=POLICY, title="Effective sample size, tokens", keys=("ess/token",)),
@@ -38,7 +39,7 @@ CHARTS: tuple[Chart, ...] = (
         section=POLICY, title="Divergence from the policy that sampled", keys=("kl/behaviour", "kl/mismatch"), log=True
     ),
     Chart(section=POLICY, title="Spread of the log-weights", keys=("is/log_weight_std",)),
-    Chart(section=OBJECTIVE, title="Learning-rate factors", keys=("lr/ess_scale", "lr/kappa")),
+    Chart(section=OBJECTIVE, title="Learning-rate factors", keys=("lr/ess_scale", "lr/kappa", "lr/rollback")),
     Chart(section=OBJECTIVE, title="Clipped tokens", keys=("clip/frac", "clip/frac_pos", "clip/frac_neg")),
     Chart(section=OBJECTIVE, title="Clipping bias", keys=("clip/bias",)),
     Chart(section=OBJECTIVE, title="OPOB baseline", keys=("opob/baseline", "opob/max_weight_share")),

@@ -99,6 +99,8 @@ class Console:
                     f"step {event['step']}: pipeline depth {event['old']:g} -> {event['new']:g}, since "
                     f"{event['reason']} (smoothed {event['smoothed']:.3f})"
                 )
+            case "alarm":
+                self.say(f"ALARM {event['signal']} at step {event['step']}: {event['reason']}")
             case "step_skipped":
                 self.say(f"step {event['step']} changed nothing: {event['reason']}")
 
@@ -129,10 +131,12 @@ def step_line(row: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
     seconds = row["time"] - before["time"] if before else row["time/step"] + row["time/wait_for_batch"]
     rate = row["tokens/trained"] / max(seconds, 1e-9)
     factor = row.get("lr/effective", 0.0) / row["lr/base"] if row.get("lr/base") else 0.0
+    alarms = [name.removeprefix("alarm/") for name, raised in row.items() if name.startswith("alarm/") and raised]
     return (
         f"{int(row['step']):6d}  {row['reward/mean']:6.3f}  {row['lag/mean']:5.2f} / {int(row['lag/max']):<3d}  "
         f"{row.get('ess/ratio', float('nan')):8.3f}  {factor:8.3f}  {row.get('grad/norm', 0.0):8.3f}  "
         f"{who_waits(row, seconds):<20s}  {rate:8.0f}  {seconds:7.2f}"
+        f"{'  ALARM ' if alarms else ''}{', '.join(alarms)}"
     )
 
 
@@ -166,8 +170,17 @@ def summary_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{s['groups_admitted']} admitted, {s['groups_trained']} trained, {s['groups_refused']} refused, "
             f"{s['trajectories_failed']} trajectories failed",
         ),
+        *alarm_rows(s),
         ("weights", weights_checked(s["canary"])),
         ("model", str(s["model"])),
+    ]
+
+
+def alarm_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Signs of a collapse, and that the run went back."""
+    rows = [("went back", back["text"])] if (back := s.get("rollback")) else []
+    return rows + [
+        (f"ALARM {alarm['signal']}", f"at step {alarm['step']}: {alarm['reason']}") for alarm in s.get("alarms", ())
     ]
 
 

@@ -25,6 +25,7 @@ from async_rl.buffer.store_reader import StoreError
 from async_rl.buffer.survey import StoreSurvey, Surveyed
 from async_rl.errors import UserError
 from async_rl.observe import timeline
+from async_rl.observe.alarms import incidents
 from async_rl.observe.charts import DERIVED, charts_for
 from async_rl.observe.console import in_words, summary_rows
 from async_rl.observe.curves import Curve, curve
@@ -39,6 +40,7 @@ DETAIL_STEPS = 40
 """newest steps whose every span is drawn"""
 DETAIL_TRAJECTORIES = 60_000
 MOST_EVENTS = 2_000
+MOST_INCIDENTS = 50
 CLOCK_POINTS = 400
 BUCKET_BOUNDS = (16, 64, 256, 1024, 4096, 16384)
 """policy tokens: those of the metrics `reject/<reason>/<bucket>`"""
@@ -115,6 +117,7 @@ def _run(record: RunRecord, with_ratios: bool) -> dict[str, Any]:
         "curves": _curves(record),
         "rejects": _rejects(record),
         "events": _events(record),
+        "incidents": [[i.step, i.name, i.text] for i in incidents(record.events)][-MOST_INCIDENTS:],
         "settings": [[s.path, s.value, s.meaning, s.unit] for s in record.setting_rows],
         "survey": None,
         "refusals": [],

@@ -56,6 +56,10 @@ BAD = ("failed", "died", "stall", "frozen", "alarm", "collapse", "damaged", "wro
 NOTE = ("resumed", "rejoined", "left", "interrupted", "silent", "skipped", "rollback", "turned_away", "still_running")
 
 
+OF_TRAINER = ("checkpoint", "evaluation", "step_skipped", "alarm", "rollback")
+"""events that are its own without a name"""
+
+
 def level_of(kind: str) -> str:
     if any(word in kind for word in BAD):
         return "bad"
@@ -70,7 +74,7 @@ def marks(events: Iterable[Mapping[str, Any]]) -> list[Mark]:
         if not isinstance(at, int | float):
             continue
         named = event.get("process") or event.get("name")
-        lane = str(named) if named else TRAINER if kind in ("checkpoint", "evaluation", "step_skipped") else ""
+        lane = str(named) if named else TRAINER if kind in OF_TRAINER else ""
         detail = {k: v for k, v in event.items() if k not in ("event", "time", "process", "name")}
         text = ", ".join(f"{k} {_shown(v)}" for k, v in detail.items())
         found.append(Mark(lane=lane, kind=kind, at=float(at), text=text, level=level_of(kind)))

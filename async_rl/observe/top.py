@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from async_rl.interrupt import Interrupted
+from async_rl.observe.alarms import incidents, standing
 from async_rl.observe.glance import Glance, Watch
 
 EVERY_S = 1.0
@@ -85,7 +86,7 @@ def _head(glance: Glance, width: int, now: float) -> RenderableType:
     wanted = record.settings.trainer.steps if record.settings is not None else 0
     if glance.state == "going on":  # a resumed run may have been given more
         wanted = int(glance.live.get("steps", wanted))
-    lines = [title]
+    lines = [title, *_alarms(glance)]
     if wanted:
         left = _time_left(glance, done, wanted)
         size = max(8, min(60, width - 34))
@@ -94,6 +95,13 @@ def _head(glance: Glance, width: int, now: float) -> RenderableType:
     if glance.state == "going on" and isinstance(told, int | float) and now - told > 10:
         lines.append(Text(f"the launcher has not written live.json for {now - told:.0f} s", style="red"))
     return Group(*lines)
+
+
+def _alarms(glance: Glance) -> list[Text]:
+    found = [Text(f"ALARM at step {a.step}, {a.name.removeprefix('alarm ')}: {a.text}", style="bold red")
+             for a in standing(glance.record.events)]  # fmt: skip
+    back = [i for i in incidents(glance.record.events) if i.name.startswith("rollback")]
+    return [*found, *(Text(f"it went back {i.text}", style="yellow") for i in back)]
 
 
 def _time_left(glance: Glance, done: int, wanted: int) -> str:
@@ -140,6 +148,8 @@ def _factors(row: Mapping[str, float]) -> Text:
     if "lr/base" not in row:
         return Text("")
     made = f"{row['lr/base']:.3g} x ESS {row.get('lr/ess_scale', 1):.3f} x κ {row.get('lr/kappa', 1):.3f}"
+    if "lr/rollback" in row:
+        made += f" x rollback {row['lr/rollback']:.3g}"
     return Text.assemble(
         ("learning     ", "dim"), f"{row.get('lr/effective', row['lr/base']):.3g}", (f" = {made}", "dim")
     )

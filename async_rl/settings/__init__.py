@@ -1,9 +1,10 @@
-"""WHAT A RUN IS TOLD. Every setting with its meaning, unit, default (run.py, wire.py) and range (ranges.py).
+"""WHAT A RUN IS TOLD. Every setting with its meaning, unit, default (run.py, wire.py, guard.py) and range (ranges.py).
 
 In: a YAML file and `name=value` words. Out: one frozen `Settings`, checked: a value out of range, settings that
 contradict each other or would do nothing are refused here, before anything starts. Nobody waits.
 """
 
+from async_rl.settings.guard import GuardSettings
 from async_rl.settings.run import (
     CriticSettings,
     ModelSettings,
@@ -19,6 +20,7 @@ from async_rl.settings.wire import WireSettings
 
 __all__ = [
     "CriticSettings",
+    "GuardSettings",
     "ModelSettings",
     "OptimizerSettings",
     "Settings",

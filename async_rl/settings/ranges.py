@@ -45,6 +45,11 @@ AT_LEAST: dict[str, float] = {
     "canary.silent_steps": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
+    "guard.window": 3,
+    "guard.ess": 0,
+    "guard.entropy": 0,
+    "guard.gradient": 0,
+    "guard.reward": 0,
     "wire.frozen_after_s": 1,
     "wire.max_message_mb": 1,
 }
@@ -76,12 +81,15 @@ AT_MOST: dict[str, float] = {
     "lora.rank": 4096,
     "evaluation.problems": 10**6,
     "evaluation.samples": 10**6,
+    "guard.window": 10**4,
+    "guard.ess": 0.5,
+    "guard.rollback_lr_scale": 1,
     "wire.timeout_s": 10**6,
     "wire.max_message_mb": 10**6,
 }
 """Largest allowed value of a setting."""
 
-BELOW_ONE = ("staleness.target_ess", "optimizer.beta1", "optimizer.beta2")
+BELOW_ONE = ("staleness.target_ess", "optimizer.beta1", "optimizer.beta2", "guard.reward")
 
 ABOVE_ZERO = (
     "generator.temperature",
@@ -92,6 +100,7 @@ ABOVE_ZERO = (
     "generator.restart_window_s",
     "optimizer.epsilon",
     "lora.alpha",
+    "guard.rollback_lr_scale",
     "wire.timeout_s",
     "wire.stall_report_s",
 )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from async_rl.config import described, load_yaml, setting, structured, with_overrides
 from async_rl.errors import UserError
 from async_rl.extras import check_trackers
+from async_rl.settings.guard import GuardSettings, check_guard
 from async_rl.settings.lora import LoraSettings, check_lora
 from async_rl.settings.placement import check_placement
 from async_rl.settings.ranges import ABOVE_ZERO, AT_LEAST, AT_MOST, BELOW_ONE
@@ -260,6 +261,7 @@ class Settings:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     canary: CanarySettings = field(default_factory=CanarySettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    guard: GuardSettings = field(default_factory=GuardSettings)
     wire: WireSettings = field(default_factory=WireSettings)
     weights: WeightsSettings = field(default_factory=WeightsSettings)
     pin_threads: bool = setting(
@@ -310,6 +312,7 @@ def check(settings: Settings) -> None:
     check_wire(settings.wire, settings.weights)
     check_lora(settings.lora, settings.weights.transport)
     check_trackers(settings.trackers)
+    check_guard(settings.guard, checkpoints_every=settings.checkpoint.every)
     if not settings.name.strip() or "/" in settings.name or "\0" in settings.name:
         raise UserError(f"name is {settings.name!r}; it names a folder, so it must be text without '/'")
     if not settings.model.path:

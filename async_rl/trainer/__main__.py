@@ -25,15 +25,18 @@ if TYPE_CHECKING:
 def train(
     folder: RunFolder, settings: Settings, endpoint: str, version: int, activity: Activity, ranks: Ranks | None = None
 ) -> None:
-    """Build the learner, go on from the checkpoint of `version` (0: from the initial model), train. The leader, or
-    the only rank, talks to the buffer, leaves the summary and says done; other ranks follow it."""
+    """Build the learner, go on from the checkpoint of `version` (0: from the initial model; the version a run went
+    back at: from what it went back to), train. The leader, or the only rank, talks to the buffer, leaves the summary
+    and says done; other ranks follow it."""
     import torch
 
+    from async_rl.rollback import read_rollback
     from async_rl.task import make_task
     from async_rl.trainer.build import make_learner
     from async_rl.trainer.canary import make_canary
     from async_rl.trainer.checkpoint import load_checkpoint, weights_hash
     from async_rl.trainer.follow import follow
+    from async_rl.trainer.guard import Guard, WentBack
     from async_rl.trainer.inbox import Inbox
     from async_rl.trainer.loop import TrainerLoop
     from async_rl.trainer.manifest import checkpoint_path
@@ -47,7 +50,13 @@ def train(
     initial_hash = weights_hash(initial) if learner.ranks.leads else ""
     for _ in initial:
         pass  # on the other ranks, which help to gather them
-    progress = load_checkpoint(checkpoint_path(folder.checkpoints, version), learner) if version else None
+    back = read_rollback(folder)
+    there = checkpoint_path(folder.checkpoints, version).exists()
+    saved = version if back is None else back.source(version, there=there)
+    progress = load_checkpoint(checkpoint_path(folder.checkpoints, saved), learner) if saved else None
+    if back is not None and version >= back.at:
+        learner.version, learner.given_up, learner.rate_scale = version, back.given_up, back.lr_scale
+        progress = progress if saved == version else back.progress
     if not learner.ranks.leads:
         follow(settings, learner, activity)
         return
@@ -72,12 +81,17 @@ def train(
             source=Path(settings.model.path),
             eval_problems=len(task.problems("eval")),
             initial_hash=initial_hash,
+            guard=Guard(settings.guard, folder),
         )
         if progress is not None:
-            loop.resume(progress)
+            loop.resume(progress, saved=saved)
         sent = sum(t.numel() * t.element_size() for t in learner.sent().values())
         folder.event("trainer_ready", weights_bytes=sent, time=time.time())
-        summary = loop.run()
+        try:
+            summary = loop.run()
+        except WentBack:  # the launcher starts the run again from there
+            team.say(End())
+            return
         team.say(End())
         replace_text(folder.summary, json.dumps(summary.to_dict(), indent=2) + "\n")
         dealer.send(msg.Done())

@@ -44,10 +44,17 @@ ADAPTERS = "adapter"
 
 
 def save_checkpoint(
-    folder: Path, learner: Learner, progress: Progress, *, source: Path, keep: int, team: Team | None = None
+    folder: Path,
+    learner: Learner,
+    progress: Progress,
+    *,
+    source: Path,
+    keep: int,
+    spared: Path | None = None,
+    team: Team | None = None,
 ) -> Path:
-    """Write the learner's state as a whole, durable folder; keep the newest `keep`. Of several ranks the leader
-    does it, and each other one writes its part (`save_part`).
+    """Write the learner's state as a whole, durable folder; keep the newest `keep`, and `spared`. Of several ranks
+    the leader does it, and each other one writes its part (`save_part`).
 
     `source` gives config and tokenizer. Raises OSError or SafetensorError when it cannot be written."""
     final = checkpoint_path(folder, learner.version)
@@ -66,7 +73,8 @@ def save_checkpoint(
 
     write_whole(final, write, still=team.still)
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if old != spared:
+            shutil.rmtree(old)
     return final
 
 

@@ -102,6 +102,10 @@ class Learner:
         self.critic = critic
         self.adapters = adapters
         self.version = 0
+        self.given_up = 0
+        """steps by which the version runs ahead of what these weights were trained, since the run went back"""
+        self.rate_scale = 1.0
+        """factor on the policy's learning rate, since then"""
         self.state = ObjectiveState()
         assert reference is not None or not self.needs.reference, "this recipe needs a reference model"
         assert critic is not None or not self.needs.value, "this recipe needs a critic"
@@ -247,8 +251,10 @@ class Learner:
     ) -> str:
         """Backward and optimizer step; why it was skipped, or an empty string."""
         settings = self.options.optimizer
-        base = base_learning_rate(self.version, steps=self.options.steps, optimizer=settings)
-        if self.critic is not None and self.version < self.critic.warmup_steps:
+        base = base_learning_rate(
+            self.version, steps=self.options.steps, optimizer=settings, given_up=self.given_up
+        )
+        if self.critic is not None and self.version - self.given_up < self.critic.warmup_steps:
             self.state = state
             metrics |= {"critic/warmup": 1.0, "lr/base": base, "lr/effective": 0.0}
             return ""
@@ -258,6 +264,8 @@ class Learner:
         norm = clip_gradient(self._parameters, settings.clip_norm, self.ranks)
         metrics["grad/norm"] = norm
         factors = dict(answer.learning_rate_factors)
+        if self.rate_scale != 1.0:
+            factors["lr/rollback"] = metrics["lr/rollback"] = self.rate_scale
         if clipped_norm is not None and math.isfinite(norm):
             more, state, measured = finish(self.recipe, state, gradient_norm=norm, clipped_norm=clipped_norm)
             factors.update(more)

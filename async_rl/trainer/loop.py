@@ -20,6 +20,7 @@ from async_rl.settings import Settings
 from async_rl.trainer.build import pack_step
 from async_rl.trainer.canary import CanaryWatch
 from async_rl.trainer.checkpoint import Progress, save_checkpoint, weights_checksum, weights_hash
+from async_rl.trainer.guard import Guard
 from async_rl.trainer.inbox import Inbox
 from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, to_disk, version_of
 from async_rl.trainer.summary import Summary, Totals, mean, summarise
@@ -30,6 +31,7 @@ from async_rl.wire import messages as msg
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from async_rl.trainer.alarm import Alarm
     from async_rl.trainer.learner import Learner
     from async_rl.weights.shared_memory import WeightPublisher
 
@@ -55,6 +57,7 @@ class TrainerLoop:
     """problems of the task's eval split"""
     initial_hash: str
     """of the model the run began with"""
+    guard: Guard
     totals: Totals = field(default_factory=Totals)
     """of the metric rows so far"""
     evaluations_asked: int = 0
@@ -70,12 +73,13 @@ class TrainerLoop:
     saved: int = 0
     """newest version that is in a checkpoint"""
 
-    def resume(self, progress: Progress) -> None:
-        """Go on behind a checkpoint that was loaded into the learner."""
+    def resume(self, progress: Progress, *, saved: int) -> None:
+        """Go on behind a checkpoint, of version `saved`, that was loaded into the learner."""
         version = self.learner.version
         for row in read_rows(self.folder.metrics):
             if row["step"] < version:
                 self.totals.add(row)
+        self.guard.rebuild(read_rows(self.folder.metrics), version)
         self.evaluations_asked = progress["evaluations_asked"]
         if progress["pending_evaluation"] is not None:
             # under the same number, but by the weights there are now
@@ -83,10 +87,13 @@ class TrainerLoop:
         self.reward_first = progress["reward_first"]
         self.seconds_before = progress["seconds"]
         self.busy_before = self.totals.generator_busy
-        self.saved = version
+        self.saved = saved
+        if saved != version:  # went back: these weights have a new number
+            self.record_weights("hash", weights_hash(self.team.weights(self.learner)))
 
     def run(self) -> Summary:
-        """Train all steps. Raises RunFailed when something it waits for does not come."""
+        """Train all steps. Raises RunFailed when something it waits for does not come, WentBack when the run is to
+        go on from an earlier checkpoint."""
         first_step, steps = self.learner.version, self.settings.trainer.steps
         self.check_initial()
         self.publish()
@@ -101,7 +108,12 @@ class TrainerLoop:
             waited = time.monotonic() - waited
             if step + 1 < steps:
                 self.inbox.ask_batch(step + 1)
-            self.record(self.train(step, batch, waited))
+            row, alarms = self.train(step, batch, waited)
+            self.record(row)
+            self.guard.tell(alarms)
+            if self.guard.goes_back(alarms, step):
+                to_disk(self.folder.metrics)
+                raise self.guard.go_back(alarms, step, self.progress())
             self.watch_evaluation(step)
             every = self.settings.checkpoint.every
             if every and (step + 1) % every == 0 and step + 1 < steps:
@@ -116,6 +128,7 @@ class TrainerLoop:
             last=mean(last.rewards),
             detail=self.inbox.consumed(steps),
             canary=self.canary.summary(),
+            guard=self.guard,
             seconds=seconds,
             staleness=self.settings.staleness,
             model=str(checkpoint_path(self.folder.checkpoints, self.learner.version)),
@@ -123,8 +136,9 @@ class TrainerLoop:
 
     # ------------------------------------------------------------------ steps
 
-    def train(self, step: int, batch: msg.Batch, waited: float) -> dict[str, float]:
-        """One step; its metric row. Raises RunFailed when generators show other weights than the published."""
+    def train(self, step: int, batch: msg.Batch, waited: float) -> tuple[dict[str, float], Sequence[Alarm]]:
+        """One step; its metric row, and the alarms it raises. Weights that will be given up are not published.
+        Raises RunFailed when generators show other weights than the published."""
         self.canary.look(step, batch.detail)
         self.inbox.listen()
         started = time.monotonic()
@@ -136,10 +150,13 @@ class TrainerLoop:
         rank_waits = wait_metrics(self.team.ranks, waited_before)
         trained = time.monotonic()
         self.inbox.listen()  # nothing newer is published over weights that arrived wrong
-        self.inbox.activity.now(f"publishing version {step + 1}")
-        self.publish(ess=report.metrics.get("ess/ratio", -1.0))
+        alarms = self.guard.look({"step": step, **report.metrics})
+        stays = not self.guard.goes_back(alarms, step)
+        if stays:
+            self.inbox.activity.now(f"publishing version {step + 1}")
+            self.publish(ess=report.metrics.get("ess/ratio", -1.0))
         published = time.monotonic()
-        if self.size_bytes <= CHECKSUM_BYTES:
+        if stays and self.size_bytes <= CHECKSUM_BYTES:
             self.record_weights("checksum", weights_checksum(self.team.weights(self.learner)))
         row: dict[str, float] = {
             "step": step,
@@ -164,11 +181,12 @@ class TrainerLoop:
             "store/commits": batch.detail.get("store_commits", 0.0),
             **{name: value for name, value in batch.detail.items() if name.startswith(msg.AS_METRICS)},
             **self.canary.row(),
+            **self.guard.columns(),
         }
         if report.skipped:
             self.folder.event("step_skipped", step=step, reason=report.skipped, time=time.time())
             row["skipped"] = 1.0
-        return row
+        return row, alarms
 
     def publish(self, *, ess: float = -1.0) -> None:
         """Hand the weights over and say so; `ess`: of the batch they were trained on, if any."""
@@ -186,16 +204,11 @@ class TrainerLoop:
         self.record_weights("hash", weights_hash(self.team.weights(self.learner)))
         for rows in (self.folder.metrics, self.folder.weights):
             to_disk(rows)  # the rows of a checkpoint's steps must not be missing behind it
-        progress: dict[str, Any] = {
-            "evaluations_asked": self.evaluations_asked,
-            "pending_evaluation": self.pending_evaluation,
-            "reward_first": self.reward_first,
-            "seconds": self.seconds(),
-        }
-        keep = self.settings.checkpoint.keep
+        keep, spared = self.settings.checkpoint.keep, self.guard.spared()
         try:
             path = save_checkpoint(
-                self.folder.checkpoints, self.learner, progress, source=self.source, keep=keep, team=self.team
+                self.folder.checkpoints, self.learner, self.progress(),
+                source=self.source, keep=keep, spared=spared, team=self.team,
             )
         except (OSError, SafetensorError) as error:
             raise RunFailed(
@@ -207,6 +220,15 @@ class TrainerLoop:
         self.inbox.say(msg.Checkpointed(version=version, oldest=oldest))
         took = time.monotonic() - started
         self.folder.event("checkpoint", version=version, path=str(path), seconds=round(took, 4), time=time.time())
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this loop."""
+        return {
+            "evaluations_asked": self.evaluations_asked,
+            "pending_evaluation": self.pending_evaluation,
+            "reward_first": self.reward_first,
+            "seconds": self.seconds(),
+        }
 
     def record(self, row: dict[str, float]) -> None:
         self.totals.add(row)

@@ -85,10 +85,13 @@ def damage_of(path: Path) -> str | None:
     return None
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[Damage]]:
-    """The newest checkpoint that is as it was written, and the newer ones that are not."""
+def newest_whole(
+    folder: Path, but: Callable[[int], bool] = lambda version: False
+) -> tuple[Path | None, list[Damage]]:
+    """The newest checkpoint that is as it was written, and the newer ones that are not. `but`: versions that are
+    passed over."""
     damaged: list[Damage] = []
-    for path in reversed(list_checkpoints(folder)):
+    for path in reversed([path for path in list_checkpoints(folder) if not but(version_of(path))]):
         reason = damage_of(path)
         if reason is None:
             return path, damaged

@@ -7,15 +7,16 @@ from math import cos, pi
 from async_rl.settings import OptimizerSettings
 
 
-def base_learning_rate(step: int, *, steps: int, optimizer: OptimizerSettings) -> float:
+def base_learning_rate(step: int, *, steps: int, optimizer: OptimizerSettings, given_up: int = 0) -> float:
     """Learning rate of training step `step` (0-based) of `steps`.
 
     Warm-up rises linearly and reaches the full rate at step `warmup_steps`; the first step already
-    moves (rate / (warmup_steps + 1)).
+    moves (rate / (warmup_steps + 1)). `given_up`: steps that a rollback took back: the warm-up goes on where
+    those weights had been in it, what follows it ends with the run.
     """
     peak = optimizer.learning_rate
-    if step < optimizer.warmup_steps:
-        return peak * (step + 1) / (optimizer.warmup_steps + 1)
+    if step - given_up < optimizer.warmup_steps:
+        return peak * (step - given_up + 1) / (optimizer.warmup_steps + 1)
     span = max(1, steps - optimizer.warmup_steps)
     done = min(1.0, (step - optimizer.warmup_steps) / span)
     match optimizer.schedule:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from async_rl.settings import StalenessSettings
+from async_rl.trainer.alarm import Alarm
 from async_rl.trainer.canary import CanarySummary
+from async_rl.trainer.guard import Guard
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,6 +86,10 @@ class Summary:
     groups_refused: int
     trajectories_failed: int
     canary: CanarySummary
+    alarms: tuple[Alarm, ...]
+    """that stand at the end"""
+    rollback: Mapping[str, Any] | None
+    """version it went back at and to, why, with which factor on the learning rate; None: it did not"""
     model: str
     """folder of the trained model"""
 
@@ -97,6 +104,7 @@ def summarise(
     last: float,
     detail: Mapping[str, float],
     canary: CanarySummary,
+    guard: Guard,
     seconds: float,
     staleness: StalenessSettings,
     model: str,
@@ -130,6 +138,8 @@ def summarise(
         groups_refused=int(detail.get("groups_refused", 0)),
         trajectories_failed=int(detail.get("trajectories_failed", 0)),
         canary=canary,
+        alarms=tuple(guard.watch.raised.values()),
+        rollback=guard.rollback.story() if guard.rollback is not None else None,
         model=model,
     )
 

@@ -80,6 +80,30 @@ const Charts = (() => {
     return found;
   }
 
+  /* Alarms and rollbacks of the runs shown: a line from top to bottom, with its name. */
+  function incidents(card, u) {
+    const inTime = state.axis === "time", { left, top, width, height } = u.bbox, scale = devicePixelRatio || 1;
+    let drawn = 0;
+    u.ctx.save();
+    u.ctx.font = `${10 * scale}px system-ui, sans-serif`;
+    state.runs.forEach((run, r) => state.shown.has(r) && (run.incidents || []).forEach(([step, name]) => {
+      const at = u.valToPos(inTime ? secondsAt(run.clock, [step])[0] : step, "x", true);
+      if (!(at >= left && at <= left + width)) return;
+      u.ctx.strokeStyle = u.ctx.fillStyle = cssColor(name.startsWith("alarm") ? "--bad" : "--note");
+      u.ctx.lineWidth = scale;
+      u.ctx.setLineDash([4 * scale, 3 * scale]);
+      u.ctx.beginPath();
+      u.ctx.moveTo(at, top);
+      u.ctx.lineTo(at, top + height);
+      u.ctx.stroke();
+      const right = at + u.ctx.measureText(name).width + 8 * scale < left + width;
+      u.ctx.textAlign = right ? "left" : "right";
+      u.ctx.fillText(name, at + (right ? 4 : -4) * scale, top + (10 + 12 * (drawn++ % 4)) * scale);
+    }));
+    u.ctx.restore();
+    card.node.dataset.incidents = String(drawn);
+  }
+
   function positive(values, log) { return log ? values.map(v => (v > 0 ? v : null)) : values; }
 
   function options(card, drawn, data, log) {
@@ -110,6 +134,7 @@ const Charts = (() => {
         { ...axis, size: 58, ...(log ? { splits: decades, filter: (_, splits) => splits } : {}), values: (_, v) => v.map(x => (x == null ? "" : short(x))) },
       ],
       hooks: {
+        draw: [u => incidents(card, u)],
         setCursor: [u => legendValues(card, u.cursor.idx, data)],
         setSelect: [u => {
           if (u.select.width < 4) return;

@@ -47,6 +47,7 @@
       el("h3", {}, el("span", { class: "dot", style: `color: var(${Charts.runColor(r)}); background: currentColor` }), run.name, stateBadge(run)),
       el("p", {}, run.words),
       el("dl", { class: "facts" }, ...[["state", run.state_words], ["folder", run.path], ...run.facts].flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])),
+      run.incidents.length ? el("ul", { class: "notes" }, ...run.incidents.map(([step, name, text]) => el("li", {}, `step ${step}, ${name}: ${text}`))) : null,
       run.notes.length ? el("ul", { class: "notes" }, ...run.notes.map(note => el("li", {}, note))) : null));
     const made = new Date(data.made_at * 1000).toISOString().replace("T", " ").slice(0, 16);
     section("Overview", `Made by async_rl ${data.version} at ${made} UTC.`, el("div", { class: "overview" }, ...cards));

@@ -1,0 +1,240 @@
+"""The watch for a collapse: metric rows in, alarms out. Pure: no clock, no file.
+
+Four signals, each averaged over a window of steps (the median; of the reward the mean) against what the run itself
+has shown before: effective sample size, entropy, gradient norm, reward. An alarm stays up once it is raised, because
+some signals look healthy again after a collapse: a policy that always says the same has an ESS of 1. It comes down
+when the watch begins anew: after a rollback, or when a resumed run goes on from before it.
+
+The state is a function of the rows, so a resumed run rebuilds it from metrics.jsonl. What the thresholds catch,
+how early, and how often they are wrong was measured on recorded trainings: bench/LAB.md.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from math import inf, isnan, log
+from statistics import fmean, median
+from typing import Literal, get_args
+
+from async_rl.settings import GuardSettings
+
+Signal = Literal["ess", "entropy", "gradient", "reward"]
+SIGNALS: tuple[Signal, ...] = get_args(Signal)
+KEYS: dict[Signal, str] = {
+    "ess": "ess/ratio", "entropy": "entropy", "gradient": "grad/norm", "reward": "reward/mean"
+}  # fmt: skip
+
+FIRST = 3
+"""steps that show how a run began when it collapses within the first window"""
+LEAST_LOSS = 0.5
+"""share of the ESS of fresh data that must be gone for an alarm, however small the batch"""
+FEWEST = 2.0
+"""effective samples below which one or two decide a step, whatever the size of the batch"""
+DEAD = 10.0
+"""an entropy so many times below that of the start leaves nothing to explore"""
+NOISE = 8.0
+"""standard errors that a loss of reward must have: the best of thousands of windows lies three above their mean,
+the worst three below"""
+NOISE_WINDOWS = 20
+"""windows over which the noise of the reward is measured"""
+TINY = 1e-12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """One signal, once."""
+
+    signal: Signal
+    step: int
+    """whose row raised it"""
+    since: int
+    """the first sign: the first step of the window in which the signal was half-way to its threshold, without
+    coming back"""
+    reason: str
+    """in words and numbers"""
+
+
+@dataclass(slots=True, kw_only=True)
+class Course:
+    """One signal of a run: its start, and where it is now."""
+
+    window: int
+    """steps"""
+    average: Callable[[Iterable[float]], float] = median
+    """over a window"""
+    start: list[float] = field(default_factory=list)
+    """the first window of values"""
+    recent: deque[float] = field(init=False)
+    """the last window"""
+    steps: deque[int] = field(init=False)
+    """whose values these are"""
+    well: int = -1
+    """newest step at which it was nearer to where it comes from than to its threshold"""
+
+    def __post_init__(self) -> None:
+        self.recent, self.steps = deque(maxlen=self.window), deque(maxlen=self.window)
+
+    def add(self, step: int, value: float) -> None:
+        if not self.started:
+            self.start.append(value)
+        self.recent.append(value)
+        self.steps.append(step)
+
+    @property
+    def started(self) -> bool:
+        """The start is over: something can be compared with it."""
+        return len(self.start) == self.window
+
+    @property
+    def full(self) -> bool:
+        return len(self.recent) == self.window
+
+    @property
+    def begun(self) -> float:
+        return self.average(self.start)
+
+    @property
+    def first(self) -> list[float]:
+        """Before anything can have gone wrong."""
+        return self.start[:FIRST]
+
+    @property
+    def now(self) -> float:
+        return self.average(self.recent)
+
+    def since(self) -> int:
+        """The first step of the first window that was not well any more."""
+        return max(0, self.well + 2 - self.window)
+
+
+@dataclass(slots=True, kw_only=True)
+class CollapseWatch:
+    """All signals of a run."""
+
+    settings: GuardSettings
+    courses: dict[Signal, Course] = field(init=False)
+    raised: dict[Signal, Alarm] = field(default_factory=dict)
+    best: float = -inf
+    """highest reward of a window"""
+    lowest: float = 0.0
+    """lowest reward of a batch, 0 at most: what a collapse may fall to"""
+    changes: deque[float] = field(init=False)
+    """of the reward from one step to the next"""
+
+    def __post_init__(self) -> None:
+        # rewards are few numbers of small batches, and none of them is far off: a mean
+        averages = {signal: fmean if signal == "reward" else median for signal in SIGNALS}
+        self.courses = {signal: Course(window=self.settings.window, average=averages[signal]) for signal in SIGNALS}
+        self.changes = deque(maxlen=NOISE_WINDOWS * self.settings.window)
+
+    def look(self, row: Mapping[str, float]) -> list[Alarm]:
+        """Take in the next metric row; the alarms it raises."""
+        step = int(row["step"])
+        self._add(row, step)
+        new = []
+        for signal, course in self.courses.items():
+            if signal in self.raised or not course.full or course.steps[-1] != step:
+                continue
+            worry, why = self._worry(signal, course, row)
+            if worry < 0.5:
+                course.well = step
+            elif worry >= 1:
+                alarm = Alarm(signal=signal, step=step, since=course.since(), reason=f"{why}, {self._over(course)}")
+                self.raised[signal] = alarm
+                new.append(alarm)
+        return new
+
+    def columns(self) -> dict[str, float]:
+        """What the metric row of the step says of the alarms."""
+        return {f"alarm/{signal}": float(signal in self.raised) for signal in SIGNALS}
+
+    def good(self) -> int:
+        """The newest version that lies a window before every sign so far: where one would go back to, should an
+        alarm be raised at the next step."""
+        signs = [alarm.since for alarm in self.raised.values()]
+        signs += [course.since() for signal, course in self.courses.items() if self._watched(signal) and course.steps]
+        return max(0, min(signs, default=0) - self.settings.window)
+
+    # ---------------------------------------------------------------- signals
+
+    def _watched(self, signal: Signal) -> bool:
+        return bool(getattr(self.settings, signal)) and signal not in self.raised
+
+    def _add(self, row: Mapping[str, float], step: int) -> None:
+        warming = bool(row.get("critic/warmup"))  # the policy does not move
+        for signal, course in self.courses.items():
+            value = row.get(KEYS[signal])
+            if signal == "gradient" and not warming:
+                # a step that was skipped had no gradient, or one that is not finite
+                value = 0.0 if value is None else inf if isnan(value) else value
+            if value is None or isnan(value) or not getattr(self.settings, signal) or (warming and signal != "reward"):
+                continue
+            if signal == "reward":
+                if course.recent:
+                    self.changes.append(value - course.recent[-1])
+                self.lowest = min(self.lowest, value)
+            course.add(step, value)
+
+    def _worry(self, signal: Signal, course: Course, row: Mapping[str, float]) -> tuple[float, str]:
+        """How far the signal is on its way to its threshold, 0 .. 1 and beyond; in words what it is and was."""
+        match signal:
+            case "ess":
+                return self._ess(course, row)
+            case "reward":
+                return self._reward(course)
+            case "entropy":
+                return self._ratio(course, "entropy", self.settings.entropy, max(self.settings.entropy, DEAD))
+            case "gradient":
+                return self._ratio(course, "grad/norm", self.settings.gradient, self.settings.gradient)
+
+    def _ess(self, course: Course, row: Mapping[str, float]) -> tuple[float, str]:
+        now = course.now
+        # the first data are fresh; of long answers the ESS may be small even then
+        fresh = max(min(max(course.first), row.get("ess/reference", 1.0)), TINY)
+        units = row["ess/size"] / row["ess/ratio"] if row.get("ess/size") and row["ess/ratio"] > 0 else inf
+        limit = min(max(self.settings.ess * fresh, FEWEST / units), LEAST_LOSS * fresh)
+        why = f"ess/ratio {now:.3g}, below {limit:.3g} (of fresh data {fresh:.3g})"
+        return _share(log(fresh / max(now, TINY)), log(fresh / limit)), why
+
+    def _ratio(self, course: Course, key: str, above: float, below: float) -> tuple[float, str]:
+        """`above`, `below`: factors on the value of the start."""
+        if not course.started:
+            return 0.0, ""
+        begun, now = course.begun, course.now
+        moved = inf if now == inf else log(max(now, TINY) / max(begun, TINY))
+        if moved >= 0:
+            return _share(moved, log(above)), f"{key} {now:.3g}, above {above:g} times the {begun:.3g} of the start"
+        reward = self.courses["reward"]
+        if reward.full and reward.now > reward.begun:
+            return 0.0, ""  # less of it is what learning brings
+        return _share(-moved, log(below)), (
+            f"{key} {now:.3g}, below 1/{below:g} of the {begun:.3g} of the start, and the reward has not risen"
+        )
+
+    def _reward(self, course: Course) -> tuple[float, str]:
+        now = course.now
+        self.best = max(self.best, now, fmean(course.first))
+        # two independent values differ by twice the variance of one
+        noise = (fmean(change * change for change in self.changes) / 2) ** 0.5
+        error = noise / self.settings.window**0.5
+        limit = max(self.settings.reward * (self.best - self.lowest), NOISE * error)
+        why = f"reward/mean {now:.3g}, more than {limit:.3g} below its best {self.best:.3g}"
+        return _share(self.best - now, limit), why
+
+    def _over(self, course: Course) -> str:
+        return f"over steps {course.steps[0]} to {course.steps[-1]}"
+
+
+def _share(moved: float, limit: float) -> float:
+    """0 where nothing can move: no reward is above its lowest."""
+    return max(0.0, moved / limit) if limit > TINY else 0.0
+
+
+def watch(settings: GuardSettings, rows: Iterable[Mapping[str, float]]) -> CollapseWatch:
+    """The watch as it stands after these rows."""
+    found = CollapseWatch(settings=settings)
+    for row in rows:
+        found.look(row)
+    return found
