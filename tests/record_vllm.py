@@ -21,6 +21,7 @@ TRANSFER = "vllm.distributed.weight_transfer"
 THINGS = (
     "vllm._custom_ops._supports_onednn",
     "vllm.config.weight_transfer.WeightTransferConfig",
+    f"{TRANSFER}.base.ModuleSource",
     f"{TRANSFER}.base.ParamMeta",
     f"{TRANSFER}.base.TrainerInitInfo",
     f"{TRANSFER}.base.TrainerWeightTransferEngine",
@@ -35,6 +36,7 @@ THINGS = (
     f"{TRANSFER}.ipc_engine.IPCWeightTransferInitInfo",
     f"{TRANSFER}.ipc_engine.IPCWeightTransferUpdateInfo",
     f"{TRANSFER}.nccl_common.NCCLWeightTransferInitInfo",
+    f"{TRANSFER}.nccl_common.trainer_init",
     f"{TRANSFER}.nccl_engine.NCCLTrainerInitInfo",
     f"{TRANSFER}.nccl_engine.NCCLTrainerSendWeightsArgs",
     f"{TRANSFER}.nccl_engine.NCCLTrainerWeightTransferEngine",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.generator.vllm_engine import VllmOptions
-from async_rl.generator.vllm_release import SPANS, Release
+from async_rl.vllm_release import NEWEST, OLDEST, SPANS, TRAINER_FACTORY, Release
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = json.loads((Path(__file__).parent / "generator" / "vllm_releases.json").read_text())
@@ -37,6 +37,11 @@ SINCE: dict[str, Release] = {
     f"{ASYNC_LLM}.update_weight_version": SPANS,  # it came earlier; asked of those only that tell the spans
 }
 """used in these releases only: the code asks which one it is"""
+WITHIN: dict[str, tuple[Release, Release]] = {
+    "NcclLink": (TRAINER_FACTORY, NEWEST),
+    "OldNcclLink": (OLDEST, (0, TRAINER_FACTORY[1] - 1)),
+}
+"""class of ours -> first and last release it is made for"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +53,13 @@ class Site:
     call: tuple[int, tuple[str, ...]] | None = None
     """(positional arguments, names of the others); None: it is not called"""
     where: str
+    inside: str = ""
+    """class of ours"""
 
-    def first(self) -> Release:
-        return SINCE.get(self.thing, SINCE.get(f"{self.thing}.{self.member}", (0, 0)))
+    def used_in(self, release: str) -> bool:
+        first, last = WITHIN.get(self.inside, (OLDEST, NEWEST))
+        first = max(first, SINCE.get(self.thing, SINCE.get(f"{self.thing}.{self.member}", OLDEST)))
+        return first <= number(release) <= last
 
 
 def number(release: str) -> Release:
@@ -95,6 +104,8 @@ def refusal(site: Site, release: str) -> str:
         if kind == "method":
             name, _, parameters = rest.partition(" ")
             methods[name] = parameters
+        elif kind == "call":  # a function
+            methods["__init__"] = f"static {rest}"
     if site.member and site.member not in methods and site.member not in fields:
         return f"{site.thing} has no {site.member}"
     if site.call is None:
@@ -127,8 +138,12 @@ def sites(path: Path) -> Iterator[Site]:
     """Everything of vLLM that a file names."""
     tree = ast.parse(path.read_text())
     imported: dict[str, str] = {}
+    inside = {
+        id(node): owner.name for owner in tree.body if isinstance(owner, ast.ClassDef) for node in ast.walk(owner)
+    }
     for node in ast.walk(tree):
-        where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        line = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        place = {"where": line, "inside": inside.get(id(node), "")}
         match node:
             case ast.ImportFrom(module=module, names=names) if module and module.split(".")[0] == "vllm":
                 for alias in names:
@@ -136,24 +151,25 @@ def sites(path: Path) -> Iterator[Site]:
                         continue
                     thing = f"{module}.{alias.name}"
                     imported[alias.asname or alias.name] = SAME.get(thing, thing)
-                    yield Site(thing=SAME.get(thing, thing), where=where)
+                    yield Site(thing=SAME.get(thing, thing), **place)
     called = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
-        where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        line = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        place = {"where": line, "inside": inside.get(id(node), "")}
         call = called.get(id(node))
         arguments = None
         if call is not None and not any(k.arg is None for k in call.keywords):
             arguments = (len(call.args), tuple(k.arg for k in call.keywords if k.arg))
         match node:
             case ast.Name(id=name) if name in imported and call is not None:
-                yield Site(thing=imported[name], call=arguments, where=where)
+                yield Site(thing=imported[name], call=arguments, **place)
             case ast.Attribute(value=ast.Name(id=name), attr=member) if name in imported:
-                yield Site(thing=imported[name], member=member, call=arguments, where=where)
+                yield Site(thing=imported[name], member=member, call=arguments, **place)
             case ast.Attribute(value=value, attr=member):
                 thing = INSTANCES.get((path.name, ast.unparse(value)))
                 own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
                 if thing is not None and member not in OURS | own:
-                    yield Site(thing=thing, member=member, call=arguments, where=where)
+                    yield Site(thing=thing, member=member, call=arguments, **place)
 
 
 MODULES = {"vllm.outputs"}

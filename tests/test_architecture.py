@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         # what everything stands on, each importing only those before it
         "errors interrupt",
-        "config extras trajectory",
+        "config extras trajectory vllm_release",
         "settings",
         "run_folder",
         "process run_lock rollback",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from async_rl.errors import UserError
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
+from async_rl.generator.pull import Fetched, TensorReader, WeightSource
 from async_rl.model.architecture import DecoderConfig, context_of, tensor_shapes
 from async_rl.model.decoder import DTYPES
 from async_rl.model.folder import check_folder, load_model, load_tensors, read_headers
@@ -24,16 +24,6 @@ MOST_CPU_CACHE_BYTES = 4 << 30
 """of vLLM on a CPU, which would take most of the machine's memory"""
 
 
-class WeightSource(Protocol):
-    """Where a generator gets its weights."""
-
-    def read(self) -> tuple[int, dict[str, torch.Tensor]]:
-        """The newest version, or one newer than was read last. Raises WeightsError."""
-        ...
-
-    def close(self) -> None: ...
-
-
 def make_weights(settings: Settings, segment: Path, endpoint: str, identity: str, *, here: bool) -> WeightSource:
     """By `weights.transport`. `segment`: the trainer's; `endpoint`: of the weight server, empty when there is none;
     `here`: the segment is, or will be, on this host. Raises UserError when there is no way."""
@@ -42,17 +32,17 @@ def make_weights(settings: Settings, segment: Path, endpoint: str, identity: str
     if transport == "shared_memory" or (transport == "auto" and here):
         if not here:
             raise UserError(f"weights.transport is shared_memory, but {segment} is not on this host; leave it out")
-        return whole_weights(settings, WeightReader(segment))
+        return Fetched(whole_weights(settings, WeightReader(segment)))
     if not endpoint or keys is None:
         raise UserError(
             "the weights of this run cannot be had here: it has no weight server, which only runs with a tcp endpoint; "
             "start the run with wire.endpoint=tcp://HOST:PORT"
         )
     stream = WeightStream(endpoint, f"{identity}/weights", keys=keys, timeout_s=settings.wire.timeout_s)
-    return whole_weights(settings, stream)
+    return Fetched(whole_weights(settings, stream))
 
 
-def whole_weights(settings: Settings, source: WeightSource) -> WeightSource:
+def whole_weights(settings: Settings, source: TensorReader) -> TensorReader:
     """`source`, or where only adapters travel, their sums with the weights of the model folder."""
     lora, chosen = settings.lora, settings.generator
     if not lora.rank or lora.send == "merged":

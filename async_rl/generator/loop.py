@@ -33,7 +33,7 @@ from async_rl.wire.heartbeat import Activity
 from async_rl.wire.refusal import HARMLESS
 
 if TYPE_CHECKING:
-    from async_rl.generator.build import WeightSource
+    from async_rl.generator.pull import WeightSource
     from async_rl.model.tokenizer import Tokenizer
 
 FLUSH_S = 0.004
@@ -280,12 +280,9 @@ class GeneratorLoop:
         (self.activity.still if same else self.activity.now)(what)
 
     async def _pull_weights(self) -> None:
-        # Copying a large model must not stop the other coroutines.
-        version, tensors = await asyncio.to_thread(self.weights.read)
         # the first ones always: a model folder of another host may hold others than the run began with
-        if version > self.engine.version or not self.loaded:
-            await self.engine.load(tensors, version)
-            self.loaded = True
+        await self.weights.bring(self.engine, first=not self.loaded)
+        self.loaded = True
 
     async def _show_weights(self) -> None:
         """Evidence of the weights the engine holds; the trainer knows what it must be."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, EngineStats, Request, SamplingParams
-from async_rl.generator.vllm_release import SPANS, installed_release
+from async_rl.vllm_release import SPANS, installed_release
 from async_rl.weights.shared_memory import shared_folder
 
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ class VllmOptions:
     tensor_parallel: int
     layout: Mapping[str, tuple[int, ...]]
     """shapes of the model's weights, under the trainer's names"""
+    transfer: str = ""
+    """vLLM's back end for weights that the trainer sends straight into the workers (nccl, ipc); empty: none"""
+    worker: str = "async_rl.generator.vllm_worker.Weights"
+    """mixed into vLLM's worker"""
 
 
 class VllmEngine:
@@ -189,17 +193,47 @@ class VllmEngine:
             with tempfile.TemporaryDirectory(prefix="async-rl-", dir=shared_folder()) as folder:
                 file = Path(folder) / "weights.safetensors"
                 await asyncio.to_thread(_save, weights, file)
-                await self._served(self._llm.pause_generation(mode="keep", clear_cache=False))
-                for running in self._running.values():
-                    running.cuts.append((len(running.tokens), self._version))
+                await self._pause()
                 await self._ask_workers("async_rl_load", str(file))
-                if self._has_spans:
-                    await self._served(self._llm.update_weight_version(str(version)))
-                self._version = version
-                # blocks of other versions are never found again: their salt says which version filled them
-                if self._options.kv_on_update == "recompute":
-                    await self._served(self._llm.reset_prefix_cache(reset_running_requests=True))
-                await self._served(self._llm.resume_generation())
+                await self._go_on(version)
+
+    async def obey(self, method: str, version: int, detail: Mapping[str, Any]) -> None:
+        """A call of the trainer's side of a link (generator/pull.py). Between start and finish nothing is sampled."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+
+        match method:
+            case "init":
+                request = WeightTransferInitRequest(init_info=dict(detail))
+                await self._served(self._llm.init_weight_transfer_engine(request))
+            case "start":
+                await self._pause()
+                await self._served(self._llm.start_weight_update())
+            case "update" if "handles" in detail:
+                await self._ask_workers("async_rl_update_ipc", dict(detail))
+            case "update":
+                update = WeightTransferUpdateRequest(update_info=dict(detail))
+                await self._served(self._llm.update_weights(update))
+            case "finish":
+                await self._served(self._llm.finish_weight_update())
+                await self._go_on(version)
+            case _:
+                raise RunFailed(f"the trainer wants '{method[:40]}' of vLLM, which this program does not know")
+
+    async def _pause(self) -> None:
+        """Keep the running requests, and remember what they have of the present version."""
+        await self._served(self._llm.pause_generation(mode="keep", clear_cache=False))
+        for running in self._running.values():
+            running.cuts.append((len(running.tokens), self._version))
+
+    async def _go_on(self, version: int) -> None:
+        """The workers hold `version` now."""
+        if self._has_spans:
+            await self._served(self._llm.update_weight_version(str(version)))
+        self._version = version
+        # blocks of other versions are never found again: their salt says which version filled them
+        if self._options.kv_on_update == "recompute":
+            await self._served(self._llm.reset_prefix_cache(reset_running_requests=True))
+        await self._served(self._llm.resume_generation())
 
     async def probe(self, tokens: Sequence[int]) -> Sequence[float]:
         """Log-probs of tokens[1:] given what precedes each, at temperature 1."""
@@ -209,10 +243,16 @@ class VllmEngine:
         if len(tokens) < 2:
             return []
         self._asked += 1
-        prompt = TokensPrompt(prompt_token_ids=list(tokens), cache_salt=f"probe {self._asked}")
-        params = VllmParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
+        # vLLM samples one token behind a prompt, for which a full context has no room: then the last token of the
+        # probe is looked up in that token's whole distribution instead
+        full = len(tokens) >= self.max_context
+        asked = list(tokens[:-1] if full else tokens)
+        prompt = TokensPrompt(prompt_token_ids=asked, cache_salt=f"probe {self._asked}")
+        params = VllmParams(
+            max_tokens=1, temperature=1.0, prompt_logprobs=0, logprobs=-1 if full else None, detokenize=False
+        )
         answer = await self._served(self._last(self._llm.generate(prompt, params, f"probe-{self._asked}")))
-        found: Sequence[Any] = answer.prompt_logprobs
+        found: list[Any] = [*answer.prompt_logprobs, *(answer.outputs[0].logprobs if full else ())]
         return [entry[token].logprob for token, entry in zip(tokens[1:], found[1:], strict=True)]
 
     async def _last(self, answers: Any) -> Any:
@@ -283,8 +323,9 @@ def engine_arguments(options: VllmOptions) -> dict[str, Any]:
         "max_num_seqs": options.max_sequences,
         "tensor_parallel_size": options.tensor_parallel,
         "logprobs_mode": "processed_logprobs",
+        "max_logprobs": -1,  # for a probe as long as the context
         "generation_config": "vllm",  # no sampling defaults out of the model folder: they would bias ratios
-        "worker_extension_cls": "async_rl.generator.vllm_worker.Weights",
+        "worker_extension_cls": options.worker,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
         "seed": 0,
@@ -297,6 +338,8 @@ def engine_arguments(options: VllmOptions) -> dict[str, Any]:
         chosen["max_num_batched_tokens"] = max(CPU_BATCH_TOKENS, options.max_context)
     else:
         chosen["gpu_memory_utilization"] = options.memory_share
+    if options.transfer:
+        chosen["weight_transfer_config"] = {"backend": options.transfer}
     if options.kv_cache_bytes:
         chosen["kv_cache_memory_bytes"] = options.kv_cache_bytes
     return chosen

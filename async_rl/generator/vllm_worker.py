@@ -19,6 +19,7 @@ from torch import Tensor
 
 from async_rl.generator.vllm_engine import OWNER
 from async_rl.weights.canary import fingerprint
+from async_rl.weights.ipc import put_together
 
 if not torch.cuda.is_available():
     # On CPU vLLM packs linear layers for oneDNN and frees their weights, which then can neither be loaded in
@@ -54,12 +55,21 @@ class Weights:
 
     get_model: Callable[[], Any]
     """of vLLM's worker"""
+    update_weights: Callable[[dict[str, Any]], None]
+    """of vLLM's worker, too"""
 
     def async_rl_load(self, path: str) -> None:
         """Copy the weights of a safetensors file into the model, in place."""
         self.get_model().load_weights(load_file(path).items())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+    def async_rl_update_ipc(self, update: dict[str, Any]) -> None:
+        """Tensors of the trainer on this GPU, by handles taken apart (weights/ipc.py), into vLLM's IPC engine."""
+        dtypes = [getattr(torch, name) for name in update["dtype_names"]]
+        rebuilt = [put_together(plain, dtype) for plain, dtype in zip(update["handles"], dtypes, strict=True)]
+        given = {name: update[name] for name in ("names", "dtype_names", "shapes")}
+        self.update_weights({**given, "ipc_handles": [{update["gpu"]: arguments} for arguments in rebuilt]})
 
     def async_rl_fingerprint(self, version: int, wanted: Sequence[tuple[str, Sequence[int]]]) -> dict[str, int]:
         """Checksums of the model's tensors under the trainer's names (`wanted`: name, shape). A tensor that this

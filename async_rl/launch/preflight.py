@@ -9,7 +9,6 @@ from random import Random
 from async_rl.digest import task_digest
 from async_rl.errors import UserError
 from async_rl.extras import check_lora_package
-from async_rl.generator.vllm_release import installed_release
 from async_rl.launch.machine import placed
 from async_rl.launch.placement import Placement
 from async_rl.model.architecture import PROJECTIONS, check_targets, context_of
@@ -21,6 +20,7 @@ from async_rl.objective.recipe import requirements
 from async_rl.settings import Settings
 from async_rl.task import Task, make_task
 from async_rl.trajectory import Split
+from async_rl.vllm_release import installed_release
 
 MOST_PROMPTS = 500
 """prompts of a split that are looked at"""

@@ -85,6 +85,7 @@ AT_MOST: dict[str, float] = {
     "guard.ess": 0.5,
     "guard.rollback_lr_scale": 1,
     "wire.timeout_s": 10**6,
+    "weights.timeout_s": 10**6,
     "wire.max_message_mb": 10**6,
 }
 """Largest allowed value of a setting."""
@@ -102,5 +103,6 @@ ABOVE_ZERO = (
     "lora.alpha",
     "guard.rollback_lr_scale",
     "wire.timeout_s",
+    "weights.timeout_s",
     "wire.stall_report_s",
 )

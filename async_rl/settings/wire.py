@@ -37,9 +37,14 @@ class WireSettings:
 
 @dataclass(frozen=True)
 class WeightsSettings:
-    transport: Literal["auto", "shared_memory", "stream"] = setting(
+    transport: Literal["auto", "shared_memory", "stream", "nccl", "ipc"] = setting(
         "auto",
-        "how generators get weights: from the trainer's shared memory, or as a stream from the weight server, which runs with a tcp endpoint; auto: shared memory where it can be seen",
+        "how generators get weights: from the trainer's shared memory; as a stream from the weight server, which runs with a tcp endpoint; from GPU to GPU into vLLM, over NCCL (other GPUs) or CUDA IPC (the trainer's own); auto: what the placement allows, see docs/weights.md",
+    )
+    timeout_s: float = setting(
+        120.0,
+        "nccl and ipc: longest time one transfer to one generator may take, the meeting before the first included; then the generator is given up and starts anew",
+        unit="seconds",
     )
     endpoint: str = setting(
         "auto",

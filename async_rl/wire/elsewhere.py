@@ -1,4 +1,5 @@
-"""The messages of generators that come by themselves, from other shells and hosts; a part of messages.py."""
+"""The messages of weights and of generators that come by themselves, from other shells and hosts; a part of
+messages.py."""
 
 from __future__ import annotations
 
@@ -94,3 +95,44 @@ class Withdrawn:
     """This version is no longer there: ask for weights anew."""
 
     version: int
+
+
+# ---- generator <-> trainer, of one host: weights that go straight into vLLM's workers ------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskLink:
+    """Bring me newer weights. Answered by `LinkCall`s, by `Waiting` while there is nothing newer, or `Refused`.
+    Asking again changes nothing while the answer is under way."""
+
+    name: str
+    pid: int
+    session: int
+    """a number this life of the generator has alone: another life begins with a new link"""
+    way: str
+    """nccl or ipc"""
+    workers: int
+    """processes that hold the model together"""
+    after: int
+    """a version newer than this; -1: any"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkCall:
+    """What vLLM is to do next. Answered by `LinkAnswer` when it is done."""
+
+    number: int
+    method: str
+    """init, start, update or finish, in this order; init once a link, update once or more"""
+    version: int
+    """of the weights that are sent; -1 for init"""
+    detail: Detail
+    """what vLLM's own method of that name is given"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkAnswer:
+    session: int
+    number: int
+    error: str = ""
+    """why it could not be done"""

@@ -10,10 +10,13 @@ from async_rl.trajectory.types import Split, Trajectory
 from async_rl.wire.elsewhere import JOINED as JOINED
 from async_rl.wire.elsewhere import (
     AskChunks,
+    AskLink,
     AskWeights,
     Chunk,
     Detail,
     Join,
+    LinkAnswer,
+    LinkCall,
     Offer,
     Welcome,
     Withdrawn,
@@ -351,5 +354,6 @@ Message = (
     | Query | Snapshot | Gone | Shutdown
     | Join | Welcome
     | AskWeights | Offer | AskChunks | Chunk | Withdrawn
+    | AskLink | LinkCall | LinkAnswer
 )
 # fmt: on

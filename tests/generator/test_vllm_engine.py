@@ -8,77 +8,20 @@ import select
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-import torch
-from support_models import make_decoder, qwen3_config, write_folder
+from support_models import write_folder
+from support_served import CONFIG, CONTEXT, TOLERANCE, Served, ask, clean, prompt
 
 from async_rl.errors import RunFailed
-from async_rl.generator.engine import Completion, Request, SamplingParams
-from async_rl.model.attention import DocumentAttention
-from async_rl.model.decoder import Decoder
+from async_rl.generator.engine import Completion
 from async_rl.weights.canary import fingerprint
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make vllm)")
 pytestmark = pytest.mark.xdist_group("vllm")
-
-TOLERANCE = 1e-4
-CONTEXT = 128
-CONFIG = qwen3_config(hidden=64, head_dim=32)  # vLLM's attention on a CPU knows no smaller heads
-Result = TypeVar("Result")
-
-
-class Served:
-    """An engine on an event loop of its own, asked from the tests' thread."""
-
-    def __init__(self, folder: Path) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self.thread.start()
-        self.engine = self.run(self._make(folder))
-        self.models = {0: make_decoder(CONFIG, 0)}
-
-    async def _make(self, folder: Path) -> Any:
-        from async_rl.generator.vllm_engine import VllmEngine, VllmOptions
-
-        return VllmEngine.start(
-            VllmOptions(
-                model=folder,
-                max_sequences=16,
-                max_context=CONTEXT,
-                dtype="float32",
-                device="cpu",
-                kv_on_update="recompute",
-                kv_cache_bytes=64 << 20,
-                memory_share=0.9,
-                tensor_parallel=1,
-                layout={name: tuple(p.shape) for name, p in make_decoder(CONFIG).named_parameters()},
-            )
-        )
-
-    def run(self, work: Coroutine[Any, Any, Result], seconds: float = 120.0) -> Result:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(seconds)
-
-    def ask(self, requests: Sequence[Request]) -> list[Completion]:
-        async def all_at_once() -> list[Completion]:
-            return await asyncio.gather(*(self.engine.generate(request) for request in requests))
-
-        return self.run(all_at_once())
-
-    async def load(self, version: int) -> None:
-        """Other weights, known by their version."""
-        self.models[version] = make_decoder(CONFIG, version)
-        await self.engine.load({n: p.detach() for n, p in self.models[version].named_parameters()}, version)
-
-    @property
-    def model(self) -> Decoder:
-        return self.models[self.engine.version]
-
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
@@ -86,24 +29,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     yield served
     served.run(served.engine.close())
     served.loop.call_soon_threadsafe(served.loop.stop)
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 40, length).tolist()
-
-
-def ask(session: int, tokens: Sequence[int], max_tokens: int = 12, **params: Any) -> Request:
-    sampling = SamplingParams(max_tokens=max_tokens, **params)
-    return Request(session=session, tokens=tokens, params=sampling, seed=1000 + session)
-
-
-def clean(model: Decoder, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
-    """Log-prob of tokens[1:], by the trainer's forward."""
-    ids = torch.tensor(list(tokens))
-    with torch.no_grad():
-        hidden = model(ids, torch.arange(len(ids)), DocumentAttention([len(ids)]))
-        log_probs = torch.log_softmax(hidden @ model.head.T / temperature, -1)
-    return log_probs[:-1].gather(1, ids[1:, None]).squeeze(1).numpy()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
@@ -168,12 +93,12 @@ def test_versions_are_right_token_by_token_across_updates_in_flight(served: Serv
 
 
 def test_a_release_that_keeps_no_spans_gives_the_same_versions(served: Served) -> None:
-    """vLLM 0.26 has none: the engine counts what had come when it paused."""
-    served.engine._has_spans = False
+    """vLLM has none before 0.32: the engine counts what had come when it paused."""
+    has_spans, served.engine._has_spans = served.engine._has_spans, False
     try:
         test_versions_are_right_token_by_token_across_updates_in_flight(served)
     finally:
-        served.engine._has_spans = True
+        served.engine._has_spans = has_spans
         served.run(served.load(served.engine.version + 1))
 
 
@@ -226,7 +151,7 @@ def test_a_dead_engine_is_told_apart_from_a_failed_request(tmp_path: Path) -> No
 OWNER_SCRIPT = """
 import sys
 from pathlib import Path
-from test_vllm_engine import Served
+from support_served import Served
 
 if __name__ == "__main__":
     served = Served(Path(sys.argv[1]))

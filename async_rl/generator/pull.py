@@ -1,0 +1,161 @@
+"""New weights into an engine: fetched as tensors and loaded, or led into vLLM's workers by the trainer's calls."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from async_rl.errors import RunFailed
+from async_rl.generator.engine import Engine
+from async_rl.trajectory.codec import WireError
+from async_rl.wire import messages as msg
+from async_rl.wire.channel import AsyncDealer, WireTimeout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AGAIN_S = 3.0
+"""what is not answered for so long is asked again"""
+SOON_S = 0.1
+"""pause before asking again for a version that is not there yet"""
+
+
+class WeightSource(Protocol):
+    """Where a generator gets its weights."""
+
+    async def bring(self, engine: Engine, *, first: bool) -> None:
+        """Wait for a version newer than the engine's (`first`: for any) and have the engine hold it. A source may
+        know of none: then nothing is changed. Raises WeightsError or RunFailed."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class TensorReader(Protocol):
+    """Shared memory or a stream."""
+
+    def read(self) -> tuple[int, dict[str, Tensor]]:
+        """The newest version, or one newer than was read last. Raises WeightsError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Linkable(Protocol):
+    """An engine that takes weights from the trainer's calls: vLLM."""
+
+    async def obey(self, method: str, version: int, detail: Mapping[str, Any]) -> None:
+        """Do what the trainer's side of vLLM wants done: init, start, update, finish. Tokens sampled after finish
+        carry `version`. Raises RunFailed."""
+        ...
+
+
+class Fetched:
+    """Tensors come to this process, which hands them on."""
+
+    def __init__(self, reader: TensorReader) -> None:
+        self._reader = reader
+
+    async def bring(self, engine: Engine, *, first: bool) -> None:
+        # Copying a large model must not stop the other coroutines.
+        version, tensors = await asyncio.to_thread(self._reader.read)
+        if version > engine.version or first:
+            await engine.load(tensors, version)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+class Linked:
+    """Tensors go from the trainer's GPU to vLLM's workers; only what is to be done passes here."""
+
+    def __init__(self, endpoint: str, name: str, *, way: str, workers: int, timeout_s: float) -> None:
+        """`endpoint`: of the trainer's link server (weights/link.py). `timeout_s`: of one transfer."""
+        self._name, self._way, self._workers, self._timeout_s = name, way, workers, timeout_s
+        self._session = time.time_ns()
+        self._dealer = AsyncDealer(endpoint, f"{name}/link {self._session}")  # what was meant for a life before is lost
+        self._version = -1
+        """of the transfer under way"""
+
+    async def bring(self, engine: Engine, *, first: bool) -> None:
+        assert isinstance(engine, Linkable)
+        after = -1 if first else engine.version
+        deadline = time.monotonic() + self._timeout_s
+        self._version, asked_at = -1, 0.0
+        while True:
+            now = time.monotonic()
+            if now > deadline:
+                raise RunFailed(
+                    f"{self._name} waited {self._timeout_s:g} s (weights.timeout_s) for the trainer to send weights "
+                    f"newer than version {after} over {self._way}"
+                )
+            if now - asked_at > AGAIN_S and self._version < 0:
+                asked_at = now
+                await self._ask(after)
+            try:
+                message = await self._dealer.receive(SOON_S, "the trainer's next call")
+            except WireTimeout:
+                continue
+            except WireError as error:
+                raise RunFailed(f"{self._name} cannot read what the trainer sends: {error}") from None
+            match message:
+                case msg.LinkCall():
+                    if await self._obey(engine, message, after, deadline):
+                        return
+                case msg.Waiting() if self._version < 0:
+                    asked_at = now - AGAIN_S + SOON_S
+                    if not first:
+                        return  # the trainer will say when there is one
+                case msg.Refused(reason=reason):
+                    raise RunFailed(f"{self._name} gets no weights over {self._way}: {reason}")
+
+    async def _ask(self, after: int) -> None:
+        await self._dealer.send(
+            msg.AskLink(
+                name=self._name,
+                pid=os.getpid(),
+                session=self._session,
+                way=self._way,
+                workers=self._workers,
+                after=after,
+            )
+        )
+
+    async def _obey(self, engine: Linkable, call: msg.LinkCall, after: int, deadline: float) -> bool:
+        """Do it and say so; whether it was the last one. Raises RunFailed: an engine whose update went wrong half
+        way holds nobody knows what."""
+        try:
+            self._check(call, after)
+            left = max(0.0, deadline - time.monotonic())
+            await asyncio.wait_for(engine.obey(call.method, call.version, call.detail), left)
+        except TimeoutError:
+            reason = f"its part of '{call.method}' did not come from the trainer within {self._timeout_s:g} s"
+            await self._answer(call, reason)
+            raise RunFailed(f"{self._name}, weights version {call.version} over {self._way}: {reason}") from None
+        except RunFailed as error:
+            await self._answer(call, str(error))
+            raise
+        await self._answer(call)
+        return call.method == "finish"
+
+    def _check(self, call: msg.LinkCall, after: int) -> None:
+        """Raises RunFailed for a version that cannot be."""
+        if call.method == "init":
+            return
+        if call.method == "start":
+            self._version = call.version
+        if call.version != self._version or call.version <= after:
+            raise RunFailed(
+                f"{self._name}: '{call.method}' is for weights version {call.version}, but the transfer under way is "
+                f"of version {self._version}, and this generator holds version {after}"
+            )
+
+    async def _answer(self, call: msg.LinkCall, error: str = "") -> None:
+        await self._dealer.send(msg.LinkAnswer(session=self._session, number=call.number, error=error))
+
+    def close(self) -> None:
+        self._dealer.close(linger_s=0.5)

@@ -1,0 +1,303 @@
+"""The trainer's end of links: weights that go from its GPU straight into vLLM's workers.
+
+A generator asks (AskLink); what vLLM must do on its side then goes to it as calls (LinkCall), one at a time, and
+the tensors themselves over what the link is made of: NCCL or CUDA IPC. Every generator has a link of its own, so
+that one that dies takes no other with it, and its next life meets the trainer anew.
+
+Who waits for whom: each link waits in a thread of its own, because NCCL's waits have no timeout; the server's
+thread watches over them all. A link whose generator died, or that takes longer than its deadline, is closed from
+outside, which ends what it waits for. Training waits for links only before it overwrites the weights they send
+(staged.py), never longer than the deadline, and ends by name when a link cannot be closed.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import select
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from async_rl.trajectory.codec import WireError
+from async_rl.weights.staged import Staged
+from async_rl.wire import messages as msg
+from async_rl.wire.channel import Router
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+POLL_S = 0.002
+"""of the server's thread while something is under way; otherwise tenfold"""
+CLOSING_S = 10.0
+"""time that closing a link has to end what it waits for"""
+
+
+class LinkLost(Exception):
+    """The transfer did not end well; the message says why and whose fault it was."""
+
+
+class WeightLink(Protocol):
+    """One way into one generator. Made, and used, in a thread of its own; `close` is called from another."""
+
+    def offer(self) -> None:
+        """Meet the generator's workers: agree on how tensors will come. Once, before the first `send`."""
+        ...
+
+    def send(self) -> None:
+        """Bring them all tensors as they are staged now. Returns when the generator holds them."""
+        ...
+
+    def close(self) -> None:
+        """Give up: an `offer` or `send` that waits for the other side ends, with whatever error, soon."""
+        ...
+
+
+class Control:
+    """The four calls of vLLM's `VLLMWeightSyncClient`, made on the generator's vLLM through our own channel.
+
+    Each returns when it has been done there, or raises LinkLost."""
+
+    def __init__(self, peer: str, say: Callable[[msg.Message], None], timeout_s: float) -> None:
+        self.version = -1
+        """of the weights that are being sent"""
+        self._peer, self._say, self._timeout_s = peer, say, timeout_s
+        self._number = 0
+        self._answers: queue.SimpleQueue[msg.LinkAnswer | None] = queue.SimpleQueue()
+        self._lost = ""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("init", init_info, -1)
+
+    def start_weight_update(self) -> None:
+        self._call("start", {}, self.version)
+
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        assert isinstance(update_info, dict), "the same for every worker"
+        self._call("update", update_info, self.version)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """vLLM's trainer side gives no version here: it is the one that was staged."""
+        self._call("finish", {}, self.version)
+
+    def hear(self, answer: msg.LinkAnswer) -> None:
+        self._answers.put(answer)
+
+    def end(self, reason: str) -> None:
+        """Whoever waits for an answer waits no longer."""
+        self._lost = reason
+        self._answers.put(None)
+
+    def _call(self, method: str, detail: Mapping[str, Any], version: int) -> None:
+        if self._lost:
+            raise LinkLost(self._lost)
+        self._number += 1
+        self._say(msg.LinkCall(number=self._number, method=method, version=version, detail=dict(detail)))
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                answer = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise LinkLost(f"{self._peer} did not answer '{method}' within {self._timeout_s:g} s") from None
+            if answer is None:
+                raise LinkLost(self._lost)
+            if answer.number == self._number:
+                if answer.error:
+                    raise LinkLost(f"{self._peer} could not do '{method}': {answer.error}")
+                return
+
+
+MakeLink = Callable[[msg.AskLink, Control], WeightLink]
+"""for one generator; raises UserError for one that cannot be linked"""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Peer:
+    """One life of one generator, as the server sees it."""
+
+    address: bytes
+    ask: msg.AskLink
+    control: Control
+    process: int
+    """its pidfd"""
+    asks: queue.SimpleQueue[msg.AskLink | None] = field(default_factory=queue.SimpleQueue)
+    link: WeightLink | None = None
+    given: int = -1
+    """newest version it has had"""
+    busy_since: float = 0.0
+    """when its transfer began; 0: there is none"""
+    failed: str = ""
+    """what went wrong in its thread"""
+    lost: str = ""
+    """why it was given up"""
+
+
+class LinkServer:
+    """`publish` and `close` as `WeightPublisher` has them; everything else happens in its threads."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        staged: Staged,
+        make_link: MakeLink,
+        *,
+        timeout_s: float,
+        event: Callable[..., None],
+        closing_s: float = CLOSING_S,
+    ) -> None:
+        """`endpoint`: a Unix socket, so that whoever asks is of this host and this user. `timeout_s`: longest time of
+        one transfer. Raises UserError."""
+        self._staged, self._make_link = staged, make_link
+        self._timeout_s, self._closing_s, self._event = timeout_s, closing_s, event
+        self._failure: Exception | None = None
+        self._router = Router(endpoint)
+        self._out: queue.SimpleQueue[tuple[bytes, msg.Message]] = queue.SimpleQueue()
+        self._peers: dict[str, _Peer] = {}
+        """by the name of the generator"""
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="weight-links", daemon=True)
+        self._thread.start()
+
+    def publish(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Stage a version; generators fetch it when they hear of it. Raises RunFailed when a transfer of the one
+        before can neither go on nor be ended, or the server's thread could not go on."""
+        if self._failure is not None:
+            raise self._failure
+        pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+        self._staged.write(pairs, version, self._timeout_s + self._closing_s)
+
+    def close(self) -> None:
+        """End every link. What still waits in one is left to its thread, which nobody waits for."""
+        self._ending.set()
+        self._thread.join(self._closing_s)
+        for peer in list(self._peers.values()):
+            self._give_up(peer, "the trainer ends")
+        self._router.close()
+
+    def __enter__(self) -> LinkServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ the server's thread
+
+    def _serve(self) -> None:
+        try:
+            self._answer_all()
+        except Exception as error:  # the boundary of this thread: raised at the next publication
+            self._failure = error
+
+    def _answer_all(self) -> None:
+        while not self._ending.is_set():
+            busy = any(peer.busy_since for peer in self._peers.values())
+            received = self._router.receive(POLL_S if busy else 10 * POLL_S)
+            if received is not None:
+                self._handle(*received)
+            with suppress(queue.Empty):
+                while True:
+                    self._router.send(*self._out.get_nowait())
+            self._look(time.monotonic())
+
+    def _handle(self, address: bytes, message: msg.Message | WireError) -> None:
+        match message:
+            case msg.LinkAnswer(session=session):
+                for peer in self._peers.values():
+                    if (peer.address, peer.ask.session) == (address, session):
+                        peer.control.hear(message)
+                        if message.error:  # its link may be sending to workers that wait no longer
+                            peer.failed = f"{peer.ask.name}: {message.error}"
+            case msg.AskLink():
+                known = self._peers.get(message.name)
+                if known is not None and known.ask.session != message.session:
+                    self._give_up(known, f"{message.name} has begun anew")
+                    known = None
+                if known is None:
+                    self._meet(address, message)
+                else:
+                    known.asks.put(message)
+            case _:
+                what = "message" if isinstance(message, WireError) else type(message).__name__
+                reason = str(message) if isinstance(message, WireError) else "the trainer does not take this kind here"
+                self._router.send(address, msg.Refused(what=what, reason=reason))
+
+    def _meet(self, address: bytes, ask: msg.AskLink) -> None:
+        try:
+            process = os.pidfd_open(ask.pid)
+        except OSError as error:
+            reason = f"there is no process {ask.pid} here ({error.strerror})"
+            self._router.send(address, msg.Refused(what="AskLink", reason=reason))
+            return
+        control = Control(ask.name, lambda message: self._out.put((address, message)), self._timeout_s)
+        peer = self._peers[ask.name] = _Peer(address=address, ask=ask, control=control, process=process)
+        threading.Thread(target=self._run, args=(peer,), name=f"link {ask.name}", daemon=True).start()
+        peer.asks.put(ask)
+
+    def _look(self, now: float) -> None:
+        """Give up the dead and the late."""
+        for peer in list(self._peers.values()):
+            if peer.failed:
+                self._give_up(peer, peer.failed)
+            elif select.select([peer.process], [], [], 0)[0]:
+                self._give_up(peer, f"{peer.ask.name} (process {peer.ask.pid}) has ended")
+            elif peer.busy_since and now - peer.busy_since > self._timeout_s:
+                self._give_up(
+                    peer,
+                    f"{peer.ask.name} did not take weights version {peer.control.version} over {peer.ask.way} within "
+                    f"{self._timeout_s:g} s (weights.timeout_s)",
+                )
+
+    def _give_up(self, peer: _Peer, reason: str) -> None:
+        """It may be stuck in a call that ends only when the link is closed, and closing may be stuck itself."""
+        del self._peers[peer.ask.name]
+        peer.lost = reason
+        peer.control.end(reason)
+        peer.asks.put(None)
+        os.close(peer.process)
+        if peer.link is not None:
+            threading.Thread(target=_close, args=(peer.link,), name=f"close {peer.ask.name}", daemon=True).start()
+        if not self._ending.is_set():
+            self._event("weights_link_lost", name=peer.ask.name, way=peer.ask.way, reason=reason, time=time.time())
+            self._out.put((peer.address, msg.Refused(what="AskLink", reason=reason)))
+
+    # ------------------------------------------------------------------ a link's thread
+
+    def _run(self, peer: _Peer) -> None:
+        while (ask := peer.asks.get()) is not None:
+            peer.busy_since = time.monotonic()
+            try:
+                self._transfer(peer, ask)
+            except LinkLost as error:
+                peer.failed = str(error)
+            except Exception as error:  # the boundary of this thread: reported, and it ends this link
+                peer.failed = f"{peer.ask.way} failed for {peer.ask.name}: {type(error).__name__}: {error}"
+            peer.busy_since = 0.0
+
+    def _transfer(self, peer: _Peer, ask: msg.AskLink) -> None:
+        if peer.lost or ask.after < peer.given:  # it asked twice for what it has had
+            return
+        if self._staged.version <= ask.after:
+            self._out.put((peer.address, _nothing(ask.after, self._staged.version)))
+            return
+        if peer.link is None:
+            peer.link = self._make_link(ask, peer.control)
+            peer.link.offer()
+        with self._staged.held(peer.ask.name, self._timeout_s) as version:
+            if peer.lost:
+                raise LinkLost(peer.lost)
+            peer.control.version = version
+            peer.link.send()
+            peer.given = version
+
+
+def _nothing(after: int, newest: int) -> msg.Waiting:
+    reason = f"the newest weights are version {newest}" if newest >= 0 else "the trainer has published nothing"
+    return msg.Waiting(what=f"weights after version {after}", reason=reason, seconds=0.0)
+
+
+def _close(link: WeightLink) -> None:
+    with suppress(Exception):  # it is given up; what goes wrong with that changes nothing
+        link.close()

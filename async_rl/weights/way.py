@@ -1,0 +1,65 @@
+"""Which way weights take to a generator. Pure: from what was asked for and where both sides are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from async_rl.errors import UserError
+
+Way = Literal["shared_memory", "stream", "nccl", "ipc"]
+Asked = Literal["auto", "shared_memory", "stream", "nccl", "ipc"]
+LINKS: tuple[Way, ...] = ("nccl", "ipc")
+"""ways that lead from the trainer's GPU straight into vLLM's workers"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sides:
+    """The trainer and one generator."""
+
+    same_host: bool
+    engine: Literal["embedded", "vllm"]
+    trainer_gpu: str = ""
+    """the one that sends, of rank 0; empty: it trains on the CPU"""
+    generator_gpus: tuple[str, ...] = ()
+    """all that hold the generator's model; empty: it is on the CPU. Named as `trainer_gpu` is: physical ones, not
+    what a process sees"""
+    ipc_works: bool = True
+    """vLLM's module for CUDA IPC can be imported (0.26 needs ray for it)"""
+
+
+def choose(asked: Asked, sides: Sides) -> Way:
+    """Raises UserError, with the reason, for a way that does not lead there."""
+    if asked in LINKS:
+        problem = _obstacle(asked, sides)
+        if problem:
+            raise UserError(f"weights.transport is {asked}, but {problem}; leave weights.transport out")
+        return asked
+    if asked == "auto":
+        possible = [way for way in LINKS if not _obstacle(way, sides)]
+        return possible[0] if possible else ("shared_memory" if sides.same_host else "stream")
+    if asked == "shared_memory" and not sides.same_host:
+        raise UserError(
+            "weights.transport is shared_memory, but the trainer's memory is not on this host; leave weights.transport "
+            "out"
+        )
+    return asked
+
+
+def _obstacle(way: Way, sides: Sides) -> str:
+    """Why this link cannot be; empty: it can. At most one of the two can."""
+    if not sides.same_host:
+        return f"the trainer is on another host, and {way} is for GPUs of one"
+    if sides.engine != "vllm":
+        return f"generator.engine is {sides.engine}: only vLLM takes weights over {way}"
+    for name, on_gpu in (("trainer", bool(sides.trainer_gpu)), ("generator", bool(sides.generator_gpus))):
+        if not on_gpu:
+            return f"{name}.device is cpu, and {way} leads from GPU to GPU"
+    if way == "nccl" and sides.trainer_gpu in sides.generator_gpus:
+        return f"GPU {sides.trainer_gpu} holds both the trainer and a generator, and NCCL takes one process a GPU"
+    if way == "ipc" and sides.generator_gpus != (sides.trainer_gpu,):
+        held = ", ".join(sides.generator_gpus)
+        return f"the trainer sends from GPU {sides.trainer_gpu} and a generator is on {held}: CUDA IPC stays on one GPU"
+    if way == "ipc" and not sides.ipc_works:
+        return "vLLM 0.26 takes weights over ipc with ray only, which is not installed"
+    return ""

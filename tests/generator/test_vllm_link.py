@@ -1,0 +1,181 @@
+"""Weights that the trainer's side of vLLM sends straight into vLLM's workers, over gloo in NCCL's place; and a model
+folder whose generation_config wants other sampling. One vLLM serves all tests of this file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support_models import make_decoder, write_folder
+from support_served import CONFIG, CONTEXT, TOLERANCE, Served, ask, clean, prompt
+
+from async_rl.generator.engine import Completion
+from async_rl.generator.pull import Linked
+from async_rl.weights.canary import fingerprint
+from async_rl.weights.link import LinkServer
+from async_rl.weights.staged import Staged
+
+pytest.importorskip("vllm", reason="vLLM is not installed (make vllm)")
+gloo = pytest.importorskip("support_gloo_link", reason="vLLM before 0.28 has no trainer side to run")
+pytestmark = pytest.mark.xdist_group("vllm")
+
+UNWANTED = {
+    "top_p": 0.8,
+    "top_k": 3,
+    "temperature": 0.3,
+    "repetition_penalty": 1.7,
+    "min_p": 0.2,
+    "do_sample": True,
+    "eos_token_id": list(range(20)),
+    "max_new_tokens": 2,
+}
+
+
+@dataclass
+class Trained:
+    """The trainer's side: its link server, and what was published."""
+
+    server: LinkServer
+    endpoint: str
+    events: list[dict[str, Any]]
+
+    def publish(self, version: int) -> None:
+        weights = {name: p.detach() for name, p in make_decoder(CONFIG, version).named_parameters()}
+        self.server.publish(weights, version)
+
+    def link(self) -> Linked:
+        return Linked(self.endpoint, "generator-0", way="nccl", workers=1, timeout_s=60.0)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = write_folder(tmp_path_factory.mktemp("model") / "m", CONFIG)
+    (folder / "generation_config.json").write_text(json.dumps(UNWANTED))
+    served = Served(folder, transfer="gloo", worker="support_gloo_link.Weights")
+    yield served
+    served.run(served.engine.close())
+    served.loop.call_soon_threadsafe(served.loop.stop)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    from async_rl.weights.vllm_nccl import NcclLink
+
+    shapes = {name: tuple(p.shape) for name, p in make_decoder(CONFIG).named_parameters()}
+    staged = Staged(shapes, torch.float32, "cpu")
+    events: list[dict[str, Any]] = []
+    endpoint = f"ipc://{tmp_path_factory.mktemp('link')}/links.sock"
+    with LinkServer(
+        endpoint,
+        staged,
+        lambda asked, control: NcclLink(
+            control, staged, workers=asked.workers, init_info=gloo.GlooTrainerInitInfo
+        ),
+        timeout_s=60.0,
+        event=lambda kind, **detail: events.append({"event": kind, **detail}),
+    ) as server:
+        yield Trained(server, endpoint, events)
+
+
+def hold(served: Served, version: int) -> None:
+    served.models[version] = make_decoder(CONFIG, version)
+
+
+def test_nothing_of_the_folders_generation_config_is_used(served: Served) -> None:
+    requests = [ask(i, prompt(i, 4 + i), 20) for i in range(8)]
+    for request, done in zip(requests, served.ask(requests), strict=True):
+        assert (done.finish, len(done.tokens)) == ("length", 20)  # no end of text, no shorter limit
+        expected = clean(served.model, [*request.tokens, *done.tokens])[len(request.tokens) - 1 :]
+        assert np.allclose(done.log_probs, expected, atol=TOLERANCE)  # top-p and the like would renormalise
+    ranks = []
+    for request, done in zip(requests, served.ask(requests), strict=True):
+        whole = torch.tensor([*request.tokens, *done.tokens])
+        ranks += of_all(served, whole)[len(request.tokens) - 1 :]
+    assert max(ranks) >= 3  # top_k=3 would forbid it
+
+
+def of_all(served: Served, ids: torch.Tensor) -> list[int]:
+    """Rank of each token but the first among all that could have come there; 0 is the most probable."""
+    from async_rl.model.attention import DocumentAttention
+
+    with torch.no_grad():
+        hidden = served.model(ids, torch.arange(len(ids)), DocumentAttention([len(ids)]))
+        logits = (hidden @ served.model.head.T)[:-1]
+    chosen = logits.gather(1, ids[1:, None])
+    ranks: list[int] = (logits > chosen).sum(1).tolist()
+    return ranks
+
+
+@pytest.mark.parametrize("length", [CONTEXT, CONTEXT - 1, 2])
+def test_a_probe_may_fill_the_context(served: Served, length: int) -> None:
+    tokens = prompt(17, length)
+    shown = served.run(served.engine.probe(tokens))
+    assert len(shown) == length - 1
+    assert np.allclose(shown, clean(served.model, tokens), atol=TOLERANCE)
+
+
+def test_the_trainer_sends_into_vllms_workers_while_they_generate(served: Served, trained: Trained) -> None:
+    link, requests = trained.link(), [ask(i, prompt(i, 3), 110) for i in range(4)]
+
+    async def with_two_updates() -> list[Completion]:
+        trained.publish(1)
+        await link.bring(served.engine, first=True)
+        hold(served, 1)
+        turns = [asyncio.ensure_future(served.engine.generate(request)) for request in requests]
+        start = served.engine.stats().tokens_generated
+        for number, share in ((2, 20), (5, 60)):
+            while served.engine.stats().tokens_generated < start + share * len(requests):
+                await asyncio.sleep(0.001)
+            trained.publish(number)
+            hold(served, number)
+            await link.bring(served.engine, first=False)
+            assert served.engine.version == number
+        return await asyncio.gather(*turns)
+
+    for request, done in zip(requests, served.run(with_two_updates()), strict=True):
+        assert set(done.versions) == {1, 2, 5}
+        versions, whole = np.array(done.versions), [*request.tokens, *done.tokens]
+        for version in (1, 2, 5):
+            expected = clean(served.models[version], whole)[len(request.tokens) - 1 :]
+            mine = versions == version
+            assert np.allclose(np.array(done.log_probs)[mine], expected[mine], atol=TOLERANCE)
+    shown = served.run(served.engine.fingerprint())
+    assert shown == fingerprint(dict(served.models[5].named_parameters()), 5)
+    served.run(closed(link))
+    assert not trained.events
+
+
+def test_another_life_of_the_generator_meets_the_trainer_anew(served: Served, trained: Trained) -> None:
+    """Its worker joins a second group while the first one is still there."""
+    link = trained.link()
+    trained.publish(6)
+    hold(served, 6)
+    served.run(link.bring(served.engine, first=True))
+    assert served.run(served.engine.fingerprint()) == fingerprint(dict(served.models[6].named_parameters()), 6)
+    assert [event["reason"] for event in trained.events] == ["generator-0 has begun anew"]
+    served.run(closed(link))
+
+
+def test_what_vllm_cannot_do_is_the_generators_end_and_said_to_the_trainer(served: Served, trained: Trained) -> None:
+    """Last, because it leaves vLLM paused: an update of tensors that this model does not have."""
+    from async_rl.errors import RunFailed
+
+    with pytest.raises(RunFailed, match="vLLM failed in"):
+        served.run(served.engine.obey("update", 7, {"names": ["x"], "dtype_names": ["float32"], "shapes": [[1]]}))
+
+
+async def closed(link: Linked) -> None:
+    link.close()
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's workers import support_gloo_link by its name."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
