@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from async_rl.process import TOLD_TO_END, on_order_to_end, run_process
 from async_rl.run_folder import RunFolder
 from async_rl.settings import Settings
-from async_rl.wire.channel import AsyncDealer
+from async_rl.wire.channel import AsyncDealer, ipc_endpoint
 from async_rl.wire.heartbeat import Activity, Heartbeat, make_heartbeat
 from async_rl.wire.keys import keys_in
 
@@ -36,12 +37,17 @@ async def generate(
     from async_rl.model.tokenizer import Tokenizer
     from async_rl.task import make_task
     from async_rl.weights.shared_memory import segment_path
+    from async_rl.weights.way import WAYS
 
     tokenizer = Tokenizer(settings.model.path)
-    engine = make_engine(settings, tokenizer)
+    way = os.environ.get(WAYS, "")
+    engine = make_engine(settings, tokenizer, way=way)
     limit = settings.wire.max_message_mb << 20
     dealer = AsyncDealer(endpoint, name, max_message_bytes=limit, keys=keys_in(settings.wire.keys))
-    weights = make_weights(settings, segment_path(folder.path), weights_endpoint, name, here=True)
+    links = ipc_endpoint(folder.path, "weights")
+    weights = make_weights(
+        settings, segment_path(folder.path), weights_endpoint, name, here=True, way=way, links=links
+    )
     folder.event("generator_ready", name=name, time=time.time())
     try:
         task = make_task(settings.task.name, settings.task.args)

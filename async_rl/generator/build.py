@@ -9,7 +9,7 @@ import torch
 from async_rl.errors import UserError
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
-from async_rl.generator.pull import Fetched, TensorReader, WeightSource
+from async_rl.generator.pull import Fetched, Linked, TensorReader, WeightSource
 from async_rl.model.architecture import DecoderConfig, context_of, tensor_shapes
 from async_rl.model.decoder import DTYPES
 from async_rl.model.folder import check_folder, load_model, load_tensors, read_headers
@@ -18,16 +18,28 @@ from async_rl.settings import Settings
 from async_rl.weights.client import WeightStream
 from async_rl.weights.merging import MergingSource
 from async_rl.weights.shared_memory import WeightReader
+from async_rl.weights.way import LINKS
 from async_rl.wire.keys import keys_in
 
 MOST_CPU_CACHE_BYTES = 4 << 30
 """of vLLM on a CPU, which would take most of the machine's memory"""
 
 
-def make_weights(settings: Settings, segment: Path, endpoint: str, identity: str, *, here: bool) -> WeightSource:
-    """By `weights.transport`. `segment`: the trainer's; `endpoint`: of the weight server, empty when there is none;
-    `here`: the segment is, or will be, on this host. Raises UserError when there is no way."""
-    transport = settings.weights.transport
+def make_weights(
+    settings: Settings, segment: Path, endpoint: str, identity: str, *, here: bool, way: str = "", links: str = ""
+) -> WeightSource:
+    """`way`: as the launcher found it; empty for a generator that joined, which takes `weights.transport`. `links`:
+    where the trainer's link server listens. `segment`: the trainer's; `endpoint`: of the weight server, empty when
+    there is none; `here`: the segment is, or will be, on this host. Raises UserError when there is no way."""
+    if way in LINKS:
+        timeout_s, workers = settings.weights.timeout_s, settings.vllm.tensor_parallel
+        return Linked(links, identity, way=way, workers=workers, timeout_s=timeout_s)
+    transport = way or settings.weights.transport
+    if transport in LINKS:
+        raise UserError(
+            f"weights.transport is {transport}, which leads to generators that the run has placed on GPUs itself; here "
+            "leave it out, or set weights.transport=shared_memory or stream"
+        )
     keys = keys_in(settings.wire.keys)
     if transport == "shared_memory" or (transport == "auto" and here):
         if not here:
@@ -57,13 +69,13 @@ def whole_weights(settings: Settings, source: TensorReader) -> TensorReader:
     return MergingSource(source, {name: tensor.to(device) for name, tensor in base.items()}, lora.alpha / lora.rank)
 
 
-def make_engine(settings: Settings, tokenizer: Tokenizer) -> Engine:
-    """The engine of `generator.engine` on the model of `model.path`. Raises UserError, or RunFailed when vLLM
-    does not start."""
+def make_engine(settings: Settings, tokenizer: Tokenizer, *, way: str = "") -> Engine:
+    """The engine of `generator.engine` on the model of `model.path`. `way`: that its weights will take. Raises
+    UserError, or RunFailed when vLLM does not start."""
     chosen = settings.generator
     torch.set_num_threads(chosen.threads)
     if chosen.engine == "vllm":
-        return _make_vllm(settings)
+        return _make_vllm(settings, way)
     model = load_model(Path(settings.model.path), dtype=DTYPES[chosen.dtype], device=chosen.device)
     return EmbeddedEngine(
         model,
@@ -76,7 +88,7 @@ def make_engine(settings: Settings, tokenizer: Tokenizer) -> Engine:
     )
 
 
-def _make_vllm(settings: Settings) -> Engine:
+def _make_vllm(settings: Settings, way: str) -> Engine:
     from async_rl.generator.vllm_engine import VllmEngine, VllmOptions
 
     chosen, vllm = settings.generator, settings.vllm
@@ -99,6 +111,7 @@ def _make_vllm(settings: Settings) -> Engine:
             memory_share=vllm.memory_share,
             tensor_parallel=vllm.tensor_parallel,
             layout=tensor_shapes(config) if config is not None else read_headers(Path(settings.model.path)),
+            transfer=way if way in LINKS else "",
         )
     )
 

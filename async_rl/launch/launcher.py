@@ -34,6 +34,7 @@ from async_rl.run_folder import RowTail, RunFolder, replace_text
 from async_rl.run_lock import take_lock
 from async_rl.settings import Settings
 from async_rl.weights.shared_memory import segment_path
+from async_rl.weights.way import WAYS
 from async_rl.wire.channel import Dealer, Router, ipc_endpoint
 from async_rl.wire.endpoint import as_reached_from_here, beside, is_tcp
 from async_rl.wire.keys import keys_in
@@ -178,7 +179,8 @@ class Launcher:
         module = ("async_rl.launch.agent", str(ranks)) if ranks > 1 else ("async_rl.trainer",)
         self.spawn(
             "trainer", *module, path, endpoint, version,
-            threads=self.settings.trainer.threads, environment=facts.placement.trainer_environment(),
+            threads=self.settings.trainer.threads,
+            environment={**facts.placement.trainer_environment(), WAYS: ",".join(sorted(set(facts.ways)))},
         )  # fmt: skip
         budgets = self.crew.budgets
         if self.weights_endpoint:
@@ -190,7 +192,8 @@ class Launcher:
             weights = as_reached_from_here(self.weights_endpoint)
             self.spawn(
                 name, "async_rl.generator", path, endpoint, name, weights,
-                threads=chosen.threads, environment=facts.placement.generator_environment(i),
+                threads=chosen.threads,
+                environment={**facts.placement.generator_environment(i), WAYS: facts.ways[i]},
             )  # fmt: skip
         ends = {"parent_pipe": self.crew.pipe[0], "lock": self.lock}
         self.tracking = Tracking.start(self.folder, self.settings.trackers, int(version), **ends)
@@ -281,8 +284,9 @@ class Launcher:
         segment = segment_path(self.folder.path)
         for path in (segment, segment.with_name(f"{segment.name}.new")):
             path.unlink(missing_ok=True)
-        if endpoint.startswith("ipc://"):
-            Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
+        for socket in (endpoint, ipc_endpoint(self.folder.path, "weights")):
+            if socket.startswith("ipc://"):
+                Path(socket.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def run_training(settings: Settings, path: Path, *, console: Console) -> Mapping[str, Any]:

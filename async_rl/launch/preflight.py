@@ -11,6 +11,7 @@ from async_rl.errors import UserError
 from async_rl.extras import check_lora_package
 from async_rl.launch.machine import placed
 from async_rl.launch.placement import Placement
+from async_rl.launch.ways import ways_of
 from async_rl.model.architecture import PROJECTIONS, check_targets, context_of
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer, prompt_text
@@ -21,6 +22,7 @@ from async_rl.settings import Settings
 from async_rl.task import Task, make_task
 from async_rl.trajectory import Split
 from async_rl.vllm_release import installed_release
+from async_rl.weights.way import Way
 
 MOST_PROMPTS = 500
 """prompts of a split that are looked at"""
@@ -40,6 +42,8 @@ class Facts:
     """worth saying, not wrong"""
     train_problems: int
     placement: Placement
+    ways: tuple[Way, ...] = ()
+    """that weights take to each generator"""
     vocabulary: int = 0
     """tokens the model knows; 0: only transformers can say"""
     task_digest: str = ""
@@ -54,6 +58,7 @@ def preflight(settings: Settings) -> Facts:
     placement = placed(settings)
     if settings.generator.engine == "vllm":
         installed_release()
+    ways = ways_of(settings, placement)
     if settings.lora.rank:
         check_lora_package()
         if config is not None:
@@ -88,6 +93,7 @@ def preflight(settings: Settings) -> Facts:
         notes=notes,
         train_problems=len(task.problems("train")),
         placement=placement,
+        ways=ways,
         vocabulary=vocabulary,
         task_digest=task_digest(task, tokenizer),
     )

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,8 +41,9 @@ def train(
     from async_rl.trainer.inbox import Inbox
     from async_rl.trainer.loop import TrainerLoop
     from async_rl.trainer.manifest import checkpoint_path
+    from async_rl.trainer.publish import make_publisher
     from async_rl.trainer.team import End, Team
-    from async_rl.weights.shared_memory import WeightPublisher, segment_path
+    from async_rl.weights.way import WAYS
 
     activity.now("loading the model")
     torch.set_num_threads(settings.trainer.threads)
@@ -63,9 +65,10 @@ def train(
     team = Team(learner.ranks)
     task = make_task(settings.task.name, settings.task.args)
     limit = settings.wire.max_message_mb << 20
+    ways = [way for way in os.environ.get(WAYS, "").split(",") if way]
     with (
         Dealer(endpoint, "trainer", max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as dealer,
-        WeightPublisher(segment_path(folder.path), learner.sent()) as publisher,
+        closing(make_publisher(folder, settings, learner, ways, folder.event)) as publisher,
     ):
         canary = make_canary(settings, learner, task, folder.event, team)
         inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity, team.still)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from async_rl.trainer.alarm import Alarm
     from async_rl.trainer.learner import Learner
-    from async_rl.weights.shared_memory import WeightPublisher
+    from async_rl.trainer.publish import Publisher
 
 CHECKSUM_BYTES = 32 << 20
 """models up to this size have a checksum of their weights recorded every step (5 ms), all a hash at checkpoints"""
@@ -48,7 +48,7 @@ class TrainerLoop:
     learner: Learner
     inbox: Inbox
     canary: CanaryWatch
-    publisher: WeightPublisher
+    publisher: Publisher
     source: Path
     """folder of the model the run began with"""
     team: Team

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from async_rl.vllm_release import Release
 from async_rl.weights.link import Control
 from async_rl.weights.staged import Staged
 
@@ -49,6 +50,8 @@ _NUMBERS = (
     "ref_counter_offset",
     "event_sync_required",
 )
+HAS_PACKED: Release = (0, 27)
+"""since then vLLM is told at the beginning, and not in every update, whether tensors come packed"""
 TENSORS_A_CALL = 1000
 """some 600 bytes each"""
 
@@ -58,7 +61,7 @@ class IpcLink:
     trainer's default process group, where the training step has its own collectives under way."""
 
     def __init__(self, control: Control, staged: Staged, *, has_packed: bool) -> None:
-        """`has_packed`: vLLM's IPCWeightTransferInitInfo knows the word (since 0.27)."""
+        """`has_packed`: vLLM's IPCWeightTransferInitInfo knows the word."""
         self._control, self._staged, self._has_packed = control, staged, has_packed
 
     def offer(self) -> None:
@@ -108,9 +111,11 @@ def taken_apart(arguments: Sequence[Any]) -> dict[str, Any]:
 
 def put_together(plain: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
     """The arguments again, with classes named here. Raises ValueError for what is no handle."""
-    sizes = {"size", "stride", *_NUMBERS, *_BYTES}
-    if plain.keys() != sizes or not all(type(plain[name]) is int for name in _NUMBERS):
-        raise ValueError(f"a handle has {sorted(sizes)}")
+    parts = {"size": list, "stride": list, **dict.fromkeys(_NUMBERS, int), **dict.fromkeys(_BYTES, str)}
+    if plain.keys() != parts.keys() or any(type(plain[name]) is not kind for name, kind in parts.items()):
+        raise ValueError(f"a handle has {sorted(parts)}")
+    if any(type(number) is not int for number in [*plain["size"], *plain["stride"]]):
+        raise ValueError("a handle's size and stride are numbers")
     given: dict[str, Any] = {name: plain[name] for name in _NUMBERS}
     given |= {name: base64.b64decode(plain[name], validate=True) for name in _BYTES}
     given |= {

@@ -241,7 +241,11 @@ class WeightReader:
 
     def _why(self, seconds: float, overtaken: int) -> str:
         if self._map is None:
-            return f"waited {seconds:g} s for the trainer to make the weight segment {self.path}"
+            return (
+                f"waited {seconds:g} s for the trainer to make the weight segment {self.path} (a run whose own "
+                "generators are linked over nccl or ipc makes none; for others to join, start it with "
+                "weights.transport=shared_memory)"
+            )
         if overtaken:
             return (
                 f"{self.path}: in {seconds:g} s no copy of the weights was whole ({overtaken} attempts): "

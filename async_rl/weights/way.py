@@ -11,6 +11,8 @@ Way = Literal["shared_memory", "stream", "nccl", "ipc"]
 Asked = Literal["auto", "shared_memory", "stream", "nccl", "ipc"]
 LINKS: tuple[Way, ...] = ("nccl", "ipc")
 """ways that lead from the trainer's GPU straight into vLLM's workers"""
+WAYS = "ASYNC_RL_WEIGHTS"
+"""environment variable: of a generator its way, of the trainer all ways in use, with commas"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,8 @@ class Sides:
     what a process sees"""
     ipc_works: bool = True
     """vLLM's module for CUDA IPC can be imported (0.26 needs ray for it)"""
+    adapters_alone: bool = False
+    """what travels are adapters of a model that the generator adds to its own copy"""
 
 
 def choose(asked: Asked, sides: Sides) -> Way:
@@ -52,9 +56,11 @@ def _obstacle(way: Way, sides: Sides) -> str:
         return f"the trainer is on another host, and {way} is for GPUs of one"
     if sides.engine != "vllm":
         return f"generator.engine is {sides.engine}: only vLLM takes weights over {way}"
-    for name, on_gpu in (("trainer", bool(sides.trainer_gpu)), ("generator", bool(sides.generator_gpus))):
-        if not on_gpu:
-            return f"{name}.device is cpu, and {way} leads from GPU to GPU"
+    if sides.adapters_alone:
+        return f"lora.send is adapter: over {way} whole weights go straight into the engine"
+    for name, gpus in (("trainer", sides.trainer_gpu), ("generator", sides.generator_gpus)):
+        if not gpus:
+            return f"the {name} is on no GPU that this run has placed, and {way} leads from GPU to GPU"
     if way == "nccl" and sides.trainer_gpu in sides.generator_gpus:
         return f"GPU {sides.trainer_gpu} holds both the trainer and a generator, and NCCL takes one process a GPU"
     if way == "ipc" and sides.generator_gpus != (sides.trainer_gpu,):

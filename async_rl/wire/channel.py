@@ -51,12 +51,12 @@ class WireTimeout(RunFailed):
     """A wait that took longer than its deadline. The message says who waited for whom and how long."""
 
 
-def ipc_endpoint(run_folder: Path) -> str:
-    """The Unix socket of a run: in its folder, or in the temporary folder when that path is too long."""
-    path = run_folder.resolve() / "buffer.sock"
+def ipc_endpoint(run_folder: Path, name: str = "buffer") -> str:
+    """A Unix socket of a run: in its folder, or in the temporary folder when that path is too long."""
+    path = run_folder.resolve() / f"{name}.sock"
     if len(os.fsencode(path)) > LONGEST_IPC_PATH:
-        name = hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest()
-        path = Path(tempfile.gettempdir()) / f"async-rl-{name}.sock"
+        digest = hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest()
+        path = Path(tempfile.gettempdir()) / f"async-rl-{digest}.sock"
     return f"ipc://{path}"
 
 

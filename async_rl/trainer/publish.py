@@ -1,0 +1,94 @@
+"""Where the trainer's weights go: into shared memory, over links, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from async_rl.model.decoder import DTYPES
+from async_rl.run_folder import RunFolder
+from async_rl.settings import Settings
+from async_rl.trainer.learner import Learner
+from async_rl.vllm_release import Release, installed_release
+from async_rl.weights.ipc import HAS_PACKED, IpcLink
+from async_rl.weights.link import Control, LinkServer, MakeLink, WeightLink
+from async_rl.weights.shared_memory import WeightPublisher, segment_path
+from async_rl.weights.staged import Staged
+from async_rl.weights.way import LINKS
+from async_rl.wire import messages as msg
+from async_rl.wire.channel import ipc_endpoint
+from async_rl.wire.endpoint import is_tcp
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Publisher(Protocol):
+    def publish(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Let generators have this version from now on. Raises RunFailed when it cannot."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Both:
+    """Some generators are linked, others read shared memory, which then holds what is staged for the links."""
+
+    links: LinkServer
+    staged: Staged
+    segment: WeightPublisher
+
+    def publish(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.links.publish(tensors, version)
+        self.segment.publish(self.staged.named_parameters(), version)
+
+    def close(self) -> None:
+        with ExitStack() as both:
+            both.enter_context(closing(self.segment))
+            both.enter_context(closing(self.links))
+
+
+def make_publisher(
+    folder: RunFolder,
+    settings: Settings,
+    learner: Learner,
+    ways: Iterable[str],
+    event: Callable[..., None],
+    make_link: Callable[[Staged], MakeLink] | None = None,
+) -> Publisher:
+    """`ways`: that weights take to the run's own generators (launch/ways.py); none are known for a trainer that
+    somebody else starts. `make_link`: else by vLLM's release. Raises UserError."""
+    ways = set(ways)
+    linked = ways & set(LINKS)
+    sent = learner.sent()
+    if not linked:
+        return WeightPublisher(segment_path(folder.path), sent)
+    shapes = {name: tuple(tensor.shape) for name, tensor in sent.items()}
+    staged = Staged(shapes, DTYPES[settings.generator.dtype], next(iter(sent.values())).device)
+    links = LinkServer(
+        ipc_endpoint(folder.path, "weights"),
+        staged,
+        (make_link or links_by_release(installed_release()))(staged),
+        timeout_s=settings.weights.timeout_s,
+        event=event,
+    )
+    if ways == linked and not is_tcp(settings.wire.endpoint):
+        return links
+    return Both(links, staged, WeightPublisher(segment_path(folder.path), dict(staged.named_parameters())))
+
+
+def links_by_release(release: Release) -> Callable[[Staged], MakeLink]:
+    def of(staged: Staged) -> MakeLink:
+        def make(ask: msg.AskLink, control: Control) -> WeightLink:
+            if ask.way == "ipc":
+                return IpcLink(control, staged, has_packed=release >= HAS_PACKED)
+            from async_rl.weights.vllm_nccl import make_nccl_link
+
+            return make_nccl_link(control, staged, workers=ask.workers, release=release)
+
+        return make
+
+    return of

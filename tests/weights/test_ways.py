@@ -1,0 +1,190 @@
+"""Which way weights take, what is refused, and what the trainer and a generator make of it."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support_run import quick_settings
+
+from async_rl.errors import UserError
+from async_rl.generator.build import make_weights
+from async_rl.generator.pull import Fetched, Linked
+from async_rl.launch.placement import Machine, Placement, Spot
+from async_rl.launch.ways import choose_all
+from async_rl.weights.ipc import REBUILD, put_together, taken_apart
+from async_rl.weights.way import LINKS, Asked, Sides, Way, choose
+from async_rl.wire import messages as msg
+from async_rl.wire.frames import decode, encode
+
+
+@pytest.mark.parametrize(
+    ("sides", "way"),
+    [
+        (Sides(same_host=True, engine="embedded"), "shared_memory"),
+        (Sides(same_host=True, engine="vllm"), "shared_memory"),
+        (Sides(same_host=True, engine="vllm", trainer_gpu="0", generator_gpus=("0",)), "ipc"),
+        (Sides(same_host=True, engine="vllm", trainer_gpu="0", generator_gpus=("1",)), "nccl"),
+        (Sides(same_host=True, engine="vllm", trainer_gpu="4", generator_gpus=("0", "1")), "nccl"),
+        (Sides(same_host=True, engine="vllm", trainer_gpu="0", generator_gpus=("0", "1")), "shared_memory"),
+        (Sides(same_host=True, engine="vllm", trainer_gpu="0"), "shared_memory"),
+        (Sides(same_host=True, engine="vllm", generator_gpus=("0",)), "shared_memory"),
+        (Sides(same_host=True, engine="embedded", trainer_gpu="0", generator_gpus=("1",)), "shared_memory"),
+        (Sides(same_host=False, engine="vllm", trainer_gpu="0", generator_gpus=("1",)), "stream"),
+        (
+            Sides(same_host=True, engine="vllm", trainer_gpu="0", generator_gpus=("0",), ipc_works=False),
+            "shared_memory",
+        ),
+        (
+            Sides(same_host=True, engine="vllm", trainer_gpu="0", generator_gpus=("1",), adapters_alone=True),
+            "shared_memory",
+        ),
+    ],
+)
+def test_auto_takes_the_shortest_way_the_placement_allows(sides: Sides, way: Way) -> None:
+    assert choose("auto", sides) == way
+
+
+@pytest.mark.parametrize(
+    ("asked", "sides", "reason"),
+    [
+        ("nccl", Sides(same_host=True, engine="embedded", trainer_gpu="0", generator_gpus=("1",)), "only vLLM takes"),
+        ("ipc", Sides(same_host=True, engine="embedded", trainer_gpu="0", generator_gpus=("0",)), "only vLLM takes"),
+        ("nccl", Sides(same_host=True, engine="vllm"), "the trainer is on no GPU"),
+        ("nccl", Sides(same_host=True, engine="vllm", trainer_gpu="0"), "the generator is on no GPU"),
+        ("nccl", Sides(same_host=True, engine="vllm", trainer_gpu="0", generator_gpus=("0",)), "one process a GPU"),
+        ("ipc", Sides(same_host=True, engine="vllm", trainer_gpu="0", generator_gpus=("1",)), "stays on one GPU"),
+        ("ipc", Sides(same_host=True, engine="vllm", trainer_gpu="0", generator_gpus=("0", "1")), "stays on one GPU"),
+        ("nccl", Sides(same_host=False, engine="vllm", trainer_gpu="0", generator_gpus=("1",)), "another host"),
+        ("shared_memory", Sides(same_host=False, engine="vllm"), "not on this host"),
+        (
+            "ipc",
+            Sides(same_host=True, engine="vllm", trainer_gpu="0", generator_gpus=("0",), ipc_works=False),
+            "with ray only",
+        ),
+    ],
+)
+def test_a_way_that_does_not_lead_there_is_refused_with_the_reason(asked: Asked, sides: Sides, reason: str) -> None:
+    with pytest.raises(UserError, match=f"weights.transport is {asked}, but.*{reason}"):
+        choose(asked, sides)
+
+
+GPUS = st.sampled_from("0123")
+
+
+@given(
+    st.builds(
+        Sides,
+        same_host=st.booleans(),
+        engine=st.sampled_from(["embedded", "vllm"]),
+        trainer_gpu=st.one_of(st.just(""), GPUS),
+        generator_gpus=st.lists(GPUS, unique=True).map(tuple),
+        ipc_works=st.booleans(),
+        adapters_alone=st.booleans(),
+    )
+)
+def test_auto_always_finds_a_way_and_never_one_that_would_be_refused(sides: Sides) -> None:
+    way = choose("auto", sides)
+    assert choose(way, sides) == way
+    open_ways = []
+    for asked in LINKS:
+        try:
+            open_ways.append(choose(asked, sides))
+        except UserError:
+            continue
+    assert len(open_ways) <= 1
+    assert way in (open_ways or ["shared_memory" if sides.same_host else "stream"])
+
+
+def placement(generators: list[tuple[int, ...]], ranks: list[tuple[int, ...]]) -> Placement:
+    return Placement(
+        machine=Machine(gpus=tuple("abcdefgh")),
+        generators=tuple(Spot(gpus=gpus) for gpus in generators),
+        ranks=tuple(Spot(gpus=gpus) for gpus in ranks),
+        generators_hidden=True,
+        ranks_hidden=True,
+    )
+
+
+def test_each_generator_of_a_run_has_its_own_way(tmp_path: Path) -> None:
+    words = ("generator.engine=vllm", "generator.device=cuda", "trainer.device=cuda", "generator.count=2")
+    settings = quick_settings(tmp_path, *words, "trainer.memory_share=0.5", "vllm.memory_share=0.4")
+    assert choose_all(settings, placement([(0,), (1,)], [(4,), (5,)]), ipc_works=True) == ("nccl", "nccl")
+    assert choose_all(settings, placement([(0,), (1,)], [(0,)]), ipc_works=True) == ("ipc", "nccl")
+    assert choose_all(settings, placement([(0,), (1,)], []), ipc_works=True) == ("shared_memory",) * 2
+    on_cpu = quick_settings(tmp_path, "generator.count=2")
+    assert choose_all(on_cpu, placement([(), ()], [()]), ipc_works=False) == ("shared_memory",) * 2
+    for transport in LINKS:
+        asked = quick_settings(tmp_path, f"weights.transport={transport}")
+        with pytest.raises(UserError, match=f"weights.transport is {transport}, but generator.engine is embedded"):
+            choose_all(asked, placement([()], [()]), ipc_works=True)
+
+
+def test_a_generator_takes_the_way_it_was_given(tmp_path: Path) -> None:
+    settings = quick_settings(tmp_path)
+    endpoint = f"ipc://{tmp_path}/links.sock"
+    linked = make_weights(settings, tmp_path / "s", "", "g", here=True, way="nccl", links=endpoint)
+    assert isinstance(linked, Linked)
+    linked.close()
+    assert isinstance(make_weights(settings, tmp_path / "s", "", "g", here=True, way="shared_memory"), Fetched)
+    assert isinstance(make_weights(settings, tmp_path / "s", "", "g", here=True), Fetched)
+    joined = quick_settings(tmp_path, "weights.transport=nccl")
+    with pytest.raises(UserError, match="generators that the run has placed on GPUs itself"):
+        make_weights(joined, tmp_path / "s", "", "g", here=True)
+
+
+# ---------------------------------------------------------------------------------------- CUDA IPC
+
+
+def invented() -> dict[str, Any]:
+    """What torch gives for a CUDA tensor, in the order of REBUILD."""
+    return {
+        "tensor_cls": torch.Tensor,
+        "tensor_size": torch.Size([3, 5]),
+        "tensor_stride": (5, 1),
+        "tensor_offset": 7,
+        "storage_cls": torch.storage.TypedStorage,
+        "dtype": torch.bfloat16,
+        "storage_device": 0,
+        "storage_handle": bytes(range(64)),
+        "storage_size_bytes": 1 << 30,
+        "storage_offset_bytes": 512,
+        "requires_grad": False,
+        "ref_counter_handle": b"/torch_7_99_0",
+        "ref_counter_offset": 3,
+        "event_handle": bytes(reversed(range(64))),
+        "event_sync_required": True,
+    }
+
+
+def test_handles_have_the_parts_that_this_torch_gives_them() -> None:
+    from torch.multiprocessing import reductions
+
+    assert tuple(inspect.signature(reductions.rebuild_cuda_tensor).parameters) == REBUILD
+    assert reductions.rebuild_cuda_tensor.__code__.co_varnames.index("storage_device") == 6  # vLLM replaces the sixth
+
+
+def test_handles_cross_the_wire_as_plain_data_and_come_out_the_same() -> None:
+    given = tuple(invented()[name] for name in REBUILD)
+    detail = {"handles": [taken_apart(given)]}
+    call = msg.LinkCall(number=1, method="update", version=4, detail=detail)
+    arrived = decode([bytes(frame) for frame in encode(call)])
+    assert isinstance(arrived, msg.LinkCall)
+    assert arrived.detail == detail
+    assert put_together(arrived.detail["handles"][0], torch.bfloat16) == given
+
+
+@pytest.mark.parametrize("spoil", [*REBUILD, "size", "stride"])
+def test_what_is_no_handle_is_refused(spoil: str) -> None:
+    plain = taken_apart(tuple(invented()[name] for name in REBUILD))
+    for wrong in ({**plain, spoil: ["x"]}, {name: value for name, value in plain.items() if name != spoil}):
+        if wrong != plain:
+            with pytest.raises(ValueError, match="handle"):
+                put_together(wrong, torch.float32)
+    with pytest.raises(ValueError, match="not 15"):
+        taken_apart((1, 2))
