@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.batch.spread import Cost
-from async_rl.model.architecture import tensor_shapes
+from async_rl.model.architecture import DecoderConfig, tensor_shapes
 from async_rl.model.folder import CONFIG, existing, read_config, read_json
 
 
@@ -22,6 +22,11 @@ def model_cost(path: str | Path) -> Cost:
     config = read_config(path)
     if config is None:
         return _estimate(read_json(existing(path) / CONFIG))
+    return decoder_cost(config)
+
+
+def decoder_cost(config: DecoderConfig) -> Cost:
+    """Exact."""
     matrices = sum(
         shape[0] * shape[1]
         for name, shape in tensor_shapes(config).items()
