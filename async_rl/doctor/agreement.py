@@ -24,8 +24,7 @@ from async_rl.observe.console import Console
 from async_rl.run_folder import RunFolder
 from async_rl.settings import Settings
 from async_rl.task import Task
-from async_rl.trainer.canary import probe_log_probs
-from async_rl.trainer.forward import Arithmetic, batch_log_probs
+from async_rl.trainer.forward import Arithmetic, batch_log_probs, probe_log_probs
 from async_rl.trajectory import Trajectory
 from async_rl.weights.canary import TOLERANCE, Comparison, Evidence, compare, probe_tokens
 
@@ -73,7 +72,7 @@ def measure_log_probs(settings: Settings, task: Task, *, parameters: int) -> tup
 
     episodes, probe, shown = asyncio.run(ask())
     if probe:
-        expected = probe_log_probs(trainer, probe)
+        expected = probe_log_probs(trainer, probe, Arithmetic(temperature=1.0))
         return _compared(expected, shown), f"{len(probe)} tokens of a probe"
     usable = [t for t in episodes if not t.failed and t.num_policy_tokens]
     if not usable:

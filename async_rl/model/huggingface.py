@@ -107,6 +107,10 @@ class HuggingFaceDecoder(nn.Module):
         if weights is not None:  # buffers and tied names come from the model
             held = self._causal.state_dict().items()
             state = {plain_name(name): tensor for name, tensor in held if ".lora_" not in name} | dict(weights)
+            known = {parameter: name for name, parameter in self.named_parameters()}
+            for name, parameter in self._causal.named_parameters(remove_duplicate=False):
+                if (given := known.get(parameter, "")) in weights:  # a tied weight under its other name
+                    state[name] = weights[given]
         self._causal.save_pretrained(folder, state_dict=state, save_peft_format=False)
 
     def _prove(self, folder: Path) -> None:

@@ -15,17 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from async_rl.errors import RunFailed
-from async_rl.model.attention import DocumentAttention
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.settings import Settings
+from async_rl.trainer.sharding import is_sharded
 from async_rl.trainer.team import Team
 from async_rl.weights.canary import TOLERANCE, Comparison, Evidence, compare, fingerprint, in_bunches, probe_tokens
 from async_rl.wire import messages as msg
-from async_rl_kernels import linear_logprob
 
 if TYPE_CHECKING:
     from async_rl.task.protocol import Task
-    from async_rl.trainer.forward import Model
     from async_rl.trainer.learner import Learner
 
 REMEMBERED = 16
@@ -100,7 +98,7 @@ class CanaryWatch:
         self.expected[version] = Evidence(
             version=version,
             digests=self._digests(version),
-            log_probs=probe_log_probs(self.learner.model, self.options.probe),
+            log_probs=self.team.probe(self.learner, self.options.probe),
         )
         while len(self.expected) > REMEMBERED:
             del self.expected[next(iter(self.expected))]
@@ -204,29 +202,19 @@ class CanaryWatch:
         return f"; its log-probs are nearest to those of version {nearest}"
 
 
-@torch.no_grad()
-def probe_log_probs(model: Model, tokens: tuple[int, ...]) -> tuple[float, ...]:
-    """Log-probs of tokens[1:] given what precedes each, at temperature 1, in the dtype of the weights."""
-    if len(tokens) < 2:
-        return ()
-    device = model.head.device
-    ids = torch.tensor(tokens, device=device)
-    hidden = model(ids, torch.arange(len(ids), device=device), DocumentAttention([len(ids)]))
-    answer = linear_logprob(hidden[:-1], model.head, ids[1:], temperature=1.0)
-    return tuple(answer.log_prob.tolist())
-
-
 def make_canary(
     settings: Settings, learner: Learner, task: Task, event: Callable[..., None], team: Team
 ) -> CanaryWatch:
     """The watch of a run."""
     chosen = settings.generator
+    # a sharded model computes in the trainer's dtype, a whole one in that of its weights
+    computed = settings.trainer.dtype if is_sharded(learner.model) and chosen.dtype == "float32" else chosen.dtype
     options = CanaryOptions(
         probe=probe_tokens(
             task, Tokenizer(settings.model.path), chosen.max_context or learner.model.config.max_context
         ),
         dtype=getattr(torch, chosen.dtype),
-        tolerance=settings.canary.tolerance or TOLERANCE[chosen.dtype],
+        tolerance=settings.canary.tolerance or TOLERANCE[computed],
         silent_steps=settings.canary.silent_steps,
     )
     return CanaryWatch(learner, options, event, team, step=learner.version)

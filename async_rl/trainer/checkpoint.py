@@ -26,11 +26,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from async_rl.errors import RunFailed, UserError
-from async_rl.model.folder import load_model, save_folder
+from async_rl.model.folder import save_folder
 from async_rl.model.lora import read_adapters
 from async_rl.objective import ObjectiveState
 from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, write_whole
 from async_rl.trainer.rows import RowFiles, save_rows
+from async_rl.trainer.sharding import is_sharded, load_weights
 from async_rl.trainer.team import Save, Team
 
 if TYPE_CHECKING:
@@ -61,11 +62,15 @@ def save_checkpoint(
     team = team or Team(learner.ranks)
 
     def write(into: Path) -> None:
-        team.say(Save(folder=into))
-        whole = None if learner.adapters is None else learner.weights()
+        whole = None
+        if is_sharded(learner.model):
+            whole = {name: tensor.cpu() for name, tensor in team.weights(learner)}
+        elif learner.adapters is not None:
+            whole = learner.weights()
         save_folder(into, learner.model, source=source, weights=whole)
         if learner.adapters is not None:
             learner.adapters.save(into / ADAPTERS, base=str(source))
+        team.say(Save(folder=into))
         save_part(into, learner)
         state = {"version": learner.version, "objective": learner.state.to_dict(), "random": random_state()}
         (into / "learner.json").write_text(json.dumps(state) + "\n")
@@ -105,10 +110,7 @@ def load_checkpoint(path: Path, learner: Learner) -> Progress:
         if learner.adapters is not None:
             learner.adapters.load(read_adapters(path / ADAPTERS))
         else:
-            stored = dict(load_model(path, device=next(learner.model.parameters()).device).named_parameters())
-            with torch.no_grad():
-                for name, parameter in learner.model.named_parameters():
-                    parameter.copy_(stored[name])
+            load_weights(learner.model, path)
         load_optimizer(learner.optimizer, _names(learner), path, "optimizer")
         if learner.critic is not None:
             critic = learner.critic.named_parameters()

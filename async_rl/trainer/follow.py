@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from async_rl.settings import Settings
 from async_rl.trainer.build import pack_step
 from async_rl.trainer.checkpoint import save_part
-from async_rl.trainer.team import End, Gather, Save, Still, Train, hear, wait_metrics
+from async_rl.trainer.forward import probe_log_probs
+from async_rl.trainer.team import End, Gather, Probe, Save, Still, Train, hear, wait_metrics
 from async_rl.wire.heartbeat import Activity
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def follow(settings: Settings, learner: Learner, activity: Activity) -> None:
                 activity.now(f"gathering version {learner.version}")
                 for _ in learner.full_weights():
                     pass  # they count on the leader
+            case Probe(tokens=tokens):
+                probe_log_probs(learner.model, tokens, learner.options.arithmetic)
             case Save(folder=folder):
                 activity.now(f"checkpoint {learner.version}")
                 save_part(folder, learner)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from async_rl.batch import MicroBatch, PackedBatch
 from async_rl.model.attention import DocumentAttention
+from async_rl.trainer.sharding import free, is_sharded
 from async_rl_kernels import LogProbs, linear_logprob
 
 if TYPE_CHECKING:
@@ -68,3 +69,18 @@ def own_rows(found: LogProbs, micro: MicroBatch) -> LogProbs:
     return LogProbs(
         log_prob=found.log_prob[:0], entropy=found.entropy[:0], prob_square_sum=found.prob_square_sum[:0]
     )
+
+
+@torch.no_grad()
+def probe_log_probs(model: Model, tokens: tuple[int, ...], arithmetic: Arithmetic) -> tuple[float, ...]:
+    """Log-probs of tokens[1:] given what precedes each, at temperature 1, in the dtype of the weights; of a
+    sharded model in that of its arithmetic, and by all ranks together."""
+    if len(tokens) < 2:
+        return ()
+    device = model.head.device
+    ids = torch.tensor(tokens, device=device)
+    with arithmetic.autocast(device) if is_sharded(model) else nullcontext():
+        hidden = model(ids, torch.arange(len(ids), device=device), DocumentAttention([len(ids)]))
+    answer = linear_logprob(hidden[:-1].to(model.head.dtype), model.head, ids[1:], temperature=1.0)
+    free(model)
+    return tuple(answer.log_prob.tolist())

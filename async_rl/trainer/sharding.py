@@ -30,6 +30,7 @@ from async_rl.model.decoder import Decoder
 from async_rl.model.folder import check_folder, load_model
 from async_rl.model.slices import TensorFiles
 from async_rl.trainer.ranks import Ranks
+from async_rl.trainer.rows import rows_of
 
 if TYPE_CHECKING:
     from async_rl.trainer.forward import Model
@@ -74,6 +75,36 @@ def shard(model: Model, ranks: Ranks, *, dtype: torch.dtype) -> None:
     if not isinstance(model, Decoder) and hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         assert isinstance(model, FSDPModule)
         model.set_reduce_scatter_unused_params(True)  # experts that no token of this rank went to (torch >= 2.13)
+
+
+@torch.no_grad()
+def load_weights(model: Model, path: Path) -> None:
+    """Put the weights of a folder into a model of its shape, whole or sharded: of the built-in decoder each rank
+    reads its rows alone. Raises KeyError for a parameter that is not there."""
+    if isinstance(model, Decoder) and is_sharded(model):
+        with TensorFiles(path) as files:
+            for name, parameter in model.named_parameters():
+                start, stop = rows_here(parameter)
+                if stop > start:
+                    local_rows(parameter).copy_(files.rows(name, start, stop))
+        return
+    device = "cpu" if is_sharded(model) else next(model.parameters()).device
+    stored = dict(load_model(path, device=device).named_parameters())
+    for name, parameter in model.named_parameters():
+        start, stop = rows_here(parameter)
+        local_rows(parameter).copy_(stored[name][start:stop])
+
+
+def rows_here(tensor: Tensor) -> tuple[int, int]:
+    """First row of a tensor that this rank holds, and the one behind its last."""
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.shape[0]
+    return rows_of(tensor.shape[0], tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
+
+
+def local_rows(tensor: Tensor) -> Tensor:
+    """The rows that this rank holds, not copied."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(model: object) -> bool:
@@ -127,12 +158,5 @@ def _read_slices(
         model = Decoder(config)
     shard(model, ranks, dtype=dtype)
     model.to_empty(device=device)
-    with TensorFiles(path) as files, torch.no_grad():
-        for name, parameter in model.named_parameters():
-            assert isinstance(parameter, DTensor)
-            rows = parameter.to_local()
-            # dim 0 in pieces of equal size but for the last ones, as torch.chunk cuts
-            start = min(ranks.rank * -(-parameter.shape[0] // ranks.size), parameter.shape[0])
-            if len(rows):
-                rows.copy_(files.rows(name, start, start + len(rows)))
+    load_weights(model, path)
     return model

@@ -17,6 +17,8 @@ import msgpack
 import torch
 
 from async_rl.errors import RunFailed
+from async_rl.trainer.forward import probe_log_probs
+from async_rl.trainer.sharding import is_sharded
 from async_rl.trajectory.codec import pack, unpack
 
 if TYPE_CHECKING:
@@ -45,6 +47,13 @@ class Gather:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Run these tokens through the model: a sharded one needs every rank for a forward."""
+
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Save:
     """Write this rank's part of a checkpoint."""
 
@@ -62,7 +71,7 @@ class End:
     """The run is done."""
 
 
-Order = Train | Gather | Save | Still | End
+Order = Train | Gather | Probe | Save | Still | End
 
 
 class Team:
@@ -91,6 +100,12 @@ class Team:
             return learner.sent().items()
         return self.weights(learner)
 
+    def probe(self, learner: Learner, tokens: tuple[int, ...]) -> tuple[float, ...]:
+        """Log-probs of tokens[1:] under the learner's weights (`probe_log_probs`)."""
+        if is_sharded(learner.model):
+            self.say(Probe(tokens=tokens))
+        return probe_log_probs(learner.model, tokens, learner.options.arithmetic)
+
     def still(self) -> None:
         """Nothing new; call it as often as you like while something is waited for."""
         if self.ranks.size > 1 and self._clock() - self._said >= STILL_S:
@@ -108,6 +123,8 @@ def encode(order: Order) -> bytes:
             said: dict[str, Any] = {"do": "train", "step": step, "batch": [bytes(pack(t)) for t in trajectories]}
         case Gather():
             said = {"do": "gather"}
+        case Probe(tokens=tokens):
+            said = {"do": "probe", "tokens": list(tokens)}
         case Save(folder=folder):
             said = {"do": "save", "folder": str(folder)}
         case Still():
@@ -125,6 +142,8 @@ def decode(payload: bytes) -> Order:
             return Train(step=step, trajectories=[unpack(blob) for blob in batch])
         case {"do": "gather"}:
             return Gather()
+        case {"do": "probe", "tokens": list(tokens)}:
+            return Probe(tokens=tuple(tokens))
         case {"do": "save", "folder": str(folder)}:
             return Save(folder=Path(folder))
         case {"do": "still"}:
