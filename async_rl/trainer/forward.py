@@ -31,6 +31,11 @@ class Arithmetic:
     dtype: torch.dtype = torch.float32
     """bfloat16 runs the model under autocast; weights stay as they are"""
 
+    def products(self, device: torch.device) -> torch.dtype | None:
+        """What the head's inputs are rounded to: on a GPU as all other layers' under autocast, since float32 products
+        take ten times as long there; sums and logits are float32 all the same. On a CPU nothing."""
+        return self.dtype if self.dtype == torch.bfloat16 and device.type == "cuda" else None
+
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         if self.dtype == torch.bfloat16:
             return torch.autocast(device.type, dtype=torch.bfloat16)
@@ -48,7 +53,13 @@ def log_probs(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: Ari
     """Log-prob, entropy and sum of squared probabilities of every policy token."""
     hidden = hidden_states(model, micro, arithmetic)
     head = model.head
-    return linear_logprob(hidden.to(head.dtype), head, micro.targets, temperature=arithmetic.temperature)
+    return linear_logprob(
+        hidden.to(head.dtype),
+        head,
+        micro.targets,
+        temperature=arithmetic.temperature,
+        products=arithmetic.products(head.device),
+    )
 
 
 @torch.no_grad()

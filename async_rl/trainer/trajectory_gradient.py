@@ -149,6 +149,7 @@ class TrajectoryGradient:
             micro.targets,
             Segments(micro.policy_lengths, device),
             temperature=self._arithmetic.temperature,
+            products=self._arithmetic.products(device),
         )
         self._record = record
         return record.head.log_probs

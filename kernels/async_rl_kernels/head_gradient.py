@@ -15,15 +15,15 @@ from torch import Tensor
 from async_rl_kernels.head_pass import head_sums, product_dtype, tile_limits, tiles_for
 from async_rl_kernels.logit_tile import Pull, tile_kernels
 from async_rl_kernels.logprob import LogProbs
-from async_rl_kernels.product import product, promoted, put_product
+from async_rl_kernels.product import batched_product, product, put_product
 from async_rl_kernels.segment_gradient import Segments, weight_norm_squares
 
 
 class HeadGradient:
     """Forward at construction, then `backward`, then `accumulate` as often as wanted.
 
-    hidden [rows, width], weight [vocabulary, width] of one dtype, detached; targets [rows] int64;
-    segments of rows. `log_probs` are linear_logprob's, without a graph.
+    hidden [rows, width], weight [vocabulary, width] of one dtype, detached, rounded to `products` before they are
+    multiplied; targets [rows] int64; segments of rows. `log_probs` are linear_logprob's, without a graph.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class HeadGradient:
         segments: Segments,
         *,
         temperature: float,
+        products: torch.dtype | None = None,
         tile_elements: int | None = None,
         tile_rows: int | None = None,
     ) -> None:
@@ -44,6 +45,8 @@ class HeadGradient:
         self.segments = segments
         elements, rows = tile_limits(hidden.device)
         self._tile_elements, self._tile_rows = tile_elements or elements, tile_rows or rows
+        self._dtype = hidden.dtype
+        hidden = hidden.to(products or hidden.dtype)
         self._hidden, self._weight, self._targets = hidden, weight, targets
         self._scale = 1.0 / temperature
         self._kernels = tile_kernels(hidden)
@@ -67,11 +70,11 @@ class HeadGradient:
             block = Segments(self.segments.lengths[part], gradient.device)
             for ids in self._tiles(rows):
                 tile = self._logit_gradients(rows, ids)
-                put_product(gradient[rows], tile, self._weight[ids], add=True)
+                put_product(gradient[rows], tile, self._weight[ids].to(tile.dtype), add=True)
                 norm_squares[part] += weight_norm_squares(self._hidden[rows], [tile], block)
                 if tile.numel() == self.segments.rows * len(self._weight):
                     self._kept = tile
-        return gradient.to(self._hidden.dtype), norm_squares
+        return gradient.to(self._dtype), norm_squares
 
     def accumulate(self, total: Tensor, multipliers: Tensor, *, first: int = 0) -> None:
         """total [vocabulary, width] += d(-sum_t multipliers_t coefficients_t log pi_t)/d(weight) over the rows
@@ -101,21 +104,21 @@ class HeadGradient:
             column = torch.arange(int(size.max()), device=gradients.device)[None, :]
             rows = (start + column).clamp(max=policy.rows - 1)  # [bucket, longest policy]
             hidden, d = self._hidden[rows], bucket.take_padded(gradients).to(self._hidden.dtype)
-            probs = torch.bmm(hidden, bucket.take(embedded).to(hidden.dtype).mT)  # [..., longest]
-            probs = promoted(probs).mul_(self._scale).sub_(self._log_normaliser[rows][..., None]).exp_()
+            probs = batched_product(hidden, bucket.take(embedded).to(hidden.dtype))  # [..., longest]
+            probs = probs.mul_(self._scale).sub_(self._log_normaliser[rows][..., None]).exp_()
             probs -= (self._targets[rows][..., None] == bucket.take(tokens)[:, None, :]).to(probs.dtype)
-            product = (probs * torch.bmm(hidden, d.mT)).sum(2) * (self._coefficients[rows] * self._scale)
+            product = (probs * batched_product(hidden, d)).sum(2) * (self._coefficients[rows] * self._scale)
             result[bucket.segments] = torch.where(column < size, product, 0.0).sum(1).double()
         return result
 
     def _logit_gradients(self, rows: slice, ids: slice) -> Tensor:
-        """c_t (pi_t - onehot) / temperature of a tile, in the dtype of the weight."""
+        """c_t (pi_t - onehot) / temperature of a tile, in the dtype of products."""
         assert self._coefficients is not None, "backward first"
         log_normaliser = self._log_normaliser[rows]
         pull = Pull(log_normaliser=log_normaliser, log_prob=-self._coefficients[rows].to(log_normaliser.dtype))
-        logits = product(self._hidden[rows], self._weight[ids])
+        logits = product(self._hidden[rows], self._weight[ids].to(self._hidden.dtype))
         local = self._targets[rows] - ids.start
-        return self._kernels.gradient(logits, local, self._scale, pull, self._weight.dtype)
+        return self._kernels.gradient(logits, local, self._scale, pull, self._hidden.dtype)
 
     def _blocks(self, first: int) -> Iterator[slice]:
         """Runs of whole segments from `first` on, that give tiles of full size."""

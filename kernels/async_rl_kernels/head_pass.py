@@ -74,18 +74,21 @@ def head_sums(
     tiles: Tiles,
     kernels: TileKernels,
     *,
+    products: torch.dtype | None = None,
     keep_single: bool = False,
 ) -> tuple[VocabularySums, Tensor | None]:  # [tokens]
     """Sums over the ids of `weight`, and the logits if they are a single tile and wanted.
 
-    hidden [tokens, width], weight [ids, width] of one dtype, local [tokens] int64: row of weight, which may be
-    outside. scale: 1 / temperature.
+    hidden [tokens, width], weight [ids, width], local [tokens] int64: row of weight, which may be outside.
+    scale: 1 / temperature. products: dtype that both are rounded to before they are multiplied; None: as they are.
     """
+    hidden = hidden.to(products or hidden.dtype)
     parts = VocabularySums.empty((len(tiles.id_parts), len(hidden)), product_dtype(hidden), hidden.device)
     kept: Tensor | None = None
     for number, ids in enumerate(tiles.id_parts):
+        head = weight[ids].to(hidden.dtype)
         for rows in tiles.row_parts:
-            logits = product(hidden[rows], weight[ids])
+            logits = product(hidden[rows], head)
             kept = logits.clone() if keep_single and tiles.single else None
             kernels.sums(logits, local[rows] - ids.start, scale, parts.part(number).rows(rows))
             del logits  # before the next one is made
@@ -103,6 +106,7 @@ def head_gradients(
     *,
     need_hidden: bool,
     need_weight: bool,
+    products: torch.dtype | None = None,
     kept: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """d(loss)/d(hidden), d(loss)/d(weight), in the inputs' dtype.
@@ -112,22 +116,22 @@ def head_gradients(
     exact = product_dtype(hidden)
     total_hidden = torch.zeros_like(hidden, dtype=exact) if need_hidden else None
     grad_weight = torch.zeros_like(weight) if need_weight else None
+    states = hidden.to(products or hidden.dtype)
     # On CUDA tensor cores multiply tiles of the inputs' dtype; on a CPU a tile stays as it is.
-    dtype = hidden.dtype if hidden.device.type == "cuda" else exact
+    dtype = states.dtype if hidden.device.type == "cuda" else exact
     for number, ids in enumerate(tiles.id_parts):
-        head = weight[ids].to(dtype)
+        head = weight[ids].to(states.dtype)
         total_weight = None
         if grad_weight is not None:
             total_weight = grad_weight[ids] if weight.dtype == exact else torch.zeros_like(head, dtype=exact)
         for first, rows in enumerate(tiles.row_parts):
-            states = hidden[rows].to(dtype)
-            logits = product(states, head) if kept is None else kept
+            logits = product(states[rows], head) if kept is None else kept
             tile = kernels.gradient(logits, local[rows] - ids.start, scale, pull.rows(rows), dtype)
             del logits
             if total_hidden is not None:
                 put_product(total_hidden[rows], tile, head, add=number > 0)
             if total_weight is not None:
-                put_product(total_weight, tile.T, states, add=first > 0)
+                put_product(total_weight, tile.T, states[rows], add=first > 0)
         if grad_weight is not None and total_weight is not None and weight.dtype != exact:
             grad_weight[ids] = total_weight
     return None if total_hidden is None else total_hidden.to(hidden.dtype), grad_weight

@@ -60,14 +60,16 @@ def linear_logprob(
     targets: Tensor,
     *,
     temperature: float = 1.0,
+    products: torch.dtype | None = None,
     shard: Shard | None = None,
     tiles: Tiles | None = None,
     kernels: TileKernels | None = None,
 ) -> LogProbs:
     """Log pi of `targets` under softmax(hidden @ weight.T / temperature), entropy and sum of pi^2.
 
-    hidden [tokens, hidden], weight [vocabulary, hidden] of one float dtype, targets [tokens] int64. shard: weight
-    is this rank's part of the vocabulary. tiles, kernels: how and with what, when not as the device needs it.
+    hidden [tokens, hidden], weight [vocabulary, hidden] of one float dtype, targets [tokens] int64. products: dtype
+    that both are rounded to, tile by tile, before they are multiplied (sums stay float32). shard: weight is this
+    rank's part of the vocabulary. tiles, kernels: how and with what, when not as the device needs it.
     Definition: reference.linear_logprob. Raises ValueError for a temperature that is not positive, IndexError for
     a target outside the vocabulary (on CUDA that is not looked at).
     """
@@ -79,7 +81,7 @@ def linear_logprob(
             raise IndexError(f"a target is {int(least if least < 0 else most)}, the vocabulary has {len(weight)} ids")
     tiles = tiles or tiles_for(hidden, weight)
     kernels = kernels or tile_kernels(hidden)
-    columns = _LinearLogProb.apply(hidden, weight, targets, 1.0 / temperature, shard, tiles, kernels)
+    columns = _LinearLogProb.apply(hidden, weight, targets, 1.0 / temperature, products, shard, tiles, kernels)
     log_prob, entropy, square = columns
     return LogProbs(log_prob=log_prob, entropy=entropy, prob_square_sum=square)
 
@@ -92,17 +94,18 @@ class _LinearLogProb(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         scale: float,
+        products: torch.dtype | None,
         shard: Shard | None,
         tiles: Tiles,
         kernels: TileKernels,
     ) -> tuple[Tensor, Tensor, Tensor]:
         local = targets if shard is None else targets - shard.start
         keep = any(ctx.needs_input_grad)
-        sums, kept = head_sums(hidden, weight, local, scale, tiles, kernels, keep_single=keep)
+        sums, kept = head_sums(hidden, weight, local, scale, tiles, kernels, products=products, keep_single=keep)
         if shard is not None:
             sums = shard.combined(sums)
         entropy, square = sums.entropy, sums.prob_square_sum
-        ctx.how = scale, shard, tiles, kernels
+        ctx.how = scale, products, shard, tiles, kernels
         ctx.save_for_backward(hidden, weight, local, sums.log_normaliser, entropy, square, kept)
         ctx.set_materialize_grads(False)
         return sums.log_prob, entropy, square
@@ -112,9 +115,9 @@ class _LinearLogProb(torch.autograd.Function):
         ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, grad_square: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, local, log_normaliser, entropy, square, kept = ctx.saved_tensors
-        scale, shard, tiles, kernels = ctx.how
+        scale, products, shard, tiles, kernels = ctx.how
         if grad_log_prob is None and grad_entropy is None and grad_square is None:
-            return (None,) * 7
+            return (None,) * 8
         pull = Pull(
             log_normaliser=log_normaliser,
             log_prob=torch.zeros_like(entropy) if grad_log_prob is None else grad_log_prob,
@@ -124,8 +127,9 @@ class _LinearLogProb(torch.autograd.Function):
         of_hidden, of_weight, *_ = ctx.needs_input_grad
         grad_hidden, grad_weight = head_gradients(
             hidden, weight, local, scale, pull, tiles, kernels,
-            need_hidden=of_hidden, need_weight=of_weight, kept=None if kept is None else kept.clone(),
+            need_hidden=of_hidden, need_weight=of_weight, products=products,
+            kept=None if kept is None else kept.clone(),
         )  # fmt: skip
         if shard is not None and grad_hidden is not None:
             grad_hidden = shard.summed(grad_hidden)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None

@@ -48,6 +48,13 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return linear(promoted(x), promoted(weight))
 
 
+def batched_product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y^T of each pair in float32 or better. x [batch, rows, in], y [batch, others, in] of one dtype."""
+    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(x, y.mT, out_dtype=torch.float32)
+    return torch.bmm(promoted(x), promoted(y).mT)
+
+
 def put_product(total: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
     """total = left @ right, or total += left @ right, in the dtype of `total` (float32 or better)."""
     if total.device.type == "cuda":

@@ -103,6 +103,19 @@ def test_low_precision_stays_within_its_stated_error(
         assert (a.double() - b).norm() / b.norm() < of_gradient
 
 
+def test_inputs_are_rounded_for_products_only() -> None:
+    h, w, y, up = inputs(40, 16, 97, 0, torch.float32)
+    tiles = Tiles(tokens=40, vocabulary=97, rows=16, ids=50)
+    got = linear_logprob(h, w, y, products=torch.bfloat16, tiles=tiles)
+    got_grads = torch.autograd.grad((got.log_prob * up[0]).sum(), (h, w))
+    h64, w64 = (x.detach().bfloat16().double().requires_grad_() for x in (h, w))
+    want = reference.linear_logprob(h64, w64, y)
+    want_grads = torch.autograd.grad((want[0] * up[0]).sum(), (h64, w64))
+    for a, b in zip((got.log_prob, *got_grads), (want[0], *want_grads), strict=True):
+        assert a.dtype == torch.float32
+        assert (a.double() - b).norm() / b.norm() < 5e-6
+
+
 def test_logits_as_large_as_float32_holds_do_not_overflow() -> None:
     h, w, y, _ = inputs(9, 8, 30, 1, torch.float32)
     want = reference.linear_logprob(h.double() * 1e4, w.double() * 1e4, y)

@@ -133,6 +133,22 @@ def test_the_head_equals_its_definition_for_any_tiling(
     torch.testing.assert_close(total - 1, want_weight, rtol=1e-8, atol=1e-8)
 
 
+def test_the_head_rounds_its_inputs_for_products_where_asked() -> None:
+    random = torch.Generator().manual_seed(0)
+    h, w = torch.randn(12, 5, generator=random), torch.randn(30, 5, generator=random)
+    y, c = torch.randint(30, (12,), generator=random), torch.randn(12, generator=random)
+    head = HeadGradient(h, w, y, Segments([7, 5]), temperature=0.7, products=torch.bfloat16)
+    grad_hidden, norms = head.backward(c)
+    total = torch.zeros(30, 5)
+    head.accumulate(total, torch.ones(12))
+    h64, w64 = h.bfloat16().double(), w.bfloat16().double()
+    g = reference.logit_gradients(h64, w64, y, c.double(), temperature=0.7)
+    squares, weight, _ = reference.segmented_weight_grad(h64, g, [7, 5], torch.zeros(2).double())
+    assert grad_hidden.dtype == torch.float32
+    for a, b in ((grad_hidden, g @ w64), (norms, squares), (total, weight)):
+        assert (a.double() - b).norm() / b.norm() < 8e-3
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6)), min_size=1, max_size=7),
