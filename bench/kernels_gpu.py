@@ -1,8 +1,318 @@
-"""bench/kernels.py, the rows for a GPU."""
+"""bench/kernels.py, the rows for a GPU.
+
+What the rows are to reach, and the arithmetic behind it (H200: 790 TFLOP/s and 4.3 TB/s were seen in bfloat16):
+- linear_logprob, 32k x 4096 x 151,936: a product is 2 x 32768 x 4096 x 151936 = 40.8 TFLOP, 52 ms. Three of them
+  155 ms; logits a second time makes 207 ms, 0.75 of the rate of three. Between the products each of the 5.0 G logits
+  is read once for the sums (4 bytes) and once for the gradient (4), which is written (2): 50 GB, 12 ms (17 ms on an
+  H100), hence 0.71 at best. Memory: a tile of logits in float32 (8192 x 4096: 134 MB), its gradient in bfloat16 (67),
+  the weight gradient of its ids (67), the hidden states' gradient in float32 (537): 805 MB.
+- segmented_weight_grad, 32k x 4096 x 11008: 2.95 TFLOP, 3.7 ms for the plain product. Norms by Gram matrices of
+  64 segments of 512 rows: 10 pairs of blocks of 128 rows, 64 x 10 x 2 x 128^2 x 15104 = 0.32 TFLOP, 0.11 of it.
+- segment_ratio: 12 bytes read and 9 written a token.
+"""
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {}
+import opob
+import torch
+from torch import Tensor
+
+from async_rl.model.architecture import DecoderConfig
+from async_rl.model.decoder import Decoder
+from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trainer.trajectory_gradient import TrajectoryGradient
+from async_rl_kernels import linear_logprob, reference, segment_ratio, segmented_weight_grad
+from async_rl_kernels.segment_gradient import Segments, weight_norm_squares
+from async_rl_kernels.segment_ratio import Rule, Turns
+
+Way = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """A device, and the sizes measured on it."""
+
+    device: str = "cuda"
+    head: tuple[int, int, int] = (32_768, 4096, 151_936)
+    """tokens, hidden, vocabulary"""
+    layer: tuple[int, int, int] = (32_768, 4096, 11_008)
+    """tokens, in, out"""
+    segments: int = 64
+    ratio: tuple[int, int] = (8192, 2048)
+    """trajectories, tokens of each"""
+    square: int = 8192
+    layers: int = 28
+    """of the model of the OPOB step; 28 layers of this width are 1.5B parameters"""
+    width: int = 1536
+    vocabulary: int = 151_936
+    trajectories: int = 64
+    answer: int = 480
+    """tokens"""
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def seconds(way: Way, where: Where) -> float:
+    """One run, the device idle before and after."""
+    where.synchronize()
+    started = time.perf_counter()
+    way()
+    where.synchronize()
+    return time.perf_counter() - started
+
+
+OTHERS = ("liger", "full", "compiled")
+"""not ours: if one fails, the table says so and goes on"""
+
+
+def in_turns(ways: dict[str, Way], rounds: int, where: Where, budget_s: float) -> dict[str, Any]:
+    """Median milliseconds and extra memory of each way; what runs out of memory or cannot be had says so."""
+    end = time.monotonic() + budget_s
+    found: dict[str, Any] = {}
+    times: dict[str, list[float]] = {}
+    for name, way in ways.items():
+        if time.monotonic() > end:
+            found[name] = "not measured: no time left"
+            continue
+        try:
+            found[name] = {"peak_mb": peak_mb(way, where)}  # warms up too
+            times[name] = []
+        except torch.OutOfMemoryError:
+            found[name] = "out of memory"
+        except (ImportError, RuntimeError) as error:
+            if name not in OTHERS:
+                raise
+            found[name] = f"not measured: {str(error).splitlines()[0]}"
+        free(where)
+    for number in range(rounds):
+        if number and time.monotonic() > end:
+            break
+        for name in times:
+            times[name].append(seconds(ways[name], where))
+            free(where)
+    for name, values in times.items():
+        found[name]["ms"] = max(0.001, round(1000 * statistics.median(values), 3))
+    return found
+
+
+def peak_mb(way: Way, where: Where) -> int:
+    """Above what was there before, gradients that are the result included."""
+    if where.device != "cuda":
+        way()
+        return 0
+    free(where)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    way()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 1e6)
+
+
+def free(where: Where) -> None:
+    if where.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def randn(*shape: int, where: Where, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device=where.device, dtype=dtype)
+
+
+# ------------------------------------------------------------- sections
+
+
+def ceilings(rounds: int, where: Where | None = None) -> dict[str, Any]:
+    """What this device reaches in a large product and a large copy; the ratios below are to products of their own."""
+    where = where or Where()
+    n = where.square
+    a, b = randn(n, n, where=where), randn(n, n, where=where)
+    source = randn(where.ratio[0] * where.ratio[1] * 8, where=where)
+    target = torch.empty_like(source)
+    found = in_turns({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, rounds, where, 20)
+    return found | {
+        "tflops": round(2 * n**3 / found["product"]["ms"] / 1e9, 1),
+        "copy_gb_s": round(2 * source.nbytes / found["copy"]["ms"] / 1e6),
+    }
+
+
+def logprob(rounds: int, where: Where | None = None) -> dict[str, Any]:
+    """Forward and backward of linear_logprob. Target: rate_of_three_products >= 0.55, extra_mb <= 1000."""
+    where = where or Where()
+    tokens, width, vocabulary = where.head
+    hidden = randn(tokens, width, where=where).requires_grad_()
+    weight = (randn(vocabulary, width, where=where) / width**0.5).detach().requires_grad_()
+    targets = torch.randint(vocabulary, (tokens,), device=where.device)
+    up = randn(tokens, where=where, dtype=torch.float32)
+
+    def products() -> None:
+        """Three products, with logits rounded to bfloat16 in between, as torch does them."""
+        with torch.no_grad():
+            tile = hidden @ weight.T
+            _ = tile @ weight
+            _ = tile.T @ hidden
+
+    def ours() -> None:
+        torch.autograd.grad((linear_logprob(hidden, weight, targets).log_prob * up).sum(), (hidden, weight))
+
+    def full() -> None:
+        found = torch.log_softmax((hidden @ weight.T).float(), -1).gather(-1, targets[:, None]).squeeze(-1)
+        torch.autograd.grad((found * up).sum(), (hidden, weight))
+
+    compiled = torch.compile(lambda h, w, y: reference.linear_logprob(h, w, y)[0])
+
+    def compiled_definition() -> None:
+        torch.autograd.grad((compiled(hidden, weight, targets).float() * up).sum(), (hidden, weight))
+
+    def liger() -> None:
+        """Cross entropy with weights of 1: it has no upstream gradient for each token."""
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+        loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
+        torch.autograd.grad(loss, (hidden, weight))
+
+    ways = {"ours": ours, "products": products, "liger": liger, "full": full, "compiled": compiled_definition}
+    if where.device != "cuda":
+        del ways["compiled"], ways["liger"]
+    found = in_turns(ways, rounds, where, 120)
+    gradients = (hidden.nbytes + weight.nbytes) / 1e6
+    for name, row in found.items():
+        if isinstance(row, dict) and name != "products":
+            row["extra_mb"] = round(row["peak_mb"] - gradients)
+            row["rate_of_three_products"] = ratio(found["products"], row)
+    return found
+
+
+def weight_grad(rounds: int, where: Where | None = None) -> dict[str, Any]:
+    """Target: one_pass <= 1.4 plain products (stretch 1.2)."""
+    where = where or Where()
+    rows, width, out = where.layer
+    a, g = randn(rows, width, where=where), randn(rows, out, where=where)
+    multipliers = randn(where.segments, where=where, dtype=torch.float32)
+    found: dict[str, Any] = {}
+    for name, lengths in {"equal": equal(rows, where.segments), "ragged": ragged(rows, where.segments)}.items():
+        segments = Segments(lengths, where.device)
+        ways: dict[str, Way] = {
+            "plain": lambda: g.T @ a,
+            "one_pass": lambda s=segments: segmented_weight_grad(a, g, s, multipliers),
+            "norms": lambda s=segments: weight_norm_squares(a, [g], s),
+        }
+        rows_of = in_turns(ways, rounds * 3, where, 20)
+        for way in ("one_pass", "norms"):
+            rows_of[way]["over_plain"] = ratio(rows_of[way], rows_of["plain"])
+        found[name] = rows_of
+    return found
+
+
+def ratios(rounds: int, where: Where | None = None) -> dict[str, Any]:
+    """Target: share_of_copy >= 0.6."""
+    where = where or Where()
+    trajectories, length = where.ratio
+    turns = Turns([length // 4] * (4 * trajectories), [4] * trajectories, where.device)
+    columns = [randn(turns.tokens, where=where, dtype=torch.float32) for _ in range(3)]
+    target = torch.empty_like(columns[0])
+    found: dict[str, Any] = {}
+    for level in ("token", "turn", "sequence"):
+        rule = Rule(level=level, rule="ppo")
+        ways: dict[str, Way] = {
+            "ours": lambda rule=rule: segment_ratio(*columns, turns, rule),
+            "copy": lambda: target.copy_(columns[0]),
+        }
+        rows = in_turns(ways, rounds * 3, where, 20)
+        moved, copied = 21 * turns.tokens / rows["ours"]["ms"], 8 * turns.tokens / rows["copy"]["ms"]
+        found[level] = rows | {"gb_s": round(moved / 1e6), "share_of_copy": round(moved / copied, 2)}
+    return found
+
+
+def opob_step(rounds: int, where: Where | None = None) -> dict[str, Any]:
+    """A whole step, optimizer included, of a 1.5B Qwen-architecture model in bfloat16 over float32 weights.
+    Target: exact_over_group_mean <= 1.15."""
+    where = where or Where()
+    arithmetic = Arithmetic(temperature=1.0, dtype=torch.bfloat16)
+    model = make_model(where)
+    case = {
+        "trajectories": where.trajectories, "vocabulary": where.vocabulary, "prompt": (28, 33), "turns": (1, 2),
+        "answer": (where.answer, where.answer + 1), "reply": 0,
+    }  # fmt: skip
+    batch = opob.make_batch(case, micro_batch_tokens=opob.GROUP_SIZE * (where.answer + 40), device=where.device)
+    weights = opob.make_weights(batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=where.device == "cuda")
+
+    def group_mean() -> None:
+        advantage = batch.reward - opob.mean_of_group(batch.reward, batch)
+        coefficients = advantage[opob.owner_of(batch)] * weights
+        for micro in batch.micro_batches:
+            (-(coefficients[micro.policy] * log_probs(model, micro, arithmetic).log_prob).sum()).backward()
+        finish()
+
+    def exact() -> None:
+        policy = batch.reward[opob.owner_of(batch)] * weights
+        TrajectoryGradient(model, arithmetic).add(
+            batch, policy, weights, lambda norm_squares: opob.optimal(norm_squares, batch)
+        )
+        finish()
+
+    def finish() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    found = in_turns({"group_mean": group_mean, "exact": exact}, rounds, where, 120)
+    if isinstance(found["exact"], dict) and isinstance(found["group_mean"], dict):
+        found["exact_over_group_mean"] = ratio(found["exact"], found["group_mean"])
+    return found | {
+        "tokens": batch.num_tokens,
+        "micro_batches": len(batch.micro_batches),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def make_model(where: Where) -> Decoder:
+    heads = where.width // 128
+    model = Decoder(
+        DecoderConfig(
+            family="qwen2",
+            vocabulary=where.vocabulary,
+            hidden=where.width,
+            intermediate=where.width * 35 // 6,
+            layers=where.layers,
+            heads=heads,
+            kv_heads=max(1, heads // 6),
+            head_dim=128,
+            max_context=4096,
+            qkv_bias=True,
+            tied=True,
+        )
+    )
+    model.initialise(0)
+    return model.to(where.device)
+
+
+def equal(rows: int, segments: int) -> list[int]:
+    return [rows // segments] * (segments - 1) + [rows - rows // segments * (segments - 1)]
+
+
+def ragged(rows: int, segments: int) -> list[int]:
+    """Lengths between nearly nothing and twice the mean."""
+    share = torch.rand(segments, generator=torch.Generator().manual_seed(0))
+    lengths = (share / share.sum() * rows).long().tolist()
+    lengths[-1] += rows - sum(lengths)
+    return lengths
+
+
+def ratio(above: dict[str, Any], below: dict[str, Any]) -> float:
+    return round(above["ms"] / below["ms"], 3)
+
+
+SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "ceilings": ceilings,
+    "logprob": logprob,
+    "weight_grad": weight_grad,
+    "ratios": ratios,
+    "opob_step": opob_step,
+}

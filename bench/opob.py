@@ -157,7 +157,7 @@ def one_by_one(model: Decoder, single: PackedBatch, weights: Tensor) -> Tensor:
 
 def optimal(norm_squares: Tensor, batch: PackedBatch) -> Tensor:  # [groups]
     group, groups = batch.group_of_trajectory, int(batch.group_of_trajectory[-1]) + 1
-    zero = torch.zeros(groups, dtype=torch.float64)
+    zero = torch.zeros(groups, dtype=torch.float64, device=group.device)
     return zero.index_add(0, group, norm_squares * batch.reward) / zero.index_add(0, group, norm_squares)
 
 
@@ -223,7 +223,7 @@ def make_model(case: dict[str, Any]) -> Decoder:
     return model
 
 
-def make_batch(case: dict[str, Any], micro_batch_tokens: int) -> PackedBatch:
+def make_batch(case: dict[str, Any], micro_batch_tokens: int, device: str = "cpu") -> PackedBatch:
     random = np.random.default_rng(0)
     made = []
     for i in range(case["trajectories"]):
@@ -246,13 +246,13 @@ def make_batch(case: dict[str, Any], micro_batch_tokens: int) -> PackedBatch:
                 ended="finished",
             )
         )
-    return pack_batch(made, micro_batch_tokens=micro_batch_tokens)
+    return pack_batch(made, micro_batch_tokens=micro_batch_tokens, device=device)
 
 
 def make_weights(batch: PackedBatch) -> Tensor:  # [policy tokens]
     """Importance weights between 1/2 and 2, over length and number of trajectories."""
     random = torch.Generator().manual_seed(0)
-    weight = (2 * torch.rand(batch.num_trajectories, generator=random) - 1).exp2()
+    weight = (2 * torch.rand(batch.num_trajectories, generator=random) - 1).exp2().to(batch.reward.device)
     length = torch.bincount(owner_of(batch), minlength=batch.num_trajectories)
     return (weight / length / batch.num_trajectories)[owner_of(batch)]
 

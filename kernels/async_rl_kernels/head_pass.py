@@ -132,8 +132,10 @@ def head_gradients(
                 put_product(total_hidden[rows], tile, head, add=number > 0)
             if total_weight is not None:
                 put_product(total_weight, tile.T, states[rows], add=first > 0)
+            del tile
         if grad_weight is not None and total_weight is not None and weight.dtype != exact:
             grad_weight[ids] = total_weight
+        del total_weight
     return None if total_hidden is None else total_hidden.to(hidden.dtype), grad_weight
 
 
