@@ -18,6 +18,7 @@ from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer
 from async_rl.wire.heartbeat import PULSE_PIPE, Activity, make_heartbeat
 from async_rl.wire.keys import keys_in
+from async_rl_kernels import backend
 
 if TYPE_CHECKING:
     from async_rl.trainer.ranks import Ranks
@@ -89,7 +90,7 @@ def train(
         if progress is not None:
             loop.resume(progress, saved=saved)
         sent = sum(t.numel() * t.element_size() for t in learner.sent().values())
-        folder.event("trainer_ready", weights_bytes=sent, time=time.time())
+        folder.event("trainer_ready", weights_bytes=sent, kernels=backend(settings.trainer.device), time=time.time())
         try:
             summary = loop.run()
         except WentBack:  # the launcher starts the run again from there
