@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from async_rl.errors import RunFailed
+from async_rl.errors import RunFailed, UserError
 from async_rl.generator.engine import Engine
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
@@ -64,7 +64,10 @@ class Fetched:
         # Copying a large model must not stop the other coroutines.
         version, tensors = await asyncio.to_thread(self._reader.read)
         if version > engine.version or first:
-            await engine.load(tensors, version)
+            try:
+                await engine.load(tensors, version)
+            except ValueError as error:  # the same would happen again
+                raise UserError(f"model.path: this generator's model is not the one that is trained: {error}") from None
 
     def close(self) -> None:
         self._reader.close()

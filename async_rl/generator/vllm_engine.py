@@ -188,7 +188,11 @@ class VllmEngine:
         return versions
 
     async def load(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Replace the weights in flight. Raises RunFailed when vLLM does not take them, in time."""
+        """Replace the weights in flight. Raises RunFailed when vLLM does not take them, in time; ValueError, with
+        nothing changed, for tensors of another model."""
+        for name, shape in self._options.layout.items():
+            if name in weights and tuple(weights[name].shape) != tuple(shape):
+                raise ValueError(f"{name} has shape {list(weights[name].shape)}, not {list(shape)}")
         async with self._loading:
             with tempfile.TemporaryDirectory(prefix="async-rl-", dir=shared_folder()) as folder:
                 file = Path(folder) / "weights.safetensors"

@@ -68,14 +68,24 @@ class IpcLink:
         self._control.init_weight_transfer_engine({"packed": False} if self._has_packed else {})
 
     def send(self) -> None:
-        device = self._staged.device
-        torch.cuda.set_device(device)
-        gpu = str(torch.cuda.get_device_properties(device).uuid)
+        gpu = self._gpu()
         named = list(self._staged.named_parameters())
         self._control.start_weight_update()
         for start in range(0, len(named), TENSORS_A_CALL):
-            self._control.update_weights(update_info(named[start : start + TENSORS_A_CALL], gpu))
+            self._control.update_weights(self._export(named[start : start + TENSORS_A_CALL], gpu))
         self._control.finish_weight_update()
+        self._take_back()
+
+    def _gpu(self) -> str:
+        """UUID of the GPU that sends."""
+        torch.cuda.set_device(self._staged.device)
+        return str(torch.cuda.get_device_properties(self._staged.device).uuid)
+
+    def _export(self, named: Sequence[tuple[str, Tensor]], gpu: str) -> dict[str, Any]:
+        return update_info(named, gpu)
+
+    def _take_back(self) -> None:
+        """Forget exports that the workers have let go of."""
         torch.cuda.ipc_collect()
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support_models import qwen3_config
@@ -67,3 +68,29 @@ def test_every_call_fits_the_installed_release() -> None:
     assert (params.top_p, params.top_k, params.min_p, params.repetition_penalty) == (1.0, 0, 0.0, 1.0)
     assert {"token_ids", "logprobs", "finish_reason", "weight_versions"} <= {f.name for f in fields(CompletionOutput)}
     assert "prompt_logprobs" in inspect.signature(RequestOutput.__init__).parameters
+
+
+def test_a_worker_puts_handles_together_for_vllms_own_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed (make vllm)")
+    import torch
+    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
+
+    monkeypatch.delenv("ASYNC_RL_VLLM_OWNER", raising=False)
+    from async_rl.generator.vllm_worker import Weights
+
+    given: list[dict[str, Any]] = []
+
+    class Worker(Weights):
+        def update_weights(self, update: dict[str, Any]) -> None:  # type: ignore[override]
+            given.append(update)
+
+    number = dict.fromkeys(("tensor_offset", "storage_device", "storage_offset_bytes", "ref_counter_offset"), 0)
+    words = dict.fromkeys(("storage_handle", "ref_counter_handle", "event_handle"), "aGVsbG8=")
+    handle = {"size": [2], "stride": [1], "storage_size_bytes": 8, "event_sync_required": 1, **number, **words}
+    update = {"names": ["w"], "dtype_names": ["bfloat16"], "shapes": [[2]], "gpu": "GPU-7", "handles": [handle]}
+    Worker().async_rl_update_ipc(update)
+    info = IPCWeightTransferUpdateInfo(**given[0])  # vLLM's own checks
+    assert isinstance(info.ipc_handles, list)
+    (arguments,) = (by_gpu["GPU-7"] for by_gpu in info.ipc_handles)
+    assert len(arguments) == 15
+    assert arguments[5:8] == (torch.bfloat16, 0, b"hello")  # vLLM puts its own device in the sixth place

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support_models import write_folder
 from support_served import CONFIG, CONTEXT, TOLERANCE, Served, ask, clean, prompt
 
@@ -113,6 +114,15 @@ def test_the_weights_shown_are_the_weights_held(served: Served) -> None:
     served.run(served.engine.load(partial, version))
     shown, right = served.run(served.engine.fingerprint()), fingerprint(dict(served.model.named_parameters()), version)
     assert {name for name in right if shown[name] != right[name]} == {"model.layers.1.self_attn.k_proj.weight"}
+
+
+def test_weights_of_another_model_are_refused_and_change_nothing(served: Served) -> None:
+    before = served.run(served.engine.fingerprint())
+    larger = {n: p.detach() for n, p in served.model.named_parameters()}
+    larger["model.embed_tokens.weight"] = torch.zeros(CONFIG.vocabulary + 8, CONFIG.hidden)
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight has shape"):
+        served.run(served.engine.load(larger, served.engine.version + 1))
+    assert served.run(served.engine.fingerprint()) == before
 
 
 def test_a_released_session_ends_aborted_with_what_it_has(served: Served) -> None:

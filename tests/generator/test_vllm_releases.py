@@ -4,6 +4,7 @@ The calls are found by reading our files, so none can be added that an older or 
 
 from __future__ import annotations
 
+import ast
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from async_rl import vllm_release
 from async_rl.errors import UserError
 from async_rl.generator.vllm_engine import engine_arguments
 from async_rl.vllm_release import INSTALL, SPANS, TRAINER_FACTORY, Release, supported
+from async_rl.weights.ipc import HAS_PACKED
 
 
 def test_every_supported_release_is_recorded() -> None:
@@ -38,6 +40,32 @@ def test_every_release_takes_the_engines_arguments(release: str) -> None:
     fields = {line.removeprefix("field ").rstrip("=") for line in known}
     for device in ("cpu", "cuda"):
         assert set(engine_arguments(vllm_options(device=device))) <= fields
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_release_takes_what_links_tell_its_workers(release: str) -> None:
+    """Tables that vLLM makes into its own records: every key is a field, and every field without default is there."""
+    transfer = "vllm.distributed.weight_transfer"
+    told = {
+        f"{transfer}.ipc_engine.IPCWeightTransferUpdateInfo": {"names", "dtype_names", "shapes", "ipc_handles"},
+        f"{transfer}.ipc_engine.IPCWeightTransferInitInfo": {"packed"} if number(release) >= HAS_PACKED else set(),
+    }
+    if number(release) < TRAINER_FACTORY:  # later vLLM's trainer side makes them
+        init, update = tables_of("OldNcclLink")
+        told[f"{transfer}.nccl_common.NCCLWeightTransferInitInfo"] = init | {"rank_offset"}
+        told[f"{transfer}.nccl_engine.NCCLWeightTransferUpdateInfo"] = update
+    for thing, keys in told.items():
+        fields = {line.removeprefix("field ") for line in lines(thing, release) if line.startswith("field ")}
+        assert keys <= {field.rstrip("=") for field in fields}, thing
+        assert {field for field in fields if not field.endswith("=")} <= keys, thing
+
+
+def tables_of(name: str) -> list[set[str]]:
+    """Keys of the tables that a class of weights/vllm_nccl.py writes down, in order."""
+    (path,) = [path for path in files() if path.name == "vllm_nccl.py"]
+    (owner,) = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef) and n.name == name]
+    tables = [node for node in ast.walk(owner) if isinstance(node, ast.Dict) and None not in node.keys]
+    return [{ast.literal_eval(key) for key in table.keys if key is not None} for table in tables]
 
 
 def test_the_check_notices_what_a_release_does_not_know() -> None:

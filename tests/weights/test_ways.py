@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,15 @@ from async_rl.generator.build import make_weights
 from async_rl.generator.pull import Fetched, Linked
 from async_rl.launch.placement import Machine, Placement, Spot
 from async_rl.launch.ways import choose_all
-from async_rl.weights.ipc import REBUILD, put_together, taken_apart
+from async_rl.run_folder import RunFolder
+from async_rl.trainer.publish import make_publisher
+from async_rl.weights.ipc import REBUILD, IpcLink, put_together, taken_apart
+from async_rl.weights.link import Control
+from async_rl.weights.shared_memory import WeightReader, segment_path
+from async_rl.weights.staged import Staged
 from async_rl.weights.way import LINKS, Asked, Sides, Way, choose
 from async_rl.wire import messages as msg
+from async_rl.wire.channel import ipc_endpoint
 from async_rl.wire.frames import decode, encode
 
 
@@ -188,3 +195,97 @@ def test_what_is_no_handle_is_refused(spoil: str) -> None:
                 put_together(wrong, torch.float32)
     with pytest.raises(ValueError, match="not 15"):
         taken_apart((1, 2))
+
+
+def test_a_generator_with_another_model_is_told_so() -> None:
+    class Reader:
+        def read(self) -> tuple[int, dict[str, torch.Tensor]]:
+            return 1, {"x": torch.zeros(3)}
+
+        def close(self) -> None: ...
+
+    class Engine:
+        version = 0
+
+        async def load(self, weights: Any, version: int) -> None:
+            raise ValueError("x has shape [3], not [4]")
+
+    with pytest.raises(UserError, match=r"model\.path: this generator's model is not the one that is trained: x has"):
+        asyncio.run(Fetched(Reader()).bring(Engine(), first=True))  # type: ignore[arg-type]
+
+
+class Told(Control):
+    """Remembers what it was to pass on; nobody refuses anything."""
+
+    def __init__(self) -> None:
+        super().__init__("g", lambda _: None, 1.0)
+        self.calls: list[tuple[str, Any]] = []
+
+    def _call(self, method: str, detail: Any, version: int) -> None:
+        self.calls.append((method, detail))
+
+
+class OnInventedGpu(IpcLink):
+    def _gpu(self) -> str:
+        return "GPU-7"
+
+    def _export(self, named: Any, gpu: str) -> dict[str, Any]:
+        return {"names": [name for name, _ in named], "gpu": gpu}
+
+    def _take_back(self) -> None: ...
+
+
+def test_handles_are_sent_a_thousand_at_a_time_within_one_update() -> None:
+    staged = Staged({f"layers.{i}": (1,) for i in range(2500)}, torch.float32, "cpu")
+    for has_packed, init in ((True, {"packed": False}), (False, {})):
+        told = Told()
+        link = OnInventedGpu(told, staged, has_packed=has_packed)
+        link.offer()
+        link.send()
+        link.close()
+        assert [method for method, _ in told.calls] == ["init", "start", "update", "update", "update", "finish"]
+        assert told.calls[0][1] == init
+        names = [name for method, detail in told.calls if method == "update" for name in detail["names"]]
+        assert names == [name for name, _ in staged.named_parameters()]
+
+
+class Learner:
+    """What a publisher sees of the learner."""
+
+    def sent(self) -> dict[str, torch.Tensor]:
+        return {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}
+
+
+@pytest.mark.parametrize(
+    ("ways", "words", "links", "segment"),
+    [
+        ((), (), False, True),
+        (("shared_memory",), (), False, True),
+        (("nccl", "nccl"), (), True, False),
+        (("ipc", "shared_memory"), (), True, True),
+        (("nccl",), ("wire.endpoint=tcp://127.0.0.1:5555", "wire.keys=keys"), True, True),
+    ],
+)
+def test_the_trainer_publishes_where_its_generators_look(
+    tmp_path: Path, ways: tuple[str, ...], words: tuple[str, ...], links: bool, segment: bool
+) -> None:
+    settings = quick_settings(tmp_path, "generator.dtype=bfloat16", *words)
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+
+    def unused(staged: Staged) -> Any:
+        return lambda ask, control: None
+
+    publisher = make_publisher(folder, settings, Learner(), ways, lambda *_, **__: None, unused)  # type: ignore[arg-type]
+    try:
+        publisher.publish(iter(Learner().sent().items()), 3)
+        assert Path(ipc_endpoint(folder.path, "weights").removeprefix("ipc://")).exists() == links
+        assert segment_path(folder.path).exists() == segment
+        if segment:
+            with WeightReader(segment_path(folder.path)) as reader:
+                version, tensors = reader.read()
+            assert version == 3
+            assert torch.equal(tensors["a"].float(), Learner().sent()["a"])
+    finally:
+        publisher.close()
+    assert not segment_path(folder.path).exists()
