@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from async_rl.errors import UserError
 from async_rl.launch.placement import Placement
 from async_rl.settings import Settings
+from async_rl.settings.wire import WeightsSettings
 from async_rl.vllm_release import IPC_WITHOUT_RAY, installed_release
-from async_rl.weights.way import Sides, Way, choose
+from async_rl.weights.way import LINKS, Sides, Way, choose
 
 
 def ways_of(settings: Settings, placement: Placement) -> tuple[Way, ...]:
@@ -32,4 +34,19 @@ def choose_all(settings: Settings, placement: Placement, *, ipc_works: bool) -> 
             adapters_alone=bool(settings.lora.rank) and settings.lora.send == "adapter",
         )
         found.append(choose(settings.weights.transport, sides))
+    if not set(found) & set(LINKS) and settings.weights.timeout_s != WeightsSettings.timeout_s:
+        raise UserError(
+            "weights.timeout_s does nothing here: it is for weights over nccl or ipc, and no generator of this run "
+            "gets them so; leave weights.timeout_s out"
+        )
     return tuple(found)
+
+
+def in_words(ways: tuple[Way, ...]) -> list[str]:
+    """What is worth saying of them: links between GPUs."""
+    linked = {way: [i for i, taken in enumerate(ways) if taken == way] for way in LINKS}
+    return [
+        f"weights go over {way} into vLLM of generator{'s' * (len(some) > 1)} {', '.join(map(str, some))}"
+        for way, some in linked.items()
+        if some
+    ]

@@ -241,7 +241,7 @@ class LinkServer:
         for peer in list(self._peers.values()):
             if peer.failed:
                 self._give_up(peer, peer.failed)
-            elif select.select([peer.process], [], [], 0)[0]:
+            elif _has_ended(peer.process):
                 self._give_up(peer, f"{peer.ask.name} (process {peer.ask.pid}) has ended")
             elif peer.busy_since and now - peer.busy_since > self._timeout_s:
                 self._give_up(
@@ -272,8 +272,10 @@ class LinkServer:
                 self._transfer(peer, ask)
             except LinkLost as error:
                 peer.failed = str(error)
+                return
             except Exception as error:  # the boundary of this thread: reported, and it ends this link
                 peer.failed = f"{peer.ask.way} failed for {peer.ask.name}: {type(error).__name__}: {error}"
+                return
             peer.busy_since = 0.0
 
     def _transfer(self, peer: _Peer, ask: msg.AskLink) -> None:
@@ -296,6 +298,12 @@ class LinkServer:
 def _nothing(after: int, newest: int) -> msg.Waiting:
     reason = f"the newest weights are version {newest}" if newest >= 0 else "the trainer has published nothing"
     return msg.Waiting(what=f"weights after version {after}", reason=reason, seconds=0.0)
+
+
+def _has_ended(process: int) -> bool:
+    watched = select.poll()
+    watched.register(process, select.POLLIN)
+    return bool(watched.poll(0))
 
 
 def _close(link: WeightLink) -> None:

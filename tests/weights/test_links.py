@@ -289,6 +289,22 @@ def test_a_call_for_another_version_than_was_begun_is_refused(trained: Trained) 
     assert engine.version == 0
 
 
+def test_a_server_that_cannot_go_on_ends_the_trainer(tmp_path: Path) -> None:
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise RunFailed("events.jsonl cannot be written")
+
+    staged = Staged(SHAPES, torch.float32, "cpu")
+    endpoint = f"ipc://{tmp_path}/links.sock"
+    with LinkServer(
+        endpoint, staged, lambda _, __: 1 / 0, timeout_s=5.0, closing_s=0.5, event=full_disk  # type: ignore[arg-type,return-value]
+    ) as server, Dealer(endpoint, "g") as dealer:
+        server.publish(tensors(0), 0)
+        dealer.send(msg.AskLink(name="g", pid=os.getpid(), session=1, way="nccl", workers=1, after=-1))
+        wait_until(lambda: server._failure is not None)
+        with pytest.raises(RunFailed, match=r"events\.jsonl cannot be written"):
+            server.publish(tensors(1), 1)
+
+
 def test_strangers_change_nothing(trained: Trained) -> None:
     trained.publish(1)
     with Dealer(trained.endpoint, "stranger") as stranger:

@@ -17,7 +17,7 @@ from async_rl.errors import UserError
 from async_rl.generator.build import make_weights
 from async_rl.generator.pull import Fetched, Linked
 from async_rl.launch.placement import Machine, Placement, Spot
-from async_rl.launch.ways import choose_all
+from async_rl.launch.ways import choose_all, in_words
 from async_rl.run_folder import RunFolder
 from async_rl.trainer.publish import make_publisher
 from async_rl.weights.ipc import REBUILD, IpcLink, put_together, taken_apart
@@ -130,6 +130,20 @@ def test_each_generator_of_a_run_has_its_own_way(tmp_path: Path) -> None:
         asked = quick_settings(tmp_path, f"weights.transport={transport}")
         with pytest.raises(UserError, match=f"weights.transport is {transport}, but generator.engine is embedded"):
             choose_all(asked, placement([()], [()]), ipc_works=True)
+
+
+def test_a_deadline_of_links_without_links_is_refused(tmp_path: Path) -> None:
+    settings = quick_settings(tmp_path, "weights.timeout_s=30")
+    with pytest.raises(UserError, match=r"weights\.timeout_s does nothing here"):
+        choose_all(settings, placement([()], [()]), ipc_works=True)
+
+
+def test_links_are_said_in_words() -> None:
+    assert in_words(("shared_memory", "shared_memory")) == []
+    assert in_words(("ipc", "nccl", "nccl")) == [
+        "weights go over nccl into vLLM of generators 1, 2",
+        "weights go over ipc into vLLM of generator 0",
+    ]
 
 
 def test_a_generator_takes_the_way_it_was_given(tmp_path: Path) -> None:
