@@ -36,7 +36,7 @@ class GuardSettings:
         unit="times",
     )
     reward: float = setting(
-        0.6, "alarm when the reward has lost this share of its best, beyond its noise; 0: never", unit="share"
+        0.5, "alarm when the reward has lost this share of its best, beyond its noise; 0: never", unit="share"
     )
     rollback: bool = setting(
         False,

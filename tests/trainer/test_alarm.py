@@ -177,4 +177,6 @@ def test_recorded_collapses_are_caught(curve: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("curve", [c for c in RECORDED if not c["collapsed"]], ids=lambda c: c["name"])
 def test_recorded_healthy_trainings_raise_nothing(curve: dict[str, Any]) -> None:
-    assert not watch(GuardSettings(), recorded_rows(curve)).raised
+    found = watch(GuardSettings(), recorded_rows(curve))
+    # one of them lost half of its reward for some twenty steps: the alarm is true, and wrong about the end
+    assert set(found.raised) == ({"reward"} if curve["slump"] else set())
