@@ -145,7 +145,7 @@ class World:
             assert position == 1 + max((p for p, _ in self.asked.values()), default=-1)
         else:
             before = [group for group, place in self.asked.items() if place == (position, attempt - 1)]
-            assert [self.refused[group].split(":")[0] for group in before] == ["stale"]
+            assert [self.refused[group].split(":")[0] for group in before] in (["stale"], ["rollback"])
         assert (position, attempt) not in self.asked.values()
         self.asked[admitted.group] = position, attempt
 
@@ -169,7 +169,8 @@ class World:
         again = [position for position, _ in self.core.admission.refill]
         live = [self.asked[group][0] for group in self.core.groups]
         trained = [self.asked[group][0] for group in self.trained]
-        refused = [self.asked[group][0] for group, reason in self.refused.items() if not reason.startswith("stale")]
+        for_good = [group for group, reason in self.refused.items() if not reason.startswith(("stale", "rollback"))]
+        refused = [self.asked[group][0] for group in for_good]
         assert sorted([*again, *live, *trained, *refused]) == list(range(self.core.admission.position))
 
     def start(self) -> None:

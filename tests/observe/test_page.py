@@ -143,3 +143,17 @@ def test_a_run_without_a_step_has_a_page(open_page: Any, tmp_path: Path, tiny_mo
         file.unlink()
     page = open_page(folder.path)
     assert "No step was trained yet." in page.inner_text("#overview")
+
+
+def test_alarms_and_the_return_are_lines_on_every_curve(open_page: Any, tmp_path: Path, tiny_model: Path) -> None:
+    folder = Story(path=tmp_path / "run", model=tiny_model, steps=30).write()
+    folder.event("alarm", signal="ess", step=9, since=4, reason="<b>low</b>", time=1.7e9 + 8)
+    folder.event("rollback", version=10, to=4, text="at step 9 to version 4", time=1.7e9 + 9)
+    page = open_page(folder.path)
+    card = page.locator("article.chart[data-title=Reward]")
+    card.scroll_into_view_if_needed()
+    page.wait_for_function("node => node.dataset.drawn", arg=card.element_handle())
+    assert card.get_attribute("data-incidents") == "2"
+    assert "step 9, alarm ess: <b>low</b>" in page.locator("#overview").inner_text()
+    page.locator("#axis button", has_text="time").click()
+    page.wait_for_function("node => node.dataset.incidents === '2'", arg=card.element_handle())

@@ -187,3 +187,19 @@ def test_a_resumed_run_loses_the_rows_that_are_trained_again(tmp_path: Path, tin
     assert [row["step"] for row in glance.record.rows] == [0, 1]
     drawn: Callable[..., object] = picture
     assert drawn(glance, 100, 0.0) is not None
+
+
+def with_alarms(folder: RunFolder) -> RunFolder:
+    """An alarm, the return, and another alarm."""
+    alarm = {"signal": "ess", "since": 4, "time": 1.7e9 + 8}
+    folder.event("alarm", step=9, reason="ess/ratio 0.03, below 0.05, over steps 0 to 9", **alarm)
+    folder.event("rollback", version=10, to=4, text="at step 9 to the checkpoint of version 4", time=1.7e9 + 9)
+    folder.event("alarm", step=15, reason="ess/ratio 0.02, below 0.05, over steps 6 to 15", **alarm)
+    return folder
+
+
+def test_alarms_stand_at_the_top(tmp_path: Path, tiny_model: Path) -> None:
+    text = " ".join(printed(with_alarms(Story(path=tmp_path / "run", model=tiny_model, steps=20).write()).path).split())
+    assert "ALARM at step 15, ess: ess/ratio 0.02" in text
+    assert "ALARM at step 9" not in text  # until the run went back
+    assert "it went back at step 9 to the checkpoint of version 4" in text
