@@ -253,6 +253,13 @@ def _config(arguments: argparse.Namespace) -> int:
     from async_rl.task.build import settings_of
 
     settings = load_settings(arguments.config, arguments.overrides)
+    if arguments.fake_model:
+        from async_rl.rehearse import plan
+
+        rehearsal = plan(settings, arguments.overrides, Path("runs") / f"{settings.name}-fake.files")
+        settings = rehearsal.settings
+        if not arguments.yaml:
+            print(f"{rehearsal.in_words()}\n")
     if arguments.yaml:
         print(to_yaml(settings), end="")
         return 0
@@ -265,9 +272,11 @@ def _config(arguments: argparse.Namespace) -> int:
         print(f"{path} = {shown}" + (f"  [{unit}]" if unit else ""))
         print(f"    {meaning}")
     if Path(settings.model.path).is_dir():
-        from async_rl.doctor.memory import estimate, in_words
+        from async_rl.launch.memory import estimate, in_words
 
         print(f"\n{in_words(estimate(settings))}")
+    elif not arguments.fake_model:
+        print(f"\nmemory: estimated once the model is in {settings.model.path}")
 
         from async_rl.launch.machine import placed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -29,6 +30,10 @@ AGENT = "ASYNC_RL_AGENT"
 """environment variable of the trainer's ranks: process number of what started them (launch/agent.py)"""
 CORES = "ASYNC_RL_CORES"
 """environment variable: the cores of a process (0,1), of several ranks one after the other (0,1;2,3)"""
+OUT_OF_MEMORY = (
+    "OutOfMemoryError", "MemoryError", "can't allocate memory", "Cannot allocate memory", "out of memory", "bad_alloc",
+    "memory ran out", "CUBLAS_STATUS_ALLOC_FAILED", "No available memory for the cache blocks",
+)  # fmt: skip
 GRACE_S = 1.0
 """time a process has to clean up after being told to end; what it leaves then, the launcher removes"""
 
@@ -46,12 +51,20 @@ def run_process(name: str, folder: RunFolder, work: Callable[[], None]) -> NoRet
     except (UserError, RunFailed) as error:
         _leave(name, folder, "user" if isinstance(error, UserError) else "run", str(error))
     except OSError as error:  # most of them: a full disk
+        if error.errno == errno.ENOMEM:
+            _leave(name, folder, "memory", str(error))
         _leave(name, folder, "run", f"{error}; is its disk full or read-only? Then make room and resume the run")
     except Exception as error:  # a process boundary: reported, and it ends the run
         with suppress(OSError):
             traceback.print_exc()
-        _leave(name, folder, "run", f"{type(error).__name__}: {error}")
+        said = f"{type(error).__name__}: {error}"
+        _leave(name, folder, "memory" if speaks_of_memory(said) else "run", said)
     _exit(0)
+
+
+def speaks_of_memory(text: str) -> bool:
+    """Whether an error's words say that an allocation failed: torch's on a CPU and on a GPU, C++'s, vLLM's."""
+    return any(words in text for words in OUT_OF_MEMORY)
 
 
 def bind_threads() -> None:

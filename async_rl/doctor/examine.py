@@ -10,6 +10,7 @@ from async_rl.doctor import machine, memory, reward, software, tokens
 from async_rl.doctor.finding import Finding, error, ok, warning
 from async_rl.errors import UserError
 from async_rl.launch.machine import placed
+from async_rl.launch.memory import Estimate, estimate, read_available
 from async_rl.launch.preflight import preflight
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ def examine(config: Path | None, overrides: Sequence[str], *, run_folder: Path) 
 
 def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
     """What the settings ask of the machine, and whether model, tokenizer and task fit."""
-    estimates: list[memory.Estimate] = []
+    estimates: list[Estimate] = []
     yield from guarded("model", lambda: look_at_model(settings, estimates))
     found = estimates[0] if estimates else None
     model_bytes = 4 * found.parameters if found is not None else None
@@ -101,7 +102,7 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
         return
     from async_rl.doctor import agreement  # imports the trainer: some seconds
 
-    free = memory.read_available()
+    free = read_available()
     yield from guarded("log-probs", lambda: agreement.look_at_log_probs(settings, tasks[0], found.parameters, free))
     yield from guarded("max_staleness=0", lambda: agreement.look_at_equivalence(settings, found.parameters))
 
@@ -115,7 +116,7 @@ def look_at_endpoint(settings: Settings) -> Finding:
     )
 
 
-def look_at_model(settings: Settings, estimates: list[memory.Estimate]) -> Finding:
+def look_at_model(settings: Settings, estimates: list[Estimate]) -> Finding:
     folder = settings.model.path
     if not Path(folder).is_dir():
         return error(
@@ -124,14 +125,14 @@ def look_at_model(settings: Settings, estimates: list[memory.Estimate]) -> Findi
             "little; or name a Hugging Face folder in model.path",
         )  # fmt: skip
     config = check_folder(folder)
-    found = memory.estimate(settings)
+    found = estimate(settings)
     kind = config.family if config is not None else "by transformers"
     return _keep(estimates, found, f"{folder}: {found.parameters:,} parameters, {kind}, context {found.context} tokens",
                  check="model")  # fmt: skip
 
 
-def look_at_memory(found: memory.Estimate) -> Iterator[Finding]:
-    yield memory.judge_memory(found, "cpu", memory.read_available())
+def look_at_memory(found: Estimate) -> Iterator[Finding]:
+    yield memory.judge_memory(found, "cpu", read_available())
     gpus = machine.read_gpus()
     for device in found.devices:
         number = int(device.partition(":")[2] or 0)

@@ -34,10 +34,3 @@ def warning(check: str, said: str, remedy: str) -> Finding:
 
 def error(check: str, said: str, remedy: str) -> Finding:
     return Finding(check=check, level="error", said=said, remedy=remedy)
-
-
-def megabytes(number: float) -> str:
-    """Bytes for a person."""
-    if number >= 1 << 30:
-        return f"{number / 2**30:.1f} GB"
-    return f"{number / 2**20:.1f} MB" if number < 10 << 20 else f"{number / 2**20:.0f} MB"

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from async_rl.doctor.finding import Finding, error, megabytes, ok, warning
+from async_rl.doctor.finding import Finding, error, ok, warning
+from async_rl.launch.memory import megabytes
 from async_rl.settings import Settings
 from async_rl.weights.shared_memory import shared_folder
 from async_rl.wire.channel import Dealer, Router, ipc_endpoint

@@ -7,8 +7,9 @@ number of threads or a GPU may round differently.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -16,12 +17,14 @@ from async_rl.buffer.store import StoreReader
 from async_rl.errors import UserError
 from async_rl.lab.line import Line
 from async_rl.run_folder import RunFolder, read_rows
+from async_rl.settings import Settings
 from async_rl.trainer.build import make_learner, pack_step
 from async_rl.trainer.checkpoint import load_checkpoint, weights_checksum, weights_hash
 from async_rl.trainer.learner import Learner
 from async_rl.trainer.manifest import damage_of, list_checkpoints, version_of
 from async_rl.trajectory.codec import unpack
 
+MICRO_BATCH = "trainer.micro_batch_tokens"
 MARKS = {"hash": weights_hash, "checksum": weights_checksum}
 """what a run records of its weights: the hash at checkpoints, after each step of a small model a checksum"""
 
@@ -64,6 +67,7 @@ def replay(
     if until is not None and not 0 <= until <= trained:
         raise UserError(f"--until is {until}; the run in {folder.path} has trained {trained} steps")
     last = trained if until is None else until
+    resumes = [row for row in read_rows(folder.events) if row["event"] == "resumed"]
     started = time.monotonic()
     torch.set_num_threads(settings.trainer.threads)
     with StoreReader(folder.store) as store:
@@ -76,7 +80,7 @@ def replay(
                     blobs = store.load_batch(version - 1)
                     if blobs is None:
                         raise UserError(f"{store.path}: the batch of step {version - 1} is not in it")
-                    line.step(pack_step(settings, [unpack(blob) for blob in blobs]))
+                    line.step(pack_step(settings_at(resumes, settings, version - 1), [unpack(blob) for blob in blobs]))
                     each_step(version)
                 weights = learner.weights()
                 marks = recorded.get(version, {})
@@ -98,6 +102,16 @@ def replay(
         seconds=time.monotonic() - started,
         begun=begun,
     )
+
+
+def settings_at(resumes: Sequence[Mapping[str, Any]], settings: Settings, step: int) -> Settings:
+    """The settings that the run trained `step` with: a resumed run may have been given another micro-batch, which
+    forms sums in another order. `resumes`: events; `settings`: those the run ended with."""
+    tokens = settings.trainer.micro_batch_tokens
+    for row in reversed(resumes):
+        if row["version"] > step and (change := row.get("changed", {}).get(MICRO_BATCH)):
+            tokens = change[0]
+    return replace(settings, trainer=replace(settings.trainer, micro_batch_tokens=tokens))
 
 
 def _begin(folder: RunFolder, first_step: int, last: int, learner: Learner) -> int:

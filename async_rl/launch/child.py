@@ -17,10 +17,14 @@ from typing import Any
 
 from async_rl.errors import RunFailed, UserError
 from async_rl.launch.memory_kills import memory_kills
-from async_rl.process import CAUSE_PIPE, PARENT_PIPE, TOLD_TO_END
-from async_rl.run_folder import RunFolder
+from async_rl.launch.room import advice
+from async_rl.process import CAUSE_PIPE, PARENT_PIPE, TOLD_TO_END, speaks_of_memory
+from async_rl.run_folder import RunFolder, read_rows
 from async_rl.wire.heartbeat import PULSE_PIPE
 
+MOST_SAID = 500
+"""characters of what is said of a failed allocation: torch adds a page of advice of its own"""
+KILLED_FOR_MEMORY = "was killed by the kernel because memory ran out (SIGKILL)"
 PIPE_BYTES = 1 << 16
 """what a pipe holds"""
 
@@ -85,10 +89,20 @@ class Child:
         if reason := self.failure():
             if reason["kind"] == "user":
                 return UserError(reason["message"])
+            if reason["kind"] == "memory" or speaks_of_memory(reason["message"]):
+                return RunFailed(self._out_of_memory(f"{self.name}: memory ran out: {reason['message']}"))
             return RunFailed(f"{self.name}: {reason['message']} (log: {self.log})")
         said = _tail(self.log)
         where = f"its last words, in {self.log}:{said}" if said else "it left no word"
-        return RunFailed(f"{self.name} {how_it_ended(self.process.returncode, self.memory_kills)}; {where}")
+        how = how_it_ended(self.process.returncode, self.memory_kills)
+        if how == KILLED_FOR_MEMORY:
+            return RunFailed(self._out_of_memory(f"{self.name} {how}"))
+        return RunFailed(f"{self.name} {how}; {where}")
+
+    def _out_of_memory(self, said: str) -> str:
+        seen = [row["tokens"] for row in read_rows(self.folder.events) if row["event"] == "out_of_memory"]
+        tokens = seen[-1] if seen else None
+        return f"{said[:MOST_SAID]} (log: {self.log})\n{advice(self.folder.settings(), self.name, tokens)}"
 
 
 def arithmetic_environment(threads: int) -> dict[str, str]:
@@ -168,7 +182,7 @@ def how_it_ended(code: int, kills_before: int | None = None) -> str:
         if kills is None or kills_before is None:
             return "was killed from outside (SIGKILL), or the machine ran out of memory"
         if kills > kills_before:
-            return "was killed by the kernel because memory ran out (SIGKILL)"
+            return KILLED_FOR_MEMORY
         return "was killed from outside (SIGKILL), not by the kernel for lack of memory"
     return f"was killed from outside ({name})" if name == "SIGTERM" else f"crashed ({name})"
 

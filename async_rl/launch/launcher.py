@@ -25,7 +25,7 @@ from async_rl.launch.live import Live
 from async_rl.launch.placement import ANYWHERE
 from async_rl.launch.preflight import Facts, preflight
 from async_rl.launch.restart import RestartBudget
-from async_rl.launch.resume import Start, find_start, resumed_settings, rewind
+from async_rl.launch.resume import Start, changed, find_start, resumed_settings, rewind
 from async_rl.launch.tracking import Tracking
 from async_rl.launch.vitals import Vitals
 from async_rl.observe.console import Console
@@ -138,8 +138,9 @@ class Launcher:
             self.console.say(f"{damage.path.name} is damaged and left out: {damage.reason}")
             self.folder.event("checkpoint_damaged", path=str(damage.path), reason=damage.reason, time=time.time())
         rewind(self.folder, start)
+        new = changed(self.folder, self.settings)
         replace_text(self.folder.config, to_yaml(self.settings))
-        self.folder.event("resumed", version=start.version, time=time.time())
+        self.folder.event("resumed", version=start.version, changed=new, time=time.time())
         self.rows.skip()  # what earlier launches wrote is not shown again
         self.events.skip()
         self.console.say(f"resuming {self.folder.path} {start.in_words()}")

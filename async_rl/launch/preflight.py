@@ -11,6 +11,7 @@ from async_rl.errors import UserError
 from async_rl.extras import check_lora_package
 from async_rl.launch.machine import placed
 from async_rl.launch.placement import Placement
+from async_rl.launch.room import look_for_room
 from async_rl.launch.ways import in_words, ways_of
 from async_rl.model.architecture import PROJECTIONS, check_targets, context_of
 from async_rl.model.folder import check_folder
@@ -72,7 +73,7 @@ def preflight(settings: Settings) -> Facts:
         )
     context = context_of(settings.generator.max_context, config)
     check_message_size(context, settings.wire.max_message_mb)
-    notes = in_words(ways) + check_fit(task, tokenizer, context)
+    notes = in_words(ways) + look_for_room(settings) + check_fit(task, tokenizer, context)
     recipe = load_recipe(settings.recipe)
     notes += check_effect(
         recipe,

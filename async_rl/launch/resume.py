@@ -35,6 +35,11 @@ MAY_CHANGE = (
 )  # fmt: skip
 """settings that a resumed run may be given anew: none of them changes what a stored batch or a step is (over another
 number of ranks its sums are formed in another order)"""
+SIZES = (
+    "trainer.micro_batch_tokens", "trainer.checkpoint_activations",
+    "generator.max_sequences", "vllm.memory_share", "vllm.kv_cache_mb",
+)  # fmt: skip
+"""what a run that lacked memory may be given as well: they change the order of sums, and so last bits"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +72,12 @@ def resumed_settings(folder: RunFolder, overrides: Sequence[str]) -> Settings:
     check(settings)
     old = {path: value for path, value, _, _ in described(before)}
     for path, value, _, _ in described(settings):
-        if value != old[path] and not path.startswith(MAY_CHANGE):
+        if value != old[path] and not path.startswith(MAY_CHANGE + SIZES):
             raise UserError(
                 f"{path} cannot change in a resumed run: what is stored and trained so far was made with "
                 f"{old[path]!r}. Only trainer.steps, trainer.ranks, checkpoint.*, wire.*, generator.count, where "
-                "processes run and the buffer's sizes may; else start a new run from a checkpoint, "
-                f"model.path={folder.checkpoints}/step_..."
+                "processes run, and sizes that memory sets (trainer.micro_batch_tokens, ...) may; else start a new run "
+                f"from a checkpoint, model.path={folder.checkpoints}/step_..."
             )
     if settings.trainer.steps != before.trainer.steps and settings.optimizer.schedule != "constant":
         raise UserError(
@@ -86,6 +91,12 @@ def resumed_settings(folder: RunFolder, overrides: Sequence[str]) -> Settings:
                 f"{folder.path}: this run is finished ({done} steps); trainer.steps={2 * done} would go on with it"
             )
     return settings
+
+
+def changed(folder: RunFolder, settings: Settings) -> dict[str, tuple[Any, Any]]:
+    """Setting -> (as it was in the run's folder, as it is now)."""
+    old = {path: value for path, value, _, _ in described(folder.settings())}
+    return {path: (old[path], value) for path, value, _, _ in described(settings) if value != old[path]}
 
 
 def find_start(folder: RunFolder, settings: Settings) -> Start:

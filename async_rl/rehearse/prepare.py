@@ -10,7 +10,7 @@ from typing import Any
 
 from async_rl.errors import UserError
 from async_rl.rehearse.shrink import Change, Files, shrink, table
-from async_rl.rehearse.stand_in import write_data, write_tiny_model
+from async_rl.rehearse.stand_in import family_of, write_data, write_tiny_model
 from async_rl.settings import Settings
 
 DATA = ("path", "eval_path")
@@ -22,31 +22,37 @@ class Rehearsal:
     settings: Settings
     changes: tuple[Change, ...]
     model: str
-    """what was made, in words"""
+    """what it is played with, in words"""
 
     def in_words(self) -> str:
         return (
-            f"A rehearsal on {self.model}: nothing is learned, what runs is the program.\n"
+            f"A rehearsal with {self.model}: nothing is learned, what runs is the program.\n"
             f"Replaced (setting: was -> is), everything else is as configured:\n{table(self.changes)}"
         )
 
 
-def prepare(settings: Settings, words: Sequence[str], folder: Path) -> Rehearsal:
-    """Make the model and missing data in `folder`, anew. Raises UserError."""
+def plan(settings: Settings, words: Sequence[str], folder: Path) -> Rehearsal:
+    """What would be replaced when model and missing data lay in `folder`. Raises UserError."""
     if settings.task.name == "rehearsed":
         raise UserError("these are settings of a rehearsal already; leave --fake-model out")
+    data = {name: folder / f"{name}.jsonl" for name in missing(settings.task.args)}
+    made, changes = shrink(settings, words, Files(model=folder / "model", data=data))
+    family, _ = family_of(settings.model.path)
+    return Rehearsal(settings=made, changes=tuple(changes), model=f"a tiny random {family} on CPU")
+
+
+def prepare(settings: Settings, words: Sequence[str], folder: Path) -> Rehearsal:
+    """`plan`, and the model and missing data made in `folder`, anew. Raises UserError."""
+    planned = plan(settings, words, folder)
     model = folder / "model"
     try:
         shutil.rmtree(model, ignore_errors=True)
-        config = write_tiny_model(model, settings.model.path, seed=settings.seed)
-        data = {name: folder / f"{name}.jsonl" for name in missing(settings.task.args)}
-        for number, path in enumerate(data.values()):
-            write_data(path, settings.task.args, seed=settings.seed + number)
+        write_tiny_model(model, settings.model.path, seed=settings.seed)
+        for number, name in enumerate(missing(settings.task.args)):
+            write_data(folder / f"{name}.jsonl", settings.task.args, seed=settings.seed + number)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}; choose another --run-dir") from None
-    made, changes = shrink(settings, words, Files(model=model, data=data))
-    said = f"a random {config.family} of {config.layers} layers, {config.hidden} wide, on CPU"
-    return Rehearsal(settings=made, changes=tuple(changes), model=said)
+    return planned
 
 
 def missing(args: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ GROUPS, GROUP_SIZE, STEPS, EVERY = 4, 8, 6, 3
 GENERATORS, SEQUENCES = 2, 64
 TURN_TOKENS, MICRO_BATCH_TOKENS = 16, 4096
 PROBLEMS = 4
+LORA_RANK = 4
 
 TIME, NO_GPU, HERE = "time", "no GPU", "this machine alone"
 
@@ -57,6 +58,10 @@ RULES: dict[str, Rule] = {
     "trainer.device": (always("cpu"), NO_GPU),
     "trainer.dtype": (always("float32"), NO_GPU),
     "trainer.threads": (always(1), HERE),
+    "trainer.memory_share": (always(1.0), NO_GPU),
+    "trainer.start": (always("launcher"), HERE),
+    "trainer.start_timeout_s": (always(None), HERE),
+    "pin_threads": (always(False), HERE),
     "generator.device": (always("cpu"), NO_GPU),
     "generator.dtype": (always("float32"), NO_GPU),
     "generator.threads": (always(1), HERE),
@@ -66,6 +71,7 @@ RULES: dict[str, Rule] = {
     "generator.max_context": (always(0), "tokens are bytes"),
     "optimizer.warmup_steps": (at_most(1), TIME),
     "critic.warmup_steps": (at_most(1), TIME),
+    "lora.rank": (at_most(LORA_RANK), "a tiny model"),
     "evaluation.every": (at_most(EVERY), TIME),
     "evaluation.problems": (at_most(PROBLEMS), TIME),
     "evaluation.samples": (always(1), TIME),

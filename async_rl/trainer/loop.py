@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from async_rl.errors import RunFailed, UserError
+from async_rl.process import speaks_of_memory
 from async_rl.run_folder import RunFolder, append_row, read_rows
 from async_rl.settings import Settings
 from async_rl.trainer.build import pack_step
@@ -31,8 +32,9 @@ from async_rl.wire import messages as msg
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from async_rl.batch import PackedBatch
     from async_rl.trainer.alarm import Alarm
-    from async_rl.trainer.learner import Learner
+    from async_rl.trainer.learner import Learner, StepReport
     from async_rl.trainer.publish import Publisher
 
 CHECKSUM_BYTES = 32 << 20
@@ -146,7 +148,7 @@ class TrainerLoop:
         self.team.say(Train(step=step, trajectories=batch.trajectories))
         waited_before = self.team.ranks.waited_s
         packed = pack_step(self.settings, batch.trajectories, self.team.ranks)
-        report = self.learner.step(packed)
+        report = self.step(step, packed)
         rank_waits = wait_metrics(self.team.ranks, waited_before)
         trained = time.monotonic()
         self.inbox.listen()  # nothing newer is published over weights that arrived wrong
@@ -187,6 +189,16 @@ class TrainerLoop:
             self.folder.event("step_skipped", step=step, reason=report.skipped, time=time.time())
             row["skipped"] = 1.0
         return row, alarms
+
+    def step(self, step: int, packed: PackedBatch) -> StepReport:
+        """The learner's; when memory runs out, with a word of the micro-batch that did not fit."""
+        try:
+            return self.learner.step(packed)
+        except (RuntimeError, MemoryError) as error:
+            if speaks_of_memory(f"{type(error).__name__} {error}"):
+                largest = max(len(micro.tokens) for micro in packed.micro_batches)
+                self.folder.event("out_of_memory", step=step, tokens=largest, time=time.time())
+            raise
 
     def publish(self, *, ess: float = -1.0) -> None:
         """Hand the weights over and say so; `ess`: of the batch they were trained on, if any."""

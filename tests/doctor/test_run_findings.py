@@ -13,8 +13,7 @@ from support_run import quick_settings
 
 from async_rl.doctor import agreement, memory, reward, tokens
 from async_rl.doctor.agreement import Difference
-from async_rl.doctor.memory import Estimate, Part
-from async_rl.model.folder import read_config
+from async_rl.launch.memory import Estimate, Part, estimate, in_words, read_available
 from async_rl.model.tokenizer import Tokenizer, write_character_tokenizer
 from async_rl.task import make_task
 from async_rl.task.protocol import Problem, Segment, Session
@@ -171,38 +170,16 @@ def test_memory_is_judged_by_device() -> None:
     assert memory.judge_memory(found, "cpu", 100).level == "warning"
     assert memory.judge_memory(found, "cpu", 94).level == "error"
     assert memory.judge_memory(found, "cuda:0", 100).level == "ok"
-    assert "in all on cuda:0" in memory.in_words(found)
-
-
-def test_the_parts_follow_the_settings(tiny_model: Path) -> None:
-    def parts(*words: str) -> dict[str, int]:
-        found = memory.estimate(quick_settings(tiny_model, *words))
-        return {part.name.split(" of ")[0]: part.bytes for part in found.parts}
-
-    config = read_config(tiny_model)
-    assert config is not None
-    plain = parts()
-    weights = 4 * memory.estimate(quick_settings(tiny_model)).parameters
-    assert plain["weights in shared memory, two versions"] == 2 * weights
-    assert plain["trainer: weights and gradients"] == plain["trainer: optimizer (AdamW)"] == 2 * weights
-    assert plain["generators: KV cache"] == 256 * config.max_context * 2 * 2 * 1 * 16 * 4
-    twice = parts("generator.max_sequences=512", "trainer.micro_batch_tokens=32768", "generator.count=2")
-    assert twice["generators: KV cache"] == 4 * plain["generators: KV cache"]
-    assert twice["trainer: activations"] == 2 * plain["trainer: activations"]
-    vllm = parts("generator.engine=vllm", "vllm.kv_cache_mb=128", "generator.count=2")
-    assert vllm["generators: KV cache"] == 256 << 20
-    half = parts("generator.dtype=bfloat16", "buffer.memory_mb=1024")
-    assert 2 * half["generators: KV cache"] == plain["generators: KV cache"]
-    assert half["buffer"] - plain["buffer"] == 768 << 20
+    assert "in all on cuda:0" in in_words(found)
 
 
 def test_retention_and_limits_bound_the_disk(tiny_model: Path) -> None:
     def needed(*words: str) -> int:
         settings = quick_settings(tiny_model, "trainer.steps=100000", "checkpoint.every=10", *words)
-        return memory.disk_bytes(settings, memory.estimate(settings))
+        return memory.disk_bytes(settings, estimate(settings))
 
     assert needed("buffer.keep_steps=100") < needed("buffer.max_store_mb=100") < needed() / 10
-    assert memory.read_available() > 0
+    assert read_available() > 0
 
 
 # ----------------------------------------------------------------------------------------- agreement

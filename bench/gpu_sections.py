@@ -1,0 +1,225 @@
+"""The sections of bench/gpu.py that are measured in a process of their own, and what is read off a run."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from gpu import Plan
+
+    from async_rl.settings import Settings
+    from async_rl.trajectory import Trajectory
+
+LOADS = 3
+PROBE_TOKENS = 256
+STEPS = 3
+
+
+def make_model(plan: Plan) -> dict[str, Any]:
+    """A folder with random weights; tokens are bytes, the vocabulary is as large as the real one's."""
+    from gpu import SIZES, VOCABULARY
+
+    from async_rl.model.architecture import DecoderConfig
+    from async_rl.model.byte_tokenizer import write_byte_tokenizer
+    from async_rl.model.create import write_random_weights
+    from async_rl.model.footprint import parameters
+
+    write_byte_tokenizer(plan.model)
+    config = DecoderConfig(
+        family="qwen3", vocabulary=VOCABULARY.get(plan.size, 151_936), max_context=8192, qk_norm=True, tied=True,
+        **SIZES[plan.size],
+    )  # fmt: skip
+    started = time.monotonic()
+    write_random_weights(plan.model, config, seed=0)
+    return {"parameters": parameters(config), "seconds to make it": round(time.monotonic() - started, 1)}
+
+
+def measure_engine(plan: Plan) -> dict[str, Any]:
+    """The engine alone on its share of the GPU."""
+    from async_rl.generator.build import make_engine
+    from async_rl.model.folder import load_model
+    from async_rl.model.tokenizer import Tokenizer
+    from async_rl.trainer.canary import probe_log_probs
+
+    settings = settings_of(plan)
+
+    async def measured() -> tuple[dict[str, Any], list[float]]:
+        started = time.perf_counter()
+        engine = make_engine(settings, Tokenizer(plan.model))
+        found: dict[str, Any] = {"seconds to start": round(time.perf_counter() - started, 1)}
+        try:
+            await sample(engine, plan, session=0)  # kernels are compiled, graphs captured
+            before, started = engine.stats().tokens_generated, time.perf_counter()
+            await sample(engine, plan, session=10_000)
+            seconds = time.perf_counter() - started
+            found["tokens/s generated"] = round((engine.stats().tokens_generated - before) / seconds)
+            found["sequences at once"] = plan.shape.sequences
+            weights = {name: p.detach() for name, p in load_model(plan.model).named_parameters()}
+            took = []
+            for version in range(1, LOADS + 1):
+                started = time.perf_counter()
+                await engine.load(weights, version)
+                await one_token(engine, version)
+                took.append(time.perf_counter() - started)
+            found["seconds of a weight update, to the first token"] = round(statistics.median(took), 3)
+            return found, [float(value) for value in await engine.probe(PROBE)]
+        finally:
+            await engine.close()
+
+    found, shown = asyncio.run(measured())
+    expected = probe_log_probs(load_model(plan.model, device=plan.device), PROBE)
+    apart = [abs(a - b) for a, b in zip(shown, expected, strict=True)]
+    found["log-probs against the trainer's (float32), mean"] = float(f"{statistics.fmean(apart):.3g}")
+    found["the same, largest of 255"] = float(f"{max(apart):.3g}")
+    return found
+
+
+PROBE = tuple(int(i) for i in np.random.default_rng(0).integers(0, 256, PROBE_TOKENS))
+
+
+async def sample(engine: Any, plan: Plan, session: int) -> None:
+    """As many answers as are decoded at once, of full length."""
+    from async_rl.generator.engine import Request, SamplingParams
+
+    random = np.random.default_rng(session)
+    params = SamplingParams(max_tokens=plan.shape.tokens)
+    requests = [
+        Request(session=session + i, tokens=random.integers(0, 256, 64).tolist(), params=params, seed=i)
+        for i in range(plan.shape.sequences)
+    ]
+    await asyncio.gather(*(engine.generate(request) for request in requests))
+    for request in requests:
+        engine.release(request.session)
+
+
+async def one_token(engine: Any, version: int) -> None:
+    from async_rl.generator.engine import Request, SamplingParams
+
+    session = 50_000 + version
+    request = Request(session=session, tokens=list(PROBE[:16]), params=SamplingParams(max_tokens=1), seed=version)
+    await engine.generate(request)
+    engine.release(session)
+
+
+def measure_trainer(plan: Plan) -> dict[str, Any]:
+    """Training steps alone, on made-up answers of full length."""
+    import torch
+
+    from async_rl.launch.memory import estimate
+    from async_rl.trainer.build import make_learner, pack_step
+
+    settings = settings_of(plan)
+    torch.set_num_threads(settings.trainer.threads)
+    learner = make_learner(settings)
+    batch = [made_up(plan, i) for i in range(plan.shape.groups * plan.shape.group_size)]
+    took = []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        learner.step(pack_step(settings, batch))
+        synchronise(plan)
+        took.append(time.perf_counter() - started)
+    tokens = sum(len(t.tokens) for t in batch)
+    policy = sum(t.num_policy_tokens for t in batch)
+    parts = [p for p in estimate(settings).parts if p.name.startswith("trainer") and "CUDA" not in p.name]
+    said = sum(p.bytes for p in parts if p.device != "cpu" or plan.device == "cpu")
+    return {
+        "tokens/s trained": round(policy / min(took[1:])),
+        "tokens/s with prompts": round(tokens / min(took[1:])),
+        "seconds of a step": round(min(took[1:]), 3),
+        "tokens of a step": tokens,
+        "peak memory, GB": round(peak_bytes(plan, torch) / 2**30, 2),
+        "peak memory by the estimate, GB": round(said / 2**30, 2),
+    }
+
+
+def made_up(plan: Plan, number: int) -> Trajectory:
+    from async_rl.trajectory import Trajectory, Turn, VersionSpan
+
+    prompt, length = 64, 64 + plan.shape.tokens
+    random = np.random.default_rng(number)
+    return Trajectory(
+        group=number // plan.shape.group_size, sample=number % plan.shape.group_size, problem=0, split="train", seed=0,
+        tokens=random.integers(0, 256, length).astype(np.int32), log_behaviour=np.full(length, -5.5, np.float32),
+        turns=(Turn(start=prompt, length=length - prompt),),
+        versions=(VersionSpan(version=0, start=prompt, end=length),), reward=float(number % 2), ended="finished",
+    )  # fmt: skip
+
+
+def synchronise(plan: Plan) -> None:
+    if plan.device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def peak_bytes(plan: Plan, torch: Any) -> int:
+    if plan.device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def settings_of(plan: Plan) -> Settings:
+    from async_rl.config import structured
+    from async_rl.settings import Settings, check
+
+    settings = structured(Settings, plan.settings(max_staleness=2), where="")
+    check(settings)
+    return settings
+
+
+# ---------------------------------------------------------------------------------------------- a run
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    from async_rl.run_folder import RunFolder, read_rows
+
+    return list(read_rows(RunFolder(folder).metrics))
+
+
+def summed_up(rows: Sequence[dict[str, Any]], skipped: int) -> dict[str, Any]:
+    """Of the steps behind the first `skipped`, from the metric rows of a run."""
+    first, counted = rows[skipped - 1], rows[skipped:]
+    span = counted[-1]["time"] - first["time"]
+    busy = counted[-1]["time/generator_busy"] - first["time/generator_busy"]
+
+    def total(name: str) -> float:
+        return sum(float(row[name]) for row in counted)
+
+    def share(seconds: float) -> float:
+        return round(seconds / span, 3)
+
+    mismatch = [row["kl/mismatch"] for row in counted if "kl/mismatch" in row]
+    canary = [row["canary/mean_difference"] for row in counted if "canary/mean_difference" in row]
+    generated = counted[-1]["tokens/generated"] - first["tokens/generated"]
+    return {
+        "steps counted": len(counted),
+        "seconds a step": round(span / len(counted), 3),
+        "tokens/s generated": round(generated / span),
+        "tokens/s trained": round(total("tokens/trained") / span),
+        "share of time the trainer trains": share(total("time/step")),
+        "share of time the trainer waits for data": share(total("time/wait_for_batch")),
+        "share of time the generator decodes": share(busy),
+        "share of time the generator waits": round(max(0.0, 1 - busy / span), 3),
+        "seconds to publish weights": round(total("time/publish") / len(counted), 3),
+        "staleness, mean": round(total("lag/mean") / len(counted), 2),
+        "staleness, largest": int(max(row["lag/max"] for row in counted)),
+        "canary: mean difference of log-probs": float(f"{max(canary):.3g}") if canary else "not measured",
+        "kl/mismatch: engine against trainer at equal weights": (
+            float(f"{statistics.fmean(mismatch):.3g}") if mismatch else "not measured"
+        ),
+    }
+
+
+SECTIONS: dict[str, Callable[[Plan], dict[str, Any]]] = {
+    "model": make_model,
+    "engine": measure_engine,
+    "trainer": measure_trainer,
+}

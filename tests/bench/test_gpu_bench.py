@@ -1,0 +1,58 @@
+"""bench/gpu.py: what it reads off a run, and that a machine without a GPU gets a table that says so."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(step: int, **changes: float) -> dict[str, float]:
+    """A second a step: 0.6 s of training, 0.3 s of waiting, 0.5 s of decoding."""
+    return {
+        "step": step, "time": float(step), "tokens/generated": 100.0 * step, "tokens/trained": 80.0, "time/step": 0.6,
+        "time/wait_for_batch": 0.3, "time/publish": 0.1, "time/generator_busy": 0.5 * step, "lag/mean": 1.0,
+        "lag/max": 2.0, **changes,
+    }  # fmt: skip
+
+
+def test_a_run_is_summed_up_behind_its_first_steps() -> None:
+    rows = [row(0), row(1, **{"time/step": 50.0}), *(row(step) for step in range(2, 6))]
+    rows[3]["kl/mismatch"] = 1e-4
+    rows[4]["canary/mean_difference"] = 2e-3
+    found = loaded("gpu_sections").summed_up(rows, 2)
+    assert found["steps counted"] == 4
+    assert found["seconds a step"] == 1.0
+    assert (found["tokens/s generated"], found["tokens/s trained"]) == (100, 80)
+    assert found["share of time the trainer trains"] == 0.6
+    assert found["share of time the trainer waits for data"] == 0.3
+    assert found["share of time the generator waits"] == 0.5
+    assert found["kl/mismatch: engine against trainer at equal weights"] == 1e-4
+    assert found["canary: mean difference of log-probs"] == 2e-3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_every_row_is_not_measured(tmp_path: Path) -> None:
+    out = tmp_path / "table.md"
+    command = [sys.executable, str(BENCH / "gpu.py"), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "no GPU here" in done.stderr
+    rows = [line for line in out.read_text().splitlines() if "not measured" in line]
+    assert len(rows) == 6

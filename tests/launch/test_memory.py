@@ -1,0 +1,160 @@
+"""The memory estimate of a run: by process and device, and what is said of it before a start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support_command import CONFIGS
+from support_run import quick_settings
+
+from async_rl.errors import UserError
+from async_rl.launch.memory import Estimate, Part, estimate, estimate_of, in_words
+from async_rl.launch.room import advice, check_room, proposed
+from async_rl.model.architecture import DecoderConfig
+from async_rl.model.create import create_model_folder
+from async_rl.model.folder import read_config
+from async_rl.model.footprint import parameters
+from async_rl.settings import load_settings
+from async_rl.task import make_task
+
+GB = 1 << 30
+QWEN_7B = DecoderConfig(
+    family="qwen2", vocabulary=152_064, hidden=3584, intermediate=18_944, layers=28, heads=28, kv_heads=4, head_dim=128,
+    max_context=32_768, qkv_bias=True,
+)  # fmt: skip
+QWEN_06B = DecoderConfig(
+    family="qwen3", vocabulary=151_936, hidden=1024, intermediate=3072, layers=28, heads=16, kv_heads=8, head_dim=128,
+    max_context=40_960, qk_norm=True, tied=True,
+)  # fmt: skip
+
+
+def by_name(found: Estimate) -> dict[str, int]:
+    return {part.name.split(" of ")[0]: part.bytes for part in found.parts}
+
+
+def test_shapes_of_known_models_have_their_known_sizes() -> None:
+    assert parameters(QWEN_7B) == 7_615_616_512
+    assert parameters(QWEN_06B) == 596_049_920
+
+
+def test_the_parts_follow_the_settings(tiny_model: Path) -> None:
+    def parts(*words: str) -> dict[str, int]:
+        return by_name(estimate(quick_settings(tiny_model, *words)))
+
+    config = read_config(tiny_model)
+    assert config is not None
+    plain = parts()
+    weights = 4 * estimate(quick_settings(tiny_model)).parameters
+    assert plain["weights in shared memory, two versions"] == plain["trainer: optimizer (AdamW)"] == 2 * weights
+    assert plain["trainer: weights"] == plain["trainer: gradients"] == weights
+    assert plain["generator-0: KV cache"] == 256 * config.max_context * 2 * 2 * 1 * 16 * 4
+    more = parts("generator.max_sequences=512", "generator.count=2", "trainer.micro_batch_tokens=2048")
+    assert more["generator-1: KV cache"] == 2 * plain["generator-0: KV cache"]
+    assert 2 * more["trainer: activations"] == plain["trainer: activations"]  # 16 episodes have 4096 tokens at most
+    assert parts("generator.engine=vllm", "vllm.kv_cache_mb=128")["generator-0: KV cache"] == 128 << 20
+    half = parts("generator.dtype=bfloat16", "buffer.memory_mb=1024")
+    assert 2 * half["generator-0: KV cache"] == plain["generator-0: KV cache"]
+    assert half["buffer: trajectories"] - plain["buffer: trajectories"] == 768 << 20
+    assert "trainer: reference model" in parts("recipe=grpo", "recipe.kl.coefficient=0.1")
+
+
+def test_each_rank_and_generator_stands_on_its_gpu() -> None:
+    settings = load_settings(CONFIGS / "eight_gpu_math.yaml")
+    found = estimate_of(settings, parameters=parameters(QWEN_7B), config=QWEN_7B)
+    assert found.devices == ["cpu", *(f"cuda:{i}" for i in range(8))]
+    assert found.on("cuda:0") == found.on("cuda:3")
+    assert found.on("cuda:4") == found.on("cuda:7")
+    said = in_words(found)
+    assert "in all on each of cuda:0, cuda:1, cuda:2, cuda:3" in said
+    assert "trainer: processes" in said
+
+
+def test_one_gpu_holds_both() -> None:
+    settings = load_settings(CONFIGS / "one_gpu.yaml")
+    found = estimate_of(settings, parameters=parameters(QWEN_06B), config=QWEN_06B)
+    assert found.devices == ["cpu", "cuda:0"]
+    assert {part.name.split(":")[0] for part in found.parts if part.device == "cuda:0"} == {"trainer", "generator-0"}
+
+
+def test_adapters_have_small_gradients_and_moments() -> None:
+    def parts(*words: str) -> dict[str, int]:
+        settings = load_settings(CONFIGS / "two_gpu.yaml", ["recipe=grpo", *words])
+        return by_name(estimate_of(settings, parameters=10**9, config=QWEN_06B))
+
+    whole, few = parts(), parts("lora.rank=8")
+    assert few["trainer: weights"] == whole["trainer: weights"]
+    assert few["trainer: optimizer (AdamW)"] < whole["trainer: optimizer (AdamW)"] / 100
+
+
+ROOM = Estimate(
+    parameters=1, context=1,
+    parts=(Part(name="trainer: weights", bytes=60, device="cuda:0"),
+           Part(name="trainer: activations", bytes=50, device="cuda:0", lower="trainer.micro_batch_tokens"),
+           Part(name="buffer", bytes=20, device="cpu")),
+)  # fmt: skip
+
+
+def test_what_fits_is_not_mentioned_what_may_not_is_noted_and_what_cannot_is_refused() -> None:
+    assert check_room(ROOM, {"cpu": 100, "cuda:0": 110}, 100) == []
+    (note,) = check_room(ROOM, {"cpu": 100, "cuda:0": 100}, 100)
+    assert "cuda:0" in note
+    assert "lower trainer.micro_batch_tokens" in note
+    (note,) = check_room(ROOM, {"cpu": 100, "cuda:0": 200}, 10)
+    assert "main memory" in note
+    with pytest.raises(UserError, match=r"the model is too large.*cuda:0.*trainer\.sharding=full.*smaller model"):
+        check_room(ROOM, {"cpu": 100, "cuda:0": 59}, 100)
+    assert check_room(ROOM, {}, 0) == []  # GPUs of another machine
+
+
+def test_advice_names_the_settings_of_the_process(tiny_model: Path) -> None:
+    settings = quick_settings(tiny_model, "trainer.micro_batch_tokens=8192")
+    assert "lower trainer.micro_batch_tokens (now 8192, the largest of this step had 6000) to 2816" in advice(
+        settings, "trainer", 6000
+    )
+    assert advice(settings, "generator-0", None).startswith("lower generator.max_sequences")
+    assert proposed(settings, None) == 4096
+    assert proposed(settings, 100) == 256
+
+
+MEASURE = """
+import resource, sys, torch
+torch.set_num_threads(1)
+from async_rl.trainer.build import make_learner, pack_step
+from async_rl.config import structured, load_yaml
+from async_rl.settings import Settings
+from async_rl.trajectory import Trajectory, Turn, VersionSpan
+import numpy as np
+from pathlib import Path
+settings = structured(Settings, load_yaml(Path(sys.argv[1])), where="")
+random = np.random.default_rng(0)
+def trajectory(i):
+    n, p = 250, 10
+    return Trajectory(group=i // 4, sample=i % 4, problem=0, split="train", seed=0,
+        tokens=random.integers(0, 10, n).astype(np.int32), log_behaviour=np.full(n, -1.0, np.float32),
+        turns=(Turn(start=p, length=n - p),), versions=(VersionSpan(version=0, start=p, end=n),),
+        reward=float(i % 2), ended="finished")
+learner = make_learner(settings)
+learner.step(pack_step(settings, [trajectory(i) for i in range(16)]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+"""
+
+
+def test_the_trainers_part_is_what_a_trainer_takes(tmp_path: Path) -> None:
+    """Peak of a real step on 4000 packed tokens, within a quarter of the estimate."""
+    from async_rl.config import to_yaml
+
+    model = tmp_path / "model"
+    alphabet = make_task("guess", {}).alphabet  # type: ignore[attr-defined]
+    create_model_folder(model, alphabet=alphabet, hidden=256, layers=8, heads=4, intermediate=1024, max_context=256)
+    settings = quick_settings(model, "trainer.micro_batch_tokens=4096", "recipe.name=grpo")
+    config = tmp_path / "config.yaml"
+    config.write_text(to_yaml(settings))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(config)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    said = sum(part.bytes for part in estimate(settings).parts if part.name.startswith("trainer"))
+    assert int(done.stdout) == pytest.approx(said, rel=0.25)
