@@ -126,7 +126,10 @@ def check_device(name: str, device: str) -> None:
 
     if not torch.cuda.is_available():
         why = "is built without CUDA" if torch.version.cuda is None else "finds no GPU here"
-        raise UserError(f"{name} is '{device}', but torch {torch.__version__} {why}; set {name}=cpu")
+        raise UserError(
+            f"{name} is '{device}', but torch {torch.__version__} {why}; set {name}=cpu, or play the config through on "
+            "a CPU with `run --fake-model`"
+        )
     found = torch.cuda.device_count()
     if index and int(index) >= found:
         raise UserError(f"{name} is '{device}', but this machine has {found} GPU(s): cuda:0 to cuda:{found - 1}")

@@ -213,7 +213,10 @@ def existing(path: str | Path) -> Path:
     """The folder, or UserError when it is not one or has no config.json."""
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist; `async-rl init-model` makes one")
+        raise UserError(
+            f"model folder {folder} does not exist; put a Hugging Face model there (hf download NAME --local-dir "
+            f"{folder}), or set model.path; `async-rl init-model` makes a small one, `run --fake-model` needs none"
+        )
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no {CONFIG}; this is not a Hugging Face model folder")
     return folder

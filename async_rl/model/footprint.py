@@ -51,8 +51,10 @@ def activation_bytes(
     """Kept for the backward pass of one micro-batch. With checkpointing: every layer's input, and one layer whole."""
     kept = kept_bytes(c, bfloat16=bfloat16, packed=packed)
     layers = c.layers * kept.boundary + kept.layer if checkpointing else c.layers * kept.layer
-    cast = 2 * layer_parameters(c, matrices=True) * c.layers if bfloat16 else 0  # autocast's copies of the weights
-    return tokens * (layers + kept.rest) + cast
+    if not bfloat16:
+        return tokens * (layers + kept.rest)
+    copies = layer_parameters(c, matrices=True) + (2 * c.head_dim if c.qk_norm else 0)  # autocast's, of the weights
+    return tokens * (layers + kept.rest) + 2 * copies * c.layers
 
 
 def log_prob_bytes(c: DecoderConfig, tokens: int) -> int:

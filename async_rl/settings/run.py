@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import floor, isfinite
 from pathlib import Path
@@ -273,9 +273,27 @@ class Settings:
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
     """Settings from a YAML file and `a.b=c` words, checked. Raises UserError."""
-    settings = structured(Settings, with_overrides(load_yaml(path), overrides), where="")
+    values = with_overrides(load_yaml(path), overrides)
+    refuse_truncated_sampling(values)
+    settings = structured(Settings, values, where="")
     check(settings)
     return settings
+
+
+TRUNCATED = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def refuse_truncated_sampling(values: Mapping[str, Any]) -> None:
+    """Settings other programs have, and this one lacks for a reason. Raises UserError with it."""
+    for group in ("generator", "vllm"):
+        chosen = values.get(group)
+        for name in TRUNCATED:
+            if isinstance(chosen, Mapping) and name in chosen:
+                raise UserError(
+                    f"{group}.{name} does not exist: what is sampled from a changed distribution has other probabilities "
+                    "than the trainer computes, which biases every ratio. Leave it out; generator.temperature is known "
+                    "to both sides"
+                )
 
 
 def default_window(groups_per_step: int, max_staleness: int, fraction: float) -> int:

@@ -107,7 +107,7 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_starts(refused: Refused
         pytest.skip("this machine has one")
     message = refused("generator.device=cuda")
     assert message.startswith("generator.device is 'cuda', but torch ")
-    assert message.endswith("set generator.device=cpu")
+    assert message.endswith("set generator.device=cpu, or play the config through on a CPU with `run --fake-model`")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def with_more_tokens(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shutil.rmtree, "does not exist; `async-rl init-model` makes one"),
+        (shutil.rmtree, "does not exist; put a Hugging Face model there"),
         (without("config.json"), "no config.json; this is not a Hugging Face model folder"),
         (without("tokenizer.json"), "no tokenizer.json; save the tokenizer in the fast format"),
         (without("model.safetensors"), "no weights, model.safetensors is missing"),

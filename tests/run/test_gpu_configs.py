@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from support_command import CONFIGS, run_command
 
+from async_rl.launch.placement import Heads, Machine, place
 from async_rl.objective.effect import check_effect
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.settings import load_settings
 
-GPU_CONFIGS = ("one_gpu", "two_gpu", "eight_gpu_math", "eight_gpu_tools", "stress_k128")
+GPUS = {"one_gpu": 1, "two_gpu": 2, "eight_gpu_math": 8, "eight_gpu_tools": 8, "stress_k128": 8}
+GPU_CONFIGS = tuple(GPUS)
 
 
 @pytest.mark.parametrize("name", GPU_CONFIGS)
@@ -29,6 +32,12 @@ def test_it_loads_and_its_recipe_acts_in_it(name: str) -> None:
         has_critic=requirements(recipe).value,
         single_turn=settings.task.name == "dataset",
     )
+    machine = Machine(gpus=tuple(str(i) for i in range(GPUS[name])), cores=tuple(range(64)))
+    placement = place(settings, machine, Heads(query=28, key_value=4))
+    assert len(placement.generators) == settings.generator.count
+    assert len(placement.ranks) == settings.trainer.ranks
+    used = {gpu for spot in (*placement.generators, *placement.ranks) for gpu in spot.gpus}
+    assert used == set(range(GPUS[name]))
     assert settings.generator.engine == "vllm"
     assert settings.name == name.replace("_", "-")
 
@@ -72,3 +81,27 @@ def test_a_fake_model_is_not_given_to_a_run_that_has_one(tmp_path: Path) -> None
     done = run_command("run", "--resume", tmp_path, "--fake-model")
     assert done.returncode == 2
     assert "--fake-model cannot be given with --resume" in done.stderr
+
+
+def test_sampling_that_would_bias_ratios_is_refused_with_the_reason() -> None:
+    done = run_command("config", CONFIGS / "one_gpu.yaml", "generator.top_p=0.9")
+    assert done.returncode == 2
+    assert "generator.top_p does not exist" in done.stderr
+    assert "biases every ratio" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path, tiny_model: Path) -> None:
+    words = [f"model.path={tiny_model}", "--run-dir", tmp_path / "run"]
+    done = run_command("run", CONFIGS / "one_gpu.yaml", *words)
+    assert done.returncode == 2
+    assert "generator.device is 'cuda'" in done.stderr
+    assert "--fake-model" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_there_is_refused_with_ways_to_get_one() -> None:
+    done = run_command("run", CONFIGS / "eight_gpu_math.yaml")
+    assert done.returncode == 2
+    assert "hf download" in done.stderr
+    assert "--fake-model" in done.stderr
