@@ -38,9 +38,11 @@ GRACE_S = 1.0
 """time a process has to clean up after being told to end; what it leaves then, the launcher removes"""
 
 
-def run_process(name: str, folder: RunFolder, work: Callable[[], None]) -> NoReturn:
-    """Run `work` as process `name`, leave the reason of a bad end in the run folder, and exit."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
+def run_process(name: str, folder: RunFolder, work: Callable[[], None], *, from_outside: bool = False) -> NoReturn:
+    """Run `work` as process `name`, leave the reason of a bad end in the run folder, and exit. `from_outside`: a
+    user started it, who is told the reason and may end it by Ctrl-C."""
+    # the launcher decides what Ctrl-C means
+    signal.signal(signal.SIGINT, _stop if from_outside else signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
     _die_with_parent()
     bind_threads()
@@ -49,6 +51,8 @@ def run_process(name: str, folder: RunFolder, work: Callable[[], None]) -> NoRet
     except SystemExit as order:
         _exit(int(order.code or 0))
     except (UserError, RunFailed) as error:
+        if from_outside:
+            print(f"async-rl: {name}: {error}", file=sys.stderr)
         _leave(name, folder, "user" if isinstance(error, UserError) else "run", str(error))
     except OSError as error:  # most of them: a full disk
         if error.errno == errno.ENOMEM:
@@ -122,8 +126,9 @@ def belong_to_agent(pipes: Sequence[str]) -> None:
             os.environ[name] = str(own)
 
 
-def die_with(pid: int) -> None:
-    """From now on this process ends as soon as process `pid` does, however that ends."""
+def die_with(pid: int, grace_s: float = 0.0) -> None:
+    """From now on this process ends as soon as process `pid` does, however that ends; with `grace_s` it is told to,
+    and gets so long to clean up."""
     try:
         watched = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -131,6 +136,9 @@ def die_with(pid: int) -> None:
 
     def watch() -> None:
         select.select([watched], [], [])
+        if grace_s:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(grace_s)
         os._exit(TOLD_TO_END)
 
     threading.Thread(target=watch, name="agent-watch", daemon=True).start()

@@ -1,4 +1,5 @@
-"""One more generator for a run that is going on: `async-rl generate`, from another shell or another host.
+"""What joins a run from outside: one more generator (`async-rl generate`, from another shell or another host), or the
+trainer of a run that waits for one (`async-rl train`, by torchrun or a cluster's scheduler; train.py).
 
 In: an endpoint (or a run folder) and keys. Out: a generator like those the launcher started, until the run
 ends, it is told to leave, or the buffer is gone.

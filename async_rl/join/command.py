@@ -1,4 +1,4 @@
-"""`async-rl generate` and `async-rl keys` on the command line."""
+"""`async-rl generate`, `async-rl train` and `async-rl keys` on the command line."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def add_joining(commands: Any) -> None:
     generate.add_argument("--name", help="of this generator (default: generator-HOST-PROCESS)")
     generate.set_defaults(work=_generate)
 
+    train = commands.add_parser("train", help="a rank of the trainer of a run that waits for it, by torchrun or srun")
+    # not an option: torchrun would take `--run` for one of its own
+    train.add_argument("run", type=Path, metavar="RUN", help="folder of the run (trainer.start=external)")
+    train.set_defaults(work=_train)
+
     keys = commands.add_parser("keys", help="make the keys a run needs to be reached over TCP")
     keys.add_argument("folder", type=Path, metavar="DIR", help="folder to make")
     keys.set_defaults(work=_keys)
@@ -30,6 +35,13 @@ def _generate(arguments: argparse.Namespace) -> int:
     from async_rl.join.generate import join_run, own_name
 
     join_run(place, arguments.name or own_name(), arguments.overrides, lambda line: print(line, flush=True))
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from async_rl.join.train import train_for
+
+    train_for(arguments.run)
     return 0
 
 

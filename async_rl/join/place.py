@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from async_rl.errors import RunFailed, UserError
+from async_rl.launch.external import AWAITED
 from async_rl.run_folder import RunFolder, read_rows
-from async_rl.settings import WireSettings
+from async_rl.settings import Settings, WireSettings
 from async_rl.wire.channel import ipc_endpoint
 from async_rl.wire.endpoint import as_reached_from_here, is_tcp
+from async_rl.wire.host import this_host
 from async_rl.wire.keys import Keys
 
 POLL_S = 0.1
@@ -71,10 +75,43 @@ def endpoint_of(folder: RunFolder, timeout_s: float) -> str:
         time.sleep(POLL_S)
 
 
+def awaited_trainer(folder: RunFolder, settings: Settings) -> Mapping[str, Any]:
+    """What the run says of the trainer that it waits for; waits for a run that is being started. Raises UserError
+    when it waits for none."""
+    if settings.trainer.start != "external":
+        raise UserError(
+            f"{folder.path}: this run starts its trainer itself; with trainer.start=external it waits for one"
+        )
+    deadline = time.monotonic() + settings.wire.timeout_s
+    while True:
+        if folder.summary.exists():
+            raise UserError(f"{folder.path}: this run is finished; there is nothing to train")
+        wanted: Mapping[str, Any] = {}
+        for row in read_rows(folder.events):
+            if row["event"] == "started" and row["process"] == "buffer":
+                wanted = {}  # of a launch before
+            elif row["event"] == AWAITED:
+                wanted = row
+        elsewhere = bool(wanted) and wanted["host"] != this_host()
+        if not elsewhere and not launched(folder):
+            raise UserError(f"{folder.path}: nobody runs it now; `async-rl run --resume {folder.path}` goes on with it")
+        if wanted:
+            return wanted
+        if time.monotonic() > deadline:
+            waited = f"waited {settings.wire.timeout_s:g} s (wire.timeout_s)"
+            raise RunFailed(f"{waited} for the run in {folder.path} to want a trainer")
+        time.sleep(POLL_S)
+
+
 def launched(folder: RunFolder) -> bool:
     """Whether the launcher that took the run's lock last is alive."""
+    return launched_by(folder) > 0
+
+
+def launched_by(folder: RunFolder) -> int:
+    """Process number of that launcher; 0 when it is not alive, or not on this host."""
     try:
         owner = folder.lock.read_text().strip()
     except OSError:
-        return False
-    return owner.isdecimal() and Path(f"/proc/{owner}").exists()
+        return 0
+    return int(owner) if owner.isdecimal() and Path(f"/proc/{owner}").exists() else 0

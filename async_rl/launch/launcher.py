@@ -68,6 +68,8 @@ class Launcher:
     events: RowTail = field(init=False)
     weights_endpoint: str = ""
     """where the weight server listens; empty: there is none"""
+    held_back: list[Command] = field(default_factory=list)
+    """generators that are still to be started"""
     tracking: Tracking = field(init=False)
     goes_on: bool = False
     """this launch ends for another one to follow"""
@@ -176,10 +178,8 @@ class Launcher:
         for_joiners = (facts.task_digest, str(segment_path(self.folder.path)), self.weights_endpoint)
         self.spawn("buffer", "async_rl.buffer", path, endpoint, *known, version, *for_joiners)
         endpoint = self.settings.wire.connect or as_reached_from_here(endpoint)
-        ranks = self.settings.trainer.ranks
-        module = ("async_rl.launch.agent", str(ranks)) if ranks > 1 else ("async_rl.trainer",)
         self.spawn(
-            "trainer", *module, path, endpoint, version,
+            "trainer", *trainer_module(self.settings), path, endpoint, version,
             threads=self.settings.trainer.threads,
             environment={**facts.placement.trainer_environment(), WAYS: ",".join(sorted(set(facts.ways)))},
         )  # fmt: skip
@@ -187,17 +187,27 @@ class Launcher:
         if self.weights_endpoint:
             budgets[WEIGHTS] = RestartBudget(max_restarts=chosen.max_restarts, window_s=chosen.restart_window_s)
             self.spawn(WEIGHTS, "async_rl.weights.server", path, self.weights_endpoint)
+        weights = as_reached_from_here(self.weights_endpoint)
         for i in range(chosen.count):
             name = f"generator-{i}"
             budgets[name] = RestartBudget(max_restarts=chosen.max_restarts, window_s=chosen.restart_window_s)
-            weights = as_reached_from_here(self.weights_endpoint)
-            self.spawn(
-                name, "async_rl.generator", path, endpoint, name, weights,
-                threads=chosen.threads,
-                environment={**facts.placement.generator_environment(i), WAYS: facts.ways[i]},
-            )  # fmt: skip
+            self.held_back.append(
+                Command(
+                    name=name,
+                    words=("async_rl.generator", path, endpoint, name, weights),
+                    threads=chosen.threads,
+                    environment={**facts.placement.generator_environment(i), WAYS: facts.ways[i]},
+                )
+            )
+        self.start_generators()
         ends = {"parent_pipe": self.crew.pipe[0], "lock": self.lock}
         self.tracking = Tracking.start(self.folder, self.settings.trackers, int(version), **ends)
+
+    def start_generators(self) -> None:
+        """A trainer that somebody else starts may come late: generators begin when its weights are there."""
+        if self.settings.trainer.start == "launcher" or segment_path(self.folder.path).exists():
+            while self.held_back:
+                self.crew.launch(self.held_back.pop(0))
 
     def spawn(
         self, name: str, *words: str, threads: int = 1, environment: Mapping[str, str] = MappingProxyType({})
@@ -215,6 +225,7 @@ class Launcher:
             self.look_back()
             self.crew.check()
             self.crew.restart()
+            self.start_generators()
             if done_at is None and self.crew.child("trainer").process.poll() == 0:
                 done_at = time.monotonic()
             if done_at is not None and time.monotonic() - done_at > SETTLE_S:
@@ -288,6 +299,14 @@ class Launcher:
         for socket in (endpoint, ipc_endpoint(self.folder.path, "weights")):
             if socket.startswith("ipc://"):
                 Path(socket.removeprefix("ipc://")).unlink(missing_ok=True)
+
+
+def trainer_module(settings: Settings) -> tuple[str, ...]:
+    """What the run's trainer process executes, with its first arguments."""
+    if settings.trainer.start == "external":
+        return ("async_rl.launch.external",)
+    ranks = settings.trainer.ranks
+    return ("async_rl.launch.agent", str(ranks)) if ranks > 1 else ("async_rl.trainer",)
 
 
 def run_training(settings: Settings, path: Path, *, console: Console) -> Mapping[str, Any]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from async_rl.errors import UserError
 from async_rl.model.architecture import FAMILIES, DecoderConfig, parse_config, tensor_shapes
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.model.weight_writer import INDEX, WEIGHTS, write_weights
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from async_rl.model.decoder import Decoder
     from async_rl.model.huggingface import HuggingFaceDecoder
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
 
 
@@ -107,15 +107,14 @@ def save_folder(
     model: Decoder | HuggingFaceDecoder,
     *,
     source: str | Path,
-    weights: Mapping[str, Tensor] | None = None,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Write `model` as a folder that transformers loads; `weights`: in place of its parameters (by name).
+    """Write `model` as a folder that transformers loads; `weights`: in place of its parameters, by name, one after
+    another.
 
     config.json, tokenizer and the other small files are copied from `source`, the folder the model came
     from. The weights are renamed into place last, so a folder with weights is a whole one.
     """
-    from safetensors.torch import save_file
-
     folder, origin = Path(path), existing(source)
     folder.mkdir(parents=True, exist_ok=True)
     if origin.resolve() != folder.resolve():
@@ -125,19 +124,12 @@ def save_folder(
     from async_rl.model.decoder import Decoder
 
     if not isinstance(model, Decoder):  # its stored names may differ from its parameters' names
-        model.save(folder, weights)
+        model.save(folder, None if weights is None else {name: tensor.detach().cpu() for name, tensor in weights})
         return
-    # Cloned: safetensors refuses views of a joint buffer, which an engine's parameters are.
-    given = dict(model.named_parameters()) if weights is None else weights
-    tensors = {name: p.detach().cpu().contiguous().clone() for name, p in given.items()}
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    dtype = write_weights(folder, model.named_parameters() if weights is None else weights)
     values = read_json(folder / CONFIG)
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-    partial = folder / f".{WEIGHTS}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    (folder / INDEX).unlink(missing_ok=True)
-    os.replace(partial, folder / WEIGHTS)
 
 
 def read_headers(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from async_rl.errors import UserError
 from async_rl.model.attention import DocumentAttention
@@ -105,7 +106,8 @@ class HuggingFaceDecoder(nn.Module):
         """Write config.json and weights as transformers does; `weights`: in place of the parameters."""
         state = None
         if weights is not None:  # buffers and tied names come from the model
-            held = self._causal.state_dict().items()
+            # (a tied name of a sharded model is left to transformers, which leaves it out in any case)
+            held = [item for item in self._causal.state_dict().items() if not isinstance(item[1], DTensor)]
             state = {plain_name(name): tensor for name, tensor in held if ".lora_" not in name} | dict(weights)
             known = {parameter: name for name, parameter in self.named_parameters()}
             for name, parameter in self._causal.named_parameters(remove_duplicate=False):

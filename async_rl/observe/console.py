@@ -66,6 +66,8 @@ class Console:
         match event.get("event"):
             case "trainer_ready" if self._progress is not None:
                 self._progress.update(self._task, description="evaluating")
+            case "trainer_awaited":
+                self.say(f"the run waits for its trainer; start it with: {event['command']}")
             case "evaluation":
                 self.say(evaluation_line(event))
             case "canary_silent":

@@ -86,6 +86,11 @@ def _check_trainer(settings: Settings, gpus: tuple[int, ...]) -> None:
                     f"trainer.{name} does nothing with trainer.start=external: whoever starts the trainer says where it "
                     f"runs; leave trainer.{name} out"
                 )
+        if settings.guard.rollback:
+            raise UserError(
+                "guard.rollback starts the trainer again, which trainer.start=external leaves to others; leave one of the "
+                "two out"
+            )
     elif trainer.start_timeout_s != type(trainer).start_timeout_s:
         raise UserError("trainer.start_timeout_s does nothing with trainer.start=launcher: nobody is waited for")
     if gpus and len(gpus) != trainer.ranks:

@@ -165,7 +165,7 @@ class TrainerSettings:
     )
     start: Literal["launcher", "external"] = setting(
         "launcher",
-        "who starts the trainer: the run itself, or somebody else (torchrun, a cluster's scheduler) with `async-rl train --run RUN`, which the run waits for",
+        "who starts the trainer: the run itself, or somebody else (torchrun, a cluster's scheduler) with `async-rl train RUN`, which the run waits for",
     )
     start_timeout_s: float = setting(
         600.0, "longest wait for a trainer that is started by somebody else", unit="seconds"

@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from async_rl.process import AGENT, CAUSE_PIPE, PARENT_PIPE, belong_to_agent, run_process
+from async_rl.process import AGENT, CAUSE_PIPE, GRACE_S, PARENT_PIPE, belong_to_agent, die_with, run_process
 from async_rl.run_folder import RunFolder, replace_text
 from async_rl.settings import Settings
 from async_rl.trainer.rank_name import RANK, process_name
@@ -48,6 +48,8 @@ def train(
 
     activity.now("loading the model")
     torch.set_num_threads(settings.trainer.threads)
+    if settings.trainer.memory_share < 1:  # generators are on the same GPU
+        torch.cuda.set_per_process_memory_fraction(settings.trainer.memory_share)
     learner = make_learner(settings, ranks)
     initial = learner.full_weights()
     initial_hash = weights_hash(initial) if learner.ranks.leads else ""
@@ -113,21 +115,25 @@ def train_as_rank(folder: RunFolder, settings: Settings, endpoint: str, version:
         train(folder, settings, endpoint, version, activity, ranks)
 
 
-def main(path: str, endpoint: str, version: str) -> None:
+def main(path: str, endpoint: str, version: str, *, owner: int | None = None) -> None:
+    """Ends this process. `owner`: process number of the launcher, where somebody else has started this one; 0: that
+    is on another host."""
     folder = RunFolder(Path(path))
     rank = int(os.environ.get(RANK, "0"))
     name = process_name(rank)
-    if AGENT in os.environ:
+    if owner:
+        die_with(owner, 2 * GRACE_S)
+    elif owner is None and AGENT in os.environ:
         belong_to_agent((PARENT_PIPE, CAUSE_PIPE, PULSE_PIPE))
-    if rank > 0:
-        own_log(folder.logs / f"{name}.log")
+        if rank > 0:
+            own_log(folder.logs / f"{name}.log")
 
     def work() -> None:
         settings, activity = folder.settings(), Activity()
         with make_heartbeat(name, "trainer", activity, settings.wire, endpoint if rank == 0 else None):
             train_as_rank(folder, settings, endpoint, int(version), activity)
 
-    run_process(name, folder, work)
+    run_process(name, folder, work, from_outside=owner is not None)
 
 
 def own_log(path: Path) -> None:

@@ -31,7 +31,7 @@ from async_rl.model.lora import read_adapters
 from async_rl.objective import ObjectiveState
 from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, write_whole
 from async_rl.trainer.rows import RowFiles, save_rows
-from async_rl.trainer.sharding import is_sharded, load_weights
+from async_rl.trainer.sharding import load_weights
 from async_rl.trainer.team import Save, Team
 
 if TYPE_CHECKING:
@@ -62,12 +62,7 @@ def save_checkpoint(
     team = team or Team(learner.ranks)
 
     def write(into: Path) -> None:
-        whole = None
-        if is_sharded(learner.model):
-            whole = {name: tensor.cpu() for name, tensor in team.weights(learner)}
-        elif learner.adapters is not None:
-            whole = learner.weights()
-        save_folder(into, learner.model, source=source, weights=whole)
+        save_folder(into, learner.model, source=source, weights=team.weights(learner))
         if learner.adapters is not None:
             learner.adapters.save(into / ADAPTERS, base=str(source))
         team.say(Save(folder=into))
@@ -84,8 +79,8 @@ def save_checkpoint(
 
 
 def save_part(folder: Path, learner: Learner) -> None:
-    """What each rank writes of a checkpoint: its part of the moments, and of the critic. Collective: when it
-    returns, all have written. Raises RunFailed where this rank cannot."""
+    """What each rank writes of a checkpoint behind the leader's weights: its part of the moments, and of the critic.
+    Collective: when it returns, all have written. Raises RunFailed where this rank cannot."""
     ranks = learner.ranks
     try:
         save_rows(optimizer_state(learner.optimizer, _names(learner)), folder, "optimizer", ranks)

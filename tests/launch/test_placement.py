@@ -123,6 +123,7 @@ def test_a_trainer_that_others_start_is_not_placed() -> None:
         (("trainer.sharding=full", "trainer.ranks=2", "lora.rank=4"), "trainer.sharding=full cannot be combined with"),
         (("trainer.memory_share=0.5",), "trainer.memory_share does nothing with trainer.device=cpu"),
         ((*BOTH, "trainer.start=external", "trainer.gpus=0"), "trainer.gpus does nothing with trainer.start=external"),
+        (("trainer.start=external", "guard.rollback=true"), "guard.rollback starts the trainer again"),
         (("trainer.start_timeout_s=9",), "trainer.start_timeout_s does nothing with trainer.start=launcher"),
     ],
 )

@@ -15,8 +15,9 @@ from support_models import llama_folder, make_decoder, qwen3_config, qwen3_folde
 
 from async_rl.errors import UserError
 from async_rl.model.create import create_model_folder
-from async_rl.model.folder import check_folder, load_model, read_config, save_folder
+from async_rl.model.folder import check_folder, load_model, load_tensors, read_config, save_folder, weight_files
 from async_rl.model.tokenizer import write_character_tokenizer
+from async_rl.model.weight_writer import write_weights
 
 
 @pytest.fixture
@@ -183,3 +184,20 @@ def test_saving_does_not_touch_other_files_of_the_source(folder: Path):
     before = {file.name for file in folder.iterdir()}
     save_folder(folder, make_decoder(qwen3_config(), 9), source=folder)
     assert {file.name for file in folder.iterdir()} == before
+
+
+def test_large_weights_are_written_in_several_files_that_are_read_as_one(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    model = make_decoder(qwen3_config(), 9)
+    tensors = sorted((name, p.detach()) for name, p in model.named_parameters())
+    source.mkdir()
+    assert write_weights(source, tensors, most_bytes=20_000) == "float32"
+    files = sorted(path.name for path in source.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0].startswith("model-00001-of-")
+    (source / "config.json").write_text("{}")
+    read = load_tensors(source)
+    assert read.keys() == {name for name, _ in tensors}
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors)
+    write_weights(source, tensors)
+    assert [path.name for path in weight_files(source)] == ["model.safetensors"]

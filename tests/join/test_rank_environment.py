@@ -1,0 +1,62 @@
+"""Which rank a process is, by torchrun or by SLURM, and whether it is one that the run waits for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from async_rl import __version__
+from async_rl.config import structured
+from async_rl.errors import UserError
+from async_rl.join.rank_environment import first_node, rank_environment
+from async_rl.join.train import check_fit
+from async_rl.settings import Settings
+from async_rl.wire.host import this_host
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+SLURM = {
+    "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_NODELIST": "gpu[007-008]",
+}  # fmt: skip
+
+
+def test_what_torchrun_says_is_taken_as_it_is() -> None:
+    assert rank_environment(TORCHRUN | SLURM | {"HOME": "x"}) == TORCHRUN
+    with pytest.raises(UserError, match="MASTER_ADDR, MASTER_PORT is not"):
+        rank_environment({"RANK": "0", "WORLD_SIZE": "2"})
+
+
+def test_slurms_variables_are_translated() -> None:
+    expected = {
+        "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu007", "MASTER_PORT": str(20_000 + 3_456),
+    }  # fmt: skip
+    assert rank_environment(SLURM) == expected
+    chosen = {"MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "1234"}
+    assert rank_environment(SLURM | chosen) == expected | chosen
+
+
+def test_a_process_alone_is_the_only_rank() -> None:
+    assert rank_environment({}) == {}
+    assert rank_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("login1", "login1"), ("gpu[007-009,12],login1", "gpu007"), ("a1,b2", "a1"), ("n[3,5]-ib", "n3-ib")],
+)
+def test_rank_0_is_on_slurms_first_node(nodes: str, first: str) -> None:
+    assert first_node(nodes) == first
+
+
+def test_only_the_ranks_that_a_run_waits_for_are_let_in(tmp_path: Path) -> None:
+    settings = structured(Settings, {"trainer": {"ranks": 4}}, where="")
+    wanted = {"package": __version__, "host": this_host(), "command": "torchrun ..."}
+    check_fit(wanted, settings, TORCHRUN)
+    with pytest.raises(UserError, match=r"1 rank started, but the run waits for trainer.ranks=4; .*torchrun"):
+        check_fit(wanted, settings, {})
+    with pytest.raises(UserError, match="both need the same"):
+        check_fit(wanted | {"package": "0.0.1"}, settings, TORCHRUN)
+    check_fit(wanted | {"host": "another"}, settings, TORCHRUN)
+    with pytest.raises(UserError, match="rank 0 of the trainer must run on the run's host"):
+        check_fit(wanted | {"host": "another"}, settings, TORCHRUN | {"RANK": "0"})
