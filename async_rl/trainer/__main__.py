@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from async_rl.wire.keys import keys_in
 from async_rl_kernels import backend
 
 if TYPE_CHECKING:
+    from async_rl.trainer.checkpoint import Progress
+    from async_rl.trainer.learner import Learner
     from async_rl.trainer.ranks import Ranks
 
 
@@ -30,38 +33,19 @@ def train(
     """Build the learner, go on from the checkpoint of `version` (0: from the initial model; the version a run went
     back at: from what it went back to), train. The leader, or the only rank, talks to the buffer, leaves the summary
     and says done; other ranks follow it."""
-    import torch
-
-    from async_rl.rollback import read_rollback
     from async_rl.task import make_task
-    from async_rl.trainer.build import make_learner
     from async_rl.trainer.canary import make_canary
-    from async_rl.trainer.checkpoint import load_checkpoint, weights_hash
     from async_rl.trainer.follow import follow
     from async_rl.trainer.guard import Guard, WentBack
     from async_rl.trainer.inbox import Inbox
     from async_rl.trainer.loop import TrainerLoop
-    from async_rl.trainer.manifest import checkpoint_path
     from async_rl.trainer.publish import make_publisher
     from async_rl.trainer.team import End, Team
     from async_rl.weights.way import WAYS
 
     activity.now("loading the model")
-    torch.set_num_threads(settings.trainer.threads)
-    if settings.trainer.memory_share < 1:  # generators are on the same GPU
-        torch.cuda.set_per_process_memory_fraction(settings.trainer.memory_share)
-    learner = make_learner(settings, ranks)
-    initial = learner.full_weights()
-    initial_hash = weights_hash(initial) if learner.ranks.leads else ""
-    for _ in initial:
-        pass  # on the other ranks, which help to gather them
-    back = read_rollback(folder)
-    there = checkpoint_path(folder.checkpoints, version).exists()
-    saved = version if back is None else back.source(version, there=there)
-    progress = load_checkpoint(checkpoint_path(folder.checkpoints, saved), learner) if saved else None
-    if back is not None and version >= back.at:
-        learner.version, learner.given_up, learner.rate_scale = version, back.given_up, back.lr_scale
-        progress = progress if saved == version else back.progress
+    begun = begin(folder, settings, version, ranks)
+    learner = begun.learner
     if not learner.ranks.leads:
         follow(settings, learner, activity)
         return
@@ -86,11 +70,11 @@ def train(
             team=team,
             source=Path(settings.model.path),
             eval_problems=len(task.problems("eval")),
-            initial_hash=initial_hash,
+            initial_hash=begun.initial_hash,
             guard=Guard(settings.guard, folder),
         )
-        if progress is not None:
-            loop.resume(progress, saved=saved)
+        if begun.progress is not None:
+            loop.resume(begun.progress, saved=begun.saved)
         sent = sum(t.numel() * t.element_size() for t in learner.sent().values())
         folder.event("trainer_ready", weights_bytes=sent, kernels=backend(settings.trainer.device), time=time.time())
         try:
@@ -101,6 +85,46 @@ def train(
         team.say(End())
         replace_text(folder.summary, json.dumps(summary.to_dict(), indent=2) + "\n")
         dealer.send(msg.Done())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """Where training begins, on any rank."""
+
+    learner: Learner
+    progress: Progress | None
+    """what the loop remembers; None: a new run"""
+    saved: int
+    """version of the checkpoint it was read from"""
+    initial_hash: str
+    """of the model the run began with; the leader knows it"""
+
+
+def begin(folder: RunFolder, settings: Settings, version: int, ranks: Ranks | None) -> Begun:
+    """The learner at `version`. Collective over ranks."""
+    import torch
+
+    from async_rl.rollback import read_rollback
+    from async_rl.trainer.build import make_learner
+    from async_rl.trainer.checkpoint import load_checkpoint, weights_hash
+    from async_rl.trainer.manifest import checkpoint_path
+
+    torch.set_num_threads(settings.trainer.threads)
+    if settings.trainer.memory_share < 1:  # generators are on the same GPU
+        torch.cuda.set_per_process_memory_fraction(settings.trainer.memory_share)
+    learner = make_learner(settings, ranks)
+    initial = learner.full_weights()
+    initial_hash = weights_hash(initial) if learner.ranks.leads else ""
+    for _ in initial:
+        pass  # on the other ranks, which help to gather them
+    back = read_rollback(folder)
+    there = checkpoint_path(folder.checkpoints, version).exists()
+    saved = version if back is None else back.source(version, there=there)
+    progress = load_checkpoint(checkpoint_path(folder.checkpoints, saved), learner) if saved else None
+    if back is not None and version >= back.at:
+        learner.version, learner.given_up, learner.rate_scale = version, back.given_up, back.lr_scale
+        progress = progress if saved == version else back.progress
+    return Begun(learner=learner, progress=progress, saved=saved, initial_hash=initial_hash)
 
 
 def train_as_rank(folder: RunFolder, settings: Settings, endpoint: str, version: int, activity: Activity) -> None:
