@@ -44,6 +44,11 @@ def run_chaos(
     """A run in the new folder `path`, hurt as planned, audited and replayed; its record is there, and `say` is told
     what came of it. Raises UserError, and Interrupted with every process gone."""
     settings = load_settings(config, overrides)
+    if settings.trainer.ranks > 1 or settings.trainer.start != "launcher":
+        raise UserError(
+            "chaos needs trainer.ranks=1 and trainer.start=launcher: it ends with a replay, which is exact for steps "
+            "that one rank took"
+        )
     plan = make_plan(counts, seed=seed)
     folder = RunFolder(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):  # whatever it is, it is not to be hurt

@@ -67,6 +67,7 @@ def replay(
     if until is not None and not 0 <= until <= trained:
         raise UserError(f"--until is {until}; the run in {folder.path} has trained {trained} steps")
     last = trained if until is None else until
+    _check_ranks(folder, last)
     resumes = [row for row in read_rows(folder.events) if row["event"] == "resumed"]
     started = time.monotonic()
     torch.set_num_threads(settings.trainer.threads)
@@ -112,6 +113,17 @@ def settings_at(resumes: Sequence[Mapping[str, Any]], settings: Settings, step: 
         if row["version"] > step and (change := row.get("changed", {}).get(MICRO_BATCH)):
             tokens = change[0]
     return replace(settings, trainer=replace(settings.trainer, micro_batch_tokens=tokens))
+
+
+def _check_ranks(folder: RunFolder, last: int) -> None:
+    """Raises UserError where several ranks took a step that would be done again."""
+    over_ranks = [int(row["step"]) for row in read_rows(folder.metrics) if "ranks/step_skew" in row]
+    if over_ranks and over_ranks[0] < last:
+        raise UserError(
+            f"{folder.path}: step {over_ranks[0]} was trained by several ranks (trainer.ranks), which form their sums "
+            "in another order than the one process of a replay: the weights would differ in their last bits. `replay "
+            f"--until {over_ranks[0]}` does the steps before it, `rescore` works on any run"
+        )
 
 
 def _begin(folder: RunFolder, first_step: int, last: int, learner: Learner) -> int:
