@@ -126,6 +126,11 @@ def _choose(settings: Settings, machine: Machine) -> tuple[Gpus, Gpus]:
     """GPUs of each generator and of each rank."""
     count = settings.generator.count
     ranks = settings.trainer.ranks if settings.trainer.start == "launcher" else 0
+    for side, needed, device in (
+        ("generator", count, settings.generator.device), ("trainer", ranks, settings.trainer.device)
+    ):  # fmt: skip
+        if needed and device.startswith("cuda") and not machine.gpus:
+            raise UserError(f"{side}.device is {device}, but this machine shows no GPU; set {side}.device=cpu")
     generator_gpus = _asked(settings, machine, "generator")
     trainer_gpus = _asked(settings, machine, "trainer") if ranks else ()
     if settings.generator.device == "cuda" and count and not generator_gpus:
@@ -226,6 +231,4 @@ def _where(spot: Spot) -> str:
 
 def _there(machine: Machine) -> str:
     count = len(machine.gpus)
-    if not count:
-        return "this machine shows none"
     return f"this machine shows {count} (0{f' to {count - 1}' if count > 1 else ''})"

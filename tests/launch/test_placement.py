@@ -135,7 +135,7 @@ def test_what_can_be_known_wrong_without_a_machine_is_refused_at_load(words: tup
 @pytest.mark.parametrize(
     ("gpus", "words", "said"),
     [
-        (0, BOTH, "need 1 GPU .* but this machine shows none"),
+        (0, BOTH, "generator.device is cuda, but this machine shows no GPU; set generator.device=cpu"),
         (1, BOTH, "need 1 GPU .* the trainer 1, but this machine shows 1 .*share with trainer.memory_share=0.5"),
         (2, ("trainer.device=cuda", "trainer.gpus=2"), r"trainer.gpus names GPU 2, .* shows 2 \(0 to 1\)"),
         (2, ("generator.device=cuda:4",), "generator.device names GPU 4"),
