@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_rl.config import structured, with_overrides
@@ -22,9 +22,9 @@ VLLM = (*BOTH, "generator.engine=vllm")
 
 
 def told(*words: str) -> Settings:
-    settings = structured(Settings, with_overrides(BASE, words), where="")
-    check(settings)
-    return settings
+    chosen = structured(Settings, with_overrides(BASE, words), where="")
+    check(chosen)
+    return chosen
 
 
 def on(gpus: int, *words: str, heads: Heads | None = None, cores: int = 64) -> Placement:
@@ -162,11 +162,13 @@ def test_heads_are_those_of_the_models_config(tiny_model: Path) -> None:
     assert read_heads(told(f"model.path={tiny_model}")) == Heads(query=2, key_value=1)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=12, unique=True))
 def test_a_list_of_gpus_is_read_as_it_is_written(gpus: list[int]) -> None:
     assert gpus_named(",".join(map(str, gpus)), "x") == tuple(gpus)
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     gpus=st.integers(1, 9), count=st.integers(1, 4), split=st.sampled_from([1, 2]), ranks=st.integers(1, 4),
     share=st.sampled_from([1.0, 0.5]),

@@ -20,6 +20,7 @@ def rank(number: int, size: int) -> Ranks:
     return Ranks(rank=number, size=size, mesh=None if size == 1 else object(), timeout_s=1.0)  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(total=st.integers(0, 40), size=st.integers(1, 9))
 def test_rows_are_cut_as_torch_cuts(total: int, size: int) -> None:
     cut = [rows_of(total, number, size) for number in range(size)]
