@@ -53,8 +53,8 @@ def activation_bytes(
     layers = c.layers * kept.boundary + kept.layer if checkpointing else c.layers * kept.layer
     if not bfloat16:
         return tokens * (layers + kept.rest)
-    copies = layer_parameters(c, matrices=True) + (2 * c.head_dim if c.qk_norm else 0)  # autocast's, of the weights
-    return tokens * (layers + kept.rest) + 2 * copies * c.layers
+    copies = c.layers * layer_parameters(c, matrices=True)  # autocast's, of the weights
+    return tokens * (layers + kept.rest) + 2 * copies
 
 
 def log_prob_bytes(c: DecoderConfig, tokens: int) -> int:
