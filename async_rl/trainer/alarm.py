@@ -37,8 +37,8 @@ DEAD = 10.0
 NOISE = 8.0
 """standard errors that a loss of reward must have: the best of thousands of windows lies three above their mean,
 the worst three below"""
-NOISE_WINDOWS = 20
-"""windows over which the noise of the reward is measured"""
+MANY_WINDOWS = 20
+"""over which the noise of the reward is measured, and what is usual"""
 TINY = 1e-12
 
 
@@ -50,8 +50,8 @@ class Alarm:
     step: int
     """whose row raised it"""
     since: int
-    """the first sign: the first step of the window in which the signal was half-way to its threshold, without
-    coming back"""
+    """the first sign: the first step of the window in which the signal was half-way from where it usually is to its
+    threshold, without coming back"""
     reason: str
     """in words and numbers"""
 
@@ -71,10 +71,13 @@ class Course:
     steps: deque[int] = field(init=False)
     """whose values these are"""
     well: int = -1
-    """newest step at which it was nearer to where it comes from than to its threshold"""
+    """newest step at which it was nearer to where it usually is than to its threshold"""
+    worries: deque[float] = field(init=False)
+    """how far it was on the way from its start to its threshold"""
 
     def __post_init__(self) -> None:
         self.recent, self.steps = deque(maxlen=self.window), deque(maxlen=self.window)
+        self.worries = deque(maxlen=MANY_WINDOWS * self.window)
 
     def add(self, step: int, value: float) -> None:
         if not self.started:
@@ -104,6 +107,13 @@ class Course:
     def now(self) -> float:
         return self.average(self.recent)
 
+    def judge(self, step: int, worry: float) -> None:
+        """`worry`: 0 .. 1 and beyond. At a large lag an ESS may well stay half-way: then that is usual."""
+        usual = median(self.worries) if self.worries else 0.0
+        if worry < max(0.5, (1 + usual) / 2):
+            self.well = step
+        self.worries.append(worry)
+
     def since(self) -> int:
         """The first step of the first window that was not well any more."""
         return max(0, self.well + 2 - self.window)
@@ -127,7 +137,7 @@ class CollapseWatch:
         # rewards are few numbers of small batches, and none of them is far off: a mean
         averages = {signal: fmean if signal == "reward" else median for signal in SIGNALS}
         self.courses = {signal: Course(window=self.settings.window, average=averages[signal]) for signal in SIGNALS}
-        self.changes = deque(maxlen=NOISE_WINDOWS * self.settings.window)
+        self.changes = deque(maxlen=MANY_WINDOWS * self.settings.window)
 
     def look(self, row: Mapping[str, float]) -> list[Alarm]:
         """Take in the next metric row; the alarms it raises."""
@@ -138,9 +148,8 @@ class CollapseWatch:
             if signal in self.raised or not course.full or course.steps[-1] != step:
                 continue
             worry, why = self._worry(signal, course, row)
-            if worry < 0.5:
-                course.well = step
-            elif worry >= 1:
+            course.judge(step, worry)
+            if worry >= 1:
                 alarm = Alarm(signal=signal, step=step, since=course.since(), reason=f"{why}, {self._over(course)}")
                 self.raised[signal] = alarm
                 new.append(alarm)

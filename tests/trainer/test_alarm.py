@@ -151,6 +151,16 @@ def test_one_would_go_back_to_a_window_before_the_first_sign() -> None:
     assert guard.good() <= before + 10
 
 
+def test_a_signal_that_usually_stands_half_way_does_not_send_the_run_back_to_its_start() -> None:
+    rows = with_end(healthy(600), 30, ess=0.12)  # as at a large lag
+    rows = [*rows[:500], *with_end(rows, 500, reward=0.05)[500:]]
+    guard = CollapseWatch(settings=GuardSettings())
+    alarms = [alarm for row in rows for alarm in guard.look(row)]
+    assert [alarm.signal for alarm in alarms] == ["reward"]
+    assert 480 <= alarms[0].since <= 500
+    assert guard.good() >= 470
+
+
 @given(st.integers(0, 100), st.integers(0, 5))
 @settings(deadline=None, max_examples=20)
 def test_the_state_follows_from_the_rows_wherever_a_run_was_stopped(cut: int, seed: int) -> None:
