@@ -101,14 +101,18 @@ class HeadGradient:
         policy = self.segments
         for bucket in segments.buckets:
             size, start = policy.sizes[bucket.segments, None], policy.starts[bucket.segments, None]
-            column = torch.arange(int(size.max()), device=gradients.device)[None, :]
-            rows = (start + column).clamp(max=policy.rows - 1)  # [bucket, longest policy]
-            hidden, d = self._hidden[rows], bucket.take_padded(gradients).to(self._hidden.dtype)
-            probs = batched_product(hidden, bucket.take(embedded).to(hidden.dtype))  # [..., longest]
-            probs = probs.mul_(self._scale).sub_(self._log_normaliser[rows][..., None]).exp_()
-            probs -= (self._targets[rows][..., None] == bucket.take(tokens)[:, None, :]).to(probs.dtype)
-            product = (probs * batched_product(hidden, d)).sum(2) * (self._coefficients[rows] * self._scale)
-            result[bucket.segments] = torch.where(column < size, product, 0.0).sum(1).double()
+            inputs = bucket.take(embedded).to(self._hidden.dtype)
+            d = bucket.take_padded(gradients).to(self._hidden.dtype)
+            ids = bucket.take(tokens)
+            step = max(1, self._tile_elements // ids.numel())  # policy tokens of each segment at a time
+            for column in torch.arange(int(size.max()), device=gradients.device).split(step):
+                rows = (start + column).clamp(max=policy.rows - 1)  # [bucket, step]
+                hidden = self._hidden[rows]
+                probs = batched_product(hidden, inputs)  # [bucket, step, longest]
+                probs = probs.mul_(self._scale).sub_(self._log_normaliser[rows][..., None]).exp_()
+                probs -= (self._targets[rows][..., None] == ids[:, None, :]).to(probs.dtype)
+                each = (probs * batched_product(hidden, d)).sum(2) * (self._coefficients[rows] * self._scale)
+                result[bucket.segments] += torch.where(column < size, each, 0.0).sum(1).double()
         return result
 
     def _logit_gradients(self, rows: slice, ids: slice) -> Tensor:

@@ -105,10 +105,11 @@ class TritonTile:
         assert out.columns.stride(1) == 1
         assert out.columns.dtype == torch.float32
         if rows:
-            sums_kernel[(rows,)](
-                logits, local.contiguous(), out.columns, width, logits.stride(0), out.columns.stride(0), scale,
-                BLOCK=block_of(width), num_warps=WARPS,
-            )  # fmt: skip
+            with torch.cuda.device_of(logits):  # Triton launches on the current device
+                sums_kernel[(rows,)](
+                    logits, local.contiguous(), out.columns, width, logits.stride(0), out.columns.stride(0), scale,
+                    BLOCK=block_of(width), num_warps=WARPS,
+                )  # fmt: skip
 
     def gradient(self, logits: Tensor, local: Tensor, scale: float, pull: Pull, dtype: torch.dtype) -> Tensor:
         rows, width = logits.shape
@@ -120,11 +121,12 @@ class TritonTile:
         of_square, square = pull.square or none
         if rows:
             columns = (pull.log_normaliser, pull.log_prob, of_entropy, entropy, of_square, square)
-            gradient_kernel[(rows, triton.cdiv(width, block))](
-                logits, local.contiguous(), out, *(x.contiguous().float() for x in columns),
-                width, logits.stride(0), out.stride(0), scale,
-                BLOCK=block, ENTROPY=pull.entropy is not None, SQUARE=pull.square is not None, num_warps=WARPS,
-            )  # fmt: skip
+            with torch.cuda.device_of(logits):
+                gradient_kernel[(rows, triton.cdiv(width, block))](
+                    logits, local.contiguous(), out, *(x.contiguous().float() for x in columns),
+                    width, logits.stride(0), out.stride(0), scale,
+                    BLOCK=block, ENTROPY=pull.entropy is not None, SQUARE=pull.square is not None, num_warps=WARPS,
+                )  # fmt: skip
         return out
 
 

@@ -262,11 +262,12 @@ def gram_norm_squares(activations: Tensor, gradients: Sequence[Tensor], pairs: P
     layers += layers[:1] * (3 - len(layers))  # not read
     out = torch.empty(len(pairs.uppers), dtype=torch.float32, device=activations.device)
     if len(out):
-        gram_kernel[(len(out),)](
-            activations, *layers, pairs.uppers, pairs.lowers, pairs.ends, out,
-            activations.shape[1], *(g.shape[1] for g in layers), activations.stride(0), *(g.stride(0) for g in layers),
-            **gram_constants(len(gradients)), **GRAM_OPTIONS,
-        )  # fmt: skip
+        with torch.cuda.device_of(activations):  # Triton launches on the current device
+            gram_kernel[(len(out),)](
+                activations, *layers, pairs.uppers, pairs.lowers, pairs.ends, out, activations.shape[1],
+                *(g.shape[1] for g in layers), activations.stride(0), *(g.stride(0) for g in layers),
+                **gram_constants(len(gradients)), **GRAM_OPTIONS,
+            )  # fmt: skip
     return torch.segment_reduce(out.double(), "sum", lengths=pairs.counts, axis=0, initial=0.0)
 
 
@@ -301,11 +302,12 @@ def _launch(
     squares = torch.zeros(segments, tiles, dtype=torch.float32, device=activations.device)
     total, weighted = totals or (squares, squares)  # not written
     weights = squares if multipliers is None else multipliers.float().contiguous()
-    weight_kernel[(tiles,)](
-        gradients, activations, blocks.starts, blocks.stops, blocks.finished, weights, squares, total, weighted,
-        len(blocks.starts), out_width, in_width, gradients.stride(0), activations.stride(0),
-        **weight_constants(size, totals is not None), num_warps=size.warps, num_stages=size.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(activations):
+        weight_kernel[(tiles,)](
+            gradients, activations, blocks.starts, blocks.stops, blocks.finished, weights, squares, total, weighted,
+            len(blocks.starts), out_width, in_width, gradients.stride(0), activations.stride(0),
+            **weight_constants(size, totals is not None), num_warps=size.warps, num_stages=size.stages,
+        )  # fmt: skip
     return squares.double().sum(1)
 
 

@@ -130,7 +130,9 @@ def segment_ratio_columns(
     trajectory_sum = torch.empty(len(turns.turns), dtype=torch.float32, device=device)
     units = turns.turn_lengths if rule.level == "turn" else turns.turns
     block = block_of(tokens // max(1, len(units)))
-    if len(trajectory_sum):
+    if not len(trajectory_sum):
+        return ratio, clipped.bool(), coefficient, turn_sum, trajectory_sum
+    with torch.cuda.device_of(log_ratio):  # Triton launches on the current device
         ratio_kernel[(len(trajectory_sum),)](
             *columns, turns.of_turn, turns.of_trajectory, ratio, clipped, coefficient, turn_sum, trajectory_sum,
             rule.clip_low, rule.clip_high, rule.dual_clip, rule.cap, rule.low, rule.high,

@@ -153,10 +153,11 @@ def test_the_head_rounds_its_inputs_for_products_where_asked() -> None:
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6)), min_size=1, max_size=7),
     vocabulary=st.sampled_from([2, 7, 30]),
+    tile_elements=st.sampled_from([1, 20, 1 << 22]),
     seed=SEEDS,
 )
 def test_the_cross_term_of_tied_weights_equals_the_product_of_both_gradients(
-    sizes: list[tuple[int, int]], vocabulary: int, seed: int
+    sizes: list[tuple[int, int]], vocabulary: int, tile_elements: int, seed: int
 ) -> None:
     lengths, policy = [tokens for tokens, _ in sizes], [min(n, tokens) for tokens, n in sizes]
     random = torch.Generator().manual_seed(seed)
@@ -167,7 +168,7 @@ def test_the_cross_term_of_tied_weights_equals_the_product_of_both_gradients(
     y = torch.randint(vocabulary, (sum(policy),), generator=random)
     c = torch.randn(sum(policy), generator=random, dtype=torch.float64)
 
-    head = HeadGradient(h, w, y, Segments(policy), temperature=0.7)
+    head = HeadGradient(h, w, y, Segments(policy), temperature=0.7, tile_elements=tile_elements)
     head.backward(c)
     got = head.product_with_embedding(w[x], d, x, Segments(lengths))
 
