@@ -25,7 +25,8 @@ from torch import Tensor
 from async_rl.batch import PackedBatch, Spread, pack_batch
 from async_rl.batch.spread import Cost
 from async_rl.model.architecture import DecoderConfig
-from async_rl.model.decoder import Decoder
+from async_rl.model.decoder import Decoder, How
+from async_rl.model.lora import add_adapters
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.settings import CriticSettings, OptimizerSettings
@@ -62,6 +63,10 @@ class Case:
     config: DecoderConfig = TIED
     updates: int = 1
     critic: CriticSettings = field(default_factory=lambda: CriticSettings(warmup_steps=0))
+    again: bool = False
+    """compute layers again in the backward pass"""
+    lora: int = 0
+    """rank of adapters; not with sharded weights"""
 
 
 EXACT = {"name": "vcpo"}
@@ -84,6 +89,9 @@ CASES = (
         name="critic model", recipe={"name": "ppo"}, updates=2, config=UNTIED, micro_batch_tokens=50,
         critic=CriticSettings(kind="model", warmup_steps=1),
     ),
+    Case(name="layers computed again", recipe={"name": "grpo"}, micro_batch_tokens=60, again=True),
+    Case(name="adapters", recipe={"name": "grpo"}, micro_batch_tokens=60, config=UNTIED, lora=2),
+    Case(name="exact, adapters", recipe=EXACT, lora=2),
     Case(name="clipped norm", recipe={"name": "s_ppo", "bias": {"estimator": "exact"}}, updates=2),
     Case(
         name="clipped norm, many micro-batches", recipe={"name": "s_ppo", "bias": {"estimator": "exact"}},
@@ -148,6 +156,12 @@ def build(case: Case, ranks: Ranks, sharding: str) -> Learner:
     recipe = load_recipe(case.recipe)
     needs = requirements(recipe)
     policy = model(1)
+    policy.carry_out(How(checkpointed=case.again))
+    adapters = None
+    if case.lora:
+        torch.manual_seed(0)
+        adapters = add_adapters(policy, rank=case.lora, alpha=2.0)
+        policy.double()
     critic = None
     if needs.value:
         trunk = model(1) if case.critic.kind == "model" else None
@@ -157,7 +171,7 @@ def build(case: Case, ranks: Ranks, sharding: str) -> Learner:
         steps=10, updates_per_batch=case.updates, optimizer=OPTIMIZER, arithmetic=ARITHMETIC
     )
     reference = model(2).requires_grad_(False) if needs.reference else None
-    return Learner(policy, recipe, options, critic=critic, reference=reference, ranks=ranks)
+    return Learner(policy, recipe, options, critic=critic, reference=reference, ranks=ranks, adapters=adapters)
 
 
 def pack(case: Case, ranks: Ranks, seed: int) -> PackedBatch:
@@ -181,7 +195,7 @@ def outcome(case: Case, ranks: Ranks, sharding: str) -> tuple[dict[str, Tensor],
 
 def keys() -> Iterator[tuple[str, Case, str]]:
     for number, case in enumerate(CASES):
-        for sharding in ("none", "full"):
+        for sharding in ("none",) if case.lora else ("none", "full"):
             yield f"{number}-{sharding}", case, sharding
 
 

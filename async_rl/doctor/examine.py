@@ -14,6 +14,7 @@ from async_rl.launch.memory import Estimate, estimate, read_available
 from async_rl.launch.preflight import preflight
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.model.varlen import choose_backend
 from async_rl.settings import Settings, load_settings
 from async_rl.task import Task, make_task
 from async_rl.wire.keys import keys_in
@@ -78,6 +79,7 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
             needed_bytes=memory.disk_bytes(settings, found) if found is not None else None,
         ),
     )
+    yield from guarded("attention", lambda: look_at_attention(settings))
     tasks: list[Task] = []
     yield from guarded(
         "task", lambda: _keep(tasks, make_task(settings.task.name, settings.task.args), f"{settings.task.name} is made")
@@ -105,6 +107,13 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
     free = read_available()
     yield from guarded("log-probs", lambda: agreement.look_at_log_probs(settings, tasks[0], found.parameters, free))
     yield from guarded("max_staleness=0", lambda: agreement.look_at_equivalence(settings, found.parameters))
+
+
+def look_at_attention(settings: Settings) -> Finding:
+    """What attends among packed documents."""
+    chosen = settings.trainer
+    found = choose_backend(chosen.attention, device=chosen.device, half=chosen.dtype == "bfloat16")
+    return ok("attention", f"{found} in the trainer (trainer.attention={chosen.attention})")
 
 
 def look_at_endpoint(settings: Settings) -> Finding:

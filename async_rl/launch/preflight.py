@@ -16,9 +16,10 @@ from async_rl.launch.ways import in_words, ways_of
 from async_rl.model.architecture import PROJECTIONS, check_targets, context_of
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer, prompt_text
+from async_rl.model.varlen import choose_backend
 from async_rl.objective.effect import check_effect
 from async_rl.objective.library import load_recipe
-from async_rl.objective.recipe import requirements
+from async_rl.objective.recipe import Requirements, requirements
 from async_rl.settings import Settings
 from async_rl.task import Task, make_task
 from async_rl.trajectory import Split
@@ -60,6 +61,8 @@ def preflight(settings: Settings) -> Facts:
     if settings.generator.engine == "vllm":
         installed_release()
     ways = ways_of(settings, placement)
+    chosen = settings.trainer
+    choose_backend(chosen.attention, device=chosen.device, half=chosen.dtype == "bfloat16")
     if settings.lora.rank:
         check_lora_package()
         if config is not None:
@@ -75,6 +78,7 @@ def preflight(settings: Settings) -> Facts:
     check_message_size(context, settings.wire.max_message_mb)
     notes = in_words(ways) + look_for_room(settings) + check_fit(task, tokenizer, context)
     recipe = load_recipe(settings.recipe)
+    check_layers(settings, requirements(recipe))
     notes += check_effect(
         recipe,
         group_size=settings.batch.group_size,
@@ -103,6 +107,24 @@ def preflight(settings: Settings) -> Facts:
 def _has_one_turn(settings: Settings) -> bool:
     chosen = settings.task
     return (chosen.args.get("name") if chosen.name == "rehearsed" else chosen.name) in SINGLE_TURN
+
+
+def check_layers(settings: Settings, needs: Requirements) -> None:
+    """Ways to run a layer that exact norms of each trajectory's gradient leave no room for. Raises UserError."""
+    chosen = settings.trainer
+    if not needs.per_trajectory_norms:
+        return
+    if chosen.checkpoint_activations != "none":
+        raise UserError(
+            "trainer.checkpoint_activations=layer would save nothing: recipe.opob.norm=exact "
+            "keeps every layer's input until the baseline is known; set recipe.opob.norm to logit or length, or lower "
+            "trainer.micro_batch_tokens"
+        )
+    if chosen.compile:
+        raise UserError(
+            "trainer.compile has no effect with recipe.opob.norm=exact, which watches every layer from outside; set "
+            "trainer.compile=false, or recipe.opob.norm to logit or length"
+        )
 
 
 def check_message_size(context: int, max_message_mb: int) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from async_rl.model.varlen import Kernel
 
 MAX_PADDING = 1.25
 """a bucket may hold at most this many times its real tokens"""
@@ -18,14 +18,16 @@ class DocumentAttention:
     """Causal attention in which documents, laid end to end, never see each other.
 
     Example: `model(tokens, positions, DocumentAttention([5, 3]))` with eight tokens and positions
-    0..4, 0..2. On CUDA one varlen kernel; on CPU documents of similar length are padded together.
+    0..4, 0..2. Documents of similar length are padded together for SDPA; a `kernel` (model/varlen.py) takes
+    them as they lie, in half precision.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], kernel: Kernel | None = None) -> None:
         if any(length < 1 for length in lengths):
             raise ValueError(f"every document needs at least one token, lengths are {list(lengths)}")
         self.lengths = [int(length) for length in lengths]
         self.num_tokens = sum(self.lengths)
+        self._kernel = kernel
         self._buckets: list[Bucket] | None = None
         self._bounds: Tensor | None = None
 
@@ -33,10 +35,11 @@ class DocumentAttention:
         """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim]."""
         if query.shape[0] != self.num_tokens:
             raise ValueError(f"{query.shape[0]} tokens for documents of {self.num_tokens} tokens")
+        if self._kernel is not None and (dtype := half_precision(query)) is not None:
+            bounds = self._document_bounds(query.device)
+            return self._kernel(query.to(dtype), key.to(dtype), value.to(dtype), bounds, max(self.lengths))
         if len(self.lengths) == 1:
             return causal(query[None], key[None], value[None])[0]
-        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-            return self._varlen(query, key, value)
         return self._padded(query, key, value)
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -50,11 +53,19 @@ class DocumentAttention:
         every = parts[0] if len(parts) == 1 else torch.cat(parts)
         return every.index_select(0, self._buckets[0].restore)
 
-    def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self._bounds is None or self._bounds.device != query.device:
+    def _document_bounds(self, device: torch.device) -> Tensor:  # [documents + 1] int32
+        if self._bounds is None or self._bounds.device != device:
             bounds = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            self._bounds = bounds.to(query.device)
-        return varlen()(query, key, value, self._bounds, max(self.lengths))
+            self._bounds = bounds.to(device)
+        return self._bounds
+
+
+def half_precision(query: Tensor) -> torch.dtype | None:
+    """What a kernel is to compute in: autocast's dtype (rotated queries are float32 there, and no kernel casts them
+    itself), else the query's own; None when that is no half precision."""
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
 
 class Bucket:
@@ -107,35 +118,3 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return out.transpose(1, 2)
-
-
-Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
-
-
-def varlen() -> Varlen:
-    """flash-attn's kernel when installed, else torch's own (FACTS.md 4)."""
-    try:
-        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
-    except ImportError:
-        return torch_varlen
-
-    def flash(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
-        return flash_attn_varlen_func(query, key, value, bounds, bounds, longest, longest, causal=True)
-
-    return flash
-
-
-def torch_varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
-    """torch.nn.attention.varlen. Before 2.12 it has no `enable_gqa`: key-value heads are repeated."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    extra: dict[str, Any] = {}
-    if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            extra["enable_gqa"] = True
-        else:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    out = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0), **extra)
-    assert isinstance(out, Tensor)
-    return out

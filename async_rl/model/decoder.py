@@ -9,11 +9,15 @@ is `nn.Embedding`, norms are `RMSNorm`, all called as modules, so that hooks see
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from async_rl.model.architecture import DecoderConfig, Rope
 from async_rl.model.matmul import Linear
@@ -31,6 +35,16 @@ class Attention(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class How:
+    """How a layer's forward is carried out."""
+
+    checkpointed: bool = False
+    """keep only the layer's input, and compute the rest again in the backward pass"""
+    compiled: bool = False
+    """by torch.compile"""
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension."""
 
@@ -40,8 +54,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # a sharded model holds the weight in bfloat16 for a residual stream in float32
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        # bfloat16 beside float32: x under autocast, the weight where a model is sharded
+        wider = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(wider), self.weight.shape, self.weight.to(wider), self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -56,14 +71,14 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, positions rotated in."""
         per_head = (x.shape[0], -1, self.head_dim)
         query, key = self.q_proj(x).view(per_head), self.k_proj(x).view(per_head)
         value = self.v_proj(x).view(per_head)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        out = attention(self.layer, rotate(query, cos, sin), rotate(key, cos, sin), value)
-        return self.o_proj(out.reshape(x.shape[0], -1))
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
 class MLP(nn.Module):
@@ -78,16 +93,49 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """One layer; `how` says what is kept of its forward and who computes it. The numbers are the same."""
+
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
+        self.how = How()
         self.self_attn = SelfAttention(config, layer)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if self.how.checkpointed and torch.is_grad_enabled():
+            # nothing in a layer is random, so there is no random state to bring back
+            found: Tensor = checkpoint(
+                self._compute, x, cos, sin, attention, use_reentrant=False, preserve_rng_state=False
+            )
+            return found
+        return self._compute(x, cos, sin, attention)
+
+    def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        before, after = compiled() if self.how.compiled else (before_attention, after_attention)
+        return after(self, x, attention(self.self_attn.layer, *before(self, x, cos, sin)))
+
+
+def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a layer does up to its attention: query, key, value."""
+    return layer.self_attn.project(layer.input_layernorm(x), cos, sin)
+
+
+def after_attention(layer: Layer, x: Tensor, out: Tensor) -> Tensor:
+    """What it does with attention's `out` [tokens, heads, head_dim]."""
+    x = x + layer.self_attn.o_proj(out.reshape(x.shape[0], -1))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+@cache
+def compiled() -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor]]:
+    """`before_attention` and `after_attention` through torch.compile: each one graph for all layers and any number
+    of tokens. Attention stays between them as it is: documents differ in every batch."""
+    return (
+        torch.compile(before_attention, dynamic=True, fullgraph=True),
+        torch.compile(after_attention, dynamic=True, fullgraph=True),
+    )
 
 
 class Trunk(nn.Module):
@@ -127,6 +175,14 @@ class Decoder(nn.Module):
         for layer in self.model.layers:
             x = layer(x, cos, sin, attention)
         return self.model.norm(x)
+
+    def carry_out(self, how: How) -> How:
+        """Carry every layer out so from now on; how it was before."""
+        before = How()
+        for layer in self.model.layers:
+            assert isinstance(layer, Layer)
+            before, layer.how = layer.how, how
+        return before
 
     def initialise(self, seed: int, std: float = 0.02) -> None:
         """Random weights as Hugging Face draws them: normal(0, std), norms 1, biases 0."""

@@ -102,6 +102,28 @@ class HuggingFaceDecoder(nn.Module):
             )
         return out.last_hidden_state[0]
 
+    def checkpoint_layers(self, where: str) -> None:
+        """Keep only each layer's input of a forward and compute the rest again in the backward pass.
+
+        transformers does that where a layer is in training mode; only the layers are put there, not what is in
+        them, so that no dropout wakes up. Raises UserError when it changes what is computed, or cannot be done.
+        """
+        try:
+            self._causal.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recompute_context})
+        except ValueError as error:
+            raise UserError(f"trainer.checkpoint_activations=layer: {where}: {error}; set it to none") from None
+        lengths = (5, 3)
+        call = (torch.arange(8) % self.config.vocabulary).to(self.head.device), torch.arange(8).to(self.head.device)
+        expected = self(*call, DocumentAttention(lengths))
+        layers = [module for module in self.modules() if getattr(module, "gradient_checkpointing", None) is True]
+        for layer in layers:
+            layer.training = True
+        if not layers or not torch.equal(self(*call, DocumentAttention(lengths)), expected):
+            raise UserError(
+                f"trainer.checkpoint_activations=layer: {where}: this architecture computes otherwise with it; set it "
+                "to none"
+            )
+
     def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and weights as transformers does; `weights`: in place of the parameters."""
         state = None
@@ -178,6 +200,11 @@ def call_attention(
         query = query * (scaling * head_dim**0.5)  # Attention scales by 1/sqrt(head_dim)
     packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     return _current.get()(module.layer_idx, *packed)[None], None
+
+
+def recompute_context() -> tuple[Any, Any]:
+    """Contexts of a layer's forward and of its repetition in the backward pass, which needs the same attention."""
+    return contextlib.nullcontext(), using(_current.get())
 
 
 @contextlib.contextmanager

@@ -55,8 +55,9 @@ class Adapters:
                 parameter.copy_(tensors[name])
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The whole model as if it had been trained itself: (name, tensor), adapters added, one by one."""
-        for name, parameter in self._model.named_parameters():
+        """The whole model as if it had been trained itself: (name, tensor) in order of name, adapters added, each
+        made when it is asked for."""
+        for name, parameter in sorted(self._model.named_parameters(), key=lambda pair: plain_name(pair[0])):
             layer, _, rest = name.partition(".base_layer.")
             if rest == "weight":
                 a, b = self._layers[layer].lora_A[NAME].weight, self._layers[layer].lora_B[NAME].weight
@@ -165,14 +166,15 @@ def plain_name(name: str) -> str:
 
 @torch.no_grad()
 def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """weight + scaling * b @ a in float32, which shares no memory with `weight`.
+    """weight + scaling * b @ a in float32 (float64 for weights in it), sharing no memory with `weight`.
 
     weight [out, in], a [rank, in], b [out, rank]. Every operation rounds one element once, in the order of the
     rank, so the bits are the same on every device and for any number of threads; a matrix product promises
     neither. It costs 2 * rank passes over the tensor.
     """
-    left, right = (b.float() * scaling).contiguous(), a.float()
-    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    left, right = (b.to(dtype) * scaling).contiguous(), a.to(dtype)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     # on a GPU one block: there launches are dear and not caches small
     rows = len(out) if weight.is_cuda else max(1, BLOCK // max(1, weight.shape[1]))
     for begin in range(0, len(out), rows):
@@ -181,5 +183,5 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         product = torch.empty_like(part)
         for k in range(1, right.shape[0]):
             part.add_(torch.mul(factor[:, k : k + 1], right[k : k + 1], out=product))
-        part.add_(weight[begin : begin + rows].float())
+        part.add_(weight[begin : begin + rows].to(dtype))
     return out

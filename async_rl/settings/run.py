@@ -171,7 +171,18 @@ class TrainerSettings:
         600.0, "longest wait for a trainer that is started by somebody else", unit="seconds"
     )
     dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "arithmetic of forward and backward; weights and optimizer stay float32"
+        "float32", "arithmetic of forward and backward; weights, optimizer and log-probs stay float32"
+    )
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = setting(
+        "auto",
+        "attention among packed documents: flash (flash-attn), varlen (torch's own kernel), both for CUDA and bfloat16, or sdpa (documents of similar length padded together); auto takes the first there is",
+    )
+    checkpoint_activations: Literal["none", "layer"] = setting(
+        "none",
+        "layer: keep only each layer's input and compute the rest again in the backward pass; a third more time for a fraction of the memory",
+    )
+    compile: bool = setting(
+        False, "compile the layers with torch.compile; the first step then takes a minute longer, and a C++ compiler is needed"
     )
     threads: int = setting(1, "CPU threads of each trainer process", unit="threads")
     sharding: Literal["none", "full"] = setting(

@@ -34,6 +34,7 @@ def train(
     back at: from what it went back to), train. The leader, or the only rank, talks to the buffer, leaves the summary
     and says done; other ranks follow it."""
     from async_rl.task import make_task
+    from async_rl.trainer.build import backend_of
     from async_rl.trainer.canary import make_canary
     from async_rl.trainer.follow import follow
     from async_rl.trainer.guard import Guard, WentBack
@@ -75,8 +76,8 @@ def train(
         )
         if begun.progress is not None:
             loop.resume(begun.progress, saved=begun.saved)
-        sent = sum(t.numel() * t.element_size() for t in learner.sent().values())
-        folder.event("trainer_ready", weights_bytes=sent, kernels=backend(settings.trainer.device), time=time.time())
+        backends = {"kernels": backend(settings.trainer.device), "attention": backend_of(settings)}
+        folder.event("trainer_ready", weights_bytes=learner.sent_bytes, time=time.time(), **backends)
         try:
             summary = loop.run()
         except WentBack:  # the launcher starts the run again from there

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from async_rl.batch import PackedBatch, Spread, pack_batch
-from async_rl.errors import RunFailed
-from async_rl.model.decoder import DTYPES
+from async_rl.errors import RunFailed, UserError
+from async_rl.model.decoder import DTYPES, Decoder, How
 from async_rl.model.folder import load_model
 from async_rl.model.lora import WithoutAdapters, add_adapters
+from async_rl.model.varlen import Backend, choose_backend, make_kernel
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.settings import Settings
@@ -36,7 +37,10 @@ def make_learner(settings: Settings, ranks: Ranks | None = None) -> Learner:
     ranks = ranks or one_rank()
     recipe = load_recipe(settings.recipe)
     needs = requirements(recipe)
-    arithmetic = Arithmetic(temperature=settings.generator.temperature, dtype=DTYPES[settings.trainer.dtype])
+    dtype = DTYPES[settings.trainer.dtype]
+    arithmetic = Arithmetic(
+        temperature=settings.generator.temperature, dtype=dtype, kernel=make_kernel(backend_of(settings))
+    )
     torch.manual_seed(settings.seed)
     lora = settings.lora
     model = policy_model(settings, ranks)
@@ -68,8 +72,33 @@ def policy_model(settings: Settings, ranks: Ranks) -> Model:
     """The model a run begins with, on this rank: whole, or its part. Raises UserError."""
     path, trainer = Path(settings.model.path), settings.trainer
     if trainer.sharding == "full" and ranks.size > 1:
-        return load_sharded(path, ranks, device=trainer.device, dtype=DTYPES[trainer.dtype])
-    return load_model(path, device=trainer.device)
+        model = load_sharded(path, ranks, device=trainer.device, dtype=DTYPES[trainer.dtype])
+    else:
+        model = load_model(path, device=trainer.device)
+    carry_out(model, settings)
+    return model
+
+
+def carry_out(model: Model, settings: Settings) -> None:
+    """As trainer.checkpoint_activations and trainer.compile ask. Raises UserError for a model that cannot."""
+    chosen = settings.trainer
+    how = How(checkpointed=chosen.checkpoint_activations == "layer", compiled=chosen.compile)
+    if isinstance(model, Decoder):
+        model.carry_out(how)
+        return
+    if how.compiled:
+        raise UserError(
+            f"trainer.compile is for the built-in decoder, and {settings.model.path} is a model that transformers "
+            "defines; set trainer.compile=false"
+        )
+    if how.checkpointed:
+        model.checkpoint_layers(settings.model.path)
+
+
+def backend_of(settings: Settings) -> Backend:
+    """What attends among packed documents. Raises UserError when `trainer.attention` cannot be had."""
+    asked = settings.trainer
+    return choose_backend(asked.attention, device=asked.device, half=asked.dtype == "bfloat16")
 
 
 def pack_step(settings: Settings, trajectories: Sequence[Trajectory], ranks: Ranks | None = None) -> PackedBatch:

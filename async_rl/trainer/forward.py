@@ -11,6 +11,7 @@ from torch import Tensor
 
 from async_rl.batch import MicroBatch, PackedBatch
 from async_rl.model.attention import DocumentAttention
+from async_rl.model.varlen import Kernel
 from async_rl.trainer.sharding import free, is_sharded
 from async_rl_kernels import LogProbs, linear_logprob
 
@@ -30,6 +31,8 @@ class Arithmetic:
     """log-probs are those of the distribution the generators sampled from"""
     dtype: torch.dtype = torch.float32
     """bfloat16 runs the model under autocast; weights stay as they are"""
+    kernel: Kernel | None = None
+    """attends among packed documents; None: SDPA"""
 
     def products(self, device: torch.device) -> torch.dtype | None:
         """What the head's inputs are rounded to: on a GPU as all other layers' under autocast, since float32 products
@@ -45,7 +48,7 @@ class Arithmetic:
 def hidden_states(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: Arithmetic) -> Tensor:
     """Hidden states that predict the policy tokens, [policy tokens, hidden]."""
     with arithmetic.autocast(micro.tokens.device):
-        hidden = model(micro.tokens, micro.positions, DocumentAttention(micro.lengths))
+        hidden = model(micro.tokens, micro.positions, DocumentAttention(micro.lengths, arithmetic.kernel))
     return hidden[micro.predictors]
 
 

@@ -177,7 +177,11 @@ class Learner:
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters by name, in order of name, whole, one after another. Collective: every rank goes through
-        all of them; what it gets counts on the leader. Not copied where a rank holds them whole."""
+        all of them; what it gets counts on the leader. Not copied where a rank holds them whole, and with nothing
+        added to them."""
+        if self.adapters is not None:  # every rank has them, and the model, whole
+            yield from self.adapters.weights()
+            return
         for name, parameter in sorted(self.weights().items()):
             yield name, full(parameter)
 
@@ -186,6 +190,13 @@ class Learner:
         if self.adapters is not None and self.options.send_adapters:
             return self.adapters.tensors()
         return self.weights()
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of what travels, in the dtypes it has here; nothing is added up for that."""
+        alone = self.adapters is not None and self.options.send_adapters
+        kept = [p for p in self.model.parameters() if self.adapters is None or p.requires_grad == alone]
+        return sum(p.numel() * p.element_size() for p in kept)
 
     def trained(self) -> dict[str, Tensor]:
         """The parameters that are trained, detached from nothing."""

@@ -32,7 +32,7 @@ from torch.func import functional_call
 from async_rl.batch import MicroBatch, PackedBatch
 from async_rl.errors import UserError
 from async_rl.model.attention import DocumentAttention
-from async_rl.model.decoder import Decoder, RMSNorm
+from async_rl.model.decoder import Decoder, How, RMSNorm
 from async_rl.model.matmul import linear
 from async_rl.trainer.forward import Arithmetic
 from async_rl.trainer.sharding import add_gradient, free, gather_head, is_sharded, keep_head_after_backward
@@ -134,7 +134,7 @@ class TrajectoryGradient:
         segments = Segments(micro.lengths, device)
         free(self._model)  # gradients go to the sharded parameters, which are the module's now
         record = Record(micro=micro, segments=segments, head_weight=self._model.head)
-        inputs = (micro.tokens, micro.positions, DocumentAttention(micro.lengths))
+        inputs = (micro.tokens, micro.positions, DocumentAttention(micro.lengths, self._arithmetic.kernel))
         with torch.enable_grad(), Hooks(self._model, record), self._arithmetic.autocast(device):
             if is_sharded(self._model):  # autograd forms no gradient of a weight that it is not asked for
                 hidden = self._model(*inputs)
@@ -269,6 +269,8 @@ class Hooks:
         """inputs seen last: an adapter's own comes between those of the layers it stands beside"""
 
     def __enter__(self) -> None:
+        # Every layer's input is kept anyway; one computed again would call the hooks twice, one compiled never.
+        self._how = self._model.carry_out(How())
         # Parameters are taken here: during functional_call modules hold detached stand-ins.
         for module in self._model.modules():
             hook: Callable[..., Tensor | None]
@@ -288,6 +290,7 @@ class Hooks:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        self._model.carry_out(self._how)
         self._sources.clear()
 
     def _linear(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support_models import make_decoder, qwen3_config
 
-from async_rl.model.attention import MAX_PADDING, DocumentAttention, make_buckets, torch_varlen
+from async_rl.model.attention import MAX_PADDING, DocumentAttention, make_buckets
 
 MODEL = make_decoder(qwen3_config(layers=1))
 
@@ -63,15 +63,3 @@ def test_lengths_that_do_not_cover_the_tokens_are_refused():
     tokens, positions = pack([5, 4])
     with pytest.raises(ValueError, match="9 tokens for documents of 8"):
         MODEL(tokens, positions, DocumentAttention([5, 3]))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_varlen_kernel_equals_one_by_one_on_a_gpu():
-    lengths = [5, 130, 64, 1]
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(200, heads, 64, generator=generator) for heads in (4, 2, 2))
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
-    half = [tensor.cuda().bfloat16() for tensor in (query, key, value)]
-    found = torch_varlen(*half, bounds, max(lengths)).float().cpu()
-    assert torch.allclose(found, DocumentAttention(lengths)(0, query, key, value), atol=2e-2)

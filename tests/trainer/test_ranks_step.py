@@ -43,6 +43,8 @@ def test_ranks_take_the_step_of_one_process(
     number: int, sharding: str, together: tuple[int, Path], alone: dict[str, Outcome]
 ) -> None:
     size, folder = together
+    if support.CASES[number].lora and sharding == "full":
+        pytest.skip("refused at load: adapters are added to whole weights")
     want, metrics = alone[support.CASES[number].name]
     before = dict(support.make_model(support.CASES[number].config, 1).named_parameters())
     assert max(float((want[name] - p).detach().abs().max()) for name, p in before.items()) > 1e-3

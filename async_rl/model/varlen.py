@@ -1,0 +1,113 @@
+"""Kernels for attention among packed documents of unequal lengths, and which of them a run uses.
+
+All of them are CUDA kernels for half precision (bfloat16, float16) that take [tokens, heads, head_dim],
+int32 bounds and the longest document; none has run where this was written, so the calls are as plain as they
+can be, and tests make them against the published signatures, with functions that compute by the definition
+and take nothing else. Elsewhere `attention.DocumentAttention` pads documents of similar length and uses SDPA.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+from async_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Asked = Literal["auto", "flash", "varlen", "sdpa"]
+Backend = Literal["flash-attn 3", "flash-attn 2", "torch varlen", "sdpa"]
+Kernel = Callable[["Tensor", "Tensor", "Tensor", "Tensor", int], "Tensor"]
+"""query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim], bounds [documents + 1] int32,
+tokens of the longest document -> [tokens, heads, head_dim]; causal, scaled by 1 / sqrt(head_dim)"""
+
+MODULES = {
+    "flash-attn 3": "flash_attn_interface",
+    "flash-attn 2": "flash_attn",
+    "torch varlen": "torch.nn.attention.varlen",
+}
+HOPPER = 9
+"""major compute capability of the GPUs that flash-attn 3 is for"""
+
+
+def choose_backend(asked: Asked, *, device: str, half: bool) -> Backend:
+    """What serves a trainer on `device`; `half`: it computes in bfloat16. Raises UserError naming the remedy."""
+    able = device != "cpu" and half
+    if asked in ("flash", "varlen") and not able:
+        raise UserError(
+            f"trainer.attention is {asked}, a kernel for GPUs and half precision; set trainer.device=cuda and "
+            "trainer.dtype=bfloat16, or trainer.attention=auto"
+        )
+    if asked == "sdpa" or not able:
+        return "sdpa"
+    flash = _installed_flash(device)
+    if flash is not None and asked != "varlen":
+        return flash
+    if asked == "flash":
+        raise UserError(
+            "trainer.attention is flash, but flash-attn is not installed; pip install flash-attn --no-build-isolation, "
+            "or set trainer.attention=auto (torch's own kernel)"
+        )
+    return "torch varlen"
+
+
+def make_kernel(backend: Backend) -> Kernel | None:
+    """None for SDPA. Raises UserError when the package cannot be imported."""
+    if backend == "sdpa":
+        return None
+    try:
+        if backend == "flash-attn 3":
+            from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found]
+        elif backend == "flash-attn 2":
+            from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+        else:
+            from torch.nn.attention.varlen import varlen_attn
+
+            return torch_kernel(varlen_attn)
+    except ImportError as error:  # built for another torch, say
+        raise UserError(
+            f"{backend} ({MODULES[backend]}) cannot be imported: {error}; install it again, or set "
+            "trainer.attention=sdpa"
+        ) from None
+    return flash_kernel(flash_attn_varlen_func)
+
+
+def flash_kernel(function: Callable[..., Any]) -> Kernel:
+    """`flash_attn_varlen_func` of flash-attn 2 or 3. Key-value heads are shared by its own rule, which is ours."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        out = function(query, key, value, bounds, bounds, longest, longest, causal=True)
+        found: Tensor = out[0] if isinstance(out, tuple) else out  # early versions of 3 add the log-sum-exp
+        return found
+
+    return attend
+
+
+def torch_kernel(function: Callable[..., Any]) -> Kernel:
+    """`torch.nn.attention.varlen.varlen_attn`. In torch 2.11 it has no `enable_gqa`: there heads are repeated."""
+    shares_heads = "enable_gqa" in inspect.signature(function).parameters
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        extra: dict[str, Any] = {}
+        if query.shape[1] != key.shape[1]:
+            if shares_heads:
+                extra["enable_gqa"] = True
+            else:
+                repeats = query.shape[1] // key.shape[1]
+                key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        found: Tensor = function(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0), **extra)
+        return found
+
+    return attend
+
+
+def _installed_flash(device: str) -> Backend | None:
+    if find_spec(MODULES["flash-attn 3"]) is not None:
+        import torch
+
+        if torch.cuda.get_device_capability(device)[0] == HOPPER:
+            return "flash-attn 3"
+    return "flash-attn 2" if find_spec(MODULES["flash-attn 2"]) is not None else None

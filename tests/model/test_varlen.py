@@ -1,0 +1,242 @@
+"""Every way of attending among packed documents gives the definition's numbers and gradients.
+
+The CUDA kernels cannot run on a CPU: here functions with their published signatures stand in, which compute
+by the definition and refuse every other calling convention."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support_models import make_decoder, qwen3_config
+from support_run import quick_settings
+from torch import Tensor
+
+from async_rl.batch import pack_batch
+from async_rl.errors import UserError
+from async_rl.model.attention import DocumentAttention
+from async_rl.model.varlen import Kernel, choose_backend, flash_kernel, make_kernel, torch_kernel
+from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trajectory import Trajectory, Turn, VersionSpan
+
+HEADS, KV_HEADS, SIZE = 4, 2, 8
+
+
+def by_definition(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+    """softmax(q k^T / sqrt(size)) v over the tokens of the own document up to the own one, token by token."""
+    share = query.shape[1] // key.shape[1]
+    begin, rows = 0, []
+    for length in lengths:
+        for i in range(length):
+            heads = []
+            for head in range(query.shape[1]):
+                keys = key[begin : begin + i + 1, head // share]
+                weights = torch.softmax(keys @ query[begin + i, head] / query.shape[2] ** 0.5, 0)
+                heads.append(weights @ value[begin : begin + i + 1, head // share])
+            rows.append(torch.stack(heads))
+        begin += length
+    return torch.stack(rows)
+
+
+def checked(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[Tensor], longest: Sequence[int], *, same_heads: bool
+) -> Tensor:
+    """What a kernel gives, after everything it demands of its arguments."""
+    lengths = bounds[0].diff().tolist()
+    assert query.dtype == key.dtype == value.dtype
+    assert query.dtype in (torch.bfloat16, torch.float16)
+    assert all(b.dtype == torch.int32 and b.dim() == 1 and b.is_contiguous() and int(b[0]) == 0 for b in bounds)
+    assert all(type(n) is int and n == max(lengths) for n in longest)
+    assert query.dim() == 3
+    assert query.shape[0] == key.shape[0] == int(bounds[0][-1])
+    assert key.shape == value.shape
+    assert query.shape[1] % key.shape[1] == 0
+    assert not same_heads or query.shape[1] == key.shape[1]
+    assert all(t.stride(-1) == 1 for t in (query, key, value))
+    return by_definition(query.double(), key.double(), value.double(), lengths).to(query.dtype)
+
+
+# Signatures as published; names and order are theirs. flash-attn 2.8.3, 3 (hopper/), torch 2.11 and 2.13.
+def flash_2(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+    block_table=None,
+):  # fmt: skip
+    assert causal
+    assert (dropout_p, softmax_scale, window_size, softcap) == (0.0, None, (-1, -1), 0.0)
+    return checked(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), same_heads=False)
+
+
+def flash_3(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+    softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
+    attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
+    return_attn_probs=False,
+):  # fmt: skip
+    assert causal
+    assert (seqused_q, seqused_k, softmax_scale, window_size) == (None, None, None, (-1, -1))
+    return checked(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), same_heads=False)
+
+
+def flash_3_early(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """Returned the log-sum-exp with it."""
+    return flash_3(*arguments, **named), torch.zeros(1)
+
+
+def torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    assert (return_aux, scale, window_size) == (None, None, (-1, 0))
+    return checked(query, key, value, (cu_seq_q, cu_seq_k), (max_q, max_k), same_heads=True)
+
+
+def torch_2_13(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+    enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+):  # fmt: skip
+    assert (return_aux, scale, window_size, seqused_k, block_table) == (None, None, (-1, 0), None, None)
+    return checked(query, key, value, (cu_seq_q, cu_seq_k), (max_q, max_k), same_heads=not enable_gqa)
+
+
+KERNELS: dict[str, Callable[[], Kernel]] = {
+    "flash-attn 2": lambda: flash_kernel(flash_2),
+    "flash-attn 3": lambda: flash_kernel(flash_3),
+    "flash-attn 3, early": lambda: flash_kernel(flash_3_early),
+    "torch 2.11": lambda: torch_kernel(torch_2_11),
+    "torch 2.13": lambda: torch_kernel(torch_2_13),
+}
+
+
+def tensors(lengths: Sequence[int], dtype: torch.dtype, *, kv_heads: int = KV_HEADS) -> list[Tensor]:
+    random = torch.Generator().manual_seed(len(lengths))
+    shapes = [(sum(lengths), heads, SIZE) for heads in (HEADS, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=random).to(dtype).requires_grad_() for shape in shapes]
+
+
+def compare(attention: DocumentAttention, lengths: Sequence[int], dtype: torch.dtype, bound: float, **kw: Any) -> None:
+    """Values and gradients against the definition in float64."""
+    given_ = tensors(lengths, dtype, **kw)
+    exact = [t.detach().double().requires_grad_() for t in given_]
+    weight = torch.randn(sum(lengths), HEADS, SIZE, generator=torch.Generator().manual_seed(9)).double()
+    found, expected = attention(0, *given_), by_definition(*exact, lengths)
+    assert found.dtype == dtype
+    gradients = torch.autograd.grad((found.double() * weight).sum(), given_)
+    wanted = torch.autograd.grad((expected * weight).sum(), exact)
+    for got, want in zip((found, *gradients), (expected, *wanted), strict=True):
+        assert difference(got, want) <= bound
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """The largest, as a share of the largest element where that is above 1."""
+    return float((got.double() - want).detach().abs().max()) / max(1.0, float(want.detach().abs().max()))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_padded_sdpa_equals_the_definition(lengths: list[int]) -> None:
+    compare(DocumentAttention(lengths), lengths, torch.float64, 1e-12)
+    compare(DocumentAttention(lengths), lengths, torch.float32, 1e-5)
+    compare(DocumentAttention(lengths), lengths, torch.bfloat16, 3e-2)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [[5, 1, 3], [7]], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_is_called_as_it_is_published_and_gives_the_definition(
+    name: str, lengths: list[int], kv_heads: int
+) -> None:
+    compare(DocumentAttention(lengths, KERNELS[name]()), lengths, torch.bfloat16, 3e-2, kv_heads=kv_heads)
+
+
+def test_full_precision_does_not_reach_a_kernel_that_cannot_take_it() -> None:
+    lengths = [4, 2]
+    compare(DocumentAttention(lengths, KERNELS["flash-attn 2"]()), lengths, torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_packed_batch_under_autocast_goes_through_the_kernel_in_bfloat16(name: str) -> None:
+    calls = []
+    kernel = KERNELS[name]()
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(arguments[0].dtype)
+        return kernel(*arguments)
+
+    model = make_decoder(qwen3_config(), std=0.1)
+    trajectories = [
+        Trajectory(
+            group=0, sample=i, problem=0, split="train", seed=0,
+            tokens=torch.arange(length).numpy().astype("int32"), log_behaviour=torch.zeros(length).numpy(),
+            turns=(Turn(start=1, length=length - 1),), versions=(VersionSpan(version=0, start=1, end=length),),
+            reward=0.0, ended="finished",
+        )
+        for i, length in enumerate((6, 3))
+    ]  # fmt: skip
+    micro = pack_batch(trajectories, micro_batch_tokens=100).micro_batches[0]
+    found = log_probs(model, micro, Arithmetic(temperature=1.0, dtype=torch.bfloat16, kernel=counted))
+    plain = log_probs(model, micro, Arithmetic(temperature=1.0))
+    assert calls == [torch.bfloat16] * model.config.layers
+    assert found.log_prob.dtype == torch.float32
+    assert torch.allclose(found.log_prob, plain.log_prob, atol=0.1)
+    found.log_prob.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_torchs_own_kernel_has_the_signature_that_is_called() -> None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    parameters = list(inspect.signature(varlen_attn).parameters.values())
+    assert [p.name for p in parameters[:7]] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters[:7])
+    assert {"window_size", "scale"} <= {p.name for p in parameters[7:]}
+    assert make_kernel("torch varlen") is not None
+    assert make_kernel("sdpa") is None
+
+
+def test_the_back_end_follows_what_is_there(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_backend("auto", device="cpu", half=True) == "sdpa"
+    assert choose_backend("auto", device="cuda", half=False) == "sdpa"
+    assert choose_backend("sdpa", device="cuda", half=True) == "sdpa"
+    assert choose_backend("auto", device="cuda", half=True) == "torch varlen"
+    assert choose_backend("varlen", device="cuda:1", half=True) == "torch varlen"
+    with pytest.raises(UserError, match="pip install flash-attn"):
+        choose_backend("flash", device="cuda", half=True)
+    (tmp_path / "flash_attn.py").write_text("from a_torch_that_is_not_here import kernels\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert choose_backend("auto", device="cuda", half=True) == "flash-attn 2"
+    assert choose_backend("flash", device="cuda", half=True) == "flash-attn 2"
+    assert choose_backend("varlen", device="cuda", half=True) == "torch varlen"
+    with pytest.raises(UserError, match=r"flash-attn 2 .* cannot be imported: .*trainer\.attention=sdpa"):
+        make_kernel("flash-attn 2")
+    sys.modules.pop("flash_attn", None)
+
+
+@pytest.mark.parametrize("asked", ["flash", "varlen"])
+def test_a_kernel_for_gpus_is_refused_on_a_cpu_and_in_full_precision(asked: str, tiny_model: Any) -> None:
+    from async_rl.launch.preflight import preflight
+
+    with pytest.raises(UserError, match=rf"trainer\.attention is {asked}.*trainer\.dtype=bfloat16"):
+        preflight(quick_settings(tiny_model, f"trainer.attention={asked}"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("lengths", [[5, 130, 64, 1], [33]], ids=str)
+def test_the_kernels_that_are_installed_equal_the_definition_on_a_gpu(lengths: list[int]) -> None:
+    random = torch.Generator().manual_seed(0)
+    for asked in ("varlen", "auto"):
+        kernel = make_kernel(choose_backend(asked, device="cuda", half=True))
+        shapes = [(sum(lengths), heads, 64) for heads in (4, 2, 2)]
+        half = [torch.randn(s, generator=random).bfloat16().cuda().requires_grad_() for s in shapes]
+        exact = [t.detach().cpu().double().requires_grad_() for t in half]
+        found, expected = DocumentAttention(lengths, kernel)(0, *half), DocumentAttention(lengths)(0, *exact)
+        gradients = torch.autograd.grad(found.float().square().sum(), half)
+        wanted = torch.autograd.grad(expected.square().sum(), exact)
+        for got, want in zip((found, *gradients), (expected, *wanted), strict=True):
+            assert difference(got.cpu(), want) <= 4e-2
