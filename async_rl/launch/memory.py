@@ -191,7 +191,11 @@ def _trainer(shape: _Shape, name: str, device: str) -> Iterator[Part]:
     batch = settings.batch.groups_per_step * settings.batch.group_size * (shape.context or trainer.micro_batch_tokens)
     tokens = max(min(trainer.micro_batch_tokens, batch), shape.context)
     kept = activation_bytes(
-        config, tokens, bfloat16=trainer.dtype == "bfloat16", checkpointing=checkpoints_layers(settings)
+        config,
+        tokens,
+        bfloat16=trainer.dtype == "bfloat16",
+        checkpointing=checkpoints_layers(settings),
+        sharded=shards > 1,
     )
     lower = "trainer.micro_batch_tokens"
     if shape.context > trainer.micro_batch_tokens:  # a longer trajectory has a micro-batch of its own

@@ -10,6 +10,8 @@ from async_rl.errors import UserError
 from async_rl.launch.memory import Estimate, checkpoints_layers, estimate, megabytes, read_available
 from async_rl.model.folder import read_config
 from async_rl.model.footprint import micro_batch_that_fits
+from async_rl.objective.library import load_recipe
+from async_rl.objective.recipe import requirements
 from async_rl.settings import Settings
 
 STEP = 256
@@ -60,7 +62,8 @@ def advice(settings: Settings, process: str, tokens: int | None) -> str:
     trainer = settings.trainer
     had = f"now {trainer.micro_batch_tokens}" + (f", the largest of this step had {tokens}" if tokens else "")
     words = [f"lower trainer.micro_batch_tokens ({had}) to {proposed(settings, tokens)}"]
-    if not checkpoints_layers(settings):
+    exact = requirements(load_recipe(settings.recipe)).per_trajectory_norms  # which keeps layers' inputs anyway
+    if not checkpoints_layers(settings) and not exact:
         words.append("set trainer.checkpoint_activations=layer")
     if trainer.sharding == "none" and trainer.ranks > 1:
         words.append("set trainer.sharding=full")
@@ -86,10 +89,13 @@ def proposed(settings: Settings, tokens: int | None) -> int:
     size = device_sizes(found).get(device)
     if size is None:
         return most
-    bfloat16 = settings.trainer.dtype == "bfloat16"
-    checkpointing = checkpoints_layers(settings)
-    room = int(size * settings.trainer.memory_share) - found.held(device)
-    fits = micro_batch_that_fits(config, room, bfloat16=bfloat16, checkpointing=checkpointing)
+    fits = micro_batch_that_fits(
+        config,
+        int(size * settings.trainer.memory_share) - found.held(device),
+        bfloat16=settings.trainer.dtype == "bfloat16",
+        checkpointing=checkpoints_layers(settings),
+        sharded=settings.trainer.sharding == "full",
+    )
     return max(STEP, min(most, fits))
 
 

@@ -46,12 +46,19 @@ def kept_bytes(c: DecoderConfig, *, bfloat16: bool, packed: bool) -> Kept:
 
 
 def activation_bytes(
-    c: DecoderConfig, tokens: int, *, bfloat16: bool, packed: bool = True, checkpointing: bool = False
+    c: DecoderConfig,
+    tokens: int,
+    *,
+    bfloat16: bool,
+    packed: bool = True,
+    checkpointing: bool = False,
+    sharded: bool = False,
 ) -> int:
-    """Kept for the backward pass of one micro-batch. With checkpointing: every layer's input, and one layer whole."""
+    """Kept for the backward pass of one micro-batch. With checkpointing: every layer's input, and one layer whole.
+    `sharded`: weights are gathered layer by layer in bfloat16, so autocast keeps no copies of them."""
     kept = kept_bytes(c, bfloat16=bfloat16, packed=packed)
     layers = c.layers * kept.boundary + kept.layer if checkpointing else c.layers * kept.layer
-    if not bfloat16:
+    if not bfloat16 or sharded:
         return tokens * (layers + kept.rest)
     copies = c.layers * layer_parameters(c, matrices=True)  # autocast's, of the weights
     return tokens * (layers + kept.rest) + 2 * copies
@@ -90,12 +97,15 @@ def kv_cache_bytes(c: DecoderConfig, tokens: int, item_bytes: int) -> int:
     return tokens * c.kv_width * item_bytes
 
 
-def micro_batch_that_fits(c: DecoderConfig, room_bytes: int, *, bfloat16: bool, checkpointing: bool) -> int:
+def micro_batch_that_fits(
+    c: DecoderConfig, room_bytes: int, *, bfloat16: bool, checkpointing: bool = False, sharded: bool = False
+) -> int:
     """Tokens of the largest micro-batch, in multiples of 256, whose activations and log-probs fit; 0: none does."""
     low, high = 0, 1 << 16
     while low < high:
         middle = (low + high + 1) // 2
         tokens = 256 * middle
-        needed = activation_bytes(c, tokens, bfloat16=bfloat16, checkpointing=checkpointing) + log_prob_bytes(c, tokens)
+        kept = activation_bytes(c, tokens, bfloat16=bfloat16, checkpointing=checkpointing, sharded=sharded)
+        needed = kept + log_prob_bytes(c, tokens)
         low, high = (middle, high) if needed <= room_bytes else (low, middle - 1)
     return 256 * low

@@ -31,6 +31,20 @@ QWEN_06B = DecoderConfig(
 )  # fmt: skip
 
 
+QWEN_15B = DecoderConfig(
+    family="qwen2", vocabulary=151_936, hidden=1536, intermediate=8960, layers=28, heads=12, kv_heads=2, head_dim=128,
+    max_context=32_768, qkv_bias=True, tied=True,
+)  # fmt: skip
+CLAIMED = {
+    "one_gpu": (QWEN_06B, 39),
+    "two_gpu": (QWEN_15B, 79),
+    "eight_gpu_math": (QWEN_7B, 79),
+    "eight_gpu_tools": (QWEN_7B, 79),
+    "stress_k128": (QWEN_7B, 79),
+}
+"""the model a config names, and what a GPU of the size in its head really has, GB"""
+
+
 def by_name(found: Estimate) -> dict[str, int]:
     return {part.name.split(" of ")[0]: part.bytes for part in found.parts}
 
@@ -70,6 +84,21 @@ def test_each_rank_and_generator_stands_on_its_gpu() -> None:
     said = in_words(found)
     assert "in all on each of cuda:0, cuda:1, cuda:2, cuda:3" in said
     assert "trainer: processes" in said
+
+
+@pytest.mark.parametrize("name", CLAIMED)
+def test_a_config_fits_the_gpus_it_asks_for(name: str) -> None:
+    """vLLM's cache aside: it takes what its share leaves."""
+    config, size = CLAIMED[name]
+    settings = load_settings(CONFIGS / f"{name}.yaml")
+    found = estimate_of(settings, parameters=parameters(config), config=config)
+    for device in found.devices[1:]:
+        mine = {part.name: part.bytes for part in found.parts if part.device == device and "KV cache" not in part.name}
+        trainer = sum(size for part, size in mine.items() if part.startswith("trainer"))
+        generator = sum(size for part, size in mine.items() if part.startswith("generator"))
+        assert trainer < settings.trainer.memory_share * size * GB
+        assert generator < settings.vllm.memory_share * size * GB / 2
+    assert f" {size + 1} GB" in (CONFIGS / f"{name}.yaml").read_text().splitlines()[0 if name != "stress_k128" else 1]
 
 
 def test_one_gpu_holds_both() -> None:
