@@ -1,7 +1,8 @@
 """The same training steps by one process and by several ranks: cases, batches, and the process of a rank.
 
-As a program: `support_ranks.py FOLDER` joins the ranks its environment names, goes through `CASES` and leaves
-each case's weights and metrics in FOLDER.
+As a program: `support_ranks.py FOLDER` joins the ranks its environment names, goes through cases (`keys`, and
+`RUNS` for each model folder in FOLDER) and leaves each one's weights and metrics in FOLDER. With the word `lost`
+the last rank leaves without a word, and the others say how they noticed.
 """
 
 from __future__ import annotations
@@ -20,18 +21,21 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from support_run import quick_settings
 from torch import Tensor
 
 from async_rl.batch import PackedBatch, Spread, pack_batch
 from async_rl.batch.spread import Cost
+from async_rl.errors import RunFailed
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.decoder import Decoder, How
 from async_rl.model.lora import add_adapters
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.settings import CriticSettings, OptimizerSettings
+from async_rl.trainer.build import make_learner, pack_step
 from async_rl.trainer.critic import Critic
-from async_rl.trainer.forward import Arithmetic, batch_log_probs
+from async_rl.trainer.forward import Arithmetic, batch_log_probs, probe_log_probs
 from async_rl.trainer.learner import Learner, LearnerOptions
 from async_rl.trainer.ranks import Ranks, join_ranks
 from async_rl.trainer.sharding import shard
@@ -50,7 +54,8 @@ OPTIMIZER = OptimizerSettings(
 )
 COST = Cost(per_token=1000, per_policy_token=100, per_pair=10)
 STEPS = 2
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0
+"""enough for a machine that is busy with much else"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,8 @@ class Case:
     """trajectories of each"""
     config: DecoderConfig = TIED
     updates: int = 1
+    small: bool = False
+    """run by two ranks too, not by four only"""
     critic: CriticSettings = field(default_factory=lambda: CriticSettings(warmup_steps=0))
     again: bool = False
     """compute layers again in the backward pass"""
@@ -73,21 +80,24 @@ EXACT = {"name": "vcpo"}
 ONE_FOR_ALL = {"name": "vcpo", "opob": {"scope": "batch"}}
 CASES = (
     Case(name="grpo", recipe={"name": "grpo"}),
-    Case(name="grpo untied, many micro-batches", recipe={"name": "grpo"}, micro_batch_tokens=40, config=UNTIED),
+    Case(
+        name="grpo untied, many micro-batches", recipe={"name": "grpo"}, micro_batch_tokens=40, config=UNTIED,
+        small=True,
+    ),
     Case(name="grpo, less than a rank each", recipe={"name": "grpo"}, groups=(2,)),
     Case(name="exact", recipe=EXACT),
     Case(name="exact untied", recipe=EXACT, config=UNTIED),
     Case(name="exact, a group a micro-batch", recipe=EXACT, micro_batch_tokens=120, groups=(4, 2, 3, 4, 2, 1)),
-    Case(name="exact, groups cut", recipe=EXACT, micro_batch_tokens=30, config=UNTIED),
+    Case(name="exact, groups cut", recipe=EXACT, micro_batch_tokens=30, small=True),
     Case(name="exact, fewer groups than ranks", recipe=EXACT, groups=(3,)),
-    Case(name="exact, one baseline", recipe=ONE_FOR_ALL),
+    Case(name="exact, one baseline", recipe=ONE_FOR_ALL, config=UNTIED, small=True),
     Case(name="exact, one baseline, many micro-batches", recipe=ONE_FOR_ALL, micro_batch_tokens=40),
     Case(name="reference", recipe={"name": "dr_grpo", "kl": {"coefficient": 0.1}}, micro_batch_tokens=60),
     Case(name="entropy", recipe={"name": "gspo", "entropy": 0.01}, updates=2, micro_batch_tokens=60),
     Case(name="critic head", recipe={"name": "ppo"}, updates=2),
     Case(
         name="critic model", recipe={"name": "ppo"}, updates=2, config=UNTIED, micro_batch_tokens=50,
-        critic=CriticSettings(kind="model", warmup_steps=1),
+        critic=CriticSettings(kind="model", warmup_steps=1), small=True,
     ),
     Case(name="layers computed again", recipe={"name": "grpo"}, micro_batch_tokens=60, again=True),
     Case(name="adapters", recipe={"name": "grpo"}, micro_batch_tokens=60, config=UNTIED, lora=2),
@@ -193,10 +203,37 @@ def outcome(case: Case, ranks: Ranks, sharding: str) -> tuple[dict[str, Tensor],
     return weights, [dict(report.metrics) for report in reports]
 
 
-def keys() -> Iterator[tuple[str, Case, str]]:
+def keys(size: int) -> Iterator[tuple[str, Case, str]]:
+    """Key, case and sharding of what so many ranks go through."""
     for number, case in enumerate(CASES):
-        for sharding in ("none",) if case.lora else ("none", "full"):
-            yield f"{number}-{sharding}", case, sharding
+        if size > 2 or case.small:
+            for sharding in ("none",) if case.lora else ("none", "full"):
+                yield f"{number}-{sharding}", case, sharding
+
+
+RUNS = {
+    "exact": ("recipe=vcpo",),
+    "critic": ("recipe=ppo", "critic.kind=model", "critic.warmup_steps=0", "recipe.kl.coefficient=0.1"),
+    "bfloat16": ("recipe=grpo", "trainer.dtype=bfloat16"),
+    "foreign": ("recipe=grpo", "recipe.kl.coefficient=0.1"),
+}
+"""settings of the learner for the model in the folder of this name, as a run makes it"""
+
+
+def run_outcome(model: Path, ranks: Ranks, sharding: str) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Like `outcome`, from a model folder and settings, in float32."""
+    over = (f"trainer.ranks={ranks.size}", f"trainer.sharding={sharding}") if ranks.size > 1 else ()
+    words = (*RUNS[model.name], "trainer.micro_batch_tokens=80", "optimizer.epsilon=0.01")
+    rate = ("optimizer.learning_rate=0.03", "optimizer.warmup_steps=0", "critic.learning_rate=0.001")
+    settings = quick_settings(model, *words, *rate, *over)
+    learner = make_learner(settings, ranks)
+    config = replace(TIED, vocabulary=learner.model.config.vocabulary)
+    batches = [episodes(CASES[0].groups, config, seed) for seed in range(STEPS)]
+    reports = [learner.step(pack_step(settings, batch, ranks)) for batch in batches]
+    assert not any(report.skipped for report in reports)
+    probed = probe_log_probs(learner.model, (1, 2, 3), learner.options.arithmetic)
+    weights = {name: tensor.clone() for name, tensor in learner.full_weights()}
+    return weights, [{**report.metrics, "probe": sum(probed)} for report in reports]
 
 
 def start(program: str, folder: Path, size: int, *words: str) -> None:
@@ -211,7 +248,7 @@ def start(program: str, folder: Path, size: int, *words: str) -> None:
         command = [sys.executable, program, str(folder), *words]
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:
-        ends = [(process.communicate(timeout=3 * TIMEOUT_S)[1], process.returncode) for process in processes]
+        ends = [(process.communicate(timeout=2 * TIMEOUT_S)[1], process.returncode) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -221,13 +258,35 @@ def start(program: str, folder: Path, size: int, *words: str) -> None:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+    def leave(key: str, weights: dict[str, Tensor], metrics: list[dict[str, float]]) -> None:
+        save_file(deepcopy(weights), folder / f"{key}.{ranks.rank}.safetensors")
+        (folder / f"{key}.{ranks.rank}.json").write_text(json.dumps(metrics))
+
     with join_ranks("cpu", TIMEOUT_S) as ranks:
-        for key, case, sharding in keys():
-            weights, metrics = outcome(case, ranks, sharding)
-            save_file(deepcopy(weights), folder / f"{key}.{ranks.rank}.safetensors")
-            (folder / f"{key}.{ranks.rank}.json").write_text(json.dumps(metrics))
+        for key, case, sharding in keys(ranks.size):
+            leave(key, *outcome(case, ranks, sharding))
+        for model in sorted(path.parent for path in folder.glob("*/config.json")):
+            for sharding in ("none", "full"):
+                leave(f"{model.name}-{sharding}", *run_outcome(model, ranks, sharding))
+
+
+def lose_a_rank(folder: Path) -> None:
+    ranks = join_ranks("cpu", TIMEOUT_S)
+    mine = torch.full((ranks.rank, 2), float(ranks.rank))
+    rows = ranks.gather_rows(mine, list(range(ranks.size)))
+    assert rows[:, 0].tolist() == [rank for rank in range(ranks.size) for _ in range(rank)]
+    assert ranks.broadcast_bytes(b"word" if ranks.leads else None) == b"word"
+    assert ranks.broadcast_bytes(b"" if ranks.leads else None) == b""
+    assert ranks.sum_tensor(torch.tensor([ranks.rank])).item() == sum(range(ranks.size))
+    if ranks.rank == ranks.size - 1:
+        return
+    try:
+        ranks.broadcast_bytes(b"word" if ranks.leads else None)
+        ranks.barrier()
+    except RunFailed as error:
+        (folder / f"{ranks.rank}.txt").write_text(str(error))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    (lose_a_rank if "lost" in sys.argv else main)(Path(sys.argv[1]))
