@@ -99,7 +99,11 @@ class Ranks:
         self.sum_tensor(torch.zeros(1))
 
     def close(self) -> None:
-        """Leave the others. No collective may be under way or follow."""
+        """Leave the others. No collective may be under way or follow.
+
+        A process that comes to its natural end without it can abort there ("terminate called without an active
+        exception"): torch's threads still run when their objects are destroyed. The run's processes end by
+        os._exit (process.py), which destroys nothing."""
         if self.mesh is not None:
             dist.destroy_process_group()
 
