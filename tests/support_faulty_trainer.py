@@ -6,7 +6,7 @@ Only the publisher is another one; everything else is the trainer as it is.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -27,7 +27,8 @@ class FaultyPublisher(shared_memory.WeightPublisher):
     fault = ""
     right: Mapping[str, Tensor]
 
-    def publish(self, tensors: Mapping[str, Tensor], version: int) -> None:
+    def publish(self, given: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int) -> None:
+        tensors = dict(given)
         if version < FIRST_WRONG:
             self.right = {name: tensor.clone() for name, tensor in tensors.items()}
             shipped = dict(tensors)
