@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from async_rl.errors import UserError
@@ -19,6 +21,7 @@ def add_doctor(commands: Any) -> None:
     doctor.add_argument("overrides", nargs="*", help="name=value, as for run")
     doctor.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs would be (default: runs)")
     doctor.add_argument("--json", action="store_true", help="a JSON list of findings")
+    doctor.add_argument("--fake-model", action="store_true", help="look at what `run --fake-model` would do")
     doctor.set_defaults(work=_doctor)
 
 
@@ -33,14 +36,31 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from async_rl.doctor.examine import examine
 
     config = Path(arguments.config) if arguments.config is not None else None
+    words = arguments.overrides
     found = []
-    for finding in examine(config, arguments.overrides, run_folder=arguments.run_dir):
-        found.append(finding)
-        if not arguments.json:
-            print(finding, flush=True)
+    with TemporaryDirectory(prefix="async-rl-doctor-") as made:
+        if arguments.fake_model:
+            config, words = _rehearsed(config, words, Path(made)), []
+        for finding in examine(config, words, run_folder=arguments.run_dir):
+            found.append(finding)
+            if not arguments.json:
+                print(finding, flush=True)
     count = {level: sum(finding.level == level for finding in found) for level in ("error", "warning")}
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in found], indent=1))
     else:
         print(", ".join(f"{number} {level}{'s' * (number != 1)}" for level, number in count.items()))
     return 1 if count["error"] else 0
+
+
+def _rehearsed(config: Path | None, words: Sequence[str], folder: Path) -> Path:
+    """A file with the settings of the rehearsal, whose model and data lie beside it."""
+    from async_rl.config import to_yaml
+    from async_rl.rehearse import prepare
+    from async_rl.settings import load_settings
+
+    if config is None:
+        raise UserError("--fake-model needs a YAML file of settings")
+    file = folder / "config.yaml"
+    file.write_text(to_yaml(prepare(load_settings(config, words), words, folder).settings))
+    return file

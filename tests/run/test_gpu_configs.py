@@ -105,3 +105,11 @@ def test_a_model_that_is_not_there_is_refused_with_ways_to_get_one() -> None:
     assert done.returncode == 2
     assert "hf download" in done.stderr
     assert "--fake-model" in done.stderr
+
+
+def test_doctor_looks_at_a_rehearsal() -> None:
+    done = run_command("doctor", CONFIGS / "one_gpu.yaml", "--fake-model", "--json", timeout_s=120)
+    found = {finding["check"]: finding for finding in json.loads(done.stdout)}
+    assert found["log-probs"]["level"] == "ok"
+    assert "qwen3" in found["model"]["said"]
+    assert found["preflight"]["level"] == "ok"
