@@ -227,7 +227,7 @@ def _generator(shape: _Shape, name: str, spot: Spot) -> Iterator[Part]:
 
 def checkpoints_layers(settings: Settings) -> bool:
     """Whether the trainer keeps each layer's input alone."""
-    return bool(getattr(settings.trainer, "checkpoint_activations", "none") == "layer")
+    return settings.trainer.checkpoint_activations == "layer"
 
 
 def _device(spot: Spot, asked: str) -> str:

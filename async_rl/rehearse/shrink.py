@@ -58,6 +58,8 @@ RULES: dict[str, Rule] = {
     "trainer.device": (always("cpu"), NO_GPU),
     "trainer.dtype": (always("float32"), NO_GPU),
     "trainer.threads": (always(1), HERE),
+    "trainer.attention": (always("auto"), NO_GPU),
+    "trainer.compile": (always(False), TIME),
     "trainer.memory_share": (always(1.0), NO_GPU),
     "trainer.start": (always("launcher"), HERE),
     "trainer.start_timeout_s": (always(None), HERE),
@@ -84,7 +86,7 @@ RULES: dict[str, Rule] = {
     "weights.transport": (always("auto"), NO_GPU),
     "trackers": (always([]), "nothing to keep"),
 }
-"""setting -> rule; None is the setting's default. Settings that a release does not have are passed over."""
+"""setting -> rule; None is the setting's default"""
 DEFAULTS = {"vllm.": "embedded engine", "generator.gpus": NO_GPU, "trainer.gpus": NO_GPU}
 """settings, or beginnings of their names, that go back to their defaults"""
 NOT_BY_HAND = ("model.", "task.", *DEFAULTS)
