@@ -13,6 +13,7 @@ from pathlib import Path
 
 from async_rl.errors import UserError
 from async_rl.launch.placement import Machine, Placement, Spot, place
+from async_rl.launch.ways import choose_all
 from async_rl.model.architecture import DecoderConfig, context_of
 from async_rl.model.folder import read_config, read_headers
 from async_rl.model.footprint import (
@@ -26,6 +27,7 @@ from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.settings import Settings
 from async_rl.settings.placement import tensor_parallel
+from async_rl.weights.way import LINKS
 
 BYTES = {"float32": 4, "bfloat16": 2}
 PROCESS_BYTES = 350 << 20
@@ -97,6 +99,10 @@ def estimate_of(
     for rank, spot in enumerate(placement.ranks):
         name = "trainer" if len(placement.ranks) == 1 else f"trainer rank {rank}"
         parts += _trainer(shape, name, _device(spot, settings.trainer.device))
+    if set(choose_all(settings, placement, ipc_works=True)) & set(LINKS):
+        sender = _device(placement.ranks[0], settings.trainer.device)
+        copy = BYTES[settings.generator.dtype] * parameters
+        parts.append(Part(name="trainer: copy of the weights for links into vLLM", bytes=copy, device=sender))
     for number, spot in enumerate(placement.generators):
         parts += _generator(shape, f"generator-{number}", spot)
     return Estimate(parameters=parameters, context=context, parts=tuple(parts))
