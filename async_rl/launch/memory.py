@@ -99,8 +99,8 @@ def estimate_of(
     for rank, spot in enumerate(placement.ranks):
         name = "trainer" if len(placement.ranks) == 1 else f"trainer rank {rank}"
         parts += _trainer(shape, name, _device(spot, settings.trainer.device))
-    if set(choose_all(settings, placement, ipc_works=True)) & set(LINKS):
-        sender = _device(placement.ranks[0], settings.trainer.device)
+    if linked := set(choose_all(settings, placement, ipc_works=True)) & set(LINKS):
+        sender = _device(placement.ranks[0], settings.trainer.device) if "ipc" in linked else "cpu"
         copy = BYTES[settings.generator.dtype] * parameters
         parts.append(Part(name="trainer: copy of the weights for links into vLLM", bytes=copy, device=sender))
     for number, spot in enumerate(placement.generators):

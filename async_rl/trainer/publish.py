@@ -67,7 +67,8 @@ def make_publisher(
     if not linked:
         return WeightPublisher(segment_path(folder.path), sent)
     shapes = {name: tuple(tensor.shape) for name, tensor in sent.items()}
-    staged = Staged(shapes, DTYPES[settings.generator.dtype], next(iter(sent.values())).device)
+    device = next(iter(sent.values())).device
+    staged = Staged(shapes, DTYPES[settings.generator.dtype], device, in_main_memory="ipc" not in linked)
     links = LinkServer(
         ipc_endpoint(folder.path, "weights"),
         staged,

@@ -1,7 +1,8 @@
-"""One version of the weights, held still while it is sent: a copy on the trainer's device, in the generators' dtype.
+"""One version of the weights, held still while it is sent: a copy in the generators' dtype, on the trainer's device
+or, where only what is under way must be on it, in main memory (pinned).
 
 Who blocks whom: any number of transfers read at once; the trainer waits for them before it writes the next
-version, by a deadline, and names who holds it up. The copy costs the model's size once, on the device that sends.
+version, by a deadline, and names who holds it up. The copy costs the model's size once.
 """
 
 from __future__ import annotations
@@ -23,9 +24,20 @@ if TYPE_CHECKING:
 class Staged:
     """Written by one thread, read by many."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str | torch.device) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        device: str | torch.device,
+        *,
+        in_main_memory: bool = False,
+    ) -> None:
+        """`device`: that sends."""
         self.device = torch.device(device)
-        self._tensors = {n: torch.zeros(shape, dtype=dtype, device=self.device) for n, shape in shapes.items()}
+        if in_main_memory and self.device.type == "cuda":
+            self._tensors = {n: torch.zeros(shape, dtype=dtype, pin_memory=True) for n, shape in shapes.items()}
+        else:
+            self._tensors = {n: torch.zeros(shape, dtype=dtype, device=self.device) for n, shape in shapes.items()}
         self._version = -1
         self._changed = threading.Condition()
         self._readers: list[str] = []
@@ -39,6 +51,11 @@ class Staged:
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """As a module's, in an order that never changes; only while `held`."""
         yield from self._tensors.items()
+
+    def on_device(self) -> Iterator[tuple[str, Tensor]]:
+        """The same, one after another on the device that sends."""
+        for name, tensor in self._tensors.items():
+            yield name, tensor.to(self.device)
 
     def write(self, tensors: Iterable[tuple[str, Tensor]], version: int, seconds: float) -> None:
         """Take over a newer version. Raises RunFailed when transfers hold the old one for longer than `seconds`,

@@ -53,7 +53,16 @@ class NcclLink:
             world_size=1 + self._workers,
             packed_buffer_size_bytes=BUFFER_BYTES,
         )
-        source = ModuleSource(module=_AsModule(self._staged))
+        staged = self._staged
+
+        class Source(ModuleSource):  # names and shapes from where they are held, tensors from where they are sent
+            def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+                return staged.on_device()
+
+            def iter_full(self) -> Iterator[tuple[str, Tensor]]:  # as vLLM calls it from 0.33 on
+                return staged.on_device()
+
+        source = Source(module=_AsModule(staged))
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._control, source=source)
 
     def send(self) -> None:
@@ -96,7 +105,7 @@ class OldNcclLink:
         self._control.start_weight_update()
         received = _Beside(lambda: self._control.update_weights(update))
         arguments = NCCLTrainerSendWeightsArgs(group=self._group, packed=True, packed_buffer_size_bytes=BUFFER_BYTES)
-        NCCLWeightTransferEngine.trainer_send_weights(iter(tensors.items()), arguments)  # type: ignore[attr-defined]
+        NCCLWeightTransferEngine.trainer_send_weights(self._staged.on_device(), arguments)  # type: ignore[attr-defined]
         received.done()
         self._control.finish_weight_update()
 
