@@ -14,7 +14,7 @@ import json
 from typing import Any
 
 import torch
-from opob import make_batch, make_model, peak_bytes
+from opob import make_batch, make_model, step_peak
 
 from async_rl.batch import PackedBatch
 from async_rl.model.decoder import Decoder, How
@@ -55,9 +55,9 @@ def both(model: Decoder, batch: PackedBatch) -> tuple[int, int]:
         log_probs(model, batch.micro_batches[0], Arithmetic(temperature=1.0)).log_prob.sum().backward()
 
     model.carry_out(How())
-    kept = peak_bytes(model, step)
+    kept = step_peak(model, step)
     model.carry_out(How(checkpointed=True))
-    return kept, peak_bytes(model, step)
+    return kept, step_peak(model, step)
 
 
 if __name__ == "__main__":

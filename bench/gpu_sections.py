@@ -28,9 +28,9 @@ def make_model(plan: Plan) -> dict[str, Any]:
     from gpu import SIZES, VOCABULARY
 
     from async_rl.model.architecture import DecoderConfig
-    from async_rl.model.byte_tokenizer import write_byte_tokenizer
     from async_rl.model.create import write_random_weights
     from async_rl.model.footprint import parameters
+    from async_rl.model.make_tokenizer import write_byte_tokenizer
 
     write_byte_tokenizer(plan.model)
     config = DecoderConfig(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from peak import peak_bytes
 from torch import Tensor
 
 from async_rl_kernels import linear_logprob, reference
@@ -40,7 +38,7 @@ def logprob_cpu(rounds: int) -> dict[str, Any]:
                 break
             for name, way in ways.items():
                 seconds[name].append(cpu_seconds(way, values))
-        memory = {name: peak_bytes(way, values) for name, way in ways.items()}
+        memory = {name: extra_bytes(way, values) for name, way in ways.items()}
         result[f"hidden {width}"] = {
             "seconds": {name: round(statistics.median(times), 2) for name, times in seconds.items()},
             "peak_mb": {name: round(value / 1e6) for name, value in memory.items()},
@@ -99,21 +97,10 @@ def cpu_seconds(way: Way, values: tuple[Tensor, Tensor, Tensor, Tensor]) -> floa
     return time.process_time() - started
 
 
-def peak_bytes(way: Way, values: tuple[Tensor, Tensor, Tensor, Tensor]) -> int:
-    """Highest sum of what torch has allocated, less the two gradients."""
+def extra_bytes(way: Way, values: tuple[Tensor, Tensor, Tensor, Tensor]) -> int:
+    """Bytes that torch holds at most, less the two gradients."""
     values[0].grad = values[1].grad = None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        way(*values)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    events.sort(key=lambda e: e["ts"])
-    now = peak = 0
-    for event in events:
-        now += event["args"]["Bytes"]
-        peak = max(peak, now)
-    return peak - sum(value.numel() * value.element_size() for value in values[:2])
+    return peak_bytes(lambda: way(*values)) - sum(value.numel() * value.element_size() for value in values[:2])
 
 
 SECTIONS = {"logprob_cpu": logprob_cpu}

@@ -25,14 +25,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peak import peak_bytes
 from torch import Tensor
 
 from async_rl.batch import PackedBatch, pack_batch
@@ -94,7 +93,7 @@ def measure(case: dict[str, Any], repeats: int) -> dict[str, Any]:
             step()
             seconds[name].append(time.process_time() - started)
     rounds = {name: values[1:] for name, values in seconds.items()}  # the first warms up
-    memory = {name: peak_bytes(model, steps[name]) for name in ("group_mean", "exact")}
+    memory = {name: step_peak(model, steps[name]) for name in ("group_mean", "exact")}
     copy = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
         "tokens": batch.num_tokens,
@@ -183,21 +182,10 @@ def disagreement(model: Decoder, batch: PackedBatch, single: PackedBatch, weight
     }
 
 
-def peak_bytes(model: Decoder, step: Callable[[], Any]) -> int:
-    """Highest sum of what torch has allocated during `step`, from its profiler's allocation events."""
+def step_peak(model: Decoder, step: Callable[[], Any]) -> int:
+    """Bytes that torch holds at most during `step`, gradients included."""
     model.zero_grad(set_to_none=True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    events.sort(key=lambda e: e["ts"])
-    now = peak = 0
-    for event in events:
-        now += event["args"]["Bytes"]
-        peak = max(peak, now)
-    return peak
+    return peak_bytes(step)
 
 
 # ------------------------------------------------------------- model and batch

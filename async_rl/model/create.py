@@ -8,7 +8,8 @@ from pathlib import Path
 from async_rl.errors import UserError
 from async_rl.model.architecture import DecoderConfig, Rope, config_values
 from async_rl.model.folder import CONFIG, save_folder
-from async_rl.model.tokenizer import Tokenizer, write_character_tokenizer
+from async_rl.model.make_tokenizer import write_character_tokenizer
+from async_rl.model.tokenizer import Tokenizer
 
 
 def create_model_folder(

@@ -11,8 +11,6 @@ import tokenizers
 
 from async_rl.errors import UserError
 
-END, PAD = "<|end|>", "<|pad|>"
-
 
 class Tokenizer:
     """The tokenizer of a Hugging Face model folder.
@@ -187,30 +185,3 @@ def compile_template(source: str) -> Any:
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(source)
-
-
-def write_character_tokenizer(folder: str | Path, alphabet: str) -> int:
-    """Write tokenizer.json and tokenizer_config.json with one token per character of `alphabet` (in its
-    order), then `<|end|>` (end of text) and `<|pad|>`. Loadable with transformers' AutoTokenizer.
-
-    Returns the number of tokens. Raises ValueError for an empty alphabet or a character twice.
-    """
-    if not alphabet or len(set(alphabet)) != len(alphabet):
-        raise ValueError(f"the alphabet must hold each character once, it is {alphabet!r}")
-    vocabulary = {character: i for i, character in enumerate(alphabet)}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=""))
-    # Every character its own piece, newlines included.
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-    made.decoder = tokenizers.decoders.Fuse()
-    made.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in (END, PAD)])
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    made.save(str(path / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END,
-        "pad_token": PAD,
-        "clean_up_tokenization_spaces": False,
-    }
-    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return len(alphabet) + 2

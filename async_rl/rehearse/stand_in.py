@@ -10,9 +10,9 @@ from typing import Any
 
 from async_rl.errors import UserError
 from async_rl.model.architecture import FAMILIES, DecoderConfig, Family
-from async_rl.model.byte_tokenizer import write_byte_tokenizer
 from async_rl.model.create import write_random_weights
 from async_rl.model.folder import read_config
+from async_rl.model.make_tokenizer import write_byte_tokenizer
 
 CONTEXT = 16_384
 """tokens, which are bytes"""

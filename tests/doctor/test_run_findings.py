@@ -14,7 +14,8 @@ from support_run import quick_settings
 from async_rl.doctor import agreement, memory, reward, tokens
 from async_rl.doctor.agreement import Difference
 from async_rl.launch.memory import Estimate, Part, estimate, in_words, read_available
-from async_rl.model.tokenizer import Tokenizer, write_character_tokenizer
+from async_rl.model.make_tokenizer import write_character_tokenizer
+from async_rl.model.tokenizer import Tokenizer
 from async_rl.task import make_task
 from async_rl.task.protocol import Problem, Segment, Session
 from async_rl.weights.canary import Evidence, compare

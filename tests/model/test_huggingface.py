@@ -16,7 +16,7 @@ from async_rl.generator.engine import Request, SamplingParams
 from async_rl.model import Tokenizer, load_model, save_folder
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.huggingface import HuggingFaceDecoder
-from async_rl.model.tokenizer import write_character_tokenizer
+from async_rl.model.make_tokenizer import write_character_tokenizer
 
 SIZES = {
     "vocab_size": 40,

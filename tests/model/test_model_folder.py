@@ -16,7 +16,7 @@ from support_models import llama_folder, make_decoder, qwen3_config, qwen3_folde
 from async_rl.errors import UserError
 from async_rl.model.create import create_model_folder
 from async_rl.model.folder import check_folder, load_model, load_tensors, read_config, save_folder, weight_files
-from async_rl.model.tokenizer import write_character_tokenizer
+from async_rl.model.make_tokenizer import write_character_tokenizer
 from async_rl.model.weight_writer import write_weights
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support_models import ALPHABET, qwen3_folder
 
 from async_rl.errors import UserError
-from async_rl.model.tokenizer import Tokenizer, write_character_tokenizer
+from async_rl.model.make_tokenizer import write_character_tokenizer
+from async_rl.model.tokenizer import Tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] not in ['user', 'assistant', 'system'] %}"
