@@ -89,7 +89,7 @@ class OldNcclLink:
         init.done()
 
     def send(self) -> None:
-        from vllm.distributed.weight_transfer.nccl_engine import (  # type: ignore[attr-defined]
+        from vllm.distributed.weight_transfer.nccl_engine import (
             NCCLTrainerSendWeightsArgs,
             NCCLWeightTransferEngine,
         )
@@ -105,7 +105,7 @@ class OldNcclLink:
         self._control.start_weight_update()
         received = _Beside(lambda: self._control.update_weights(update))
         arguments = NCCLTrainerSendWeightsArgs(group=self._group, packed=True, packed_buffer_size_bytes=BUFFER_BYTES)
-        NCCLWeightTransferEngine.trainer_send_weights(self._staged.on_device(), arguments)  # type: ignore[attr-defined]
+        NCCLWeightTransferEngine.trainer_send_weights(self._staged.on_device(), arguments)
         received.done()
         self._control.finish_weight_update()
 
