@@ -97,9 +97,10 @@ class Engine(Protocol):
         """Log-probs of tokens[1:] given what precedes each, under the current weights."""
         ...
 
-    async def fingerprint(self) -> Mapping[str, int]:
+    async def fingerprint(self) -> Mapping[str, int | None]:
         """Checksums (`async_rl.weights.canary.fingerprint`) of the weights as the engine holds them now, under
-        the trainer's names. An engine that holds them otherwise gives those of the weights it was given last."""
+        the trainer's names. An engine that holds them otherwise gives those of the weights it was given last.
+        None: a tensor that no process of the engine holds whole."""
         ...
 
     def release(self, session: int) -> None:

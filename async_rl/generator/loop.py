@@ -286,13 +286,14 @@ class GeneratorLoop:
 
     async def _show_weights(self) -> None:
         """Evidence of the weights the engine holds; the trainer knows what it must be."""
-        digests = await self.engine.fingerprint()
+        shown = await self.engine.fingerprint()
         log_probs = await self.engine.probe(self.probe)
         await self.dealer.send(
             msg.Canary(
                 name=self.options.name,
                 version=self.engine.version,
-                digests=tuple(digests.items()),
+                digests=tuple([(name, digest) for name, digest in shown.items() if digest is not None]),
+                split=tuple([name for name, digest in shown.items() if digest is None]),
                 log_probs=tuple([float(value) for value in log_probs]),
             )
         )

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, EngineStats, Request, SamplingParams
+from async_rl.generator.unpacked import together
 from async_rl.vllm_release import SPANS, installed_release
 from async_rl.weights.shared_memory import shared_folder
 
@@ -265,14 +266,11 @@ class VllmEngine:
             pass
         return answer
 
-    async def fingerprint(self) -> Mapping[str, int]:
+    async def fingerprint(self) -> Mapping[str, int | None]:
         """Checksums of the weights as vLLM's workers hold them now, under the trainer's names."""
         layout = [(name, list(shape)) for name, shape in self._options.layout.items()]
-        shown = await self._ask_workers("async_rl_fingerprint", self._version, layout)
-        digests: dict[str, int] = {}
-        for held in shown:
-            digests |= held
-        return digests
+        workers = self._options.tensor_parallel
+        return together(await self._ask_workers("async_rl_fingerprint", self._version, layout, workers))
 
     def release(self, session: int) -> None:
         """The episode is over; a turn of it that still runs is aborted."""

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import vllm._custom_ops
 from safetensors.torch import load_file
-from torch import Tensor
 
+from async_rl.generator.unpacked import unpacked
 from async_rl.generator.vllm_engine import OWNER
 from async_rl.weights.canary import fingerprint
 from async_rl.weights.ipc import put_together
@@ -71,44 +71,15 @@ class Weights:
         given = {name: update[name] for name in ("names", "dtype_names", "shapes")}
         self.update_weights({**given, "ipc_handles": [{update["gpu"]: arguments} for arguments in rebuilt]})
 
-    def async_rl_fingerprint(self, version: int, wanted: Sequence[tuple[str, Sequence[int]]]) -> dict[str, int]:
-        """Checksums of the model's tensors under the trainer's names (`wanted`: name, shape). A tensor that this
-        worker does not hold whole (tensor parallel) is left out."""
+    def async_rl_fingerprint(
+        self, version: int, wanted: Sequence[tuple[str, Sequence[int]]], workers: int
+    ) -> dict[str, int | None]:
+        """Checksums of the model's tensors under the trainer's names (`wanted`: name, shape). None: of this tensor a
+        worker holds a part, because the model is split over `workers` of them."""
         model = self.get_model()
-        held = _unpacked(dict(model.named_parameters()), getattr(model, "packed_modules_mapping", {}), dict(wanted))
-        return fingerprint(held, version)
+        packing = getattr(model, "packed_modules_mapping", {})
+        held, split = unpacked(dict(model.named_parameters()), packing, dict(wanted), workers)
+        return {**fingerprint(held, version), **dict.fromkeys(split)}
 
     def async_rl_pid(self) -> int:
         return os.getpid()
-
-
-def _unpacked(
-    parameters: dict[str, Tensor], packing: dict[str, list[str]], wanted: dict[str, Sequence[int]]
-) -> dict[str, Tensor]:
-    """vLLM stacks some matrices (query, key and value; gate and up) on top of each other: take them apart."""
-    held: dict[str, Tensor] = {}
-    for name, shape in wanted.items():
-        found = parameters.get(name)
-        if found is None:
-            found = _part(parameters, packing, wanted, name)
-        elif len(shape) and found.shape[0] > shape[0]:
-            found = found[: shape[0]]  # the vocabulary is padded
-        if found is not None and tuple(found.shape) == tuple(shape):
-            held[name] = found
-    return held
-
-
-def _part(
-    parameters: dict[str, Tensor], packing: dict[str, list[str]], wanted: dict[str, Sequence[int]], name: str
-) -> Tensor | None:
-    for packed, parts in packing.items():
-        for part in parts:
-            if f".{part}." not in name:
-                continue
-            whole = parameters.get(name.replace(f".{part}.", f".{packed}."))
-            sizes = [wanted[name.replace(f".{part}.", f".{p}.")][0] for p in parts]
-            if whole is None or whole.shape[0] != sum(sizes):
-                return None
-            begin = sum(sizes[: parts.index(part)])
-            return whole[begin : begin + sizes[parts.index(part)]]
-    return None

@@ -116,7 +116,9 @@ class CanaryWatch:
         if expected is None:
             self.late += 1
             return
-        found = Evidence(version=canary.version, digests=dict(canary.digests), log_probs=canary.log_probs)
+        found = Evidence(
+            version=canary.version, digests=dict(canary.digests), split=canary.split, log_probs=canary.log_probs
+        )
         comparison = compare(expected, found)
         if comparison.wrong(self.options.tolerance):
             self.event(

@@ -119,6 +119,8 @@ class Canary:
     version: int
     digests: tuple[tuple[str, int], ...]
     """(tensor, checksum of elements sampled from it), 64 bits unsigned"""
+    split: tuple[str, ...] = ()
+    """tensors without a checksum: none of the processes of the engine (vllm.tensor_parallel) holds them whole"""
     log_probs: tuple[float, ...]
     """of the probe under these weights, nats"""
 

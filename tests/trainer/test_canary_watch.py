@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,16 @@ def test_an_engine_that_forgets_a_tensor_is_found_out(tiny_model: Path) -> None:
     engine = ForgetfulEngine(load_model(tiny_model), Tokenizer(tiny_model))
     with pytest.raises(RunFailed, match=rf"1 of 24 tensors differ \({FORGOTTEN}\)"):
         bench.watch.hear(bench.shown(bench.step(), 1, engine))
+
+
+def test_an_engine_split_over_gpus_is_checked_by_what_it_holds_whole(tiny_model: Path) -> None:
+    bench = Bench(tiny_model)
+    shown = bench.shown(bench.step(), 1)
+    kept, others = shown.digests[:1], tuple([name for name, _ in shown.digests[1:]])
+    bench.watch.hear(replace(shown, digests=kept, split=others))
+    assert bench.watch.summary().checked == 1
+    with pytest.raises(RunFailed, match="23 of 24 tensors differ"):
+        bench.watch.hear(replace(shown, digests=kept))
 
 
 def test_an_engine_with_other_arithmetic_is_told_apart_from_wrong_weights(tiny_model: Path) -> None:

@@ -122,6 +122,14 @@ def test_tensors_that_differ_or_that_one_side_lacks_are_named() -> None:
     assert found.wrong(math.inf)
 
 
+def test_tensors_that_are_split_are_not_compared_but_one_must_be() -> None:
+    found = compare(evidence(), evidence(digests={"a": 1}, split=("b", "c", "unknown")))
+    assert (found.tensors, found.num_tensors) == ((), 1)
+    found = compare(evidence(), evidence(digests={"a": 9}, split=("a", "b")))
+    assert (found.tensors, found.num_tensors) == (("a", "c"), 2)
+    assert compare(evidence(), evidence(digests={}, split=("a", "b", "c"))).tensors == ("a", "b", "c")
+
+
 def test_the_tolerance_bounds_the_mean_difference_and_the_worst_log_prob_is_shown() -> None:
     expected = evidence(log_probs=(-0.5, -2.0, -4.0))
     found = compare(expected, evidence(log_probs=(-0.6, -2.5, -4.2)))
