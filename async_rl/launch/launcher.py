@@ -25,7 +25,7 @@ from async_rl.launch.live import Live
 from async_rl.launch.placement import ANYWHERE
 from async_rl.launch.preflight import Facts, preflight
 from async_rl.launch.restart import RestartBudget
-from async_rl.launch.resume import Start, changed, find_start, resumed_settings, rewind
+from async_rl.launch.resume import Start, changed, find_start, resumed_settings, rewind, start_of_rollback
 from async_rl.launch.tracking import Tracking
 from async_rl.launch.vitals import Vitals
 from async_rl.observe.console import Console
@@ -334,9 +334,11 @@ def resume_training(path: Path, overrides: Sequence[str], *, console: Console) -
 def _to_the_end(launcher: Launcher) -> Mapping[str, Any]:
     """A run that goes back begins there with new processes: none of them knows the weights that were given up."""
     settings, folder, console = launcher.settings, launcher.folder, launcher.console
+    begun: list[int] = []
     while True:
         try:
             return launcher.run()
         except GoneBack:
-            start = find_start(folder, settings)
+            begun.append(launcher.version)
+            start = start_of_rollback(folder, settings, begun)
             launcher = Launcher(settings, folder, console, start_at=start, lock=launcher.lock)

@@ -21,7 +21,7 @@ from typing import Any
 
 from async_rl.buffer.store import StoreReader, store_begun
 from async_rl.config import described, load_yaml, structured, with_overrides
-from async_rl.errors import UserError
+from async_rl.errors import RunFailed, UserError
 from async_rl.rollback import Rollback, read_rollback
 from async_rl.run_folder import RunFolder, read_rows, replace_text
 from async_rl.settings import Settings, check
@@ -118,6 +118,22 @@ def find_start(folder: RunFolder, settings: Settings) -> Start:
                 f"{first} are deleted (buffer.keep_steps){reasons}. Start a new run from a model folder you trust"
             )
     return Start(version=version, checkpoint=path, damaged=tuple(damaged), back=goes_back)
+
+
+def start_of_rollback(folder: RunFolder, settings: Settings, begun: Sequence[int]) -> Start:
+    """Where a run that goes back begins. `begun`: versions at which launches began that ended in going back; a damaged
+    checkpoint is trained anew once, by a launch that begins below it. Raises RunFailed instead of a second time."""
+    start = find_start(folder, settings)
+    if start.back is None and begun.count(start.version) > 1:
+        back = read_rollback(folder)
+        assert back is not None, "the trainer ended for it"
+        damages = "".join(f"; {damage.path.name}: {damage.reason}" for damage in start.damaged)
+        raise RunFailed(
+            f"{folder.path} cannot go back to version {back.to}: it was trained again from version {start.version} on, "
+            f"and still there is no whole checkpoint of it{damages}. Look after the disk, put that checkpoint back "
+            f"from a copy of the run and resume; or start a new run, model.path={folder.checkpoints}/step_..."
+        )
+    return start
 
 
 def rewind(folder: RunFolder, start: Start) -> None:

@@ -93,7 +93,7 @@ class Guard:
 
     def spared(self) -> Path | None:
         """The checkpoint that must not be deleted for being old: where the run would go back to."""
-        if not self.settings.rollback:
+        if not self.settings.rollback and self.rollback is None:
             return None
         latest = self.watch.good() if self.rollback is None else self.rollback.to
         able = [path for path in list_checkpoints(self.folder.checkpoints) if version_of(path) <= latest]

@@ -117,8 +117,7 @@ class TrainerLoop:
                 to_disk(self.folder.metrics)
                 raise self.guard.go_back(alarms, step, self.progress())
             self.watch_evaluation(step)
-            every = self.settings.checkpoint.every
-            if every and (step + 1) % every == 0 and step + 1 < steps:
+            if step + 1 < steps and self.checkpoint_due(step + 1):
                 self.checkpoint()
         seconds = self.seconds()
         self.collect_evaluation(wait=True)  # what was asked for is reported, also when training ends before it
@@ -205,6 +204,12 @@ class TrainerLoop:
         self.publisher.publish(self.team.sent(self.learner), self.learner.version)
         self.inbox.say(msg.Published(version=self.learner.version, ess=ess))
         self.canary.expect()
+
+    def checkpoint_due(self, version: int) -> bool:
+        """By checkpoint.every; and where the run will go back to: it only reaches that again because the checkpoint
+        that was there is damaged or gone, and without it would go back for ever."""
+        every, back = self.settings.checkpoint.every, self.guard.rollback
+        return bool(every and version % every == 0) or (back is not None and version == back.to)
 
     def checkpoint(self) -> None:
         """Save everything a step depends on, then tell the buffer that these steps are not done again."""

@@ -15,14 +15,16 @@ from support_run import quick_settings, train
 
 from async_rl.buffer.store import StoreReader
 from async_rl.chaos.audit_run import audit_run
-from async_rl.errors import UserError
+from async_rl.errors import RunFailed, UserError
 from async_rl.lab.replay import replay
 from async_rl.lab.rescore import rescore
 from async_rl.launch.launcher import resume_training
+from async_rl.launch.resume import start_of_rollback
 from async_rl.observe.alarms import incidents, standing
 from async_rl.observe.console import Console
-from async_rl.rollback import Rollback, read_rollback
+from async_rl.rollback import Rollback, read_rollback, write_rollback
 from async_rl.run_folder import RunFolder, read_rows
+from async_rl.settings import Settings
 from async_rl.trainer.alarm import SIGNALS
 from async_rl.trainer.manifest import list_checkpoints, version_of
 
@@ -124,8 +126,12 @@ def test_a_run_killed_while_it_goes_back_is_resumed_there(moment: str, tmp_path:
     check_whole(run.folder)
 
 
-def test_a_damaged_checkpoint_is_trained_anew_before_the_run_goes_back(tmp_path: Path, tiny_model: Path) -> None:
-    """The one it went back to: the run reaches the same step again, and goes back as it did."""
+@pytest.mark.parametrize("changes", [(), ("checkpoint.every=5", "checkpoint.keep=1", "guard.rollback=false")])
+def test_a_damaged_checkpoint_is_trained_anew_before_the_run_goes_back(
+    changes: tuple[str, ...], tmp_path: Path, tiny_model: Path
+) -> None:
+    """The one it went back to: the run reaches the same step again, and goes back as it did; also where no checkpoint
+    is due at that step any more."""
     settings = quick_settings(tiny_model, *NERVOUS, *BACK, "checkpoint.keep=20", "optimizer.warmup_steps=12")
     folder = train(settings, tmp_path / "run")
     back = check_whole(folder)
@@ -134,8 +140,31 @@ def test_a_damaged_checkpoint_is_trained_anew_before_the_run_goes_back(tmp_path:
         if version_of(path) >= back.to:
             (path / "learner.json").write_text("torn")
     folder.summary.unlink()
-    resume_training(folder.path, [], console=Console(silent=True))
+    if "guard.rollback=false" in changes:
+        changes = (*changes, "guard.rollback_lr_scale=0.3")
+    resume_training(folder.path, changes, console=Console(silent=True))
     assert check_whole(folder) == back
+
+
+def gone_back(tmp_path: Path, tiny_model: Path, *words: str) -> tuple[RunFolder, Settings]:
+    """The folder of a run that is to go back from version 9 to 4, and has no checkpoint."""
+    folder, settings = RunFolder(tmp_path / "run"), quick_settings(tiny_model, *NERVOUS, *BACK, *words)
+    folder.create(settings)
+    back = Rollback(
+        at=9, to=4, since=6, signal="ess", reason="alarm ess", lr_scale=0.001, progress={}, time=0.0
+    )  # fmt: skip
+    write_rollback(folder, back)
+    return folder, settings
+
+
+def test_a_checkpoint_that_stays_damaged_ends_the_run_and_is_not_trained_for_ever(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    folder, settings = gone_back(tmp_path, tiny_model)
+    assert start_of_rollback(folder, settings, [0]).version == 0
+    assert start_of_rollback(folder, settings, [2, 2]).version == 0
+    with pytest.raises(RunFailed, match="cannot go back to version 4: it was trained again from version 0 on"):
+        start_of_rollback(folder, settings, [0, 0])
 
 
 @pytest.mark.parametrize(
