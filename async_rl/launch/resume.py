@@ -79,6 +79,13 @@ def resumed_settings(folder: RunFolder, overrides: Sequence[str]) -> Settings:
                 "processes run, and sizes that memory sets (trainer.micro_batch_tokens, ...) may; else start a new run "
                 f"from a checkpoint, model.path={folder.checkpoints}/step_..."
             )
+    scale, back = settings.guard.rollback_lr_scale, read_rollback(folder)
+    if back is not None and settings.guard.rollback and scale not in (before.guard.rollback_lr_scale, back.lr_scale):
+        raise UserError(
+            f"guard.rollback_lr_scale={scale:g} would do nothing: the run went back at step {back.at - 1}, once and "
+            f"for all with a factor of {back.lr_scale:g} on its learning rate. Leave it out; or start a new run from a "
+            f"checkpoint, model.path={folder.checkpoints}/step_..., with another optimizer.learning_rate"
+        )
     if settings.trainer.steps != before.trainer.steps and settings.optimizer.schedule != "constant":
         raise UserError(
             f"trainer.steps cannot change in this run: its learning-rate schedule ({settings.optimizer.schedule}) "

@@ -17,7 +17,7 @@ class GuardSettings:
     )
     window: int = setting(
         10,
-        "what is compared are medians over so many steps; a run's start, which they are compared with, is twice as long",
+        "what is compared are medians over so many steps; a run's start, which they are compared with, is as long",
         unit="steps",
     )
     ess: float = setting(
@@ -45,7 +45,7 @@ class GuardSettings:
     rollback_lr_scale: float = setting(0.3, "factor on the learning rate after going back", unit="factor")
 
 
-def check_guard(guard: GuardSettings, *, checkpoints_every: int) -> None:
+def check_guard(guard: GuardSettings, *, checkpoints_every: int, generators: int) -> None:
     """Settings that would do nothing, or promise what cannot be kept. Raises UserError."""
     if not guard.alarms:
         for one in fields(guard):
@@ -65,4 +65,10 @@ def check_guard(guard: GuardSettings, *, checkpoints_every: int) -> None:
         raise UserError(
             "guard.rollback=true, but with checkpoint.every=0 there is no checkpoint to go back to before the end of the "
             "run; set checkpoint.every"
+        )
+    if not generators:
+        raise UserError(
+            "guard.rollback=true, but with generator.count=0 nobody would generate behind it: going back starts all "
+            "processes anew, and generators that joined by themselves are told to end; set generator.count=1 or more, or "
+            "guard.rollback=false"
         )

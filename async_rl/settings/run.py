@@ -341,7 +341,7 @@ def check(settings: Settings) -> None:
     check_wire(settings.wire, settings.weights)
     check_lora(settings.lora, settings.weights.transport)
     check_trackers(settings.trackers)
-    check_guard(settings.guard, checkpoints_every=settings.checkpoint.every)
+    check_guard(settings.guard, checkpoints_every=settings.checkpoint.every, generators=settings.generator.count)
     if not settings.name.strip() or "/" in settings.name or "\0" in settings.name:
         raise UserError(f"name is {settings.name!r}; it names a folder, so it must be text without '/'")
     if not settings.model.path:

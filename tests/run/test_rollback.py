@@ -19,7 +19,7 @@ from async_rl.errors import RunFailed, UserError
 from async_rl.lab.replay import replay
 from async_rl.lab.rescore import rescore
 from async_rl.launch.launcher import resume_training
-from async_rl.launch.resume import start_of_rollback
+from async_rl.launch.resume import resumed_settings, start_of_rollback
 from async_rl.observe.alarms import incidents, standing
 from async_rl.observe.console import Console
 from async_rl.rollback import Rollback, read_rollback, write_rollback
@@ -167,10 +167,21 @@ def test_a_checkpoint_that_stays_damaged_ends_the_run_and_is_not_trained_for_eve
         start_of_rollback(folder, settings, [0, 0])
 
 
+def test_the_rate_after_going_back_cannot_change_once_it_went_back(tmp_path: Path, tiny_model: Path) -> None:
+    folder, _ = gone_back(tmp_path, tiny_model)
+    with pytest.raises(UserError, match=r"went back at step 8, once and for all with a factor of 0\.001"):
+        resumed_settings(folder, ["guard.rollback_lr_scale=0.1"])
+    resumed_settings(folder, ["guard.rollback=false", "guard.rollback_lr_scale=0.3"])
+    resumed_settings(folder, ["checkpoint.every=5"])
+    folder.rollback.unlink()
+    resumed_settings(folder, ["guard.rollback_lr_scale=0.1"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (("guard.rollback=true", "checkpoint.every=0"), "checkpoint.every"),
+        (("guard.rollback=true", "generator.count=0"), "generator.count=0 nobody would generate"),
         (("guard.rollback_lr_scale=0.1",), "does nothing with guard.rollback=false"),
         (("guard.alarms=false", "guard.rollback=true"), "does nothing with guard.alarms=false"),
         (("guard.entropy=0.5",), "a factor above 1"),
