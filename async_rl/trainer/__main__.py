@@ -45,19 +45,21 @@ def train(
     from async_rl.weights.way import WAYS
 
     activity.now("loading the model")
-    begun = begin(folder, settings, version, ranks)
+    begun = begin(folder, settings, version, activity, ranks)
     learner = begun.learner
     if not learner.ranks.leads:
         follow(settings, learner, activity)
         return
     team = Team(learner.ranks)
     task = make_task(settings.task.name, settings.task.args)
+    team.still()
     limit = settings.wire.max_message_mb << 20
     ways = [way for way in os.environ.get(WAYS, "").split(",") if way]
     with (
         Dealer(endpoint, "trainer", max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as dealer,
-        closing(make_publisher(folder, settings, learner, ways, folder.event)) as publisher,
+        closing(make_publisher(folder, settings, learner, ways, folder.event, still=team.still)) as publisher,
     ):
+        team.still()
         canary = make_canary(settings, learner, task, folder.event, team)
         inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity, team.still)
         inbox.say(msg.Hello(role="trainer", name="trainer", pid=os.getpid()))
@@ -101,23 +103,28 @@ class Begun:
     """of the model the run began with; the leader knows it"""
 
 
-def begin(folder: RunFolder, settings: Settings, version: int, ranks: Ranks | None) -> Begun:
+def begin(folder: RunFolder, settings: Settings, version: int, activity: Activity, ranks: Ranks | None) -> Begun:
     """The learner at `version`. Collective over ranks."""
     import torch
 
     from async_rl.rollback import read_rollback
     from async_rl.trainer.build import make_learner
     from async_rl.trainer.checkpoint import load_checkpoint, weights_hash
+    from async_rl.trainer.follow import follow
     from async_rl.trainer.manifest import checkpoint_path
+    from async_rl.trainer.team import End, Team
 
     torch.set_num_threads(settings.trainer.threads)
     if settings.trainer.memory_share < 1:  # generators are on the same GPU
         torch.cuda.set_per_process_memory_fraction(settings.trainer.memory_share)
     learner = make_learner(settings, ranks)
-    initial = learner.full_weights()
-    initial_hash = weights_hash(initial) if learner.ranks.leads else ""
-    for _ in initial:
-        pass  # on the other ranks, which help to gather them
+    initial_hash = ""
+    if learner.ranks.leads:
+        team = Team(learner.ranks)
+        initial_hash = weights_hash(team.weights(learner))
+        team.say(End())
+    else:
+        follow(settings, learner, activity)
     back = read_rollback(folder)
     there = checkpoint_path(folder.checkpoints, version).exists()
     saved = version if back is None else back.source(version, there=there)

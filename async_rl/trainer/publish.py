@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -40,10 +40,16 @@ class Both:
     links: LinkServer
     staged: Staged
     segment: WeightPublisher
+    still: Callable[[], None]
 
     def publish(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int) -> None:
         self.links.publish(tensors, version)
-        self.segment.publish(self.staged.named_parameters(), version)
+        self.segment.publish(self._while_still(), version)
+
+    def _while_still(self) -> Iterator[tuple[str, Tensor]]:
+        for pair in self.staged.named_parameters():
+            self.still()
+            yield pair
 
     def close(self) -> None:
         with ExitStack() as both:
@@ -58,9 +64,11 @@ def make_publisher(
     ways: Iterable[str],
     event: Callable[..., None],
     make_link: Callable[[Staged], MakeLink] | None = None,
+    still: Callable[[], None] = lambda: None,
 ) -> Publisher:
     """`ways`: that weights take to the run's own generators (launch/ways.py); none are known for a trainer that
-    somebody else starts. `make_link`: else by vLLM's release. Raises UserError."""
+    somebody else starts. `make_link`: else by vLLM's release. `still`: called again and again while a publication
+    waits or copies. Raises UserError."""
     ways = set(ways)
     linked = ways & set(LINKS)
     sent = learner.sent()
@@ -75,10 +83,11 @@ def make_publisher(
         (make_link or links_by_release(installed_release()))(staged),
         timeout_s=settings.weights.timeout_s,
         event=event,
+        still=still,
     )
     if ways == linked and not is_tcp(settings.wire.endpoint):
         return links
-    return Both(links, staged, WeightPublisher(segment_path(folder.path), dict(staged.named_parameters())))
+    return Both(links, staged, WeightPublisher(segment_path(folder.path), dict(staged.named_parameters())), still)
 
 
 def links_by_release(release: Release) -> Callable[[Staged], MakeLink]:

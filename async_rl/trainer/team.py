@@ -43,7 +43,7 @@ class Train:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gather:
-    """Go through the whole weights with the leader, who does something with them."""
+    """Go through the sharded weights with the leader, who does something with them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class Still:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """The run is done."""
+    """Nothing more is asked of those who follow: the run is done, or all go on by themselves."""
 
 
 Order = Train | Gather | Probe | Save | Still | End
@@ -90,9 +90,15 @@ class Team:
             self._said = self._clock()
 
     def weights(self, learner: Learner) -> Iterator[tuple[str, Tensor]]:
-        """Its weights, whole, one after another, in order of name; must be gone through to the end."""
-        self.say(Gather())
-        yield from learner.full_weights()
+        """Its weights, whole, one after another, in order of name; must be gone through to the end. Sharded ones
+        the others gather with the leader; else they wait, and hear between two tensors that it is still there."""
+        sharded = is_sharded(learner.model)
+        if sharded:
+            self.say(Gather())
+        for name, tensor in learner.full_weights():
+            yield name, tensor
+            if not sharded:
+                self.still()
 
     def sent(self, learner: Learner) -> Iterable[tuple[str, Tensor]]:
         """What travels to the generators, whole: its weights, or its adapters alone, which every rank has."""

@@ -147,11 +147,12 @@ class LinkServer:
         timeout_s: float,
         event: Callable[..., None],
         closing_s: float = CLOSING_S,
+        still: Callable[[], None] = lambda: None,
     ) -> None:
         """`endpoint`: a Unix socket, so that whoever asks is of this host and this user. `timeout_s`: longest time of
-        one transfer. Raises UserError."""
+        one transfer. `still`: called again and again while a publication waits for transfers. Raises UserError."""
         self._staged, self._make_link = staged, make_link
-        self._timeout_s, self._closing_s, self._event = timeout_s, closing_s, event
+        self._timeout_s, self._closing_s, self._event, self._still = timeout_s, closing_s, event, still
         self._failure: Exception | None = None
         self._router = Router(endpoint)
         self._out: queue.SimpleQueue[tuple[bytes, msg.Message]] = queue.SimpleQueue()
@@ -167,7 +168,7 @@ class LinkServer:
         if self._failure is not None:
             raise self._failure
         pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-        self._staged.write(pairs, version, self._timeout_s + self._closing_s)
+        self._staged.write(pairs, version, self._timeout_s + self._closing_s, self._still)
 
     def close(self) -> None:
         """End every link. What still waits in one is left to its thread, which nobody waits for."""

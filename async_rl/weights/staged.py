@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,10 @@ from async_rl.errors import RunFailed
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+LOOK_S = 1.0
+"""between two calls of what a writer who waits is to call"""
 
 
 class Staged:
@@ -57,15 +61,25 @@ class Staged:
         for name, tensor in self._tensors.items():
             yield name, tensor.to(self.device)
 
-    def write(self, tensors: Iterable[tuple[str, Tensor]], version: int, seconds: float) -> None:
-        """Take over a newer version. Raises RunFailed when transfers hold the old one for longer than `seconds`,
-        ValueError for other tensors than announced."""
+    def write(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        version: int,
+        seconds: float,
+        still: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take over a newer version. `still` is called every `LOOK_S` while transfers hold the old one. Raises
+        RunFailed when they do for longer than `seconds`, ValueError for other tensors than announced."""
         with self._changed:
             if version <= self._version:
                 raise ValueError(f"version {version} is not newer than {self._version}")
             self._writing = True
             try:
-                if not self._changed.wait_for(lambda: not self._readers, seconds):
+                deadline = time.monotonic() + seconds
+                while self._readers and (left := deadline - time.monotonic()) > 0:
+                    still()
+                    self._changed.wait_for(lambda: not self._readers, min(left, LOOK_S))
+                if self._readers:
                     raise RunFailed(
                         f"trainer waited {seconds:g} s for {', '.join(self._readers)} to take weights version "
                         f"{self._version}, and the transfer cannot be ended; resume the run"

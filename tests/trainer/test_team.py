@@ -1,0 +1,83 @@
+"""What the leader says to the other ranks while it is busy with what they need not help with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from async_rl.trainer.checkpoint import weights_hash
+from async_rl.trainer.publish import Both
+from async_rl.trainer.team import STILL_S, Order, Still, Team, decode
+from async_rl.weights.staged import Staged
+
+
+class Leader:
+    """Of two ranks; what it says is kept."""
+
+    leads, size, rank = True, 2, 0
+
+    def __init__(self) -> None:
+        self.said: list[Order] = []
+
+    def broadcast_bytes(self, payload: bytes) -> bytes:
+        self.said.append(decode(payload))
+        return payload
+
+
+class WholeLearner:
+    """Its model is not sharded."""
+
+    model = torch.nn.Linear(2, 2)
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name in "abcd":
+            yield name, torch.ones(2)
+
+
+def test_a_leader_that_hashes_whole_weights_says_between_them_that_it_is_there() -> None:
+    ranks: Any = Leader()
+    learner: Any = WholeLearner()
+    now = 0.0
+    team = Team(ranks, clock=lambda: now)
+
+    def slowly() -> Iterator[tuple[str, Tensor]]:
+        nonlocal now
+        for pair in team.weights(learner):
+            now += STILL_S / 2  # what is done with each takes so long
+            yield pair
+
+    weights_hash(slowly())
+    assert ranks.said == [Still(), Still()]
+
+
+def test_a_leader_whose_publication_waits_for_a_transfer_says_that_it_is_there() -> None:
+    staged = Staged({"a": (2,)}, torch.float32, "cpu")
+    said: list[str] = []
+    held = staged.held("generator-0", 1.0)
+    held.__enter__()
+
+    def still() -> None:
+        said.append("still")
+        if len(said) == 2:  # by then it was waited for a while
+            held.__exit__(None, None, None)
+
+    staged.write([("a", torch.ones(2))], 1, 60.0, still)
+    assert said == ["still", "still"]
+    assert staged.version == 1
+
+
+def test_a_leader_that_copies_what_is_staged_says_that_it_is_there() -> None:
+    staged = Staged({"a": (2,), "b": (2,)}, torch.float32, "cpu")
+    said: list[str] = []
+
+    class Sink:
+        def publish(self, tensors: Any, version: int) -> None:
+            if not isinstance(tensors, list):
+                list(tensors)
+
+    sink: Any = Sink()
+    Both(sink, staged, sink, lambda: said.append("still")).publish([], 1)
+    assert said == ["still", "still"]
