@@ -159,7 +159,7 @@ def rewind(folder: RunFolder, start: Start) -> None:
         match row["event"]:
             case "evaluation":
                 return bool(row["evaluation"] < reported)
-            case "step_skipped" | "alarm":
+            case "step_skipped" | "updates_stopped" | "alarm":
                 return bool(row["step"] < version)
             case _:
                 return True

@@ -49,13 +49,15 @@ class LearnerOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One training step. `skipped` tells why nothing was changed, or is empty."""
+    """One training step. `skipped` tells why the policy was not changed, or is empty."""
 
     version: int
     """of the weights after the step"""
     skipped: str
     seconds: float
     metrics: Mapping[str, float]
+    stopped: str = ""
+    """why a later update on the batch was not taken, nor those behind it; or empty"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,12 +114,14 @@ class Learner:
         self.optimizer = make_optimizer(model, options.optimizer)
 
     def step(self, batch: PackedBatch) -> StepReport:
-        """Train on one batch. Weights and moments stay as they are when nothing can be learned from it."""
+        """Train on one batch. The policy's weights and moments stay as they are when nothing can be learned from it;
+        of several updates, those before the first that cannot be taken count."""
         started = time.perf_counter()
         metrics: dict[str, float] = {}
-        skipped = ""
+        stopped = ""
+        done, updates = 0, self.options.updates_per_batch
         start: Columns | None = None
-        for _ in range(self.options.updates_per_batch):
+        while done < updates and not stopped:
             pass_ = self._pass(batch)
             columns = self._columns(batch, pass_.log_probs, start)
             start = start or columns
@@ -125,14 +129,19 @@ class Learner:
             metrics.update(answer.metrics)
             if self.critic is not None and answer.value_grad is not None:
                 metrics["critic/grad_norm"] = self.critic.step(answer.value_grad)
-            skipped = answer.skip or self._update(pass_, columns, answer, state, metrics)
-            if skipped:
-                break
+            stopped = answer.skip or self._update(pass_, columns, answer, state, metrics)
+            done += not stopped
+        if updates > 1:
+            metrics["updates/done"] = float(done)
         free(self.model)
         self.version += 1
         metrics.update(self._batch_metrics(batch))
         return StepReport(
-            version=self.version, skipped=skipped, seconds=time.perf_counter() - started, metrics=metrics
+            version=self.version,
+            skipped="" if done else stopped,
+            stopped=stopped if done else "",
+            seconds=time.perf_counter() - started,
+            metrics=metrics,
         )
 
     def look(self, batch: PackedBatch) -> Look:

@@ -187,6 +187,8 @@ class TrainerLoop:
         if report.skipped:
             self.folder.event("step_skipped", step=step, reason=report.skipped, time=time.time())
             row["skipped"] = 1.0
+        elif report.stopped:
+            self.folder.event("updates_stopped", step=step, reason=report.stopped, time=time.time())
         return row, alarms
 
     def step(self, step: int, packed: PackedBatch) -> StepReport:

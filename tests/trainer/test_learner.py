@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import replace
 
@@ -183,6 +184,18 @@ def test_several_updates_on_a_batch_move_away_from_the_proximal_policy() -> None
     once, twice = make_learner(recipe), make_learner(recipe, updates=3, learning_rate=0.05)
     assert once.step(make_batch()).metrics["clip/frac"] == 0.0
     assert twice.step(make_batch()).metrics["clip/frac"] > 0.0
+
+
+def test_a_step_whose_second_update_cannot_be_taken_is_not_called_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = iter([1.0, math.nan])
+    monkeypatch.setattr("async_rl.trainer.learner.clip_gradient", lambda *_: next(norms))
+    learner = make_learner("grpo", updates=3)
+    before = {name: p.clone() for name, p in learner.weights().items()}
+    report = learner.step(make_batch())
+    assert not report.skipped
+    assert "not finite" in report.stopped
+    assert report.metrics["updates/done"] == 1.0
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in learner.weights().items())
 
 
 @pytest.mark.parametrize("kind", ["head", "model"])
