@@ -28,7 +28,7 @@ from async_rl.launch.memory_kills import memory_kills
 from async_rl.process import AGENT, TOLD_TO_END, run_process
 from async_rl.run_folder import RunFolder
 from async_rl.settings import Settings
-from async_rl.trainer.rank_name import process_name
+from async_rl.trainer.rank_name import MISSED, process_name
 from async_rl.wire.heartbeat import Activity, make_heartbeat
 
 LOOPBACK = "127.0.0.1"
@@ -82,16 +82,21 @@ class End:
 
 
 def first_to_fall(folder: RunFolder, ends: Mapping[int, End], kills_before: int | None) -> RunFailed | SystemExit:
-    """The rank that is the cause: one that could not say why (something killed it), else the first that did. Those
-    that the agent ended because of it come last. `kills_before`: for lack of memory, when the ranks began."""
+    """The rank that is the cause: one that could not say why (something killed it), else the first that did. Behind
+    these one that aborted without a word, which NCCL does to a rank that waits for another; then those that only
+    missed another. Those that the agent ended because of it come last. `kills_before`: for lack of memory, when the
+    ranks began."""
     said = {rank: _failure(folder, rank) for rank in ends}
     first = min(end.second for end in ends.values())
 
-    def order(rank: int) -> tuple[bool, float]:
+    def order(rank: int) -> tuple[int, float]:
         end = ends[rank]
         by_force = end.code == -signal.SIGKILL and end.second >= first + GIVE_WAY_S
         ended_by_us = not said[rank] and (by_force or end.code in (TOLD_TO_END, -signal.SIGTERM))
-        return ended_by_us, float(said[rank].get("time", 0.0))
+        aborted = not said[rank] and end.code == -signal.SIGABRT
+        missed = MISSED in said[rank].get("message", "")
+        place = 3 if ended_by_us else 2 if missed else 1 if aborted else 0
+        return place, float(said[rank].get("time", 0.0))
 
     rank = min(ends, key=order)
     if rank == 0 and said[rank]:

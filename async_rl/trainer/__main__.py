@@ -116,7 +116,7 @@ def begin(folder: RunFolder, settings: Settings, version: int, activity: Activit
 
     torch.set_num_threads(settings.trainer.threads)
     if settings.trainer.memory_share < 1:  # generators are on the same GPU
-        torch.cuda.set_per_process_memory_fraction(settings.trainer.memory_share)
+        limit_memory(settings)
     learner = make_learner(settings, ranks)
     initial_hash = ""
     if learner.ranks.leads:
@@ -133,6 +133,14 @@ def begin(folder: RunFolder, settings: Settings, version: int, activity: Activit
         learner.version, learner.given_up, learner.rate_scale = version, back.given_up, back.lr_scale
         progress = progress if saved == version else back.progress
     return Begun(learner=learner, progress=progress, saved=saved, initial_hash=initial_hash)
+
+
+def limit_memory(settings: Settings) -> None:
+    """To this process's share of the GPU it trains on: the one named, else the current one, which each rank chose."""
+    import torch
+
+    number = torch.device(settings.trainer.device).index
+    torch.cuda.set_per_process_memory_fraction(settings.trainer.memory_share, number)
 
 
 def train_as_rank(folder: RunFolder, settings: Settings, endpoint: str, version: int, activity: Activity) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 RANK = "RANK"
 """environment variable: torchrun's number of a process, 0 for the one that leads"""
+MISSED = "did not get"
+"""in the words of a rank that another one failed: not the cause"""
 
 
 def process_name(rank: int) -> str:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from async_rl.errors import RunFailed, UserError
+from async_rl.trainer.rank_name import MISSED
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -110,8 +111,11 @@ class Ranks:
     def __enter__(self) -> Ranks:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Behind an exception nothing is closed: a collective may be under way, for which NCCL would wait until it
+        aborts this process, before that has said why it ends."""
+        if kind is None:
+            self.close()
 
     @contextmanager
     def _exchange(self, what: str) -> Iterator[None]:
@@ -120,7 +124,7 @@ class Ranks:
             yield
         except RuntimeError as error:  # what torch.distributed raises for a lost or late peer
             raise RunFailed(
-                f"rank {self.rank} of {self.size} did not get {what}: a rank is gone or did not come within "
+                f"rank {self.rank} of {self.size} {MISSED} {what}: a rank is gone or did not come within "
                 f"{self.timeout_s:g} s ({str(error).splitlines()[0]})"
             ) from None
         finally:

@@ -52,3 +52,11 @@ def test_what_the_leader_says_itself_is_left_as_it_is(folder: RunFolder, kind: s
     found = first_to_fall(folder, {0: End(code=code, second=10), 1: End(code=1, second=10)}, None)
     assert isinstance(found, SystemExit)
     assert found.code == code
+
+
+def test_a_wordless_abort_comes_behind_a_stated_cause_and_before_those_that_missed_it(folder: RunFolder) -> None:
+    ends = {0: End(code=-6, second=10), 1: End(code=1, second=10)}
+    said(folder, "trainer-rank-1", "ValueError: no", 10.0)
+    assert str(first_to_fall(folder, ends, None)).startswith("rank 1: ValueError: no")
+    said(folder, "trainer-rank-1", "rank 1 of 2 did not get bytes of rank 0", 10.0)
+    assert str(first_to_fall(folder, ends, None)).startswith("rank 0 crashed (SIGABRT)")

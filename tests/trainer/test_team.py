@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from support_run import quick_settings
 from torch import Tensor
 
+from async_rl.trainer.__main__ import limit_memory
 from async_rl.trainer.checkpoint import weights_hash
 from async_rl.trainer.publish import Both
+from async_rl.trainer.ranks import Ranks
 from async_rl.trainer.team import STILL_S, Order, Still, Team, decode
 from async_rl.weights.staged import Staged
 
@@ -81,3 +86,25 @@ def test_a_leader_that_copies_what_is_staged_says_that_it_is_there() -> None:
     sink: Any = Sink()
     Both(sink, staged, sink, lambda: said.append("still")).publish([], 1)
     assert said == ["still", "still"]
+
+
+def test_ranks_are_closed_at_a_good_end_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: closed.append("closed"))
+    mesh: Any = object()
+    with pytest.raises(ValueError, match="why"), Ranks(rank=0, size=2, mesh=mesh, timeout_s=1.0):
+        raise ValueError("why")
+    assert closed == []
+    with Ranks(rank=0, size=2, mesh=mesh, timeout_s=1.0):
+        pass
+    assert closed == ["closed"]
+
+
+@pytest.mark.parametrize(("device", "number"), [("cuda:1", 1), ("cuda", None)])
+def test_memory_is_limited_on_the_gpu_that_trains(
+    device: str, number: int | None, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[float, int | None]] = []
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda *given: found.append(given))
+    limit_memory(quick_settings(tiny_model, f"trainer.device={device}", "trainer.memory_share=0.5"))
+    assert found == [(0.5, number)]
