@@ -6,7 +6,7 @@ allocators leave unused are allowances. Peaks of the parts are added up, so a ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,7 +27,8 @@ from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.settings import Settings
 from async_rl.settings.placement import tensor_parallel
-from async_rl.weights.way import LINKS
+from async_rl.weights.way import LINKS, Way, needs_segment
+from async_rl.wire.endpoint import is_tcp
 
 BYTES = {"float32": 4, "bfloat16": 2}
 PROCESS_BYTES = 350 << 20
@@ -95,11 +96,12 @@ def estimate_of(
     placement = placement or pretended(settings)
     context = context_of(settings.generator.max_context, config)
     shape = _Shape(settings=settings, parameters=parameters, config=config, context=context)
-    parts = [*_host(shape, placement)]
+    ways = choose_all(settings, placement, ipc_works=True)
+    parts = [*_host(shape, placement, ways)]
     for rank, spot in enumerate(placement.ranks):
         name = "trainer" if len(placement.ranks) == 1 else f"trainer rank {rank}"
         parts += _trainer(shape, name, _device(spot, settings.trainer.device))
-    if linked := set(choose_all(settings, placement, ipc_works=True)) & set(LINKS):
+    if linked := set(ways) & set(LINKS):
         sender = _device(placement.ranks[0], settings.trainer.device) if "ipc" in linked else "cpu"
         copy = BYTES[settings.generator.dtype] * parameters
         parts.append(Part(name="trainer: copy of the weights for links into vLLM", bytes=copy, device=sender))
@@ -144,20 +146,28 @@ class _Shape:
         return lora_parameters(self.config, lora.rank, tuple(lora.targets))
 
     @property
+    def adapters_alone(self) -> bool:
+        """what travels, to be added to a copy of the model there"""
+        return bool(self.settings.lora.rank) and self.settings.lora.send == "adapter"
+
+    @property
     def shards(self) -> int:
         """ranks that share one copy of the model"""
         trainer = self.settings.trainer
         return trainer.ranks if trainer.sharding == "full" else 1
 
 
-def _host(shape: _Shape, placement: Placement) -> Iterator[Part]:
+def _host(shape: _Shape, placement: Placement, ways: Sequence[Way]) -> Iterator[Part]:
     """Main memory of the run as a whole."""
     settings = shape.settings
     yield Part(name="launcher and buffer", bytes=PROCESS_BYTES // 2 + BUFFER_BYTES, device="cpu")
     yield Part(
         name="buffer: trajectories", bytes=settings.buffer.memory_mb << 20, device="cpu", lower="buffer.memory_mb"
     )
-    yield Part(name="weights in shared memory, two versions", bytes=2 * shape.weights, device="cpu")
+    staged = BYTES[settings.generator.dtype] * shape.parameters if set(ways) & set(LINKS) else shape.weights
+    sent = 4 * shape.trained if shape.adapters_alone else staged
+    if needs_segment(ways, tcp=is_tcp(settings.wire.endpoint)):
+        yield Part(name="weights in shared memory, two versions", bytes=2 * sent, device="cpu")
     ranks, generators = len(placement.ranks), len(placement.generators)
     if ranks:
         yield Part(name="trainer: processes", bytes=ranks * PROCESS_BYTES, device="cpu")
@@ -166,9 +176,16 @@ def _host(shape: _Shape, placement: Placement) -> Iterator[Part]:
     vllm = settings.generator.engine == "vllm"
     each = PROCESS_BYTES + (VLLM_PROCESS_BYTES if vllm else 0)
     yield Part(name="generators: processes", bytes=generators * each, device="cpu", lower="generator.count")
-    if vllm:
+    fetching = sum(way not in LINKS for way in ways) if vllm else 0
+    if fetching:
+        whole = shape.weights if shape.adapters_alone else staged  # the sums are float32
         yield Part(
-            name="generators: new weights while they arrive", bytes=generators * shape.weights, device="cpu",
+            name="generators: new weights while they arrive", bytes=fetching * whole, device="cpu",
+            lower="generator.count",
+        )  # fmt: skip
+    if fetching and shape.adapters_alone:
+        yield Part(
+            name="generators: copies of the model for adapters, at most", bytes=fetching * shape.weights, device="cpu",
             lower="generator.count",
         )  # fmt: skip
 
@@ -187,10 +204,13 @@ def _trainer(shape: _Shape, name: str, device: str) -> Iterator[Part]:
         yield Part(name=f"{name}: reference model", bytes=shape.weights // shards, device=device)
     if needs.value and settings.critic.kind == "model":
         yield Part(name=f"{name}: critic with its optimizer", bytes=4 * shape.weights // shards, device=device)
-    if needs.per_trajectory_norms:
+    if needs.per_trajectory_norms and trainer.ranks == 1:  # over ranks none is kept (trainer/exact_over_ranks.py)
         yield Part(name=f"{name}: second gradient (exact OPOB)", bytes=trained // shards, device=device)
     if config is None:
         return
+    if needs.per_trajectory_norms and trainer.ranks > 1:
+        one = 4 * config.vocabulary * config.hidden
+        yield Part(name=f"{name}: gradient of the largest weight (exact OPOB)", bytes=one, device=device)
     if shards > 1:
         whole = GATHERED_LAYERS * layer_parameters(config) + 2 * config.vocabulary * config.hidden
         yield Part(name=f"{name}: gathered layers", bytes=whole * BYTES[trainer.dtype], device=device)
@@ -221,6 +241,9 @@ def _generator(shape: _Shape, name: str, spot: Spot) -> Iterator[Part]:
         yield Part(name=f"{name}: weights", bytes=BYTES[generator.dtype] * shape.parameters // split, device=device)
         if generator.engine == "embedded":
             yield Part(name=f"{name}: new weights while they arrive", bytes=shape.weights, device=device)
+            if shape.adapters_alone:
+                copy = f"{name}: copy of the model for adapters, at most"
+                yield Part(name=copy, bytes=shape.weights, device=device)
         if config is None:
             continue
         tokens = generator.max_sequences * shape.context

@@ -16,7 +16,7 @@ from async_rl.weights.ipc import HAS_PACKED, IpcLink
 from async_rl.weights.link import Control, LinkServer, MakeLink, WeightLink
 from async_rl.weights.shared_memory import WeightPublisher, segment_path
 from async_rl.weights.staged import Staged
-from async_rl.weights.way import LINKS
+from async_rl.weights.way import LINKS, needs_segment
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import ipc_endpoint
 from async_rl.wire.endpoint import is_tcp
@@ -85,7 +85,7 @@ def make_publisher(
         event=event,
         still=still,
     )
-    if ways == linked and not is_tcp(settings.wire.endpoint):
+    if not needs_segment(ways, tcp=is_tcp(settings.wire.endpoint)):
         return links
     return Both(links, staged, WeightPublisher(segment_path(folder.path), dict(staged.named_parameters())), still)
 

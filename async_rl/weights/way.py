@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,6 +49,12 @@ def choose(asked: Asked, sides: Sides) -> Way:
             "out"
         )
     return asked
+
+
+def needs_segment(ways: Collection[str], *, tcp: bool) -> bool:
+    """Whether the trainer keeps its weights in shared memory too: for generators that are not linked, or that may
+    join (`tcp`), or where nobody knows `ways`."""
+    return tcp or not ways or not set(ways) <= set(LINKS)
 
 
 def _obstacle(way: Way, sides: Sides) -> str:

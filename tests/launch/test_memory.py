@@ -120,6 +120,44 @@ def test_adapters_have_small_gradients_and_moments() -> None:
     assert few["trainer: optimizer (AdamW)"] < whole["trainer: optimizer (AdamW)"] / 100
 
 
+def host_parts(config: str, *words: str) -> dict[str, int]:
+    settings = load_settings(CONFIGS / f"{config}.yaml", list(words))
+    found = estimate_of(settings, parameters=10**9, config=QWEN_06B)
+    return {part.name: part.bytes for part in found.parts if part.device == "cpu"}
+
+
+SEGMENT, ARRIVING = "weights in shared memory, two versions", "generators: new weights while they arrive"
+
+
+def test_main_memory_holds_what_the_way_of_the_weights_needs() -> None:
+    linked = host_parts("eight_gpu_math")
+    assert SEGMENT not in linked
+    assert ARRIVING not in linked
+    joined = host_parts("eight_gpu_math", "wire.endpoint=tcp://127.0.0.1:5555", "wire.keys=keys")
+    assert joined[SEGMENT] == 2 * 2 * 10**9  # others may join: what is staged for the links, bfloat16
+    assert ARRIVING not in joined
+    shared = host_parts("eight_gpu_math", "weights.transport=shared_memory")
+    assert shared[SEGMENT] == 2 * 4 * 10**9
+    assert shared[ARRIVING] == 4 * 4 * 10**9
+
+
+def test_where_adapters_travel_alone_a_generator_keeps_a_copy_of_the_model() -> None:
+    words = ("recipe=grpo", "lora.rank=8", "weights.transport=shared_memory")
+    whole, alone = host_parts("two_gpu", *words), host_parts("two_gpu", *words, "lora.send=adapter")
+    assert alone[SEGMENT] < whole[SEGMENT] / 50
+    assert alone["generators: copies of the model for adapters, at most"] == 4 * 10**9
+    assert alone[ARRIVING] == whole[ARRIVING]
+
+
+def test_exact_baselines_over_ranks_keep_no_second_gradient(tiny_model: Path) -> None:
+    words = ("recipe=vcpo", "recipe.opob.norm=exact")
+    one = by_name(estimate(quick_settings(tiny_model, *words)))
+    two = by_name(estimate(quick_settings(tiny_model, *words, "trainer.ranks=2")))
+    assert "trainer: second gradient (exact OPOB)" in one
+    assert not [name for name in two if "second gradient" in name]
+    assert "trainer rank 1: gradient" in two, two
+
+
 ROOM = Estimate(
     parameters=1, context=1,
     parts=(Part(name="trainer: weights", bytes=60, device="cuda:0"),
