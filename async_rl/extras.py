@@ -26,4 +26,4 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"trackers names {name} twice; once is enough")
         found = find_spec(name)
         if found is None or found.origin is None:  # a folder of that name in the working directory is no package
-            raise UserError(f"trackers: {name} is not installed; pip install 'async_rl[{name}]', or leave it out")
+            raise UserError(f"trackers: {name} is not installed; pip install 'async-rl[{name}]', or leave it out")

@@ -56,7 +56,7 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         section=FLOW,
         title="Seconds of a step",
-        keys=("time/step", "time/wait_for_batch", "time/wait_for_policy", "time/publish"),
+        keys=("time/step", "time/wait_for_batch", "time/publish"),
     ),
     Chart(section=FLOW, title="Tokens a second", keys=("tokens_per_s/trained", "tokens_per_s/generated")),
     Chart(section=FLOW, title="Slots", keys=("slots/used", "slots/all")),

@@ -397,4 +397,4 @@ def _check_engine(settings: Settings) -> None:
             "says which GPU)"
         )
     if chosen.device == "cpu" and (vllm.tensor_parallel != 1 or vllm.memory_share != VllmSettings().memory_share):
-        raise UserError("vllm.tensor_parallel and vllm.memory_share need GPUs, and generator.device is cpu")
+        raise UserError("vllm.tensor_parallel and vllm.memory_share need GPUs, and generator.device is cpu; leave them out, or set generator.device=cuda")

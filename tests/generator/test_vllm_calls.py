@@ -20,7 +20,7 @@ from async_rl.generator.build import MOST_CPU_CACHE_BYTES, cpu_cache_bytes
     ("words", "reason"),
     [
         (("vllm.kv_cache_mb=100",), r"vllm\.\* does nothing with generator\.engine=embedded"),
-        (("generator.engine=vllm", "vllm.tensor_parallel=2"), "need GPUs, and generator.device is cpu"),
+        (("generator.engine=vllm", "vllm.tensor_parallel=2"), "need GPUs, .* is cpu; leave them out"),
         (("generator.engine=vllm", "vllm.memory_share=0.5"), "need GPUs, and generator.device is cpu"),
         (("generator.engine=vllm", "generator.device=cuda:1"), "CUDA_VISIBLE_DEVICES says which GPU"),
         (("generator.engine=vllm", "vllm.memory_share=0", "generator.device=cuda"), "it must be above 0"),

@@ -1,6 +1,6 @@
 """The page of a run in a real browser: it opens, draws, searches and toggles, and says nothing in the console.
 
-Skipped where there is no browser: `pip install async_rl[browser]` and a Chromium (Debian: apt install chromium).
+Skipped where there is no browser: `pip install async-rl[browser]` and a Chromium (Debian: apt install chromium).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from support_story import Story
 
 from async_rl.observe.report import write_report
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="pip install async_rl[browser] to test the page")
+sync_api = pytest.importorskip("playwright.sync_api", reason="pip install async-rl[browser] to test the page")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)")
 
