@@ -9,14 +9,15 @@ from typing import TypeVar
 from async_rl.doctor import machine, memory, reward, software, tokens
 from async_rl.doctor.finding import Finding, error, ok, warning
 from async_rl.errors import UserError
-from async_rl.launch.machine import placed
+from async_rl.launch.machine import look_at_machine, read_heads
 from async_rl.launch.memory import Estimate, estimate, read_available
+from async_rl.launch.placement import place
 from async_rl.launch.preflight import preflight
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.model.varlen import choose_backend
 from async_rl.settings import Settings, load_settings
-from async_rl.task import Task, make_task
+from async_rl.task import Task, has_demonstrations, make_task
 from async_rl.wire.keys import keys_in
 
 Found = Finding | Iterable[Finding]
@@ -45,7 +46,7 @@ def examine(config: Path | None, overrides: Sequence[str], *, run_folder: Path) 
     yield from guarded("cores", lambda: machine.judge_cores(machine.read_cores(), chosen))
     yield from guarded("gpu", lambda: machine.judge_gpus(machine.read_gpus(), chosen))
     if chosen is not None:
-        yield from guarded("placement", lambda: ok("placement", placed(chosen).in_words()))
+        yield from guarded("placement", lambda: look_at_placement(chosen))
     yield from guarded("unix socket", machine.look_at_ipc)
     name = f"{chosen.name if chosen is not None else 'run'}-{'0' * len('20260101-000000')}"
     yield from guarded("socket path", lambda: machine.judge_socket_path(run_folder / name))
@@ -109,6 +110,12 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
     yield from guarded("max_staleness=0", lambda: agreement.look_at_equivalence(settings, found.parameters))
 
 
+def look_at_placement(settings: Settings) -> Finding:
+    """Which process sees what. A missing model is a finding of its own, said once."""
+    heads = read_heads(settings) if Path(settings.model.path).is_dir() else None
+    return ok("placement", place(settings, look_at_machine(settings), heads).in_words())
+
+
 def look_at_attention(settings: Settings) -> Finding:
     """What attends among packed documents."""
     chosen = settings.trainer
@@ -128,11 +135,17 @@ def look_at_endpoint(settings: Settings) -> Finding:
 def look_at_model(settings: Settings, estimates: list[Estimate]) -> Finding:
     folder = settings.model.path
     if not Path(folder).is_dir():
-        return error(
-            "model", f"{folder} does not exist",
-            f"`async-rl init-model {folder} --task {settings.task.name}` makes a small one that knows the task a "
-            "little; or name a Hugging Face folder in model.path",
-        )  # fmt: skip
+        if has_demonstrations(settings.task.name):
+            remedy = (
+                f"`async-rl init-model {folder} --task {settings.task.name}` makes a small one that knows the task a "
+                "little; or name a Hugging Face folder in model.path"
+            )
+        else:
+            remedy = (
+                f"download it (`hf download NAME --local-dir {folder}`, NAME: see the head of the config), "
+                "name another Hugging Face folder in model.path, or play the config through with --fake-model"
+            )
+        return error("model", f"{folder} does not exist", remedy)
     config = check_folder(folder)
     found = estimate(settings)
     kind = config.family if config is not None else "by transformers"

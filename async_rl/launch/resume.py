@@ -86,18 +86,24 @@ def resumed_settings(folder: RunFolder, overrides: Sequence[str]) -> Settings:
             f"for all with a factor of {back.lr_scale:g} on its learning rate. Leave it out; or start a new run from a "
             f"checkpoint, model.path={folder.checkpoints}/step_..., with another optimizer.learning_rate"
         )
-    if settings.trainer.steps != before.trainer.steps and settings.optimizer.schedule != "constant":
+    fixed = settings.optimizer.schedule != "constant"
+    if settings.trainer.steps != before.trainer.steps and fixed:
         raise UserError(
             f"trainer.steps cannot change in this run: its learning-rate schedule ({settings.optimizer.schedule}) "
-            f"was laid out over {before.trainer.steps} steps"
+            f"was laid out over {before.trainer.steps} steps; {_new_run(folder)}"
         )
     if folder.summary.exists():
         done = json.loads(folder.summary.read_text())["steps"]
         if settings.trainer.steps <= done:
-            raise UserError(
-                f"{folder.path}: this run is finished ({done} steps); trainer.steps={2 * done} would go on with it"
-            )
+            remedy = _new_run(folder) if fixed else f"trainer.steps={2 * done} would go on with it"
+            raise UserError(f"{folder.path}: this run is finished ({done} steps); {remedy}")
     return settings
+
+
+def _new_run(folder: RunFolder) -> str:
+    """What to do instead of resuming a run whose number of steps is fixed."""
+    newest, _ = newest_whole(folder.checkpoints, but=given_up(read_rollback(folder)))
+    return "start a new run" + (f" from its last checkpoint, model.path={newest}" if newest is not None else "")
 
 
 def changed(folder: RunFolder, settings: Settings) -> dict[str, tuple[Any, Any]]:

@@ -207,7 +207,8 @@ def existing(path: str | Path) -> Path:
     if not folder.is_dir():
         raise UserError(
             f"model folder {folder} does not exist; put a Hugging Face model there (hf download NAME --local-dir "
-            f"{folder}), or set model.path; `async-rl init-model` makes a small one, `run --fake-model` needs none"
+            f"{folder}), or set model.path; `run --fake-model` needs none, and `async-rl init-model` makes a small one "
+            "for a task that has demonstrations (guess, calculator, ...)"
         )
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no {CONFIG}; this is not a Hugging Face model folder")

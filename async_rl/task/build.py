@@ -42,3 +42,8 @@ def make_task(name: str, args: Mapping[str, Any]) -> Task:
     """Task `name` with `args` checked. Raises UserError for an unknown task, setting, value or bad data."""
     settings: Any = structured(settings_of(name), args, where="task.args")
     return TASKS[name][1](settings)
+
+
+def has_demonstrations(name: str) -> bool:
+    """Can `async-rl init-model` warm a model up with task `name`? Known without its data."""
+    return name in TASKS and hasattr(TASKS[name][1], "demonstration")

@@ -11,7 +11,8 @@ from support_command import write_config
 
 from async_rl.__main__ import main
 from async_rl.observe.console import HEADER, evaluation_line, step_line
-from async_rl.run_folder import RowTail, append_row
+from async_rl.run_folder import RowTail, RunFolder, append_row
+from async_rl.trainer.manifest import checkpoint_path, write_whole
 
 ROW = {
     "step": 7, "time": 20.0, "reward/mean": 0.5, "lag/mean": 0.75, "lag/max": 1.0, "ess/ratio": 0.9,
@@ -55,6 +56,21 @@ def test_a_wrong_command_is_refused_with_the_remedy(
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_whose_schedule_is_laid_out_is_not_told_to_take_more_steps(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    write_config(run, tiny_model, "optimizer.schedule=linear", "trainer.steps=10")
+    (run / "summary.json").write_text('{"steps": 10}')
+    newest = checkpoint_path(RunFolder(run).checkpoints, 10)
+    write_whole(newest, lambda folder: None)
+    said = refused(capsys, "run", "--resume", str(run))
+    assert f"is finished (10 steps); start a new run from its last checkpoint, model.path={newest}" in said
+    said = refused(capsys, "run", "--resume", str(run), "trainer.steps=20")
+    assert f"laid out over 10 steps; start a new run from its last checkpoint, model.path={newest}" in said
 
 
 def test_init_model_leaves_an_existing_folder_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
