@@ -44,18 +44,23 @@ def judge_cores(cores: int, settings: Settings | None) -> Finding:
     """Processes times threads against cores. The buffer needs little of one and is not counted."""
     if settings is None:
         return ok("cores", f"{cores}")
-    trainer = 0 if settings.trainer.device.startswith("cuda") else settings.trainer.threads
-    each = 0 if settings.generator.device.startswith("cuda") else settings.generator.threads
-    planned = trainer + settings.generator.count * each
-    said = (
-        f"{cores} cores; trainer {trainer} + {settings.generator.count} generators x {each} threads = {planned} at "
-        "work, buffer beside them"
-    )
+    trainer, generator = settings.trainer, settings.generator
+    planned, words, lower = 0, [], []
+    if not trainer.device.startswith("cuda"):
+        planned += trainer.ranks * trainer.threads
+        ranks = f"{trainer.ranks} ranks x " if trainer.ranks > 1 else ""
+        words.append(f"trainer {ranks}{trainer.threads}")
+        lower += ["trainer.ranks"] * (trainer.ranks > 1) + ["trainer.threads"]
+    if not generator.device.startswith("cuda"):
+        planned += generator.count * generator.threads
+        words.append(f"{generator.count} generators x {generator.threads} threads")
+        lower += ["generator.count", "generator.threads"]
+    if not words:
+        return ok("cores", f"{cores}; trainer and generators work on GPUs")
+    said = f"{cores} cores; {' + '.join(words)} = {planned} at work, buffer beside them"
     if planned > cores:
-        return warning(
-            "cores", said, "lower generator.count, generator.threads or trainer.threads: too many threads run several "
-            "times slower, not a little",
-        )  # fmt: skip
+        remedy = f"lower {' or '.join(lower)}: too many threads run several times slower, not a little"
+        return warning("cores", said, remedy)
     return ok("cores", said)
 
 

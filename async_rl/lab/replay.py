@@ -119,10 +119,11 @@ def _check_ranks(folder: RunFolder, last: int) -> None:
     """Raises UserError where several ranks took a step that would be done again."""
     over_ranks = [int(row["step"]) for row in read_rows(folder.metrics) if "ranks/step_skew" in row]
     if over_ranks and over_ranks[0] < last:
+        before = f"`replay --until {over_ranks[0]}` does the steps before it, " if over_ranks[0] else ""
         raise UserError(
             f"{folder.path}: step {over_ranks[0]} was trained by several ranks (trainer.ranks), which form their sums "
-            "in another order than the one process of a replay: the weights would differ in their last bits. `replay "
-            f"--until {over_ranks[0]}` does the steps before it, `rescore` works on any run"
+            "in another order than the one process of a replay: the weights would differ in their last bits; "
+            f"{before}`rescore` works on any run"
         )
 
 

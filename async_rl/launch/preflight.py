@@ -56,7 +56,7 @@ def preflight(settings: Settings) -> Facts:
     """Check model, tokenizer, devices, task, recipe and their fit. Raises UserError."""
     config = check_folder(settings.model.path)
     for name in ("generator", "trainer"):
-        check_device(f"{name}.device", getattr(settings, name).device)
+        check_device(f"{name}.device", getattr(settings, name).device, rehearsed=settings.task.name == "rehearsed")
     placement = placed(settings)
     if settings.generator.engine == "vllm":
         installed_release()
@@ -137,8 +137,9 @@ def check_message_size(context: int, max_message_mb: int) -> None:
         )
 
 
-def check_device(name: str, device: str) -> None:
-    """Raises UserError unless this machine has the torch device that setting `name` asks for."""
+def check_device(name: str, device: str, *, rehearsed: bool = False) -> None:
+    """Raises UserError unless this machine has the torch device that setting `name` asks for. `rehearsed`: with
+    `--fake-model` already."""
     if device == "cpu":
         return
     kind, _, index = device.partition(":")
@@ -148,10 +149,8 @@ def check_device(name: str, device: str) -> None:
 
     if not torch.cuda.is_available():
         why = "is built without CUDA" if torch.version.cuda is None else "finds no GPU here"
-        raise UserError(
-            f"{name} is '{device}', but torch {torch.__version__} {why}; set {name}=cpu, or play the config through on "
-            "a CPU with `run --fake-model`"
-        )
+        play = "" if rehearsed else ", or play the config through on a CPU with `run --fake-model`"
+        raise UserError(f"{name} is '{device}', but torch {torch.__version__} {why}; set {name}=cpu{play}")
     found = torch.cuda.device_count()
     if index and int(index) >= found:
         raise UserError(f"{name} is '{device}', but this machine has {found} GPU(s): cuda:0 to cuda:{found - 1}")

@@ -30,7 +30,7 @@ def check_room(found: Estimate, sizes: Mapping[str, int], available: int) -> lis
         if (held := found.held(device)) > size:
             raise UserError(
                 f"the model is too large: {where} is {megabytes(size)}; weights, gradients and optimizer alone take "
-                f"about {megabytes(held)}; {_remedy(device)} (`async-rl config` shows every part)"
+                f"about {megabytes(held)}; {_remedy(found, device, size)} (`async-rl config` shows every part)"
             )
         room = min(size, available) if device == "cpu" else size
         if (needed := found.on(device)) > room:
@@ -41,8 +41,13 @@ def check_room(found: Estimate, sizes: Mapping[str, int], available: int) -> lis
     return notes
 
 
-def _remedy(device: str) -> str:
+def _remedy(found: Estimate, device: str, size: int) -> str:
     if device == "cpu":
+        ranks = [part for part in found.parts if part.name.startswith("trainer rank ") and not part.lower]
+        others = found.held(device) - sum(part.bytes for part in ranks if part.device == device)
+        first = sum(part.bytes for part in ranks if part.name.startswith("trainer rank 0:"))
+        if ranks and others + first <= size:
+            return "each rank of the trainer takes its own; lower trainer.ranks"
         return "take a smaller model, or fewer generators (generator.count)"
     return (
         "spread it over more GPUs (trainer.ranks with trainer.sharding=full, vllm.tensor_parallel), train adapters "

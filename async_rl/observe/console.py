@@ -39,9 +39,11 @@ class Console:
         depth, window = pace_of(settings)
         window_text = f", window {window}" if settings.staleness.policy == "pace" else ""
         batch, stale, generators = settings.batch, settings.staleness, settings.generator.count
+        trainer = settings.trainer
+        ranks = f" ({trainer.ranks} ranks, sharding {trainer.sharding})" if trainer.ranks > 1 else ""
         self.say(
             f"run {folder}: task {settings.task.name}, recipe {settings.recipe.get('name')}, "
-            f"{generators or 'no'} generator{'s' * (generators != 1)} + buffer + trainer\n"
+            f"{generators or 'no'} generator{'s' * (generators != 1)} + buffer + trainer{ranks}\n"
             f"{batch.groups_per_step} groups x {batch.group_size} trajectories a step; max_staleness "
             f"{stale.max_staleness}, policy {stale.policy}, pipeline_depth {depth:g}{window_text}"
         )

@@ -70,6 +70,12 @@ def test_more_threads_than_cores_is_a_warning(tiny_model: Path) -> None:
     assert found.level == "warning"
     assert "trainer 2 + 3 generators x 1 threads = 5 at work" in found.said
     assert machine.judge_cores(1, None).level == "ok"
+    found = machine.judge_cores(2, quick_settings(tiny_model, "generator.count=1", "trainer.ranks=8"))
+    assert found.level == "warning"
+    assert "trainer 8 ranks x 1 + 1 generators x 1 threads = 9 at work" in found.said
+    assert "lower trainer.ranks" in found.remedy
+    found = machine.judge_cores(1, quick_settings(tiny_model, "generator.device=cuda", "trainer.device=cuda"))
+    assert (found.level, found.said) == ("ok", "1; trainer and generators work on GPUs")
     assert 1 <= machine.read_cores() <= (os.cpu_count() or 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,9 @@ def test_what_fits_is_not_mentioned_what_may_not_is_noted_and_what_cannot_is_ref
     with pytest.raises(UserError, match=r"the model is too large.*cuda:0.*trainer\.sharding=full.*smaller model"):
         check_room(ROOM, {"cpu": 100, "cuda:0": 59}, 100)
     assert check_room(ROOM, {}, 0) == []  # GPUs of another machine
+    ranks = tuple(Part(name=f"trainer rank {rank}: weights", bytes=60, device="cpu") for rank in range(4))
+    with pytest.raises(UserError, match=r"the model is too large.*; each rank .* lower trainer\.ranks"):
+        check_room(replace(ROOM, parts=ranks), {"cpu": 100}, 100)
 
 
 def test_advice_names_the_settings_of_the_process(tiny_model: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 from support_command import write_config
 
 from async_rl.__main__ import main
+from async_rl.errors import UserError
+from async_rl.launch.preflight import check_device
 from async_rl.weights.shared_memory import segment_path
 from async_rl.wire.keys import make_keys
 
@@ -108,6 +110,8 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_starts(refused: Refused
     message = refused("generator.device=cuda")
     assert message.startswith("generator.device is 'cuda', but torch ")
     assert message.endswith("set generator.device=cpu, or play the config through on a CPU with `run --fake-model`")
+    with pytest.raises(UserError, match=r"set generator\.device=cpu$"):
+        check_device("generator.device", "cuda", rehearsed=True)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 from support_command import write_config
+from support_run import quick_settings
 
 from async_rl.__main__ import main
-from async_rl.observe.console import HEADER, evaluation_line, step_line
+from async_rl.errors import UserError
+from async_rl.lab.replay import _check_ranks
+from async_rl.observe.console import HEADER, Console, evaluation_line, step_line
 from async_rl.run_folder import RowTail, RunFolder, append_row
 from async_rl.trainer.manifest import checkpoint_path, write_whole
 
@@ -71,6 +74,21 @@ def test_a_finished_run_whose_schedule_is_laid_out_is_not_told_to_take_more_step
     assert f"is finished (10 steps); start a new run from its last checkpoint, model.path={newest}" in said
     said = refused(capsys, "run", "--resume", str(run), "trainer.steps=20")
     assert f"laid out over 10 steps; start a new run from its last checkpoint, model.path={newest}" in said
+
+
+def test_a_trainer_of_several_ranks_is_said_and_its_replay_refused_with_what_works(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    console = Console()
+    console.start(quick_settings(tiny_model, "trainer.ranks=2", "trainer.sharding=full"), tmp_path, [])
+    console.stop()
+    assert "buffer + trainer (2 ranks, sharding full)" in capsys.readouterr().out
+    for first, remedy in ((0, "last bits; `rescore`"), (3, "`replay --until 3` does the steps before it, `rescore`")):
+        folder = RunFolder(tmp_path / str(first))
+        folder.path.mkdir()
+        append_row(folder.metrics, {"step": first, "ranks/step_skew": 1.0})
+        with pytest.raises(UserError, match=remedy):
+            _check_ranks(folder, 9)
 
 
 def test_init_model_leaves_an_existing_folder_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
