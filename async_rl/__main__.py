@@ -159,6 +159,9 @@ def _run(arguments: argparse.Namespace) -> int:
                 raise UserError("name a YAML file of settings, or --resume RUN to go on with a run")
             settings = load_settings(Path(arguments.config), arguments.overrides)
             from async_rl.launch.launcher import run_training  # after the settings: a misspelt one is said at once
+            from async_rl.launch.preflight import check_idle
+
+            check_idle(settings)
 
             fake = "-fake" if arguments.fake_model else ""
             path = arguments.run_dir or Path("runs") / f"{settings.name}{fake}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -21,6 +21,7 @@ from async_rl.objective.effect import check_effect
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import Requirements, requirements
 from async_rl.settings import Settings
+from async_rl.settings.run import CriticSettings, OptimizerSettings
 from async_rl.task import Task, make_task
 from async_rl.trajectory import Split
 from async_rl.vllm_release import installed_release
@@ -102,6 +103,24 @@ def preflight(settings: Settings) -> Facts:
         vocabulary=vocabulary,
         task_digest=task_digest(task, tokenizer),
     )
+
+
+def check_idle(settings: Settings) -> None:
+    """Settings that a new run would not use (a lab's grid may: its recipes share them). Raises UserError."""
+    optimizer, usual = settings.optimizer, CriticSettings()
+    if optimizer.schedule == "constant" and optimizer.final_share != OptimizerSettings().final_share:
+        raise UserError(
+            "optimizer.final_share does nothing with optimizer.schedule=constant; set optimizer.final_share=0, or "
+            "optimizer.schedule to linear or cosine"
+        )
+    idle = [n for n in ("kind", "learning_rate", "warmup_steps") if getattr(settings.critic, n) != getattr(usual, n)]
+    recipe = load_recipe(settings.recipe)
+    if idle and not requirements(recipe).value:
+        remedy = " ".join(f"critic.{name}={getattr(usual, name)}" for name in idle)
+        raise UserError(
+            f"critic.* does nothing with recipe={recipe.name}, which has no critic; leave it out (or set {remedy}), or "
+            "choose a recipe with one (ppo, st_ppo)"
+        )
 
 
 def _has_one_turn(settings: Settings) -> bool:

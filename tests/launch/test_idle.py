@@ -1,0 +1,29 @@
+"""Settings that a run would not use are refused with the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support_run import quick_settings
+
+from async_rl.errors import UserError
+from async_rl.launch.preflight import check_idle
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("recipe=grpo", "critic.kind=model"), r"critic\.\* does nothing with recipe=grpo.*critic\.kind=head"),
+        (("optimizer.final_share=0.3",), "set optimizer.final_share=0, or"),
+    ],
+)
+def test_what_does_nothing_is_refused(tmp_path: Path, words: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        check_idle(quick_settings(tmp_path, *words))
+
+
+def test_what_does_something_is_not(tmp_path: Path) -> None:
+    check_idle(quick_settings(tmp_path, "recipe=grpo"))
+    check_idle(quick_settings(tmp_path, "recipe=ppo", "critic.kind=model"))
+    check_idle(quick_settings(tmp_path, "optimizer.schedule=linear", "optimizer.final_share=0.3"))
