@@ -275,18 +275,16 @@ def _config(arguments: argparse.Namespace) -> int:
         print(f"{path} = {shown}" + (f"  [{unit}]" if unit else ""))
         print(f"    {meaning}")
     if Path(settings.model.path).is_dir():
-        from async_rl.launch.memory import estimate, in_words
-
-        print(f"\n{in_words(estimate(settings))}")
-    elif not arguments.fake_model:
-        print(f"\nmemory: estimated once the model is in {settings.model.path}")
-
         from async_rl.launch.machine import placed
+        from async_rl.launch.memory import estimate, in_words
 
         try:
             print(f"\nplacement: {placed(settings).in_words()}")
         except UserError as error:
             print(f"\nplacement, on this machine impossible: {error}")
+        print(f"\n{in_words(estimate(settings))}")
+    elif not arguments.fake_model:
+        print(f"\nplacement and memory: once the model is in {settings.model.path}")
     return 0
 
 
