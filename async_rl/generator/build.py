@@ -33,7 +33,8 @@ def make_weights(
     there is none; `here`: the segment is, or will be, on this host. Raises UserError when there is no way."""
     if way in LINKS:
         timeout_s, workers = settings.weights.timeout_s, settings.vllm.tensor_parallel
-        return Linked(links, identity, way=way, workers=workers, timeout_s=timeout_s)
+        first_s = settings.wire.timeout_s
+        return Linked(links, identity, way=way, workers=workers, first_s=first_s, timeout_s=timeout_s)
     transport = way or settings.weights.transport
     if transport in LINKS:
         raise UserError(
@@ -44,7 +45,7 @@ def make_weights(
     if transport == "shared_memory" or (transport == "auto" and here):
         if not here:
             raise UserError(f"weights.transport is shared_memory, but {segment} is not on this host; leave it out")
-        return Fetched(whole_weights(settings, WeightReader(segment)))
+        return Fetched(whole_weights(settings, WeightReader(segment, timeout_s=settings.wire.timeout_s)))
     if not endpoint or keys is None:
         raise UserError(
             "the weights of this run cannot be had here: it has no weight server, which only runs with a tcp endpoint; "

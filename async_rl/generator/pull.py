@@ -76,8 +76,10 @@ class Fetched:
 class Linked:
     """Tensors go from the trainer's GPU to vLLM's workers; only what is to be done passes here."""
 
-    def __init__(self, endpoint: str, name: str, *, way: str, workers: int, timeout_s: float) -> None:
-        """`endpoint`: of the trainer's link server (weights/link.py). `timeout_s`: of one transfer."""
+    def __init__(self, endpoint: str, name: str, *, way: str, workers: int, first_s: float, timeout_s: float) -> None:
+        """`endpoint`: of the trainer's link server (weights/link.py). `first_s`: longest wait for the first weights,
+        while the trainer loads its model; `timeout_s`: of every later transfer."""
+        self._first_s = first_s
         self._name, self._way, self._workers, self._timeout_s = name, way, workers, timeout_s
         self._session = time.time_ns()
         self._dealer = AsyncDealer(endpoint, f"{name}/link {self._session}")  # what was meant for a life before is lost
@@ -87,13 +89,14 @@ class Linked:
     async def bring(self, engine: Engine, *, first: bool) -> None:
         assert isinstance(engine, Linkable)
         after = -1 if first else engine.version
-        deadline = time.monotonic() + self._timeout_s
+        patience, setting = (self._first_s, "wire.timeout_s") if first else (self._timeout_s, "weights.timeout_s")
+        deadline = time.monotonic() + patience
         self._version, asked_at = -1, 0.0
         while True:
             now = time.monotonic()
             if now > deadline:
                 raise RunFailed(
-                    f"{self._name} waited {self._timeout_s:g} s (weights.timeout_s) for the trainer to send weights "
+                    f"{self._name} waited {patience:g} s ({setting}) for the trainer to send weights "
                     f"newer than version {after} over {self._way}"
                 )
             if now - asked_at > AGAIN_S and self._version < 0:

@@ -178,9 +178,11 @@ class WeightPublisher:
 class WeightReader:
     """A generator's end. Follows the publisher when it is replaced by a new one at the same path."""
 
-    def __init__(self, path: Path) -> None:
-        """The segment need not exist yet. One reader belongs to one thread at a time."""
+    def __init__(self, path: Path, *, timeout_s: float = 60.0) -> None:
+        """The segment need not exist yet: a trainer that loads a large model makes it late. `timeout_s`: longest
+        wait for a version. One reader belongs to one thread at a time."""
         self.path = path
+        self._timeout_s = timeout_s
         self._map: mmap.mmap | None = None
         self._words = memoryview(bytes(8 * _NUM_WORDS)).cast("q")
         self._slots: list[Slot] = []
@@ -199,12 +201,13 @@ class WeightReader:
             self._seen = newest
         return self._seen
 
-    def read(self, seconds: float = 60.0) -> tuple[int, dict[str, Tensor]]:
+    def read(self, seconds: float | None = None) -> tuple[int, dict[str, Tensor]]:
         """The newest version and its tensors, which the caller owns (one allocation, on the CPU).
 
-        Waits for the first version; raises WeightsError after `seconds`."""
+        Waits for the first version; raises WeightsError after `seconds` (None: the reader's `timeout_s`)."""
         import torch
 
+        seconds = self._timeout_s if seconds is None else seconds
         deadline = time.monotonic() + seconds
         overtaken = 0
         while True:

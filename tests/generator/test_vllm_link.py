@@ -51,7 +51,7 @@ class Trained:
         self.server.publish(weights, version)
 
     def link(self) -> Linked:
-        return Linked(self.endpoint, "generator-0", way="nccl", workers=1, timeout_s=60.0)
+        return Linked(self.endpoint, "generator-0", way="nccl", workers=1, first_s=60.0, timeout_s=60.0)
 
 
 @pytest.fixture(scope="module")

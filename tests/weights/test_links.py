@@ -86,7 +86,7 @@ def bring(trained: Trained, engine: FakeEngine, *, first: bool, timeout_s: float
     """In a life of its own."""
 
     async def work() -> None:
-        link = Linked(trained.endpoint, "generator-0", way="nccl", workers=1, timeout_s=timeout_s)
+        link = Linked(trained.endpoint, "generator-0", way="nccl", workers=1, first_s=timeout_s, timeout_s=timeout_s)
         try:
             await link.bring(engine, first=first)  # type: ignore[arg-type]
         finally:
@@ -99,7 +99,7 @@ def test_versions_arrive_whole_and_in_vllms_order_of_calls(trained: Trained) -> 
     engine = FakeEngine(tensors(99))
 
     async def work() -> None:
-        link = Linked(trained.endpoint, "generator-0", way="nccl", workers=1, timeout_s=20.0)
+        link = Linked(trained.endpoint, "generator-0", way="nccl", workers=1, first_s=20.0, timeout_s=20.0)
         trained.publish(0)
         await link.bring(engine, first=True)  # type: ignore[arg-type]
         assert engine.version == 0
@@ -144,7 +144,7 @@ def between(number):
 engine.worker.between = between
 
 async def work():
-    link = Linked(endpoint, "generator-0", way="nccl", workers=1, timeout_s=60.0)
+    link = Linked(endpoint, "generator-0", way="nccl", workers=1, first_s=60.0, timeout_s=60.0)
     await link.bring(engine, first=True)
     print("holds", engine.version, *sorted((await engine.fingerprint()).values()), flush=True)
 
