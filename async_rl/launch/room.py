@@ -43,10 +43,10 @@ def check_room(found: Estimate, sizes: Mapping[str, int], available: int) -> lis
 
 def _remedy(found: Estimate, device: str, size: int) -> str:
     if device == "cpu":
-        ranks = [part for part in found.parts if part.name.startswith("trainer rank ") and not part.lower]
-        others = found.held(device) - sum(part.bytes for part in ranks if part.device == device)
-        first = sum(part.bytes for part in ranks if part.name.startswith("trainer rank 0:"))
-        if ranks and others + first <= size:
+        count = len({part.name.partition(":")[0] for part in found.parts if part.name.startswith("trainer rank ")})
+        held = [part for part in found.parts if part.device == device and not part.lower]
+        theirs = sum(part.bytes for part in held if part.name.startswith(("trainer rank ", "trainer: processes")))
+        if count and found.held(device) - theirs + theirs // count <= size:
             return "each rank of the trainer takes its own; lower trainer.ranks"
         return "take a smaller model, or fewer generators (generator.count)"
     return (

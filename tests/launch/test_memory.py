@@ -180,6 +180,10 @@ def test_what_fits_is_not_mentioned_what_may_not_is_noted_and_what_cannot_is_ref
     ranks = tuple(Part(name=f"trainer rank {rank}: weights", bytes=60, device="cpu") for rank in range(4))
     with pytest.raises(UserError, match=r"the model is too large.*; each rank .* lower trainer\.ranks"):
         check_room(replace(ROOM, parts=ranks), {"cpu": 100}, 100)
+    settings = load_settings(CONFIGS / "quickstart.yaml", ["trainer.ranks=1000"])
+    many = estimate_of(settings, parameters=10**6, config=None)
+    with pytest.raises(UserError, match=r"lower trainer\.ranks"):
+        check_room(many, {"cpu": 16 << 30}, 16 << 30)
 
 
 def test_advice_names_the_settings_of_the_process(tiny_model: Path) -> None:
