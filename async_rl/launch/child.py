@@ -100,7 +100,12 @@ class Child:
         return RunFailed(f"{self.name} {how}; {where}")
 
     def _out_of_memory(self, said: str) -> str:
-        seen = [row["tokens"] for row in read_rows(self.folder.events) if row["event"] == "out_of_memory"]
+        seen: list[int] = []
+        for row in read_rows(self.folder.events):
+            if row["event"] == "resumed":
+                seen.clear()  # an earlier life may have had other settings
+            elif row["event"] == "out_of_memory":
+                seen.append(row["tokens"])
         tokens = seen[-1] if seen else None
         return f"{said[:MOST_SAID]} (log: {self.log})\n{advice(self.folder.settings(), self.name, tokens)}"
 
