@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from async_rl.errors import RunFailed
-from async_rl.run_folder import RunFolder
+from async_rl.run_folder import RunFolder, to_disk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,16 +82,10 @@ def write_rollback(folder: RunFolder, rollback: Rollback) -> None:
     """On the disk when this returns. Raises RunFailed."""
     partial = folder.rollback.with_name(f".{folder.rollback.name}.partial")
     try:
-        with partial.open("w") as file:
-            json.dump(asdict(rollback), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        partial.write_text(json.dumps(asdict(rollback), indent=1))
+        to_disk(partial)
         os.replace(partial, folder.rollback)
-        descriptor = os.open(folder.path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        to_disk(folder.path)
     except OSError as error:
         raise RunFailed(
             f"{folder.rollback} cannot be written ({error.strerror}); make room on its disk and resume the run"

@@ -105,6 +105,15 @@ def replace_text(path: Path, text: Iterable[str]) -> None:
     os.replace(partial, path)
 
 
+def to_disk(path: Path) -> None:
+    """What was written to a file, or which names are in a folder, survives a power loss from here on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append one JSON row in one write, so that rows of several processes never mix. Raises RunFailed."""
     line = (json.dumps(row, allow_nan=True) + "\n").encode()

@@ -17,7 +17,7 @@ from async_rl.errors import RunFailed
 from async_rl.weights.canary import fingerprint
 from async_rl.weights.link import Control
 from async_rl.weights.staged import Staged
-from async_rl.weights.vllm_nccl import ADDRESS, free_port
+from async_rl.wire.endpoint import LOOPBACK, free_port
 
 WAIT = timedelta(seconds=60)
 SOON = timedelta(seconds=8)
@@ -63,10 +63,10 @@ class FakeTrainerSide:
 
     def offer(self) -> None:
         port = free_port()
-        init = {"master_address": ADDRESS, "master_port": port, "rank_offset": 1, "world_size": 1 + self.workers}
+        init = {"master_address": LOOPBACK, "master_port": port, "rank_offset": 1, "world_size": 1 + self.workers}
         with ThreadPoolExecutor(1) as beside:
             future = beside.submit(self.control.init_weight_transfer_engine, init)
-            self.group = GlooCommunicator(ADDRESS, port, 0, 1 + self.workers, SOON)
+            self.group = GlooCommunicator(LOOPBACK, port, 0, 1 + self.workers, SOON)
             future.result()
 
     def send(self) -> None:

@@ -229,7 +229,7 @@ def run_outcome(model: Path, ranks: Ranks, sharding: str) -> tuple[dict[str, Ten
     learner = make_learner(settings, ranks)
     config = replace(TIED, vocabulary=learner.model.config.vocabulary)
     batches = [episodes(CASES[0].groups, config, seed) for seed in range(STEPS)]
-    reports = [learner.step(pack_step(settings, batch, ranks)) for batch in batches]
+    reports = [learner.step(pack_step(settings, batch, learner.over)) for batch in batches]
     assert not any(report.skipped for report in reports)
     probed = probe_log_probs(learner.model, (1, 2, 3), learner.options.arithmetic)
     weights = {name: tensor.clone() for name, tensor in learner.full_weights()}

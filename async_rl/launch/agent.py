@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -29,9 +28,9 @@ from async_rl.process import AGENT, TOLD_TO_END, run_process
 from async_rl.run_folder import RunFolder
 from async_rl.settings import Settings
 from async_rl.trainer.rank_name import MISSED, process_name
+from async_rl.wire.endpoint import LOOPBACK, free_port
 from async_rl.wire.heartbeat import Activity, make_heartbeat
 
-LOOPBACK = "127.0.0.1"
 GIVE_WAY_S = 2
 """time ranks get to end after being told to; less than the launcher gives the agent"""
 
@@ -111,13 +110,6 @@ def _failure(folder: RunFolder, rank: int) -> dict[str, Any]:
     with suppress(OSError, ValueError):
         return dict(json.loads(folder.failure(process_name(rank)).read_text()))
     return {}
-
-
-def free_port() -> int:
-    """Of the loopback; the store of the ranks will listen there."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
 
 
 def main(ranks: str, *words: str) -> None:

@@ -65,7 +65,16 @@ def make_learner(settings: Settings, ranks: Ranks | None = None) -> Learner:
         arithmetic=arithmetic,
         send_adapters=lora.send == "adapter",
     )
-    return Learner(model, recipe, options, reference=reference, critic=critic, adapters=adapters, ranks=ranks)
+    return Learner(
+        model,
+        recipe,
+        options,
+        reference=reference,
+        critic=critic,
+        adapters=adapters,
+        ranks=ranks,
+        over=spread_over(settings, ranks),
+    )
 
 
 def policy_model(settings: Settings, ranks: Ranks) -> Model:
@@ -101,18 +110,20 @@ def backend_of(settings: Settings) -> Backend:
     return choose_backend(asked.attention, device=asked.device, half=asked.dtype == "bfloat16")
 
 
-def pack_step(settings: Settings, trajectories: Sequence[Trajectory], ranks: Ranks | None = None) -> PackedBatch:
+def spread_over(settings: Settings, ranks: Ranks) -> Spread | None:
+    """How batches are laid over ranks; None with one. Reads config.json and the recipe."""
+    if ranks.size == 1:
+        return None
+    # An exact baseline compares gradients within a group: its norms are then known where it is trained.
+    whole = requirements(load_recipe(settings.recipe)).per_trajectory_norms
+    return Spread(rank=ranks.rank, size=ranks.size, cost=model_cost(settings.model.path), whole_groups=whole)
+
+
+def pack_step(settings: Settings, trajectories: Sequence[Trajectory], over: Spread | None = None) -> PackedBatch:
     """The batch of a step as it is trained: failed trajectories are left out. Every rank is given all of
-    them and gets the columns of all, and micro-batches of its own share."""
-    ranks = ranks or one_rank()
+    them and gets the columns of all, and micro-batches of its own share (`over`: the learner's)."""
     usable = [t for t in trajectories if not t.failed]
     if not usable:
         raise RunFailed("the batch holds no usable trajectory")
-    over = None
-    if ranks.size > 1:
-        # An exact baseline compares gradients within a group: its norms are then known where it is trained.
-        whole = requirements(load_recipe(settings.recipe)).per_trajectory_norms
-        cost = model_cost(settings.model.path)
-        over = Spread(rank=ranks.rank, size=ranks.size, cost=cost, whole_groups=whole)
     limit = settings.trainer.micro_batch_tokens
     return pack_batch(usable, micro_batch_tokens=limit, device=settings.trainer.device, over=over)

@@ -30,7 +30,7 @@ def follow(settings: Settings, learner: Learner, activity: Activity) -> None:
             case Train(step=step, trajectories=trajectories):
                 activity.now(f"training step {step}")
                 waited = ranks.waited_s
-                learner.step(pack_step(settings, trajectories, ranks))
+                learner.step(pack_step(settings, trajectories, learner.over))
                 wait_metrics(ranks, waited)
             case Gather():
                 activity.now(f"gathering version {learner.version}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from async_rl.batch import PackedBatch
+from async_rl.batch import PackedBatch, Spread
 from async_rl.objective import Coefficients, Columns, ObjectiveState
 from async_rl.objective.coefficients import coefficients, finish
 from async_rl.objective.recipe import Recipe, requirements
@@ -93,8 +93,11 @@ class Learner:
         critic: Critic | None = None,
         adapters: Adapters | None = None,
         ranks: Ranks | None = None,
+        over: Spread | None = None,
     ) -> None:
         self.ranks = ranks or one_rank()
+        self.over = over
+        """how a batch is laid over the ranks; None with one"""
         self.model = model
         self._parameters = list(model.parameters())
         self.recipe = recipe

@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 
 from async_rl.errors import RunFailed, UserError
 from async_rl.process import speaks_of_memory
-from async_rl.run_folder import RunFolder, append_row, read_rows
+from async_rl.run_folder import RunFolder, append_row, read_rows, to_disk
 from async_rl.settings import Settings
 from async_rl.trainer.build import pack_step
 from async_rl.trainer.canary import CanaryWatch
 from async_rl.trainer.checkpoint import Progress, save_checkpoint, weights_checksum, weights_hash
 from async_rl.trainer.guard import Guard
 from async_rl.trainer.inbox import Inbox
-from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, to_disk, version_of
+from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, version_of
 from async_rl.trainer.summary import Summary, Totals, mean, summarise
 from async_rl.trainer.team import Team, Train, wait_metrics
 from async_rl.trajectory import Trajectory
@@ -146,7 +146,7 @@ class TrainerLoop:
         self.inbox.activity.now(f"training step {step}")
         self.team.say(Train(step=step, trajectories=batch.trajectories))
         waited_before = self.team.ranks.waited_s
-        packed = pack_step(self.settings, batch.trajectories, self.team.ranks)
+        packed = pack_step(self.settings, batch.trajectories, self.learner.over)
         report = self.step(step, packed)
         rank_waits = wait_metrics(self.team.ranks, waited_before)
         trained = time.monotonic()

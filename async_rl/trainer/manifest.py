@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+from async_rl.run_folder import to_disk
+
 MANIFEST = "manifest.json"
 SCHEMA = 1
 _CHUNK_BYTES = 1 << 20
@@ -116,11 +118,3 @@ def _digest(path: Path, still: Callable[[], None] = lambda: None) -> str:
 def _chunks(read: Callable[[int], bytes]) -> Iterator[bytes]:
     while chunk := read(_CHUNK_BYTES):
         yield chunk
-
-
-def to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,6 @@ NCCL id: on a machine whose other users are not trusted, choose weights.transpor
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -19,11 +18,11 @@ import torch
 from async_rl.vllm_release import TRAINER_FACTORY, Release
 from async_rl.weights.link import Control
 from async_rl.weights.staged import Staged
+from async_rl.wire.endpoint import LOOPBACK, free_port
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADDRESS = "127.0.0.1"
 BUFFER_BYTES = 256 << 20
 """of each of vLLM's two packing buffers, on either side"""
 
@@ -48,7 +47,7 @@ class NcclLink:
         _on_device(self._staged)
         info = (self._init_info or NCCLTrainerInitInfo)(
             rank=0,  # the only sender: what is staged is whole, on the trainer's first rank
-            master_address=ADDRESS,
+            master_address=LOOPBACK,
             master_port=free_port(),
             world_size=1 + self._workers,
             packed_buffer_size_bytes=BUFFER_BYTES,
@@ -83,7 +82,7 @@ class OldNcclLink:
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
         _on_device(self._staged)
-        meeting = {"master_address": ADDRESS, "master_port": free_port(), "world_size": 1 + self._workers}
+        meeting = {"master_address": LOOPBACK, "master_port": free_port(), "world_size": 1 + self._workers}
         init = _Beside(lambda: self._control.init_weight_transfer_engine({**meeting, "rank_offset": 1}))
         self._group = trainer_init(meeting)
         init.done()
@@ -148,14 +147,6 @@ class _Beside:
         self._thread.join()  # by the deadline of the control's calls
         if self._error is not None:
             raise self._error
-
-
-def free_port() -> int:
-    """Of the loopback, free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((ADDRESS, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _on_device(staged: Staged) -> None:

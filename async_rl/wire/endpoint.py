@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,13 @@ LONGEST_IPC_PATH = 107
 EVERYWHERE = "0.0.0.0"
 LOOPBACK = "127.0.0.1"
 FORM = "it must look like ipc://PATH or tcp://HOST:PORT"
+
+
+def free_port() -> int:
+    """Of the loopback, free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
 
 
 def is_tcp(endpoint: str) -> bool:
