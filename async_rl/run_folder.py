@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from async_rl.config import load_yaml, structured, to_yaml
+from async_rl.config import Settings
+from async_rl.config.schema import load_yaml, structured, to_yaml
 from async_rl.errors import RunFailed, UserError
-from async_rl.settings import Settings
+
+# -------------------- follow
+# A JSONL file that others append to and a resumed launch may cut: its new rows, whatever happens to it.
+
+
+@dataclass(slots=True)
+class Follower:
+    path: Path
+    _offset: int = field(default=0, init=False)
+    """bytes read"""
+    _file: tuple[int, int] = field(default=(0, 0), init=False)
+    """device and inode: a resumed launch puts a new file in place"""
+
+    def new(self) -> tuple[list[dict[str, Any]], bool]:
+        """Whole rows since the last call, and whether the file began anew (then these are all its rows). Lines
+        that cannot be read are left out; one that is still being written comes later."""
+        try:
+            with self.path.open("rb") as file:
+                stat = self.path.stat()
+                again = (stat.st_dev, stat.st_ino) != self._file or stat.st_size < self._offset
+                if again:
+                    self._offset, self._file = 0, (stat.st_dev, stat.st_ino)
+                file.seek(self._offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            again, self._offset, self._file = self._offset > 0, 0, (0, 0)
+            return [], again
+        self._offset += len(whole) + len(newline)
+        return [row for line in whole.splitlines() if (row := _object(line)) is not None], again
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,3 +207,128 @@ class RowTail:
             whole, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(whole) + len(newline)
         return list(_whole_rows((whole + newline).splitlines(keepends=True)))
+
+
+# -------------------- run lock
+# One launcher at a time works on a run folder.
+#
+# The lock belongs to an open file that the launcher's children inherit, so it is free when the last process
+# of a launch is gone, however they ended: a resumed run never meets the last words of the one before.
+
+POLL_S = 0.05
+
+
+def take_lock(path: Path, seconds: float) -> int:
+    """The descriptor of the held lock, to be passed to children. Waits up to `seconds` for processes whose
+    launcher is dead; raises UserError when they stay, or at once when that launcher is alive."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+            alive = owner.isdecimal() and Path(f"/proc/{owner}").exists()
+            if alive or time.monotonic() > deadline:
+                os.close(descriptor)
+                raise UserError(_taken(path.parent, owner, alive, seconds)) from None
+            time.sleep(POLL_S)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def _taken(run: Path, owner: str, alive: bool, seconds: float) -> str:
+    if alive:
+        return f"{run}: a launcher (process {owner}) is still running it; end that one first"
+    return (
+        f"{run}: its launcher is dead, but {seconds:g} s later a process it started still lives (frozen?); "
+        f"`pgrep -af {run}` shows it, end it and resume again"
+    )
+
+
+# -------------------- rollback
+# That a run went back to an earlier checkpoint, once: `rollback.json`, the one truth of it.
+#
+# Version numbers go on. The step that raised the alarm is done, its result is given up before anybody has seen it,
+# and from then on version `at`, one behind that step, is the weights of version `to`. So no number ever means two
+# sets of weights, and staleness counts on. What the given-up versions have sampled and was not trained yet is refused
+# by the buffer; what was trained stays in the record. Written before the processes end, so whenever any of them is
+# killed, the next launch knows where to begin.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollback:
+    """Times in seconds since the epoch."""
+
+    at: int
+    """version that the weights gone back to have from then on; step at - 1 was the last that was given up"""
+    to: int
+    """version of the checkpoint they come from; 0: the initial model"""
+    since: int
+    """first sign of the collapse, a step"""
+    signal: str
+    """which alarm"""
+    reason: str
+    """in words and numbers"""
+    lr_scale: float
+    """factor on the learning rate from then on"""
+    progress: Mapping[str, Any]
+    """what the trainer's loop remembers"""
+    time: float
+
+    @property
+    def given_up(self) -> int:
+        """Steps."""
+        return self.at - self.to
+
+    def source(self, version: int, *, there: bool) -> int:
+        """Version of the checkpoint from which training goes on at `version`; `there`: it has a checkpoint."""
+        return self.to if version == self.at and not there else version
+
+    def story(self) -> dict[str, Any]:
+        """For events and summary."""
+        return {
+            "version": self.at,
+            "to": self.to,
+            "since": self.since,
+            "lr_scale": self.lr_scale,
+            "reason": self.reason,
+            "text": self.in_words(),
+        }
+
+    def in_words(self) -> str:
+        begin = f"the checkpoint of version {self.to}" if self.to else "the initial model"
+        return (
+            f"at step {self.at - 1} to {begin}, {self.given_up} steps given up, learning rate x {self.lr_scale:g}: "
+            f"{self.reason}"
+        )
+
+
+def read_rollback(folder: RunFolder) -> Rollback | None:
+    """None: the run has not gone back. Raises RunFailed when the file is not one of ours."""
+    try:
+        values = json.loads(folder.rollback.read_text())
+        return Rollback(**{field.name: values[field.name] for field in fields(Rollback)})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFailed(f"{folder.rollback} cannot be read ({error}); restore it from a copy of the run") from None
+
+
+def write_rollback(folder: RunFolder, rollback: Rollback) -> None:
+    """On the disk when this returns. Raises RunFailed."""
+    partial = folder.rollback.with_name(f".{folder.rollback.name}.partial")
+    try:
+        partial.write_text(json.dumps(asdict(rollback), indent=1))
+        to_disk(partial)
+        os.replace(partial, folder.rollback)
+        to_disk(folder.path)
+    except OSError as error:
+        raise RunFailed(
+            f"{folder.rollback} cannot be written ({error.strerror}); make room on its disk and resume the run"
+        ) from None

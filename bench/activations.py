@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from opob import make_batch, make_model, step_peak
 
-from async_rl.batch import PackedBatch
 from async_rl.model.decoder import Decoder, How
 from async_rl.model.lora import add_adapters
 from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trainer.packing import PackedBatch
 
 CASES: dict[str, dict[str, Any]] = {
     "8 layers of 256, 2500 tokens": {"layers": 8, "hidden": 256, "intermediate": 768, "heads": 4, "trajectories": 16},

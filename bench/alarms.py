@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Any
 
-from async_rl.config import load_yaml, structured, with_overrides
-from async_rl.lab.stability.record import STEP_CURVES, CellRecord, Curves, read_curves, read_record
-from async_rl.settings import GuardSettings
+from async_rl.config import GuardSettings
+from async_rl.config.schema import load_yaml, structured, with_overrides
+from async_rl.instruments.lab.merit import STEP_CURVES, CellRecord, Curves, read_curves, read_record
 from async_rl.trainer.alarm import SIGNALS, Alarm, Signal, watch
 
 

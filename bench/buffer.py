@@ -29,11 +29,11 @@ import numpy as np
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
-from async_rl.buffer.pace import Pace
-from async_rl.buffer.rules import Rules
-from async_rl.settings import default_window
+from async_rl.buffer.depth import Rules
+from async_rl.buffer.staleness import PacePolicy
+from async_rl.config import default_window
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
-from async_rl.trajectory.seed import sample_seed
+from async_rl.trajectory.types import sample_seed
 from async_rl.wire import messages as msg
 
 GENERATORS, GROUPS, GROUP_SIZE, MAX_STALENESS, TOKENS, PROMPT = 4, 64, 16, 4, 512, 64
@@ -45,7 +45,9 @@ Sent = tuple[bytes, msg.Message, float]
 
 def make_core() -> Core:
     window = default_window(GROUPS, MAX_STALENESS, 0.3)
-    pace = Pace(groups_per_step=GROUPS, max_staleness=MAX_STALENESS, pipeline_depth=MAX_STALENESS + 1.0, window=window)
+    pace = PacePolicy(
+        groups_per_step=GROUPS, max_staleness=MAX_STALENESS, pipeline_depth=MAX_STALENESS + 1.0, window=window
+    )
     rules = Rules(
         policy=pace,
         group_size=GROUP_SIZE,

@@ -18,12 +18,11 @@ import time
 
 import torch
 
-from async_rl.config import structured
-from async_rl.lab.stability.cell import run_cell
-from async_rl.lab.stability.exact_lag import FirstBatches
+from async_rl.config import Settings
+from async_rl.config.schema import structured
+from async_rl.instruments.lab.cell import FirstBatches, run_cell
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
-from async_rl.settings import Settings
 
 STEPS, GROUPS, SAMPLES = 160, 8, 8
 

@@ -22,10 +22,10 @@ from async_rl.buffer.core import Core
 from async_rl.buffer.loop import make_core
 from async_rl.buffer.restore import read_standing, restore
 from async_rl.buffer.store import Store
-from async_rl.launch.launcher import run_training
+from async_rl.config import Settings, load_settings
 from async_rl.observe.console import Console
+from async_rl.run.launcher import run_training
 from async_rl.run_folder import RunFolder, read_rows
-from async_rl.settings import Settings, load_settings
 from async_rl.trainer.build import make_learner
 from async_rl.trainer.checkpoint import weights_checksum
 from async_rl.trainer.manifest import list_checkpoints, newest_whole
@@ -77,15 +77,20 @@ def fill(path: Path, trajectories: int, size: int, per_step: int) -> None:
     columns = {"tokens": np.arange(24, dtype=np.int32), "log_behaviour": np.full(24, -0.5, np.float32)}
     with Store(path, durability="process", create=True) as store:
         for group in range(groups):
-            store.add_group(
-                group=group, problem=0, split="train", admitted_version=0, admitted_at=0.0, generator="g"
-            )
+            store.add_group(group=group, problem=0, split="train", admitted_version=0, admitted_at=0.0, generator="g")
             size_now = size if group < groups - 1 else size - 1
             members = [
                 Trajectory(
-                    group=group, sample=sample, problem=0, split="train", seed=0, reward=float(sample % 2),
-                    turns=(Turn(start=4, length=20),), versions=(VersionSpan(version=0, start=4, end=24),),
-                    ended="finished", **columns,
+                    group=group,
+                    sample=sample,
+                    problem=0,
+                    split="train",
+                    seed=0,
+                    reward=float(sample % 2),
+                    turns=(Turn(start=4, length=20),),
+                    versions=(VersionSpan(version=0, start=4, end=24),),
+                    ended="finished",
+                    **columns,
                 )
                 for sample in range(size_now)
             ]

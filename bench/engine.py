@@ -73,9 +73,7 @@ async def mixed(folder: Path, repeats: int) -> dict[str, Any]:
         "tokens": int(lengths.sum()),
         "engine_tokens_per_second": round(statistics.median(ours)),
         "transformers_tokens_per_second": round(statistics.median(theirs)),
-        "transformers_counting_padding": round(
-            statistics.median(theirs) * NUM_REQUESTS * LONGEST / int(lengths.sum())
-        ),
+        "transformers_counting_padding": round(statistics.median(theirs) * NUM_REQUESTS * LONGEST / int(lengths.sum())),
         "transformers_with_log_probs_tokens_per_second": round(statistics.median(scored)),
         "ratio": round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 2),
         "ratio_with_log_probs": round(statistics.median(a / b for a, b in zip(ours, scored, strict=True)), 2),
@@ -170,9 +168,7 @@ async def play(engine: EmbeddedEngine) -> None:
             history = [14]
             for turn in range(TURNS):
                 params = SamplingParams(max_tokens=2 + (session + turn) % 2)
-                done = await engine.generate(
-                    Request(session=session, tokens=history, params=params, seed=session)
-                )
+                done = await engine.generate(Request(session=session, tokens=history, params=params, seed=session))
                 history = [*history, *done.tokens, 10 + turn % 3]
             engine.release(session)
 

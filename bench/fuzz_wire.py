@@ -19,8 +19,8 @@ import atheris
 
 with atheris.instrument_imports(include=["async_rl"]):
     from async_rl.buffer.core import Core
-    from async_rl.buffer.pace import Pace
-    from async_rl.buffer.rules import Rules
+    from async_rl.buffer.depth import Rules
+    from async_rl.buffer.staleness import PacePolicy
     from async_rl.trajectory import Trajectory, Turn, VersionSpan
     from async_rl.trajectory.codec import WireError
     from async_rl.wire import messages as msg
@@ -35,7 +35,7 @@ LIMITS = ("-rss_limit_mb=2048", "-timeout=10", f"-max_len={LONGEST_INPUT}")
 
 def fresh_core() -> Core:
     rules = Rules(
-        policy=Pace(groups_per_step=2, max_staleness=1, pipeline_depth=2.0, window=1),
+        policy=PacePolicy(groups_per_step=2, max_staleness=1, pipeline_depth=2.0, window=1),
         group_size=2,
         temperature=1.0,
         drop_zero_signal=True,

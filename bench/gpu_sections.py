@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from gpu import Plan
 
-    from async_rl.settings import Settings
+    from async_rl.config import Settings
     from async_rl.trajectory import Trajectory
 
 LOADS = 3
@@ -27,10 +27,8 @@ def make_model(plan: Plan) -> dict[str, Any]:
     """A folder with random weights; tokens are bytes, the vocabulary is as large as the real one's."""
     from gpu import SIZES, VOCABULARY
 
-    from async_rl.model.architecture import DecoderConfig
-    from async_rl.model.create import write_random_weights
-    from async_rl.model.footprint import parameters
-    from async_rl.model.make_tokenizer import write_byte_tokenizer
+    from async_rl.model.architecture import DecoderConfig, parameters
+    from async_rl.model.create import write_byte_tokenizer, write_random_weights
 
     write_byte_tokenizer(plan.model)
     config = DecoderConfig(
@@ -47,7 +45,7 @@ def measure_engine(plan: Plan) -> dict[str, Any]:
     from async_rl.generator.build import make_engine
     from async_rl.model.folder import load_model
     from async_rl.model.tokenizer import Tokenizer
-    from async_rl.trainer.canary import probe_log_probs
+    from async_rl.trainer.canary_watch import probe_log_probs
 
     settings = settings_of(plan)
 
@@ -113,7 +111,7 @@ def measure_trainer(plan: Plan) -> dict[str, Any]:
     """Training steps alone, on made-up answers of full length."""
     import torch
 
-    from async_rl.launch.memory import estimate
+    from async_rl.run.memory import estimate
     from async_rl.trainer.build import make_learner, pack_step
 
     settings = settings_of(plan)
@@ -167,8 +165,8 @@ def peak_bytes(plan: Plan, torch: Any) -> int:
 
 
 def settings_of(plan: Plan) -> Settings:
-    from async_rl.config import structured
-    from async_rl.settings import Settings, check
+    from async_rl.config import Settings, check
+    from async_rl.config.schema import structured
 
     settings = structured(Settings, plan.settings(max_staleness=2), where="")
     check(settings)

@@ -32,12 +32,12 @@ from typing import Any
 import torch
 
 from async_rl.buffer.store import StoreReader
-from async_rl.config import load_yaml, structured, to_yaml, with_overrides
-from async_rl.extras import check_trackers
+from async_rl.config import Settings, check
+from async_rl.config.schema import load_yaml, structured, to_yaml, with_overrides
+from async_rl.errors import check_trackers
 from async_rl.run_folder import RunFolder, append_row, read_rows
-from async_rl.settings import Settings, check
+from async_rl.trainer.alarm import Guard
 from async_rl.trainer.build import make_learner, pack_step
-from async_rl.trainer.guard import Guard
 from async_rl.trajectory.codec import unpack
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -50,7 +50,7 @@ LOOK = """
 import io, sys, time
 from pathlib import Path
 from rich.console import Console
-from async_rl.observe.glance import Watch
+from async_rl.observe.top import Watch
 from async_rl.observe.top import EVERY_S, picture
 
 watch = Watch(Path(sys.argv[1]))

@@ -31,9 +31,8 @@ from async_rl.model.architecture import DecoderConfig
 from async_rl.model.decoder import Decoder
 from async_rl.trainer.forward import Arithmetic, log_probs
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
-from async_rl_kernels import linear_logprob, reference, segment_ratio, segmented_weight_grad
+from async_rl_kernels import linear_logprob, reference, segmented_weight_grad
 from async_rl_kernels.segment_gradient import Segments, weight_norm_squares
-from async_rl_kernels.segment_ratio import Rule, Turns
 
 Way = Callable[[], Any]
 

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from async_rl.batch import PackedBatch, pack_batch
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.decoder import Decoder
 from async_rl.objective import Columns, ObjectiveState
@@ -34,6 +33,7 @@ from async_rl.objective.coefficients import coefficients
 from async_rl.objective.library import list_recipes, load_recipe
 from async_rl.objective.recipe import Recipe, requirements
 from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trainer.packing import PackedBatch, pack_batch
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 ARITHMETIC = Arithmetic(temperature=1.0)

@@ -34,10 +34,10 @@ import torch
 from peak import peak_bytes
 from torch import Tensor
 
-from async_rl.batch import PackedBatch, pack_batch
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.decoder import Decoder
 from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trainer.packing import PackedBatch, pack_batch
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 

@@ -29,23 +29,23 @@ from typing import Any
 
 import torch
 
-from async_rl.batch import pack_batch
-from async_rl.config import structured
+from async_rl.config import Settings, check
+from async_rl.config.schema import structured
 from async_rl.generator.build import make_engine
-from async_rl.lab.evaluate import Limits, sample_episodes
-from async_rl.lab.synchronous import tickets_of
-from async_rl.launch.launcher import run_training
+from async_rl.instruments.synchronous import tickets_of
 from async_rl.model.create import create_model_folder
 from async_rl.model.decoder import Decoder
 from async_rl.model.folder import load_model, save_folder
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.observe.console import Console
+from async_rl.run.evaluate import Limits, sample_episodes
+from async_rl.run.init_model import WarmupOptions, warm_up
+from async_rl.run.launcher import run_training
 from async_rl.run_folder import RunFolder, read_rows
-from async_rl.settings import Settings, check
 from async_rl.task import make_task
 from async_rl.task.order import PromptOrder
 from async_rl.trainer.build import make_learner
-from async_rl.trainer.warmup import WarmupOptions, warm_up
+from async_rl.trainer.packing import pack_batch
 
 SKIPPED = 6
 """steps at the start of a run that are not counted: the pipeline fills, memory is touched first"""

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from support_story import Story
 
 from async_rl.model.create import create_model_folder
-from async_rl.observe.glance import Watch
+from async_rl.observe.top import Watch
 from async_rl.task import make_task
 
 

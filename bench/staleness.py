@@ -28,13 +28,12 @@ from typing import Any
 
 import torch
 
-from async_rl.lab.init_model import Shape, init_model
-from async_rl.launch.launcher import run_training
+from async_rl.config import load_settings
 from async_rl.observe.console import Console
+from async_rl.run.init_model import Shape, WarmupOptions, init_model
+from async_rl.run.launcher import run_training
 from async_rl.run_folder import RunFolder, read_rows
-from async_rl.settings import load_settings
 from async_rl.task import make_task
-from async_rl.trainer.warmup import WarmupOptions
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 RECIPE = "recipe=grpo"

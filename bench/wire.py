@@ -194,9 +194,7 @@ def measure(
         for name in RECEIVERS:
             for role, ends, core in ((receiver, receivers, cores[1]), (sender, senders, cores[0])):
                 ends[name], theirs = spawn.Pipe()
-                processes.append(
-                    spawn.Process(target=role, args=(name, f"ipc://{folder}/{name}", core, theirs))
-                )
+                processes.append(spawn.Process(target=role, args=(name, f"ipc://{folder}/{name}", core, theirs)))
         for process in processes:
             process.start()
         for number in range(rounds + 1):
@@ -252,9 +250,7 @@ def short_step() -> Finished:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=60, help="goes of one measurement")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--pin", action="store_true", help="senders on one core, receivers on another")
@@ -294,8 +290,7 @@ def main() -> None:
     found |= {f"{name}_mtokens_per_s": round(value / 1e6, 2) for name, value in rate.items()}
     found["codec_over_raw_by_round"] = [round(ratio, 2) for ratio in by_round]
     found["cpu_us"] = {
-        name: {part: round(1e6 * seconds, 1) for part, seconds in parts.items()}
-        for name, parts in spent.items()
+        name: {part: round(1e6 * seconds, 1) for part, seconds in parts.items()} for name, parts in spent.items()
     }
     found["encode_256_short_ms"] = round(1e3 * encode_short, 2)
     found["decode_256_short_ms"] = round(1e3 * decode_short, 2)

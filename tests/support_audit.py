@@ -10,7 +10,7 @@ import numpy as np
 from support_run import quick_settings
 
 from async_rl.buffer.store import Store
-from async_rl.chaos.audit_run import promise_of
+from async_rl.observe.audit import promise_of
 from async_rl.run_folder import RunFolder, append_row
 from async_rl.trainer.manifest import checkpoint_path, write_whole
 from async_rl.trajectory import Trajectory, Turn, VersionSpan

@@ -13,13 +13,10 @@ from hypothesis import strategies as st
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
-from async_rl.buffer.drop import Drop
-from async_rl.buffer.pace import Pace
-from async_rl.buffer.rules import Rules
-from async_rl.buffer.staleness import Policy
-from async_rl.buffer.wait import Wait
+from async_rl.buffer.depth import Rules
+from async_rl.buffer.staleness import DropPolicy, PacePolicy, Policy, WaitPolicy
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
-from async_rl.trajectory.seed import group_seed, sample_seed
+from async_rl.trajectory.types import group_seed, sample_seed
 from async_rl.wire import messages as msg
 
 TRAINER = b"trainer"
@@ -263,9 +260,9 @@ class World:
 
 
 @st.composite
-def paces(draw: st.DrawFn) -> Pace:
+def paces(draw: st.DrawFn) -> PacePolicy:
     p, k = draw(st.integers(1, 6)), draw(st.integers(0, 4))
-    return Pace(
+    return PacePolicy(
         groups_per_step=p,
         max_staleness=k,
         pipeline_depth=draw(st.floats(1, k + 1)),
@@ -274,15 +271,19 @@ def paces(draw: st.DrawFn) -> Pace:
 
 
 @st.composite
-def waits(draw: st.DrawFn) -> Wait:
+def waits(draw: st.DrawFn) -> WaitPolicy:
     k = draw(st.integers(0, 4))
-    return Wait(groups_per_step=draw(st.integers(1, 6)), max_staleness=k, pipeline_depth=draw(st.floats(1, k + 1)))
+    return WaitPolicy(
+        groups_per_step=draw(st.integers(1, 6)), max_staleness=k, pipeline_depth=draw(st.floats(1, k + 1))
+    )
 
 
 @st.composite
-def drops(draw: st.DrawFn) -> Drop:
+def drops(draw: st.DrawFn) -> DropPolicy:
     k = draw(st.integers(0, 4))
-    return Drop(groups_per_step=draw(st.integers(1, 6)), max_staleness=k, pipeline_depth=draw(st.floats(1, k + 1)))
+    return DropPolicy(
+        groups_per_step=draw(st.integers(1, 6)), max_staleness=k, pipeline_depth=draw(st.floats(1, k + 1))
+    )
 
 
 def policies() -> st.SearchStrategy[Policy]:

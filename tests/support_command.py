@@ -13,7 +13,7 @@ from pathlib import Path
 
 from support_run import quick_settings
 
-from async_rl.config import to_yaml
+from async_rl.config.schema import to_yaml
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.weights.shared_memory import segment_path
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from async_rl.errors import RunFailed
 from async_rl.weights.canary import fingerprint
-from async_rl.weights.link import Control
-from async_rl.weights.staged import Staged
+from async_rl.weights.link import Control, Staged
 from async_rl.wire.endpoint import LOOPBACK, free_port
 
 WAIT = timedelta(seconds=60)

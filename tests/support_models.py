@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.model.architecture import DecoderConfig, Rope, config_values
+from async_rl.model.create import write_character_tokenizer
 from async_rl.model.decoder import Decoder
 from async_rl.model.folder import save_folder
-from async_rl.model.make_tokenizer import write_character_tokenizer
 
 ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz <>=+-*/()\n"
 

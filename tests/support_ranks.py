@@ -24,22 +24,20 @@ from safetensors.torch import save_file
 from support_run import quick_settings
 from torch import Tensor
 
-from async_rl.batch import PackedBatch, Spread, pack_batch
-from async_rl.batch.spread import Cost
+from async_rl.config import CriticSettings, OptimizerSettings
 from async_rl.errors import RunFailed
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.decoder import Decoder, How
 from async_rl.model.lora import add_adapters
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
-from async_rl.settings import CriticSettings, OptimizerSettings
 from async_rl.trainer.build import make_learner, pack_step
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import Arithmetic, batch_log_probs, probe_log_probs
 from async_rl.trainer.learner import Learner, LearnerOptions
-from async_rl.trainer.ranks import Ranks, join_ranks
+from async_rl.trainer.packing import Cost, PackedBatch, Spread, pack_batch
+from async_rl.trainer.ranks import Ranks, full, join_ranks
 from async_rl.trainer.sharding import shard
-from async_rl.trainer.whole import full
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 TIED = DecoderConfig(
@@ -49,9 +47,7 @@ TIED = DecoderConfig(
 UNTIED = replace(TIED, family="qwen2", qk_norm=False, qkv_bias=True, tied=False)
 ARITHMETIC = Arithmetic(temperature=0.9)
 # A large epsilon keeps Adam's first step from being a sign: it would blow rounding up.
-OPTIMIZER = OptimizerSettings(
-    learning_rate=3e-2, warmup_steps=0, clip_norm=0.5, epsilon=1e-2, weight_decay=0.01
-)
+OPTIMIZER = OptimizerSettings(learning_rate=3e-2, warmup_steps=0, clip_norm=0.5, epsilon=1e-2, weight_decay=0.01)
 COST = Cost(per_token=1000, per_policy_token=100, per_pair=10)
 STEPS = 2
 TIMEOUT_S = 300.0
@@ -124,11 +120,17 @@ def episodes(groups: Sequence[int], config: DecoderConfig, seed: int) -> list[Tr
                 turns = ()
             made.append(
                 Trajectory(
-                    group=group, sample=sample, problem=0, split="train", seed=0,
+                    group=group,
+                    sample=sample,
+                    problem=0,
+                    split="train",
+                    seed=0,
                     tokens=random.integers(0, TIED.vocabulary, length).astype(np.int32),
                     log_behaviour=np.zeros(length, np.float32),
-                    turns=turns, versions=(VersionSpan(version=0, start=start, end=length),),
-                    reward=float(random.integers(0, 3)) + 0.25 * sample, ended="finished",
+                    turns=turns,
+                    versions=(VersionSpan(version=0, start=start, end=length),),
+                    reward=float(random.integers(0, 3)) + 0.25 * sample,
+                    ended="finished",
                 )
             )
     behaviour = make_model(config, 1)
@@ -177,9 +179,7 @@ def build(case: Case, ranks: Ranks, sharding: str) -> Learner:
         trunk = model(1) if case.critic.kind == "model" else None
         critic = Critic(policy, case.critic, ARITHMETIC, ranks=ranks, trunk=trunk)
         critic.head.double()
-    options = LearnerOptions(
-        steps=10, updates_per_batch=case.updates, optimizer=OPTIMIZER, arithmetic=ARITHMETIC
-    )
+    options = LearnerOptions(steps=10, updates_per_batch=case.updates, optimizer=OPTIMIZER, arithmetic=ARITHMETIC)
     reference = model(2).requires_grad_(False) if needs.reference else None
     return Learner(policy, recipe, options, critic=critic, reference=reference, ranks=ranks, adapters=adapters)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from async_rl.config import structured, with_overrides
-from async_rl.launch.launcher import run_training
+from async_rl.config import Settings, check
+from async_rl.config.schema import structured, with_overrides
 from async_rl.observe.console import Console
+from async_rl.run.launcher import run_training
 from async_rl.run_folder import RunFolder
-from async_rl.settings import Settings, check
 
 
 def quick_settings(model: Path, *overrides: str) -> Settings:

@@ -12,7 +12,7 @@ from support_sim_clock import Link, Process
 from async_rl.generator.outbox import AGAIN_S, Outbox
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.wire import messages as msg
-from async_rl.wire.refusal import HARMLESS
+from async_rl.wire.frames import HARMLESS
 
 STATUS_S = 1.0
 Pair = tuple[int, int]

@@ -7,10 +7,7 @@ from random import Random
 
 from support_sim_run import Plan
 
-from async_rl.buffer.drop import Drop
-from async_rl.buffer.pace import Pace
-from async_rl.buffer.staleness import Policy
-from async_rl.buffer.wait import Wait
+from async_rl.buffer.staleness import DropPolicy, PacePolicy, Policy, WaitPolicy
 
 FAULTS = (
     "kill buffer",
@@ -41,11 +38,11 @@ def some_policy(random: Random) -> Policy:
     match random.randrange(3):
         case 0:
             window = random.randint(1, k * p + 1)
-            return Pace(groups_per_step=p, max_staleness=k, pipeline_depth=depth, window=window)
+            return PacePolicy(groups_per_step=p, max_staleness=k, pipeline_depth=depth, window=window)
         case 1:
-            return Wait(groups_per_step=p, max_staleness=k, pipeline_depth=depth)
+            return WaitPolicy(groups_per_step=p, max_staleness=k, pipeline_depth=depth)
         case _:
-            return Drop(groups_per_step=p, max_staleness=k, pipeline_depth=depth)
+            return DropPolicy(groups_per_step=p, max_staleness=k, pipeline_depth=depth)
 
 
 def some_plan(seed: int, kinds: Sequence[str] = FAULTS) -> Plan:

@@ -11,7 +11,7 @@ from typing import Any
 from async_rl.buffer.store import GroupRow, Store, TrajectoryRow
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import pack
-from async_rl.trajectory.length import bucket_of
+from async_rl.trajectory.types import bucket_of
 from async_rl.wire.messages import ABANDONED
 
 Pair = tuple[int, int]

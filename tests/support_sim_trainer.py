@@ -9,7 +9,7 @@ from typing import Protocol
 from support_sim_clock import Link, Process
 
 from async_rl.wire import messages as msg
-from async_rl.wire.refusal import HARMLESS
+from async_rl.wire.frames import HARMLESS
 
 AGAIN_S = 3.0
 Wait = float | Callable[[], bool]

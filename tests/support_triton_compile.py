@@ -18,7 +18,6 @@ from triton.compiler import ASTSource
 
 from async_rl_kernels import logit_tile_triton as tile
 from async_rl_kernels import segment_gradient_triton as gradient
-from async_rl_kernels import segment_ratio_triton as ratio
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ALIGNED = ("stride", "width")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.generator.vllm_engine import VllmOptions
-from async_rl.vllm_release import NEWEST, OLDEST, SPANS, TRAINER_FACTORY, Release
+from async_rl.weights.vllm_release import NEWEST, OLDEST, SPANS, TRAINER_FACTORY, Release
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = json.loads((Path(__file__).parent / "generator" / "vllm_releases.json").read_text())

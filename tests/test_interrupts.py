@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from async_rl.interrupt import Interrupted, interruptible, uninterrupted
+from async_rl.process import Interrupted, interruptible, uninterrupted
 
 
 def half_and_half(done: list[str]) -> None:

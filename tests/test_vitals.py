@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from async_rl.launch.child import how_it_ended
-from async_rl.launch.memory_kills import memory_kills
-from async_rl.launch.vitals import START_S, Vitals
+from async_rl.run.child import how_it_ended, memory_kills
+from async_rl.run.liveness import START_S, Vitals
 
 LIMIT_S = 3.0
 

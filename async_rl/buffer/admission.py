@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
 from async_rl.buffer import effects as do
+from async_rl.buffer.depth import Rules
 from async_rl.buffer.evaluation import Evaluations
-from async_rl.buffer.group import Group
-from async_rl.buffer.ledger import Ledger
-from async_rl.buffer.rules import Rules
-from async_rl.trajectory.seed import attempt_seed
+from async_rl.buffer.ledger import Group, Ledger
+from async_rl.trajectory.types import attempt_seed
 from async_rl.wire import messages as msg
 
 MOST_FORMER = 4096
@@ -81,9 +80,7 @@ class Admission:
     def join(self, peer: bytes, hello: msg.Hello, now: float) -> None:
         """A generator that was not there, or comes back with nothing in its hands."""
         self.lost(peer)
-        self.generators[peer] = Generator(
-            name=hello.name, session=hello.session, pid=hello.pid, told=now
-        )
+        self.generators[peer] = Generator(name=hello.name, session=hello.session, pid=hello.pid, told=now)
 
     def known(self, peer: bytes, session: int) -> Generator | None:
         """The generator, if this is the life of it that said Hello."""

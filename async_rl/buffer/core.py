@@ -14,18 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from async_rl.buffer import effects as do
-from async_rl.buffer.acceptance import LAUNCHER, Acceptance, Objection
+from async_rl.buffer.acceptance import LAUNCHER, Acceptance, Objection, Refusals
 from async_rl.buffer.admission import Admission
-from async_rl.buffer.attendance import Attendance
 from async_rl.buffer.batching import Batching
+from async_rl.buffer.depth import Rules
 from async_rl.buffer.evaluation import Evaluation, Evaluations, evaluation_groups, evaluation_result
-from async_rl.buffer.group import Group
-from async_rl.buffer.ledger import Ledger
-from async_rl.buffer.presence import Presence
-from async_rl.buffer.refusals import Refusals
-from async_rl.buffer.report import counters, evaluation_reason, snapshot
-from async_rl.buffer.rules import Rules
-from async_rl.buffer.waits import PendingBatch, Waits
+from async_rl.buffer.ledger import Group, Ledger
+from async_rl.buffer.presence import Attendance, Presence
+from async_rl.buffer.waits import PendingBatch, Waits, counters, evaluation_reason
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import Blob, WireError
 from async_rl.wire import messages as msg
@@ -384,7 +380,21 @@ class Core:
 
     def snapshot(self, now: float) -> dict[str, object]:
         """State in plain values, for a person or a monitor."""
-        return snapshot(self, now)
+        return {
+            "step": self.step,
+            "published": self.published,
+            "consumed": self.consumed,
+            "live": len(self.groups),
+            "waits": self.waits.rows(now),
+            "standing": [
+                {"name": g.name, "version": g.version, "held": g.held, "running": g.running}
+                for g in self.admission.generators.values()
+            ],
+            "processes": self.presence.table(now),
+            "counts": dict(self.counts),
+            "refused": dict(self.refusals.counts),
+            **self.counters(),
+        }
 
     def _end(self, reason: str, *, failed: bool) -> list[do.Effect]:
         if self.ended:

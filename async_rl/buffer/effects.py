@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from async_rl.buffer.group import Group
+from async_rl.buffer.ledger import Group
 from async_rl.trajectory import Split, Trajectory
 from async_rl.trajectory.codec import Blob
 from async_rl.wire.messages import EvaluationResult, Message

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from async_rl.buffer.group import Group
-from async_rl.trajectory.seed import group_seed
+from async_rl.buffer.ledger import Group
+from async_rl.trajectory.types import group_seed
 from async_rl.wire.messages import Evaluate, EvaluationResult
 
 REMEMBERED = 8

@@ -11,27 +11,57 @@ from dataclasses import asdict, dataclass
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
-from async_rl.buffer.depth import DepthControl
-from async_rl.buffer.drop import Drop
-from async_rl.buffer.memory import divide
-from async_rl.buffer.pace import Pace
+from async_rl.buffer.depth import DepthControl, Rules
 from async_rl.buffer.restore import read_standing, restore
-from async_rl.buffer.rules import Rules
-from async_rl.buffer.staleness import Policy
+from async_rl.buffer.staleness import DropPolicy, PacePolicy, Policy, WaitPolicy
 from async_rl.buffer.store import Store, store_begun
-from async_rl.buffer.wait import Wait
+from async_rl.config import Settings, pace_of
 from async_rl.errors import RunFailed
-from async_rl.rollback import read_rollback
-from async_rl.run_folder import RunFolder
-from async_rl.settings import Settings, pace_of
+from async_rl.run_folder import RunFolder, read_rollback
 from async_rl.task.order import PromptOrder
 from async_rl.trajectory.codec import WireError, unpack
 from async_rl.wire import messages as msg
-from async_rl.wire.channel import Router
-from async_rl.wire.gate import Gate
+from async_rl.wire.channel import UNREAD_IN, Router
+from async_rl.wire.endpoint import this_host
+from async_rl.wire.frames import PORTION_BYTES
 from async_rl.wire.heartbeat import Activity
-from async_rl.wire.host import this_host
-from async_rl.wire.keys import keys_in
+from async_rl.wire.keys import Gate, keys_in
+
+# -------------------- memory
+# How the buffer's memory budget is divided. What does not fit is in the store alone.
+#
+# Everything else the process keeps is small and bounded: a record of some 100 bytes for each trajectory of the
+# groups that hold a slot, the results of a few evaluations, counters by reason.
+
+FEWEST_MESSAGES = 16
+"""of a peer that may wait in the process: fewer would stop senders without need"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Example: `divide(256 << 20, peers=2)`."""
+
+    cache_bytes: int
+    """pages of the store"""
+    handled_bytes: int
+    """trajectories received and not yet committed"""
+    queued_messages: int
+    """of each peer, received by the socket's thread and not yet looked at; generators send at most
+    PORTION_BYTES in one, or a single trajectory. Beyond it the sender keeps them"""
+    part_bytes: int
+    """of a batch that is being sent; three copies of it exist for a moment (stored, framed, on its way)"""
+
+
+def divide(budget_bytes: int, *, peers: int) -> Memory:
+    """A quarter for pages, an eighth each for what is handled and queued, three for a batch under way."""
+    eighth = budget_bytes // 8
+    return Memory(
+        cache_bytes=2 * eighth,
+        handled_bytes=eighth,
+        queued_messages=min(UNREAD_IN, max(FEWEST_MESSAGES, eighth // PORTION_BYTES // max(1, peers))),
+        part_bytes=eighth,
+    )
+
 
 POLL_S = 0.05
 DRAIN = 256
@@ -46,11 +76,11 @@ def make_policy(settings: Settings) -> Policy:
     groups, staleness = settings.batch.groups_per_step, settings.staleness.max_staleness
     match settings.staleness.policy:
         case "pace":
-            return Pace(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth, window=window)
+            return PacePolicy(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth, window=window)
         case "wait":
-            return Wait(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth)
+            return WaitPolicy(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth)
         case "drop":
-            return Drop(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth)
+            return DropPolicy(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth)
 
 
 def make_control(settings: Settings) -> DepthControl | None:
@@ -85,9 +115,7 @@ def make_core(settings: Settings, *, train_problems: int, vocabulary: int, run: 
     return Core(rules, problem_at=order)
 
 
-def make_welcome(
-    folder: RunFolder, settings: Settings, *, task_digest: str, segment: str, weights: str
-) -> msg.Welcome:
+def make_welcome(folder: RunFolder, settings: Settings, *, task_digest: str, segment: str, weights: str) -> msg.Welcome:
     """What a generator that joins this run is told. `segment`: file of the weights on this host; `weights`: where the
     weight server listens, if there is one."""
     return msg.Welcome(

@@ -1,10 +1,20 @@
-"""Who lives, by what was last heard of each process; and whether the buffer itself was away meanwhile."""
+"""Generators come, stand, freeze, leave: what follows from each. What they may start is in admission.py.
+
+Everything here can come twice, late or not at all. A life of a generator has a number of its own (its
+session); totals only grow within it; and the standing that it sends several times a second shows what got
+lost on the way. So no order of arrival does harm, and whatever is missing is sent again.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from async_rl.buffer import effects as do
+from async_rl.buffer.admission import AGAIN_S, Admission
 from async_rl.wire import messages as msg
+
+# -------------------- presence
+# Who lives, by what was last heard of each process; and whether the buffer itself was away meanwhile.
 
 PULSE = msg.PULSE.encode()
 
@@ -87,3 +97,90 @@ class Presence:
             }
             for s in self.signs.values()
         ]
+
+
+@dataclass(slots=True, kw_only=True)
+class Attendance:
+    """Answers carry no permits: whoever calls grants afterwards."""
+
+    admission: Admission
+    presence: Presence
+    welcome: msg.Welcome | None = None
+    """what a generator that joins by itself is told; None: it gets no answer"""
+
+    def knock(self, peer: bytes) -> list[do.Effect]:
+        """One that may join asks."""
+        return [] if self.welcome is None else [do.Send(peer=peer, message=self.welcome)]
+
+    def hello(self, peer: bytes, hello: msg.Hello, *, published: int, now: float) -> list[do.Effect]:
+        """A new life begins, unless this one has begun already."""
+        out: list[do.Effect] = []
+        if not hello.session or self.admission.known(peer, hello.session) is None:
+            self.lost(peer)
+            self.admission.join(peer, hello, now)
+            self.presence.join(peer, hello, now)
+            if msg.JOINED in hello.detail:
+                out.append(do.Note(event="generator_joined", detail={"name": hello.name, "pid": hello.pid}))
+        return [*out, do.Send(peer=peer, message=msg.NewWeights(version=published))]
+
+    def lost(self, peer: bytes) -> bool:
+        """It is gone and what it held is free for others; False when there was none."""
+        self.presence.leave(peer)
+        return self.admission.lost(peer)
+
+    def leave(self, peer: bytes, leave: msg.Leave) -> list[do.Effect]:
+        generator = self.admission.generators[peer]
+        detail = {"name": generator.name, "groups": sorted(generator.groups), "reason": leave.reason}
+        self.lost(peer)
+        return [do.Note(event="generator_left", detail=detail)]
+
+    def gone(self, gone: msg.Gone) -> list[do.Effect]:
+        """The launcher saw that life end."""
+        for peer, generator in list(self.admission.generators.items()):
+            if (generator.name, generator.pid) == (gone.name, gone.pid):
+                self.lost(peer)
+        return []
+
+    def frozen(self, now: float) -> list[do.Effect]:
+        """Give up the generators of which nothing comes any more: all of them, before what they held is given."""
+        out: list[do.Effect] = []
+        for peer in self.presence.frozen(now):
+            if (generator := self.admission.generators.get(peer)) is None:
+                continue  # without a trainer nothing goes on: the launcher sees to that
+            detail = {
+                "name": generator.name,
+                "groups": sorted(generator.groups),
+                "silent_s": round(self.presence.silent_s(peer, now), 3),
+                "reason": self.presence.last_word(peer, now),
+            }
+            self.lost(peer)
+            self.admission.counts["generators_frozen"] += 1
+            out.append(do.Note(event="generator_lost", detail=detail))
+        return out
+
+    def canary(self, peer: bytes, canary: msg.Canary, trainer: bytes) -> list[do.Effect]:
+        """The trainer compares."""
+        if not trainer:
+            self.admission.counts["canaries_ignored"] += 1
+            return []
+        name = self.admission.generators[peer].name
+        return [do.Send(peer=trainer, message=replace(canary, name=name))]
+
+    def want(self, peer: bytes, want: msg.Want | msg.Status) -> None:
+        """Totals only grow."""
+        generator = self.admission.generators[peer]
+        generator.limit = max(generator.limit, want.limit)
+        generator.version = max(generator.version, want.version)
+
+    def status(self, peer: bytes, status: msg.Status, *, published: int, now: float) -> list[do.Effect]:
+        """Compare what a generator has with what it should have; send again what got lost."""
+        self.want(peer, status)
+        generator = self.admission.generators[peer]
+        generator.busy_seconds = status.busy_seconds
+        generator.tokens_generated = status.tokens_generated
+        generator.running = status.running
+        out = self.admission.again(peer, set(status.groups), now)
+        if generator.version < published and now - generator.told >= AGAIN_S:
+            generator.told = now
+            out.append(do.Send(peer=peer, message=msg.NewWeights(version=published)))
+        return out

@@ -16,11 +16,10 @@ from typing import Any
 
 from async_rl.buffer.core import Core
 from async_rl.buffer.depth import KEY
-from async_rl.buffer.group import Group, Sample
+from async_rl.buffer.ledger import Group, Sample
 from async_rl.buffer.staleness import Entry
 from async_rl.buffer.store_reader import GroupRow, StoreReader, TrajectoryRow
-from async_rl.trajectory.length import LENGTH_BUCKETS
-from async_rl.trajectory.seed import attempt_seed
+from async_rl.trajectory.types import LENGTH_BUCKETS, attempt_seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

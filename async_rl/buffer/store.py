@@ -84,9 +84,7 @@ class Store(StoreReader):
                     self._make()
                 else:
                     self.refuse_foreign()
-                self._connection.execute(
-                    f"PRAGMA synchronous = {'FULL' if durability == 'power' else 'NORMAL'}"
-                )
+                self._connection.execute(f"PRAGMA synchronous = {'FULL' if durability == 'power' else 'NORMAL'}")
                 self._pruned_groups = int(self.meta("pruned_groups", 0))
                 """payloads of groups with lower numbers are deleted"""
                 self._connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_BYTES // PAGE_BYTES}")
@@ -116,9 +114,7 @@ class Store(StoreReader):
             (group, problem, split, position, attempt, admitted_version, admitted_at, generator),
         )
 
-    def add_trajectories(
-        self, trajectories: Sequence[Trajectory], blobs: Sequence[Blob] = ()
-    ) -> list[tuple[int, int]]:
+    def add_trajectories(self, trajectories: Sequence[Trajectory], blobs: Sequence[Blob] = ()) -> list[tuple[int, int]]:
         """Store them; the (group, sample) of those that were there before, which stay as they are.
 
         `blobs`: the bytes of each, as they came; empty when they are not at hand."""
@@ -167,9 +163,7 @@ class Store(StoreReader):
         formed = self._all("SELECT groups FROM batches WHERE step = ?", (step,))
         if formed:
             if json.loads(formed[0][0]) != list(groups):
-                raise StoreError(
-                    f"{self.path}: the batch of step {step} was formed before, with other groups"
-                )
+                raise StoreError(f"{self.path}: the batch of step {step} was formed before, with other groups")
             return
         for group in groups:
             free = "group_id = ? AND step IS NULL AND refused_because IS NULL"

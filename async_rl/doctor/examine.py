@@ -6,17 +6,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from async_rl.doctor import machine, memory, reward, software, tokens
-from async_rl.doctor.finding import Finding, error, ok, warning
+from async_rl.config import Settings, load_settings
+from async_rl.doctor import machine
+from async_rl.doctor import machine as memory
+from async_rl.doctor import machine as software
+from async_rl.doctor import problems as reward
+from async_rl.doctor import problems as tokens
 from async_rl.errors import UserError
-from async_rl.launch.machine import look_at_machine, read_heads
-from async_rl.launch.memory import Estimate, estimate, read_available
-from async_rl.launch.placement import place
-from async_rl.launch.preflight import preflight
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.model.varlen import choose_backend
-from async_rl.settings import Settings, load_settings
+from async_rl.run.finding import Finding, error, ok, warning
+from async_rl.run.memory import Estimate, estimate, read_available
+from async_rl.run.placement import look_at_machine, place, read_heads
+from async_rl.run.preflight import preflight
 from async_rl.task import Task, has_demonstrations, make_task
 from async_rl.wire.keys import keys_in
 
@@ -69,9 +72,7 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
     yield from guarded("model", lambda: look_at_model(settings, estimates))
     found = estimates[0] if estimates else None
     model_bytes = 4 * found.parameters if found is not None else None
-    yield from guarded(
-        "shared memory", lambda: machine.judge_shared_memory(machine.read_shared_memory(), model_bytes)
-    )
+    yield from guarded("shared memory", lambda: machine.judge_shared_memory(machine.read_shared_memory(), model_bytes))
     yield from guarded(
         "disk",
         lambda: machine.judge_disk(
@@ -103,7 +104,7 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
         yield finding
     if failed:  # no run could start with these settings
         return
-    from async_rl.doctor import agreement  # imports the trainer: some seconds
+    from async_rl.instruments import agreement  # imports the trainer: some seconds
 
     free = read_available()
     yield from guarded("log-probs", lambda: agreement.look_at_log_probs(settings, tasks[0], found.parameters, free))
@@ -127,9 +128,7 @@ def look_at_endpoint(settings: Settings) -> Finding:
     """Where the buffer is to listen, with the run's keys."""
     wire = settings.wire
     remedy = f"see wire.endpoint={wire.endpoint}"
-    return machine.judge_socket(
-        "wire.endpoint", lambda: machine.round_trip(wire.endpoint, keys_in(wire.keys)), remedy
-    )
+    return machine.judge_socket("wire.endpoint", lambda: machine.round_trip(wire.endpoint, keys_in(wire.keys)), remedy)
 
 
 def look_at_model(settings: Settings, estimates: list[Estimate]) -> Finding:

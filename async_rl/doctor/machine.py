@@ -3,21 +3,144 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
+import sqlite3
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
-from async_rl.doctor.finding import Finding, error, ok, warning
-from async_rl.launch.memory import megabytes
-from async_rl.settings import Settings
+from async_rl.config import Settings
+from async_rl.run.finding import Finding, error, ok, warning
+from async_rl.run.memory import Estimate, megabytes
 from async_rl.weights.shared_memory import shared_folder
 from async_rl.wire.channel import Dealer, Router, ipc_endpoint
-from async_rl.wire.endpoint import LONGEST_IPC_PATH
+from async_rl.wire.endpoint import LONGEST_IPC_PATH, Library, library
 from async_rl.wire.keys import Keys, make_keys
 from async_rl.wire.messages import Query, Snapshot
+
+# -------------------- software
+# Versions of what a run stands on.
+
+OLDEST_PYTHON = (3, 11)
+OLDEST_SQLITE = (3, 35)
+"""UPSERT with several clauses, write-ahead logs without known faults"""
+REQUIRED = {"torch": "2.11", "numpy": "2.0", "omegaconf": "2.4", "safetensors": "0.5", "tokenizers": "0.21"}
+"""package -> oldest version"""
+OPTIONAL = {
+    "vllm": "an engine for GPUs",
+    "flash-attn": "faster attention on GPUs",
+    "transformers": "models the built-in decoder does not define",
+    "math-verify": "the reward 'math'",
+    "pyarrow": "Parquet files",
+}
+"""package -> what it would be for"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Software:
+    python: str
+    sqlite: str
+    packages: dict[str, str]
+    """installed ones of REQUIRED and OPTIONAL -> version"""
+    zmq: Library
+
+
+def read_software() -> Software:
+    packages = {}
+    for name in (*REQUIRED, *OPTIONAL):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return Software(python=platform.python_version(), sqlite=sqlite3.sqlite_version, packages=packages, zmq=library())
+
+
+def judge_software(found: Software) -> Iterator[Finding]:
+    """Python, SQLite, the packages a run needs and those it can use, ZeroMQ's abilities."""
+    if numbers(found.python) < OLDEST_PYTHON:
+        yield error("python", found.python, f"use Python {'.'.join(map(str, OLDEST_PYTHON))} or newer")
+    else:
+        yield ok("python", found.python)
+    if numbers(found.sqlite) < OLDEST_SQLITE:
+        yield error("sqlite", found.sqlite, f"use a Python with SQLite {'.'.join(map(str, OLDEST_SQLITE))} or newer")
+    else:
+        yield ok("sqlite", found.sqlite)
+    for name, oldest in REQUIRED.items():
+        version = found.packages.get(name)
+        if version is None:
+            yield error(name, "not installed", f"pip install '{name}>={oldest}'")
+        elif numbers(version) < numbers(oldest):
+            yield error(name, version, f"pip install '{name}>={oldest}'")
+        else:
+            yield ok(name, version)
+    yield judge_zmq(found.zmq)
+    there = [f"{name} {found.packages[name]}" for name in OPTIONAL if name in found.packages]
+    missing = [f"{name} ({use})" for name, use in OPTIONAL.items() if name not in found.packages]
+    yield ok("optional", f"installed: {', '.join(there) or 'none'}; not: {', '.join(missing) or 'none'}")
+
+
+def judge_zmq(found: Library) -> Finding:
+    said = f"pyzmq {found.pyzmq}, libzmq {found.libzmq}"
+    if not found.ipc:
+        return error("zeromq", f"{said}, without Unix sockets", "install pyzmq's wheel from PyPI")
+    if not found.curve:
+        said += ", without CURVE: no TCP, so no generators on other hosts"
+        return warning("zeromq", said, "install pyzmq's wheel from PyPI")
+    return ok("zeromq", f"{said}, ipc and curve")
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: "2.13.0+cpu" -> (2, 13, 0)."""
+    found: list[int] = []
+    for part in version.split("."):
+        digits = "".join(c for c in part.split("+")[0] if c.isdigit())
+        if not digits:
+            break
+        found.append(int(digits))
+    return tuple(found)
+
+
+# -------------------- memory
+# Is there room for what a run takes? Memory by the estimate of launch/memory.py, and the disk.
+
+MOST_SHARE = 0.9
+"""of what is there; the system and the caches of files need the rest"""
+TRAJECTORY_BYTES, TOKEN_BYTES = 400, 9
+"""in the store"""
+
+
+def disk_bytes(settings: Settings, found: Estimate) -> int:
+    """What a run may write, with sequences half as long as the context: trajectories, and kept checkpoints of
+    weights and two moments (one more while it is written)."""
+    length = found.context // 2 or 1024
+    trajectories = settings.batch.groups_per_step * settings.batch.group_size
+    steps = settings.trainer.steps
+    if settings.buffer.keep_steps:
+        steps = min(steps, settings.buffer.keep_steps + settings.checkpoint.every * settings.checkpoint.keep)
+    store = steps * trajectories * (TRAJECTORY_BYTES + TOKEN_BYTES * length)
+    if settings.buffer.max_store_mb:
+        store = min(store, settings.buffer.max_store_mb << 20)
+    return store + (settings.checkpoint.keep + 1) * 12 * found.parameters
+
+
+def judge_memory(found: Estimate, device: str, free_bytes: int) -> Finding:
+    """Of one device."""
+    check = "memory" if device == "cpu" else f"memory {device}"
+    largest = sorted((part for part in found.parts if part.device == device), key=lambda part: -part.bytes)[:3]
+    shown = ", ".join(f"{part.name} {megabytes(part.bytes)}" for part in largest)
+    needed = found.on(device)
+    said = f"about {megabytes(needed)} of {megabytes(free_bytes)} available ({shown})"
+    remedy = f"lower {found.what_to_lower(device)}; `async-rl config` shows every part"
+    if needed > free_bytes:
+        return error(check, said, remedy)
+    if needed > MOST_SHARE * free_bytes:
+        return warning(check, said, remedy)
+    return ok(check, said)
+
 
 ROUND_TRIP_S = 5.0
 SLOW_FSYNC_S = 0.02

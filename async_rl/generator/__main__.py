@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from async_rl.config import Settings
 from async_rl.process import TOLD_TO_END, on_order_to_end, run_process
 from async_rl.run_folder import RunFolder
-from async_rl.settings import Settings
 from async_rl.wire.channel import AsyncDealer, ipc_endpoint
 from async_rl.wire.heartbeat import Activity, Heartbeat, make_heartbeat
 from async_rl.wire.keys import keys_in
@@ -32,8 +32,7 @@ async def generate(
     """Build the engine and serve until the buffer says stop. An order to end is obeyed when what is done has
     been handed over."""
     from async_rl.generator.build import make_engine, make_weights
-    from async_rl.generator.loop import GeneratorLoop
-    from async_rl.generator.options import make_options
+    from async_rl.generator.loop import GeneratorLoop, make_options
     from async_rl.model.tokenizer import Tokenizer
     from async_rl.task import make_task
     from async_rl.weights.shared_memory import segment_path
@@ -45,9 +44,7 @@ async def generate(
     limit = settings.wire.max_message_mb << 20
     dealer = AsyncDealer(endpoint, name, max_message_bytes=limit, keys=keys_in(settings.wire.keys))
     links = ipc_endpoint(folder.path, "weights")
-    weights = make_weights(
-        settings, segment_path(folder.path), weights_endpoint, name, here=True, way=way, links=links
-    )
+    weights = make_weights(settings, segment_path(folder.path), weights_endpoint, name, here=True, way=way, links=links)
     folder.event("generator_ready", name=name, time=time.time())
     try:
         task = make_task(settings.task.name, settings.task.args)

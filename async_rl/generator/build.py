@@ -6,18 +6,17 @@ from pathlib import Path
 
 import torch
 
+from async_rl.config import Settings
 from async_rl.errors import UserError
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
-from async_rl.generator.pull import Fetched, Linked, TensorReader, WeightSource
+from async_rl.generator.pull import Fetched, Linked, MergingSource, TensorReader, WeightSource
 from async_rl.model.architecture import DecoderConfig, context_of, tensor_shapes
 from async_rl.model.decoder import DTYPES
 from async_rl.model.folder import check_folder, load_model, load_tensors, read_headers
 from async_rl.model.tokenizer import Tokenizer
-from async_rl.settings import Settings
-from async_rl.weights.client import WeightStream
-from async_rl.weights.merging import MergingSource
 from async_rl.weights.shared_memory import WeightReader
+from async_rl.weights.stream import WeightStream
 from async_rl.weights.way import LINKS
 from async_rl.wire.keys import keys_in
 

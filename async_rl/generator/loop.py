@@ -14,27 +14,64 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from async_rl.config import Settings
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Engine
-from async_rl.generator.episode import run_episode
-from async_rl.generator.options import GeneratorOptions
-from async_rl.generator.outbox import AGAIN_S, Outbox
-from async_rl.generator.patience import Patience, no_event
-from async_rl.generator.session import EpisodeSession, Ticket
+from async_rl.generator.outbox import AGAIN_S, Outbox, Patience, no_event
+from async_rl.generator.session import EpisodeSession, Ticket, run_episode
 from async_rl.task.protocol import Task
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import WireError
-from async_rl.trajectory.seed import sample_seed
+from async_rl.trajectory.types import sample_seed
 from async_rl.weights.canary import probe_tokens
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import AsyncDealer
-from async_rl.wire.frames import portions
+from async_rl.wire.frames import HARMLESS, portions
 from async_rl.wire.heartbeat import Activity
-from async_rl.wire.refusal import HARMLESS
 
 if TYPE_CHECKING:
     from async_rl.generator.pull import WeightSource
     from async_rl.model.tokenizer import Tokenizer
+
+
+# -------------------- options
+# What the loop of a generator needs of the settings.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorOptions:
+    """Example: `make_options(settings, "generator-0")`."""
+
+    name: str
+    max_sequences: int
+    group_size: int
+    max_turns: int
+    episode_timeout_s: float
+    save_turns_after_s: float
+    """finished turns of episodes that have run longer are kept by the buffer"""
+    timeout_s: float
+    """longest silence of the buffer, and longest wait for it to acknowledge something"""
+    stall_report_s: float
+    """longest wait for that which is not reported"""
+    joined: bool = False
+    """it came by itself; the launcher knows nothing of it"""
+
+
+def make_options(settings: Settings, name: str, *, joined: bool = False) -> GeneratorOptions:
+    """What the loop of generator `name` needs. `joined`: by itself, not started by the launcher."""
+    chosen = settings.generator
+    return GeneratorOptions(
+        name=name,
+        max_sequences=chosen.max_sequences,
+        group_size=settings.batch.group_size,
+        max_turns=chosen.max_turns,
+        episode_timeout_s=chosen.episode_timeout_s,
+        save_turns_after_s=chosen.save_turns_after_s,
+        timeout_s=settings.wire.timeout_s,
+        stall_report_s=settings.wire.stall_report_s,
+        joined=joined,
+    )
+
 
 FLUSH_S = 0.004
 """finished trajectories are gathered this long into one message"""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, Engine, Request, SamplingParams
 from async_rl.model.tokenizer import Tokenizer, prompt_text
-from async_rl.task.protocol import Problem
+from async_rl.task.protocol import Problem, Task
 from async_rl.trajectory import Ended, Split, Trajectory, Turn, VersionSpan
 
 STOPS = "turns_stopped"
@@ -259,3 +262,30 @@ def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
         else:
             spans.append(VersionSpan(version=version, start=position, end=position + 1))
     return tuple(spans)
+
+
+# -------------------- episode
+# One episode from its problem to a trajectory, whatever the task's code does.
+
+
+async def run_episode(task: Task, session: EpisodeSession, ticket: Ticket, *, timeout_s: float) -> Trajectory:
+    """Roll the task out. Whatever the task or its reward raises ends this trajectory, with the reason.
+    Raises RunFailed when the engine died."""
+    try:
+        problem = task.problems(ticket.split)[ticket.problem]
+        session.begin(problem)
+        async with asyncio.timeout(timeout_s):
+            reward = float(await task.rollout(problem, session))
+    except TurnLimit:
+        return session.finish(reward=0.0, failed="turn_limit")
+    except TimeoutError:
+        return session.finish(reward=0.0, failed="error", reason=f"the episode took more than {timeout_s:g} s")
+    except ConnectionAbortedError as error:
+        return session.finish(reward=0.0, failed="aborted", reason=str(error))
+    except RunFailed:  # the engine died
+        raise
+    except Exception as error:  # the task is the user's code: reported, and ends this trajectory
+        return session.finish(reward=0.0, failed="error", reason=f"{type(error).__name__}: {error}")
+    if not math.isfinite(reward):
+        return session.finish(reward=0.0, failed="error", reason=f"the reward is {reward}")
+    return session.finish(reward=reward)

@@ -16,10 +16,9 @@ import torch
 import vllm._custom_ops
 from safetensors.torch import load_file
 
-from async_rl.generator.unpacked import unpacked
-from async_rl.generator.vllm_engine import OWNER
+from async_rl.generator.vllm_engine import OWNER, unpacked
 from async_rl.weights.canary import fingerprint
-from async_rl.weights.ipc import put_together
+from async_rl.weights.vllm_links import put_together
 
 if not torch.cuda.is_available():
     # On CPU vLLM packs linear layers for oneDNN and frees their weights, which then can neither be loaded in

@@ -84,9 +84,7 @@ def make_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
     groups: list[list[int]] = []
     filled = 0
     for document in order:
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= MAX_PADDING * (
-            filled + lengths[document]
-        ):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= MAX_PADDING * (filled + lengths[document]):
             groups[-1].append(document)
             filled += lengths[document]
         else:

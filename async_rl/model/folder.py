@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import struct
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
 
 from async_rl.errors import UserError
 from async_rl.model.architecture import FAMILIES, DecoderConfig, parse_config, tensor_shapes
 from async_rl.model.tokenizer import Tokenizer
-from async_rl.model.weight_writer import INDEX, WEIGHTS, write_weights
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +24,65 @@ if TYPE_CHECKING:
 
     from async_rl.model.decoder import Decoder
     from async_rl.model.huggingface import HuggingFaceDecoder
+
+
+# -------------------- weight writer
+# Weights of a model folder, written as they come: one file, or several with an index where they are large.
+#
+# The layout is transformers' own: `model.safetensors`, or `model-00001-of-00003.safetensors` and so on with
+# `model.safetensors.index.json`, which says in which file each tensor is.
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MOST_BYTES = 5 << 30
+"""of one file; so much is held in memory while it is filled"""
+
+
+def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], most_bytes: int = MOST_BYTES) -> str:
+    """Write them all; the dtype of the first, as config.json names it. Files appear under their names when all are
+    whole. Raises OSError or SafetensorError."""
+    from safetensors.torch import save_file
+
+    written: list[tuple[Path, list[str]]] = []
+    held: dict[str, Tensor] = {}
+    total = held_bytes = 0
+    dtype = ""
+
+    def flush() -> None:
+        path = folder / f".{WEIGHTS}.{len(written)}.partial"
+        save_file(held, path, metadata={"format": "pt"})
+        written.append((path, list(held)))
+        held.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if held and held_bytes + size > most_bytes:
+            flush()
+            held_bytes = 0
+        # Cloned: safetensors refuses views of a joint buffer, which an engine's parameters are.
+        held[name] = tensor.detach().cpu().contiguous().clone()
+        dtype = dtype or str(tensor.dtype).removeprefix("torch.")
+        held_bytes += size
+        total += size
+    flush()
+    _rename(folder, written, total)
+    return dtype
+
+
+def _rename(folder: Path, written: list[tuple[Path, list[str]]], total: int) -> None:
+    """The index last: it makes the folder one of several files."""
+    if len(written) == 1:
+        (folder / INDEX).unlink(missing_ok=True)
+        os.replace(written[0][0], folder / WEIGHTS)
+        return
+    where: dict[str, str] = {}
+    for number, (path, names) in enumerate(written, start=1):
+        final = f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        os.replace(path, folder / final)
+        where |= dict.fromkeys(names, final)
+    (folder / WEIGHTS).unlink(missing_ok=True)
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
 
 CONFIG = "config.json"
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
@@ -188,13 +250,17 @@ def check_tensors(found: dict[str, tuple[int, ...]], config: DecoderConfig, fold
     wanted = tensor_shapes(config)
     # A tied head is often stored twice; old files also hold the rotary frequencies.
     extra = sorted(
-        name for name in set(found) - set(wanted)
+        name
+        for name in set(found) - set(wanted)
         if not name.endswith("rotary_emb.inv_freq") and not (name == "lm_head.weight" and config.tied)
     )
     missing = sorted(set(wanted) - set(found))
     if missing or extra:
-        parts = [f"{len(names)} {kind}, e.g. {names[0]}" for kind, names in
-                 (("missing", missing), ("unexpected", extra)) if names]
+        parts = [
+            f"{len(names)} {kind}, e.g. {names[0]}"
+            for kind, names in (("missing", missing), ("unexpected", extra))
+            if names
+        ]
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(parts)}")
     for name, shape in wanted.items():
         if found[name] != shape:
@@ -223,3 +289,32 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{file} does not hold a JSON object")
     return values
+
+
+# -------------------- slices
+# Parts of the tensors of a model folder, read where they are needed.
+
+
+class TensorFiles:
+    """Use as a context: `with TensorFiles(folder) as files: files.rows("model.norm.weight", 0, 8)`.
+
+    Files are mapped: what is not asked for is not read."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._paths = weight_files(existing(path))
+        self._stack = ExitStack()
+        self._file_of: dict[str, Any] = {}
+
+    def __enter__(self) -> TensorFiles:
+        for path in self._paths:
+            file = self._stack.enter_context(safe_open(path, framework="pt"))
+            self._file_of |= dict.fromkeys(file.keys(), file)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start <= row < stop of a tensor, in its stored dtype, on the CPU. Raises KeyError."""
+        part: Tensor = self._file_of[name].get_slice(name)[start:stop]
+        return part

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from async_rl.errors import UserError
+from async_rl.model.architecture import plain_name
 from async_rl.model.attention import DocumentAttention
-from async_rl.model.decoder import Attention
-from async_rl.model.lora import plain_name
+from async_rl.model.decoder import Attention, Decoder
 
 INTERFACE = "async_rl"
 TOLERANCE = 1e-3
@@ -73,14 +73,11 @@ class HuggingFaceDecoder(nn.Module):
             from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
         except ImportError:
             raise UserError(
-                f"{folder / 'config.json'}: this architecture needs transformers; "
-                "pip install 'async-rl[transformers]'"
+                f"{folder / 'config.json'}: this architecture needs transformers; pip install 'async-rl[transformers]'"
             ) from None
         ALL_ATTENTION_FUNCTIONS.register(INTERFACE, call_attention)
         try:
-            causal: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="eager"
-            )
+            causal: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         except (ValueError, OSError) as error:
             raise UserError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from None
         refuse_unsupported(causal.config, folder)
@@ -97,9 +94,7 @@ class HuggingFaceDecoder(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """tokens, positions [tokens] int64 -> hidden [tokens, hidden] after the final norm."""
         with using(attention):
-            out = self._causal.base_model(
-                input_ids=tokens[None], position_ids=positions[None], use_cache=False
-            )
+            out = self._causal.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
         return out.last_hidden_state[0]
 
     def checkpoint_layers(self, where: str) -> None:
@@ -256,3 +251,7 @@ def observe_shape(causal: Any, folder: Path) -> ForeignConfig:
         head_dim=head_dim,
         max_context=int(getattr(config, "max_position_embeddings", 0) or 2048),
     )
+
+
+Model = Decoder | HuggingFaceDecoder
+"""what the trainer trains"""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from async_rl.errors import UserError
-from async_rl.model.architecture import check_targets
+from async_rl.model.architecture import check_targets, plain_name
 
 if TYPE_CHECKING:
     from async_rl.model.decoder import Attention, Decoder
@@ -157,11 +157,6 @@ def linear_names(model: nn.Module) -> list[str]:
         if isinstance(module, nn.Linear) and module.weight is not head
     }
     return sorted(found)
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what peft puts into it."""
-    return name.replace(".base_layer.", ".")
 
 
 @torch.no_grad()

@@ -70,9 +70,7 @@ class Tokenizer:
         if self._template is None:
             source = self._template_source()
             if source is None:
-                raise UserError(
-                    f"{self.folder}: the tokenizer has no chat template; use prompts that are plain text"
-                )
+                raise UserError(f"{self.folder}: the tokenizer has no chat template; use prompts that are plain text")
             try:
                 self._template = compile_template(source)
             except jinja2.TemplateError as error:

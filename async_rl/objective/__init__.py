@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from async_rl.objective.columns import Coefficients, Columns
     from async_rl.objective.state import ObjectiveState
+    from async_rl.objective.tokens import Coefficients, Columns
 
 __all__ = ["Coefficients", "Columns", "ObjectiveState"]
 
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
     """Import on use: the launcher and `async-rl recipes` read recipes from here and need no torch."""
     from importlib import import_module
 
-    homes = {"Coefficients": "columns", "Columns": "columns", "ObjectiveState": "state"}
+    homes = {"Coefficients": "tokens", "Columns": "tokens", "ObjectiveState": "state"}
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{homes[name]}"), name)

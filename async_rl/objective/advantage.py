@@ -13,16 +13,171 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from async_rl.objective.baseline import Opob
-from async_rl.objective.gae import Returns, token_gae, turn_gae
-from async_rl.objective.recipe import AdvantageSettings, Recipe
-from async_rl.objective.segment import (
+from async_rl.objective.ratio import behaviour_log_ratio
+from async_rl.objective.recipe import AdvantageSettings, GaeSettings, Recipe
+from async_rl.objective.tokens import (
+    Tokens,
     discounted_suffix_sum,
+    next_in_segment,
+    segment_log_sum_exp,
     segment_max,
     segment_min,
     segment_sum,
 )
-from async_rl.objective.tokens import Tokens
+
+# -------------------- gae
+# Generalised advantage estimation per token and per turn, and the critic's loss.
+#
+# `value[t]` is the critic's value of the state before token t was sampled. Columns hold policy tokens
+# only, so prompt and tool tokens never enter the recursion: the mask-carrying GAE of ALGORITHMS.md 2.5.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Returns:
+    advantage: Tensor  # [tokens]
+    target: Tensor  # [tokens], the critic's
+    trained: Tensor  # [tokens] bool: where the critic's loss is taken
+
+
+def token_gae(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Returns:
+    """A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t. `reward` [tokens]."""
+    assert tokens.value is not None
+    advantage, target = _scan(reward, tokens.value, tokens.trajectory, tokens, recipe.gae, recipe.advantage.discount)
+    return Returns(advantage=advantage, target=target, trained=_trained(tokens, recipe.gae)[tokens.trajectory])
+
+
+def turn_gae(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Returns:
+    """The same over turns, V of a turn being the value before its first token; every token of a turn
+    gets the turn's advantage and the critic is trained on the first (2512.17008). `reward` [tokens]."""
+    assert tokens.value is not None
+    first = tokens.turn_length.cumsum(0).long() - tokens.turn_length.long()
+    advantage, target = _scan(
+        tokens.sum_turn(reward), tokens.value[first], tokens.trajectory_of_turn, tokens, recipe.gae,
+        recipe.advantage.discount,
+    )  # fmt: skip
+    trained = torch.zeros_like(tokens.turn, dtype=torch.bool)
+    trained[first] = True
+    trained &= _trained(tokens, recipe.gae)[tokens.trajectory]
+    return Returns(advantage=advantage[tokens.turn], target=target[tokens.turn], trained=trained)
+
+
+def _scan(
+    reward: Tensor, value: Tensor, trajectory: Tensor, tokens: Tokens, settings: GaeSettings, discount: float
+) -> tuple[Tensor, Tensor]:
+    """Advantage with the policy's trace and target with the critic's, [rows] each."""
+    end = torch.zeros_like(value)
+    if settings.bootstrap_truncated:  # V after the cut is taken to be V before the last token
+        end = torch.where(tokens.columns.truncated[trajectory], value, 0.0)
+    delta = reward + discount * next_in_segment(value, trajectory, last=end) - value
+    trace = torch.full_like(value, settings.trace)
+    if settings.length_adaptive > 0:
+        rows = segment_sum(torch.ones_like(value), trajectory, tokens.num_trajectories)
+        trace = (1 - 1 / (settings.length_adaptive * rows).clamp(min=1.0))[trajectory]
+    advantage = discounted_suffix_sum(delta, discount * trace, trajectory)
+    critic_trace = torch.full_like(value, settings.critic_trace)
+    target = discounted_suffix_sum(delta, discount * critic_trace, trajectory) + value
+    return advantage, target
+
+
+def _trained(tokens: Tokens, settings: GaeSettings) -> Tensor:
+    """Trajectories on which the critic is trained, [trajectories] bool."""
+    if settings.value_finished_only:
+        return tokens.finite & ~tokens.columns.truncated
+    return tokens.finite
+
+
+def value_loss(tokens: Tokens, returns: Returns, settings: GaeSettings) -> tuple[Tensor, Tensor]:
+    """Mean over trained tokens of 1/2 max((V - ret)^2, (V_before + clip(V - V_before) - ret)^2).
+
+    Returns d loss / d V [tokens], and the loss. Where both branches tie the unclipped one counts.
+    """
+    value, before = tokens.value, tokens.value_before
+    assert value is not None
+    assert before is not None
+    share = returns.trained.to(value.dtype) / returns.trained.sum().clamp(min=1)
+    error = value - returns.target
+    gradient, square = error, error.square()
+    if settings.value_clip > 0:
+        step = value - before
+        bounded = before + step.clamp(-settings.value_clip, settings.value_clip) - returns.target
+        worse = bounded.square() > square
+        inside = step.abs() <= settings.value_clip
+        gradient = torch.where(worse, bounded * inside, gradient)
+        square = torch.maximum(square, bounded.square())
+    return gradient * share, 0.5 * (square * share).sum()
+
+
+# -------------------- baseline
+# OPOB, the off-policy optimal baseline (VCPO): sum W R / sum W with W the squared gradient norms.
+#
+# It minimises the second moment of the estimator sum_i g_i (R_i - b) when W_i = |g_i|^2 with g_i the
+# gradient of trajectory i exactly as it enters the step (weight "estimator"). Weights live in log space, so
+# that neither underflow nor overflow of importance weights changes the result (ALGORITHMS.md 1.3).
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opob:
+    """The gradient is sum_i g_i (values_i - b units_i); the baseline is in units of values / units."""
+
+    values: Tensor  # [trajectories]
+    units: Tensor  # [trajectories], 0 where nothing is subtracted
+
+
+def optimal_baseline(log_weight: Tensor, opob: Opob, tokens: Tokens, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """[trajectories] log W -> baseline of each group, and the largest share of W in it. Two [groups].
+
+    With scope batch all groups have the same. 0 where no trajectory has weight.
+    """
+    group = tokens.group_of_trajectory
+    num = tokens.num_groups
+    if recipe.opob.scope == "batch":
+        group, num = torch.zeros_like(group), 1
+    alive = opob.units > 0
+    log_weight = torch.where(alive & ~torch.isnan(log_weight), log_weight, -torch.inf)
+    target = torch.where(alive, opob.values / opob.units.clamp(min=torch.finfo(opob.units.dtype).tiny), 0.0)
+    total = segment_log_sum_exp(log_weight, group, num)
+    share = torch.where(torch.isfinite(log_weight), (log_weight - total[group]).exp(), 0.0)
+    baseline = segment_sum(share * target, group, num)
+    largest = segment_max(share, group, num, empty=0.0)
+    if recipe.opob.scope == "batch":
+        return baseline.expand(tokens.num_groups), largest.expand(tokens.num_groups)
+    return baseline, largest
+
+
+def log_opob_weight(
+    log_norm_square: Tensor, column: Tensor, trust_weight: Tensor, tokens: Tokens, recipe: Recipe
+) -> Tensor:
+    """log W of each trajectory from the log squared gradient norm of its `baseline` column.
+
+    log_norm_square: [trajectories], log |sum_t column_t grad log pi_t|^2
+    column: [tokens], the baseline column; paper and reference_code need it constant in a trajectory
+    trust_weight: [tokens], the weight kappa inside the column
+    """
+    if recipe.opob.weight == "estimator":
+        return log_norm_square
+    log_column = tokens.mean_trajectory(column.abs()).log()
+    log_ratio = tokens.sum_trajectory(behaviour_log_ratio(tokens))
+    log_weight = 2 * log_ratio + log_norm_square - 2 * log_column
+    if recipe.opob.weight == "reference_code":
+        log_weight = log_weight + 2 * tokens.mean_trajectory(trust_weight).log()
+    return log_weight
+
+
+def proxy_log_norm_square(column: Tensor, tokens: Tokens, norm: str) -> Tensor:
+    """log of sum_t column_t^2 energy_t, the cheap estimate of a trajectory's squared gradient norm.
+
+    energy: 1 (length) or 1 - 2 pi + sum_v pi_v^2, the squared norm of d log pi / d logits (logit).
+    [tokens] -> [trajectories]; -inf where it is 0.
+    """
+    return tokens.sum_trajectory(column.square() * energy(tokens, norm)).log()
+
+
+def energy(tokens: Tokens, norm: str) -> Tensor:
+    """Squared gradient norm of log pi_t at the logits, or 1. [tokens]"""
+    if norm == "length":
+        return torch.ones_like(tokens.log_prob)
+    assert tokens.prob_square_sum is not None
+    return (1 - 2 * tokens.log_prob.exp() + tokens.prob_square_sum).clamp(min=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

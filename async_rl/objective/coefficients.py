@@ -13,18 +13,14 @@ from math import log
 import torch
 from torch import Tensor
 
-from async_rl.objective.advantage import Advantage, advantage_of
-from async_rl.objective.aggregate import shares
-from async_rl.objective.baseline import log_opob_weight, optimal_baseline, proxy_log_norm_square
-from async_rl.objective.clipping_bias import (
-    kappa_of,
-    kappa_per_trajectory,
-    logit_size,
-    scalar_size,
+from async_rl.objective.advantage import (
+    Advantage,
+    advantage_of,
+    log_opob_weight,
+    optimal_baseline,
+    proxy_log_norm_square,
+    value_loss,
 )
-from async_rl.objective.columns import Coefficients, Columns
-from async_rl.objective.ess import effective_sample_size, ess_ratio
-from async_rl.objective.gae import value_loss
 from async_rl.objective.metrics import (
     Meter,
     measure_lag,
@@ -35,12 +31,55 @@ from async_rl.objective.metrics import (
     without_empty_buckets,
 )
 from async_rl.objective.ratio import Ratio, ratio_of
-from async_rl.objective.recipe import Recipe, requirements
+from async_rl.objective.recipe import AggregateSettings, Recipe, requirements
 from async_rl.objective.regularise import adapted, coefficient_now, kl_loss, kl_penalty
-from async_rl.objective.select import Selection, select
 from async_rl.objective.state import ObjectiveState
-from async_rl.objective.tokens import Tokens, tokens_of
-from async_rl.objective.trust import Trust, correction_weight, trust
+from async_rl.objective.step_size import (
+    effective_sample_size,
+    ess_ratio,
+    kappa_of,
+    kappa_per_trajectory,
+    logit_size,
+    scalar_size,
+)
+from async_rl.objective.tokens import Coefficients, Columns, Tokens, segment_sum, tokens_of
+from async_rl.objective.trust import Selection, Trust, correction_weight, select, trust
+
+# -------------------- aggregate
+# How token losses become one number: the share of every token, denominators counted over the batch.
+
+
+def shares(tokens: Tokens, counted: Tensor, settings: AggregateSettings) -> Tensor:
+    """Weight of each token's loss, [tokens]. `counted` [trajectories] bool: those in the denominators.
+
+    Trajectories without policy tokens are in no denominator (ALGORITHMS.md 3.13).
+    """
+    inside = counted & (tokens.length > 0)
+    length = tokens.length.clamp(min=1.0)
+    sequences = inside.sum().clamp(min=1).to(length.dtype)
+    match settings.mode:
+        case "token_mean":
+            total = (tokens.length * inside).sum().clamp(min=1.0)
+            share = (1 / total).expand(tokens.num_trajectories)
+        case "seq_mean_token_mean":
+            share = 1 / (sequences * length)
+        case "seq_mean_token_sum":
+            share = (1 / sequences).expand(tokens.num_trajectories)
+        case "constant":
+            share = (1 / (sequences * settings.constant)).expand(tokens.num_trajectories)
+        case "group_mean_token_mean":
+            per_group = tokens.sum_group(tokens.length * inside)
+            groups = (per_group > 0).sum().clamp(min=1)
+            share = (1 / (groups * per_group.clamp(min=1.0)))[tokens.group_of_trajectory]
+        case "turn_mean":
+            turns = inside[tokens.trajectory_of_turn].sum().clamp(min=1)
+            return (1 / (turns * tokens.turn_length))[tokens.turn]
+        case "seq_mean_turn_mean":
+            ones = torch.ones_like(tokens.turn_length)
+            turns = segment_sum(ones, tokens.trajectory_of_turn, tokens.num_trajectories).clamp(min=1.0)
+            per_turn = sequences * turns[tokens.trajectory_of_turn] * tokens.turn_length
+            return (1 / per_turn)[tokens.turn]
+    return share[tokens.trajectory]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

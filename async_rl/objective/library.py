@@ -1,4 +1,4 @@
-"""The recipes that come with the package: found, loaded, explained."""
+"""Recipes that cannot mean what they say, or would do nothing in this set-up, are refused with the reason."""
 
 from __future__ import annotations
 
@@ -6,13 +6,241 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from functools import lru_cache
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from async_rl.config import load_yaml, structured
+from async_rl.config.schema import load_yaml, structured
 from async_rl.errors import UserError, nearest
-from async_rl.objective.effect import check_recipe
 from async_rl.objective.recipe import Recipe
+
+SIGN_FREE = ("none", "truncate", "interval", "cispo", "damp", "m2po")
+"""rules that do not look at the advantage, hence usable with a baseline found after the backward pass"""
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse choices that exclude each other whatever the set-up. Raises UserError."""
+    for problem in (
+        _ratio_problem(recipe),
+        _bounds_problem(recipe),
+        _opob_problem(recipe),
+        _control_problem(recipe),
+        _regulariser_problem(recipe),
+    ):
+        if problem:
+            raise UserError(f"recipe {recipe.name}: {problem}")
+
+
+def check_effect(
+    recipe: Recipe,
+    *,
+    group_size: int,
+    updates_per_batch: int,
+    max_staleness: int,
+    has_critic: bool,
+    single_turn: bool,
+) -> list[str]:
+    """Refuse a recipe that would have no effect in this set-up; notes on what is allowed but idle.
+
+    Raises UserError with the reason and the remedy.
+    """
+    check_recipe(recipe)
+    problem = _setup_problem(recipe, group_size, updates_per_batch, has_critic)
+    if problem:
+        raise UserError(f"recipe {recipe.name}: {problem}")
+    return _notes(recipe, updates_per_batch, max_staleness, has_critic, single_turn)
+
+
+def _ratio_problem(recipe: Recipe) -> str:
+    ratio, trust = recipe.ratio, recipe.trust
+    if ratio.level == "none" and trust.rule not in ("none", "gmpo", "dppo"):
+        return (
+            f"trust.rule={trust.rule} with ratio.level=none acts on a ratio that is 1 by construction; "
+            "choose ratio.level token, turn or sequence, or trust.rule=none"
+        )
+    if trust.rule == "kl_cov" and ratio.level != "token":
+        return "trust.rule=kl_cov penalises the token's own log-ratio; it needs ratio.level=token"
+    if trust.rule in ("m2po", "dppo", "gmpo") and ratio.level != "token":
+        return f"trust.rule={trust.rule} is defined on token ratios; it needs ratio.level=token"
+    if ratio.denominator == "mixture" and not 0 < ratio.mixture_weight < 1:
+        return "ratio.mixture_weight must lie strictly between 0 and 1"
+    if recipe.correction.rule != "none" and ratio.denominator not in ("proximal", "proximal_loglinear"):
+        return (
+            f"correction.rule={recipe.correction.rule} corrects from behaviour to the proximal policy, which "
+            f"ratio.denominator={ratio.denominator} already contains: staleness would be counted twice. Set "
+            "correction.rule=none or ratio.denominator=proximal"
+        )
+    return ""
+
+
+def _bounds_problem(recipe: Recipe) -> str:
+    trust, select, correction = recipe.trust, recipe.select, recipe.correction
+    if trust.rule in ("ppo", "cispo", "gmpo", "clip_cov") and min(trust.clip_low, trust.clip_high) < 0:
+        return "trust.clip_low and trust.clip_high must not be negative"
+    if trust.rule in ("ppo", "clip_cov") and 0 < trust.dual_clip <= 1 + trust.clip_high:
+        return "trust.dual_clip must lie above 1 + trust.clip_high (published value: 3)"
+    if trust.rule in ("truncate", "topr") and trust.cap <= 0:
+        return "trust.cap must be positive; with 0 every coefficient is zero"
+    if trust.rule == "interval" and not 0 <= trust.low < trust.high:
+        return "trust.low must lie below trust.high; as it is every token is masked"
+    if trust.rule == "interval" and not trust.low <= 1 <= trust.high:
+        return "the interval trust.low..trust.high does not contain 1: on-policy tokens would be masked"
+    if correction.rule == "interval" and not correction.low <= 1 <= correction.high:
+        return "the interval correction.low..correction.high does not contain 1"
+    if correction.rule == "truncate" and correction.high <= 0:
+        return "correction.high must be positive"
+    for name in ("sequence", "geometric"):
+        low, high = getattr(select, f"{name}_low"), getattr(select, f"{name}_high")
+        if low > 1 or 0 < high < 1:
+            return f"select.{name}_low..{name}_high does not contain 1: on-policy data would be rejected"
+    if trust.rule == "truncate" and recipe.ratio.denominator == "mixture" and recipe.ratio.level == "token":
+        bound = 1 / recipe.ratio.mixture_weight
+        if trust.cap >= bound:
+            return (
+                f"the mixture denominator bounds the ratio by 1 / mixture_weight = {bound:g}, below "
+                f"trust.cap={trust.cap}: the truncation never acts. Lower trust.cap or set trust.rule=none"
+            )
+    if select.veto >= 1:
+        return "select.veto must lie below 1: on-policy data would be rejected"
+    if trust.rule == "truncate" and recipe.ratio.level == "sequence":
+        bound = select.sequence_high if recipe.ratio.pool == "sum" else select.geometric_high
+        if 0 < bound <= trust.cap and recipe.ratio.denominator == "behaviour":
+            return (
+                f"trajectories with a ratio above {bound} are rejected before trust.cap={trust.cap} could "
+                "truncate any: the truncation never acts. Lower trust.cap or raise the bound"
+            )
+    return ""
+
+
+def _opob_problem(recipe: Recipe) -> str:
+    advantage = recipe.advantage
+    if advantage.baseline != "opob":
+        if advantage.baseline == "virtual_max" and advantage.credit != "trajectory":
+            return "advantage.baseline=virtual_max compares outcomes; it needs advantage.credit=trajectory"
+        return ""
+    if advantage.credit != "trajectory" or advantage.whiten or advantage.scale == "group_mean":
+        return (
+            "advantage.baseline=opob needs advantage.credit=trajectory, advantage.whiten=false and "
+            "advantage.scale none, group_std or batch_std"
+        )
+    if recipe.trust.rule not in SIGN_FREE or recipe.select.opsm > 0:
+        return (
+            "advantage.baseline=opob is found from gradients that must not depend on the advantage's sign; "
+            f"use trust.rule {', '.join(SIGN_FREE)} and select.opsm=0"
+        )
+    if recipe.bias.kappa == "per_trajectory":
+        return "bias.kappa=per_trajectory needs the advantage before OPOB is known; use guarded or relative"
+    per_trajectory = recipe.ratio.level in ("none", "sequence") and recipe.aggregate.mode not in (
+        "turn_mean",
+        "seq_mean_turn_mean",
+    )
+    if recipe.opob.weight != "estimator" and not (per_trajectory and recipe.trust.rule != "m2po"):
+        return (
+            f"opob.weight={recipe.opob.weight} is defined for one weight per trajectory; use ratio.level=none "
+            "or sequence with a token or sequence mean, or opob.weight=estimator"
+        )
+    if recipe.opob.norm == "exact" and (recipe.entropy or recipe.positive_nll or _kl_in_loss(recipe)):
+        return (
+            "with opob.norm=exact the gradient is formed from the reward's part alone; KL, entropy and NLL "
+            "terms in the loss need opob.norm=logit or length (or kl.place=reward)"
+        )
+    return ""
+
+
+def _kl_in_loss(recipe: Recipe) -> bool:
+    return recipe.kl.coefficient != 0 and recipe.kl.place == "loss"
+
+
+def _control_problem(recipe: Recipe) -> str:
+    ess, bias = recipe.ess, recipe.bias
+    if isinstance(ess.reference, str) and ess.reference != "calibrated":
+        return f"ess.reference must be a number or calibrated, not {ess.reference!r}"
+    if not isinstance(ess.reference, str) and not (isfinite(ess.reference) and 0 < ess.reference <= 1):
+        return "ess.reference must lie in (0, 1]"
+    if not 0 <= ess.decay < 1 or not 0 <= bias.decay < 1:
+        return "ess.decay and bias.decay must lie in [0, 1)"
+    if bias.kappa == "none":
+        return ""
+    if recipe.trust.rule == "none":
+        return (
+            f"bias.kappa={bias.kappa} measures what the trust rule cuts away, and trust.rule=none cuts "
+            "nothing: kappa would be 1 always"
+        )
+    if bias.kappa == "per_trajectory" and bias.estimator == "exact":
+        return "bias.kappa=per_trajectory has no exact estimator; use bias.estimator scalar or logit"
+    return ""
+
+
+def _regulariser_problem(recipe: Recipe) -> str:
+    kl = recipe.kl
+    if kl.coefficient == 0:
+        return "" if kl.adaptive_target == 0 else "kl.adaptive_target adapts kl.coefficient, which is 0"
+    if kl.place == "loss" and kl.estimator == "k1" and kl.gradient == "own" and kl.importance != "through":
+        return (
+            "k1 in the loss has zero expected gradient; set kl.gradient=k2 (same value, right gradient), "
+            "kl.importance=through, or kl.place=reward"
+        )
+    return ""
+
+
+def _setup_problem(recipe: Recipe, group_size: int, updates_per_batch: int, has_critic: bool) -> str:
+    advantage = recipe.advantage
+    if recipe.ratio.denominator == "proximal" and updates_per_batch == 1:
+        return (
+            "ratio.denominator=proximal with one update a batch makes every ratio 1 by construction, so "
+            f"trust.rule={recipe.trust.rule} does nothing; use ratio.denominator=behaviour, or more updates "
+            "a batch"
+        )
+    if recipe.kl.coefficient and recipe.kl.target == "proximal" and updates_per_batch == 1:
+        return "kl.target=proximal with one update a batch is 0 by construction; use behaviour or reference"
+    needs_critic = advantage.credit in ("token_gae", "turn_gae")
+    if needs_critic and not has_critic:
+        return f"advantage.credit={advantage.credit} needs a critic; turn it on in the trainer's settings"
+    grouped = advantage.baseline != "none" or advantage.scale in ("group_std", "group_mean")
+    whole_batch = advantage.baseline == "opob" and recipe.opob.scope == "batch"
+    if not needs_critic and group_size == 1 and grouped and advantage.baseline != "virtual_max":
+        name = f"advantage.baseline={advantage.baseline}"
+        if advantage.baseline == "none":
+            name = f"advantage.scale={advantage.scale}"
+        scope = " (its batch scope still centres within groups)" if whole_batch else ""
+        return (
+            f"{name} with groups of one trajectory makes every advantage 0{scope}; raise the group size or "
+            "choose a recipe without a group baseline (reinforce_pp, ppo)"
+        )
+    return ""
+
+
+def _notes(
+    recipe: Recipe, updates_per_batch: int, max_staleness: int, has_critic: bool, single_turn: bool
+) -> list[str]:
+    notes = []
+    fresh = max_staleness == 0 and updates_per_batch == 1
+    if fresh and recipe.trust.rule != "none":
+        notes.append(
+            f"with max_staleness=0 and one update a batch every ratio is 1 up to the engine's mismatch: "
+            f"trust.rule={recipe.trust.rule} rarely acts"
+        )
+    if max_staleness > 0 and recipe.ratio.level == "none":
+        notes.append("ratio.level=none does not correct for stale data; meant for max_staleness=0")
+    if fresh and recipe.ess.scale != "none":
+        notes.append("with max_staleness=0 the ESS scale reacts to engine mismatch only")
+    if single_turn and recipe.ratio.level == "turn":
+        notes.append("on single-turn data the turn ratio is the sequence ratio")
+    if single_turn and recipe.advantage.credit in ("turn_return", "turn_group", "gigpo", "turn_gae"):
+        notes.append(f"on single-turn data advantage.credit={recipe.advantage.credit} has one turn to credit")
+    if recipe.advantage.credit == "gigpo":
+        notes.append("gigpo needs turns with a state key; where the task gives none it is the outcome's part")
+    if has_critic and recipe.advantage.credit not in ("token_gae", "turn_gae"):
+        notes.append("the critic is not used by this recipe")
+    if recipe.bias.kappa == "literal":
+        notes.append("bias.kappa=literal raises the learning rate while the bias is below 1; for ablations")
+    if recipe.opob.norm == "exact" and recipe.advantage.baseline == "opob" and recipe.bias.kappa != "none":
+        notes.append("kappa's free estimators use the length estimate of OPOB, not the exact baseline")
+    return notes
+
+
+# -------------------- library
+# The recipes that come with the package: found, loaded, explained.
 
 FOLDER = Path(__file__).parent / "recipes"
 

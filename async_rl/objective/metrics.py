@@ -10,10 +10,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from async_rl.objective.segment import segment_max, segment_min
-from async_rl.objective.select import Selection, bucket_names, length_bucket
-from async_rl.objective.tokens import Tokens
-from async_rl.objective.trust import Trust
+from async_rl.objective.tokens import Tokens, segment_max, segment_min
+from async_rl.objective.trust import Selection, Trust, bucket_names, length_bucket
 
 
 class Meter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from async_rl.config import setting
+from async_rl.config.schema import setting
 
 Level = Literal["token", "turn", "sequence"]
 Pool = Literal["mean", "sum"]

@@ -7,15 +7,118 @@ differentiates it. All [tokens].
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import log
 
 import torch
 from torch import Tensor
 
 from async_rl.objective.ratio import Ratio, log_denominator, pooled, weight_of
-from async_rl.objective.recipe import Recipe
-from async_rl.objective.tokens import LARGEST_LOG_RATIO, Tokens
-from async_rl.objective.trust_covariance import covariance_choice, covariance_top
+from async_rl.objective.recipe import Recipe, TrustSettings
+from async_rl.objective.tokens import LARGEST_LOG_RATIO, Tokens, segment_max, segment_min
+from async_rl.trajectory.types import LENGTH_BUCKETS, bucket_names
+
+# -------------------- trust covariance
+# Clip-Cov and KL-Cov: the few tokens whose log-prob and advantage move together most (entropy collapse).
+
+
+def covariance(tokens: Tokens, advantage: Tensor) -> Tensor:
+    """(A - mean A)(log pi - mean log pi), means over the batch's tokens. [tokens]"""
+    ok = tokens.finite[tokens.trajectory]
+    count = ok.sum().clamp(min=1)
+    centred = advantage - (advantage * ok).sum() / count
+    return centred * (tokens.log_prob - (tokens.log_prob * ok).sum() / count)
+
+
+def covariance_choice(tokens: Tokens, advantage: Tensor, candidate: Tensor, settings: TrustSettings) -> Tensor:
+    """Clip-Cov: a random covariance_fraction of all tokens, among candidates within the bounds. [tokens] bool
+
+    Random numbers come from a generator seeded with the seed and the version: same batch, same choice.
+    """
+    cov = covariance(tokens, advantage)
+    candidate = candidate & (cov > settings.covariance_low) & (cov < settings.covariance_high)
+    candidate = candidate & tokens.finite[tokens.trajectory]
+    indices = candidate.nonzero().squeeze(-1)
+    generator = torch.Generator().manual_seed((settings.seed << 32) ^ tokens.columns.current_version)
+    order = torch.randperm(len(indices), generator=generator).to(indices.device)
+    chosen = torch.zeros_like(candidate)
+    chosen[indices[order[: _count(tokens, settings.covariance_fraction)]]] = True
+    return chosen
+
+
+def covariance_top(tokens: Tokens, advantage: Tensor, fraction: float) -> Tensor:
+    """KL-Cov: the covariance_fraction of all tokens with the largest covariance. [tokens] bool"""
+    cov = torch.where(tokens.finite[tokens.trajectory], covariance(tokens, advantage), -torch.inf)
+    chosen = torch.zeros_like(cov, dtype=torch.bool)
+    number = min(_count(tokens, fraction), len(cov))
+    if number:
+        chosen[cov.topk(number).indices] = True
+    return chosen
+
+
+def _count(tokens: Tokens, fraction: float) -> int:
+    return max(1, int(fraction * float(tokens.length[tokens.finite].sum())))
+
+
+# -------------------- select
+# Which trajectories are left out, and why. Every rejection is counted by reason and length.
+
+__all__ = ["LENGTH_BUCKETS", "Selection", "bucket_names", "length_bucket", "select"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    keep: Tensor  # [trajectories] bool
+    rejected: Mapping[str, Tensor]
+    """reason -> [trajectories] bool; a trajectory may have several"""
+
+
+def length_bucket(length: Tensor) -> Tensor:
+    """Bucket index of each length, int64."""
+    ends = torch.tensor(LENGTH_BUCKETS, dtype=length.dtype, device=length.device)
+    return torch.bucketize(length, ends, right=True)
+
+
+def select(tokens: Tokens, recipe: Recipe, advantage: Tensor, zero_signal: Tensor) -> Selection:
+    """Apply the recipe's selection. `advantage` [tokens], `zero_signal` [trajectories] bool."""
+    settings = recipe.select
+    if recipe.ratio.denominator in ("proximal", "proximal_loglinear"):
+        log_ratio = log_denominator(tokens, recipe.ratio) - tokens.log_behaviour
+    else:
+        log_ratio = tokens.log_prob - tokens.log_behaviour
+    total = tokens.sum_trajectory(log_ratio)
+    mean = tokens.mean_trajectory(log_ratio)
+    rejected = {"nonfinite": ~tokens.finite}
+    if settings.sequence_low > 0 or settings.sequence_high > 0:
+        rejected["sequence_ratio"] = _outside(total, settings.sequence_low, settings.sequence_high)
+    if settings.geometric_low > 0 or settings.geometric_high > 0:
+        rejected["geometric_ratio"] = _outside(mean, settings.geometric_low, settings.geometric_high)
+    if settings.veto > 0:
+        smallest = segment_min(log_ratio, tokens.trajectory, tokens.num_trajectories, empty=0.0)
+        rejected["veto"] = smallest < log(settings.veto)
+    if settings.opsm > 0:
+        moved = tokens.mean_trajectory(log_denominator(tokens, recipe.ratio) - tokens.log_prob)
+        rejected["opsm"] = (tokens.mean_trajectory(advantage) < 0) & (moved > settings.opsm)
+    if settings.drop_truncated:
+        rejected["truncated"] = tokens.columns.truncated
+    if settings.drop_zero_signal:
+        largest = segment_max(advantage.abs(), tokens.trajectory, tokens.num_trajectories, empty=0.0)
+        baselined = recipe.advantage.baseline == "opob"
+        rejected["zero_signal"] = zero_signal if baselined else largest == 0
+    keep = torch.ones_like(tokens.finite)
+    for mask in rejected.values():
+        keep = keep & ~mask
+    return Selection(keep=keep, rejected=rejected)
+
+
+def _outside(log_ratio: Tensor, low: float, high: float) -> Tensor:
+    outside = torch.zeros_like(log_ratio, dtype=torch.bool)
+    if low > 0:
+        outside |= log_ratio < log(low)
+    if high > 0:
+        outside |= log_ratio > log(high)
+    return outside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

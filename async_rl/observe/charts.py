@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,3 +93,79 @@ def charts_for(keys: Iterable[str]) -> list[Chart]:
 
 def _rest(keys: Sequence[str], placed: set[str]) -> list[str]:
     return sorted(key for key in keys if key not in placed)
+
+
+# -------------------- curves
+# Curves thin enough to draw, on which no spike is lost.
+
+MOST_POINTS = 1200
+"""longer curves are drawn as this many buckets: more than a screen has columns for one plot"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """A metric against step. Of a bucket of several steps: mean, lowest and highest value."""
+
+    step: NDArray[np.float64]  # [points]
+    """of a bucket: its first step"""
+    mean: NDArray[np.float64]  # [points]
+    low: NDArray[np.float64] | None  # [points]
+    """None: every point is one step"""
+    high: NDArray[np.float64] | None  # [points]
+    not_finite: int
+    """values that were NaN or infinite, which cannot be drawn"""
+
+
+def curve(step: NDArray[np.float64], value: NDArray[np.float64], *, absent: NDArray[np.bool_]) -> Curve | None:
+    """`absent`: rows that lack the metric. None when no value can be drawn and none is broken."""
+    finite = np.isfinite(value)
+    not_finite = int((~finite & ~absent).sum())
+    step, value = step[finite], value[finite]
+    if not len(step) and not not_finite:
+        return None
+    if len(step) <= MOST_POINTS:
+        return Curve(step=step, mean=value, low=None, high=None, not_finite=not_finite)
+    starts = np.unique(np.linspace(0, len(step), MOST_POINTS, endpoint=False).astype(np.int64))
+    counts = np.diff(np.append(starts, len(step)))
+    return Curve(
+        step=step[starts],
+        mean=np.add.reduceat(value / np.repeat(counts, counts), starts),  # the sum alone could overflow
+        low=np.minimum.reduceat(value, starts),
+        high=np.maximum.reduceat(value, starts),
+        not_finite=not_finite,
+    )
+
+
+# -------------------- glossary
+# What each metric means, out of docs/metrics.md: written once, there.
+
+PAGE = Path(__file__).parent / "metrics.md"
+"""a link to docs/metrics.md; in a wheel a copy"""
+_ROW = re.compile(r"^\| `([^`]+)` \| (.*) \|$")
+
+
+@cache
+def meanings() -> Mapping[str, str]:
+    """Key to definition as plain text, among them patterns such as `reject/<reason>/tokens`."""
+    return MappingProxyType(parse(PAGE.read_text()))
+
+
+def parse(text: str) -> dict[str, str]:
+    """The definitions of a page: rows of tables whose first cell is one key in backticks."""
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        row = _ROW.match(line)
+        if row:
+            found[row[1]] = row[2].replace("\\|", "|").replace("`", "")
+    return found
+
+
+def meaning(key: str) -> str:
+    """The definition of a metric; empty when the page has none."""
+    known = meanings()
+    if key in known:
+        return known[key]
+    for pattern, text in known.items():
+        if "<" in pattern and re.fullmatch(re.sub(r"<\w+>", "[^/]+", pattern), key):
+            return text
+    return ""

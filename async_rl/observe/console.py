@@ -7,10 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from async_rl.observe.progress import progress_bar
-from async_rl.settings import Settings, pace_of
+from async_rl.config import Settings, pace_of
+
+# -------------------- progress
+# The bar at the bottom of the terminal.
+
+
+def progress_bar(out: RichConsole) -> Progress:
+    """What is done, of how much, since when, how long yet. It leaves nothing behind, and a file never sees it."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=out,
+        transient=True,
+        disable=not out.is_terminal,
+    )
+
 
 HEADER = (
     "  step  reward  staleness         ESS  learning  gradient  who waits for whom    tokens/s  seconds\n"

@@ -21,16 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from async_rl import __version__
-from async_rl.buffer.store_reader import StoreError
-from async_rl.buffer.survey import StoreSurvey, Surveyed
+from async_rl.buffer.store_reader import StoreError, StoreSurvey, Surveyed
 from async_rl.errors import UserError
 from async_rl.observe import timeline
-from async_rl.observe.alarms import incidents
-from async_rl.observe.charts import DERIVED, charts_for
+from async_rl.observe.charts import DERIVED, Curve, charts_for, curve, meaning
 from async_rl.observe.console import in_words, summary_rows
-from async_rl.observe.curves import Curve, curve
-from async_rl.observe.glossary import meaning
-from async_rl.observe.record import RunRecord, read_run
+from async_rl.observe.record import RunRecord, incidents, read_run
 from async_rl.observe.samples import samples
 from async_rl.run_folder import replace_text
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from async_rl.buffer.survey import Surveyed
+from async_rl.buffer.store_reader import Surveyed
 from async_rl.observe.record import RunRecord
 
 TRAINER = "trainer"

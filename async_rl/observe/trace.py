@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from async_rl.buffer.store_reader import BatchRow, GroupRow, StoreError
-from async_rl.buffer.survey import StoreSurvey, Surveyed
+from async_rl.buffer.store_reader import BatchRow, GroupRow, StoreError, StoreSurvey, Surveyed
 from async_rl.errors import UserError
 from async_rl.observe import timeline
 from async_rl.observe.record import RunRecord, read_run

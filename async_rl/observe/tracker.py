@@ -17,9 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from async_rl.observe.follow import Follower
 from async_rl.observe.record import RunRecord, read_json, read_run
-from async_rl.run_folder import RunFolder, replace_text
+from async_rl.run_folder import Follower, RunFolder, replace_text
 
 EVERY_S = 1.0
 STATE = "trackers.json"

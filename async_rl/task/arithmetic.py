@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from async_rl.config import setting
+from async_rl.config.schema import setting
 from async_rl.errors import UserError
 from async_rl.task.generated import GeneratedTask, require_range
 from async_rl.task.protocol import Problem, Segment, Session

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from async_rl.config import structured
+from async_rl.config.schema import structured
 from async_rl.errors import UserError, nearest
 from async_rl.task.arithmetic import Arithmetic, ArithmeticSettings
 from async_rl.task.calculator import Calculator, CalculatorSettings
@@ -17,7 +17,7 @@ from async_rl.task.protocol import Task
 from async_rl.task.rehearsed import Rehearsed, RehearsedSettings
 from async_rl.task.tools import Tools, ToolsSettings
 
-TASKS: dict[str, tuple[type, Callable[[Any], Task]]] = {
+TASKS: dict[str, tuple[type, Callable[..., Task]]] = {
     "guess": (GuessSettings, Guess),
     "sort": (LettersSettings, Sort),
     "reverse": (LettersSettings, Reverse),
@@ -41,6 +41,8 @@ def settings_of(name: str) -> type:
 def make_task(name: str, args: Mapping[str, Any]) -> Task:
     """Task `name` with `args` checked. Raises UserError for an unknown task, setting, value or bad data."""
     settings: Any = structured(settings_of(name), args, where="task.args")
+    if name == Rehearsed.name:
+        return Rehearsed(settings, make_task)
     return TASKS[name][1](settings)
 
 

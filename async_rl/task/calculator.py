@@ -9,7 +9,7 @@ from fractions import Fraction
 from random import Random
 from typing import Any
 
-from async_rl.config import setting
+from async_rl.config.schema import setting
 from async_rl.errors import UserError
 from async_rl.task.expression import ExpressionError, parse
 from async_rl.task.generated import GeneratedTask, require_range, stable_hash

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from async_rl.config import setting
+from async_rl.config.schema import setting
 from async_rl.task.generated import require_range
 from async_rl.task.order import PromptOrder
 from async_rl.task.protocol import Problem, Segment, Session

@@ -8,7 +8,7 @@ from random import Random
 from string import ascii_lowercase
 from typing import Any
 
-from async_rl.config import setting
+from async_rl.config.schema import setting
 from async_rl.task.generated import GeneratedTask, require_range
 from async_rl.task.protocol import Problem, Segment, Session
 

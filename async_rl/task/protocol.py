@@ -48,9 +48,7 @@ class Session(Protocol):
         """True when the last turn ended at a stop string or the end of text, not at a token limit."""
         ...
 
-    async def generate(
-        self, *, max_tokens: int, stop: Sequence[str] = (), state_key: int = -1
-    ) -> str:
+    async def generate(self, *, max_tokens: int, stop: Sequence[str] = (), state_key: int = -1) -> str:
         """Let the policy speak one turn and return its text (a stop string included).
 
         It ends at a stop string, at the tokenizer's end-of-text token or after `max_tokens` tokens.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from async_rl.config import setting
+from async_rl.config.schema import setting
 from async_rl.errors import UserError
 from async_rl.task.generated import require_range, stable_hash
-from async_rl.task.protocol import Problem, Session
+from async_rl.task.protocol import Problem, Session, Task
 from async_rl.trajectory import Split
 
 CALLS = 2
@@ -32,14 +32,13 @@ class Rehearsed:
 
     name = "rehearsed"
 
-    def __init__(self, settings: RehearsedSettings) -> None:
-        from async_rl.task.build import make_task  # which names this file
-
+    def __init__(self, settings: RehearsedSettings, make_inner: Callable[[str, Mapping[str, Any]], Task]) -> None:
+        """`make_inner`: makes the rehearsed task from its name and settings."""
         require_range("max_tokens", settings.max_tokens, 1, 10**6)
         if settings.name == self.name:
             raise UserError("task.args.name is 'rehearsed'; name the task that is rehearsed")
         self._settings = settings
-        self._inner = make_task(settings.name, settings.args)
+        self._inner = make_inner(settings.name, settings.args)
 
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._inner.problems(split)

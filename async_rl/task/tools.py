@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from async_rl.config import setting
+from async_rl.config.schema import setting
 from async_rl.errors import UserError
 from async_rl.task.dataset import Dataset, DatasetSettings
 from async_rl.task.expression import ExpressionError, parse

@@ -11,10 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from async_rl.process import AGENT, CAUSE_PIPE, GRACE_S, PARENT_PIPE, belong_to_agent, die_with, run_process
+from async_rl.config import Settings
+from async_rl.process import (
+    AGENT,
+    CAUSE_PIPE,
+    GRACE_S,
+    PARENT_PIPE,
+    RANK,
+    belong_to_agent,
+    die_with,
+    process_name,
+    run_process,
+)
 from async_rl.run_folder import RunFolder, replace_text
-from async_rl.settings import Settings
-from async_rl.trainer.rank_name import RANK, process_name
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer
 from async_rl.wire.heartbeat import PULSE_PIPE, Activity, make_heartbeat
@@ -34,12 +43,11 @@ def train(
     back at: from what it went back to), train. The leader, or the only rank, talks to the buffer, leaves the summary
     and says done; other ranks follow it."""
     from async_rl.task import make_task
+    from async_rl.trainer.alarm import Guard, WentBack
     from async_rl.trainer.build import backend_of
-    from async_rl.trainer.canary import make_canary
-    from async_rl.trainer.follow import follow
-    from async_rl.trainer.guard import Guard, WentBack
+    from async_rl.trainer.canary_watch import make_canary
     from async_rl.trainer.inbox import Inbox
-    from async_rl.trainer.loop import TrainerLoop
+    from async_rl.trainer.loop import TrainerLoop, follow
     from async_rl.trainer.publish import make_publisher
     from async_rl.trainer.team import End, Team
     from async_rl.weights.way import WAYS
@@ -107,10 +115,10 @@ def begin(folder: RunFolder, settings: Settings, version: int, activity: Activit
     """The learner at `version`. Collective over ranks."""
     import torch
 
-    from async_rl.rollback import read_rollback
+    from async_rl.run_folder import read_rollback
     from async_rl.trainer.build import make_learner
     from async_rl.trainer.checkpoint import load_checkpoint, weights_hash
-    from async_rl.trainer.follow import follow
+    from async_rl.trainer.loop import follow
     from async_rl.trainer.manifest import checkpoint_path
     from async_rl.trainer.team import End, Team
 

@@ -30,8 +30,7 @@ from async_rl.model.folder import save_folder
 from async_rl.model.lora import read_adapters
 from async_rl.objective import ObjectiveState
 from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, write_whole
-from async_rl.trainer.rows import RowFiles, save_rows
-from async_rl.trainer.sharding import load_weights
+from async_rl.trainer.sharding import RowFiles, load_weights, save_rows
 from async_rl.trainer.team import Save, Team
 
 if TYPE_CHECKING:

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from async_rl.batch import MicroBatch, PackedBatch
-from async_rl.settings import CriticSettings
+from async_rl.config import CriticSettings
 from async_rl.trainer.forward import Arithmetic, hidden_states
-from async_rl.trainer.ranks import Ranks, one_rank
+from async_rl.trainer.packing import MicroBatch, PackedBatch
+from async_rl.trainer.ranks import Ranks, clip_gradient, one_rank, sum_gradients, whole_column
 from async_rl.trainer.sharding import free
-from async_rl.trainer.whole import clip_gradient, sum_gradients, whole_column
 
 if TYPE_CHECKING:
-    from async_rl.trainer.forward import Model
+    from async_rl.model.huggingface import Model
 
 CLIP_NORM = 1.0
 

@@ -9,18 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from async_rl.batch import MicroBatch, PackedBatch
-from async_rl.model.attention import DocumentAttention
-from async_rl.model.varlen import Kernel
+from async_rl.model.attention import DocumentAttention, Kernel
+from async_rl.trainer.packing import MicroBatch, PackedBatch
 from async_rl.trainer.sharding import free, is_sharded
 from async_rl_kernels import LogProbs, linear_logprob
 
 if TYPE_CHECKING:
-    from async_rl.model.decoder import Decoder
-    from async_rl.model.huggingface import HuggingFaceDecoder
+    from async_rl.model.huggingface import Model
     from async_rl.model.lora import WithoutAdapters
-
-    Model = Decoder | HuggingFaceDecoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +76,7 @@ def own_rows(found: LogProbs, micro: MicroBatch) -> LogProbs:
     """Without those of a stand-in."""
     if not micro.idle:
         return found
-    return LogProbs(
-        log_prob=found.log_prob[:0], entropy=found.entropy[:0], prob_square_sum=found.prob_square_sum[:0]
-    )
+    return LogProbs(log_prob=found.log_prob[:0], entropy=found.entropy[:0], prob_square_sum=found.prob_square_sum[:0])
 
 
 @torch.no_grad()

@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from async_rl.batch import PackedBatch
 from async_rl.objective import Coefficients, Columns
 from async_rl.objective.coefficients import opob_baselines
 from async_rl.objective.recipe import Recipe, Requirements
-from async_rl.trainer.exact_over_ranks import add_over_ranks
 from async_rl.trainer.forward import Arithmetic, batch_log_probs, log_probs, own_rows
-from async_rl.trainer.ranks import Ranks
+from async_rl.trainer.packing import PackedBatch
+from async_rl.trainer.ranks import Ranks, sum_gradients, total_norm, whole_log_probs
 from async_rl.trainer.sharding import free, gather_head, is_sharded
-from async_rl.trainer.trajectory_gradient import TrajectoryGradient
-from async_rl.trainer.whole import sum_gradients, total_norm, whole_log_probs
+from async_rl.trainer.trajectory_gradient import TrajectoryGradient, add_over_ranks
 from async_rl_kernels import LogProbs
 
 if TYPE_CHECKING:
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from async_rl.trainer.forward import Model
+    from async_rl.model.huggingface import Model
 
 
 class Pass:

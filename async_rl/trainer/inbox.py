@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from async_rl.errors import RunFailed
-from async_rl.trainer.canary import CanaryWatch
+from async_rl.trainer.canary_watch import CanaryWatch
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout
+from async_rl.wire.frames import HARMLESS
 from async_rl.wire.heartbeat import Activity
-from async_rl.wire.refusal import HARMLESS
 
 POLL_EVALUATION_S = 0.05
 AGAIN_S = 3.0

@@ -10,28 +10,53 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import cos, pi
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from async_rl.batch import PackedBatch, Spread
+from async_rl.config import OptimizerSettings
 from async_rl.objective import Coefficients, Columns, ObjectiveState
 from async_rl.objective.coefficients import coefficients, finish
 from async_rl.objective.recipe import Recipe, requirements
-from async_rl.settings import OptimizerSettings
 from async_rl.trainer import gradient
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import Arithmetic, batch_log_probs
-from async_rl.trainer.ranks import Ranks, one_rank
-from async_rl.trainer.schedule import base_learning_rate
+from async_rl.trainer.packing import PackedBatch, Spread
+from async_rl.trainer.ranks import Ranks, clip_gradient, full, one_rank, whole_log_probs
 from async_rl.trainer.sharding import free
-from async_rl.trainer.whole import clip_gradient, full, whole_log_probs
 from async_rl_kernels import LogProbs
 
 if TYPE_CHECKING:
+    from async_rl.model.huggingface import Model
     from async_rl.model.lora import Adapters, WithoutAdapters
-    from async_rl.trainer.forward import Model
+
+
+# -------------------- schedule
+# The learning rate before a recipe's factors: warm-up, then constant, linear or cosine.
+
+
+def base_learning_rate(step: int, *, steps: int, optimizer: OptimizerSettings, given_up: int = 0) -> float:
+    """Learning rate of training step `step` (0-based) of `steps`.
+
+    Warm-up rises linearly and reaches the full rate at step `warmup_steps`; the first step already
+    moves (rate / (warmup_steps + 1)). `given_up`: steps that a rollback took back: the warm-up goes on where
+    those weights had been in it, what follows it ends with the run.
+    """
+    peak = optimizer.learning_rate
+    if step - given_up < optimizer.warmup_steps:
+        return peak * (step - given_up + 1) / (optimizer.warmup_steps + 1)
+    span = max(1, steps - optimizer.warmup_steps)
+    done = min(1.0, (step - optimizer.warmup_steps) / span)
+    match optimizer.schedule:
+        case "constant":
+            share = 1.0
+        case "linear":
+            share = 1.0 - (1.0 - optimizer.final_share) * done
+        case "cosine":
+            share = optimizer.final_share + (1.0 - optimizer.final_share) * 0.5 * (1.0 + cos(pi * done))
+    return peak * share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,9 +242,7 @@ class Learner:
     # ------------------------------------------------------------- one update
 
     def _pass(self, batch: PackedBatch) -> gradient.Pass:
-        return gradient.Pass(
-            self.model, batch, self.options.arithmetic, self.needs, self.ranks, self._parameters
-        )
+        return gradient.Pass(self.model, batch, self.options.arithmetic, self.needs, self.ranks, self._parameters)
 
     def _agreed(self, answer: Coefficients, state: ObjectiveState) -> tuple[Coefficients, ObjectiveState]:
         """The leader's decisions. Columns may differ by rounding, which does no harm."""
@@ -274,9 +297,7 @@ class Learner:
     ) -> str:
         """Backward and optimizer step; why it was skipped, or an empty string."""
         settings = self.options.optimizer
-        base = base_learning_rate(
-            self.version, steps=self.options.steps, optimizer=settings, given_up=self.given_up
-        )
+        base = base_learning_rate(self.version, steps=self.options.steps, optimizer=settings, given_up=self.given_up)
         if self.critic is not None and self.version - self.given_up < self.critic.warmup_steps:
             self.state = state
             metrics |= {"critic/warmup": 1.0, "lr/base": base, "lr/effective": 0.0}

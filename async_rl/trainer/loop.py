@@ -14,28 +14,31 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from async_rl.config import Settings
 from async_rl.errors import RunFailed, UserError
 from async_rl.process import speaks_of_memory
 from async_rl.run_folder import RunFolder, append_row, read_rows, to_disk
-from async_rl.settings import Settings
+from async_rl.trainer.alarm import Guard
 from async_rl.trainer.build import pack_step
-from async_rl.trainer.canary import CanaryWatch
-from async_rl.trainer.checkpoint import Progress, save_checkpoint, weights_checksum, weights_hash
-from async_rl.trainer.guard import Guard
+from async_rl.trainer.canary_watch import CanaryWatch
+from async_rl.trainer.checkpoint import Progress, save_checkpoint, save_part, weights_checksum, weights_hash
+from async_rl.trainer.forward import probe_log_probs
 from async_rl.trainer.inbox import Inbox
 from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, version_of
 from async_rl.trainer.summary import Summary, Totals, mean, summarise
-from async_rl.trainer.team import Team, Train, wait_metrics
+from async_rl.trainer.team import End, Gather, Probe, Save, Still, Team, Train, hear, wait_metrics
 from async_rl.trajectory import Trajectory
 from async_rl.wire import messages as msg
+from async_rl.wire.heartbeat import Activity
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from async_rl.batch import PackedBatch
     from async_rl.trainer.alarm import Alarm
     from async_rl.trainer.learner import Learner, StepReport
+    from async_rl.trainer.packing import PackedBatch
     from async_rl.trainer.publish import Publisher
+
 
 CHECKSUM_BYTES = 32 << 20
 """models up to this size have a checksum of their weights recorded every step (5 ms), all a hash at checkpoints"""
@@ -226,8 +229,13 @@ class TrainerLoop:
         keep, spared = self.settings.checkpoint.keep, self.guard.spared()
         try:
             path = save_checkpoint(
-                self.folder.checkpoints, self.learner, self.progress(),
-                source=self.source, keep=keep, spared=spared, team=self.team,
+                self.folder.checkpoints,
+                self.learner,
+                self.progress(),
+                source=self.source,
+                keep=keep,
+                spared=spared,
+                team=self.team,
             )
         except (OSError, SafetensorError) as error:
             raise RunFailed(
@@ -344,3 +352,39 @@ def _lag_split(trajectories: Sequence[Trajectory], step: int) -> dict[str, float
         "lag/flight": mean([float(t.version_max - t.version_min) for t in sampled]),
         "lag/queue": mean([float(step - t.version_max) for t in sampled]),
     }
+
+
+# -------------------- follow
+# What a rank of the trainer does that does not lead: its share of whatever the leader says comes next.
+#
+# Who waits for whom: it waits for the leader's word, by the time-out of a collective (the leader says every few
+# seconds that it is there), and talks to nobody else: buffer, generators and files of the run are the leader's.
+
+WAITING = "waiting for the leader"
+
+
+def follow(settings: Settings, learner: Learner, activity: Activity) -> None:
+    """Until the leader says that the run is done. Raises RunFailed when it is gone."""
+    ranks = learner.ranks
+    activity.now(WAITING)
+    while True:
+        match hear(ranks):
+            case Train(step=step, trajectories=trajectories):
+                activity.now(f"training step {step}")
+                waited = ranks.waited_s
+                learner.step(pack_step(settings, trajectories, learner.over))
+                wait_metrics(ranks, waited)
+            case Gather():
+                activity.now(f"gathering version {learner.version}")
+                for _ in learner.full_weights():
+                    pass  # they count on the leader
+            case Probe(tokens=tokens):
+                probe_log_probs(learner.model, tokens, learner.options.arithmetic)
+            case Save(folder=folder):
+                activity.now(f"checkpoint {learner.version}")
+                save_part(folder, learner)
+            case Still():
+                pass
+            case End():
+                return
+        activity.still(WAITING)

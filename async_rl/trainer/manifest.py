@@ -87,9 +87,7 @@ def damage_of(path: Path) -> str | None:
     return None
 
 
-def newest_whole(
-    folder: Path, but: Callable[[int], bool] = lambda version: False
-) -> tuple[Path | None, list[Damage]]:
+def newest_whole(folder: Path, but: Callable[[int], bool] = lambda version: False) -> tuple[Path | None, list[Damage]]:
     """The newest checkpoint that is as it was written, and the newer ones that are not. `but`: versions that are
     passed over."""
     damaged: list[Damage] = []

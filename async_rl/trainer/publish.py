@@ -7,15 +7,14 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from async_rl.config import Settings
 from async_rl.model.decoder import DTYPES
 from async_rl.run_folder import RunFolder
-from async_rl.settings import Settings
 from async_rl.trainer.learner import Learner
-from async_rl.vllm_release import Release, installed_release
-from async_rl.weights.ipc import HAS_PACKED, IpcLink
-from async_rl.weights.link import Control, LinkServer, MakeLink, WeightLink
+from async_rl.weights.link import Control, LinkServer, MakeLink, Staged, WeightLink
 from async_rl.weights.shared_memory import WeightPublisher, segment_path
-from async_rl.weights.staged import Staged
+from async_rl.weights.vllm_links import HAS_PACKED, IpcLink
+from async_rl.weights.vllm_release import Release, installed_release
 from async_rl.weights.way import LINKS, needs_segment
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import ipc_endpoint
@@ -95,7 +94,7 @@ def links_by_release(release: Release) -> Callable[[Staged], MakeLink]:
         def make(ask: msg.AskLink, control: Control) -> WeightLink:
             if ask.way == "ipc":
                 return IpcLink(control, staged, has_packed=release >= HAS_PACKED)
-            from async_rl.weights.vllm_nccl import make_nccl_link
+            from async_rl.weights.vllm_links import make_nccl_link
 
             return make_nccl_link(control, staged, workers=ask.workers, release=release)
 

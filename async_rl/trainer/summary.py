@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from async_rl.settings import StalenessSettings
-from async_rl.trainer.alarm import Alarm
-from async_rl.trainer.canary import CanarySummary
-from async_rl.trainer.guard import Guard
+from async_rl.config import StalenessSettings
+from async_rl.trainer.alarm import Alarm, Guard
+from async_rl.trainer.canary_watch import CanarySummary
 
 
 @dataclass(slots=True, kw_only=True)

@@ -29,24 +29,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
-from async_rl.batch import MicroBatch, PackedBatch
 from async_rl.errors import UserError
 from async_rl.model.attention import DocumentAttention
-from async_rl.model.decoder import Decoder, How, RMSNorm
-from async_rl.model.matmul import linear
+from async_rl.model.decoder import Decoder, How, RMSNorm, linear
 from async_rl.trainer.forward import Arithmetic
+from async_rl.trainer.packing import MicroBatch, PackedBatch
+from async_rl.trainer.ranks import whole_trajectories
 from async_rl.trainer.sharding import add_gradient, free, gather_head, is_sharded, keep_head_after_backward
 from async_rl_kernels import LogProbs
 from async_rl_kernels.head_gradient import HeadGradient
-from async_rl_kernels.segment_gradient import (
-    Segments,
-    embedding_norm_squares,
-    segment_sums,
-    weight_norm_squares,
-)
+from async_rl_kernels.segment_gradient import Segments, embedding_norm_squares, segment_sums, weight_norm_squares
 
 if TYPE_CHECKING:
-    from async_rl.trainer.forward import Model
+    from async_rl.model.huggingface import Model
+    from async_rl.trainer.ranks import Ranks
+
 
 Sums = dict[Tensor, Tensor]
 """a gradient kept beside the parameters' own"""
@@ -389,3 +386,63 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total.add_(linear(left, right.T))  # on a CPU twice as fast as addmm
+
+
+# -------------------- exact over ranks
+# Exact OPOB where a batch is laid over ranks (trajectory_gradient.py says what is computed).
+#
+# The norm of a trajectory is found on the rank that holds it. Where every group lies in one micro-batch, its
+# baseline is known there and each micro-batch is done with at once. Otherwise (a group longer than a micro-batch,
+# or one baseline for the whole batch in several micro-batches) norms come first and every micro-batch is run a
+# second time: the sums that one rank keeps beside the gradient would here be one more gradient on every rank,
+# and, with sharded weights, could not be kept apart by group.
+#
+# Weight gradients formed from hooks are not seen by FSDP: each is formed whole, one weight at a time, and summed
+# over the ranks into their rows of `.grad` before the next. The largest, of the embedding or the head, is the
+# most memory that it takes: vocabulary x hidden x 4 bytes.
+
+
+def add_over_ranks(
+    exact: TrajectoryGradient,
+    batch: PackedBatch,
+    policy: Tensor,
+    baseline: Tensor,
+    baselines: Callable[[Tensor], Tensor],
+    ranks: Ranks,
+    *,
+    scope: Literal["group", "batch"],
+) -> Tensor:
+    """`TrajectoryGradient.add` for this rank's share; arguments and result are of the whole batch. Collective.
+
+    With whole weights on every rank `.grad` is that of the share, still to be summed over ranks; with sharded
+    ones it is the batch's.
+    """
+    share = batch.share
+    assert share is not None
+    baseline = batch.own(baseline)
+    reward = proportion(batch.own(policy), baseline, batch)
+    group = batch.group_of_trajectory[share.trajectories]
+    own = torch.zeros(len(group), dtype=torch.float64, device=reward.device)
+
+    def multipliers(micro: MicroBatch, whole: Tensor) -> Tensor:
+        if micro.idle:
+            return reward.new_zeros(1)
+        return (reward - baselines(whole)[group].to(reward))[micro.trajectories]
+
+    at_once = scope == "group" and not share.groups_cut
+    for micro in batch.micro_batches:
+        found = exact.norms(micro, micro.rows(baseline))
+        if not micro.idle:
+            own[micro.trajectories] = found
+        if at_once:
+            whole = own.new_zeros(batch.num_trajectories).index_copy_(0, share.trajectories, own)
+            exact.accumulate(multipliers(micro, whole))
+            exact.forget()
+    whole = whole_trajectories(own, batch, ranks)
+    if not at_once:
+        for micro in batch.micro_batches:
+            if len(batch.micro_batches) > 1:
+                exact.norms(micro, micro.rows(baseline))
+            exact.accumulate(multipliers(micro, whole))
+            exact.forget()
+    return whole

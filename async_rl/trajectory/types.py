@@ -3,12 +3,53 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+# -------------------- length
+# Buckets of trajectory length: what is left out is counted by them, so that a bias by length is seen.
+
+LENGTH_BUCKETS = (16, 64, 256, 1024, 4096, 16384)
+"""upper ends (exclusive) of the buckets of trajectory length, in policy tokens; the last is open"""
+
+
+def bucket_names() -> list[str]:
+    """Names of the length buckets, in order, for metric keys."""
+    ends = [f"below_{end}" for end in LENGTH_BUCKETS]
+    return [*ends, f"from_{LENGTH_BUCKETS[-1]}"]
+
+
+def bucket_of(policy_tokens: int) -> int:
+    """Index of the bucket of this length."""
+    return bisect_right(LENGTH_BUCKETS, policy_tokens)
+
+
+# -------------------- seed
+# Seeds: each depends on the run's seed and the place in the run only, never on timing.
+
+
+def group_seed(run_seed: int, group: int) -> int:
+    """Seed of a group: depends on the run's seed and the group only. 63 bits."""
+    digest = blake2b(f"{run_seed}:{group}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def attempt_seed(run_seed: int, position: int, attempt: int) -> int:
+    """Seed of the group at `position` in the prompt order, asked for the `attempt`-th time again. 63 bits."""
+    seed = group_seed(run_seed, position)
+    return group_seed(seed, -attempt) if attempt else seed
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """Seed of one trajectory of a group. 63 bits."""
+    return group_seed(seed, sample)
+
 
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 Split = Literal["train", "eval"]

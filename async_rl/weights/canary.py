@@ -78,9 +78,7 @@ class Comparison:
         return bool(self.tensors) or not self.mean_difference <= tolerance
 
 
-def fingerprint(
-    tensors: Mapping[str, Tensor], version: int, dtype: torch.dtype | None = None
-) -> dict[str, int]:
+def fingerprint(tensors: Mapping[str, Tensor], version: int, dtype: torch.dtype | None = None) -> dict[str, int]:
     """A 64-bit checksum of each tensor; `dtype`: as they are after a cast to it (the engine's)."""
     import torch
 

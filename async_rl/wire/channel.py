@@ -26,8 +26,7 @@ from async_rl.errors import RunFailed, UserError
 from async_rl.trajectory.codec import Blob, WireError
 from async_rl.wire.endpoint import LONGEST_IPC_PATH, is_tcp, require_keys, socket_file
 from async_rl.wire.frames import decode, encode
-from async_rl.wire.gate import Gate, Reception, show_key
-from async_rl.wire.keys import Keys
+from async_rl.wire.keys import Gate, Keys, Reception, show_key
 from async_rl.wire.messages import Message
 
 LINGER_S = 2.0
@@ -226,9 +225,7 @@ class AsyncDealer:
         there. Raises UserError for a message larger than the limit."""
         await self._socket.send_multipart(_within(encode(message), message, self._max_message_bytes), copy=False)
 
-    async def receive(
-        self, seconds: float = math.inf, waiting_for: str = "a message of the buffer"
-    ) -> Message:
+    async def receive(self, seconds: float = math.inf, waiting_for: str = "a message of the buffer") -> Message:
         """The next message. A caller without a deadline of its own watches the buffer's silence elsewhere.
 
         Raises WireTimeout, and WireError for a message that is none (it is consumed). A receive that is
@@ -336,9 +333,7 @@ def _remove_stale(path: Path, endpoint: str) -> None:
     if not path.exists():
         return
     if not path.is_socket():
-        raise UserError(
-            f"wire.endpoint: {path} exists and is no socket; name another path or remove the file"
-        )
+        raise UserError(f"wire.endpoint: {path} exists and is no socket; name another path or remove the file")
     with socket.socket(socket.AF_UNIX) as probe, suppress(ConnectionRefusedError, FileNotFoundError):
         probe.settimeout(1.0)
         probe.connect(str(path))

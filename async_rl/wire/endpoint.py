@@ -4,13 +4,49 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import zmq
 
 from async_rl.errors import UserError
 
 if TYPE_CHECKING:
     from async_rl.wire.keys import Keys
+
+
+# -------------------- library
+# What the ZeroMQ library at hand can do.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    pyzmq: str
+    libzmq: str
+    ipc: bool
+    """Unix sockets"""
+    curve: bool
+    """encryption and keys, needed for TCP"""
+
+
+def library() -> Library:
+    return Library(pyzmq=zmq.pyzmq_version(), libzmq=zmq.zmq_version(), ipc=zmq.has("ipc"), curve=zmq.has("curve"))
+
+
+# -------------------- host
+# Which machine this is: two processes on one may share memory.
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+def this_host() -> str:
+    """The same for every process since the machine was started, another on every other machine."""
+    try:
+        return _BOOT.read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
 
 LONGEST_IPC_PATH = 107
 """bytes, the size of a Unix socket's address on Linux"""

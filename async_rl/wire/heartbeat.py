@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from async_rl.config import WireSettings
 from async_rl.process import AGENT
-from async_rl.settings import WireSettings
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout
@@ -154,9 +154,7 @@ class Heartbeat:
         doing, seconds = self._activity.state()
         if held_up := self._activity.held_up_s():
             doing += f"; held up for {held_up:.1f} s {place(sys._current_frames().get(self._watched))}"
-        return msg.Pulse(
-            name=self._name, pid=os.getpid(), role=self._role, doing=doing[:LONGEST_WORD], since_s=seconds
-        )
+        return msg.Pulse(name=self._name, pid=os.getpid(), role=self._role, doing=doing[:LONGEST_WORD], since_s=seconds)
 
     def _tell_launcher(self, pulse: msg.Pulse) -> None:
         if self._pipe < 0:

@@ -4,9 +4,7 @@
 for CUDA: nothing else imports Triton, and they are imported only where `backend` says "triton".
 """
 
-from async_rl_kernels.device import backend
 from async_rl_kernels.logprob import LogProbs, linear_logprob
-from async_rl_kernels.segment_ratio import segment_ratio
-from async_rl_kernels.weight_grad import segmented_weight_grad
+from async_rl_kernels.product import backend
 
 __all__ = ["LogProbs", "backend", "linear_logprob", "segment_ratio", "segmented_weight_grad"]

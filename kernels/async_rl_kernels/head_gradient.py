@@ -52,9 +52,7 @@ class HeadGradient:
         self._kernels = tile_kernels(hidden)
         with torch.no_grad():
             sums, _ = head_sums(hidden, weight, targets, self._scale, tiles_for(hidden, weight), self._kernels)
-        self.log_probs = LogProbs(
-            log_prob=sums.log_prob, entropy=sums.entropy, prob_square_sum=sums.prob_square_sum
-        )
+        self.log_probs = LogProbs(log_prob=sums.log_prob, entropy=sums.entropy, prob_square_sum=sums.prob_square_sum)
         self._log_normaliser = sums.log_normaliser
         self._coefficients: Tensor | None = None
         self._kept: Tensor | None = None
@@ -86,9 +84,7 @@ class HeadGradient:
                 tile = self._logit_gradients(rows, ids) if self._kept is None else self._kept[rows, ids]
                 total[ids] += product(tile.T, hidden.T)
 
-    def product_with_embedding(
-        self, embedded: Tensor, gradients: Tensor, tokens: Tensor, segments: Segments
-    ) -> Tensor:
+    def product_with_embedding(self, embedded: Tensor, gradients: Tensor, tokens: Tensor, segments: Segments) -> Tensor:
         """<G_i of the head, G_i of the embedding> where both are one weight: [segments] float64.
 
         Row x_t of the head's G_i is sum_s g_s[x_t] h_s, and the embedding's G_i has d_t there, so the product

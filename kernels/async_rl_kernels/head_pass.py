@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from async_rl_kernels.logit_tile import Pull, TileKernels
+from async_rl_kernels.logit_tile import Pull, TileKernels, VocabularySums
 from async_rl_kernels.product import product, put_product
-from async_rl_kernels.vocabulary_sums import VocabularySums
 
 CPU_TILE = 1 << 22, 1024
 """float32 16 MiB"""

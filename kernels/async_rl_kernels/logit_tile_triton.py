@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from async_rl_kernels.logit_tile import Pull
-from async_rl_kernels.vocabulary_sums import VocabularySums
+from async_rl_kernels.logit_tile import Pull, VocabularySums
 
 BLOCK = 4096
 """logits of a row held at a time: 16 in each thread of 8 warps"""

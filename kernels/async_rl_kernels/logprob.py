@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from async_rl_kernels.head_pass import Tiles, head_gradients, head_sums, tiles_for
-from async_rl_kernels.logit_tile import Pull, TileKernels, tile_kernels
-from async_rl_kernels.vocabulary_sums import VocabularySums
+from async_rl_kernels.logit_tile import Pull, TileKernels, VocabularySums, tile_kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

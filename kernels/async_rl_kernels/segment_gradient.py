@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from async_rl_kernels.device import uses_triton_products
-from async_rl_kernels.product import promoted
+from async_rl_kernels.product import promoted, uses_triton_products
 
 Made = TypeVar("Made")
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_rl.batch import pack_batch
+from async_rl.trainer.packing import pack_batch
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 

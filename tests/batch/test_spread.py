@@ -11,11 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from async_rl.batch import Spread, pack_batch
-from async_rl.batch.share import plan
-from async_rl.batch.spread import Cost, differencing, fill, largest, spread, to_the_lightest
 from async_rl.model.architecture import DecoderConfig, tensor_shapes
-from async_rl.trainer.cost import decoder_cost
+from async_rl.trainer.build import decoder_cost
+from async_rl.trainer.packing import (
+    Cost,
+    Spread,
+    differencing,
+    fill,
+    largest,
+    pack_batch,
+    plan,
+    spread,
+    to_the_lightest,
+)
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 COST = Cost(per_token=100, per_policy_token=30, per_pair=3)
@@ -106,9 +114,7 @@ def test_ranks_have_every_trajectory_once_and_groups_whole(
 
 @settings(max_examples=40)
 @given(batches(), st.integers(2, 4), st.integers(20, 200), st.booleans())
-def test_shares_join_to_the_columns_of_the_batch(
-    batch: list[Trajectory], size: int, limit: int, whole: bool
-) -> None:
+def test_shares_join_to_the_columns_of_the_batch(batch: list[Trajectory], size: int, limit: int, whole: bool) -> None:
     alone = pack_batch(batch, micro_batch_tokens=limit)
     rows: list[torch.Tensor] = []
     lengths: list[tuple[int, ...]] = []

@@ -12,16 +12,15 @@ import pytest
 from support_buffer_world import TRAINER, answer, make_core
 
 from async_rl.buffer import effects as do
-from async_rl.buffer.acceptance import MOST_EVALUATIONS
+from async_rl.buffer.acceptance import ANSWERS_AT_ONCE, EXAMPLES, MOST_EVALUATIONS
 from async_rl.buffer.core import Core
-from async_rl.buffer.pace import Pace
-from async_rl.buffer.refusals import ANSWERS_AT_ONCE, EXAMPLES
+from async_rl.buffer.staleness import PacePolicy
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
-from async_rl.wire.refusal import HARMLESS, REFUSALS
+from async_rl.wire.frames import HARMLESS, REFUSALS
 
-PACE = Pace(groups_per_step=2, max_staleness=2, pipeline_depth=3.0, window=1)
+PACE = PacePolicy(groups_per_step=2, max_staleness=2, pipeline_depth=3.0, window=1)
 HELLO = msg.Hello(role="generator", name="g", pid=1)
 STATUS = msg.Status(name="g", version=0, busy_seconds=1, wall_seconds=1, tokens_generated=1, running=1, waiting=0)
 EVALUATE = msg.Evaluate(evaluation=0, version=0, problems=(3,), samples=1, temperature=1.0)

@@ -10,10 +10,10 @@ from support_buffer_world import TRAINER, answer, make_core
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
-from async_rl.buffer.pace import Pace
+from async_rl.buffer.staleness import PacePolicy
 from async_rl.wire import messages as msg
 
-PACE = Pace(groups_per_step=4, max_staleness=1, pipeline_depth=1.0, window=1)
+PACE = PacePolicy(groups_per_step=4, max_staleness=1, pipeline_depth=1.0, window=1)
 LIMIT_S = 15.0
 
 
@@ -172,7 +172,7 @@ def test_a_pulse_is_answered_so_that_the_buffer_is_known_to_live(core: Core) -> 
 
 
 def test_a_step_counts_as_trained_when_only_a_later_version_is_heard_of(core: Core) -> None:
-    core = make_core(Pace(groups_per_step=1, max_staleness=1, pipeline_depth=2.0, window=1), group_size=1)
+    core = make_core(PacePolicy(groups_per_step=1, max_staleness=1, pipeline_depth=2.0, window=1), group_size=1)
     core.handle(b"a", hello("a"), 0.0)
     core.handle(b"a", msg.Want(limit=9, version=0, session=1), 0.0)
     for step in range(2):

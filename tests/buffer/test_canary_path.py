@@ -6,8 +6,8 @@ import pytest
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
-from async_rl.buffer.pace import Pace
-from async_rl.buffer.rules import Rules
+from async_rl.buffer.depth import Rules
+from async_rl.buffer.staleness import PacePolicy
 from async_rl.wire import messages as msg
 
 TRAINER, GENERATOR = b"trainer", b"generator-0"
@@ -17,7 +17,7 @@ SHOWN = msg.Canary(name="generator-0", version=3, digests=(("w", 2**64 - 1),), l
 @pytest.fixture
 def core() -> Core:
     rules = Rules(
-        policy=Pace(groups_per_step=1, max_staleness=1, pipeline_depth=1, window=1),
+        policy=PacePolicy(groups_per_step=1, max_staleness=1, pipeline_depth=1, window=1),
         group_size=1,
         temperature=1.0,
         drop_zero_signal=False,

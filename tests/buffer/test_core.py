@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from support_buffer_world import TRAINER, World, answer, make_core, paces, policies, trajectory
 
 from async_rl.buffer import effects as do
-from async_rl.buffer.pace import Pace
-from async_rl.buffer.staleness import Entry, Line, Policy
+from async_rl.buffer.staleness import Entry, Line, PacePolicy, Policy
 from async_rl.errors import UserError
 from async_rl.wire import messages as msg
 
@@ -52,7 +51,7 @@ def test_staleness_is_bounded_and_each_admitted_group_is_trained_once_or_refused
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(pace=paces(), data=st.data())
-def test_no_group_is_overtaken_by_more_than_the_window_allows(pace: Pace, data: st.DataObject) -> None:
+def test_no_group_is_overtaken_by_more_than_the_window_allows(pace: PacePolicy, data: st.DataObject) -> None:
     line = Line()
     for group in range(60):
         line.add(Entry(group=group, deadline=0))
@@ -71,7 +70,7 @@ def test_no_group_is_overtaken_by_more_than_the_window_allows(pace: Pace, data: 
 
 def test_the_same_messages_at_the_same_times_give_the_same_effects() -> None:
     def play() -> list[str]:
-        core = make_core(Pace(groups_per_step=2, max_staleness=1, pipeline_depth=2.0, window=1))
+        core = make_core(PacePolicy(groups_per_step=2, max_staleness=1, pipeline_depth=2.0, window=1))
         out: list[do.Effect] = []
         out += core.handle(b"g", msg.Hello(role="generator", name="g", pid=1), 0.0)
         out += core.handle(b"g", msg.Want(limit=4, version=0), 0.1)
@@ -87,7 +86,7 @@ def test_the_same_messages_at_the_same_times_give_the_same_effects() -> None:
 
 
 def test_a_batch_is_formed_once_and_answered_identically_when_asked_again() -> None:
-    core = make_core(Pace(groups_per_step=1, max_staleness=1, pipeline_depth=2.0, window=1), group_size=1)
+    core = make_core(PacePolicy(groups_per_step=1, max_staleness=1, pipeline_depth=2.0, window=1), group_size=1)
     core.handle(b"g", msg.Hello(role="generator", name="g", pid=1), 0.0)
     core.handle(b"g", msg.Want(limit=9, version=0), 0.0)
     for group in (0, 1):
@@ -99,7 +98,7 @@ def test_a_batch_is_formed_once_and_answered_identically_when_asked_again() -> N
 
 
 def test_a_trajectory_that_is_too_old_is_refused_when_the_batch_is_formed() -> None:
-    core = make_core(Pace(groups_per_step=1, max_staleness=0, pipeline_depth=1.0, window=1), group_size=1)
+    core = make_core(PacePolicy(groups_per_step=1, max_staleness=0, pipeline_depth=1.0, window=1), group_size=1)
     core.handle(b"g", msg.Hello(role="generator", name="g", pid=1), 0.0)
     core.handle(b"g", msg.Want(limit=9, version=0), 0.0)
     core.handle(b"g", msg.Finished(trajectories=(trajectory(0, 0, 0),)), 0.0)
@@ -122,7 +121,9 @@ def test_a_trajectory_that_is_too_old_is_refused_when_the_batch_is_formed() -> N
 
 
 def test_zero_signal_groups_free_their_slot_at_once() -> None:
-    core = make_core(Pace(groups_per_step=1, max_staleness=0, pipeline_depth=1.0, window=1), drop_zero_signal=True)
+    core = make_core(
+        PacePolicy(groups_per_step=1, max_staleness=0, pipeline_depth=1.0, window=1), drop_zero_signal=True
+    )
     core.handle(b"g", msg.Hello(role="generator", name="g", pid=1), 0.0)
     core.handle(b"g", msg.Want(limit=9, version=0), 0.0)
     assert list(core.groups) == [0]
@@ -134,7 +135,7 @@ def test_zero_signal_groups_free_their_slot_at_once() -> None:
 
 def test_failures_in_a_row_end_the_run_with_the_last_reason() -> None:
     core = make_core(
-        Pace(groups_per_step=1, max_staleness=0, pipeline_depth=1.0, window=1), group_size=3, max_failures=3
+        PacePolicy(groups_per_step=1, max_staleness=0, pipeline_depth=1.0, window=1), group_size=3, max_failures=3
     )
     core.handle(b"g", msg.Hello(role="generator", name="g", pid=1), 0.0)
     core.handle(b"g", msg.Want(limit=9, version=0), 0.0)
@@ -147,7 +148,7 @@ def test_failures_in_a_row_end_the_run_with_the_last_reason() -> None:
 
 
 def test_an_evaluation_runs_between_training_groups_and_is_not_trained() -> None:
-    core = make_core(Pace(groups_per_step=1, max_staleness=1, pipeline_depth=2.0, window=1))
+    core = make_core(PacePolicy(groups_per_step=1, max_staleness=1, pipeline_depth=2.0, window=1))
     core.handle(b"g", msg.Hello(role="generator", name="g", pid=1), 0.0)
     ask = msg.Evaluate(evaluation=0, version=0, problems=(5, 6), samples=2, temperature=0.0)
     core.handle(TRAINER, ask, 0.0)
@@ -169,7 +170,7 @@ def test_an_evaluation_runs_between_training_groups_and_is_not_trained() -> None
 
 
 def test_a_waiting_trainer_is_told_whom_it_waits_for() -> None:
-    core = make_core(Pace(groups_per_step=2, max_staleness=0, pipeline_depth=1.0, window=1))
+    core = make_core(PacePolicy(groups_per_step=2, max_staleness=0, pipeline_depth=1.0, window=1))
     core.handle(b"g", msg.Hello(role="generator", name="generator-0", pid=1), 0.0)
     core.handle(b"g", msg.Want(limit=9, version=0), 0.0)
     core.handle(b"g", msg.Finished(trajectories=(trajectory(0, 0, 0),)), 1.0)
@@ -194,4 +195,4 @@ def test_a_waiting_trainer_is_told_whom_it_waits_for() -> None:
 def test_settings_that_cannot_keep_the_bound_are_refused(changes: dict[str, float], name: str) -> None:
     values = {"groups_per_step": 4, "max_staleness": 1, "pipeline_depth": 2.0, "window": 1}
     with pytest.raises(UserError, match=name):
-        Pace(**{**values, **changes})  # type: ignore[arg-type]
+        PacePolicy(**{**values, **changes})  # type: ignore[arg-type]

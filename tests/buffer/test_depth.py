@@ -18,9 +18,8 @@ from support_buffer_world import TRAINER, World, make_core, policies
 from async_rl.buffer import effects as do
 from async_rl.buffer.depth import CALM_STEPS, LEAST_STEPS, Decision, DepthControl, DepthState
 from async_rl.buffer.loop import write
-from async_rl.buffer.pace import Pace
 from async_rl.buffer.restore import read_standing, restore
-from async_rl.buffer.staleness import Policy
+from async_rl.buffer.staleness import PacePolicy, Policy
 from async_rl.buffer.store import Store
 from async_rl.wire import messages as msg
 
@@ -190,7 +189,7 @@ def test_the_bound_holds_under_any_sequence_of_depths(
 
 def test_the_buffer_obeys_the_depth_says_so_and_a_restarted_one_goes_on_with_it(tmp_path: Path) -> None:
     control = DepthControl(target=0.5, deepest=3.0, groups_per_step=4)
-    pace = Pace(groups_per_step=4, max_staleness=2, pipeline_depth=3.0, window=1)
+    pace = PacePolicy(groups_per_step=4, max_staleness=2, pipeline_depth=3.0, window=1)
     core = make_core(pace, control=control)
     core.handle(TRAINER, msg.Hello(role="trainer", name="trainer", pid=1), 0.0)
     core.ledger.step = 50

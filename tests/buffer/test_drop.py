@@ -14,12 +14,10 @@ from support_buffer_world import TRAINER, World, answer, drops, make_core
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
-from async_rl.buffer.drop import Drop
 from async_rl.buffer.loop import write
-from async_rl.buffer.pace import Pace
 from async_rl.buffer.restore import read_standing, restore
+from async_rl.buffer.staleness import DropPolicy, PacePolicy, WaitPolicy
 from async_rl.buffer.store import Store
-from async_rl.buffer.wait import Wait
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.wire import messages as msg
 
@@ -66,7 +64,7 @@ class Play:
 
 def overdue_play() -> tuple[Play, list[do.Effect]]:
     """P = 1, k = 1: groups 0 and 1 start at version 0; 1 and then 2, of version 1, are trained before 0 is done."""
-    play = Play(make_core(Drop(groups_per_step=1, max_staleness=1, pipeline_depth=2.0)))
+    play = Play(make_core(DropPolicy(groups_per_step=1, max_staleness=1, pipeline_depth=2.0)))
     play.finish(1, 0, tokens=10)
     play.hear(TRAINER, msg.NextBatch(step=0))
     play.publish(1)
@@ -132,7 +130,7 @@ def test_a_stranger_cannot_add_to_what_was_dropped() -> None:
 
 
 def test_what_waits_to_be_asked_again_is_known_after_a_restart(tmp_path: Path) -> None:
-    play = Play(make_core(Drop(groups_per_step=1, max_staleness=1, pipeline_depth=2.0)))
+    play = Play(make_core(DropPolicy(groups_per_step=1, max_staleness=1, pipeline_depth=2.0)))
     play.finish(1, 0, tokens=10)
     play.hear(TRAINER, msg.NextBatch(step=0))
     play.publish(1)
@@ -151,7 +149,7 @@ def test_what_waits_to_be_asked_again_is_known_after_a_restart(tmp_path: Path) -
 
 
 def test_a_run_that_drops_everything_ends_with_the_reason() -> None:
-    core = make_core(Drop(groups_per_step=1, max_staleness=0, pipeline_depth=1.0), max_refusals=3)
+    core = make_core(DropPolicy(groups_per_step=1, max_staleness=0, pipeline_depth=1.0), max_refusals=3)
     play = Play(core)
     core.ledger.step = 5  # whatever is running now is too old
     effects = play.hear(TRAINER, msg.NextBatch(step=5))
@@ -169,7 +167,7 @@ def test_a_run_that_drops_everything_ends_with_the_reason() -> None:
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(policy=drops(), generators=st.integers(1, 4), loss=st.sampled_from([0.0, 0.1]), seed=st.integers(0, 2**32))
 def test_every_prompt_is_trained_in_the_end_and_none_twice(
-    policy: Drop, generators: int, loss: float, seed: int
+    policy: DropPolicy, generators: int, loss: float, seed: int
 ) -> None:
     world = World(
         core=make_core(policy), random=Random(seed), steps=25, generators=generators, loss=loss, failure=0.0,
@@ -188,13 +186,13 @@ def test_every_prompt_is_trained_in_the_end_and_none_twice(
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    groups=st.integers(1, 6), kind=st.sampled_from([Pace, Wait, Drop]), generators=st.integers(1, 3),
+    groups=st.integers(1, 6), kind=st.sampled_from([PacePolicy, WaitPolicy, DropPolicy]), generators=st.integers(1, 3),
     seed=st.integers(0, 2**32),
 )  # fmt: skip
 def test_without_staleness_every_policy_trains_the_prompt_order(
-    groups: int, kind: type[Pace] | type[Wait] | type[Drop], generators: int, seed: int
+    groups: int, kind: type[PacePolicy] | type[WaitPolicy] | type[DropPolicy], generators: int, seed: int
 ) -> None:
-    window = {"window": 1} if kind is Pace else {}
+    window = {"window": 1} if kind is PacePolicy else {}
     policy = kind(groups_per_step=groups, max_staleness=0, pipeline_depth=1.0, **window)
     world = World(
         core=make_core(policy), random=Random(seed), steps=6, generators=generators, loss=0.1, failure=0.0, spread=30.0

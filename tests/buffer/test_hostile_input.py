@@ -19,21 +19,20 @@ from support_buffer_world import TRAINER, answer, make_core
 from support_hostile import KINDS, forged, frames_of, some_frames, some_message
 
 from async_rl.buffer import effects as do
+from async_rl.buffer.acceptance import EXAMPLES
 from async_rl.buffer.core import Core
 from async_rl.buffer.loop import carry_out, receive, write
-from async_rl.buffer.pace import Pace
-from async_rl.buffer.refusals import EXAMPLES
+from async_rl.buffer.staleness import PacePolicy
 from async_rl.buffer.store import Store
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, Router, WireTimeout
-from async_rl.wire.frames import decode, encode
-from async_rl.wire.refusal import REFUSALS
+from async_rl.wire.frames import REFUSALS, decode, encode
 
 SOUND = (b"g0", b"g1", b"g2")
 ATTACKERS = (b"", b"\xff" * 255, b"h0", b"h1", b"g9")
-PACE = Pace(groups_per_step=3, max_staleness=2, pipeline_depth=3.0, window=2)
+PACE = PacePolicy(groups_per_step=3, max_staleness=2, pipeline_depth=3.0, window=2)
 VOCABULARY = 100
 
 

@@ -11,10 +11,10 @@ from support_buffer_world import TRAINER, make_core
 from async_rl import __version__
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
-from async_rl.buffer.pace import Pace
+from async_rl.buffer.staleness import PacePolicy
 from async_rl.wire import messages as msg
 
-PACE = Pace(groups_per_step=2, max_staleness=2, pipeline_depth=3.0, window=1)
+PACE = PacePolicy(groups_per_step=2, max_staleness=2, pipeline_depth=3.0, window=1)
 WELCOME = msg.Welcome(run="r", settings={}, task_digest="d", host="h", folder="f", segment="s", weights="")
 JOIN = msg.Join(name="mine", package=__version__, pid=7)
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from support_run import quick_settings
 
-from async_rl.buffer.memory import FEWEST_MESSAGES, divide
+from async_rl.buffer.loop import FEWEST_MESSAGES, divide
+from async_rl.config import Settings
 from async_rl.run_folder import RunFolder
-from async_rl.settings import Settings
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
-from async_rl.trajectory.seed import sample_seed
+from async_rl.trajectory.types import sample_seed
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, ipc_endpoint
 from async_rl.wire.frames import PORTION_BYTES, portions

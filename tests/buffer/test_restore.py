@@ -13,9 +13,8 @@ from support_buffer_world import TRAINER, make_core, policies
 from support_mortal_world import STEPS, MortalWorld, audit, durable
 
 from async_rl.buffer.loop import write
-from async_rl.buffer.pace import Pace
 from async_rl.buffer.restore import read_standing, restore
-from async_rl.buffer.staleness import Policy
+from async_rl.buffer.staleness import PacePolicy, Policy
 from async_rl.buffer.store import Store
 from async_rl.wire import messages as msg
 
@@ -52,7 +51,7 @@ def test_after_deaths_at_any_moment_every_admitted_group_is_trained_once_within_
 
 
 def test_a_store_without_anything_gives_a_fresh_buffer(tmp_path: Path) -> None:
-    pace = Pace(groups_per_step=2, max_staleness=1, pipeline_depth=2.0, window=1)
+    pace = PacePolicy(groups_per_step=2, max_staleness=1, pipeline_depth=2.0, window=1)
     core = make_core(pace)
     with Store(tmp_path / "trajectories.sqlite", durability="process", create=True) as store:
         restore(core, read_standing(store), version=0)
@@ -60,7 +59,7 @@ def test_a_store_without_anything_gives_a_fresh_buffer(tmp_path: Path) -> None:
 
 
 def test_restored_groups_keep_their_seeds_whatever_evaluations_took_numbers_in_between(tmp_path: Path) -> None:
-    pace = Pace(groups_per_step=1, max_staleness=1, pipeline_depth=2.0, window=1)
+    pace = PacePolicy(groups_per_step=1, max_staleness=1, pipeline_depth=2.0, window=1)
     core = make_core(pace)
     again = make_core(pace)
     with Store(tmp_path / "trajectories.sqlite", durability="process", create=True) as store:

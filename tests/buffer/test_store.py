@@ -46,9 +46,7 @@ def new_store(folder: Path, durability: Durability = "process") -> Store:
 
 
 def add_group(store: Store, group: int, *, samples: int = 2, split: str = "train") -> None:
-    store.add_group(
-        group=group, problem=7, split=split, admitted_version=1, admitted_at=5.0, generator="generator-0"
-    )
+    store.add_group(group=group, problem=7, split=split, admitted_version=1, admitted_at=5.0, generator="generator-0")
     store.add_trajectories([trajectory(group, sample) for sample in range(samples)])
 
 
@@ -188,9 +186,7 @@ def test_any_sql_tool_can_ask_while_the_run_goes_on(tmp_path: Path) -> None:
         add_group(store, 0)
         store.commit()
         other = sqlite3.connect(store.path)
-        found = other.execute(
-            "SELECT avg(reward), sum(length), max(version_max) FROM trajectories"
-        ).fetchone()
+        found = other.execute("SELECT avg(reward), sum(length), max(version_max) FROM trajectories").fetchone()
         assert found == (0.125, 40, 3)
         other.close()
 
@@ -261,9 +257,7 @@ def test_a_store_that_another_program_holds_names_it(tmp_path: Path, monkeypatch
         store.commit()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), [(b"not a database" * 100, "no SQLite file"), (b"", "not a store")]
-)
+@pytest.mark.parametrize(("content", "message"), [(b"not a database" * 100, "no SQLite file"), (b"", "not a store")])
 def test_a_file_that_is_no_store_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "trajectories.sqlite"
     path.write_bytes(content)

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from support_buffer_world import TRAINER, make_core, trajectory
 
 from async_rl.buffer import effects as do
-from async_rl.buffer.staleness import Entry, Line
-from async_rl.buffer.wait import Wait
+from async_rl.buffer.staleness import Entry, Line, WaitPolicy
 from async_rl.wire import messages as msg
 
 
@@ -40,15 +39,13 @@ def schedulable(deadlines: Sequence[int], step: int, groups: int) -> bool:
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(
-    deadlines=st.lists(st.integers(0, 3), max_size=5), groups=st.integers(1, 2), k=st.integers(0, 3), data=st.data()
-)
+@given(deadlines=st.lists(st.integers(0, 3), max_size=5), groups=st.integers(1, 2), k=st.integers(0, 3), data=st.data())
 def test_a_group_is_admitted_just_when_all_can_still_be_trained_in_time(
     deadlines: list[int], groups: int, k: int, data: st.DataObject
 ) -> None:
     if not schedulable(deadlines, 0, groups):
         return
-    wait = Wait(groups_per_step=groups, max_staleness=k, pipeline_depth=k + 1.0)
+    wait = WaitPolicy(groups_per_step=groups, max_staleness=k, pipeline_depth=k + 1.0)
     version = data.draw(st.integers(-k - 1, 0))  # of the generator; the next step is 0
     admitted = wait.admit(line_of(deadlines, [False] * len(deadlines)), step=0, version=version, published=0)
     free = len(deadlines) < (k + 1) * groups
@@ -63,7 +60,7 @@ def test_a_batch_is_formed_just_when_some_finished_groups_leave_the_rest_in_time
     deadlines, finished = [d for d, _ in live], [f for _, f in live]
     if not schedulable(deadlines, 0, groups):
         return
-    wait = Wait(groups_per_step=groups, max_staleness=3, pipeline_depth=4.0)
+    wait = WaitPolicy(groups_per_step=groups, max_staleness=3, pipeline_depth=4.0)
     line = line_of(deadlines, finished)
     possible = [
         batch
@@ -88,7 +85,7 @@ def test_a_batch_is_formed_just_when_some_finished_groups_leave_the_rest_in_time
 def test_nothing_is_trained_too_late_whoever_is_slow_and_whatever_the_depth(groups: int, k: int, seed: int) -> None:
     """The policy alone: any generator may start, any group may finish, the depth may change, at any moment."""
     random = Random(seed)
-    wait = Wait(groups_per_step=groups, max_staleness=k, pipeline_depth=k + 1.0)
+    wait = WaitPolicy(groups_per_step=groups, max_staleness=k, pipeline_depth=k + 1.0)
     line, step, published, number = Line(), 0, 0, 0
     held = [0] * 3  # versions of the generators
     oldest: dict[int, int] = {}
@@ -130,7 +127,7 @@ def test_nothing_is_trained_too_late_whoever_is_slow_and_whatever_the_depth(grou
 
 
 def test_a_batch_that_waits_for_a_due_group_says_for_whom_and_counts() -> None:
-    core = make_core(Wait(groups_per_step=1, max_staleness=1, pipeline_depth=2.0), group_size=1)
+    core = make_core(WaitPolicy(groups_per_step=1, max_staleness=1, pipeline_depth=2.0), group_size=1)
     for peer in (b"slow", b"fast"):
         core.handle(peer, msg.Hello(role="generator", name=peer.decode(), pid=1), 0.0)
         core.handle(peer, msg.Want(limit=1, version=0), 0.0)

@@ -9,10 +9,10 @@ from support_buffer_world import TRAINER, answer, make_core
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
-from async_rl.buffer.pace import Pace
+from async_rl.buffer.staleness import PacePolicy
 from async_rl.wire import messages as msg
 
-PACE = Pace(groups_per_step=2, max_staleness=1, pipeline_depth=1.0, window=1)
+PACE = PacePolicy(groups_per_step=2, max_staleness=1, pipeline_depth=1.0, window=1)
 
 
 @pytest.fixture

@@ -20,10 +20,9 @@ from support_audit import (
     write_run,
 )
 
-from async_rl.__main__ import main
-from async_rl.chaos.audit import Audit, said
-from async_rl.chaos.audit_run import audit_run
+from async_rl.cli.main import main
 from async_rl.errors import UserError
+from async_rl.observe.audit import Audit, audit_run, said
 from async_rl.run_folder import RunFolder, append_row
 
 

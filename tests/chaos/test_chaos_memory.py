@@ -8,8 +8,8 @@ import pytest
 from support_audit import REFUSED, STEPS, P, change, put_batch, trajectory, write_run
 
 from async_rl.buffer.store import Store, StoreReader
-from async_rl.chaos.audit import said
-from async_rl.chaos.memory import forgotten, remember
+from async_rl.instruments.chaos.watch import forgotten, remember
+from async_rl.observe.audit import said
 from async_rl.run_folder import RunFolder
 
 LAST = STEPS * P + 2

@@ -10,8 +10,8 @@ from signal import SIGCONT, SIGKILL, SIGSTOP
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_rl.chaos.plan import LATEST, ROLES, Counts, Fault, all_kinds, make_plan, timetable
-from async_rl.chaos.watch import Watch
+from async_rl.instruments.chaos.plan import LATEST, ROLES, Counts, Fault, all_kinds, make_plan, timetable
+from async_rl.instruments.chaos.watch import Watch
 from async_rl.run_folder import RunFolder, append_row, replace_text
 
 COUNTS = st.builds(

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from async_rl.chaos.proxy import Proxy
+from async_rl.instruments.chaos.proxy import Proxy
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, Router
 

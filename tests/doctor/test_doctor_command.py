@@ -10,8 +10,8 @@ from pathlib import Path
 
 from support_command import write_config
 
+from async_rl.config import load_settings
 from async_rl.doctor.examine import look_at_model
-from async_rl.settings import load_settings
 
 
 def doctor(*words: str, cwd: Path) -> tuple[int, str, str]:

@@ -12,12 +12,11 @@ from support_run import quick_settings
 
 from async_rl.doctor import machine
 from async_rl.doctor.examine import guarded
-from async_rl.doctor.finding import Finding, error, ok, warning
-from async_rl.doctor.machine import Disk, Gpus
-from async_rl.doctor.software import Software, judge_software, judge_zmq, numbers, read_software
+from async_rl.doctor.machine import Disk, Gpus, Software, judge_software, judge_zmq, numbers, read_software
 from async_rl.errors import UserError
-from async_rl.launch.memory import megabytes
-from async_rl.wire.library import Library
+from async_rl.run.finding import Finding, error, ok, warning
+from async_rl.run.memory import megabytes
+from async_rl.wire.endpoint import Library
 
 MB = 1 << 20
 ZMQ = Library(pyzmq="27.0", libzmq="4.3.5", ipc=True, curve=True)

@@ -11,11 +11,14 @@ import pytest
 import tokenizers
 from support_run import quick_settings
 
-from async_rl.doctor import agreement, memory, reward, tokens
-from async_rl.doctor.agreement import Difference
-from async_rl.launch.memory import Estimate, Part, estimate, in_words, read_available
-from async_rl.model.make_tokenizer import write_character_tokenizer
+from async_rl.doctor import machine as memory
+from async_rl.doctor import problems as reward
+from async_rl.doctor import problems as tokens
+from async_rl.instruments import agreement
+from async_rl.instruments.agreement import Difference
+from async_rl.model.create import write_character_tokenizer
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.run.memory import Estimate, Part, estimate, in_words, read_available
 from async_rl.task import make_task
 from async_rl.task.protocol import Problem, Segment, Session
 from async_rl.weights.canary import Evidence, compare
@@ -190,9 +193,7 @@ def test_log_probs_are_judged_by_the_canarys_tolerance(tiny_model: Path) -> None
     settings = quick_settings(tiny_model)
 
     def judged(difference: float, *words: str) -> str:
-        expected, found = (
-            Evidence(version=0, digests={}, log_probs=[-1.0 + d] * 4) for d in (0.0, difference)
-        )
+        expected, found = (Evidence(version=0, digests={}, log_probs=[-1.0 + d] * 4) for d in (0.0, difference))
         return agreement.judge_log_probs(compare(expected, found), "it", quick_settings(tiny_model, *words)).level
 
     assert judged(1e-6) == "ok"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from async_rl.generator.sampler import BLOCK, inverse_cdf, sample, uniforms
+from async_rl.generator.sampling import BLOCK, inverse_cdf, sample, uniforms
 
 
 def chi_square_limit(freedom: int) -> float:

@@ -11,7 +11,7 @@ from support_models import make_decoder, qwen3_config, write_folder
 
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Completion, Request, SamplingParams
-from async_rl.generator.stopping import MAX_RULES, StopRules
+from async_rl.generator.sampling import MAX_RULES, StopRules
 from async_rl.model.tokenizer import Tokenizer
 
 

@@ -6,8 +6,7 @@ import pytest
 from support_buffer_world import trajectory
 
 from async_rl.errors import RunFailed
-from async_rl.generator.outbox import Outbox
-from async_rl.generator.patience import Patience
+from async_rl.generator.outbox import Outbox, Patience
 
 
 def test_what_is_not_acknowledged_is_sent_again_after_growing_pauses() -> None:

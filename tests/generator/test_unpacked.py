@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from async_rl.generator.unpacked import together, unpacked
+from async_rl.generator.vllm_engine import together, unpacked
 from async_rl.weights.canary import Evidence, compare, fingerprint
 
 PACKING = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}

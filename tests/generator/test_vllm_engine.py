@@ -24,6 +24,7 @@ from async_rl.weights.canary import fingerprint
 pytest.importorskip("vllm", reason="vLLM is not installed (make vllm)")
 pytestmark = pytest.mark.xdist_group("vllm")
 
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served = Served(write_folder(tmp_path_factory.mktemp("model") / "m", CONFIG))

@@ -19,8 +19,7 @@ from support_served import CONFIG, CONTEXT, TOLERANCE, Served, ask, clean, promp
 from async_rl.generator.engine import Completion
 from async_rl.generator.pull import Linked
 from async_rl.weights.canary import fingerprint
-from async_rl.weights.link import LinkServer
-from async_rl.weights.staged import Staged
+from async_rl.weights.link import LinkServer, Staged
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make vllm)")
 gloo = pytest.importorskip("support_gloo_link", reason="vLLM before 0.28 has no trainer side to run")
@@ -66,7 +65,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
-    from async_rl.weights.vllm_nccl import NcclLink
+    from async_rl.weights.vllm_links import NcclLink
 
     shapes = {name: tuple(p.shape) for name, p in make_decoder(CONFIG).named_parameters()}
     staged = Staged(shapes, torch.float32, "cpu")
@@ -75,9 +74,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     with LinkServer(
         endpoint,
         staged,
-        lambda asked, control: NcclLink(
-            control, staged, workers=asked.workers, init_info=gloo.GlooTrainerInitInfo
-        ),
+        lambda asked, control: NcclLink(control, staged, workers=asked.workers, init_info=gloo.GlooTrainerInitInfo),
         timeout_s=60.0,
         event=lambda kind, **detail: events.append({"event": kind, **detail}),
     ) as server:

@@ -10,11 +10,11 @@ import re
 import pytest
 from support_vllm import ASYNC_LLM, RELEASES, THINGS, Site, files, lines, number, refusal, sites, vllm_options
 
-from async_rl import vllm_release
 from async_rl.errors import UserError
 from async_rl.generator.vllm_engine import engine_arguments
-from async_rl.vllm_release import INSTALL, SPANS, TRAINER_FACTORY, Release, supported
-from async_rl.weights.ipc import HAS_PACKED
+from async_rl.weights import vllm_release
+from async_rl.weights.vllm_links import HAS_PACKED
+from async_rl.weights.vllm_release import INSTALL, SPANS, TRAINER_FACTORY, Release, supported
 
 
 def test_every_supported_release_is_recorded() -> None:
@@ -28,9 +28,7 @@ def test_no_call_would_be_refused_by_a_release(release: str) -> None:
     assert len(found) > 30
     unknown = {site.thing for site in found} - set(THINGS)
     assert not unknown, f"name {sorted(unknown)} in tests/record_vllm.py"
-    refused = {
-        f"{site.where}: {why}" for site in found if site.used_in(release) and (why := refusal(site, release))
-    }
+    refused = {f"{site.where}: {why}" for site in found if site.used_in(release) and (why := refusal(site, release))}
     assert not refused, f"vLLM {release} would refuse {sorted(refused)}"
 
 

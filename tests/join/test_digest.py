@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from async_rl.digest import LOOKED_AT, spread, task_digest
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.run.preflight import LOOKED_AT, spread, task_digest
 from async_rl.task import make_task
 
 

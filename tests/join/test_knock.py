@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 from support_run import quick_settings
 
-from async_rl.__main__ import main
-from async_rl.config import to_yaml
-from async_rl.digest import task_digest
+from async_rl.cli.main import main
+from async_rl.config.schema import to_yaml
 from async_rl.model.folder import load_model
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.run.preflight import task_digest
 from async_rl.run_folder import RunFolder
 from async_rl.task import make_task
 from async_rl.weights import WeightPublisher
 from async_rl.weights.canary import fingerprint
 from async_rl.wire import Router, WireError
 from async_rl.wire import messages as msg
-from async_rl.wire.host import this_host
+from async_rl.wire.endpoint import this_host
 
 Answer = Callable[[msg.Message], msg.Message | None]
 
@@ -105,7 +105,7 @@ def test_the_buffers_reason_is_passed_on(told: Callable[..., tuple[int, str]], f
 def test_where_nobody_answers_is_said(
     told: Callable[..., tuple[int, str]], folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("async_rl.join.generate.ANSWER_S", 0.5)
+    monkeypatch.setattr("async_rl.run.join.ANSWER_S", 0.5)
     code, said = told("--run", str(folder.path))
     assert code == 1
     assert "for 0.5 s: is a run there, and can it be reached?" in said
@@ -147,7 +147,7 @@ def test_a_buffer_that_is_gone_ends_it_with_the_cause(
     told: Callable[..., tuple[int, str]], folder: RunFolder, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says welcome, hears the Hello, and is never heard of again."""
-    monkeypatch.setattr("async_rl.join.generate.arithmetic_environment", lambda threads: {})
+    monkeypatch.setattr("async_rl.run.join.arithmetic_environment", lambda threads: {})
     settings = quick_settings(tiny_model)
     task = make_task(settings.task.name, settings.task.args)
     answer = welcome(

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from async_rl import __version__
-from async_rl.config import structured
+from async_rl.config import Settings
+from async_rl.config.schema import structured
 from async_rl.errors import UserError
-from async_rl.join.rank_environment import first_node, rank_environment
-from async_rl.join.train import check_fit
-from async_rl.settings import Settings
-from async_rl.wire.host import this_host
+from async_rl.run.join_trainer import check_fit, first_node, rank_environment
+from async_rl.wire.endpoint import this_host
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 SLURM = {

@@ -10,7 +10,7 @@ import pytest
 from support_run import quick_settings
 
 from async_rl.errors import UserError
-from async_rl.join.terms import local_settings
+from async_rl.run.join import local_settings
 
 
 @pytest.fixture

@@ -7,10 +7,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from async_rl_kernels import backend, linear_logprob, reference, segment_ratio, segmented_weight_grad
+from async_rl_kernels import backend, linear_logprob, reference, segmented_weight_grad
 from async_rl_kernels.head_gradient import HeadGradient
 from async_rl_kernels.segment_gradient import Segments, weight_norm_squares
-from async_rl_kernels.segment_ratio import Rule, Turns
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,12 +9,7 @@ from hypothesis import strategies as st
 
 from async_rl_kernels import reference, segment_gradient
 from async_rl_kernels.head_gradient import HeadGradient
-from async_rl_kernels.segment_gradient import (
-    Segments,
-    embedding_norm_squares,
-    segment_sums,
-    weight_norm_squares,
-)
+from async_rl_kernels.segment_gradient import Segments, embedding_norm_squares, segment_sums, weight_norm_squares
 
 LENGTHS = st.lists(st.sampled_from([0, 1, 2, 3, 5, 31, 32, 33, 70]), min_size=1, max_size=9)
 WIDTHS = st.sampled_from([1, 3, 17, 64])

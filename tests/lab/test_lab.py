@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from support_command import alive, descendants, wait_for
 
-from async_rl.config import structured, to_yaml
+from async_rl.config.schema import structured, to_yaml
 from async_rl.errors import RunFailed, UserError
-from async_rl.lab.stability.crew import Crew
-from async_rl.lab.stability.lab import LabFolder, Progress, run_lab
-from async_rl.lab.stability.plan import LabSettings, Plan, make_plan
-from async_rl.lab.stability.record import read_curves, read_record
+from async_rl.instruments.lab.crew import Crew
+from async_rl.instruments.lab.lab import LabFolder, Progress, run_lab
+from async_rl.instruments.lab.merit import read_curves, read_record
+from async_rl.instruments.lab.plan import LabSettings, Plan, make_plan
 
 
 def settings(model: Path, **changes: Any) -> LabSettings:

@@ -7,9 +7,8 @@ from math import exp, log
 
 import pytest
 
-from async_rl.lab.stability.merit import Merit, longest_run, merits
-from async_rl.lab.stability.record import CellRecord, Curves, has_collapsed, summarise
-from async_rl.lab.stability.table import merit_row, rate_lines
+from async_rl.instruments.lab.merit import CellRecord, Curves, Merit, has_collapsed, longest_run, merits, summarise
+from async_rl.instruments.lab.page import merit_row, rate_lines
 
 
 def record(recipe: str, lag: int, rate: float, final: float, *, seed: int = 0, failed: str = "") -> CellRecord:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from support_run import quick_settings, train
 
-from async_rl.__main__ import main
+from async_rl.cli.main import main
 from async_rl.errors import UserError
-from async_rl.lab.rescore import OWN, cosine, parse_steps, rescore
+from async_rl.instruments.rescore import OWN, cosine, parse_steps, rescore
 from async_rl.run_folder import RunFolder, read_rows
 
 STEPS = 6

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from async_rl.errors import RunFailed
-from async_rl.launch.agent import End, first_to_fall
+from async_rl.run.agent import End, first_to_fall
 from async_rl.run_folder import RunFolder
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from support_run import quick_settings
 
-from async_rl.config import to_yaml
-from async_rl.launch.child import Child, Command
+from async_rl.config.schema import to_yaml
+from async_rl.run.child import Child, Command
 from async_rl.run_folder import RunFolder
 
 

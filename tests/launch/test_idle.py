@@ -8,7 +8,7 @@ import pytest
 from support_run import quick_settings
 
 from async_rl.errors import UserError
-from async_rl.launch.preflight import check_idle
+from async_rl.run.preflight import check_idle
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,12 @@ import pytest
 from support_command import CONFIGS
 from support_run import quick_settings
 
+from async_rl.config import load_settings
 from async_rl.errors import UserError
-from async_rl.launch.memory import Estimate, Part, estimate, estimate_of, in_words
-from async_rl.launch.room import advice, check_room, proposed
-from async_rl.model.architecture import DecoderConfig
+from async_rl.model.architecture import DecoderConfig, parameters
 from async_rl.model.create import create_model_folder
 from async_rl.model.folder import read_config
-from async_rl.model.footprint import parameters
-from async_rl.settings import load_settings
+from async_rl.run.memory import Estimate, Part, advice, check_room, estimate, estimate_of, in_words, proposed
 from async_rl.task import make_task
 
 GB = 1 << 30
@@ -200,8 +198,8 @@ MEASURE = """
 import resource, sys, torch
 torch.set_num_threads(1)
 from async_rl.trainer.build import make_learner, pack_step
-from async_rl.config import structured, load_yaml
-from async_rl.settings import Settings
+from async_rl.config.schema import structured, load_yaml
+from async_rl.config import Settings
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 import numpy as np
 from pathlib import Path
@@ -221,7 +219,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
 
 def test_the_trainers_part_is_what_a_trainer_takes(tmp_path: Path) -> None:
     """Peak of a real step on 4000 packed tokens, within a quarter of the estimate."""
-    from async_rl.config import to_yaml
+    from async_rl.config.schema import to_yaml
 
     model = tmp_path / "model"
     alphabet = make_task("guess", {}).alphabet  # type: ignore[attr-defined]

@@ -8,13 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_rl.config import structured, with_overrides
+from async_rl.config import Settings, check
+from async_rl.config.schema import structured, with_overrides
+from async_rl.config.settings import gpus_named
 from async_rl.errors import UserError
-from async_rl.launch.machine import names_of, read_heads
-from async_rl.launch.placement import Heads, Machine, Placement, place
 from async_rl.process import CORES
-from async_rl.settings import Settings, check
-from async_rl.settings.placement import gpus_named
+from async_rl.run.placement import Heads, Machine, Placement, names_of, place, read_heads
 
 BASE = {"model": {"path": "m"}, "task": {"name": "guess"}}
 BOTH = ("generator.device=cuda", "trainer.device=cuda")

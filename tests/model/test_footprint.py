@@ -8,10 +8,8 @@ import pytest
 import torch
 from support_models import llama_config, qwen2_config, qwen3_config
 
-from async_rl.model.architecture import DecoderConfig
-from async_rl.model.attention import DocumentAttention
-from async_rl.model.decoder import Decoder
-from async_rl.model.footprint import (
+from async_rl.model.architecture import (
+    DecoderConfig,
     activation_bytes,
     kept_bytes,
     layer_parameters,
@@ -20,6 +18,8 @@ from async_rl.model.footprint import (
     micro_batch_that_fits,
     parameters,
 )
+from async_rl.model.attention import DocumentAttention
+from async_rl.model.decoder import Decoder
 
 SHAPES = {"qwen3": qwen3_config, "qwen2": qwen2_config, "llama": llama_config}
 WIDE = {"hidden": 64, "intermediate": 176, "layers": 3, "heads": 6, "kv_heads": 2, "head_dim": 16, "max_context": 512}

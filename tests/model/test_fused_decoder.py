@@ -9,9 +9,8 @@ import torch
 from support_models import llama_config, make_decoder, qwen2_config, qwen3_config, qwen3_folder
 
 from async_rl.model.attention import DocumentAttention
-from async_rl.model.decoder import Decoder
+from async_rl.model.decoder import Decoder, FusedDecoder
 from async_rl.model.folder import load_model, save_folder
-from async_rl.model.fused import FusedDecoder
 
 CONFIGS = {
     "qwen3": qwen3_config(),

@@ -15,8 +15,8 @@ from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Request, SamplingParams
 from async_rl.model import Tokenizer, load_model, save_folder
 from async_rl.model.attention import DocumentAttention
+from async_rl.model.create import write_character_tokenizer
 from async_rl.model.huggingface import HuggingFaceDecoder
-from async_rl.model.make_tokenizer import write_character_tokenizer
 
 SIZES = {
     "vocab_size": 40,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from async_rl.model.matmul import Linear, add_linear, linear
+from async_rl.model.decoder import Linear, add_linear, linear
 
 
 @pytest.mark.parametrize("rows", [1, 40, 400])

@@ -14,10 +14,16 @@ from safetensors.torch import load_file, save_file
 from support_models import llama_folder, make_decoder, qwen3_config, qwen3_folder
 
 from async_rl.errors import UserError
-from async_rl.model.create import create_model_folder
-from async_rl.model.folder import check_folder, load_model, load_tensors, read_config, save_folder, weight_files
-from async_rl.model.make_tokenizer import write_character_tokenizer
-from async_rl.model.weight_writer import write_weights
+from async_rl.model.create import create_model_folder, write_character_tokenizer
+from async_rl.model.folder import (
+    check_folder,
+    load_model,
+    load_tensors,
+    read_config,
+    save_folder,
+    weight_files,
+    write_weights,
+)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support_models import ALPHABET, qwen3_folder
 
 from async_rl.errors import UserError
-from async_rl.model.make_tokenizer import write_character_tokenizer
+from async_rl.model.create import write_character_tokenizer
 from async_rl.model.tokenizer import Tokenizer
 
 TEMPLATE = (

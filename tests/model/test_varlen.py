@@ -18,11 +18,11 @@ from support_models import make_decoder, qwen3_config
 from support_run import quick_settings
 from torch import Tensor
 
-from async_rl.batch import pack_batch
 from async_rl.errors import UserError
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.varlen import Kernel, choose_backend, flash_kernel, make_kernel, torch_kernel
 from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trainer.packing import pack_batch
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
@@ -219,7 +219,7 @@ def test_the_back_end_follows_what_is_there(tmp_path: Any, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("asked", ["flash", "varlen"])
 def test_a_kernel_for_gpus_is_refused_on_a_cpu_and_in_full_precision(asked: str, tiny_model: Any) -> None:
-    from async_rl.launch.preflight import preflight
+    from async_rl.run.preflight import preflight
 
     with pytest.raises(UserError, match=rf"trainer\.attention is {asked}.*trainer\.dtype=bfloat16"):
         preflight(quick_settings(tiny_model, f"trainer.attention={asked}"))

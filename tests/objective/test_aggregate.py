@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_rl.objective import Columns
-from async_rl.objective.aggregate import shares
+from async_rl.objective.coefficients import shares
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import AggregateSettings, requirements
 from async_rl.objective.tokens import Tokens, tokens_of

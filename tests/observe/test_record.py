@@ -12,12 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support_story import START, STEP_S, Story
 
-from async_rl.buffer.survey import StoreSurvey
+from async_rl.buffer.store_reader import StoreSurvey
 from async_rl.errors import UserError
 from async_rl.observe import timeline
-from async_rl.observe.charts import CHARTS, charts_for
-from async_rl.observe.curves import MOST_POINTS, curve
-from async_rl.observe.glossary import meaning, parse
+from async_rl.observe.charts import CHARTS, MOST_POINTS, charts_for, curve, meaning, parse
 from async_rl.observe.record import read_run
 
 

@@ -18,12 +18,10 @@ from rich.console import Console
 from support_story import REFUSED, Story
 
 from async_rl.errors import UserError
-from async_rl.interrupt import Interrupted
 from async_rl.observe import top as top_module
-from async_rl.observe.follow import Follower
-from async_rl.observe.glance import Watch
-from async_rl.observe.top import BLOCKS, picture, sparkline, top
-from async_rl.run_folder import RunFolder, append_row
+from async_rl.observe.top import BLOCKS, Watch, picture, sparkline, top
+from async_rl.process import Interrupted
+from async_rl.run_folder import Follower, RunFolder, append_row
 
 
 def printed(run: Path, width: int = 130, *, terminal: bool = False) -> str:

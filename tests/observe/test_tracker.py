@@ -16,8 +16,8 @@ from support_story import Story
 from support_wandb import history
 
 from async_rl.errors import UserError
-from async_rl.launch.tracking import Tracking
 from async_rl.observe.tracker import Sent, Series, Tracker, open_tracker
+from async_rl.run.launcher import Tracking
 from async_rl.run_folder import RunFolder, read_rows
 
 

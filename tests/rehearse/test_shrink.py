@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from async_rl.config import described
+from async_rl.config import Settings, load_settings
+from async_rl.config.schema import described
 from async_rl.errors import UserError
+from async_rl.instruments.rehearsal import RULES, Files, family_of, prepare, shrink, table, write_tiny_model
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer, prompt_text
-from async_rl.rehearse import prepare
-from async_rl.rehearse.shrink import RULES, Files, shrink, table
-from async_rl.rehearse.stand_in import family_of, write_tiny_model
-from async_rl.settings import Settings, load_settings
 from async_rl.task import make_task
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from support_command import write_config
 
-from async_rl.__main__ import main
+from async_rl.cli.main import main
 from async_rl.errors import UserError
-from async_rl.launch.preflight import check_device
+from async_rl.run.preflight import check_device
 from async_rl.weights.shared_memory import segment_path
 from async_rl.wire.keys import make_keys
 
@@ -89,7 +89,10 @@ def refused(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
         ("generator.device=cpu:x", "generator.device is 'cpu:x'; it must be cpu, cuda or cuda:N"),
         ("trainer.device=cuda:99", "trainer.device is 'cuda:99', but "),
         # where the buffer listens
-        ("wire.endpoint=nonsense", "wire.endpoint: cannot use nonsense: it must look like ipc://PATH or tcp://HOST:PORT"),
+        (
+            "wire.endpoint=nonsense",
+            "wire.endpoint: cannot use nonsense: it must look like ipc://PATH or tcp://HOST:PORT",
+        ),
         ("wire.endpoint=inproc://x", "it must look like ipc://PATH or tcp://HOST:PORT"),
         ("wire.endpoint=tcp://127.0.0.1:5555", "but wire.keys is not set: TCP is served with keys only"),
         ("wire.endpoint=tcp://:*", "but wire.keys is not set: TCP is served with keys only; `async-rl keys DIR` makes"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support_command import alive, descendants, wait_for, write_config
 
-from async_rl.__main__ import main
+from async_rl.cli.main import main
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.weights.shared_memory import segment_path
 
@@ -28,7 +28,12 @@ def begin(config: Path, run: Path, *words: str) -> subprocess.Popen[str]:
 
 def test_a_run_of_which_everything_is_killed_loses_nothing(tmp_path: Path, tiny_model: Path) -> None:
     config = write_config(
-        tmp_path, tiny_model, "trainer.steps=120", "checkpoint.every=20", "evaluation.every=17", "wire.timeout_s=30",
+        tmp_path,
+        tiny_model,
+        "trainer.steps=120",
+        "checkpoint.every=20",
+        "evaluation.every=17",
+        "wire.timeout_s=30",
         "wire.frozen_after_s=5",
     )
     run = RunFolder(tmp_path / "run")

@@ -10,9 +10,9 @@ import pytest
 from support_command import write_config
 from support_run import quick_settings
 
-from async_rl.__main__ import main
+from async_rl.cli.main import main
 from async_rl.errors import UserError
-from async_rl.lab.replay import _check_ranks
+from async_rl.instruments.replay import _check_ranks
 from async_rl.observe.console import HEADER, Console, evaluation_line, step_line
 from async_rl.run_folder import RowTail, RunFolder, append_row
 from async_rl.trainer.manifest import checkpoint_path, write_whole

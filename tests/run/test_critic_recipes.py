@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from support_run import quick_settings, train
 
-from async_rl.lab.init_model import Shape, init_model
+from async_rl.run.init_model import Shape, WarmupOptions, init_model
 from async_rl.run_folder import read_rows
 from async_rl.task import make_task
-from async_rl.trainer.warmup import WarmupOptions
 
 ARGS = {"digits": 1, "num_operands": 2, "max_turns": 3, "max_tokens": 6, "num_train": 512, "num_eval": 16}
 

@@ -58,9 +58,7 @@ def test_a_stopped_generator_is_ended_and_started_anew_and_the_run_finishes(star
 
 
 @pytest.mark.parametrize("name", ["buffer", "trainer", "generator-0"])
-def test_without_buffer_or_trainer_or_restarts_the_run_ends_and_names_it(
-    start: Callable[..., Run], name: str
-) -> None:
+def test_without_buffer_or_trainer_or_restarts_the_run_ends_and_names_it(start: Callable[..., Run], name: str) -> None:
     run = start("trainer.steps=100000", "generator.max_restarts=0")
     run.wait_for_training()
     os.kill(run.pid(name), signal.SIGSTOP)

@@ -14,10 +14,10 @@ from support_run import quick_settings, train
 
 from async_rl.buffer.store import StoreReader
 from async_rl.errors import RunFailed, UserError
-from async_rl.lab.replay import in_words, replay
-from async_rl.launch.launcher import resume_training
-from async_rl.launch.preflight import check_message_size, preflight
+from async_rl.instruments.replay import in_words, replay
 from async_rl.observe.console import Console
+from async_rl.run.launcher import resume_training
+from async_rl.run.preflight import check_message_size, preflight
 from async_rl.run_folder import RowTail, RunFolder, append_row, read_rows
 
 SMALL = (

@@ -9,12 +9,11 @@ import pytest
 import torch
 from support_command import CONFIGS, run_command
 
-from async_rl.launch.placement import Heads, Machine, place
-from async_rl.objective.effect import check_effect
-from async_rl.objective.library import load_recipe
+from async_rl.config import load_settings
+from async_rl.objective.library import check_effect, load_recipe
 from async_rl.objective.recipe import requirements
+from async_rl.run.placement import Heads, Machine, place
 from async_rl.run_folder import RunFolder, read_rows
-from async_rl.settings import load_settings
 
 GPUS = {"one_gpu": 1, "two_gpu": 2, "eight_gpu_math": 8, "eight_gpu_tools": 8, "stress_k128": 8}
 GPU_CONFIGS = tuple(GPUS)

@@ -153,9 +153,7 @@ def reasons(folder: RunFolder) -> dict[str, int]:
         return dict(store.execute("SELECT reason, count(*) FROM trajectories WHERE ended = 'error' GROUP BY 1"))
 
 
-def test_a_reward_that_fails_now_and_then_ends_its_trajectories_only(
-    start: Callable[..., Run], tmp_path: Path
-) -> None:
+def test_a_reward_that_fails_now_and_then_ends_its_trajectories_only(start: Callable[..., Run], tmp_path: Path) -> None:
     words = dataset(tmp_path, "interrupted_rewards:now_and_then")
     run = start(*words, "trainer.steps=6", PYTHONPATH=python_path(tmp_path))
     said = run.said()

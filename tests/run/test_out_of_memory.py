@@ -13,8 +13,8 @@ import pytest
 from support_command import run_command
 from support_run import quick_settings
 
-from async_rl.config import to_yaml
-from async_rl.lab.replay import replay
+from async_rl.config.schema import to_yaml
+from async_rl.instruments.replay import replay
 from async_rl.model.create import create_model_folder
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.task import make_task

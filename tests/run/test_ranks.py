@@ -13,10 +13,10 @@ import torch
 from support_command import Run, alive, descendants, wait_for, write_config
 from support_run import quick_settings, train
 
-from async_rl.lab.synchronous import train_synchronously
-from async_rl.launch.launcher import resume_training
+from async_rl.instruments.synchronous import train_synchronously
 from async_rl.model.folder import load_tensors
 from async_rl.observe.console import Console
+from async_rl.run.launcher import resume_training
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.trainer.learner import StepReport
 
@@ -100,9 +100,7 @@ def test_a_frozen_follower_is_named_and_the_run_ends(start: Callable[..., Run]) 
     assert run.left_behind() == []
 
 
-def test_no_rank_outlives_what_started_it_and_the_run_can_be_resumed(
-    start: Callable[..., Run], tmp_path: Path
-) -> None:
+def test_no_rank_outlives_what_started_it_and_the_run_can_be_resumed(start: Callable[..., Run], tmp_path: Path) -> None:
     run = start()
     ranks = ranks_of(run)
     run.seen |= descendants(run.process.pid)

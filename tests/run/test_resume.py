@@ -15,9 +15,9 @@ import pytest
 from support_run import quick_settings
 
 from async_rl.buffer.store import StoreReader
-from async_rl.config import to_yaml
+from async_rl.config.schema import to_yaml
 from async_rl.errors import UserError
-from async_rl.lab.replay import replay
+from async_rl.instruments.replay import replay
 from async_rl.run_folder import RunFolder, append_row, read_rows
 from async_rl.task import make_task
 from async_rl.task.order import PromptOrder

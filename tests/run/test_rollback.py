@@ -14,17 +14,16 @@ from support_command import Run, wait_for, write_config
 from support_run import quick_settings, train
 
 from async_rl.buffer.store import StoreReader
-from async_rl.chaos.audit_run import audit_run
+from async_rl.config import Settings
 from async_rl.errors import RunFailed, UserError
-from async_rl.lab.replay import replay
-from async_rl.lab.rescore import rescore
-from async_rl.launch.launcher import resume_training
-from async_rl.launch.resume import resumed_settings, start_of_rollback
-from async_rl.observe.alarms import incidents, standing
+from async_rl.instruments.replay import replay
+from async_rl.instruments.rescore import rescore
+from async_rl.observe.audit import audit_run
 from async_rl.observe.console import Console
-from async_rl.rollback import Rollback, read_rollback, write_rollback
-from async_rl.run_folder import RunFolder, read_rows
-from async_rl.settings import Settings
+from async_rl.observe.record import incidents, standing
+from async_rl.run.launcher import resume_training
+from async_rl.run.resume import resumed_settings, start_of_rollback
+from async_rl.run_folder import Rollback, RunFolder, read_rollback, read_rows, write_rollback
 from async_rl.trainer.alarm import SIGNALS
 from async_rl.trainer.manifest import list_checkpoints, version_of
 

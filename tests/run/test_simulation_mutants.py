@@ -15,17 +15,13 @@ from support_sim_run import Run
 from async_rl.buffer import effects as do
 from async_rl.buffer.acceptance import Acceptance
 from async_rl.buffer.admission import Admission
-from async_rl.buffer.attendance import Attendance
 from async_rl.buffer.batching import Batching
 from async_rl.buffer.core import Core
-from async_rl.buffer.drop import Drop
-from async_rl.buffer.group import Group
-from async_rl.buffer.ledger import Ledger
+from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.loop import carry_out, write
-from async_rl.buffer.pace import Pace
-from async_rl.buffer.presence import Presence
+from async_rl.buffer.presence import Attendance, Presence
 from async_rl.buffer.restore import restore
-from async_rl.buffer.wait import Wait
+from async_rl.buffer.staleness import DropPolicy, PacePolicy, WaitPolicy
 from async_rl.wire import messages as msg
 
 SCHEDULES = 400
@@ -47,26 +43,28 @@ def one_step_more(policy: type) -> Callable[[Patch], None]:
 
 
 def one_slot_more(patch: Patch) -> None:
-    for policy in (Pace, Wait, Drop):
+    for policy in (PacePolicy, WaitPolicy, DropPolicy):
         slots = policy.slots
         patch.setattr(policy, "used", lambda self, line, *, used=policy.used, **named: used(self, line, **named) - 1)
         assert slots is policy.slots
 
 
 def window_not_taken_off(patch: Patch) -> None:
-    patch.setattr(Pace, "latest_step", lambda self, *, ahead, step: step + ahead // self.groups_per_step)
-    patch.setattr(Pace, "slots", property(lambda self: int(self.pipeline_depth * self.groups_per_step)))
+    patch.setattr(PacePolicy, "latest_step", lambda self, *, ahead, step: step + ahead // self.groups_per_step)
+    patch.setattr(PacePolicy, "slots", property(lambda self: int(self.pipeline_depth * self.groups_per_step)))
 
 
 def window_too_wide(patch: Patch) -> None:
-    select = Pace.select
-    patch.setattr(Pace, "select", lambda self, *given, **named: select(replace(self, window=10**6), *given, **named))
-    patch.setattr(Pace, "__post_init__", lambda self: None)
+    select = PacePolicy.select
+    patch.setattr(
+        PacePolicy, "select", lambda self, *given, **named: select(replace(self, window=10**6), *given, **named)
+    )
+    patch.setattr(PacePolicy, "__post_init__", lambda self: None)
 
 
 def drop_keeps_what_is_too_old(patch: Patch) -> None:
-    patch.setattr(Drop, "overdue", lambda self, line, *, step: [])
-    patch.setattr(Drop, "refuse", lambda self, **named: None)
+    patch.setattr(DropPolicy, "overdue", lambda self, line, *, step: [])
+    patch.setattr(DropPolicy, "refuse", lambda self, **named: None)
 
 
 def answered_before_committed(patch: Patch) -> None:
@@ -195,8 +193,8 @@ def saved_turns_not_written(patch: Patch) -> None:
 
 
 MUTANTS: dict[str, Callable[[Patch], None]] = {
-    "pace admits one step too much": one_step_more(Pace),
-    "wait admits one step too much": one_step_more(Wait),
+    "pace admits one step too much": one_step_more(PacePolicy),
+    "wait admits one step too much": one_step_more(WaitPolicy),
     "one slot more": one_slot_more,
     "the window is not taken off": window_not_taken_off,
     "the window is too wide": window_too_wide,

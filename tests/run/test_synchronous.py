@@ -8,7 +8,7 @@ import pytest
 import torch
 from support_run import quick_settings, train
 
-from async_rl.lab.synchronous import train_synchronously
+from async_rl.instruments.synchronous import train_synchronously
 from async_rl.model.folder import load_tensors
 from async_rl.run_folder import read_rows
 from async_rl.trainer.learner import StepReport

@@ -11,10 +11,10 @@ from support_faulty_trainer import FIRST_WRONG, WRONG_ADAPTER, WRONG_TENSOR
 from support_run import quick_settings, train
 
 from async_rl.errors import RunFailed
-from async_rl.lab.replay import replay
-from async_rl.launch.launcher import Launcher
+from async_rl.instruments.replay import replay
 from async_rl.model.folder import load_tensors
 from async_rl.observe.console import Console
+from async_rl.run.launcher import Launcher
 from async_rl.run_folder import RunFolder, read_rows
 
 EASY = ("task.args.num_secrets=2", "task.args.max_turns=1", "batch.groups_per_step=8", "batch.group_size=8")

@@ -10,11 +10,10 @@ from random import Random
 import pytest
 from support_run import quick_settings
 
-from async_rl.__main__ import main
 from async_rl.buffer.store_reader import GroupRow, TrajectoryRow
-from async_rl.config import to_yaml
-from async_rl.simulate.simulate import Forecast, Simulation
-from async_rl.simulate.workload import Workload, decoding, lognormal_groups, update_delay
+from async_rl.cli.main import main
+from async_rl.config.schema import to_yaml
+from async_rl.instruments.simulate import Forecast, Simulation, Workload, decoding, lognormal_groups, update_delay
 
 EVEN = Workload(
     groups=((10, 10), (10, 10)), decode_s=0.1, decode_s_per_sequence=0.0, episode_s=0.5, train_s=(3.0,), update_s=0.25,

@@ -76,8 +76,7 @@ def test_a_reward_that_fails_surfaces_from_the_rollout(tmp_path: Path, monkeypat
 
 
 def test_an_answer_nobody_can_judge_in_time_earns_nothing_and_is_noted(tmp_path: Path) -> None:
-    from async_rl.task.math_judge import VerdictTimeout
-    from async_rl.task.reward import Reward
+    from async_rl.task.reward import Reward, VerdictTimeout
 
     def never(completion: str, answer: str, problem: object) -> float:
         raise VerdictTimeout("no verdict within 5 s")

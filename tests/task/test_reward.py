@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from async_rl.errors import UserError
 from async_rl.task import Problem
-from async_rl.task.math_judge import JudgeError, MathJudge, VerdictTimeout
-from async_rl.task.reward import Reward, RewardError, last_number, make_reward
+from async_rl.task.reward import JudgeError, MathJudge, Reward, RewardError, VerdictTimeout, last_number, make_reward
 
 PROBLEM = Problem(index=0, prompt="?")
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_rl.settings import GuardSettings
+from async_rl.config import GuardSettings
 from async_rl.trainer.alarm import SIGNALS, CollapseWatch, watch
 
 RECORDED: list[dict[str, Any]] = json.loads((Path(__file__).parent / "recorded_curves.json").read_text())

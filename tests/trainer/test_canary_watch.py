@@ -13,16 +13,16 @@ import torch
 from support_run import quick_settings
 from torch import Tensor
 
+from async_rl.config import Settings
 from async_rl.errors import RunFailed
 from async_rl.generator.build import make_engine
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
 from async_rl.model.folder import load_model
 from async_rl.model.tokenizer import Tokenizer
-from async_rl.settings import Settings
 from async_rl.task import make_task
 from async_rl.trainer.build import make_learner
-from async_rl.trainer.canary import REMEMBERED, CanaryWatch, make_canary
+from async_rl.trainer.canary_watch import REMEMBERED, CanaryWatch, make_canary
 from async_rl.trainer.learner import Learner
 from async_rl.trainer.team import Team
 from async_rl.wire import messages as msg

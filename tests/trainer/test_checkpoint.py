@@ -13,9 +13,9 @@ import pytest
 import torch
 from support_run import quick_settings
 
+from async_rl.config import Settings
 from async_rl.errors import UserError
 from async_rl.objective import ObjectiveState
-from async_rl.settings import Settings
 from async_rl.trainer.build import make_learner, pack_step
 from async_rl.trainer.checkpoint import (
     load_checkpoint,
@@ -47,12 +47,17 @@ def episodes(step: int) -> list[Trajectory]:
         length = 3 + first + 2 + second
         made.append(
             Trajectory(
-                group=100 * step + number // 4, sample=number % 4, problem=0, split="train", seed=0,
+                group=100 * step + number // 4,
+                sample=number % 4,
+                problem=0,
+                split="train",
+                seed=0,
                 tokens=drawn.integers(0, 10, length).astype(np.int32),
                 log_behaviour=drawn.uniform(-3.0, -1.0, length).astype(np.float32),
                 turns=(Turn(start=3, length=first, reward=0.25), Turn(start=5 + first, length=second)),
                 versions=(VersionSpan(version=max(0, step - number % 2), start=3, end=length),),
-                reward=float(drawn.integers(0, 2)), ended="finished",
+                reward=float(drawn.integers(0, 2)),
+                ended="finished",
             )
         )
     return made

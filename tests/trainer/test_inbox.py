@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 from support_buffer_world import trajectory
 
-from async_rl.trainer.canary import CanaryWatch
+from async_rl.trainer.canary_watch import CanaryWatch
 from async_rl.trainer.inbox import Inbox
 from async_rl.trajectory.codec import pack
 from async_rl.wire import messages as msg

@@ -13,14 +13,14 @@ from support_models import llama_config, make_decoder, qwen2_config, qwen3_confi
 from support_run import quick_settings
 from torch import Tensor
 
-from async_rl.batch import PackedBatch, pack_batch
 from async_rl.errors import UserError
-from async_rl.launch.preflight import preflight
 from async_rl.model.decoder import Decoder, How
 from async_rl.model.folder import load_model
 from async_rl.model.lora import add_adapters
+from async_rl.run.preflight import preflight
 from async_rl.trainer.build import make_learner
 from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trainer.packing import PackedBatch, pack_batch
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
@@ -35,10 +35,17 @@ def packed(num: int = 6, seed: int = 0, tokens: int = 10_000) -> PackedBatch:
         length = int(drawn.integers(4, 20))
         made.append(
             Trajectory(
-                group=number // 3, sample=number % 3, problem=0, split="train", seed=0,
-                tokens=drawn.integers(0, 10, length).astype(np.int32), log_behaviour=np.zeros(length, np.float32),
+                group=number // 3,
+                sample=number % 3,
+                problem=0,
+                split="train",
+                seed=0,
+                tokens=drawn.integers(0, 10, length).astype(np.int32),
+                log_behaviour=np.zeros(length, np.float32),
                 turns=(Turn(start=2, length=length - 2),),
-                versions=(VersionSpan(version=0, start=2, end=length),), reward=float(number % 2), ended="finished",
+                versions=(VersionSpan(version=0, start=2, end=length),),
+                reward=float(number % 2),
+                ended="finished",
             )
         )
     return pack_batch(made, micro_batch_tokens=tokens)  # fmt: skip

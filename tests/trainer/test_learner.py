@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from async_rl.batch import PackedBatch, pack_batch
+from async_rl.config import CriticSettings, OptimizerSettings
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
 from async_rl.objective.library import load_recipe
-from async_rl.settings import CriticSettings, OptimizerSettings
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import Arithmetic, batch_log_probs
-from async_rl.trainer.learner import Learner, LearnerOptions
-from async_rl.trainer.schedule import base_learning_rate
+from async_rl.trainer.learner import Learner, LearnerOptions, base_learning_rate
+from async_rl.trainer.packing import PackedBatch, pack_batch
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 CONFIG = DecoderConfig(
@@ -51,11 +50,17 @@ def make_batch(*, micro_batch_tokens: int = 10_000, broken: bool = False, order:
         turns = (Turn(start=start, length=first, reward=0.5), Turn(start=start + first + 2, length=second))
         made.append(
             Trajectory(
-                group=number // 4, sample=number % 4, problem=0, split="train", seed=0,
+                group=number // 4,
+                sample=number % 4,
+                problem=0,
+                split="train",
+                seed=0,
                 tokens=random.integers(0, CONFIG.vocabulary, length).astype(np.int32),
-                log_behaviour=np.full(length, -1.0, np.float32), turns=turns,
+                log_behaviour=np.full(length, -1.0, np.float32),
+                turns=turns,
                 versions=(VersionSpan(version=0, start=start, end=length),),
-                reward=float(random.integers(0, 2)), ended="finished",
+                reward=float(random.integers(0, 2)),
+                ended="finished",
             )
         )
     packed = pack_batch(made, micro_batch_tokens=10_000)

@@ -13,22 +13,22 @@ from support_models import llama_config, make_decoder, qwen2_config, qwen3_confi
 from support_run import quick_settings
 from torch import Tensor
 
-from async_rl.batch import PackedBatch, pack_batch
+from async_rl.config import Settings
 from async_rl.errors import UserError
+from async_rl.generator.pull import add_to
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
 from async_rl.model.folder import load_model, load_tensors
 from async_rl.model.lora import A, Adapters, B, add_adapters, merged, read_adapters
-from async_rl.settings import Settings
 from async_rl.trainer.build import make_learner, pack_step
 from async_rl.trainer.checkpoint import load_checkpoint, save_checkpoint, weights_hash
 from async_rl.trainer.forward import Arithmetic
 from async_rl.trainer.learner import Learner
 from async_rl.trainer.manifest import damage_of
+from async_rl.trainer.packing import PackedBatch, pack_batch
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
-from async_rl.weights.merging import add_to
 from async_rl.weights.shared_memory import WeightsError
 from async_rl_kernels import reference
 
@@ -62,12 +62,17 @@ def episodes(step: int, groups: int = 2) -> list[Trajectory]:
         length = 3 + first + 2 + second
         made.append(
             Trajectory(
-                group=100 * step + number // 4, sample=number % 4, problem=0, split="train", seed=0,
+                group=100 * step + number // 4,
+                sample=number % 4,
+                problem=0,
+                split="train",
+                seed=0,
                 tokens=drawn.integers(0, 10, length).astype(np.int32),
                 log_behaviour=drawn.uniform(-3.0, -1.0, length).astype(np.float32),
                 turns=(Turn(start=3, length=first), Turn(start=5 + first, length=second)),
                 versions=(VersionSpan(version=max(0, step - number % 2), start=3, end=length),),
-                reward=float(number % 2), ended="finished",
+                reward=float(number % 2),
+                ended="finished",
             )
         )
     return made  # fmt: skip
@@ -230,9 +235,7 @@ def test_a_critic_of_its_own_shares_the_frozen_weights_and_trains_adapters_of_it
 
 
 @pytest.mark.parametrize("foreign", [False, True], ids=["built-in", "through transformers"])
-def test_plain_peft_and_plain_transformers_load_a_checkpoint(
-    foreign: bool, tmp_path: Path, tiny_model: Path
-) -> None:
+def test_plain_peft_and_plain_transformers_load_a_checkpoint(foreign: bool, tmp_path: Path, tiny_model: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from async_rl.errors import UserError
 from async_rl.model.architecture import config_values
+from async_rl.model.create import write_character_tokenizer
 from async_rl.model.folder import load_tensors, save_folder
-from async_rl.model.make_tokenizer import write_character_tokenizer
 from async_rl.trainer.ranks import LAUNCHED, join_ranks, one_rank
 
 SIZES = (2, 4)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from async_rl.errors import UserError
 from async_rl.trainer.ranks import Ranks
-from async_rl.trainer.rows import RowFiles, rows_of, save_rows
+from async_rl.trainer.sharding import RowFiles, rows_of, save_rows
 
 
 def rank(number: int, size: int) -> Ranks:

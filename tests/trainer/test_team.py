@@ -16,7 +16,7 @@ from async_rl.trainer.checkpoint import weights_hash
 from async_rl.trainer.publish import Both
 from async_rl.trainer.ranks import Ranks
 from async_rl.trainer.team import STILL_S, Order, Still, Team, decode
-from async_rl.weights.staged import Staged
+from async_rl.weights.link import Staged
 
 
 class Leader:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from async_rl.batch import PackedBatch, pack_batch
 from async_rl.errors import UserError
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
 from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trainer.packing import PackedBatch, pack_batch
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl_kernels import reference
@@ -158,9 +158,7 @@ def brute_force(model: Decoder, batch: PackedBatch, weights: Tensor, scope: str)
 def add(model: Decoder, batch: PackedBatch, weights: Tensor, scope: str, *, dtype: torch.dtype | None = None) -> Tensor:
     exact = TrajectoryGradient(model, Arithmetic(temperature=TEMPERATURE, dtype=dtype or torch.float32))
     policy = batch.reward[owner_of(batch)].to(weights.dtype) * weights
-    return exact.add(
-        batch, policy, weights, optimal(batch, scope), scope="group" if scope == "group" else "batch"
-    )
+    return exact.add(batch, policy, weights, optimal(batch, scope), scope="group" if scope == "group" else "batch")
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [ONE_MICRO_BATCH, 35])

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
-from async_rl.trajectory.codec import SCHEMA, WireError, pack, unpack
-from async_rl.trajectory.construct import constructor
+from async_rl.trajectory.codec import SCHEMA, WireError, constructor, pack, unpack
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_rl.weights import WeightsError
-from async_rl.weights.chunks import AGAIN_S, CREDIT, HOLD_S, MOST_COPIES, Shelf, Transfer
-from async_rl.weights.layout import Slot, in_text
-from async_rl.weights.shared_memory import Copied
+from async_rl.weights.shared_memory import Copied, Slot, in_text
+from async_rl.weights.stream import AGAIN_S, CREDIT, HOLD_S, MOST_COPIES, Shelf, Transfer
 from async_rl.wire import messages as msg
 
 CHUNK = 16

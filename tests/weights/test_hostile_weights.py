@@ -8,8 +8,8 @@ from random import Random
 import numpy as np
 from support_hostile import KINDS, some_message
 
-from async_rl.weights.chunks import CREDIT, MOST_COPIES, Shelf, Transfer
 from async_rl.weights.shared_memory import Copied, WeightsError
+from async_rl.weights.stream import CREDIT, MOST_COPIES, Shelf, Transfer
 from async_rl.wire import messages as msg
 from async_rl.wire.frames import decode, encode
 

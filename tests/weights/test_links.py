@@ -21,8 +21,7 @@ from support_gloo import FakeEngine, FakeTrainerSide
 from async_rl.errors import RunFailed
 from async_rl.generator.pull import Linked
 from async_rl.weights.canary import fingerprint
-from async_rl.weights.link import Control, LinkServer, WeightLink
-from async_rl.weights.staged import Staged
+from async_rl.weights.link import Control, LinkServer, Staged, WeightLink
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer
 
@@ -200,9 +199,7 @@ def test_a_generator_that_stands_still_on_the_way_is_given_up_by_the_deadline(tm
     stuck.start()
     wait_until(lambda: engine.worker.calls[-1:] == ["update"])
     trained.publish(2)
-    assert trained.lost() == (
-        "generator-0 did not take weights version 1 over nccl within 1 s (weights.timeout_s)"
-    )
+    assert trained.lost() == ("generator-0 did not take weights version 1 over nccl within 1 s (weights.timeout_s)")
     held.set()
     stuck.join(20.0)
     bring(trained, FakeEngine(tensors(99)), first=True)
@@ -295,9 +292,17 @@ def test_a_server_that_cannot_go_on_ends_the_trainer(tmp_path: Path) -> None:
 
     staged = Staged(SHAPES, torch.float32, "cpu")
     endpoint = f"ipc://{tmp_path}/links.sock"
-    with LinkServer(
-        endpoint, staged, lambda _, __: 1 / 0, timeout_s=5.0, closing_s=0.5, event=full_disk  # type: ignore[arg-type,return-value]
-    ) as server, Dealer(endpoint, "g") as dealer:
+    with (
+        LinkServer(
+            endpoint,
+            staged,
+            lambda _, __: 1 / 0,
+            timeout_s=5.0,
+            closing_s=0.5,
+            event=full_disk,  # type: ignore[arg-type,return-value]
+        ) as server,
+        Dealer(endpoint, "g") as dealer,
+    ):
         server.publish(tensors(0), 0)
         dealer.send(msg.AskLink(name="g", pid=os.getpid(), session=1, way="nccl", workers=1, after=-1))
         wait_until(lambda: server._failure is not None)

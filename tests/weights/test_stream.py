@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from async_rl.weights import WeightPublisher, WeightReader, WeightsError
-from async_rl.weights.chunks import Shelf
-from async_rl.weights.client import WeightStream
-from async_rl.weights.server import answer
+from async_rl.weights.stream import Shelf, WeightStream, answer
 from async_rl.wire import Router
 from async_rl.wire.keys import Keys, make_keys
 

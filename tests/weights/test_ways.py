@@ -16,14 +16,12 @@ from support_run import quick_settings
 from async_rl.errors import UserError
 from async_rl.generator.build import make_weights
 from async_rl.generator.pull import Fetched, Linked
-from async_rl.launch.placement import Machine, Placement, Spot
-from async_rl.launch.ways import choose_all, in_words
+from async_rl.run.placement import Machine, Placement, Spot, choose_all, in_words
 from async_rl.run_folder import RunFolder
 from async_rl.trainer.publish import make_publisher
-from async_rl.weights.ipc import REBUILD, IpcLink, put_together, taken_apart
-from async_rl.weights.link import Control
+from async_rl.weights.link import Control, Staged
 from async_rl.weights.shared_memory import WeightReader, segment_path
-from async_rl.weights.staged import Staged
+from async_rl.weights.vllm_links import REBUILD, IpcLink, put_together, taken_apart
 from async_rl.weights.way import LINKS, Asked, Sides, Way, choose
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import ipc_endpoint

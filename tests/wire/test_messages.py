@@ -19,11 +19,7 @@ from async_rl.wire.frames import SCHEMA, decode, encode
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 KINDS = get_args(msg.Message)
 PLAIN = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats(allow_nan=False)
-    | st.text(max_size=4),
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=5,
 )
@@ -162,9 +158,7 @@ def test_random_frames_are_refused(frames: list[bytes]) -> None:
 
 @settings(derandomize=True, deadline=None)
 @given(kind=st.sampled_from([kind.__name__ for kind in KINDS]), value=PLAIN, data=st.data())
-def test_any_content_of_a_known_kind_is_a_message_or_refused(
-    kind: str, value: Any, data: st.DataObject
-) -> None:
+def test_any_content_of_a_known_kind_is_a_message_or_refused(kind: str, value: Any, data: st.DataObject) -> None:
     known = {kind.__name__: kind for kind in KINDS}[kind]
     names = [f.name for f in fields(known) if f.name != "blobs" and f.default is MISSING]
     for content in (value, {name: data.draw(PLAIN) for name in names}):

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from async_rl_kernels import linear_logprob, logit_tile_triton, reference
 from async_rl_kernels.head_pass import Tiles
-from async_rl_kernels.logit_tile import Pull
+from async_rl_kernels.logit_tile import Pull, VocabularySums
 from async_rl_kernels.logit_tile_triton import TritonTile
-from async_rl_kernels.vocabulary_sums import VocabularySums
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])

@@ -1,0 +1,224 @@
+"""How long the task's environment and reward take, and how long they hold up the generator's other episodes."""
+
+from __future__ import annotations
+
+import asyncio
+import string
+import time
+import types
+from collections.abc import Coroutine, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from async_rl.model.tokenizer import Tokenizer, prompt_text
+from async_rl.run.finding import Finding, error, ok, warning
+from async_rl.task.protocol import Problem, Segment, Task
+from async_rl.trajectory import Split
+
+# -------------------- tokens
+# Tokenizer and chat template on the task's own prompts: there and back, and histories that only grow.
+
+MOST_PROMPTS = 64
+MOST_EPISODES = 16
+SHOWN = 40
+SPLITS: tuple[Split, ...] = ("train", "eval")
+
+
+def prompts_of(task: Task, tokenizer: Tokenizer) -> list[str]:
+    """Some prompts of both splits as the model gets them."""
+    found = []
+    for split in SPLITS:
+        problems = task.problems(split)
+        for number in range(0, len(problems), max(1, -(-len(problems) // MOST_PROMPTS))):
+            found.append(prompt_text(problems[number].prompt, tokenizer))
+    return found
+
+
+def episodes_of(task: Task) -> list[list[Segment]]:
+    """Some demonstrations, where the task has any."""
+    if not hasattr(task, "demonstration"):
+        return []
+    problems = task.problems("train")
+    shown = range(min(MOST_EPISODES, len(problems)))
+    return [task.demonstration(problems[number], Random(number)) for number in shown]
+
+
+def judge_round_trip(texts: Sequence[str], tokenizer: Tokenizer) -> Finding:
+    """decode(encode(text)) is the text, special tokens included."""
+    check = "tokenizer"
+    for text in texts:
+        try:
+            back = tokenizer.decode(tokenizer.encode(text), special=True)
+        except ValueError as failure:
+            return error(check, str(failure), "use a tokenizer that knows the task's characters, or another task")
+        if back != text:
+            differs = (i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b)
+            start = max(0, next(differs, min(len(text), len(back))) - SHOWN // 2)
+            shown = slice(start, start + SHOWN)
+            return warning(
+                check,
+                f"a prompt comes back changed: ...{text[shown]!r} as ...{back[shown]!r}",
+                "what the model reads is not what the task wrote; use prompts the tokenizer keeps (white space and "
+                "normalisation are the usual causes)",
+            )
+    return ok(check, f"{len(texts)} prompts and episodes come back as they were ({tokenizer.vocab_size} tokens)")
+
+
+def judge_growth(episodes: Sequence[Sequence[Segment]], tokenizer: Tokenizer) -> Finding:
+    """A history is appended to piece by piece and never tokenised again: the pieces' tokens must read as the whole."""
+    check = "history"
+    if not episodes:
+        return ok(check, "the task shows no episodes; turns are appended as tokens, nothing is tokenised twice")
+    for episode in episodes:
+        tokens = [token for segment in episode for token in tokenizer.encode(segment.text)]
+        whole = "".join(segment.text for segment in episode)
+        back = tokenizer.decode(tokens, special=True)
+        if back != whole:
+            return warning(
+                check, f"{whole[:SHOWN]!r} put together from its turns reads {back[:SHOWN]!r}",
+                "the tokenizer adds or drops characters at the ends of a text (a leading space?); end and begin turns "
+                "with characters it keeps",
+            )  # fmt: skip
+    return ok(check, f"{len(episodes)} episodes put together turn by turn read as the whole")
+
+
+def judge_template(tokenizer: Tokenizer) -> Iterator[Finding]:
+    """Another turn must only append to the rendered chat."""
+    check = "chat template"
+    if not tokenizer.has_chat_template:
+        yield ok(check, "none; prompts are used as they are written")
+        return
+    chat = [{"role": "user", "content": "What is 2 + 3?"}]
+    more = [*chat, {"role": "assistant", "content": "It is 5."}, {"role": "user", "content": "And 4 + 4?"}]
+    short = tokenizer.render(chat)
+    if not tokenizer.render(more).startswith(short):
+        yield warning(
+            check, "it rewrites earlier messages when more follow (thinking that is taken out, a changed header)",
+            "async_rl renders the first prompt only and appends tokens from there; a task that renders a whole chat "
+            "anew for each turn would train on other tokens than were sampled",
+        )  # fmt: skip
+        return
+    yield ok(check, "further messages only append to what was rendered")
+
+
+BLOCKED_S = 0.05
+"""a step of the event loop that takes longer holds up all episodes of the generator"""
+EPISODES = 24
+MOST_S = 6.0
+RANDOM_LENGTH = 200
+
+
+@dataclass(slots=True)
+class ScriptedSession:
+    """An episode in which the policy says what is in `answers`, turn by turn, at once; then nothing."""
+
+    answers: Sequence[str]
+    turn: int = 0
+    truncated: bool = False
+    stopped: bool = True
+
+    async def generate(self, *, max_tokens: int, stop: Sequence[str] = (), state_key: int = -1) -> str:
+        said = self.answers[self.turn] if self.turn < len(self.answers) else ""
+        self.turn += 1
+        return said
+
+    def append(self, text: str) -> None: ...
+
+    def reward_turn(self, value: float) -> None: ...
+
+    def end_at_turn_limit(self) -> None: ...
+
+    def end_at_token_limit(self) -> None: ...
+
+    def note(self, key: str, value: float | str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Of scripted episodes."""
+
+    seconds: tuple[float, ...] = ()
+    """wall time of each"""
+    blocked_s: float = 0.0
+    """longest stretch in which the event loop could do nothing else"""
+    failures: tuple[str, ...] = field(default_factory=tuple)
+    """what some of them raised"""
+
+
+def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES) -> Timing:
+    """Episodes with the task's own demonstrations or right answers, and with random ones, in turn."""
+    problems = task.problems("train")
+    random = Random(seed)
+    seconds, failures, steps = [], [], [0.0]
+    begun = time.perf_counter()
+
+    async def play() -> None:
+        for number in range(episodes):
+            problem = problems[random.randrange(len(problems))]
+            session = ScriptedSession(answers_of(task, problem, random, right=number % 2 == 0))
+            started = time.perf_counter()
+            try:
+                await stepped(task.rollout(problem, session), steps)
+            except Exception as failure:  # the task is the user's code
+                failures.append(f"{type(failure).__name__}: {failure}")
+            seconds.append(time.perf_counter() - started)
+            if time.perf_counter() - begun > MOST_S:
+                return
+
+    asyncio.run(play())
+    return Timing(seconds=tuple(seconds), blocked_s=max(steps), failures=tuple(failures))
+
+
+def answers_of(task: Task, problem: Problem, random: Random, *, right: bool) -> list[str]:
+    """What the policy says in an episode."""
+    if right and hasattr(task, "demonstration"):
+        return [segment.text for segment in task.demonstration(problem, random) if segment.policy]
+    if right and "answer" in problem.data:
+        return [str(problem.data["answer"])]
+    return ["".join(random.choices(string.ascii_lowercase + string.digits + " ", k=RANDOM_LENGTH))]
+
+
+@types.coroutine
+def stepped(work: Coroutine[Any, Any, float], steps: list[float]) -> Generator[Any, Any, float]:
+    """Run a coroutine and note how long each of its steps, from one wait to the next, takes."""
+    resume, value = work.send, None
+    while True:
+        started = time.perf_counter()
+        try:
+            waited = resume(value)
+        except StopIteration as done:
+            return float(done.value)
+        finally:
+            steps.append(time.perf_counter() - started)
+        try:
+            value, resume = (yield waited), work.send
+        except BaseException as thrown:
+            value, resume = thrown, work.throw
+
+
+def judge_reward(found: Timing) -> Finding:
+    check = "reward"
+    if found.failures and len(found.failures) == len(found.seconds):
+        return error(check, f"every episode raised, e.g. {found.failures[0]}", "mend the task or its reward function")
+    said = (
+        f"environment and reward take {quantile(found.seconds, 0.5) * 1000:.1f} ms an episode "
+        f"(p99 {quantile(found.seconds, 0.99) * 1000:.1f} ms), at most {found.blocked_s * 1000:.1f} ms at a stretch"
+    )
+    if found.failures:
+        return warning(
+            check, f"{said}; {len(found.failures)} of {len(found.seconds)} episodes raised, e.g. {found.failures[0]}",
+            "such trajectories are stored as failed and not trained; see buffer.max_failures",
+        )  # fmt: skip
+    if found.blocked_s > BLOCKED_S:
+        return warning(
+            check, said,
+            "meanwhile no token is sampled: make the slow part `async def`, or call it by `asyncio.to_thread`",
+        )  # fmt: skip
+    return ok(check, said)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that `share` of them do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, int(share * len(ordered) + 0.999999) - 1))]

@@ -1,0 +1,177 @@
+"""When a turn ends, decided for all rows at once by table look-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from async_rl.generator.engine import SamplingParams
+from async_rl.model.tokenizer import Tokenizer
+
+# -------------------- sampler
+# Sampling by inverse CDF with one counter-based uniform a token.
+#
+# The uniform is a function of (seed, position) alone, so neither the batch a token shares, nor the order
+# in which requests came, nor an interruption changes what is sampled.
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+BLOCK = 1024
+"""tokens of a block in the two-level search of large vocabularies"""
+
+
+def uniforms(seed: NDArray[np.uint64], position: NDArray[np.int64]) -> NDArray[np.float64]:
+    """One number in [0, 1) for each (seed, position): SplitMix64 (Steele et al. 2014) of both."""
+    state = _mix(seed + GOLDEN) + GOLDEN * (position.astype(np.uint64) + np.uint64(1))
+    # 52 bits: u <= 1 - 2**-52, so that u * total never rounds up to total.
+    return (_mix(state) >> np.uint64(12)).astype(np.float64) * 2.0**-52
+
+
+def sample(logits: Tensor, temperature: NDArray[np.float32], uniform: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+    """A token of each row and its log-prob.
+
+    logits [rows, vocabulary]; temperature and uniform [rows]. Returns tokens [rows] int64 and log-probs
+    [rows] float32 of the distribution sampled from. Temperature 0 takes the likeliest token and gives
+    its log-prob at temperature 1.
+    """
+    logits = logits.float()
+    greedy = temperature == 0
+    if (temperature != 1).any():
+        divisor = torch.from_numpy(np.where(greedy, 1, temperature).astype(np.float32))
+        logits = logits / divisor.to(logits.device)[:, None]
+    log_probs = torch.log_softmax(logits, -1)
+    if greedy.all():
+        tokens = log_probs.argmax(-1)
+    else:
+        tokens = inverse_cdf(log_probs.exp(), torch.from_numpy(uniform).to(logits.device))
+        if greedy.any():
+            at = torch.from_numpy(greedy).to(logits.device)
+            tokens = torch.where(at, log_probs.argmax(-1), tokens)
+    return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
+
+
+def inverse_cdf(prob: Tensor, uniform: Tensor) -> Tensor:
+    """First index whose cumulative probability (float64) exceeds `uniform` of the row's total.
+
+    prob [rows, vocabulary] float32, uniform [rows] float64. The answer never has probability 0. Large
+    vocabularies are searched in two levels, so that only one block a row is summed up in float64.
+    """
+    vocabulary = prob.shape[1]
+    if vocabulary <= 4 * BLOCK:
+        cumulative = prob.cumsum(-1, dtype=torch.float64)
+        return _exceeding(cumulative, uniform * cumulative[:, -1])
+    padded = torch.nn.functional.pad(prob, (0, -vocabulary % BLOCK)).view(prob.shape[0], -1, BLOCK)
+    ends = padded.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = uniform * ends[:, -1]
+    block = _exceeding(ends, target)
+    rows = torch.arange(prob.shape[0], device=prob.device)
+    before = torch.where(block > 0, ends[rows, (block - 1).clamp_min(0)], 0.0)
+    inside = padded[rows, block].cumsum(-1, dtype=torch.float64)
+    # Both sums are rounded differently: the target must not lie beyond the block.
+    last = torch.nextafter(inside[:, -1], torch.zeros_like(target))
+    return block * BLOCK + _exceeding(inside, torch.minimum(target - before, last))
+
+
+def _exceeding(cumulative: Tensor, target: Tensor) -> Tensor:
+    """Index of the first element above `target`, which is below the last one. The clamp only acts on
+    NaN, whose log-prob the caller refuses."""
+    found = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
+    return found.clamp_max(cumulative.shape[1] - 1)
+
+
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+MAX_RULES = 64
+"""rules kept; one costs two bytes a token of the vocabulary"""
+
+Key = tuple[tuple[int, ...], tuple[str, ...]]
+
+
+class StopRules:
+    """The stop tokens and strings of requests, compiled to rows of two tables over the vocabulary:
+    `ends` (this token ends the turn) and `maybe` (look at the text: a stop string may end here)."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._text: list[str] | None = None
+        self._index: dict[Key, int] = {}
+        self._strings: list[tuple[str, ...]] = []
+        self._ends = np.zeros((MAX_RULES, vocabulary), dtype=bool)
+        self._maybe = np.zeros((MAX_RULES, vocabulary), dtype=bool)
+
+    def number(self, params: SamplingParams, in_use: Callable[[], Collection[int]]) -> int:
+        """The rule of a request, compiled on first use. `in_use()` are the rules of unfinished requests,
+        which are not overwritten. Raises ValueError for a stop token outside the vocabulary."""
+        key = (params.stop_tokens, params.stop_strings)
+        found = self._index.get(key)
+        if found is None:
+            if len(self._strings) < MAX_RULES:
+                found = len(self._strings)
+                self._strings.append(())
+            else:
+                found = self._replaceable(in_use())
+            self._compile(found, params)
+            self._index[key] = found
+        return found
+
+    def ended(
+        self,
+        rule: NDArray[np.int64],
+        token: NDArray[np.int64],
+        slot: NDArray[np.int64],
+        turn_of: Callable[[int], NDArray[np.int32]],
+    ) -> NDArray[np.bool_]:
+        """Which rows end with `token`, their last. All [rows]; `turn_of(slot)` are the tokens of a turn."""
+        ends = self._ends[rule, token]
+        for row in np.flatnonzero(self._maybe[rule, token] & ~ends):
+            strings = self._strings[rule[row]]
+            # A character takes at most four tokens (one a byte).
+            tail = turn_of(int(slot[row]))[-4 * max(map(len, strings)) - 4 :].tolist()
+            # With special tokens, which a stop string may name, and without, as a task sees the text.
+            texts = [self._tokenizer.decode(tail, special=special) for special in (True, False)]
+            ends[row] = any(string in text for string in strings for text in texts)
+        return ends
+
+    def _replaceable(self, busy: Collection[int]) -> int:
+        for key, number in self._index.items():  # oldest first
+            if number not in busy:
+                del self._index[key]
+                return number
+        raise ValueError(f"more than {MAX_RULES} different stop rules run at once")
+
+    def _compile(self, number: int, params: SamplingParams) -> None:
+        ends, maybe = self._ends[number], self._maybe[number]
+        ends[:] = False
+        maybe[:] = False
+        for token in (*params.stop_tokens, self._tokenizer.eos_id):
+            if not 0 <= token < self._vocabulary:
+                raise ValueError(f"stop token {token} is outside the vocabulary of {self._vocabulary}")
+            ends[token] = True
+        strings = tuple(string for string in params.stop_strings if string)
+        for string in strings:
+            ends |= np.array([string in text for text in self._texts()])
+            if len(string) > 1 or not string.isascii() or string == " ":
+                maybe |= self._may_complete(string[-1])
+        self._strings[number] = strings
+
+    def _may_complete(self, last: str) -> NDArray[np.bool_]:
+        """Tokens after which a string ending in `last` may stand. A space can be hidden by a decoder
+        that strips it; a character beyond ASCII can be spread over tokens of single bytes."""
+        if last == " " or not last.isascii():
+            return np.ones(self._vocabulary, dtype=bool)
+        return np.array([last in text for text in self._texts()])
+
+    def _texts(self) -> list[str]:
+        if self._text is None:
+            known = self._tokenizer.vocab_size
+            self._text = [self._tokenizer.decode([token], special=True) for token in range(known)]
+            self._text += [""] * (self._vocabulary - known)
+        return self._text

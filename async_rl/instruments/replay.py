@@ -1,0 +1,228 @@
+"""Train again on what a run stored: the same batches from the same start must give the same weights.
+
+Bit-equal on the same machine with the same settings and library versions; a CPU of another kind, another
+number of threads or a GPU may round differently.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from async_rl.buffer.store import StoreReader
+from async_rl.config import Settings
+from async_rl.errors import UserError
+from async_rl.run_folder import Rollback, RunFolder, read_rollback, read_rows
+from async_rl.trainer.build import make_learner, pack_step
+from async_rl.trainer.checkpoint import load_checkpoint, save_checkpoint, weights_checksum, weights_hash
+from async_rl.trainer.learner import Learner
+from async_rl.trainer.manifest import checkpoint_path, damage_of, list_checkpoints, version_of
+from async_rl.trainer.packing import PackedBatch
+from async_rl.trajectory.codec import unpack
+
+# -------------------- line
+# The weights of a run, version by version, as it trained them: also over a rollback, where they jump back.
+
+
+@dataclass(slots=True)
+class Line:
+    """Steps a learner along. A context: inside, the state a run will go back to is kept on disk."""
+
+    learner: Learner
+    """at a version of the run: its initial model, or one of its checkpoints"""
+    source: Path
+    """folder of the initial model"""
+    back: Rollback | None
+    kept: tempfile.TemporaryDirectory[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kept = tempfile.TemporaryDirectory(prefix="async_rl_line_")
+        if self.back is not None and self.learner.version >= self.back.at:
+            self._new_line(self.back)
+
+    @classmethod
+    def of(cls, folder: RunFolder, learner: Learner) -> Self:
+        return cls(learner, Path(folder.settings().model.path), read_rollback(folder))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kept.cleanup()
+
+    def step(self, packed: PackedBatch) -> None:
+        """Train on the batch of the next step. Where the run went back, the step's result is given up."""
+        learner, back = self.learner, self.back
+        if back is not None and learner.version == back.to:
+            save_checkpoint(Path(self.kept.name), learner, {}, source=self.source, keep=1)
+        if back is None or learner.version + 1 != back.at:
+            learner.step(packed)
+            return
+        load_checkpoint(checkpoint_path(Path(self.kept.name), back.to), learner)
+        learner.version = back.at
+        self._new_line(back)
+
+    def _new_line(self, back: Rollback) -> None:
+        self.learner.given_up, self.learner.rate_scale = back.given_up, back.lr_scale
+
+
+MICRO_BATCH = "trainer.micro_batch_tokens"
+MARKS = {"hash": weights_hash, "checksum": weights_checksum}
+"""what a run records of its weights: the hash at checkpoints, after each step of a small model a checksum"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """The first version at which a replay has other weights than the run had."""
+
+    version: int
+    recorded: str
+    replayed: str
+    last_equal: int
+    """newest version before it at which both were compared and equal; -1: none"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    version: int
+    """of the last weights = training steps done again"""
+    hash: str
+    """of those, over the bytes of all parameters"""
+    compared: int
+    """versions of which the run had recorded a hash or checksum, the initial one included"""
+    difference: Difference | None
+    """None: every compared version is equal, bit for bit"""
+    seconds: float
+    begun: int = 0
+    """version it began with; above 0 a checkpoint's, because the batches before are deleted"""
+
+
+def replay(
+    folder: RunFolder, *, until: int | None = None, each_step: Callable[[int], None] = lambda _: None
+) -> Replayed:
+    """Train from the initial model (from the oldest checkpoint where buffer.keep_steps has deleted what lies
+    before) on the stored batches, up to the last step of the run or to version
+    `until`, and compare with weights.jsonl. Stops at the first difference. Raises UserError."""
+    settings = folder.settings()
+    recorded = _recorded(folder)
+    trained = max((int(row["step"]) + 1 for row in read_rows(folder.metrics)), default=0)
+    if until is not None and not 0 <= until <= trained:
+        raise UserError(f"--until is {until}; the run in {folder.path} has trained {trained} steps")
+    last = trained if until is None else until
+    _check_ranks(folder, last)
+    resumes = [row for row in read_rows(folder.events) if row["event"] == "resumed"]
+    started = time.monotonic()
+    torch.set_num_threads(settings.trainer.threads)
+    with StoreReader(folder.store) as store:
+        learner = make_learner(settings)
+        begun = _begin(folder, store.first_step(), last, learner)
+        compared, equal, difference = 0, -1, None
+        with Line.of(folder, learner) as line:
+            for version in range(begun, last + 1):
+                if version > begun:
+                    blobs = store.load_batch(version - 1)
+                    if blobs is None:
+                        raise UserError(f"{store.path}: the batch of step {version - 1} is not in it")
+                    line.step(pack_step(settings_at(resumes, settings, version - 1), [unpack(blob) for blob in blobs]))
+                    each_step(version)
+                weights = learner.weights()
+                marks = recorded.get(version, {})
+                compared += bool(marks)
+                found = {kind: MARKS[kind](weights) for kind in marks}
+                different = next((kind for kind in MARKS if marks.get(kind) != found.get(kind)), None)
+                if different is not None:
+                    difference = Difference(
+                        version=version, recorded=marks[different], replayed=found[different], last_equal=equal
+                    )
+                    break
+                if marks:
+                    equal = version
+    return Replayed(
+        version=learner.version,
+        hash=weights_hash(learner.weights()),
+        compared=compared,
+        difference=difference,
+        seconds=time.monotonic() - started,
+        begun=begun,
+    )
+
+
+def settings_at(resumes: Sequence[Mapping[str, Any]], settings: Settings, step: int) -> Settings:
+    """The settings that the run trained `step` with: a resumed run may have been given another micro-batch, which
+    forms sums in another order. `resumes`: events; `settings`: those the run ended with."""
+    tokens = settings.trainer.micro_batch_tokens
+    for row in reversed(resumes):
+        if row["version"] > step and (change := row.get("changed", {}).get(MICRO_BATCH)):
+            tokens = change[0]
+    return replace(settings, trainer=replace(settings.trainer, micro_batch_tokens=tokens))
+
+
+def _check_ranks(folder: RunFolder, last: int) -> None:
+    """Raises UserError where several ranks took a step that would be done again."""
+    over_ranks = [int(row["step"]) for row in read_rows(folder.metrics) if "ranks/step_skew" in row]
+    if over_ranks and over_ranks[0] < last:
+        before = f"`replay --until {over_ranks[0]}` does the steps before it, " if over_ranks[0] else ""
+        raise UserError(
+            f"{folder.path}: step {over_ranks[0]} was trained by several ranks (trainer.ranks), which form their sums "
+            "in another order than the one process of a replay: the weights would differ in their last bits; "
+            f"{before}`rescore` works on any run"
+        )
+
+
+def _begin(folder: RunFolder, first_step: int, last: int, learner: Learner) -> int:
+    """Put the learner where a replay can begin; that version. Raises UserError when there is no such place."""
+    if first_step == 0:
+        return 0
+    whole = [path for path in list_checkpoints(folder.checkpoints) if damage_of(path) is None]
+    able = [path for path in whole if first_step <= version_of(path) <= last]
+    if not able:
+        there = ", ".join(str(version_of(path)) for path in whole) or "none"
+        raise UserError(
+            f"{folder.path}: the batches of steps before {first_step} are deleted (buffer.keep_steps="
+            f"{folder.settings().buffer.keep_steps}), so a replay up to version {last} must begin with a checkpoint "
+            f"of version {first_step} to {last}; whole checkpoints: {there}"
+        )
+    load_checkpoint(able[0], learner)
+    return version_of(able[0])
+
+
+def _recorded(folder: RunFolder) -> dict[int, dict[str, str]]:
+    """Version -> kind of mark -> mark."""
+    found: dict[int, dict[str, str]] = {}
+    for row in read_rows(folder.weights):
+        found.setdefault(int(row["version"]), {}).update({kind: str(row[kind]) for kind in MARKS if kind in row})
+    return found
+
+
+def in_words(result: Replayed, folder: RunFolder) -> str:
+    """What a replay came to."""
+    head = f"{folder.path}: {result.version - result.begun} steps trained again in {result.seconds:.1f} s"
+    if result.begun:
+        head += (
+            f", from the checkpoint of version {result.begun} on: of the batches before, trajectories are deleted "
+            "(buffer.keep_steps)"
+        )
+    weights = f"weights of version {result.version}: {result.hash}"
+    if result.difference is None:
+        same = (
+            f"identical to the run at all {result.compared} versions it recorded"
+            if result.compared
+            else ("the run recorded no hash to compare with")
+        )
+        return f"{head}\n{weights}\n{same}"
+    d = result.difference
+    if d.version == 0:
+        where = "the initial model is not the one the run began with (see model.path)"
+    elif d.version == result.begun:
+        where = f"the checkpoint of version {d.version} does not hold the weights that the run recorded"
+    elif d.last_equal == d.version - 1:
+        where = f"the first difference arises in training step {d.version - 1}"
+    else:
+        where = f"the first difference arises in one of the training steps {d.last_equal} to {d.version - 1}"
+    return f"{head}\n{weights}\nNOT identical: {where}; the run recorded {d.recorded} for version {d.version}"

@@ -1,0 +1,85 @@
+"""Sample episodes of a task from a model, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from async_rl.config import Settings
+from async_rl.generator.embedded import EmbeddedEngine
+from async_rl.generator.engine import Engine
+from async_rl.generator.loop import run_episode
+from async_rl.generator.session import EpisodeSession, Ticket
+from async_rl.model.decoder import Decoder
+from async_rl.model.huggingface import HuggingFaceDecoder
+from async_rl.model.tokenizer import Tokenizer
+from async_rl.task import Task
+from async_rl.trajectory import Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How episodes are run."""
+
+    max_sequences: int = 256
+    max_turns: int = 64
+    episode_timeout_s: float = 600.0
+
+
+def limits_of(settings: Settings) -> Limits:
+    """Those of a run's generators."""
+    chosen = settings.generator
+    return Limits(
+        max_sequences=chosen.max_sequences, max_turns=chosen.max_turns, episode_timeout_s=chosen.episode_timeout_s
+    )
+
+
+async def sample_episodes(
+    engine: Engine, task: Task, tokenizer: Tokenizer, tickets: Sequence[Ticket], limits: Limits
+) -> list[Trajectory]:
+    """One trajectory for each ticket, in the tickets' order."""
+
+    async def episode(number: int, ticket: Ticket) -> Trajectory:
+        session = EpisodeSession(
+            engine=engine,
+            tokenizer=tokenizer,
+            ticket=ticket,
+            session_id=number,
+            max_context=engine.max_context,
+            max_turns=limits.max_turns,
+        )
+        return await run_episode(task, session, ticket, timeout_s=limits.episode_timeout_s)
+
+    return list(await asyncio.gather(*(episode(i, t) for i, t in enumerate(tickets))))
+
+
+def evaluate(
+    model: Decoder | HuggingFaceDecoder,
+    task: Task,
+    tokenizer: Tokenizer,
+    *,
+    problems: int,
+    samples: int,
+    temperature: float,
+    seed: int,
+    limits: Limits | None = None,
+    max_context: int | None = None,
+) -> list[Trajectory]:
+    """Episodes on the first `problems` held-out problems, `samples` of each."""
+    limits = limits or Limits()
+    held_out = task.problems("eval")
+    tickets = [
+        Ticket(group=p, sample=s, problem=p, split="eval", seed=(seed << 40) + (p << 12) + s, temperature=temperature)
+        for p in range(min(problems, len(held_out)))
+        for s in range(samples)
+    ]
+
+    async def run() -> list[Trajectory]:
+        engine = EmbeddedEngine(model, tokenizer, max_sequences=limits.max_sequences, max_context=max_context)
+        try:
+            return await sample_episodes(engine, task, tokenizer, tickets, limits)
+        finally:
+            await engine.close()
+
+    return asyncio.run(run())

@@ -1,0 +1,376 @@
+"""Ask to be let in, make sure of the same problems, generate, leave."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from async_rl import __version__
+from async_rl.config import Settings, WireSettings, check
+from async_rl.config.schema import described, structured, with_overrides
+from async_rl.errors import RunFailed, UserError, nearest
+from async_rl.process import SIGNALS, Interrupted
+from async_rl.run.child import arithmetic_environment
+from async_rl.run.external import AWAITED
+from async_rl.run.preflight import check_device, task_digest
+from async_rl.run_folder import RunFolder, read_rows
+from async_rl.trajectory.codec import WireError
+from async_rl.weights.shared_memory import WeightsError
+from async_rl.wire import messages as msg
+from async_rl.wire.channel import AsyncDealer, Dealer, WireTimeout, ipc_endpoint
+from async_rl.wire.endpoint import as_reached_by, as_reached_from_here, is_tcp, this_host
+from async_rl.wire.heartbeat import Activity, make_heartbeat
+from async_rl.wire.keys import Keys
+
+if TYPE_CHECKING:
+    from async_rl.generator.loop import GeneratorLoop
+    from async_rl.model.tokenizer import Tokenizer
+    from async_rl.task import Task
+
+
+# -------------------- place
+# Where the run is that is to be joined: named by its endpoint, or found in its folder.
+
+FOLDER_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Example: `Place(endpoint="tcp://10.0.0.3:5555", keys=Keys(Path("keys")), timeout_s=120.0)`."""
+
+    endpoint: str
+    keys: Keys | None
+    timeout_s: float
+    """longest wait for the buffer"""
+
+
+def find_place(endpoint: str | None, run: Path | None, keys: Path | None) -> Place:
+    """From what the user named. Waits for a run that is being started. Raises UserError, RunFailed."""
+    if endpoint is None and run is None:
+        raise UserError("name the run to join: --run RUN for one on this host, or --connect tcp://HOST:PORT --keys DIR")
+    chosen = Keys(keys.absolute()) if keys is not None else None
+    timeout_s = WireSettings().timeout_s
+    if run is not None:
+        folder = RunFolder(run)
+        if not folder.config.is_file():
+            raise UserError(f"{folder.path} is not a run folder: there is no {folder.config.name} in it")
+        wire = folder.settings().wire
+        timeout_s = wire.timeout_s
+        endpoint = endpoint or endpoint_of(folder, timeout_s)
+        if chosen is None and wire.keys and is_tcp(endpoint):
+            chosen = Keys(Path(wire.keys).absolute())
+    assert endpoint is not None
+    if is_tcp(endpoint) and chosen is None:
+        raise UserError(f"{endpoint} is served with keys only; name their folder with --keys DIR")
+    if not is_tcp(endpoint) and keys is not None:
+        raise UserError(f"--keys does nothing with {endpoint}: keys are for tcp; leave it out")
+    return Place(endpoint=as_reached_from_here(endpoint), keys=chosen, timeout_s=timeout_s)
+
+
+def endpoint_of(folder: RunFolder, timeout_s: float) -> str:
+    """Where the buffer of the run in this folder listens. Raises UserError when nobody runs it."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        if folder.summary.exists():
+            raise UserError(f"{folder.path}: this run is finished; there is nothing to join")
+        if not launched(folder):
+            raise UserError(f"{folder.path}: nobody runs it now; `async-rl run --resume {folder.path}` goes on with it")
+        found = ""
+        for row in read_rows(folder.events):
+            if row["event"] == "started" and row["process"] == "buffer":
+                found = ""  # of a launch before
+            elif row["event"] == "buffer_ready":
+                found = row["endpoint"]
+        if found:
+            # a folder that is reached by another path here has its socket at that path, too
+            return ipc_endpoint(folder.path) if found.endswith("/buffer.sock") else found
+        if time.monotonic() > deadline:
+            raise RunFailed(f"waited {timeout_s:g} s (wire.timeout_s) for the buffer of {folder.path} to start")
+        time.sleep(FOLDER_POLL_S)
+
+
+def awaited_trainer(folder: RunFolder, settings: Settings) -> Mapping[str, Any]:
+    """What the run says of the trainer that it waits for; waits for a run that is being started. Raises UserError
+    when it waits for none."""
+    if settings.trainer.start != "external":
+        raise UserError(
+            f"{folder.path}: this run starts its trainer itself; with trainer.start=external it waits for one"
+        )
+    deadline = time.monotonic() + settings.wire.timeout_s
+    while True:
+        if folder.summary.exists():
+            raise UserError(f"{folder.path}: this run is finished; there is nothing to train")
+        wanted: Mapping[str, Any] = {}
+        for row in read_rows(folder.events):
+            if row["event"] == "started" and row["process"] == "buffer":
+                wanted = {}  # of a launch before
+            elif row["event"] == AWAITED:
+                wanted = row
+        elsewhere = bool(wanted) and wanted["host"] != this_host()
+        if not elsewhere and not launched(folder):
+            raise UserError(f"{folder.path}: nobody runs it now; `async-rl run --resume {folder.path}` goes on with it")
+        if wanted:
+            return wanted
+        if time.monotonic() > deadline:
+            waited = f"waited {settings.wire.timeout_s:g} s (wire.timeout_s)"
+            raise RunFailed(f"{waited} for the run in {folder.path} to want a trainer")
+        time.sleep(FOLDER_POLL_S)
+
+
+def launched(folder: RunFolder) -> bool:
+    """Whether the launcher that took the run's lock last is alive."""
+    return launched_by(folder) > 0
+
+
+def launched_by(folder: RunFolder) -> int:
+    """Process number of that launcher; 0 when it is not alive, or not on this host."""
+    try:
+        owner = folder.lock.read_text().strip()
+    except OSError:
+        return 0
+    return int(owner) if owner.isdecimal() and Path(f"/proc/{owner}").exists() else 0
+
+
+# -------------------- terms
+# What a joining generator is told, and what it may decide itself. Pure, but for looking whether a file is there.
+
+MAY_DIFFER = (
+    "generator.device",
+    "generator.threads",
+    "generator.max_sequences",
+    "generator.save_turns_after_s",
+    "generator.episode_timeout_s",
+    "vllm.tensor_parallel",
+    "vllm.memory_share",
+    "vllm.kv_cache_mb",
+    "model.path",
+    "weights.transport",
+    "wire.timeout_s",
+)
+"""what this host can do, and where things lie on it; everything else says what a trajectory is"""
+NOTHING_HERE = ("generator.count", "generator.gpus", "generator.max_restarts", "generator.restart_window_s")
+FILES = "task.args."
+
+
+def local_settings(told: Mapping[str, Any], words: Sequence[str], keys: str, here: Path) -> Settings:
+    """The run's settings with `name=value` words laid over them. `keys`: folder of this host's keys; `here`: where
+    relative paths in words begin. Raises UserError for a word that would make this another run."""
+    base = structured(Settings, _with_keys(told, keys), where="")
+    values = {path: value for path, value, _, _ in described(base)}
+    laid = [_allowed(word, base, values, here) for word in words]
+    settings = structured(Settings, with_overrides(_with_keys(told, keys), laid), where="")
+    if settings.generator.max_sequences > base.generator.max_sequences:
+        raise UserError(
+            f"generator.max_sequences is {settings.generator.max_sequences}, but the run's generators decode at most "
+            f"{base.generator.max_sequences} each; start a second one here instead"
+        )
+    check(settings)
+    return settings
+
+
+def _with_keys(told: Mapping[str, Any], keys: str) -> dict[str, Any]:
+    """With them, and without what is of the run's own generators only."""
+    generator = {**told.get("generator", {}), "gpus": ""}
+    return {**told, "generator": generator, "wire": {**told.get("wire", {}), "keys": keys}}
+
+
+def _allowed(word: str, base: Settings, values: Mapping[str, Any], here: Path) -> str:
+    """The word, its path made absolute. Raises UserError."""
+    name, equals, value = word.partition("=")
+    if not equals or not name:
+        raise UserError(f"'{word}' is not a setting; write name=value, e.g. generator.threads=2")
+    if name.startswith(FILES):
+        return _file(name, value, base.task.args, here)
+    if name in NOTHING_HERE:
+        raise UserError(f"{name} does nothing here: it is for the generators that the launcher starts; leave it out")
+    if name in MAY_DIFFER:
+        there = name == "model.path" and (here / value).exists()
+        return f"{name}={(here / value).resolve()}" if there else word
+    if name not in values and name.partition(".")[0] not in ("task", "recipe"):
+        raise UserError(f"{name} is not a setting; {nearest(name, MAY_DIFFER)}")
+    raise UserError(
+        f"{name} is the run's ({values.get(name, 'chosen there')!r}): it says what is generated, so it cannot differ "
+        f"here. What may: {', '.join(MAY_DIFFER)}, and files in {FILES}*"
+    )
+
+
+def _file(name: str, value: str, args: Mapping[str, Any], here: Path) -> str:
+    """A setting of the task may say where a file lies on this host, and nothing else."""
+    if not isinstance(args.get(name.removeprefix(FILES)), str):
+        raise UserError(f"{name} is the run's: of the task's settings only those that name a file may differ here")
+    path = here / Path(value).expanduser()
+    if not path.exists():
+        raise UserError(f"{name}: there is no file {path}; of the task's settings only those that name one may differ")
+    return f"{name}={path.resolve()}"
+
+
+ANSWER_S = 30.0
+"""time the buffer has to answer a knock; it does nothing else that takes long"""
+POLL_S = 0.2
+LEAVE_S = 3.0
+"""time the last words have to leave"""
+
+
+def own_name() -> str:
+    """Unique among the living."""
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:60] or "host"
+    return f"generator-{host}-{os.getpid()}"
+
+
+def join_run(place: Place, name: str, words: Sequence[str], say: Callable[[str], None]) -> None:
+    """Generate for the run at `place` until it ends. `words`: `name=value` for this host. Raises UserError when it
+    is not let in or cannot take part, RunFailed when the buffer is gone, Interrupted when told to leave."""
+    here = Path.cwd()
+    welcome = knock(place, name)
+    keys = str(place.keys.folder) if place.keys is not None else ""
+    settings = local_settings(welcome.settings, words, keys, here)
+    # torch reads these when it is imported
+    os.environ.update(arithmetic_environment(settings.generator.threads))
+    if welcome.host == this_host() and Path(welcome.folder).is_dir():
+        os.chdir(welcome.folder)  # relative paths in the run's settings begin there
+    check_device("generator.device", settings.generator.device)
+    Joined(place, name, settings, welcome, say).run()
+
+
+def knock(place: Place, name: str) -> msg.Welcome:
+    """Ask to be let in. Raises UserError with the buffer's reason, RunFailed when there is no answer."""
+    patience = min(ANSWER_S, place.timeout_s)
+    ask = msg.Join(name=name, package=__version__, pid=os.getpid())
+    dealer = Dealer(place.endpoint, f"{name}/{uuid.uuid4().hex[:8]}", keys=place.keys)
+    deadline = time.monotonic() + patience
+    try:
+        dealer.send(ask)
+        while True:
+            try:
+                answer = dealer.receive(POLL_S, "an answer")
+            except WireTimeout:
+                _complain_of(place, dealer, time.monotonic() > deadline, patience)
+                continue
+            match answer:
+                case msg.Welcome():
+                    return answer
+                case msg.Refused(reason=reason):
+                    raise UserError(f"the run at {place.endpoint} refused this generator: {reason}")
+    except WireError as error:
+        raise UserError(
+            f"the run at {place.endpoint} speaks otherwise ({error}); install the version of async-rl it has"
+        ) from None
+    finally:
+        dealer.close(linger_s=0)
+
+
+def _complain_of(place: Place, dealer: Dealer, late: bool, patience: float) -> None:
+    if dealer.reception is not None and dealer.reception.turned_away:
+        assert place.keys is not None
+        raise UserError(
+            f"{place.endpoint} does not take the keys of {place.keys.folder}, or is not the server they are for; copy "
+            "server.key, client.key and client.key_secret from the run's wire.keys"
+        )
+    if late:
+        raise RunFailed(f"no answer from {place.endpoint} for {patience:g} s: is a run there, and can it be reached?")
+
+
+@dataclass(slots=True)
+class Joined:
+    """A generator that was let in."""
+
+    place: Place
+    name: str
+    settings: Settings
+    welcome: msg.Welcome
+    say: Callable[[str], None]
+    identity: str = ""
+    told: str = ""
+    """the signal that told it to leave"""
+    activity: Activity = field(default_factory=Activity)
+
+    def run(self) -> None:
+        """Until the end, whichever comes."""
+        # its own, whatever the name: a socket of the same identity would be cut off
+        self.identity = f"{self.name}/{uuid.uuid4().hex[:8]}"
+        tokenizer, task = self.same_problems()
+        wire, endpoint = self.settings.wire, self.place.endpoint
+        with make_heartbeat(self.name, "generator", self.activity, wire, endpoint, identity=self.identity) as heartbeat:
+            asyncio.run(self._generate(tokenizer, task, lambda: heartbeat.buffer_silent_s))
+        if self.told:
+            raise Interrupted(self.told)
+
+    def same_problems(self) -> tuple[Tokenizer, Task]:
+        """The tokenizer and the task, made here. Raises UserError when they are not the run's."""
+        from async_rl.model.folder import check_folder
+        from async_rl.model.tokenizer import Tokenizer
+        from async_rl.task import make_task
+
+        path = self.settings.model.path
+        check_folder(path)
+        tokenizer = Tokenizer(path)
+        task = make_task(self.settings.task.name, self.settings.task.args)
+        if task_digest(task, tokenizer) != self.welcome.task_digest:
+            raise UserError(
+                f"the problems of task '{task.name}' or their tokens are not those of the run: other data in "
+                f"task.args, another tokenizer in model.path={path}, or another version of the task; copy them from "
+                "the run's host"
+            )
+        return tokenizer, task
+
+    async def _generate(self, tokenizer: Tokenizer, task: Task, buffer_silent_s: Callable[[], float]) -> None:
+        from async_rl.generator.build import make_engine, make_weights
+        from async_rl.generator.loop import GeneratorLoop, make_options
+
+        segment, server = Path(self.welcome.segment), self.weight_server()
+        here = self.welcome.host == this_host() and (segment.exists() or not server)
+        weights = make_weights(self.settings, segment, server, self.identity, here=here)
+        engine = make_engine(self.settings, tokenizer)
+        limit = self.settings.wire.max_message_mb << 20
+        dealer = AsyncDealer(self.place.endpoint, self.identity, max_message_bytes=limit, keys=self.place.keys)
+        try:
+            loop = GeneratorLoop(
+                make_options(self.settings, self.name, joined=True),
+                engine,
+                task,
+                tokenizer,
+                dealer,
+                weights,
+                activity=self.activity,
+                buffer_silent_s=buffer_silent_s,
+                event=self.event,
+            )
+            for number in SIGNALS:
+                asyncio.get_running_loop().add_signal_handler(number, self.leave, loop, number)
+            self.say(f"{self.name} joins {self.welcome.run} at {self.place.endpoint}; Ctrl-C leaves")
+            await loop.run()
+            stats = engine.stats()
+            self.say(
+                f"{'the run has ended: ' + loop.stopped + '; ' if loop.stopped else ''}{self.name} generated "
+                f"{stats.tokens_generated} tokens in {loop.episodes} episodes"
+            )
+            if self.told:
+                dealer.close(linger_s=LEAVE_S)
+        except WeightsError as error:
+            raise RunFailed(f"{self.name}: {error}") from None
+        finally:
+            weights.close()
+            dealer.close(linger_s=0)
+
+    def weight_server(self) -> str:
+        """Where it is reached from here; empty: there is none."""
+        return as_reached_by(self.welcome.weights, self.place.endpoint) if self.welcome.weights else ""
+
+    def leave(self, loop: GeneratorLoop, number: int) -> None:
+        """Told so by a signal; further ones change nothing."""
+        if not self.told:
+            self.told = signal.Signals(number).name
+            loop.leave(f"told to end ({self.told})")
+
+    def event(self, kind: str, **detail: object) -> None:
+        """What the launched ones write into events.jsonl."""
+        self.say(f"{kind}: {detail.get('text') or detail}")

@@ -1,0 +1,100 @@
+"""`async-rl train`: a rank of the trainer of a run that waits for it (`trainer.start=external`).
+
+Who waits for whom: it waits for the run to be launched, and for the other ranks, by deadline. Rank 0 must be on the
+run's host: generators map the weights it publishes. Every rank needs the run's folder, where checkpoints go.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from async_rl import __version__
+from async_rl.config import Settings
+from async_rl.errors import UserError
+from async_rl.run.child import arithmetic_environment
+from async_rl.run.join import awaited_trainer, launched_by
+from async_rl.run.preflight import check_device
+from async_rl.run_folder import RunFolder
+from async_rl.wire.endpoint import this_host
+
+# -------------------- rank environment
+# Who this process is among the ranks that a launcher or a cluster's scheduler started. Pure.
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""what torchrun tells its processes"""
+FIRST_PORT, NUM_PORTS = 20_000, 20_000
+
+
+def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables: as they are, or from SLURM's (`srun`), or those of the only rank. Variables that are set
+    (MASTER_ADDR, MASTER_PORT) stay. Raises UserError where they do not suffice."""
+    if "RANK" in environment:
+        missing = [name for name in TORCHRUN if name != "LOCAL_RANK" and not environment.get(name)]
+        if missing:
+            raise UserError(f"RANK is set, but {', '.join(missing)} is not; start ranks with torchrun or srun")
+        return {name: environment[name] for name in TORCHRUN if name in environment}
+    if "SLURM_PROCID" not in environment:
+        return {}
+    size = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or "1"
+    if size == "1":
+        return {}
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
+    job = int(environment.get("SLURM_JOB_ID") or "0")
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_node(nodes),
+        # the same on every node, and another one for every job
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(FIRST_PORT + job % NUM_PORTS),
+    }
+
+
+def first_node(nodes: str) -> str:
+    """Of SLURM's list, e.g. `gpu[007-009,12],login1` -> `gpu007`. Raises UserError for an empty one."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    if match is None:
+        raise UserError("SLURM_PROCID is set, but SLURM names no node; set MASTER_ADDR to the host of rank 0")
+    return match[1] + (match[2] or "") + (match[3] or "")
+
+
+def train_for(run: Path) -> None:
+    """Be a rank until the run is done; ends this process. Raises UserError when it cannot take part."""
+    folder = RunFolder(run.absolute())
+    if not folder.config.is_file():
+        raise UserError(f"{folder.path} is not a run folder: there is no {folder.config.name} in it")
+    settings = folder.settings()
+    here = rank_environment(os.environ)
+    wanted = awaited_trainer(folder, settings)
+    check_fit(wanted, settings, here)
+    os.environ.update(here)
+    # torch reads these when it is imported
+    os.environ.update(arithmetic_environment(settings.trainer.threads))
+    if Path(wanted["folder"]).is_dir():
+        os.chdir(wanted["folder"])  # relative paths in the run's settings begin there
+    check_device("trainer.device", settings.trainer.device)
+    from async_rl.trainer.__main__ import main
+
+    owner = launched_by(folder) if wanted["host"] == this_host() else 0
+    main(str(folder.path), wanted["endpoint"], str(wanted["version"]), owner=owner)
+
+
+def check_fit(wanted: Mapping[str, Any], settings: Settings, here: Mapping[str, str]) -> None:
+    """Raises UserError unless this process is one of the ranks that the run waits for."""
+    size, rank = int(here.get("WORLD_SIZE", "1")), int(here.get("RANK", "0"))
+    if size != settings.trainer.ranks:
+        raise UserError(
+            f"{size} rank{'s' * (size != 1)} started, but the run waits for trainer.ranks={settings.trainer.ranks}; "
+            f"start it so: {wanted['command']}"
+        )
+    if wanted["package"] != __version__:
+        raise UserError(f"this is async-rl {__version__}, the run is {wanted['package']}; both need the same")
+    if rank == 0 and wanted["host"] != this_host():
+        raise UserError(
+            "rank 0 of the trainer must run on the run's host: generators map the weights it publishes there; other "
+            "ranks may be elsewhere, where they see the run's folder"
+        )

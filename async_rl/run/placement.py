@@ -1,0 +1,332 @@
+"""Which process sees which GPUs and uses which cores. Pure: what this machine has is passed in.
+
+A process sees its own GPUs only (CUDA_VISIBLE_DEVICES), so inside it they count from 0: a generator's first is
+`cuda`, rank r of the trainer's is `cuda:LOCAL_RANK`. With `generator.device=cuda:1` the user has placed the
+generators himself: visibility stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from async_rl.config import Settings
+from async_rl.config.settings import (
+    WeightsSettings,
+    check_shared,
+    generators_fit,
+    gpus_named,
+    shares_gpus,
+    tensor_parallel,
+)
+from async_rl.errors import UserError
+from async_rl.model.folder import CONFIG, existing, read_json
+from async_rl.process import CORES
+from async_rl.weights.vllm_release import IPC_WITHOUT_RAY, installed_release
+from async_rl.weights.way import LINKS, Sides, Way, choose
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What processes of this run may use."""
+
+    gpus: tuple[str, ...] = ()
+    """by the name that CUDA_VISIBLE_DEVICES knows them under; settings count them from 0"""
+    cores: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """Of the model's attention."""
+
+    query: int
+    key_value: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spot:
+    """Where one process runs."""
+
+    gpus: tuple[int, ...] = ()
+    """as settings count them; empty: none"""
+    cores: tuple[int, ...] = ()
+    """empty: any"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Example: `place(settings, Machine(gpus=("0", "1"), cores=tuple(range(8))), None)`."""
+
+    machine: Machine
+    generators: tuple[Spot, ...]
+    ranks: tuple[Spot, ...]
+    """of the trainer; none when somebody else starts it"""
+    generators_hidden: bool
+    """generators see their own GPUs only"""
+    ranks_hidden: bool
+
+    @property
+    def shared(self) -> bool:
+        """Whether a GPU holds both a generator and a rank of the trainer."""
+        return bool(_gpus(self.generators) & _gpus(self.ranks))
+
+    def generator_environment(self, number: int) -> dict[str, str]:
+        """Variables for generator `number`."""
+        spot = self.generators[number]
+        return self._environment([spot], self.generators_hidden)
+
+    def trainer_environment(self) -> dict[str, str]:
+        """Variables for the trainer: all its ranks have the same."""
+        return self._environment(self.ranks, self.ranks_hidden)
+
+    def _environment(self, spots: Sequence[Spot], hidden: bool) -> dict[str, str]:
+        environment = {}
+        if hidden:
+            seen = [self.machine.gpus[gpu] for spot in spots for gpu in spot.gpus]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen)
+        if any(spot.cores for spot in spots):
+            environment[CORES] = ";".join(",".join(map(str, spot.cores)) for spot in spots)
+        return environment
+
+    def in_words(self) -> str:
+        """Example: `generator-0 on GPU 0,1; trainer rank 0 on GPU 2, rank 1 on GPU 3`."""
+        named = [(f"generator-{i}", spot) for i, spot in enumerate(self.generators)]
+        one = len(self.ranks) == 1
+        named += [("trainer" if one else f"trainer rank {i}", spot) for i, spot in enumerate(self.ranks)]
+        said = [f"{name} on {where}" for name, spot in named if (where := _where(spot))]
+        if not said:
+            return ANYWHERE
+        return "; ".join(said) + (" (shared by both)" if self.shared else "")
+
+
+ANYWHERE = "every process on the CPU, on any core"
+
+
+def place(settings: Settings, machine: Machine, heads: Heads | None) -> Placement:
+    """`heads`: None when the model's are not known. Raises UserError naming the setting that cannot be followed."""
+    check_heads(settings, heads)
+    generators, ranks = _choose(settings, machine)
+    cores = _cores(settings, machine, len(generators), len(ranks))
+    return Placement(
+        machine=machine,
+        generators=tuple(Spot(gpus=g, cores=c) for g, c in zip(generators, cores, strict=False)),
+        ranks=tuple(Spot(gpus=g, cores=c) for g, c in zip(ranks, cores[len(generators) :], strict=True)),
+        generators_hidden=settings.generator.device == "cuda" and bool(generators),
+        ranks_hidden=settings.trainer.device == "cuda" and bool(ranks),
+    )
+
+
+def check_heads(settings: Settings, heads: Heads | None) -> None:
+    """vLLM splits attention by heads; key-value heads may be repeated instead. Raises UserError."""
+    split = tensor_parallel(settings)
+    if heads is None or split == 1:
+        return
+    said = f"vllm.tensor_parallel is {split}, but the model of {settings.model.path} has"
+    if heads.query % split:
+        raise UserError(f"{said} {heads.query} attention heads, which {split} does not divide; choose one that does")
+    if heads.key_value % split and split % heads.key_value:
+        raise UserError(f"{said} {heads.key_value} key-value heads: neither divides the other; choose another")
+
+
+Gpus = list[tuple[int, ...]]
+"""of each process"""
+
+
+def _choose(settings: Settings, machine: Machine) -> tuple[Gpus, Gpus]:
+    """GPUs of each generator and of each rank."""
+    count = settings.generator.count
+    ranks = settings.trainer.ranks if settings.trainer.start == "launcher" else 0
+    for side, needed, device in (
+        ("generator", count, settings.generator.device), ("trainer", ranks, settings.trainer.device)
+    ):  # fmt: skip
+        if needed and device.startswith("cuda") and not machine.gpus:
+            raise UserError(f"{side}.device is {device}, but this machine shows no GPU; set {side}.device=cpu")
+    generator_gpus = _asked(settings, machine, "generator")
+    trainer_gpus = _asked(settings, machine, "trainer") if ranks else ()
+    if settings.generator.device == "cuda" and count and not generator_gpus:
+        taken = ranks if settings.trainer.device == "cuda" and not trainer_gpus else 0
+        generator_gpus = _free_for_generators(settings, machine, trainer_gpus, taken)
+    if settings.trainer.device == "cuda" and ranks and not trainer_gpus:
+        trainer_gpus = _free_for_trainer(settings, machine, generator_gpus)
+    check_shared(settings, generator_gpus, trainer_gpus)
+    each = len(generator_gpus) / count if count else 0
+    if each >= 1:
+        size = int(each)
+        generators = [generator_gpus[i * size : (i + 1) * size] for i in range(count)]
+    else:
+        generators = [generator_gpus[int(i * each) :][:1] for i in range(count)]
+    if settings.trainer.device == "cuda":
+        return generators, [(gpu,) for gpu in trainer_gpus]
+    return generators, [trainer_gpus[:1] for _ in range(ranks)]
+
+
+def _asked(settings: Settings, machine: Machine, side: str) -> tuple[int, ...]:
+    """The GPUs that settings name, if they are there."""
+    chosen = settings.generator if side == "generator" else settings.trainer
+    device = chosen.device
+    setting, text = f"{side}.gpus", chosen.gpus
+    if device.startswith("cuda:"):
+        setting, text = f"{side}.device", device.removeprefix("cuda:")
+    gpus = gpus_named(text, setting)
+    absent = [gpu for gpu in gpus if gpu >= len(machine.gpus)]
+    if absent:
+        raise UserError(f"{setting} names GPU {absent[0]}, but {_there(machine)}; choose among those")
+    if device.startswith("cuda:") and side == "generator" and settings.generator.count == 0:
+        return ()
+    return gpus
+
+
+def _free_for_generators(settings: Settings, machine: Machine, ranks: tuple[int, ...], more: int) -> tuple[int, ...]:
+    """The first GPUs, without `ranks` and with `more` left over where the trainer does not share."""
+    present = range(len(machine.gpus))
+    wanted = settings.generator.count * tensor_parallel(settings)
+    free = [gpu for gpu in present if gpu not in ranks]
+    free = free[: len(free) - more] if len(free) > more else []
+    if len(free) < wanted and shares_gpus(settings):
+        free = list(present)
+    if settings.generator.engine == "embedded":  # several small ones may be on one GPU
+        wanted = next((n for n in range(min(wanted, len(free)), 0, -1) if not generators_fit(settings, n)), wanted)
+    if not free or len(free) < wanted:
+        raise UserError(
+            f"the generators need {wanted} GPU{'s' * (wanted != 1)} (generator.count={settings.generator.count}, "
+            f"vllm.tensor_parallel={tensor_parallel(settings)}) and the trainer {more or len(ranks)}, but "
+            f"{_there(machine)}; lower one of them, or let both share with trainer.memory_share=0.5"
+            + (" vllm.memory_share=0.4" if settings.generator.engine == "vllm" else "")
+        )
+    return tuple(free[:wanted])
+
+
+def _free_for_trainer(settings: Settings, machine: Machine, generators: tuple[int, ...]) -> tuple[int, ...]:
+    """Those the generators do not have; with sharing also theirs."""
+    present, wanted = range(len(machine.gpus)), settings.trainer.ranks
+    free = [gpu for gpu in present if gpu not in generators]
+    if len(free) < wanted and shares_gpus(settings):
+        free = list(present)
+    if len(free) < wanted:
+        taken = f", and generators have {len(set(generators))} of them" if generators else ""
+        share = "" if len(machine.gpus) < wanted else ", or let both share GPUs with trainer.memory_share=0.5"
+        raise UserError(
+            f"trainer.ranks={wanted} needs {wanted} GPU{'s' * (wanted != 1)} (NCCL takes one rank a GPU), but "
+            f"{_there(machine)}{taken}; lower trainer.ranks{share}"
+        )
+    return tuple(free[:wanted])
+
+
+def _cores(settings: Settings, machine: Machine, generators: int, ranks: int) -> list[tuple[int, ...]]:
+    """Of each generator, then of each rank; empty where threads are not bound."""
+    if not settings.pin_threads:
+        return [()] * (generators + ranks)
+    sizes = [settings.generator.threads] * generators + [settings.trainer.threads] * ranks
+    if sum(sizes) > len(machine.cores):
+        raise UserError(
+            f"pin_threads needs a core for each thread: {generators} generators x generator.threads="
+            f"{settings.generator.threads} and {ranks} trainer ranks x trainer.threads={settings.trainer.threads} are "
+            f"{sum(sizes)}, but {len(machine.cores)} cores are there; lower one of them, or leave pin_threads out"
+        )
+    found, start = [], 0
+    for size in sizes:
+        found.append(machine.cores[start : start + size])
+        start += size
+    return found
+
+
+def _gpus(spots: Sequence[Spot]) -> set[int]:
+    return {gpu for spot in spots for gpu in spot.gpus}
+
+
+def _where(spot: Spot) -> str:
+    parts = [f"{what} {','.join(map(str, some))}" for what, some in (("GPU", spot.gpus), ("core", spot.cores)) if some]
+    return ", ".join(parts)
+
+
+def _there(machine: Machine) -> str:
+    count = len(machine.gpus)
+    return f"this machine shows {count} (0{f' to {count - 1}' if count > 1 else ''})"
+
+
+# -------------------- ways
+# Which way weights take to each generator that the launcher starts.
+
+
+def ways_of(settings: Settings, placement: Placement) -> tuple[Way, ...]:
+    """Raises UserError for a `weights.transport` that does not lead to one of them."""
+    engine = settings.generator.engine
+    ipc = engine == "vllm" and (installed_release() >= IPC_WITHOUT_RAY or find_spec("ray") is not None)
+    return choose_all(settings, placement, ipc_works=ipc)
+
+
+def choose_all(settings: Settings, placement: Placement, *, ipc_works: bool) -> tuple[Way, ...]:
+    """Pure. A trainer that somebody else starts is on a GPU that is not known here."""
+    names = placement.machine.gpus
+    sender = placement.ranks[0].gpus if placement.ranks and settings.trainer.device.startswith("cuda") else ()
+    found = []
+    for spot in placement.generators or ():
+        sides = Sides(
+            same_host=True,
+            engine=settings.generator.engine,
+            trainer_gpu=names[sender[0]] if sender else "",
+            generator_gpus=tuple(names[gpu] for gpu in spot.gpus) if settings.generator.device != "cpu" else (),
+            ipc_works=ipc_works,
+            adapters_alone=bool(settings.lora.rank) and settings.lora.send == "adapter",
+        )
+        found.append(choose(settings.weights.transport, sides))
+    if not set(found) & set(LINKS) and settings.weights.timeout_s != WeightsSettings.timeout_s:
+        raise UserError(
+            "weights.timeout_s does nothing here: it is for weights over nccl or ipc, and no generator of this run "
+            "gets them so; leave weights.timeout_s out"
+        )
+    return tuple(found)
+
+
+def in_words(ways: tuple[Way, ...]) -> list[str]:
+    """What is worth saying of them: links between GPUs."""
+    linked = {way: [i for i, taken in enumerate(ways) if taken == way] for way in LINKS}
+    return [
+        f"weights go over {way} into vLLM of generator{'s' * (len(some) > 1)} {', '.join(map(str, some))}"
+        for way, some in linked.items()
+        if some
+    ]
+
+
+# -------------------- machine
+# What this machine has for a run: the edge of placement.py.
+
+
+def look_at_machine(settings: Settings) -> Machine:
+    """GPUs that torch can use, in the order settings count them, and cores. Imports torch only when `settings` ask
+    for a GPU."""
+    asked = any(device.startswith("cuda") for device in (settings.generator.device, settings.trainer.device))
+    return Machine(gpus=visible_gpus() if asked else (), cores=tuple(sorted(os.sched_getaffinity(0))))
+
+
+def placed(settings: Settings) -> Placement:
+    """Where a run's processes are on this machine. Raises UserError when they cannot be."""
+    return place(settings, look_at_machine(settings), read_heads(settings))
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """What each is called in CUDA_VISIBLE_DEVICES, so that a process can be given some of them."""
+    import torch
+
+    # by NVML where it is there: no CUDA context is made in this process
+    count = torch.cuda.device_count()
+    return names_of(count, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def names_of(count: int, visible: str | None) -> tuple[str, ...]:
+    """`count` GPUs, of which the user has chosen `visible` (numbers, or names like GPU-8932f937); None: all."""
+    if visible is None:
+        return tuple(map(str, range(count)))
+    return tuple(name.strip() for name in visible.split(",") if name.strip())[:count]
+
+
+def read_heads(settings: Settings) -> Heads | None:
+    """From the model's config.json; None when it does not say. Raises UserError without a model."""
+    values = read_json(existing(settings.model.path) / CONFIG)
+    values = values.get("text_config") or values
+    query = values.get("num_attention_heads")
+    if not isinstance(query, int):
+        return None
+    return Heads(query=query, key_value=int(values.get("num_key_value_heads") or query))

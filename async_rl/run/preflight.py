@@ -1,0 +1,277 @@
+"""What can be found wrong before anything is started, without loading a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from async_rl.config import Settings
+from async_rl.config.settings import CriticSettings, OptimizerSettings
+from async_rl.errors import UserError, check_lora_package
+from async_rl.model.architecture import PROJECTIONS, check_targets, context_of
+from async_rl.model.folder import check_folder
+from async_rl.model.tokenizer import Tokenizer, prompt_text
+from async_rl.model.varlen import choose_backend
+from async_rl.objective.library import check_effect, load_recipe
+from async_rl.objective.recipe import Requirements, requirements
+from async_rl.run.memory import look_for_room
+from async_rl.run.placement import Placement, in_words, placed, ways_of
+from async_rl.task import Task, make_task
+from async_rl.trajectory import Split
+from async_rl.weights.vllm_release import installed_release
+from async_rl.weights.way import Way
+
+if TYPE_CHECKING:
+    from async_rl.model.tokenizer import Tokenizer
+    from async_rl.task import Problem, Task
+
+
+# -------------------- digest
+# Whether two hosts work on the same problems: one line of text that both make from what they have.
+
+LOOKED_AT = 256
+"""problems of each split, spread over it; small splits are looked at whole"""
+DIGESTED_SPLITS: tuple[Split, ...] = ("train", "eval")
+PLACE = "where"
+"""in a problem's data: the file and line it came from, which may differ"""
+
+
+def task_digest(task: Task, tokenizer: Tokenizer) -> str:
+    """Of the task's name, the number of its problems, and of some of them: the tokens of the prompt and what
+    the reward is told. So it differs where the data, the settings that make problems or the tokenizer differ."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{task.name} {tokenizer.vocab_size} {tokenizer.eos_id}".encode())
+    for split in DIGESTED_SPLITS:
+        problems = task.problems(split)
+        digest.update(f" {split} {len(problems)}".encode())
+        for index in spread(len(problems)):
+            digest.update(_described(problems[index], tokenizer))
+    return digest.hexdigest()
+
+
+def spread(count: int) -> Sequence[int]:
+    """At most LOOKED_AT indices below `count`, the first and the last among them."""
+    if count <= LOOKED_AT:
+        return range(count)
+    return [i * (count - 1) // (LOOKED_AT - 1) for i in range(LOOKED_AT)]
+
+
+def _described(problem: Problem, tokenizer: Tokenizer) -> bytes:
+    tokens = tokenizer.encode(prompt_text(problem.prompt, tokenizer))
+    data = {name: value for name, value in problem.data.items() if name != PLACE}
+    return json.dumps([problem.index, tokens, data], sort_keys=True, default=_kind).encode()
+
+
+def _kind(value: Any) -> str:
+    """What JSON has no word for counts by its type: its text may hold an address."""
+    return type(value).__name__
+
+
+MOST_PROMPTS = 500
+"""prompts of a split that are looked at"""
+MOST_EPISODES = 20
+TOKEN_BYTES = 10
+"""of a trajectory on the wire: token and log-prob, and its share of the turns"""
+REMEDY = "raise generator.max_context, or use a model with a longer context or an easier task"
+SPLITS: tuple[Split, ...] = ("train", "eval")
+SINGLE_TURN = ("sort", "reverse", "arithmetic", "countdown", "dataset")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What the checks found out."""
+
+    notes: list[str]
+    """worth saying, not wrong"""
+    train_problems: int
+    placement: Placement
+    ways: tuple[Way, ...] = ()
+    """that weights take to each generator"""
+    vocabulary: int = 0
+    """tokens the model knows; 0: only transformers can say"""
+    task_digest: str = ""
+    """of the problems, for generators that join"""
+
+
+def preflight(settings: Settings) -> Facts:
+    """Check model, tokenizer, devices, task, recipe and their fit. Raises UserError."""
+    config = check_folder(settings.model.path)
+    for name in ("generator", "trainer"):
+        check_device(f"{name}.device", getattr(settings, name).device, rehearsed=settings.task.name == "rehearsed")
+    placement = placed(settings)
+    if settings.generator.engine == "vllm":
+        installed_release()
+    ways = ways_of(settings, placement)
+    chosen = settings.trainer
+    choose_backend(chosen.attention, device=chosen.device, half=chosen.dtype == "bfloat16")
+    if settings.lora.rank:
+        check_lora_package()
+        if config is not None:
+            check_targets(settings.lora.targets, PROJECTIONS)
+    tokenizer = Tokenizer(Path(settings.model.path))
+    task = make_task(settings.task.name, settings.task.args)
+    if config is not None and settings.generator.max_context > config.max_context:
+        raise UserError(
+            f"generator.max_context is {settings.generator.max_context}, but the model of {settings.model.path} "
+            f"holds {config.max_context} tokens"
+        )
+    context = context_of(settings.generator.max_context, config)
+    check_message_size(context, settings.wire.max_message_mb)
+    notes = in_words(ways) + look_for_room(settings) + check_fit(task, tokenizer, context)
+    recipe = load_recipe(settings.recipe)
+    check_layers(settings, requirements(recipe))
+    notes += check_effect(
+        recipe,
+        group_size=settings.batch.group_size,
+        updates_per_batch=settings.trainer.updates_per_batch,
+        max_staleness=settings.staleness.max_staleness,
+        has_critic=requirements(recipe).value,
+        single_turn=_has_one_turn(settings),
+    )
+    held_out = len(task.problems("eval"))
+    if settings.evaluation.problems > held_out:
+        notes.append(
+            f"evaluation.problems is {settings.evaluation.problems}, but task '{task.name}' holds out {held_out}; "
+            "all of them are used"
+        )
+    vocabulary = config.vocabulary if config is not None else 0
+    return Facts(
+        notes=notes,
+        train_problems=len(task.problems("train")),
+        placement=placement,
+        ways=ways,
+        vocabulary=vocabulary,
+        task_digest=task_digest(task, tokenizer),
+    )
+
+
+def check_idle(settings: Settings) -> None:
+    """Settings that a new run would not use (a lab's grid may: its recipes share them). Raises UserError."""
+    optimizer, usual = settings.optimizer, CriticSettings()
+    if optimizer.schedule == "constant" and optimizer.final_share != OptimizerSettings().final_share:
+        raise UserError(
+            "optimizer.final_share does nothing with optimizer.schedule=constant; set optimizer.final_share=0, or "
+            "optimizer.schedule to linear or cosine"
+        )
+    idle = [n for n in ("kind", "learning_rate", "warmup_steps") if getattr(settings.critic, n) != getattr(usual, n)]
+    recipe = load_recipe(settings.recipe)
+    if idle and not requirements(recipe).value:
+        remedy = " ".join(f"critic.{name}={getattr(usual, name)}" for name in idle)
+        raise UserError(
+            f"critic.* does nothing with recipe={recipe.name}, which has no critic; leave it out (or set {remedy}), or "
+            "choose a recipe with one (ppo, st_ppo)"
+        )
+
+
+def _has_one_turn(settings: Settings) -> bool:
+    chosen = settings.task
+    return (chosen.args.get("name") if chosen.name == "rehearsed" else chosen.name) in SINGLE_TURN
+
+
+def check_layers(settings: Settings, needs: Requirements) -> None:
+    """Ways to run a layer that exact norms of each trajectory's gradient leave no room for. Raises UserError."""
+    chosen = settings.trainer
+    if not needs.per_trajectory_norms:
+        return
+    if chosen.checkpoint_activations != "none":
+        raise UserError(
+            "trainer.checkpoint_activations=layer would save nothing: recipe.opob.norm=exact "
+            "keeps every layer's input until the baseline is known; set recipe.opob.norm to logit or length, or lower "
+            "trainer.micro_batch_tokens"
+        )
+    if chosen.compile:
+        raise UserError(
+            "trainer.compile has no effect with recipe.opob.norm=exact, which watches every layer from outside; set "
+            "trainer.compile=false, or recipe.opob.norm to logit or length"
+        )
+
+
+def check_message_size(context: int, max_message_mb: int) -> None:
+    """The longest trajectory must fit into one message. `context`: tokens, 0: not known. Raises UserError."""
+    needed = context * TOKEN_BYTES
+    if needed > max_message_mb << 20:
+        raise UserError(
+            f"wire.max_message_mb is {max_message_mb}, but a trajectory of {context} tokens (the context) takes up to "
+            f"{-(-needed // 2**20)} MB; raise it, or lower generator.max_context"
+        )
+
+
+def check_device(name: str, device: str, *, rehearsed: bool = False) -> None:
+    """Raises UserError unless this machine has the torch device that setting `name` asks for. `rehearsed`: with
+    `--fake-model` already."""
+    if device == "cpu":
+        return
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or (index and not index.isdecimal()):
+        raise UserError(f"{name} is '{device}'; it must be cpu, cuda or cuda:N")
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "is built without CUDA" if torch.version.cuda is None else "finds no GPU here"
+        play = "" if rehearsed else ", or play the config through on a CPU with `run --fake-model`"
+        raise UserError(f"{name} is '{device}', but torch {torch.__version__} {why}; set {name}=cpu{play}")
+    found = torch.cuda.device_count()
+    if index and int(index) >= found:
+        raise UserError(f"{name} is '{device}', but this machine has {found} GPU(s): cuda:0 to cuda:{found - 1}")
+
+
+def check_fit(task: Task, tokenizer: Tokenizer, context: int) -> list[str]:
+    """Prompts of both splits, everything the environment may say, and a whole episode fit tokenizer and
+    context (tokens; 0: not known). Returns notes; raises UserError naming the problem."""
+    longest = 0
+    for split in SPLITS:
+        longest = max(longest, _check_prompts(task, tokenizer, split, context))
+    if hasattr(task, "demonstration"):
+        try:
+            tokenizer.encode(task.alphabet)  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise UserError(f"task '{task.name}' does not fit the tokenizer: {error}") from None
+        needed = _longest_demonstration(task, tokenizer)
+        if context and needed > context:
+            raise UserError(
+                f"an episode of task '{task.name}' takes up to {needed} tokens, the context holds {context}; {REMEDY}"
+            )
+    answer = getattr(getattr(task, "settings", None), "max_tokens", 0)
+    if context and longest + answer > context:
+        return [
+            f"task.args.max_tokens is {answer}, but behind the longest prompt seen ({longest} tokens) the context of "
+            f"{context} leaves {context - longest}; longer answers are cut"
+        ]
+    return []
+
+
+def _check_prompts(task: Task, tokenizer: Tokenizer, split: Split, context: int) -> int:
+    """Problems spread over the split can be put to this model; tokens of the longest prompt."""
+    problems = task.problems(split)
+    if not len(problems):
+        where = "task.args.eval_path or eval_share" if split == "eval" else "task.args.path"
+        raise UserError(f"task '{task.name}' has no problem in its {split} split; see {where}")
+    longest = 0
+    for number in range(0, len(problems), -(-len(problems) // MOST_PROMPTS)):
+        problem = problems[number]
+        where = problem.data.get("where", f"problem {number} of the {split} split")
+        try:
+            tokens = len(tokenizer.encode(prompt_text(problem.prompt, tokenizer)))
+        except ValueError as error:
+            raise UserError(f"task '{task.name}' does not fit the tokenizer: {where}: {error}") from None
+        if context and tokens >= context:
+            raise UserError(
+                f"task '{task.name}': {where}: the prompt has {tokens} tokens, the context holds {context}; {REMEDY}"
+            )
+        longest = max(longest, tokens)
+    return longest
+
+
+def _longest_demonstration(task: Task, tokenizer: Tokenizer) -> int:
+    """Tokens of the longest of a few fair episodes, with the end of text."""
+    problems = task.problems("train")
+    longest = 0
+    for number in range(min(MOST_EPISODES, len(problems))):
+        shown = task.demonstration(problems[number], Random(number))  # type: ignore[attr-defined]
+        longest = max(longest, len(tokenizer.encode("".join(segment.text for segment in shown))) + 1)
+    return longest

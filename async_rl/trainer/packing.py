@@ -1,0 +1,395 @@
+"""Trajectories of one step as flat tensors, in micro-batches of whole trajectories."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from async_rl.trajectory import Trajectory
+
+# -------------------- spread
+# Which rank runs which trajectories, in which micro-batch: pure, the same answer on every rank.
+#
+# The cost of a trajectory is what its forward takes (the backward takes twice that): a linear term for the
+# matrices and a quadratic one for attention. The slowest rank sets the pace, so the largest sum is made small.
+
+Bins = list[list[int]]
+"""indices, each once; every bin in rising order"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Multiplications and additions of a model's forward over one trajectory."""
+
+    per_token: int
+    """2 x elements of the layers' matrices"""
+    per_policy_token: int
+    """2 x elements of the head, which is used where a token is predicted only"""
+    per_pair: int
+    """of a token and one that it sees: 2 x layers x heads x head_dim for the score, as many for the value"""
+
+    def of(self, tokens: int, policy_tokens: int) -> int:
+        """Of a trajectory; each token sees itself and those before it."""
+        pairs = tokens * (tokens + 1) // 2
+        return self.per_token * tokens + self.per_policy_token * policy_tokens + self.per_pair * pairs
+
+
+def spread(costs: Sequence[int], bins: int) -> Bins:
+    """Indices of `costs` in `bins` bins (some may stay empty) with a small largest sum.
+
+    The best of three: Karmarkar and Karp's differencing, the longest first, and each in order to the bin
+    that has least. Costs are not negative.
+    """
+    longest_first = sorted(range(len(costs)), key=lambda i: -costs[i])
+    candidates = (
+        differencing(costs, bins),
+        to_the_lightest(costs, longest_first, bins),
+        to_the_lightest(costs, range(len(costs)), bins),
+    )
+    return min(candidates, key=lambda found: largest(found, costs))
+
+
+def largest(bins: Bins, costs: Sequence[int]) -> int:
+    """The largest sum of a bin."""
+    return max(sum(costs[i] for i in one) for one in bins)
+
+
+def to_the_lightest(costs: Sequence[int], order: Sequence[int], bins: int) -> Bins:
+    """One after another into the bin with the smallest sum."""
+    found: Bins = [[] for _ in range(bins)]
+    sums = [(0, number) for number in range(bins)]
+    for i in order:
+        total, number = sums[0]
+        found[number].append(i)
+        heapq.heapreplace(sums, (total + costs[i], number))
+    return [sorted(one) for one in found]
+
+
+def differencing(costs: Sequence[int], bins: int) -> Bins:
+    """Karmarkar and Karp (1982) for several bins: the two partial answers of the largest spread are joined,
+    the heaviest bins of one with the lightest of the other, until one is left."""
+    if not costs:
+        return [[] for _ in range(bins)]
+    heap: list[tuple[int, int, list[tuple[int, list[int]]]]] = []
+    for i, cost in enumerate(costs):
+        part: list[tuple[int, list[int]]] = [(0, []) for _ in range(bins - 1)] + [(cost, [i])]
+        heap.append((part[0][0] - cost, i, part))
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        _, number, one = heapq.heappop(heap)
+        _, _, other = heapq.heappop(heap)
+        joined = [(a + b, [*left, *right]) for (a, left), (b, right) in zip(one, reversed(other), strict=True)]
+        joined.sort(key=lambda part: part[0])
+        heapq.heappush(heap, (joined[0][0] - joined[-1][0], number, joined))
+    return sorted(sorted(members) for _, members in heap[0][2])
+
+
+def fill(costs: Sequence[int], sizes: Sequence[int], bins: int, limit: int) -> Bins | None:
+    """Like `spread`, with at most `limit` of `sizes` in a bin (more where one alone is larger); heaviest bin
+    first. None when the longest first do not fit."""
+    found: Bins = [[] for _ in range(bins)]
+    sums, filled = [0] * bins, [0] * bins
+    for i in sorted(range(len(costs)), key=lambda i: (-sizes[i], -costs[i])):
+        room = [n for n in range(bins) if not found[n] or filled[n] + sizes[i] <= limit]
+        if not room:
+            return None
+        chosen = min(room, key=lambda n: sums[n])
+        found[chosen].append(i)
+        sums[chosen] += costs[i]
+        filled[chosen] += sizes[i]
+    heaviest_first = sorted(range(bins), key=lambda n: -sums[n])
+    return [sorted(found[n]) for n in heaviest_first]
+
+
+# -------------------- share
+# The part of a batch that each of several ranks runs through the model.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """How a batch is laid over ranks."""
+
+    rank: int
+    size: int
+    cost: Cost
+    whole_groups: bool
+    """whether the trajectories of a group stay on one rank: their gradients are compared there"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Share:
+    """Which rows of a batch's columns this rank computes, and where the rows of all ranks, laid end to end in
+    the order of ranks, belong. Trajectories without policy tokens are nobody's."""
+
+    trajectories: Tensor  # [own trajectories] int64
+    policy: Tensor  # [own policy tokens] int64
+    trajectories_of_rank: tuple[int, ...]
+    """how many"""
+    policy_of_rank: tuple[int, ...]
+    """policy tokens"""
+    every_trajectory: Tensor  # [trajectories of all ranks] int64
+    every_policy: Tensor  # [policy tokens] int64
+    groups_cut: bool
+    """some group, on some rank, is spread over several micro-batches or ranks"""
+    imbalance: float
+    """cost of the busiest rank as a multiple of the mean"""
+
+
+Plan = list[list[list[int]]]
+"""for each rank, for each of its micro-batches, the trajectories: as many micro-batches on every rank, some empty"""
+
+
+def plan(ordered: Sequence[Trajectory], over: Spread, limit: int) -> Plan:
+    """Every trajectory that has policy tokens once, in micro-batches of at most `limit` tokens (a longer
+    trajectory has one of its own). A group that fits one is not cut where groups stay whole."""
+    sizes = [len(t.tokens) for t in ordered]
+    costs = [over.cost.of(len(t.tokens), t.num_policy_tokens) for t in ordered]
+    used = [i for i, t in enumerate(ordered) if t.num_policy_tokens]
+    units = _groups(ordered, used) if over.whole_groups else [[i] for i in used]
+    of_rank = spread([sum(costs[i] for i in unit) for unit in units], over.size)
+    pieces = [_fitting([units[u] for u in chosen], sizes, limit) for chosen in of_rank]
+    number = max(1, max(-(-sum(sizes[i] for piece in own for i in piece) // limit) for own in pieces))
+    while True:
+        filled = [
+            fill([sum(costs[i] for i in p) for p in own], [sum(sizes[i] for i in p) for p in own], number, limit)
+            for own in pieces
+        ]
+        made = [_micro_batches(f, own) for f, own in zip(filled, pieces, strict=True) if f is not None]
+        if len(made) == over.size:
+            return made
+        number += 1  # ends: at the latest each piece has a micro-batch of its own
+
+
+def share_of(made: Plan, ordered: Sequence[Trajectory], over: Spread, device: str | torch.device) -> Share:
+    """What the plan means for columns."""
+    lengths = torch.tensor([t.num_policy_tokens for t in ordered])
+    starts = lengths.cumsum(0) - lengths
+    of_rank = [list(chain.from_iterable(micro_batches)) for micro_batches in made]
+    rows = [
+        torch.cat([torch.arange(int(starts[i]), int(starts[i] + lengths[i])) for i in own])
+        if own
+        else torch.zeros(0, dtype=torch.int64)
+        for own in of_rank
+    ]
+    work = [sum(over.cost.of(len(ordered[i].tokens), ordered[i].num_policy_tokens) for i in own) for own in of_rank]
+    return Share(
+        trajectories=torch.tensor(of_rank[over.rank], dtype=torch.int64, device=device),
+        policy=rows[over.rank].to(device),
+        trajectories_of_rank=tuple(map(len, of_rank)),
+        policy_of_rank=tuple(map(len, rows)),
+        every_trajectory=torch.tensor(list(chain.from_iterable(of_rank)), dtype=torch.int64, device=device),
+        every_policy=torch.cat(rows).to(device),
+        groups_cut=_cuts_a_group(made, ordered),
+        imbalance=max(work) * over.size / sum(work) if sum(work) else 1.0,
+    )
+
+
+def _groups(ordered: Sequence[Trajectory], used: Sequence[int]) -> list[list[int]]:
+    found: dict[int, list[int]] = {}
+    for i in used:
+        found.setdefault(ordered[i].group, []).append(i)
+    return list(found.values())
+
+
+def _fitting(units: Sequence[list[int]], sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Units that fit a micro-batch as they are, the others trajectory by trajectory."""
+    pieces: list[list[int]] = []
+    for unit in units:
+        pieces += [unit] if sum(sizes[i] for i in unit) <= limit else [[i] for i in unit]
+    return pieces
+
+
+def _micro_batches(filled: Sequence[Sequence[int]], pieces: Sequence[list[int]]) -> list[list[int]]:
+    return [sorted(chain.from_iterable(pieces[p] for p in one)) for one in filled]
+
+
+def _cuts_a_group(made: Plan, ordered: Sequence[Trajectory]) -> bool:
+    seen: set[int] = set()
+    for micro_batch in chain.from_iterable(made):
+        groups = {ordered[i].group for i in micro_batch}
+        if groups & seen:
+            return True
+        seen |= groups
+    return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Trajectories that go through the model in one packed forward: consecutive ones of the batch, or, over
+    ranks, of the rank's share (slices then count in the share)."""
+
+    tokens: Tensor  # [tokens] int64
+    positions: Tensor  # [tokens] int64, from 0 in every trajectory
+    lengths: tuple[int, ...]
+    """tokens of each trajectory"""
+    predictors: Tensor  # [policy tokens] int64
+    """index of the token whose hidden state predicts the policy token (the one before it)"""
+    targets: Tensor  # [policy tokens] int64
+    trajectories: slice
+    """which trajectories of the batch"""
+    policy: slice
+    """which policy tokens of the batch's columns"""
+    policy_lengths: tuple[int, ...]
+    """policy tokens of each trajectory"""
+    idle: bool = False
+    """a stand-in of two tokens and one prediction that counts for nothing, where this rank has fewer
+    micro-batches than others: a sharded model's forward needs every rank"""
+
+    def rows(self, column: Tensor) -> Tensor:  # [predictions]
+        """The rows of a column of the share's policy tokens; 0 for a stand-in."""
+        return column.new_zeros(1) if self.idle else column[self.policy]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """One step's trajectories, group by group, and the columns an objective needs (policy tokens only).
+
+    Columns are those of the whole batch on every rank, micro-batches those of this rank's share."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    log_behaviour: Tensor  # [policy tokens] float32
+    version: Tensor  # [policy tokens] int64
+    turn_of_token: Tensor  # [policy tokens] int64
+    trajectory_of_turn: Tensor  # [turns] int64
+    group_of_trajectory: Tensor  # [trajectories] int64
+    turn_reward: Tensor  # [turns] float32
+    state_key: Tensor  # [turns] int64
+    reward: Tensor  # [trajectories] float32
+    truncated: Tensor  # [trajectories] bool
+    num_tokens: int
+    """all tokens, prompts and environment included"""
+    share: Share | None = None
+    """None: micro-batches hold the whole batch"""
+
+    def own(self, column: Tensor) -> Tensor:  # [own policy tokens]
+        """The rows of a column of policy tokens that this rank runs."""
+        return column if self.share is None else column[self.share.policy]
+
+    @property
+    def num_trajectories(self) -> int:
+        return len(self.reward)
+
+    @property
+    def num_policy_tokens(self) -> int:
+        return len(self.log_behaviour)
+
+
+def pack_batch(
+    trajectories: Sequence[Trajectory],
+    *,
+    micro_batch_tokens: int,
+    device: str | torch.device = "cpu",
+    over: Spread | None = None,
+) -> PackedBatch:
+    """Pack trajectories (sorted here by group and sample) into micro-batches of at most
+    `micro_batch_tokens` tokens; a longer trajectory gets one of its own. `over`: ranks that share them."""
+    assert trajectories, "a batch has at least one trajectory"
+    ordered = sorted(trajectories, key=lambda t: (t.group, t.sample))
+    policy_positions = [t.policy_positions() for t in ordered]
+    for trajectory, where in zip(ordered, policy_positions, strict=True):
+        assert len(where) == 0 or where[0] > 0, f"group {trajectory.group}: a policy token without a prompt"
+    turns = [(i, turn) for i, trajectory in enumerate(ordered) for turn in trajectory.turns]
+    turn_lengths = np.array([turn.length for _, turn in turns], np.int64)
+    groups = np.unique([t.group for t in ordered], return_inverse=True)[1]
+
+    def tensor(values: object, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(np.asarray(values)).to(dtype=dtype, device=device)
+
+    share = None
+    if over is None:
+        parts = [list(range(first, last)) for first, last in pairwise(_cuts(ordered, micro_batch_tokens))]
+    else:
+        made = plan(ordered, over, micro_batch_tokens)
+        share, parts = share_of(made, ordered, over, device), made[over.rank]
+    return PackedBatch(
+        share=share,
+        micro_batches=tuple(_micro_batches_pack(ordered, policy_positions, parts, device)),
+        log_behaviour=tensor(
+            np.concatenate([t.log_behaviour[w] for t, w in zip(ordered, policy_positions, strict=True)]), torch.float32
+        ),
+        version=tensor(np.concatenate([t.policy_versions() for t in ordered]), torch.int64),
+        turn_of_token=tensor(np.repeat(np.arange(len(turns)), turn_lengths), torch.int64),
+        trajectory_of_turn=tensor([i for i, _ in turns], torch.int64),
+        group_of_trajectory=tensor(groups, torch.int64),
+        turn_reward=tensor([turn.reward for _, turn in turns], torch.float32),
+        state_key=tensor([turn.state_key for _, turn in turns], torch.int64),
+        reward=tensor([t.reward for t in ordered], torch.float32),
+        truncated=tensor([t.ended in ("length", "turn_limit") for t in ordered], torch.bool),
+        num_tokens=sum(len(t.tokens) for t in ordered),
+    )
+
+
+def _micro_batches_pack(
+    ordered: Sequence[Trajectory],
+    policy_positions: Sequence[np.ndarray],
+    parts: Sequence[Sequence[int]],
+    device: str | torch.device,
+) -> list[MicroBatch]:
+    """A micro-batch for each part, laid end to end in this order."""
+    out = []
+    first = policy_start = 0
+    for part in parts:
+        if not part:
+            out.append(_idle(first, policy_start, device))
+            continue
+        where = [policy_positions[i] for i in part]
+        lengths = [len(ordered[i].tokens) for i in part]
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        tokens = np.concatenate([ordered[i].tokens for i in part]).astype(np.int64)
+        positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
+        sampled = np.concatenate([w + s for w, s in zip(where, starts, strict=True)])
+        out.append(
+            MicroBatch(
+                tokens=torch.from_numpy(tokens).to(device),
+                positions=torch.from_numpy(positions).to(device),
+                lengths=tuple(lengths),
+                predictors=torch.from_numpy(sampled - 1).to(device),
+                targets=torch.from_numpy(tokens[sampled]).to(device),
+                trajectories=slice(first, first + len(part)),
+                policy=slice(policy_start, policy_start + len(sampled)),
+                policy_lengths=tuple(len(w) for w in where),
+            )
+        )
+        first += len(part)
+        policy_start += len(sampled)
+    return out
+
+
+def _idle(first: int, policy_start: int, device: str | torch.device) -> MicroBatch:
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    return MicroBatch(
+        tokens=torch.zeros(2, dtype=torch.int64, device=device),
+        positions=torch.arange(2, device=device),
+        lengths=(2,),
+        predictors=zero,
+        targets=zero,
+        trajectories=slice(first, first),
+        policy=slice(policy_start, policy_start),
+        policy_lengths=(1,),
+        idle=True,
+    )
+
+
+def _cuts(ordered: Sequence[Trajectory], limit: int) -> list[int]:
+    """Where micro-batches begin, and the end. A group that fits one micro-batch is not cut: an exact
+    baseline then needs no second gradient sum for it."""
+    sizes: dict[int, int] = {}
+    for trajectory in ordered:
+        sizes[trajectory.group] = sizes.get(trajectory.group, 0) + len(trajectory.tokens)
+    cuts = [0]
+    filled = 0
+    for i, trajectory in enumerate(ordered):
+        begins = i == 0 or ordered[i - 1].group != trajectory.group
+        whole = sizes[trajectory.group] if begins else 0
+        need = whole if whole <= limit else len(trajectory.tokens)
+        if filled and filled + max(need, len(trajectory.tokens)) > limit:
+            cuts.append(i)
+            filled = 0
+        filled += len(trajectory.tokens)
+    return [*cuts, len(ordered)]
