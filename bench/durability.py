@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from async_rl.buffer.build import make_core
 from async_rl.buffer.core import Core
-from async_rl.buffer.loop import make_core
 from async_rl.buffer.restore import read_standing, restore
 from async_rl.buffer.store import Store
 from async_rl.config import Settings, load_settings

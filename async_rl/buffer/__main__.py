@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from async_rl.buffer.loop import make_core, make_welcome, run_buffer
+from async_rl.buffer.build import make_core
+from async_rl.buffer.loop import make_welcome, run_buffer
 from async_rl.process import run_process
 from async_rl.run_folder import RunFolder
 from async_rl.wire.heartbeat import Activity, make_heartbeat

@@ -11,14 +11,11 @@ from dataclasses import asdict, dataclass
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
-from async_rl.buffer.depth import DepthControl, Rules
 from async_rl.buffer.restore import read_standing, restore
-from async_rl.buffer.staleness import DropPolicy, PacePolicy, Policy, WaitPolicy
 from async_rl.buffer.store import Store, store_begun
-from async_rl.config import Settings, pace_of
+from async_rl.config import Settings
 from async_rl.errors import RunFailed
 from async_rl.run_folder import RunFolder, read_rollback
-from async_rl.task.order import PromptOrder
 from async_rl.trajectory.codec import WireError, unpack
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import UNREAD_IN, Router
@@ -68,51 +65,6 @@ DRAIN = 256
 """messages handled before one commit"""
 STRANGERS_S = 1.0
 """at most so often is said how many were turned away"""
-
-
-def make_policy(settings: Settings) -> Policy:
-    """How a run keeps its staleness within the bound."""
-    depth, window = pace_of(settings)
-    groups, staleness = settings.batch.groups_per_step, settings.staleness.max_staleness
-    match settings.staleness.policy:
-        case "pace":
-            return PacePolicy(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth, window=window)
-        case "wait":
-            return WaitPolicy(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth)
-        case "drop":
-            return DropPolicy(groups_per_step=groups, max_staleness=staleness, pipeline_depth=depth)
-
-
-def make_control(settings: Settings) -> DepthControl | None:
-    """What moves the depth of the pipeline during the run, if anything does."""
-    stale, groups = settings.staleness, settings.batch.groups_per_step
-    if stale.target_ess == 0:
-        return None
-    # the window of `pace` takes slots off the bound: depths beyond that would change nothing
-    deepest = make_policy(settings).at_depth(stale.max_staleness + 1.0).slots / groups
-    return DepthControl(target=stale.target_ess, deepest=max(1.0, deepest), groups_per_step=groups)
-
-
-def make_core(settings: Settings, *, train_problems: int, vocabulary: int, run: str = "RUN") -> Core:
-    """A fresh state machine for a run over so many training problems. `vocabulary`: 0 when it is not known; `run`:
-    the run's folder, for messages."""
-    order = PromptOrder(train_problems, settings.seed)
-    rules = Rules(
-        policy=make_policy(settings),
-        control=make_control(settings),
-        group_size=settings.batch.group_size,
-        temperature=settings.generator.temperature,
-        drop_zero_signal=settings.buffer.drop_zero_signal,
-        max_failures=settings.buffer.max_failures,
-        max_refusals=settings.buffer.max_refusals,
-        seed=settings.seed,
-        vocabulary=vocabulary,
-        max_permits=max(1, settings.generator.max_sequences // settings.batch.group_size),
-        frozen_after_s=settings.wire.frozen_after_s,
-        stall_report_s=settings.wire.stall_report_s,
-        how_to_join="" if settings.generator.count else f": async-rl generate --run {run}",
-    )
-    return Core(rules, problem_at=order)
 
 
 def make_welcome(folder: RunFolder, settings: Settings, *, task_digest: str, segment: str, weights: str) -> msg.Welcome:

@@ -22,8 +22,8 @@ from statistics import fmean, median
 import numpy as np
 
 from async_rl.buffer import effects as do
+from async_rl.buffer.build import make_core
 from async_rl.buffer.core import Core
-from async_rl.buffer.loop import make_core
 from async_rl.buffer.store_reader import GroupRow, StoreReader, TrajectoryRow
 from async_rl.config import Settings
 from async_rl.errors import RunFailed, UserError

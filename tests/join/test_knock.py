@@ -20,10 +20,11 @@ from async_rl.model.tokenizer import Tokenizer
 from async_rl.run.preflight import task_digest
 from async_rl.run_folder import RunFolder
 from async_rl.task import make_task
+from async_rl.trajectory.codec import WireError
 from async_rl.weights import WeightPublisher
 from async_rl.weights.canary import fingerprint
-from async_rl.wire import Router, WireError
 from async_rl.wire import messages as msg
+from async_rl.wire.channel import Router
 from async_rl.wire.endpoint import this_host
 
 Answer = Callable[[msg.Message], msg.Message | None]

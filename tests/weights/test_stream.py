@@ -12,7 +12,7 @@ import torch
 
 from async_rl.weights import WeightPublisher, WeightReader, WeightsError
 from async_rl.weights.stream import Shelf, WeightStream, answer
-from async_rl.wire import Router
+from async_rl.wire.channel import Router
 from async_rl.wire.keys import Keys, make_keys
 
 SOON_S = 30.0

@@ -14,8 +14,7 @@ import zmq
 
 from async_rl.errors import UserError
 from async_rl.trajectory.codec import WireError
-from async_rl.wire import AsyncDealer, Dealer, Router, WireTimeout
-from async_rl.wire.channel import LONGEST_IPC_PATH, ipc_endpoint
+from async_rl.wire.channel import LONGEST_IPC_PATH, AsyncDealer, Dealer, Router, WireTimeout, ipc_endpoint
 from async_rl.wire.keys import make_keys
 from async_rl.wire.messages import Accepted, Holds, NextBatch, Published, Query, Refused, Snapshot
 

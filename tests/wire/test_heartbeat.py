@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from async_rl.wire import Dealer, Router
+from async_rl.wire.channel import Dealer, Router
 from async_rl.wire.heartbeat import PULSE_PIPE, STARTING, Activity, Heartbeat
 from async_rl.wire.messages import Heard, Pulse
 

@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from async_rl.errors import UserError
-from async_rl.wire import Dealer, Router
+from async_rl.wire.channel import Dealer, Router
 from async_rl.wire.endpoint import as_bound, as_reached_from_here, tcp_address
 from async_rl.wire.keys import Keys, make_keys, show_key
 from async_rl.wire.messages import Query, Snapshot
