@@ -1,0 +1,164 @@
+"""Python objects that a setting names: a task, a reward, a tool or a recipe of the user's own.
+
+A name is `module:object` or `path/file.py:object`, for example `my_package.rewards:length` or `task.py:MyTask`.
+`located` resolves a name once, where the config file is known; `load_object` and `load_function` import it, in every
+process alike; `import_name` makes the name of an object that a Python program holds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from async_rl.errors import UserError, nearest
+
+PLAIN_MODULE = "__main__"
+"""the name of a program's own file, which no other process can import"""
+COUNTS = ("no", "one", "two", "three", "four")
+
+
+def is_import(name: str) -> bool:
+    """True for `module:object` and `file.py:object`, and for a file's name that lacks the object."""
+    return ":" in name or name.endswith(".py")
+
+
+def load_object(name: str, *, where: str, what: str = "object") -> Any:
+    """The object called `name`.
+
+    A module is imported with the working directory on `sys.path`. A relative file is looked up in the working
+    directory, then in the folders of `sys.path`. Files and folders beside the object's own file can be imported by it.
+
+    Args:
+        where: the setting that holds the name, for messages, e.g. "task.name 'task.py:Mine'".
+        what: the kind of object, for messages: "function", "class".
+
+    Raises:
+        UserError: the module or file is missing or raises, or it holds no such object.
+    """
+    source, colon, path = name.rpartition(":")
+    if not colon or not path:
+        raise UserError(f"{where}: name the {what} in it too, as {name.rstrip(':')}:NAME")
+    module = _from_file(source, where) if source.endswith(".py") else _from_path(source, where)
+    found: Any = module
+    for part in path.split("."):
+        holder, found = found, getattr(found, part, None)
+        if found is None:
+            known = [key for key, value in vars(holder).items() if callable(value) and not key.startswith("_")]
+            raise UserError(f"{where}: '{source}' has no {what} '{path}'; {nearest(part, known)}")
+    return found
+
+
+def load_function(name: str, *, where: str, arguments: str) -> Callable[..., Any]:
+    """The function called `name`, which takes `arguments`, e.g. "(completion, answer, problem)".
+
+    Raises UserError as `load_object` does, and for an object that is no function of so many arguments.
+    """
+    function = load_object(name, where=where, what="function")
+    source, _, path = name.rpartition(":")
+    if not callable(function):
+        raise UserError(
+            f"{where}: '{source}' has no function '{path}'; it is {type(function).__name__} {function!r:.40}"
+        )
+    try:
+        inspect.signature(function).bind(*arguments.split(","))
+    except TypeError:
+        raise UserError(f"{where}: it must take {COUNTS[arguments.count(',') + 1]} arguments: {arguments}") from None
+    except ValueError:
+        pass  # a builtin has no signature
+    found: Callable[..., Any] = function
+    return found
+
+
+def located(name: str, folder: Path) -> str:
+    """`name` with the path of its file where that file lies in `folder`, the folder of the config file.
+
+    The path is relative where the working directory holds the file, so that a config of the run stays valid on another
+    machine. Other names come back as they are. Example: `task.py:Mine` in `examples/` -> `examples/task.py:Mine`.
+    """
+    source, colon, path = name.rpartition(":")
+    if not colon:
+        return name
+    relative = source if source.endswith(".py") else source.replace(".", "/") + ".py"
+    file = (folder / relative).resolve()
+    if Path(relative).is_absolute() or not file.is_file():
+        return name
+    here = Path.cwd()
+    if file == (here / relative).resolve():
+        return name
+    return f"{file.relative_to(here) if file.is_relative_to(here) else file}:{path}"
+
+
+def import_name(found: Any) -> str:
+    """The name under which another process can load the class or function `found`; the inverse of `load_object`.
+
+    Raises UserError for one that no other process can import: defined inside a function, or in an interactive session.
+    """
+    path = getattr(found, "__qualname__", type(found).__qualname__)
+    module = sys.modules.get(getattr(found, "__module__", ""))
+    if module is None or not hasattr(found, "__qualname__"):
+        raise UserError(
+            f"{found!r:.60} is neither a class nor a function; give one of these, or its name module:object"
+        )
+    if "<" in path:
+        raise UserError(f"{path} is defined inside a function, where no other process can find it; move it to a module")
+    file = getattr(module, "__file__", None)
+    if file is not None and file.endswith(".py") and "." not in module.__name__ and not hasattr(module, "__path__"):
+        return f"{Path(file).resolve()}:{path}"
+    if module.__name__ == PLAIN_MODULE:
+        raise UserError(f"{path} is defined in no file, where no other process can find it; move it to a module")
+    return f"{module.__name__}:{path}"
+
+
+def _from_path(source: str, where: str) -> ModuleType:
+    """The module `source`, imported with the working directory on the path."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # an installed command does not look there; last, so that it hides nothing
+    return _imported(lambda: importlib.import_module(source), source, where)
+
+
+def _from_file(source: str, where: str) -> ModuleType:
+    """The module in the file `source`. It is imported under its plain name unless another module has that name."""
+    given = Path(source).expanduser()
+    places = [Path.cwd(), *map(Path, sys.path)]
+    file = next((file for folder in places if (file := folder / given).is_file()), None)
+    if file is None:
+        raise UserError(f"{where}: there is no file {given} (relative paths start at {Path.cwd()} or on sys.path)")
+    file = file.resolve()
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+
+    def load() -> ModuleType:
+        spec = importlib.util.find_spec(file.stem) if file.stem.isidentifier() and file.stem != PLAIN_MODULE else None
+        if spec is not None and spec.origin is not None and Path(spec.origin).resolve() == file:
+            return importlib.import_module(file.stem)
+        name = f"_{file.stem}_{blake2b(bytes(file), digest_size=8).hexdigest()}"
+        if name in sys.modules:
+            return sys.modules[name]
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        return module
+
+    return _imported(load, source, where)
+
+
+def _imported(load: Callable[[], ModuleType], source: str, where: str) -> ModuleType:
+    importlib.invalidate_caches()  # the file may have been written a moment ago
+    try:
+        return load()
+    except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
+        raise UserError(f"{where}: cannot import '{source}': {type(error).__name__}: {error}") from error
