@@ -25,6 +25,25 @@ PLAIN_MODULE = "__main__"
 COUNTS = ("no", "one", "two", "three", "four")
 
 
+_importing: list[str] = []
+"""modules and files of the user that are being imported now"""
+
+
+class ImportStopped(BaseException):
+    """Ends the import of a file at the call named in the message. No Exception: a program that guards itself against
+    exceptions must not swallow it."""
+
+
+def stop_import(call: str) -> None:
+    """End the import of the user's file here, if one is being imported; otherwise do nothing.
+
+    A script that defines a task and trains with it is imported by the processes of its own run, which need the task
+    and must not train again. `train` and its like call this first, so no `if __name__ == "__main__":` is needed.
+    """
+    if _importing:
+        raise ImportStopped(call)
+
+
 def is_import(name: str) -> bool:
     """True for `module:object` and `file.py:object`, and for a file's name that lacks the object."""
     return ":" in name or name.endswith(".py")
@@ -64,9 +83,7 @@ def load_function(name: str, *, where: str, arguments: str) -> Callable[..., Any
     function = load_object(name, where=where, what="function")
     source, _, path = name.rpartition(":")
     if not callable(function):
-        raise UserError(
-            f"{where}: '{source}' has no function '{path}'; it is {type(function).__name__} {function!r:.40}"
-        )
+        raise UserError(f"{where}: '{source}' has no function '{path}'; it is {function!r:.40}")
     try:
         inspect.signature(function).bind(*arguments.split(","))
     except TypeError:
@@ -135,19 +152,24 @@ def _from_file(source: str, where: str) -> ModuleType:
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
 
+    program = getattr(sys.modules.get(PLAIN_MODULE), "__file__", None)
+    if program is not None and Path(program).resolve() == file:
+        return sys.modules[PLAIN_MODULE]  # the program that runs is this file: its classes exist already
+
     def load() -> ModuleType:
         spec = importlib.util.find_spec(file.stem) if file.stem.isidentifier() and file.stem != PLAIN_MODULE else None
-        if spec is not None and spec.origin is not None and Path(spec.origin).resolve() == file:
-            return importlib.import_module(file.stem)
-        name = f"_{file.stem}_{blake2b(bytes(file), digest_size=8).hexdigest()}"
+        plain = spec is not None and spec.origin is not None and Path(spec.origin).resolve() == file
+        name = file.stem if plain else f"_{file.stem}_{blake2b(bytes(file), digest_size=8).hexdigest()}"
         if name in sys.modules:
             return sys.modules[name]
-        spec = importlib.util.spec_from_file_location(name, file)
+        spec = spec if plain else importlib.util.spec_from_file_location(name, file)
         assert spec is not None
         assert spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
         try:
             spec.loader.exec_module(module)
+        except ImportStopped:
+            pass  # what stands above the call is defined
         except BaseException:
             del sys.modules[name]
             raise
@@ -157,8 +179,14 @@ def _from_file(source: str, where: str) -> ModuleType:
 
 
 def _imported(load: Callable[[], ModuleType], source: str, where: str) -> ModuleType:
-    importlib.invalidate_caches()  # the file may have been written a moment ago
+    _importing.append(source)
     try:
         return load()
+    except ImportStopped as stopped:
+        raise UserError(
+            f"{where}: importing '{source}' calls {stopped}; put that call under `if __name__ == \"__main__\":`"
+        ) from None
     except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
         raise UserError(f"{where}: cannot import '{source}': {type(error).__name__}: {error}") from error
+    finally:
+        _importing.pop()
