@@ -6,13 +6,9 @@ What the rows are to reach, and the arithmetic behind it (H200: 790 TFLOP/s and 
   is read once for the sums (4 bytes) and once for the gradient (4), which is written (2): 50 GB, 12 ms (17 ms on an
   H100), hence 0.71 at best. Memory: a tile of logits in float32 (8192 x 4096: 134 MB), its gradient in bfloat16 (67),
   the weight gradient of its ids (67), the hidden states' gradient in float32 (537): 805 MB.
-- segmented_weight_grad, 32k x 4096 x 11008: 2.95 TFLOP, 3.7 ms for the plain product. Norms by Gram matrices of
-  64 segments of 512 rows: 10 pairs of blocks of 128 rows, 64 x 10 x 2 x 128^2 x 15104 = 0.32 TFLOP, 0.11 of it.
-  The one pass has three float32 tiles in registers, so a tile is 128 x 128 at most, and every 64 rows of it read 32 KB
-  from the second-level cache for 2.1 MFLOP: at some 60 bytes/ns a multiprocessor 0.55 us, against 0.35 of arithmetic.
-  So 1.4 plain products is about its floor and the counted expectation 1.5 to 1.7 with what a segment's end costs; norms
-  and one product, which is what the trainer takes, should need 1.2.
-- segment_ratio: 12 bytes read and 9 written a token.
+- weight_norm_squares, 32k x 4096 x 11008: 2.95 TFLOP, 3.7 ms for the plain product of the weight gradient. Norms by
+  Gram matrices of 64 segments of 512 rows: 10 pairs of blocks of 128 rows, 64 x 10 x 2 x 128^2 x 15104 = 0.32 TFLOP,
+  0.11 of it. Norms and one product, which is what the trainer takes, should need 1.2 plain products.
 """
 
 from __future__ import annotations
@@ -31,7 +27,7 @@ from async_rl.model.architecture import DecoderConfig
 from async_rl.model.decoder import Decoder
 from async_rl.trainer.forward import Arithmetic, log_probs
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
-from async_rl_kernels import linear_logprob, reference, segmented_weight_grad
+from async_rl_kernels import linear_logprob, reference
 from async_rl_kernels.segment_gradient import Segments, weight_norm_squares
 
 Way = Callable[[], Any]
@@ -47,8 +43,8 @@ class Where:
     layer: tuple[int, int, int] = (32_768, 4096, 11_008)
     """tokens, in, out"""
     segments: int = 64
-    ratio: tuple[int, int] = (8192, 2048)
-    """trajectories, tokens of each"""
+    copied: int = 1 << 27
+    """elements of the copy"""
     square: int = 8192
     layers: int = 28
     """of the model of the OPOB step; 28 layers of this width are 1.5B parameters"""
@@ -136,7 +132,7 @@ def ceilings(rounds: int, where: Where | None = None) -> dict[str, Any]:
     where = where or Where()
     n = where.square
     a, b = randn(n, n, where=where), randn(n, n, where=where)
-    source = randn(where.ratio[0] * where.ratio[1] * 8, where=where)
+    source = randn(where.copied, where=where)
     target = torch.empty_like(source)
     found = in_turns({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, rounds, where, 20)
     return found | {
@@ -192,44 +188,18 @@ def logprob(rounds: int, where: Where | None = None) -> dict[str, Any]:
     return found
 
 
-def weight_grad(rounds: int, where: Where | None = None) -> dict[str, Any]:
-    """Target: one_pass <= 1.4 plain products (stretch 1.2)."""
+def norms(rounds: int, where: Where | None = None) -> dict[str, Any]:
+    """Norms of each segment's weight gradient beside the plain product. Target: over_plain <= 0.2 with equal lengths."""
     where = where or Where()
     rows, width, out = where.layer
     a, g = randn(rows, width, where=where), randn(rows, out, where=where)
-    multipliers = randn(where.segments, where=where, dtype=torch.float32)
     found: dict[str, Any] = {}
     for name, lengths in {"equal": equal(rows, where.segments), "ragged": ragged(rows, where.segments)}.items():
         segments = Segments(lengths, where.device)
-        ways: dict[str, Way] = {
-            "plain": lambda: g.T @ a,
-            "one_pass": lambda s=segments: segmented_weight_grad(a, g, s, multipliers),
-            "norms": lambda s=segments: weight_norm_squares(a, [g], s),
-        }
+        ways: dict[str, Way] = {"plain": lambda: g.T @ a, "norms": lambda s=segments: weight_norm_squares(a, [g], s)}
         rows_of = in_turns(ways, rounds * 3, where, 20)
-        for way in ("one_pass", "norms"):
-            rows_of[way]["over_plain"] = ratio(rows_of[way], rows_of["plain"])
+        rows_of["norms"]["over_plain"] = ratio(rows_of["norms"], rows_of["plain"])
         found[name] = rows_of
-    return found
-
-
-def ratios(rounds: int, where: Where | None = None) -> dict[str, Any]:
-    """Target: share_of_copy >= 0.6."""
-    where = where or Where()
-    trajectories, length = where.ratio
-    turns = Turns([length // 4] * (4 * trajectories), [4] * trajectories, where.device)
-    columns = [randn(turns.tokens, where=where, dtype=torch.float32) for _ in range(3)]
-    target = torch.empty_like(columns[0])
-    found: dict[str, Any] = {}
-    for level in ("token", "turn", "sequence"):
-        rule = Rule(level=level, rule="ppo")
-        ways: dict[str, Way] = {
-            "ours": lambda rule=rule: segment_ratio(*columns, turns, rule),
-            "copy": lambda: target.copy_(columns[0]),
-        }
-        rows = in_turns(ways, rounds * 3, where, 20)
-        moved, copied = 21 * turns.tokens / rows["ours"]["ms"], 8 * turns.tokens / rows["copy"]["ms"]
-        found[level] = rows | {"gb_s": round(moved / 1e6), "share_of_copy": round(moved / copied, 2)}
     return found
 
 
@@ -315,7 +285,6 @@ def ratio(above: dict[str, Any], below: dict[str, Any]) -> float:
 SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
     "ceilings": ceilings,
     "logprob": logprob,
-    "weight_grad": weight_grad,
-    "ratios": ratios,
+    "norms": norms,
     "opob_step": opob_step,
 }

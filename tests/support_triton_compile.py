@@ -76,8 +76,8 @@ def every_kernel() -> dict[str, dict[str, int]]:
         for kind in ("bf16", "fp32"):
             types = logits | rows | {"out": f"*{kind}"}
             made[f"gradient {kind} {others}"] = compiled(tile.gradient_kernel, types, constants, tile.WARPS, 3)
-    types = pointers("bf16", "activations gradients gradients_0 gradients_1 gradients_2 total weighted")
-    types |= pointers("i32", "uppers lowers ends starts stops finished") | pointers("fp32", "multipliers squares out")
+    types = pointers("bf16", "activations gradients gradients_0 gradients_1 gradients_2")
+    types |= pointers("i32", "uppers lowers ends starts stops finished") | pointers("fp32", "squares out")
     for layers in (1, 3):
         made[f"gram {layers}"] = compiled(
             gradient.gram_kernel,
@@ -86,15 +86,10 @@ def every_kernel() -> dict[str, dict[str, int]]:
             gradient.GRAM_OPTIONS["num_warps"],
             gradient.GRAM_OPTIONS["num_stages"],
         )
-    for totals, size in ((False, gradient.NORMS_TILE), (True, gradient.TOTALS_TILE)):
-        constants = gradient.weight_constants(size, totals)
-        made[f"weight {totals}"] = compiled(gradient.weight_kernel, types, constants, size.warps, size.stages)
-    columns = pointers("fp32", "log_ratio advantages shares ratios coefficients turn_sums trajectory_sums")
-    columns |= pointers("i64", "of_turn of_trajectory") | {"clips": "*i8"}
-    columns |= dict.fromkeys(("clip_low", "clip_high", "dual_clip", "cap", "low", "high"), "fp32")
-    for level in ratio.LEVELS.values():
-        constants = {"BLOCK": 1024, "LARGEST": 20.0, "LEVEL": level, "MEAN": True, "RULE": 1, "THROUGH": True}
-        made[f"ratio {level}"] = compiled(ratio.ratio_kernel, columns, constants, 4, 3)
+    tile_of_norms = gradient.NORMS_TILE
+    made["weight"] = compiled(
+        gradient.weight_kernel, types, gradient.weight_constants(), tile_of_norms.warps, tile_of_norms.stages
+    )
     return made
 
 

@@ -10,11 +10,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import floor
-from typing import ClassVar, Literal, Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 from async_rl.errors import UserError
-
-PolicyName = Literal["pace", "wait", "drop"]
 
 
 class Policy(Protocol):

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from async_rl import __version__
 from async_rl.buffer.store_reader import StoreError, StoreSurvey, Surveyed
 from async_rl.errors import UserError
 from async_rl.observe import timeline
@@ -29,6 +28,7 @@ from async_rl.observe.console import in_words, summary_rows
 from async_rl.observe.record import RunRecord, incidents, read_run
 from async_rl.observe.samples import samples
 from async_rl.run_folder import replace_text
+from async_rl.version import __version__
 
 DIGITS = 5
 """significant digits of what is drawn"""

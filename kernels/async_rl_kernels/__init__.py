@@ -7,4 +7,4 @@ for CUDA: nothing else imports Triton, and they are imported only where `backend
 from async_rl_kernels.logprob import LogProbs, linear_logprob
 from async_rl_kernels.product import backend
 
-__all__ = ["LogProbs", "backend", "linear_logprob", "segment_ratio", "segmented_weight_grad"]
+__all__ = ["LogProbs", "backend", "linear_logprob"]

@@ -3,8 +3,8 @@
 Two ways to |G_i|^2, chosen per segment by counted products (segment_gradient has the formulas):
 - `gram_kernel`: sum (A A^T) o (G G^T) over pairs of row blocks on and below the diagonal. Nothing of G_i exists.
 - `weight_kernel`: a program owns a tile of [out, in] and walks all rows. The tile of the running G_i is in
-  registers; where a segment ends its square sum is written out and, if wanted, it is added to sum G_i and
-  sum m_i G_i, two more tiles in registers. The products are those of one ordinary weight gradient.
+  registers; where a segment ends its square sum is written out. The products are those of one ordinary weight
+  gradient.
 For bfloat16 and float16, whose products the tensor cores do with float32 sums; others stay with torch.
 Square sums are written per (segment, tile) and added up afterwards in float64: no atomics, one order.
 """
@@ -42,8 +42,6 @@ class WeightTile:
 
 NORMS_TILE = WeightTile(out=128, into=256, rows=64, warps=8, stages=6)
 """one accumulator: 128 registers a thread"""
-TOTALS_TILE = WeightTile(out=128, into=128, rows=64, warps=8, stages=6)
-"""three accumulators: 192 registers a thread"""
 GROUP = 8
 """tiles of `out` that walk one tile of `in` together, so that rows come from the second-level cache"""
 
@@ -121,10 +119,7 @@ def weight_kernel(
     starts,
     stops,
     finished,
-    multipliers,
     squares,
-    total,
-    weighted,
     blocks,
     out_width,
     in_width,
@@ -134,12 +129,11 @@ def weight_kernel(
     IN: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
-    TOTALS: tl.constexpr,
 ):
-    """A tile of the weight: squares[segment, tile] = |tile of G_segment|^2, total = sum G, weighted = sum m G.
+    """A tile of the weight: squares[segment, tile] = |tile of G_segment|^2.
 
     starts, stops [blocks]: rows of each block; finished [blocks]: the segment that ends with it, or -1.
-    squares [segments, tiles] float32; total, weighted [out, in] contiguous.
+    squares [segments, tiles] float32.
     """
     tile = tl.program_id(0)
     down, across = tl.cdiv(out_width, OUT), tl.cdiv(in_width, IN)
@@ -155,8 +149,6 @@ def weight_kernel(
     has_a = (in_column < in_width)[None, :]
 
     current = tl.zeros((OUT, IN), tl.float32)
-    all_equal = tl.zeros((OUT, IN), tl.float32)
-    all_weighted = tl.zeros((OUT, IN), tl.float32)
     for block in range(blocks):
         start = tl.load(starts + block)
         here = (start + row < tl.load(stops + block))[:, None]
@@ -167,15 +159,7 @@ def weight_kernel(
         if segment >= 0:
             square = tl.sum(tl.sum(current * current, 1), 0)
             tl.store(squares + segment.to(tl.int64) * (down * across) + tile, square)
-            if TOTALS:
-                all_equal += current
-                all_weighted += tl.load(multipliers + segment) * current
             current = tl.zeros((OUT, IN), tl.float32)
-    if TOTALS:
-        place = out_column.to(tl.int64)[:, None] * in_width + in_column[None, :]
-        inside = (out_column < out_width)[:, None] & has_a
-        tl.store(total + place, all_equal.to(total.dtype.element_ty), mask=inside)
-        tl.store(weighted + place, all_weighted.to(weighted.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -238,14 +222,14 @@ def norm_squares(activations: Tensor, gradients: Sequence[Tensor], segments: Seg
             result[chosen] += gram_norm_squares(activations, gradients[first : first + 3], pairs)
     if long:
         for g in gradients:
-            result += direct_norm_squares(activations, g, blocks_of(segments, long, NORMS_TILE), len(segments))
+            result += direct_norm_squares(activations, g, blocks_of(segments, long), len(segments))
     return result
 
 
-def blocks_of(segments: Segments, chosen: tuple[int, ...], size: WeightTile) -> Blocks:
-    return segments.cached(
-        ("blocks", chosen, size.rows), lambda: Blocks.of(segments.lengths, chosen, size.rows, segments.device)
-    )
+def blocks_of(segments: Segments, chosen: tuple[int, ...]) -> Blocks:
+    """Blocks of the rows of `chosen` segments for weight_kernel, cut once and shared by all layers."""
+    rows = NORMS_TILE.rows
+    return segments.cached(("blocks", chosen, rows), lambda: Blocks.of(segments.lengths, chosen, rows, segments.device))
 
 
 def gram_is_cheaper(rows: int, width_in: int, width_out: int) -> bool:
@@ -272,41 +256,19 @@ def gram_norm_squares(activations: Tensor, gradients: Sequence[Tensor], pairs: P
 
 
 def direct_norm_squares(activations: Tensor, gradients: Tensor, blocks: Blocks, segments: int) -> Tensor:
-    """|G_i|^2 of one layer, [segments] float64; 0 for segments that are not in `blocks`."""
-    return _launch(activations, gradients, blocks, segments, None, None, NORMS_TILE)
+    """|G_i|^2 of one layer, [segments] float64; 0 for segments that are not in `blocks`.
 
-
-def weight_grad(
-    activations: Tensor, gradients: Tensor, segments: Segments, multipliers: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """|G_i|^2 [segments] float64, sum G_i and sum m_i G_i [out, in] in `dtype`. multipliers [segments]."""
-    blocks = blocks_of(segments, tuple(i for i, n in enumerate(segments.lengths) if n), TOTALS_TILE)
-    shape = gradients.shape[1], activations.shape[1]
-    totals = [torch.empty(shape, dtype=dtype, device=activations.device) for _ in range(2)]
-    squares = _launch(activations, gradients, blocks, len(multipliers), multipliers, totals, TOTALS_TILE)
-    return squares, totals[0], totals[1]
-
-
-def _launch(
-    activations: Tensor,
-    gradients: Tensor,
-    blocks: Blocks,
-    segments: int,
-    multipliers: Tensor | None,
-    totals: Sequence[Tensor] | None,
-    size: WeightTile,
-) -> Tensor:
+    activations [rows, in], gradients [rows, out], of which `segments` counts all segments.
+    """
     activations, gradients = rows_contiguous(activations), rows_contiguous(gradients)
     out_width, in_width = gradients.shape[1], activations.shape[1]
-    tiles = triton.cdiv(out_width, size.out) * triton.cdiv(in_width, size.into)
+    tiles = triton.cdiv(out_width, NORMS_TILE.out) * triton.cdiv(in_width, NORMS_TILE.into)
     squares = torch.zeros(segments, tiles, dtype=torch.float32, device=activations.device)
-    total, weighted = totals or (squares, squares)  # not written
-    weights = squares if multipliers is None else multipliers.float().contiguous()
     with torch.cuda.device_of(activations):
         weight_kernel[(tiles,)](
-            gradients, activations, blocks.starts, blocks.stops, blocks.finished, weights, squares, total, weighted,
+            gradients, activations, blocks.starts, blocks.stops, blocks.finished, squares,
             len(blocks.starts), out_width, in_width, gradients.stride(0), activations.stride(0),
-            **weight_constants(size, totals is not None), num_warps=size.warps, num_stages=size.stages,
+            **weight_constants(), num_warps=NORMS_TILE.warps, num_stages=NORMS_TILE.stages,
         )  # fmt: skip
     return squares.double().sum(1)
 
@@ -315,8 +277,8 @@ def gram_constants(layers: int) -> dict[str, Any]:
     return {"ROWS": GRAM_ROWS, "DEPTH": GRAM_DEPTH, "LAYERS": layers}
 
 
-def weight_constants(size: WeightTile, totals: bool) -> dict[str, Any]:
-    return {"OUT": size.out, "IN": size.into, "ROWS": size.rows, "GROUP": GROUP, "TOTALS": totals}
+def weight_constants() -> dict[str, Any]:
+    return {"OUT": NORMS_TILE.out, "IN": NORMS_TILE.into, "ROWS": NORMS_TILE.rows, "GROUP": GROUP}
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

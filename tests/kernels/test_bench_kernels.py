@@ -11,7 +11,7 @@ import pytest
 
 BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
 TINY = {
-    "device": "cpu", "head": (20, 8, 50), "layer": (60, 8, 12), "segments": 5, "ratio": (3, 40), "square": 16,
+    "device": "cpu", "head": (20, 8, 50), "layer": (60, 8, 12), "segments": 5, "copied": 960, "square": 16,
     "layers": 1, "width": 128, "vocabulary": 50, "trajectories": 32, "answer": 6,
 }  # fmt: skip
 
@@ -25,11 +25,11 @@ def sections() -> Iterator[Any]:
     sys.path.remove(str(BENCH))
 
 
-@pytest.mark.parametrize("name", ["ceilings", "logprob", "weight_grad", "ratios", "opob_step"])
+@pytest.mark.parametrize("name", ["ceilings", "logprob", "norms", "opob_step"])
 def test_a_section_measures_what_it_names(sections: Any, name: str) -> None:
-    assert list(sections.SECTIONS) == ["ceilings", "logprob", "weight_grad", "ratios", "opob_step"]
+    assert list(sections.SECTIONS) == ["ceilings", "logprob", "norms", "opob_step"]
     found = sections.SECTIONS[name](1, sections.Where(**TINY))
-    rows = {"weight_grad": found.get("ragged"), "ratios": found.get("turn")}.get(name, found)
+    rows = {"norms": found.get("ragged")}.get(name, found)
     measured = [row["ms"] for row in rows.values() if isinstance(row, dict)]
     assert len(measured) >= 2
     assert all(ms >= 0 for ms in measured)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 import torch
 
-from async_rl_kernels import backend, linear_logprob, reference, segmented_weight_grad
+from async_rl_kernels import backend, linear_logprob, reference
 from async_rl_kernels.head_gradient import HeadGradient
 from async_rl_kernels.segment_gradient import Segments, weight_norm_squares
 
@@ -66,22 +64,16 @@ def test_log_probs_and_gradients(
 
 
 @pytest.mark.parametrize(("width", "out"), [(1024, 2816), (896, 128), (80, 48)])
-def test_weight_gradients_of_segments(width: int, out: int) -> None:
+def test_weight_norms_of_segments(width: int, out: int) -> None:
     a = random(sum(LENGTHS), width, seed=0, dtype=torch.bfloat16)
     gs = [random(sum(LENGTHS), out, seed=n, dtype=torch.bfloat16) for n in (1, 2, 3)]
-    m = random(len(LENGTHS), seed=4, dtype=torch.float32)
     segments = Segments(LENGTHS, "cuda")
-    want = [reference.segmented_weight_grad(a.double(), g.double(), LENGTHS, m.double()) for g in gs]
+    none = torch.zeros(len(LENGTHS), dtype=torch.float64, device="cuda")
+    want = [reference.segmented_weight_grad(a.double(), g.double(), LENGTHS, none)[0] for g in gs]
     poison()
-    assert error(weight_norm_squares(a, gs, segments), sum(each[0] for each in want)) < 1e-5
+    assert error(weight_norm_squares(a, gs, segments), sum(want, none)) < 1e-5
     poison()
-    got = segmented_weight_grad(a, gs[0], segments, m, dtype=torch.float32)
-    assert error(got.norm_squares, want[0][0]) < 1e-5
-    assert error(got.total, want[0][1]) < 1e-5
-    assert error(got.weighted, want[0][2]) < 4e-3
-    many = [3] * (sum(LENGTHS) // 3)
-    of_short = segmented_weight_grad(a[: sum(many)], gs[0][: sum(many)], Segments(many, "cuda"), m.new_ones(len(many)))
-    assert error(of_short.total, gs[0][: sum(many)].double().T @ a[: sum(many)].double()) < 4e-3
+    assert error(weight_norm_squares(a, gs[:1], segments), want[0]) < 1e-5
 
 
 def test_the_head_of_exact_baselines() -> None:
@@ -100,19 +92,3 @@ def test_the_head_of_exact_baselines() -> None:
     assert error(grad_hidden, g @ w.double()) < 8e-3
     assert error(norms, squares) < 8e-3
     assert error(total, weight) < 8e-3
-
-
-@pytest.mark.parametrize("level", ["token", "turn", "sequence"])
-@pytest.mark.parametrize("rule", ["none", "ppo", "truncate", "interval", "cispo"])
-def test_ratios_of_segments(level: str, rule: str) -> None:
-    lengths, turns = [5, 0, 3000, 1, 77, 400], [2, 0, 1, 3]
-    columns = random(3, sum(lengths), seed=0, dtype=torch.float32)
-    chosen = Rule(level=level, rule=rule)  # type: ignore[arg-type]
-    poison()
-    got = segment_ratio(*columns, Turns(lengths, turns, "cuda"), chosen)
-    want = reference.segment_ratio(*columns.double(), lengths, turns, **asdict(chosen))
-    found = got.ratio, got.clipped, got.coefficient, got.turn_sum, got.trajectory_sum
-    assert (found[1] != want[1]).float().mean() < 1e-3  # decisions at the very edge may differ in float32
-    for number in (0, 3, 4):
-        assert error(found[number], want[number]) < 1e-5
-    assert error(found[2], want[2]) < 2e-2

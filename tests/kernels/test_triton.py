@@ -19,7 +19,7 @@ REGISTERS = 65_536
 
 def test_kernels_give_what_their_definitions_give_in_the_interpreter() -> None:
     files = sorted(str(path.relative_to(ROOT)) for path in INTERPRETED.glob("*.py"))
-    assert len(files) == 3
+    assert len(files) == 2
     said = run_with_triton("-m", "pytest", "-v", "-p", "no:cacheprovider", *files, interpret=True)
     assert "passed" in said
     assert "skipped" not in said
@@ -31,7 +31,7 @@ def compiled() -> dict[str, dict[str, int]]:
 
 
 def test_every_kernel_compiles_for_hopper_without_a_register_spilled(compiled: dict[str, dict[str, int]]) -> None:
-    assert len(compiled) >= 12
+    assert len(compiled) >= 8
     for name, found in compiled.items():
         assert found["spilled_bytes"] == 0, name
         assert 0 < found["registers"] * found["threads"] <= REGISTERS, name

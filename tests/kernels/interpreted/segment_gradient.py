@@ -14,12 +14,12 @@ from async_rl_kernels import segment_gradient_triton as fast
 from async_rl_kernels.segment_gradient import Segments
 
 LENGTHS = st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 40]), min_size=1, max_size=5)
-SMALL_TILE = replace(fast.TOTALS_TILE, out=16, into=32, rows=16)
+SMALL_TILE = replace(fast.NORMS_TILE, out=16, into=32, rows=16)
 
 
 def small() -> object:
     """Tiles that small tensors cross."""
-    return patch.multiple(fast, GRAM_ROWS=16, GRAM_DEPTH=16, NORMS_TILE=SMALL_TILE, TOTALS_TILE=SMALL_TILE, GROUP=2)
+    return patch.multiple(fast, GRAM_ROWS=16, GRAM_DEPTH=16, NORMS_TILE=SMALL_TILE, GROUP=2)
 
 
 def layer(lengths: list[int], width: int, outs: list[int], seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -30,14 +30,16 @@ def layer(lengths: list[int], width: int, outs: list[int], seed: int) -> tuple[t
 
 @settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(lengths=LENGTHS, width=st.sampled_from([1, 20, 33]), out=st.sampled_from([1, 50]), seed=st.integers(0, 2**31))
-def test_norms_and_both_sums_equal_the_definition(lengths: list[int], width: int, out: int, seed: int) -> None:
+def test_norms_of_tiles_walked_directly_equal_the_definition(
+    lengths: list[int], width: int, out: int, seed: int
+) -> None:
     a, (g,) = layer(lengths, width, [out], seed)
-    m = torch.randn(len(lengths), generator=torch.Generator().manual_seed(seed))
+    every = tuple(i for i, n in enumerate(lengths) if n)
     with small():  # type: ignore[attr-defined]
-        got = fast.weight_grad(a, g, Segments(lengths), m, torch.float32)
-    want = reference.segmented_weight_grad(a.double(), g.double(), lengths, m.double())
-    for found, wanted in zip(got, want, strict=True):
-        torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-5)
+        got = fast.direct_norm_squares(a, g, fast.blocks_of(Segments(lengths), every), len(lengths))
+    none = torch.zeros(len(lengths), dtype=torch.float64)
+    want, _, _ = reference.segmented_weight_grad(a.double(), g.double(), lengths, none)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
@@ -68,7 +70,7 @@ def test_both_ways_are_taken_and_agree() -> None:
         cheap = [fast.gram_is_cheaper(n, width, out) for n in lengths]
         every = tuple(range(3))
         gram = fast.gram_norm_squares(a, [g], fast.Pairs.of(lengths, every, 16, segments.device))
-        direct = fast.direct_norm_squares(a, g, fast.blocks_of(segments, every, SMALL_TILE), 3)
+        direct = fast.direct_norm_squares(a, g, fast.blocks_of(segments, every), 3)
     assert cheap == [False, False, False]
     with small():  # type: ignore[attr-defined]
         assert fast.gram_is_cheaper(3, 2048, 2048)
@@ -81,7 +83,7 @@ def test_a_segment_with_nan_leaves_the_norms_of_the_others_alone() -> None:
     a[22] = torch.nan
     segments = Segments([20, 5, 18])
     with small():  # type: ignore[attr-defined]
-        direct = fast.direct_norm_squares(a, g, fast.blocks_of(segments, (0, 1, 2), SMALL_TILE), 3)
+        direct = fast.direct_norm_squares(a, g, fast.blocks_of(segments, (0, 1, 2)), 3)
         gram = fast.gram_norm_squares(a, [g], fast.Pairs.of([20, 5, 18], (0, 1, 2), 16, segments.device))
     for found in (direct, gram):
         assert found.isnan().tolist() == [False, True, False]
@@ -89,9 +91,11 @@ def test_a_segment_with_nan_leaves_the_norms_of_the_others_alone() -> None:
 
 def test_tensors_whose_columns_are_not_contiguous_are_taken_too() -> None:
     a, (g,) = layer([20, 5], 8, [12], 2)
-    m = torch.randn(2)
+    across = a.T.contiguous().T, g.T.contiguous().T
+    segments = Segments([20, 5])
     with small():  # type: ignore[attr-defined]
-        want = fast.weight_grad(a, g, Segments([20, 5]), m, torch.float32)
-        got = fast.weight_grad(a.T.contiguous().T, g.T.contiguous().T, Segments([20, 5]), m, torch.float32)
+        blocks, pairs = fast.blocks_of(segments, (0, 1)), fast.Pairs.of([20, 5], (0, 1), 16, segments.device)
+        want = fast.direct_norm_squares(a, g, blocks, 2), fast.gram_norm_squares(a, [g], pairs)
+        got = fast.direct_norm_squares(*across, blocks, 2), fast.gram_norm_squares(across[0], [across[1]], pairs)
     for found, wanted in zip(got, want, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
