@@ -179,6 +179,7 @@ def _from_file(source: str, where: str) -> ModuleType:
 
 
 def _imported(load: Callable[[], ModuleType], source: str, where: str) -> ModuleType:
+    importlib.invalidate_caches()  # the file may have been written a moment ago
     _importing.append(source)
     try:
         return load()
