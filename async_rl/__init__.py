@@ -1,3 +1,83 @@
-"""Asynchronous, off-policy RL for language models with bounded, measured and corrected staleness."""
+"""Asynchronous, off-policy RL for language models with bounded, measured and corrected staleness.
 
-__version__ = "0.1.0"
+    import async_rl as ar
+
+    run = ar.train("config.yaml", trainer={"steps": 100})
+    print(run.summary["reward_eval_last"])
+
+`train`, `evaluate` and `Run` are the ways in; `Task`, `Session` and `Problem` are what an environment of one's own is
+made of, `Columns`, `Coefficients` and `Recipe` what an algorithm is made of. What goes wrong through a setting or a file
+is a `UserError`, a run that had started and could not go on a `RunFailed`.
+
+Importing the package is quick and loads no torch: each name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from async_rl.version import __version__
+
+if TYPE_CHECKING:
+    from async_rl.api import Evaluation, Rows, Run, evaluate, init_model, train
+    from async_rl.config import Settings
+    from async_rl.errors import RunFailed, UserError
+    from async_rl.objective.recipe import Recipe
+    from async_rl.objective.tokens import Coefficients, Columns
+    from async_rl.task.protocol import Problem, Segment, Session, Task
+    from async_rl.trajectory import Trajectory, Turn
+
+__all__ = [
+    "Coefficients",
+    "Columns",
+    "Evaluation",
+    "Problem",
+    "Recipe",
+    "Rows",
+    "Run",
+    "RunFailed",
+    "Segment",
+    "Session",
+    "Settings",
+    "Task",
+    "Trajectory",
+    "Turn",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "init_model",
+    "train",
+]
+
+_HOMES = {
+    "Coefficients": "objective.tokens",
+    "Columns": "objective.tokens",
+    "Evaluation": "api",
+    "Problem": "task.protocol",
+    "Recipe": "objective.recipe",
+    "Rows": "api",
+    "Run": "api",
+    "RunFailed": "errors",
+    "Segment": "task.protocol",
+    "Session": "task.protocol",
+    "Settings": "config",
+    "Task": "task.protocol",
+    "Trajectory": "trajectory",
+    "Turn": "trajectory",
+    "UserError": "errors",
+    "evaluate": "api",
+    "init_model": "api",
+    "train": "api",
+}
+"""public name -> the module that defines it"""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
