@@ -1,0 +1,247 @@
+"""What the site is made of besides its pages: the reference, from the code; formulas as MathML; messages that are checked.
+
+mkdocs calls the functions `on_*` (see `hooks` in mkdocs.yml). Everything is read from the package that is installed beside
+mkdocs, so a page of the reference cannot say anything else than the program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import html
+import inspect
+import logging
+import os
+import re
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+import async_rl
+
+log = logging.getLogger("mkdocs.hooks.async_rl")
+PACKAGE = Path(async_rl.__file__).parent
+SHORTEST_PIECE = 12
+"""characters of a quoted message that are looked for in the code; shorter pieces between two `…` say nothing"""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    for path, make in PAGES.items():
+        files.append(File.generated(config, path, content=make()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Check that the messages quoted in the page of troubleshooting are messages of the program."""
+    if page.file.src_uri == "troubleshooting.md":
+        known = texts_of(PACKAGE)
+        for message in re.findall(r"^### `(.+)`", markdown, flags=re.MULTILINE):
+            for piece in re.split("…", message):
+                if len(piece.strip()) >= SHORTEST_PIECE and piece.strip() not in known:
+                    log.warning("troubleshooting.md quotes %r, which the program does not print", piece.strip())
+    return markdown
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Formulas, as pymdownx.arithmatex marks them, become MathML."""
+
+    def inline(found: re.Match[str]) -> str:
+        return f'<span class="arithmatex">{mathml(found[1], display="inline")}</span>'
+
+    def block(found: re.Match[str]) -> str:
+        return f'<div class="arithmatex">{mathml(found[1], display="block")}</div>'
+
+    content = re.sub(r'<span class="arithmatex">\\\((.+?)\\\)</span>', inline, content, flags=re.DOTALL)
+    return re.sub(r'<div class="arithmatex">\s*\\\[(.+?)\\\]\s*</div>', block, content, flags=re.DOTALL)
+
+
+def mathml(latex: str, *, display: Literal["inline", "block"]) -> str:
+    """The formula as MathML, with the space behind a function's name that the converter leaves out."""
+    made = str(convert(html.unescape(latex).strip(), display=display))
+    return re.sub(r"<mi>(log|exp)</mi>", r'\g<0><mspace width="0.17em" />', made)
+
+
+# -------------------- pages of the reference
+
+
+def settings_page() -> str:
+    """Every setting of a run, group by group."""
+    from async_rl.config import Settings
+
+    lines = [
+        "# Settings",
+        "",
+        "A YAML file holds them, words on the command line (`name=value`) are laid over it, and `async-rl config CONFIG` "
+        "prints every one as it stands. What a setting cannot be is refused before anything starts.",
+        "",
+    ]
+    plain = [f for f in dataclasses.fields(Settings) if group_of(Settings, f) is None]
+    lines += table(Settings, plain, "")
+    for field in dataclasses.fields(Settings):
+        group = group_of(Settings, field)
+        if group is None:
+            continue
+        lines += [f"## {field.name} {{#{field.name}}}", ""]
+        if summary := own_docstring(group):
+            lines += [summary, ""]
+        lines += table(group, dataclasses.fields(group), f"{field.name}.")
+    return "\n".join(lines)
+
+
+def tasks_page() -> str:
+    """The tasks that come with the package, and their settings."""
+    from async_rl.task.build import TASKS
+
+    lines = [
+        "# Tasks and rewards",
+        "",
+        "`task.name` chooses one, `task.args.*` are its settings. A task of your own: "
+        "[own environment](../tutorial/own_environment.md). Rewards of the tasks that read a data set are `exact`, "
+        "`numeric`, `math` or `module:function`: [own data](../tutorial/own_data.md).",
+        "",
+    ]
+    for name, (settings, task) in sorted(TASKS.items()):
+        if name == "rehearsed":
+            continue  # made by --fake-model only
+        lines += [f"## {name} {{#{name}}}", "", own_docstring(task) or own_docstring(settings), ""]
+        lines += table(settings, dataclasses.fields(settings), "task.args.")
+    return "\n".join(lines)
+
+
+def recipes_page() -> str:
+    """Every axis of the objective, and every recipe as it is stored."""
+    from async_rl.objective.library import FOLDER, list_recipes
+    from async_rl.objective.recipe import Recipe
+
+    lines = [
+        "# Recipes",
+        "",
+        "A recipe is one choice on every axis of the objective. `recipe=NAME` takes one, `recipe.AXIS=VALUE` changes it, "
+        "`async-rl recipes NAME` explains each choice. Formulas and sources: [algorithms](../algorithms.md#recipes).",
+        "",
+        "## Those that come with the package {#list}",
+        "",
+    ]
+    for name, summary in list_recipes().items():
+        text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").strip()
+        lines += [f"### {name} {{#{name}}}", "", escaped(summary), "", "```yaml", text, "```", ""]
+    lines += ["## The axes {#axes}", ""]
+    plain = [f for f in dataclasses.fields(Recipe) if group_of(Recipe, f) is None]
+    lines += table(Recipe, plain, "recipe.")
+    for field in dataclasses.fields(Recipe):
+        group = group_of(Recipe, field)
+        if group is None:
+            continue
+        lines += [f"### recipe.{field.name} {{#axis-{field.name}}}", ""]
+        if summary := own_docstring(group):
+            lines += [summary, ""]
+        lines += table(group, dataclasses.fields(group), f"recipe.{field.name}.")
+    return "\n".join(lines)
+
+
+def commands_page() -> str:
+    """The help of every command, as it prints it."""
+    from async_rl.cli.main import _parser
+
+    parser = _parser()
+    subcommands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    lines = [
+        "# Commands",
+        "",
+        "As each prints it with `--help`. Exit codes: 0 done; 1 a run failed, with its first cause; 2 a wrong setting or "
+        "file, with the remedy; 130 stopped by Ctrl-C.",
+        "",
+    ]
+    width, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "100"
+    try:
+        lines += ["```", parser.format_help().strip(), "```", ""]
+        for name, command in subcommands.choices.items():
+            lines += [f"## async-rl {name} {{#{name}}}", "", "```", command.format_help().strip(), "```", ""]
+    finally:
+        os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
+    return "\n".join(lines)
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "reference/settings.md": settings_page,
+    "reference/tasks.md": tasks_page,
+    "reference/recipes.md": recipes_page,
+    "reference/commands.md": commands_page,
+}
+"""generated page -> what makes it"""
+
+# -------------------- what they share
+
+
+def table(cls: type, fields: typing.Sequence[dataclasses.Field[Any]], prefix: str) -> list[str]:
+    """A Markdown table of settings: name, default, unit, meaning with choices and bounds."""
+    hints = typing.get_type_hints(cls)
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for field in fields:
+        unit = f" {field.metadata['unit']}" if field.metadata.get("unit") else ""
+        allowed = allowed_values(hints[field.name], field)
+        meaning = escaped(field.metadata.get("meaning", "")) + (f" *({allowed})*" if allowed else "")
+        rows.append(f"| `{prefix}{field.name}` | {shown(default_of(field))}{unit} | {meaning} |")
+    return [*rows, ""] if len(rows) > 2 else []
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def shown(value: Any) -> str:
+    if value in ("", [], {}):
+        return "-"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def allowed_values(hint: Any, field: dataclasses.Field[Any]) -> str:
+    """Choices of a setting, or the bounds of its number; empty where there are none."""
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(f"`{choice}`" for choice in typing.get_args(hint))
+    return bounds_of(field)
+
+
+def bounds_of(field: dataclasses.Field[Any]) -> str:
+    """The bounds of a number in words. Example: "at least 1, at most 1,000,000"."""
+    bounds = field.metadata.get("bounds")
+    said = {"min": "at least", "above": "above", "below": "below", "max": "at most"}
+    values = {name: getattr(bounds, name, None) for name in said}
+    return ", ".join(f"{said[name]} {value:,}" for name, value in values.items() if value is not None)
+
+
+def group_of(cls: type, field: dataclasses.Field[Any]) -> type | None:
+    """The dataclass of a field that holds a group of settings."""
+    hint = typing.get_type_hints(cls)[field.name]
+    return hint if dataclasses.is_dataclass(hint) and isinstance(hint, type) else None
+
+
+def own_docstring(thing: object) -> str:
+    """The docstring that somebody wrote, not the one that dataclasses make."""
+    text = getattr(thing, "__doc__", None) or ""
+    name = getattr(thing, "__name__", "")
+    return "" if text.startswith(f"{name}(") else escaped(inspect.cleandoc(text).split("\n\n")[0])
+
+
+def escaped(text: str) -> str:
+    """Plain text as Markdown, in one line."""
+    return re.sub(r"([|*_<\[\]$#])", r"\\\1", " ".join(text.split()))
+
+
+def texts_of(package: Path) -> str:
+    """Every piece of text in the package's code, adjacent literals joined, one after the other."""
+    return "\n".join(piece for path in sorted(package.rglob("*.py")) for piece in literals(path))
+
+
+def literals(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
