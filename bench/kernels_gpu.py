@@ -189,7 +189,7 @@ def logprob(rounds: int, where: Where | None = None) -> dict[str, Any]:
 
 
 def norms(rounds: int, where: Where | None = None) -> dict[str, Any]:
-    """Norms of each segment's weight gradient beside the plain product. Target: over_plain <= 0.2 with equal lengths."""
+    """Norms of each segment's weight gradient beside the plain product. Target: over_plain <= 0.2 (equal lengths)."""
     where = where or Where()
     rows, width, out = where.layer
     a, g = randn(rows, width, where=where), randn(rows, out, where=where)
