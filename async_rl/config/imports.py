@@ -22,6 +22,7 @@ from async_rl.errors import UserError, nearest
 
 PLAIN_MODULE = "__main__"
 """the name of a program's own file, which no other process can import"""
+NAMING_SETTINGS = ("task.name", "task.args.reward", "task.args.tool", "recipe.name")
 COUNTS = ("no", "one", "two", "three", "four")
 
 
@@ -111,6 +112,17 @@ def located(name: str, folder: Path) -> str:
     if file == (here / relative).resolve():
         return name
     return f"{file.relative_to(here) if file.is_relative_to(here) else file}:{path}"
+
+
+def locate_all(values: dict[str, Any], folder: Path) -> None:
+    """Apply `located` to every setting in `values` that may hold a name (NAMING_SETTINGS), in place."""
+    for path in NAMING_SETTINGS:
+        *groups, last = path.split(".")
+        group: Any = values
+        for name in groups:
+            group = group.get(name) if isinstance(group, dict) else None
+        if isinstance(group, dict) and isinstance(group.get(last), str):
+            group[last] = located(group[last], folder)
 
 
 def import_name(found: Any) -> str:

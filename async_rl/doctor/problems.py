@@ -37,7 +37,7 @@ def prompts_of(task: Task, tokenizer: Tokenizer) -> list[str]:
 
 def episodes_of(task: Task) -> list[list[Segment]]:
     """Some demonstrations, where the task has any."""
-    if not hasattr(task, "demonstration"):
+    if not task.has_demonstrations():
         return []
     problems = task.problems("train")
     shown = range(min(MOST_EPISODES, len(problems)))
@@ -172,7 +172,7 @@ def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES) -> Timing
 
 def answers_of(task: Task, problem: Problem, random: Random, *, right: bool) -> list[str]:
     """What the policy says in an episode."""
-    if right and hasattr(task, "demonstration"):
+    if right and task.has_demonstrations():
         return [segment.text for segment in task.demonstration(problem, random) if segment.policy]
     if right and "answer" in problem.data:
         return [str(problem.data["answer"])]

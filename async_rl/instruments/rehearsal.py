@@ -11,12 +11,12 @@ from random import Random
 from typing import Any
 
 from async_rl.config import Settings, check
-from async_rl.config.schema import described, structured, with_overrides
+from async_rl.config.schema import structured, values_of, with_overrides
 from async_rl.errors import UserError
 from async_rl.model.architecture import FAMILIES, DecoderConfig, Family
 from async_rl.model.create import write_byte_tokenizer, write_random_weights
 from async_rl.model.folder import read_config
-from async_rl.task.tools import CALL_CLOSE, CALL_OPEN
+from async_rl.task import task_class
 
 # -------------------- stand in
 # What a rehearsal puts in the place of a model and of data that are not here.
@@ -167,9 +167,9 @@ NOT_BY_HAND = ("model.", "task.", *DEFAULTS)
 def shrink(settings: Settings, words: Sequence[str], files: Files) -> tuple[Settings, list[Change]]:
     """`words`: name=value as given for the run; those that can hold win over the rules. Raises UserError for
     words that make settings which contradict each other."""
-    old = {path: value for path, value, _, _ in described(settings)}
+    old = values_of(settings)
     new = dict(old)
-    default = {path: value for path, value, _, _ in described(Settings())}
+    default = values_of(Settings())
     why = {"model.path": "a tiny random model", "name": "beside real runs"}
     for path, (rule, reason) in RULES.items():
         if path in old:
@@ -189,7 +189,7 @@ def shrink(settings: Settings, words: Sequence[str], files: Files) -> tuple[Sett
     values = with_overrides(_nested(new), laid)
     made = structured(Settings, values, where="")
     check(made)
-    now = {path: value for path, value, _, _ in described(made)}
+    now = values_of(made)
     changes = [
         Change(path=path, was=old[path], now=now[path], why=why.get(path, "as asked"))
         for path in now
@@ -201,7 +201,7 @@ def shrink(settings: Settings, words: Sequence[str], files: Files) -> tuple[Sett
 def rehearsed(settings: Settings, files: Files) -> dict[str, Any]:
     """Arguments of the task `rehearsed` around the run's own."""
     args = {**settings.task.args, **{name: str(path) for name, path in files.data.items()}}
-    call = f"{CALL_OPEN}1+2{CALL_CLOSE}" if settings.task.name == "tools" else ""
+    call = task_class(settings.task.name).example_call
     return {"name": settings.task.name, "args": args, "max_tokens": TURN_TOKENS, "call": call}
 
 

@@ -31,8 +31,8 @@ from async_rl.model.folder import load_model
 from async_rl.objective.library import check_effect, load_recipe
 from async_rl.objective.recipe import Recipe, requirements
 from async_rl.objective.trust import bucket_names, length_bucket
-from async_rl.run.preflight import SINGLE_TURN
 from async_rl.run_folder import RunFolder, read_rows, replace_text
+from async_rl.task import task_class
 from async_rl.trainer.build import make_learner, pack_step
 from async_rl.trainer.checkpoint import load_checkpoint
 from async_rl.trainer.learner import Learner, Look
@@ -181,7 +181,7 @@ def _recipe(text: str, settings: Settings) -> Recipe:
         updates_per_batch=1,  # the first update of each batch is what is looked at
         max_staleness=settings.staleness.max_staleness,
         has_critic=own.value,
-        single_turn=settings.task.name in SINGLE_TURN,
+        single_turn=task_class(settings.task.name).single_turn,
     )
     return recipe
 

@@ -19,7 +19,7 @@ from async_rl.model.folder import load_model, save_folder
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.run.evaluate import evaluate
 from async_rl.run.preflight import check_fit
-from async_rl.task.protocol import Demonstrator, Problem, Task
+from async_rl.task.protocol import Problem, Task
 from async_rl.trainer.forward import Arithmetic, log_probs
 from async_rl.trainer.packing import pack_batch
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
@@ -48,7 +48,7 @@ class WarmupResult:
     seconds: float
 
 
-def demonstration(task: Demonstrator, problem: Problem, tokenizer: Tokenizer, random: Random) -> Trajectory:
+def demonstration(task: Task, problem: Problem, tokenizer: Tokenizer, random: Random) -> Trajectory:
     """One demonstration as a trajectory: the segments marked `policy` are its turns."""
     tokens: list[int] = []
     turns: list[Turn] = []
@@ -75,7 +75,7 @@ def demonstration(task: Demonstrator, problem: Problem, tokenizer: Tokenizer, ra
 
 def warm_up(model: Decoder, task: Task, tokenizer: Tokenizer, options: WarmupOptions, measure: Measure) -> WarmupResult:
     """Maximum likelihood on demonstrations of the train split. Stops at the target success rate."""
-    assert hasattr(task, "demonstration")
+    assert task.has_demonstrations()
     started = time.monotonic()
     random = Random(options.seed)
     problems = task.problems("train")
@@ -88,7 +88,7 @@ def warm_up(model: Decoder, task: Task, tokenizer: Tokenizer, options: WarmupOpt
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * min(1.0, step / 20)
         chosen = [problems[random.randrange(len(problems))] for _ in range(options.batch)]
-        shown = [demonstration(task, p, tokenizer, random) for p in chosen]  # type: ignore[arg-type]
+        shown = [demonstration(task, p, tokenizer, random) for p in chosen]
         packed = pack_batch(shown, micro_batch_tokens=1 << 20)
         answer = log_probs(model, packed.micro_batches[0], arithmetic)
         optimizer.zero_grad(set_to_none=True)
@@ -129,7 +129,7 @@ def init_model(
     path: Path, task: Task, shape: Shape, options: WarmupOptions, say: Callable[[str], None]
 ) -> WarmupResult:
     """Make the folder `path`. It appears only when it is whole. Raises UserError."""
-    if not hasattr(task, "demonstration"):
+    if not task.has_demonstrations():
         raise UserError(f"task '{task.name}' has no demonstrations to warm up on; start from a model of your own")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists already; remove it or choose another folder")
@@ -138,7 +138,7 @@ def init_model(
     try:
         create_model_folder(
             partial,
-            alphabet=task.alphabet,  # type: ignore[attr-defined]
+            alphabet=task.alphabet,
             hidden=shape.hidden,
             layers=shape.layers,
             heads=shape.heads,

@@ -79,7 +79,6 @@ TOKEN_BYTES = 10
 """of a trajectory on the wire: token and log-prob, and its share of the turns"""
 REMEDY = "raise generator.max_context, or use a model with a longer context or an easier task"
 SPLITS: tuple[Split, ...] = ("train", "eval")
-SINGLE_TURN = ("sort", "reverse", "arithmetic", "countdown", "dataset")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +130,7 @@ def preflight(settings: Settings) -> Facts:
         updates_per_batch=settings.trainer.updates_per_batch,
         max_staleness=settings.staleness.max_staleness,
         has_critic=requirements(recipe).value,
-        single_turn=_has_one_turn(settings),
+        single_turn=task.single_turn,
     )
     held_out = len(task.problems("eval"))
     if settings.evaluation.problems > held_out:
@@ -166,11 +165,6 @@ def check_idle(settings: Settings) -> None:
             f"critic.* does nothing with recipe={recipe.name}, which has no critic; leave it out (or set {remedy}), or "
             "choose a recipe with one (ppo, st_ppo)"
         )
-
-
-def _has_one_turn(settings: Settings) -> bool:
-    chosen = settings.task
-    return (chosen.args.get("name") if chosen.name == "rehearsed" else chosen.name) in SINGLE_TURN
 
 
 def check_layers(settings: Settings, needs: Requirements) -> None:
@@ -226,9 +220,9 @@ def check_fit(task: Task, tokenizer: Tokenizer, context: int) -> list[str]:
     longest = 0
     for split in SPLITS:
         longest = max(longest, _check_prompts(task, tokenizer, split, context))
-    if hasattr(task, "demonstration"):
+    if task.has_demonstrations():
         try:
-            tokenizer.encode(task.alphabet)  # type: ignore[attr-defined]
+            tokenizer.encode(task.alphabet)
         except ValueError as error:
             raise UserError(f"task '{task.name}' does not fit the tokenizer: {error}") from None
         needed = _longest_demonstration(task, tokenizer)
@@ -272,6 +266,6 @@ def _longest_demonstration(task: Task, tokenizer: Tokenizer) -> int:
     problems = task.problems("train")
     longest = 0
     for number in range(min(MOST_EPISODES, len(problems))):
-        shown = task.demonstration(problems[number], Random(number))  # type: ignore[attr-defined]
+        shown = task.demonstration(problems[number], Random(number))
         longest = max(longest, len(tokenizer.encode("".join(segment.text for segment in shown))) + 1)
     return longest

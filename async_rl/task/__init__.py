@@ -10,7 +10,7 @@ Who waits: a rollout waits for the engine behind `session.generate`, and for its
 This room never imports torch.
 """
 
-from async_rl.task.build import has_demonstrations, make_task
+from async_rl.task.build import has_demonstrations, make_task, task_class
 from async_rl.task.protocol import Problem, Session, Task
 
-__all__ = ["Problem", "Session", "Task", "has_demonstrations", "make_task"]
+__all__ = ["Problem", "Session", "Task", "has_demonstrations", "make_task", "task_class"]

@@ -34,13 +34,15 @@ class Arithmetic(GeneratedTask):
     """`12+39=` is to be answered with `51.`, or `15.` with `reversed_answer` (`-7` is then `7-`)."""
 
     name = "arithmetic"
+    single_turn = True
+    Settings = ArithmeticSettings
 
     def __init__(self, settings: ArithmeticSettings) -> None:
         require_range("digits", settings.digits, 1, 100)
         chosen = settings.operations
         if not chosen or not set(chosen) <= set(OPERATIONS):
             raise UserError(f"task.args.operations is {chosen!r}; write some of {OPERATIONS}")
-        self.settings = settings
+        self.settings: ArithmeticSettings = settings
         longest = 2 * settings.digits if "*" in chosen else settings.digits + 1
         self.max_tokens = longest + len(STOP)
         super().__init__(self._draw, num_train=settings.num_train, num_eval=settings.num_eval, seed=settings.seed)

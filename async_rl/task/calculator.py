@@ -50,6 +50,7 @@ class Calculator(GeneratedTask):
     """
 
     name = "calculator"
+    Settings = CalculatorSettings
 
     def __init__(self, settings: CalculatorSettings) -> None:
         require_range("digits", settings.digits, 1, 15)
@@ -59,7 +60,7 @@ class Calculator(GeneratedTask):
         require_range("max_tokens", settings.max_tokens, 1, 10**6)
         if not settings.operations or not set(settings.operations) <= set(OPERATIONS):
             raise UserError(f"task.args.operations is {settings.operations!r}; write some of {OPERATIONS}")
-        self.settings = settings
+        self.settings: CalculatorSettings = settings
         super().__init__(self._draw, num_train=settings.num_train, num_eval=settings.num_eval, seed=settings.seed)
 
     def _draw(self, random: Random) -> tuple[str, str, Mapping[str, Any]]:

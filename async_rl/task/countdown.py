@@ -59,6 +59,8 @@ class Countdown(GeneratedTask):
     """
 
     name = "countdown"
+    single_turn = True
+    Settings = CountdownSettings
 
     def __init__(self, settings: CountdownSettings) -> None:
         require_range("num_numbers", settings.num_numbers, 2, 8)
@@ -66,7 +68,7 @@ class Countdown(GeneratedTask):
         require_range("max_target", settings.max_target, 2, 10**9)
         require_range("format_reward", settings.format_reward, 0.0, 1.0)
         require_range("max_tokens", settings.max_tokens, 0, 10**6)
-        self.settings = settings
+        self.settings: CountdownSettings = settings
         self.max_tokens = settings.max_tokens or (64 if settings.style == "short" else 1024)
         super().__init__(self._draw, num_train=settings.num_train, num_eval=settings.num_eval, seed=settings.seed)
 

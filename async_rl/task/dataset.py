@@ -12,7 +12,7 @@ from typing import Any, Literal
 from async_rl.config.schema import setting
 from async_rl.errors import UserError, nearest
 from async_rl.task.generated import Prompt, require_range, stable_hash
-from async_rl.task.protocol import Problem, Session
+from async_rl.task.protocol import Problem, Session, Task
 from async_rl.task.reward import VerdictTimeout, last_number, make_reward
 from async_rl.trajectory import Split
 
@@ -101,10 +101,10 @@ class DatasetSettings:
         0.1, "share of `path` held out; the hash of a prompt decides, so more rows move none from split to split"
     )
     prompt_field: str = setting("prompt", "field with the prompt: text, or chat messages (role, content)")
-    answer_field: str = setting("answer", "field with the answer; empty: the rows have none (reward module:function)")
+    answer_field: str = setting("answer", "field with the answer; empty: the rows have none (reward of your own)")
     as_chat: bool = setting(True, "make a text prompt the user's message of a chat; no: give it as it is")
     system: str = setting("", "system message put before every chat prompt that has none")
-    reward: str = setting("exact", "exact, numeric, math, or module:function")
+    reward: str = setting("exact", "exact, numeric, math, or module:function or file.py:function")
     max_tokens: int = setting(512, "longest answer", unit="tokens")
     stop: list[str] = setting([], "strings that end the answer, beside the tokenizer's end of text")
     duplicates: Literal["keep_first", "keep_all", "error"] = setting(
@@ -123,14 +123,16 @@ class Item:
     data: Mapping[str, Any]
 
 
-class Dataset:
+class Dataset(Task):
     """One turn: the prompt, the completion, the named reward of it against the row's answer.
 
-    `problem.data` holds `answer` (text), `row` (the other fields) and `where` (file and line). Raises
-    UserError for a file, row or field that is wrong. Not a Demonstrator: an answer alone does not say what to write.
+    `problem.data` holds `answer` (text), `row` (the other fields) and `where` (file and line). Raises UserError for a
+    file, row or field that is wrong. There are no demonstrations: an answer alone does not say how it is found.
     """
 
     name = "dataset"
+    single_turn = True
+    Settings = DatasetSettings
 
     def __init__(self, settings: DatasetSettings) -> None:
         if not settings.path:
@@ -144,7 +146,7 @@ class Dataset:
         require_range("max_tokens", settings.max_tokens, 1, 10**7)
         if "" in settings.stop:
             raise UserError("task.args.stop holds an empty string, which would end every answer at once")
-        self.settings = settings
+        self.settings: DatasetSettings = settings
         self.reward = make_reward(settings.reward)
         train, evaluated = self._split()
         self._train, self._eval = _problems(train), _problems(evaluated)

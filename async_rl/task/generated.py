@@ -8,7 +8,7 @@ from random import Random
 from typing import Any, overload
 
 from async_rl.errors import UserError
-from async_rl.task.protocol import Problem
+from async_rl.task.protocol import Problem, Task
 from async_rl.trajectory import Split
 
 HELD_OUT_ONE_IN = 8
@@ -75,7 +75,7 @@ class Generated(Sequence[Problem]):
         )
 
 
-class GeneratedTask:
+class GeneratedTask(Task):
     """The part that tasks with made-up problems share: both splits, checked once when the task is made."""
 
     def __init__(self, draw: Draw, *, num_train: int, num_eval: int, seed: int) -> None:

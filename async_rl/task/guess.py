@@ -9,7 +9,7 @@ from random import Random
 from async_rl.config.schema import setting
 from async_rl.task.generated import require_range
 from async_rl.task.order import PromptOrder
-from async_rl.task.protocol import Problem, Segment, Session
+from async_rl.task.protocol import Problem, Segment, Session, Task
 from async_rl.trajectory import Split
 
 PROMPT = "?"
@@ -48,7 +48,7 @@ class Interval:
             self.low = max(self.low, guess + 1)
 
 
-class Guess:
+class Guess(Task):
     """A secret, at most `max_turns` guesses, the environment answers lower, higher or found.
 
     An episode reads `?15<07>11=`: the prompt, then guesses of a fixed number of digits and one-character
@@ -62,6 +62,7 @@ class Guess:
     """
 
     name = "guess"
+    Settings = GuessSettings
 
     def __init__(self, settings: GuessSettings) -> None:
         require_range("num_secrets", settings.num_secrets, 2, 100)
@@ -69,7 +70,7 @@ class Guess:
         require_range("rounds_train", settings.rounds_train, 1, 10**6)
         require_range("rounds_eval", settings.rounds_eval, 1, 10**6)
         require_range("seed", settings.seed, 0, 2**63 - 1)
-        self.settings = settings
+        self.settings: GuessSettings = settings
         self.num_digits = len(str(settings.num_secrets - 1))
         order = PromptOrder(settings.num_secrets, settings.seed)
         self._train = self._make(order, range(settings.rounds_train))

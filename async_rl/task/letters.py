@@ -30,12 +30,13 @@ class LettersSettings:
 class Letters(GeneratedTask):
     """`dbca=` is to be answered with `abcd.` (sort) or `acbd.` (reverse). Letters may repeat."""
 
-    name: str
+    single_turn = True
+    Settings = LettersSettings
 
     def __init__(self, settings: LettersSettings) -> None:
         require_range("length", settings.length, 1, 1000)
         require_range("alphabet_size", settings.alphabet_size, 2, 26)
-        self.settings = settings
+        self.settings: LettersSettings = settings
         super().__init__(self._draw, num_train=settings.num_train, num_eval=settings.num_eval, seed=settings.seed)
 
     def solve(self, letters: str) -> str:

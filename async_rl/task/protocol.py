@@ -1,4 +1,4 @@
-"""What a task is. A task is a small file: its problems, how one episode goes, how it is rewarded."""
+"""What a task is: its problems, how one episode goes, how it is rewarded."""
 
 from __future__ import annotations
 
@@ -78,30 +78,64 @@ class Session(Protocol):
         ...
 
 
-class Task(Protocol):
-    """Where work comes from. Deterministic: the same settings give the same problems everywhere."""
+@dataclass(frozen=True, slots=True)
+class NoSettings:
+    """A task that has nothing to set."""
 
-    name: str
+
+class Task:
+    """Where work comes from. A task of one's own derives from this class and needs `problems` and `rollout` only.
+
+    A task is deterministic: the same settings give the same problems in every process and after every restart.
+
+    Example:
+        class Echo(Task):
+            @dataclass(frozen=True, kw_only=True)
+            class Settings:
+                words: int = 100
+
+            def problems(self, split):
+                return [Problem(index=i, prompt=f"say {i}:") for i in range(self.settings.words)]
+
+            async def rollout(self, problem, session):
+                text = await session.generate(max_tokens=8, stop=(".",))
+                return float(text.strip(" .") == str(problem.index))
+    """
+
+    name: str = ""
+    """what messages and records call the task; make_task fills in an empty one"""
+    single_turn: bool = False
+    """True when every episode is one turn. Recipes with turn-level parts, which would do nothing then, are refused."""
+    example_call: str = ""
+    """a call that the task's tool answers, for rehearsals with a model that would never write one"""
+
+    Settings: type[Any] = NoSettings
+    """a dataclass whose fields have types and defaults: what `task.args` may hold in a config"""
+
+    def __init__(self, settings: Any = None) -> None:
+        """`settings`: an instance of the class's `Settings`, checked."""
+        self.settings = settings
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """The problems of a split; `len()` and indexing must be cheap. Splits do not overlap."""
-        ...
+        raise NotImplementedError
 
     async def rollout(self, problem: Problem, session: Session) -> float:
         """Run one episode (the prompt is already in the session) and return its reward.
 
         May raise: the trajectory then ends with the reason and the run goes on."""
-        ...
+        raise NotImplementedError
 
-
-class Demonstrator(Protocol):
-    """A task that can also show how it is done (used by `async-rl init-model`)."""
+    @classmethod
+    def has_demonstrations(cls) -> bool:
+        """True when the class defines `demonstration`, and `async-rl init-model` can warm a model up with it."""
+        return cls.demonstration is not Task.demonstration
 
     @property
     def alphabet(self) -> str:
-        """Every character that can occur in an episode."""
-        ...
+        """Every character that can occur in an episode. Defined together with `demonstration`."""
+        raise NotImplementedError
 
     def demonstration(self, problem: Problem, random: Random) -> list[Segment]:
-        """One fair episode for `problem`, prompt first."""
-        ...
+        """One fair episode for `problem`, prompt first. Optional; an answer alone does not say how it is found."""
+        raise NotImplementedError

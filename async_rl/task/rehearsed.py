@@ -26,11 +26,12 @@ class RehearsedSettings:
     call: str = setting("", "put behind the first two turns, for a task that goes on only when a tool is called")
 
 
-class Rehearsed:
+class Rehearsed(Task):
     """Every episode goes as in the task itself, its reward included, which is noted as `true_reward`. Random weights
     would earn none; so the reward trained on is 1 or 0 by a hash of what the policy wrote."""
 
     name = "rehearsed"
+    Settings = RehearsedSettings
 
     def __init__(self, settings: RehearsedSettings, make_inner: Callable[[str, Mapping[str, Any]], Task]) -> None:
         """`make_inner`: makes the rehearsed task from its name and settings."""
@@ -39,6 +40,7 @@ class Rehearsed:
             raise UserError("task.args.name is 'rehearsed'; name the task that is rehearsed")
         self._settings = settings
         self._inner = make_inner(settings.name, settings.args)
+        self.single_turn = self._inner.single_turn
 
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._inner.problems(split)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import importlib.util
 import inspect
 import json
 import math
-import os
 import re
 import select
 import subprocess
@@ -20,6 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from async_rl.config.imports import is_import, load_function
 from async_rl.errors import UserError, nearest
 from async_rl.task.protocol import Problem
 
@@ -166,8 +165,8 @@ class Reward:
 
 
 def make_reward(name: str) -> Reward:
-    """The reward called `name`: exact, numeric, math, or `module:function` (imported, with the working
-    directory on the path). Raises UserError for one that is unknown or cannot be imported."""
+    """The reward called `name`: exact, numeric, math, `module:function` or `path/file.py:function`
+    (async_rl.config.imports). Raises UserError for one that is unknown or cannot be imported."""
     match name:
         case "exact":
             return Reward(name, exact)
@@ -175,11 +174,13 @@ def make_reward(name: str) -> Reward:
             return Reward(name, numeric)
         case "math":
             return Reward(name, _math(MathJudge()))
-        case _ if ":" in name:
+        case _ if is_import(name):
             taken = "(completion, answer, problem)"
-            return Reward(name, imported(name, where=f"task.args.reward '{name}'", arguments=taken))
+            return Reward(name, load_function(name, where=f"task.args.reward '{name}'", arguments=taken))
         case _:
-            raise UserError(f"task.args.reward '{name}' is not known; {nearest(name, NAMES)} (or module:function)")
+            raise UserError(
+                f"task.args.reward '{name}' is not known; {nearest(name, NAMES)} (or module:function, file.py:function)"
+            )
 
 
 def exact(completion: str, answer: str, problem: Problem) -> float:
@@ -225,29 +226,3 @@ def _math(judge: MathJudge) -> Function:
         return await asyncio.to_thread(judge.score, completion, answer)
 
     return mathematics
-
-
-def imported(name: str, *, where: str, arguments: str) -> Callable[..., Any]:
-    """The function `module:function`, imported with the working directory on the path. `where`: the setting, in
-    messages; `arguments`: those it takes, e.g. "(completion, answer, problem)". Raises UserError."""
-    module_name, _, function_name = name.partition(":")
-    # An installed command does not look in the working directory; last, so that it hides nothing.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything while it is imported
-        raise UserError(f"{where}: cannot import '{module_name}': {type(error).__name__}: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value)]
-        raise UserError(f"{where}: '{module_name}' has no function '{function_name}'; {nearest(function_name, known)}")
-    try:
-        inspect.signature(function).bind(*arguments.split(","))
-    except TypeError:
-        count = ("one", "two", "three")[arguments.count(",")]
-        raise UserError(f"{where}: it must take {count} arguments: {arguments}") from None
-    except ValueError:
-        pass  # a builtin without a signature
-    made: Callable[..., Any] = function
-    return made

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from async_rl.config.imports import is_import, load_function
 from async_rl.config.schema import setting
 from async_rl.errors import UserError
 from async_rl.task.dataset import Dataset, DatasetSettings
 from async_rl.task.expression import ExpressionError, parse
 from async_rl.task.generated import require_range, stable_hash
 from async_rl.task.protocol import Problem, Session
-from async_rl.task.reward import imported
 
 CALL_OPEN, CALL_CLOSE = "<tool>", "</tool>"
 RESULT_OPEN, RESULT_CLOSE = "<result>", "</result>\n"
@@ -35,7 +35,9 @@ class ToolsSettings(DatasetSettings):
     system: str = setting(SYSTEM, "system message put before every chat prompt that has none; says how to call")
     max_tokens: int = setting(512, "longest turn", unit="tokens")
     max_turns: int = setting(6, "calls and the answer together", unit="turns")
-    tool: str = setting("calculator", "calculator, or module:function that takes (call, problem) and returns text")
+    tool: str = setting(
+        "calculator", "calculator, or module:function or file.py:function that takes (call, problem) and returns text"
+    )
     call_reward: float = setting(
         0.0, "turn reward of a call the tool could do; only recipes with turn-level credit see it"
     )
@@ -50,6 +52,9 @@ class Tools(Dataset):
     """
 
     name = "tools"
+    single_turn = False
+    example_call = f"{CALL_OPEN}1+2{CALL_CLOSE}"
+    Settings = ToolsSettings
 
     def __init__(self, settings: ToolsSettings) -> None:
         require_range("max_turns", settings.max_turns, 1, 1000)
@@ -113,7 +118,7 @@ def calculate(call: str, problem: Problem) -> str:
 
 
 def _own(name: str) -> Tool:
-    if ":" not in name:
-        raise UserError(f"task.args.tool is '{name}'; it is calculator or module:function")
-    found: Tool = imported(name, where=f"task.args.tool '{name}'", arguments="(call, problem)")
+    if not is_import(name):
+        raise UserError(f"task.args.tool is '{name}'; it is calculator or module:function (or file.py:function)")
+    found: Tool = load_function(name, where=f"task.args.tool '{name}'", arguments="(call, problem)")
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from async_rl.config.imports import import_name, is_import, load_function, load_object, located
+from async_rl.config.imports import import_name, is_import, load_function, load_object, locate_all, located
 from async_rl.errors import UserError
 
 WHERE = "task.name 'x'"
@@ -134,3 +134,21 @@ def test_the_name_of_a_programs_own_class_is_that_of_its_file(folder: Path) -> N
     )
     done = subprocess.run([sys.executable, script.name], capture_output=True, text=True, check=True, cwd=folder)
     assert done.stdout.split() == [f"{script.resolve()}:Mine", "Mine"]
+
+
+def test_every_setting_that_names_an_object_is_located(folder: Path) -> None:
+    (folder / "mine.py").write_text("")
+    inner = folder / "inner"
+    inner.mkdir()
+    (inner / "mine.py").write_text("")
+    values = {"task": {"name": "dataset", "args": {"reward": "mine.py:f", "tool": "mine:g", "path": "mine.py"}}}
+    values |= {"recipe": {"name": "mine.py:recipe"}, "seed": 3}
+    locate_all(values, inner)
+    assert values == {
+        "task": {
+            "name": "dataset",
+            "args": {"reward": "inner/mine.py:f", "tool": "inner/mine.py:g", "path": "mine.py"},
+        },
+        "recipe": {"name": "inner/mine.py:recipe"},
+        "seed": 3,
+    }

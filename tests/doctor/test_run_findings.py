@@ -19,7 +19,7 @@ from async_rl.instruments.agreement import Difference
 from async_rl.model.create import write_character_tokenizer
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.run.memory import Estimate, Part, estimate, in_words, read_available
-from async_rl.task import make_task
+from async_rl.task import Task, make_task
 from async_rl.task.protocol import Problem, Segment, Session
 from async_rl.weights.canary import Evidence, compare
 
@@ -87,7 +87,7 @@ def test_our_tasks_come_back_from_their_own_alphabet(tmp_path: Path, name: str) 
 
 
 @dataclass
-class Timed:
+class Timed(Task):
     """A task whose reward takes its time."""
 
     blocks_s: float = 0.0

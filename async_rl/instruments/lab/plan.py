@@ -16,8 +16,7 @@ from async_rl.config.schema import load_yaml, setting, structured, with_override
 from async_rl.errors import UserError, nearest
 from async_rl.objective.library import check_effect, load_recipe
 from async_rl.objective.recipe import requirements
-from async_rl.run.preflight import SINGLE_TURN
-from async_rl.task import make_task
+from async_rl.task import make_task, task_class
 
 RUN_GROUPS = ("batch", "generator", "trainer", "optimizer", "critic")
 """groups of a run's settings that mean something to a cell"""
@@ -258,7 +257,7 @@ def _known(where: str, wanted: Sequence[Any], known: Mapping[str, Any]) -> list[
 
 def _model(label: str, task: LabTask, warm_up: Any) -> InitialModel:
     if isinstance(warm_up, int) and not isinstance(warm_up, bool) and warm_up >= 0:
-        if not hasattr(make_task(task.name, task.args), "demonstration"):
+        if not make_task(task.name, task.args).has_demonstrations():
             raise UserError(
                 f"tasks.{label}: task '{task.name}' has no demonstrations to warm a model up on; name the folder of "
                 "a model in warm_ups"
@@ -305,7 +304,7 @@ def _notes(
             updates_per_batch=run.trainer.updates_per_batch,
             max_staleness=lag,
             has_critic=requirements(recipe).value,
-            single_turn=tasks[label].name in SINGLE_TURN,
+            single_turn=task_class(tasks[label].name).single_turn,
         )
         if lag > 0:  # at lag 0 corrections are idle by their nature, which is the comparison
             for note in found:
