@@ -1,7 +1,7 @@
-"""What the site is made of besides its pages: the reference, from the code; formulas as MathML; messages that are checked.
+"""What the site has besides its pages: a reference made from the code, formulas as MathML, checked messages.
 
-mkdocs calls the functions `on_*` (see `hooks` in mkdocs.yml). Everything is read from the package that is installed beside
-mkdocs, so a page of the reference cannot say anything else than the program.
+mkdocs calls the functions `on_*` (see `hooks` in mkdocs.yml). Everything is read from the package that is installed
+beside mkdocs, so a page of the reference cannot say anything else than the program.
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "A YAML file holds them, words on the command line (`name=value`) are laid over it, and `async-rl config CONFIG` "
-        "prints every one as it stands. What a setting cannot be is refused before anything starts.",
+        "A YAML file holds them, words on the command line (`name=value`) are laid over it, and "
+        "`async-rl config CONFIG` prints every one as it stands. What a setting cannot be is refused before anything "
+        "starts.",
         "",
     ]
     plain = [f for f in dataclasses.fields(Settings) if group_of(Settings, f) is None]
@@ -89,7 +90,7 @@ def settings_page() -> str:
         group = group_of(Settings, field)
         if group is None:
             continue
-        lines += [f"## {field.name} {{#{field.name}}}", ""]
+        lines += [f"## {field.name}.* {{#{field.name}}}", ""]
         if summary := own_docstring(group):
             lines += [summary, ""]
         lines += table(group, dataclasses.fields(group), f"{field.name}.")
@@ -108,7 +109,8 @@ def tasks_page() -> str:
         "`numeric`, `math` or `module:function`: [own data](../tutorial/own_data.md).",
         "",
     ]
-    for name, (settings, task) in sorted(TASKS.items()):
+    for name, task in sorted(TASKS.items()):
+        settings = task.Settings
         if name == "rehearsed":
             continue  # made by --fake-model only
         lines += [f"## {name} {{#{name}}}", "", own_docstring(task) or own_docstring(settings), ""]
@@ -124,8 +126,9 @@ def recipes_page() -> str:
     lines = [
         "# Recipes",
         "",
-        "A recipe is one choice on every axis of the objective. `recipe=NAME` takes one, `recipe.AXIS=VALUE` changes it, "
-        "`async-rl recipes NAME` explains each choice. Formulas and sources: [algorithms](../algorithms.md#recipes).",
+        "A recipe is one choice on every axis of the objective. `recipe=NAME` takes one, `recipe.AXIS=VALUE` changes "
+        "it, `async-rl recipes NAME` explains each choice. Formulas and sources: "
+        "[algorithms](../algorithms.md#recipes).",
         "",
         "## Those that come with the package {#list}",
         "",
@@ -140,7 +143,7 @@ def recipes_page() -> str:
         group = group_of(Recipe, field)
         if group is None:
             continue
-        lines += [f"### recipe.{field.name} {{#axis-{field.name}}}", ""]
+        lines += [f"### recipe.{field.name}.* {{#axis-{field.name}}}", ""]
         if summary := own_docstring(group):
             lines += [summary, ""]
         lines += table(group, dataclasses.fields(group), f"recipe.{field.name}.")
@@ -156,8 +159,8 @@ def commands_page() -> str:
     lines = [
         "# Commands",
         "",
-        "As each prints it with `--help`. Exit codes: 0 done; 1 a run failed, with its first cause; 2 a wrong setting or "
-        "file, with the remedy; 130 stopped by Ctrl-C.",
+        "As each prints it with `--help`. Exit codes: 0 done; 1 a run failed, with its first cause; 2 a wrong setting "
+        "or file, with the remedy; 130 stopped by Ctrl-C.",
         "",
     ]
     width, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "100"
@@ -233,7 +236,7 @@ def own_docstring(thing: object) -> str:
 
 def escaped(text: str) -> str:
     """Plain text as Markdown, in one line."""
-    return re.sub(r"([|*_<\[\]$#])", r"\\\1", " ".join(text.split()))
+    return html.escape(re.sub(r"([|*_\[\]$#])", r"\\\1", " ".join(text.split())), quote=False)
 
 
 def texts_of(package: Path) -> str:
