@@ -37,7 +37,7 @@ TRACKERS = ("tensorboard", "wandb")
 def check_lora_package() -> None:
     """Raises UserError when peft, which lora.rank needs, is not installed."""
     if find_spec("peft") is None:
-        raise UserError("lora.rank needs peft; pip install 'async-rl[lora]', or set lora.rank=0")
+        raise UserError("lora.rank needs peft; pip install peft transformers, or set lora.rank=0")
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -49,4 +49,4 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"trackers names {name} twice; once is enough")
         found = find_spec(name)
         if found is None or found.origin is None:  # a folder of that name in the working directory is no package
-            raise UserError(f"trackers: {name} is not installed; pip install 'async-rl[{name}]', or leave it out")
+            raise UserError(f"trackers: {name} is not installed; pip install {name}, or leave it out")

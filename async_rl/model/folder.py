@@ -118,7 +118,7 @@ def check_folder(path: str | Path) -> DecoderConfig | None:
         if importlib.util.find_spec("transformers") is None:
             raise UserError(
                 f"{folder / CONFIG}: model_type {values.get('model_type')!r} needs transformers; "
-                "pip install 'async-rl[transformers]'"
+                "pip install 'transformers>=5.16.1'"
             )
         vocabulary = int((values.get("text_config") or values).get("vocab_size") or tokenizer.vocab_size)
     if tokenizer.vocab_size > vocabulary:

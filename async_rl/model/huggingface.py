@@ -73,7 +73,7 @@ class HuggingFaceDecoder(nn.Module):
             from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
         except ImportError:
             raise UserError(
-                f"{folder / 'config.json'}: this architecture needs transformers; pip install 'async-rl[transformers]'"
+                f"{folder / 'config.json'}: this architecture needs transformers; pip install 'transformers>=5.16.1'"
             ) from None
         ALL_ATTENTION_FUNCTIONS.register(INTERFACE, call_attention)
         try:

@@ -121,7 +121,7 @@ def add_adapters(
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError("lora.rank needs peft; pip install 'async-rl[lora]', or set lora.rank=0") from None
+        raise UserError("lora.rank needs peft; pip install peft transformers, or set lora.rank=0") from None
     known = linear_names(model)
     if not known:
         raise UserError(f"lora.rank: a model of type {model.config.family!r} has no plain linear layer to adapt")

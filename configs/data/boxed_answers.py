@@ -42,7 +42,7 @@ def files(path: Path) -> list[Path]:
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
     if path.suffix == ".parquet":
-        from pyarrow import parquet  # pip install 'async-rl[parquet]'
+        from pyarrow import parquet  # pip install pyarrow
 
         yield from parquet.read_table(path).to_pylist()
         return

@@ -1,6 +1,6 @@
 """The page of a run in a real browser: it opens, draws, searches and toggles, and says nothing in the console.
 
-Skipped where there is no browser: `pip install async-rl[browser]` and a Chromium (Debian: apt install chromium).
+Skipped where there is no browser: `pip install playwright` and a Chromium (Debian: apt install chromium).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from support_story import Story
 
+from async_rl.events import AlarmRaised, ProcessFailed, RunRolledBack
 from async_rl.observe.report import write_report
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="pip install async-rl[browser] to test the page")
+sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright to test the page")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)")
 
@@ -130,7 +131,7 @@ def test_runs_side_by_side_can_be_hidden_and_show_what_differs(
 def test_markup_in_a_trajectory_or_a_message_stays_text(open_page: Any, tmp_path: Path, tiny_model: Path) -> None:
     folder = Story(path=tmp_path / "run", model=tiny_model, steps=3).write(summary=False)
     evil = "</script><script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">"
-    folder.event("failed", process=evil, message=evil, time=1_700_000_001.0)
+    folder.record(ProcessFailed(process=evil, message=evil), time=1_700_000_001.0)
     page = open_page(folder.path)
     assert "hacked" not in page.title()
     assert evil in page.inner_text("#events-table")
@@ -147,8 +148,9 @@ def test_a_run_without_a_step_has_a_page(open_page: Any, tmp_path: Path, tiny_mo
 
 def test_alarms_and_the_return_are_lines_on_every_curve(open_page: Any, tmp_path: Path, tiny_model: Path) -> None:
     folder = Story(path=tmp_path / "run", model=tiny_model, steps=30).write()
-    folder.event("alarm", signal="ess", step=9, since=4, reason="<b>low</b>", time=1.7e9 + 8)
-    folder.event("rollback", version=10, to=4, text="at step 9 to version 4", time=1.7e9 + 9)
+    folder.record(AlarmRaised(signal="ess", step=9, since=4, reason="<b>low</b>"), time=1.7e9 + 8)
+    back = RunRolledBack(version=10, to=4, since=4, lr_scale=1.0, reason="low", text="at step 9 to version 4")
+    folder.record(back, time=1.7e9 + 9)
     page = open_page(folder.path)
     card = page.locator("article.chart[data-title=Reward]")
     card.scroll_into_view_if_needed()

@@ -187,7 +187,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_command_to_install_
     (tmp_path / "wandb").mkdir()  # W&B leaves such a folder where it ran: no package
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     monkeypatch.delitem(__import__("sys").modules, "wandb", raising=False)
-    with pytest.raises(UserError, match=r"wandb is not installed; pip install 'async-rl\[wandb\]'"):
+    with pytest.raises(UserError, match=r"wandb is not installed; pip install wandb"):
         quick_settings(tiny_model, "trackers=[wandb]")
 
 

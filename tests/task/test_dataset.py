@@ -220,7 +220,7 @@ def test_parquet_gives_the_same_problems_as_jsonl(tmp_path: Path) -> None:
 def test_parquet_without_pyarrow_names_the_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    assert "pip install 'async-rl[parquet]'" in refusal(tmp_path / "a.parquet")
+    assert "pip install pyarrow" in refusal(tmp_path / "a.parquet")
 
 
 # ---------------------------------------------------------------- the example in configs/data
