@@ -1,13 +1,9 @@
-"""Which metrics stand together on one chart, and in which order."""
+"""The charts of the report: which metrics stand together, and curves thin enough to draw."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from types import MappingProxyType
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +11,8 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
+    """Metrics that share one pair of axes. Example: `Chart(section=LEARNING, title="Entropy", keys=("entropy",))`."""
+
     section: str
     title: str
     keys: tuple[str, ...]
@@ -70,54 +68,46 @@ CHARTS: tuple[Chart, ...] = (
     Chart(section=FLOW, title="Generators at work", keys=("busy/generators", "generators")),
     Chart(section=FLOW, title="Canary: log-probs of the probe", keys=("canary/max_difference",), log=True),
 )
-DERIVED = {
-    "tokens_per_s/trained": "policy tokens trained a second of wall time, from one step's end to the next",
-    "tokens_per_s/generated": "policy tokens generated a second of wall time",
-    "busy/generators": "share of the time in which the generators decoded (time/generator_busy), on average over them",
-}
-"""metrics that are computed here from those of metrics.jsonl, and what they mean"""
 
 
 def charts_for(keys: Iterable[str]) -> list[Chart]:
-    """The charts that these metrics fill, those without a place of their own at the end, each alone."""
-    there = list(keys)
-    known = set(there)
+    """The charts that these metrics fill; metrics without a chart come last, each on one of its own."""
+    there = set(keys)
     found = []
     for chart in CHARTS:
-        kept = tuple(key for key in chart.keys if key in known)
-        if kept:
-            found.append(Chart(section=chart.section, title=chart.title, keys=kept, log=chart.log))
+        if kept := tuple(key for key in chart.keys if key in there):
+            found.append(replace(chart, keys=kept))
     placed = {key for chart in CHARTS for key in chart.keys}
-    return found + [Chart(section=OTHER, title=key, keys=(key,)) for key in _rest(there, placed)]
+    return found + [Chart(section=OTHER, title=key, keys=(key,)) for key in sorted(there - placed)]
 
-
-def _rest(keys: Sequence[str], placed: set[str]) -> list[str]:
-    return sorted(key for key in keys if key not in placed)
-
-
-# -------------------- curves
-# Curves thin enough to draw, on which no spike is lost.
 
 MOST_POINTS = 1200
-"""longer curves are drawn as this many buckets: more than a screen has columns for one plot"""
+"""a longer curve is drawn as this many buckets, which is more than a plot has columns on a screen"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """A metric against step. Of a bucket of several steps: mean, lowest and highest value."""
+    """A metric against step. A point is one step, or a bucket of steps with its mean, lowest and highest value, so that
+    no spike is lost."""
 
     step: NDArray[np.float64]  # [points]
-    """of a bucket: its first step"""
+    """the first step of a bucket"""
     mean: NDArray[np.float64]  # [points]
     low: NDArray[np.float64] | None  # [points]
-    """None: every point is one step"""
+    """None: each point is one step"""
     high: NDArray[np.float64] | None  # [points]
     not_finite: int
     """values that were NaN or infinite, which cannot be drawn"""
 
 
 def curve(step: NDArray[np.float64], value: NDArray[np.float64], *, absent: NDArray[np.bool_]) -> Curve | None:
-    """`absent`: rows that lack the metric. None when no value can be drawn and none is broken."""
+    """The curve of one metric. None when there is no value, neither finite nor broken.
+
+    Args:
+        step: [rows]
+        value: [rows], NaN where it cannot be drawn
+        absent: [rows], True where the row lacks the metric, which is no broken value
+    """
     finite = np.isfinite(value)
     not_finite = int((~finite & ~absent).sum())
     step, value = step[finite], value[finite]
@@ -134,38 +124,3 @@ def curve(step: NDArray[np.float64], value: NDArray[np.float64], *, absent: NDAr
         high=np.maximum.reduceat(value, starts),
         not_finite=not_finite,
     )
-
-
-# -------------------- glossary
-# What each metric means, out of docs/metrics.md: written once, there.
-
-PAGE = Path(__file__).parent / "metrics.md"
-"""a link to docs/metrics.md; in a wheel a copy"""
-_ROW = re.compile(r"^\| `([^`]+)` \| (.*) \|$")
-
-
-@cache
-def meanings() -> Mapping[str, str]:
-    """Key to definition as plain text, among them patterns such as `reject/<reason>/tokens`."""
-    return MappingProxyType(parse(PAGE.read_text()))
-
-
-def parse(text: str) -> dict[str, str]:
-    """The definitions of a page: rows of tables whose first cell is one key in backticks."""
-    found: dict[str, str] = {}
-    for line in text.splitlines():
-        row = _ROW.match(line)
-        if row:
-            found[row[1]] = row[2].replace("\\|", "|").replace("`", "")
-    return found
-
-
-def meaning(key: str) -> str:
-    """The definition of a metric; empty when the page has none."""
-    known = meanings()
-    if key in known:
-        return known[key]
-    for pattern, text in known.items():
-        if "<" in pattern and re.fullmatch(re.sub(r"<\w+>", "[^/]+", pattern), key):
-            return text
-    return ""

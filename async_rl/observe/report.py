@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 
 from async_rl.buffer.store_reader import StoreError, StoreSurvey, Surveyed
 from async_rl.errors import UserError
+from async_rl.events import EvaluationReported, RunResumed
 from async_rl.observe import timeline
-from async_rl.observe.charts import DERIVED, Curve, charts_for, curve, meaning
+from async_rl.observe.charts import Curve, charts_for, curve
 from async_rl.observe.console import in_words, summary_rows
+from async_rl.observe.glossary import meaning
 from async_rl.observe.record import RunRecord, incidents, read_run
 from async_rl.observe.samples import samples
 from async_rl.run_folder import replace_text
@@ -38,8 +40,6 @@ DETAIL_TRAJECTORIES = 60_000
 MOST_EVENTS = 2_000
 MOST_INCIDENTS = 50
 CLOCK_POINTS = 400
-BUCKET_BOUNDS = (16, 64, 256, 1024, 4096, 16384)
-"""policy tokens: those of the metrics `reject/<reason>/<bucket>`"""
 PARTS = ("uplot.css", "report.css"), ("uplot.js", "charts.js", "timeline.js", "samples.js", "report.js")
 
 
@@ -92,7 +92,7 @@ def report_data(records: Sequence[RunRecord], *, with_ratios: bool = True) -> di
         "made_at": time.time(),
         "runs": runs,
         "charts": [{"section": c.section, "title": c.title, "keys": c.keys, "log": c.log} for c in charts],
-        "meanings": {key: DERIVED.get(key) or meaning(key) for key in keys},
+        "meanings": {key: meaning(key) for key in keys},
     }
 
 
@@ -113,7 +113,7 @@ def _run(record: RunRecord, with_ratios: bool) -> dict[str, Any]:
         "curves": _curves(record),
         "rejects": _rejects(record),
         "events": _events(record),
-        "incidents": [[i.step, i.name, i.text] for i in incidents(record.events)][-MOST_INCIDENTS:],
+        "incidents": [[i.step, i.name, i.text] for i in incidents(record.typed_events())][-MOST_INCIDENTS:],
         "settings": [[s.path, s.value, s.meaning, s.unit] for s in record.setting_rows],
         "survey": None,
         "refusals": [],
@@ -183,11 +183,11 @@ def _curves(record: RunRecord) -> dict[str, Any]:
         drawn = curve(steps, value, absent=np.isnan(value))
         if drawn is not None:
             found[key] = _drawn(drawn)
-    held_out = [e for e in record.events if e["event"] == "evaluation" and isinstance(e.get("reward"), int | float)]
+    held_out = [e for e in record.typed_events() if isinstance(e, EvaluationReported)]
     if held_out:
-        at = np.array([float(e.get("step", 0)) for e in held_out])
+        at = np.array([float(e.step) for e in held_out])
         order = np.argsort(at, kind="stable")
-        reward = np.array([float(e["reward"]) for e in held_out])
+        reward = np.array([e.reward for e in held_out])
         drawn = curve(at[order], reward[order], absent=np.zeros(len(at), bool))
         if drawn is not None:
             found["reward/eval"] = _drawn(drawn)
@@ -200,7 +200,7 @@ def _derived(record: RunRecord) -> dict[str, NDArray[np.float64]]:
     if len(times) < 2:
         return {}
     seconds = np.append(np.nan, np.diff(times))
-    resumed = [float(e["time"]) for e in record.events if e["event"] == "resumed" and "time" in e]
+    resumed = [row.time for row in record.events if isinstance(row.event, RunResumed) and not math.isnan(row.time)]
     for at in resumed:
         seconds[np.searchsorted(times, at) : np.searchsorted(times, at) + 1] = np.nan
     seconds[seconds <= 0] = np.nan

@@ -14,8 +14,10 @@ from support_story import START, STEP_S, Story
 
 from async_rl.buffer.store_reader import StoreSurvey
 from async_rl.errors import UserError
+from async_rl.events import GeneratorDied, GeneratorReady, ProcessFailed, ProcessStarted, RunInterrupted, RunResumed
 from async_rl.observe import timeline
-from async_rl.observe.charts import CHARTS, MOST_POINTS, charts_for, curve, meaning, parse
+from async_rl.observe.charts import CHARTS, MOST_POINTS, charts_for, curve
+from async_rl.observe.glossary import meaning, metrics_page, plain
 from async_rl.observe.record import read_run
 
 
@@ -49,9 +51,9 @@ def test_how_a_run_stands_is_said(tmp_path: Path, tiny_model: Path) -> None:
     folder.lock.write_text(f"{os.getpid()}\n")
     assert read_run(folder.path).state() == ("going on", "going on: 4 of 4 steps so far")
     folder.lock.unlink()
-    folder.event("failed", process="trainer", message="out of paper", time=START)
+    folder.record(ProcessFailed(process="trainer", message="out of paper"), time=START)
     assert read_run(folder.path).state() == ("failed", "failed after 4 of 4 steps: trainer: out of paper")
-    folder.event("interrupted", signal="SIGINT", time=START)
+    folder.record(RunInterrupted(signal="SIGINT"), time=START)
     assert read_run(folder.path).state()[0] == "stopped"
 
 
@@ -109,7 +111,8 @@ def test_the_meaning_of_a_metric_is_what_the_docs_say() -> None:
     assert meaning("lag/mean") == "mean of v − v_t, in steps"
     assert meaning("reject/veto/tokens") == "tokens rejected for this reason"
     assert meaning("no/such") == ""
-    assert parse("| `a/b` | x \\| `y` |\n|---|---|\n| key | definition |") == {"a/b": "x | y"}
+    assert plain("x \\| `y`") == "x | y"
+    assert (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8") == metrics_page()
 
 
 def test_the_trainer_s_time_is_laid_out_from_its_rows(tmp_path: Path, tiny_model: Path) -> None:
@@ -126,9 +129,10 @@ def test_the_trainer_s_time_is_laid_out_from_its_rows(tmp_path: Path, tiny_model
 def test_a_process_lives_from_its_start_to_its_death_or_the_end(tmp_path: Path, tiny_model: Path) -> None:
     story = Story(path=tmp_path / "run", model=tiny_model, steps=20)
     folder = story.write()
-    folder.event("generator_died", name="generator-0", reason="killed", time=START + 5)
-    folder.event("started", process="generator-0", pid=7, time=START + 6)
-    folder.event("generator_ready", name="generator-0", time=START + 7)
+    died = GeneratorDied(name="generator-0", reason="killed", restart_in_s=0.5, deaths=1, max_restarts=3)
+    folder.record(died, time=START + 5)
+    folder.record(ProcessStarted(process="generator-0", pid=7), time=START + 6)
+    folder.record(GeneratorReady(name="generator-0"), time=START + 7)
     spans = [s for s in timeline.lives(read_run(folder.path)) if s.lane == "generator-0"]
     end = story.ends_at(19) + 0.02
     assert [(s.doing, s.start - START, round(s.end - START, 6)) for s in spans] == [
@@ -142,7 +146,7 @@ def test_a_process_lives_from_its_start_to_its_death_or_the_end(tmp_path: Path, 
 def test_a_launch_that_was_killed_lived_until_its_last_sign(tmp_path: Path, tiny_model: Path) -> None:
     story = Story(path=tmp_path / "run", model=tiny_model, steps=20)
     folder = story.write(summary=False)
-    folder.event("resumed", version=20, time=START + 1000)
+    folder.record(RunResumed(version=20), time=START + 1000)
     spans = [s for s in timeline.lives(read_run(folder.path)) if s.lane == "trainer"]
     assert spans[-1].end == pytest.approx(story.ends_at(19) + 0.02)
 
