@@ -17,6 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from async_rl.errors import RunFailed, UserError
+from async_rl.events import ProcessFailed
 from async_rl.run_folder import RunFolder
 
 # -------------------- interrupt
@@ -172,7 +173,7 @@ def _leave(name: str, folder: RunFolder, kind: str, message: str) -> NoReturn:
     with suppress(OSError):
         folder.failure(name).write_text(cause)
     with suppress(RunFailed):
-        folder.event("failed", process=name, message=message, time=time.time())
+        folder.record(ProcessFailed(process=name, message=message))
     _exit(2 if kind == "user" else 1)
 
 

@@ -6,16 +6,17 @@ import fcntl
 import json
 import os
 import shutil
-import time
+import time as clock
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from async_rl.config import Settings
 from async_rl.config.schema import load_yaml, structured, to_yaml
 from async_rl.errors import RunFailed, UserError
+from async_rl.events import Event, EventRow, RunRolledBack, read_event_rows
 
 # -------------------- follow
 # A JSONL file that others append to and a resumed launch may cut: its new rows, whatever happens to it.
@@ -115,6 +116,14 @@ class RunFolder:
         """why a process ended badly"""
         return self.logs / f"{process}.failure.json"
 
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """The folder of a run that has begun. Raises UserError when `path` holds none."""
+        folder = cls(path)
+        if not folder.config.is_file():
+            raise UserError(f"{path} is not a run folder: there is no {folder.config.name} in it")
+        return folder
+
     def create(self, settings: Settings) -> None:
         """Make the folder and write the resolved settings. Raises UserError when it is not new."""
         try:
@@ -131,8 +140,14 @@ class RunFolder:
         """The settings the run was started with."""
         return structured(Settings, load_yaml(self.config), where="")
 
-    def event(self, kind: str, /, **detail: Any) -> None:
-        append_row(self.events, {"event": kind, **detail})
+    def record(self, event: Event, *, time: float | None = None) -> None:
+        """Append an event to events.jsonl. `time`: when it happened, seconds since the epoch; None: now. Raises
+        RunFailed."""
+        append_row(self.events, event.row(clock.time() if time is None else time))
+
+    def read_events(self) -> list[EventRow]:
+        """The events so far, in the order they were written."""
+        return read_event_rows(read_rows(self.events))
 
 
 def replace_text(path: Path, text: Iterable[str]) -> None:
@@ -225,7 +240,7 @@ def take_lock(path: Path, seconds: float) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    deadline = time.monotonic() + seconds
+    deadline = clock.monotonic() + seconds
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -233,10 +248,10 @@ def take_lock(path: Path, seconds: float) -> int:
         except BlockingIOError:
             owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
             alive = owner.isdecimal() and Path(f"/proc/{owner}").exists()
-            if alive or time.monotonic() > deadline:
+            if alive or clock.monotonic() > deadline:
                 os.close(descriptor)
                 raise UserError(_taken(path.parent, owner, alive, seconds)) from None
-            time.sleep(POLL_S)
+            clock.sleep(POLL_S)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
@@ -290,18 +305,17 @@ class Rollback:
         """Version of the checkpoint from which training goes on at `version`; `there`: it has a checkpoint."""
         return self.to if version == self.at and not there else version
 
-    def story(self) -> dict[str, Any]:
-        """For events and summary."""
-        return {
-            "version": self.at,
-            "to": self.to,
-            "since": self.since,
-            "lr_scale": self.lr_scale,
-            "reason": self.reason,
-            "text": self.in_words(),
-        }
+    def event(self) -> RunRolledBack:
+        return RunRolledBack(
+            version=self.at,
+            to=self.to,
+            since=self.since,
+            lr_scale=self.lr_scale,
+            reason=self.reason,
+            text=self.describe(),
+        )
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         begin = f"the checkpoint of version {self.to}" if self.to else "the initial model"
         return (
             f"at step {self.at - 1} to {begin}, {self.given_up} steps given up, learning rate x {self.lr_scale:g}: "

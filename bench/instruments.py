@@ -35,6 +35,7 @@ from async_rl.buffer.store import StoreReader
 from async_rl.config import Settings, check
 from async_rl.config.schema import load_yaml, structured, to_yaml, with_overrides
 from async_rl.errors import check_trackers
+from async_rl.events import CheckpointSaved
 from async_rl.run_folder import RunFolder, append_row, read_rows
 from async_rl.trainer.alarm import Guard
 from async_rl.trainer.build import make_learner, pack_step
@@ -147,7 +148,7 @@ def inside(settings: Settings, folder: RunFolder, out: RunFolder, steps: int) ->
                 row = {**like, **report.metrics, "step": step, "time": time.time(), **guard.columns()}
                 append_row(out.metrics, row)
                 if step % 10 == 0:
-                    out.event("checkpoint", version=step, path="", seconds=0.0, time=time.time())
+                    out.record(CheckpointSaved(version=step, path="", seconds=0.0))
             seconds.append((time.perf_counter() - started, watched))
         if number >= 2:  # the first touch memory
             with_, without = (next(s for s, w in seconds if w is on) for on in (True, False))

@@ -23,6 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "version errors",
         "trajectory",
         "config",
+        "events",
         "run_folder",
         "process",
         # rooms

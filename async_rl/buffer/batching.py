@@ -11,6 +11,7 @@ from async_rl.buffer import effects as do
 from async_rl.buffer.admission import Admission
 from async_rl.buffer.depth import Depth, Rules
 from async_rl.buffer.ledger import Group, Ledger, untrainable
+from async_rl.events import BatchHeldUp
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.types import bucket_names, bucket_of
 from async_rl.wire import messages as msg
@@ -36,10 +37,6 @@ class Lengths:
         self.trajectories += 1
         self.tokens += policy_length
         self.buckets[bucket_of(policy_length)] += 1
-
-    @property
-    def mean(self) -> float:
-        return self.tokens / self.trajectories if self.trajectories else 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,22 +97,19 @@ class Discarded:
         both = self.dropped, self.refused
         return sum(lengths.tokens for lengths in both) / max(1, sum(lengths.trajectories for lengths in both))
 
-    def numbers(self) -> dict[str, float]:
-        """Since the start of the run, as metrics."""
+    def counters(self, *, groups: int) -> msg.DroppedCounters:
+        """Since the start of the run. `groups`: those dropped."""
         dropped, trained = self.dropped, self.trained
-        means = {"drop/len_trained": trained.mean}
-        if dropped.trajectories:
-            means["drop/len_mean"] = dropped.mean
-        if dropped.trajectories and trained.trajectories:
-            means["drop/len_bias"] = dropped.mean / trained.mean
         named = list(enumerate(bucket_names()))
-        return {
-            "drop/trajectories": dropped.trajectories,
-            "drop/tokens": dropped.tokens,
-            **means,
-            **{f"drop/{name}": dropped.buckets[i] for i, name in named if dropped.buckets[i]},
-            **{f"drop/trained_{name}": trained.buckets[i] for i, name in named if trained.buckets[i]},
-        }
+        return msg.DroppedCounters(
+            groups=groups,
+            trajectories=dropped.trajectories,
+            tokens=dropped.tokens,
+            trajectories_trained=trained.trajectories,
+            tokens_trained=trained.tokens,
+            by_length={name: dropped.buckets[i] for i, name in named if dropped.buckets[i]},
+            trained_by_length={name: trained.buckets[i] for i, name in named if trained.buckets[i]},
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -144,6 +138,8 @@ class Batching:
     """the batch that is to be formed next"""
     held_up_seconds: float = 0.0
     """of all batches since this buffer started"""
+    held_up_by: Counter[str] = field(default_factory=Counter)
+    """generator -> batches that waited for a group of it"""
     depth: Depth | None = field(init=False, default=None)
     """what moves the depth of the pipeline, if anything does"""
 
@@ -218,16 +214,6 @@ class Batching:
         """The trainer has done `step` and found this ESS / B in its batch (-1: it does not say)."""
         return [] if self.depth is None or ess == -1 else self.depth.observe(step=step, ess=ess)
 
-    def numbers(self) -> dict[str, float]:
-        """For the trainer's metric rows."""
-        held = {f"held_up/{name}": count for name, count in self.counts.items() if name.startswith("by/")}
-        found = {"held_up/batches": self.counts["batches_held_up"], "held_up/seconds": self.held_up_seconds, **held}
-        found["len_refused"] = self.discarded.mean_refused
-        found["staleness/depth"] = self.ledger.policy.pipeline_depth
-        if self.ledger.policy.refills:
-            found |= {"drop/groups": self.counts["refused_stale"], **self.discarded.numbers()}
-        return found
-
     def _drop(self) -> list[do.Effect]:
         """Refuse what can no longer be trained in time."""
         out: list[do.Effect] = []
@@ -253,6 +239,8 @@ class Batching:
         self.counts["batches_held_up"] += 1
         self.held_up_seconds += now - held.since
         for name in held.generators:
-            self.counts[f"by/{name or 'nobody'}"] += 1
-        detail = {"step": step, "seconds": now - held.since, "groups": held.groups, "generators": held.generators}
-        return [do.Note(event="held_up", detail=detail)]
+            self.held_up_by[name or "nobody"] += 1
+        waited = BatchHeldUp(
+            step=step, seconds=now - held.since, groups=tuple(held.groups), generators=tuple(held.generators)
+        )
+        return [do.Note(event=waited)]

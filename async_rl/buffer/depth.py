@@ -14,6 +14,7 @@ from typing import Any
 from async_rl.buffer import effects as do
 from async_rl.buffer.ledger import Ledger
 from async_rl.buffer.staleness import Policy
+from async_rl.events import DepthChanged
 
 KEY = "depth"
 """of the controller's state among the store's meta"""
@@ -59,18 +60,6 @@ class DepthState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """For the record. `old` and `new` are equal when a bound stops the controller."""
-
-    step: int
-    ess: float
-    smoothed: float
-    old: float
-    new: float
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class DepthControl:
     """Pure: state and observation in, state and decision out.
 
@@ -102,7 +91,7 @@ class DepthControl:
     def start(self, depth: float) -> DepthState:
         return DepthState(depth=min(depth, self.deepest))
 
-    def observe(self, state: DepthState, *, step: int, ess: float) -> tuple[DepthState, Decision | None]:
+    def observe(self, state: DepthState, *, step: int, ess: float) -> tuple[DepthState, DepthChanged | None]:
         """What follows from the ESS / B of a training step. A step seen before changes nothing."""
         if step <= state.newest:
             return state, None
@@ -126,10 +115,10 @@ class DepthControl:
 
     def _decide(
         self, state: DepthState, direction: int, *, step: int, ess: float, reason: str
-    ) -> tuple[DepthState, Decision | None]:
+    ) -> tuple[DepthState, DepthChanged | None]:
         """Move in this direction, if there is somewhere to go."""
         old = state.depth
-        decision = Decision(step=step, ess=ess, smoothed=state.smoothed, old=old, new=old, reason=reason)
+        decision = DepthChanged(step=step, ess=ess, smoothed=state.smoothed, old=old, new=old, reason=reason)
         if old == (1.0 if direction < 0 else self.deepest):
             if state.at_bound:
                 return state, None
@@ -193,7 +182,7 @@ class Depth:
         self.ledger.policy = self.ledger.policy.at_depth(self.state.depth)
         out: list[do.Effect] = [do.Remember(key=KEY, value=asdict(self.state))]
         if decision is not None:
-            out.append(do.Note(event="depth", detail=asdict(decision)))
+            out.append(do.Note(event=decision))
         return out
 
     def restore(self, remembered: Mapping[str, Any]) -> None:

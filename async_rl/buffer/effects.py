@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from async_rl.buffer.ledger import Group
+from async_rl.events import Event
 from async_rl.trajectory import Split, Trajectory
 from async_rl.trajectory.codec import Blob
-from async_rl.wire.messages import EvaluationResult, Message
+from async_rl.wire.messages import BufferCounters, EvaluationResult, Message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +126,7 @@ class SendBatch:
     step: int
     after: int = 0
     """trajectories of it that were sent before"""
-    detail: Mapping[str, float]
+    counters: BufferCounters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,10 +141,9 @@ class RecordRefusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Note:
-    """A row for events.jsonl."""
+    """An event for the record of the run."""
 
-    event: str
-    detail: Mapping[str, object]
+    event: Event
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

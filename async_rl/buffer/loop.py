@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+
+from msgspec.structs import replace
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
@@ -15,6 +17,7 @@ from async_rl.buffer.restore import read_standing, restore
 from async_rl.buffer.store import Store, store_begun
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
+from async_rl.events import BufferReady, MessageRefused, PeersTurnedAway, RecordEvent
 from async_rl.run_folder import RunFolder, read_rollback
 from async_rl.trajectory.codec import WireError, unpack
 from async_rl.wire import messages as msg
@@ -116,7 +119,7 @@ def run_buffer(
                 store.give_up(version=back.at, reason=reason)
             store.commit()
             restore(core, read_standing(store), version=version)
-        folder.event("buffer_ready", time=time.time(), endpoint=endpoint)
+        folder.record(BufferReady(endpoint=endpoint))
         strangers = Strangers(router.gate)
         pruning = chosen.keep_steps > 0
         activity.now("serving")
@@ -125,7 +128,7 @@ def run_buffer(
             activity.still("serving")
             effects = receive(router, core, memory.handled_bytes)
             activity.still("storing and answering" if effects else "serving")
-            carry_out(effects, store, router, folder.event, part_bytes)
+            carry_out(effects, store, router, folder.record, part_bytes)
             strangers.report(core, folder, time.monotonic())
             if chosen.keep_steps and (pruning or any(isinstance(effect, do.MarkConsumed) for effect in effects)):
                 pruning = store.prune(keep_steps=chosen.keep_steps, oldest_live=core.oldest_live())
@@ -164,7 +167,7 @@ class Strangers:
             return
         self.told = settled
         core.counts["peers_turned_away"] = self.told
-        folder.event("peers_turned_away", count=self.told, reasons=self.gate.reasons, time=time.time())
+        folder.record(PeersTurnedAway(count=self.told, reasons=self.gate.reasons))
 
 
 def receive(router: Router, core: Core, most_bytes: int) -> list[do.Effect]:
@@ -193,10 +196,8 @@ def trajectory_bytes(message: msg.Message) -> int:
     return sum(t.tokens.nbytes + t.log_behaviour.nbytes for t in message.trajectories)
 
 
-def carry_out(
-    effects: Sequence[do.Effect], store: Store, router: Router, record: Callable[..., None], part_bytes: int
-) -> None:
-    """Write everything, commit, and only then tell anybody. `record(event, **detail)` writes into events.jsonl.
+def carry_out(effects: Sequence[do.Effect], store: Store, router: Router, record: RecordEvent, part_bytes: int) -> None:
+    """Write everything, commit, and only then tell anybody. `record` writes into events.jsonl.
     `part_bytes`: of a batch, sent at once."""
     if not effects:
         return
@@ -220,16 +221,9 @@ def carry_out(
             case do.SendBatch():
                 send_batch(effect, store, router, part_bytes)
             case do.RecordRefusal():
-                record(
-                    "refused",
-                    peer=effect.peer.hex(),
-                    what=effect.what,
-                    kind=effect.kind,
-                    reason=effect.reason,
-                    time=time.time(),
-                )
-            case do.Note(event=event, detail=noted):
-                record(event, **noted, time=time.time())
+                record(MessageRefused(peer=effect.peer.hex(), what=effect.what, kind=effect.kind, reason=effect.reason))
+            case do.Note(event=event):
+                record(event)
             case do.EndRun(reason=reason, failed=True):
                 raise RunFailed(reason)
 
@@ -244,13 +238,14 @@ def send_batch(effect: do.SendBatch, store: Store, router: Router, part_bytes: i
     part = store.load_part(effect.step, after=effect.after, most_bytes=part_bytes)
     assert part is not None, "a batch is stored before it is sent"
     total, blobs = part
-    spent = {
-        "store_seconds": store.seconds_writing,
-        "store_processor_seconds": store.processor_seconds,
-        "store_commits": store.commits,
-    }
-    detail = {**effect.detail, **spent}
-    message = msg.Batch(step=effect.step, blobs=tuple(blobs), after=effect.after, total=total, detail=detail)
+    counters = replace(
+        effect.counters,
+        store_seconds=store.seconds_writing,
+        store_processor_seconds=store.processor_seconds,
+        store_commits=store.commits,
+    )
+    views = tuple(memoryview(blob) for blob in blobs)
+    message = msg.Batch(step=effect.step, blobs=views, after=effect.after, total=total, counters=counters)
     router.send(effect.peer, message)
 
 

@@ -7,10 +7,13 @@ lost on the way. So no order of arrival does harm, and whatever is missing is se
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.admission import AGAIN_S, Admission
+from async_rl.events import GeneratorJoined, GeneratorLeft, GeneratorLost
 from async_rl.wire import messages as msg
 
 # -------------------- presence
@@ -84,17 +87,17 @@ class Presence:
             return "nothing was heard of it"
         return f"last heard of {sign.name} {now - sign.heard:.1f} s ago: {sign.doing} (for {now - sign.since:.1f} s)"
 
-    def table(self, now: float) -> list[dict[str, object]]:
-        """One row a process, in plain values."""
+    def rows(self, now: float) -> list[msg.ProcessState]:
+        """One row a process."""
         return [
-            {
-                "name": s.name,
-                "role": s.role,
-                "pid": s.pid,
-                "doing": s.doing,
-                "since_s": round(now - s.since, 3),
-                "silent_s": round(now - s.heard, 3),
-            }
+            msg.ProcessState(
+                name=s.name,
+                role=s.role,
+                pid=s.pid,
+                doing=s.doing,
+                since_s=round(now - s.since, 3),
+                silent_s=round(now - s.heard, 3),
+            )
             for s in self.signs.values()
         ]
 
@@ -119,8 +122,8 @@ class Attendance:
             self.lost(peer)
             self.admission.join(peer, hello, now)
             self.presence.join(peer, hello, now)
-            if msg.JOINED in hello.detail:
-                out.append(do.Note(event="generator_joined", detail={"name": hello.name, "pid": hello.pid}))
+            if hello.joined:
+                out.append(do.Note(event=GeneratorJoined(name=hello.name, pid=hello.pid)))
         return [*out, do.Send(peer=peer, message=msg.NewWeights(version=published))]
 
     def lost(self, peer: bytes) -> bool:
@@ -130,9 +133,9 @@ class Attendance:
 
     def leave(self, peer: bytes, leave: msg.Leave) -> list[do.Effect]:
         generator = self.admission.generators[peer]
-        detail = {"name": generator.name, "groups": sorted(generator.groups), "reason": leave.reason}
+        left = GeneratorLeft(name=generator.name, groups=tuple(sorted(generator.groups)), reason=leave.reason)
         self.lost(peer)
-        return [do.Note(event="generator_left", detail=detail)]
+        return [do.Note(event=left)]
 
     def gone(self, gone: msg.Gone) -> list[do.Effect]:
         """The launcher saw that life end."""
@@ -147,15 +150,15 @@ class Attendance:
         for peer in self.presence.frozen(now):
             if (generator := self.admission.generators.get(peer)) is None:
                 continue  # without a trainer nothing goes on: the launcher sees to that
-            detail = {
-                "name": generator.name,
-                "groups": sorted(generator.groups),
-                "silent_s": round(self.presence.silent_s(peer, now), 3),
-                "reason": self.presence.last_word(peer, now),
-            }
+            lost = GeneratorLost(
+                name=generator.name,
+                groups=tuple(sorted(generator.groups)),
+                silent_s=round(self.presence.silent_s(peer, now), 3),
+                reason=self.presence.last_word(peer, now),
+            )
             self.lost(peer)
             self.admission.counts["generators_frozen"] += 1
-            out.append(do.Note(event="generator_lost", detail=detail))
+            out.append(do.Note(event=lost))
         return out
 
     def canary(self, peer: bytes, canary: msg.Canary, trainer: bytes) -> list[do.Effect]:

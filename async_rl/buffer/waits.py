@@ -17,8 +17,8 @@ from async_rl.buffer.admission import Admission
 from async_rl.buffer.evaluation import Evaluation, Evaluations
 from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.presence import Presence
+from async_rl.events import StallOver, StallReported
 from async_rl.wire import messages as msg
-from async_rl.wire.messages import HOLDS
 
 if TYPE_CHECKING:
     pass
@@ -83,27 +83,6 @@ def _oldest(groups: Sequence[Group], admission: Admission, presence: Presence, n
         f"{now - oldest.admitted_at:.1f} s, {len(oldest.samples)}/{oldest.size} samples"
     )
     return f"{text}; {presence.last_word(holder, now)}" if generator is not None else text
-
-
-def counters(
-    ledger: Ledger, admission: Admission, counts: Counter[str], *, refused: int, published: int
-) -> dict[str, float]:
-    """What goes to the trainer with every batch."""
-    generators = admission.generators.values()
-    oldest = min((g.version for g in generators), default=published)
-    return {
-        "slots_used": ledger.policy.used(ledger.line, step=ledger.step, version=oldest, published=published),
-        "slots": ledger.policy.slots,
-        "generators": len(generators),
-        "generator_busy_seconds": admission.busy_seconds,
-        "tokens_generated": admission.tokens_generated,
-        "groups_admitted": counts["groups_admitted"],
-        "groups_trained": counts["groups_trained"],
-        "groups_refused": counts["groups_refused"],
-        "trajectories_failed": counts["trajectories_failed"],
-        "wire_refused": refused,
-        **{f"{HOLDS}{g.name}": g.version for g in generators},
-    }
 
 
 WAITING_NOTICE_S = 2.0
@@ -205,10 +184,10 @@ class Waits:
         self._idle(now)
         return out + self._report(now)
 
-    def rows(self, now: float) -> list[dict[str, object]]:
-        """All waits of more than a second, in plain values."""
+    def rows(self, now: float) -> list[msg.StandingWait]:
+        """All waits of more than a second."""
         return [
-            {"who": w.who, "what": w.what, "seconds": round(now - w.since, 3), "why": w.why()}
+            msg.StandingWait(who=w.who, what=w.what, seconds=round(now - w.since, 3), why=w.why())
             for w in self._all(now)
             if now - w.since > 1
         ]
@@ -250,16 +229,14 @@ class Waits:
             wait = waits.get(key)
             if wait is None or (wait.what, wait.since) != (stall.wait.what, stall.wait.since):
                 del self.stalls[key]
-                out.append(do.Note(event="stall_over", detail=_detail(stall.wait, now)))
+                waited = round(now - stall.wait.since, 3)
+                out.append(do.Note(event=StallOver(waits=stall.wait.who, what=stall.wait.what, seconds=waited)))
         for key, wait in waits.items():
             waited = now - wait.since
             if waited < (self.stalls[key].next_at if key in self.stalls else self.after_s):
                 continue
             self.stalls[key] = Stall(wait=wait, next_at=2 * waited)
             text = f"{wait.who} waits {waited:.0f} s for {wait.what}: {wait.why()}"
-            out.append(do.Note(event="stall", detail={**_detail(wait, now), "text": text}))
+            report = StallReported(waits=wait.who, what=wait.what, seconds=round(waited, 3), text=text)
+            out.append(do.Note(event=report))
         return out
-
-
-def _detail(wait: Wait, now: float) -> dict[str, object]:
-    return {"waits": wait.who, "for": wait.what, "seconds": round(now - wait.since, 3)}

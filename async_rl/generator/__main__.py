@@ -6,10 +6,10 @@ import asyncio
 import gc
 import os
 import sys
-import time
 from pathlib import Path
 
 from async_rl.config import Settings
+from async_rl.events import GeneratorReady
 from async_rl.process import TOLD_TO_END, on_order_to_end, run_process
 from async_rl.run_folder import RunFolder
 from async_rl.wire.channel import AsyncDealer, ipc_endpoint
@@ -45,7 +45,7 @@ async def generate(
     dealer = AsyncDealer(endpoint, name, max_message_bytes=limit, keys=keys_in(settings.wire.keys))
     links = ipc_endpoint(folder.path, "weights")
     weights = make_weights(settings, segment_path(folder.path), weights_endpoint, name, here=True, way=way, links=links)
-    folder.event("generator_ready", name=name, time=time.time())
+    folder.record(GeneratorReady(name=name))
     try:
         task = make_task(settings.task.name, settings.task.args)
         gc.freeze()  # what imports and set-up left behind is never garbage: do not look through it again
@@ -58,7 +58,7 @@ async def generate(
             weights,
             activity=activity,
             buffer_silent_s=lambda: heartbeat.buffer_silent_s,
-            event=folder.event,
+            record=folder.record,
         )
         on_order_to_end(lambda: loop.leave("told to end"))
         await loop.run()

@@ -10,7 +10,7 @@ from async_rl.config import Settings
 from async_rl.errors import UserError
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
-from async_rl.generator.pull import Fetched, Linked, MergingSource, TensorReader, WeightSource
+from async_rl.generator.pull import LinkSource, MergingSource, ReaderSource, TensorReader, WeightSource
 from async_rl.model.architecture import DecoderConfig, context_of, tensor_shapes
 from async_rl.model.decoder import DTYPES
 from async_rl.model.folder import check_folder, load_model, load_tensors, read_headers
@@ -33,7 +33,7 @@ def make_weights(
     if way in LINKS:
         timeout_s, workers = settings.weights.timeout_s, settings.vllm.tensor_parallel
         first_s = settings.wire.timeout_s
-        return Linked(links, identity, way=way, workers=workers, first_s=first_s, timeout_s=timeout_s)
+        return LinkSource(links, identity, way=way, workers=workers, first_s=first_s, timeout_s=timeout_s)
     transport = way or settings.weights.transport
     if transport in LINKS:
         raise UserError(
@@ -44,14 +44,14 @@ def make_weights(
     if transport == "shared_memory" or (transport == "auto" and here):
         if not here:
             raise UserError(f"weights.transport is shared_memory, but {segment} is not on this host; leave it out")
-        return Fetched(whole_weights(settings, WeightReader(segment, timeout_s=settings.wire.timeout_s)))
+        return ReaderSource(whole_weights(settings, WeightReader(segment, timeout_s=settings.wire.timeout_s)))
     if not endpoint or keys is None:
         raise UserError(
             "the weights of this run cannot be had here: it has no weight server, which only runs with a tcp endpoint; "
             "start the run with wire.endpoint=tcp://HOST:PORT"
         )
     stream = WeightStream(endpoint, f"{identity}/weights", keys=keys, timeout_s=settings.wire.timeout_s)
-    return Fetched(whole_weights(settings, stream))
+    return ReaderSource(whole_weights(settings, stream))
 
 
 def whole_weights(settings: Settings, source: TensorReader) -> TensorReader:

@@ -1,8 +1,15 @@
 """The generator process: permits in, trajectories out, weights swapped in flight.
 
-Who waits for whom: episodes wait for the engine; the engine waits for work; this process waits for
-permits. It never waits for the trainer: new weights are announced by the buffer and pulled between
-two decoding steps.
+The loop is a few coroutines around one engine:
+
+- `_receive` handles the buffer's messages: permits start episodes, announcements wake `_swap_weights`;
+- episodes (episodes.py) ask the engine for turns; the engine decodes all of them together, step by step;
+- `_send` sends finished trajectories, which stay in the outbox until acknowledged, and requests permits again;
+- `_swap_weights` loads announced weights between two decoding steps and sends evidence of them;
+- `_report` sends the status at a steady pace, resends what is late and checks that the buffer lives.
+
+Who waits for whom: episodes wait for the engine; the engine waits for work; this process waits for permits. It never
+waits for the trainer: new weights are announced by the buffer and pulled.
 """
 
 from __future__ import annotations
@@ -10,19 +17,20 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
+from async_rl.events import GeneratorRejoined, RecordEvent, ignore_event
 from async_rl.generator.engine import Engine
-from async_rl.generator.outbox import AGAIN_S, Outbox, Patience, no_event
-from async_rl.generator.session import EpisodeSession, Ticket, run_episode
+from async_rl.generator.episodes import Episodes, Key
+from async_rl.generator.outbox import RESEND_S, BufferDeadline, Outbox
+from async_rl.generator.pull import EngineWeights
 from async_rl.task.protocol import Task
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import WireError
-from async_rl.trajectory.types import sample_seed
 from async_rl.weights.canary import probe_tokens
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import AsyncDealer
@@ -33,32 +41,36 @@ if TYPE_CHECKING:
     from async_rl.generator.pull import WeightSource
     from async_rl.model.tokenizer import Tokenizer
 
-
-# -------------------- options
-# What the loop of a generator needs of the settings.
+FLUSH_S = 0.004
+"""finished trajectories are gathered this long into one message"""
+STATUS_S = 0.2
+"""interval of the status sent to the buffer"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratorOptions:
-    """Example: `make_options(settings, "generator-0")`."""
+    """The settings that the loop of one generator needs. Example: `make_options(settings, "generator-0")`."""
 
     name: str
     max_sequences: int
+    """most episodes at once"""
     group_size: int
+    """episodes of one permit"""
     max_turns: int
+    """of one episode"""
     episode_timeout_s: float
     save_turns_after_s: float
-    """finished turns of episodes that have run longer are kept by the buffer"""
+    """finished turns of episodes that have run longer are saved by the buffer"""
     timeout_s: float
     """longest silence of the buffer, and longest wait for it to acknowledge something"""
     stall_report_s: float
-    """longest wait for that which is not reported"""
+    """a longer wait for an acknowledgement is reported"""
     joined: bool = False
-    """it came by itself; the launcher knows nothing of it"""
+    """it joined a running run; the launcher did not start it"""
 
 
 def make_options(settings: Settings, name: str, *, joined: bool = False) -> GeneratorOptions:
-    """What the loop of generator `name` needs. `joined`: by itself, not started by the launcher."""
+    """The options of generator `name`."""
     chosen = settings.generator
     return GeneratorOptions(
         name=name,
@@ -73,87 +85,89 @@ def make_options(settings: Settings, name: str, *, joined: bool = False) -> Gene
     )
 
 
-FLUSH_S = 0.004
-"""finished trajectories are gathered this long into one message"""
-STATUS_S = 0.2
-"""interval of the standing sent to the buffer"""
+@dataclass(slots=True)
+class PermitCredit:
+    """How many permits the buffer may give, as a total since the last Hello, so that permits that are on their way
+    are not counted twice."""
+
+    received: int = 0
+    """permits since the last Hello, as the buffer counts them"""
+    limit: int = -1
+    """highest total requested; -1: none yet"""
+
+    def raise_limit(self, free: int) -> bool:
+        """Request `free` permits beyond those received. False when so many are requested already."""
+        if self.received + free <= self.limit:
+            return False
+        self.limit = self.received + free
+        return True
 
 
 @dataclass(slots=True)
 class GeneratorLoop:
-    """A few coroutines on one event loop around one engine."""
+    """One generator on one event loop. `run` returns when the buffer says stop, or after `leave`."""
 
     options: GeneratorOptions
     engine: Engine
     task: Task
     tokenizer: Tokenizer
     dealer: AsyncDealer
-    weights: WeightSource
+    source: WeightSource
     activity: Activity = field(default_factory=Activity)
-    """tells the heartbeat what is done"""
+    """what the heartbeat reports"""
     buffer_silent_s: Callable[[], float] = lambda: 0.0
-    event: Callable[..., None] = no_event
+    record: RecordEvent = ignore_event
     """writes an event of the run"""
-    patience: Patience = field(init=False)
+
+    episodes: Episodes = field(init=False)
+    outbox: Outbox = field(default_factory=Outbox)
+    weights: EngineWeights = field(init=False)
+    credit: PermitCredit = field(default_factory=PermitCredit)
+    deadline: BufferDeadline = field(init=False)
     session: int = 0
     """of the last Hello"""
-    running: dict[tuple[int, int], asyncio.Task[None]] = field(default_factory=dict)
-    abandoned: set[tuple[int, int]] = field(default_factory=set)
-    """running episodes that nobody wants any more"""
-    outbox: Outbox = field(default_factory=Outbox)
-    begun: dict[tuple[int, int], Trajectory] = field(default_factory=dict)
-    """newest finished turns of long episodes, to be sent"""
-    recorded: dict[tuple[int, int], Trajectory] = field(default_factory=dict)
-    """what a lost generator had done of episodes that are to be started here"""
-    records_dropped: int = 0
-    """of them, those whose environment answered otherwise this time"""
-    sessions: dict[tuple[int, int], EpisodeSession] = field(default_factory=dict)
-    """of the running episodes"""
-    permits_received: int = 0
-    """in all since the last Hello, as the buffer counts them"""
-    told_limit: int = -1
-    announced: int = 0
-    """newest version the buffer spoke of"""
-    loaded: bool = False
-    """weights of the run are in the engine"""
-    loading: bool = False
-    """newer weights are being read"""
-    episodes: int = 0
     started: float = 0.0
-    leaving: str = ""
-    """why it is to end"""
     stopped: str = ""
     """why the buffer ended the run"""
-    probe: tuple[int, ...] = ()
-    """tokens whose log-probs are shown after each load"""
-    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    failure: RunFailed | None = None
-    """of the engine: no episode can go on"""
+    leaving: str = ""
+    """why this generator is to end"""
     leave_now: asyncio.Event = field(default_factory=asyncio.Event)
-    failed: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    new_weights: asyncio.Event = field(default_factory=asyncio.Event)
+    """an episode has ended, or has turns to save"""
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     def __post_init__(self) -> None:
         o = self.options
-        self.patience = Patience(o.name, o.timeout_s, o.stall_report_s, self.buffer_silent_s, self.event)
+        self.deadline = BufferDeadline(o.name, o.timeout_s, o.stall_report_s, self.buffer_silent_s, self.record)
+        self.weights = EngineWeights(o.name, self.engine, self.source)
+        self.episodes = Episodes(
+            task=self.task,
+            engine=self.engine,
+            tokenizer=self.tokenizer,
+            generator=o.name,
+            max_turns=o.max_turns,
+            timeout_s=o.episode_timeout_s,
+            save_turns_after_s=o.save_turns_after_s,
+            on_finished=self.outbox.put,
+            on_change=self.changed.set,
+        )
 
     async def run(self) -> None:
-        """Until the buffer says stop. Raises RunFailed when the buffer is silent for too long."""
+        """Generate until the buffer says stop. Raises RunFailed when the buffer is silent for too long or the engine
+        dies."""
         self.started = time.monotonic()
-        await self._hello()
-        self.probe = probe_tokens(self.task, self.tokenizer, self.engine.max_context)
+        await self._say_hello()
+        self.weights.probe = probe_tokens(self.task, self.tokenizer, self.engine.max_context)
         self.activity.now("waiting for the trainer's first weights")
         await self._pull_weights()
-        await self._show_weights()
-        await self._ask()
+        await self._request_permits()
         loops: list[Coroutine[Any, Any, None]] = [
             self._receive(),
             self._send(),
-            self._update(),
+            self._swap_weights(),
             self._report(),
             self._await_leave(),
-            self._await_failure(),
+            self._await_engine_failure(),
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]
         try:
@@ -161,20 +175,22 @@ class GeneratorLoop:
             for task in done:
                 task.result()
         finally:
-            for task in [*tasks, *self.running.values()]:
+            ending = [*tasks, *self.episodes.tasks]
+            for task in ending:
                 task.cancel()
-            await asyncio.gather(*tasks, *self.running.values(), return_exceptions=True)
+            await asyncio.gather(*ending, return_exceptions=True)
             await self.engine.close()
 
     def leave(self, reason: str) -> None:
-        """End soon: what is done is handed over, what is not goes to others. Call it in any thread."""
+        """End soon: finished trajectories and turns are sent, unfinished episodes go to other generators. May be
+        called in any thread."""
         self.leaving = reason
         self.loop.call_soon_threadsafe(self.leave_now.set)
 
-    # ---------------------------------------------------------------- loops
+    # ---------------------------------------------------------------- coroutines that run together
 
     async def _receive(self) -> None:
-        """What the buffer says. Ends when it says stop."""
+        """Handle the buffer's messages. Ends when it says stop."""
         while True:
             try:
                 message = await self.dealer.receive()
@@ -182,22 +198,18 @@ class GeneratorLoop:
                 raise RunFailed(f"{self.options.name} cannot read what the buffer sends: {error}") from None
             match message:
                 case msg.Permits(session=self.session):
-                    self._take(message)
-                    await self._ask()
+                    self._start_episodes(message)
+                    await self._request_permits()
                 case msg.Turns(trajectories=trajectories):
-                    self.recorded |= {(t.group, t.sample): t for t in trajectories}
+                    self.episodes.record_turns(trajectories)
                 case msg.Unknown(session=self.session):
-                    await self._join_anew()
+                    await self._rejoin()
                 case msg.Accepted(pairs=pairs):
                     self.outbox.acknowledge(pairs)
                 case msg.Abandon(groups=groups):
-                    for key in [key for key in self.running if key[0] in groups]:
-                        self.abandoned.add(key)
-                        if key in self.sessions:
-                            self.sessions[key].abandon(msg.ABANDONED)
+                    self.episodes.abandon(groups)
                 case msg.NewWeights(version=version):
-                    self.announced = max(self.announced, version)
-                    self.new_weights.set()
+                    self.weights.announce(version)
                 case msg.Stop(reason=reason):
                     self.stopped = reason or "it is done"
                     return
@@ -209,61 +221,56 @@ class GeneratorLoop:
                     pass
 
     async def _send(self) -> None:
-        """Finished trajectories, gathered for a moment, and the room they left."""
+        """Send turns to save and finished trajectories, gathered for a moment, and request permits for their room."""
         while True:
             await self.changed.wait()
             await asyncio.sleep(FLUSH_S)
             self.changed.clear()
-            if self.begun:
-                turns, self.begun = tuple(self.begun.values()), {}
-                await self._send_turns(turns)
+            await self._send_turns(self.episodes.take_unsent())
             await self._send_finished(self.outbox.take(time.monotonic()))
-            await self._ask()
+            await self._request_permits()
 
-    async def _update(self) -> None:
-        """Swap weights in flight whenever newer ones are announced."""
+    async def _swap_weights(self) -> None:
+        """Load newer weights whenever they are announced, while episodes go on."""
         while True:
-            await self.new_weights.wait()
-            self.new_weights.clear()
-            while self.announced > self.engine.version:  # a stream may bring an older one than was announced last
-                self.loading = True
-                await self._pull_weights()
-                self.loading = False
-                await self._show_weights()  # before any token sampled under a permit for this version
+            await self.weights.news.wait()
+            self.weights.news.clear()
+            while self.weights.behind:  # a stream may bring an older version than was announced last
+                await self._pull_weights()  # the evidence leaves before any token sampled under a permit for it
                 await self.dealer.send(msg.Holds(version=self.engine.version))
 
     async def _report(self) -> None:
-        """The whole standing at a steady pace; also the watch over a silent buffer."""
+        """Send the status at a steady pace, resend what is late, and check that the buffer lives."""
         self.activity.now("waiting for permits")
         self.activity.looping = True
         before = time.monotonic()
         while True:
-            self._tell_heartbeat()
+            self._update_activity()
             await self._send_status()
             await asyncio.sleep(STATUS_S)
             now = time.monotonic()
-            if now - before > AGAIN_S:  # stopped, or held up by a task: nothing could be heard meanwhile
+            if now - before > RESEND_S:  # stopped, or held up by a task: nothing could be received meanwhile
                 self.outbox.excuse(now - before)
             before = now
             await self._send_finished(self.outbox.late(now))
-            self.patience.look(self.outbox, now)
+            self.deadline.check(self.outbox, now)
 
     async def _await_leave(self) -> None:
-        """Told to end: hand over what is done. Its end ends the loop."""
+        """Wait for `leave`, then send what is done and say goodbye. The end of this coroutine ends the loop."""
         await self.leave_now.wait()
-        await self._send_turns(self._finished_turns())
+        await self._send_turns(self.episodes.finished_turns())
         await self._send_finished(self.outbox.take(time.monotonic()))
         await self.dealer.send(msg.Leave(name=self.options.name, reason=self.leaving, session=self.session))
 
-    async def _await_failure(self) -> None:
-        """The engine died under the episodes: that is this process's end, not theirs. They go to others."""
-        await self.failed.wait()
-        assert self.failure is not None
-        raise self.failure
+    async def _await_engine_failure(self) -> None:
+        """End this process when the engine dies. The episodes do not fail: other generators run them."""
+        await self.episodes.engine_failed.wait()
+        assert self.episodes.engine_failure is not None
+        raise self.episodes.engine_failure
 
     # ---------------------------------------------------------------- steps
 
-    async def _hello(self) -> None:
+    async def _say_hello(self) -> None:
         self.session = time.time_ns()
         await self.dealer.send(
             msg.Hello(
@@ -271,25 +278,43 @@ class GeneratorLoop:
                 name=self.options.name,
                 pid=os.getpid(),
                 session=self.session,
-                detail={msg.JOINED: True} if self.options.joined else {},
+                joined=self.options.joined,
             )
         )
 
-    async def _join_anew(self) -> None:
-        """The buffer gave this generator up (it was stopped, or cut off): what it held is others' now. Finished
-        trajectories are kept and sent again until they are acknowledged."""
-        await self._send_turns(self._finished_turns())
-        given_up = list(self.running.values())
-        for episode in given_up:
-            episode.cancel()
-        if given_up:
-            await asyncio.wait(given_up, timeout=AGAIN_S)
-        for held in (self.running, self.sessions, self.begun, self.recorded, self.abandoned):
-            held.clear()
-        self.event("generator_rejoined", name=self.options.name, episodes_dropped=len(given_up), time=time.time())
-        self.permits_received, self.told_limit = 0, -1
-        await self._hello()
-        await self._ask()
+    async def _rejoin(self) -> None:
+        """Begin anew: the buffer gave this generator up (it was stopped, or cut off) and its permits to others.
+        Finished trajectories stay in the outbox and are resent until they are acknowledged."""
+        await self._send_turns(self.episodes.finished_turns())
+        dropped = await self.episodes.cancel(timeout_s=RESEND_S)
+        self.record(GeneratorRejoined(name=self.options.name, episodes_dropped=dropped))
+        self.credit = PermitCredit()
+        await self._say_hello()
+        await self._request_permits()
+
+    async def _request_permits(self) -> None:
+        """Request as many permits as there is room for whole groups."""
+        free = max(0, self.options.max_sequences - len(self.episodes.running)) // self.options.group_size
+        if self.credit.raise_limit(free):
+            limit, version = self.credit.limit, self.engine.version
+            await self.dealer.send(msg.Want(limit=limit, version=version, session=self.session))
+
+    def _start_episodes(self, message: msg.Permits) -> None:
+        """Start the samples of new permits that are not in hand already."""
+        self.credit.received = max(self.credit.received, message.granted)
+        in_hand = self._in_hand()
+        for permit in message.permits:
+            self.episodes.start(permit, [s for s in permit.samples if (permit.group, s) not in in_hand])
+        self._update_activity()
+
+    def _in_hand(self) -> set[Key]:
+        """(group, sample) of every episode that runs, or is finished and not acknowledged."""
+        return {*self.episodes.running, *self.outbox.pairs}
+
+    async def _pull_weights(self) -> None:
+        """Load newer weights and send evidence of what the engine holds then."""
+        await self.weights.pull()
+        await self.dealer.send(await self.weights.evidence())
 
     async def _send_turns(self, turns: tuple[Trajectory, ...]) -> None:
         for some in portions(turns):
@@ -299,55 +324,6 @@ class GeneratorLoop:
         for some in portions(trajectories):
             await self.dealer.send(msg.Finished(trajectories=some))
 
-    def _finished_turns(self) -> tuple[Trajectory, ...]:
-        """Of all running episodes, for whoever goes on with them."""
-        return tuple([s.so_far() for s in self.sessions.values() if s.split == "train" and s.turn > 0])
-
-    def _tell_heartbeat(self) -> None:
-        running = self.engine.stats().running
-        if self.loading:
-            kind, what = "loading", f"loading weights version {self.announced}"
-        elif running:
-            kind, what = "decoding", f"decoding {running} sequences"
-        elif self.running:
-            kind, what = "in tasks", f"in tasks or rewards of {len(self.running)} episodes"
-        else:
-            kind, what = "waiting", "waiting for permits"
-        same = self.activity.state()[0].startswith(kind)
-        (self.activity.still if same else self.activity.now)(what)
-
-    async def _pull_weights(self) -> None:
-        # the first ones always: a model folder of another host may hold others than the run began with
-        await self.weights.bring(self.engine, first=not self.loaded)
-        self.loaded = True
-
-    async def _show_weights(self) -> None:
-        """Evidence of the weights the engine holds; the trainer knows what it must be."""
-        shown = await self.engine.fingerprint()
-        log_probs = await self.engine.probe(self.probe)
-        await self.dealer.send(
-            msg.Canary(
-                name=self.options.name,
-                version=self.engine.version,
-                digests=tuple([(name, digest) for name, digest in shown.items() if digest is not None]),
-                split=tuple([name for name, digest in shown.items() if digest is None]),
-                log_probs=tuple([float(value) for value in log_probs]),
-            )
-        )
-
-    async def _ask(self) -> None:
-        """Tell the buffer how many permits fit, as a total since Hello, so that permits on their way
-        are never counted twice."""
-        free = max(0, self.options.max_sequences - len(self.running)) // self.options.group_size
-        limit = self.permits_received + free
-        if limit > self.told_limit:
-            self.told_limit = limit
-            await self.dealer.send(msg.Want(limit=limit, version=self.engine.version, session=self.session))
-
-    def _in_hand(self) -> set[tuple[int, int]]:
-        """(group, sample) of everything running, or finished and not acknowledged."""
-        return {*self.running, *self.outbox.pairs}
-
     async def _send_status(self) -> None:
         stats = self.engine.stats()
         await self.dealer.send(
@@ -355,7 +331,7 @@ class GeneratorLoop:
                 name=self.options.name,
                 session=self.session,
                 version=self.engine.version,
-                limit=max(0, self.told_limit),
+                limit=max(0, self.credit.limit),
                 groups=tuple({group for group, _ in self._in_hand()}),
                 busy_seconds=stats.busy_seconds,
                 wall_seconds=time.monotonic() - self.started,
@@ -365,71 +341,16 @@ class GeneratorLoop:
             )
         )
 
-    def _take(self, message: msg.Permits) -> None:
-        self.permits_received = max(self.permits_received, message.granted)
-        in_hand = self._in_hand()
-        for permit in message.permits:
-            self._start(permit, [sample for sample in permit.samples if (permit.group, sample) not in in_hand])
-        self._tell_heartbeat()
-
-    def _start(self, permit: msg.Permit, samples: Sequence[int]) -> None:
-        for sample in samples:
-            ticket = Ticket(
-                group=permit.group,
-                sample=sample,
-                problem=permit.problem,
-                split=permit.split,
-                seed=sample_seed(permit.seed, sample),
-                temperature=permit.temperature,
-            )
-            episode = asyncio.create_task(self._episode(ticket))
-            self.running[permit.group, sample] = episode
-
-    async def _episode(self, ticket: Ticket) -> None:
-        """One episode from permit to outbox; begun by a lost generator, it goes on behind its last turn."""
-        key = (ticket.group, ticket.sample)
-        session = self._session(ticket, self.recorded.pop(key, None))
-        limit = self.options.episode_timeout_s
-        try:
-            trajectory = await run_episode(self.task, session, ticket, timeout_s=limit)
-            if session.diverged:
-                self.records_dropped += 1
-                session = self._session(ticket, None)
-                trajectory = await run_episode(self.task, session, ticket, timeout_s=limit)
-        except asyncio.CancelledError:
-            session.abandon("given up")
-            raise
-        except RunFailed as error:
-            self.failure = self.failure or error
-            self.failed.set()
-            return
-        self.outbox.put(trajectory)
-        if self.running.get(key) is asyncio.current_task():  # else it was given up and somebody began anew
-            for held in (self.running, self.sessions, self.begun):
-                held.pop(key, None)
-            self.abandoned.discard(key)
-        self.changed.set()
-
-    def _session(self, ticket: Ticket, record: Trajectory | None) -> EpisodeSession:
-        self.episodes += 1
-
-        def on_turn() -> None:
-            if time.time() - session.started_at > self.options.save_turns_after_s:
-                self.begun[ticket.group, ticket.sample] = session.so_far()
-                self.changed.set()
-
-        session = EpisodeSession(
-            engine=self.engine,
-            tokenizer=self.tokenizer,
-            ticket=ticket,
-            session_id=self.episodes,
-            max_context=self.engine.max_context,
-            max_turns=self.options.max_turns,
-            record=record,
-            generator=self.options.name,
-            on_turn=on_turn if ticket.split == "train" else None,
-        )
-        self.sessions[ticket.group, ticket.sample] = session
-        if (ticket.group, ticket.sample) in self.abandoned:
-            session.abandon(msg.ABANDONED)
-        return session
+    def _update_activity(self) -> None:
+        """Set what the heartbeat reports that this process does."""
+        running = self.engine.stats().running
+        if self.weights.loading:
+            kind, what = "loading", f"loading weights version {self.weights.announced}"
+        elif running:
+            kind, what = "decoding", f"decoding {running} sequences"
+        elif self.episodes.running:
+            kind, what = "in tasks", f"in tasks or rewards of {len(self.episodes.running)} episodes"
+        else:
+            kind, what = "waiting", "waiting for permits"
+        same = self.activity.state()[0].startswith(kind)
+        (self.activity.still if same else self.activity.now)(what)

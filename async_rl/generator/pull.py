@@ -1,4 +1,4 @@
-"""New weights into an engine: fetched as tensors and loaded, or led into vLLM's workers by the trainer's calls."""
+"""How new weights get into an engine: fetched as tensors and loaded, or sent into vLLM's workers by the trainer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from async_rl.errors import RunFailed, UserError
@@ -18,80 +19,28 @@ from async_rl.wire.channel import AsyncDealer, WireTimeout
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-# -------------------- merging
-# Adapters that arrive alone, added to this process's own copy of the model: whole weights for any engine.
-#
-# The copy lies beside the engine's weights, in the dtype of the model's files. The sum is the trainer's, bit
-# for bit (`model.lora.merged`), so the canary compares checksums as ever: of a base that is not the trainer's,
-# an adapter that is old, damaged or not added at all.
-
-
-class Source(Protocol):
-    """Where adapters come from."""
-
-    def read(self) -> tuple[int, dict[str, Tensor]]: ...
-
-    def close(self) -> None: ...
-
-
-class MergingSource:
-    """A source of adapters as a source of whole weights."""
-
-    def __init__(self, source: Source, base: Mapping[str, Tensor], scaling: float) -> None:
-        """`base`: all weights of the model by name, on the device where sums are made; `scaling`: alpha / rank."""
-        self._source = source
-        self._base = base
-        self._scaling = scaling
-
-    def read(self) -> tuple[int, dict[str, Tensor]]:
-        """The source's version, and all weights with its adapters added: float32 where there is one, else the base's
-        own. Raises WeightsError when the adapters do not fit the base."""
-        version, adapters = self._source.read()
-        return version, add_to(self._base, adapters, self._scaling)
-
-    def close(self) -> None:
-        self._source.close()
-
-
-def add_to(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    """All weights, `base` left as it is. Raises WeightsError for an adapter that is not whole or fits no weight."""
-    from async_rl.model.lora import A, B, merged
-
-    weights = dict(base)
-    layers = {name.removesuffix(A).removesuffix(B) for name in adapters}
-    for layer in layers:
-        a, b, weight = adapters.get(layer + A), adapters.get(layer + B), base.get(f"{layer}.weight")
-        if a is None or b is None or weight is None or tuple(weight.shape) != (b.shape[0], a.shape[1]):
-            raise WeightsError(
-                f"the adapter of {layer} does not fit the model here: is model.path the model the run trains?"
-            )
-        weights[f"{layer}.weight"] = merged(weight, a.to(weight.device), b.to(weight.device), scaling)
-    return weights
-
-
-AGAIN_S = 3.0
-"""what is not answered for so long is asked again"""
-SOON_S = 0.1
-"""pause before asking again for a version that is not there yet"""
+RETRY_S = 3.0
+"""a request to the trainer is repeated when no answer came for so long"""
+POLL_S = 0.1
+"""longest wait for one message, and pause before asking again for a version that does not exist yet"""
 
 
 class WeightSource(Protocol):
     """Where a generator gets its weights."""
 
-    async def bring(self, engine: Engine, *, first: bool) -> None:
-        """Wait for a version newer than the engine's (`first`: for any) and have the engine hold it. A source may
-        know of none: then nothing is changed. Raises WeightsError or RunFailed."""
+    async def pull_into(self, engine: Engine, *, first: bool) -> None:
+        """Wait for a version newer than the engine's (`first`: for any) and load it into the engine. A source that
+        knows of none changes nothing. Raises WeightsError or RunFailed."""
         ...
 
     def close(self) -> None: ...
 
 
 class TensorReader(Protocol):
-    """Shared memory or a stream."""
+    """Reads whole versions of the weights: from shared memory, or from a stream."""
 
     def read(self) -> tuple[int, dict[str, Tensor]]:
-        """The newest version, or one newer than was read last. Raises WeightsError."""
+        """(version, tensors by name): the newest, or one newer than was read last. Raises WeightsError."""
         ...
 
     def close(self) -> None: ...
@@ -101,19 +50,19 @@ class TensorReader(Protocol):
 class Linkable(Protocol):
     """An engine that takes weights from the trainer's calls: vLLM."""
 
-    async def obey(self, method: str, version: int, detail: Mapping[str, Any]) -> None:
-        """Do what the trainer's side of vLLM wants done: init, start, update, finish. Tokens sampled after finish
+    async def handle_call(self, method: str, version: int, detail: Mapping[str, Any]) -> None:
+        """Execute a call of the trainer's side of vLLM: init, start, update or finish. Tokens sampled after finish
         carry `version`. Raises RunFailed."""
         ...
 
 
-class Fetched:
-    """Tensors come to this process, which hands them on."""
+class ReaderSource:
+    """A `WeightSource` whose tensors come to this process, which loads them into the engine."""
 
     def __init__(self, reader: TensorReader) -> None:
         self._reader = reader
 
-    async def bring(self, engine: Engine, *, first: bool) -> None:
+    async def pull_into(self, engine: Engine, *, first: bool) -> None:
         # Copying a large model must not stop the other coroutines.
         version, tensors = await asyncio.to_thread(self._reader.read)
         if version > engine.version or first:
@@ -126,49 +75,56 @@ class Fetched:
         self._reader.close()
 
 
-class Linked:
-    """Tensors go from the trainer's GPU to vLLM's workers; only what is to be done passes here."""
+class LinkSource:
+    """A `WeightSource` whose tensors go from the trainer's GPU straight to vLLM's workers. Only the calls that the
+    trainer makes on vLLM pass through this process."""
 
     def __init__(self, endpoint: str, name: str, *, way: str, workers: int, first_s: float, timeout_s: float) -> None:
-        """`endpoint`: of the trainer's link server (weights/link.py). `first_s`: longest wait for the first weights,
-        while the trainer loads its model; `timeout_s`: of every later transfer."""
+        """
+        Args:
+            endpoint: of the trainer's link server (weights/link.py).
+            way: "nccl" or "ipc".
+            workers: number of vLLM's worker processes.
+            first_s: longest wait for the first weights, while the trainer loads its model; seconds.
+            timeout_s: longest time of each later transfer; seconds.
+        """
         self._first_s = first_s
         self._name, self._way, self._workers, self._timeout_s = name, way, workers, timeout_s
         self._session = time.time_ns()
-        self._dealer = AsyncDealer(endpoint, f"{name}/link {self._session}")  # what was meant for a life before is lost
+        self._dealer = AsyncDealer(endpoint, f"{name}/link {self._session}")  # messages for an earlier life are lost
         self._version = -1
         """of the transfer under way"""
 
-    async def bring(self, engine: Engine, *, first: bool) -> None:
+    async def pull_into(self, engine: Engine, *, first: bool) -> None:
         assert isinstance(engine, Linkable)
         after = -1 if first else engine.version
-        patience, setting = (self._first_s, "wire.timeout_s") if first else (self._timeout_s, "weights.timeout_s")
-        deadline = time.monotonic() + patience
+        limit_s, setting = (self._first_s, "wire.timeout_s") if first else (self._timeout_s, "weights.timeout_s")
+        deadline = time.monotonic() + limit_s
         self._version, asked_at = -1, 0.0
         while True:
             now = time.monotonic()
             if now > deadline:
                 raise RunFailed(
-                    f"{self._name} waited {patience:g} s ({setting}) for the trainer to send weights "
+                    f"{self._name} waited {limit_s:g} s ({setting}) for the trainer to send weights "
                     f"newer than version {after} over {self._way}"
                 )
-            if now - asked_at > AGAIN_S and self._version < 0:
+            if now - asked_at > RETRY_S and self._version < 0:
                 asked_at = now
                 await self._ask(after)
             try:
-                message = await self._dealer.receive(SOON_S, "the trainer's next call")
+                message = await self._dealer.receive(POLL_S, "the trainer's next call")
             except WireTimeout:
                 continue
             except WireError as error:
                 raise RunFailed(f"{self._name} cannot read what the trainer sends: {error}") from None
             match message:
                 case msg.LinkCall():
-                    if await self._obey(engine, message, after, deadline):
+                    if await self._handle(engine, message, after, deadline):
                         return
                 case msg.Waiting() if self._version < 0:
-                    asked_at = now - AGAIN_S + SOON_S
+                    asked_at = now - RETRY_S + POLL_S
                     if not first:
-                        return  # the trainer will say when there is one
+                        return  # the buffer announces the next version
                 case msg.Refused(reason=reason):
                     raise RunFailed(f"{self._name} gets no weights over {self._way}: {reason}")
 
@@ -184,13 +140,13 @@ class Linked:
             )
         )
 
-    async def _obey(self, engine: Linkable, call: msg.LinkCall, after: int, deadline: float) -> bool:
-        """Do it and say so; whether it was the last one. Raises RunFailed: an engine whose update went wrong half
-        way holds nobody knows what."""
+    async def _handle(self, engine: Linkable, call: msg.LinkCall, after: int, deadline: float) -> bool:
+        """Execute one call and answer it. True when it was the last one. Raises RunFailed: what an engine holds whose
+        update failed half-way is unknown."""
         try:
             self._check(call, after)
             left = max(0.0, deadline - time.monotonic())
-            await asyncio.wait_for(engine.obey(call.method, call.version, call.detail), left)
+            await asyncio.wait_for(engine.handle_call(call.method, call.version, call.detail), left)
         except TimeoutError:
             reason = f"its part of '{call.method}' did not come from the trainer within {self._timeout_s:g} s"
             await self._answer(call, reason)
@@ -202,7 +158,7 @@ class Linked:
         return call.method == "finish"
 
     def _check(self, call: msg.LinkCall, after: int) -> None:
-        """Raises RunFailed for a version that cannot be."""
+        """Raises RunFailed for a version other than that of the transfer under way, or an old one."""
         if call.method == "init":
             return
         if call.method == "start":
@@ -218,3 +174,90 @@ class Linked:
 
     def close(self) -> None:
         self._dealer.close(linger_s=0.5)
+
+
+class MergingSource:
+    """A `TensorReader` that reads adapters and gives whole weights: the base model's with the adapters added.
+
+    The base lies beside the engine's weights in this process, in the dtype of the model's files. The sum is the
+    trainer's, bit for bit (`model.lora.merged`), so the canary compares checksums as with whole weights and detects a
+    base that is not the trainer's, and an adapter that is old, damaged or not added.
+    """
+
+    def __init__(self, source: TensorReader, base: Mapping[str, Tensor], scaling: float) -> None:
+        """`base`: all weights of the model by name, on the device that adds; `scaling`: alpha / rank."""
+        self._source = source
+        self._base = base
+        self._scaling = scaling
+
+    def read(self) -> tuple[int, dict[str, Tensor]]:
+        """(version, all weights): float32 where there is an adapter, else the base's own tensor and dtype. Raises
+        WeightsError when the adapters do not fit the base."""
+        version, adapters = self._source.read()
+        return version, with_adapters(self._base, adapters, self._scaling)
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def with_adapters(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """All weights of the model; `base` stays as it is. A weight is [out, in], its adapters A [rank, in] and B
+    [out, rank]. Raises WeightsError for an adapter that is incomplete or fits no weight."""
+    from async_rl.model.lora import A, B, merged
+
+    weights = dict(base)
+    layers = {name.removesuffix(A).removesuffix(B) for name in adapters}
+    for layer in layers:
+        a, b, weight = adapters.get(layer + A), adapters.get(layer + B), base.get(f"{layer}.weight")
+        if a is None or b is None or weight is None or tuple(weight.shape) != (b.shape[0], a.shape[1]):
+            raise WeightsError(
+                f"the adapter of {layer} does not fit the model here: is model.path the model the run trains?"
+            )
+        weights[f"{layer}.weight"] = merged(weight, a.to(weight.device), b.to(weight.device), scaling)
+    return weights
+
+
+@dataclass(slots=True)
+class EngineWeights:
+    """The weights in a generator's engine: which version is announced, pulling it, and evidence of what was loaded."""
+
+    generator: str
+    """its name"""
+    engine: Engine
+    source: WeightSource
+    probe: tuple[int, ...] = ()
+    """tokens whose log-probs are part of the evidence"""
+    announced: int = 0
+    """newest version the buffer spoke of"""
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    """a version has been announced"""
+    loaded: bool = False
+    """the engine holds weights of the run, not only those of its model folder"""
+    loading: bool = False
+
+    def announce(self, version: int) -> None:
+        self.announced = max(self.announced, version)
+        self.news.set()
+
+    @property
+    def behind(self) -> bool:
+        return self.announced > self.engine.version
+
+    async def pull(self) -> None:
+        """Load newer weights; the first time in any case, because the model folder of another host may hold others
+        than the run began with."""
+        self.loading = True
+        await self.source.pull_into(self.engine, first=not self.loaded)
+        self.loaded, self.loading = True, False
+
+    async def evidence(self) -> msg.Canary:
+        """Checksums and log-probs of the weights that the engine holds; the trainer knows what they must be."""
+        shown = await self.engine.fingerprint()
+        log_probs = await self.engine.probe(self.probe)
+        return msg.Canary(
+            name=self.generator,
+            version=self.engine.version,
+            digests=tuple([(name, digest) for name, digest in shown.items() if digest is not None]),
+            split=tuple([name for name, digest in shown.items() if digest is None]),
+            log_probs=tuple([float(value) for value in log_probs]),
+        )

@@ -6,9 +6,10 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, Engine, Request, SamplingParams

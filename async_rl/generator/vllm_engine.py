@@ -261,7 +261,7 @@ class VllmEngine:
                 await self._ask_workers("async_rl_load", str(file))
                 await self._go_on(version)
 
-    async def obey(self, method: str, version: int, detail: Mapping[str, Any]) -> None:
+    async def handle_call(self, method: str, version: int, detail: Mapping[str, Any]) -> None:
         """A call of the trainer's side of a link (generator/pull.py). Between start and finish nothing is sampled."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from async_rl.buffer.store import StoreReader
 from async_rl.config import Settings
 from async_rl.errors import UserError
+from async_rl.events import RunResumed
+from async_rl.objective.own import check_recorded
 from async_rl.run_folder import Rollback, RunFolder, read_rollback, read_rows
 from async_rl.trainer.build import make_learner, pack_step
 from async_rl.trainer.checkpoint import load_checkpoint, save_checkpoint, weights_checksum, weights_hash
@@ -110,13 +112,14 @@ def replay(
     before) on the stored batches, up to the last step of the run or to version
     `until`, and compare with weights.jsonl. Stops at the first difference. Raises UserError."""
     settings = folder.settings()
+    check_recorded(folder.path, str(settings.recipe["name"]))
     recorded = _recorded(folder)
     trained = max((int(row["step"]) + 1 for row in read_rows(folder.metrics)), default=0)
     if until is not None and not 0 <= until <= trained:
         raise UserError(f"--until is {until}; the run in {folder.path} has trained {trained} steps")
     last = trained if until is None else until
     _check_ranks(folder, last)
-    resumes = [row for row in read_rows(folder.events) if row["event"] == "resumed"]
+    resumes = [row.event for row in folder.read_events() if isinstance(row.event, RunResumed)]
     started = time.monotonic()
     torch.set_num_threads(settings.trainer.threads)
     with StoreReader(folder.store) as store:
@@ -153,12 +156,12 @@ def replay(
     )
 
 
-def settings_at(resumes: Sequence[Mapping[str, Any]], settings: Settings, step: int) -> Settings:
+def settings_at(resumes: Sequence[RunResumed], settings: Settings, step: int) -> Settings:
     """The settings that the run trained `step` with: a resumed run may have been given another micro-batch, which
     forms sums in another order. `resumes`: events; `settings`: those the run ended with."""
     tokens = settings.trainer.micro_batch_tokens
-    for row in reversed(resumes):
-        if row["version"] > step and (change := row.get("changed", {}).get(MICRO_BATCH)):
+    for resumed in reversed(resumes):
+        if resumed.version > step and (change := resumed.changed.get(MICRO_BATCH)):
             tokens = change[0]
     return replace(settings, trainer=replace(settings.trainer, micro_batch_tokens=tokens))
 

@@ -9,9 +9,9 @@ import os
 import select
 import signal
 import sys
-import time
 from pathlib import Path
 
+from async_rl.events import TrackerReady
 from async_rl.observe.tracker import open_tracker
 from async_rl.process import PARENT_PIPE
 from async_rl.run_folder import RunFolder
@@ -30,7 +30,7 @@ def main() -> None:
         return bool(select.select([descriptor], [], [], seconds)[0])  # readable: closed at the other end
 
     tracker = open_tracker(folder, names, version)
-    folder.event("tracker_ready", name="tracker", time=time.time())
+    folder.record(TrackerReady())
     tracker.follow(over)
 
 

@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from async_rl.buffer.store_reader import BatchRow, GroupRow, StoreReader
 from async_rl.config import Settings
 from async_rl.errors import UserError
+from async_rl.events import EvaluationReported, EventRow
 from async_rl.run_folder import Rollback, RunFolder, read_rollback, read_rows
 from async_rl.task import make_task
 from async_rl.task.order import PromptOrder
@@ -376,7 +377,7 @@ def audit_run(folder: RunFolder) -> Audit:
     promise = promise_of(settings, finished=folder.summary.exists(), back=back)
     with StoreReader(folder.store) as store:
         audit = audit_store(store, promise)
-        findings = [*audit.findings, *_evaluations(store, list(read_rows(folder.events)), promise)]
+        findings = [*audit.findings, *_evaluations(store, folder.read_events(), promise)]
     findings += _rows_audit_run(folder, audit.steps, promise)
     findings += _checkpoints(folder, promise, back)
     told = "" if back is None else f"at step {back.at - 1} to version {back.to} ({back.reason})"
@@ -402,10 +403,10 @@ def promise_of(settings: Settings, *, finished: bool, back: Rollback | None = No
 # ------------------------------------------------------------------------------------------------ files
 
 
-def _evaluations(store: StoreReader, events: Sequence[Mapping[str, Any]], promise: Promise) -> Iterator[Finding]:
+def _evaluations(store: StoreReader, events: Sequence[EventRow], promise: Promise) -> Iterator[Finding]:
     """Numbered without a gap, reported once, each with all its trajectories, the last one after the last step."""
-    reported = [event for event in events if event["event"] == "evaluation"]
-    times = Counter(int(event["evaluation"]) for event in reported)
+    reported = [row.event for row in events if isinstance(row.event, EvaluationReported)]
+    times = Counter(event.evaluation for event in reported)
     stored = {row.evaluation: row for row in store.evaluations()}
     for number in range(max(times, default=-1) + 1):
         if times[number] != 1:
@@ -419,7 +420,7 @@ def _evaluations(store: StoreReader, events: Sequence[Mapping[str, Any]], promis
                 what=f"evaluation {number} has {len(row.rewards)} trajectories instead of {promise.evaluation_size}",
             )
     if promise.steps is not None:
-        steps = [int(event["step"]) for event in reported]
+        steps = [event.step for event in reported]
         for step, when in ((0, "before training"), (promise.steps, "after the last step")):
             if step not in steps:
                 yield Finding(kind="evaluation", what=f"there is no evaluation {when}")

@@ -10,6 +10,23 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from async_rl.config import Settings, pace_of
+from async_rl.events import (
+    AlarmRaised,
+    CanarySilent,
+    DepthChanged,
+    EvaluationReported,
+    Event,
+    GeneratorDied,
+    GeneratorJoined,
+    GeneratorLeft,
+    GeneratorLost,
+    GeneratorRejoined,
+    StallReported,
+    StepSkipped,
+    TrackerFailed,
+    TrainerAwaited,
+    TrainerReady,
+)
 
 # -------------------- progress
 # The bar at the bottom of the terminal.
@@ -84,50 +101,50 @@ class Console:
             self.say(step_line(row, self._last))
         self._last = row
 
-    def event(self, event: Mapping[str, Any]) -> None:
+    def event(self, event: Event) -> None:
         """Say what is worth saying: evaluations, skipped steps, generators that died."""
-        match event.get("event"):
-            case "trainer_ready" if self._progress is not None:
+        match event:
+            case TrainerReady() if self._progress is not None:
                 self._progress.update(self._task, description="evaluating")
-            case "trainer_awaited":
-                self.say(f"the run waits for its trainer; start it with: {event['command']}")
-            case "evaluation":
+            case TrainerAwaited():
+                self.say(f"the run waits for its trainer; start it with: {event.command}")
+            case EvaluationReported():
                 self.say(evaluation_line(event))
-            case "canary_silent":
+            case CanarySilent():
                 self.say(
-                    f"step {event['step']}: {event['name']} has not shown since step {event['since_step']} "
+                    f"step {event.step}: {event.name} has not shown since step {event.since_step} "
                     f"that its weights are those published"
                 )
-            case "tracker_failed":
-                self.say(f"{event['name']}: {event['reason']}; the run goes on without it")
-            case "generator_died":
+            case TrackerFailed():
+                self.say(f"{event.name}: {event.reason}; the run goes on without it")
+            case GeneratorDied():
                 self.say(
-                    f"{event['reason']}\n{event['name']} is started again in {event['restart_in_s']:g} s "
-                    f"(death {event['deaths']}; {event['max_restarts']} restarts are allowed)"
+                    f"{event.reason}\n{event.name} is started again in {event.restart_in_s:g} s "
+                    f"(death {event.deaths}; {event.max_restarts} restarts are allowed)"
                 )
-            case "generator_lost":
+            case GeneratorLost():
                 self.say(
-                    f"{event['name']} gave no sign of life for {event['silent_s']:.1f} s, its {len(event['groups'])} "
-                    f"groups go to others; {event['reason']}"
+                    f"{event.name} gave no sign of life for {event.silent_s:.1f} s, its {len(event.groups)} "
+                    f"groups go to others; {event.reason}"
                 )
-            case "generator_joined":
-                self.say(f"{event['name']} has joined")
-            case "generator_left":
-                groups = len(event["groups"])
-                self.say(f"{event['name']} has left ({event['reason']}), its {groups} groups go to others")
-            case "generator_rejoined":
-                self.say(f"{event['name']} is back; it begins anew with {event['episodes_dropped']} episodes dropped")
-            case "stall":
-                self.say(event["text"])
-            case "depth":
+            case GeneratorJoined():
+                self.say(f"{event.name} has joined")
+            case GeneratorLeft():
+                groups = len(event.groups)
+                self.say(f"{event.name} has left ({event.reason}), its {groups} groups go to others")
+            case GeneratorRejoined():
+                self.say(f"{event.name} is back; it begins anew with {event.episodes_dropped} episodes dropped")
+            case StallReported():
+                self.say(event.text)
+            case DepthChanged():
                 self.say(
-                    f"step {event['step']}: pipeline depth {event['old']:g} -> {event['new']:g}, since "
-                    f"{event['reason']} (smoothed {event['smoothed']:.3f})"
+                    f"step {event.step}: pipeline depth {event.old:g} -> {event.new:g}, since "
+                    f"{event.reason} (smoothed {event.smoothed:.3f})"
                 )
-            case "alarm":
-                self.say(f"ALARM {event['signal']} at step {event['step']}: {event['reason']}")
-            case "step_skipped":
-                self.say(f"step {event['step']} changed nothing: {event['reason']}")
+            case AlarmRaised():
+                self.say(f"ALARM {event.signal} at step {event.step}: {event.reason}")
+            case StepSkipped():
+                self.say(f"step {event.step} changed nothing: {event.reason}")
 
     def stop(self) -> None:
         if self._progress is not None:
@@ -143,12 +160,12 @@ class Console:
         self.say(in_words(summary))
 
 
-def evaluation_line(event: Mapping[str, Any]) -> str:
+def evaluation_line(event: EvaluationReported) -> str:
     """Held-out reward, and which weights sampled it (new ones may come in the middle of an evaluation)."""
-    step, oldest, newest = event["step"], event["version_min"], event["version_max"]
+    step, oldest, newest = event.step, event.version_min, event.version_max
     when = f"after {step} step{'s' * (step > 1)}" if step else "before training"
     weights = f"weights {oldest}" if oldest == newest else f"weights {oldest} to {newest}"
-    return f"held-out reward {event['reward']:.3f} {when} ({event['trajectories']} episodes, {weights})"
+    return f"held-out reward {event.reward:.3f} {when} ({event.trajectories} episodes, {weights})"
 
 
 def step_line(row: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:

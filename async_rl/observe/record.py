@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from async_rl.config import Settings
-from async_rl.config.schema import described, load_yaml
+from async_rl.config.schema import describe, load_yaml
 from async_rl.errors import UserError
+from async_rl.events import (
+    AlarmRaised,
+    Event,
+    EventRow,
+    ProcessFailed,
+    ProcessStarted,
+    RunInterrupted,
+    RunResumed,
+    RunRolledBack,
+    read_event_rows,
+)
 from async_rl.run_folder import RunFolder
 
 # -------------------- alarms
@@ -33,21 +44,21 @@ class Incident:
     """why, in words and numbers"""
 
 
-def incidents(events: Iterable[Mapping[str, Any]]) -> list[Incident]:
-    """In the order of the events; those that are not whole are left out."""
+def incidents(events: Iterable[Event | None]) -> list[Incident]:
+    """In the order of the events."""
     found = []
     for event in events:
         match event:
-            case {"event": "alarm", "step": int(step), "signal": str(signal), "reason": str(reason)}:
+            case AlarmRaised(step=step, signal=signal, reason=reason):
                 found.append(Incident(step=step, name=f"alarm {signal}", text=reason))
-            case {"event": "rollback", "version": int(version), "to": int(to), "text": str(text)}:
+            case RunRolledBack(version=version, to=to, text=text):
                 found.append(Incident(step=version, name=f"rollback to {to}", text=text))
             case _:
                 pass
     return found
 
 
-def standing(events: Iterable[Mapping[str, Any]]) -> list[Incident]:
+def standing(events: Iterable[Event | None]) -> list[Incident]:
     """The alarms that were raised since the run went back, if it did."""
     found: list[Incident] = []
     for incident in incidents(events):
@@ -59,7 +70,7 @@ def standing(events: Iterable[Mapping[str, Any]]) -> list[Incident]:
 
 
 State = Literal["finished", "going on", "failed", "stopped", "broken off"]
-ENDS = ("failed", "interrupted", "started", "resumed")
+ENDS = (ProcessFailed, RunInterrupted, ProcessStarted, RunResumed)
 """events that tell how the last launch stands"""
 
 
@@ -78,7 +89,7 @@ class RunRecord:
     folder: RunFolder
     rows: tuple[Mapping[str, Any], ...]
     """metric rows, one a step, in order"""
-    events: tuple[Mapping[str, Any], ...]
+    events: tuple[EventRow, ...]
     """in the order they were written"""
     summary: Mapping[str, Any] | None
     """None: not finished"""
@@ -100,6 +111,10 @@ class RunRecord:
         """A metric, NaN where a row lacks it."""
         return np.array([_number(row.get(key)) for row in self.rows], np.float64)
 
+    def typed_events(self) -> Iterator[Event]:
+        """Those of this version, in the order they were written."""
+        return (row.event for row in self.events if row.event is not None)
+
     def metric_keys(self) -> list[str]:
         """Every metric that some row has, in the order of first appearance."""
         found: dict[str, None] = {}
@@ -117,12 +132,11 @@ class RunRecord:
             return "finished", f"finished: {done}"
         if launcher_lives(self.folder):
             return "going on", f"going on: {done} so far"
-        end: Mapping[str, Any] = next((e for e in reversed(self.events) if e.get("event") in ENDS), {})
-        match end.get("event"):
-            case "failed":
-                return "failed", f"failed after {done}: {end.get('process')}: {end.get('message')}"
-            case "interrupted":
-                return "stopped", f"stopped by {end.get('signal')} after {done}"
+        match next((row.event for row in reversed(self.events) if isinstance(row.event, ENDS)), None):
+            case ProcessFailed(process=process, message=message):
+                return "failed", f"failed after {done}: {process}: {message}"
+            case RunInterrupted(signal=signal):
+                return "stopped", f"stopped by {signal} after {done}"
             case _:
                 return "broken off", f"broke off after {done}: no summary, and no process of it is alive"
 
@@ -138,7 +152,7 @@ def read_run(path: Path) -> RunRecord:
     return RunRecord(
         folder=folder,
         rows=tuple(by_step[step] for step in sorted(by_step)),
-        events=tuple(row for row in _rows(folder.events, notes) if isinstance(row.get("event"), str)),
+        events=tuple(read_event_rows(_rows(folder.events, notes))),
         summary=read_json(folder.summary, notes),
         settings=settings,
         setting_rows=setting_rows,
@@ -199,7 +213,7 @@ def _settings(folder: RunFolder, notes: list[str]) -> tuple[Settings | None, tup
     except UserError as error:
         notes.append(f"config.yaml is not one of this program's version ({error})")
     else:
-        rows = [SettingRow(path=p, value=v, meaning=m, unit=u) for p, v, m, u in described(settings)]
+        rows = [SettingRow(path=i.path, value=i.value, meaning=i.meaning, unit=i.unit) for i in describe(settings)]
         return settings, tuple(flat for row in rows for flat in _flat(row.path, row.value, row))
     try:
         values = load_yaml(folder.config)

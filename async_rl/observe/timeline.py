@@ -7,9 +7,10 @@ event `started` to its death, to the next start of the same name, or to the last
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from async_rl.buffer.store_reader import Surveyed
+from async_rl.events import CheckpointSaved, EvaluationReported, EventRow
 from async_rl.observe.record import RunRecord
 
 TRAINER = "trainer"
@@ -66,18 +68,18 @@ def level_of(kind: str) -> str:
     return "note" if any(word in kind for word in NOTE) else "plain"
 
 
-def marks(events: Iterable[Mapping[str, Any]]) -> list[Mark]:
+def marks(events: Iterable[EventRow]) -> list[Mark]:
     """Every event as a mark, in order of time."""
     found = []
     for event in events:
-        kind, at = str(event["event"]), event.get("time")
-        if not isinstance(at, int | float):
+        kind, row = event.name, event.row
+        if math.isnan(event.time):
             continue
-        named = event.get("process") or event.get("name")
+        named = row.get("process") or row.get("name")
         lane = str(named) if named else TRAINER if kind in OF_TRAINER else ""
-        detail = {k: v for k, v in event.items() if k not in ("event", "time", "process", "name")}
+        detail = {k: v for k, v in row.items() if k not in ("event", "time", "process", "name")}
         text = ", ".join(f"{k} {_shown(v)}" for k, v in detail.items())
-        found.append(Mark(lane=lane, kind=kind, at=float(at), text=text, level=level_of(kind)))
+        found.append(Mark(lane=lane, kind=kind, at=event.time, text=text, level=level_of(kind)))
     return sorted(found, key=lambda mark: mark.at)
 
 
@@ -89,8 +91,8 @@ def bounds(record: RunRecord) -> tuple[float, float]:
 
 def _signs(record: RunRecord) -> list[float]:
     """Times of all rows and events, sorted."""
-    both = (*record.rows, *record.events)
-    return sorted(float(row["time"]) for row in both if isinstance(row.get("time"), int | float))
+    steps = [float(row["time"]) for row in record.rows if isinstance(row.get("time"), int | float)]
+    return sorted([*steps, *(event.time for event in record.events if not math.isnan(event.time))])
 
 
 def lives(record: RunRecord) -> list[Span]:
@@ -149,19 +151,20 @@ def _beside_steps(record: RunRecord) -> list[Span]:
     times = np.sort(record.column("time"))
     ready = [m.at for m in marks(record.events) if m.kind == "trainer_ready"]
     found = []
-    for event in record.events:
-        at = event.get("time")
-        if not isinstance(at, int | float):
+    for row in record.events:
+        at = row.time
+        if math.isnan(at):
             continue
-        if event["event"] == "checkpoint":
-            start, text = at - float(event.get("seconds", 0.0)), f"version {event.get('version')}"
-            found.append(Span(lane=TRAINER, doing="checkpoint", start=start, end=at, text=text))
-        elif event["event"] == "evaluation" and event.get("version_min") == event.get("version_max"):
-            # weights stood still: the trainer waited for it, from its last row or its start
-            before = [*times[times <= at][-1:], *[r for r in ready if r <= at][-1:]]
-            if before:
-                text = f"held-out reward {event.get('reward')}"
-                found.append(Span(lane=TRAINER, doing="evaluating", start=float(max(before)), end=at, text=text))
+        match row.event:
+            case CheckpointSaved(seconds=seconds, version=version):
+                text = f"version {version}"
+                found.append(Span(lane=TRAINER, doing="checkpoint", start=at - seconds, end=at, text=text))
+            case EvaluationReported(version_min=oldest, version_max=newest, reward=reward) if oldest == newest:
+                # weights stood still: the trainer waited for it, from its last row or its start
+                before = [*times[times <= at][-1:], *[r for r in ready if r <= at][-1:]]
+                if before:
+                    text = f"held-out reward {reward}"
+                    found.append(Span(lane=TRAINER, doing="evaluating", start=float(max(before)), end=at, text=text))
     return found
 
 

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from async_rl.buffer.store_reader import StoreError, StoreSurvey, Surveyed
 from async_rl.errors import UserError
+from async_rl.events import EvaluationReported, EventRow, read_event_rows
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.observe.record import RunRecord, State, incidents, read_json, read_run, standing
 from async_rl.observe.samples import tokenizer_of
@@ -75,7 +76,7 @@ class Watch:
     _metrics: Follower = field(init=False)
     _events: Follower = field(init=False)
     _rows: dict[int, Mapping[str, Any]] = field(default_factory=dict)
-    _told: list[Mapping[str, Any]] = field(default_factory=list)
+    _told: list[EventRow] = field(default_factory=list)
     _tokenizer: Tokenizer | None = None
 
     def __post_init__(self) -> None:
@@ -121,7 +122,7 @@ class Watch:
         told, again = self._events.new()
         if again:
             self._told.clear()
-        self._told += [event for event in told if isinstance(event.get("event"), str)]
+        self._told += read_event_rows(told)
 
     def _stored(self, record: RunRecord) -> tuple[list[Surveyed], list[Sample], str]:
         if not record.folder.store.is_file():
@@ -236,8 +237,8 @@ def _head(glance: Glance, width: int, now: float) -> RenderableType:
 
 def _alarms(glance: Glance) -> list[Text]:
     found = [Text(f"ALARM at step {a.step}, {a.name.removeprefix('alarm ')}: {a.text}", style="bold red")
-             for a in standing(glance.record.events)]  # fmt: skip
-    back = [i for i in incidents(glance.record.events) if i.name.startswith("rollback")]
+             for a in standing(glance.record.typed_events())]  # fmt: skip
+    back = [i for i in incidents(glance.record.typed_events()) if i.name.startswith("rollback")]
     return [*found, *(Text(f"it went back {i.text}", style="yellow") for i in back)]
 
 
@@ -250,7 +251,7 @@ def _time_left(glance: Glance, done: int, wanted: int) -> str:
 
 def _learning(glance: Glance, width: int) -> RenderableType:
     record = glance.record
-    held_out = [float(e["reward"]) for e in record.events if e["event"] == "evaluation" and "reward" in e]
+    held_out = [e.reward for e in record.typed_events() if isinstance(e, EvaluationReported)]
     table = Table.grid(padding=(0, 1))
     table.add_column(width=12, style="dim", no_wrap=True)
     table.add_column(no_wrap=True)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from async_rl.events import EvaluationReported, EventRow, TrackerFailed, read_event_rows
 from async_rl.observe.record import RunRecord, read_json, read_run
 from async_rl.run_folder import Follower, RunFolder, replace_text
 
@@ -126,11 +127,12 @@ class Series:
         if new:
             self._send([(int(row["step"]), float(row.get("time", 0.0)), numbers(row)) for row in new], new, (), save)
 
-    def evaluations(self, events: Sequence[Mapping[str, Any]], save: Callable[[], None]) -> None:
-        new = [e for e in events if e["event"] == "evaluation" and e["evaluation"] not in self.sent.evaluations]
+    def evaluations(self, events: Sequence[EventRow], save: Callable[[], None]) -> None:
+        done = [(row.event, row.time) for row in events if isinstance(row.event, EvaluationReported)]
+        new = [(event, time) for event, time in done if event.evaluation not in self.sent.evaluations]
         if new:
-            points = [(int(e["step"]), float(e["time"]), {HELD_OUT: float(e["reward"])}) for e in new]
-            self._send(points, (), [int(e["evaluation"]) for e in new], save)
+            points = [(event.step, time, {HELD_OUT: event.reward}) for event, time in new]
+            self._send(points, (), [event.evaluation for event, _ in new], save)
 
     def _send(
         self,
@@ -171,7 +173,8 @@ class Tracker:
         while True:
             ended = over(EVERY_S)
             rows, _ = self.metrics.new()
-            told, _ = self.events.new()
+            events, _ = self.events.new()
+            told = read_event_rows(events)
             rows = [row for row in rows if "step" in row]
             for one in list(self.series):
                 self._guarded(one, lambda s: s.rows(rows, self.save))  # noqa: B023
@@ -200,7 +203,7 @@ def open_tracker(folder: RunFolder, names: Sequence[str], version: int) -> Track
     """The trackers that can be opened; of the others it is told why not. `version`: where this launch begins."""
     tracker = Tracker(folder, [])
     record = read_run(folder.path)
-    told = [event for event in record.events if event["event"] == "evaluation"]
+    told = [row.event for row in record.events if isinstance(row.event, EvaluationReported)]
     for name in names:
         sent = _sent(folder, name)
         try:
@@ -208,7 +211,7 @@ def open_tracker(folder: RunFolder, names: Sequence[str], version: int) -> Track
                 first = min(version, sent.step + 1)
                 sent.step = first - 1
                 # evaluations after that step are taken back with it
-                sent.evaluations &= {e["evaluation"] for e in told if e["step"] < first}
+                sent.evaluations &= {e.evaluation for e in told if e.step < first}
                 writer: Writer = TensorBoard(folder.path, first=first)
             else:
                 sent.identity = sent.identity or uuid.uuid4().hex[:12]
@@ -223,7 +226,7 @@ def open_tracker(folder: RunFolder, names: Sequence[str], version: int) -> Track
 
 def report_failure(folder: RunFolder, name: str, error: Exception) -> None:
     reason = f"{type(error).__name__}: {error}"
-    folder.event("tracker_failed", name=name, reason=reason, time=time.time())
+    folder.record(TrackerFailed(name=name, reason=reason))
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:

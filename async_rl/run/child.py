@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.errors import RunFailed, UserError
+from async_rl.events import MemoryRanOut, RunResumed
 from async_rl.process import CAUSE_PIPE, PARENT_PIPE, TOLD_TO_END, speaks_of_memory
 from async_rl.run.memory import advice
-from async_rl.run_folder import RunFolder, read_rows
+from async_rl.run_folder import RunFolder
 from async_rl.wire.heartbeat import PULSE_PIPE
 
 # -------------------- memory kills
@@ -126,13 +127,14 @@ class Child:
 
     def _out_of_memory(self, said: str) -> str:
         seen: list[int] = []
-        for row in read_rows(self.folder.events):
-            if row["event"] == "resumed":
-                seen.clear()  # an earlier life may have had other settings
-            elif row["event"] == "out_of_memory":
-                seen.append(row["tokens"])
-        tokens = seen[-1] if seen else None
-        return f"{said[:MOST_SAID]} (log: {self.log})\n{advice(self.folder.settings(), self.name, tokens)}"
+        for row in self.folder.read_events():
+            match row.event:
+                case RunResumed():
+                    seen.clear()  # an earlier life may have had other settings
+                case MemoryRanOut(tokens=tokens):
+                    seen.append(tokens)
+        largest = seen[-1] if seen else None
+        return f"{said[:MOST_SAID]} (log: {self.log})\n{advice(self.folder.settings(), self.name, largest)}"
 
 
 def arithmetic_environment(threads: int) -> dict[str, str]:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from async_rl.errors import RunFailed, UserError
+from async_rl.events import GeneratorDied, ProcessFrozen, ProcessKilled, ProcessStarted
 from async_rl.process import uninterrupted
 from async_rl.run.child import Child, Command, start_child, tell_to_end
 from async_rl.run.liveness import Live, Vitals
@@ -82,7 +83,7 @@ class Crew:
             child = start_child(command, self.folder, **ends)
             self.children.append(child)
         self.vitals.began(child.process.pid, child.name, time.monotonic())
-        self.folder.event("started", process=child.name, pid=child.process.pid, time=time.time())
+        self.folder.record(ProcessStarted(process=child.name, pid=child.process.pid))
 
     def child(self, name: str) -> Child:
         return next(c for c in self.children if c.name == name)
@@ -125,7 +126,7 @@ class Crew:
             child = next(c for c in self.children if c.process.pid == of)
             self.vitals.ended(of)
             self.frozen[of] = f"{name} {why}"
-            self.folder.event("process_frozen", name=name, pid=pid, reason=why, time=time.time())
+            self.folder.record(ProcessFrozen(name=name, pid=pid, reason=why))
             if of != pid:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -167,14 +168,14 @@ class Crew:
         child.close()
         self.folder.failure(child.name).unlink(missing_ok=True)
         self.resting[child.name] = (time.monotonic() + pause, child.command)
-        self.folder.event(
-            "generator_died",
-            name=child.name,
-            reason=str(cause),
-            restart_in_s=pause,
-            deaths=len(budget.causes),
-            max_restarts=budget.max_restarts,
-            time=time.time(),
+        self.folder.record(
+            GeneratorDied(
+                name=child.name,
+                reason=str(cause),
+                restart_in_s=pause,
+                deaths=len(budget.causes),
+                max_restarts=budget.max_restarts,
+            )
         )
 
     def restart(self) -> None:
@@ -202,7 +203,7 @@ class Crew:
             with suppress(subprocess.TimeoutExpired):  # one that even this does not end must not hold us up
                 child.process.wait(STOP_S)
             with suppress(RunFailed):  # on a full disk the others are ended all the same
-                self.folder.event("ended_by_force", process=child.name, time=time.time())
+                self.folder.record(ProcessKilled(process=child.name))
         for child in self.children:
             child.close()
         if self.pipe == (-1, -1):

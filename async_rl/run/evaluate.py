@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from async_rl.config import Settings
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
-from async_rl.generator.loop import run_episode
-from async_rl.generator.session import EpisodeSession, Ticket
+from async_rl.generator.session import EpisodeSession, Ticket, run_episode
 from async_rl.model.decoder import Decoder
 from async_rl.model.huggingface import HuggingFaceDecoder
 from async_rl.model.tokenizer import Tokenizer

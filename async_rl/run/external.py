@@ -15,20 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from async_rl import __version__
+from msgspec import to_builtins
+
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
+from async_rl.events import TrainerAwaited
 from async_rl.process import run_process
 from async_rl.run_folder import RunFolder
 from async_rl.trajectory.codec import WireError
+from async_rl.version import __version__
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout
 from async_rl.wire.endpoint import this_host
 from async_rl.wire.heartbeat import Activity, make_heartbeat
 from async_rl.wire.keys import keys_in
 
-AWAITED = "trainer_awaited"
-"""event that tells a trainer where it is wanted"""
 ASK_S = 0.5
 SETTLE_S = 2.0
 """time its ranks get to write down why they ended"""
@@ -70,7 +71,7 @@ class StandIn:
         except (WireTimeout, WireError):
             return  # it is busy, or gone, which is for the launcher to find
         if isinstance(answer, msg.Snapshot):
-            found = [row for row in answer.detail.get("processes", []) if row.get("role") == "trainer"]
+            found = [to_builtins(row) for row in answer.processes if row.role == "trainer"]
             self.row = found[0] if found else self.row
 
     def judge(self) -> None:
@@ -112,16 +113,16 @@ def main(path: str, endpoint: str, version: str) -> None:
             make_heartbeat("trainer", "trainer", activity, settings.wire, None),
             Dealer(endpoint, f"trainer-stand-in/{os.getpid()}", keys=keys_in(settings.wire.keys)) as dealer,
         ):
-            folder.event(
-                AWAITED,
-                endpoint=endpoint,
-                version=int(version),
-                package=__version__,
-                host=this_host(),
-                folder=str(Path.cwd()),
-                ranks=settings.trainer.ranks,
-                command=start_command(folder.path, settings.trainer.ranks),
-                time=time.time(),
+            folder.record(
+                TrainerAwaited(
+                    endpoint=endpoint,
+                    version=int(version),
+                    package=__version__,
+                    host=this_host(),
+                    folder=str(Path.cwd()),
+                    ranks=settings.trainer.ranks,
+                    command=start_command(folder.path, settings.trainer.ranks),
+                )
             )
             StandIn(settings, folder, dealer, activity).run()
 

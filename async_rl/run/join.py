@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from async_rl import __version__
 from async_rl.config import Settings, WireSettings, check
-from async_rl.config.schema import described, structured, with_overrides
+from async_rl.config.schema import structured, values_of, with_overrides
 from async_rl.errors import RunFailed, UserError, nearest
+from async_rl.events import BufferReady, Event, ProcessStarted, StallReported, TrainerAwaited
 from async_rl.process import SIGNALS, Interrupted
 from async_rl.run.child import arithmetic_environment
-from async_rl.run.external import AWAITED
 from async_rl.run.preflight import check_device, task_digest
-from async_rl.run_folder import RunFolder, read_rows
+from async_rl.run_folder import RunFolder
 from async_rl.trajectory.codec import WireError
+from async_rl.version import __version__
 from async_rl.weights.shared_memory import WeightsError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import AsyncDealer, Dealer, WireTimeout, ipc_endpoint
@@ -85,11 +85,12 @@ def endpoint_of(folder: RunFolder, timeout_s: float) -> str:
         if not launched(folder):
             raise UserError(f"{folder.path}: nobody runs it now; `async-rl run --resume {folder.path}` goes on with it")
         found = ""
-        for row in read_rows(folder.events):
-            if row["event"] == "started" and row["process"] == "buffer":
-                found = ""  # of a launch before
-            elif row["event"] == "buffer_ready":
-                found = row["endpoint"]
+        for row in folder.read_events():
+            match row.event:
+                case ProcessStarted(process="buffer"):
+                    found = ""  # of a launch before
+                case BufferReady(endpoint=endpoint):
+                    found = endpoint
         if found:
             # a folder that is reached by another path here has its socket at that path, too
             return ipc_endpoint(folder.path) if found.endswith("/buffer.sock") else found
@@ -98,7 +99,7 @@ def endpoint_of(folder: RunFolder, timeout_s: float) -> str:
         time.sleep(FOLDER_POLL_S)
 
 
-def awaited_trainer(folder: RunFolder, settings: Settings) -> Mapping[str, Any]:
+def awaited_trainer(folder: RunFolder, settings: Settings) -> TrainerAwaited:
     """What the run says of the trainer that it waits for; waits for a run that is being started. Raises UserError
     when it waits for none."""
     if settings.trainer.start != "external":
@@ -109,16 +110,17 @@ def awaited_trainer(folder: RunFolder, settings: Settings) -> Mapping[str, Any]:
     while True:
         if folder.summary.exists():
             raise UserError(f"{folder.path}: this run is finished; there is nothing to train")
-        wanted: Mapping[str, Any] = {}
-        for row in read_rows(folder.events):
-            if row["event"] == "started" and row["process"] == "buffer":
-                wanted = {}  # of a launch before
-            elif row["event"] == AWAITED:
-                wanted = row
-        elsewhere = bool(wanted) and wanted["host"] != this_host()
+        wanted: TrainerAwaited | None = None
+        for row in folder.read_events():
+            match row.event:
+                case ProcessStarted(process="buffer"):
+                    wanted = None  # of a launch before
+                case TrainerAwaited() as event:
+                    wanted = event
+        elsewhere = wanted is not None and wanted.host != this_host()
         if not elsewhere and not launched(folder):
             raise UserError(f"{folder.path}: nobody runs it now; `async-rl run --resume {folder.path}` goes on with it")
-        if wanted:
+        if wanted is not None:
             return wanted
         if time.monotonic() > deadline:
             waited = f"waited {settings.wire.timeout_s:g} s (wire.timeout_s)"
@@ -165,7 +167,7 @@ def local_settings(told: Mapping[str, Any], words: Sequence[str], keys: str, her
     """The run's settings with `name=value` words laid over them. `keys`: folder of this host's keys; `here`: where
     relative paths in words begin. Raises UserError for a word that would make this another run."""
     base = structured(Settings, _with_keys(told, keys), where="")
-    values = {path: value for path, value, _, _ in described(base)}
+    values = values_of(base)
     laid = [_allowed(word, base, values, here) for word in words]
     settings = structured(Settings, with_overrides(_with_keys(told, keys), laid), where="")
     if settings.generator.max_sequences > base.generator.max_sequences:
@@ -342,7 +344,7 @@ class Joined:
                 weights,
                 activity=self.activity,
                 buffer_silent_s=buffer_silent_s,
-                event=self.event,
+                record=self.record,
             )
             for number in SIGNALS:
                 asyncio.get_running_loop().add_signal_handler(number, self.leave, loop, number)
@@ -351,7 +353,7 @@ class Joined:
             stats = engine.stats()
             self.say(
                 f"{'the run has ended: ' + loop.stopped + '; ' if loop.stopped else ''}{self.name} generated "
-                f"{stats.tokens_generated} tokens in {loop.episodes} episodes"
+                f"{stats.tokens_generated} tokens in {loop.episodes.started} episodes"
             )
             if self.told:
                 dealer.close(linger_s=LEAVE_S)
@@ -371,6 +373,6 @@ class Joined:
             self.told = signal.Signals(number).name
             loop.leave(f"told to end ({self.told})")
 
-    def event(self, kind: str, **detail: object) -> None:
+    def record(self, event: Event) -> None:
         """What the launched ones write into events.jsonl."""
-        self.say(f"{kind}: {detail.get('text') or detail}")
+        self.say(f"{event.event}: {event.text if isinstance(event, StallReported) else event.detail()}")

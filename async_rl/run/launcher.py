@@ -22,6 +22,16 @@ from typing import Any, Self
 from async_rl.config import Settings
 from async_rl.config.schema import to_yaml
 from async_rl.errors import RunFailed, UserError
+from async_rl.events import (
+    CheckpointDamaged,
+    ProcessesLeft,
+    ProcessStarted,
+    RunInterrupted,
+    RunResumed,
+    TrackerFailed,
+    read_event_rows,
+)
+from async_rl.objective import own
 from async_rl.observe.console import Console
 from async_rl.process import PARENT_PIPE, Interrupted, ignore_interrupts, interruptible, uninterrupted
 from async_rl.run.child import Command, how_it_ended
@@ -66,7 +76,7 @@ class Tracking:
                 pass_fds=(parent_pipe, lock),
                 start_new_session=True,
             )
-        folder.event("started", process="tracker", pid=process.pid, time=time.time())
+        folder.record(ProcessStarted(process="tracker", pid=process.pid))
         return cls(folder, process)
 
     def look(self) -> None:
@@ -92,7 +102,7 @@ class Tracking:
 
     def _failed(self, reason: str) -> None:
         with suppress(RunFailed):  # a full disk: what matters has been said by others
-            self.folder.event("tracker_failed", name="tracker", reason=reason, time=time.time())
+            self.folder.record(TrackerFailed(name="tracker", reason=reason))
 
 
 WEIGHTS = "weights"
@@ -158,7 +168,7 @@ class Launcher:
             self.watch()
             return self.finish(time.monotonic() - started)
         except Interrupted as order:
-            self.folder.event("interrupted", signal=str(order), time=time.time())
+            self.folder.record(RunInterrupted(signal=str(order)))
             raise
         except UserError:
             self.end(endpoint)
@@ -189,19 +199,20 @@ class Launcher:
         """Make the folder of a new run, or put that of a resumed one into the state of its start."""
         if self.start_at is None:
             self.folder.create(self.settings)
+            own.record(self.folder.path, str(self.settings.recipe["name"]))
             self.lock = take_lock(self.folder.lock, LAST_LAUNCH_S)
             return
         start = self.start_at
         for damage in start.damaged:
             self.console.say(f"{damage.path.name} is damaged and left out: {damage.reason}")
-            self.folder.event("checkpoint_damaged", path=str(damage.path), reason=damage.reason, time=time.time())
+            self.folder.record(CheckpointDamaged(path=str(damage.path), reason=damage.reason))
         rewind(self.folder, start)
         new = changed(self.folder, self.settings)
         replace_text(self.folder.config, to_yaml(self.settings))
-        self.folder.event("resumed", version=start.version, changed=new, time=time.time())
+        self.folder.record(RunResumed(version=start.version, changed=new))
         self.rows.skip()  # what earlier launches wrote is not shown again
         self.events.skip()
-        self.console.say(f"resuming {self.folder.path} {start.in_words()}")
+        self.console.say(f"resuming {self.folder.path} {start.describe()}")
 
     @property
     def version(self) -> int:
@@ -302,8 +313,8 @@ class Launcher:
     def leave_behind(self) -> None:
         """The trainer is done and something goes on. Raises RunFailed when that is the buffer, whose store must
         be closed; generators are told to end."""
-        alive = [c.name for c in self.crew.children if not c.ended]
-        self.folder.event("still_running", processes=alive, time=time.time())
+        alive = tuple(c.name for c in self.crew.children if not c.ended)
+        self.folder.record(ProcessesLeft(processes=alive))
         self.crew.check()
         if not self.crew.child("buffer").ended:
             raise RunFailed(f"the buffer did not end within {FINISH_S:g} s after the trainer was done")
@@ -328,9 +339,10 @@ class Launcher:
         """Rows and evaluations that are new since last time."""
         for row in self.rows.new():
             self.console.step(row)
-        for event in self.events.new():
-            self.console.event(event)
-            self.crew.live.hear(event)
+        for found in read_event_rows(self.events.new()):
+            if found.event is not None:
+                self.console.event(found.event)
+                self.crew.live.hear(found.event)
 
     # -------------------------------------------------------------------- end
 

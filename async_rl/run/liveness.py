@@ -11,12 +11,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+
+from msgspec import to_builtins
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
+from async_rl.events import AlarmRaised, Event, RunRolledBack, StallReported
 from async_rl.observe.record import standing
-from async_rl.run_folder import RunFolder, read_rows, replace_text
+from async_rl.run_folder import RunFolder, replace_text
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout
@@ -160,18 +162,18 @@ class Live:
     """first question that was not answered"""
     told_at: float = 0.0
     """length of that wait when it was reported last"""
-    detail: Mapping[str, Any] = field(default_factory=dict)
-    """of the buffer's last answer"""
-    alarms: list[Mapping[str, Any]] = field(default_factory=list)
+    snapshot: msg.Snapshot | None = None
+    """the buffer's last answer"""
+    alarms: list[Event] = field(default_factory=list)
     """events of alarms and rollbacks"""
 
     def __post_init__(self) -> None:
-        for event in read_rows(self.folder.events):  # of earlier launches
-            self.hear(event)
+        for row in self.folder.read_events():  # of earlier launches
+            self.hear(row.event)
 
-    def hear(self, event: Mapping[str, Any]) -> None:
+    def hear(self, event: Event | None) -> None:
         """One of events.jsonl, in order."""
-        if event.get("event") in ("alarm", "rollback"):
+        if isinstance(event, AlarmRaised | RunRolledBack):
             self.alarms.append(event)
 
     def look(self, now: float, children: Sequence[Mapping[str, object]]) -> None:
@@ -197,18 +199,18 @@ class Live:
 
     def write(self, state: str, now: float, children: Sequence[Mapping[str, object]]) -> None:
         """`live.json`, whole or not at all."""
-        d = self.detail
+        found = self.snapshot if self.snapshot is not None else msg.Snapshot()
         values = {
             "time": time.time(),
             "state": state,
             "steps": self.settings.trainer.steps,
-            "step": d.get("step", 0),
-            "published": d.get("published", 0),
-            "slots": {"used": d.get("slots_used", 0), "all": d.get("slots", 0)},
-            "processes": _processes(children, d),
-            "waits": d.get("waits", []),
-            "buffer_answered_s_ago": round(now - self.answered, 3) if self.detail else None,
-            "counts": d.get("counts", {}),
+            "step": found.step,
+            "published": found.published,
+            "slots": {"used": found.counters.slots_used, "all": found.counters.slots},
+            "processes": _processes(children, found),
+            "waits": to_builtins(found.waits),
+            "buffer_answered_s_ago": round(now - self.answered, 3) if self.snapshot is not None else None,
+            "counts": found.counts,
             "alarms": [asdict(alarm) for alarm in standing(self.alarms)],
         }
         with suppress(OSError, RunFailed):  # a full disk is for those to tell who lose something by it
@@ -223,7 +225,7 @@ class Live:
             except WireError:
                 continue
             if isinstance(message, msg.Snapshot):
-                self.answered, self.detail, self.waits_since = now, message.detail, None
+                self.answered, self.snapshot, self.waits_since = now, message, None
 
     def _report(self, now: float, children: Sequence[Mapping[str, object]]) -> None:
         """A buffer that lives and does not answer."""
@@ -234,18 +236,19 @@ class Live:
             self.told_at = waited
             words = [f"{row['doing']} (heard {row['silent_s']} s ago)" for row in children if row["name"] == "buffer"]
             text = f"launcher waits {waited:.0f} s for the buffer's answer; the buffer: {', '.join(words)}"
-            detail = {"waits": "launcher", "for": "the buffer's answer", "seconds": round(waited, 3), "text": text}
-            self.folder.event("stall", **detail, time=time.time())
+            self.folder.record(
+                StallReported(waits="launcher", what="the buffer's answer", seconds=round(waited, 3), text=text)
+            )
 
 
-def _processes(children: Sequence[Mapping[str, object]], detail: Mapping[str, Any]) -> list[dict[str, object]]:
+def _processes(children: Sequence[Mapping[str, object]], found: msg.Snapshot) -> list[dict[str, object]]:
     """One row a process: our children, and generators of others that the buffer hears; with what it knows of
     each generator."""
     rows = [{"role": _role(str(row["name"])), **row} for row in children]
     known = {row["name"] for row in rows}
-    rows += [dict(row) for row in detail.get("processes", []) if row["name"] not in known]
-    generators = {g["name"]: g for g in detail.get("standing", [])}
-    return [{**row, **generators.get(row["name"], {})} for row in rows]
+    rows += [to_builtins(process) for process in found.processes if process.name not in known]
+    generators = {str(state.name): to_builtins(state) for state in found.generators}
+    return [{**row, **generators.get(str(row["name"]), {})} for row in rows]
 
 
 def _role(name: str) -> str:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from async_rl.config import Settings
+from async_rl.config.checks import check_shared
 from async_rl.config.settings import (
     WeightsSettings,
-    check_shared,
     generators_fit,
     gpus_named,
     shares_gpus,

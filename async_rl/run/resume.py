@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,10 @@ from typing import Any
 
 from async_rl.buffer.store import StoreReader, store_begun
 from async_rl.config import Settings, check
-from async_rl.config.schema import described, load_yaml, structured, with_overrides
+from async_rl.config.schema import load_yaml, structured, values_of, with_overrides
 from async_rl.errors import RunFailed, UserError
+from async_rl.events import AlarmRaised, EvaluationReported, RunRolledBack, StepSkipped, UpdatesStopped, read_event
+from async_rl.objective.own import check_recorded
 from async_rl.run_folder import Rollback, RunFolder, read_rollback, read_rows, replace_text
 from async_rl.trainer.manifest import Damage, list_checkpoints, newest_whole, version_of
 
@@ -53,10 +54,10 @@ class Start:
     back: Rollback | None = None
     """the run goes back here: the weights of the checkpoint are those of `version` from now on"""
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """Where the run goes on."""
         if self.back is not None:
-            return f"at step {self.version}: it went back {self.back.in_words()}"
+            return f"at step {self.version}: it went back {self.back.describe()}"
         what = self.checkpoint.name if self.checkpoint is not None else "the initial model (no checkpoint yet)"
         return f"at step {self.version} from {what}"
 
@@ -69,8 +70,9 @@ def resumed_settings(folder: RunFolder, overrides: Sequence[str]) -> Settings:
     before = structured(Settings, values, where="")
     settings = structured(Settings, with_overrides(values, overrides), where="")
     check(settings)
-    old = {path: value for path, value, _, _ in described(before)}
-    for path, value, _, _ in described(settings):
+    check_recorded(folder.path, str(before.recipe["name"]))
+    old = values_of(before)
+    for path, value in values_of(settings).items():
         if value != old[path] and not path.startswith(MAY_CHANGE + SIZES):
             raise UserError(
                 f"{path} cannot change in a resumed run: what is stored and trained so far was made with "
@@ -107,8 +109,8 @@ def _new_run(folder: RunFolder) -> str:
 
 def changed(folder: RunFolder, settings: Settings) -> dict[str, tuple[Any, Any]]:
     """Setting -> (as it was in the run's folder, as it is now)."""
-    old = {path: value for path, value, _, _ in described(folder.settings())}
-    return {path: (old[path], value) for path, value, _, _ in described(settings) if value != old[path]}
+    old = values_of(folder.settings())
+    return {path: (old[path], value) for path, value in values_of(settings).items() if value != old[path]}
 
 
 def find_start(folder: RunFolder, settings: Settings) -> Start:
@@ -161,11 +163,11 @@ def rewind(folder: RunFolder, start: Start) -> None:
         reported = pending[0] if pending is not None else progress["evaluations_asked"]
 
     def still_true(row: Mapping[str, Any]) -> bool:
-        match row["event"]:
-            case "evaluation":
-                return bool(row["evaluation"] < reported)
-            case "step_skipped" | "updates_stopped" | "alarm":
-                return bool(row["step"] < version)
+        match read_event(row):
+            case EvaluationReported(evaluation=number):
+                return number < reported
+            case StepSkipped(step=step) | UpdatesStopped(step=step) | AlarmRaised(step=step):
+                return step < version
             case _:
                 return True
 
@@ -191,8 +193,9 @@ def given_up(back: Rollback | None) -> Callable[[int], bool]:
 
 def _note(folder: RunFolder, back: Rollback) -> None:
     """Tell of it in events.jsonl, once."""
-    if not any(row["event"] == "rollback" and row["version"] == back.at for row in read_rows(folder.events)):
-        folder.event("rollback", **back.story(), time=time.time())
+    told = (row.event for row in folder.read_events())
+    if not any(isinstance(event, RunRolledBack) and event.version == back.at for event in told):
+        folder.record(back.event())
 
 
 def _keep(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:

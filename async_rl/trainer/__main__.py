@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from async_rl.config import Settings
+from async_rl.events import TrainerReady
 from async_rl.process import (
     AGENT,
     CAUSE_PIPE,
@@ -65,10 +65,10 @@ def train(
     ways = [way for way in os.environ.get(WAYS, "").split(",") if way]
     with (
         Dealer(endpoint, "trainer", max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as dealer,
-        closing(make_publisher(folder, settings, learner, ways, folder.event, still=team.still)) as publisher,
+        closing(make_publisher(folder, settings, learner, ways, folder.record, still=team.still)) as publisher,
     ):
         team.still()
-        canary = make_canary(settings, learner, task, folder.event, team)
+        canary = make_canary(settings, learner, task, folder.record, team)
         inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity, team.still)
         inbox.say(msg.Hello(role="trainer", name="trainer", pid=os.getpid()))
         loop = TrainerLoop(
@@ -86,8 +86,8 @@ def train(
         )
         if begun.progress is not None:
             loop.resume(begun.progress, saved=begun.saved)
-        backends = {"kernels": backend(settings.trainer.device), "attention": backend_of(settings)}
-        folder.event("trainer_ready", weights_bytes=learner.sent_bytes, time=time.time(), **backends)
+        kernels, attention = backend(settings.trainer.device), backend_of(settings)
+        folder.record(TrainerReady(weights_bytes=learner.sent_bytes, kernels=kernels, attention=attention))
         try:
             summary = loop.run()
         except WentBack:  # the launcher starts the run again from there
@@ -115,6 +115,7 @@ def begin(folder: RunFolder, settings: Settings, version: int, activity: Activit
     """The learner at `version`. Collective over ranks."""
     import torch
 
+    from async_rl.objective.own import check_recorded
     from async_rl.run_folder import read_rollback
     from async_rl.trainer.build import make_learner
     from async_rl.trainer.checkpoint import load_checkpoint, weights_hash
@@ -125,6 +126,7 @@ def begin(folder: RunFolder, settings: Settings, version: int, activity: Activit
     torch.set_num_threads(settings.trainer.threads)
     if settings.trainer.memory_share < 1:  # generators are on the same GPU
         limit_memory(settings)
+    check_recorded(folder.path, str(settings.recipe["name"]))
     learner = make_learner(settings, ranks)
     initial_hash = ""
     if learner.ranks.leads:

@@ -21,6 +21,7 @@ from statistics import fmean, median
 from typing import Any, Literal, get_args
 
 from async_rl.config import GuardSettings
+from async_rl.events import AlarmRaised
 from async_rl.run_folder import Rollback, RunFolder, read_rollback, write_rollback
 from async_rl.trainer.manifest import damage_of, list_checkpoints, version_of
 
@@ -293,13 +294,8 @@ class Guard:
 
     def tell(self, alarms: Iterable[Alarm]) -> None:
         for alarm in alarms:
-            self.folder.event(
-                "alarm",
-                signal=alarm.signal,
-                step=alarm.step,
-                since=alarm.since,
-                reason=alarm.reason,
-                time=time.time(),
+            self.folder.record(
+                AlarmRaised(signal=alarm.signal, step=alarm.step, since=alarm.since, reason=alarm.reason)
             )
 
     def goes_back(self, alarms: Iterable[Alarm], step: int) -> bool:
@@ -325,7 +321,7 @@ class Guard:
             )
             write_rollback(self.folder, found)
             self.rollback = found
-        return WentBack(self.rollback.in_words())
+        return WentBack(self.rollback.describe())
 
     def good(self) -> int:
         """Version of the newest whole checkpoint from before every sign; 0 (the initial model) when there is none."""

@@ -8,7 +8,7 @@ health.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ import torch
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
+from async_rl.events import CanaryFailed, CanarySilent, RecordEvent
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.trainer.sharding import is_sharded
 from async_rl.trainer.team import Team
@@ -77,7 +78,7 @@ class CanaryWatch:
 
     learner: Learner
     options: CanaryOptions
-    event: Callable[..., None]
+    record: RecordEvent
     """writes an event of the run"""
     team: Team
     """the trainer's other ranks"""
@@ -121,14 +122,14 @@ class CanaryWatch:
         )
         comparison = compare(expected, found)
         if comparison.wrong(self.options.tolerance):
-            self.event(
-                "canary_failed",
-                name=canary.name,
-                version=canary.version,
-                tensors=list(comparison.tensors),
-                max_difference=comparison.max_difference,
-                mean_difference=comparison.mean_difference,
-                time=time.time(),
+            self.record(
+                CanaryFailed(
+                    name=canary.name,
+                    version=canary.version,
+                    tensors=tuple(comparison.tensors),
+                    max_difference=comparison.max_difference,
+                    mean_difference=comparison.mean_difference,
+                )
             )
             raise RunFailed(self._explain(canary, comparison))
         self.found.append(comparison)
@@ -137,11 +138,10 @@ class CanaryWatch:
         watched.since, watched.reported = self.step, False
         watched.checked += 1
 
-    def look(self, step: int, detail: Mapping[str, float]) -> None:
-        """Report the generators that have been connected for long and showed nothing. `detail`: of the
-        batch of this step."""
+    def look(self, step: int, connected: Mapping[str, int]) -> None:
+        """Report the generators that have been connected for long and showed nothing. `connected`: generator ->
+        version of the weights it holds, when the batch of this step was sent."""
         self.step = step
-        connected = {name.removeprefix(msg.HOLDS): held for name, held in detail.items() if name.startswith(msg.HOLDS)}
         for name, watched in self.generators.items():
             watched.away |= name not in connected
         for name, held in connected.items():
@@ -151,9 +151,7 @@ class CanaryWatch:
             if not 0 < self.options.silent_steps <= step - watched.since or watched.reported:
                 continue
             watched.reported = True
-            self.event(
-                "canary_silent", name=name, since_step=watched.since, step=step, holds=int(held), time=time.time()
-            )
+            self.record(CanarySilent(name=name, since_step=watched.since, step=step, holds=int(held)))
 
     def row(self) -> dict[str, float]:
         """Metrics since the last row."""
@@ -204,9 +202,7 @@ class CanaryWatch:
         return f"; its log-probs are nearest to those of version {nearest}"
 
 
-def make_canary(
-    settings: Settings, learner: Learner, task: Task, event: Callable[..., None], team: Team
-) -> CanaryWatch:
+def make_canary(settings: Settings, learner: Learner, task: Task, record: RecordEvent, team: Team) -> CanaryWatch:
     """The watch of a run."""
     chosen = settings.generator
     # a sharded model computes in the trainer's dtype, a whole one in that of its weights
@@ -219,4 +215,4 @@ def make_canary(
         tolerance=settings.canary.tolerance or TOLERANCE[computed],
         silent_steps=settings.canary.silent_steps,
     )
-    return CanaryWatch(learner, options, event, team, step=learner.version)
+    return CanaryWatch(learner, options, record, team, step=learner.version)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed, UserError
+from async_rl.events import CheckpointSaved, EvaluationReported, MemoryRanOut, StepSkipped, UpdatesStopped
 from async_rl.process import speaks_of_memory
 from async_rl.run_folder import RunFolder, append_row, read_rows, to_disk
 from async_rl.trainer.alarm import Guard
@@ -130,7 +131,7 @@ class TrainerLoop:
             totals=self.totals,
             first=self.reward_first,
             last=mean(last.rewards),
-            detail=self.inbox.consumed(steps),
+            counters=self.inbox.consumed(steps),
             canary=self.canary.summary(),
             guard=self.guard,
             seconds=seconds,
@@ -143,7 +144,7 @@ class TrainerLoop:
     def train(self, step: int, batch: msg.Batch, waited: float) -> tuple[dict[str, float], Sequence[Alarm]]:
         """One step; its metric row, and the alarms it raises. Weights that will be given up are not published.
         Raises RunFailed when generators show other weights than the published."""
-        self.canary.look(step, batch.detail)
+        self.canary.look(step, batch.counters.held_versions)
         self.inbox.listen()
         started = time.monotonic()
         self.inbox.activity.now(f"training step {step}")
@@ -171,27 +172,17 @@ class TrainerLoop:
             "time/wait_for_batch": waited,
             "time/step": trained - started,
             "time/publish": published - trained,
-            "len/refused": batch.detail.get("len_refused", 0.0),
-            "tokens/generated": batch.detail.get("tokens_generated", 0.0),
             "tokens/trained": float(packed.num_policy_tokens),
-            "slots/used": batch.detail.get("slots_used", 0.0),
-            "slots/all": batch.detail.get("slots", 0.0),
-            "groups/refused": batch.detail.get("groups_refused", 0.0),
-            "time/generator_busy": self.busy_before + batch.detail.get("generator_busy_seconds", 0.0),
-            "generators": batch.detail.get("generators", 0.0),
-            "time/store": batch.detail.get("store_seconds", 0.0),
-            "time/store_processor": batch.detail.get("store_processor_seconds", 0.0),
-            "wire/refused": batch.detail.get("wire_refused", 0.0),
-            "store/commits": batch.detail.get("store_commits", 0.0),
-            **{name: value for name, value in batch.detail.items() if name.startswith(msg.AS_METRICS)},
+            **batch.counters.metrics(),
+            "time/generator_busy": self.busy_before + batch.counters.generator_busy_seconds,
             **self.canary.row(),
             **self.guard.columns(),
         }
         if report.skipped:
-            self.folder.event("step_skipped", step=step, reason=report.skipped, time=time.time())
+            self.folder.record(StepSkipped(step=step, reason=report.skipped))
             row["skipped"] = 1.0
         elif report.stopped:
-            self.folder.event("updates_stopped", step=step, reason=report.stopped, time=time.time())
+            self.folder.record(UpdatesStopped(step=step, reason=report.stopped))
         return row, alarms
 
     def step(self, step: int, packed: PackedBatch) -> StepReport:
@@ -201,7 +192,7 @@ class TrainerLoop:
         except (RuntimeError, MemoryError) as error:
             if speaks_of_memory(f"{type(error).__name__} {error}"):
                 largest = max(len(micro.tokens) for micro in packed.micro_batches)
-                self.folder.event("out_of_memory", step=step, tokens=largest, time=time.time())
+                self.folder.record(MemoryRanOut(step=step, tokens=largest))
             raise
 
     def publish(self, *, ess: float = -1.0) -> None:
@@ -246,7 +237,7 @@ class TrainerLoop:
         oldest = version_of(list_checkpoints(self.folder.checkpoints)[0])
         self.inbox.say(msg.Checkpointed(version=version, oldest=oldest))
         took = time.monotonic() - started
-        self.folder.event("checkpoint", version=version, path=str(path), seconds=round(took, 4), time=time.time())
+        self.folder.record(CheckpointSaved(version=version, path=str(path), seconds=round(took, 4)))
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of this loop."""
@@ -330,15 +321,15 @@ class TrainerLoop:
                 self.report_evaluation(number, asked_at, result)
 
     def report_evaluation(self, number: int, step: int, result: msg.EvaluationResult) -> None:
-        self.folder.event(
-            "evaluation",
-            evaluation=number,
-            step=step,
-            reward=mean(result.rewards),
-            trajectories=len(result.rewards),
-            version_min=result.version_min,
-            version_max=result.version_max,
-            time=time.time(),
+        self.folder.record(
+            EvaluationReported(
+                evaluation=number,
+                step=step,
+                reward=mean(result.rewards),
+                trajectories=len(result.rewards),
+                version_min=result.version_min,
+                version_max=result.version_max,
+            )
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from async_rl.config import Settings
+from async_rl.events import RecordEvent
 from async_rl.model.decoder import DTYPES
 from async_rl.run_folder import RunFolder
 from async_rl.trainer.learner import Learner
@@ -61,7 +62,7 @@ def make_publisher(
     settings: Settings,
     learner: Learner,
     ways: Iterable[str],
-    event: Callable[..., None],
+    record: RecordEvent,
     make_link: Callable[[Staged], MakeLink] | None = None,
     still: Callable[[], None] = lambda: None,
 ) -> Publisher:
@@ -81,7 +82,7 @@ def make_publisher(
         staged,
         (make_link or links_by_release(installed_release()))(staged),
         timeout_s=settings.weights.timeout_s,
-        event=event,
+        record=record,
         still=still,
     )
     if not needs_segment(ways, tcp=is_tcp(settings.wire.endpoint)):

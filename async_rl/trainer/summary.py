@@ -9,6 +9,7 @@ from typing import Any
 from async_rl.config import StalenessSettings
 from async_rl.trainer.alarm import Alarm, Guard
 from async_rl.trainer.canary_watch import CanarySummary
+from async_rl.wire.messages import BufferCounters
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,7 +102,7 @@ def summarise(
     totals: Totals,
     first: float,
     last: float,
-    detail: Mapping[str, float],
+    counters: BufferCounters,
     canary: CanarySummary,
     guard: Guard,
     seconds: float,
@@ -113,7 +114,7 @@ def summarise(
     if totals.steps:
         busy = totals.generator_busy - totals.first["time/generator_busy"]
         generating = busy / max(1.0, totals.last["generators"])
-    training = totals.training
+    training, columns = totals.training, counters.metrics()
     return Summary(
         steps=totals.steps,
         reward_eval_first=first,
@@ -122,9 +123,9 @@ def summarise(
         lag_max=int(totals.lag_max),
         max_staleness=staleness.max_staleness,
         policy=staleness.policy,
-        depth=detail.get("staleness/depth", 0.0),
-        held_up=_below("held_up/", detail),
-        dropped=_below("drop/", detail),
+        depth=counters.pipeline_depth,
+        held_up=_below("held_up/", columns),
+        dropped=_below("drop/", columns),
         ess_mean=totals.ess / max(1, totals.ess_steps),
         seconds=seconds,
         seconds_training=training,
@@ -132,19 +133,19 @@ def summarise(
         overlap_efficiency=max(training, generating) / max(seconds, 1e-9),
         tokens_generated=int(totals.last.get("tokens/generated", 0.0)),
         tokens_trained=int(totals.tokens),
-        groups_admitted=int(detail.get("groups_admitted", 0)),
-        groups_trained=int(detail.get("groups_trained", 0)),
-        groups_refused=int(detail.get("groups_refused", 0)),
-        trajectories_failed=int(detail.get("trajectories_failed", 0)),
+        groups_admitted=counters.groups_admitted,
+        groups_trained=counters.groups_trained,
+        groups_refused=counters.groups_refused,
+        trajectories_failed=counters.trajectories_failed,
         canary=canary,
         alarms=tuple(guard.watch.raised.values()),
-        rollback=guard.rollback.story() if guard.rollback is not None else None,
+        rollback=guard.rollback.event().detail() if guard.rollback is not None else None,
         model=model,
     )
 
 
-def _below(prefix: str, detail: Mapping[str, float]) -> dict[str, float]:
-    return {name.removeprefix(prefix): value for name, value in detail.items() if name.startswith(prefix)}
+def _below(prefix: str, columns: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in columns.items() if name.startswith(prefix)}
 
 
 def mean(values: Sequence[float]) -> float:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from async_rl.errors import RunFailed
+from async_rl.events import RecordEvent, WeightsLinkLost
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Router
@@ -254,14 +255,14 @@ class LinkServer:
         make_link: MakeLink,
         *,
         timeout_s: float,
-        event: Callable[..., None],
+        record: RecordEvent,
         closing_s: float = CLOSING_S,
         still: Callable[[], None] = lambda: None,
     ) -> None:
         """`endpoint`: a Unix socket, so that whoever asks is of this host and this user. `timeout_s`: longest time of
         one transfer. `still`: called again and again while a publication waits for transfers. Raises UserError."""
         self._staged, self._make_link = staged, make_link
-        self._timeout_s, self._closing_s, self._event, self._still = timeout_s, closing_s, event, still
+        self._timeout_s, self._closing_s, self._record, self._still = timeout_s, closing_s, record, still
         self._failure: Exception | None = None
         self._router = Router(endpoint)
         self._out: queue.SimpleQueue[tuple[bytes, msg.Message]] = queue.SimpleQueue()
@@ -370,7 +371,7 @@ class LinkServer:
         if peer.link is not None:
             threading.Thread(target=_close, args=(peer.link,), name=f"close {peer.ask.name}", daemon=True).start()
         if not self._ending.is_set():
-            self._event("weights_link_lost", name=peer.ask.name, way=peer.ask.way, reason=reason, time=time.time())
+            self._record(WeightsLinkLost(name=peer.ask.name, way=peer.ask.way, reason=reason))
             self._out.put((peer.address, msg.Refused(what="AskLink", reason=reason)))
 
     # ------------------------------------------------------------------ a link's thread

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from async_rl.config import Settings
+from async_rl.events import WeightsReady
 from async_rl.process import run_process
 from async_rl.run_folder import RunFolder
 from async_rl.trajectory.codec import WireError
@@ -320,7 +321,7 @@ def serve(folder: RunFolder, settings: Settings, endpoint: str, activity: Activi
         Router(endpoint, max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as router,
         WeightReader(segment_path(folder.path)) as reader,
     ):
-        folder.event("weights_ready", time=time.time(), endpoint=endpoint)
+        folder.record(WeightsReady(endpoint=endpoint))
         shelf = Shelf(reader.latest, reader.copy)
         activity.looping = True
         while not folder.summary.exists():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from support_buffer_world import TRAINER, answer, make_core
 
 from async_rl.buffer import effects as do
@@ -42,7 +42,7 @@ def permits(effects: list[do.Effect], peer: bytes) -> list[int]:
 
 
 def notes(effects: list[do.Effect]) -> list[tuple[str, Any]]:
-    return [(e.event, e.detail) for e in effects if isinstance(e, do.Note)]
+    return [(e.event.event, e.event.detail()) for e in effects if isinstance(e, do.Note)]
 
 
 def pass_time(core: Core, since: float, until: float) -> list[do.Effect]:
@@ -73,7 +73,7 @@ def test_the_permits_of_a_frozen_generator_go_to_others_at_no_new_charge(core: C
     ((event, detail),) = notes(effects)
     assert event == "generator_lost"
     assert detail["name"] == "a"
-    assert detail["groups"] == [0, 1, 2, 3]
+    assert detail["groups"] == (0, 1, 2, 3)
     assert detail["silent_s"] == 15.5
     assert detail["reason"] == "last heard of a 15.5 s ago: decoding 14 sequences (for 17.5 s)"
     assert permits(effects, b"b") == [0, 1, 2, 3]
@@ -168,7 +168,7 @@ def test_the_launchers_word_of_a_death_is_about_that_life_only(core: Core) -> No
 
 
 def test_a_pulse_is_answered_so_that_the_buffer_is_known_to_live(core: Core) -> None:
-    assert told(core.handle(b"a/pulse", pulse("a"), 1.0), b"a/pulse", msg.Heard) == [msg.Heard()]
+    assert told(core.handle(b"a/pulse", pulse("a"), 1.0), b"a/pulse", msg.PulseAnswer) == [msg.PulseAnswer()]
 
 
 def test_a_step_counts_as_trained_when_only_a_later_version_is_heard_of(core: Core) -> None:

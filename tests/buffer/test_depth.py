@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from support_buffer_world import TRAINER, World, make_core, policies
 
 from async_rl.buffer import effects as do
-from async_rl.buffer.depth import CALM_STEPS, LEAST_STEPS, Decision, DepthControl, DepthState
+from async_rl.buffer.depth import CALM_STEPS, LEAST_STEPS, DepthControl, DepthState
 from async_rl.buffer.loop import write
 from async_rl.buffer.restore import read_standing, restore
 from async_rl.buffer.staleness import PacePolicy, Policy
 from async_rl.buffer.store import Store
+from async_rl.events import DepthChanged
 from async_rl.wire import messages as msg
 
 Plant = Callable[[int, float], float]
@@ -30,7 +31,7 @@ Plant = Callable[[int, float], float]
 def simulate(
     control: DepthControl, plant: Plant, *, steps: int, depth: float, noise: float, seed: int, first: int = 0,
     state: DepthState | None = None,
-) -> tuple[DepthState, list[Decision]]:  # fmt: skip
+) -> tuple[DepthState, list[DepthChanged]]:  # fmt: skip
     """A training whose batches were started one pipeline earlier, at the depth there was then."""
     random = Random(seed)
     state = state or control.start(depth)
@@ -199,10 +200,10 @@ def test_the_buffer_obeys_the_depth_says_so_and_a_restarted_one_goes_on_with_it(
         ess = {} if version == 0 else {"ess": 0.2}
         effects += core.handle(TRAINER, msg.Published(version=version, **ess), float(version))  # type: ignore[arg-type]
     (note,) = [effect for effect in effects if isinstance(effect, do.Note)]
-    assert note.event == "depth"
-    assert (note.detail["step"], note.detail["old"], note.detail["new"]) == (LEAST_STEPS - 1, 3.0, 2.0)
+    assert note.event.event == "depth"
+    assert (note.event.step, note.event.old, note.event.new) == (LEAST_STEPS - 1, 3.0, 2.0)
     assert core.ledger.policy.slots == 8
-    assert core.batching.numbers()["staleness/depth"] == 2.0
+    assert core.counters().metrics()["staleness/depth"] == 2.0
     again = make_core(pace, control=control)
     with Store(tmp_path / "trajectories.sqlite", durability="process", create=True) as store:
         for effect in effects:

@@ -193,7 +193,7 @@ def check(core: Core) -> None:
             for group in (*ledger.groups.values(), *(g for _, g in core.evaluations.groups.values()))
         )
     assert core.refusals.counts.keys() <= REFUSALS
-    assert decode(encode(msg.Snapshot(detail=core.snapshot(1.0))))
+    assert decode(encode(core.snapshot(1.0)))
 
 
 @contextmanager
@@ -283,14 +283,14 @@ def test_the_process_around_it_records_a_few_examples_answers_and_lives_on(tmp_p
         deadline = time.monotonic() + 30
         while snapshot is None and time.monotonic() < deadline:
             effects = receive(router, core, 1 << 20)
-            carry_out(effects, store, router, lambda event, **detail: events.append(detail), part_bytes=1 << 20)
+            carry_out(effects, store, router, lambda event: events.append(event.detail()), part_bytes=1 << 20)
             if core.refusals.counts.total() > 200:
                 monitor.send(msg.Query())
             with suppress(WireTimeout):
                 snapshot = monitor.receive(0.0, "the snapshot")
         context.destroy(linger=0)
     assert isinstance(snapshot, msg.Snapshot)
-    assert sum(snapshot.detail["refused"].values()) > 200
+    assert sum(snapshot.refused.values()) > 200
     examples = Counter(str(row["kind"]) for row in events)
     assert examples.keys() == core.refusals.counts.keys()
     assert max(examples.values()) <= EXAMPLES

@@ -144,9 +144,9 @@ def test_a_batch_that_waits_for_a_due_group_says_for_whom_and_counts() -> None:
     effects = core.handle(b"slow", msg.Finished(trajectories=(trajectory(slow, 0, 0),)), 9.0)
     assert [e.groups for e in effects if isinstance(e, do.FormBatch)] == [(slow,)]
     (note,) = [e for e in effects if isinstance(e, do.Note)]
-    assert (note.event, note.detail) == (
+    assert (note.event.event, note.event.detail()) == (
         "held_up", {"step": 1, "seconds": 5.0, "groups": [slow], "generators": ["slow"]}
     )  # fmt: skip
-    numbers = core.batching.numbers()
+    numbers = core.counters().metrics()
     assert (numbers["held_up/batches"], numbers["held_up/seconds"], numbers["held_up/by/slow"]) == (1, 5.0, 1)
     assert not core.counts["groups_refused"]

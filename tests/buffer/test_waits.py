@@ -34,7 +34,7 @@ def until(core: Core, since: float, end: float) -> list[tuple[float, str, Any]]:
     found = []
     for quarter in range(int(4 * since) + 1, int(4 * end) + 1):
         effects = core.tick(quarter / 4)
-        found += [(quarter / 4, e.event, e.detail) for e in effects if isinstance(e, do.Note)]
+        found += [(quarter / 4, e.event.event, e.event.detail()) for e in effects if isinstance(e, do.Note)]
     return found
 
 
@@ -75,14 +75,14 @@ def test_generators_that_wait_for_a_slow_trainer_name_it_and_what_it_does(core: 
         "generator-1 waits 10 s for permits: 2 of 2 slots are in use; the trainer has published version 0 and 0 "
         "finished groups wait for it; last heard of trainer 0.2 s ago: training step 0 (for 9.2 s)"
     )
-    assert core.snapshot(20.0)["waits"] == [
-        {
-            "who": "generator-1",
-            "what": "permits",
-            "seconds": 17.75,
-            "why": detail["text"].partition(": ")[2].replace("0.2 s ago", "8.0 s ago").replace("9.2", "17.0"),
-        }
-    ]
+    assert core.snapshot(20.0).waits == (
+        msg.StandingWait(
+            who="generator-1",
+            what="permits",
+            seconds=17.75,
+            why=detail["text"].partition(": ")[2].replace("0.2 s ago", "8.0 s ago").replace("9.2", "17.0"),
+        ),
+    )
 
 
 def test_a_wait_for_an_evaluation_is_reported_and_one_that_nobody_waits_for_is_not(core: Core) -> None:

@@ -17,6 +17,7 @@ from support_audit import (
     put_batch,
     put_trajectory,
     replace_weights,
+    reported,
     write_run,
 )
 
@@ -101,7 +102,7 @@ def drop_last(path: Path) -> None:
          "evaluation: evaluation 1 was reported and is not in the store"),
         (lambda run: change(run, "UPDATE evaluations SET rewards = '[1.0]' WHERE evaluation = 0"),
          "evaluation: evaluation 0 has 1 trajectories instead of 4"),
-        (lambda run: run.event("evaluation", evaluation=1, step=STEPS),
+        (lambda run: run.record(reported(1, STEPS)),
          "evaluation: evaluation 1 was reported 2 times"),
         (lambda run: drop_last(run.events), "evaluation: there is no evaluation after the last step"),
         (lambda run: append_row(run.metrics, {"step": 2}), "record: metrics.jsonl has step 2 2 times"),

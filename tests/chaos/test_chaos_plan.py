@@ -10,6 +10,7 @@ from signal import SIGCONT, SIGKILL, SIGSTOP
 from hypothesis import given
 from hypothesis import strategies as st
 
+from async_rl.events import ProcessStarted
 from async_rl.instruments.chaos.plan import LATEST, ROLES, Counts, Fault, all_kinds, make_plan, timetable
 from async_rl.instruments.chaos.watch import Watch
 from async_rl.run_folder import RunFolder, append_row, replace_text
@@ -67,8 +68,8 @@ def test_the_watch_knows_the_longest_time_without_progress(tmp_path: Path) -> No
     folder = RunFolder(tmp_path)
     watch = Watch(folder, 0.0)
     assert watch.look(3.0) == []
-    folder.event("started", process="buffer", pid=1)
-    folder.event("waiting", process="trainer")  # no progress
+    folder.record(ProcessStarted(process="buffer", pid=1))
+    append_row(folder.events, {"event": "waiting", "process": "trainer"})  # no progress
     assert [event["event"] for event in watch.look(4.0)] == ["started", "waiting"]
     for step in range(3):
         append_row(folder.metrics, {"step": step})

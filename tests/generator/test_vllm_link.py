@@ -17,7 +17,7 @@ from support_models import make_decoder, write_folder
 from support_served import CONFIG, CONTEXT, TOLERANCE, Served, ask, clean, prompt
 
 from async_rl.generator.engine import Completion
-from async_rl.generator.pull import Linked
+from async_rl.generator.pull import LinkSource
 from async_rl.weights.canary import fingerprint
 from async_rl.weights.link import LinkServer, Staged
 
@@ -49,8 +49,8 @@ class Trained:
         weights = {name: p.detach() for name, p in make_decoder(CONFIG, version).named_parameters()}
         self.server.publish(weights, version)
 
-    def link(self) -> Linked:
-        return Linked(self.endpoint, "generator-0", way="nccl", workers=1, first_s=60.0, timeout_s=60.0)
+    def link(self) -> LinkSource:
+        return LinkSource(self.endpoint, "generator-0", way="nccl", workers=1, first_s=60.0, timeout_s=60.0)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         staged,
         lambda asked, control: NcclLink(control, staged, workers=asked.workers, init_info=gloo.GlooTrainerInitInfo),
         timeout_s=60.0,
-        event=lambda kind, **detail: events.append({"event": kind, **detail}),
+        record=lambda event: events.append({"event": event.event, **event.detail()}),
     ) as server:
         yield Trained(server, endpoint, events)
 
@@ -123,7 +123,7 @@ def test_the_trainer_sends_into_vllms_workers_while_they_generate(served: Served
 
     async def with_two_updates() -> list[Completion]:
         trained.publish(1)
-        await link.bring(served.engine, first=True)
+        await link.pull_into(served.engine, first=True)
         hold(served, 1)
         turns = [asyncio.ensure_future(served.engine.generate(request)) for request in requests]
         start = served.engine.stats().tokens_generated
@@ -132,7 +132,7 @@ def test_the_trainer_sends_into_vllms_workers_while_they_generate(served: Served
                 await asyncio.sleep(0.001)
             trained.publish(number)
             hold(served, number)
-            await link.bring(served.engine, first=False)
+            await link.pull_into(served.engine, first=False)
             assert served.engine.version == number
         return await asyncio.gather(*turns)
 
@@ -154,7 +154,7 @@ def test_another_life_of_the_generator_meets_the_trainer_anew(served: Served, tr
     link = trained.link()
     trained.publish(6)
     hold(served, 6)
-    served.run(link.bring(served.engine, first=True))
+    served.run(link.pull_into(served.engine, first=True))
     assert served.run(served.engine.fingerprint()) == fingerprint(dict(served.models[6].named_parameters()), 6)
     assert [event["reason"] for event in trained.events] == ["generator-0 has begun anew"]
     served.run(closed(link))
@@ -165,10 +165,11 @@ def test_what_vllm_cannot_do_is_the_generators_end_and_said_to_the_trainer(serve
     from async_rl.errors import RunFailed
 
     with pytest.raises(RunFailed, match="vLLM failed in"):
-        served.run(served.engine.obey("update", 7, {"names": ["x"], "dtype_names": ["float32"], "shapes": [[1]]}))
+        detail = {"names": ["x"], "dtype_names": ["float32"], "shapes": [[1]]}
+        served.run(served.engine.handle_call("update", 7, detail))
 
 
-async def closed(link: Linked) -> None:
+async def closed(link: LinkSource) -> None:
     link.close()
 
 

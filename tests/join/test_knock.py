@@ -15,6 +15,7 @@ from support_run import quick_settings
 
 from async_rl.cli.main import main
 from async_rl.config.schema import to_yaml
+from async_rl.events import BufferReady, ProcessStarted
 from async_rl.model.folder import load_model
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.run.preflight import task_digest
@@ -73,8 +74,8 @@ def folder(tmp_path: Path, tiny_model: Path) -> RunFolder:
     folder.path.mkdir()
     folder.config.write_text(to_yaml(quick_settings(tiny_model)))
     folder.lock.write_text(f"{os.getpid()}\n")
-    folder.event("started", process="buffer")
-    folder.event("buffer_ready", endpoint=f"ipc://{folder.path}/buffer.sock")
+    folder.record(ProcessStarted(process="buffer", pid=1))
+    folder.record(BufferReady(endpoint=f"ipc://{folder.path}/buffer.sock"))
     return folder
 
 
@@ -168,7 +169,7 @@ def test_a_buffer_that_is_gone_ends_it_with_the_cause(
     assert code == 1
     assert re.search(r"mine has heard nothing of the buffer for \d+ s \(wire.timeout_s=3\)", said)
     hello = next(message for message in heard if isinstance(message, msg.Hello))
-    assert (hello.name, hello.detail) == ("mine", {msg.JOINED: True})
+    assert (hello.name, hello.joined) == ("mine", True)
     canary = next(message for message in heard if isinstance(message, msg.Canary))
     assert canary.version == 7
     assert dict(canary.digests) == fingerprint(weights, 7)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from async_rl import __version__
 from async_rl.config import Settings
 from async_rl.config.schema import structured
 from async_rl.errors import UserError
+from async_rl.events import TrainerAwaited
 from async_rl.run.join_trainer import check_fit, first_node, rank_environment
+from async_rl.version import __version__
 from async_rl.wire.endpoint import this_host
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -50,12 +52,14 @@ def test_rank_0_is_on_slurms_first_node(nodes: str, first: str) -> None:
 
 def test_only_the_ranks_that_a_run_waits_for_are_let_in(tmp_path: Path) -> None:
     settings = structured(Settings, {"trainer": {"ranks": 4}}, where="")
-    wanted = {"package": __version__, "host": this_host(), "command": "torchrun ..."}
+    wanted = TrainerAwaited(
+        endpoint="ipc://x", version=0, package=__version__, host=this_host(), folder="", ranks=4, command="torchrun ..."
+    )
     check_fit(wanted, settings, TORCHRUN)
     with pytest.raises(UserError, match=r"1 rank started, but the run waits for trainer.ranks=4; .*torchrun"):
         check_fit(wanted, settings, {})
     with pytest.raises(UserError, match="both need the same"):
-        check_fit(wanted | {"package": "0.0.1"}, settings, TORCHRUN)
-    check_fit(wanted | {"host": "another"}, settings, TORCHRUN)
+        check_fit(replace(wanted, package="0.0.1"), settings, TORCHRUN)
+    check_fit(replace(wanted, host="another"), settings, TORCHRUN)
     with pytest.raises(UserError, match="rank 0 of the trainer must run on the run's host"):
-        check_fit(wanted | {"host": "another"}, settings, TORCHRUN | {"RANK": "0"})
+        check_fit(replace(wanted, host="another"), settings, TORCHRUN | {"RANK": "0"})

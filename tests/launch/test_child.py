@@ -10,6 +10,7 @@ from pathlib import Path
 from support_run import quick_settings
 
 from async_rl.config.schema import to_yaml
+from async_rl.events import MemoryRanOut, RunResumed
 from async_rl.run.child import Child, Command
 from async_rl.run_folder import RunFolder
 
@@ -22,9 +23,9 @@ def test_advice_quotes_the_micro_batch_of_this_life_only(tmp_path: Path, tiny_mo
     command = Command(name="trainer", words=(), threads=1)
     with FileIO(os.devnull) as pipe:
         child = Child(command=command, folder=folder, process=Ended(), said={}, cause_pipe=pipe)  # type: ignore[arg-type]
-        folder.event("out_of_memory", step=0, tokens=6000)
+        folder.record(MemoryRanOut(step=0, tokens=6000))
         assert "the largest of this step had 6000" in str(child.cause())
-        folder.event("resumed")
+        folder.record(RunResumed(version=0))
         assert "the largest of this step had" not in str(child.cause())
 
 

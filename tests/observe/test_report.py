@@ -15,6 +15,7 @@ from support_story import REFUSED, Story
 from async_rl.buffer.store import Store
 from async_rl.buffer.store_reader import StoreReader
 from async_rl.errors import UserError
+from async_rl.events import ProcessFailed
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.observe.record import read_run
 from async_rl.observe.report import page, report_data, write_report
@@ -66,7 +67,7 @@ def test_histograms_count_what_the_store_holds(tmp_path: Path, tiny_model: Path)
 def test_nothing_of_the_data_breaks_out_of_the_page(tmp_path: Path, tiny_model: Path) -> None:
     folder = Story(path=tmp_path / "<b>run<i>", model=tiny_model, steps=2, overrides=('name="<i>"',)).write()
     evil = "</script><script>alert(1)</script><!--<script>\u2028\ud800"
-    folder.event("failed", process="trainer", message=evil, time=1.0)
+    folder.record(ProcessFailed(process="trainer", message=evil), time=1.0)
     text = page(report_data([read_run(folder.path)], with_ratios=False))
     assert embedded(text)["runs"][0]["events"][0][3].startswith("message </script><script>alert(1)")
     assert "alert(1)</script>" not in text

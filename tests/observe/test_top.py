@@ -18,6 +18,7 @@ from rich.console import Console
 from support_story import REFUSED, Story
 
 from async_rl.errors import UserError
+from async_rl.events import AlarmRaised, GeneratorDied, RunRolledBack
 from async_rl.observe import top as top_module
 from async_rl.observe.top import BLOCKS, Watch, picture, sparkline, top
 from async_rl.process import Interrupted
@@ -55,7 +56,8 @@ def test_a_finished_run_is_printed_once(tmp_path: Path, tiny_model: Path) -> Non
 def test_a_run_that_goes_on_shows_processes_and_who_waits_for_whom(tmp_path: Path, tiny_model: Path) -> None:
     folder = Story(path=tmp_path / "run", model=tiny_model, steps=20).write(summary=False)
     make_live(folder)
-    folder.event("generator_died", name="generator-1", reason="killed", time=1.0)
+    died = GeneratorDied(name="generator-1", reason="killed", restart_in_s=0.5, deaths=1, max_restarts=3)
+    folder.record(died, time=1.0)
     text = printed(folder.path)
     assert "20 of 20 steps so far" in text
     assert "trainer for the batch of step 20, 42 s" in text
@@ -189,10 +191,13 @@ def test_a_resumed_run_loses_the_rows_that_are_trained_again(tmp_path: Path, tin
 
 def with_alarms(folder: RunFolder) -> RunFolder:
     """An alarm, the return, and another alarm."""
-    alarm = {"signal": "ess", "since": 4, "time": 1.7e9 + 8}
-    folder.event("alarm", step=9, reason="ess/ratio 0.03, below 0.05, over steps 0 to 9", **alarm)
-    folder.event("rollback", version=10, to=4, text="at step 9 to the checkpoint of version 4", time=1.7e9 + 9)
-    folder.event("alarm", step=15, reason="ess/ratio 0.02, below 0.05, over steps 6 to 15", **alarm)
+    first, second = "ess/ratio 0.03, below 0.05, over steps 0 to 9", "ess/ratio 0.02, below 0.05, over steps 6 to 15"
+    back = RunRolledBack(
+        version=10, to=4, since=4, lr_scale=1.0, reason=first, text="at step 9 to the checkpoint of version 4"
+    )
+    folder.record(AlarmRaised(signal="ess", since=4, step=9, reason=first), time=1.7e9 + 8)
+    folder.record(back, time=1.7e9 + 9)
+    folder.record(AlarmRaised(signal="ess", since=4, step=15, reason=second), time=1.7e9 + 8)
     return folder
 
 

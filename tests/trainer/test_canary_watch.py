@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from support_run import quick_settings
 from torch import Tensor
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
+from async_rl.events import Event
 from async_rl.generator.build import make_engine
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
@@ -36,10 +37,10 @@ class Bench:
         self.learner: Learner = make_learner(self.settings)
         self.events: list[dict[str, Any]] = []
         task = make_task(self.settings.task.name, self.settings.task.args)
-        self.watch: CanaryWatch = make_canary(self.settings, self.learner, task, self.event, Team(self.learner.ranks))
+        self.watch: CanaryWatch = make_canary(self.settings, self.learner, task, self.record, Team(self.learner.ranks))
 
-    def event(self, kind: str, **detail: Any) -> None:
-        self.events.append({"event": kind, **detail})
+    def record(self, event: Event) -> None:
+        self.events.append({"event": event.event, **event.detail()})
 
     def step(self) -> dict[str, Tensor]:
         """Weights of the next version, expected by the watch."""
@@ -153,7 +154,7 @@ def test_a_generator_that_shows_nothing_is_reported_once_and_stays_in_the_summar
     bench = Bench(tiny_model, "canary.silent_steps=5")
     weights = bench.step()
     for step in range(30):
-        bench.watch.look(step, {"slots": 3.0, f"{msg.HOLDS}a": 1.0, f"{msg.HOLDS}g": 1.0})
+        bench.watch.look(step, {"a": 1, "g": 1})
         if step % 4 == 0:
             bench.watch.hear(bench.shown(weights, 1))
     assert [(e["event"], e["name"], e["since_step"], e["step"]) for e in bench.events] == [("canary_silent", "a", 0, 5)]
@@ -163,11 +164,11 @@ def test_a_generator_that_shows_nothing_is_reported_once_and_stays_in_the_summar
 def test_silence_is_reported_anew_after_a_sign_of_life_and_not_of_who_has_left(tiny_model: Path) -> None:
     bench = Bench(tiny_model, "canary.silent_steps=5")
     shown = bench.shown(bench.step(), 1)
-    both = {f"{msg.HOLDS}g": 1.0, f"{msg.HOLDS}gone": 1.0}
+    both = {"g": 1, "gone": 1}
     for step in range(3):
         bench.watch.look(step, both)
     for step in range(3, 20):
-        bench.watch.look(step, {f"{msg.HOLDS}g": 1.0})
+        bench.watch.look(step, {"g": 1})
         if step == 10:
             bench.watch.hear(shown)
     assert [(e["name"], e["step"]) for e in bench.events] == [("g", 5), ("g", 15)]
@@ -178,11 +179,11 @@ def test_after_a_resume_time_counts_from_its_first_step(tiny_model: Path) -> Non
     bench = Bench(tiny_model, "canary.silent_steps=5")
     bench.learner.version = 100
     task = make_task("guess", bench.settings.task.args)
-    watch = make_canary(bench.settings, bench.learner, task, bench.event, Team(bench.learner.ranks))
+    watch = make_canary(bench.settings, bench.learner, task, bench.record, Team(bench.learner.ranks))
     bench.watch = watch
     watch.hear(bench.shown(bench.step(), 101))
     for step in range(100, 105):
-        watch.look(step, {f"{msg.HOLDS}g": 1.0})
+        watch.look(step, {"g": 1})
     assert bench.events == []
 
 
@@ -191,13 +192,13 @@ def test_who_comes_back_has_its_time_anew(tiny_model: Path) -> None:
     bench.step()
     for step in range(40):
         here = step < 4 or step >= 30
-        bench.watch.look(step, {f"{msg.HOLDS}g": 1.0} if here else {})
+        bench.watch.look(step, {"g": 1} if here else {})
     assert [(e["name"], e["since_step"], e["step"]) for e in bench.events] == [("g", 30, 35)]
 
 
 def test_with_silent_steps_zero_silence_is_left_to_the_summary(tiny_model: Path) -> None:
     bench = Bench(tiny_model, "canary.silent_steps=0")
     for step in range(100):
-        bench.watch.look(step, {f"{msg.HOLDS}g": 1.0})
+        bench.watch.look(step, {"g": 1})
     assert bench.events == []
     assert bench.watch.summary().unchecked == ("g",)

@@ -19,7 +19,7 @@ import torch
 from support_gloo import FakeEngine, FakeTrainerSide
 
 from async_rl.errors import RunFailed
-from async_rl.generator.pull import Linked
+from async_rl.generator.pull import LinkSource
 from async_rl.weights.canary import fingerprint
 from async_rl.weights.link import Control, LinkServer, Staged, WeightLink
 from async_rl.wire import messages as msg
@@ -49,7 +49,7 @@ class Trained:
             self._link,
             timeout_s=timeout_s,
             closing_s=0.5,
-            event=lambda kind, **detail: self.events.append({"event": kind, **detail}),
+            record=lambda event: self.events.append({"event": event.event, **event.detail()}),
         )
 
     def _link(self, asked: msg.AskLink, control: Control) -> WeightLink:
@@ -85,9 +85,10 @@ def bring(trained: Trained, engine: FakeEngine, *, first: bool, timeout_s: float
     """In a life of its own."""
 
     async def work() -> None:
-        link = Linked(trained.endpoint, "generator-0", way="nccl", workers=1, first_s=timeout_s, timeout_s=timeout_s)
+        limits = {"first_s": timeout_s, "timeout_s": timeout_s}
+        link = LinkSource(trained.endpoint, "generator-0", way="nccl", workers=1, **limits)
         try:
-            await link.bring(engine, first=first)  # type: ignore[arg-type]
+            await link.pull_into(engine, first=first)  # type: ignore[arg-type]
         finally:
             link.close()
 
@@ -98,15 +99,15 @@ def test_versions_arrive_whole_and_in_vllms_order_of_calls(trained: Trained) -> 
     engine = FakeEngine(tensors(99))
 
     async def work() -> None:
-        link = Linked(trained.endpoint, "generator-0", way="nccl", workers=1, first_s=20.0, timeout_s=20.0)
+        link = LinkSource(trained.endpoint, "generator-0", way="nccl", workers=1, first_s=20.0, timeout_s=20.0)
         trained.publish(0)
-        await link.bring(engine, first=True)  # type: ignore[arg-type]
+        await link.pull_into(engine, first=True)  # type: ignore[arg-type]
         assert engine.version == 0
-        await link.bring(engine, first=False)  # type: ignore[arg-type]
+        await link.pull_into(engine, first=False)  # type: ignore[arg-type]
         assert engine.version == 0  # nothing newer: it comes back
         for version in (1, 4):
             trained.publish(version)
-            await link.bring(engine, first=False)  # type: ignore[arg-type]
+            await link.pull_into(engine, first=False)  # type: ignore[arg-type]
             assert engine.version == version
             assert await engine.fingerprint() == fingerprint(tensors(version), version)
         link.close()
@@ -129,7 +130,7 @@ def test_a_generator_that_comes_before_the_first_weights_waits_for_them(trained:
 GENERATOR = """
 import asyncio, sys
 from support_gloo import FakeEngine
-from async_rl.generator.pull import Linked
+from async_rl.generator.pull import LinkSource
 import torch
 
 endpoint, stop_at = sys.argv[1], int(sys.argv[2])
@@ -143,8 +144,8 @@ def between(number):
 engine.worker.between = between
 
 async def work():
-    link = Linked(endpoint, "generator-0", way="nccl", workers=1, first_s=60.0, timeout_s=60.0)
-    await link.bring(engine, first=True)
+    link = LinkSource(endpoint, "generator-0", way="nccl", workers=1, first_s=60.0, timeout_s=60.0)
+    await link.pull_into(engine, first=True)
     print("holds", engine.version, *sorted((await engine.fingerprint()).values()), flush=True)
 
 asyncio.run(work())
@@ -299,7 +300,7 @@ def test_a_server_that_cannot_go_on_ends_the_trainer(tmp_path: Path) -> None:
             lambda _, __: 1 / 0,
             timeout_s=5.0,
             closing_s=0.5,
-            event=full_disk,  # type: ignore[arg-type,return-value]
+            record=full_disk,  # type: ignore[arg-type,return-value]
         ) as server,
         Dealer(endpoint, "g") as dealer,
     ):
