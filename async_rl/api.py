@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-    from async_rl.objective.coefficients import Coefficients, Columns
-    from async_rl.objective.recipe import Recipe
+    from async_rl.objective.coefficients import Coefficients
     from async_rl.observe.audit import Audit
     from async_rl.task.protocol import Problem, Task
 
@@ -48,7 +47,7 @@ Config = str | Path | Mapping[str, Any] | Settings
 """settings: a YAML file, the values such a file holds, or `ar.Settings`"""
 RewardFunction = Callable[[str, str, "Problem"], Any]
 """(completion, answer, problem) -> number, or a coroutine that returns one"""
-RecipeFunction = Callable[["Columns", "Recipe"], "Coefficients"]
+RecipeFunction = Callable[..., "Coefficients"]
 """see docs/tutorial/own_algorithm.md"""
 
 YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null")
@@ -505,10 +504,7 @@ def settings_from(config: Config, words: Iterable[str] = ()) -> tuple[Settings, 
     elif isinstance(config, Settings):
         loaded = make_settings(asdict(config), list(words))
     elif isinstance(config, Mapping):
-        own = [*override_words({n: config[n] for n in ("task", "recipe", "reward") if n in config})]
-        rest = {name: value for name, value in config.items() if name not in ("task", "recipe", "reward")}
-        first = make_settings(_nested(rest), own).settings
-        loaded = make_settings(asdict(first), list(words))
+        loaded = make_settings(_values(config), list(words))
     else:
         raise UserError(f"config is a {type(config).__name__}; give a YAML file, a mapping or ar.Settings")
     return loaded.settings, loaded.notes
@@ -525,43 +521,66 @@ def override_words(overrides: Mapping[str, Any]) -> list[str]:
     """
     words: list[str] = []
     for name, value in overrides.items():
-        if name == "task":
-            task, args = _task_of(value)
-            words += [f"task={task}", *_words("task.args", args)]
-        elif name == "reward":
-            words.append(f"task.args.reward={value if isinstance(value, str) else import_name(value)}")
-        elif name == "recipe":
-            words += _recipe_words(value)
-        else:
-            words += _words(name, value)
+        match name:
+            case "task":
+                task, args = _task_of(value)
+                words += [f"task={task}", *_words("task.args", args)]
+            case "reward":
+                words.append(f"task.args.reward={_name(value)}")
+            case "recipe":
+                recipe, axes = _recipe_of(value)
+                words += [f"recipe={recipe}"] if recipe else []
+                words += _words("recipe", axes)
+            case _:
+                words += _words(name, value)
     return words
+
+
+def _values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config given as a mapping as a YAML file would hold it: dotted names nested, classes and functions by name.
+
+    Example:
+        >>> _values({"task": "dataset", "reward": "numeric", "recipe": "grpo", "trainer.steps": 3, "name": "mine"})
+        ... # doctest: +NORMALIZE_WHITESPACE
+        {'trainer': {'steps': 3}, 'name': 'mine', 'task': {'name': 'dataset', 'args': {'reward': 'numeric'}},
+         'recipe': {'name': 'grpo'}}
+    """
+    made = _nested({name: value for name, value in config.items() if name not in ("task", "recipe", "reward")})
+    if "task" in config:
+        name, args = _task_of(config["task"])
+        given = made.get("task", {})
+        made["task"] = {"name": name, "args": {**args, **given.get("args", {})}}
+    if "reward" in config:
+        made.setdefault("task", {}).setdefault("args", {})["reward"] = _name(config["reward"])
+    if "recipe" in config:
+        name, axes = _recipe_of(config["recipe"])
+        made["recipe"] = {**({"name": name} if name else {}), **made.get("recipe", {}), **_nested(axes)}
+    return made
+
+
+def _name(given: Any) -> str:
+    return given if isinstance(given, str) else import_name(given)
 
 
 def _task_of(task: Any) -> tuple[str, Mapping[str, Any]]:
     """(name, settings) of a task that is given by name, as a class, as an instance or as a mapping."""
-    if isinstance(task, str):
-        return task, {}
     if isinstance(task, Mapping):
-        unknown = sorted(map(str, task.keys() - {"name", "args"}))
-        if unknown or "name" not in task:
+        if "name" not in task or task.keys() - {"name", "args"}:
             raise UserError(f"task is {dict(task)!r:.80}; as a mapping it holds name and args, nothing else")
         return _task_of(task["name"])[0], task.get("args") or {}
-    if isinstance(task, type):
-        return import_name(task), {}
+    if isinstance(task, str | type):
+        return _name(task), {}
     settings = getattr(task, "settings", None)
     known = dataclasses.is_dataclass(settings) and not isinstance(settings, type)
     return import_name(type(task)), asdict(settings) if known else {}  # type: ignore[arg-type]
 
 
-def _recipe_words(recipe: Any) -> Iterator[str]:
-    if isinstance(recipe, str):
-        yield f"recipe={recipe}"
-    elif isinstance(recipe, Mapping):
-        if "name" in recipe:
-            yield from _recipe_words(recipe["name"])
-        yield from _words("recipe", {name: value for name, value in recipe.items() if name != "name"})
-    else:
-        yield f"recipe={import_name(recipe)}"
+def _recipe_of(recipe: Any) -> tuple[str, Mapping[str, Any]]:
+    """(name, axes) of a recipe that is given by name, as a function or as a mapping; the name may be empty."""
+    if not isinstance(recipe, Mapping):
+        return _name(recipe), {}
+    axes = {name: value for name, value in recipe.items() if name != "name"}
+    return _name(recipe["name"]) if "name" in recipe else "", axes
 
 
 def _words(name: str, value: Any) -> Iterator[str]:
