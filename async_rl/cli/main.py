@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from async_rl import __version__
 from async_rl.cli.doctor import add_doctor
 from async_rl.cli.experiments import add_init_model, add_lab
 from async_rl.cli.join import add_joining
@@ -19,6 +18,7 @@ from async_rl.cli.observe import add_watching
 from async_rl.cli.simulate import add_simulate
 from async_rl.errors import RunFailed, UserError
 from async_rl.process import Interrupted, ignore_interrupts, interruptible
+from async_rl.version import __version__
 
 FAKE_MODEL = "rehearse: a tiny random model on CPU, few steps; recipe, staleness, ranks and task as in the config"
 
@@ -215,17 +215,17 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from async_rl.observe.audit import audit_rows, audit_run, said
+    from async_rl.observe.audit import audit_rows, audit_run, describe_violations
     from async_rl.run_folder import RunFolder
 
     audit = audit_run(RunFolder(arguments.run))
     for name, value in audit_rows(audit):
         print(f"{name:<10}  {value}")
-    for line in said(audit.findings):
+    for line in describe_violations(audit.violations):
         print(f"WRONG: {line}")
-    if not audit.findings:
+    if not audit.violations:
         print("Nothing was lost, nothing was trained twice, nothing is missing.")
-    return 1 if audit.findings else 0
+    return 1 if audit.violations else 0
 
 
 def _chaos(arguments: argparse.Namespace) -> int:
@@ -249,7 +249,7 @@ def _say(text: str) -> None:
 
 def _config(arguments: argparse.Namespace) -> int:
     from async_rl.config import load_settings
-    from async_rl.config.schema import described, structured, to_yaml
+    from async_rl.config.schema import describe, structured, to_yaml
     from async_rl.objective.library import load_recipe
     from async_rl.task.build import settings_of
 
@@ -264,14 +264,16 @@ def _config(arguments: argparse.Namespace) -> int:
     if arguments.yaml:
         print(to_yaml(settings), end="")
         return 0
-    rows = [row for row in described(settings) if row[0] not in ("task.args", "recipe")]
+    rows = [info for info in describe(settings) if info.path not in ("task.args", "recipe")]
     task: Any = structured(settings_of(settings.task.name), settings.task.args, where="task.args")
-    rows += described(task, "task.args.")
-    rows += described(load_recipe(settings.recipe), "recipe.")
-    for path, value, meaning, unit in rows:
-        shown = json.dumps(value) if not isinstance(value, str) or value == "" else value
-        print(f"{path} = {shown}" + (f"  [{unit}]" if unit else ""))
-        print(f"    {meaning}")
+    rows += describe(task, "task.args.")
+    rows += describe(load_recipe(settings.recipe), "recipe.")
+    for info in rows:
+        allowed = info.describe_range()
+        if info.value != info.default:
+            allowed += f"{'; ' if allowed else ''}default {_shown(info.default)}"
+        print(f"{info.path} = {_shown(info.value)}" + (f"  [{allowed}]" if allowed else ""))
+        print(f"    {info.meaning}")
     if Path(settings.model.path).is_dir():
         from async_rl.run.memory import estimate, in_words
         from async_rl.run.placement import placed
@@ -338,3 +340,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)

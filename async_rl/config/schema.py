@@ -1,5 +1,7 @@
-"""Settings from YAML files and the command line: read, checked, printed. The only file that imports
-omegaconf; what can be set stands in settings/, task/ and objective/recipe.py."""
+"""Settings as dataclasses: declared with meaning, unit and bounds; read from YAML and the command line; printed.
+
+The only file that imports omegaconf. What can be set stands in config/settings.py, objective/recipe.py and task/.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,14 +21,66 @@ from omegaconf.errors import OmegaConfBaseException
 from async_rl.errors import UserError, nearest
 
 Made = TypeVar("Made")
+Number = int | float
 
 NAMED = ("task", "recipe")
 """groups of settings that are chosen by a name: `task=guess` is short for `task.name=guess`"""
 
 
-def setting(default: Any, meaning: str, *, unit: str = "") -> Any:
-    """A dataclass field that is a setting: default, what it does, and in which unit."""
-    metadata = {"meaning": meaning, "unit": unit}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """The numbers that a setting may have; None: no limit on that side."""
+
+    min: Number | None = None
+    max: Number | None = None
+    above: Number | None = None
+    """like `min`, but this number itself is not allowed"""
+    below: Number | None = None
+    """like `max`, but this number itself is not allowed"""
+
+    def refusal(self, value: Number) -> str:
+        """What is wrong with `value`, as the end of a sentence; empty when it is allowed."""
+        if isinstance(value, float) and not isfinite(value):
+            return "it must be a finite number"
+        low = self.min is not None and value < self.min
+        high = self.below is not None and value >= self.below
+        if self.min is not None and self.below is not None and (low or high):
+            return f"it must be at least {self.min:g} and below {self.below:g}"
+        if self.min is not None and low:
+            return f"it must be at least {self.min:g}"
+        if self.above is not None and value <= self.above:
+            return f"it must be above {self.above:g}"
+        if self.max is not None and value > self.max:
+            return f"it must be at most {self.max:,}"
+        if self.below is not None and high:
+            return f"it must be below {self.below:g}"
+        return ""
+
+    def describe(self) -> str:
+        """`at least 0, at most 1`; empty without limits."""
+        words = (("at least", self.min), ("above", self.above), ("at most", self.max), ("below", self.below))
+        return ", ".join(f"{word} {limit:,}" for word, limit in words if limit is not None)
+
+
+UNLIMITED = Bounds()
+
+
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    unit: str = "",
+    min: Number | None = None,
+    max: Number | None = None,
+    above: Number | None = None,
+    below: Number | None = None,
+) -> Any:
+    """A dataclass field that is a setting: its default, what it does, its unit and its bounds.
+
+    A setting with choices is annotated with `Literal[...]`, which lists them.
+    """
+    bounds = Bounds(min=min, max=max, above=above, below=below)
+    metadata = {"meaning": meaning, "unit": unit, "bounds": bounds}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -35,8 +90,9 @@ def structured(cls: type[Made], values: Mapping[str, Any], *, where: str) -> Mad
     """An instance of the settings dataclass `cls` from plain values.
 
     `where` is the path of the values in the config, for messages ("task.args"; "" at the top).
-    Raises UserError for an unknown name (with the nearest known one) or a wrong type.
+    Raises UserError for an unknown name (with the nearest known one), a wrong type or a number out of its bounds.
     """
+    values = by_name(cls, values)
     _refuse_unknown(cls, values, where, (cls, where))
     try:
         base = OmegaConf.structured(cls)
@@ -45,7 +101,22 @@ def structured(cls: type[Made], values: Mapping[str, Any], *, where: str) -> Mad
     except OmegaConfBaseException as error:
         raise UserError(_explain(error, where)) from None
     assert isinstance(made, cls)
+    check_bounds(made, f"{where}." if where else "")
     return made
+
+
+def by_name(cls: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`values` with `recipe: grpo` written out as `recipe: {name: grpo}`, where `cls` has such a group."""
+    assert dataclasses.is_dataclass(cls)
+    groups = {f.name for f in dataclasses.fields(cls)}.intersection(NAMED)
+    return {k: {"name": v} if k in groups and isinstance(v, str) else v for k, v in values.items()}
+
+
+def check_bounds(settings: object, prefix: str = "") -> None:
+    """Refuse numbers out of their bounds, and numbers that are not finite. Raises UserError."""
+    for info in describe(settings, prefix):
+        if isinstance(info.value, int | float) and (refusal := info.bounds.refusal(info.value)):
+            raise UserError(f"{info.path} is {info.value}; {refusal}")
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -73,15 +144,20 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`values` with `a.b=c` words laid over them. `task=X` and `recipe=X` name one by itself."""
+    """`values` with `a.b=c` words laid over them.
+
+    `recipe=NAME` is that recipe: the axes which `values` changed are dropped, those among `overrides` stay.
+    `task=NAME` drops what `values` say of another task.
+    """
     for word in overrides:
         if "=" not in word or word.startswith("="):
             raise UserError(f"'{word}' is not a setting; write name=value, e.g. trainer.steps=100")
-    base = dict(values)
-    for word in overrides:
-        name, value = word.split("=", 1)
-        if name in NAMED and isinstance(base.get(name), Mapping) and base[name].get("name") != value:
-            base[name] = {}  # another task or recipe: what the file says of its own does not apply
+    base = {**values}
+    for group, name in named_in(overrides).items():
+        given = base.get(group)
+        given = {"name": given} if isinstance(given, str) else given
+        if isinstance(given, Mapping):
+            base[group] = given if group == "task" and given.get("name") == name else {}
     try:
         laid = OmegaConf.from_dotlist([_named(word) for word in overrides])
         merged = OmegaConf.merge(OmegaConf.create(base), laid)
@@ -92,6 +168,12 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
         raise UserError(f"a value on the command line is not valid YAML: {' '.join(str(error).split())}") from None
     assert isinstance(plain, dict)
     return {str(k): v for k, v in plain.items()}
+
+
+def named_in(overrides: Sequence[str]) -> dict[str, str]:
+    """Group -> the name that `overrides` choose for it: `recipe=grpo` and `recipe.name=grpo` alike."""
+    pairs = [_named(word).split("=", 1) for word in overrides]
+    return {path.removesuffix(".name"): name for path, name in pairs if path in [f"{group}.name" for group in NAMED]}
 
 
 def _named(word: str) -> str:
@@ -107,16 +189,52 @@ def to_yaml(settings: object) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
-def described(settings: object, prefix: str = "") -> Iterator[tuple[str, Any, str, str]]:
-    """(path, value, meaning, unit) of every setting in a settings dataclass, groups flattened."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettingInfo:
+    """One setting as `async-rl config` explains it."""
+
+    path: str
+    value: Any
+    default: Any
+    meaning: str
+    unit: str
+    choices: tuple[str, ...]
+    bounds: Bounds
+
+    def describe_range(self) -> str:
+        """Choices, bounds and unit in short: `steps; at least 1`."""
+        choices = " | ".join(self.choices)
+        return "; ".join(part for part in (self.unit, choices, self.bounds.describe()) if part)
+
+
+def describe(settings: object, prefix: str = "") -> Iterator[SettingInfo]:
+    """Every setting of a settings dataclass, groups flattened."""
     assert dataclasses.is_dataclass(settings)
+    hints = typing.get_type_hints(type(settings))
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
         path = f"{prefix}{f.name}"
         if dataclasses.is_dataclass(value):
-            yield from described(value, path + ".")
-        else:
-            yield path, value, f.metadata.get("meaning", ""), f.metadata.get("unit", "")
+            yield from describe(value, path + ".")
+            continue
+        yield SettingInfo(
+            path=path,
+            value=value,
+            default=f.default if f.default_factory is dataclasses.MISSING else f.default_factory(),
+            meaning=f.metadata.get("meaning", ""),
+            unit=f.metadata.get("unit", ""),
+            choices=_choices(hints[f.name]),
+            bounds=f.metadata.get("bounds", UNLIMITED),
+        )
+
+
+def values_of(settings: object) -> dict[str, Any]:
+    """Path -> value of every setting, groups flattened."""
+    return {info.path: info.value for info in describe(settings)}
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    return tuple(str(choice) for choice in typing.get_args(hint)) if typing.get_origin(hint) is Literal else ()
 
 
 def _unfreeze(node: DictConfig) -> None:
@@ -143,8 +261,7 @@ def _refuse_unknown(cls: type, values: Mapping[str, Any], where: str, top: tuple
                 raise UserError(_not_a_group(path, value, [f.name for f in dataclasses.fields(hint)]))
             _refuse_unknown(typing.cast(type, hint), value, path, top)
         elif typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
-            choices = [str(c) for c in typing.get_args(hint)]
-            raise UserError(f"{path} is {value!r}; choose one of {', '.join(choices)}")
+            raise UserError(f"{path} is {value!r}; choose one of {', '.join(_choices(hint))}")
         elif typing.get_origin(hint) is dict and not isinstance(value, Mapping):
             raise UserError(_not_a_group(path, value, []))
         elif typing.get_origin(hint) is list and not isinstance(value, list):
@@ -184,10 +301,7 @@ def _shown(value: object) -> str:
 
 
 def _not_a_group(path: str, value: object, inner: Sequence[str]) -> str:
-    what = f"a group of settings ({', '.join(inner) or 'name: value'})"
-    if isinstance(value, str) and path in NAMED:
-        return f"{path} is {what}; write {path}: {{name: {value}}}"
-    return f"{path} is {what}, not {_shown(value)}"
+    return f"{path} is a group of settings ({', '.join(inner) or 'name: value'}), not {_shown(value)}"
 
 
 def _nearest(cls: type, name: str, where: str, top: tuple[type, str]) -> str:

@@ -255,7 +255,9 @@ class TrainerSettings:
 class OptimizerSettings:
     learning_rate: float = setting(5e-4, "AdamW learning rate after warm-up, before the recipe's factors", min=0)
     warmup_steps: int = setting(20, "linear warm-up from 0", unit="steps", min=0)
-    schedule: Literal["constant", "linear", "cosine"] = setting("constant", "learning rate after warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "learning rate after warm-up: constant, or falling to `final_share` of it (linear, cosine)"
+    )
     final_share: float = setting(
         0.0, "linear and cosine end at this share of the learning rate", unit="share", min=0, max=1
     )
@@ -442,7 +444,7 @@ class WeightsSettings:
         "auto",
         "how generators get weights: from the trainer's shared memory; as a stream from the weight server, which "
         "runs with a tcp endpoint; from GPU to GPU into vLLM, over NCCL (other GPUs) or CUDA IPC (the trainer's "
-        "own); auto: what the placement allows, see docs/weights.md",
+        "own); auto: what the placement allows, see docs/howto/weights.md",
     )
     timeout_s: float = setting(
         120.0,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from async_rl.config import Settings, load_settings
-from async_rl.config.schema import described
+from async_rl.config.schema import values_of
 from async_rl.errors import UserError
 from async_rl.instruments.rehearsal import RULES, Files, family_of, prepare, shrink, table, write_tiny_model
 from async_rl.model.folder import check_folder
@@ -20,7 +20,7 @@ FILES = Files(model=Path("fake/model"), data={"path": Path("fake/path.jsonl")})
 
 
 def values(settings: Settings) -> dict[str, object]:
-    return {path: value for path, value, _, _ in described(settings)}
+    return values_of(settings)
 
 
 def test_the_table_names_every_setting_that_differs_and_no_other() -> None:
