@@ -6,8 +6,8 @@
     print(run.summary["reward_eval_last"])
 
 `train`, `evaluate` and `Run` are the ways in; `Task`, `Session` and `Problem` are what an environment of one's own is
-made of, `Columns`, `Coefficients` and `Recipe` what an algorithm is made of. What goes wrong through a setting or a file
-is a `UserError`, a run that had started and could not go on a `RunFailed`.
+made of, `Columns`, `Coefficients` and `RecipeFunction` what an algorithm is made of. What goes wrong through a setting
+or a file is a `UserError`, a run that had started and could not go on a `RunFailed`.
 
 Importing the package is quick and loads no torch: each name is imported when it is first used.
 """
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from async_rl.api import Evaluation, Rows, Run, evaluate, init_model, train
     from async_rl.config import Settings
     from async_rl.errors import RunFailed, UserError
+    from async_rl.objective.own import RecipeFunction, needs_columns
     from async_rl.objective.recipe import Recipe
+    from async_rl.objective.state import ObjectiveState
     from async_rl.objective.tokens import Coefficients, Columns
     from async_rl.task.protocol import Problem, Segment, Session, Task
     from async_rl.trajectory import Trajectory, Turn
@@ -32,8 +34,10 @@ __all__ = [
     "Coefficients",
     "Columns",
     "Evaluation",
+    "ObjectiveState",
     "Problem",
     "Recipe",
+    "RecipeFunction",
     "Rows",
     "Run",
     "RunFailed",
@@ -47,6 +51,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "init_model",
+    "needs_columns",
     "train",
 ]
 
@@ -54,8 +59,10 @@ _HOMES = {
     "Coefficients": "objective.tokens",
     "Columns": "objective.tokens",
     "Evaluation": "api",
+    "ObjectiveState": "objective.state",
     "Problem": "task.protocol",
     "Recipe": "objective.recipe",
+    "RecipeFunction": "objective.own",
     "Rows": "api",
     "Run": "api",
     "RunFailed": "errors",
@@ -68,6 +75,7 @@ _HOMES = {
     "UserError": "errors",
     "evaluate": "api",
     "init_model": "api",
+    "needs_columns": "objective.own",
     "train": "api",
 }
 """public name -> the module that defines it"""

@@ -22,6 +22,8 @@ from async_rl.errors import UserError, nearest
 
 PLAIN_MODULE = "__main__"
 """the name of a program's own file, which no other process can import"""
+DATA_FILES = (".yaml", ".yml")
+"""endings of files that a setting may name instead of an object: a recipe as data"""
 NAMING_SETTINGS = ("task.name", "task.args.reward", "task.args.tool", "recipe.name")
 COUNTS = ("no", "one", "two", "three", "four")
 
@@ -102,16 +104,20 @@ def located(name: str, folder: Path) -> str:
     machine. Other names come back as they are. Example: `task.py:Mine` in `examples/` -> `examples/task.py:Mine`.
     """
     source, colon, path = name.rpartition(":")
-    if not colon:
+    if name.endswith(DATA_FILES):
+        source, relative = name, name
+    elif not colon:
         return name
-    relative = source if source.endswith(".py") else source.replace(".", "/") + ".py"
+    else:
+        relative = source if source.endswith(".py") else source.replace(".", "/") + ".py"
     file = (folder / relative).resolve()
     if Path(relative).is_absolute() or not file.is_file():
         return name
     here = Path.cwd()
     if file == (here / relative).resolve():
         return name
-    return f"{file.relative_to(here) if file.is_relative_to(here) else file}:{path}"
+    found = str(file.relative_to(here) if file.is_relative_to(here) else file)
+    return f"{found}:{path}" if colon else found
 
 
 def locate_all(values: dict[str, Any], folder: Path) -> None:

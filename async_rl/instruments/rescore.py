@@ -29,6 +29,7 @@ from async_rl.errors import UserError
 from async_rl.instruments.replay import Line
 from async_rl.model.folder import load_model
 from async_rl.objective.library import check_effect, load_recipe
+from async_rl.objective.own import check_recorded
 from async_rl.objective.recipe import Recipe, requirements
 from async_rl.objective.trust import bucket_names, length_bucket
 from async_rl.run_folder import RunFolder, read_rows, replace_text
@@ -121,6 +122,7 @@ def rescore(
 ) -> Rescored:
     """Score `recipes` (a name, and `axis=value` words behind it) on the stored batches. Raises UserError."""
     settings = folder.settings()
+    check_recorded(folder.path, str(settings.recipe["name"]))
     trained = max((int(row["step"]) + 1 for row in read_rows(folder.metrics)), default=0)
     first, last = parse_steps(steps, trained)
     chosen = {text: _recipe(text, settings) for text in recipes}

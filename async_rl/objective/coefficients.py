@@ -6,7 +6,7 @@ Order: clean, ratio, advantage, trust rule, selection, shares, baseline, regular
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import log
 
@@ -30,6 +30,7 @@ from async_rl.objective.metrics import (
     measure_trust,
     without_empty_buckets,
 )
+from async_rl.objective.own import is_own_function
 from async_rl.objective.ratio import Ratio, ratio_of
 from async_rl.objective.recipe import AggregateSettings, Recipe, requirements
 from async_rl.objective.regularise import adapted, coefficient_now, kl_loss, kl_penalty
@@ -99,6 +100,18 @@ class Surrogate:
         """Coefficients of sum_t base_t * surrogate with this weight and advantage. [tokens]"""
         per_token = self.base * weight * advantage
         return self.ratio.pull_back(per_token, self.tokens) if self.trust.through else per_token
+
+
+Objective = Callable[[Columns, Recipe, ObjectiveState], tuple[Coefficients, ObjectiveState]]
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """What turns columns into coefficients for `recipe`: the library's `coefficients`, or the user's own function."""
+    if not is_own_function(recipe.name):
+        return coefficients
+    from async_rl.objective.own_coefficients import own_coefficients
+
+    return own_coefficients
 
 
 @torch.no_grad()

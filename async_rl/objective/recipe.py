@@ -1,4 +1,7 @@
-"""A recipe: one choice on every axis of the objective (DESIGN.md 6). Plain settings, no behaviour."""
+"""A recipe: one choice on every axis of the objective. Plain settings, no behaviour.
+
+What the axes mean in formulas: docs/algorithms.md#coefficients.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from async_rl.config.schema import setting
+from async_rl.objective.own import is_own_function, load_own_function
 
 Level = Literal["token", "turn", "sequence"]
 Pool = Literal["mean", "sum"]
@@ -242,7 +246,7 @@ class BiasSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    name: str = setting("", "a recipe of `async-rl recipes`")
+    name: str = setting("", "a recipe of `async-rl recipes`, file.py:function, module:function, or a YAML file of axes")
     ratio: RatioSettings = field(default_factory=RatioSettings)
     trust: TrustSettings = field(default_factory=TrustSettings)
     correction: CorrectionSettings = field(default_factory=CorrectionSettings)
@@ -276,14 +280,18 @@ class Requirements:
 
 
 def requirements(recipe: Recipe) -> Requirements:
-    """What the trainer has to compute for `recipe`."""
+    """What the trainer has to compute for `recipe`: what its axes need, and the columns that a function of the user's
+    own asks for. Raises UserError when that function cannot be imported."""
+    asked = load_own_function(recipe.name).needs if is_own_function(recipe.name) else frozenset()
     opob = recipe.advantage.baseline == "opob"
     kl = recipe.kl.coefficient != 0.0
     kappa = recipe.bias.kappa != "none"
     return Requirements(
         proximal=recipe.ratio.denominator == "proximal" or (kl and recipe.kl.target == "proximal"),
-        reference=recipe.ratio.denominator == "reference" or (kl and recipe.kl.target == "reference"),
-        value=recipe.advantage.credit in ("token_gae", "turn_gae"),
+        reference=recipe.ratio.denominator == "reference"
+        or (kl and recipe.kl.target == "reference")
+        or "log_reference" in asked,
+        value=recipe.advantage.credit in ("token_gae", "turn_gae") or "value" in asked,
         entropy=recipe.entropy != 0.0,
         prob_square_sum=(opob and recipe.opob.norm == "logit") or (kappa and recipe.bias.estimator == "logit"),
         per_trajectory_norms=opob and recipe.opob.norm == "exact",

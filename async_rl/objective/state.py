@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -31,6 +31,8 @@ class ObjectiveState:
     """running size of the clipping bias (kappa `guarded`); None before the first clipped token"""
     kl_coefficient: float | None = None
     """adapted beta; None: the recipe's"""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """what a recipe function of the user's own remembers, by name"""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, for a JSON or msgpack checkpoint."""
@@ -38,6 +40,7 @@ class ObjectiveState:
             "fresh": [[m.count, m.total, m.square, m.length] for m in self.fresh],
             "bias_size": self.bias_size,
             "kl_coefficient": self.kl_coefficient,
+            **({"numbers": dict(self.numbers)} if self.numbers else {}),
         }
 
     @staticmethod
@@ -47,4 +50,5 @@ class ObjectiveState:
             fresh=tuple(FreshMoments(count=c, total=t, square=s, length=n) for c, t, s, n in values["fresh"]),
             bias_size=values["bias_size"],
             kl_coefficient=values["kl_coefficient"],
+            numbers=values.get("numbers", {}),
         )

@@ -112,7 +112,7 @@ def _calibrated(tokens: Tokens, settings: EssSettings, state: ObjectiveState) ->
                 length=keep * before.length + tokens_seen,
             )
         )
-    return ObjectiveState(fresh=tuple(moments), bias_size=state.bias_size, kl_coefficient=state.kl_coefficient)
+    return replace(state, fresh=tuple(moments))
 
 
 def _expected_ratio(length: Tensor, pool: Pool, state: ObjectiveState) -> float:

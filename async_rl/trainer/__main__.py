@@ -10,23 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from async_rl.config import Settings
 from async_rl.events import TrainerReady
-from async_rl.process import (
-    AGENT,
-    CAUSE_PIPE,
-    GRACE_S,
-    PARENT_PIPE,
-    RANK,
-    belong_to_agent,
-    die_with,
-    process_name,
-    run_process,
-)
+from async_rl.process import GRACE_S, RANK, adopt_pipes, exit_with, process_name, run_process
+from async_rl.process_spec import TrainerSpec, read_spec
 from async_rl.run_folder import RunFolder, replace_text
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer
-from async_rl.wire.heartbeat import PULSE_PIPE, Activity, make_heartbeat
+from async_rl.wire.heartbeat import Activity, make_heartbeat
 from async_rl.wire.keys import keys_in
 from async_rl_kernels import backend
 
@@ -37,10 +30,10 @@ if TYPE_CHECKING:
 
 
 def train(
-    folder: RunFolder, settings: Settings, endpoint: str, version: int, activity: Activity, ranks: Ranks | None = None
+    spec: TrainerSpec, folder: RunFolder, settings: Settings, activity: Activity, ranks: Ranks | None = None
 ) -> None:
-    """Build the learner, go on from the checkpoint of `version` (0: from the initial model; the version a run went
-    back at: from what it went back to), train. The leader, or the only rank, talks to the buffer, leaves the summary
+    """Build the learner, go on from the checkpoint of `spec.version` (0: from the initial model; the version a run
+    went back at: from what it went back to), train. The leader, or the only rank, talks to the buffer, leaves the summary
     and says done; other ranks follow it."""
     from async_rl.task import make_task
     from async_rl.trainer.alarm import Guard, WentBack
@@ -50,10 +43,9 @@ def train(
     from async_rl.trainer.loop import TrainerLoop, follow
     from async_rl.trainer.publish import make_publisher
     from async_rl.trainer.team import End, Team
-    from async_rl.weights.way import WAYS
 
     activity.now("loading the model")
-    begun = begin(folder, settings, version, activity, ranks)
+    begun = begin(folder, settings, spec.version, activity, ranks)
     learner = begun.learner
     if not learner.ranks.leads:
         follow(settings, learner, activity)
@@ -62,15 +54,14 @@ def train(
     task = make_task(settings.task.name, settings.task.args)
     team.still()
     limit = settings.wire.max_message_mb << 20
-    ways = [way for way in os.environ.get(WAYS, "").split(",") if way]
     with (
-        Dealer(endpoint, "trainer", max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as dealer,
-        closing(make_publisher(folder, settings, learner, ways, folder.record, still=team.still)) as publisher,
+        Dealer(spec.endpoint, spec.name, max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as dealer,
+        closing(make_publisher(folder, settings, learner, spec.ways, folder.record, still=team.still)) as publisher,
     ):
         team.still()
         canary = make_canary(settings, learner, task, folder.record, team)
         inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity, team.still)
-        inbox.say(msg.Hello(role="trainer", name="trainer", pid=os.getpid()))
+        inbox.say(msg.Hello(role="trainer", name=spec.name, pid=os.getpid()))
         loop = TrainerLoop(
             settings=settings,
             folder=folder,
@@ -153,37 +144,40 @@ def limit_memory(settings: Settings) -> None:
     torch.cuda.set_per_process_memory_fraction(settings.trainer.memory_share, number)
 
 
-def train_as_rank(folder: RunFolder, settings: Settings, endpoint: str, version: int, activity: Activity) -> None:
+def train_as_rank(spec: TrainerSpec, folder: RunFolder, settings: Settings, activity: Activity) -> None:
     """`train`, as one of the ranks of which torchrun's variables tell; alone without them."""
     if RANK not in os.environ:
-        train(folder, settings, endpoint, version, activity)
+        train(spec, folder, settings, activity)
         return
     from async_rl.trainer.ranks import join_ranks
 
     activity.now("waiting for the other ranks")
     with join_ranks(settings.trainer.device, settings.wire.timeout_s) as ranks:
-        train(folder, settings, endpoint, version, activity, ranks)
+        train(spec, folder, settings, activity, ranks)
 
 
-def main(path: str, endpoint: str, version: str, *, owner: int | None = None) -> None:
-    """Ends this process. `owner`: process number of the launcher, where somebody else has started this one; 0: that
-    is on another host."""
-    folder = RunFolder(Path(path))
+def main(spec: TrainerSpec, *, owner: int | None = None) -> None:
+    """Train until the run is done; ends this process. `owner`: process number of the launcher, where somebody else
+    has started this process; 0: the launcher is on another host."""
+    folder = RunFolder(spec.path)
     rank = int(os.environ.get(RANK, "0"))
-    name = process_name(rank)
+    spec = replace(spec, name=process_name(rank))
     if owner:
-        die_with(owner, 2 * GRACE_S)
-    elif owner is None and AGENT in os.environ:
-        belong_to_agent((PARENT_PIPE, CAUSE_PIPE, PULSE_PIPE))
+        exit_with(owner, 2 * GRACE_S)
+    elif owner is None and spec.agent:
+        spec = replace(spec, pipes=adopt_pipes(spec.agent, spec.pipes))
         if rank > 0:
-            own_log(folder.logs / f"{name}.log")
+            own_log(folder.logs / f"{spec.name}.log")
 
     def work() -> None:
         settings, activity = folder.settings(), Activity()
-        with make_heartbeat(name, "trainer", activity, settings.wire, endpoint if rank == 0 else None):
-            train_as_rank(folder, settings, endpoint, int(version), activity)
+        buffer = spec.endpoint if rank == 0 else None
+        with make_heartbeat(
+            spec.name, "trainer", activity, settings.wire, buffer, pipe=spec.pipes.pulse, agent=spec.agent
+        ):
+            train_as_rank(spec, folder, settings, activity)
 
-    run_process(name, folder, work, from_outside=owner is not None)
+    run_process(spec, work, from_outside=owner is not None)
 
 
 def own_log(path: Path) -> None:
@@ -196,4 +190,4 @@ def own_log(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(read_spec(TrainerSpec))

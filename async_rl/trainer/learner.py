@@ -18,7 +18,7 @@ from torch import Tensor
 
 from async_rl.config import OptimizerSettings
 from async_rl.objective import Coefficients, Columns, ObjectiveState
-from async_rl.objective.coefficients import coefficients, finish
+from async_rl.objective.coefficients import finish, objective_of
 from async_rl.objective.recipe import Recipe, requirements
 from async_rl.trainer import gradient
 from async_rl.trainer.critic import Critic
@@ -128,6 +128,7 @@ class Learner:
         self.recipe = recipe
         self.options = options
         self.needs = requirements(recipe)
+        self._objective = objective_of(recipe)
         self.reference = reference
         self.critic = critic
         self.adapters = adapters
@@ -153,7 +154,7 @@ class Learner:
             pass_ = self._pass(batch)
             columns = self._columns(batch, pass_.log_probs, start)
             start = start or columns
-            answer, state = self._agreed(*coefficients(columns, self.recipe, self.state))
+            answer, state = self._agreed(*self._objective(columns, self.recipe, self.state))
             metrics.update(answer.metrics)
             if self.critic is not None and answer.value_grad is not None:
                 metrics["critic/grad_norm"] = self.critic.step(answer.value_grad)
@@ -178,7 +179,7 @@ class Learner:
         assert self.ranks.size == 1, "a look is for one rank"
         pass_ = self._pass(batch)
         columns = self._columns(batch, pass_.log_probs, None)
-        answer, state = coefficients(columns, self.recipe, self.state)
+        answer, state = self._objective(columns, self.recipe, self.state)
         self.optimizer.zero_grad(set_to_none=True)
         clipped_norm = pass_.clipped_norm(answer)
         metrics = {**answer.metrics, **pass_.backward(answer, columns, self.recipe)}
@@ -284,7 +285,7 @@ class Learner:
             value=value,
             value_before=value if start is None else start.value,
             entropy=log_probs.entropy.detach(),
-            prob_square_sum=log_probs.prob_square_sum,
+            prob_square_sum=log_probs.prob_square_sum.detach(),
         )
 
     def _update(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.config import Settings, check
+from async_rl.config.imports import located
 from async_rl.config.schema import load_yaml, setting, structured, with_overrides
 from async_rl.errors import UserError, nearest
 from async_rl.objective.library import check_effect, load_recipe
@@ -138,7 +139,12 @@ class Plan:
 
 def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     """From a YAML file and `a.b=c` words, checked. Raises UserError."""
-    return make_plan(structured(LabSettings, with_overrides(load_yaml(path), overrides), where=""))
+    values = with_overrides(load_yaml(path), overrides)
+    for group in ("tasks", "recipes"):  # files of the user's own lie beside the lab's
+        for entry in _mapping(group, values.get(group)).values():
+            if isinstance(entry, dict) and isinstance(entry.get("name"), str):
+                entry["name"] = located(entry["name"], path.parent)
+    return make_plan(structured(LabSettings, values, where=""))
 
 
 def make_plan(settings: LabSettings) -> Plan:

@@ -1,0 +1,206 @@
+"""Recipes of the user's own: a function `module:function` or `file.py:function`, or a YAML file of axes.
+
+`recipe.name` names it. It is loaded in every process that needs it and recorded in the run's folder (`record`); a run
+goes on, is replayed and rescored only while the file is what it was (`check_recorded`). What the function answers on
+a batch is checked in own_coefficients.py. This file imports no torch; the user's may.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from async_rl.config.imports import is_import, load_object
+from async_rl.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from async_rl.objective.recipe import Recipe
+    from async_rl.objective.state import ObjectiveState
+    from async_rl.objective.tokens import Coefficients, Columns
+
+FOLDER = "recipe"
+"""in a run's folder: the source file as it was when the run began, and RECORD"""
+RECORD = "source.json"
+ASKED_FOR = ("log_reference", "value")
+"""columns that cost a forward pass or a critic, so they are computed only for a function that names them"""
+NEEDS = "_async_rl_needs"
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class RecipeFunction(Protocol):
+    """A whole optimizer batch in, one number per policy token out: the number that multiplies grad log pi.
+
+    REINFORCE with the mean reward of the group as its baseline, in `mine.py`, used by `recipe=mine.py:reinforce`:
+
+        import torch
+        from async_rl import Coefficients, Columns
+
+        def reinforce(columns: Columns) -> Coefficients:
+            group = columns.group_of_trajectory                                    # [trajectories]
+            count = torch.bincount(group)                                          # [groups]
+            mean = torch.zeros(len(count)).index_add_(0, group, columns.reward) / count
+            advantage = columns.reward - mean[group]                               # [trajectories]
+            of_token = columns.trajectory_of_turn[columns.turn_of_token]           # [tokens]
+            return Coefficients(policy=advantage[of_token] / len(of_token))        # [tokens]
+
+    The function may take `(columns)` or `(columns, recipe, state)`, and answer `Coefficients` or
+    `(Coefficients, ObjectiveState)`; `state.numbers` holds what it wants to remember until the next step. `recipe` has
+    the axes that the settings give (`recipe.trust.cap=4`), so a function can pass columns of its own on to
+    `async_rl.objective.coefficients.coefficients`. Every rank calls the function with the same columns: it must be
+    pure, and random choices must come from a generator seeded with `columns.current_version`.
+
+    Trajectories with a value that is not finite are zeros in the columns, and count for nothing. Refused with a
+    sentence that names the function: answers of another type, shape or dtype, that are not finite, that carry a
+    gradient, or that nothing would use; columns changed in place.
+    """
+
+    def __call__(
+        self, columns: Columns, recipe: Recipe, state: ObjectiveState, /
+    ) -> Coefficients | tuple[Coefficients, ObjectiveState]: ...
+
+
+def needs_columns(*names: str) -> Callable[[Function], Function]:
+    """Decorator of a recipe function: columns that are computed only for recipes that ask.
+
+    Example: `@needs_columns("log_reference")` for a KL to the initial model (one more forward pass), "value" for a
+    critic, which learns from `Coefficients.value_grad`. Raises UserError for a name that is no such column.
+    """
+    for name in names:
+        if name not in ASKED_FOR:
+            raise UserError(f"needs_columns: '{name}' is not a column to ask for; {nearest(name, ASKED_FOR)}")
+
+    def mark(function: Function) -> Function:
+        setattr(function, NEEDS, frozenset(names))
+        return function
+
+    return mark
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnFunction:
+    """A recipe function that was loaded."""
+
+    name: str
+    function: Callable[..., Any]
+    takes_settings: bool
+    """called with (columns, recipe, state), else with (columns)"""
+    needs: frozenset[str]
+    """of ASKED_FOR"""
+
+    def call(self, columns: Columns, recipe: Recipe, state: ObjectiveState) -> Any:
+        return self.function(columns, recipe, state) if self.takes_settings else self.function(columns)
+
+
+def is_own_function(name: str) -> bool:
+    """Whether a recipe's name is that of a function: `module:function`, `file.py:function`."""
+    return is_import(name)
+
+
+def is_own_file(name: str) -> bool:
+    """Whether a recipe's name is that of a YAML file of axes."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def load_own_function(name: str) -> OwnFunction:
+    """Import the function. Raises UserError for one that cannot be imported or takes other arguments."""
+    where = f"recipe.name '{name}'"
+    function = load_object(name, where=where, what="function")
+    if not callable(function):
+        raise UserError(f"{where}: it is {function!r:.60}; a recipe is a function of (columns, recipe, state)")
+    return OwnFunction(
+        name=name,
+        function=function,
+        takes_settings=_takes_settings(function, where),
+        needs=getattr(function, NEEDS, frozenset()),
+    )
+
+
+def _takes_settings(function: Callable[..., Any], where: str) -> bool:
+    signature = inspect.signature(function)
+    for takes_settings, arguments in ((True, 3), (False, 1)):
+        try:
+            signature.bind(*range(arguments))
+        except TypeError:
+            continue
+        return takes_settings
+    raise UserError(f"{where}: it takes {signature}; a recipe takes (columns, recipe, state) or (columns) alone")
+
+
+# A run keeps the source of its recipe.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The file in which a recipe of the user's own stands."""
+
+    name: str
+    """recipe.name"""
+    module: str
+    """that defines the function; empty for a YAML file"""
+    file: str
+    digest: str
+    """blake2b of the file's bytes, 16 bytes in hex"""
+
+
+def source_of(name: str) -> Source | None:
+    """Where recipe `name` comes from; None for a recipe of the library. Raises UserError for one without a file."""
+    if is_own_file(name):
+        return _source(name, "", Path(name).resolve())
+    if not is_own_function(name):
+        return None
+    function = inspect.unwrap(load_own_function(name).function)
+    plain = function if inspect.isroutine(function) else type(function)
+    try:
+        file = inspect.getsourcefile(plain)
+    except TypeError:
+        file = None
+    if file is None:
+        raise UserError(f"recipe.name '{name}': its source file is not found; a recipe stands in a file of Python")
+    return _source(name, plain.__module__, Path(file).resolve())
+
+
+def _source(name: str, module: str, file: Path) -> Source:
+    try:
+        digest = blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    except OSError as error:
+        raise UserError(f"recipe.name '{name}': {file} cannot be read ({error.strerror})") from None
+    return Source(name=name, module=module, file=str(file), digest=digest)
+
+
+def record(run: Path, name: str) -> None:
+    """Copy the source file of recipe `name` into the folder of a new run, with its name and digest. Nothing is written
+    for a recipe of the library. Raises UserError."""
+    source = source_of(name)
+    if source is None:
+        return
+    folder = run / FOLDER
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(source.file, folder / Path(source.file).name)
+    (folder / RECORD).write_text(json.dumps(asdict(source), indent=1) + "\n")
+
+
+def recorded(run: Path) -> Source | None:
+    """What `record` wrote; None for a run with a recipe of the library."""
+    file = run / FOLDER / RECORD
+    return Source(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def check_recorded(run: Path, name: str) -> None:
+    """Refuse a source file that is not what it was when the run began. Raises UserError."""
+    was = recorded(run)
+    if was is None:
+        return
+    now = source_of(name)
+    if now is None or now.digest != was.digest:
+        copy = run / FOLDER / Path(was.file).name
+        raise UserError(
+            f"recipe.name '{name}': {was.file} has changed since the run in {run} began; all of a run is trained with "
+            f"one recipe. {copy} is the file as it was: put it back, or start a new run with the changed one"
+        )
