@@ -95,7 +95,7 @@ def _examine(folder: RunFolder, memories: Sequence[Memory], outcome: Outcome, sa
         audit = audit_run(folder)
         with StoreReader(folder.store) as store:
             lost = [finding for memory in memories for finding in forgotten(memory, store)]
-        outcome.audit = dataclasses.replace(audit, findings=(*audit.findings, *dict.fromkeys(lost)))
+        outcome.audit = dataclasses.replace(audit, violations=(*audit.violations, *dict.fromkeys(lost)))
     except UserError as error:
         outcome.problems.append(f"no audit: {error}")
     if not folder.summary.exists():

@@ -1,7 +1,7 @@
-"""Was anything lost, trained twice, too old or out of order? Asked of the store of a run.
+"""The audit of a run that has ended: was anything lost, trained twice, too old or out of order?
 
-Independent of the code that wrote it: staleness is computed from the version spans of the stored tokens, the
-prompt order from the seed, the rest from counting. Only the definitions (settings, tables, codec) are shared.
+Independent of the code that wrote the record: staleness is computed from the version spans of the stored tokens, the
+prompt order from the seed, the rest by counting. Only definitions (settings, tables, codec) are shared.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from async_rl.trainer.manifest import damage_of, list_checkpoints, version_of
 from async_rl.trajectory.codec import WireError, unpack
 
 Kind = Literal["lost", "duplicated", "stale", "order", "batch", "evaluation", "checkpoint", "record"]
-"""lost: admitted (or stored) and in no batch, not refused and not to come; duplicated: in two batches, or
-trained and refused; stale: a token beyond max_staleness; order: a gap in the prompt order; batch: not exactly
-P groups, not formed once; the others name the thing that is not whole"""
+"""lost: admitted or stored, but in no batch, not refused and not to come; duplicated: in two batches, or both trained
+and refused; stale: a token beyond max_staleness; order: a gap in the prompt order; batch: not formed exactly once, or
+not of `groups_per_step` groups; the others name the thing that is not whole"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """Something that must not be."""
+class Violation:
+    """Something that must not be in the record of a run."""
 
     kind: Kind
     what: str
@@ -42,7 +42,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
-    """What the settings of a run say must hold."""
+    """What must hold of a run with these settings."""
 
     groups_per_step: int
     group_size: int
@@ -50,341 +50,61 @@ class Promise:
     max_staleness: int
     """steps"""
     most_waiting: int
-    """groups that may be neither trained nor refused: the slots"""
+    """groups that may be neither trained nor refused: as many as there are slots"""
     problem_at: Callable[[int], int]
-    """prompt order: position -> problem"""
+    """the prompt order: position -> problem"""
     steps: int | None
-    """of a run that is finished; None: it was stopped on its way"""
+    """training steps of a finished run; None: the run was stopped before its end"""
     evaluation_size: int
     """trajectories of one evaluation"""
     went_back: int = 0
-    """version from which on no token of an older one is trained, because the run went back; 0: it did not"""
+    """the version at which the run went back; from there on no token of an older version is trained. 0: it never did"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
+    """What the audit of a run counted and found. A sound run has no violations."""
+
     groups_admitted: int
     groups_trained: int
-    """in a batch"""
+    """groups that are in a batch"""
     groups_refused: int
     groups_waiting: int
-    """admitted and still to come"""
+    """groups that were admitted and were still in the pipeline at the end"""
     steps: int
     """batches formed"""
     trajectories: int
-    """in batches"""
+    """trajectories in batches"""
     lag_max: int
-    """steps, over all trained tokens; 0 when there is none"""
-    findings: tuple[Finding, ...]
+    """the largest staleness of a trained token, in steps; 0 when none was trained"""
+    violations: tuple[Violation, ...]
     went_back: str = ""
-    """that the run did, in words; or empty"""
+    """in words; empty when the run never went back"""
 
     def count(self, kind: Kind) -> int:
-        return sum(1 for finding in self.findings if finding.kind == kind)
-
-
-def audit_store(store: StoreReader, promise: Promise) -> Audit:
-    """The groups, batches and tokens of a store against what was promised."""
-    rows = list(store.groups())
-    batches = list(store.batches())
-    groups = {row.group: row for row in rows if row.split == "train"}
-    findings = [
-        *_numbers(rows),
-        *_order(list(groups.values()), promise),
-        *_batches(batches, groups, promise, store.consumed_step()),
-        *_fates(store, list(groups.values()), batches, promise),
-    ]
-    tokens = _Tokens()
-    for batch in batches:
-        findings += tokens.look(store, batch, promise)
-    refused = sum(1 for row in groups.values() if row.refused_because is not None)
-    trained = {group for batch in batches for group in batch.groups}
-    return Audit(
-        groups_admitted=len(groups),
-        groups_trained=len(trained),
-        groups_refused=refused,
-        groups_waiting=sum(1 for row in groups.values() if row.refused_because is None and row.group not in trained),
-        steps=len(batches),
-        trajectories=tokens.trajectories,
-        lag_max=max(tokens.lag_max, 0),
-        findings=tuple(findings),
-    )
-
-
-# ----------------------------------------------------------------------------------------------- groups
-
-
-def _numbers(rows: Sequence[GroupRow]) -> Iterator[Finding]:
-    """Groups of training and evaluation draw their numbers from one sequence, and each number is stored."""
-    expected = 0
-    for row in rows:
-        for missing in range(expected, row.group):
-            yield Finding(kind="lost", what=f"group {missing} was admitted and has no row in the store")
-        expected = row.group + 1
-
-
-def _order(rows: Sequence[GroupRow], promise: Promise) -> Iterator[Finding]:
-    """First attempts are a gapless prefix of the prompt order; a problem is asked again only after its group was
-    refused. Behind the first gap everything is shifted."""
-    begun = 0
-    last: dict[int, GroupRow] = {}
-    for row in rows:
-        if row.problem != (expected := promise.problem_at(max(row.position, 0))):
-            yield Finding(
-                kind="order",
-                what=f"group {row.group} has problem {row.problem}; at its position, {row.position}, the prompt order "
-                f"says {expected}",
-            )
-        before = last.get(row.position)
-        if before is None and (row.position != begun or row.attempt != 0):
-            what = f"group {row.group} is attempt {row.attempt} at position {row.position} of the prompt order"
-            yield Finding(kind="order", what=f"{what}; attempt 0 at position {begun} is next")
-            return
-        if before is not None and (before.refused_because is None or row.attempt != before.attempt + 1):
-            yield Finding(
-                kind="duplicated",
-                what=f"groups {before.group} and {row.group} both are attempt {row.attempt} at position {row.position} "
-                f"of the prompt order, or the first of them was not refused",
-            )
-        begun += before is None
-        last[row.position] = row
-
-
-def _batches(
-    batches: Sequence[BatchRow], groups: Mapping[int, GroupRow], promise: Promise, consumed: int
-) -> Iterator[Finding]:
-    """Every step formed once, in order, with exactly P groups, each in one batch and known to the store."""
-    formed = Counter(batch.step for batch in batches)
-    last = promise.steps if promise.steps is not None else max(formed, default=-1) + 1
-    for step in sorted({*range(last), *formed}):
-        if formed[step] != 1:
-            yield Finding(kind="batch", what=f"the batch of step {step} was formed {formed[step]} times")
-        if step >= last:
-            yield Finding(kind="batch", what=f"there is a batch of step {step}, but the run has {last} steps")
-    where: dict[int, list[int]] = {}
-    for batch in batches:
-        if len(batch.groups) != promise.groups_per_step:
-            yield Finding(
-                kind="batch",
-                what=f"the batch of step {batch.step} has {len(batch.groups)} groups instead of "
-                f"{promise.groups_per_step}",
-            )
-        if promise.steps is not None and batch.trained_at is None:
-            yield Finding(kind="batch", what=f"the batch of step {batch.step} was never marked as trained")
-        for group in batch.groups:
-            where.setdefault(group, []).append(batch.step)
-    for group, steps in where.items():
-        if len(steps) > 1:
-            yield Finding(kind="duplicated", what=f"group {group} is in the batches of steps {_listed(steps)}")
-        if group not in groups:
-            yield Finding(kind="lost", what=f"group {group} of step {steps[0]} has no row in the store")
-        elif groups[group].step not in steps:
-            yield Finding(
-                kind="batch",
-                what=f"group {group} is in the batch of step {steps[0]}, its own row says {groups[group].step}",
-            )
-    if promise.steps is not None and consumed != promise.steps - 1:
-        yield Finding(
-            kind="checkpoint", what=f"the store says steps up to {consumed} are in a checkpoint, of {promise.steps}"
-        )
-
-
-def _fates(
-    store: StoreReader, rows: Sequence[GroupRow], batches: Sequence[BatchRow], promise: Promise
-) -> Iterator[Finding]:
-    """Each group is in a batch, or refused with a reason, or one of those still in the pipeline at the end."""
-    in_batches = {group for batch in batches for group in batch.groups}
-    waiting: list[GroupRow] = []
-    for row in rows:
-        if row.group in in_batches:
-            if row.refused_because is not None:
-                yield Finding(
-                    kind="duplicated",
-                    what=f"group {row.group} is in a batch and also refused ({row.refused_because})",
-                )
-        elif row.refused_because is not None:
-            if not row.refused_because.strip():
-                yield Finding(kind="lost", what=f"group {row.group} was refused without a reason")
-        elif row.step is not None:
-            yield Finding(kind="lost", what=f"group {row.group} has step {row.step}, but is not in that batch")
-        else:
-            waiting.append(row)
-    for place, row in enumerate(waiting):
-        deadline = _deadline(store, row, promise)
-        if deadline < len(batches):
-            yield Finding(
-                kind="lost",
-                what=f"group {row.group} is neither trained nor refused; begun with weights {row.admitted_version}, it "
-                f"had to be by step {deadline}, and there are {len(batches)}",
-            )
-        elif place >= promise.most_waiting:
-            yield Finding(
-                kind="lost",
-                what=f"group {row.group} is neither trained nor refused; at most {promise.most_waiting} groups can "
-                f"be in the pipeline, and {place} older ones are",
-            )
-
-
-def _deadline(store: StoreReader, row: GroupRow, promise: Promise) -> int:
-    """The last step at which a group can be trained: max_staleness behind its oldest token, which is known once
-    all its samples are there; until then, behind the weights it was begun with."""
-    found = list(store.trajectories_of(row.group))
-    versions = [t.version_min for t in found if t.version_min >= 0]
-    oldest = min(versions) if versions and len(found) >= promise.group_size else row.admitted_version
-    return max(oldest, row.admitted_version) + promise.max_staleness
-
-
-# ----------------------------------------------------------------------------------------------- tokens
-
-
-@dataclass(slots=True)
-class _Tokens:
-    """What the batches hold, token by token."""
-
-    trajectories: int = 0
-    lag_max: int = -1
-    seen: set[tuple[int, int]] = field(default_factory=set)
-    """(group, sample)"""
-
-    def look(self, store: StoreReader, batch: BatchRow, promise: Promise) -> Iterator[Finding]:
-        """The batch as a trainer is answered it; its rows where the bytes are deleted (buffer.keep_steps)."""
-        samples: dict[int, Counter[int]] = {group: Counter() for group in batch.groups}
-        stored: Iterable[_Lag | Finding]
-        stored = _read(store, batch.step) if batch.step >= store.first_step() else _rows(store, batch.step)
-        for one in stored:
-            if isinstance(one, Finding):
-                yield one
-                continue
-            self.trajectories += 1
-            samples.setdefault(one.group, Counter())[one.sample] += 1
-            if one.oldest < 0:
-                continue
-            self.lag_max = max(self.lag_max, batch.step - one.oldest)
-            name = f"sample {one.sample} of group {one.group}, trained at step {batch.step},"
-            if batch.step - one.oldest > promise.max_staleness:
-                yield Finding(
-                    kind="stale",
-                    what=f"{name} has tokens of version {one.oldest}: {batch.step - one.oldest} steps old, at most "
-                    f"{promise.max_staleness} are allowed",
-                )
-            if one.oldest < promise.went_back <= batch.step:
-                yield Finding(
-                    kind="stale",
-                    what=f"{name} has tokens of version {one.oldest}, though the run went back at version "
-                    f"{promise.went_back}: the weights that sampled them were given up",
-                )
-            if one.newest > batch.step:
-                yield Finding(kind="stale", what=f"{name} has tokens of version {one.newest}, which came after it")
-        yield from self.complete(samples, batch, promise)
-
-    def complete(self, samples: Mapping[int, Counter[int]], batch: BatchRow, promise: Promise) -> Iterator[Finding]:
-        """Each group of the batch has each of its samples once."""
-        for group, found in samples.items():
-            missing = [sample for sample in range(promise.group_size) if not found[sample]]
-            if missing:
-                yield Finding(
-                    kind="lost", what=f"group {group} of step {batch.step} lacks its samples {_listed(missing)}"
-                )
-            for sample, times in found.items():
-                if times > 1 or sample >= promise.group_size or (group, sample) in self.seen:
-                    yield Finding(
-                        kind="duplicated",
-                        what=f"sample {sample} of group {group} is trained at step {batch.step} and once more",
-                    )
-                self.seen.add((group, sample))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Lag:
-    """What counts of a trajectory."""
-
-    group: int
-    sample: int
-    oldest: int
-    """version of its oldest policy token; -1: it has none that is trained"""
-    newest: int
-
-
-def _read(store: StoreReader, step: int) -> Iterator[_Lag | Finding]:
-    """From the stored bytes: token by token, whatever the columns beside them say."""
-    for blob in store.load_batch(step) or ():
-        try:
-            t = unpack(blob)
-        except WireError as error:
-            yield Finding(kind="lost", what=f"a trajectory of step {step} cannot be read: {error}")
-            continue
-        versions = [] if t.failed else [span.version for span in t.versions if span.end > span.start]
-        oldest, newest = min(versions, default=-1), max(versions, default=-1)
-        yield _Lag(group=t.group, sample=t.sample, oldest=oldest, newest=newest)
-
-
-def _rows(store: StoreReader, step: int) -> Iterator[_Lag]:
-    """From the columns."""
-    for t in store.trajectories(step=step):
-        trained = t.ended not in ("error", "aborted")
-        oldest, newest = (t.version_min, t.version_max) if trained else (-1, -1)
-        yield _Lag(group=t.group, sample=t.sample, oldest=oldest, newest=newest)
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-# ---------------------------------------------------------------------------------------------- in words
-
-MOST_SHOWN = 20
-"""findings of a kind that are printed"""
-
-
-def audit_rows(audit: Audit) -> list[tuple[str, str]]:
-    """(what, value) of the table."""
-    return [
-        ("groups", f"{audit.groups_admitted} admitted, {audit.groups_trained} trained, {audit.groups_refused} refused, "
-                   f"{audit.groups_waiting} in the pipeline at the end"),
-        ("batches", f"{audit.steps}, {audit.trajectories} trajectories"),
-        ("staleness", f"{audit.lag_max} steps at most"),
-        *([("went back", audit.went_back)] if audit.went_back else []),
-        ("lost", str(audit.count("lost"))),
-        ("duplicated", str(audit.count("duplicated"))),
-    ]  # fmt: skip
-
-
-def said(findings: Iterable[Finding]) -> list[str]:
-    """One line each, those of a kind together, the many left out."""
-    by_kind: dict[str, list[str]] = {}
-    for finding in findings:
-        by_kind.setdefault(finding.kind, []).append(finding.what)
-    lines = []
-    for kind, whats in by_kind.items():
-        lines += [f"{kind}: {what}" for what in whats[:MOST_SHOWN]]
-        if len(whats) > MOST_SHOWN:
-            lines.append(f"{kind}: and {len(whats) - MOST_SHOWN} more")
-    return lines
-
-
-# -------------------- audit run
-# The audit of a whole run folder: the store, and the files that tell of the same steps.
+        return sum(1 for violation in self.violations if violation.kind == kind)
 
 
 def audit_run(folder: RunFolder) -> Audit:
-    """Everything a run left: store, metric rows, evaluations, checkpoints. Raises UserError when it still
-    runs, or is no run."""
-    if not folder.config.is_file():
-        raise UserError(f"{folder.path} is not a run folder: there is no {folder.config.name} in it")
+    """Check everything a run has left: store, metric rows, evaluations, checkpoints.
+
+    Raises UserError when the run still goes on, or the folder holds none."""
+    RunFolder.open(folder.path)
     _refuse_running(folder)
     settings = folder.settings()
     back = read_rollback(folder)
     promise = promise_of(settings, finished=folder.summary.exists(), back=back)
     with StoreReader(folder.store) as store:
         audit = audit_store(store, promise)
-        findings = [*audit.findings, *_evaluations(store, folder.read_events(), promise)]
-    findings += _rows_audit_run(folder, audit.steps, promise)
-    findings += _checkpoints(folder, promise, back)
-    told = "" if back is None else f"at step {back.at - 1} to version {back.to} ({back.reason})"
-    return dataclasses.replace(audit, findings=tuple(findings), went_back=told)
+        violations = [*audit.violations, *_check_evaluations(store, folder.read_events(), promise)]
+    violations += _check_rows(folder, audit.steps, promise)
+    violations += _check_checkpoints(folder, promise, back)
+    went_back = "" if back is None else f"at step {back.at - 1} to version {back.to} ({back.reason})"
+    return dataclasses.replace(audit, violations=tuple(violations), went_back=went_back)
 
 
 def promise_of(settings: Settings, *, finished: bool, back: Rollback | None = None) -> Promise:
+    """What must hold of a run with `settings`. `back`: that it went back to an earlier checkpoint."""
     task = make_task(settings.task.name, settings.task.args)
     batch, evaluation = settings.batch, settings.evaluation
     problems = min(evaluation.problems, len(task.problems("eval")))
@@ -400,68 +120,8 @@ def promise_of(settings: Settings, *, finished: bool, back: Rollback | None = No
     )
 
 
-# ------------------------------------------------------------------------------------------------ files
-
-
-def _evaluations(store: StoreReader, events: Sequence[EventRow], promise: Promise) -> Iterator[Finding]:
-    """Numbered without a gap, reported once, each with all its trajectories, the last one after the last step."""
-    reported = [row.event for row in events if isinstance(row.event, EvaluationReported)]
-    times = Counter(event.evaluation for event in reported)
-    stored = {row.evaluation: row for row in store.evaluations()}
-    for number in range(max(times, default=-1) + 1):
-        if times[number] != 1:
-            yield Finding(kind="evaluation", what=f"evaluation {number} was reported {times[number]} times")
-        elif number not in stored:
-            yield Finding(kind="evaluation", what=f"evaluation {number} was reported and is not in the store")
-    for number, row in stored.items():
-        if len(row.rewards) != promise.evaluation_size:
-            yield Finding(
-                kind="evaluation",
-                what=f"evaluation {number} has {len(row.rewards)} trajectories instead of {promise.evaluation_size}",
-            )
-    if promise.steps is not None:
-        steps = [event.step for event in reported]
-        for step, when in ((0, "before training"), (promise.steps, "after the last step")):
-            if step not in steps:
-                yield Finding(kind="evaluation", what=f"there is no evaluation {when}")
-
-
-def _rows_audit_run(folder: RunFolder, formed: int, promise: Promise) -> Iterator[Finding]:
-    """One metric row a step, and one mark of each kind a version at most, in order."""
-    steps = [int(row["step"]) for row in read_rows(folder.metrics)]
-    last = promise.steps if promise.steps is not None else min(formed, len(steps))
-    times = Counter(steps)
-    for step in sorted({*range(last), *times}):
-        if times[step] != 1 or step >= last:
-            yield Finding(kind="record", what=f"{folder.metrics.name} has step {step} {times[step]} times")
-    if any(second < first for first, second in pairwise(steps)):
-        yield Finding(kind="record", what=f"{folder.metrics.name} is not in the order of the steps")
-    marks = Counter(
-        (int(row["version"]), kind) for row in read_rows(folder.weights) for kind in ("hash", "checksum") if kind in row
-    )
-    for (version, kind), count in marks.items():
-        if count > 1:
-            what = f"{folder.weights.name} has the {kind} of version {version} {count} times"
-            yield Finding(kind="record", what=what)
-    if promise.steps is not None and marks[promise.steps, "hash"] == 0:
-        yield Finding(kind="record", what=f"{folder.weights.name} has no hash of the last weights")
-
-
-def _checkpoints(folder: RunFolder, promise: Promise, back: Rollback | None) -> Iterator[Finding]:
-    """Every checkpoint is byte for byte what was written; the last one is there; none of a finished run holds
-    weights that were given up."""
-    found = list_checkpoints(folder.checkpoints)
-    for path in found:
-        if back is not None and promise.steps is not None and back.to < version_of(path) < back.at:
-            yield Finding(kind="checkpoint", what=f"{path.name} holds weights that were given up at step {back.at - 1}")
-        if (damage := damage_of(path)) is not None:
-            yield Finding(kind="checkpoint", what=f"{path.name}: {damage}")
-    if promise.steps is not None and promise.steps not in map(version_of, found):
-        yield Finding(kind="checkpoint", what=f"there is no checkpoint of the last version, {promise.steps}")
-
-
 def _refuse_running(folder: RunFolder) -> None:
-    """What is still being written looks torn."""
+    """Raise UserError when the run still goes on: a record that is being written looks torn."""
     if not folder.lock.exists():
         return
     descriptor = os.open(folder.lock, os.O_RDONLY)
@@ -471,3 +131,348 @@ def _refuse_running(folder: RunFolder) -> None:
         raise UserError(f"{folder.path}: this run is still going on; audit it when it has ended") from None
     finally:
         os.close(descriptor)
+
+
+def audit_store(store: StoreReader, promise: Promise) -> Audit:
+    """Check the groups, batches and tokens of a store against what was promised."""
+    rows = list(store.groups())
+    batches = list(store.batches())
+    groups = {row.group: row for row in rows if row.split == "train"}
+    violations = [
+        *_check_numbers(rows),
+        *_check_order(list(groups.values()), promise),
+        *_check_batches(batches, groups, promise, store.consumed_step()),
+        *_check_fates(store, list(groups.values()), batches, promise),
+    ]
+    tokens = _TokenCheck()
+    for batch in batches:
+        violations += tokens.check(store, batch, promise)
+    refused = sum(1 for row in groups.values() if row.refused_because is not None)
+    trained = {group for batch in batches for group in batch.groups}
+    return Audit(
+        groups_admitted=len(groups),
+        groups_trained=len(trained),
+        groups_refused=refused,
+        groups_waiting=sum(1 for row in groups.values() if row.refused_because is None and row.group not in trained),
+        steps=len(batches),
+        trajectories=tokens.trajectories,
+        lag_max=max(tokens.lag_max, 0),
+        violations=tuple(violations),
+    )
+
+
+# ---------------------------------------------------------------- groups and batches
+
+
+def _check_numbers(rows: Sequence[GroupRow]) -> Iterator[Violation]:
+    """Every group has a row: groups of training and of evaluations draw their numbers from one gapless sequence."""
+    expected = 0
+    for row in rows:
+        for missing in range(expected, row.group):
+            yield Violation(kind="lost", what=f"group {missing} was admitted and has no row in the store")
+        expected = row.group + 1
+
+
+def _check_order(rows: Sequence[GroupRow], promise: Promise) -> Iterator[Violation]:
+    """First attempts are a gapless prefix of the prompt order, and a problem is asked again only after its group was
+    refused. The check stops at the first gap, because everything behind it is shifted."""
+    begun = 0
+    last: dict[int, GroupRow] = {}
+    for row in rows:
+        if row.problem != (expected := promise.problem_at(max(row.position, 0))):
+            yield Violation(
+                kind="order",
+                what=f"group {row.group} has problem {row.problem}; at its position, {row.position}, the prompt order "
+                f"says {expected}",
+            )
+        before = last.get(row.position)
+        if before is None and (row.position != begun or row.attempt != 0):
+            what = f"group {row.group} is attempt {row.attempt} at position {row.position} of the prompt order"
+            yield Violation(kind="order", what=f"{what}; attempt 0 at position {begun} is next")
+            return
+        if before is not None and (before.refused_because is None or row.attempt != before.attempt + 1):
+            yield Violation(
+                kind="duplicated",
+                what=f"groups {before.group} and {row.group} both are attempt {row.attempt} at position {row.position} "
+                f"of the prompt order, or the first of them was not refused",
+            )
+        begun += before is None
+        last[row.position] = row
+
+
+def _check_batches(
+    batches: Sequence[BatchRow], groups: Mapping[int, GroupRow], promise: Promise, consumed: int
+) -> Iterator[Violation]:
+    """Every step has one batch of exactly `groups_per_step` groups, each in one batch only and known to the store."""
+    formed = Counter(batch.step for batch in batches)
+    last = promise.steps if promise.steps is not None else max(formed, default=-1) + 1
+    for step in sorted({*range(last), *formed}):
+        if formed[step] != 1:
+            yield Violation(kind="batch", what=f"the batch of step {step} was formed {formed[step]} times")
+        if step >= last:
+            yield Violation(kind="batch", what=f"there is a batch of step {step}, but the run has {last} steps")
+    where: dict[int, list[int]] = {}
+    for batch in batches:
+        if len(batch.groups) != promise.groups_per_step:
+            yield Violation(
+                kind="batch",
+                what=f"the batch of step {batch.step} has {len(batch.groups)} groups instead of "
+                f"{promise.groups_per_step}",
+            )
+        if promise.steps is not None and batch.trained_at is None:
+            yield Violation(kind="batch", what=f"the batch of step {batch.step} was never marked as trained")
+        for group in batch.groups:
+            where.setdefault(group, []).append(batch.step)
+    for group, steps in where.items():
+        if len(steps) > 1:
+            yield Violation(kind="duplicated", what=f"group {group} is in the batches of steps {_listed(steps)}")
+        if group not in groups:
+            yield Violation(kind="lost", what=f"group {group} of step {steps[0]} has no row in the store")
+        elif groups[group].step not in steps:
+            yield Violation(
+                kind="batch",
+                what=f"group {group} is in the batch of step {steps[0]}, its own row says {groups[group].step}",
+            )
+    if promise.steps is not None and consumed != promise.steps - 1:
+        yield Violation(
+            kind="checkpoint", what=f"the store says steps up to {consumed} are in a checkpoint, of {promise.steps}"
+        )
+
+
+def _check_fates(
+    store: StoreReader, rows: Sequence[GroupRow], batches: Sequence[BatchRow], promise: Promise
+) -> Iterator[Violation]:
+    """Each group is in a batch, refused with a reason, or was still in the pipeline at the end."""
+    in_batches = {group for batch in batches for group in batch.groups}
+    waiting: list[GroupRow] = []
+    for row in rows:
+        if row.group in in_batches:
+            if row.refused_because is not None:
+                yield Violation(
+                    kind="duplicated",
+                    what=f"group {row.group} is in a batch and also refused ({row.refused_because})",
+                )
+        elif row.refused_because is not None:
+            if not row.refused_because.strip():
+                yield Violation(kind="lost", what=f"group {row.group} was refused without a reason")
+        elif row.step is not None:
+            yield Violation(kind="lost", what=f"group {row.group} has step {row.step}, but is not in that batch")
+        else:
+            waiting.append(row)
+    for place, row in enumerate(waiting):
+        last = _last_step_of(store, row, promise)
+        if last < len(batches):
+            yield Violation(
+                kind="lost",
+                what=f"group {row.group} is neither trained nor refused; begun with weights {row.admitted_version}, it "
+                f"had to be by step {last}, and there are {len(batches)}",
+            )
+        elif place >= promise.most_waiting:
+            yield Violation(
+                kind="lost",
+                what=f"group {row.group} is neither trained nor refused; at most {promise.most_waiting} groups can "
+                f"be in the pipeline, and {place} older ones are",
+            )
+
+
+def _last_step_of(store: StoreReader, row: GroupRow, promise: Promise) -> int:
+    """The last step that may train a group: `max_staleness` after the version of its oldest token. That version is
+    known once all samples are stored; until then the version the group was admitted with stands for it."""
+    found = list(store.trajectories_of(row.group))
+    versions = [t.version_min for t in found if t.version_min >= 0]
+    oldest = min(versions) if versions and len(found) >= promise.group_size else row.admitted_version
+    return max(oldest, row.admitted_version) + promise.max_staleness
+
+
+# ---------------------------------------------------------------- tokens
+
+
+@dataclass(slots=True)
+class _TokenCheck:
+    """Checks batch after batch what they hold, token by token, and counts it."""
+
+    trajectories: int = 0
+    lag_max: int = -1
+    seen: set[tuple[int, int]] = field(default_factory=set)
+    """(group, sample)"""
+
+    def check(self, store: StoreReader, batch: BatchRow, promise: Promise) -> Iterator[Violation]:
+        """Check one batch, from the stored bytes that a trainer is answered, or from the columns beside them where the
+        bytes are deleted (buffer.keep_steps)."""
+        samples: dict[int, Counter[int]] = {group: Counter() for group in batch.groups}
+        stored: Iterable[_Versions | Violation]
+        stored = (_versions_in_bytes if batch.step >= store.first_step() else _versions_in_columns)(store, batch.step)
+        for one in stored:
+            if isinstance(one, Violation):
+                yield one
+                continue
+            self.trajectories += 1
+            samples.setdefault(one.group, Counter())[one.sample] += 1
+            if one.oldest < 0:
+                continue
+            self.lag_max = max(self.lag_max, batch.step - one.oldest)
+            name = f"sample {one.sample} of group {one.group}, trained at step {batch.step},"
+            if batch.step - one.oldest > promise.max_staleness:
+                yield Violation(
+                    kind="stale",
+                    what=f"{name} has tokens of version {one.oldest}: {batch.step - one.oldest} steps old, at most "
+                    f"{promise.max_staleness} are allowed",
+                )
+            if one.oldest < promise.went_back <= batch.step:
+                yield Violation(
+                    kind="stale",
+                    what=f"{name} has tokens of version {one.oldest}, though the run went back at version "
+                    f"{promise.went_back}: the weights that sampled them were given up",
+                )
+            if one.newest > batch.step:
+                yield Violation(kind="stale", what=f"{name} has tokens of version {one.newest}, which came after it")
+        yield from self._check_samples(samples, batch, promise)
+
+    def _check_samples(
+        self, samples: Mapping[int, Counter[int]], batch: BatchRow, promise: Promise
+    ) -> Iterator[Violation]:
+        """Each group of the batch has each of its samples once."""
+        for group, found in samples.items():
+            missing = [sample for sample in range(promise.group_size) if not found[sample]]
+            if missing:
+                yield Violation(
+                    kind="lost", what=f"group {group} of step {batch.step} lacks its samples {_listed(missing)}"
+                )
+            for sample, times in found.items():
+                if times > 1 or sample >= promise.group_size or (group, sample) in self.seen:
+                    yield Violation(
+                        kind="duplicated",
+                        what=f"sample {sample} of group {group} is trained at step {batch.step} and once more",
+                    )
+                self.seen.add((group, sample))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Versions:
+    """The versions of one trajectory."""
+
+    group: int
+    sample: int
+    oldest: int
+    """version of its oldest policy token; -1 when no token of it is trained"""
+    newest: int
+    """version of its newest policy token, or -1"""
+
+
+def _versions_in_bytes(store: StoreReader, step: int) -> Iterator[_Versions | Violation]:
+    """The versions of a batch's tokens, whatever the columns beside the bytes say."""
+    for blob in store.load_batch(step) or ():
+        try:
+            t = unpack(blob)
+        except WireError as error:
+            yield Violation(kind="lost", what=f"a trajectory of step {step} cannot be read: {error}")
+            continue
+        versions = [] if t.failed else [span.version for span in t.versions if span.end > span.start]
+        oldest, newest = min(versions, default=-1), max(versions, default=-1)
+        yield _Versions(group=t.group, sample=t.sample, oldest=oldest, newest=newest)
+
+
+def _versions_in_columns(store: StoreReader, step: int) -> Iterator[_Versions]:
+    """The versions that the columns tell."""
+    for t in store.trajectories(step=step):
+        trained = t.ended not in ("error", "aborted")
+        oldest, newest = (t.version_min, t.version_max) if trained else (-1, -1)
+        yield _Versions(group=t.group, sample=t.sample, oldest=oldest, newest=newest)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+# ---------------------------------------------------------------- files beside the store
+
+
+def _check_evaluations(store: StoreReader, events: Sequence[EventRow], promise: Promise) -> Iterator[Violation]:
+    """Evaluations are numbered without a gap, reported once and whole; there is one at the start and one at the end."""
+    reported = [row.event for row in events if isinstance(row.event, EvaluationReported)]
+    times = Counter(event.evaluation for event in reported)
+    stored = {row.evaluation: row for row in store.evaluations()}
+    for number in range(max(times, default=-1) + 1):
+        if times[number] != 1:
+            yield Violation(kind="evaluation", what=f"evaluation {number} was reported {times[number]} times")
+        elif number not in stored:
+            yield Violation(kind="evaluation", what=f"evaluation {number} was reported and is not in the store")
+    for number, row in stored.items():
+        if len(row.rewards) != promise.evaluation_size:
+            yield Violation(
+                kind="evaluation",
+                what=f"evaluation {number} has {len(row.rewards)} trajectories instead of {promise.evaluation_size}",
+            )
+    if promise.steps is not None:
+        steps = [event.step for event in reported]
+        for step, when in ((0, "before training"), (promise.steps, "after the last step")):
+            if step not in steps:
+                yield Violation(kind="evaluation", what=f"there is no evaluation {when}")
+
+
+def _check_rows(folder: RunFolder, formed: int, promise: Promise) -> Iterator[Violation]:
+    """There is one metric row a step, in order, and at most one hash and one checksum a version."""
+    steps = [int(row["step"]) for row in read_rows(folder.metrics)]
+    last = promise.steps if promise.steps is not None else min(formed, len(steps))
+    times = Counter(steps)
+    for step in sorted({*range(last), *times}):
+        if times[step] != 1 or step >= last:
+            yield Violation(kind="record", what=f"{folder.metrics.name} has step {step} {times[step]} times")
+    if any(second < first for first, second in pairwise(steps)):
+        yield Violation(kind="record", what=f"{folder.metrics.name} is not in the order of the steps")
+    marks = Counter(
+        (int(row["version"]), kind) for row in read_rows(folder.weights) for kind in ("hash", "checksum") if kind in row
+    )
+    for (version, kind), count in marks.items():
+        if count > 1:
+            what = f"{folder.weights.name} has the {kind} of version {version} {count} times"
+            yield Violation(kind="record", what=what)
+    if promise.steps is not None and marks[promise.steps, "hash"] == 0:
+        yield Violation(kind="record", what=f"{folder.weights.name} has no hash of the last weights")
+
+
+def _check_checkpoints(folder: RunFolder, promise: Promise, back: Rollback | None) -> Iterator[Violation]:
+    """Every checkpoint is byte for byte what was written, and the last one is there. No checkpoint of a finished run
+    holds weights that were given up."""
+    found = list_checkpoints(folder.checkpoints)
+    for path in found:
+        if back is not None and promise.steps is not None and back.to < version_of(path) < back.at:
+            yield Violation(
+                kind="checkpoint", what=f"{path.name} holds weights that were given up at step {back.at - 1}"
+            )
+        if (damage := damage_of(path)) is not None:
+            yield Violation(kind="checkpoint", what=f"{path.name}: {damage}")
+    if promise.steps is not None and promise.steps not in map(version_of, found):
+        yield Violation(kind="checkpoint", what=f"there is no checkpoint of the last version, {promise.steps}")
+
+
+# ---------------------------------------------------------------- in words
+
+MOST_SHOWN = 20
+"""violations of one kind that are printed"""
+
+
+def audit_rows(audit: Audit) -> list[tuple[str, str]]:
+    """The audit as (name, value) rows of a table."""
+    return [
+        ("groups", f"{audit.groups_admitted} admitted, {audit.groups_trained} trained, {audit.groups_refused} refused, "
+                   f"{audit.groups_waiting} in the pipeline at the end"),
+        ("batches", f"{audit.steps}, {audit.trajectories} trajectories"),
+        ("staleness", f"{audit.lag_max} steps at most"),
+        *([("went back", audit.went_back)] if audit.went_back else []),
+        ("lost", str(audit.count("lost"))),
+        ("duplicated", str(audit.count("duplicated"))),
+    ]  # fmt: skip
+
+
+def describe_violations(violations: Iterable[Violation]) -> list[str]:
+    """One line a violation, kind by kind; beyond MOST_SHOWN of a kind they are only counted."""
+    by_kind: dict[str, list[str]] = {}
+    for violation in violations:
+        by_kind.setdefault(violation.kind, []).append(violation.what)
+    lines = []
+    for kind, whats in by_kind.items():
+        lines += [f"{kind}: {what}" for what in whats[:MOST_SHOWN]]
+        if len(whats) > MOST_SHOWN:
+            lines.append(f"{kind}: and {len(whats) - MOST_SHOWN} more")
+    return lines

@@ -23,7 +23,7 @@ from support_audit import (
 
 from async_rl.cli.main import main
 from async_rl.errors import UserError
-from async_rl.observe.audit import Audit, audit_run, said
+from async_rl.observe.audit import Audit, audit_run, describe_violations
 from async_rl.run_folder import RunFolder, append_row
 
 
@@ -41,7 +41,7 @@ def test_a_whole_run_has_no_defect(run: RunFolder) -> None:
         steps=STEPS,
         trajectories=STEPS * P * SIZE,
         lag_max=1,
-        findings=(),
+        violations=(),
     )
 
 
@@ -118,7 +118,7 @@ def drop_last(path: Path) -> None:
 )  # fmt: skip
 def test_a_defect_is_found_and_named(run: RunFolder, defect: Callable[[RunFolder], object], expected: str) -> None:
     defect(run)
-    found = said(audit_run(run).findings)
+    found = describe_violations(audit_run(run).violations)
     assert any(line.startswith(expected) for line in found), found
 
 
@@ -127,17 +127,17 @@ def test_the_groups_behind_the_last_batch_are_not_lost_unless_there_are_too_many
     for group in more:
         row = f"{group}, problem, split, {group}, 0, {STEPS}, 0, '', NULL, NULL"
         change(run, f"INSERT INTO groups SELECT {row} FROM groups LIMIT 1")
-    lines = [line for line in said(audit_run(run).findings) if line.startswith("lost")]
+    lines = [line for line in describe_violations(audit_run(run).violations) if line.startswith("lost")]
     assert len(lines) == WAITING + len(more) - 2 * P  # with max_staleness 1 there are two batches of slots
     assert lines[-1].startswith(f"lost: group {more[-1]} is neither trained nor refused; at most 8 groups can be in")
 
 
 def test_a_run_that_was_stopped_on_its_way_is_whole_as_far_as_it_came(run: RunFolder) -> None:
     run.summary.unlink()
-    assert audit_run(run).findings == ()
+    assert audit_run(run).violations == ()
     drop_last(run.metrics)  # the batch of the last step is formed, the step is still to come
     drop_last(run.events)
-    assert audit_run(run).findings == ()
+    assert audit_run(run).violations == ()
 
 
 def test_the_command_ends_with_what_it_found(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,13 +166,13 @@ def test_what_is_no_run_or_still_runs_is_not_audited(run: RunFolder, tmp_path: P
 def test_a_problem_may_be_asked_again_after_its_group_was_refused(run: RunFolder) -> None:
     again = f"UPDATE groups SET attempt = 1, position = {REFUSED}, problem = (SELECT problem FROM groups WHERE"
     change(run, f"{again} group_id = {REFUSED}) WHERE group_id = {LAST}")
-    assert audit_run(run).findings == ()
+    assert audit_run(run).violations == ()
 
 
 def test_batches_whose_tokens_are_deleted_are_judged_by_their_rows(run: RunFolder) -> None:
     of_step_0 = "SELECT id FROM trajectories WHERE step = 0"
     change(run, f"DELETE FROM payloads WHERE id IN ({of_step_0})", "INSERT INTO meta VALUES ('first_step', 1)")
     audit = audit_run(run)
-    assert (audit.findings, audit.trajectories) == ((), STEPS * P * SIZE)
+    assert (audit.violations, audit.trajectories) == ((), STEPS * P * SIZE)
     change(run, "UPDATE trajectories SET version_max = 1 WHERE group_id = 2 AND sample = 0")
-    assert [finding.kind for finding in audit_run(run).findings] == ["stale"]
+    assert [finding.kind for finding in audit_run(run).violations] == ["stale"]

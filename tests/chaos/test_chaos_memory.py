@@ -9,7 +9,7 @@ from support_audit import REFUSED, STEPS, P, change, put_batch, trajectory, writ
 
 from async_rl.buffer.store import Store, StoreReader
 from async_rl.instruments.chaos.watch import forgotten, remember
-from async_rl.observe.audit import said
+from async_rl.observe.audit import describe_violations
 from async_rl.run_folder import RunFolder
 
 LAST = STEPS * P + 2
@@ -49,13 +49,13 @@ def test_what_is_taken_back_is_named(run: RunFolder, statement: str, expected: s
     with StoreReader(run.store) as store:
         memory = remember(store)
         change(run, statement)
-        assert any(line.startswith(expected) for line in said(forgotten(memory, store)))
+        assert any(line.startswith(expected) for line in describe_violations(forgotten(memory, store)))
 
 
 def test_a_batch_that_was_formed_anew_is_named(run: RunFolder) -> None:
     with StoreReader(run.store) as store:
         memory = remember(store)
         put_batch(run, 0, [0, 1, 2, 4])
-        assert said(forgotten(memory, store)) == [
+        assert describe_violations(forgotten(memory, store)) == [
             "batch: the batch of step 0 was (0, 1, 2, 3) when a process died, then (0, 1, 2, 4)"
         ]

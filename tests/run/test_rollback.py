@@ -45,7 +45,7 @@ def check_whole(folder: RunFolder) -> Rollback:
     back = read_rollback(folder)
     assert back is not None
     audit = audit_run(folder)
-    assert not audit.findings
+    assert not audit.violations
     assert audit.went_back
     replayed = replay(folder)
     assert replayed.difference is None
@@ -79,7 +79,7 @@ def test_an_alarm_is_told_of_everywhere_and_stays(tmp_path: Path, tiny_model: Pa
     assert json.loads(folder.live.read_text())["alarms"][0]["text"] == alarm["reason"]
     assert [incident.name for incident in standing(read_rows(folder.events))] == ["alarm ess"]
     assert read_rollback(folder) is None
-    assert not audit_run(folder).findings
+    assert not audit_run(folder).violations
 
 
 def test_a_run_goes_back_once_and_nothing_is_lost_or_trained_twice(tmp_path: Path, tiny_model: Path) -> None:

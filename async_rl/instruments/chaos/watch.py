@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.buffer.store_reader import GroupRow, StoreReader
-from async_rl.observe.audit import Audit, Finding, audit_rows, said
+from async_rl.observe.audit import Audit, Violation, audit_rows, describe_violations
 from async_rl.run_folder import RunFolder
 
 STARTS = ("started", "buffer_ready", "trainer_ready", "generator_ready", "resumed")
@@ -134,17 +134,17 @@ def remember(store: StoreReader) -> Memory:
     )
 
 
-def forgotten(memory: Memory, store: StoreReader) -> Iterator[Finding]:
+def forgotten(memory: Memory, store: StoreReader) -> Iterator[Violation]:
     """What has been taken back since. A group may only go on: into a batch, or to a refusal."""
     groups = {row.group: row for row in store.groups()}
     batches = {batch.step: batch.groups for batch in store.batches()}
     for number, before in memory.groups.items():
         now = groups.get(number)
         if now is None:
-            yield Finding(kind="lost", what=f"group {number} was in the store when a process died, and is not any more")
+            yield Violation(kind="lost", what=f"group {number} was in the store when a process died, and is not any more")
             continue
         if (now.problem, now.position, now.attempt) != (before.problem, before.position, before.attempt):
-            yield Finding(
+            yield Violation(
                 kind="duplicated",
                 what=f"group {number} was problem {before.problem} at position {before.position} when a process died; "
                 f"now it is problem {now.problem} at position {now.position}",
@@ -154,18 +154,18 @@ def forgotten(memory: Memory, store: StoreReader) -> Iterator[Finding]:
             ("refused:", before.refused_because, now.refused_because),
         ):
             if earlier is not None and earlier != later:
-                yield Finding(
+                yield Violation(
                     kind="lost", what=f"group {number} was {what} {earlier} when a process died, then {what} {later}"
                 )
     for step, members in memory.batches.items():
         if batches.get(step) != members:
-            yield Finding(
+            yield Violation(
                 kind="batch",
                 what=f"the batch of step {step} was {members} when a process died, then {batches.get(step)}",
             )
     kept = {(t.group, t.sample) for group in {g for g, _ in memory.samples} for t in store.trajectories_of(group)}
     for group, sample in sorted(memory.samples - kept):
-        yield Finding(
+        yield Violation(
             kind="lost", what=f"sample {sample} of group {group} was stored when a process died, and is not any more"
         )
 
@@ -206,7 +206,7 @@ class Outcome:
 
     @property
     def clean(self) -> bool:
-        return not self.problems and self.audit is not None and not self.audit.findings and bool(self.replay_identical)
+        return not self.problems and self.audit is not None and not self.audit.violations and bool(self.replay_identical)
 
     def to_dict(self) -> Mapping[str, Any]:
         """For chaos.json."""
@@ -232,7 +232,7 @@ class Outcome:
             "replayed_from_version": self.replayed_from,
             "seconds": round(self.seconds, 1),
             "clean": self.clean,
-            "problems": [*self.problems, *(said(a.findings) if a else [])],
+            "problems": [*self.problems, *(describe_violations(a.violations) if a else [])],
         }
 
 
@@ -258,7 +258,7 @@ def verdict(outcome: Outcome) -> list[str]:
     """What is wrong, with the evidence; or that nothing is."""
     if outcome.clean:
         return ["Nothing was lost, nothing was trained twice, nothing hung."]
-    lines = [*outcome.problems, *(said(outcome.audit.findings) if outcome.audit is not None else [])]
+    lines = [*outcome.problems, *(describe_violations(outcome.audit.violations) if outcome.audit is not None else [])]
     if outcome.replay_identical is False:
         lines.append(f"replay: {outcome.replay}")
     return [f"WRONG: {line}" for line in lines]
