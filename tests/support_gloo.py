@@ -141,13 +141,13 @@ class FakeWorker:
 
 
 class FakeEngine:
-    """What `Linked` sees of an engine with links: calls that block run beside the event loop, as vLLM's do."""
+    """What `LinkSource` sees of an engine with links: calls that block run beside the event loop, as vLLM's do."""
 
     def __init__(self, held: Mapping[str, Tensor]) -> None:
         self.worker = FakeWorker(held)
         self.version = 0
 
-    async def obey(self, method: str, version: int, detail: Mapping[str, Any]) -> None:
+    async def handle_call(self, method: str, version: int, detail: Mapping[str, Any]) -> None:
         import asyncio
 
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -9,7 +9,7 @@ import numpy as np
 from support_buffer_world import answer
 from support_sim_clock import Link, Process
 
-from async_rl.generator.outbox import AGAIN_S, Outbox
+from async_rl.generator.outbox import RESEND_S, Outbox
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.wire import messages as msg
 from async_rl.wire.frames import HARMLESS
@@ -102,7 +102,7 @@ class Generator(Process):
 
     def report(self) -> None:
         now = self.clock.now
-        if self.slept and now - self.slept > AGAIN_S:
+        if self.slept and now - self.slept > RESEND_S:
             self.outbox.excuse(now - self.slept)
         self.slept = now
         standing = msg.Status(

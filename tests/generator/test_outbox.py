@@ -6,7 +6,7 @@ import pytest
 from support_buffer_world import trajectory
 
 from async_rl.errors import RunFailed
-from async_rl.generator.outbox import Outbox, Patience
+from async_rl.generator.outbox import BufferDeadline, Outbox
 
 
 def test_what_is_not_acknowledged_is_sent_again_after_growing_pauses() -> None:
@@ -28,18 +28,18 @@ def test_what_is_not_acknowledged_is_sent_again_after_growing_pauses() -> None:
 
 def test_a_buffer_that_does_not_acknowledge_is_reported_and_then_given_up() -> None:
     outbox, events, silent = Outbox(), [], 0.5
-    patience = Patience("generator-1", 60.0, 10.0, lambda: silent, lambda event, **detail: events.append(detail))
+    deadline = BufferDeadline("generator-1", 60.0, 10.0, lambda: silent, events.append)
     outbox.put(trajectory(812, 3, 0))
     outbox.take(0.0)
     for second in range(60):
-        patience.look(outbox, float(second))
-    assert [detail["seconds"] for detail in events] == [10.0, 20.0, 40.0]
-    assert events[0]["text"] == (
+        deadline.check(outbox, float(second))
+    assert [event.seconds for event in events] == [10.0, 20.0, 40.0]
+    assert events[0].text == (
         "generator-1 waits 10 s for the buffer to acknowledge 1 trajectories, the first is sample 3 of group 812; "
         "last heard of the buffer 0.5 s ago"
     )
     with pytest.raises(RunFailed, match=r"generator-1 waited 60 s \(wire.timeout_s\) for the buffer to acknowledge 1"):
-        patience.look(outbox, 61.0)
+        deadline.check(outbox, 61.0)
     silent = 61.0
     with pytest.raises(RunFailed, match="generator-1 has heard nothing of the buffer for 61 s"):
-        patience.look(Outbox(), 0.0)
+        deadline.check(Outbox(), 0.0)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from support_models import qwen3_config, write_folder
 
 from async_rl.generator.engine import Completion, Request
-from async_rl.generator.loop import run_episode
-from async_rl.generator.session import STOPS, EpisodeSession, Ticket
+from async_rl.generator.session import STOPS, EpisodeSession, Ticket, run_episode
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task.protocol import Problem, Session, Split
 from async_rl.trajectory import Trajectory

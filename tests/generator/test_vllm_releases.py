@@ -59,8 +59,8 @@ def test_every_release_takes_what_links_tell_its_workers(release: str) -> None:
 
 
 def tables_of(name: str) -> list[set[str]]:
-    """Keys of the tables that a class of weights/vllm_nccl.py writes down, in order."""
-    (path,) = [path for path in files() if path.name == "vllm_nccl.py"]
+    """Keys of the tables that a class of weights/vllm_links.py writes down, in order."""
+    (path,) = [path for path in files() if path.name == "vllm_links.py"]
     (owner,) = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef) and n.name == name]
     tables = [node for node in ast.walk(owner) if isinstance(node, ast.Dict) and None not in node.keys]
     return [{ast.literal_eval(key) for key in table.keys if key is not None} for table in tables]

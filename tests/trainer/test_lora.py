@@ -15,7 +15,7 @@ from torch import Tensor
 
 from async_rl.config import Settings
 from async_rl.errors import UserError
-from async_rl.generator.pull import add_to
+from async_rl.generator.pull import with_adapters
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
@@ -276,7 +276,7 @@ def test_adapters_alone_add_up_to_the_trainers_weights_bit_by_bit_and_are_fewer_
     learner = make_learner(settings)
     train(learner, settings, range(2))
     sent = learner.sent()
-    found = add_to(load_tensors(tiny_model), sent, 8 / 2)
+    found = with_adapters(load_tensors(tiny_model), sent, 8 / 2)
     whole = learner.weights()
     assert found.keys() == whole.keys()
     assert all(torch.equal(found[name], whole[name]) for name in whole)
@@ -298,7 +298,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name(wrong: str, tiny_model: Pa
         case "misshapen":
             sent[layer + A] = torch.zeros(4, 33)
     with pytest.raises(WeightsError, match=f"the adapter of {layer} does not fit"):
-        add_to(load_tensors(tiny_model), sent, 1.0)
+        with_adapters(load_tensors(tiny_model), sent, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from support_run import quick_settings
 
 from async_rl.errors import UserError
 from async_rl.generator.build import make_weights
-from async_rl.generator.pull import Fetched, Linked
+from async_rl.generator.pull import LinkSource, ReaderSource
 from async_rl.run.placement import Machine, Placement, Spot, choose_all, in_words
 from async_rl.run_folder import RunFolder
 from async_rl.trainer.publish import make_publisher
@@ -148,10 +148,10 @@ def test_a_generator_takes_the_way_it_was_given(tmp_path: Path) -> None:
     settings = quick_settings(tmp_path)
     endpoint = f"ipc://{tmp_path}/links.sock"
     linked = make_weights(settings, tmp_path / "s", "", "g", here=True, way="nccl", links=endpoint)
-    assert isinstance(linked, Linked)
+    assert isinstance(linked, LinkSource)
     linked.close()
-    assert isinstance(make_weights(settings, tmp_path / "s", "", "g", here=True, way="shared_memory"), Fetched)
-    assert isinstance(make_weights(settings, tmp_path / "s", "", "g", here=True), Fetched)
+    assert isinstance(make_weights(settings, tmp_path / "s", "", "g", here=True, way="shared_memory"), ReaderSource)
+    assert isinstance(make_weights(settings, tmp_path / "s", "", "g", here=True), ReaderSource)
     joined = quick_settings(tmp_path, "weights.transport=nccl")
     with pytest.raises(UserError, match="generators that the run has placed on GPUs itself"):
         make_weights(joined, tmp_path / "s", "", "g", here=True)
@@ -223,7 +223,7 @@ def test_a_generator_with_another_model_is_told_so() -> None:
             raise ValueError("x has shape [3], not [4]")
 
     with pytest.raises(UserError, match=r"model\.path: this generator's model is not the one that is trained: x has"):
-        asyncio.run(Fetched(Reader()).bring(Engine(), first=True))  # type: ignore[arg-type]
+        asyncio.run(ReaderSource(Reader()).pull_into(Engine(), first=True))  # type: ignore[arg-type]
 
 
 class Told(Control):
