@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from async_rl_kernels import logit_tile_triton as tile
+from async_rl_kernels import logprob_triton as tile
 from async_rl_kernels import segment_gradient_triton as gradient
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -1,7 +1,9 @@
 """The operations in which an off-policy trainer spends what an ordinary trainer does not.
 
-`reference.py` is the definition of each, in plain torch; the others are the fast paths. `*_triton.py` are the ones
-for CUDA: nothing else imports Triton, and they are imported only where `backend` says "triton".
+Log-probs of given tokens without a [tokens, vocabulary] matrix (logprob), and squared norms of each trajectory's
+gradient (segment_gradient, head_gradient). `reference.py` is the definition of each, in plain torch; the others are the
+fast paths. `*_triton.py` are the ones for CUDA: nothing else imports Triton, and they are imported only where `backend`
+says "triton".
 """
 
 from async_rl_kernels.logprob import LogProbs, linear_logprob

@@ -1,8 +1,10 @@
 """The head, log pi = log_softmax(hidden @ weight.T / temperature)[target], and each segment's gradient of it.
 
-Output gradients of the head are [policy tokens, vocabulary], too many to keep in general: they are formed
-in tiles of whole segments x vocabulary ids, once for the gradient of the hidden states and the norms,
-and again for the weight gradient, when the multipliers of the segments are known.
+Formulas: docs/algorithms.md#exact-norms. T policy tokens (rows), H hidden, V vocabulary, S segments.
+
+Output gradients of the head are [T, V], too many to keep in general. They are formed in tiles of whole segments x
+vocabulary ids: once for the gradient of the hidden states and the norms, and again for the weight gradient, when the
+multipliers of the segments are known.
 """
 
 from __future__ import annotations
@@ -12,9 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from async_rl_kernels.head_pass import head_sums, product_dtype, tile_limits, tiles_for
-from async_rl_kernels.logit_tile import Pull, tile_kernels
-from async_rl_kernels.logprob import LogProbs
+from async_rl_kernels.logprob import LogProbs, Pull, head_sums, product_dtype, tile_kernels, tile_limits, tiles_for
 from async_rl_kernels.product import batched_product, product, put_product
 from async_rl_kernels.segment_gradient import Segments, weight_norm_squares
 
@@ -22,8 +22,8 @@ from async_rl_kernels.segment_gradient import Segments, weight_norm_squares
 class HeadGradient:
     """Forward at construction, then `backward`, then `accumulate` as often as wanted.
 
-    hidden [rows, width], weight [vocabulary, width] of one dtype, detached, rounded to `products` before they are
-    multiplied; targets [rows] int64; segments of rows. `log_probs` are linear_logprob's, without a graph.
+    hidden [T, H], weight [V, H] of one dtype, detached, rounded to `products` before they are multiplied;
+    targets [T] int64; segments of the T rows. `log_probs` are linear_logprob's, without a graph.
     """
 
     def __init__(
@@ -58,8 +58,10 @@ class HeadGradient:
         self._kept: Tensor | None = None
 
     def backward(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        """Of loss = -sum_t coefficients_t log pi_t: d(loss)/d(hidden) [rows, width], and |G_i|^2 of the
-        weight, [segments] float64. coefficients: [rows]"""
+        """d(loss)/d(hidden) [T, H], and |G_i|^2 of the weight, [S] float64, of loss = -sum_t coefficients_t log pi_t.
+
+        coefficients [T].
+        """
         self._coefficients, self._kept = coefficients, None
         gradient = torch.zeros_like(self._hidden, dtype=product_dtype(self._hidden))
         norm_squares = torch.zeros(len(self.segments), dtype=torch.float64, device=gradient.device)
@@ -75,8 +77,10 @@ class HeadGradient:
         return gradient.to(self._dtype), norm_squares
 
     def accumulate(self, total: Tensor, multipliers: Tensor, *, first: int = 0) -> None:
-        """total [vocabulary, width] += d(-sum_t multipliers_t coefficients_t log pi_t)/d(weight) over the rows
-        of segments from `first` on. multipliers: [rows]"""
+        """total [V, H] += d(-sum_t multipliers_t coefficients_t log pi_t)/d(weight), over segments from `first` on.
+
+        multipliers [T].
+        """
         for part in self._blocks(first):
             rows = slice(self.segments.start(part.start), self.segments.start(part.stop))
             hidden = self._hidden[rows] * multipliers[rows, None].to(self._hidden.dtype)
@@ -85,12 +89,12 @@ class HeadGradient:
                 total[ids] += product(tile.T, hidden.T)
 
     def product_with_embedding(self, embedded: Tensor, gradients: Tensor, tokens: Tensor, segments: Segments) -> Tensor:
-        """<G_i of the head, G_i of the embedding> where both are one weight: [segments] float64.
+        """<G_i of the head, G_i of the embedding> where both are one weight: [S] float64.
 
         Row x_t of the head's G_i is sum_s g_s[x_t] h_s, and the embedding's G_i has d_t there, so the product
         is sum_{s,t} g_s[x_t] (h_s . d_t): only the probabilities of a segment's own tokens are needed.
-        embedded [tokens, width] are rows of the weight, gradients [tokens, width] their d_t, tokens [tokens]
-        int64, segments of tokens.
+        embedded [tokens, H] are rows of the weight, gradients [tokens, H] their d_t, tokens [tokens] int64, segments of
+        all tokens, prompts included.
         """
         assert self._coefficients is not None, "backward first"
         result = torch.zeros(len(segments), dtype=torch.float64, device=gradients.device)
@@ -112,7 +116,7 @@ class HeadGradient:
         return result
 
     def _logit_gradients(self, rows: slice, ids: slice) -> Tensor:
-        """c_t (pi_t - onehot) / temperature of a tile, in the dtype of products."""
+        """c_t (pi_t - onehot) / temperature of a tile, [rows, ids], in the dtype of products."""
         assert self._coefficients is not None, "backward first"
         log_normaliser = self._log_normaliser[rows]
         pull = Pull(log_normaliser=log_normaliser, log_prob=-self._coefficients[rows].to(log_normaliser.dtype))
@@ -121,7 +125,7 @@ class HeadGradient:
         return self._kernels.gradient(logits, local, self._scale, pull, self._hidden.dtype)
 
     def _blocks(self, first: int) -> Iterator[slice]:
-        """Runs of whole segments from `first` on, that give tiles of full size."""
+        """Runs of whole segments from `first` on that fill a tile."""
         lengths = self.segments.lengths
         limit = max(self._tile_rows, self._tile_elements // len(self._weight))
         begin, rows = first, 0

@@ -1,56 +1,43 @@
 """Log-probs of given tokens from hidden states and the head, without a [tokens, vocabulary] matrix.
 
-A tile of the logits exists at a time, in forward and again in backward (computed again: one more product).
-head_pass has the loops, logit_tile what is done to a tile.
+Formulas: docs/algorithms.md#linear-logprob. Definition: reference.linear_logprob.
+
+Shapes: T tokens, H hidden, V vocabulary ids (of this rank's part of the head). Logits x = hidden . weight / temperature
+are [T, V], and only a tile of them, [rows, ids], exists at a time, in the forward and again in the backward (computed
+again: one more product). `head_sums` and `head_gradients` walk the tiles, `TileKernels` are what is done to one: in
+torch operations here, on CUDA in one pass over the tile (logprob_triton). Sums are float32, float64 for float64 input.
+
+The products are left to cuBLAS or oneDNN: they are 4096 deep, which is what those are best at. A fused kernel would
+save the tile's way to memory and back, 14 to 22 bytes a logit, about 1/8 of the time of the products of a 4096-wide
+head on an H200 (bench/kernels_gpu.py has the arithmetic), and pay for it with slower products.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from async_rl_kernels.head_pass import Tiles, head_gradients, head_sums, tiles_for
-from async_rl_kernels.logit_tile import Pull, TileKernels, VocabularySums, tile_kernels
+from async_rl_kernels.product import product, put_product, uses_triton
+
+CPU_TILE = 1 << 22, 1024
+"""logits of a tile, and rows from which on a tile is cut along the vocabulary too; 16 MiB of float32"""
+CUDA_TILE = 1 << 25, 8192
+"""the same on CUDA; 128 MiB of float32"""
+PIECE_ELEMENTS = 1 << 17
+"""logits that go through all operations before the next ones: they stay in the second-level cache"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogProbs:
-    """float32 (float64 for float64 input) columns, one row a token, all differentiable."""
+    """Columns of float32 (float64 for float64 input), one row a token, all differentiable."""
 
-    log_prob: Tensor  # [tokens]
-    entropy: Tensor  # [tokens]
-    prob_square_sum: Tensor  # [tokens]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """A head cut along the vocabulary over the ranks of a group (tensor parallel).
-
-    Every rank has the same hidden states and targets and gives its own rows of the weight; every rank gets the
-    columns of the whole vocabulary, the whole gradient of the hidden states and that of its own rows.
-    """
-
-    start: int
-    """id of this rank's first row"""
-    group: dist.ProcessGroup
-
-    def combined(self, sums: VocabularySums) -> VocabularySums:
-        """Over all ranks."""
-        mine = sums.columns.contiguous()
-        every = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(every, mine, group=self.group)
-        return VocabularySums(columns=torch.stack(every, 1)).combined()
-
-    def summed(self, gradient: Tensor) -> Tensor:
-        """Over all ranks, in float32 or better."""
-        total = gradient if gradient.dtype == torch.float64 else gradient.float()
-        total = total.contiguous()
-        dist.all_reduce(total, group=self.group)
-        return total.to(gradient.dtype)
+    log_prob: Tensor  # [T]
+    entropy: Tensor  # [T], nats
+    prob_square_sum: Tensor  # [T], sum over the vocabulary of pi^2
 
 
 def linear_logprob(
@@ -66,11 +53,16 @@ def linear_logprob(
 ) -> LogProbs:
     """Log pi of `targets` under softmax(hidden @ weight.T / temperature), entropy and sum of pi^2.
 
-    hidden [tokens, hidden], weight [vocabulary, hidden] of one float dtype, targets [tokens] int64. products: dtype
-    that both are rounded to, tile by tile, before they are multiplied (sums stay float32). shard: weight is this
-    rank's part of the vocabulary. tiles, kernels: how and with what, when not as the device needs it.
-    Definition: reference.linear_logprob. Raises ValueError for a temperature that is not positive, IndexError for
-    a target outside the vocabulary (on CUDA that is not looked at).
+    Args:
+        hidden: [T, H], of the same float dtype as `weight`.
+        weight: [V, H].
+        targets: [T] int64.
+        products: dtype that both are rounded to, tile by tile, before they are multiplied; sums stay float32.
+        shard: says that `weight` is this rank's part of the vocabulary.
+        tiles, kernels: how the work is cut and what does it; the device decides by default.
+
+    Raises ValueError for a temperature that is not positive, IndexError for a target outside the vocabulary (not
+    checked on CUDA, where it would wait for the device).
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
@@ -104,7 +96,7 @@ class _LinearLogProb(torch.autograd.Function):
         if shard is not None:
             sums = shard.combined(sums)
         entropy, square = sums.entropy, sums.prob_square_sum
-        ctx.how = scale, products, shard, tiles, kernels
+        ctx.chosen = scale, products, shard, tiles, kernels
         ctx.save_for_backward(hidden, weight, local, sums.log_normaliser, entropy, square, kept)
         ctx.set_materialize_grads(False)
         return sums.log_prob, entropy, square
@@ -114,7 +106,7 @@ class _LinearLogProb(torch.autograd.Function):
         ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, grad_square: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, local, log_normaliser, entropy, square, kept = ctx.saved_tensors
-        scale, products, shard, tiles, kernels = ctx.how
+        scale, products, shard, tiles, kernels = ctx.chosen
         if grad_log_prob is None and grad_entropy is None and grad_square is None:
             return (None,) * 8
         pull = Pull(
@@ -132,3 +124,336 @@ class _LinearLogProb(torch.autograd.Function):
         if shard is not None and grad_hidden is not None:
             grad_hidden = shard.summed(grad_hidden)
         return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A head that is cut along the vocabulary over the ranks of a group (tensor parallel).
+
+    Every rank passes the same hidden states and targets and its own rows of the weight. Every rank gets the columns of
+    the whole vocabulary, the whole gradient of the hidden states, and the gradient of its own rows.
+    """
+
+    start: int
+    """id of this rank's first row"""
+    group: dist.ProcessGroup
+
+    def combined(self, sums: VocabularySums) -> VocabularySums:
+        """The sums over the whole vocabulary, [T] each. Collective."""
+        mine = sums.columns.contiguous()
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(every, mine, group=self.group)
+        return VocabularySums(columns=torch.stack(every, 1)).combined()
+
+    def summed(self, gradient: Tensor) -> Tensor:
+        """The sum over ranks, in float32 or better; any shape. Collective."""
+        total = gradient if gradient.dtype == torch.float64 else gradient.float()
+        total = total.contiguous()
+        dist.all_reduce(total, group=self.group)
+        return total.to(gradient.dtype)
+
+
+# Tiles: how [T, V] is cut, and the loops over it.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    """How the logits [tokens, vocabulary] are cut: tiles of `rows` x `ids`."""
+
+    tokens: int
+    vocabulary: int
+    rows: int
+    ids: int
+
+    @staticmethod
+    def fitting(tokens: int, vocabulary: int, *, elements: int, least_rows: int) -> Tiles:
+        """Tiles of at most `elements` (at least one logit): whole rows while `least_rows` of them fit."""
+        rows = max(1, min(tokens, max(min(least_rows, elements), elements // vocabulary)))
+        return Tiles(tokens=tokens, vocabulary=vocabulary, rows=rows, ids=min(vocabulary, max(1, elements // rows)))
+
+    @property
+    def row_parts(self) -> list[slice]:
+        return [slice(at, min(self.tokens, at + self.rows)) for at in range(0, self.tokens, self.rows)]
+
+    @property
+    def id_parts(self) -> list[slice]:
+        return [slice(at, min(self.vocabulary, at + self.ids)) for at in range(0, self.vocabulary, self.ids)]
+
+    @property
+    def single(self) -> bool:
+        return self.rows >= self.tokens and self.ids == self.vocabulary
+
+
+def tile_limits(device: torch.device) -> tuple[int, int]:
+    """Logits held at a time, and rows from which on a tile is cut along the vocabulary too."""
+    return CUDA_TILE if device.type == "cuda" else CPU_TILE
+
+
+def tiles_for(hidden: Tensor, weight: Tensor) -> Tiles:
+    elements, least_rows = tile_limits(hidden.device)
+    return Tiles.fitting(len(hidden), len(weight), elements=elements, least_rows=least_rows)
+
+
+def head_sums(
+    hidden: Tensor,
+    weight: Tensor,
+    local: Tensor,
+    scale: float,
+    tiles: Tiles,
+    kernels: TileKernels,
+    *,
+    products: torch.dtype | None = None,
+    keep_single: bool = False,
+) -> tuple[VocabularySums, Tensor | None]:
+    """Sums over the ids of `weight` [T], and the logits [T, V] if they are a single tile and `keep_single`.
+
+    hidden [T, H], weight [V, H], local [T] int64: each target's row of `weight`, which may lie outside.
+    scale: 1 / temperature. products: dtype that both are rounded to before they are multiplied; None: as they are.
+    """
+    hidden = hidden.to(products or hidden.dtype)
+    parts = VocabularySums.empty((len(tiles.id_parts), len(hidden)), product_dtype(hidden), hidden.device)
+    kept: Tensor | None = None
+    for number, ids in enumerate(tiles.id_parts):
+        head = weight[ids].to(hidden.dtype)
+        for rows in tiles.row_parts:
+            logits = product(hidden[rows], head)
+            kept = logits.clone() if keep_single and tiles.single else None
+            kernels.sums(logits, local[rows] - ids.start, scale, parts.part(number).rows(rows))
+            del logits  # before the next one is made
+    return parts.combined(), kept
+
+
+def head_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    local: Tensor,
+    scale: float,
+    pull: Pull,
+    tiles: Tiles,
+    kernels: TileKernels,
+    *,
+    need_hidden: bool,
+    need_weight: bool,
+    products: torch.dtype | None = None,
+    kept: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """d(loss)/d(hidden) [T, H] and d(loss)/d(weight) [V, H], in the inputs' dtype; None for what is not needed.
+
+    The loop over ids is outside and that over rows inside: the gradient of the weight is complete after its ids, and
+    only that of the hidden states is summed over tiles (float32 for bfloat16 inputs). The other way round the running
+    sum would have the head's size, 2.5 GB for 151,936 x 4096.
+
+    kept: the logits [T, V] of a single tile, which are overwritten.
+    """
+    exact = product_dtype(hidden)
+    total_hidden = torch.zeros_like(hidden, dtype=exact) if need_hidden else None
+    grad_weight = torch.zeros_like(weight) if need_weight else None
+    states = hidden.to(products or hidden.dtype)
+    # On CUDA tensor cores multiply tiles of the inputs' dtype; on a CPU a tile stays as it is.
+    dtype = states.dtype if hidden.device.type == "cuda" else exact
+    for number, ids in enumerate(tiles.id_parts):
+        head = weight[ids].to(states.dtype)
+        total_weight = None
+        if grad_weight is not None:
+            total_weight = grad_weight[ids] if weight.dtype == exact else torch.zeros_like(head, dtype=exact)
+        for first, rows in enumerate(tiles.row_parts):
+            logits = product(states[rows], head) if kept is None else kept
+            tile = kernels.gradient(logits, local[rows] - ids.start, scale, pull.rows(rows), dtype)
+            del logits
+            if total_hidden is not None:
+                put_product(total_hidden[rows], tile, head, add=number > 0)
+            if total_weight is not None:
+                put_product(total_weight, tile.T, states[rows], add=first > 0)
+            del tile
+        if grad_weight is not None and total_weight is not None and weight.dtype != exact:
+            grad_weight[ids] = total_weight
+        del total_weight
+    return None if total_hidden is None else total_hidden.to(hidden.dtype), grad_weight
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of sums over `hidden`: float32, float64 for float64."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+# One tile: the sums over its ids, and the gradient of its logits.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class VocabularySums:
+    """What a softmax is made of: sums of scaled logits x_j = h . w_j / temperature over some ids j.
+
+    A part is a tile of one matrix, or what another rank holds: `combined` puts both together. float32 or float64.
+    """
+
+    columns: Tensor  # [5, T], or [5, parts, T] before `combined`
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> VocabularySums:
+        """Memory to be written; `shape` is (T,) or (parts, T)."""
+        return VocabularySums(columns=torch.empty((5, *shape), dtype=dtype, device=device))
+
+    @property
+    def largest(self) -> Tensor:
+        """m = max x_j, [T] like all that follow"""
+        return self.columns[0]
+
+    @property
+    def total(self) -> Tensor:
+        """sum exp(x_j - m)"""
+        return self.columns[1]
+
+    @property
+    def spread(self) -> Tensor:
+        """sum exp(x_j - m) (x_j - m)"""
+        return self.columns[2]
+
+    @property
+    def square(self) -> Tensor:
+        """sum exp(x_j - m)^2"""
+        return self.columns[3]
+
+    @property
+    def chosen(self) -> Tensor:
+        """x of the target id, 0 where it is not among the ids"""
+        return self.columns[4]
+
+    def part(self, number: int) -> VocabularySums:
+        """[parts, T] -> [T], the same memory."""
+        return VocabularySums(columns=self.columns[:, number])
+
+    def rows(self, part: slice) -> VocabularySums:
+        """[T] -> fewer rows, the same memory."""
+        return VocabularySums(columns=self.columns[:, part])
+
+    def combined(self) -> VocabularySums:
+        """[parts, T] -> [T]: the sums over the ids of all parts."""
+        if self.columns.shape[1] == 1:
+            return self.part(0)
+        largest = self.largest.amax(0)
+        lower = self.largest - largest
+        factor = lower.exp()
+        columns = [
+            largest,
+            (factor * self.total).sum(0),
+            (factor * (self.spread + lower * self.total)).sum(0),
+            (factor.square() * self.square).sum(0),
+            self.chosen.sum(0),
+        ]
+        return VocabularySums(columns=torch.stack(columns))
+
+    @property
+    def log_normaliser(self) -> Tensor:
+        """log sum exp x_j"""
+        return self.largest + self.total.log()
+
+    @property
+    def log_prob(self) -> Tensor:
+        return self.chosen - self.log_normaliser
+
+    @property
+    def entropy(self) -> Tensor:
+        return self.total.log() - self.spread / self.total
+
+    @property
+    def prob_square_sum(self) -> Tensor:
+        return self.square / self.total.square()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pull:
+    """The gradients that arrive at a token's columns, and the columns where the derivative needs them.
+
+    All [T], float32 or better.
+    """
+
+    log_normaliser: Tensor
+    log_prob: Tensor
+    """d(loss)/d(log-prob)"""
+    entropy: tuple[Tensor, Tensor] | None = None
+    """d(loss)/d(entropy), entropy"""
+    square: tuple[Tensor, Tensor] | None = None
+    """d(loss)/d(sum of pi^2), sum of pi^2"""
+
+    def rows(self, part: slice) -> Pull:
+        def cut(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+            return None if pair is None else (pair[0][part], pair[1][part])
+
+        return Pull(
+            log_normaliser=self.log_normaliser[part],
+            log_prob=self.log_prob[part],
+            entropy=cut(self.entropy),
+            square=cut(self.square),
+        )
+
+
+class TileKernels(Protocol):
+    """What is done to a tile between two matrix products.
+
+    logits [rows, ids] = hidden . weight, float32 or better, contiguous; may be overwritten. local [rows] int64: the
+    target's column, which may lie outside the tile. scale: 1 / temperature.
+    """
+
+    def sums(self, logits: Tensor, local: Tensor, scale: float, out: VocabularySums) -> None:
+        """Write the sums over the ids to `out` [rows]."""
+
+    def gradient(self, logits: Tensor, local: Tensor, scale: float, pull: Pull, dtype: torch.dtype) -> Tensor:
+        """d(loss)/d(logits) [rows, ids] in `dtype`."""
+
+
+class TorchTile:
+    """TileKernels in torch operations, on every device but CUDA."""
+
+    def sums(self, logits: Tensor, local: Tensor, scale: float, out: VocabularySums) -> None:
+        width = logits.shape[1]
+        inside = (local >= 0) & (local < width)
+        chosen = logits.gather(1, local.clamp(0, width - 1)[:, None]).squeeze(1)
+        out.chosen.copy_(torch.where(inside, chosen * scale, 0.0))
+        for rows in pieces(logits):
+            x = logits[rows]
+            if scale != 1.0:
+                x = x.mul_(scale)
+            torch.amax(x, 1, out=out.largest[rows])
+            x = x.sub_(out.largest[rows, None])
+            weight = x.exp()
+            torch.sum(weight, 1, out=out.total[rows])
+            out.spread[rows] = torch.linalg.vecdot(weight, x)
+            out.square[rows] = torch.linalg.vecdot(weight, weight)
+
+    def gradient(self, logits: Tensor, local: Tensor, scale: float, pull: Pull, dtype: torch.dtype) -> Tensor:
+        """pi_j (-g - e (log pi_j + H) + 2 q (pi_j - S)) and g more at the target, times the scale."""
+        for rows in pieces(logits):
+            x, of = logits[rows], pull.rows(rows)
+            if scale != 1.0:
+                x = x.mul_(scale)
+            x = x.sub_(of.log_normaliser[:, None])
+            if of.entropy is None and of.square is None:
+                x.exp_().mul_((-scale * of.log_prob)[:, None])
+                continue
+            probs, factor = x.exp(), (-of.log_prob)[:, None]
+            if of.entropy is not None:
+                factor = factor - of.entropy[0][:, None] * (x + of.entropy[1][:, None])
+            if of.square is not None:
+                factor = factor + 2 * of.square[0][:, None] * (probs - of.square[1][:, None])
+            torch.mul(probs, factor, out=x)
+            x.mul_(scale)
+        width = logits.shape[1]
+        inside = (local >= 0) & (local < width)
+        at_target = torch.where(inside, scale * pull.log_prob, 0.0).to(logits.dtype)
+        logits.scatter_add_(1, local.clamp(0, width - 1)[:, None], at_target[:, None])
+        return logits.to(dtype)
+
+
+def pieces(tile: Tensor) -> list[slice]:
+    """Slices of rows with about PIECE_ELEMENTS logits each."""
+    step = max(1, PIECE_ELEMENTS // tile.shape[1])
+    return [slice(start, start + step) for start in range(0, len(tile), step)]
+
+
+def tile_kernels(hidden: Tensor) -> TileKernels:
+    """Triton on CUDA, torch operations elsewhere."""
+    if uses_triton(hidden):
+        from async_rl_kernels.logprob_triton import TritonTile
+
+        return TritonTile()
+    return TorchTile()

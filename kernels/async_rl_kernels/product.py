@@ -14,34 +14,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# -------------------- device
-# Which of two ways an operation takes: Triton on CUDA, torch operations elsewhere.
+WORTHWHILE = 800_000
+"""multiplications from which oneDNN's faster product outweighs its dearer call"""
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def backend(device: torch.device | str) -> str:
-    """ "triton" or "torch". Only CUDA has the former, and only where Triton is installed, as it is beside every
-    CUDA build of torch; it is not imported to find out."""
+    """Which kernels a device gets: "triton" or "torch".
+
+    Only CUDA has Triton's, and only where Triton is installed, as it is beside every CUDA build of torch. Triton is
+    not imported to find out."""
     return "triton" if torch.device(device).type == "cuda" and find_spec("triton") is not None else "torch"
 
 
 def uses_triton(x: Tensor) -> bool:
-    """float64 is left to torch."""
+    """Whether a tensor goes to Triton's kernels; float64 is left to torch."""
     return x.dtype != torch.float64 and backend(x.device) == "triton"
 
 
 def uses_triton_products(x: Tensor) -> bool:
-    """Kernels with products in them are for the 16-bit dtypes."""
+    """Whether a tensor goes to Triton's kernels with products in them, which are for the 16-bit dtypes."""
     return x.dtype in (torch.bfloat16, torch.float16) and backend(x.device) == "triton"
 
 
-WORTHWHILE = 800_000
-"""multiplications from which oneDNN's faster product outweighs its dearer call"""
-
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 def worthwhile(x: Tensor, weight: Tensor) -> bool:
-    """Should x @ weight.T go through oneDNN?"""
+    """Whether x @ weight.T goes through oneDNN. x [rows, in], weight [out, in]."""
     return (
         HAS_ONEDNN
         and x.dim() == 2
@@ -52,33 +49,39 @@ def worthwhile(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, without autograd. x [rows, in], weight [out, in]."""
+    """x @ weight.T + bias [rows, out], without autograd. x [rows, in], weight [out, in], bias [out]."""
     if worthwhile(x, weight):
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 def promoted(x: Tensor) -> Tensor:
-    """float32, float64 kept."""
+    """x in float32; float64 stays float64. Any shape."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T in float32 or better, without autograd. x [rows, in], weight [out, in] of one dtype."""
+    """x @ weight.T [rows, out] in float32 or better, without autograd. x [rows, in], weight [out, in] of one dtype."""
     if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     return linear(promoted(x), promoted(weight))
 
 
 def batched_product(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y^T of each pair in float32 or better. x [batch, rows, in], y [batch, others, in] of one dtype."""
+    """x @ y^T of each pair, [batch, rows, others], in float32 or better.
+
+    x [batch, rows, in], y [batch, others, in] of one dtype.
+    """
     if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(x, y.mT, out_dtype=torch.float32)
     return torch.bmm(promoted(x), promoted(y).mT)
 
 
 def put_product(total: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
-    """total = left @ right, or total += left @ right, in the dtype of `total` (float32 or better)."""
+    """total = left @ right, or total += left @ right, in the dtype of `total` (float32 or better).
+
+    total [rows, out], left [rows, in], right [in, out].
+    """
     if total.device.type == "cuda":
         beta = 1.0 if add else 0.0  # with 0 whatever total holds is not read
         if left.dtype == total.dtype:

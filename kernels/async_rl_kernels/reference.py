@@ -13,7 +13,7 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob of `targets`, entropy, and sum of squared probabilities of softmax(hidden @ weight.T / T).
 
-    hidden [tokens, hidden], weight [vocabulary, hidden], targets [tokens] int64; answers three [tokens].
+    hidden [tokens, hidden], weight [vocabulary, hidden], targets [tokens] int64; returns three [tokens].
     """
     logits = hidden @ weight.T / temperature  # [tokens, vocabulary]
     log_probs = torch.log_softmax(logits, dim=-1)
@@ -25,10 +25,10 @@ def linear_logprob(
 def segmented_weight_grad(
     activations: Tensor, gradients: Tensor, lengths: Sequence[int], multipliers: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the weight gradients G_i = sum_{t in i} g_t a_t^T of packed segments: |G_i|^2, sum G_i, sum m_i G_i.
+    """|G_i|^2 [segments], sum G_i [out, in] and sum m_i G_i [out, in], with G_i = sum_{t in i} g_t a_t^T.
 
-    activations [rows, in], gradients [rows, out] of a linear layer's output, lengths of the segments in
-    rows, multipliers [segments]; answers [segments], [out, in], [out, in].
+    G_i are the weight gradients of packed segments. activations [rows, in], gradients [rows, out] of a linear layer's
+    output, lengths of the segments in rows, multipliers [segments].
     """
     of_segment = [
         g.T @ a for a, g in zip(activations.split(list(lengths)), gradients.split(list(lengths)), strict=True)
@@ -37,10 +37,11 @@ def segmented_weight_grad(
     return each.square().sum((1, 2)), each.sum(0), torch.einsum("s,soi->oi", multipliers, each)
 
 
-def segmented_embedding_grad(
-    gradients: Tensor, tokens: Tensor, lengths: Sequence[int], vocabulary: int
-) -> Tensor:  # [segments, vocabulary, width]
-    """Each segment's gradient of an embedding, from its outputs' gradients [rows, width]."""
+def segmented_embedding_grad(gradients: Tensor, tokens: Tensor, lengths: Sequence[int], vocabulary: int) -> Tensor:
+    """Each segment's gradient of an embedding, [segments, vocabulary, width].
+
+    gradients [rows, width] of its outputs, tokens [rows] int64.
+    """
     out = gradients.new_zeros(len(lengths), vocabulary, gradients.shape[1])
     row = 0
     for segment, length in enumerate(lengths):
@@ -52,8 +53,11 @@ def segmented_embedding_grad(
 
 def logit_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, *, temperature: float = 1.0
-) -> Tensor:  # [rows, vocabulary]
-    """d(-sum_t c_t log pi_t) / d(hidden @ weight.T) = c_t (pi_t - onehot) / temperature."""
+) -> Tensor:
+    """d(-sum_t c_t log pi_t) / d(hidden @ weight.T) = c_t (pi_t - onehot) / temperature, [rows, vocabulary].
+
+    hidden [rows, width], weight [vocabulary, width], targets [rows] int64, coefficients [rows].
+    """
     pi = torch.softmax(hidden @ weight.T / temperature, dim=-1)
     onehot = torch.nn.functional.one_hot(targets, weight.shape[0]).to(pi.dtype)
     return coefficients[:, None] * (pi - onehot) / temperature

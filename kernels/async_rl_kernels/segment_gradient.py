@@ -1,14 +1,16 @@
-"""Per-trajectory gradients of packed layers, without ever storing one per trajectory (DESIGN.md 7).
+"""Per-trajectory gradients of packed layers, without ever storing one per trajectory.
 
-A linear layer with packed activations a [tokens, in] and output gradients g [tokens, out] has, for the
-trajectory (segment) i, the weight gradient G_i = sum_{t in i} g_t a_t^T. Here are |G_i|^2 and what else a
-decoder needs: embedding, vectors (norms, biases), the head, and the cross term of tied weights. Weighted
-sums sum_i m_i G_i = (m g)^T a are ordinary products and left to the caller.
+Formulas: docs/algorithms.md#exact-norms. Definitions: reference.py. A segment is a trajectory's rows.
 
-|G_i|^2 is the cheaper of two, for segments of similar length padded together (no loop per segment):
-- Gram: sum_{s,t in i} (g_s . g_t) (a_s . a_t), about T^2 / 2 (in + out) products; short segments;
-- direct: G_i tile by tile, T in out products; long segments in narrow layers.
-On CUDA both are Triton's (segment_gradient_triton). Definitions: reference.py.
+A linear layer with packed activations a [rows, in] and output gradients g [rows, out] has, for segment i, the weight
+gradient G_i = sum_{t in i} g_t a_t^T [out, in]. This file has |G_i|^2 of linear layers and of the embedding, and sums
+over segments for vectors (norms, biases); the head is in head_gradient.py. Weighted sums sum_i m_i G_i = (m g)^T a are
+ordinary products and left to the caller.
+
+|G_i|^2 is formed in the cheaper of two ways, for segments of similar length padded together (no loop per segment):
+- Gram: sum_{s,t in i} (g_s . g_t) (a_s . a_t), about n^2 / 2 (in + out) products for n rows; short segments;
+- direct: G_i tile by tile, n in out products; long segments in narrow layers.
+On CUDA Triton does both (segment_gradient_triton).
 """
 
 from __future__ import annotations
@@ -35,19 +37,23 @@ DIRECT_TILE = 1 << 18
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Bucket:
-    """Segments of similar length, padded to the longest with copies of their last row."""
+    """Segments of similar length, padded to the longest with copies of their last row.
 
-    segments: Tensor  # [bucket] int64
-    rows: Tensor  # [bucket * longest] int64, into the packed rows
+    b segments in the bucket, `longest` rows each.
+    """
+
+    segments: Tensor  # [b] int64, which they are
+    rows: Tensor  # [b * longest] int64, into the packed rows
     padding: Tensor  # [padded rows] int64, into `rows`
     longest: int
     """rows"""
 
-    def take(self, packed: Tensor) -> Tensor:  # [bucket, longest, ...]
+    def take(self, packed: Tensor) -> Tensor:
+        """The rows of its segments: [rows, ...] -> [b, longest, ...]."""
         return packed.index_select(0, self.rows).unflatten(0, (-1, self.longest))
 
-    def take_padded(self, packed: Tensor) -> Tensor:  # [bucket, longest, ...]
-        """Like `take`, but padding is 0."""
+    def take_padded(self, packed: Tensor) -> Tensor:
+        """Like `take`, but padding is 0: [rows, ...] -> [b, longest, ...]."""
         rows = packed.index_select(0, self.rows)
         if len(self.padding):
             rows.index_fill_(0, self.padding, 0)
@@ -70,7 +76,7 @@ class Segments:
         self._cached: dict[object, Any] = {}
 
     def cached(self, key: object, make: Callable[[], Made]) -> Made:
-        """What `make` gave the first time it was asked for by this key: tables that all layers share."""
+        """What `make` returned when `key` was first asked for: tables that all layers share are made once."""
         if key not in self._cached:
             self._cached[key] = make()
         return self._cached[key]
@@ -101,7 +107,7 @@ class Segments:
 
 
 def _similar(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Segments by falling length, cut where padding would exceed an eighth or rows the limit."""
+    """Segments by falling length, cut where padding would exceed an eighth, or the rows of a bucket `limit`."""
     out: list[list[int]] = []
     for segment in sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i]):
         longest = lengths[out[-1][0]] if out else 0
@@ -114,10 +120,10 @@ def _similar(lengths: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def weight_norm_squares(activations: Tensor, gradients: Sequence[Tensor], segments: Segments) -> Tensor:
-    """sum over layers of |G_i|^2, [segments] float64, for layers that share their input.
+    """Sum over layers of |G_i|^2, [segments] float64, for layers that share their input.
 
-    activations [rows, in]; gradients: for each layer [rows, out]; any float dtype, products in float32
-    or better. Definition: reference.segmented_weight_grad.
+    activations [rows, in], gradients [rows, out] of each layer; any float dtype, products in float32 or better.
+    Definition: reference.segmented_weight_grad.
     """
     assert all(g.shape[0] == activations.shape[0] == segments.rows for g in gradients)
     if uses_triton_products(activations):
@@ -140,8 +146,10 @@ def weight_norm_squares(activations: Tensor, gradients: Sequence[Tensor], segmen
 
 
 def _gram(a: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """[bucket, rows, in], each [bucket, rows, out] -> [bucket] float64. The product of the two Gram
-    matrices is symmetric: what is below the diagonal blocks counts twice."""
+    """|G_i|^2 from Gram matrices: a [b, n, in], each gradient [b, n, out] -> [b] float64.
+
+    The product of the two Gram matrices is symmetric: what is below the diagonal blocks counts twice.
+    """
     total = torch.zeros(a.shape[0], dtype=torch.float64, device=a.device)
     for start in range(0, a.shape[1], GRAM_BLOCK):
         stop = start + GRAM_BLOCK
@@ -153,6 +161,7 @@ def _gram(a: Tensor, gradients: Sequence[Tensor]) -> Tensor:
 
 
 def _sum_of_grams(gradients: Sequence[Tensor], start: int, stop: int) -> Tensor:
+    """Rows start <= s < stop of the sum of the layers' Gram matrices: [b, stop - start, stop]."""
     out = torch.bmm(gradients[0][:, start:stop], gradients[0][:, :stop].mT)
     for g in gradients[1:]:
         out.baddbmm_(g[:, start:stop], g[:, :stop].mT)
@@ -160,7 +169,7 @@ def _sum_of_grams(gradients: Sequence[Tensor], start: int, stop: int) -> Tensor:
 
 
 def _direct(a: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """[bucket, rows, in], each [bucket, rows, out] -> [bucket] float64."""
+    """|G_i|^2 by forming G_i tile by tile: a [b, n, in], each gradient [b, n, out] -> [b] float64."""
     total = torch.zeros(a.shape[0], dtype=torch.float64, device=a.device)
     tile = max(1, DIRECT_TILE // a.shape[-1])
     for g in gradients:
@@ -172,10 +181,9 @@ def _direct(a: Tensor, gradients: Sequence[Tensor]) -> Tensor:
 
 
 def segment_sums(values: Tensor, segments: Segments, scale: Tensor | None = None) -> Tensor:
-    """Sum of each segment's rows, each times its `scale`, in float32 or better, in a fixed order.
+    """Sum of each segment's rows, each times its `scale`: [segments, width], float32 or better, in a fixed order.
 
-    values [rows * k, width] and scale [rows * k], with k rows for each packed row (heads); returns
-    [segments, width].
+    values [rows * k, width] and scale [rows * k], with k rows for each packed row (heads).
     """
     repeats = values.shape[0] // max(1, segments.rows)
     assert values.shape[0] == repeats * segments.rows
@@ -184,8 +192,11 @@ def segment_sums(values: Tensor, segments: Segments, scale: Tensor | None = None
 
 
 def embedding_norm_squares(gradients: Tensor, tokens: Tensor, segments: Segments) -> Tensor:
-    """|G_i|^2 of an embedding from the gradients of its outputs: sum over the ids of a segment of the
-    square of the sum of their rows. gradients [rows, width], tokens [rows] int64 -> [segments] float64."""
+    """|G_i|^2 of an embedding from the gradients of its outputs, [segments] float64.
+
+    It is the sum over the ids of a segment of the square of the sum of their rows.
+    gradients [rows, width], tokens [rows] int64.
+    """
     result = torch.zeros(len(segments), dtype=torch.float64, device=gradients.device)
     if segments.rows == 0:
         return result
@@ -200,7 +211,9 @@ def embedding_norm_squares(gradients: Tensor, tokens: Tensor, segments: Segments
 
 
 def _bags(values: Tensor, rows: Tensor, first: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Sums of scale[first[i]:first[i + 1]] * values[rows[first[i]:first[i + 1]]]. Not index_add_: its order
-    is not fixed on CUDA."""
+    """Sums of scale[first[i]:first[i + 1]] * values[rows[first[i]:first[i + 1]]]: [bags, width].
+
+    values [any, width], rows [n] int64, first [bags] int64, scale [n]. Not index_add_: its order is not fixed on CUDA.
+    """
     scale = None if scale is None else scale.to(values.dtype)
     return F.embedding_bag(rows, values, first, mode="sum", per_sample_weights=scale)

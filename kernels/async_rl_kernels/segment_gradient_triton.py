@@ -1,6 +1,6 @@
 """Per-trajectory weight gradients on CUDA, G_i = sum_{t in i} g_t a_t^T, and their squared norms.
 
-Two ways to |G_i|^2, chosen per segment by counted products (segment_gradient has the formulas):
+Two kernels form |G_i|^2; counted products decide for each segment (segment_gradient has the formulas):
 - `gram_kernel`: sum (A A^T) o (G G^T) over pairs of row blocks on and below the diagonal. Nothing of G_i exists.
 - `weight_kernel`: a program owns a tile of [out, in] and walks all rows. The tile of the running G_i is in
   registers; where a segment ends its square sum is written out. The products are those of one ordinary weight
@@ -210,7 +210,10 @@ class Pairs:
 
 
 def norm_squares(activations: Tensor, gradients: Sequence[Tensor], segments: Segments) -> Tensor:
-    """sum over layers of |G_i|^2, [segments] float64: segment_gradient.weight_norm_squares."""
+    """Sum over layers of |G_i|^2, [segments] float64: segment_gradient.weight_norm_squares.
+
+    activations [rows, in], gradients [rows, out] of each layer.
+    """
     width_in, width_out = activations.shape[1], sum(g.shape[1] for g in gradients)
     short = tuple(i for i, n in enumerate(segments.lengths) if n > 0 and gram_is_cheaper(n, width_in, width_out))
     long = tuple(i for i, n in enumerate(segments.lengths) if n and i not in set(short))
@@ -233,14 +236,17 @@ def blocks_of(segments: Segments, chosen: tuple[int, ...]) -> Blocks:
 
 
 def gram_is_cheaper(rows: int, width_in: int, width_out: int) -> bool:
-    """Counted products of one segment, with the rows that fill up the last blocks."""
+    """Whether Gram matrices take fewer products for a segment, rows that fill up the last blocks included."""
     blocks = triton.cdiv(rows, GRAM_ROWS)
     gram = blocks * (blocks + 1) // 2 * GRAM_ROWS**2 * (width_in + width_out)
     return gram <= triton.cdiv(rows, NORMS_TILE.rows) * NORMS_TILE.rows * width_in * width_out
 
 
 def gram_norm_squares(activations: Tensor, gradients: Sequence[Tensor], pairs: Pairs) -> Tensor:
-    """sum over at most three layers of |G_i|^2: [chosen] float64, of the segments of `pairs`."""
+    """Sum over at most three layers of |G_i|^2, [chosen] float64, of the segments of `pairs`.
+
+    activations [rows, in], gradients [rows, out] of each layer.
+    """
     assert 1 <= len(gradients) <= 3
     activations, layers = rows_contiguous(activations), [rows_contiguous(g) for g in gradients]
     layers += layers[:1] * (3 - len(layers))  # not read
@@ -282,4 +288,5 @@ def weight_constants() -> dict[str, Any]:
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
+    """x [rows, width] with neighbouring elements of a row side by side, as the kernels read them."""
     return x if x.stride(1) == 1 else x.contiguous()

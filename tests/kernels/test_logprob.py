@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from async_rl_kernels import linear_logprob, reference
-from async_rl_kernels.head_pass import Tiles
-from async_rl_kernels.logit_tile import VocabularySums
+from async_rl_kernels.logprob import Tiles, VocabularySums
 
 
 def inputs(tokens: int, hidden: int, vocabulary: int, seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

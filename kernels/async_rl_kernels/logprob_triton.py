@@ -1,4 +1,4 @@
-"""logit_tile on CUDA: the sums of a tile of logits in one read, its gradient in one read and one write.
+"""logprob.TileKernels on CUDA: the sums of a tile of logits in one read, its gradient in one read and one write.
 
 A program takes whole rows of the tile, so nothing is shared between programs and sums have one order. Triton is
 imported here and nowhere else that a CPU needs; `TritonTile` launches, the two functions above it are kernels.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from async_rl_kernels.logit_tile import Pull, VocabularySums
+from async_rl_kernels.logprob import Pull, VocabularySums
 
 BLOCK = 4096
 """logits of a row held at a time: 16 in each thread of 8 warps"""
@@ -98,6 +98,8 @@ def gradient_kernel(
 
 
 class TritonTile:
+    """TileKernels in Triton: launches the two kernels above."""
+
     def sums(self, logits: Tensor, local: Tensor, scale: float, out: VocabularySums) -> None:
         rows, width = logits.shape
         assert logits.stride(1) == 1

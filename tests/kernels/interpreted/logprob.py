@@ -8,10 +8,9 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from async_rl_kernels import linear_logprob, logit_tile_triton, reference
-from async_rl_kernels.head_pass import Tiles
-from async_rl_kernels.logit_tile import Pull, VocabularySums
-from async_rl_kernels.logit_tile_triton import TritonTile
+from async_rl_kernels import linear_logprob, logprob_triton, reference
+from async_rl_kernels.logprob import Pull, Tiles, VocabularySums
+from async_rl_kernels.logprob_triton import TritonTile
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
@@ -35,7 +34,7 @@ def test_log_probs_and_gradients_equal_the_definition(
     y = torch.randint(vocabulary, (tokens,), generator=random)
     up = torch.randn(3, tokens, generator=random, dtype=torch.float64)
     tiles = Tiles(tokens=tokens, vocabulary=vocabulary, rows=rows, ids=min(ids, vocabulary))
-    with patch.object(logit_tile_triton, "BLOCK", block):
+    with patch.object(logprob_triton, "BLOCK", block):
         got = linear_logprob(h, w, y, temperature=temperature, tiles=tiles, kernels=TritonTile())
         columns = torch.stack([got.log_prob, got.entropy, got.prob_square_sum])
         grads = torch.autograd.grad((columns * up).sum(), (h, w))
