@@ -6,16 +6,16 @@ beside mkdocs, so a page of the reference cannot say anything else than the prog
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import html
+import importlib.util
 import inspect
 import logging
 import os
 import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from mkdocs.structure.pages import Page
 import async_rl
 
 log = logging.getLogger("mkdocs.hooks.async_rl")
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 PACKAGE = Path(async_rl.__file__).parent
 SHORTEST_PIECE = 12
 """characters of a quoted message that are looked for in the code; shorter pieces between two `…` say nothing"""
@@ -151,11 +152,15 @@ def recipes_page() -> str:
 
 
 def commands_page() -> str:
-    """The help of every command, as it prints it."""
-    from async_rl.cli.main import _parser
+    """The help of every command, as it prints it, in the groups of the overview."""
+    from async_rl.cli.main import make_parser
 
-    parser = _parser()
-    subcommands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    _, commands = make_parser()
+    width, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "100"
+    try:
+        helps = {name: command.format_help().strip() for name, command in commands.subparsers.choices.items()}
+    finally:
+        os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
     lines = [
         "# Commands",
         "",
@@ -163,14 +168,158 @@ def commands_page() -> str:
         "or file, with the remedy; 130 stopped by Ctrl-C.",
         "",
     ]
-    width, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "100"
-    try:
-        lines += ["```", parser.format_help().strip(), "```", ""]
-        for name, command in subcommands.choices.items():
-            lines += [f"## async-rl {name} {{#{name}}}", "", "```", command.format_help().strip(), "```", ""]
-    finally:
-        os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
+    for title, entries in commands.groups.items():
+        lines += [f"## {title.capitalize()} {{#group-{title}}}", ""]
+        for entry in entries:
+            lines += [f"### async-rl {entry.name} {{#{entry.name}}}", "", "```", helps[entry.name], "```", ""]
     return "\n".join(lines)
+
+
+def events_page() -> str:
+    """Every event of `events.jsonl`."""
+    from async_rl.events import describe_events
+
+    lines = [
+        "# Events",
+        "",
+        "What happened in a run, one JSON row each in `events.jsonl`: `event` (the name below), `time` (seconds since "
+        "1970) and the fields of the event. From Python: `ar.Run(path).events`.",
+        "",
+    ]
+    for event in describe_events():
+        lines += [f"## {event.name} {{#{event.name}}}", "", escaped(event.meaning), ""]
+        rows = [f"| `{key}` | `{kind}` | {escaped(meaning)} |" for key, kind, meaning in event.fields]
+        lines += ["| field | type | meaning |", "|---|---|---|", *rows, ""] if rows else []
+    return "\n".join(lines)
+
+
+API: dict[str, tuple[str, ...]] = {
+    "Train and evaluate": ("train", "evaluate", "init_model"),
+    "What a run has left": ("Run", "Rows", "Evaluation", "Trajectory", "Turn"),
+    "An environment of your own": ("Task", "Problem", "Session", "Segment"),
+    "An algorithm of your own": ("RecipeFunction", "needs_columns", "Columns", "Coefficients", "ObjectiveState"),
+    "Errors": ("UserError", "RunFailed"),
+}
+"""heading -> public names below it; every name of the package is here or in ELSEWHERE"""
+ELSEWHERE = {"Settings": "settings.md", "Recipe": "recipes.md#axes", "__version__": ""}
+"""public name -> the page that describes it"""
+
+
+def api_page() -> str:
+    """The public names of the package, from their source: signature, docstring, public members."""
+    described = {name for names in API.values() for name in names}
+    if missing := set(async_rl.__all__) - described - set(ELSEWHERE):
+        log.warning("reference/api.md leaves out the public names %s", ", ".join(sorted(missing)))
+    lines = ["# Python", "", "```python", "import async_rl as ar", "```", ""]
+    for heading, names in API.items():
+        lines += [f"## {heading}", ""]
+        for name in names:
+            lines += described_name(name)
+    linked = ", ".join(f"[`ar.{name}`]({page})" for name, page in ELSEWHERE.items() if page)
+    return "\n".join([*lines, "## Described elsewhere", "", f"{linked}; `ar.__version__` is the version, as text.", ""])
+
+
+def described_name(name: str) -> list[str]:
+    node, source = definition("async_rl", name)
+    lines = [f"### ar.{name} {{#{name}}}", ""]
+    if isinstance(node, ast.ClassDef):
+        return [*lines, *docstring_lines(node), *field_lines(node, source), *method_lines(node)]
+    return lines + signature_lines(node, "ar") + docstring_lines(node)
+
+
+def field_lines(node: ast.ClassDef, source: Sequence[str]) -> list[str]:
+    """The public fields of a class as a table, each with its shape and the text below it."""
+    rows = []
+    for field, below in zip(node.body, [*node.body[1:], None], strict=True):
+        match field:
+            case ast.AnnAssign(target=ast.Name(id=name)) if not name.startswith("_"):
+                shape = re.search(r"#\s*(\[.*)$", source[field.lineno - 1])
+                kind = escaped(f"`{ast.unparse(field.annotation)}`" + (f" {shape[1]}" if shape else ""))
+                rows.append(f"| `{name}` | {kind} | {escaped(text_of(below))} |")
+    return ["| field | type | meaning |", "|---|---|---|", *rows, ""] if rows else []
+
+
+def method_lines(node: ast.ClassDef) -> list[str]:
+    """The public methods and properties of a class."""
+    lines = []
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef) and not method.name.startswith("_"):
+            lines += [f"#### {node.name}.{method.name} {{#{node.name}.{method.name}}}", ""]
+            lines += signature_lines(method, node.name) + docstring_lines(method)
+    return lines
+
+
+def definition(module: str, name: str) -> tuple[Definition, Sequence[str]]:
+    """The definition of a name, followed through the modules that import it, and the lines of its file."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef() if node.name == name:
+                return node, source.splitlines()
+            case ast.ImportFrom(module=str(origin)) if any(alias.name == name for alias in node.names):
+                return definition(origin, name)
+    raise AssertionError(f"{module} has no {name}")
+
+
+def signature_lines(node: ast.FunctionDef | ast.AsyncFunctionDef, owner: str) -> list[str]:
+    """A call as one writes it, or the value of a property."""
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
+    if any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list):
+        return ["```python", f"{owner}.{node.name}{returns}", "```", ""]
+    arguments = ast.unparse(node.args).removeprefix("self").removeprefix("cls").removeprefix(", ")
+    wait = "await " if isinstance(node, ast.AsyncFunctionDef) else ""
+    parts = split_arguments(arguments)
+    call = f"{wait}{owner}.{node.name}({', '.join(parts)}){returns}"
+    if len(call) > 100:
+        call = f"{wait}{owner}.{node.name}(\n    " + ",\n    ".join(parts) + f",\n){returns}"
+    return ["```python", call, "```", ""]
+
+
+def split_arguments(text: str) -> list[str]:
+    """Arguments one by one, with spaces around a default; commas inside brackets do not part them."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[({") - (character in "])}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [re.sub(r"^(\w+: [^=]+)=", r"\1 = ", part.strip()) for part in parts]
+
+
+def docstring_lines(node: Definition) -> list[str]:
+    """A docstring as Markdown: sections `Args:` and `Raises:` become lists, `Example:` becomes code."""
+    text, _, example = (ast.get_docstring(node) or "").partition("\nExample:\n")
+    lines: list[str] = []
+    for block in text.strip().split("\n\n"):
+        first, _, rest = block.partition("\n")
+        if first in ("Args:", "Raises:", "Returns:"):
+            items = re.split(r"\n(?=\S)", inspect.cleandoc("\n" + rest))
+            lines += [f"**{first.rstrip(':')}**", "", *(argument_line(item) for item in items), ""]
+        elif block:
+            lines += [" ".join(line.strip() for line in block.splitlines()), ""]
+    if example:
+        code = re.sub(r" *# doctest: \+\w+", "", inspect.cleandoc("\n" + example))
+        lines += ["```python", code, "```", ""]
+    return lines
+
+
+def argument_line(text: str) -> str:
+    """Example: "name: what it is" -> "- `name`: what it is"."""
+    name, colon, meaning = " ".join(text.split()).partition(": ")
+    return f"- `{name}`: {meaning}" if colon else f"- {name}"
+
+
+def text_of(node: ast.stmt | None) -> str:
+    """The text of a statement that is nothing else."""
+    match node:
+        case ast.Expr(value=ast.Constant(value=str(text))):
+            return text
+        case _:
+            return ""
 
 
 PAGES: dict[str, Callable[[], str]] = {
@@ -178,13 +327,15 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/tasks.md": tasks_page,
     "reference/recipes.md": recipes_page,
     "reference/commands.md": commands_page,
+    "reference/events.md": events_page,
+    "reference/api.md": api_page,
 }
 """generated page -> what makes it"""
 
 # -------------------- what they share
 
 
-def table(cls: type, fields: typing.Sequence[dataclasses.Field[Any]], prefix: str) -> list[str]:
+def table(cls: type, fields: Sequence[dataclasses.Field[Any]], prefix: str) -> list[str]:
     """A Markdown table of settings: name, default, unit, meaning with choices and bounds."""
     hints = typing.get_type_hints(cls)
     rows = ["| setting | default | meaning |", "|---|---|---|"]
@@ -235,8 +386,12 @@ def own_docstring(thing: object) -> str:
 
 
 def escaped(text: str) -> str:
-    """Plain text as Markdown, in one line."""
-    return html.escape(re.sub(r"([|*_\[\]$#])", r"\\\1", " ".join(text.split())), quote=False)
+    """Plain text as Markdown, in one line; what stands in backticks stays as it is, but for the bars of a table."""
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    return "".join(
+        part.replace("|", "\\|") if number % 2 else html.escape(re.sub(r"([|*_\[\]$#])", r"\\\1", part), quote=False)
+        for number, part in enumerate(parts)
+    )
 
 
 def texts_of(package: Path) -> str:
