@@ -69,7 +69,7 @@ def examples() -> list[msg.Message]:
         info={"a": 1.0},
     )
     return [
-        msg.Hello(role="generator", name="generator-1", pid=1, detail={"a": [1, {"b": None}]}),
+        msg.Hello(role="generator", name="generator-1", pid=1, joined=True),
         msg.Want(limit=2, version=0),
         msg.Finished(trajectories=(done, done)),
         msg.Turns(trajectories=(done,)),
@@ -78,6 +78,7 @@ def examples() -> list[msg.Message]:
         msg.Evaluate(evaluation=0, version=0, problems=(1, 2), samples=1, temperature=1.0),
         msg.FetchEvaluation(evaluation=0),
         msg.Query(),
+        msg.LinkCall(number=1, method="init", version=-1, detail={"a": [1, {"b": None}]}),
     ]
 
 

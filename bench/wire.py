@@ -25,13 +25,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import msgpack
 import numpy as np
 import zmq
+from msgspec.structs import replace
 
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.codec import pack

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
 from random import Random
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import msgpack
 import numpy as np
+from msgspec.structs import replace
 
 from async_rl.trajectory import Split, Trajectory, Turn, VersionSpan
-from async_rl.trajectory.codec import Blob
 from async_rl.wire import messages as msg
 from async_rl.wire.frames import SCHEMA, encode
 
@@ -118,12 +118,16 @@ def some_value(random: Random, hint: Any) -> Any:
         return random.random() < 0.5
     if hint == Split:
         return random.choice(arguments)
-    if hint == Blob:
+    if hint is memoryview:
         return random.randbytes(random.randrange(30))
-    if hint is msg.Permit:
+    if get_origin(hint) is UnionType:
+        return some_value(random, random.choice(arguments))
+    if hint is NoneType:
+        return None
+    if isinstance(hint, type) and issubclass(hint, msg.WireStruct):
         return some_message(random, hint)
-    if hint == Mapping[str, float]:
-        return {random.choice(TEXTS): random.choice(FLOATS) for _ in range(random.randrange(3))}
+    if get_origin(hint) is Mapping and arguments[1] is not Any:
+        return {random.choice(TEXTS): some_value(random, arguments[1]) for _ in range(random.randrange(3))}
     if hint == msg.Detail:
         return {random.choice(TEXTS): some_plain(random, 3) for _ in range(random.randrange(3))}
     if get_origin(hint) is tuple and arguments[-1] is Ellipsis:
@@ -138,7 +142,7 @@ def some_message(random: Random, kind: type) -> Any:
         several = tuple(some_trajectory(random) for _ in range(random.randrange(4)))
         return kind(trajectories=several, **({"step": random.choice(INTEGERS)} if kind is msg.Batch else {}))
     hints = get_type_hints(kind)
-    return kind(**{f.name: some_value(random, hints[f.name]) for f in fields(kind)})
+    return kind(**{name: some_value(random, hints[name]) for name in kind.__struct_fields__})
 
 
 def some_plain(random: Random, depth: int) -> Any:
@@ -163,7 +167,7 @@ def some_plain(random: Random, depth: int) -> Any:
 def random_header(random: Random) -> list[bytes]:
     """msgpack that looks like a message: a known kind, the right names, any values."""
     kind = random.choice(KINDS)
-    names = [f.name for f in fields(kind) if f.name != "blobs" or random.random() < 0.1]
+    names = [name for name in kind.__struct_fields__ if name != "blobs" or random.random() < 0.1]
     values = {name: some_plain(random, 3) for name in names if random.random() < 0.95}
     content = values if random.random() < 0.9 else some_plain(random, 4)
     header = [SCHEMA if random.random() < 0.95 else some_plain(random, 1), kind.__name__, content]
@@ -225,7 +229,7 @@ def forged(random: Random, true: Trajectory) -> Trajectory:
     """What a holder of the permit might send instead: all but one or two things right."""
     any_other = some_trajectory(random)
     names = random.sample(
-        [f.name for f in fields(Trajectory) if f.name not in ("turns", "versions")], random.randint(1, 2)
+        [name for name in Trajectory.__struct_fields__ if name not in ("turns", "versions")], random.randint(1, 2)
     )
     if {"tokens", "log_behaviour"} & set(names):
         names = ["tokens", "log_behaviour", "turns", "versions"]

@@ -11,7 +11,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from async_rl import __version__
 from async_rl.buffer import effects as do
 from async_rl.buffer.admission import Admission
 from async_rl.buffer.depth import Rules
@@ -19,6 +18,7 @@ from async_rl.buffer.evaluation import Evaluations
 from async_rl.buffer.ledger import Group, Ledger
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.types import sample_seed
+from async_rl.version import __version__
 from async_rl.wire import messages as msg
 from async_rl.wire.frames import RefusalKind
 
@@ -128,7 +128,7 @@ class Acceptance:
         generators = self.admission.generators
         if hello.role == "generator" and peer not in generators and len(generators) >= MOST_GENERATORS:
             return Objection(kind="crowd", reason=f"there are {len(generators)} generators already")
-        return self._name(peer, hello.name) if hello.role == "generator" and msg.JOINED in hello.detail else None
+        return self._name(peer, hello.name) if hello.role == "generator" and hello.joined else None
 
     def _joining(self, package: str) -> Objection | None:
         if package != __version__:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.acceptance import LAUNCHER, Acceptance, Objection, Refusals
@@ -21,7 +23,7 @@ from async_rl.buffer.depth import Rules
 from async_rl.buffer.evaluation import Evaluation, Evaluations, evaluation_groups, evaluation_result
 from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.presence import Attendance, Presence
-from async_rl.buffer.waits import PendingBatch, Waits, counters, evaluation_reason
+from async_rl.buffer.waits import PendingBatch, Waits, evaluation_reason
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import Blob, WireError
 from async_rl.wire import messages as msg
@@ -116,7 +118,7 @@ class Core:
             case msg.Status():
                 return self.attendance.status(peer, message, published=self.published, now=now) + self._grant(now, peer)
             case msg.Pulse():  # the buffer lives, too
-                return [do.Send(peer=peer, message=msg.Heard())] if self._may_answer(peer, now) else []
+                return [do.Send(peer=peer, message=msg.PulseAnswer())] if self._may_answer(peer, now) else []
             case msg.Canary():
                 return self.attendance.canary(peer, message, self.trainer)
             case msg.NextBatch():
@@ -164,7 +166,7 @@ class Core:
 
     def _query(self, peer: bytes, now: float) -> list[do.Effect]:
         answer = self._may_answer(peer, now)
-        return [do.Send(peer=peer, message=msg.Snapshot(detail=self.snapshot(now)))] if answer else []
+        return [do.Send(peer=peer, message=self.snapshot(now))] if answer else []
 
     def _may_answer(self, peer: bytes, now: float) -> bool:
         """Those it knows always; strangers as long as that is cheap."""
@@ -298,7 +300,7 @@ class Core:
         step = ask.step
         if step < self.step:
             # formed before: also for a trainer that goes on from a checkpoint, or fetches the next part
-            return [do.SendBatch(peer=peer, step=step, after=ask.after, detail=self.counters())]
+            return [do.SendBatch(peer=peer, step=step, after=ask.after, counters=self.counters())]
         if self.waits.batch is None or self.waits.batch.step != step:
             self.waits.batch = PendingBatch(peer=peer, step=step, since=now, told=now)
         self.waits.batch.peer = peer
@@ -312,7 +314,7 @@ class Core:
         out, chosen = self.batching.form(pending.step, now)
         if chosen:
             self.waits.batch = None
-            out.append(do.SendBatch(peer=pending.peer, step=pending.step, detail=self.counters()))
+            out.append(do.SendBatch(peer=pending.peer, step=pending.step, counters=self.counters()))
         if any(isinstance(effect, do.RefuseGroup) for effect in out):
             out += self._grant(now)  # what was refused gave its slot up
         return out + self._hopeless()
@@ -346,12 +348,12 @@ class Core:
         if ask.evaluation in self.evaluations.asked:
             return []
         groups = evaluation_groups(ask, seed=self.rules.seed, number=self.ledger.number, now=now)
-        self.evaluations.add(ask.evaluation, Evaluation(version=ask.version, groups=groups, asked_at=now))
+        self.evaluations.add(ask.evaluation, Evaluation(version=ask.version, groups=groups))
         return [*(do.add_group(group, generator="") for group in groups), *self._grant(now)]
 
     def _fetch_evaluation(self, peer: bytes, ask: msg.FetchEvaluation, now: float) -> list[do.Effect]:
         found = self.evaluations.asked[ask.evaluation]
-        result = evaluation_result(ask.evaluation, found, now)
+        result = evaluation_result(ask.evaluation, found)
         self.waits.fetched(ask.evaluation, waits=ask.waits, finished=result.finished, now=now)
         out: list[do.Effect] = []
         if result.finished and not found.recorded:
@@ -359,7 +361,7 @@ class Core:
             out.append(do.AddEvaluation(result=result, finished_at=now))
         if not result.finished:
             reason = evaluation_reason(found, self.admission, self.presence, now)
-            result = replace(result, detail={**result.detail, "progress": self.waits.progress, "reason": reason})
+            result = replace(result, progress=self.waits.progress, reason=reason)
         return [*out, do.Send(peer=peer, message=result)]
 
     # ----------------------------------------------------------------- report
@@ -368,33 +370,52 @@ class Core:
         """Who the trainer is waiting for, since when."""
         return self.waits.batch_reason(now)
 
-    def counters(self) -> dict[str, float]:
-        """What goes to the trainer with every batch."""
-        refused = self.refusals.counts.total()
-        general = counters(self.ledger, self.admission, self.counts, refused=refused, published=self.published)
-        return {**general, **self.batching.numbers()}
+    def counters(self) -> msg.BufferCounters:
+        """The buffer's state in numbers, but for those of the store."""
+        generators = self.admission.generators.values()
+        oldest = min((g.version for g in generators), default=self.published)
+        policy, batching = self.ledger.policy, self.batching
+        return msg.BufferCounters(
+            slots_used=policy.used(self.ledger.line, step=self.step, version=oldest, published=self.published),
+            slots=policy.slots,
+            pipeline_depth=policy.pipeline_depth,
+            generators=len(generators),
+            held_versions={g.name: g.version for g in generators},
+            generator_busy_seconds=self.admission.busy_seconds,
+            tokens_generated=self.admission.tokens_generated,
+            groups_admitted=self.counts["groups_admitted"],
+            groups_trained=self.counts["groups_trained"],
+            groups_refused=self.counts["groups_refused"],
+            trajectories_failed=self.counts["trajectories_failed"],
+            refused_length=batching.discarded.mean_refused,
+            messages_refused=self.refusals.counts.total(),
+            batches_held_up=self.counts["batches_held_up"],
+            held_up_seconds=batching.held_up_seconds,
+            held_up_by=dict(batching.held_up_by),
+            dropped=batching.discarded.counters(groups=self.counts["refused_stale"]) if policy.refills else None,
+        )
 
     def oldest_live(self) -> int:
         """Lowest number of a group that is in no batch yet, or of an evaluation under way."""
         return min([*self.groups, *self.evaluations.groups], default=self.ledger.next_group)
 
-    def snapshot(self, now: float) -> dict[str, object]:
-        """State in plain values, for a person or a monitor."""
-        return {
-            "step": self.step,
-            "published": self.published,
-            "consumed": self.consumed,
-            "live": len(self.groups),
-            "waits": self.waits.rows(now),
-            "standing": [
-                {"name": g.name, "version": g.version, "held": g.held, "running": g.running}
+    def snapshot(self, now: float) -> msg.Snapshot:
+        """The buffer's state, for a person or a monitor."""
+        return msg.Snapshot(
+            step=self.step,
+            published=self.published,
+            consumed=self.consumed,
+            live=len(self.groups),
+            waits=tuple(self.waits.rows(now)),
+            generators=tuple(
+                msg.GeneratorState(name=g.name, version=g.version, held=g.held, running=g.running)
                 for g in self.admission.generators.values()
-            ],
-            "processes": self.presence.table(now),
-            "counts": dict(self.counts),
-            "refused": dict(self.refusals.counts),
-            **self.counters(),
-        }
+            ),
+            processes=tuple(self.presence.rows(now)),
+            counts=dict(self.counts),
+            refused=dict(self.refusals.counts),
+            counters=self.counters(),
+        )
 
     def _end(self, reason: str, *, failed: bool) -> list[do.Effect]:
         if self.ended:

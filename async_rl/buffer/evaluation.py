@@ -20,7 +20,6 @@ class Evaluation:
     """weights at least this new"""
     groups: Sequence[Group]
     """one per problem, not trained"""
-    asked_at: float
     recorded: bool = False
     """its result is in the store"""
 
@@ -102,7 +101,7 @@ def evaluation_groups(ask: Evaluate, *, seed: int, number: Callable[[], int], no
     ]
 
 
-def evaluation_result(number: int, evaluation: Evaluation, now: float) -> EvaluationResult:
+def evaluation_result(number: int, evaluation: Evaluation) -> EvaluationResult:
     """What has arrived so far; failed trajectories count as reward 0."""
     samples = [s for g in evaluation.groups for s in g.samples.values()]
     versions = [s.version_min for s in samples if s.version_min >= 0]
@@ -113,9 +112,5 @@ def evaluation_result(number: int, evaluation: Evaluation, now: float) -> Evalua
         rewards=tuple(0.0 if s.failed else s.reward for s in samples),
         version_min=min(versions, default=-1),
         version_max=max(newest, default=-1),
-        detail={
-            "seconds": now - evaluation.asked_at,
-            "missing": float(sum(len(g.missing) for g in evaluation.groups)),
-            "policy_length": sum(s.policy_length for s in samples) / max(1, len(samples)),
-        },
+        missing=sum(len(g.missing) for g in evaluation.groups),
     )

@@ -243,7 +243,7 @@ def round_trip(endpoint: str, keys: Keys | None = None) -> float:
         received = router.receive(ROUND_TRIP_S)
         if received is None:
             raise TimeoutError(f"no message came through within {ROUND_TRIP_S:g} s")
-        router.send(received[0], Snapshot(detail={}))
+        router.send(received[0], Snapshot())
         dealer.receive(ROUND_TRIP_S, "an answer")
         return time.perf_counter() - started
 

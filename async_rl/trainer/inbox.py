@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
 from async_rl.trainer.canary_watch import CanaryWatch
@@ -128,36 +130,35 @@ class Inbox:
                 del self.said[msg.Evaluate]
             return result
         if patience is not None:
-            patience.renew(float(result.detail["progress"]))
+            patience.renew(float(result.progress))
             if patience.left_s <= 0:
                 raise RunFailed(
                     f"waited {self.timeout_s:g} s (wire.timeout_s) for another token or trajectory of evaluation "
-                    f"{number}, {result.detail['missing']:.0f} are missing; {result.detail['reason']}"
+                    f"{number}, {result.missing} are missing; {result.reason}"
                 )
         return None
 
-    def snapshot(self) -> dict[str, float]:
-        """The buffer's counters now."""
+    def snapshot(self) -> msg.Snapshot:
+        """The buffer's state now."""
         self.snapshots.clear()
         self.say(msg.Query())
         patience = Patience(self.timeout_s)
         while not self.snapshots:
             self._receive(patience, "the buffer's counters")
         del self.said[msg.Query]
-        detail = self.snapshots.pop().detail
-        return {name: float(value) for name, value in detail.items() if isinstance(value, int | float)}
+        return self.snapshots.pop()
 
-    def consumed(self, version: int) -> dict[str, float]:
+    def consumed(self, version: int) -> msg.BufferCounters:
         """Wait until the buffer has noted the checkpoint of `version`; its counters then. Raises RunFailed."""
         patience = Patience(self.timeout_s)
-        while (counters := self.snapshot())["consumed"] < version:
+        while (snapshot := self.snapshot()).consumed < version:
             started = time.monotonic()
             time.sleep(POLL_EVALUATION_S)
             self._say_again()
             patience.spend(time.monotonic() - started)
             if patience.left_s <= 0:
                 raise RunFailed(f"waited {self.timeout_s:g} s (wire.timeout_s) for the buffer to note step {version}")
-        return counters
+        return snapshot.counters
 
     def listen(self) -> None:
         """Take in what has arrived, without waiting."""

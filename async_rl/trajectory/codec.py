@@ -10,56 +10,34 @@ A blob (little endian, each column aligned to its own item size, length a multip
     log_behaviour f4         [tokens]; of the policy tokens only when those are few (zeros elsewhere)
     (start, length) i4 of each turn | (version, start, end) i4 of each span | padding to 8
 
-About 8 bytes a token. Nothing in it is executable. Whatever is wrong with a blob is a `WireError`.
+A token takes about 8 bytes. Nothing in a blob is executable. Whatever is wrong with one is a `WireError`.
 
-Counts of turns and spans are small, so they go through `struct`, which costs a quarter of what an array does.
+Turns and spans are few, so they go through `struct`, which costs a quarter of what an array does.
 """
 
 from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import repeat, starmap
-from typing import Any, Literal, TypeVar, get_args
+from itertools import repeat
+from typing import Any, Literal, get_args
 
 import msgpack
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from async_rl.trajectory.types import Ended, Split, Trajectory, Turn, VersionSpan
 
-# -------------------- construct
-# Making many small frozen records fast: what comes off the wire is built here.
-
-Record = TypeVar("Record")
-
-
-def constructor(cls: type[Record], **always: Any) -> Callable[..., Record]:
-    """A function that makes a `cls`, a frozen and slotted dataclass, out of all its fields in their order,
-    but for those named in `always`, which have that value each time.
-
-    It costs an eighth of `cls(...)`, which has to go round its own `__setattr__` for every field: the
-    values are set on an object of a twin class that is not frozen and has the same slots, and that object
-    is then made a `cls`, frozen like any other. `__post_init__` is not called; there must be none.
-    """
-    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    assert tuple(names) == cls.__slots__  # type: ignore[attr-defined]
-    assert not hasattr(cls, "__post_init__")
-    twin = type(f"_{cls.__name__}", (), {"__slots__": tuple(names)})
-    # written out as source for the reason that dataclasses does so: a loop over names costs more than it saves
-    lines = [f"def make({', '.join(name for name in names if name not in always)}):", " made = twin()"]
-    lines += [f" made.{name} = {name}" for name in names]
-    lines += [" made.__class__ = cls", " return made"]
-    namespace: dict[str, Any] = {"twin": twin, "cls": cls, **always}
-    exec("\n".join(lines), namespace)
-    make: Callable[..., Record] = namespace["make"]
-    return make
-
-
 assert sys.byteorder == "little", "columns are sent as they lie in memory, which is little endian"
+
+Blob = bytes | memoryview
+WireKind = Literal["bytes", "message", "schema", "fields", "frames", "trajectory", "columns", "size"]
+"""What is wrong with bytes: no msgpack; no message of ours; of another schema; fields missing, extra or of the
+wrong type; frames that are not those of the header; a blob that is no trajectory; a trajectory that contradicts
+itself; larger than is taken."""
 
 SCHEMA = 2
 _MAGIC = b"TJ"
@@ -69,35 +47,24 @@ _FIXED = struct.Struct("<2sHI qqqQ dddd IIII BBB5x")
 _REWARDS, _KEYS, _DENSE = 1, 2, 4
 _SPLITS = get_args(Split)
 _ENDINGS = get_args(Ended)
-_TEXT_TYPES = [str, str, dict]
 _FEW = 128
-"""tokens that are not the policy's: their log-probs, zeros, cost less to send than to leave out"""
+"""tokens that are not the policy's: sending their log-probs, all zero, costs less than leaving them out"""
 _SHORT_TEXT = 128
-"""bytes; what is longer is not remembered"""
+"""bytes; a longer text is not kept in the cache"""
 _MOST_TEXT_BYTES = 1 << 20
 _MOST_TURNS = 1 << 16
 """turns, or spans of versions"""
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 _ZEROS = bytes(8)
 _TURN, _SPAN = struct.Struct("<ii"), struct.Struct("<iii")
-_trajectory, _turn, _span = constructor(Trajectory), constructor(Turn), constructor(VersionSpan)
-_bare_turn = constructor(Turn, reward=0.0, state_key=-1)
 # half a surrogate pair in an error's text must not lose the trajectory
 _pack_text = msgpack.Packer(unicode_errors="replace").pack
-
-Blob = bytes | memoryview
-
-
-WireKind = Literal["bytes", "message", "schema", "fields", "frames", "trajectory", "columns", "size"]
-"""What is wrong with bytes: no msgpack; no message of ours; of another schema; fields missing, extra or of the
-wrong type; frames that are not those of the header; a blob that is no trajectory; a trajectory that contradicts
-itself; larger than is taken."""
 
 
 class WireError(Exception):
     """Bytes that are no message of ours: malformed, truncated, oversized or of another schema.
 
-    The message is the reason, `kind` what it is counted under. The receiver counts it and lives on.
+    The message is the reason, `kind` is what it is counted under. The receiver counts it and goes on.
     """
 
     def __init__(self, reason: str, kind: WireKind) -> None:
@@ -105,28 +72,13 @@ class WireError(Exception):
         self.kind: WireKind = kind
 
 
-def plain(packed: Blob, most_bytes: int) -> Any:
-    """What msgpack bytes from another process say. Raises WireError, never anything else.
-
-    A byte of msgpack may become an object of 64 bytes, hence the bound."""
-    if len(packed) > most_bytes:
-        raise WireError(f"{len(packed)} bytes of msgpack; no more than {most_bytes} are taken here", "size")
-    try:
-        return msgpack.unpackb(packed, object_pairs_hook=_table)
-    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
-        raise WireError(f"not msgpack: {error or type(error).__name__}", "bytes") from None
-
-
-def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a table has a name twice")
-    return table
+# ---------------------------------------------------------------- blob of a trajectory
 
 
 def pack(trajectory: Trajectory) -> bytes:
-    """The blob of one trajectory. It is expected to pass `Trajectory.check()`: the receiver refuses it
-    otherwise. Raises ValueError when a number does not fit its column."""
+    """The blob of one trajectory. It is expected to pass `Trajectory.check()`, else the receiver refuses it.
+
+    Raises ValueError when a number does not fit its column."""
     turns = trajectory.turns
     tokens, log_behaviour = trajectory.tokens, trajectory.log_behaviour
     assert tokens.dtype == _INT32 and log_behaviour.dtype == _FLOAT32 and tokens.ndim == 1  # noqa: PT018
@@ -189,8 +141,9 @@ def _head(trajectory: Trajectory, num_log: int, flags: int) -> tuple[bytes, byte
 
 
 def unpack(blob: Blob) -> Trajectory:
-    """The trajectory of one blob, checked. Its columns are read-only views into the blob where that is
-    possible. Raises WireError."""
+    """The trajectory of one blob, checked. Its columns are read-only views into the blob where that is possible.
+
+    Raises WireError."""
     if len(blob) < _FIXED.size:
         raise WireError(f"a trajectory of {len(blob)} bytes is truncated", "trajectory")
     # fmt: off
@@ -233,44 +186,45 @@ def unpack(blob: Blob) -> Trajectory:
     if not tokens.flags.aligned:  # a small frame lies at any offset of the socket's buffer
         tokens, log_behaviour = tokens.copy(), log_behaviour.copy()
     offset += 4 * num_log
-    middle = offset + _TURN.size * num_turns
-    turns = _turns(blob[offset:middle], rewards, keys)
-    versions = tuple(starmap(_span, _SPAN.iter_unpack(blob[middle : middle + _SPAN.size * num_spans])))
+    # a copy: an iterator over a memoryview that stays in a traceback crashes the garbage collector of Python 3.11
+    places = bytes(blob[offset:])
+    middle = _TURN.size * num_turns
+    turns = _turns(places[:middle], rewards, keys)
+    spans = _SPAN.iter_unpack(places[middle : middle + _SPAN.size * num_spans])
+    versions = tuple([VersionSpan(version=version, start=start, end=end) for version, start, end in spans])
     if not flags & _DENSE:
         log_behaviour = _spread(log_behaviour, turns, num_tokens)
-    # fmt: off
-    trajectory = _trajectory(
-        group, sample, problem, _SPLITS[split], seed, tokens, log_behaviour, turns, versions, reward,
-        _ENDINGS[ended], temperature, reason, generator, started_at, finished_at, info,
+    trajectory = Trajectory(
+        group=group,
+        sample=sample,
+        problem=problem,
+        split=_SPLITS[split],
+        seed=seed,
+        tokens=tokens,
+        log_behaviour=log_behaviour,
+        turns=turns,
+        versions=versions,
+        reward=reward,
+        ended=_ENDINGS[ended],
+        temperature=temperature,
+        reason=reason,
+        generator=generator,
+        started_at=started_at,
+        finished_at=finished_at,
+        info=info,
     )
-    # fmt: on
     wrong = trajectory.check()
     if wrong is not None:
         raise WireError(f"trajectory {sample} of group {group}: {wrong}", "columns")
     return trajectory
 
 
-def _text(packed: Blob) -> tuple[str, str, dict[str, float | str]]:
-    """Reason, generator, info."""
-    text = plain(packed, _MOST_TEXT_BYTES)
-    if type(text) is not list or [*map(type, text)] != _TEXT_TYPES:
-        raise WireError("a trajectory's text has missing, extra or wrong-typed fields", "fields")
-    for name, value in text[2].items():
-        if type(name) is not str or type(value) not in (float, str):
-            raise WireError("a trajectory's info holds something other than numbers and labels", "fields")
-    return text[0], text[1], text[2]
-
-
-_short_text = lru_cache(maxsize=1024)(_text)
-"""most texts name a generator and little else, again and again"""
-
-
-def _turns(packed: Blob, rewards: Sequence[float] | None, keys: Sequence[int] | None) -> tuple[Turn, ...]:
+def _turns(packed: bytes, rewards: Sequence[float] | None, keys: Sequence[int] | None) -> tuple[Turn, ...]:
     places = _TURN.iter_unpack(packed)
     if rewards is None and keys is None:
-        return tuple(starmap(_bare_turn, places))
-    rest = zip(rewards or repeat(0.0), keys or repeat(-1), strict=False)
-    return tuple([_turn(start, length, r, k) for (start, length), (r, k) in zip(places, rest, strict=False)])
+        return tuple([Turn(start=start, length=length) for start, length in places])
+    rest = zip(places, rewards or repeat(0.0), keys or repeat(-1), strict=False)
+    return tuple([Turn(start=s, length=n, reward=reward, state_key=key) for (s, n), reward, key in rest])
 
 
 def _spread(policy: NDArray[np.float32], turns: tuple[Turn, ...], num_tokens: int) -> NDArray[np.float32]:  # [tokens]
@@ -291,3 +245,37 @@ def _spread(policy: NDArray[np.float32], turns: tuple[Turn, ...], num_tokens: in
     if taken != len(policy) or sum(turn.length for turn in turns) != taken:
         raise WireError(f"{len(policy)} log-probs do not cover the tokens of {len(turns)} turns", "columns")
     return spread
+
+
+# ---------------------------------------------------------------- msgpack of another process
+
+
+def plain(packed: Blob, most_bytes: int) -> Any:
+    """The value that msgpack bytes from another process hold. Raises WireError, never anything else.
+
+    A byte of msgpack may become an object of 64 bytes, hence the bound."""
+    if len(packed) > most_bytes:
+        raise WireError(f"{len(packed)} bytes of msgpack; no more than {most_bytes} are taken here", "size")
+    try:
+        return msgpack.unpackb(packed, object_pairs_hook=_table)
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+        raise WireError(f"not msgpack: {error or type(error).__name__}", "bytes") from None
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a table has a name twice")
+    return table
+
+
+def _text(packed: Blob) -> tuple[str, str, dict[str, float | str]]:
+    """Reason, generator, info."""
+    try:
+        return msgspec.convert(plain(packed, _MOST_TEXT_BYTES), tuple[str, str, dict[str, float | str]])
+    except msgspec.ValidationError as error:
+        raise WireError(f"a trajectory's text has missing, extra or wrong-typed fields: {error}", "fields") from None
+
+
+_short_text = lru_cache(maxsize=1024)(_text)
+"""most texts name a generator and little else, again and again"""

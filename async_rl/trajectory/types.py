@@ -1,65 +1,28 @@
-"""What flows from generator to trainer: one episode with everything that a correction needs."""
+"""The record of one episode: `Trajectory`, with everything that a correction of the objective needs.
+
+Also here, because they depend on a trajectory's numbers alone: the seeds and the buckets of length.
+"""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal
 
 import numpy as np
+from msgspec import Struct, field
 from numpy.typing import NDArray
 
-# -------------------- length
-# Buckets of trajectory length: what is left out is counted by them, so that a bias by length is seen.
-
-LENGTH_BUCKETS = (16, 64, 256, 1024, 4096, 16384)
-"""upper ends (exclusive) of the buckets of trajectory length, in policy tokens; the last is open"""
-
-
-def bucket_names() -> list[str]:
-    """Names of the length buckets, in order, for metric keys."""
-    ends = [f"below_{end}" for end in LENGTH_BUCKETS]
-    return [*ends, f"from_{LENGTH_BUCKETS[-1]}"]
-
-
-def bucket_of(policy_tokens: int) -> int:
-    """Index of the bucket of this length."""
-    return bisect_right(LENGTH_BUCKETS, policy_tokens)
-
-
-# -------------------- seed
-# Seeds: each depends on the run's seed and the place in the run only, never on timing.
-
-
-def group_seed(run_seed: int, group: int) -> int:
-    """Seed of a group: depends on the run's seed and the group only. 63 bits."""
-    digest = blake2b(f"{run_seed}:{group}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def attempt_seed(run_seed: int, position: int, attempt: int) -> int:
-    """Seed of the group at `position` in the prompt order, asked for the `attempt`-th time again. 63 bits."""
-    seed = group_seed(run_seed, position)
-    return group_seed(seed, -attempt) if attempt else seed
-
-
-def sample_seed(seed: int, sample: int) -> int:
-    """Seed of one trajectory of a group. 63 bits."""
-    return group_seed(seed, sample)
-
-
-_INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 Split = Literal["train", "eval"]
 Ended = Literal["finished", "length", "turn_limit", "error", "aborted"]
-"""How an episode ended: by itself; by the token limit; by the turn limit; the task or reward raised
-or returned NaN; the engine gave the request up."""
+"""How an episode ended: by itself; at the token limit; at the turn limit; because the task or the reward raised or
+returned NaN; because the engine gave the request up."""
+_INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
+class Turn(Struct, frozen=True, kw_only=True, gc=False):
     """Contiguous tokens sampled by the policy between two environment messages.
 
     Example: `Turn(start=12, length=3)` covers `tokens[12:15]`.
@@ -70,24 +33,26 @@ class Turn:
     length: int
     """tokens, >= 0"""
     reward: float = 0.0
-    """reward the environment gave for this turn alone"""
+    """reward that the environment gave for this turn alone"""
     state_key: int = -1
     """non-negative hash of the environment state in which the turn began; -1 when the task gives none"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VersionSpan:
-    """Policy tokens at positions `start <= position < end` were sampled by weights `version`."""
+class VersionSpan(Struct, frozen=True, kw_only=True, gc=False):
+    """The policy tokens at positions `start <= position < end` were sampled by weights of `version`."""
 
     version: int
     start: int
     end: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Trajectory:
-    """One episode. Policy tokens are exactly those inside `turns`; all others came from the prompt
-    or the environment and carry no loss."""
+class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
+    """One episode. Policy tokens are exactly those inside `turns`; all others came from the prompt or the environment
+    and carry no loss.
+
+    A msgspec struct rather than a dataclass, because one is made for every episode that arrives; to change fields,
+    use `msgspec.structs.replace(trajectory, reward=1.0)`.
+    """
 
     group: int
     """identity of the group (admission number, unique in a run)"""
@@ -119,11 +84,12 @@ class Trajectory:
 
     @property
     def failed(self) -> bool:
-        """The episode broke; it is kept for the record and never trained."""
+        """Whether the episode broke; it is kept for the record and never trained."""
         return self.ended in ("error", "aborted")
 
     @property
     def num_policy_tokens(self) -> int:
+        """Tokens that the policy sampled."""
         return sum([turn.length for turn in self.turns])
 
     @property
@@ -133,6 +99,7 @@ class Trajectory:
 
     @property
     def version_max(self) -> int:
+        """Version of the newest policy token; -1 when the trajectory has none."""
         return max([span.version for span in self.versions], default=-1)
 
     def policy_positions(self) -> NDArray[np.int64]:  # [policy tokens]
@@ -142,14 +109,14 @@ class Trajectory:
         return np.concatenate([np.arange(t.start, t.start + t.length, dtype=np.int64) for t in self.turns])
 
     def policy_versions(self) -> NDArray[np.int64]:  # [policy tokens]
-        """Weight version of each policy token."""
+        """Version of the weights that sampled each policy token, in order."""
         version = np.full(len(self.tokens), -1, dtype=np.int64)
         for span in self.versions:
             version[span.start : span.end] = span.version
         return version[self.policy_positions()]
 
     def check(self) -> str | None:
-        """What is wrong with this trajectory, or None. Used on everything that comes off the wire."""
+        """What is wrong with this trajectory, or None. Everything that comes off the wire is checked by it."""
         tokens, log = self.tokens, self.log_behaviour
         n = len(tokens)
         if tokens.dtype != _INT32 or log.dtype != _FLOAT32:
@@ -172,8 +139,8 @@ class Trajectory:
             position = end
         if not self._versions_cover_turns():
             return "a policy token has no version"
-        # The whole column first: that is cheaper than gathering the policy tokens, and right when it passes.
-        # argmax and argmin find a NaN first, and cost half of what max and min do on a short column.
+        # The whole column is checked first: that is cheaper than gathering the policy tokens, and enough when it
+        # passes. argmax and argmin find a NaN first and cost half of what max and min do on a short column.
         if n and not (log.item(log.argmax()) <= 1e-3 and log.item(log.argmin()) > -math.inf):
             log = log[self.policy_positions()]
             if not np.isfinite(log).all() or (log > 1e-3).any():
@@ -187,7 +154,7 @@ class Trajectory:
         return None
 
     def _versions_cover_turns(self) -> bool:
-        """Both are in order and disjoint."""
+        """Whether every policy token lies in a span; turns and spans are in order and disjoint."""
         spans = iter(self.versions)
         covered = end = 0
         for turn in self.turns:
@@ -203,3 +170,41 @@ class Trajectory:
                     return False
                 position = end
         return True
+
+
+# ---------------------------------------------------------------- seeds: never dependent on timing
+
+
+def group_seed(run_seed: int, group: int) -> int:
+    """Seed of a group: depends on the run's seed and the group only. 63 bits."""
+    digest = blake2b(f"{run_seed}:{group}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def attempt_seed(run_seed: int, position: int, attempt: int) -> int:
+    """Seed of the `attempt`-th repetition of the group at `position` in the prompt order. 63 bits."""
+    seed = group_seed(run_seed, position)
+    return group_seed(seed, -attempt) if attempt else seed
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """Seed of one trajectory of a group. 63 bits."""
+    return group_seed(seed, sample)
+
+
+# ---------------------------------------------------------------- buckets of length
+
+LENGTH_BUCKETS = (16, 64, 256, 1024, 4096, 16384)
+"""upper ends (exclusive) of the buckets of trajectory length, in policy tokens; the last bucket is open. What is left
+out of training is counted by them, so that a bias by length shows."""
+
+
+def bucket_names() -> list[str]:
+    """Names of the length buckets, in order, for metric keys."""
+    ends = [f"below_{end}" for end in LENGTH_BUCKETS]
+    return [*ends, f"from_{LENGTH_BUCKETS[-1]}"]
+
+
+def bucket_of(policy_tokens: int) -> int:
+    """Index of the bucket of this length."""
+    return bisect_right(LENGTH_BUCKETS, policy_tokens)

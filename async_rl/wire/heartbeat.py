@@ -19,14 +19,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from async_rl.config import WireSettings
-from async_rl.process import AGENT
+from async_rl.process_spec import NO_PIPE
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout
 from async_rl.wire.keys import keys_in
 
-PULSE_PIPE = "ASYNC_RL_PULSE_PIPE"
-"""environment variable: file descriptor through which the launcher hears its children"""
 PULSE_S = 1.0
 LONGEST_WORD = 400
 """characters of what a process does; with them a line on the pipe stays whole (PIPE_BUF)"""
@@ -84,7 +82,8 @@ class Activity:
 
 
 class Heartbeat:
-    """The thread. `dealer` opens its socket to the buffer (in the thread, which owns it); None: no buffer."""
+    """The thread. `dealer` opens its socket to the buffer (in the thread, which owns it); None: no buffer. `pipe` and
+    `agent`: see `make_heartbeat`."""
 
     def __init__(
         self,
@@ -94,12 +93,13 @@ class Heartbeat:
         activity: Activity,
         dealer: Callable[[], Dealer] | None,
         every_s: float = PULSE_S,
+        pipe: int = NO_PIPE,
+        agent: int = 0,
     ) -> None:
         self._name, self._role, self._activity = name, role, activity
         self._every_s = every_s
         self._open = dealer
-        self._pipe = int(os.environ[PULSE_PIPE]) if PULSE_PIPE in os.environ else -1
-        self._of = int(os.environ.get(AGENT, "0"))
+        self._pipe, self._of = pipe, agent
         self._watched = threading.get_ident()
         self._end = threading.Event()
         self._heard = time.monotonic()
@@ -157,7 +157,7 @@ class Heartbeat:
         return msg.Pulse(name=self._name, pid=os.getpid(), role=self._role, doing=doing[:LONGEST_WORD], since_s=seconds)
 
     def _tell_launcher(self, pulse: msg.Pulse) -> None:
-        if self._pipe < 0:
+        if self._pipe == NO_PIPE:
             return
         line = {"name": pulse.name, "pid": pulse.pid, "doing": pulse.doing, "since_s": round(pulse.since_s, 3)}
         if self._of:
@@ -167,10 +167,19 @@ class Heartbeat:
 
 
 def make_heartbeat(
-    name: str, role: str, activity: Activity, wire: WireSettings, endpoint: str | None, *, identity: str = ""
+    name: str,
+    role: str,
+    activity: Activity,
+    wire: WireSettings,
+    endpoint: str | None,
+    *,
+    identity: str = "",
+    pipe: int = NO_PIPE,
+    agent: int = 0,
 ) -> Heartbeat:
-    """Of a process of a run. `endpoint`: where the buffer listens; None: tell the launcher alone. `identity`: of
-    its socket, where that is not the name."""
+    """The heartbeat of a process of a run. `endpoint`: where the buffer listens; None: pulses go to the launcher
+    alone. `identity`: of its socket, where that is not the name. `pipe`: file descriptor to the launcher; `agent`:
+    process number of what started this rank of the trainer (see process_spec.py)."""
 
     def dealer() -> Dealer:
         assert endpoint is not None
@@ -180,7 +189,9 @@ def make_heartbeat(
     # several pulses must fit into the silence after which a process is taken for frozen
     every_s = min(PULSE_S, wire.frozen_after_s / 4)
     chosen = dealer if endpoint is not None else None
-    return Heartbeat(name=name, role=role, activity=activity, dealer=chosen, every_s=every_s)
+    return Heartbeat(
+        name=name, role=role, activity=activity, dealer=chosen, every_s=every_s, pipe=pipe, agent=agent
+    )
 
 
 def place(frame: FrameType | None) -> str:

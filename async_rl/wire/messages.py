@@ -1,173 +1,50 @@
-"""Every message that crosses a process, each declared once. Their bytes: wire/frames.py."""
+"""Every message that crosses a process, each declared once, section by section by who talks with whom.
+
+`wire/frames.py` turns them into bytes and checks what arrives against the annotations here. A message is a frozen,
+keyword-only msgspec struct; `msgspec.structs.replace` changes fields.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from async_rl.trajectory.codec import Blob
-from async_rl.trajectory.types import Split, Trajectory
+from msgspec import Struct, field
 
-# -------------------- elsewhere
-# The messages of weights and of generators that come by themselves, from other shells and hosts; a part of
-# messages.py.
+from async_rl.trajectory.types import Split, Trajectory
 
 Detail = Mapping[str, Any]
 """plain data: strings, numbers, booleans, None, and lists and dicts (with string keys) of these"""
-
-
-# ---- a generator that joins by itself <-> buffer ------------------------------------------------
-
-JOINED = "joined"
-"""in the detail of the Hello of a generator that joined by itself"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Join:
-    """Before its Hello: may I? Answered by `Welcome`, or `Refused`."""
-
-    name: str
-    package: str
-    """version of async_rl"""
-    pid: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Welcome:
-    """Everything it must know of the run."""
-
-    run: str
-    settings: Detail
-    """of the run, as in its config.yaml"""
-    task_digest: str
-    """of its problems (async_rl/run/preflight.py)"""
-    host: str
-    """of the buffer (wire/host.py)"""
-    folder: str
-    """the buffer's working folder, where relative paths begin"""
-    segment: str
-    """file of the weights in that host's shared memory"""
-    weights: str
-    """where the weight server listens; empty: there is none"""
-
-
-# ---- generator of another host <-> weight server ------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AskWeights:
-    """Answered by `Offer`, or by `Waiting` while there is nothing newer."""
-
-    after: int
-    """a version newer than this; also: of what was offered before nothing more is wanted"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
-    """A version that stays to be had while its chunks are asked for."""
-
-    version: int
-    num_bytes: int
-    chunk_bytes: int
-    """of every chunk but the last"""
-    checksum: int
-    """crc32 of all bytes"""
-    layout: str
-    """where each tensor lies among them (weights/layout.py)"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AskChunks:
-    """Each is answered by `Chunk`; or all by `Withdrawn`."""
-
-    version: int
-    chunks: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    version: int
-    index: int
-    checksum: int
-    """crc32 of the content"""
-    content: Blob
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Withdrawn:
-    """This version is no longer there: ask for weights anew."""
-
-    version: int
-
-
-# ---- generator <-> trainer, of one host: weights that go straight into vLLM's workers ------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AskLink:
-    """Bring me newer weights. Answered by `LinkCall`s, by `Waiting` while there is nothing newer, or `Refused`.
-    Asking again changes nothing while the answer is under way."""
-
-    name: str
-    pid: int
-    session: int
-    """a number this life of the generator has alone: another life begins with a new link"""
-    way: str
-    """nccl or ipc"""
-    workers: int
-    """processes that hold the model together"""
-    after: int
-    """a version newer than this; -1: any"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkCall:
-    """What vLLM is to do next. Answered by `LinkAnswer` when it is done."""
-
-    number: int
-    method: str
-    """init, start, update or finish, in this order; init once a link, update once or more"""
-    version: int
-    """of the weights that are sent; -1 for init"""
-    detail: Detail
-    """what vLLM's own method of that name is given"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkAnswer:
-    session: int
-    number: int
-    error: str = ""
-    """why it could not be done"""
-
-
 ABANDONED = "the buffer dropped its group"
-"""why a trajectory was aborted that nobody wants any more"""
-AS_METRICS = ("drop/", "held_up/", "staleness/")
-"""what begins so in the detail of a batch is a metric by that name"""
-HOLDS = "holds/"
-"""in the detail of a batch: this and a connected generator's name -> version it holds"""
+"""`reason` of a trajectory that was aborted because nobody wants it any more"""
+PULSE = "/pulse"
+"""suffix of the identity of the socket that a process sends its pulses through"""
 
 
-# ---- generator -> buffer ------------------------------------------------------------------------
+class WireStruct(Struct, frozen=True, forbid_unknown_fields=True):
+    """A message, or a part of one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hello:
+# ---------------------------------------------------------------- generator -> buffer
+
+
+class Hello(WireStruct, frozen=True, kw_only=True):
     """First message of every generator and of the trainer."""
 
     role: str
+    """generator or trainer"""
     name: str
     pid: int
     session: int = 0
-    """of a generator: a number never used before; it is in whatever counts from this Hello on. Saying Hello
-    again under the same one changes nothing. 0: a Hello always begins anew"""
-    detail: Detail = field(default_factory=dict)
+    """of a generator: a number never used before, sent with everything that counts from this Hello on. Repeating Hello
+    under the same session changes nothing. 0: each Hello begins a new session"""
+    joined: bool = False
+    """the generator was started by a user, not by the run's launcher"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Want:
+class Want(WireStruct, frozen=True, kw_only=True):
+    """A generator asks for permits."""
+
     limit: int
     """permits it takes in all since its Hello: repeating the message asks for nothing more"""
     version: int
@@ -175,43 +52,40 @@ class Want:
     session: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """Answered by `Accepted`, or `Refused`; until then the generator keeps and repeats it."""
+class Finished(WireStruct, frozen=True, kw_only=True):
+    """Finished trajectories. Answered by `Accepted` or `Refused`; until then the generator keeps and repeats them."""
 
     trajectories: tuple[Trajectory, ...]
     """each has passed `Trajectory.check()`, else the whole message is refused"""
-    blobs: tuple[Blob, ...] = ()
-    """the bytes of each, as they came: they can be stored as they are; the receiver finds them here"""
+    blobs: tuple[memoryview, ...] = ()
+    """bytes of each trajectory as they arrived, filled in by the receiver, which stores them as they are"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turns:
-    """Finished turns of episodes that still run, kept in case their generator dies. Not answered; each takes
-    the place of the one before. From the buffer, before the permit: what a lost generator had done of it."""
+class Turns(WireStruct, frozen=True, kw_only=True):
+    """Finished turns of running episodes, kept in case their generator dies. Not answered; each replaces the one
+    before. The buffer sends them before a permit: what a lost generator had done of its group."""
 
     trajectories: tuple[Trajectory, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leave:
-    """It ends and gives back what it holds; finished turns (Turns) were sent before."""
+class Leave(WireStruct, frozen=True, kw_only=True):
+    """The generator ends and gives back what it holds; it has sent its finished turns (Turns) before."""
 
     name: str
     reason: str
     session: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holds:
+class Holds(WireStruct, frozen=True, kw_only=True):
+    """The generator has loaded weights."""
+
     version: int
     """weights that sample the next token"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
-    """The whole standing of a generator, several times a second: whatever message got lost before, the buffer
-    sees what is missing. Counters since the generator began."""
+class Status(WireStruct, frozen=True, kw_only=True):
+    """The whole state of a generator, several times a second: whichever message was lost before, the buffer sees what
+    is missing. Counters since the generator began."""
 
     name: str
     session: int = 0
@@ -230,9 +104,8 @@ class Status:
     """sequences not yet started"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Canary:
-    """What a generator shows of the weights it has just loaded. The buffer passes it on to the trainer."""
+class Canary(WireStruct, frozen=True, kw_only=True):
+    """Evidence of the weights that a generator has just loaded. The buffer passes it on to the trainer."""
 
     name: str
     """of the generator, as the buffer knows it"""
@@ -240,16 +113,15 @@ class Canary:
     digests: tuple[tuple[str, int], ...]
     """(tensor, checksum of elements sampled from it), 64 bits unsigned"""
     split: tuple[str, ...] = ()
-    """tensors without a checksum: none of the processes of the engine (vllm.tensor_parallel) holds them whole"""
+    """tensors without a checksum: no single process of the engine (vllm.tensor_parallel) holds them whole"""
     log_probs: tuple[float, ...]
     """of the probe under these weights, nats"""
 
 
-# ---- buffer -> generator ------------------------------------------------------------------------
+# ---------------------------------------------------------------- buffer -> generator
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Permit:
+class Permit(WireStruct, frozen=True, kw_only=True):
     """The right to generate one group."""
 
     group: int
@@ -262,105 +134,99 @@ class Permit:
     temperature: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Permits:
-    """A permit for a group that the generator has in hand already is one sent again: it changes nothing."""
+class Permits(WireStruct, frozen=True, kw_only=True):
+    """Permits for a generator. One for a group that the generator has in hand already was sent again: it changes
+    nothing."""
 
     permits: tuple[Permit, ...]
     session: int = 0
     """of the Hello they answer; under another one they are void"""
     granted: int = 0
-    """permits given in all since that Hello, with these"""
+    """permits given in all since that Hello, these included"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accepted:
+class Accepted(WireStruct, frozen=True, kw_only=True):
+    """These trajectories are stored."""
+
     pairs: tuple[tuple[int, int], ...]
     """(group, sample) of every trajectory that is now in the store, those it had before included"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
+class Refused(WireStruct, frozen=True, kw_only=True):
     """The message was not taken and need not be sent again."""
 
     what: str
+    """kind of the message"""
     reason: str
     kind: str = ""
-    """what it was counted under; one of wire/refusal.py"""
+    """what it was counted under: a RefusalKind of wire/frames.py"""
     pairs: tuple[tuple[int, int], ...] = ()
     """(group, sample) of the trajectories that were not taken"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Abandon:
-    """These groups are not wanted any more. What was generated of their unfinished trajectories is sent as
+class Abandon(WireStruct, frozen=True, kw_only=True):
+    """These groups are not wanted any more. The generator sends what it has of their unfinished trajectories as
     `Finished`, ended as aborted."""
 
     groups: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewWeights:
+class NewWeights(WireStruct, frozen=True, kw_only=True):
+    """The trainer has published weights."""
+
     version: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stop:
+class Stop(WireStruct, frozen=True, kw_only=True):
     """To every process: end now."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unknown:
+class Unknown(WireStruct, frozen=True, kw_only=True):
     """The buffer knows no generator under this session: say Hello anew, with nothing in hand."""
 
     session: int
 
 
-# ---- every process -> buffer, from a thread and a socket of its own -----------------------------
-
-PULSE = "/pulse"
-"""identity of that socket: that of the process and this"""
+# ---------------------------------------------------------------- every process <-> buffer, own thread and socket
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pulse:
-    """I live, and this is what I do. Answered by `Heard`."""
+class Pulse(WireStruct, frozen=True, kw_only=True):
+    """A process lives, and this is what it does. Answered by `PulseAnswer`."""
 
     name: str
     pid: int
     role: str
     doing: str
     since_s: float
-    """for how long it has done that"""
+    """seconds it has been doing that"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heard:
+class PulseAnswer(WireStruct, frozen=True, kw_only=True):
     """The buffer lives."""
 
 
-# ---- trainer -> buffer --------------------------------------------------------------------------
+# ---------------------------------------------------------------- trainer -> buffer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NextBatch:
+class NextBatch(WireStruct, frozen=True, kw_only=True):
+    """The trainer asks for the batch of a step."""
+
     step: int
     after: int = 0
     """trajectories of it that have been received: a large batch comes in parts, each asked for"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
+class Published(WireStruct, frozen=True, kw_only=True):
+    """The trainer has published weights."""
+
     version: int
     ess: float = -1.0
-    """ESS / B of the batch it was trained on (metric ess/ratio), or what came of it that is no number; -1: there is
-    none to tell"""
+    """ESS / B of the batch it was trained on (metric ess/ratio), finite or not; -1: not reported"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpointed:
+class Checkpointed(WireStruct, frozen=True, kw_only=True):
     """The checkpoint of this version is on the disk: its training steps are not done again."""
 
     version: int
@@ -368,8 +234,9 @@ class Checkpointed:
     """version of the oldest checkpoint that is kept; 0: everything may be needed again"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluate:
+class Evaluate(WireStruct, frozen=True, kw_only=True):
+    """The trainer asks for an evaluation."""
+
     evaluation: int
     """its number; asking twice is the same as asking once"""
     version: int
@@ -381,96 +248,367 @@ class Evaluate:
     temperature: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FetchEvaluation:
+class FetchEvaluation(WireStruct, frozen=True, kw_only=True):
+    """The trainer asks how far an evaluation is. Answered by `EvaluationResult`."""
+
     evaluation: int
     waits: bool = False
     """the trainer does nothing else until it is complete"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
+class Done(WireStruct, frozen=True, kw_only=True):
     """The trainer has finished its last step (reason empty) or could not go on (the cause)."""
 
     reason: str = ""
 
 
-# ---- buffer -> trainer --------------------------------------------------------------------------
+# ---------------------------------------------------------------- buffer -> trainer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class DroppedCounters(WireStruct, frozen=True, kw_only=True):
+    """What the `drop` policy discarded for its age, beside what was trained, since the start of the run."""
+
+    groups: int = 0
+    trajectories: int = 0
+    tokens: int = 0
+    """policy tokens of the dropped trajectories"""
+    trajectories_trained: int = 0
+    tokens_trained: int = 0
+    """policy tokens of the trained trajectories"""
+    by_length: Mapping[str, int] = field(default_factory=dict)
+    """dropped trajectories by the name of their length bucket; empty buckets are left out"""
+    trained_by_length: Mapping[str, int] = field(default_factory=dict)
+    """trained trajectories, likewise"""
+
+    def metrics(self) -> dict[str, float]:
+        """Columns of the trainer's row."""
+        trained = self.tokens_trained / max(1, self.trajectories_trained)
+        means = {"drop/len_trained": trained}
+        if self.trajectories:
+            means["drop/len_mean"] = self.tokens / self.trajectories
+        if self.trajectories and self.trajectories_trained:
+            means["drop/len_bias"] = means["drop/len_mean"] / trained
+        return {
+            "drop/groups": float(self.groups),
+            "drop/trajectories": float(self.trajectories),
+            "drop/tokens": float(self.tokens),
+            **means,
+            **{f"drop/{name}": float(count) for name, count in self.by_length.items()},
+            **{f"drop/trained_{name}": float(count) for name, count in self.trained_by_length.items()},
+        }
+
+
+class BufferCounters(WireStruct, frozen=True, kw_only=True):
+    """The buffer's state in numbers, sent to the trainer with every batch. Counts are totals of the whole run, over
+    every launch of it, unless a line says otherwise."""
+
+    slots_used: int = 0
+    """slots in use now, groups"""
+    slots: int = 0
+    """slots there are, groups"""
+    pipeline_depth: float = 0.0
+    """batches in the pipeline that the slots stand for"""
+    generators: int = 0
+    """generators connected now"""
+    held_versions: Mapping[str, int] = field(default_factory=dict)
+    """name of each connected generator -> version of the weights it holds"""
+    generator_busy_seconds: float = 0.0
+    """seconds inside model steps, summed over generators, since this buffer started"""
+    tokens_generated: int = 0
+    """policy tokens, unfinished episodes included"""
+    groups_admitted: int = 0
+    groups_trained: int = 0
+    groups_refused: int = 0
+    """groups that will not be trained"""
+    trajectories_failed: int = 0
+    refused_length: float = 0.0
+    """mean policy tokens of the trajectories of refused groups"""
+    messages_refused: int = 0
+    """messages and trajectories that were not taken, since this buffer started"""
+    batches_held_up: int = 0
+    """batches that waited for a running group although P others were finished, since this buffer started"""
+    held_up_seconds: float = 0.0
+    """seconds that those batches waited"""
+    held_up_by: Mapping[str, int] = field(default_factory=dict)
+    """name of a generator ("nobody": none had it) -> batches that waited for a group of it"""
+    dropped: DroppedCounters | None = None
+    """None: the policy drops nothing"""
+    store_seconds: float = 0.0
+    """wall seconds of writes and commits, since this buffer started"""
+    store_processor_seconds: float = 0.0
+    """processor seconds among them"""
+    store_commits: int = 0
+    """commits, since this buffer started"""
+
+    def metrics(self) -> dict[str, float]:
+        """Columns of the trainer's row."""
+        return {
+            "len/refused": self.refused_length,
+            "tokens/generated": float(self.tokens_generated),
+            "slots/used": float(self.slots_used),
+            "slots/all": float(self.slots),
+            "groups/refused": float(self.groups_refused),
+            "generators": float(self.generators),
+            "time/generator_busy": self.generator_busy_seconds,
+            "time/store": self.store_seconds,
+            "time/store_processor": self.store_processor_seconds,
+            "wire/refused": float(self.messages_refused),
+            "store/commits": float(self.store_commits),
+            "held_up/batches": float(self.batches_held_up),
+            "held_up/seconds": self.held_up_seconds,
+            **{f"held_up/by/{name}": float(count) for name, count in self.held_up_by.items()},
+            "staleness/depth": self.pipeline_depth,
+            **(self.dropped.metrics() if self.dropped is not None else {}),
+        }
+
+
+class Batch(WireStruct, frozen=True, kw_only=True):
+    """The trajectories of a training step, or a part of them."""
+
     step: int
     trajectories: tuple[Trajectory, ...] = ()
     """group by group"""
-    blobs: tuple[Blob, ...] = ()
+    blobs: tuple[memoryview, ...] = ()
     """stored blobs, sent as they are after `trajectories`; the receiver finds them in `trajectories`"""
     after: int = 0
     """trajectories of the batch before these"""
     total: int = 0
-    """of the whole batch"""
-    detail: Mapping[str, float] = field(default_factory=dict)
+    """trajectories of the whole batch"""
+    counters: BufferCounters = BufferCounters()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Waiting:
+class Waiting(WireStruct, frozen=True, kw_only=True):
     """What was asked for is not there yet; it will come without being asked for again."""
 
     what: str
     reason: str
     """who is waited for"""
     seconds: float
-    """for how long already"""
+    """waited so far"""
     progress: int = 0
     """trajectories and tokens so far: a wait during which it grows is no hang"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationResult:
+class EvaluationResult(WireStruct, frozen=True, kw_only=True):
+    """How far an evaluation is."""
+
     evaluation: int
     finished: bool
     rewards: tuple[float, ...] = ()
     version_min: int = -1
     """oldest weights that sampled a token of it; -1: no token yet"""
     version_max: int = -1
-    detail: Detail = field(default_factory=dict)
+    missing: int = 0
+    """episodes that have not arrived"""
+    progress: int = 0
+    """while it is not finished: as in Waiting"""
+    reason: str = ""
+    """while it is not finished: who is waited for"""
 
 
-# ---- launcher -> buffer -------------------------------------------------------------------------
+# ---------------------------------------------------------------- launcher and monitors <-> buffer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Query:
+class Query(WireStruct, frozen=True, kw_only=True):
     """Answered by `Snapshot`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    detail: Detail
+class StandingWait(WireStruct, frozen=True, kw_only=True):
+    """Somebody waits."""
+
+    who: str
+    what: str
+    """is waited for"""
+    seconds: float
+    why: str
+    """who keeps it waiting, as far as is known"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gone:
-    """This generator's process has ended: its permits need not wait for it."""
+class GeneratorState(WireStruct, frozen=True, kw_only=True):
+    """A connected generator."""
+
+    name: str
+    version: int
+    """of the weights it holds"""
+    held: int
+    """groups it works on"""
+    running: int
+    """sequences being decoded"""
+
+
+class ProcessState(WireStruct, frozen=True, kw_only=True):
+    """A process that sends pulses."""
+
+    name: str
+    role: str
+    pid: int
+    doing: str
+    since_s: float
+    """seconds it has been doing that"""
+    silent_s: float
+    """seconds since its last message"""
+
+
+class Snapshot(WireStruct, frozen=True, kw_only=True):
+    """The buffer's state, for the launcher, a person or a monitor."""
+
+    step: int = 0
+    """of the next batch"""
+    published: int = 0
+    """newest version of the weights"""
+    consumed: int = 0
+    """newest version that is in a checkpoint"""
+    live: int = 0
+    """training groups that are in no batch yet"""
+    waits: tuple[StandingWait, ...] = ()
+    """those of more than a second"""
+    generators: tuple[GeneratorState, ...] = ()
+    processes: tuple[ProcessState, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """events by name, since the start of the run"""
+    refused: Mapping[str, int] = field(default_factory=dict)
+    """messages and trajectories not taken, by RefusalKind (wire/frames.py)"""
+    counters: BufferCounters = BufferCounters()
+
+
+class Gone(WireStruct, frozen=True, kw_only=True):
+    """A generator's process has ended: its permits need not wait for it."""
 
     name: str
     pid: int
-    """of that life of it"""
+    """of the process that ended; a restarted generator has another"""
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shutdown:
+class Shutdown(WireStruct, frozen=True, kw_only=True):
     """To the buffer: pass on `Stop`, commit, end."""
 
     reason: str
+
+
+# ---------------------------------------------------------------- joining generator <-> buffer
+
+
+class Join(WireStruct, frozen=True, kw_only=True):
+    """A generator started by a user asks, before its Hello, whether it may join. Answered by `Welcome` or `Refused`."""
+
+    name: str
+    package: str
+    """version of async_rl"""
+    pid: int
+
+
+class Welcome(WireStruct, frozen=True, kw_only=True):
+    """Everything that a joining generator must know of the run."""
+
+    run: str
+    """the run's folder"""
+    settings: Detail
+    """of the run, as in its config.yaml"""
+    task_digest: str
+    """of its problems (async_rl/run/preflight.py)"""
+    host: str
+    """of the buffer (wire/endpoint.py, `this_host`)"""
+    folder: str
+    """the buffer's working folder, where relative paths begin"""
+    segment: str
+    """file of the weights in that host's shared memory"""
+    weights: str
+    """where the weight server listens; empty: there is none"""
+
+
+# ---------------------------------------------------------------- generator of another host <-> weight server
+
+
+class AskWeights(WireStruct, frozen=True, kw_only=True):
+    """Answered by `Offer`, or by `Waiting` while there is nothing newer."""
+
+    after: int
+    """a version newer than this; what was offered before is not wanted any more"""
+
+
+class Offer(WireStruct, frozen=True, kw_only=True):
+    """A version that stays available while its chunks are asked for."""
+
+    version: int
+    num_bytes: int
+    chunk_bytes: int
+    """of every chunk but the last"""
+    checksum: int
+    """crc32 of all bytes"""
+    layout: str
+    """where each tensor lies among them (weights/shared_memory.py)"""
+
+
+class AskChunks(WireStruct, frozen=True, kw_only=True):
+    """Each chunk is answered by `Chunk`, or all of them by `Withdrawn`."""
+
+    version: int
+    chunks: tuple[int, ...]
+
+
+class Chunk(WireStruct, frozen=True, kw_only=True):
+    """A piece of the weights."""
+
+    version: int
+    index: int
+    checksum: int
+    """crc32 of the content"""
+    content: memoryview
+    """bytes"""
+
+
+class Withdrawn(WireStruct, frozen=True, kw_only=True):
+    """This version is no longer there: ask for weights anew."""
+
+    version: int
+
+
+# ---------------------------------------------------------------- generator <-> trainer of one host: weights into vLLM
+
+
+class AskLink(WireStruct, frozen=True, kw_only=True):
+    """A generator asks for newer weights. Answered by `LinkCall`s, by `Waiting` while there is nothing newer, or by
+    `Refused`. Asking again changes nothing while the answer is under way."""
+
+    name: str
+    pid: int
+    session: int
+    """number of this session of the generator; another session begins with a new link"""
+    way: str
+    """nccl or ipc"""
+    workers: int
+    """processes that hold the model together"""
+    after: int
+    """a version newer than this; -1: any"""
+
+
+class LinkCall(WireStruct, frozen=True, kw_only=True):
+    """What vLLM is to do next. Answered by `LinkAnswer` when it is done."""
+
+    number: int
+    method: str
+    """init, start, update or finish, in this order; init once a link, update once or more"""
+    version: int
+    """of the weights that are sent; -1 for init"""
+    detail: Detail
+    """arguments of vLLM's own method of that name"""
+
+
+class LinkAnswer(WireStruct, frozen=True, kw_only=True):
+    """A call is done, or failed."""
+
+    session: int
+    number: int
+    error: str = ""
+    """why it could not be done"""
 
 
 # fmt: off
 Message = (
     Hello | Want | Finished | Turns | Leave | Holds | Status | Canary
     | Permits | Accepted | Refused | Abandon | NewWeights | Stop | Unknown
-    | Pulse | Heard
+    | Pulse | PulseAnswer
     | NextBatch | Published | Checkpointed | Evaluate | FetchEvaluation | Done
     | Batch | Waiting | EvaluationResult
     | Query | Snapshot | Gone | Shutdown

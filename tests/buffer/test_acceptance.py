@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from support_buffer_world import TRAINER, answer, make_core
 
 from async_rl.buffer import effects as do
@@ -216,8 +216,8 @@ def test_refusals_are_counted_by_kind_with_a_few_examples_and_answered_within_a_
     assert all(len(e.reason) <= 200 for e in examples)
     assert len(refusals(effects)) == ANSWERS_AT_ONCE
     assert core.refusals.counts == {"stranger": 5000, "bytes": 5000}
-    assert core.snapshot(1.0)["refused"] == {"stranger": 5000, "bytes": 5000}
-    assert core.snapshot(1.0)["wire_refused"] == 10000
+    assert core.snapshot(1.0).refused == {"stranger": 5000, "bytes": 5000}
+    assert core.snapshot(1.0).counters.messages_refused == 10000
     assert refusals(core.handle(TRAINER, msg.NextBatch(step=9), 1.0)), "the trainer is told whatever others sent"
     assert len(refusals(core.handle(b"x", msg.Holds(version=0), 2.0))) == 1, "the budget fills up again"
 

@@ -64,5 +64,4 @@ def test_without_a_trainer_or_of_a_stranger_it_is_counted_and_let_go(core: Core,
 def test_a_batch_names_the_connected_generators_and_what_they_hold(core: Core) -> None:
     hello(core, GENERATOR, "generator")
     core.handle(GENERATOR, msg.Holds(version=5), 1.0)
-    detail = core.snapshot(1.0)
-    assert detail[f"{msg.HOLDS}generator-0"] == 5
+    assert core.snapshot(1.0).counters.held_versions["generator-0"] == 5

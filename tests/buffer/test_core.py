@@ -7,11 +7,13 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_buffer_world import TRAINER, World, answer, make_core, paces, policies, trajectory
+from support_buffer_world import TRAINER, answer, make_core, paces, policies, trajectory
+from support_world import deaths, make_world, play
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.staleness import Entry, Line, PacePolicy, Policy
 from async_rl.errors import UserError
+from async_rl.instruments.world.clock import Network
 from async_rl.wire import messages as msg
 
 
@@ -19,33 +21,42 @@ from async_rl.wire import messages as msg
 @given(
     policy=policies(),
     generators=st.integers(1, 4),
-    loss=st.sampled_from([0.0, 0.1]),
+    loss=st.booleans(),
     failure=st.sampled_from([0.0, 0.05]),
     spread=st.sampled_from([1.0, 30.0]),
     drop=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 def test_staleness_is_bounded_and_each_admitted_group_is_trained_once_or_refused(
-    policy: Policy, generators: int, loss: float, failure: float, spread: float, drop: bool, seed: int
+    policy: Policy, generators: int, loss: bool, failure: float, spread: float, drop: bool, seed: int
 ) -> None:
-    core = make_core(policy, drop_zero_signal=drop)
-    world = World(
-        core=core, random=Random(seed), steps=8, generators=generators, loss=loss, failure=failure, spread=spread
+    world = make_world(
+        policy,
+        seed=seed,
+        steps=8,
+        generators=generators,
+        reports=False,
+        drop_zero_signal=drop,
+        failure=failure,
+        spread=spread,
+        faults=deaths("kill generator", 8 if loss else 0, seed),
+        network=Network(delay_s=0.05, double=0.1),
     )
-    world.run()
-    assert len(world.trained) == len(set(world.trained)) == 8 * policy.groups_per_step
+    seen = play(world)
+    trained, core = seen.batched, world.buffer.core
+    assert len(trained) == len(set(trained)) == 8 * policy.groups_per_step
     in_flight = set(core.groups)
-    assert world.admitted == set(world.trained) | set(world.refused) | in_flight
-    assert not set(world.trained) & set(world.refused)
-    assert not in_flight & set(world.trained)
-    assert core.counts["groups_admitted"] == len(world.admitted)
-    assert core.counts["groups_trained"] == len(world.trained)
-    assert core.counts["groups_refused"] == len(world.refused)
-    stale = [group for group, reason in world.refused.items() if reason.startswith("stale")]
+    assert set(seen.asked) == set(trained) | set(seen.refused) | in_flight
+    assert not set(trained) & set(seen.refused)
+    assert not in_flight & set(trained)
+    assert core.counts["groups_admitted"] == len(seen.asked)
+    assert core.counts["groups_trained"] == len(trained)
+    assert core.counts["groups_refused"] == len(seen.refused)
+    stale = [group for group, reason in seen.refused.items() if reason.startswith("stale")]
     # pacing and waiting admit nothing that would have to be refused for its age
     assert policy.refills or not stale
     assert core.counts["refused_stale"] == len(stale)
-    world.check_prompts()
+    seen.check_prompts(core)
     assert len(core.ledger.line.entries) >= len(core.groups) == core.ledger.line.live
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import exp, inf, nan
 from pathlib import Path
@@ -13,9 +13,11 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_buffer_world import TRAINER, World, make_core, policies
+from support_buffer_world import TRAINER, make_core, policies
+from support_world import Invariants, deaths, make_world, play
 
 from async_rl.buffer import effects as do
+from async_rl.buffer.core import Core
 from async_rl.buffer.depth import CALM_STEPS, LEAST_STEPS, DepthControl, DepthState
 from async_rl.buffer.loop import write
 from async_rl.buffer.restore import read_standing, restore
@@ -165,13 +167,16 @@ def test_the_depth_stays_within_its_bounds_and_changes_are_far_apart(
     assert CALM_STEPS > LEAST_STEPS
 
 
-class ShakenWorld(World):
+@dataclass(eq=False, kw_only=True)
+class ShakenDepth(Invariants):
     """The depth is set anew at random before every message."""
 
-    def obey(self, effects: list[do.Effect]) -> None:
-        policy = self.core.ledger.policy
-        self.core.ledger.policy = policy.at_depth(self.random.uniform(1, policy.max_staleness + 1))
-        super().obey(effects)
+    random: Random
+
+    def round(self, core: Core) -> None:
+        super().round(core)
+        policy = core.ledger.policy
+        core.ledger.policy = policy.at_depth(self.random.uniform(1, policy.max_staleness + 1))
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
@@ -179,13 +184,21 @@ class ShakenWorld(World):
 def test_the_bound_holds_under_any_sequence_of_depths(
     policy: Policy, generators: int, spread: float, seed: int
 ) -> None:
-    world = ShakenWorld(
-        core=make_core(policy), random=Random(seed), steps=8, generators=generators, loss=0.05, failure=0.02,
+    deepest = policy.at_depth(policy.max_staleness + 1.0).slots
+    world = make_world(
+        policy,
+        seed=seed,
+        steps=8,
+        generators=generators,
+        reports=False,
+        watch=ShakenDepth(policy=policy, slots=deepest, random=Random(seed)),
+        failure=0.02,
         spread=spread,
-    )  # fmt: skip
-    world.run()  # asserts the bound at every batch, and that it comes to its end
-    assert len(world.trained) == len(set(world.trained)) == 8 * policy.groups_per_step
-    world.check_prompts()
+        faults=deaths("kill generator", 4, seed),
+    )
+    seen = play(world)  # asserts the bound at every batch, and that it comes to its end
+    assert len(seen.batched) == len(set(seen.batched)) == 8 * policy.groups_per_step
+    seen.check_prompts(world.buffer.core)
 
 
 def test_the_buffer_obeys_the_depth_says_so_and_a_restarted_one_goes_on_with_it(tmp_path: Path) -> None:

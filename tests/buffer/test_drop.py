@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_buffer_world import TRAINER, World, answer, drops, make_core
+from support_buffer_world import TRAINER, answer, drops, make_core
+from support_world import deaths, make_world, play
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
@@ -72,6 +72,12 @@ def overdue_play() -> tuple[Play, list[do.Effect]]:
     return play, play.hear(TRAINER, msg.NextBatch(step=1))
 
 
+def dropped_metrics(core: Core) -> dict[str, float]:
+    counters = core.counters().dropped
+    assert counters is not None
+    return counters.metrics()
+
+
 def test_a_running_group_that_can_no_longer_be_trained_gives_its_slot_up_and_is_asked_again_at_once() -> None:
     play, effects = overdue_play()
     assert [e.groups for e in effects if isinstance(e, do.FormBatch)] == [(2,)]
@@ -99,7 +105,7 @@ def test_what_was_generated_of_a_dropped_group_is_stored_and_counted(tmp_path: P
     ]
     play.hear(b"g", msg.Finished(trajectories=(late[0],)))
     play.hear(b"g", msg.Finished(trajectories=(late[0], late[1])))  # the first one twice
-    numbers = play.core.batching.numbers()
+    numbers = dropped_metrics(play.core)
     assert numbers["drop/groups"] == 1
     assert (numbers["drop/trajectories"], numbers["drop/tokens"], numbers["drop/len_mean"]) == (1, 90, 90.0)
     assert numbers["drop/len_trained"] == 20.0
@@ -117,7 +123,7 @@ def test_what_was_generated_of_a_dropped_group_is_stored_and_counted(tmp_path: P
         assert [row.policy_length for row in dropped] == [90, 0]
         assert all((row.refused_because or "").startswith("stale: admitted") for row in dropped)
         restore(again, read_standing(store), version=2)
-    assert again.batching.numbers() == numbers, "and known again after a restart"
+    assert dropped_metrics(again) == numbers, "and known again after a restart"
     assert again.counts["trajectories_failed"] == 0
 
 
@@ -125,7 +131,7 @@ def test_a_stranger_cannot_add_to_what_was_dropped() -> None:
     play, _ = overdue_play()
     play.hear(b"other", msg.Hello(role="generator", name="other", pid=1))
     play.hear(b"other", msg.Finished(trajectories=(long(play.permits[0], 0, 0, 90),)))
-    assert play.core.batching.numbers()["drop/trajectories"] == 0
+    assert dropped_metrics(play.core)["drop/trajectories"] == 0
     assert play.core.refusals.counts.total() == 1
 
 
@@ -165,23 +171,28 @@ def test_a_run_that_drops_everything_ends_with_the_reason() -> None:
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(policy=drops(), generators=st.integers(1, 4), loss=st.sampled_from([0.0, 0.1]), seed=st.integers(0, 2**32))
+@given(policy=drops(), generators=st.integers(1, 4), loss=st.booleans(), seed=st.integers(0, 2**32))
 def test_every_prompt_is_trained_in_the_end_and_none_twice(
-    policy: DropPolicy, generators: int, loss: float, seed: int
+    policy: DropPolicy, generators: int, loss: bool, seed: int
 ) -> None:
-    world = World(
-        core=make_core(policy), random=Random(seed), steps=25, generators=generators, loss=loss, failure=0.0,
+    world = make_world(
+        policy,
+        seed=seed,
+        steps=25,
+        generators=generators,
+        reports=False,
         spread=30.0,
-    )  # fmt: skip
-    world.run()
-    trained = Counter(world.asked[group][0] for group in world.trained)
+        faults=deaths("kill generator", 20 if loss else 0, seed, until_s=40.0),
+    )
+    seen, core = play(world), world.buffer.core
+    trained = Counter(seen.asked[group][0] for group in seen.batched)
     assert set(trained.values()) == {1}
-    world.check_prompts()
+    seen.check_prompts(core)
     # what of the prefix was not trained yet is under way or next
-    missing = set(range(world.core.admission.position)) - set(trained)
-    under_way = {world.asked[group][0] for group in world.core.groups}
-    assert missing == under_way | {position for position, _ in world.core.admission.refill}
-    assert len(missing) <= policy.slots + len(world.core.admission.refill)
+    missing = set(range(core.admission.position)) - set(trained)
+    under_way = {seen.asked[group][0] for group in core.groups}
+    assert missing == under_way | {position for position, _ in core.admission.refill}
+    assert len(missing) <= policy.slots + len(core.admission.refill)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -194,12 +205,18 @@ def test_without_staleness_every_policy_trains_the_prompt_order(
 ) -> None:
     window = {"window": 1} if kind is PacePolicy else {}
     policy = kind(groups_per_step=groups, max_staleness=0, pipeline_depth=1.0, **window)
-    world = World(
-        core=make_core(policy), random=Random(seed), steps=6, generators=generators, loss=0.1, failure=0.0, spread=30.0
+    world = make_world(
+        policy,
+        seed=seed,
+        steps=6,
+        generators=generators,
+        reports=False,
+        spread=30.0,
+        faults=deaths("kill generator", 6, seed),
     )
-    world.run()
-    assert [world.asked[group] for group in world.trained] == [(p, 0) for p in range(6 * groups)]
-    assert not world.refused
+    seen = play(world)
+    assert [seen.asked[group] for group in seen.batched] == [(p, 0) for p in range(6 * groups)]
+    assert not seen.refused
 
 
 @pytest.mark.parametrize(("tokens", "bias"), [(0, None), (5, 0.25), (200, 10.0)])
@@ -207,4 +224,4 @@ def test_a_bias_is_told_when_lengths_of_dropped_trajectories_are_known(tokens: i
     play, _ = overdue_play()
     for sample in range(2):
         play.hear(b"g", msg.Finished(trajectories=(long(play.permits[0], sample, 0, tokens),)))
-    assert play.core.batching.numbers().get("drop/len_bias") == bias
+    assert dropped_metrics(play.core).get("drop/len_bias") == bias

@@ -6,55 +6,72 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_buffer_world import make_core, policies, trajectory
-from support_mortal_world import STEPS, MortalWorld, audit
+from support_buffer_world import policies, trajectory
+from support_world import Invariants, audit_store, deaths, make_world, play
+from support_world_store import RealStore
 
 from async_rl.buffer.staleness import Policy
 from async_rl.buffer.store import Store
+from async_rl.instruments.world.world import World
+from async_rl.wire import messages as msg
+
+STEPS = 8
 
 REASON = "rollback: begun under weights that were given up"
 
 
-@dataclass
-class WorldThatGoesBack(MortalWorld):
+@dataclass(eq=False)
+class WorldThatGoesBack(World):
     """The weights of one version are given up before they are published."""
 
-    back_at: int = 1
+    back_at: int = 0
+    """set before the run is played"""
     gone: bool = False
 
-    def publish(self, version: int) -> None:
+    def share_weights(self, version: int) -> None:
         if version != self.back_at or self.gone:
-            super().publish(version)
+            super().share_weights(version)
             return
         self.gone = True
-        self.saved = [version]
-        ahead = {group for batch in self.store.batches() if batch.step >= version for group in batch.groups}
-        self.trained = [group for group in self.trained if group not in ahead]
-        self.sent = {step: blobs for step, blobs in self.sent.items() if step < version}
-        self.die(None)
+        assert isinstance(self.watch, GoingBack)
+        self.watch.forget_ahead(version)
+        self.saved = [(version, 0, tuple(self.watch.batched))]
+        self.fall(None)
 
-    def opened(self) -> None:
+    def reopened(self) -> None:
         if self.gone:
+            assert isinstance(self.watch, GoingBack)
             before = self.refused_rows()
             self.store.give_up(version=self.back_at, reason=REASON)
             new = self.refused_rows() - before
             assert not new or not before, "it is done once"
-            self.refused |= dict.fromkeys(new, REASON)
+            self.watch.refused |= dict.fromkeys(new, REASON)
+            self.watch.oldest = self.back_at
 
     def refused_rows(self) -> set[int]:
         return {row.group for row in self.store.groups() if row.refused_because == REASON}
 
-    def check_batch(self, step: int, groups: tuple[int, ...]) -> None:
-        super().check_batch(step, groups)
-        if self.gone:
-            assert step >= self.back_at
-            size = range(self.core.rules.group_size)
-            versions = [self.stored[group, sample].version_min for group in groups for sample in size]
-            assert min((v for v in versions if v >= 0), default=self.back_at) >= self.back_at
+
+@dataclass(eq=False, kw_only=True)
+class GoingBack(Invariants):
+    oldest: int = 0
+    """version: what older ones have sampled was given up"""
+
+    def forget_ahead(self, version: int) -> None:
+        """The batches formed for steps from here on."""
+        for step in [step for step in self.formed if step >= version]:
+            del self.formed[step]
+            self.answered.pop(step, None)
+
+    def trained(self, step: int, batch: msg.Batch) -> None:
+        super().trained(step, batch)
+        if self.oldest:
+            assert step >= self.oldest
+            versions = [t.version_min for t in batch.trajectories]
+            assert min((v for v in versions if v >= 0), default=self.oldest) >= self.oldest
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -63,29 +80,34 @@ class WorldThatGoesBack(MortalWorld):
     generators=st.integers(1, 3),
     spread=st.sampled_from([1.0, 30.0]),
     drop=st.booleans(),
-    deaths=st.integers(0, 3),
+    died=st.integers(0, 3),
     back_at=st.integers(1, STEPS - 1),
     seed=st.integers(0, 2**32),
 )
 def test_after_going_back_nothing_of_the_given_up_versions_is_trained_and_nothing_is_lost(
-    policy: Policy, generators: int, spread: float, drop: bool, deaths: int, back_at: int, seed: int
+    policy: Policy, generators: int, spread: float, drop: bool, died: int, back_at: int, seed: int
 ) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        world = WorldThatGoesBack(
-            core=make_core(policy, drop_zero_signal=drop),
-            random=Random(seed),
+        world = make_world(
+            policy,
+            kind=WorldThatGoesBack,
+            watch=GoingBack(policy=policy),
+            seed=seed,
             steps=STEPS,
             generators=generators,
-            loss=0.05,
+            reports=False,
+            store=RealStore(Path(folder) / "trajectories.sqlite"),
+            save_every=2,
+            drop_zero_signal=drop,
             failure=0.05,
             spread=spread,
-            path=Path(folder) / "trajectories.sqlite",
-            deaths=deaths,
-            back_at=back_at,
+            faults=(*deaths("kill buffer", died, seed), *deaths("kill generator", 4, seed + 1)),
         )
-        world.run()
+        assert isinstance(world, WorldThatGoesBack)
+        world.back_at = back_at
+        play(world)
         assert world.gone
-        audit(world)
+        audit_store(world)
 
 
 def test_batches_formed_ahead_are_given_up_once_and_later_ones_stay(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from support_buffer_world import TRAINER, make_core
 
-from async_rl import __version__
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
 from async_rl.buffer.staleness import PacePolicy
+from async_rl.version import __version__
 from async_rl.wire import messages as msg
 
 PACE = PacePolicy(groups_per_step=2, max_staleness=2, pipeline_depth=3.0, window=1)
@@ -23,8 +23,8 @@ def told(effects: list[do.Effect], kind: type) -> list[Any]:
     return [e.message for e in effects if isinstance(e, do.Send) and isinstance(e.message, kind)]
 
 
-def hello(name: str, **detail: Any) -> msg.Hello:
-    return msg.Hello(role="generator", name=name, pid=7, detail=detail)
+def hello(name: str, *, joined: bool = False) -> msg.Hello:
+    return msg.Hello(role="generator", name=name, pid=7, joined=joined)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support_run import quick_settings
 
+from async_rl.process_spec import BufferSpec
 from async_rl.buffer.loop import FEWEST_MESSAGES, divide
 from async_rl.config import Settings
 from async_rl.run_folder import RunFolder
@@ -119,8 +120,10 @@ def buffer(tmp_path: Path, settings: Settings) -> Iterator[tuple[Peers, int]]:
     folder = RunFolder(tmp_path / "run")
     folder.create(settings)
     endpoint = ipc_endpoint(folder.path)
-    words = [sys.executable, "-m", "async_rl.buffer", str(folder.path), endpoint, "50", "100", "0"]
-    process = subprocess.Popen(words)
+    spec = BufferSpec(
+        run=str(folder.path), name="buffer", endpoint=endpoint, train_problems=50, vocabulary=100, version=0
+    )
+    process = subprocess.Popen([sys.executable, "-m", "async_rl.buffer", spec.to_json()])
     try:
         with Dealer(endpoint, "generator-0") as generator, Dealer(endpoint, "trainer") as trainer:
             yield Peers(settings, generator, trainer), process.pid

@@ -5,12 +5,12 @@ from __future__ import annotations
 import heapq
 import tempfile
 from pathlib import Path
-from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support_buffer_world import TRAINER, make_core, policies
-from support_mortal_world import STEPS, MortalWorld, audit, durable
+from support_world import audit_store, deaths, durable, make_world, play
+from support_world_store import RealStore
 
 from async_rl.buffer.loop import write
 from async_rl.buffer.restore import read_standing, restore
@@ -23,7 +23,7 @@ from async_rl.wire import messages as msg
 @given(
     policy=policies(),
     generators=st.integers(1, 3),
-    loss=st.sampled_from([0.0, 0.1]),
+    loss=st.booleans(),
     failure=st.sampled_from([0.0, 0.05]),
     spread=st.sampled_from([1.0, 30.0]),
     drop=st.booleans(),
@@ -31,23 +31,24 @@ from async_rl.wire import messages as msg
     seed=st.integers(0, 2**32),
 )
 def test_after_deaths_at_any_moment_every_admitted_group_is_trained_once_within_the_bound(
-    policy: Policy, generators: int, loss: float, failure: float, spread: float, drop: bool, every: int, seed: int
+    policy: Policy, generators: int, loss: bool, failure: float, spread: float, drop: bool, every: int, seed: int
 ) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        world = MortalWorld(
-            core=make_core(policy, drop_zero_signal=drop),
-            random=Random(seed),
-            steps=STEPS,
+        world = make_world(
+            policy,
+            seed=seed,
+            steps=8,
             generators=generators,
-            loss=loss,
+            reports=False,
+            store=RealStore(Path(folder) / "trajectories.sqlite"),
+            save_every=every,
+            drop_zero_signal=drop,
             failure=failure,
             spread=spread,
-            path=Path(folder) / "trajectories.sqlite",
-            every=every,
-            deaths=4,
+            faults=(*deaths("kill buffer", 4, seed), *deaths("kill generator", 8 if loss else 0, seed + 1)),
         )
-        world.run()
-        audit(world)
+        play(world)
+        audit_store(world)
 
 
 def test_a_store_without_anything_gives_a_fresh_buffer(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ import multiprocessing
 import os
 import signal
 import sqlite3
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from async_rl.buffer.store import Durability, Store, StoreError, StoreReader
 from async_rl.errors import UserError

@@ -27,7 +27,8 @@ def ends(tmp_path: Path) -> Iterator[tuple[Router, Inbox]]:
 
 
 def part(step: int, after: int, until: int) -> msg.Batch:
-    return msg.Batch(step=step, blobs=tuple(BLOBS[after:until]), after=after, total=5, detail={"part": float(after)})
+    counters = msg.BufferCounters(slots=after)
+    return msg.Batch(step=step, blobs=tuple(BLOBS[after:until]), after=after, total=5, counters=counters)
 
 
 def asked(router: Router) -> list[msg.Message]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
 from async_rl.config import CriticSettings, OptimizerSettings
 from async_rl.model.architecture import DecoderConfig
@@ -74,7 +75,7 @@ def make_batch(*, micro_batch_tokens: int = 10_000, broken: bool = False, order:
         at += len(where)
         if broken and t.sample == 0:
             column[where[0]] = np.nan
-        sampled.append(replace(t, log_behaviour=column))
+        sampled.append(structs.replace(t, log_behaviour=column))
     shuffled = [sampled[i] for i in np.random.default_rng(order).permutation(len(sampled))]
     return pack_batch(shuffled, micro_batch_tokens=micro_batch_tokens)
 

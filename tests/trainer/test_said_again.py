@@ -134,8 +134,9 @@ def test_time_in_which_the_trainer_itself_was_stopped_is_no_waiting(make: Any) -
 def test_the_end_waits_until_the_last_checkpoint_is_noted(make: Any) -> None:
     def answer(message: msg.Message, times: int) -> list[msg.Message]:
         noted = 8 if buffer.said.count(msg.Checkpointed(version=8)) >= 2 else 4
-        return [msg.Snapshot(detail={"consumed": noted, "waits": []})] if message == msg.Query() else []
+        snapshot = msg.Snapshot(consumed=noted, counters=msg.BufferCounters(groups_trained=8))
+        return [snapshot] if message == msg.Query() else []
 
     inbox, buffer = make(answer)
     inbox.say(msg.Checkpointed(version=8))
-    assert inbox.consumed(8)["consumed"] == 8
+    assert inbox.consumed(8).groups_trained == 8

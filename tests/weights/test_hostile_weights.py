@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from random import Random
 
 import numpy as np
+from msgspec.structs import replace
 from support_hostile import KINDS, some_message
 
 from async_rl.weights.shared_memory import Copied, WeightsError

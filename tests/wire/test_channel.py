@@ -36,8 +36,8 @@ def test_a_router_answers_the_peer_that_asked(tmp_path: Path) -> None:
         launcher.send(Query())
         assert router.receive(5) == (b"launcher", Query())
         assert router.send(b"trainer", Refused(what="a", reason="b"))
-        assert router.send(b"launcher", Snapshot(detail={"step": 3}))
-        assert launcher.receive(5, "a snapshot") == Snapshot(detail={"step": 3})
+        assert router.send(b"launcher", Snapshot(step=3))
+        assert launcher.receive(5, "a snapshot") == Snapshot(step=3)
         assert trainer.receive(5, "a batch") == Refused(what="a", reason="b")
         assert router.receive(0) is None
 
@@ -96,7 +96,7 @@ def test_an_oversized_frame_is_not_received(tmp_path: Path) -> None:
         Dealer(router.endpoint, "large") as large,
         Dealer(router.endpoint, "small") as small,
     ):
-        large.send(Snapshot(detail={"text": "x" * 2000}))
+        large.send(Snapshot(counts={"x" * 2000: 1}))
         small.send(Query())
         assert router.receive(5) == (b"small", Query())
         assert router.receive(0) is None

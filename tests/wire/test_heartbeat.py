@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from async_rl.wire.channel import Dealer, Router
-from async_rl.wire.heartbeat import PULSE_PIPE, STARTING, Activity, Heartbeat
-from async_rl.wire.messages import Heard, Pulse
+from async_rl.wire.heartbeat import STARTING, Activity, Heartbeat
+from async_rl.wire.messages import Pulse, PulseAnswer
 
 LONGEST_S = 20.0
 
@@ -34,12 +34,9 @@ def test_an_activity_knows_since_when_and_whether_its_loop_comes_round() -> None
     assert activity.held_up_s() == 7.0
 
 
-def test_a_thread_tells_buffer_and_launcher_what_a_blocked_main_thread_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_thread_tells_buffer_and_launcher_what_a_blocked_main_thread_does(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.set_blocking(read, False)
-    monkeypatch.setenv(PULSE_PIPE, str(write))
     endpoint = f"ipc://{tmp_path}/b.sock"
     activity = Activity()
     heard: list[Pulse] = []
@@ -54,7 +51,7 @@ def test_a_thread_tells_buffer_and_launcher_what_a_blocked_main_thread_does(
                 assert peer == b"generator-1/pulse"
                 assert isinstance(message, Pulse)
                 heard.append(message)
-                router.send(peer, Heard())
+                router.send(peer, PulseAnswer())
 
     with (
         Router(endpoint) as router,
@@ -64,6 +61,7 @@ def test_a_thread_tells_buffer_and_launcher_what_a_blocked_main_thread_does(
             activity=activity,
             dealer=lambda: Dealer(endpoint, "generator-1/pulse"),
             every_s=0.05,
+            pipe=write,
         ) as heartbeat,
     ):
         activity.now("decoding 3 sequences")

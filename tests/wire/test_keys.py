@@ -37,8 +37,8 @@ def serves(router: Router, keys: Keys, name: str = "trainer") -> None:
     with Dealer(router.endpoint, name, keys=keys) as dealer:
         dealer.send(Query())
         assert router.receive(SOON_S) == (name.encode(), Query())
-        assert router.send(name.encode(), Snapshot(detail={"secret": 1}))
-        assert dealer.receive(SOON_S, "an answer") == Snapshot(detail={"secret": 1})
+        assert router.send(name.encode(), Snapshot(counts={"secret": 1}))
+        assert dealer.receive(SOON_S, "an answer") == Snapshot(counts={"secret": 1})
 
 
 def turned_away(router: Router, at_least: int, reason: str = "") -> int:

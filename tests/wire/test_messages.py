@@ -2,17 +2,18 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import MISSING, fields
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import msgpack
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_rl.trajectory import Split, Trajectory, Turn, VersionSpan
-from async_rl.trajectory.codec import Blob, WireError, pack
+from async_rl.trajectory.codec import WireError, pack
 from async_rl.wire import messages as msg
 from async_rl.wire.frames import SCHEMA, decode, encode
 
@@ -48,26 +49,30 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     arguments = get_args(hint)
     if hint is int:
         return st.integers(-(2**63), 2**64 - 1)
-    if hint == Blob:
-        return st.binary(max_size=8)
+    if hint is memoryview:
+        return st.binary(max_size=8).map(memoryview)
+    if hint is NoneType:
+        return st.none()
+    if get_origin(hint) is UnionType:
+        return st.one_of(*map(values, arguments))
     if hint == Split:
         return st.sampled_from(arguments)
-    if hint == Mapping[str, float]:
-        return st.dictionaries(st.text(max_size=4), st.floats(allow_nan=False), max_size=3)
     if hint == msg.Detail:
         return st.dictionaries(st.text(max_size=4), PLAIN, max_size=3)
+    if get_origin(hint) is Mapping:
+        return st.dictionaries(st.text(max_size=4), values(arguments[1]), max_size=3)
     if get_origin(hint) is tuple and arguments[-1] is Ellipsis:
         return st.lists(values(arguments[0]), max_size=3).map(tuple)
     if get_origin(hint) is tuple:
         return st.tuples(*(values(argument) for argument in arguments))
-    if hint is msg.Permit:
+    if isinstance(hint, type) and issubclass(hint, msg.WireStruct):
         return messages(hint)
     return {float: st.floats(allow_nan=False), str: st.text(max_size=8), bool: st.booleans()}[hint]
 
 
 def messages(kind: type) -> st.SearchStrategy[Any]:
     hints = get_type_hints(kind)
-    return st.builds(kind, **{f.name: values(hints[f.name]) for f in fields(kind)})
+    return st.builds(kind, **{name: values(hints[name]) for name in kind.__struct_fields__})
 
 
 SMALL = [kind for kind in KINDS if kind not in (msg.Finished, msg.Turns, msg.Batch)]
@@ -93,9 +98,10 @@ def test_trajectories_small_and_large_come_back_in_order(kind: type) -> None:
 
 def test_stored_blobs_travel_as_they_are() -> None:
     blobs = tuple(pack(trajectory(i)) for i in range(5))
-    received = decode(encode(msg.Batch(step=4, blobs=blobs, detail={"slots": 3})))
+    received = decode(encode(msg.Batch(step=4, blobs=blobs, counters=msg.BufferCounters(slots=3, held_up_seconds=3))))
     assert isinstance(received, msg.Batch)
-    assert (received.step, received.blobs, received.detail) == (4, (), {"slots": 3.0})
+    assert (received.step, received.blobs, received.counters.slots) == (4, (), 3)
+    assert type(received.counters.held_up_seconds) is float
     assert tuple(pack(t) for t in received.trajectories) == blobs
 
 
@@ -107,8 +113,11 @@ def test_whole_numbers_in_float_fields_arrive_as_floats() -> None:
 
 @pytest.mark.parametrize("detail", [{"a": object()}, {"a": 2**70}, {"a": np.float32(1)}])
 def test_what_is_no_plain_data_is_an_error_of_the_sender(detail: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="Snapshot cannot be sent"):
-        encode(msg.Snapshot(detail=detail))
+    with pytest.raises(ValueError, match="LinkCall cannot be sent"):
+        encode(msg.LinkCall(number=1, method="init", version=-1, detail=detail))
+
+
+CALL: dict[str, Any] = {"number": 1, "method": "init", "version": -1}
 
 
 def altered(kind: str, value: Any, schema: Any = SCHEMA) -> list[bytes]:
@@ -134,8 +143,8 @@ def altered(kind: str, value: Any, schema: Any = SCHEMA) -> list[bytes]:
         (altered("Accepted", {"pairs": [[1, 2, 3]]}), "not a list of 2"),
         (altered("Accepted", {"pairs": [[1, 2.0]]}), "not a list of 2: int, int"),
         (altered("Accepted", {"pairs": 3}), "not a list"),
-        (altered("Snapshot", {"detail": {"a": b"x"}}), "holds a bytes"),
-        (altered("Snapshot", {"detail": {"a": [[[[[[[[[[[1]]]]]]]]]]]}}), "nested"),
+        (altered("LinkCall", CALL | {"detail": {"a": b"x"}}), "holds a bytes"),
+        (altered("LinkCall", CALL | {"detail": {"a": [[[[[[[[[[[1]]]]]]]]]]]}}), "nested"),
         ([*altered("Query", {}), b""], "2 frames"),
         (altered("Finished", {}), "without trajectories"),
         (altered("Finished", {"trajectories": [[3]]}), "1 frames"),
@@ -160,7 +169,7 @@ def test_random_frames_are_refused(frames: list[bytes]) -> None:
 @given(kind=st.sampled_from([kind.__name__ for kind in KINDS]), value=PLAIN, data=st.data())
 def test_any_content_of_a_known_kind_is_a_message_or_refused(kind: str, value: Any, data: st.DataObject) -> None:
     known = {kind.__name__: kind for kind in KINDS}[kind]
-    names = [f.name for f in fields(known) if f.name != "blobs" and f.default is MISSING]
+    names = [f.name for f in msgspec.structs.fields(known) if f.name != "blobs" and f.required]
     for content in (value, {name: data.draw(PLAIN) for name in names}):
         with suppress(WireError):
             assert type(decode(altered(kind, content))) is known
