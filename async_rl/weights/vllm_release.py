@@ -1,7 +1,7 @@
 """Which vLLM is installed, and whether it is one this engine speaks with.
 
 What of vLLM is called and passed is recorded for each release (tests/generator/vllm_releases.json) and every call
-of ours is checked against each record. What of each was run for real: docs/weights.md.
+of ours is checked against each record. What of each was run for real: docs/howto/weights.md.
 """
 
 from __future__ import annotations
