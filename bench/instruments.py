@@ -51,12 +51,11 @@ LOOK = """
 import io, sys, time
 from pathlib import Path
 from rich.console import Console
-from async_rl.observe.top import Watch
-from async_rl.observe.top import EVERY_S, picture
+from async_rl.observe.top import EVERY_S, RunPoller, render
 
-watch = Watch(Path(sys.argv[1]))
+poller = RunPoller(Path(sys.argv[1]))
 while True:
-    Console(file=io.StringIO(), width=140).print(picture(watch.look(), 140, time.time()))
+    Console(file=io.StringIO(), width=140).print(render(poller.poll(), 140, time.time()))
     time.sleep(EVERY_S)
 """
 

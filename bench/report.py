@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from support_story import Story
 
 from async_rl.model.create import create_model_folder
-from async_rl.observe.top import Watch
+from async_rl.observe.top import RunPoller
 from async_rl.task import make_task
 
 
@@ -54,10 +54,10 @@ def command_seconds(*words: str) -> float:
 def measure(run: Path) -> dict[str, float]:
     page = run.parent / "page.html"
     report = command_seconds("report", str(run), "--out", str(page))
-    watch = Watch(run)
-    watch.look()
+    poller = RunPoller(run)
+    poller.poll()
     started = time.perf_counter()
-    watch.look()
+    poller.poll()
     look = time.perf_counter() - started
     return {
         "report_seconds": round(report, 2),

@@ -1,4 +1,4 @@
-"""What a run folder holds, read from outside: of a run that goes on, is done, or broke off half-way."""
+"""One run as its folder tells it, whether it is finished, still going on or broken off: what every observer reads."""
 
 from __future__ import annotations
 
@@ -28,54 +28,15 @@ from async_rl.events import (
 )
 from async_rl.run_folder import RunFolder
 
-# -------------------- alarms
-# Alarms and rollbacks of a run, out of its events.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Incident:
-    """Worth a line on every curve."""
-
-    step: int
-    """that raised the alarm; the first one after a rollback"""
-    name: str
-    """`alarm ess`, `rollback to 40`"""
-    text: str
-    """why, in words and numbers"""
-
-
-def incidents(events: Iterable[Event | None]) -> list[Incident]:
-    """In the order of the events."""
-    found = []
-    for event in events:
-        match event:
-            case AlarmRaised(step=step, signal=signal, reason=reason):
-                found.append(Incident(step=step, name=f"alarm {signal}", text=reason))
-            case RunRolledBack(version=version, to=to, text=text):
-                found.append(Incident(step=version, name=f"rollback to {to}", text=text))
-            case _:
-                pass
-    return found
-
-
-def standing(events: Iterable[Event | None]) -> list[Incident]:
-    """The alarms that were raised since the run went back, if it did."""
-    found: list[Incident] = []
-    for incident in incidents(events):
-        if incident.name.startswith("rollback"):
-            found.clear()
-        else:
-            found.append(incident)
-    return found
-
-
 State = Literal["finished", "going on", "failed", "stopped", "broken off"]
 ENDS = (ProcessFailed, RunInterrupted, ProcessStarted, RunResumed)
-"""events that tell how the last launch stands"""
+"""the last of these events tells how a run without a summary and without a launcher ended"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettingRow:
+    """One setting of the run; mappings are rows of their own, one a leaf."""
+
     path: str
     value: Any
     meaning: str
@@ -84,15 +45,15 @@ class SettingRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """One run as its folder tells it."""
+    """The record of one run at the moment it was read."""
 
     folder: RunFolder
     rows: tuple[Mapping[str, Any], ...]
-    """metric rows, one a step, in order"""
+    """metric rows, one a step, in the order of the steps"""
     events: tuple[EventRow, ...]
     """in the order they were written"""
     summary: Mapping[str, Any] | None
-    """None: not finished"""
+    """None: the run is not finished"""
     settings: Settings | None
     """None: config.yaml is missing or of another version of this program"""
     setting_rows: tuple[SettingRow, ...]
@@ -112,7 +73,7 @@ class RunRecord:
         return np.array([_number(row.get(key)) for row in self.rows], np.float64)
 
     def typed_events(self) -> Iterator[Event]:
-        """Those of this version, in the order they were written."""
+        """The events that this version of the program knows, in the order they were written."""
         return (row.event for row in self.events if row.event is not None)
 
     def metric_keys(self) -> list[str]:
@@ -142,17 +103,21 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Raises UserError when `path` is no run folder."""
+    """Read the run in the folder `path`; lines that cannot be read are left out and noted.
+
+    Raises UserError when `path` is no run folder."""
     folder = RunFolder(path)
-    if not folder.config.is_file() and not folder.metrics.is_file():
-        raise UserError(f"{path} is not a run folder: there is no {folder.config.name} in it")
+    if not folder.metrics.is_file():  # a run that lost its settings is shown all the same
+        folder = RunFolder.open(path)
     notes: list[str] = []
-    by_step = {row["step"]: row for row in _rows(folder.metrics, notes) if isinstance(row.get("step"), int | float)}
-    settings, setting_rows = _settings(folder, notes)
+    by_step = {
+        row["step"]: row for row in _read_rows(folder.metrics, notes) if isinstance(row.get("step"), int | float)
+    }
+    settings, setting_rows = _read_settings(folder, notes)
     return RunRecord(
         folder=folder,
         rows=tuple(by_step[step] for step in sorted(by_step)),
-        events=tuple(read_event_rows(_rows(folder.events, notes))),
+        events=tuple(read_event_rows(_read_rows(folder.events, notes))),
         summary=read_json(folder.summary, notes),
         settings=settings,
         setting_rows=setting_rows,
@@ -160,8 +125,48 @@ def read_run(path: Path) -> RunRecord:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incident:
+    """An alarm or a rollback, which every curve is marked with.
+
+    Example: `Incident(step=41, name="alarm ess", text="ess/ratio 0.02 is below 0.05")`.
+    """
+
+    step: int
+    """the step that raised the alarm, or the first step after a rollback"""
+    name: str
+    """`alarm ess`, `rollback to 40`"""
+    text: str
+    """the reason, in words and numbers"""
+
+
+def incidents(events: Iterable[Event | None]) -> list[Incident]:
+    """The alarms and rollbacks among `events`, in their order."""
+    found = []
+    for event in events:
+        match event:
+            case AlarmRaised(step=step, signal=signal, reason=reason):
+                found.append(Incident(step=step, name=f"alarm {signal}", text=reason))
+            case RunRolledBack(version=version, to=to, text=text):
+                found.append(Incident(step=version, name=f"rollback to {to}", text=text))
+            case _:
+                pass
+    return found
+
+
+def active_alarms(events: Iterable[Event | None]) -> list[Incident]:
+    """The alarms that no rollback has settled: all those raised since the run last went back."""
+    found: list[Incident] = []
+    for incident in incidents(events):
+        if incident.name.startswith("rollback"):
+            found.clear()
+        else:
+            found.append(incident)
+    return found
+
+
 def launcher_lives(folder: RunFolder) -> bool:
-    """Whether the process that holds the run's lock is there (on this machine)."""
+    """True when the process that holds the run's lock is alive on this machine."""
     try:
         os.kill(int(folder.lock.read_text().strip()), 0)
     except PermissionError:
@@ -172,7 +177,7 @@ def launcher_lives(folder: RunFolder) -> bool:
 
 
 def read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
-    """The object in a file; None when there is none. What is wrong with it goes into `notes`."""
+    """The JSON object in a file; None when there is none. Why it cannot be read is appended to `notes`."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
@@ -183,8 +188,8 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Whole rows; broken lines are left out and counted."""
+def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The whole rows of a JSONL file; lines that are torn or broken are left out and noted."""
     try:
         text = path.read_text(errors="replace")
     except FileNotFoundError:
@@ -207,27 +212,28 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _settings(folder: RunFolder, notes: list[str]) -> tuple[Settings | None, tuple[SettingRow, ...]]:
+def _read_settings(folder: RunFolder, notes: list[str]) -> tuple[Settings | None, tuple[SettingRow, ...]]:
+    """The settings and their rows; the rows alone when the file is of another version of the program."""
     try:
         settings = folder.settings()
     except UserError as error:
         notes.append(f"config.yaml is not one of this program's version ({error})")
     else:
         rows = [SettingRow(path=i.path, value=i.value, meaning=i.meaning, unit=i.unit) for i in describe(settings)]
-        return settings, tuple(flat for row in rows for flat in _flat(row.path, row.value, row))
+        return settings, tuple(flat for row in rows for flat in _leaves(row.path, row.value, row))
     try:
         values = load_yaml(folder.config)
     except UserError:
         return None, ()
     bare = SettingRow(path="", value=None, meaning="", unit="")
-    return None, tuple(_flat("", values, bare))
+    return None, tuple(_leaves("", values, bare))
 
 
-def _flat(path: str, value: Any, row: SettingRow) -> Sequence[SettingRow]:
-    """Mappings as one row a leaf."""
+def _leaves(path: str, value: Any, row: SettingRow) -> Sequence[SettingRow]:
+    """A setting as rows, a mapping as one row a leaf."""
     if isinstance(value, Mapping) and value:
         prefix = f"{path}." if path else ""
-        return [leaf for name, inner in value.items() for leaf in _flat(f"{prefix}{name}", inner, row)]
+        return [leaf for name, inner in value.items() for leaf in _leaves(f"{prefix}{name}", inner, row)]
     return [SettingRow(path=path, value=value, meaning=row.meaning, unit=row.unit)]
 
 

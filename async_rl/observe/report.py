@@ -1,8 +1,9 @@
-"""One self-contained HTML file out of run folders: everything a page shows, as plain values, and the page around
-them. It reads files only, so a run that goes on is not slowed.
+"""The report: one self-contained HTML page about one run or several.
 
-What is drawn is bounded whatever the length of a run: curves and the timeline in buckets, histograms from at
-most `survey.MOST_SCANNED` trajectories, text of a few dozen groups.
+`report_data` collects what the page shows as plain values, `page` puts them into the HTML; scripts and styles are in
+`observe/page/`. Only files are read, so a run that goes on is not slowed. What is drawn is bounded whatever the length
+of the run: curves and the timeline in buckets, histograms of at most `MOST_SCANNED` trajectories
+(buffer/store_reader.py), the text of a few dozen groups.
 """
 
 from __future__ import annotations
@@ -35,16 +36,21 @@ from async_rl.version import __version__
 DIGITS = 5
 """significant digits of what is drawn"""
 DETAIL_STEPS = 40
-"""newest steps whose every span is drawn"""
+"""newest steps of which every span is drawn"""
 DETAIL_TRAJECTORIES = 60_000
+"""newest trajectories that are looked through for these spans"""
 MOST_EVENTS = 2_000
 MOST_INCIDENTS = 50
 CLOCK_POINTS = 400
+"""points of the curve that maps steps to time"""
 PARTS = ("uplot.css", "report.css"), ("uplot.js", "charts.js", "timeline.js", "samples.js", "report.js")
 
 
 def write_report(runs: Sequence[Path], out: Path, *, with_ratios: bool = True) -> None:
-    """Write the page of these runs to `out`. Raises UserError."""
+    """Write the page about these runs to `out`. `with_ratios`: compute importance ratios, which loads torch and a
+    model.
+
+    Raises UserError."""
     text = page(report_data([read_run(run) for run in runs], with_ratios=with_ratios))
     try:
         replace_text(out, text)
@@ -53,7 +59,7 @@ def write_report(runs: Sequence[Path], out: Path, *, with_ratios: bool = True) -
 
 
 def page(data: dict[str, Any]) -> str:
-    """The HTML file. Nothing of the data can end the element it stands in."""
+    """The HTML page around what `report_data` collected. Data are escaped, so none can end the element it stands in."""
     folder = files("async_rl.observe") / "page"
     css, js = ("\n".join((folder / name).read_text() for name in names) for names in PARTS)
     # inside <script type="application/json"> only "<" matters, and JSON may write it so
@@ -66,7 +72,7 @@ def page(data: dict[str, Any]) -> str:
 
 
 def _json(data: dict[str, Any]) -> str:
-    """Numbers that JSON has no word for, in a setting or a task's info, are written as text."""
+    """JSON in which numbers that JSON cannot hold, in a setting or a task's info, are text."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -83,7 +89,7 @@ def _json(data: dict[str, Any]) -> str:
 
 
 def report_data(records: Sequence[RunRecord], *, with_ratios: bool = True) -> dict[str, Any]:
-    """What the page shows."""
+    """Everything the page shows, as plain values."""
     runs = [_run(record, with_ratios) for record in records]
     keys = list(dict.fromkeys(key for run in runs for key in run["curves"]))
     charts = charts_for(keys)
@@ -133,7 +139,7 @@ def _run(record: RunRecord, with_ratios: bool) -> dict[str, Any]:
     return run
 
 
-# --------------------------------------------------------------------- words
+# ---------------------------------------------------------------- in words
 
 
 def _facts(record: RunRecord) -> list[list[str]]:
@@ -168,7 +174,7 @@ def _mean(values: NDArray[np.float64]) -> float:
     return float(good.mean()) if len(good) else float("nan")
 
 
-# -------------------------------------------------------------------- curves
+# ---------------------------------------------------------------- curves
 
 
 def _curves(record: RunRecord) -> dict[str, Any]:
@@ -195,7 +201,8 @@ def _curves(record: RunRecord) -> dict[str, Any]:
 
 
 def _derived(record: RunRecord) -> dict[str, NDArray[np.float64]]:
-    """Rates, from the difference of one row to the one before. A launch that resumed begins anew."""
+    """The curves of glossary.DERIVED: rates, from the difference of one row to the one before. There is none across a
+    resume."""
     times = record.column("time")
     if len(times) < 2:
         return {}
@@ -224,14 +231,14 @@ def _drawn(c: Curve) -> dict[str, Any]:
 
 
 def _numbers(values: Iterable[float], *, whole: bool = False) -> list[float | int | None]:
-    """Short in JSON."""
+    """Numbers rounded to DIGITS, whole ones as integers, so that they are short in JSON."""
     if whole:
         return [int(v) for v in values]
     return [int(v) if v.is_integer() and abs(v) < 1e15 else v for v in (float(f"{x:.{DIGITS}g}") for x in values)]
 
 
 def _clock(record: RunRecord, start: float) -> dict[str, Any]:
-    """Seconds since the start at some steps, to draw against time."""
+    """Seconds since the start of the run at some steps, to draw curves against time."""
     times, steps = record.column("time"), record.steps
     good = np.isfinite(times)
     times, steps = times[good] - start, steps[good]
@@ -241,11 +248,11 @@ def _clock(record: RunRecord, start: float) -> dict[str, Any]:
     return {"x": _numbers(steps[chosen], whole=True), "y": [round(float(v), 2) for v in times[chosen]]}
 
 
-# ------------------------------------------------- histograms and what was left out
+# ---------------------------------------------------------------- histograms
 
 
 def _survey(rows: Sequence[Surveyed], stored: int) -> dict[str, Any]:
-    """Counts of trajectories by staleness, length and fate."""
+    """Counts of trajectories by staleness, length, end and what became of them."""
     trained = [r for r in rows if r.step is not None and r.version_min >= 0]
     step = lambda r: r.step or 0  # noqa: E731
     lengths: dict[str, Counter[int]] = {}
@@ -293,7 +300,7 @@ def _counted(values: Iterable[int]) -> list[list[int]]:
 
 
 def _rejects(record: RunRecord) -> list[dict[str, Any]]:
-    """What the objective rejected, by reason: tokens, trajectories, trajectories by length."""
+    """What the objective rejected, reason by reason: tokens, trajectories, and trajectories by length."""
     found: dict[str, dict[str, Any]] = {}
     for key in record.metric_keys():
         parts = key.split("/")
@@ -308,11 +315,11 @@ def _rejects(record: RunRecord) -> list[dict[str, Any]]:
     return [one for one in found.values() if one["tokens"] or one["trajectories"]]
 
 
-# ------------------------------------------------------------------ timeline
+# ---------------------------------------------------------------- timeline
 
 
 def _timeline(record: RunRecord, newest: Sequence[Surveyed], start: float, end: float) -> dict[str, Any]:
-    """Shares of time over the whole run, every span of the newest steps, and marks."""
+    """Shares of time over the whole run, every span of the newest steps, and the events as marks."""
     if end <= start:
         return {"edges": [start, start], "lanes": [], "marks": [], "detail": None}
     edges = np.linspace(start, end, timeline.BUCKETS + 1)

@@ -1,5 +1,8 @@
-"""A few trajectories of a run with everything a page shows of them: text token by token, turns, versions,
-log-probs and importance ratios.
+"""A few trajectories of a run as the report shows them: text token by token, turns, versions, log-probs and importance
+ratios.
+
+The store holds the log-probs of the policy that sampled, not those of the trainer. So the ratios are computed anew with
+the weights of a checkpoint, for the trajectories that are shown and within a time budget.
 """
 
 from __future__ import annotations
@@ -22,127 +25,28 @@ from async_rl.trainer.manifest import list_checkpoints, version_of
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import WireError, unpack
 
-# -------------------- importance
-# How much likelier than when it was sampled each token of a few trajectories is now: ratios to weights that a
-# checkpoint still holds. The run stores what generators said, not the trainer's log-probs, so they are computed
-# anew here, for the trajectories shown and within a time.
-
-BUDGET_S = 3.0
-"""after which no further trajectories are computed (loading torch not counted)"""
-PORTION_TOKENS = 4096
-"""computed at once; the time is looked at between"""
-MOST_BYTES = 2 << 30
-"""of weight files: larger models are not loaded for a report"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ratios:
-    """Of one trajectory."""
-
-    version: int
-    """of the weights compared with; when it is the step the trajectory was trained in, these are the ratios the
-    trainer saw"""
-    ratio: NDArray[np.float64]  # [policy tokens]
-
-
-def checkpoints_of(record: RunRecord) -> dict[int, Path]:
-    """Version to folder, of the checkpoints that are there with their weights."""
-    return {version_of(p): p for p in list_checkpoints(record.folder.checkpoints) if any(p.glob("*.safetensors"))}
-
-
-def ratios(
-    record: RunRecord, trajectories: Sequence[Trajectory], steps: Sequence[int | None]
-) -> tuple[Mapping[int, Ratios], str]:
-    """Ratios by place in `trajectories`, each to the checkpoint nearest to its step (None: to the newest), and a
-    sentence on what they are or why some are missing."""
-    found: dict[int, Ratios] = {}
-    there = checkpoints_of(record)
-    if not there:
-        return found, "No checkpoint holds weights, so there are no importance ratios."
-    work: dict[int, list[int]] = defaultdict(list)
-    for place, step in enumerate(steps):
-        if trajectories[place].num_policy_tokens and not trajectories[place].failed:
-            work[nearest(there, step)].append(place)
-    largest = max(sum(f.stat().st_size for f in path.glob("*.safetensors")) for path in there.values())
-    if largest > MOST_BYTES:
-        return found, f"The model ({largest / 2**30:.1f} GiB) is too large to compute importance ratios for a report."
-    try:
-        found = _computed(there, work, trajectories)
-    except (UserError, OSError, ValueError, RuntimeError, ImportError) as error:
-        return found, f"Importance ratios could not be computed: {error}"
-    missing = sum(map(len, work.values())) - len(found)
-    late = f" {missing} trajectories have none: {BUDGET_S:g} s were over." if missing else ""
-    return found, (
-        "Ratios are computed for this page, of the checkpoint nearest to the step a trajectory was trained in to "
-        f"the policy that sampled it.{late}"
-    )
-
-
-def nearest(there: Mapping[int, Path], step: int | None) -> int:
-    """The version to compare with: weights of version `step` are those that step `step` updated."""
-    return max(there) if step is None else min(there, key=lambda version: (abs(version - step), version))
-
-
-def _computed(
-    there: Mapping[int, Path], work: Mapping[int, Sequence[int]], trajectories: Sequence[Trajectory]
-) -> dict[int, Ratios]:
-    import torch
-
-    from async_rl.model.folder import load_model
-    from async_rl.trainer.forward import Arithmetic, batch_log_probs
-    from async_rl.trainer.packing import pack_batch
-
-    found: dict[int, Ratios] = {}
-    deadline = time.monotonic() + BUDGET_S
-    for version in sorted(work, key=lambda v: (-len(work[v]), v)):
-        if time.monotonic() > deadline:
-            break
-        model = load_model(there[version])
-        for places in _portions(work[version], trajectories):
-            if time.monotonic() > deadline:
-                break
-            chosen = [trajectories[place] for place in places]
-            packed = pack_batch(chosen, micro_batch_tokens=PORTION_TOKENS)
-            with torch.no_grad():
-                now = batch_log_probs(model, packed, Arithmetic(temperature=chosen[0].temperature))
-            log_ratio = (now.log_prob - packed.log_behaviour).double().clamp(-20, 20).numpy()
-            ends = np.cumsum([trajectory.num_policy_tokens for trajectory in chosen])[:-1]
-            for place, part in zip(places, np.split(np.exp(log_ratio), ends), strict=True):
-                found[place] = Ratios(version=version, ratio=part)
-    return found
-
-
-def _portions(places: Sequence[int], trajectories: Sequence[Trajectory]) -> list[list[int]]:
-    """Places of trajectories of one temperature that fit one forward, in the order in which a batch packs them."""
-    ordered = sorted(places, key=lambda p: (trajectories[p].temperature, trajectories[p].group, trajectories[p].sample))
-    portions: list[list[int]] = []
-    for place in ordered:
-        one = trajectories[place]
-        last = portions[-1] if portions else []
-        full = sum(len(trajectories[p].tokens) for p in last) + len(one.tokens) > PORTION_TOKENS
-        if not last or full or trajectories[last[0]].temperature != one.temperature:
-            portions.append(last := [])
-        last.append(place)
-    return portions
-
-
 STEPS_SHOWN = 14
+"""steps of which one group each is shown"""
 MOST_OF_A_GROUP = 8
+"""trajectories of one group that are shown"""
 MOST_TOKENS = 40_000
-"""of all trajectories shown: about 1.5 MB of page"""
+"""tokens of all trajectories that are shown: about 1.5 MB of page"""
 HEAD, TAIL = 900, 300
-"""tokens shown of a long trajectory"""
+"""tokens of a long trajectory that are shown, at its start and at its end"""
 NUMBER_DIGITS = 3
+"""decimals of log-probs and ratios"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
+    """A trajectory that is shown, with its row in the store."""
+
     row: Surveyed
     trajectory: Trajectory
 
 
 def samples(record: RunRecord, store: StoreSurvey, *, with_ratios: bool) -> tuple[list[dict[str, Any]], list[str]]:
-    """Trajectories as plain values for the page, and sentences on what is shown and what is missing."""
+    """Trajectories as plain values for the page, and sentences that say what is shown and what is missing."""
     chosen = _choose(record, store)
     notes: list[str] = []
     if not chosen:
@@ -161,13 +65,13 @@ def samples(record: RunRecord, store: StoreSurvey, *, with_ratios: bool) -> tupl
             notes.append(f"{len(chosen) - place} trajectories are left out to keep this page small.")
             break
         tokens += min(len(one.trajectory.tokens), HEAD + TAIL)
-        shown.append(_plain(one, tokenizer, found.get(place)))
+        shown.append(_plain_values(one, tokenizer, found.get(place)))
     return shown, notes
 
 
 def _choose(record: RunRecord, store: StoreSurvey) -> list[Chosen]:
-    """Whole groups: of steps spread over the run and those whose weights a checkpoint holds, of held-out
-    problems, and what was refused or failed."""
+    """Whole groups: of steps spread over the run, of steps whose weights a checkpoint holds, of held-out problems, and
+    some that were refused or failed."""
     first, last = store.steps()
     first = max(first, store.first_step())  # of older ones the tokens are deleted
     steps = {int(s) for s in np.linspace(first, last, STEPS_SHOWN)} if last >= first else set()
@@ -191,7 +95,7 @@ def _group(store: StoreSurvey, group: int) -> list[Chosen]:
 
 
 def tokenizer_of(record: RunRecord) -> Tokenizer | None:
-    """That of the newest checkpoint, else of the model the run began with; None when neither can be read."""
+    """The tokenizer of the newest checkpoint, else of the model the run began with; None when none can be read."""
     folders = [str(path) for _, path in sorted(checkpoints_of(record).items(), reverse=True)]
     if record.settings is not None:
         folders.append(record.settings.model.path)
@@ -204,8 +108,8 @@ def tokenizer_of(record: RunRecord) -> Tokenizer | None:
 
 
 def pieces(tokenizer: Tokenizer | None, tokens: Sequence[int]) -> list[str]:
-    """The text that each token adds. A token that ends in the middle of a character adds nothing, the one that
-    ends the character all of it."""
+    """The text that each token adds; together they are the whole text. A token that ends in the middle of a character
+    adds nothing, the token that completes the character adds all of it. Without a tokenizer: the numbers."""
     if tokenizer is None:
         return [f"{token} " for token in tokens]
     found, begun, read = [], 0, 0
@@ -221,7 +125,8 @@ def pieces(tokenizer: Tokenizer | None, tokens: Sequence[int]) -> list[str]:
     return found
 
 
-def _plain(one: Chosen, tokenizer: Tokenizer | None, ratio: Ratios | None) -> dict[str, Any]:
+def _plain_values(one: Chosen, tokenizer: Tokenizer | None, ratio: Ratios | None) -> dict[str, Any]:
+    """One trajectory as the page's script reads it."""
     t, row = one.trajectory, one.row
     n = len(t.tokens)
     turn_of = np.full(n, -1, np.int64)
@@ -265,10 +170,112 @@ def _plain(one: Chosen, tokenizer: Tokenizer | None, ratio: Ratios | None) -> di
 
 
 def _ends(tokenizer: Tokenizer | None, tokens: Sequence[int]) -> list[str]:
-    """The pieces of a very long trajectory where they are shown; empty between."""
+    """The pieces of a very long trajectory at its start and end; empty between."""
     middle = len(tokens) - HEAD - TAIL
     return [*pieces(tokenizer, tokens[:HEAD]), *[""] * middle, *pieces(tokenizer, tokens[-TAIL:])]
 
 
 def _short(value: float) -> float | None:
     return round(float(value), NUMBER_DIGITS) if np.isfinite(value) else None
+
+
+# ---------------------------------------------------------------- importance ratios
+
+BUDGET_S = 3.0
+"""time to compute ratios in, without loading torch; trajectories that are left then have none"""
+PORTION_TOKENS = 4096
+"""tokens of one forward; the time is checked between two"""
+MOST_BYTES = 2 << 30
+"""a model with larger weight files is not loaded for a report"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratios:
+    """Importance ratios of one trajectory: pi_version(token) / mu(token), mu the policy that sampled it."""
+
+    version: int
+    """version of the weights in the numerator; when it is the step that trained the trajectory, the trainer had these
+    ratios"""
+    ratio: NDArray[np.float64]  # [policy tokens]
+
+
+def checkpoints_of(record: RunRecord) -> dict[int, Path]:
+    """Version -> folder of the checkpoints that hold weights."""
+    return {version_of(p): p for p in list_checkpoints(record.folder.checkpoints) if any(p.glob("*.safetensors"))}
+
+
+def ratios(
+    record: RunRecord, trajectories: Sequence[Trajectory], steps: Sequence[int | None]
+) -> tuple[Mapping[int, Ratios], str]:
+    """Index in `trajectories` -> ratios, and a sentence that says what they are or why some are missing.
+
+    `steps`: the step that trained each trajectory, which chooses the checkpoint; None: the newest checkpoint."""
+    found: dict[int, Ratios] = {}
+    there = checkpoints_of(record)
+    if not there:
+        return found, "No checkpoint holds weights, so there are no importance ratios."
+    work: dict[int, list[int]] = defaultdict(list)
+    for place, step in enumerate(steps):
+        if trajectories[place].num_policy_tokens and not trajectories[place].failed:
+            work[nearest(there, step)].append(place)
+    largest = max(sum(f.stat().st_size for f in path.glob("*.safetensors")) for path in there.values())
+    if largest > MOST_BYTES:
+        return found, f"The model ({largest / 2**30:.1f} GiB) is too large to compute importance ratios for a report."
+    try:
+        found = _compute(there, work, trajectories)
+    except (UserError, OSError, ValueError, RuntimeError, ImportError) as error:
+        return found, f"Importance ratios could not be computed: {error}"
+    missing = sum(map(len, work.values())) - len(found)
+    late = f" {missing} trajectories have none: {BUDGET_S:g} s were over." if missing else ""
+    return found, (
+        "Ratios are computed for this page, of the checkpoint nearest to the step a trajectory was trained in to "
+        f"the policy that sampled it.{late}"
+    )
+
+
+def nearest(there: Mapping[int, Path], step: int | None) -> int:
+    """The version of the checkpoint nearest to `step`; step `step` updates the weights of version `step`."""
+    return max(there) if step is None else min(there, key=lambda version: (abs(version - step), version))
+
+
+def _compute(
+    there: Mapping[int, Path], work: Mapping[int, Sequence[int]], trajectories: Sequence[Trajectory]
+) -> dict[int, Ratios]:
+    import torch
+
+    from async_rl.model.folder import load_model
+    from async_rl.trainer.forward import Arithmetic, batch_log_probs
+    from async_rl.trainer.packing import pack_batch
+
+    found: dict[int, Ratios] = {}
+    deadline = time.monotonic() + BUDGET_S
+    for version in sorted(work, key=lambda v: (-len(work[v]), v)):
+        if time.monotonic() > deadline:
+            break
+        model = load_model(there[version])
+        for places in _portions(work[version], trajectories):
+            if time.monotonic() > deadline:
+                break
+            chosen = [trajectories[place] for place in places]
+            packed = pack_batch(chosen, micro_batch_tokens=PORTION_TOKENS)
+            with torch.no_grad():
+                now = batch_log_probs(model, packed, Arithmetic(temperature=chosen[0].temperature))
+            log_ratio = (now.log_prob - packed.log_behaviour).double().clamp(-20, 20).numpy()
+            ends = np.cumsum([trajectory.num_policy_tokens for trajectory in chosen])[:-1]
+            for place, part in zip(places, np.split(np.exp(log_ratio), ends), strict=True):
+                found[place] = Ratios(version=version, ratio=part)
+    return found
+
+
+def _portions(places: Sequence[int], trajectories: Sequence[Trajectory]) -> list[list[int]]:
+    """Indices of trajectories of one temperature that fit one forward, in the order in which a batch packs them."""
+    ordered = sorted(places, key=lambda p: (trajectories[p].temperature, trajectories[p].group, trajectories[p].sample))
+    portions: list[list[int]] = []
+    for place in ordered:
+        one = trajectories[place]
+        last = portions[-1] if portions else []
+        full = sum(len(trajectories[p].tokens) for p in last) + len(one.tokens) > PORTION_TOKENS
+        if not last or full or trajectories[last[0]].temperature != one.temperature:
+            portions.append(last := [])
+        last.append(place)
+    return portions

@@ -1,8 +1,8 @@
-"""Who did what when: spans of every process, from the rows and events of a run.
+"""What each process of a run did, as spans of time made from metric rows, events and stored episodes.
 
-The trainer writes, each step, how long it waited for its batch, trained and published; the steps' spans are
-laid out backwards from the time of the row. Generators are seen by their episodes. A process lives from its
-event `started` to its death, to the next start of the same name, or to the last sign of the run.
+A metric row says how long the trainer waited for its batch, trained and published; the spans of a step are laid out
+backwards from the time of its row. What a generator did is known from its episodes. A process lives from its event
+`started` to its death, to the next start of the same name, or to the last row or event of the run.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ from async_rl.observe.record import RunRecord
 
 TRAINER = "trainer"
 HELD_OUT = "held-out episodes"
-"""lane of the episodes of evaluations, on whichever generator"""
+"""the lane of evaluation episodes, whichever generator ran them"""
 BUCKETS = 600
-"""of the whole run's overview"""
+"""time buckets of the overview of a whole run"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
+    """A stretch of time that one process spent on one thing.
+
+    Example: `Span(lane="trainer", doing="training", start=12.0, end=13.5, text="step 3")`.
+    """
+
     lane: str
     """name of the process"""
     doing: str
@@ -42,10 +47,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """Something that happened at a moment."""
+    """An event as it is drawn: a moment on the lane of a process."""
 
     lane: str
-    """name of the process it is about; empty: the run"""
+    """name of the process that the event is about; empty: the whole run"""
     kind: str
     at: float
     text: str
@@ -54,22 +59,22 @@ class Mark:
 
 
 BAD = ("failed", "died", "stall", "frozen", "alarm", "collapse", "damaged", "wrong", "refused", "force", "lost")
-"""words in the names of events that mean trouble"""
+"""words in the names of events that tell of trouble"""
 NOTE = ("resumed", "rejoined", "left", "interrupted", "silent", "skipped", "rollback", "turned_away", "still_running")
-
-
+"""words in the names of events that are worth a look"""
 OF_TRAINER = ("checkpoint", "evaluation", "step_skipped", "alarm", "rollback")
-"""events that are its own without a name"""
+"""events of the trainer, whose rows name no process"""
 
 
 def level_of(kind: str) -> str:
+    """ "bad", "note" or "plain", by the name of an event."""
     if any(word in kind for word in BAD):
         return "bad"
     return "note" if any(word in kind for word in NOTE) else "plain"
 
 
 def marks(events: Iterable[EventRow]) -> list[Mark]:
-    """Every event as a mark, in order of time."""
+    """Every event with a time as a mark, in the order of time."""
     found = []
     for event in events:
         kind, row = event.name, event.row
@@ -84,20 +89,20 @@ def marks(events: Iterable[EventRow]) -> list[Mark]:
 
 
 def bounds(record: RunRecord) -> tuple[float, float]:
-    """First and last sign of the run; (0, 0) when there is none."""
-    seen = _signs(record)
+    """Times of the first and the last row or event; (0, 0) when there is none."""
+    seen = _times(record)
     return (seen[0], seen[-1]) if seen else (0.0, 0.0)
 
 
-def _signs(record: RunRecord) -> list[float]:
-    """Times of all rows and events, sorted."""
+def _times(record: RunRecord) -> list[float]:
+    """Times of all metric rows and events, sorted."""
     steps = [float(row["time"]) for row in record.rows if isinstance(row.get("time"), int | float)]
     return sorted([*steps, *(event.time for event in record.events if not math.isnan(event.time))])
 
 
 def lives(record: RunRecord) -> list[Span]:
-    """When each process started up and when it was alive."""
-    signs = _signs(record)
+    """When each process started up, and when it was alive."""
+    signs = _times(record)
     last = signs[-1] if signs else 0.0
     open_: dict[str, tuple[float, float | None]] = {}
     found: list[Span] = []
@@ -130,7 +135,7 @@ def lives(record: RunRecord) -> list[Span]:
 
 
 def trainer_spans(record: RunRecord, first: int = 0, last: int | None = None) -> list[Span]:
-    """What the trainer did in the steps `first` .. `last`, evaluations it waited for and checkpoints included."""
+    """What the trainer did in the steps `first` to `last`, with checkpoints and the evaluations that it waited for."""
     found: list[Span] = []
     rows = [r for r in record.rows if "time" in r and first <= r["step"] and (last is None or r["step"] <= last)]
     for row in rows:
@@ -148,6 +153,7 @@ def trainer_spans(record: RunRecord, first: int = 0, last: int | None = None) ->
 
 
 def _beside_steps(record: RunRecord) -> list[Span]:
+    """Checkpoints, and evaluations during which no version was published: the trainer waited for those."""
     times = np.sort(record.column("time"))
     ready = [m.at for m in marks(record.events) if m.kind == "trainer_ready"]
     found = []
@@ -169,8 +175,8 @@ def _beside_steps(record: RunRecord) -> list[Span]:
 
 
 def generator_spans(rows: Sequence[Surveyed]) -> list[Span]:
-    """Times in which a generator ran at least one training episode, and in which it ran none; the held-out
-    episodes of all generators on a lane of their own."""
+    """When each generator ran at least one training episode, and when it waited between two. Evaluation episodes of all
+    generators share one lane."""
     by_name: dict[str, list[Surveyed]] = defaultdict(list)
     for row in rows:
         if row.started_at > 0 and row.finished_at >= row.started_at:
@@ -196,8 +202,8 @@ def _episodes(count: int) -> str:
 
 
 def shares(spans: Sequence[Span], edges: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """For each thing done: the share of each bucket [edges[i], edges[i+1]) that was spent on it. Spans of one
-    kind are taken to be disjoint."""
+    """Thing done -> share of each bucket [edges[i], edges[i + 1]) that was spent on it. The spans of one thing must be
+    disjoint."""
     found = {}
     width = np.maximum(np.diff(edges), 1e-9)
     for doing in dict.fromkeys(span.doing for span in spans):
@@ -215,7 +221,7 @@ def shares(spans: Sequence[Span], edges: NDArray[np.float64]) -> dict[str, NDArr
 
 
 def busy_share(record: RunRecord, edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Share of each bucket in which the generators decoded, on average over them."""
+    """The share of each bucket in which a generator decoded, on average over the generators."""
     times, busy = record.column("time"), record.column("time/generator_busy")
     count = np.maximum(1.0, np.nan_to_num(record.column("generators"), nan=1.0))
     good = np.isfinite(times) & np.isfinite(busy)

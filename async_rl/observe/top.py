@@ -1,11 +1,11 @@
-"""`async-rl top RUN`: a run at a glance in the terminal, again and again until it ends."""
+"""`async-rl top RUN`: how a run stands, in the terminal, drawn anew every second until it ends."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,84 @@ from async_rl.buffer.store_reader import StoreError, StoreSurvey, Surveyed
 from async_rl.errors import UserError
 from async_rl.events import EvaluationReported, EventRow, read_event_rows
 from async_rl.model.tokenizer import Tokenizer
-from async_rl.observe.record import RunRecord, State, incidents, read_json, read_run, standing
+from async_rl.observe.record import RunRecord, State, active_alarms, incidents, read_json, read_run
 from async_rl.observe.samples import tokenizer_of
 from async_rl.observe.timeline import Mark, marks
 from async_rl.process import Interrupted
-from async_rl.run_folder import Follower
+from async_rl.run_folder import RowTail
 from async_rl.trajectory.codec import WireError, unpack
 
-# -------------------- glance
-# What `top` shows at one moment, read from a run folder again and again at little cost.
-
+EVERY_S = 1.0
+WIDE = 118
+"""a terminal with as many columns is divided into two halves"""
+BLOCKS = "▁▂▃▄▅▆▇█"
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+MOST_LAGS = 9
+"""rows of a histogram; larger values are counted together"""
+STYLES = {"bad": "red", "note": "yellow", "plain": "dim"}
 NEWEST = 2_000
-"""trajectories in the staleness histograms"""
+"""newest trajectories, of which the staleness histograms are made"""
 SAMPLES = 6
+"""trajectories of which the text is shown, each of another group"""
 SAMPLE_TOKENS = 200
+"""last tokens of a trajectory that are decoded"""
+
+
+def top(run: Path, *, once: bool, console: Console | None = None) -> None:
+    """Show the run until it ends. It is shown only once with `once`, when it has ended, and when the output is no
+    terminal.
+
+    Raises UserError when `run` is no run folder."""
+    console = console or Console(highlight=False)
+    poller = RunPoller(run)
+    view = poller.poll()
+    if once or view.state != "going on" or not console.is_terminal:
+        console.print(render(view, console.width, time.time()))
+        return
+    try:
+        with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
+            while view.state == "going on":
+                live.update(render(view, console.width, time.time()), refresh=True)
+                time.sleep(EVERY_S)
+                view = poller.poll()
+    except Interrupted:
+        pass  # how one leaves; the run goes on
+    console.print(render(view, console.width, time.time()))
+
+
+def render(view: RunView, width: int, now: float) -> RenderableType:
+    """The whole picture for a terminal of `width` columns. `now`: seconds since the epoch."""
+    half = (width - 1) // 2 if width >= WIDE else width
+    learning = _panel("learning", _learning(view, half - 4))
+    stale = _panel("staleness of the newest trajectories", _staleness(view, half - 4))
+    processes = _panel("processes", _processes(view, half - 4))
+    waits = _panel("who waits for whom", _waits(view, half - 4))
+    samples = _panel("newest trajectories", _samples(view, width - 4))
+    parts: list[RenderableType] = [_head(view, width, now)]
+    if width >= WIDE:
+        grid = Table.grid(padding=(0, 1, 0, 0), expand=True)
+        grid.add_column(ratio=1)
+        grid.add_column(ratio=1)
+        grid.add_row(Group(learning, stale), Group(processes, waits))
+        parts.append(grid)
+    else:
+        parts += [learning, waits, processes, stale]
+    if view.marks:
+        parts.append(_panel("worth a look", _marks(view, now)))
+    return Group(*parts, samples)
+
+
+def _panel(title: str, inside: RenderableType) -> Panel:
+    return Panel(inside, title=Text(title, style="bold"), title_align="left", box=box.ROUNDED, border_style="dim")
+
+
+# ---------------------------------------------------------------- what is shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class NewestTrajectory:
+    """The text of a trajectory and what became of it."""
+
     step: int | None
     reward: float | None
     version_min: int
@@ -48,18 +108,20 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Glance:
+class RunView:
+    """What `top` shows of a run at one moment."""
+
     record: RunRecord
     state: State
     words: str
     """how the run stands"""
     live: Mapping[str, Any]
-    """of live.json; empty when there is none"""
+    """live.json; empty when there is none"""
     in_flight: Mapping[int, int]
-    """trajectories among the newest trained ones by versions that changed while they were generated"""
+    """staleness that arose while a trajectory was generated, in steps -> how many of the newest trained trajectories"""
     in_queue: Mapping[int, int]
-    """the same by steps waited after their last token"""
-    samples: tuple[Sample, ...]
+    """staleness that arose after a trajectory's last token, in steps -> how many of them"""
+    samples: tuple[NewestTrajectory, ...]
     """newest first"""
     store_note: str
     """why the store cannot be read; empty when it can"""
@@ -68,41 +130,38 @@ class Glance:
 
 
 @dataclass(slots=True)
-class Watch:
-    """One run, looked at again and again."""
+class RunPoller:
+    """Reads a run folder again and again; each time only what is new."""
 
     path: Path
     _record: RunRecord | None = None
-    _metrics: Follower = field(init=False)
-    _events: Follower = field(init=False)
+    _metrics: RowTail = field(init=False)
+    _events: RowTail = field(init=False)
     _rows: dict[int, Mapping[str, Any]] = field(default_factory=dict)
-    _told: list[EventRow] = field(default_factory=list)
+    _event_rows: list[EventRow] = field(default_factory=list)
     _tokenizer: Tokenizer | None = None
 
     def __post_init__(self) -> None:
-        self._metrics = Follower(self.path / "metrics.jsonl")
-        self._events = Follower(self.path / "events.jsonl")
+        self._metrics = RowTail(self.path / "metrics.jsonl")
+        self._events = RowTail(self.path / "events.jsonl")
 
-    def look(self) -> Glance:
-        """Raises UserError when the folder holds no run."""
+    def poll(self) -> RunView:
+        """How the run stands now. Raises UserError when the folder holds no run."""
         if self._record is None:
             self._record = read_run(self.path)
             self._tokenizer = tokenizer_of(self._record)
         self._follow()
         folder = self._record.folder
-        record = RunRecord(
-            folder=folder,
+        record = replace(
+            self._record,
             rows=tuple(self._rows[step] for step in sorted(self._rows)),
-            events=tuple(self._told),
+            events=tuple(self._event_rows),
             summary=read_json(folder.summary, []),
-            settings=self._record.settings,
-            setting_rows=self._record.setting_rows,
-            notes=self._record.notes,
         )
         newest, samples, note = self._stored(record)
         trained = [row for row in newest if row.step is not None and row.version_min >= 0]
         state, words = record.state()
-        return Glance(
+        return RunView(
             record=record,
             state=state,
             words=words,
@@ -111,20 +170,20 @@ class Watch:
             in_queue=Counter((row.step or 0) - row.version_max for row in trained),
             samples=tuple(samples),
             store_note=note,
-            marks=tuple(mark for mark in marks(self._told[-5000:]) if mark.level != "plain"),
+            marks=tuple(mark for mark in marks(self._event_rows[-5000:]) if mark.level != "plain"),
         )
 
     def _follow(self) -> None:
-        rows, again = self._metrics.new()
+        rows, again = self._metrics.poll()
         if again:
             self._rows.clear()
         self._rows |= {int(row["step"]): row for row in rows if isinstance(row.get("step"), int | float)}
-        told, again = self._events.new()
+        told, again = self._events.poll()
         if again:
-            self._told.clear()
-        self._told += read_event_rows(told)
+            self._event_rows.clear()
+        self._event_rows += read_event_rows(told)
 
-    def _stored(self, record: RunRecord) -> tuple[list[Surveyed], list[Sample], str]:
+    def _stored(self, record: RunRecord) -> tuple[list[Surveyed], list[NewestTrajectory], str]:
         if not record.folder.store.is_file():
             return [], [], ""
         try:
@@ -134,8 +193,8 @@ class Watch:
         except (UserError, StoreError) as error:
             return [], [], str(error)
 
-    def _samples(self, store: StoreSurvey, newest: list[Surveyed]) -> list[Sample]:
-        """One of each of the newest groups."""
+    def _samples(self, store: StoreSurvey, newest: list[Surveyed]) -> list[NewestTrajectory]:
+        """One trajectory of each of the newest groups."""
         chosen: dict[int, Surveyed] = {}
         for row in reversed(newest):
             if row.split == "train" and row.group not in chosen and len(chosen) < SAMPLES:
@@ -152,105 +211,51 @@ class Watch:
         return found
 
 
-def _sample(row: Surveyed, tokens: list[int], tokenizer: Tokenizer | None) -> Sample:
+def _sample(row: Surveyed, tokens: list[int], tokenizer: Tokenizer | None) -> NewestTrajectory:
     text = tokenizer.decode(tokens) if tokenizer is not None else " ".join(map(str, tokens))
-    return Sample(step=row.step, reward=row.reward, version_min=row.version_min, version_max=row.version_max, text=text)
+    return NewestTrajectory(
+        step=row.step, reward=row.reward, version_min=row.version_min, version_max=row.version_max, text=text
+    )
 
 
-EVERY_S = 1.0
-WIDE = 118
-"""columns from which there are two halves"""
-BLOCKS = "▁▂▃▄▅▆▇█"
-EIGHTHS = " ▏▎▍▌▋▊▉█"
-MOST_LAGS = 9
-"""rows of a histogram; larger values are counted together"""
-STYLES = {"bad": "red", "note": "yellow", "plain": "dim"}
+# ---------------------------------------------------------------- the parts of the picture
 
 
-def top(run: Path, *, once: bool, console: Console | None = None) -> None:
-    """Show the run until it ends; once when it has ended, when the output is no terminal, or on `once`.
-    Raises UserError when `run` is no run folder."""
-    console = console or Console(highlight=False)
-    watch = Watch(run)
-    glance = watch.look()
-    if once or glance.state != "going on" or not console.is_terminal:
-        console.print(picture(glance, console.width, time.time()))
-        return
-    try:
-        with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
-            while glance.state == "going on":
-                live.update(picture(glance, console.width, time.time()), refresh=True)
-                time.sleep(EVERY_S)
-                glance = watch.look()
-    except Interrupted:
-        pass  # how one leaves; the run goes on
-    console.print(picture(glance, console.width, time.time()))
-
-
-def picture(glance: Glance, width: int, now: float) -> RenderableType:
-    """Everything, for a terminal of `width` columns. `now`: seconds since the epoch."""
-    half = (width - 1) // 2 if width >= WIDE else width
-    learning = _panel("learning", _learning(glance, half - 4))
-    stale = _panel("staleness of the newest trajectories", _staleness(glance, half - 4))
-    processes = _panel("processes", _processes(glance, half - 4))
-    waits = _panel("who waits for whom", _waits(glance, half - 4))
-    samples = _panel("newest trajectories", _samples(glance, width - 4))
-    parts: list[RenderableType] = [_head(glance, width, now)]
-    if width >= WIDE:
-        grid = Table.grid(padding=(0, 1, 0, 0), expand=True)
-        grid.add_column(ratio=1)
-        grid.add_column(ratio=1)
-        grid.add_row(Group(learning, stale), Group(processes, waits))
-        parts.append(grid)
-    else:
-        parts += [learning, waits, processes, stale]
-    if glance.marks:
-        parts.append(_panel("worth a look", _marks(glance, now)))
-    return Group(*parts, samples)
-
-
-def _panel(title: str, inside: RenderableType) -> Panel:
-    return Panel(inside, title=Text(title, style="bold"), title_align="left", box=box.ROUNDED, border_style="dim")
-
-
-# ---------------------------------------------------------------------- parts
-
-
-def _head(glance: Glance, width: int, now: float) -> RenderableType:
-    record = glance.record
-    colour = {"finished": "green", "going on": "cyan", "stopped": "yellow"}.get(glance.state, "red")
-    title = Text.assemble((record.name, "bold"), "  ", (glance.words, colour))
+def _head(view: RunView, width: int, now: float) -> RenderableType:
+    record = view.record
+    colour = {"finished": "green", "going on": "cyan", "stopped": "yellow"}.get(view.state, "red")
+    title = Text.assemble((record.name, "bold"), "  ", (view.words, colour))
     done = int(record.rows[-1]["step"]) + 1 if record.rows else 0
     wanted = record.settings.trainer.steps if record.settings is not None else 0
-    if glance.state == "going on":  # a resumed run may have been given more
-        wanted = int(glance.live.get("steps", wanted))
-    lines = [title, *_alarms(glance)]
+    if view.state == "going on":  # a resumed run may have been given more
+        wanted = int(view.live.get("steps", wanted))
+    lines = [title, *_alarms(view)]
     if wanted:
-        left = _time_left(glance, done, wanted)
+        left = _time_left(view, done, wanted)
         size = max(8, min(60, width - 34))
         lines.append(Text.assemble((_bar(done / wanted, size), colour), f" {done / wanted:4.0%}  {left}"))
-    told = glance.live.get("time")
-    if glance.state == "going on" and isinstance(told, int | float) and now - told > 10:
+    told = view.live.get("time")
+    if view.state == "going on" and isinstance(told, int | float) and now - told > 10:
         lines.append(Text(f"the launcher has not written live.json for {now - told:.0f} s", style="red"))
     return Group(*lines)
 
 
-def _alarms(glance: Glance) -> list[Text]:
+def _alarms(view: RunView) -> list[Text]:
     found = [Text(f"ALARM at step {a.step}, {a.name.removeprefix('alarm ')}: {a.text}", style="bold red")
-             for a in standing(glance.record.typed_events())]  # fmt: skip
-    back = [i for i in incidents(glance.record.typed_events()) if i.name.startswith("rollback")]
+             for a in active_alarms(view.record.typed_events())]  # fmt: skip
+    back = [i for i in incidents(view.record.typed_events()) if i.name.startswith("rollback")]
     return [*found, *(Text(f"it went back {i.text}", style="yellow") for i in back)]
 
 
-def _time_left(glance: Glance, done: int, wanted: int) -> str:
-    times = glance.record.column("time")[-50:]
-    if glance.state != "going on" or done >= wanted or len(times) < 3:
+def _time_left(view: RunView, done: int, wanted: int) -> str:
+    times = view.record.column("time")[-50:]
+    if view.state != "going on" or done >= wanted or len(times) < 3:
         return ""
     return f"{duration((wanted - done) * float(times[-1] - times[0]) / (len(times) - 1))} to go"
 
 
-def _learning(glance: Glance, width: int) -> RenderableType:
-    record = glance.record
+def _learning(view: RunView, width: int) -> RenderableType:
+    record = view.record
     held_out = [e.reward for e in record.typed_events() if isinstance(e, EvaluationReported)]
     table = Table.grid(padding=(0, 1))
     table.add_column(width=12, style="dim", no_wrap=True)
@@ -264,7 +269,7 @@ def _learning(glance: Glance, width: int) -> RenderableType:
         ("staleness", record.column("lag/mean"), "magenta"),
         ("gradient", record.column("grad/norm"), "yellow"),
         ("entropy", record.column("entropy"), "blue"),
-        ("tokens/s", _rate(glance), "white"),
+        ("tokens/s", _rate(view), "white"),
     )
     for name, values, colour in rows:
         good = values[np.isfinite(values)]
@@ -272,12 +277,12 @@ def _learning(glance: Glance, width: int) -> RenderableType:
             table.add_row(name, Text(sparkline(good, size), style=colour), short(float(values[-1])))
     if not record.rows:
         return Text("no step was trained yet", style="dim")
-    return Group(table, _factors(record.rows[-1]), _slots(glance, width))
+    return Group(table, _factors(record.rows[-1]), _slots(view, width))
 
 
-def _rate(glance: Glance) -> NDArray[np.float64]:
-    seconds = np.diff(glance.record.column("time"))
-    tokens = glance.record.column("tokens/trained")[1:]
+def _rate(view: RunView) -> NDArray[np.float64]:
+    seconds = np.diff(view.record.column("time"))
+    tokens = view.record.column("tokens/trained")[1:]
     return np.divide(tokens, seconds, out=np.full(len(seconds), np.nan), where=seconds > 0)
 
 
@@ -293,9 +298,9 @@ def _factors(row: Mapping[str, float]) -> Text:
     )
 
 
-def _slots(glance: Glance, width: int) -> Text:
-    row = glance.record.rows[-1]
-    slots = glance.live.get("slots") if glance.state == "going on" else None
+def _slots(view: RunView, width: int) -> Text:
+    row = view.record.rows[-1]
+    slots = view.live.get("slots") if view.state == "going on" else None
     used, most = row.get("slots/used", 0), row.get("slots/all", 0)
     if isinstance(slots, Mapping) and slots.get("all"):
         used, most = slots["used"], slots["all"]
@@ -303,20 +308,20 @@ def _slots(glance: Glance, width: int) -> Text:
     return Text.assemble(("slots        ", "dim"), (_bar(used / max(1, most), size), "cyan"), f" {used:g} of {most:g}")
 
 
-def _staleness(glance: Glance, width: int) -> RenderableType:
-    if not glance.in_flight:
-        return Text(glance.store_note or "no trajectory was trained yet", style="dim")
+def _staleness(view: RunView, width: int) -> RenderableType:
+    if not view.in_flight:
+        return Text(view.store_note or "no trajectory was trained yet", style="dim")
     table = Table.grid(padding=(0, 1))
     table.add_column(justify="right", style="dim", no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     size = max(4, (width - 5 - 14) // 2)
     table.add_row("steps", Text("in flight", style="magenta"), Text("in the queue", style="cyan"))
-    lags = sorted({*glance.in_flight, *glance.in_queue})
+    lags = sorted({*view.in_flight, *view.in_queue})
     for lag in lags[:MOST_LAGS]:
         more = lag == lags[:MOST_LAGS][-1] and len(lags) > MOST_LAGS
         cells = []
-        for counts, colour in ((glance.in_flight, "magenta"), (glance.in_queue, "cyan")):
+        for counts, colour in ((view.in_flight, "magenta"), (view.in_queue, "cyan")):
             count = sum(n for at, n in counts.items() if at == lag or (more and at > lag))
             share = count / max(1, sum(counts.values()))
             cells.append(Text.assemble((_bar(share, size), colour), f"{share:4.0%}"))
@@ -324,10 +329,10 @@ def _staleness(glance: Glance, width: int) -> RenderableType:
     return table
 
 
-def _processes(glance: Glance, width: int) -> RenderableType:
-    rows = glance.live.get("processes")
-    if glance.state != "going on" or not isinstance(rows, list) or not rows:
-        return Text("none" if glance.state != "going on" else "nothing is known of them", style="dim")
+def _processes(view: RunView, width: int) -> RenderableType:
+    rows = view.live.get("processes")
+    if view.state != "going on" or not isinstance(rows, list) or not rows:
+        return Text("none" if view.state != "going on" else "nothing is known of them", style="dim")
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", expand=True)
     table.add_column("process", no_wrap=True, overflow="ellipsis", min_width=9)
     table.add_column("version", justify="right", no_wrap=True)
@@ -337,7 +342,7 @@ def _processes(glance: Glance, width: int) -> RenderableType:
     if roomy:
         table.add_column("heard", justify="right", no_wrap=True)
     for row in rows:
-        version = row.get("version", glance.live.get("published") if row.get("role") == "trainer" else None)
+        version = row.get("version", view.live.get("published") if row.get("role") == "trainer" else None)
         silent = _seconds(row.get("silent_s"))
         style = "red" if silent > 10 else "yellow" if silent > 5 else ""
         cells: list[RenderableType] = [
@@ -350,9 +355,9 @@ def _processes(glance: Glance, width: int) -> RenderableType:
     return table
 
 
-def _waits(glance: Glance, width: int) -> RenderableType:
-    waits = glance.live.get("waits")
-    if glance.state != "going on":
+def _waits(view: RunView, width: int) -> RenderableType:
+    waits = view.live.get("waits")
+    if view.state != "going on":
         return Text("nobody", style="dim")
     if not isinstance(waits, list) or not waits:
         return Text("nobody, for more than a second", style="dim")
@@ -365,15 +370,15 @@ def _waits(glance: Glance, width: int) -> RenderableType:
     return Group(*parts)
 
 
-def _samples(glance: Glance, width: int) -> RenderableType:
-    if not glance.samples:
-        return Text(glance.store_note or "none", style="dim")
+def _samples(view: RunView, width: int) -> RenderableType:
+    if not view.samples:
+        return Text(view.store_note or "none", style="dim")
     table = Table.grid(padding=(0, 2, 0, 0), expand=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True, style="dim")
     table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    for sample in glance.samples:
+    for sample in view.samples:
         step = "waiting" if sample.step is None else f"step {sample.step}"
         reward = "no reward" if sample.reward is None else f"{sample.reward:.3g}"
         colour = "green" if (sample.reward or 0) > 0 else "red" if (sample.reward or 0) < 0 else ""
@@ -383,7 +388,7 @@ def _samples(glance: Glance, width: int) -> RenderableType:
     return table
 
 
-def _marks(glance: Glance, now: float) -> RenderableType:
+def _marks(view: RunView, now: float) -> RenderableType:
     return Group(
         *(
             Text.assemble(
@@ -391,12 +396,12 @@ def _marks(glance: Glance, now: float) -> RenderableType:
                 (f"{mark.kind.replace('_', ' ')} {mark.lane}", STYLES[mark.level]),
                 f"  {' '.join(mark.text.split())[:300]}",
             )
-            for mark in glance.marks[-4:]
+            for mark in view.marks[-4:]
         )
     )
 
 
-# ---------------------------------------------------------------- small things
+# ---------------------------------------------------------------- numbers and bars as text
 
 
 def sparkline(values: Sequence[float] | NDArray[np.float64], width: int) -> str:

@@ -1,9 +1,8 @@
-"""A run as a Chrome trace: open the file at ui.perfetto.dev or chrome://tracing.
+"""A run as a Chrome trace, to be opened at ui.perfetto.dev or chrome://tracing.
 
-One process row each for trainer, buffer and every generator. On a generator the groups stand on as many lanes as
-overlap, from admission to the last token; arrows go from a group's admission over its batch to the step that
-trained it. Times are those of the run's files; the format is the JSON of the Trace Event Format, times in
-microseconds since the first event shown.
+Trainer, buffer and each generator are one process of the trace. The groups of a generator stand on as many lanes as
+overlap, each from its admission to its last token. An arrow leads from a group over its batch to the step that trained
+it. The format is the JSON of the Trace Event Format; times are microseconds since the first event shown.
 """
 
 from __future__ import annotations
@@ -23,27 +22,31 @@ from async_rl.observe.timeline import Span
 from async_rl.run_folder import replace_text
 
 NEWEST_STEPS = 500
-"""drawn unless others are asked for: about 5 MB at 16 groups a step"""
+"""steps that are drawn unless others are asked for: about 5 MB at 16 groups a step"""
 COUNTERS = ("ess/ratio", "lag/mean", "slots/used", "reward/mean")
+"""metrics that are drawn as curves"""
 LIFE, WORK, LANES = 0, 1, 10
-"""rows (thread numbers) of a process: when it was alive, what it did, the first of its groups' lanes"""
+"""thread numbers in a process: when it was alive, what it did, the first lane of its groups"""
 
 
 @dataclass(slots=True)
 class Trace:
-    """Events in the making."""
+    """The events of a trace while it is built."""
 
     zero: float
-    """seconds since the epoch at which the trace begins"""
+    """when the trace begins, seconds since the epoch"""
     events: list[dict[str, Any]] = field(default_factory=list)
     numbers: dict[str, int] = field(default_factory=dict)
-    """process number by name"""
+    """name of a process -> its number"""
     named: set[tuple[int, int]] = field(default_factory=set)
+    """(process, thread) that have their name"""
 
     def at(self, seconds: float) -> float:
+        """A time since the epoch as microseconds of the trace."""
         return round((seconds - self.zero) * 1e6, 1)
 
     def process(self, name: str) -> int:
+        """The number of the process `name`, which is added when it is new."""
         if name not in self.numbers:
             pid = self.numbers[name] = len(self.numbers) + 1
             order = {"trainer": 0, "buffer": 1}.get(name, 2)
@@ -53,21 +56,23 @@ class Trace:
             )
         return self.numbers[name]
 
-    def row(self, pid: int, tid: int, name: str) -> None:
+    def name_row(self, pid: int, tid: int, name: str) -> None:
+        """Name a thread of a process, once."""
         if (pid, tid) not in self.named:
             self.named.add((pid, tid))
             for kind, args in (("thread_name", {"name": name}), ("thread_sort_index", {"sort_index": tid})):
                 self.events.append({"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": args})
 
     def span(self, pid: int, tid: int, name: str, start: float, end: float, **args: Any) -> dict[str, Any]:
+        """Add a span; `start` and `end` in seconds since the epoch."""
         begin = self.at(start)
         event = {"ph": "X", "name": name, "cat": "run", "pid": pid, "tid": tid, "ts": begin}
         event |= {"dur": round(max(0.0, self.at(end) - begin), 1), "args": args}
         self.events.append(event)
         return event
 
-    def one_after_the_other(self, pid: int, tid: int, spans: Sequence[Span]) -> list[dict[str, Any]]:
-        """Spans of one row. Clocks of several processes differ a little: what overlaps is cut."""
+    def spans_in_turn(self, pid: int, tid: int, spans: Sequence[Span]) -> list[dict[str, Any]]:
+        """Add the spans of one row. Clocks of processes differ a little, so what overlaps is cut."""
         drawn, free = [], float("-inf")
         for span in sorted(spans, key=lambda s: s.start):
             start = max(span.start, free)
@@ -79,7 +84,7 @@ class Trace:
         return drawn
 
     def flow(self, number: int, stops: Sequence[Mapping[str, Any]]) -> None:
-        """An arrow over these spans, each beginning no earlier than the one before."""
+        """Add an arrow over these spans; each must begin no earlier than the one before."""
         for i, stop in enumerate(stops):
             kind = "s" if i == 0 else "f" if i == len(stops) - 1 else "t"
             event = {"ph": kind, "name": "group", "cat": "group", "id": number, "ts": stop["ts"]}
@@ -88,7 +93,9 @@ class Trace:
 
 
 def write_trace(run: Path, out: Path, steps: tuple[int, int] | None = None) -> int:
-    """The number of events written. `steps`: first and last; None: the newest. Raises UserError."""
+    """Write the trace of a run and return its number of events.
+
+    `steps`: the first and the last step; None: the newest NEWEST_STEPS. Raises UserError."""
     made = trace(read_run(run), steps)
     try:
         replace_text(out, json.dumps(made, allow_nan=False, separators=(",", ":")))
@@ -98,7 +105,7 @@ def write_trace(run: Path, out: Path, steps: tuple[int, int] | None = None) -> i
 
 
 def trace(record: RunRecord, steps: tuple[int, int] | None = None) -> dict[str, Any]:
-    """The trace as plain values. Raises UserError when no such step was trained."""
+    """The trace as plain values. Raises UserError when none of the steps was trained."""
     first, last = _steps(record, steps)
     spans = timeline.trainer_spans(record, first, last)
     inside = [row for row in record.rows if first <= row["step"] <= last]
@@ -107,8 +114,8 @@ def trace(record: RunRecord, steps: tuple[int, int] | None = None) -> dict[str, 
     admitted = [g.admitted_at for g in groups]
     made = Trace(zero=min([begin, *admitted]))
     trainer = made.process(timeline.TRAINER)
-    made.row(trainer, WORK, "steps")
-    drawn = made.one_after_the_other(trainer, WORK, spans)
+    made.name_row(trainer, WORK, "steps")
+    drawn = made.spans_in_turn(trainer, WORK, spans)
     training = {e["args"]["what"]: e for e in drawn if e["name"] == "training"}
     waiting = _batches(made, batches, training)
     lanes = _groups(made, groups, episodes)
@@ -119,7 +126,7 @@ def trace(record: RunRecord, steps: tuple[int, int] | None = None) -> dict[str, 
             made.flow(group.group, sorted(there, key=lambda stop: float(stop["ts"])))
     for span in timeline.generator_spans(episodes):
         pid = made.process(span.lane)
-        made.row(pid, WORK, "at work")
+        made.name_row(pid, WORK, "at work")
         made.span(pid, WORK, span.doing, span.start, span.end, **({"what": span.text} if span.text else {}))
     _lives_and_marks(made, record, made.zero, end)
     for row in inside:
@@ -144,7 +151,7 @@ def _steps(record: RunRecord, steps: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _stored(record: RunRecord, first: int, last: int) -> tuple[list[GroupRow], list[Surveyed], list[BatchRow]]:
-    """Groups of these steps, and those refused between them; their episodes; the batches."""
+    """The groups of these steps with those that were refused between them, their episodes, and the batches."""
     try:
         with StoreSurvey(record.folder.store) as store:
             low, high = store.group_range(first, last)
@@ -158,20 +165,21 @@ def _stored(record: RunRecord, first: int, last: int) -> tuple[list[GroupRow], l
 def _batches(
     made: Trace, batches: Sequence[BatchRow], training: Mapping[str, Mapping[str, Any]]
 ) -> dict[int | None, Mapping[str, Any]]:
-    """Each batch from when it was formed until its step began, on the buffer's row."""
+    """Add each batch to the buffer's row, from when it was formed until its step began. Step -> span."""
     pid = made.process("buffer")
-    made.row(pid, WORK, "batches")
+    made.name_row(pid, WORK, "batches")
     spans = []
     for batch in batches:
         step = training.get(f"step {batch.step}")
         until = made.zero + step["ts"] / 1e6 if step is not None else batch.formed_at
         spans.append(Span(lane="buffer", doing="batch", start=batch.formed_at, end=until, text=f"step {batch.step}"))
-    drawn = made.one_after_the_other(pid, WORK, spans)
+    drawn = made.spans_in_turn(pid, WORK, spans)
     return {int(e["args"]["what"].removeprefix("step ")): e for e in drawn}
 
 
 def _groups(made: Trace, groups: Sequence[GroupRow], episodes: Sequence[Surveyed]) -> dict[int, Mapping[str, Any]]:
-    """Every group on the first lane of its generator that is free; the versions a generator was seen to hold."""
+    """Add every group to the first free lane of its generator, and when a generator first held a version.
+    Group -> span."""
     finished: dict[int, float] = defaultdict(float)
     for row in episodes:
         finished[row.group] = max(finished[row.group], row.finished_at)
@@ -186,7 +194,7 @@ def _groups(made: Trace, groups: Sequence[GroupRow], episodes: Sequence[Surveyed
         lanes = free[name]
         lane = next((i for i, until in enumerate(lanes) if until <= group.admitted_at), len(lanes))
         lanes[lane : lane + 1] = [end]
-        made.row(pid, LANES + lane, f"groups {lane + 1}")
+        made.name_row(pid, LANES + lane, f"groups {lane + 1}")
         args: dict[str, Any] = {"problem": group.problem, "version": group.admitted_version, "step": group.step}
         if group.refused_because:
             args["refused"] = group.refused_because
@@ -198,6 +206,7 @@ def _groups(made: Trace, groups: Sequence[GroupRow], episodes: Sequence[Surveyed
 
 
 def _lives_and_marks(made: Trace, record: RunRecord, begin: float, end: float) -> None:
+    """Add when each process was alive, and the events."""
     by_lane: dict[str, list[Span]] = defaultdict(list)
     for span in timeline.lives(record):
         if span.end > begin and span.start < end:
@@ -205,8 +214,8 @@ def _lives_and_marks(made: Trace, record: RunRecord, begin: float, end: float) -
             by_lane[span.lane].append(inside)
     for name, spans in by_lane.items():
         pid = made.process(name)
-        made.row(pid, LIFE, "process")
-        made.one_after_the_other(pid, LIFE, spans)
+        made.name_row(pid, LIFE, "process")
+        made.spans_in_turn(pid, LIFE, spans)
     for mark in timeline.marks(record.events):
         if begin <= mark.at <= end:
             pid = made.process(mark.lane or "launcher")

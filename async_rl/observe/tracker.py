@@ -1,9 +1,8 @@
-"""Metrics of a run to TensorBoard and Weights & Biases, by a process of its own that reads the run's files: the
-run never waits for it, and what goes wrong with it is told once as an event.
+"""Sends the metrics of a run to TensorBoard and Weights & Biases.
 
-A resumed run goes on in the same series. Where the past of a series can be taken back (TensorBoard), steps that
-are trained again are sent again in place of the old ones; else (W&B) they are not sent twice: they were
-trained on the same numbers.
+A process of its own reads the files of the run, so the run never waits for it; what goes wrong is reported once, as an
+event, and the run goes on. A resumed run continues the same series. TensorBoard can replace what it was sent: steps
+that are trained again are sent again. W&B cannot: such steps are not sent twice, they have the same numbers.
 """
 
 from __future__ import annotations
@@ -19,26 +18,28 @@ from typing import Any, Protocol
 
 from async_rl.events import EvaluationReported, EventRow, TrackerFailed, read_event_rows
 from async_rl.observe.record import RunRecord, read_json, read_run
-from async_rl.run_folder import Follower, RunFolder, replace_text
+from async_rl.run_folder import RowTail, RunFolder, replace_text
 
 EVERY_S = 1.0
 STATE = "trackers.json"
-"""what has been sent, in the run folder"""
+"""file in the run folder that says what was delivered"""
 HELD_OUT = "reward/eval"
 
 
 class Writer(Protocol):
-    """Where numbers go."""
+    """Writes points to one service."""
 
     takes_back: bool
-    """what was sent for a step and the later ones can be replaced, by opening with `first` = that step"""
+    """True when opening it with `first` = a step replaces what was sent for that step and the later ones"""
 
     def write(self, step: int, at: float, values: Mapping[str, float]) -> None:
-        """`at`: seconds since the epoch."""
+        """Write the metrics of one step. `at`: seconds since the epoch."""
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Make what was written visible."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Deliver the rest and end."""
 
 
 class TensorBoard:
@@ -47,7 +48,7 @@ class TensorBoard:
     takes_back = True
 
     def __init__(self, folder: Path, *, first: int) -> None:
-        """`first`: the first step that will be written; what earlier files have from there on no longer holds."""
+        """`first`: the first step that will be written; it replaces what earlier files hold from there on."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -77,7 +78,7 @@ class WeightsAndBiases:
     takes_back = False
 
     def __init__(self, record: RunRecord, *, identity: str) -> None:
-        """`identity`: of the W&B run; the same one goes on with it."""
+        """`identity`: id of the W&B run; a run that was begun with it is continued."""
         import wandb
 
         self._run = wandb.init(
@@ -97,39 +98,42 @@ class WeightsAndBiases:
         self._run.log({"step": step, **values})
 
     def flush(self) -> None:
-        """It sends what it has by itself."""
+        """Does nothing: the package sends by itself."""
 
     def close(self) -> None:
         self._run.finish()
 
 
 @dataclass(slots=True)
-class Sent:
-    """What one tracker has been given, kept over launches."""
+class Delivered:
+    """What one tracker was given, in this launch and the earlier ones."""
 
     step: int = -1
-    """last step"""
+    """the last step"""
     evaluations: set[int] = field(default_factory=set)
+    """numbers of the evaluations"""
     identity: str = ""
-    """of the tracker's own run"""
+    """id of the run in the tracker's own terms"""
 
 
 @dataclass(slots=True)
 class Series:
-    """One tracker and what it was sent."""
+    """One tracker and what it was given."""
 
     name: str
     writer: Writer
-    sent: Sent
+    delivered: Delivered
 
-    def rows(self, rows: Sequence[Mapping[str, Any]], save: Callable[[], None]) -> None:
-        new = [row for row in rows if int(row["step"]) > self.sent.step]
+    def send_rows(self, rows: Sequence[Mapping[str, Any]], save: Callable[[], None]) -> None:
+        """Send the metric rows that were not delivered yet. `save`: writes down what is delivered."""
+        new = [row for row in rows if int(row["step"]) > self.delivered.step]
         if new:
             self._send([(int(row["step"]), float(row.get("time", 0.0)), numbers(row)) for row in new], new, (), save)
 
-    def evaluations(self, events: Sequence[EventRow], save: Callable[[], None]) -> None:
+    def send_evaluations(self, events: Sequence[EventRow], save: Callable[[], None]) -> None:
+        """Send the held-out rewards that were not delivered yet."""
         done = [(row.event, row.time) for row in events if isinstance(row.event, EvaluationReported)]
-        new = [(event, time) for event, time in done if event.evaluation not in self.sent.evaluations]
+        new = [(event, time) for event, time in done if event.evaluation not in self.delivered.evaluations]
         if new:
             points = [(event.step, time, {HELD_OUT: event.reward}) for event, time in new]
             self._send(points, (), [event.evaluation for event, _ in new], save)
@@ -141,11 +145,12 @@ class Series:
         evaluations: Sequence[int],
         save: Callable[[], None],
     ) -> None:
-        """Of a writer that cannot take back it is noted before: after a crash a point is missing, not doubled."""
+        """Write and note it. For a writer that cannot take back it is noted first, so that after a crash a point is
+        missing rather than there twice."""
         if self.writer.takes_back:
             self._write(points)
-        self.sent.step = max([self.sent.step, *(int(row["step"]) for row in rows)])
-        self.sent.evaluations |= set(evaluations)
+        self.delivered.step = max([self.delivered.step, *(int(row["step"]) for row in rows)])
+        self.delivered.evaluations |= set(evaluations)
         save()
         if not self.writer.takes_back:
             self._write(points)
@@ -158,27 +163,26 @@ class Series:
 
 @dataclass(slots=True)
 class Tracker:
-    """All trackers of a run."""
+    """Follows the files of a run and sends what is new to all its trackers."""
 
     folder: RunFolder
     series: list[Series]
-    metrics: Follower = field(init=False)
-    events: Follower = field(init=False)
+    metrics: RowTail = field(init=False)
+    events: RowTail = field(init=False)
 
     def __post_init__(self) -> None:
-        self.metrics, self.events = Follower(self.folder.metrics), Follower(self.folder.events)
+        self.metrics, self.events = RowTail(self.folder.metrics), RowTail(self.folder.events)
 
     def follow(self, over: Callable[[float], bool]) -> None:
-        """Send what comes until `over(seconds)`, which waits so long, says that the run has ended."""
+        """Send what comes until the run has ended. `over(seconds)` waits up to `seconds` and says whether it has."""
         while True:
             ended = over(EVERY_S)
-            rows, _ = self.metrics.new()
-            events, _ = self.events.new()
-            told = read_event_rows(events)
+            rows = self.metrics.new()
+            told = read_event_rows(self.events.new())
             rows = [row for row in rows if "step" in row]
             for one in list(self.series):
-                self._guarded(one, lambda s: s.rows(rows, self.save))  # noqa: B023
-                self._guarded(one, lambda s: s.evaluations(told, self.save))  # noqa: B023
+                self._guarded(one, lambda s: s.send_rows(rows, self.save))  # noqa: B023
+                self._guarded(one, lambda s: s.send_evaluations(told, self.save))  # noqa: B023
             if ended or not self.series:
                 break
         for one in list(self.series):
@@ -194,51 +198,57 @@ class Tracker:
             report_failure(self.folder, one.name, error)
 
     def save(self) -> None:
+        """Write down what is delivered, for the next launch."""
         before = read_json(self.folder.path / STATE, []) or {}
-        now = {one.name: {**asdict(one.sent), "evaluations": sorted(one.sent.evaluations)} for one in self.series}
+        now = {
+            one.name: {**asdict(one.delivered), "evaluations": sorted(one.delivered.evaluations)} for one in self.series
+        }
         replace_text(self.folder.path / STATE, json.dumps({**before, **now}) + "\n")
 
 
 def open_tracker(folder: RunFolder, names: Sequence[str], version: int) -> Tracker:
-    """The trackers that can be opened; of the others it is told why not. `version`: where this launch begins."""
+    """A tracker with every writer that can be opened; for the others an event says why not.
+
+    `version`: the version that this launch begins with."""
     tracker = Tracker(folder, [])
     record = read_run(folder.path)
     told = [row.event for row in record.events if isinstance(row.event, EvaluationReported)]
     for name in names:
-        sent = _sent(folder, name)
+        delivered = _delivered(folder, name)
         try:
             if name == "tensorboard":
-                first = min(version, sent.step + 1)
-                sent.step = first - 1
+                first = min(version, delivered.step + 1)
+                delivered.step = first - 1
                 # evaluations after that step are taken back with it
-                sent.evaluations &= {e.evaluation for e in told if e.step < first}
+                delivered.evaluations &= {e.evaluation for e in told if e.step < first}
                 writer: Writer = TensorBoard(folder.path, first=first)
             else:
-                sent.identity = sent.identity or uuid.uuid4().hex[:12]
-                writer = WeightsAndBiases(record, identity=sent.identity)
+                delivered.identity = delivered.identity or uuid.uuid4().hex[:12]
+                writer = WeightsAndBiases(record, identity=delivered.identity)
         except Exception as error:  # as in Tracker
             report_failure(folder, name, error)
             continue
-        tracker.series.append(Series(name, writer, sent))
+        tracker.series.append(Series(name, writer, delivered))
     tracker.save()
     return tracker
 
 
 def report_failure(folder: RunFolder, name: str, error: Exception) -> None:
+    """Record that the tracker `name` failed."""
     reason = f"{type(error).__name__}: {error}"
     folder.record(TrackerFailed(name=name, reason=reason))
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a row."""
+    """The metrics of a row, without step and time."""
     return {k: float(v) for k, v in row.items() if k not in ("step", "time") and isinstance(v, int | float)}
 
 
-def _sent(folder: RunFolder, name: str) -> Sent:
+def _delivered(folder: RunFolder, name: str) -> Delivered:
     known = (read_json(folder.path / STATE, []) or {}).get(name)
     if not isinstance(known, dict):
-        return Sent()
-    return Sent(
+        return Delivered()
+    return Delivered(
         step=int(known.get("step", -1)),
         evaluations=set(known.get("evaluations", ())),
         identity=str(known.get("identity", "")),

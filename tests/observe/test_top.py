@@ -20,9 +20,9 @@ from support_story import REFUSED, Story
 from async_rl.errors import UserError
 from async_rl.events import AlarmRaised, GeneratorDied, RunRolledBack
 from async_rl.observe import top as top_module
-from async_rl.observe.top import BLOCKS, Watch, picture, sparkline, top
+from async_rl.observe.top import BLOCKS, RunPoller, render, sparkline, top
 from async_rl.process import Interrupted
-from async_rl.run_folder import Follower, RunFolder, append_row
+from async_rl.run_folder import RowTail, RunFolder, append_row
 
 
 def printed(run: Path, width: int = 130, *, terminal: bool = False) -> str:
@@ -70,7 +70,7 @@ def test_a_run_that_goes_on_shows_processes_and_who_waits_for_whom(tmp_path: Pat
 
 def test_staleness_is_split_into_flight_and_queue(tmp_path: Path, tiny_model: Path) -> None:
     story = Story(path=tmp_path / "run", model=tiny_model, steps=20, lag=3)
-    glance = Watch(story.write().path).look()
+    glance = RunPoller(story.write().path).poll()
     each = story.groups * story.size
     assert glance.in_flight == {0: each, 1: 19 * each}
     assert glance.in_queue == {0: 2 * each, 1: each, 2: 17 * each}
@@ -159,33 +159,33 @@ def test_a_sparkline_rises_with_its_values() -> None:
 
 def test_rows_are_followed_over_torn_lines_and_a_cut_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    follow = Follower(path)
-    assert follow.new() == ([], False)
+    follow = RowTail(path)
+    assert follow.poll() == ([], False)
     append_row(path, {"step": 0})
-    assert follow.new() == ([{"step": 0}], True)
+    assert follow.poll() == ([{"step": 0}], True)
     with path.open("a") as file:
         file.write('{"step"')
         file.flush()
-        assert follow.new() == ([], False)
+        assert follow.poll() == ([], False)
         file.write(": 1}\nnonsense\n")
-    assert follow.new() == ([{"step": 1}], False)
+    assert follow.poll() == ([{"step": 1}], False)
     rewritten = tmp_path / "new.jsonl"
     rewritten.write_text('{"step": 0}\n')
     rewritten.rename(path)
-    assert follow.new() == ([{"step": 0}], True)
+    assert follow.poll() == ([{"step": 0}], True)
 
 
 def test_a_resumed_run_loses_the_rows_that_are_trained_again(tmp_path: Path, tiny_model: Path) -> None:
     folder = Story(path=tmp_path / "run", model=tiny_model, steps=6).write(summary=False)
-    watch = Watch(folder.path)
-    assert len(watch.look().record.rows) == 6
+    poller = RunPoller(folder.path)
+    assert len(poller.poll().record.rows) == 6
     lines = folder.metrics.read_text().splitlines(keepends=True)
     rewritten = tmp_path / "metrics"
     rewritten.write_text("".join(lines[:2]))
     rewritten.rename(folder.metrics)
-    glance = watch.look()
+    glance = poller.poll()
     assert [row["step"] for row in glance.record.rows] == [0, 1]
-    drawn: Callable[..., object] = picture
+    drawn: Callable[..., object] = render
     assert drawn(glance, 100, 0.0) is not None
 
 

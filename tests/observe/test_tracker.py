@@ -16,8 +16,8 @@ from support_story import Story
 from support_wandb import history
 
 from async_rl.errors import UserError
-from async_rl.observe.tracker import Sent, Series, Tracker, open_tracker
-from async_rl.run.launcher import Tracking
+from async_rl.observe.tracker import Delivered, Series, Tracker, open_tracker
+from async_rl.run.launcher import TrackerProcess
 from async_rl.run_folder import RunFolder, read_rows
 
 
@@ -133,7 +133,7 @@ class Remembers:
 def test_a_tracker_that_breaks_is_told_of_once_and_the_others_go_on(tmp_path: Path, tiny_model: Path) -> None:
     folder = Story(path=tmp_path / "run", model=tiny_model, steps=30).write()
     broken, whole = Remembers(breaks_at=7), Remembers()
-    Tracker(folder, [Series("broken", broken, Sent()), Series("whole", whole, Sent())]).follow(at_once)
+    Tracker(folder, [Series("broken", broken, Delivered()), Series("whole", whole, Delivered())]).follow(at_once)
     assert sorted(whole.given) == list(range(31))
     assert whole.closed
     told = [e for e in read_rows(folder.events) if e["event"] == "tracker_failed"]
@@ -153,7 +153,7 @@ def test_rows_are_sent_as_they_come_and_none_twice(tmp_path: Path, tiny_model: P
             file.write("".join(lines[2 * now : 2 * now + 2]))
         return now == 4
 
-    tracker = Tracker(folder, [Series("one", writer, Sent())])
+    tracker = Tracker(folder, [Series("one", writer, Delivered())])
     tracker.follow(over)
     assert [step for step in sorted(writer.given) if "entropy" in writer.given[step]] == list(range(10))
 
@@ -197,13 +197,14 @@ def test_a_tracker_process_that_is_killed_is_told_of_and_hurts_nothing(
     pytest.importorskip("tensorboard")
     folder = Story(path=tmp_path / "run", model=tiny_model, steps=3).write()
     reads, writes = os.pipe()
-    tracking = Tracking.start(folder, ["tensorboard"], 0, parent_pipe=reads, lock=reads)
+    tracking = TrackerProcess(folder)
+    tracking.start(["tensorboard"], 0, parent_pipe=reads, lock=reads)
     process: Any = tracking.process
     poll(lambda: any(e["event"] == "tracker_ready" for e in read_rows(folder.events)))
     process.kill()
     process.wait()
     for _ in range(3):
-        tracking.look()
+        tracking.poll()
     os.close(writes)
     os.close(reads)
     tracking.finish()

@@ -20,7 +20,7 @@ from async_rl.instruments.replay import replay
 from async_rl.instruments.rescore import rescore
 from async_rl.observe.audit import audit_run
 from async_rl.observe.console import Console
-from async_rl.observe.record import incidents, standing
+from async_rl.observe.record import active_alarms, incidents
 from async_rl.run.launcher import resume_training
 from async_rl.run.resume import resumed_settings, start_of_rollback
 from async_rl.run_folder import Rollback, RunFolder, read_rollback, read_rows, write_rollback
@@ -77,7 +77,7 @@ def test_an_alarm_is_told_of_everywhere_and_stays(tmp_path: Path, tiny_model: Pa
     (told,) = json.loads(folder.summary.read_text())["alarms"]
     assert told["reason"] == alarm["reason"]
     assert json.loads(folder.live.read_text())["alarms"][0]["text"] == alarm["reason"]
-    assert [incident.name for incident in standing(read_rows(folder.events))] == ["alarm ess"]
+    assert [incident.name for incident in active_alarms(read_rows(folder.events))] == ["alarm ess"]
     assert read_rollback(folder) is None
     assert not audit_run(folder).violations
 
