@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install vllm triton test check quickstart clean
+.PHONY: install vllm triton test check docs quickstart clean
 
 install: .venv/installed
 
@@ -51,5 +51,9 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The documentation as a site in site/, without network; its reference is made from the code.
+docs: .venv/installed-dev
+	$(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf .venv build dist models
+	rm -rf .venv build dist site models
