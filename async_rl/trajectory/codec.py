@@ -144,18 +144,12 @@ def unpack(blob: Blob) -> Trajectory:
     """The trajectory of one blob, checked. Its columns are read-only views into the blob where that is possible.
 
     Raises WireError."""
-    if len(blob) < _FIXED.size:
-        raise WireError(f"a trajectory of {len(blob)} bytes is truncated", "trajectory")
     # fmt: off
     (
-        magic, schema, text_bytes, group, sample, problem, seed, reward, temperature, started_at,
+        text_bytes, group, sample, problem, seed, reward, temperature, started_at,
         finished_at, num_tokens, num_log, num_turns, num_spans, split, ended, flags,
-    ) = _FIXED.unpack_from(blob)
+    ) = _fixed(blob)
     # fmt: on
-    if magic != _MAGIC:
-        raise WireError("not a trajectory", "trajectory")
-    if schema != SCHEMA:
-        raise WireError(f"a trajectory of schema {schema}; this program reads {SCHEMA}", "schema")
     offset = _FIXED.size + text_bytes + -text_bytes % 8
     eights = num_turns * (bool(flags & _REWARDS) + bool(flags & _KEYS))
     fours = num_tokens + num_log + 2 * num_turns + 3 * num_spans
@@ -217,6 +211,18 @@ def unpack(blob: Blob) -> Trajectory:
     if wrong is not None:
         raise WireError(f"trajectory {sample} of group {group}: {wrong}", "columns")
     return trajectory
+
+
+def _fixed(blob: Blob) -> list[Any]:
+    """The numbers of the fixed part, from the text's bytes on."""
+    if len(blob) < _FIXED.size:
+        raise WireError(f"a trajectory of {len(blob)} bytes is truncated", "trajectory")
+    magic, schema, *numbers = _FIXED.unpack_from(blob)
+    if magic != _MAGIC:
+        raise WireError("not a trajectory", "trajectory")
+    if schema != SCHEMA:
+        raise WireError(f"a trajectory of schema {schema}; this program reads {SCHEMA}", "schema")
+    return numbers
 
 
 def _turns(packed: bytes, rewards: Sequence[float] | None, keys: Sequence[int] | None) -> tuple[Turn, ...]:
