@@ -1,11 +1,13 @@
 """Continuous decoding in plain torch on the decoder the trainer uses.
 
-Every step feeds one packed row of tokens: the last token of each running turn, together with new
-prompts and appended environment text up to the prefill budget. A turn that ends leaves at once and the
-next request takes its place before the following step; no sequence waits for the longest.
+Every step feeds one packed row of tokens: the last token of each running turn, together with new prompts and appended
+environment text up to the prefill budget. A turn that ends leaves at once and the next request takes its slot before
+the following step; no sequence waits for the longest.
 
-One background task owns the model. It yields to the event loop after each step, so that sessions whose
-turn just ended ask for their next one before the next step; without work it sleeps on an event.
+One background task owns the model. It yields to the event loop after each step, so that sessions whose turn just ended
+can request their next one before the next step; without work it sleeps on an event.
+
+Shapes: rows are the sequences of one step, tokens all tokens fed in it, slots the places of the KV cache.
 """
 
 from __future__ import annotations
@@ -31,155 +33,24 @@ from async_rl.model.huggingface import HuggingFaceDecoder
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.weights.canary import fingerprint
 
-# -------------------- slots
-# Who sits in which cache slot, and the numbers of each running turn as arrays over slots.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
-    """A request's place in the arrays."""
-
-    request: Request
-    history: NDArray[np.int32]  # [tokens]
-    """the request's tokens"""
-    rule: int
-    """number of its stop rule"""
-
-
-class Slots:
-    """`max_sequences` places. A place is free, running, or idle: between two turns of its session, kept
-    until `release` or until a waiting request needs the place (least recently used first)."""
-
-    def __init__(self, max_sequences: int, max_context: int) -> None:
-        n = max_sequences
-        # Pages of these are touched only as far as sequences reach.
-        self.tokens = np.zeros((n, max_context), dtype=np.int32)
-        self.log_probs = np.zeros((n, max_context), dtype=np.float32)
-        self.versions = np.zeros((n, max_context), dtype=np.int32)
-        self.known = np.zeros(n, dtype=np.int64)
-        """tokens of history and turn so far"""
-        self.cached = np.zeros(n, dtype=np.int64)
-        """of these, tokens whose keys and values are in the cache"""
-        self.turn_start = np.zeros(n, dtype=np.int64)
-        self.limit = np.zeros(n, dtype=np.int64)
-        """`known` at which the turn has to end"""
-        self.temperature = np.ones(n, dtype=np.float32)
-        self.seed = np.zeros(n, dtype=np.uint64)
-        self.rule = np.zeros(n, dtype=np.int64)
-        self.arrival = np.zeros(n, dtype=np.int64)
-        self.running = np.zeros(n, dtype=bool)
-        self.session = np.full(n, -1, dtype=object)
-        self._max_context = max_context
-        self._slot_of: dict[int, int] = {}
-        self._free = list(range(n))
-        self._idle: dict[int, None] = {}  # slots, least recently used first
-        self._arrivals = 0
-
-    def of(self, session: int) -> int | None:
-        """The slot of a session, running or idle."""
-        return self._slot_of.get(session)
-
-    def take(self, session: int) -> int | None:
-        """A slot for `session`: its own, a free one, or that of the least recently used idle session.
-        None when every slot is running."""
-        slot = self._slot_of.get(session)
-        if slot is not None:
-            return slot
-        if not self._free and self._idle:
-            self.clear(next(iter(self._idle)))
-        if not self._free:
-            return None
-        slot = heapq.heappop(self._free)
-        self._slot_of[session] = slot
-        self.session[slot] = session
-        self.cached[slot] = self.known[slot] = 0
-        return slot
-
-    def start(self, slot: int, turn: Turn) -> None:
-        """Begin a turn. What is cached stays valid as far as the old history agrees with the new one."""
-        request, history = turn.request, turn.history
-        n = len(history)
-        same = min(int(self.cached[slot]), n - 1)  # the last token is fed again: its logits are needed
-        differs = np.flatnonzero(self.tokens[slot, :same] != history[:same])
-        self.cached[slot] = differs[0] if len(differs) else same
-        self.tokens[slot, :n] = history
-        self.known[slot] = self.turn_start[slot] = n
-        self.limit[slot] = min(n + request.params.max_tokens, self._max_context)
-        self.temperature[slot] = request.params.temperature
-        self.seed[slot] = request.seed & 0xFFFF_FFFF_FFFF_FFFF
-        self.rule[slot] = turn.rule
-        self.arrival[slot] = self._arrivals
-        self._arrivals += 1
-        self.running[slot] = True
-        self._idle.pop(slot, None)
-
-    def end(self, slot: int) -> None:
-        """The turn is over; the session keeps its place for the next one."""
-        self.running[slot] = False
-        self._idle[slot] = None
-
-    def clear(self, slot: int) -> None:
-        """Forget the session in `slot`."""
-        self._slot_of.pop(self.session[slot])
-        self._idle.pop(slot, None)
-        self.session[slot] = -1
-        self.running[slot] = False
-        self.cached[slot] = self.known[slot] = 0
-        heapq.heappush(self._free, slot)
-
-    def new_tokens(self, slot: int) -> NDArray[np.int32]:
-        """Tokens of the turn so far."""
-        return self.tokens[slot, self.turn_start[slot] : self.known[slot]]
-
-    def compaction(self) -> tuple[list[int], list[int]]:
-        """Running slots to move down, and the slots below that are not running, pairwise."""
-        running = np.flatnonzero(self.running)
-        below = np.flatnonzero(~self.running[: len(running)])
-        return running[len(running) - len(below) :].tolist(), below.tolist()
-
-    def swap(self, first: Sequence[int], second: Sequence[int]) -> None:
-        """Exchange the sessions of slots `first[i]` and `second[i]`, with everything known of them."""
-        here, there = [*first, *second], [*second, *first]
-        used = int(self.known[here].max())
-        for matrix in (self.tokens, self.log_probs, self.versions):
-            matrix[here, :used] = matrix[there, :used]
-        for column in (
-            self.known,
-            self.cached,
-            self.turn_start,
-            self.limit,
-            self.temperature,
-            self.seed,
-            self.rule,
-            self.arrival,
-            self.running,
-            self.session,
-        ):
-            column[here] = column[there]
-        moved = dict(zip(there, here, strict=True))
-        self._slot_of = {session: moved.get(slot, slot) for session, slot in self._slot_of.items()}
-        self._idle = {moved.get(slot, slot): None for slot in self._idle}
-        self._free = [moved.get(slot, slot) for slot in self._free]
-        heapq.heapify(self._free)
-
-
 PROBE_ROWS = 1024
 """tokens whose logits a probe holds at once"""
 FILLED = 0.75
-"""running sequences are moved together when they fill less than this part of the slots they span"""
+"""running sequences are compacted when they fill less than this share of the slots they span"""
 
 Answer = asyncio.Future[Completion]
 
 
 class EmbeddedEngine:
-    """`Engine` on the CPU or one GPU. Takes the model over: moves it and overwrites its weights.
+    """`Engine` on the CPU or one GPU. It owns the model: moves it and overwrites its weights.
 
-    max_sequences: sequences with a cache (running and between turns); further requests wait in order.
-    max_context: tokens of one sequence; never more than the model's own limit.
-    kv_on_update: after `load`, rebuild the cache of every sequence under the new weights ("recompute")
-    or go on with the old one ("keep", cheaper; later tokens then come from neither policy).
-    prefill_tokens: most prompt and environment tokens in one step.
-    device, dtype: where and how to compute; the model's own unless given.
+    Args:
+        max_sequences: sequences with a cache (running and between turns); further requests wait in order.
+        max_context: tokens of one sequence; never more than the model's own limit.
+        kv_on_update: after `load`, rebuild the cache of every sequence under the new weights ("recompute"), or go on
+            with the old one ("keep": cheaper, but later tokens are sampled from neither policy).
+        prefill_tokens: most prompt and environment tokens in one step.
+        device, dtype: the model's own unless given.
     """
 
     def __init__(
@@ -222,7 +93,7 @@ class EmbeddedEngine:
         )
         self._slots = Slots(max_sequences, self._max_context)
         self._rules = StopRules(tokenizer, model.config.vocabulary)
-        self._waiting: dict[int, tuple[Turn, Answer]] = {}  # by session, in order of arrival
+        self._waiting: dict[int, tuple[CheckedRequest, Answer]] = {}  # by session, in order of arrival
         self._answers: dict[int, Answer] = {}  # of running sessions
         self._version = 0
         self._wake = asyncio.Event()
@@ -248,13 +119,13 @@ class EmbeddedEngine:
         if len(history) >= self._max_context:
             return Completion(tokens=(), log_probs=(), versions=(), finish="length")
         rule = self._rules.number(request.params, self._rules_in_use)
-        turn = Turn(request=request, history=history, rule=rule)
+        checked = CheckedRequest(request=request, history=history, rule=rule)
         answer: Answer = asyncio.get_running_loop().create_future()
         self._start_task()
-        if self._slots.of(request.session) is not None:  # between turns: it has its place already
-            self._begin(turn, answer)
+        if self._slots.of(request.session) is not None:  # between two turns: it has its slot already
+            self._begin(checked, answer)
         else:
-            self._waiting[request.session] = (turn, answer)
+            self._waiting[request.session] = (checked, answer)
         self._wake.set()
         try:
             return await answer
@@ -263,8 +134,8 @@ class EmbeddedEngine:
             raise
 
     async def load(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Copy `weights` into the parameters. Raises ValueError, and changes nothing, unless they are
-        exactly the model's parameters."""
+        """Copy `weights` into the parameters. Raises ValueError, and changes nothing, unless names and shapes are
+        exactly those of the model's parameters."""
         parameters = dict(self._model.named_parameters())
         if weights.keys() != parameters.keys():
             odd = sorted(weights.keys() ^ parameters.keys())
@@ -287,10 +158,10 @@ class EmbeddedEngine:
         found: list[float] = []
         with torch.no_grad():
             positions = torch.arange(len(ids), device=self._device)
-            hidden = self._forward(ids, positions, DocumentAttention([len(ids)]))
+            hidden = self._forward(ids, positions, DocumentAttention([len(ids)]))  # [tokens, hidden]
             for begin in range(0, len(ids) - 1, PROBE_ROWS):
                 target = ids[begin + 1 : begin + 1 + PROBE_ROWS, None]
-                logits = hidden[begin : begin + len(target)] @ self._model.head.T
+                logits = hidden[begin : begin + len(target)] @ self._model.head.T  # [rows, vocabulary]
                 found += torch.log_softmax(logits.float(), -1).gather(1, target).squeeze(1).tolist()
         return found
 
@@ -299,7 +170,7 @@ class EmbeddedEngine:
         return fingerprint(dict(self._model.named_parameters()), self._version)
 
     def release(self, session: int) -> None:
-        """Forget a session; a turn of it that still waits or runs is aborted."""
+        """Forget a session and abort its turn, waiting or running."""
         waiting = self._waiting.pop(session, None)
         if waiting is not None:
             self._finish(waiting[1], (), (), (), "aborted")
@@ -329,7 +200,7 @@ class EmbeddedEngine:
             await asyncio.gather(self._task, return_exceptions=True)
 
     def _checked(self, request: Request) -> NDArray[np.int32]:
-        """The request's tokens as an array. Raises ValueError for what cannot be right."""
+        """The request's tokens, [tokens] int32. Raises ValueError for a request that cannot be served."""
         request.check()
         history = np.asarray(request.tokens, dtype=np.int32)
         if int(history.view(np.uint32).max()) >= self._model.config.vocabulary:  # negative ones are huge
@@ -340,7 +211,7 @@ class EmbeddedEngine:
 
     def _rules_in_use(self) -> set[int]:
         running = self._slots.rule[self._slots.running].tolist()
-        return {*running, *(turn.rule for turn, _ in self._waiting.values())}
+        return {*running, *(checked.rule for checked, _ in self._waiting.values())}
 
     def _start_task(self) -> None:
         if self._task is None:
@@ -350,7 +221,7 @@ class EmbeddedEngine:
             self._task.result()  # raises what ended it
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Hand the error that ended the background task to everyone who waits for it."""
+        """Raise the error that ended the background task in everyone who waits for an answer."""
         error = None if task.cancelled() else task.exception()
         if error is None:
             return
@@ -378,26 +249,27 @@ class EmbeddedEngine:
             session = next(iter(self._waiting))
             if self._slots.take(session) is None:
                 return
-            turn, answer = self._waiting.pop(session)
-            self._begin(turn, answer)
+            checked, answer = self._waiting.pop(session)
+            self._begin(checked, answer)
 
-    def _begin(self, turn: Turn, answer: Answer) -> None:
-        slot = self._slots.of(turn.request.session)
+    def _begin(self, checked: CheckedRequest, answer: Answer) -> None:
+        session = checked.request.session
+        slot = self._slots.of(session)
         assert slot is not None
-        self._slots.start(slot, turn)
-        self._answers[turn.request.session] = answer
+        self._slots.start(slot, checked)
+        self._answers[session] = answer
 
     @torch.inference_mode()  # no tensor of a step outlives the engine
     def _step(self) -> None:
-        """Feed, sample one token of every row whose history is complete, end turns."""
+        """Feed tokens, sample one token of every row whose history is complete, end turns."""
         slots = self._slots
         rows, num_near, num_far = arrange(self._next_feed())
         attention = CacheAttention(self._cache, rows, num_near, num_far)
-        tokens = self._to_device(slots.tokens[attention.slot, attention.position].astype(np.int64))
-        hidden = self._forward(tokens, self._to_device(attention.position), attention)
-        reached = rows.start + rows.count
+        tokens = self._to_device(slots.tokens[attention.slot, attention.position].astype(np.int64))  # [tokens]
+        hidden = self._forward(tokens, self._to_device(attention.position), attention)  # [tokens, hidden]
+        reached = rows.start + rows.count  # [rows]
         slots.cached[rows.slot] = reached
-        complete = reached == slots.known[rows.slot]
+        complete = reached == slots.known[rows.slot]  # [rows]
         self._prefilled += int(rows.count.sum()) - int((rows.count == 1).sum())
         if not complete.any():
             return
@@ -406,8 +278,8 @@ class EmbeddedEngine:
         self._sample(rows.slot[complete], hidden)
 
     def _next_feed(self) -> Feed:
-        """What each running row lacks: one token when decoding, more within the prefill budget. Oldest
-        requests first. Also keeps the running rows together and the cache large enough."""
+        """The tokens that each running row lacks: one when decoding, more within the prefill budget, oldest requests
+        first. Also keeps the running slots together and the cache large enough."""
         slots = self._slots
         slot = np.flatnonzero(slots.running)
         if len(slot) < FILLED * (slot[-1] + 1):
@@ -429,12 +301,12 @@ class EmbeddedEngine:
         return Feed(slot=slot, start=slots.cached[slot], count=count)
 
     def _sample(self, slot: NDArray[np.int64], hidden: Tensor) -> None:
-        """Sample one token for each of `slot` from hidden [rows, hidden]."""
+        """Sample one token for each of `slot` [rows] from `hidden` [rows, hidden], and end turns that are over."""
         slots = self._slots
         at = slots.known[slot]
         drawn, drawn_log_probs = sample(
             linear(hidden, self._model.head), slots.temperature[slot], uniforms(slots.seed[slot], at)
-        )
+        )  # [rows] each
         token, log_prob = drawn.cpu().numpy(), drawn_log_probs.cpu().numpy()
         if not np.isfinite(log_prob).all():
             raise RuntimeError(f"the model's logits are not finite under weights of version {self._version}")
@@ -475,3 +347,134 @@ class EmbeddedEngine:
     def _to_device(self, values: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(values)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRequest:
+    """A request that can be sampled: its tokens as an array, and its stop rule."""
+
+    request: Request
+    history: NDArray[np.int32]  # [tokens]
+    rule: int
+    """number of its stop rule (sampling.StopRules)"""
+
+
+class Slots:
+    """Which session holds which slot of the cache, and the numbers of its turn, as arrays over slots.
+
+    A slot is free, running, or idle: between two turns of its session, kept until `release` or until a waiting request
+    needs the slot (least recently used first).
+    """
+
+    def __init__(self, max_sequences: int, max_context: int) -> None:
+        n = max_sequences
+        # [slots, max_context]; the memory is touched only as far as sequences reach
+        self.tokens = np.zeros((n, max_context), dtype=np.int32)
+        self.log_probs = np.zeros((n, max_context), dtype=np.float32)
+        self.versions = np.zeros((n, max_context), dtype=np.int32)
+        # [slots]
+        self.known = np.zeros(n, dtype=np.int64)
+        """tokens of history and turn so far"""
+        self.cached = np.zeros(n, dtype=np.int64)
+        """of these, tokens whose keys and values are in the cache"""
+        self.turn_start = np.zeros(n, dtype=np.int64)
+        self.limit = np.zeros(n, dtype=np.int64)
+        """`known` at which the turn has to end"""
+        self.temperature = np.ones(n, dtype=np.float32)
+        self.seed = np.zeros(n, dtype=np.uint64)
+        self.rule = np.zeros(n, dtype=np.int64)
+        self.arrival = np.zeros(n, dtype=np.int64)
+        self.running = np.zeros(n, dtype=bool)
+        self.session = np.full(n, -1, dtype=object)
+        self._max_context = max_context
+        self._slot_of: dict[int, int] = {}
+        self._free = list(range(n))
+        self._idle: dict[int, None] = {}  # slots, least recently used first
+        self._arrivals = 0
+
+    def of(self, session: int) -> int | None:
+        """The slot of a session, running or idle."""
+        return self._slot_of.get(session)
+
+    def take(self, session: int) -> int | None:
+        """A slot for `session`: its own, a free one, or that of the least recently used idle session.
+        None when every slot is running."""
+        slot = self._slot_of.get(session)
+        if slot is not None:
+            return slot
+        if not self._free and self._idle:
+            self.clear(next(iter(self._idle)))
+        if not self._free:
+            return None
+        slot = heapq.heappop(self._free)
+        self._slot_of[session] = slot
+        self.session[slot] = session
+        self.cached[slot] = self.known[slot] = 0
+        return slot
+
+    def start(self, slot: int, checked: CheckedRequest) -> None:
+        """Begin a turn. The cache stays valid as far as the old history agrees with the new one."""
+        request, history = checked.request, checked.history
+        n = len(history)
+        same = min(int(self.cached[slot]), n - 1)  # the last token is fed again: its logits are needed
+        differs = np.flatnonzero(self.tokens[slot, :same] != history[:same])
+        self.cached[slot] = differs[0] if len(differs) else same
+        self.tokens[slot, :n] = history
+        self.known[slot] = self.turn_start[slot] = n
+        self.limit[slot] = min(n + request.params.max_tokens, self._max_context)
+        self.temperature[slot] = request.params.temperature
+        self.seed[slot] = request.seed & 0xFFFF_FFFF_FFFF_FFFF
+        self.rule[slot] = checked.rule
+        self.arrival[slot] = self._arrivals
+        self._arrivals += 1
+        self.running[slot] = True
+        self._idle.pop(slot, None)
+
+    def end(self, slot: int) -> None:
+        """End the turn; the session keeps its slot for the next one."""
+        self.running[slot] = False
+        self._idle[slot] = None
+
+    def clear(self, slot: int) -> None:
+        """Forget the session in `slot`."""
+        self._slot_of.pop(self.session[slot])
+        self._idle.pop(slot, None)
+        self.session[slot] = -1
+        self.running[slot] = False
+        self.cached[slot] = self.known[slot] = 0
+        heapq.heappush(self._free, slot)
+
+    def new_tokens(self, slot: int) -> NDArray[np.int32]:
+        """Tokens of the turn so far, [new tokens]."""
+        return self.tokens[slot, self.turn_start[slot] : self.known[slot]]
+
+    def compaction(self) -> tuple[list[int], list[int]]:
+        """(running slots to move down, lower slots that are not running), pairwise."""
+        running = np.flatnonzero(self.running)
+        below = np.flatnonzero(~self.running[: len(running)])
+        return running[len(running) - len(below) :].tolist(), below.tolist()
+
+    def swap(self, first: Sequence[int], second: Sequence[int]) -> None:
+        """Exchange the sessions of slots `first[i]` and `second[i]`, with their arrays."""
+        here, there = [*first, *second], [*second, *first]
+        used = int(self.known[here].max())
+        for matrix in (self.tokens, self.log_probs, self.versions):
+            matrix[here, :used] = matrix[there, :used]
+        for column in (
+            self.known,
+            self.cached,
+            self.turn_start,
+            self.limit,
+            self.temperature,
+            self.seed,
+            self.rule,
+            self.arrival,
+            self.running,
+            self.session,
+        ):
+            column[here] = column[there]
+        moved = dict(zip(there, here, strict=True))
+        self._slot_of = {session: moved.get(slot, slot) for session, slot in self._slot_of.items()}
+        self._idle = {moved.get(slot, slot): None for slot in self._idle}
+        self._free = [moved.get(slot, slot) for slot in self._free]
+        heapq.heapify(self._free)

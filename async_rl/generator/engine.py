@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one turn is sampled. Always the whole vocabulary (top-p 1, no top-k): the recorded log-prob
-    is that of the distribution sampled from."""
+    """How one turn is sampled. Always from the whole vocabulary (top-p 1, no top-k): the recorded log-prob is that of
+    the distribution sampled from."""
 
     max_tokens: int
     """>= 1"""
@@ -35,8 +35,8 @@ class Request:
     """the whole history, never empty; each turn's history starts with the one before"""
     params: SamplingParams
     seed: int
-    """of the episode. The noise of a token depends on (seed, its position in the history) only, so
-    neither the batch it shares nor an interruption changes what is sampled"""
+    """of the episode. The noise of a token depends only on the seed and its position in the history, so neither the
+    batch that it shares nor an interruption changes what is sampled"""
 
     def check(self) -> None:
         """Raises ValueError for what no engine can sample."""

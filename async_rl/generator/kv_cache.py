@@ -1,8 +1,11 @@
 """Keys and values of the engine's sequences, and attention over them.
 
-Layout: per layer [slots, kv_heads, capacity, head_dim]. A sequence lives in one slot; running sequences
-keep to the low slots, so a decode step attends over a *view* of the cache and copies nothing. Capacity
-and slots double when needed, up to the engine's limits.
+Layout: per layer [slots, kv_heads, capacity, head_dim]. A sequence lives in one slot; running sequences keep to the
+low slots, so a decode step attends over a *view* of the cache and copies nothing. Capacity and slots double when
+needed, up to the engine's limits.
+
+Shapes: rows are the sequences that a step feeds, tokens all tokens fed, packed row by row; queries are the most tokens
+that one row of an attention call adds; length is the number of cache positions that the call attends to.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ CALL_COST = 1200
 
 
 class KVCache:
-    """Storage, grown on demand. Zeroed when made: masked positions must be finite."""
+    """Storage [2, layers, slots, kv_heads, capacity, head_dim] that grows on demand. It is zeroed when allocated:
+    masked positions must be finite."""
 
     def __init__(
         self,
@@ -51,13 +55,13 @@ class KVCache:
         self.max_slots, self.max_context = max_slots, rounded_up(max_context)
         self.device, self.dtype = device, dtype
         self.plain = device.type == "cpu" and dtype == torch.float32
-        """near rows: two batched products beat SDPA's CPU kernel by a quarter when queries are few"""
+        """near rows use two batched products, a quarter faster than SDPA's CPU kernel when queries are few"""
         self.slots = self.capacity = 0
         self._store = torch.empty(0)
         self._allocate(min(FIRST_SLOTS, max_slots), min(FIRST_CAPACITY, self.max_context))
 
     def reserve(self, slots: int, tokens: int) -> None:
-        """Make room for `slots` sequences of `tokens` tokens; existing contents stay."""
+        """Make room for `slots` sequences of `tokens` tokens; the contents stay."""
         assert slots <= self.max_slots
         assert tokens <= self.max_context
         if slots > self.slots or tokens > self.capacity:
@@ -71,7 +75,7 @@ class KVCache:
         """Exchange the first `tokens` positions of slots `first[i]` and `second[i]`."""
         here = torch.tensor(first + second, device=self.device)
         there = torch.tensor(second + first, device=self.device)
-        part = self._store[..., :tokens, :]
+        part = self._store[..., :tokens, :]  # [2, layers, slots, kv_heads, tokens, head_dim]
         part[:, :, here] = part[:, :, there]
 
     def _allocate(self, slots: int, capacity: int) -> None:
@@ -89,8 +93,8 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feed:
-    """What one step feeds to the model: row i adds `count[i]` tokens to slot `slot[i]`, whose first
-    `start[i]` positions are cached. Packed row by row in this order."""
+    """The tokens that one step feeds to the model, packed row by row: row i adds `count[i]` tokens to slot `slot[i]`,
+    whose first `start[i]` positions are cached."""
 
     slot: Ints  # [rows]
     start: Ints  # [rows]
@@ -98,8 +102,8 @@ class Feed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """Rows of consecutive packed tokens that share one attention call over the cache."""
+class AttentionCall:
+    """One attention call over the cache, for rows of consecutive packed tokens."""
 
     first: int
     last: int
@@ -110,16 +114,16 @@ class Group:
     """most tokens a row adds"""
     scatter: Tensor | None  # [last - first] int64 into [num_rows * queries]; None: one token each row
     mask: Tensor
-    """0 or -inf: [num_rows, 1 or queries * shared heads, length]; for plain attention the rows are
-    repeated for each key-value head"""
+    """0 or -inf, [num_rows, 1 or queries * shared heads, length]; for plain attention the rows are repeated for each
+    key-value head"""
 
 
 class CacheAttention:
-    """Writes the fed keys and values into the cache and attends over it: one step's `Attention`.
+    """The `Attention` of one step: writes the fed keys and values into the cache and attends over it.
 
-    Three kinds of rows: *near* rows (one token, or few) over a view of the low slots; *far* rows over
-    a copy of their cache (many tokens, or much longer than the rest); *fresh* rows, which have nothing
-    cached, among their own packed tokens.
+    There are three kinds of rows. *Near* rows (one token, or few) attend over a view of the low slots. *Far* rows
+    (many tokens, or much longer than the rest) attend over a copy of their cache. *Fresh* rows, which have nothing
+    cached, attend among their own packed tokens.
     """
 
     def __init__(self, cache: KVCache, feed: Feed, num_near: int, num_far: int) -> None:
@@ -138,54 +142,55 @@ class CacheAttention:
             self.slot = feed.slot[self.row]  # [tokens]
         head = self.slot[:, None] * cache.kv_heads + np.arange(cache.kv_heads)
         self._where = torch.from_numpy((head * cache.capacity + self.position[:, None]).ravel()).to(device)
-        self._groups: list[Group] = []
+        self._calls: list[AttentionCall] = []
         if num_near:
-            self._groups.append(self._group(feed, offset, 0, num_near, near=True))
+            self._calls.append(self._call(feed, offset, 0, num_near, near=True))
         first = num_near
         for last in _pieces(feed, num_near, num_near + num_far):
-            self._groups.append(self._group(feed, offset, first, last, near=False))
+            self._calls.append(self._call(feed, offset, first, last, near=False))
             first = last
         fresh = feed.count[num_near + num_far :]
         self._fresh = DocumentAttention(fresh.tolist()) if len(fresh) else None
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim]."""
         cache = self._cache
         cache.flat_key[layer].index_copy_(0, self._where, key.reshape(-1, cache.head_dim))
         cache.flat_value[layer].index_copy_(0, self._where, value.reshape(-1, cache.head_dim))
-        parts = [self._attend(group, layer, query[group.first : group.last]) for group in self._groups]
+        parts = [self._attend(call, layer, query[call.first : call.last]) for call in self._calls]
         if self._fresh is not None:
             begin = len(self.row) - self._fresh.num_tokens
             parts.append(self._fresh(layer, query[begin:], key[begin:], value[begin:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _attend(self, group: Group, layer: int, query: Tensor) -> Tensor:
-        """query [tokens, heads, head_dim] -> the same shape. The query heads that share a key-value head
+    def _attend(self, call: AttentionCall, layer: int, query: Tensor) -> Tensor:
+        """query [tokens of the call, heads, head_dim] -> the same shape. The query heads that share a key-value head
         are laid beside each other as if they were queries, so no key is repeated."""
         _, heads, size = query.shape
-        n, kv = group.num_rows, self._cache.kv_heads
+        n, kv = call.num_rows, self._cache.kv_heads
         key, value = self._cache.key[layer], self._cache.value[layer]
-        if group.scatter is not None:
-            padded = query.new_zeros((n * group.queries, heads, size))
-            query = padded.index_copy_(0, group.scatter, query)
-        folded = query.view(n, group.queries, kv, heads // kv, size).transpose(1, 2)
-        folded = folded.reshape(n * kv, -1, size)
-        if group.rows is None and self._cache.plain:
-            out = _plain_attention(folded, key[:n].flatten(0, 1), value[:n].flatten(0, 1), group.mask)
+        if call.scatter is not None:
+            padded = query.new_zeros((n * call.queries, heads, size))
+            query = padded.index_copy_(0, call.scatter, query)
+        folded = query.view(n, call.queries, kv, heads // kv, size).transpose(1, 2)
+        folded = folded.reshape(n * kv, -1, size)  # [num_rows * kv_heads, queries * shared heads, head_dim]
+        if call.rows is None and self._cache.plain:
+            out = _plain_attention(folded, key[:n].flatten(0, 1), value[:n].flatten(0, 1), call.mask)
         else:
-            length = group.mask.shape[-1]
+            length = call.mask.shape[-1]
             key, value = key[:, :, :length], value[:, :, :length]
-            if group.rows is None:
+            if call.rows is None:
                 key, value = key[:n], value[:n]
             else:
-                key, value = key.index_select(0, group.rows), value.index_select(0, group.rows)
+                key, value = key.index_select(0, call.rows), value.index_select(0, call.rows)  # a copy
             out = F.scaled_dot_product_attention(
-                folded.view(n, kv, -1, size), key, value, attn_mask=group.mask.view(n, -1, *group.mask.shape[1:])
+                folded.view(n, kv, -1, size), key, value, attn_mask=call.mask.view(n, -1, *call.mask.shape[1:])
             )
-        out = out.view(n, kv, group.queries, heads // kv, size).transpose(1, 2).reshape(-1, heads, size)
-        return out if group.scatter is None else out.index_select(0, group.scatter)
+        out = out.view(n, kv, call.queries, heads // kv, size).transpose(1, 2).reshape(-1, heads, size)
+        return out if call.scatter is None else out.index_select(0, call.scatter)
 
-    def _group(self, feed: Feed, offset: Ints, first: int, last: int, *, near: bool) -> Group:
-        """One attention call for rows first <= i < last."""
+    def _call(self, feed: Feed, offset: Ints, first: int, last: int, *, near: bool) -> AttentionCall:
+        """The attention call for rows first <= i < last of the feed; `offset` [tokens]: place of a token in its row."""
         device, dtype = self._cache.device, self._cache.dtype
         begin = int(self.last[first] - feed.count[first] + 1)
         end = int(self.last[last - 1]) + 1
@@ -194,8 +199,8 @@ class CacheAttention:
         length = rounded_up(int((feed.start[first:last] + feed.count[first:last]).max()))
         num_rows = int(slots[-1]) + 1 if near else last - first
         dense = queries == 1 and num_rows == last - first
-        # Unused rows of the view look at position 0, so that their softmax is finite.
-        position = np.zeros((num_rows, queries), dtype=np.int64)
+        # Unused rows of the view attend to position 0, so that their softmax is finite.
+        position = np.zeros((num_rows, queries), dtype=np.int64)  # of each query, in its sequence
         index = None
         if dense:
             position[:, 0] = self.position[begin:end]
@@ -207,9 +212,9 @@ class CacheAttention:
             position = np.repeat(position, self._cache.kv_heads, 0)
         if queries > 1:
             position = np.repeat(position, self._cache.shared_heads, 1)
-        hidden = np.arange(length) > position[:, :, None]
+        hidden = np.arange(length) > position[:, :, None]  # [rows, queries, length]
         mask = torch.from_numpy(np.where(hidden, MASKED, SEEN)).to(device, dtype)
-        return Group(
+        return AttentionCall(
             first=begin,
             last=end,
             rows=None if near else torch.from_numpy(slots).to(device),
@@ -226,18 +231,16 @@ def rounded_up(length: int) -> int:
 
 
 def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """query [rows, queries, head_dim] over the first `length` positions of key and value
-    [rows, capacity, head_dim]; mask [rows, 1 or queries, length]."""
+    """query [rows, queries, head_dim] over the first `length` positions of key and value [rows, capacity, head_dim],
+    with mask [rows, 1 or queries, length] -> [rows, queries, head_dim]."""
     length = mask.shape[-1]
     scores = torch.baddbmm(mask, query, key[:, :length].transpose(1, 2), alpha=query.shape[-1] ** -0.5)
     return torch.bmm(torch.softmax(scores, -1), value[:, :length])
 
 
 def arrange(feed: Feed) -> tuple[Feed, int, int]:
-    """Sort the rows (given by ascending slot) into near, far and fresh ones, by estimated cost.
-
-    Returns the sorted feed and the numbers of near and far rows.
-    """
+    """(sorted feed, number of near rows, number of far rows): sort the rows, which come by ascending slot, into near,
+    far and fresh ones, by estimated cost."""
     length = feed.start + feed.count
     several = feed.count > 1
     if not several.any() and length.max() < 2 * length.min():
@@ -257,7 +260,7 @@ def arrange(feed: Feed) -> tuple[Feed, int, int]:
 
 
 def _worth_sharing(feed: Feed, length: Ints, near: NDArray[np.bool_], small: NDArray[np.bool_]) -> bool:
-    """Whether small appends should share the near call, which pads every row to the widest of them."""
+    """Whether small appends should share the near call, which pads every row to the widest append. Masks [rows]."""
     if not near.any():
         return True
     widest = int(feed.count[small].max())
@@ -268,8 +271,8 @@ def _worth_sharing(feed: Feed, length: Ints, near: NDArray[np.bool_], small: NDA
 
 
 def _without_outliers(feed: Feed, length: Ints, near: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """`near` without the longest rows, when all others attending over their length costs more than
-    copying their cache."""
+    """`near` [rows] without the longest rows, when attention of all others over that length costs more than a copy of
+    the longest rows' cache."""
     rows = np.flatnonzero(near)
     if len(rows) < 2:
         return near
@@ -286,7 +289,7 @@ def _without_outliers(feed: Feed, length: Ints, near: NDArray[np.bool_]) -> NDAr
 
 
 def _pieces(feed: Feed, first: int, last: int) -> list[int]:
-    """Ends of the runs of far rows with similar count and length; each run is padded to its largest."""
+    """Ends of the runs of far rows with similar count and length; each run is padded to its longest row."""
     if first == last:
         return []
     kind = _magnitude(feed.count[first:last]) * 64 + _magnitude((feed.start + feed.count)[first:last])
@@ -294,5 +297,5 @@ def _pieces(feed: Feed, first: int, last: int) -> list[int]:
 
 
 def _magnitude(values: Ints) -> Ints:
-    """Number of binary digits."""
+    """Number of binary digits of each value; same shape."""
     return np.frexp(values.astype(np.float64))[1].astype(np.int64)

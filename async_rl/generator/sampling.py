@@ -1,4 +1,9 @@
-"""When a turn ends, decided for all rows at once by table look-up."""
+"""Sampling of one token a row, and the decision which turns end with it.
+
+Tokens are drawn by inverse CDF with one uniform each. The uniform is a function of (seed, position) alone, so neither
+the batch that a token shares, nor the order in which requests came, nor an interruption changes what is sampled.
+`StopRules` decides for all rows at once, by table look-up, which turns are over.
+"""
 
 from __future__ import annotations
 
@@ -12,37 +17,36 @@ from torch import Tensor
 from async_rl.generator.engine import SamplingParams
 from async_rl.model.tokenizer import Tokenizer
 
-# -------------------- sampler
-# Sampling by inverse CDF with one counter-based uniform a token.
-#
-# The uniform is a function of (seed, position) alone, so neither the batch a token shares, nor the order
-# in which requests came, nor an interruption changes what is sampled.
-
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 BLOCK = 1024
 """tokens of a block in the two-level search of large vocabularies"""
 
 
 def uniforms(seed: NDArray[np.uint64], position: NDArray[np.int64]) -> NDArray[np.float64]:
-    """One number in [0, 1) for each (seed, position): SplitMix64 (Steele et al. 2014) of both."""
+    """One number in [0, 1) for each (seed, position), [rows]: SplitMix64 of both (Steele, Lea, Flood, "Fast splittable
+    pseudorandom number generators", OOPSLA 2014)."""
     state = _mix(seed + GOLDEN) + GOLDEN * (position.astype(np.uint64) + np.uint64(1))
     # 52 bits: u <= 1 - 2**-52, so that u * total never rounds up to total.
     return (_mix(state) >> np.uint64(12)).astype(np.float64) * 2.0**-52
 
 
 def sample(logits: Tensor, temperature: NDArray[np.float32], uniform: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
-    """A token of each row and its log-prob.
+    """Sample a token of each row.
 
-    logits [rows, vocabulary]; temperature and uniform [rows]. Returns tokens [rows] int64 and log-probs
-    [rows] float32 of the distribution sampled from. Temperature 0 takes the likeliest token and gives
-    its log-prob at temperature 1.
+    Args:
+        logits: [rows, vocabulary], any float dtype.
+        temperature: [rows] float32; 0 takes the likeliest token and gives its log-prob at temperature 1.
+        uniform: [rows] float64 in [0, 1).
+
+    Returns:
+        tokens [rows] int64, and their log-probs [rows] float32 under the distribution sampled from.
     """
     logits = logits.float()
     greedy = temperature == 0
     if (temperature != 1).any():
         divisor = torch.from_numpy(np.where(greedy, 1, temperature).astype(np.float32))
         logits = logits / divisor.to(logits.device)[:, None]
-    log_probs = torch.log_softmax(logits, -1)
+    log_probs = torch.log_softmax(logits, -1)  # [rows, vocabulary]
     if greedy.all():
         tokens = log_probs.argmax(-1)
     else:
@@ -54,30 +58,31 @@ def sample(logits: Tensor, temperature: NDArray[np.float32], uniform: NDArray[np
 
 
 def inverse_cdf(prob: Tensor, uniform: Tensor) -> Tensor:
-    """First index whose cumulative probability (float64) exceeds `uniform` of the row's total.
+    """The first index of each row whose cumulative probability (float64) exceeds `uniform` times the row's total.
 
-    prob [rows, vocabulary] float32, uniform [rows] float64. The answer never has probability 0. Large
-    vocabularies are searched in two levels, so that only one block a row is summed up in float64.
+    `prob` [rows, vocabulary] float32 need not sum to 1; `uniform` [rows] float64. Returns [rows] int64; no token of
+    probability 0 is returned. Large vocabularies are searched in two levels, so that only one block a row is summed in
+    float64.
     """
     vocabulary = prob.shape[1]
     if vocabulary <= 4 * BLOCK:
         cumulative = prob.cumsum(-1, dtype=torch.float64)
         return _exceeding(cumulative, uniform * cumulative[:, -1])
     padded = torch.nn.functional.pad(prob, (0, -vocabulary % BLOCK)).view(prob.shape[0], -1, BLOCK)
-    ends = padded.sum(-1, dtype=torch.float64).cumsum(-1)
-    target = uniform * ends[:, -1]
-    block = _exceeding(ends, target)
+    ends = padded.sum(-1, dtype=torch.float64).cumsum(-1)  # [rows, blocks]
+    target = uniform * ends[:, -1]  # [rows]
+    block = _exceeding(ends, target)  # [rows]
     rows = torch.arange(prob.shape[0], device=prob.device)
     before = torch.where(block > 0, ends[rows, (block - 1).clamp_min(0)], 0.0)
-    inside = padded[rows, block].cumsum(-1, dtype=torch.float64)
+    inside = padded[rows, block].cumsum(-1, dtype=torch.float64)  # [rows, BLOCK]
     # Both sums are rounded differently: the target must not lie beyond the block.
     last = torch.nextafter(inside[:, -1], torch.zeros_like(target))
     return block * BLOCK + _exceeding(inside, torch.minimum(target - before, last))
 
 
 def _exceeding(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Index of the first element above `target`, which is below the last one. The clamp only acts on
-    NaN, whose log-prob the caller refuses."""
+    """Index [rows] of the first element of `cumulative` [rows, n] above `target` [rows], which is below the last one.
+    The clamp acts on NaN only, whose log-prob the caller refuses."""
     found = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
     return found.clamp_max(cumulative.shape[1] - 1)
 
@@ -89,26 +94,27 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 MAX_RULES = 64
-"""rules kept; one costs two bytes a token of the vocabulary"""
+"""rules kept; each costs two bytes a token of the vocabulary"""
 
-Key = tuple[tuple[int, ...], tuple[str, ...]]
+RuleKey = tuple[tuple[int, ...], tuple[str, ...]]
+"""(stop tokens, stop strings)"""
 
 
 class StopRules:
-    """The stop tokens and strings of requests, compiled to rows of two tables over the vocabulary:
-    `ends` (this token ends the turn) and `maybe` (look at the text: a stop string may end here)."""
+    """The stop tokens and strings of requests, compiled to rows of two tables [rules, vocabulary]: `ends` (this token
+    ends the turn) and `maybe` (a stop string may end with this token: the text decides)."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int) -> None:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._text: list[str] | None = None
-        self._index: dict[Key, int] = {}
+        self._index: dict[RuleKey, int] = {}
         self._strings: list[tuple[str, ...]] = []
         self._ends = np.zeros((MAX_RULES, vocabulary), dtype=bool)
         self._maybe = np.zeros((MAX_RULES, vocabulary), dtype=bool)
 
     def number(self, params: SamplingParams, in_use: Callable[[], Collection[int]]) -> int:
-        """The rule of a request, compiled on first use. `in_use()` are the rules of unfinished requests,
+        """The number of a request's rule, compiled on first use. `in_use()` gives the rules of unfinished requests,
         which are not overwritten. Raises ValueError for a stop token outside the vocabulary."""
         key = (params.stop_tokens, params.stop_strings)
         found = self._index.get(key)
@@ -129,7 +135,8 @@ class StopRules:
         slot: NDArray[np.int64],
         turn_of: Callable[[int], NDArray[np.int32]],
     ) -> NDArray[np.bool_]:
-        """Which rows end with `token`, their last. All [rows]; `turn_of(slot)` are the tokens of a turn."""
+        """Which rows end with their last token: [rows] bool. `rule`, `token` and `slot` are [rows]; `turn_of(slot)`
+        gives the tokens of a turn."""
         ends = self._ends[rule, token]
         for row in np.flatnonzero(self._maybe[rule, token] & ~ends):
             strings = self._strings[rule[row]]
@@ -141,6 +148,7 @@ class StopRules:
         return ends
 
     def _replaceable(self, busy: Collection[int]) -> int:
+        """The oldest rule that no request uses. Raises ValueError when all are in use."""
         for key, number in self._index.items():  # oldest first
             if number not in busy:
                 del self._index[key]
@@ -163,13 +171,14 @@ class StopRules:
         self._strings[number] = strings
 
     def _may_complete(self, last: str) -> NDArray[np.bool_]:
-        """Tokens after which a string ending in `last` may stand. A space can be hidden by a decoder
-        that strips it; a character beyond ASCII can be spread over tokens of single bytes."""
+        """[vocabulary] bool: tokens with which a string that ends in `last` may end. A decoder may strip a space, and a
+        character beyond ASCII may be spread over tokens of single bytes: then any token may."""
         if last == " " or not last.isascii():
             return np.ones(self._vocabulary, dtype=bool)
         return np.array([last in text for text in self._texts()])
 
     def _texts(self) -> list[str]:
+        """The text of each token of the vocabulary."""
         if self._text is None:
             known = self._tokenizer.vocab_size
             self._text = [self._tokenizer.decode([token], special=True) for token in range(known)]

@@ -1,4 +1,4 @@
-"""One running episode: what the task sees on one side, the tokens it leaves behind on the other."""
+"""One running episode: the session that the task sees on one side, the trajectory that it becomes on the other."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ from async_rl.task.protocol import Problem, Task
 from async_rl.trajectory import Ended, Split, Trajectory, Turn, VersionSpan
 
 STOPS = "turns_stopped"
-"""in the info of an unfinished trajectory: for each turn 1 when it ended by a stop, else 0"""
-
-
+"""info of an unfinished trajectory: for each turn 1 when it ended by a stop, else 0"""
 LONGEST_REASON = 4000
-"""characters kept of what a task raised"""
+"""characters kept of a task's error"""
 
 
 class TurnLimit(Exception):
@@ -30,23 +28,27 @@ class TurnLimit(Exception):
 
 
 class OtherEpisode(Exception):
-    """The recorded turns are not those of this episode: its environment answered otherwise."""
+    """The recorded turns do not belong to this episode: its environment answered differently."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
-    """Which trajectory an episode is to become."""
+    """Which trajectory an episode will become: one sample of a permit's group."""
 
     group: int
     sample: int
     problem: int
     split: Split
     seed: int
+    """of the sample, 64 bits unsigned"""
     temperature: float
 
 
 class EpisodeSession:
-    """Implements `task.Session`. Tokens are only ever appended; nothing is re-tokenised."""
+    """Implements `task.Session`, and keeps the episode's tokens, log-probs and versions, [tokens] each.
+
+    Tokens are only ever appended; nothing is re-tokenised.
+    """
 
     def __init__(
         self,
@@ -62,9 +64,15 @@ class EpisodeSession:
         on_turn: Callable[[], None] | None = None,
         generator: str = "",
     ) -> None:
-        """`record`: turns that a lost generator had sampled of this episode (see `so_far`): the first calls of
-        `generate` are answered with them. `on_turn`: called after each turn that was sampled here.
-        `generator`: its name."""
+        """
+        Args:
+            session_id: the engine's key of this episode.
+            clock: seconds since the epoch.
+            record: turns that a lost generator sampled of this episode (see `so_far`), with which the first calls of
+                `generate` are answered.
+            on_turn: called after each turn that was sampled here.
+            generator: name of this generator.
+        """
         self._generator = generator
         self._engine = engine
         self._tokenizer = tokenizer
@@ -86,10 +94,10 @@ class EpisodeSession:
         self._stops = ""  # of each turn: 1 when it ended by a stop
         self._abandoned = ""
         self.diverged = False
-        """the record was of no use; the episode has to begin anew without it"""
+        """the record did not fit; the episode has to be run again without it"""
         self.started_at = clock() if record is None else record.started_at
 
-    # ------------------------------------------------ what the task may do
+    # ------------------------------------------------ called by the task
 
     @property
     def turn(self) -> int:
@@ -108,7 +116,7 @@ class EpisodeSession:
         return self._stopped
 
     def begin(self, problem: Problem) -> None:
-        """Put the prompt in. Raises ValueError when it is empty or too long."""
+        """Append the prompt. Raises ValueError when it is empty or too long."""
         tokens = self._tokenizer.encode(prompt_text(problem.prompt, self._tokenizer))
         if not tokens:
             raise ValueError("the prompt is empty")
@@ -135,7 +143,7 @@ class EpisodeSession:
         self._tokens = [*self._tokens, *completion.tokens]
         self._log_probs.extend(completion.log_probs)
         self._versions.extend(completion.versions)
-        if completion.finish == "aborted":  # what there is, for the record
+        if completion.finish == "aborted":  # the trajectory keeps the tokens that came
             raise ConnectionAbortedError(self._abandoned or "the engine gave the request up")
         self._stopped = completion.finish == "stop"
         self._stops += "01"[self._stopped]
@@ -163,7 +171,7 @@ class EpisodeSession:
         )
 
     def _recalled(self, room: int) -> Completion | None:
-        """The next turn as the record has it; None behind its last one. Raises OtherEpisode."""
+        """The next turn of the record; None after its last one. Raises OtherEpisode when it does not fit."""
         record, number = self._record, len(self._turns)
         if record is None or number >= len(record.turns):
             return None
@@ -202,19 +210,19 @@ class EpisodeSession:
     def note(self, key: str, value: float | str) -> None:
         self._info[key] = value
 
-    # -------------------------------------------- what the generator does
+    # -------------------------------------------- called by the generator
 
     def abandon(self, reason: str) -> None:
-        """Nobody wants the episode any more: its turn ends now, or when its environment has answered."""
+        """End the episode, which nobody wants any more: now, or when its environment has answered."""
         self._abandoned = reason
         self._engine.release(self._id)
 
     def so_far(self) -> Trajectory:
-        """The turns finished until now, to go on from should this generator die. Not to be trained."""
+        """The turns finished until now, from which another generator continues if this one dies. Not for training."""
         return self._made(reward=0.0, ended="aborted", reason="still running", info={STOPS: self._stops})
 
     def finish(self, *, reward: float, failed: Ended | None = None, reason: str = "") -> Trajectory:
-        """The trajectory this episode became; `failed` overrides how it ended."""
+        """The trajectory that this episode became; `failed` overrides how it ended."""
         self._engine.release(self._id)
         made = self._made(reward=reward, ended=failed or self._ended, reason=reason, info=self._info)
         broken = made.check()
@@ -265,12 +273,8 @@ def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
     return tuple(spans)
 
 
-# -------------------- episode
-# One episode from its problem to a trajectory, whatever the task's code does.
-
-
 async def run_episode(task: Task, session: EpisodeSession, ticket: Ticket, *, timeout_s: float) -> Trajectory:
-    """Roll the task out. Whatever the task or its reward raises ends this trajectory, with the reason.
+    """Run one episode of the task. An exception of the task or its reward ends this trajectory, with the reason.
     Raises RunFailed when the engine died."""
     try:
         problem = task.problems(ticket.split)[ticket.problem]

@@ -1,9 +1,11 @@
-"""vLLM behind the `Engine` protocol: `AsyncLLM` in this process, its core and workers in their own.
+"""vLLM behind the `Engine` protocol: `AsyncLLM` in this process, vLLM's core and workers in their own.
 
-Tokens in, tokens out. Log-probs are of the distribution sampled from (`processed_logprobs`); the version of
-each token is vLLM's own record of which weights sampled it, or, in releases without one, of what had come
-when the update paused the engine. Weights are changed while the engine is paused with its requests kept: the
-version is set before it goes on, and with `kv_on_update=recompute` the cache of running requests is rebuilt.
+Tokens in, tokens out. Log-probs are those of the distribution sampled from (`processed_logprobs`). The version of each
+token is vLLM's own record of which weights sampled it; releases without that record get it from the number of tokens
+that had come when an update paused the engine. Weights change while the engine is paused and keeps its requests: the
+version is set before it resumes, and with `kv_on_update=recompute` the cache of running requests is rebuilt.
+
+The functions at the end need no vLLM: they find the trainer's tensors among those of vLLM's workers.
 """
 
 from __future__ import annotations
@@ -27,72 +29,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# -------------------- unpacked
-# The trainer's tensors among those that one of vLLM's workers holds. Needs no vLLM.
-
 Shapes = Mapping[str, Sequence[int]]
-
-
-def unpacked(
-    parameters: Mapping[str, Tensor], packing: Mapping[str, Sequence[str]], wanted: Shapes, workers: int
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Those held whole, under the trainer's names (`wanted`: shapes by name), and the names of those that this worker
-    has a part of only: with `workers` = 1 none. In neither: what it has not at all, or in another shape.
-
-    vLLM stacks some matrices (query, key and value; gate and up) on top of each other: `packing`."""
-    held: dict[str, Tensor] = {}
-    split: list[str] = []
-    for name, shape in wanted.items():
-        found = parameters.get(name)
-        if found is None:
-            found, packed = _part(parameters, packing, wanted, name)
-        else:
-            packed = found
-            if workers == 1 and len(shape) and found.shape[0] > shape[0]:
-                found = found[: shape[0]]  # the vocabulary is padded
-        if found is not None and tuple(found.shape) == tuple(shape):
-            held[name] = found
-        elif packed is not None and workers > 1:
-            split.append(name)
-    return held, split
-
-
-def _part(
-    parameters: Mapping[str, Tensor], packing: Mapping[str, Sequence[str]], wanted: Shapes, name: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """The tensor, where the one it is packed into has it whole, and that one."""
-    for packed, parts in packing.items():
-        for part in parts:
-            if f".{part}." not in name:
-                continue
-            whole = parameters.get(name.replace(f".{part}.", f".{packed}."))
-            sizes = [wanted[name.replace(f".{part}.", f".{p}.")][0] for p in parts]
-            if whole is None or whole.shape[0] != sum(sizes):
-                return None, whole
-            begin = sum(sizes[: parts.index(part)])
-            return whole[begin : begin + sizes[parts.index(part)]], whole
-    return None, None
-
-
-def together(shown: Sequence[Mapping[str, int | None]]) -> dict[str, int | None]:
-    """Checksums of one engine from those of its workers (None: split over them). Left out: a tensor that a worker
-    lacks, or of which workers hold different copies."""
-    agreed: dict[str, int | None] = {}
-    for name in shown[0] if shown else ():
-        if any(name not in worker for worker in shown):
-            continue
-        found = {worker[name] for worker in shown}
-        if None in found or len(found) == 1:
-            agreed[name] = None if None in found else found.pop()
-    return agreed
-
 
 LOAD_DEADLINE_S = 600.0
 """longest time the workers may take to load weights"""
 CPU_BATCH_TOKENS = 8192
 """tokens of one model step on a CPU"""
 OWNER = "ASYNC_RL_VLLM_OWNER"
-"""tells vLLM's processes with whom they end (vllm_worker.py)"""
+"""environment variable: the process with which vLLM's processes end (vllm_worker.py)"""
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
@@ -100,23 +44,23 @@ _ENVIRONMENT = {
 }
 _ENVIRONMENT_CPU = {
     "TORCHDYNAMO_DISABLE": "1",  # else the first tokens wait 40 s for the sampler to be compiled
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the launcher says how many threads; the trainer needs a core
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the launcher sets the number of threads; the trainer needs a core
 }
 
 
 @dataclass(slots=True)
-class _Running:
-    """A request under way."""
+class _RunningRequest:
+    """The answer to a request so far."""
 
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     cuts: list[tuple[int, int]] = field(default_factory=list)
-    """(tokens that had come, version they have) at each update while it ran"""
+    """(number of tokens that had come, their version) at each update while it ran"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmOptions:
-    """What is asked of vLLM."""
+    """How vLLM is started."""
 
     model: Path
     max_sequences: int
@@ -129,14 +73,15 @@ class VllmOptions:
     kv_cache_bytes: int
     """memory for keys and values; 0: vLLM's own choice (a share of the GPU)"""
     memory_share: float
-    """of the GPU, for weights and cache together"""
+    """share of the GPU's memory for weights and cache together"""
     tensor_parallel: int
+    """number of worker processes that the model is split over"""
     layout: Mapping[str, tuple[int, ...]]
     """shapes of the model's weights, under the trainer's names"""
     transfer: str = ""
     """vLLM's back end for weights that the trainer sends straight into the workers (nccl, ipc); empty: none"""
     worker: str = "async_rl.generator.vllm_worker.Weights"
-    """mixed into vLLM's worker"""
+    """class that vLLM mixes into its worker"""
 
 
 class VllmEngine:
@@ -149,7 +94,7 @@ class VllmEngine:
         self._version = 0
         self._loading = asyncio.Lock()
         self._requests: dict[int, str] = {}  # by session
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, _RunningRequest] = {}
         self._asked = 0
         self._generated = self._prefilled = 0
         self._busy_seconds, self._busy_since = 0.0, 0.0
@@ -166,7 +111,7 @@ class VllmEngine:
 
         try:
             llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(options)))
-        except Exception as error:  # vLLM's own processes failed: whatever it says
+        except Exception as error:  # vLLM's own processes failed, which may raise anything
             raise RunFailed(f"vLLM did not start: {type(error).__name__}: {error}") from error
         return cls(llm, options, has_spans=installed_release() >= SPANS)
 
@@ -192,7 +137,7 @@ class VllmEngine:
         self._asked += 1
         name = f"{request.session}-{self._asked}"
         self._requests[request.session] = name
-        running = self._running[name] = _Running()
+        running = self._running[name] = _RunningRequest()
         self._busy(now=time.perf_counter())
         try:
             return await self._collect(name, running, history, request, min(request.params.max_tokens, room))
@@ -201,7 +146,7 @@ class VllmEngine:
             self._busy(now=time.perf_counter())
 
     async def _collect(
-        self, name: str, running: _Running, history: list[int], request: Request, max_tokens: int
+        self, name: str, running: _RunningRequest, history: list[int], request: Request, max_tokens: int
     ) -> Completion:
         from vllm.exceptions import VLLMValidationError
         from vllm.inputs import TokensPrompt
@@ -213,7 +158,7 @@ class VllmEngine:
         try:
             async for answer in self._llm.generate(prompt, params, name):
                 (output,) = answer.outputs
-                if not output.token_ids:  # of an abort; before 0.29 it repeats all log-probs
+                if not output.token_ids:  # an abort, which before 0.29 repeats all log-probs
                     continue
                 running.tokens += output.token_ids
                 running.log_probs += [
@@ -235,8 +180,8 @@ class VllmEngine:
             finish={"stop": "stop", "length": "length"}.get(str(reason), "aborted"),  # type: ignore[arg-type]
         )
 
-    def _versions(self, running: _Running, spans: Sequence[Any] | None) -> list[int]:
-        """Of each token. vLLM labels weights from before the first update with its own word."""
+    def _versions(self, running: _RunningRequest, spans: Sequence[Any] | None) -> list[int]:
+        """The version of each token. vLLM labels the weights before the first update with a word of its own."""
         if spans is not None:
             labels = [""] * len(running.tokens)
             for span in spans:
@@ -248,7 +193,7 @@ class VllmEngine:
         return versions
 
     async def load(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Replace the weights in flight. Raises RunFailed when vLLM does not take them, in time; ValueError, with
+        """Replace the weights in flight. Raises RunFailed when vLLM does not load them in time; ValueError, with
         nothing changed, for tensors of another model."""
         for name, shape in self._options.layout.items():
             if name in weights and tuple(weights[name].shape) != tuple(shape):
@@ -259,10 +204,11 @@ class VllmEngine:
                 await asyncio.to_thread(_save, weights, file)
                 await self._pause()
                 await self._ask_workers("async_rl_load", str(file))
-                await self._go_on(version)
+                await self._resume(version)
 
     async def handle_call(self, method: str, version: int, detail: Mapping[str, Any]) -> None:
-        """A call of the trainer's side of a link (generator/pull.py). Between start and finish nothing is sampled."""
+        """Execute a call of the trainer's side of a link (generator/pull.py). Nothing is sampled between start and
+        finish."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
         match method:
@@ -279,22 +225,22 @@ class VllmEngine:
                 await self._served(self._llm.update_weights(update))
             case "finish":
                 await self._served(self._llm.finish_weight_update())
-                await self._go_on(version)
+                await self._resume(version)
             case _:
                 raise RunFailed(f"the trainer wants '{method[:40]}' of vLLM, which this program does not know")
 
     async def _pause(self) -> None:
-        """Keep the running requests, and remember what they have of the present version."""
+        """Pause, keep the running requests, and note how many of their tokens the present version sampled."""
         await self._served(self._llm.pause_generation(mode="keep", clear_cache=False))
         for running in self._running.values():
             running.cuts.append((len(running.tokens), self._version))
 
-    async def _go_on(self, version: int) -> None:
-        """The workers hold `version` now."""
+    async def _resume(self, version: int) -> None:
+        """Set the version that the workers hold now, and resume."""
         if self._has_spans:
             await self._served(self._llm.update_weight_version(str(version)))
         self._version = version
-        # blocks of other versions are never found again: their salt says which version filled them
+        # cached blocks of other versions are never found again: the salt names the version that filled them
         if self._options.kv_on_update == "recompute":
             await self._served(self._llm.reset_prefix_cache(reset_running_requests=True))
         await self._served(self._llm.resume_generation())
@@ -307,8 +253,8 @@ class VllmEngine:
         if len(tokens) < 2:
             return []
         self._asked += 1
-        # vLLM samples one token behind a prompt, for which a full context has no room: then the last token of the
-        # probe is looked up in that token's whole distribution instead
+        # vLLM samples one token after a prompt, for which a full context has no room. Then the last token of the probe
+        # is left out, and its log-prob is read from the whole distribution of the sampled token instead.
         full = len(tokens) >= self.max_context
         asked = list(tokens[:-1] if full else tokens)
         prompt = TokensPrompt(prompt_token_ids=asked, cache_salt=f"probe {self._asked}")
@@ -329,10 +275,10 @@ class VllmEngine:
         """Checksums of the weights as vLLM's workers hold them now, under the trainer's names."""
         layout = [(name, list(shape)) for name, shape in self._options.layout.items()]
         workers = self._options.tensor_parallel
-        return together(await self._ask_workers("async_rl_fingerprint", self._version, layout, workers))
+        return combined_checksums(await self._ask_workers("async_rl_fingerprint", self._version, layout, workers))
 
     def release(self, session: int) -> None:
-        """The episode is over; a turn of it that still runs is aborted."""
+        """The episode is over: abort its turn if one runs."""
         name = self._requests.get(session)
         if name is not None:
             self._aborts = asyncio.ensure_future(self._llm.abort(name))
@@ -359,7 +305,7 @@ class VllmEngine:
         return answers
 
     async def _served(self, call: Coroutine[Any, Any, Any]) -> Any:
-        """What vLLM answers. Whatever goes wrong here leaves an engine that nobody knows the state of."""
+        """vLLM's answer to a call. Raises RunFailed for every error: the engine's state is unknown then."""
         name = getattr(call, "__qualname__", "a call")
         try:
             return await asyncio.wait_for(call, LOAD_DEADLINE_S)
@@ -369,7 +315,7 @@ class VllmEngine:
             raise RunFailed(f"vLLM failed in {name}: {error}") from error
 
     def _busy(self, now: float) -> None:
-        """Count time in which requests ran: vLLM does not tell its time in model steps."""
+        """Count the time in which requests run: vLLM does not report its time in model steps."""
         if self._busy_since:
             self._busy_seconds += now - self._busy_since
         self._busy_since = now if self._running else 0.0
@@ -393,8 +339,8 @@ def engine_arguments(options: VllmOptions) -> dict[str, Any]:
     }
     if options.device == "cpu":
         chosen["enforce_eager"] = True
-        # A request with a seed whose prompt is fed in parts crashes the worker on a CPU (its generator knows no
-        # offset to go back to): feed every history whole.
+        # A request with a seed whose prompt is fed in parts crashes the worker on a CPU (its random generator has no
+        # offset to return to), so every history is fed whole.
         chosen["enable_chunked_prefill"] = False
         chosen["max_num_batched_tokens"] = max(CPU_BATCH_TOKENS, options.max_context)
     else:
@@ -407,7 +353,7 @@ def engine_arguments(options: VllmOptions) -> dict[str, Any]:
 
 
 def sampling_params(params: SamplingParams, seed: int, max_tokens: int) -> Any:
-    """The whole vocabulary, no penalties: what the record's log-prob belongs to."""
+    """vLLM's sampling parameters: the whole vocabulary and no penalties, so that the recorded log-prob is exact."""
     from vllm import SamplingParams as VllmParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -426,7 +372,7 @@ def sampling_params(params: SamplingParams, seed: int, max_tokens: int) -> Any:
 
 
 def turn_seed(seed: int, position: int) -> int:
-    """vLLM draws a request's noise from its own seed in order of tokens, and every turn is a request."""
+    """The seed of one turn. vLLM draws the noise of a request in the order of its tokens, and a turn is a request."""
     digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1  # vLLM's seeds are signed
 
@@ -435,3 +381,66 @@ def _save(weights: Mapping[str, Tensor], file: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file)
+
+
+def unpacked(
+    parameters: Mapping[str, Tensor], packing: Mapping[str, Sequence[str]], wanted: Shapes, workers: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The trainer's tensors among the `parameters` of one of vLLM's workers.
+
+    vLLM stacks some matrices (query, key and value; gate and up) along the first axis.
+
+    Args:
+        packing: name of a stacked matrix -> names of its parts, in order (vLLM's `packed_modules_mapping`).
+        wanted: the trainer's names and shapes.
+        workers: number of workers over which the model is split.
+
+    Returns:
+        the tensors held whole, under the trainer's names; and the names of those of which this worker holds a part
+        only (none with one worker). A tensor that is missing or has another shape is in neither.
+    """
+    held: dict[str, Tensor] = {}
+    split: list[str] = []
+    for name, shape in wanted.items():
+        found = parameters.get(name)
+        if found is None:
+            found, packed = _part(parameters, packing, wanted, name)
+        else:
+            packed = found
+            if workers == 1 and len(shape) and found.shape[0] > shape[0]:
+                found = found[: shape[0]]  # the vocabulary is padded
+        if found is not None and tuple(found.shape) == tuple(shape):
+            held[name] = found
+        elif packed is not None and workers > 1:
+            split.append(name)
+    return held, split
+
+
+def _part(
+    parameters: Mapping[str, Tensor], packing: Mapping[str, Sequence[str]], wanted: Shapes, name: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """(the tensor or None, the stacked tensor that it is part of or None); None where the stack is not whole."""
+    for packed, parts in packing.items():
+        for part in parts:
+            if f".{part}." not in name:
+                continue
+            whole = parameters.get(name.replace(f".{part}.", f".{packed}."))
+            sizes = [wanted[name.replace(f".{part}.", f".{p}.")][0] for p in parts]
+            if whole is None or whole.shape[0] != sum(sizes):
+                return None, whole
+            begin = sum(sizes[: parts.index(part)])
+            return whole[begin : begin + sizes[parts.index(part)]], whole
+    return None, None
+
+
+def combined_checksums(shown: Sequence[Mapping[str, int | None]]) -> dict[str, int | None]:
+    """Checksums of one engine from those of its workers (None: the tensor is split over them). A tensor that a worker
+    lacks, or of which workers hold different copies, is left out."""
+    agreed: dict[str, int | None] = {}
+    for name in shown[0] if shown else ():
+        if any(name not in worker for worker in shown):
+            continue
+        found = {worker[name] for worker in shown}
+        if None in found or len(found) == 1:
+            agreed[name] = None if None in found else found.pop()
+    return agreed

@@ -22,13 +22,13 @@ from async_rl.weights.vllm_links import put_together
 
 if not torch.cuda.is_available():
     # On CPU vLLM packs linear layers for oneDNN and frees their weights, which then can neither be loaded in
-    # place nor looked at. Without the packing decoding is a fifth slower. This module is imported in every
-    # worker before its model is made.
+    # place nor read. Without the packing decoding is a fifth slower. Every worker imports this module before it
+    # makes its model.
     vllm._custom_ops._supports_onednn = False
 
 
 def _die_with_owner() -> None:
-    """vLLM's processes outlive a killed owner, and keep its GPU: end them, this one and the one above it."""
+    """End this process and its parent when the owner dies: vLLM's processes outlive a killed owner and keep its GPU."""
     owner, above = int(os.environ.get(OWNER, "0")), os.getppid()
     if not owner:
         return
@@ -64,7 +64,8 @@ class Weights:
             torch.cuda.synchronize()
 
     def async_rl_update_ipc(self, update: dict[str, Any]) -> None:
-        """Tensors of the trainer on this GPU, by handles taken apart (weights/ipc.py), into vLLM's IPC engine."""
+        """Load tensors that the trainer holds on this GPU, by handles that are plain numbers and bytes
+        (weights/vllm_links.py), through vLLM's IPC engine."""
         dtypes = [getattr(torch, name) for name in update["dtype_names"]]
         rebuilt = [put_together(plain, dtype) for plain, dtype in zip(update["handles"], dtypes, strict=True)]
         given = {name: update[name] for name in ("names", "dtype_names", "shapes")}
@@ -73,12 +74,9 @@ class Weights:
     def async_rl_fingerprint(
         self, version: int, wanted: Sequence[tuple[str, Sequence[int]]], workers: int
     ) -> dict[str, int | None]:
-        """Checksums of the model's tensors under the trainer's names (`wanted`: name, shape). None: of this tensor a
-        worker holds a part, because the model is split over `workers` of them."""
+        """Checksums of the model's tensors under the trainer's names (`wanted`: name, shape). None: this worker holds a
+        part of the tensor, because the model is split over `workers` of them."""
         model = self.get_model()
         packing = getattr(model, "packed_modules_mapping", {})
         held, split = unpacked(dict(model.named_parameters()), packing, dict(wanted), workers)
         return {**fingerprint(held, version), **dict.fromkeys(split)}
-
-    def async_rl_pid(self) -> int:
-        return os.getpid()

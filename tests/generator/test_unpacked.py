@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from async_rl.generator.vllm_engine import together, unpacked
+from async_rl.generator.vllm_engine import combined_checksums, unpacked
 from async_rl.weights.canary import Evidence, compare, fingerprint
 
 PACKING = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -42,7 +42,7 @@ def shown(holders: list[dict[str, Tensor]]) -> Evidence:
     for holder in holders:
         held, split = unpacked(holder, PACKING, shapes, len(holders))
         every.append({**fingerprint(held, 0), **dict.fromkeys(split)})
-    found = together(every)
+    found = combined_checksums(every)
     digests = {name: digest for name, digest in found.items() if digest is not None}
     return Evidence(version=0, digests=digests, split=[n for n in found if n not in digests], log_probs=())
 

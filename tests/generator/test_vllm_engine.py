@@ -141,7 +141,7 @@ def test_a_released_session_ends_aborted_with_what_it_has(served: Served) -> Non
 
 
 def test_a_dead_engine_is_told_apart_from_a_failed_request(tmp_path: Path) -> None:
-    served = Served(write_folder(tmp_path / "m", CONFIG))
+    served = Served(write_folder(tmp_path / "m", CONFIG), worker="support_vllm_worker.WithPid")
     (worker,) = served.run(served.engine._ask_workers("async_rl_pid"))
 
     async def killed() -> Completion:
@@ -165,7 +165,7 @@ from pathlib import Path
 from support_served import Served
 
 if __name__ == "__main__":
-    served = Served(Path(sys.argv[1]))
+    served = Served(Path(sys.argv[1]), worker="support_vllm_worker.WithPid")
     print("worker", *served.run(served.engine._ask_workers("async_rl_pid")), flush=True)
     served.thread.join()
 """

@@ -164,8 +164,8 @@ def test_what_vllm_cannot_do_is_the_generators_end_and_said_to_the_trainer(serve
     """Last, because it leaves vLLM paused: an update of tensors that this model does not have."""
     from async_rl.errors import RunFailed
 
+    detail = {"names": ["x"], "dtype_names": ["float32"], "shapes": [[1]]}
     with pytest.raises(RunFailed, match="vLLM failed in"):
-        detail = {"names": ["x"], "dtype_names": ["float32"], "shapes": [[1]]}
         served.run(served.engine.handle_call("update", 7, detail))
 
 
