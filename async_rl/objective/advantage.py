@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from async_rl.objective.ratio import behaviour_log_ratio
 from async_rl.objective.recipe import AdvantageSettings, GaeSettings, Recipe
 from async_rl.objective.tokens import (
     Tokens,
+    behaviour_log_ratio,
     discounted_suffix_sum,
     next_in_segment,
     segment_log_sum_exp,

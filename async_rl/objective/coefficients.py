@@ -7,8 +7,8 @@ Order: clean, ratio, advantage, trust rule, selection, shares, baseline, regular
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from math import log
+from dataclasses import dataclass, replace
+from math import isfinite, log
 
 import torch
 from torch import Tensor
@@ -31,9 +31,7 @@ from async_rl.objective.metrics import (
     without_empty_buckets,
 )
 from async_rl.objective.own import is_own_function
-from async_rl.objective.ratio import Ratio, ratio_of
-from async_rl.objective.recipe import AggregateSettings, Recipe, requirements
-from async_rl.objective.regularise import adapted, coefficient_now, kl_loss, kl_penalty
+from async_rl.objective.recipe import AggregateSettings, KlSettings, Recipe, requirements
 from async_rl.objective.state import ObjectiveState
 from async_rl.objective.step_size import (
     effective_sample_size,
@@ -43,44 +41,23 @@ from async_rl.objective.step_size import (
     logit_size,
     scalar_size,
 )
-from async_rl.objective.tokens import Coefficients, Columns, Tokens, segment_sum, tokens_of
+from async_rl.objective.tokens import (
+    LARGEST_LOG_RATIO,
+    Coefficients,
+    Columns,
+    Ratio,
+    Tokens,
+    ratio_of,
+    segment_sum,
+    tokens_of,
+    weight_of,
+)
 from async_rl.objective.trust import Selection, Trust, correction_weight, select, trust
 
-# -------------------- aggregate
-# How token losses become one number: the share of every token, denominators counted over the batch.
-
-
-def shares(tokens: Tokens, counted: Tensor, settings: AggregateSettings) -> Tensor:
-    """Weight of each token's loss, [tokens]. `counted` [trajectories] bool: those in the denominators.
-
-    Trajectories without policy tokens are in no denominator (ALGORITHMS.md 3.13).
-    """
-    inside = counted & (tokens.length > 0)
-    length = tokens.length.clamp(min=1.0)
-    sequences = inside.sum().clamp(min=1).to(length.dtype)
-    match settings.mode:
-        case "token_mean":
-            total = (tokens.length * inside).sum().clamp(min=1.0)
-            share = (1 / total).expand(tokens.num_trajectories)
-        case "seq_mean_token_mean":
-            share = 1 / (sequences * length)
-        case "seq_mean_token_sum":
-            share = (1 / sequences).expand(tokens.num_trajectories)
-        case "constant":
-            share = (1 / (sequences * settings.constant)).expand(tokens.num_trajectories)
-        case "group_mean_token_mean":
-            per_group = tokens.sum_group(tokens.length * inside)
-            groups = (per_group > 0).sum().clamp(min=1)
-            share = (1 / (groups * per_group.clamp(min=1.0)))[tokens.group_of_trajectory]
-        case "turn_mean":
-            turns = inside[tokens.trajectory_of_turn].sum().clamp(min=1)
-            return (1 / (turns * tokens.turn_length))[tokens.turn]
-        case "seq_mean_turn_mean":
-            ones = torch.ones_like(tokens.turn_length)
-            turns = segment_sum(ones, tokens.trajectory_of_turn, tokens.num_trajectories).clamp(min=1.0)
-            per_turn = sequences * turns[tokens.trajectory_of_turn] * tokens.turn_length
-            return (1 / per_turn)[tokens.turn]
-    return share[tokens.trajectory]
+LARGEST_K3 = 10.0
+"""clamp of the k3 estimate, as in verl"""
+LARGEST_IMPORTANCE = 10.0
+"""cap of the detached importance weight of the KL"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,3 +298,111 @@ def _nothing_left(surrogate: Surrogate, parts: list[Tensor | None]) -> str:
         counts = {name: int(mask.sum()) for name, mask in surrogate.selection.rejected.items()}
         return "every trajectory was rejected: " + ", ".join(f"{n} {c}" for n, c in counts.items() if c)
     return "every coefficient is zero: equal rewards within every group, or every token clipped"
+
+
+# Aggregation: how token losses become one number.
+
+
+def shares(tokens: Tokens, counted: Tensor, settings: AggregateSettings) -> Tensor:
+    """Weight of each token's loss, [tokens]. `counted` [trajectories] bool: those in the denominators.
+
+    Trajectories without policy tokens are in no denominator (ALGORITHMS.md 3.13).
+    """
+    inside = counted & (tokens.length > 0)
+    length = tokens.length.clamp(min=1.0)
+    sequences = inside.sum().clamp(min=1).to(length.dtype)
+    match settings.mode:
+        case "token_mean":
+            total = (tokens.length * inside).sum().clamp(min=1.0)
+            share = (1 / total).expand(tokens.num_trajectories)
+        case "seq_mean_token_mean":
+            share = 1 / (sequences * length)
+        case "seq_mean_token_sum":
+            share = (1 / sequences).expand(tokens.num_trajectories)
+        case "constant":
+            share = (1 / (sequences * settings.constant)).expand(tokens.num_trajectories)
+        case "group_mean_token_mean":
+            per_group = tokens.sum_group(tokens.length * inside)
+            groups = (per_group > 0).sum().clamp(min=1)
+            share = (1 / (groups * per_group.clamp(min=1.0)))[tokens.group_of_trajectory]
+        case "turn_mean":
+            turns = inside[tokens.trajectory_of_turn].sum().clamp(min=1)
+            return (1 / (turns * tokens.turn_length))[tokens.turn]
+        case "seq_mean_turn_mean":
+            ones = torch.ones_like(tokens.turn_length)
+            turns = segment_sum(ones, tokens.trajectory_of_turn, tokens.num_trajectories).clamp(min=1.0)
+            per_turn = sequences * turns[tokens.trajectory_of_turn] * tokens.turn_length
+            return (1 / per_turn)[tokens.turn]
+    return share[tokens.trajectory]
+
+
+# KL to another policy, in the loss or in the reward.
+
+
+def coefficient_now(recipe: Recipe, state: ObjectiveState) -> float:
+    """beta of this step."""
+    if recipe.kl.adaptive_target > 0 and state.kl_coefficient is not None:
+        return state.kl_coefficient
+    return recipe.kl.coefficient
+
+
+def log_ratio_to_target(tokens: Tokens, settings: KlSettings) -> Tensor:
+    """x, [tokens]"""
+    match settings.target:
+        case "reference":
+            assert tokens.log_reference is not None
+            return tokens.log_prob - tokens.log_reference
+        case "behaviour":
+            return tokens.log_prob - tokens.log_behaviour
+        case "proximal":
+            return tokens.log_prob - tokens.log_proximal
+
+
+def kl_estimate(x: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """Value of the estimator and its derivative with respect to log pi. Two [tokens]."""
+    if estimator == "k1":
+        return x, torch.ones_like(x)
+    if estimator == "k2":
+        return 0.5 * x.square(), x
+    bounded = x.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    value = (-bounded).exp() + bounded - 1
+    moving = (x.abs() <= LARGEST_LOG_RATIO) & (value <= LARGEST_K3)
+    return value.clamp(max=LARGEST_K3), torch.where(moving, 1 - (-bounded).exp(), 0.0)
+
+
+def kl_loss(tokens: Tokens, settings: KlSettings) -> tuple[Tensor, Tensor]:
+    """Per-token KL as shown, and d(KL term) / d(log pi), importance weight included. Two [tokens]."""
+    x = log_ratio_to_target(tokens, settings)
+    value, slope = kl_estimate(x, settings.estimator)
+    if settings.gradient == "k2":
+        slope = x
+    if settings.importance == "none":
+        return value, slope
+    log_weight = tokens.log_prob - tokens.log_behaviour
+    weight = weight_of(log_weight)
+    if settings.importance == "detached":
+        return value, weight.clamp(max=LARGEST_IMPORTANCE) * slope
+    inside = log_weight.abs() <= LARGEST_LOG_RATIO
+    return value, weight * slope + weight * inside * value
+
+
+def kl_penalty(tokens: Tokens, recipe: Recipe, state: ObjectiveState) -> Tensor | None:
+    """beta * k1 of each token, to be subtracted from rewards; None when the KL is not there. [tokens]
+
+    Evaluated at the proximal policy (the current one with one update a batch), without gradient.
+    """
+    if recipe.kl.coefficient == 0 or recipe.kl.place != "reward":
+        return None
+    x = log_ratio_to_target(replace(tokens, log_prob=tokens.log_proximal), recipe.kl)
+    return coefficient_now(recipe, state) * x
+
+
+def adapted(measured: float, tokens: Tokens, recipe: Recipe, state: ObjectiveState) -> ObjectiveState:
+    """beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon), n trajectories (verl)."""
+    settings = recipe.kl
+    if settings.coefficient == 0 or settings.adaptive_target <= 0 or not isfinite(measured):
+        return state
+    error = max(-0.2, min(0.2, measured / settings.adaptive_target - 1))
+    beta = coefficient_now(recipe, state)
+    beta *= 1 + error * tokens.num_trajectories / settings.adaptive_horizon
+    return replace(state, kl_coefficient=beta)

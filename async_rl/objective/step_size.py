@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from async_rl.objective.advantage import energy
-from async_rl.objective.ratio import behaviour_log_ratio
 from async_rl.objective.recipe import BiasSettings, EssSettings, Level, Pool
 from async_rl.objective.state import FreshMoments, ObjectiveState
-from async_rl.objective.tokens import Tokens, segment_sum
+from async_rl.objective.tokens import Tokens, behaviour_log_ratio, segment_sum
 from async_rl.objective.trust import LENGTH_BUCKETS, length_bucket
 
 MIN_FRESH = 8.0

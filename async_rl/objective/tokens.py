@@ -1,71 +1,23 @@
-"""The columns of a batch as the objective computes with them: float64, cleaned, with their segments."""
+"""What an objective reads and answers, and the batch as it computes with it: float64, cleaned, with its segments.
+
+Columns in, coefficients out. Shapes: T policy tokens, U turns with tokens, I trajectories, G groups of one optimizer
+batch over all ranks; [T] int64 `turn`, `trajectory` and `group` map each token to its segment. The numbers of a batch
+are float64 from `tokens_of` on, whatever dtype the columns have.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import log
 
 import torch
 from torch import Tensor
 
-from async_rl.objective.recipe import Recipe, Requirements
+from async_rl.objective.recipe import Level, Pool, RatioSettings, Recipe, Requirements
 
-# -------------------- segment
-# Sums, extremes and backward recurrences over contiguous segments of a column, without Python loops.
-
-
-def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """[rows] and [rows] int64 -> [segments]; an empty segment is 0."""
-    return values.new_zeros(num_segments).index_add_(0, segment, values)
-
-
-def segment_max(values: Tensor, segment: Tensor, num_segments: int, *, empty: float) -> Tensor:
-    """[rows] and [rows] int64 -> [segments]; an empty segment is `empty`."""
-    return values.new_full((num_segments,), empty).scatter_reduce_(0, segment, values, "amax", include_self=False)
-
-
-def segment_min(values: Tensor, segment: Tensor, num_segments: int, *, empty: float) -> Tensor:
-    return -segment_max(-values, segment, num_segments, empty=-empty)
-
-
-def segment_log_sum_exp(log_values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """log sum exp of each segment; -inf when it is empty or all -inf."""
-    highest = segment_max(log_values, segment, num_segments, empty=-torch.inf)
-    highest = torch.where(torch.isfinite(highest), highest, torch.zeros_like(highest))
-    return highest + segment_sum((log_values - highest[segment]).exp(), segment, num_segments).log()
-
-
-def discounted_suffix_sum(values: Tensor, decay: Tensor, segment: Tensor) -> Tensor:
-    """y_t = values_t + decay_t * y_{t+1} within each segment; `decay` is constant in a segment.
-
-    Doubling the reach log2(longest segment) times instead of walking: after step j, y_t holds
-    sum_{i < 2^j} decay^i values_{t+i}. `segment` is non-decreasing. All [rows].
-    """
-    result = values.clone()
-    rows = len(values)
-    longest = int(torch.bincount(segment).max()) if rows else 0
-    reach, power = 1, decay.clone()
-    while reach < longest:
-        same = segment[:-reach] == segment[reach:]
-        ahead = torch.where(same, power[:-reach] * result[reach:], 0.0)
-        result = torch.cat([result[:-reach] + ahead, result[-reach:]])
-        power = power * power
-        reach *= 2
-    return result
-
-
-def next_in_segment(values: Tensor, segment: Tensor, *, last: Tensor) -> Tensor:
-    """values_{t+1} within each segment, and `last` [rows] where row t is the last of its segment."""
-    if len(values) == 0:
-        return values.clone()
-    shifted = torch.cat([values[1:], last[-1:]])
-    is_last = torch.ones_like(segment, dtype=torch.bool)
-    is_last[:-1] = segment[1:] != segment[:-1]
-    return torch.where(is_last, last, shifted)
-
-
-# -------------------- columns
-# What an objective reads and what it answers: columns in, coefficients out.
+LARGEST_LOG_RATIO = 20.0
+"""log-ratios are clamped to this before exp wherever a weight is formed (docs/algorithms.md#clamps); never for ESS"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,10 +87,6 @@ class Coefficients:
     """not empty: nothing is left to train on; the step leaves the policy's weights and moments unchanged
     (`value_grad` may still be worth a step of the critic)"""
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-LARGEST_LOG_RATIO = 20.0
-"""log-ratios are clamped to this before exp wherever a weight is formed (ALGORITHMS.md 0); never for ESS"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,3 +232,150 @@ def _check(columns: Columns, recipe: Recipe, need: Requirements) -> None:
             raise ValueError(f"recipe {recipe.name!r} needs the column {name}")
         if column is not None and len(column) != tokens:
             raise ValueError(f"{name} has {len(column)} entries for {tokens} policy tokens")
+
+
+# Importance ratios: which policies, pooled over what, and where their gradient goes.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """The ratio of every token's unit (itself, its turn, its trajectory)."""
+
+    log: Tensor  # [tokens], not clamped
+    value: Tensor  # [tokens], exp of the clamped log
+    level: Level | str
+    pool: Pool
+
+    @property
+    def inside(self) -> Tensor:  # [tokens] bool
+        """where the clamp leaves a gradient"""
+        return self.log.abs() <= LARGEST_LOG_RATIO
+
+    def pull_back(self, per_token: Tensor, tokens: Tokens) -> Tensor:
+        """d(sum_t per_token_t * log ratio_t) / d(log pi_s), [tokens] -> [tokens].
+
+        With the mean every token of a unit receives the unit's mean: the turn-mean advantage of
+        ST-PPO (ALGORITHMS.md 2.2)."""
+        if self.level == "none":
+            return torch.zeros_like(per_token)
+        if self.level == "token":
+            return per_token
+        if self.level == "turn":
+            total, length, unit = tokens.sum_turn(per_token), tokens.turn_length, tokens.turn
+        else:
+            total, length, unit = tokens.sum_trajectory(per_token), tokens.length, tokens.trajectory
+        return (total / length.clamp(min=1.0) if self.pool == "mean" else total)[unit]
+
+
+def pooled(log_ratio: Tensor, tokens: Tokens, level: Level | str, pool: Pool) -> Tensor:
+    """Log-ratio of each token's unit, [tokens] -> [tokens]."""
+    if level == "none":
+        return torch.zeros_like(log_ratio)
+    if level == "token":
+        return log_ratio
+    if level == "turn":
+        total, length, unit = tokens.sum_turn(log_ratio), tokens.turn_length, tokens.turn
+    else:
+        total, length, unit = tokens.sum_trajectory(log_ratio), tokens.length, tokens.trajectory
+    return (total / length.clamp(min=1.0) if pool == "mean" else total)[unit]
+
+
+def weight_of(log_ratio: Tensor) -> Tensor:
+    """exp with the clamp of ALGORITHMS.md section 0."""
+    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+
+
+def ratio_of(tokens: Tokens, settings: RatioSettings) -> Ratio:
+    """The recipe's ratio of the current policy to its denominator."""
+    log_ratio = tokens.log_prob - log_denominator(tokens, settings)
+    unit_log = pooled(log_ratio, tokens, settings.level, settings.pool)
+    return Ratio(log=unit_log, value=weight_of(unit_log), level=settings.level, pool=settings.pool)
+
+
+def log_denominator(tokens: Tokens, settings: RatioSettings) -> Tensor:
+    """Log-prob of each token under the policy below the ratio, [tokens]."""
+    match settings.denominator:
+        case "behaviour":
+            return tokens.log_behaviour
+        case "proximal":
+            return tokens.log_proximal
+        case "proximal_loglinear":
+            return log_linear_proximal(tokens)
+        case "mixture":
+            share = settings.mixture_weight
+            return torch.logaddexp(tokens.log_behaviour + log(1 - share), tokens.log_prob + log(share))
+        case "reference":
+            assert tokens.log_reference is not None
+            return tokens.log_reference
+
+
+def log_linear_proximal(tokens: Tokens) -> Tensor:
+    """The proximal policy without a forward pass, from token versions (AReaL; ALGORITHMS.md 3.2).
+
+    With the proximal version one below the current one: log mu + a (log pi - log mu),
+    a = clip((v_prox - v) / (v_now - v), 0, 1), and 0 for tokens of the current version. [tokens]
+    """
+    version = tokens.columns.version
+    now = tokens.columns.current_version
+    age = (now - version).double()
+    share = ((now - 1 - version).double() / age.clamp(min=1.0)).clamp(0.0, 1.0)
+    share = torch.where((age > 0) & (version >= 0), share, 0.0)
+    return tokens.log_behaviour + share * (tokens.log_prob - tokens.log_behaviour)
+
+
+def behaviour_log_ratio(tokens: Tokens) -> Tensor:
+    """log pi_theta - log mu of every token: staleness and engine mismatch together. [tokens]"""
+    return tokens.log_prob - tokens.log_behaviour
+
+
+# Sums, extremes and backward recurrences over contiguous segments of a column, without Python loops.
+
+
+def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """[rows] and [rows] int64 -> [segments]; an empty segment is 0."""
+    return values.new_zeros(num_segments).index_add_(0, segment, values)
+
+
+def segment_max(values: Tensor, segment: Tensor, num_segments: int, *, empty: float) -> Tensor:
+    """[rows] and [rows] int64 -> [segments]; an empty segment is `empty`."""
+    return values.new_full((num_segments,), empty).scatter_reduce_(0, segment, values, "amax", include_self=False)
+
+
+def segment_min(values: Tensor, segment: Tensor, num_segments: int, *, empty: float) -> Tensor:
+    return -segment_max(-values, segment, num_segments, empty=-empty)
+
+
+def segment_log_sum_exp(log_values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """log sum exp of each segment; -inf when it is empty or all -inf."""
+    highest = segment_max(log_values, segment, num_segments, empty=-torch.inf)
+    highest = torch.where(torch.isfinite(highest), highest, torch.zeros_like(highest))
+    return highest + segment_sum((log_values - highest[segment]).exp(), segment, num_segments).log()
+
+
+def discounted_suffix_sum(values: Tensor, decay: Tensor, segment: Tensor) -> Tensor:
+    """y_t = values_t + decay_t * y_{t+1} within each segment; `decay` is constant in a segment.
+
+    Doubling the reach log2(longest segment) times instead of walking: after step j, y_t holds
+    sum_{i < 2^j} decay^i values_{t+i}. `segment` is non-decreasing. All [rows].
+    """
+    result = values.clone()
+    rows = len(values)
+    longest = int(torch.bincount(segment).max()) if rows else 0
+    reach, power = 1, decay.clone()
+    while reach < longest:
+        same = segment[:-reach] == segment[reach:]
+        ahead = torch.where(same, power[:-reach] * result[reach:], 0.0)
+        result = torch.cat([result[:-reach] + ahead, result[-reach:]])
+        power = power * power
+        reach *= 2
+    return result
+
+
+def next_in_segment(values: Tensor, segment: Tensor, *, last: Tensor) -> Tensor:
+    """values_{t+1} within each segment, and `last` [rows] where row t is the last of its segment."""
+    if len(values) == 0:
+        return values.clone()
+    shifted = torch.cat([values[1:], last[-1:]])
+    is_last = torch.ones_like(segment, dtype=torch.bool)
+    is_last[:-1] = segment[1:] != segment[:-1]
+    return torch.where(is_last, last, shifted)

@@ -14,9 +14,17 @@ from math import log
 import torch
 from torch import Tensor
 
-from async_rl.objective.ratio import Ratio, log_denominator, pooled, weight_of
 from async_rl.objective.recipe import Recipe, TrustSettings
-from async_rl.objective.tokens import LARGEST_LOG_RATIO, Tokens, segment_max, segment_min
+from async_rl.objective.tokens import (
+    LARGEST_LOG_RATIO,
+    Ratio,
+    Tokens,
+    log_denominator,
+    pooled,
+    segment_max,
+    segment_min,
+    weight_of,
+)
 from async_rl.trajectory.types import LENGTH_BUCKETS, bucket_names
 
 # -------------------- trust covariance
