@@ -199,6 +199,7 @@ def _from_file(source: str, where: str) -> ModuleType:
 def _imported(load: Callable[[], ModuleType], source: str, where: str) -> ModuleType:
     importlib.invalidate_caches()  # the file may have been written a moment ago
     _importing.append(source)
+    arguments, sys.argv = sys.argv, [source]  # those of this process are none of the user's
     try:
         return load()
     except ImportStopped as stopped:
@@ -208,4 +209,5 @@ def _imported(load: Callable[[], ModuleType], source: str, where: str) -> Module
     except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
         raise UserError(f"{where}: cannot import '{source}': {type(error).__name__}: {error}") from error
     finally:
+        sys.argv = arguments
         _importing.pop()

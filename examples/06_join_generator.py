@@ -1,0 +1,49 @@
+"""Joining a generator: a second shell helps a run that is under way.
+
+    python 06_join_generator.py        # 60 steps, about a minute on a laptop
+    python 06_join_generator.py 20     # a look at it
+
+Generators come and go while a run goes on. The run begins here with one; a "second shell" joins another with
+`async-rl generate --run RUN`, which works from any shell of the machine (for other machines:
+docs/howto/other_machines.md). When the run ends, so does the one that joined.
+"""
+
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import async_rl as ar
+
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 60
+RUN = Path("runs") / time.strftime("joined-%Y%m%d-%H%M%S")
+
+
+def second_shell() -> None:
+    """What you would type in another terminal."""
+    while not (RUN / "metrics.jsonl").exists():  # the run has trained its first step
+        time.sleep(0.2)
+    command = [sys.executable, "-m", "async_rl", "generate", "--run", str(RUN), "--name", "second"]
+    print("second shell:", "async-rl", *command[3:], flush=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    print("second shell:", (done.stdout or done.stderr).strip().splitlines()[-1:], flush=True)
+
+
+if __name__ == "__main__":
+    if not Path("models/guess").exists():
+        ar.init_model("models/guess", "guess", until=0.4, max_steps=10 * STEPS)
+    shell = threading.Thread(target=second_shell, daemon=True)
+    shell.start()
+    run = ar.train(
+        {"name": "joined", "model": {"path": "models/guess"}, "task": "guess", "recipe": "vcpo"},
+        run_dir=RUN,
+        batch={"groups_per_step": 16, "group_size": 16},
+        trainer={"steps": STEPS},
+        optimizer={"learning_rate": 6e-4, "warmup_steps": 5},
+        evaluation={"problems": 32},
+        quiet=True,
+    )
+    shell.join(timeout=30)
+    print("trajectories by generator:", dict(Counter(row["generator"] for row in run.trajectories)))
