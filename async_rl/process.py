@@ -1,4 +1,16 @@
-"""What every process of a run does at its ends: start, orders to stop, death of the launcher, failure."""
+"""Signals, and how the processes of a run begin and end.
+
+Two kinds of process stand behind this file:
+
+- **A command** (`async-rl run`) is ended by a person: Ctrl-C, SIGTERM, or a closed terminal. Inside `interruptible`
+  the first of these signals raises `Interrupted` wherever the command is; from then on further ones are ignored, so
+  that cleaning up is never cut short.
+- **A child** (buffer, trainer, generator, ...) runs its work inside `run_process`. Ctrl-C does not reach it, since the
+  launcher decides what Ctrl-C means. It ends on SIGTERM, and when the launcher is gone, which closes a pipe. When its
+  work fails, it leaves the cause in a second pipe and in the run folder, where the launcher finds it.
+
+Imports nothing heavy: signals must be handled while everything else is imported.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +23,47 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
 from async_rl.errors import RunFailed, UserError
 from async_rl.events import ProcessFailed
+from async_rl.process_spec import NO_PIPE, Pipes, ProcessSpec
 from async_rl.run_folder import RunFolder
 
-# -------------------- interrupt
-# Ctrl-C, an order to end, a closed terminal: the three ways a person stops a command.
-#
-# The first of them raises `Interrupted` wherever the command is; from then on further ones are ignored, so
-# that cleaning up is never cut short. Imports nothing heavy: it must act while everything else is imported.
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""by which a person ends a command"""
+TOLD_TO_END = 143
+"""exit code after SIGTERM"""
+GRACE_S = 1.0
+"""time a process has to clean up after SIGTERM; what it leaves then, the launcher removes"""
+MOST_CAUSE = 5000
+"""characters of a cause; as JSON it fits into a pipe"""
+RANK = "RANK"
+"""environment variable of torchrun: number of a rank, 0 for the one that leads"""
+MISSED = "did not get"
+"""in the message of a rank that another one failed: it is not the cause"""
+OUT_OF_MEMORY = (
+    "OutOfMemoryError", "MemoryError", "can't allocate memory", "Cannot allocate memory", "out of memory", "bad_alloc",
+    "memory ran out", "CUBLAS_STATUS_ALLOC_FAILED", "No available memory for the cache blocks",
+)  # fmt: skip
+"""what torch (on a CPU and on a GPU), C++ and vLLM write when an allocation fails"""
+
+
+# ------------------------------------------------------------------------------------------------ a command
 
 
 class Interrupted(KeyboardInterrupt):
-    """The command was told to end; the message is the signal's name. Not an Exception: code that guards
-    itself against whatever a user's function raises must not swallow it."""
+    """The command was told to end; the message is the signal's name. It is no Exception: code that guards itself
+    against whatever a user's function raises must not swallow it."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, the signals raise Interrupted (once); handlers are put back behind it. Inside another one, or
-    in another thread than the main one, it changes nothing."""
+    """Inside, the first signal raises Interrupted; the handlers before are put back at the end. Inside another
+    `interruptible`, or in another thread than the main one, this changes nothing."""
     nested = signal.getsignal(signal.SIGINT) in (_interrupt, _nothing)
     if nested or threading.current_thread() is not threading.main_thread():
         yield
@@ -51,13 +77,13 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         for s, handler in before.items():
-            if signal.getsignal(s) != signal.SIG_IGN:  # else it is to stay so
+            if signal.getsignal(s) != signal.SIG_IGN:  # set by `ignore_interrupts(to_the_end=True)`
                 signal.signal(s, handler)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Inside, a signal waits: it raises Interrupted behind it. For what is short and must not be left half done."""
+    """Inside, a signal is kept, and raises Interrupted at the end. For short work that must not be left half done."""
     waiting: list[int] = []
     held = [s for s in SIGNALS if signal.getsignal(s) == _interrupt]
     if threading.current_thread() is not threading.main_thread():
@@ -74,11 +100,11 @@ def uninterrupted() -> Iterator[None]:
 
 
 def ignore_interrupts(*, to_the_end: bool = False) -> None:
-    """From here on the signals do nothing; `to_the_end`: of the interpreter, which takes a moment, too."""
+    """From now on the signals do nothing; `to_the_end`: nor while the interpreter ends, which takes a moment."""
     if threading.current_thread() is threading.main_thread():
         for s in SIGNALS:
-            # Not SIG_IGN at once: Python writes a traceback when a signal came just before it was set. But
-            # the interpreter takes its own handlers away while it ends.
+            # A handler that does nothing, not SIG_IGN: Python writes a traceback when a signal came just before
+            # SIG_IGN was set. But while the interpreter ends it removes its own handlers, and needs SIG_IGN.
             signal.signal(s, signal.SIG_IGN if to_the_end else _nothing)
 
 
@@ -91,131 +117,67 @@ def _interrupt(number: int, _: FrameType | None) -> None:
     raise Interrupted(signal.Signals(number).name)
 
 
-# -------------------- rank name
-# What the processes of the trainer's ranks are called. Does not import torch.
-
-RANK = "RANK"
-"""environment variable: torchrun's number of a process, 0 for the one that leads"""
-MISSED = "did not get"
-"""in the words of a rank that another one failed: not the cause"""
+# ------------------------------------------------------------------------------------------------ a child
 
 
-def process_name(rank: int) -> str:
-    """In logs and messages. Rank 0 is what the run knows as its trainer."""
-    return "trainer" if rank == 0 else f"trainer-rank-{rank}"
-
-
-PARENT_PIPE = "ASYNC_RL_PARENT_PIPE"
-"""environment variable: file descriptor that closes when the launcher dies"""
-CAUSE_PIPE = "ASYNC_RL_CAUSE_PIPE"
-"""environment variable: file descriptor that takes the cause of a bad end, also when no file can be written"""
-MOST_CAUSE = 5000
-"""characters of a cause; as JSON it fits a pipe"""
-TOLD_TO_END = 143
-"""exit code after SIGTERM"""
-AGENT = "ASYNC_RL_AGENT"
-"""environment variable of the trainer's ranks: process number of what started them (launch/agent.py)"""
-CORES = "ASYNC_RL_CORES"
-"""environment variable: the cores of a process (0,1), of several ranks one after the other (0,1;2,3)"""
-OUT_OF_MEMORY = (
-    "OutOfMemoryError", "MemoryError", "can't allocate memory", "Cannot allocate memory", "out of memory", "bad_alloc",
-    "memory ran out", "CUBLAS_STATUS_ALLOC_FAILED", "No available memory for the cache blocks",
-)  # fmt: skip
-GRACE_S = 1.0
-"""time a process has to clean up after being told to end; what it leaves then, the launcher removes"""
-
-
-def run_process(name: str, folder: RunFolder, work: Callable[[], None], *, from_outside: bool = False) -> NoReturn:
-    """Run `work` as process `name`, leave the reason of a bad end in the run folder, and exit. `from_outside`: a
-    user started it, who is told the reason and may end it by Ctrl-C."""
-    # the launcher decides what Ctrl-C means
-    signal.signal(signal.SIGINT, _stop if from_outside else signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _stop)
-    _die_with_parent()
-    bind_threads()
+def run_process(spec: ProcessSpec, work: Callable[[], None], *, from_outside: bool = False) -> NoReturn:
+    """Run `work` as the process that `spec` describes, and exit: with 0, or with the cause left in the run folder and
+    in the launcher's pipe (2 for a UserError, else 1), or with TOLD_TO_END after SIGTERM. `from_outside`: a user
+    started this process, who reads the cause on the terminal and may end it by Ctrl-C."""
+    signal.signal(signal.SIGINT, _terminate if from_outside else signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _terminate)
+    _exit_with_launcher(spec.pipes)
+    bind_threads(spec)
     try:
         work()
     except SystemExit as order:
         _exit(int(order.code or 0))
     except (UserError, RunFailed) as error:
         if from_outside:
-            print(f"async-rl: {name}: {error}", file=sys.stderr)
-        _leave(name, folder, "user" if isinstance(error, UserError) else "run", str(error))
+            print(f"async-rl: {spec.name}: {error}", file=sys.stderr)
+        _fail(spec, "user" if isinstance(error, UserError) else "run", str(error))
     except OSError as error:  # most of them: a full disk
         if error.errno == errno.ENOMEM:
-            _leave(name, folder, "memory", str(error))
-        _leave(name, folder, "run", f"{error}; is its disk full or read-only? Then make room and resume the run")
+            _fail(spec, "memory", str(error))
+        _fail(spec, "run", f"{error}; is its disk full or read-only? Then make room and resume the run")
     except Exception as error:  # a process boundary: reported, and it ends the run
         with suppress(OSError):
             traceback.print_exc()
-        said = f"{type(error).__name__}: {error}"
-        _leave(name, folder, "memory" if speaks_of_memory(said) else "run", said)
+        message = f"{type(error).__name__}: {error}"
+        _fail(spec, "memory" if is_out_of_memory(message) else "run", message)
     _exit(0)
 
 
-def speaks_of_memory(text: str) -> bool:
-    """Whether an error's words say that an allocation failed: torch's on a CPU and on a GPU, C++'s, vLLM's."""
-    return any(words in text for words in OUT_OF_MEMORY)
+def is_out_of_memory(message: str) -> bool:
+    """Whether an error's message tells of a failed allocation."""
+    return any(words in message for words in OUT_OF_MEMORY)
 
 
-def bind_threads() -> None:
-    """Keep to the cores this process was given, if it was given any; threads begun later keep to them, too."""
-    each = [part for part in os.environ.get(CORES, "").split(";") if part]
-    if each:
-        mine = each[int(os.environ.get("LOCAL_RANK", "0")) % len(each)]
-        os.sched_setaffinity(0, {int(core) for core in mine.split(",")})
+def bind_threads(spec: ProcessSpec) -> None:
+    """Keep this process, and threads begun later, to its cores, if it was given any; a rank takes those of its
+    LOCAL_RANK."""
+    if spec.cores:
+        os.sched_setaffinity(0, spec.cores[int(os.environ.get("LOCAL_RANK", "0")) % len(spec.cores)])
 
 
-def _leave(name: str, folder: RunFolder, kind: str, message: str) -> NoReturn:
-    cause = json.dumps({"kind": kind, "message": message[:MOST_CAUSE], "time": time.time()})
-    with suppress(OSError, KeyError):  # first where no disk is needed
-        os.write(int(os.environ[CAUSE_PIPE]), cause.encode() + b"\n")
-    with suppress(OSError):
-        folder.failure(name).write_text(cause)
-    with suppress(RunFailed):
-        folder.record(ProcessFailed(process=name, message=message))
-    _exit(2 if kind == "user" else 1)
+def process_name(rank: int) -> str:
+    """The name of a trainer's rank in logs and messages. Rank 0 is what the run knows as its trainer."""
+    return "trainer" if rank == 0 else f"trainer-rank-{rank}"
 
 
-def _exit(code: int) -> NoReturn:
-    """End now: nothing is left to clean up, and threads of libraries need not be waited for."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
-            stream.flush()
-    os._exit(code)
-
-
-def on_order_to_end(leave: Callable[[], None]) -> None:
+def on_sigterm(leave: Callable[[], None]) -> None:
     """From now on SIGTERM calls `leave`, which has `GRACE_S` to end the process. Main thread only."""
 
     def ordered(*_: object) -> None:
-        _end_within_grace()
+        _exit_after_grace()
         leave()
 
     signal.signal(signal.SIGTERM, ordered)
 
 
-def belong_to_agent(pipes: Sequence[str]) -> None:
-    """Of a rank that torch's elastic agent started: end when the agent ends, and hold the launcher's `pipes`
-    (environment variables), which that agent holds but does not pass on."""
-    agent = int(os.environ[AGENT])
-    die_with(agent)
-    for name in pipes:
-        end = os.environ.pop(name, None)
-        if end is None:
-            continue
-        with suppress(OSError):
-            # Not to wait for the other end, should that have gone: reading then says so at once.
-            mode = os.O_RDONLY if name == PARENT_PIPE else os.O_WRONLY
-            own = os.open(f"/proc/{agent}/fd/{end}", mode | os.O_NONBLOCK | os.O_CLOEXEC)
-            if name == PARENT_PIPE:
-                os.set_blocking(own, True)
-            os.environ[name] = str(own)
-
-
-def die_with(pid: int, grace_s: float = 0.0) -> None:
-    """From now on this process ends as soon as process `pid` does, however that ends; with `grace_s` it is told to,
-    and gets so long to clean up."""
+def exit_with(pid: int, grace_s: float = 0.0) -> None:
+    """From now on this process ends as soon as process `pid` does, however that ends. With `grace_s` it is sent
+    SIGTERM first and has so long to clean up."""
     try:
         watched = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -231,30 +193,68 @@ def die_with(pid: int, grace_s: float = 0.0) -> None:
     threading.Thread(target=watch, name="agent-watch", daemon=True).start()
 
 
-def _stop(*_: object) -> NoReturn:
-    """Clean up and end."""
-    _end_within_grace()
+def adopt_pipes(agent: int, pipes: Pipes) -> Pipes:
+    """For a rank that torch's elastic agent started: end when the agent ends, and open the launcher's pipes, which
+    the agent (process number `agent`) holds as `pipes` and does not pass on. A pipe that is gone becomes NO_PIPE."""
+    exit_with(agent)
+
+    def opened(end: int, mode: int) -> int:
+        with suppress(OSError):
+            # Without O_NONBLOCK, opening would wait for the other end if that is gone.
+            return os.open(f"/proc/{agent}/fd/{end}", mode | os.O_NONBLOCK | os.O_CLOEXEC)
+        return NO_PIPE
+
+    parent = opened(pipes.parent, os.O_RDONLY)
+    if parent != NO_PIPE:
+        os.set_blocking(parent, True)
+    return Pipes(parent=parent, cause=opened(pipes.cause, os.O_WRONLY), pulse=opened(pipes.pulse, os.O_WRONLY))
+
+
+def _exit_with_launcher(pipes: Pipes) -> None:
+    """No orphans: the launcher holds the other end of a pipe; when the launcher is gone, this process ends."""
+    if pipes.parent == NO_PIPE:
+        return
+
+    def watch() -> None:
+        while os.read(pipes.parent, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)  # the main thread removes what it has made
+        time.sleep(2 * GRACE_S)
+        os._exit(TOLD_TO_END)  # the main thread is in something that cannot be interrupted
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _terminate(*_: object) -> NoReturn:
+    """The handler of SIGTERM: clean up and end."""
+    _exit_after_grace()
     raise SystemExit(TOLD_TO_END)
 
 
-def _end_within_grace() -> None:
-    """A thread that waits for something must not hold the end up."""
+def _exit_after_grace() -> None:
+    """A thread that waits for something must not hold up the end."""
     timer = threading.Timer(GRACE_S, os._exit, (TOLD_TO_END,))
     timer.daemon = True
     timer.start()
 
 
-def _die_with_parent() -> None:
-    """No orphans: the launcher holds the other end of a pipe; when it is gone, so are we."""
-    descriptor = os.environ.get(PARENT_PIPE)
-    if descriptor is None:
-        return
+def _fail(spec: ProcessSpec, kind: str, message: str) -> NoReturn:
+    """Leave the cause of a bad end in every place that takes it, and exit."""
+    folder = RunFolder(spec.path)
+    cause = json.dumps({"kind": kind, "message": message[:MOST_CAUSE], "time": time.time()})
+    if spec.pipes.cause != NO_PIPE:
+        with suppress(OSError):  # the pipe first: it needs no disk
+            os.write(spec.pipes.cause, cause.encode() + b"\n")
+    with suppress(OSError):
+        folder.failure(spec.name).write_text(cause)
+    with suppress(RunFailed):
+        folder.record(ProcessFailed(process=spec.name, message=message))
+    _exit(2 if kind == "user" else 1)
 
-    def watch() -> None:
-        while os.read(int(descriptor), 1):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)  # the main thread removes what it has made
-        time.sleep(2 * GRACE_S)
-        os._exit(TOLD_TO_END)  # it is in the middle of something that cannot be interrupted
 
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+def _exit(code: int) -> NoReturn:
+    """End now: nothing is left to clean up, and threads of libraries need not be waited for."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)

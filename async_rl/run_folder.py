@@ -1,4 +1,4 @@
-"""Where a run keeps its things."""
+"""The folder of a run: its files, how they are written and read, and the lock that one launch at a time holds."""
 
 from __future__ import annotations
 
@@ -18,52 +18,18 @@ from async_rl.config.schema import load_yaml, structured, to_yaml
 from async_rl.errors import RunFailed, UserError
 from async_rl.events import Event, EventRow, RunRolledBack, read_event_rows
 
-# -------------------- follow
-# A JSONL file that others append to and a resumed launch may cut: its new rows, whatever happens to it.
-
-
-@dataclass(slots=True)
-class Follower:
-    path: Path
-    _offset: int = field(default=0, init=False)
-    """bytes read"""
-    _file: tuple[int, int] = field(default=(0, 0), init=False)
-    """device and inode: a resumed launch puts a new file in place"""
-
-    def new(self) -> tuple[list[dict[str, Any]], bool]:
-        """Whole rows since the last call, and whether the file began anew (then these are all its rows). Lines
-        that cannot be read are left out; one that is still being written comes later."""
-        try:
-            with self.path.open("rb") as file:
-                stat = self.path.stat()
-                again = (stat.st_dev, stat.st_ino) != self._file or stat.st_size < self._offset
-                if again:
-                    self._offset, self._file = 0, (stat.st_dev, stat.st_ino)
-                file.seek(self._offset)
-                whole, newline, _ = file.read().rpartition(b"\n")
-        except FileNotFoundError:
-            again, self._offset, self._file = self._offset > 0, 0, (0, 0)
-            return [], again
-        self._offset += len(whole) + len(newline)
-        return [row for line in whole.splitlines() if (row := _object(line)) is not None], again
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
+LOCK_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths of one run."""
+    """The files of one run."""
 
     path: Path
 
     @property
     def config(self) -> Path:
+        """the resolved settings"""
         return self.path / "config.yaml"
 
     @property
@@ -73,7 +39,7 @@ class RunFolder:
 
     @property
     def events(self) -> Path:
-        """one JSON row an event: starts, ends, failures, waits"""
+        """one JSON row an event (events.py)"""
         return self.path / "events.jsonl"
 
     @property
@@ -83,6 +49,7 @@ class RunFolder:
 
     @property
     def store(self) -> Path:
+        """trajectories and batches"""
         return self.path / "trajectories.sqlite"
 
     @property
@@ -91,11 +58,12 @@ class RunFolder:
 
     @property
     def summary(self) -> Path:
+        """there when the run is done"""
         return self.path / "summary.json"
 
     @property
     def rollback(self) -> Path:
-        """that the run went back to an earlier checkpoint; see rollback.py"""
+        """that the run went back to an earlier checkpoint (`Rollback`)"""
         return self.path / "rollback.json"
 
     @property
@@ -105,11 +73,12 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """held while any process of a launch lives"""
+        """held while any process of a launch lives (`take_lock`)"""
         return self.path / "run.lock"
 
     @property
     def logs(self) -> Path:
+        """standard output and error of each process"""
         return self.path / "logs"
 
     def failure(self, process: str) -> Path:
@@ -125,7 +94,7 @@ class RunFolder:
         return folder
 
     def create(self, settings: Settings) -> None:
-        """Make the folder and write the resolved settings. Raises UserError when it is not new."""
+        """Make the folder of a new run and write its settings. Raises UserError when it is not new."""
         try:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise UserError(f"{self.path} exists already; choose another --run-dir or remove it")
@@ -150,13 +119,20 @@ class RunFolder:
         return read_event_rows(read_rows(self.events))
 
 
-def replace_text(path: Path, text: Iterable[str]) -> None:
+# ------------------------------------------------------------------------------------------------ whole files
+
+
+def replace_text(path: Path, text: Iterable[str], *, durable: bool = False) -> None:
     """Write a file so that a reader, or a death half-way, finds the old text or the new one. `text`: whole, or
-    piece by piece."""
+    piece by piece. `durable`: it survives a power loss from here on."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w") as file:
         file.writelines([text] if isinstance(text, str) else text)
+    if durable:
+        to_disk(partial)
     os.replace(partial, path)
+    if durable:
+        to_disk(path.parent)
 
 
 def to_disk(path: Path) -> None:
@@ -168,6 +144,9 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+# ------------------------------------------------------------------------------------------------ JSON rows
+
+
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append one JSON row in one write, so that rows of several processes never mix. Raises RunFailed."""
     line = (json.dumps(row, allow_nan=True) + "\n").encode()
@@ -175,7 +154,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             written = os.write(fd, line)
-            if written < len(line):  # the rest tells why: the disk is full
+            if written < len(line):  # a second write raises the reason: the disk is full
                 os.write(fd, line[written:])
         finally:
             os.close(fd)
@@ -186,56 +165,76 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole rows of a JSONL file. A last row that is still being written is left out, and one that a full
-    disk tore."""
+    """The rows of a JSONL file. Lines that cannot be read are left out: one that a full disk tore, and a last one
+    that is still being written."""
     if not path.exists():
         return
     with path.open("rb") as file:
-        yield from _whole_rows(file)
-
-
-def _whole_rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        if line.endswith(b"\n"):
-            with suppress(ValueError):
-                yield json.loads(line)
+        for line in file:
+            if line.endswith(b"\n") and (row := _object(line)) is not None:
+                yield row
 
 
 @dataclass(slots=True)
 class RowTail:
-    """The rows of a growing JSONL file that have not been read yet."""
+    """The rows of a JSONL file that others append to, and that a resumed launch replaces by a shorter one."""
 
     path: Path
     _offset: int = field(default=0, init=False)
     """bytes read"""
-
-    def skip(self) -> None:
-        """What is there now is not of interest."""
-        self._offset = self.path.stat().st_size if self.path.exists() else 0
+    _file: tuple[int, int] = field(default=(0, 0), init=False)
+    """device and inode of the file that was read"""
 
     def new(self) -> list[dict[str, Any]]:
-        """Whole rows since the last call; one that is still being written comes with a later call."""
-        if not self.path.exists() or self.path.stat().st_size == self._offset:
-            return []
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
+        """Rows since the last call."""
+        return self.poll()[0]
+
+    def poll(self) -> tuple[list[dict[str, Any]], bool]:
+        """Rows since the last call, and whether the file began anew (then these are all its rows). Lines that cannot
+        be read are left out; one that is still being written comes later."""
+        try:
+            with self.path.open("rb") as file:
+                anew = self._begins_anew(os.fstat(file.fileno()))
+                file.seek(self._offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            anew, self._offset, self._file = self._offset > 0, 0, (0, 0)
+            return [], anew
         self._offset += len(whole) + len(newline)
-        return list(_whole_rows((whole + newline).splitlines(keepends=True)))
+        return [row for line in whole.splitlines() if (row := _object(line)) is not None], anew
+
+    def skip(self) -> None:
+        """Leave out the rows that are there now."""
+        with suppress(FileNotFoundError):
+            stat = self.path.stat()
+            self._file, self._offset = (stat.st_dev, stat.st_ino), stat.st_size
+
+    def _begins_anew(self, stat: os.stat_result) -> bool:
+        anew = (stat.st_dev, stat.st_ino) != self._file or stat.st_size < self._offset
+        if anew:
+            self._offset, self._file = 0, (stat.st_dev, stat.st_ino)
+        return anew
 
 
-# -------------------- run lock
-# One launcher at a time works on a run folder.
-#
-# The lock belongs to an open file that the launcher's children inherit, so it is free when the last process
-# of a launch is gone, however they ended: a resumed run never meets the last words of the one before.
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
-POLL_S = 0.05
+
+# ------------------------------------------------------------------------------------------------ the lock
 
 
 def take_lock(path: Path, seconds: float) -> int:
-    """The descriptor of the held lock, to be passed to children. Waits up to `seconds` for processes whose
-    launcher is dead; raises UserError when they stay, or at once when that launcher is alive."""
+    """The descriptor of the run's lock, which one launch at a time holds.
+
+    The lock belongs to an open file that the launcher's children inherit, so it is free when the last process of a
+    launch is gone, however they ended: a resumed run never meets processes of the launch before. Waits up to
+    `seconds` for processes whose launcher is dead; raises UserError when they stay, or at once when that launcher is
+    alive.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
@@ -251,7 +250,7 @@ def take_lock(path: Path, seconds: float) -> int:
             if alive or clock.monotonic() > deadline:
                 os.close(descriptor)
                 raise UserError(_taken(path.parent, owner, alive, seconds)) from None
-            clock.sleep(POLL_S)
+            clock.sleep(LOCK_POLL_S)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
@@ -266,19 +265,19 @@ def _taken(run: Path, owner: str, alive: bool, seconds: float) -> str:
     )
 
 
-# -------------------- rollback
-# That a run went back to an earlier checkpoint, once: `rollback.json`, the one truth of it.
-#
-# Version numbers go on. The step that raised the alarm is done, its result is given up before anybody has seen it,
-# and from then on version `at`, one behind that step, is the weights of version `to`. So no number ever means two
-# sets of weights, and staleness counts on. What the given-up versions have sampled and was not trained yet is refused
-# by the buffer; what was trained stays in the record. Written before the processes end, so whenever any of them is
-# killed, the next launch knows where to begin.
+# ------------------------------------------------------------------------------------------------ the rollback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollback:
-    """Times in seconds since the epoch."""
+    """That a run went back to an earlier checkpoint: `rollback.json`, written once, before the processes end, so
+    that the next launch knows where to begin whenever any of them is killed.
+
+    Version numbers go on. The step that raised the alarm is done, but its result is given up before anybody has seen
+    it; from then on version `at`, one after that step, is the weights of version `to`. So no number ever means two
+    sets of weights, and staleness keeps counting. The buffer refuses what the given-up versions have sampled and was
+    not trained yet; what was trained stays in the record.
+    """
 
     at: int
     """version that the weights gone back to have from then on; step at - 1 was the last that was given up"""
@@ -295,14 +294,15 @@ class Rollback:
     progress: Mapping[str, Any]
     """what the trainer's loop remembers"""
     time: float
+    """seconds since the epoch"""
 
     @property
     def given_up(self) -> int:
-        """Steps."""
+        """Number of steps that were given up."""
         return self.at - self.to
 
     def source(self, version: int, *, there: bool) -> int:
-        """Version of the checkpoint from which training goes on at `version`; `there`: it has a checkpoint."""
+        """Version of the checkpoint from which training goes on at `version`. `there`: `version` has a checkpoint."""
         return self.to if version == self.at and not there else version
 
     def event(self) -> RunRolledBack:
@@ -316,6 +316,7 @@ class Rollback:
         )
 
     def describe(self) -> str:
+        """Example: `at step 40 to the checkpoint of version 30, 11 steps given up, learning rate x 0.5: alarm ess`."""
         begin = f"the checkpoint of version {self.to}" if self.to else "the initial model"
         return (
             f"at step {self.at - 1} to {begin}, {self.given_up} steps given up, learning rate x {self.lr_scale:g}: "
@@ -336,12 +337,8 @@ def read_rollback(folder: RunFolder) -> Rollback | None:
 
 def write_rollback(folder: RunFolder, rollback: Rollback) -> None:
     """On the disk when this returns. Raises RunFailed."""
-    partial = folder.rollback.with_name(f".{folder.rollback.name}.partial")
     try:
-        partial.write_text(json.dumps(asdict(rollback), indent=1))
-        to_disk(partial)
-        os.replace(partial, folder.rollback)
-        to_disk(folder.path)
+        replace_text(folder.rollback, json.dumps(asdict(rollback), indent=1), durable=True)
     except OSError as error:
         raise RunFailed(
             f"{folder.rollback} cannot be written ({error.strerror}); make room on its disk and resume the run"

@@ -1,4 +1,4 @@
-"""A trainer process that ships wrong weights. `python -m support_faulty_trainer FAULT PATH ENDPOINT VERSION`
+"""A trainer process that ships wrong weights. `python -m support_faulty_trainer FAULT SPEC`
 
 Only the publisher is another one; everything else is the trainer as it is.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from async_rl.process_spec import TrainerSpec, parse_spec
 from async_rl.trainer.__main__ import main
 from async_rl.weights import shared_memory
 
@@ -49,4 +50,4 @@ class FaultyPublisher(shared_memory.WeightPublisher):
 if __name__ == "__main__":
     FaultyPublisher.fault = sys.argv[1]
     shared_memory.WeightPublisher = FaultyPublisher  # type: ignore[misc]  # where the trainer takes it from
-    main(*sys.argv[2:])
+    main(parse_spec(TrainerSpec, sys.argv[2:]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from async_rl.run.child import how_it_ended, memory_kills
+from async_rl.run.child import describe_end, memory_kills
 from async_rl.run.liveness import START_S, Vitals
 
 LIMIT_S = 3.0
@@ -18,7 +18,7 @@ LIMIT_S = 3.0
 @pytest.fixture
 def vitals() -> Iterator[Vitals]:
     vitals = Vitals(LIMIT_S)
-    vitals.began(7, "trainer", 0.0)
+    vitals.add(7, "trainer", 0.0)
     yield vitals
     vitals.close()
 
@@ -31,7 +31,7 @@ def pulse(vitals: Vitals, pid: int, doing: str, since_s: float = 0.5) -> None:
 def look(vitals: Vitals, since: float, until: float) -> None:
     """The launcher looks ten times a second."""
     for tenth in range(int(10 * since) + 1, int(10 * until) + 1):
-        vitals.look(tenth / 10)
+        vitals.poll(tenth / 10)
 
 
 def test_a_silent_process_is_named_with_the_last_thing_it_did(vitals: Vitals) -> None:
@@ -57,7 +57,7 @@ def test_one_that_has_not_spoken_yet_gets_time_to_start(vitals: Vitals) -> None:
 def test_a_launcher_that_was_away_gives_everybody_their_time_anew(vitals: Vitals) -> None:
     pulse(vitals, 7, "training step 12")
     look(vitals, 0, 1)
-    vitals.look(100.0)
+    vitals.poll(100.0)
     assert vitals.frozen(100.0) == []
     look(vitals, 100, 104)
     assert [pid for pid, _ in vitals.frozen(104.0)] == [7]
@@ -66,14 +66,14 @@ def test_a_launcher_that_was_away_gives_everybody_their_time_anew(vitals: Vitals
 def test_words_of_a_process_that_is_gone_and_cut_lines_are_let_go(vitals: Vitals) -> None:
     pulse(vitals, 6, "an old life")
     os.write(vitals.ends[1], b'{"pid": 7, "doi\n[]\n')
-    vitals.look(1.0)
+    vitals.poll(1.0)
     assert [(row["pid"], row["doing"]) for row in vitals.rows(1.0)] == [(7, "starting")]
     os.write(vitals.ends[1], b'{"pid": 7, "doing": "half a line", ')
-    vitals.look(1.1)
+    vitals.poll(1.1)
     os.write(vitals.ends[1], b'"since_s": 1}\n')
-    vitals.look(1.2)
+    vitals.poll(1.2)
     assert [(row["doing"], row["since_s"], row["silent_s"]) for row in vitals.rows(1.2)] == [("half a line", 1.0, 0.0)]
-    vitals.ended(7)
+    vitals.remove(7)
     assert vitals.rows(1.2) == []
 
 
@@ -87,7 +87,7 @@ def test_a_death_for_lack_of_memory_is_told_from_other_kills(tmp_path: Path) -> 
     (group / "memory.events").write_text("low 0\noom 2\noom_kill 2\n")
     assert memory_kills(tmp_path) == 5
     now = memory_kills()
-    assert "or the machine ran out of memory" in how_it_ended(-9, None)
+    assert "or the machine ran out of memory" in describe_end(-9, None)
     if now is not None:
-        assert how_it_ended(-9, now - 1) == "was killed by the kernel because memory ran out (SIGKILL)"
-        assert how_it_ended(-9, now) == "was killed from outside (SIGKILL), not by the kernel for lack of memory"
+        assert describe_end(-9, now - 1) == "was killed by the kernel because memory ran out (SIGKILL)"
+        assert describe_end(-9, now) == "was killed from outside (SIGKILL), not by the kernel for lack of memory"

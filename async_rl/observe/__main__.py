@@ -1,38 +1,35 @@
-"""The tracker process: python -m async_rl.observe RUN VERSION TRACKER [...]
-
-It ends when the launcher closes its pipe, or is gone, and everything has been sent.
-"""
+"""The tracker process; started by the launcher. It ends when the launcher closes its pipe, or is gone, and everything
+has been sent."""
 
 from __future__ import annotations
 
 import os
 import select
 import signal
-import sys
-from pathlib import Path
 
 from async_rl.events import TrackerReady
 from async_rl.observe.tracker import open_tracker
-from async_rl.process import PARENT_PIPE
+from async_rl.process_spec import TrackerSpec, read_spec
 from async_rl.run_folder import RunFolder
 
 NICE = 10
 """the run's processes come first"""
 
 
-def main() -> None:
+def main(spec: TrackerSpec) -> None:
+    """Send what the run writes to the trackers, until the run ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
     os.nice(NICE)
-    folder, version, names = RunFolder(Path(sys.argv[1])), int(sys.argv[2]), sys.argv[3:]
-    descriptor = int(os.environ[PARENT_PIPE])
+    folder = RunFolder(spec.path)
 
     def over(seconds: float) -> bool:
-        return bool(select.select([descriptor], [], [], seconds)[0])  # readable: closed at the other end
+        # the pipe becomes readable when the launcher closes its end
+        return bool(select.select([spec.pipes.parent], [], [], seconds)[0])
 
-    tracker = open_tracker(folder, names, version)
+    tracker = open_tracker(folder, spec.trackers, spec.version)
     folder.record(TrackerReady())
     tracker.follow(over)
 
 
 if __name__ == "__main__":
-    main()
+    main(read_spec(TrackerSpec))

@@ -1,4 +1,4 @@
-"""A process of a run: started with the right surroundings, and how it ended in words."""
+"""One process of a run: how it is started, and why it ended, in words."""
 
 from __future__ import annotations
 
@@ -15,41 +15,17 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from async_rl.errors import RunFailed, UserError
 from async_rl.events import MemoryRanOut, RunResumed
-from async_rl.process import CAUSE_PIPE, PARENT_PIPE, TOLD_TO_END, speaks_of_memory
+from async_rl.process import TOLD_TO_END, is_out_of_memory
+from async_rl.process_spec import Pipes, ProcessSpec
 from async_rl.run.memory import advice
 from async_rl.run_folder import RunFolder
-from async_rl.wire.heartbeat import PULSE_PIPE
-
-# -------------------- memory kills
-# Whether the kernel has ended a process because memory ran out. It leaves SIGKILL and no word, as others do; but
-# it counts what it ends.
-
-
-def memory_kills(root: Path = Path("/")) -> int | None:
-    """Processes ended so far for lack of memory, on this machine and in this control group; None where nothing
-    counts them. Only a change means something."""
-    files = [root / "proc/vmstat", root / "sys/fs/cgroup/memory.events"]
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::/"):
-                files.append(root / "sys/fs/cgroup" / line.removeprefix("0::/") / "memory.events")
-    found = [count for file in dict.fromkeys(files) if (count := _counted(file)) is not None]
-    return sum(found) if found else None
-
-
-def _counted(file: Path) -> int | None:
-    with suppress(OSError, ValueError):
-        for line in file.read_text().splitlines():
-            name, _, value = line.partition(" ")
-            if name == "oom_kill":
-                return int(value)
-    return None
-
 
 MOST_SAID = 500
-"""characters of what is said of a failed allocation: torch adds a page of advice of its own"""
+"""characters that are quoted of a failed allocation: torch adds a page of advice of its own"""
 KILLED_FOR_MEMORY = "was killed by the kernel because memory ran out (SIGKILL)"
 PIPE_BYTES = 1 << 16
 """what a pipe holds"""
@@ -57,27 +33,34 @@ PIPE_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """What is started, again after a death."""
+    """What is started, and started again after a death."""
 
-    name: str
-    words: tuple[str, ...]
-    """module and its arguments"""
-    threads: int
+    module: tuple[str, ...]
+    """that Python executes, and words before the spec"""
+    spec: ProcessSpec
+    """without pipes: each start makes new ones"""
+    threads: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
     """of its own, e.g. which GPUs it sees"""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Child:
+    """A process that was started."""
+
     command: Command
     folder: RunFolder
     process: subprocess.Popen[bytes]
     said: dict[str, Any]
-    """what it sent of its failure when it ended; empty before, and when it could not"""
+    """the cause that it sent when it ended; empty before, and when it could send none"""
     cause_pipe: FileIO
     """from which that comes"""
     memory_kills: int | None = None
-    """processes that had been ended for lack of memory before this one began"""
+    """processes that the kernel had ended for lack of memory before this one was started"""
 
     @property
     def name(self) -> str:
@@ -97,17 +80,17 @@ class Child:
         return float(self.failure().get("time", 0.0))
 
     def failure(self) -> dict[str, Any]:
-        """What it left of its failure: in the run folder or, when nothing could be written there, by its pipe."""
+        """The cause it left: in the run folder or, when nothing could be written there, in its pipe."""
         if self.ended and not self.said:
             with suppress(ValueError, OSError):
-                said = (self.cause_pipe.read(PIPE_BYTES) or b"").splitlines()
-                self.said.update(json.loads(said[-1] if said else b""))  # of several the last knows the others
-        with suppress(ValueError, OSError):  # a full disk leaves it empty
+                lines = (self.cause_pipe.read(PIPE_BYTES) or b"").splitlines()
+                self.said.update(json.loads(lines[-1] if lines else b""))  # of several the last knows the others
+        with suppress(ValueError, OSError):  # a full disk leaves an empty file
             return dict(json.loads(self.folder.failure(self.name).read_text()))
         return self.said
 
     def close(self) -> None:
-        """It has ended, and nobody will ask why. May be called twice."""
+        """Free the pipe once it has ended and nobody will ask why. May be called twice."""
         self.cause_pipe.close()
 
     def cause(self) -> Exception:
@@ -115,17 +98,17 @@ class Child:
         if reason := self.failure():
             if reason["kind"] == "user":
                 return UserError(reason["message"])
-            if reason["kind"] == "memory" or speaks_of_memory(reason["message"]):
+            if reason["kind"] == "memory" or is_out_of_memory(reason["message"]):
                 return RunFailed(self._out_of_memory(f"{self.name}: memory ran out: {reason['message']}"))
             return RunFailed(f"{self.name}: {reason['message']} (log: {self.log})")
-        said = _tail(self.log)
-        where = f"its last words, in {self.log}:{said}" if said else "it left no word"
-        how = how_it_ended(self.process.returncode, self.memory_kills)
+        last_lines = _tail(self.log)
+        where = f"its last words, in {self.log}:{last_lines}" if last_lines else "it left no word"
+        how = describe_end(self.process.returncode, self.memory_kills)
         if how == KILLED_FOR_MEMORY:
             return RunFailed(self._out_of_memory(f"{self.name} {how}"))
         return RunFailed(f"{self.name} {how}; {where}")
 
-    def _out_of_memory(self, said: str) -> str:
+    def _out_of_memory(self, message: str) -> str:
         seen: list[int] = []
         for row in self.folder.read_events():
             match row.event:
@@ -134,11 +117,63 @@ class Child:
                 case MemoryRanOut(tokens=tokens):
                     seen.append(tokens)
         largest = seen[-1] if seen else None
-        return f"{said[:MOST_SAID]} (log: {self.log})\n{advice(self.folder.settings(), self.name, largest)}"
+        return f"{message[:MOST_SAID]} (log: {self.log})\n{advice(self.folder.settings(), self.name, largest)}"
+
+
+def start_child(command: Command, folder: RunFolder, *, pipes: Pipes, lock: int) -> Child:
+    """Start `command` with the child's ends of the launcher's `pipes` and a new pipe for its cause. `lock`: descriptor
+    of the run's lock, which the child holds until it ends."""
+    cause_read, cause_write = os.pipe()
+    kills_before = memory_kills()
+    spec = replace(command.spec, pipes=replace(pipes, cause=cause_write))
+    environment = {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # GPUs are counted as nvidia-smi shows them
+        **os.environ,
+        **arithmetic_environment(command.threads),
+        **command.environment,
+    }
+    process = spawn(
+        command.module,
+        spec,
+        folder,
+        environment=environment,
+        descriptors=(pipes.parent, pipes.pulse, lock, cause_write),
+    )
+    os.close(cause_write)
+    os.set_blocking(cause_read, False)
+    return Child(
+        command=command,
+        folder=folder,
+        process=process,
+        said={},
+        cause_pipe=FileIO(cause_read, "rb"),
+        memory_kills=kills_before,
+    )
+
+
+def spawn(
+    module: Sequence[str],
+    spec: ProcessSpec,
+    folder: RunFolder,
+    *,
+    environment: Mapping[str, str],
+    descriptors: Sequence[int],
+) -> subprocess.Popen[bytes]:
+    """`python -m MODULE JSON`, writing to its log in the run folder and inheriting `descriptors`."""
+    with (folder.logs / f"{spec.name}.log").open("ab") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-m", *module, spec.to_json()],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            env=environment,
+            pass_fds=descriptors,
+            start_new_session=True,  # Ctrl-C in the terminal reaches the launcher alone
+        )
 
 
 def arithmetic_environment(threads: int) -> dict[str, str]:
-    """Variables that must stand before torch is imported."""
+    """Variables that libraries read when torch is imported."""
     return {
         # two processes with a thread a core each run ten times slower
         "OMP_NUM_THREADS": str(threads),
@@ -154,56 +189,20 @@ def arithmetic_environment(threads: int) -> dict[str, str]:
     }
 
 
-def start_child(command: Command, folder: RunFolder, *, parent_pipe: int, pulse_pipe: int, lock: int) -> Child:
-    """`parent_pipe`: the end that closes when the launcher dies; `pulse_pipe`: the end that takes signs of life;
-    `lock`: of the run, kept until the last process is gone."""
-    cause, said = os.pipe()
-    before = memory_kills()
-    environment = {
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # GPUs are counted as nvidia-smi shows them
-        **os.environ,
-        **arithmetic_environment(command.threads),
-        **command.environment,
-        PARENT_PIPE: str(parent_pipe),
-        CAUSE_PIPE: str(said),
-        PULSE_PIPE: str(pulse_pipe),
-    }
-    with (folder.logs / f"{command.name}.log").open("ab") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command.words],
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            env=environment,
-            pass_fds=(parent_pipe, pulse_pipe, lock, said),
-            start_new_session=True,  # Ctrl-C in the terminal reaches the launcher alone
-        )
-    os.close(said)
-    os.set_blocking(cause, False)
-    return Child(
-        command=command,
-        folder=folder,
-        process=process,
-        said={},
-        cause_pipe=FileIO(cause, "rb"),
-        memory_kills=before,
-    )
-
-
-def tell_to_end(some: Sequence[Child], patience_s: float) -> list[Child]:
-    """SIGTERM to each; those that have not ended `patience_s` later."""
-    for child in some:
+def terminate(children: Sequence[Child], within_s: float) -> list[Child]:
+    """Send SIGTERM to each; those that have not ended `within_s` later."""
+    for child in children:
         child.process.terminate()
-    deadline = time.monotonic() + patience_s
-    for child in some:
+    deadline = time.monotonic() + within_s
+    for child in children:
         with suppress(subprocess.TimeoutExpired):
             child.process.wait(max(0.0, deadline - time.monotonic()))
-    return [child for child in some if not child.ended]
+    return [child for child in children if not child.ended]
 
 
-def how_it_ended(code: int, kills_before: int | None = None) -> str:
-    """An exit code of a process that recorded no reason, in words. `kills_before`: for lack of memory, when it
-    was started, if that is known."""
+def describe_end(code: int, kills_before: int | None = None) -> str:
+    """What the exit code of a process that recorded no cause means. `kills_before`: `memory_kills` when it was
+    started, if known."""
     if code == TOLD_TO_END:
         return "was told to end from outside (SIGTERM)"
     if code >= 0:
@@ -217,6 +216,28 @@ def how_it_ended(code: int, kills_before: int | None = None) -> str:
             return KILLED_FOR_MEMORY
         return "was killed from outside (SIGKILL), not by the kernel for lack of memory"
     return f"was killed from outside ({name})" if name == "SIGTERM" else f"crashed ({name})"
+
+
+def memory_kills(root: Path = Path("/")) -> int | None:
+    """How many processes the kernel has ended so far for lack of memory, on this machine and in this control group;
+    None where nothing counts them. The kernel sends SIGKILL and leaves no word; a count that has grown tells such a
+    death from another kill."""
+    files = [root / "proc/vmstat", root / "sys/fs/cgroup/memory.events"]
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::/"):
+                files.append(root / "sys/fs/cgroup" / line.removeprefix("0::/") / "memory.events")
+    found = [count for file in dict.fromkeys(files) if (count := _counted(file)) is not None]
+    return sum(found) if found else None
+
+
+def _counted(file: Path) -> int | None:
+    with suppress(OSError, ValueError):
+        for line in file.read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == "oom_kill":
+                return int(value)
+    return None
 
 
 def _tail(log: Path, lines: int = 5) -> str:

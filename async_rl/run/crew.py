@@ -1,8 +1,8 @@
-"""The processes a run has now: started, heard, ended when they are frozen, started again, and why one ended.
+"""The processes that a run has now: started, polled, ended when they are frozen, started again, and why one ended.
 
-Generators and the weight server may die and come back, within their budgets; of the others the first that ends
-badly ends the run. A trainer of several ranks is one child here, torch's elastic agent; its ranks are heard
-beside it.
+Generators and the weight server may die and be started again, within their budgets; of the others the first that
+ends badly ends the run. A trainer of several ranks is one child here, torch's elastic agent; the pulses of its ranks
+are kept beside it.
 """
 
 from __future__ import annotations
@@ -19,20 +19,27 @@ from dataclasses import dataclass, field
 from async_rl.errors import RunFailed, UserError
 from async_rl.events import GeneratorDied, ProcessFrozen, ProcessKilled, ProcessStarted
 from async_rl.process import uninterrupted
-from async_rl.run.child import Child, Command, start_child, tell_to_end
-from async_rl.run.liveness import Live, Vitals
+from async_rl.process_spec import Pipes
+from async_rl.run.child import Child, Command, start_child, terminate
+from async_rl.run.liveness import LiveReport, Vitals
 from async_rl.run_folder import RunFolder
 
-# -------------------- restart
-# How often a process that dies is started again, and after which pause. No clock of its own.
-
 FIRST_PAUSE_S = 0.5
+"""before the first restart"""
 LONGEST_PAUSE_S = 8.0
+POLL_S = 0.1
+STOP_S = 3.0
+"""time children get to end by themselves after SIGTERM"""
+HAND_OVER_S = 1.5
+"""time generators get to hand over the finished turns of their episodes"""
+SETTLE_S = 2.0
+"""time a process gets to record why it ends, after another has ended without a cause"""
+NO_ENDS = (-1, -1)
 
 
 @dataclass(slots=True, kw_only=True)
 class RestartBudget:
-    """For one process."""
+    """How often a process that dies is started again, and after which pause. It has no clock of its own."""
 
     max_restarts: int
     window_s: float
@@ -51,38 +58,32 @@ class RestartBudget:
         return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (len(self.causes) - 1))
 
 
-POLL_S = 0.1
-STOP_S = 3.0
-"""time children get to end by themselves after being told to"""
-HAND_OVER_S = 1.5
-"""time generators get to hand over the finished turns of their episodes"""
-SETTLE_S = 2.0
-"""time a process gets to say why it ends after another has ended without a reason"""
-
-
 @dataclass(slots=True)
 class Crew:
+    """All children of one launch."""
+
     folder: RunFolder
     vitals: Vitals
-    live: Live
+    live: LiveReport
     lock: int
-    """of the run, kept until the last process is gone"""
+    """descriptor of the run's lock, which every child holds"""
     children: list[Child] = field(default_factory=list)
     pipe: tuple[int, int] = field(default_factory=os.pipe)
-    """closes when this process ends, and so tells its children"""
+    """(read, write): children read an end of file when this process ends"""
     budgets: dict[str, RestartBudget] = field(default_factory=dict)
-    """of those that are started again"""
+    """by name, of those that are started again"""
     resting: dict[str, tuple[float, Command]] = field(default_factory=dict)
-    """those that died: when they are started again (monotonic clock), and how"""
+    """by name, those that died: when they are started again (monotonic clock), and how"""
     frozen: dict[int, str] = field(default_factory=dict)
-    """process number of those that were ended because nothing came of them, and what was known of each"""
+    """process number of those that were killed because they were silent, and what was known of each"""
 
     def launch(self, command: Command) -> None:
-        ends = {"parent_pipe": self.pipe[0], "pulse_pipe": self.vitals.ends[1], "lock": self.lock}
-        with uninterrupted():  # a process that was started must be known, to be ended
-            child = start_child(command, self.folder, **ends)
+        """Start a child. Its own pipe for the cause is added by `start_child`."""
+        pipes = Pipes(parent=self.pipe[0], pulse=self.vitals.ends[1])
+        with uninterrupted():  # a process that was started must be in `children`, or nobody would end it
+            child = start_child(command, self.folder, pipes=pipes, lock=self.lock)
             self.children.append(child)
-        self.vitals.began(child.process.pid, child.name, time.monotonic())
+        self.vitals.add(child.process.pid, child.name, time.monotonic())
         self.folder.record(ProcessStarted(process=child.name, pid=child.process.pid))
 
     def child(self, name: str) -> Child:
@@ -92,71 +93,86 @@ class Crew:
     def working(self) -> bool:
         return any(not child.ended for child in self.children)
 
-    # ----------------------------------------------------------------- ends
+    # ------------------------------------------------------------------ watching
+
+    def poll(self, now: float) -> None:
+        """Take in the children's pulses, and kill those that are frozen. Raises the cause when the run cannot go on
+        without one of them."""
+        self.vitals.poll(now)
+        for child in [c for c in self.children if c.ended]:
+            self.vitals.remove(child.process.pid)
+        for pid, why in self.vitals.frozen(now):
+            state = self.vitals.states.get(pid)
+            if state is None:
+                continue  # removed with one before it in this list
+            self._kill_frozen(pid, state.name, state.of or pid, why)
+
+    def _kill_frozen(self, pid: int, name: str, child_pid: int, why: str) -> None:
+        """`pid`: the frozen process, a child or a rank that the child `child_pid` started."""
+        child = next(c for c in self.children if c.process.pid == child_pid)
+        self.vitals.remove(child_pid)
+        self.frozen[child_pid] = f"{name} {why}"
+        self.folder.record(ProcessFrozen(name=name, pid=pid, reason=why))
+        if child_pid != pid:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        child.process.kill()  # no other signal ends a stopped process
+        with suppress(subprocess.TimeoutExpired):
+            child.process.wait(STOP_S)
+        if not child.ended and child.name not in self.budgets:
+            raise self.cause(child)
 
     def check(self) -> None:
-        """Raises RunFailed when trainer or buffer ended before their time, or a generator too often."""
+        """Handle the children that have ended. Raises RunFailed or UserError when trainer or buffer ended before their
+        time, or a generator too often."""
         done = self.folder.summary.exists()
         for child in [c for c in self.children if c.ended and c.name in self.budgets and not done]:
             if child.process.returncode == 0:
-                self.settle()  # the buffer told it to
-            self.bury(child)
-        if bad := self.fallen():
-            time.sleep(POLL_S)  # those that fell with the first one get to say so
-            raise self.first_cause(bad)
+                self.settle()  # the buffer told it to end: perhaps because the run fails
+            self.schedule_restart(child)
+        if failed := self.failed():
+            time.sleep(POLL_S)  # others that fail at the same time get to record why
+            raise self.first_cause(failed)
         ended = [c for c in self.children if c.ended and c.name not in self.budgets]
         if ended and not done and not self.child("trainer").ended:
             self.settle()
             raise RunFailed(f"{ended[0].name} ended before the trainer was done; see {ended[0].log}")
 
-    def fallen(self) -> list[Child]:
+    def failed(self) -> list[Child]:
         """Those that ended badly and are not started again."""
         return [c for c in self.children if c.ended and c.process.returncode != 0 and c.name not in self.budgets]
 
-    def look(self, now: float) -> None:
-        """Hear the children; end those that are frozen. Raises the cause when no run goes on without them."""
-        self.vitals.look(now)
-        for child in [c for c in self.children if c.ended]:
-            self.vitals.ended(child.process.pid)
-        for pid, why in self.vitals.frozen(now):
-            sign = self.vitals.signs.get(pid)
-            if sign is None:
-                continue  # ended with one before it in this list
-            name, of = sign.name, sign.of or pid
-            child = next(c for c in self.children if c.process.pid == of)
-            self.vitals.ended(of)
-            self.frozen[of] = f"{name} {why}"
-            self.folder.record(ProcessFrozen(name=name, pid=pid, reason=why))
-            if of != pid:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            child.process.kill()  # nothing else reaches a stopped process
-            with suppress(subprocess.TimeoutExpired):
-                child.process.wait(STOP_S)
-            if not child.ended and child.name not in self.budgets:
-                raise self.cause(child)
+    def settle(self) -> None:
+        """Wait a little after a process has ended with code 0 before its time: another told it to end, and may still be
+        recording why. Raises that cause."""
+        deadline = time.monotonic() + SETTLE_S
+        while time.monotonic() < deadline:
+            if failed := self.failed():
+                raise self.first_cause(failed)
+            time.sleep(POLL_S)
 
     def cause(self, child: Child) -> Exception:
-        """Why it ended, in words."""
+        """Why it ended."""
         frozen = self.frozen.get(child.process.pid)
         return RunFailed(f"{frozen}; it was ended") if frozen is not None else child.cause()
 
-    def settle(self) -> None:
-        """A process has ended in peace, because another told it to that is still writing down why. Raises that
-        cause."""
-        deadline = time.monotonic() + SETTLE_S
-        while time.monotonic() < deadline:
-            if bad := self.fallen():
-                raise self.first_cause(bad)
-            time.sleep(POLL_S)
+    def first_cause(self, failed: Sequence[Child]) -> Exception:
+        """Of several failures the earliest; a process killed from outside recorded none and comes first."""
+        cause = self.cause(min(failed, key=lambda child: child.failed_at))
+        if isinstance(cause, RunFailed) and self.resting:
+            deaths = [f"{name} died: {self.budgets[name].causes[0][1]}" for name in self.resting]
+            return RunFailed(f"{cause}; before that {'; '.join(deaths)}")
+        return cause
 
-    def bury(self, child: Child) -> None:
-        """A generator died: it is started again after a pause. The buffer gives its permits to it anew, or to
-        others. Raises the cause when starting again cannot help or was done too often."""
+    # ------------------------------------------------------------------ restarts
+
+    def schedule_restart(self, child: Child) -> None:
+        """A child with a budget died: it is started again after a pause, and the buffer gives its permits to others.
+        Raises the cause when starting again cannot help or was done too often."""
         cause = self.cause(child)
         if isinstance(cause, UserError):
             raise cause
-        self.live.gone(child.name, child.process.pid, str(cause))
+        self.live.report_gone(child.name, child.process.pid, str(cause))
         budget = self.budgets[child.name]
         pause = budget.died(str(cause), time.monotonic())
         if pause is None:
@@ -179,26 +195,20 @@ class Crew:
         )
 
     def restart(self) -> None:
-        """Start the generators whose pause is over."""
+        """Start those again whose pause is over."""
         for name, (due, command) in list(self.resting.items()):
             if time.monotonic() >= due and not self.folder.summary.exists():
                 del self.resting[name]
                 self.launch(command)
 
-    def first_cause(self, bad: Sequence[Child]) -> Exception:
-        """Of several failures the earliest; a process killed from outside recorded none and comes first."""
-        cause = self.cause(min(bad, key=lambda child: child.failed_at))
-        if isinstance(cause, RunFailed) and self.resting:
-            deaths = [f"{name} died: {self.budgets[name].causes[0][1]}" for name in self.resting]
-            return RunFailed(f"{cause}; before that {'; '.join(deaths)}")
-        return cause
+    # ------------------------------------------------------------------ the end
 
     def stop(self) -> None:
-        """End every child, kindly first; generators before the buffer, which takes what they hand over. May be
-        called twice."""
+        """End every child: by SIGTERM, generators before the buffer, which takes what they hand over; then by SIGKILL.
+        May be called twice."""
         alive = [c for c in self.children if not c.ended]
-        tell_to_end([c for c in alive if c.name in self.budgets], HAND_OVER_S)
-        for child in tell_to_end(alive, STOP_S):
+        terminate([c for c in alive if c.name in self.budgets], HAND_OVER_S)
+        for child in terminate(alive, STOP_S):
             child.process.kill()
             with suppress(subprocess.TimeoutExpired):  # one that even this does not end must not hold us up
                 child.process.wait(STOP_S)
@@ -206,11 +216,11 @@ class Crew:
                 self.folder.record(ProcessKilled(process=child.name))
         for child in self.children:
             child.close()
-        if self.pipe == (-1, -1):
+        if self.pipe == NO_ENDS:
             return
         for end in self.pipe:
             os.close(end)
-        self.pipe = (-1, -1)
+        self.pipe = NO_ENDS
         self.live.write("ended", time.monotonic(), [])
         self.live.dealer.close(linger_s=0)
         self.vitals.close()

@@ -8,7 +8,6 @@ for `wire.frozen_after_s` has died or is frozen.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from async_rl.config import Settings
 from async_rl.errors import RunFailed
 from async_rl.events import TrainerAwaited
 from async_rl.process import run_process
+from async_rl.process_spec import TrainerSpec, read_spec
 from async_rl.run_folder import RunFolder
 from async_rl.trajectory.codec import WireError
 from async_rl.version import __version__
@@ -104,19 +104,20 @@ def start_command(run: Path, ranks: int) -> str:
     return f"torchrun --standalone --nproc-per-node {ranks} -m async_rl train {run}"
 
 
-def main(path: str, endpoint: str, version: str) -> None:
-    folder = RunFolder(Path(path))
+def main(spec: TrainerSpec) -> None:
+    """Stand for the trainer until it is done; ends this process."""
+    folder = RunFolder(spec.path)
 
     def work() -> None:
         settings, activity = folder.settings(), Activity()
         with (
-            make_heartbeat("trainer", "trainer", activity, settings.wire, None),
-            Dealer(endpoint, f"trainer-stand-in/{os.getpid()}", keys=keys_in(settings.wire.keys)) as dealer,
+            make_heartbeat(spec.name, "trainer", activity, settings.wire, None, pipe=spec.pipes.pulse),
+            Dealer(spec.endpoint, f"trainer-stand-in/{os.getpid()}", keys=keys_in(settings.wire.keys)) as dealer,
         ):
             folder.record(
                 TrainerAwaited(
-                    endpoint=endpoint,
-                    version=int(version),
+                    endpoint=spec.endpoint,
+                    version=spec.version,
                     package=__version__,
                     host=this_host(),
                     folder=str(Path.cwd()),
@@ -126,8 +127,8 @@ def main(path: str, endpoint: str, version: str) -> None:
             )
             StandIn(settings, folder, dealer, activity).run()
 
-    run_process("trainer", folder, work)
+    run_process(spec, work)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(read_spec(TrainerSpec))

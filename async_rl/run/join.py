@@ -1,4 +1,9 @@
-"""Ask to be let in, make sure of the same problems, generate, leave."""
+"""`async-rl generate`: a generator that joins a run which goes on elsewhere.
+
+It finds the run, asks its buffer to be let in, makes sure that it works on the same problems, generates, and leaves.
+
+Who waits for whom: it waits for the buffer, by deadline; the buffer does not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -37,15 +42,40 @@ if TYPE_CHECKING:
     from async_rl.task import Task
 
 
-# -------------------- place
-# Where the run is that is to be joined: named by its endpoint, or found in its folder.
-
 FOLDER_POLL_S = 0.1
+"""how often the folder of a run that is being started is read"""
+ANSWER_S = 30.0
+"""time the buffer has to answer the request to join; it does nothing else that takes long"""
+POLL_S = 0.2
+LEAVE_S = 3.0
+"""time the last messages have to leave"""
+MAY_DIFFER = (
+    "generator.device",
+    "generator.threads",
+    "generator.max_sequences",
+    "generator.save_turns_after_s",
+    "generator.episode_timeout_s",
+    "vllm.tensor_parallel",
+    "vllm.memory_share",
+    "vllm.kv_cache_mb",
+    "model.path",
+    "weights.transport",
+    "wire.timeout_s",
+)
+"""settings of what this host can do, and of where things lie on it; all others say what a trajectory is"""
+NOTHING_HERE = ("generator.count", "generator.gpus", "generator.max_restarts", "generator.restart_window_s")
+"""settings of the generators that the launcher starts"""
+FILES = "task.args."
+"""settings of the task, of which those that name a file may differ"""
+
+
+# ------------------------------------------------------------------------------------------------ finding the run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Example: `Place(endpoint="tcp://10.0.0.3:5555", keys=Keys(Path("keys")), timeout_s=120.0)`."""
+class JoinTarget:
+    """Where the run is that is to be joined. Example: `JoinTarget(endpoint="tcp://10.0.0.3:5555",
+    keys=Keys(Path("keys")), timeout_s=120.0)`."""
 
     endpoint: str
     keys: Keys | None
@@ -53,16 +83,15 @@ class Place:
     """longest wait for the buffer"""
 
 
-def find_place(endpoint: str | None, run: Path | None, keys: Path | None) -> Place:
-    """From what the user named. Waits for a run that is being started. Raises UserError, RunFailed."""
+def find_target(endpoint: str | None, run: Path | None, keys: Path | None) -> JoinTarget:
+    """The run that the user named by its endpoint or its folder. Waits for a run that is being started. Raises
+    UserError, RunFailed."""
     if endpoint is None and run is None:
         raise UserError("name the run to join: --run RUN for one on this host, or --connect tcp://HOST:PORT --keys DIR")
     chosen = Keys(keys.absolute()) if keys is not None else None
     timeout_s = WireSettings().timeout_s
     if run is not None:
-        folder = RunFolder(run)
-        if not folder.config.is_file():
-            raise UserError(f"{folder.path} is not a run folder: there is no {folder.config.name} in it")
+        folder = RunFolder.open(run)
         wire = folder.settings().wire
         timeout_s = wire.timeout_s
         endpoint = endpoint or endpoint_of(folder, timeout_s)
@@ -73,7 +102,7 @@ def find_place(endpoint: str | None, run: Path | None, keys: Path | None) -> Pla
         raise UserError(f"{endpoint} is served with keys only; name their folder with --keys DIR")
     if not is_tcp(endpoint) and keys is not None:
         raise UserError(f"--keys does nothing with {endpoint}: keys are for tcp; leave it out")
-    return Place(endpoint=as_reached_from_here(endpoint), keys=chosen, timeout_s=timeout_s)
+    return JoinTarget(endpoint=as_reached_from_here(endpoint), keys=chosen, timeout_s=timeout_s)
 
 
 def endpoint_of(folder: RunFolder, timeout_s: float) -> str:
@@ -100,8 +129,8 @@ def endpoint_of(folder: RunFolder, timeout_s: float) -> str:
 
 
 def awaited_trainer(folder: RunFolder, settings: Settings) -> TrainerAwaited:
-    """What the run says of the trainer that it waits for; waits for a run that is being started. Raises UserError
-    when it waits for none."""
+    """The event in which the run describes the trainer that it waits for. Waits for a run that is being started;
+    raises UserError when the run waits for no trainer."""
     if settings.trainer.start != "external":
         raise UserError(
             f"{folder.path}: this run starts its trainer itself; with trainer.start=external it waits for one"
@@ -129,11 +158,11 @@ def awaited_trainer(folder: RunFolder, settings: Settings) -> TrainerAwaited:
 
 
 def launched(folder: RunFolder) -> bool:
-    """Whether the launcher that took the run's lock last is alive."""
-    return launched_by(folder) > 0
+    """Whether the launcher that took the run's lock last is alive, on this host."""
+    return launcher_pid(folder) > 0
 
 
-def launched_by(folder: RunFolder) -> int:
+def launcher_pid(folder: RunFolder) -> int:
     """Process number of that launcher; 0 when it is not alive, or not on this host."""
     try:
         owner = folder.lock.read_text().strip()
@@ -142,30 +171,12 @@ def launched_by(folder: RunFolder) -> int:
     return int(owner) if owner.isdecimal() and Path(f"/proc/{owner}").exists() else 0
 
 
-# -------------------- terms
-# What a joining generator is told, and what it may decide itself. Pure, but for looking whether a file is there.
-
-MAY_DIFFER = (
-    "generator.device",
-    "generator.threads",
-    "generator.max_sequences",
-    "generator.save_turns_after_s",
-    "generator.episode_timeout_s",
-    "vllm.tensor_parallel",
-    "vllm.memory_share",
-    "vllm.kv_cache_mb",
-    "model.path",
-    "weights.transport",
-    "wire.timeout_s",
-)
-"""what this host can do, and where things lie on it; everything else says what a trajectory is"""
-NOTHING_HERE = ("generator.count", "generator.gpus", "generator.max_restarts", "generator.restart_window_s")
-FILES = "task.args."
+# ------------------------------------------------------------------------------------------------ its settings
 
 
 def local_settings(told: Mapping[str, Any], words: Sequence[str], keys: str, here: Path) -> Settings:
-    """The run's settings with `name=value` words laid over them. `keys`: folder of this host's keys; `here`: where
-    relative paths in words begin. Raises UserError for a word that would make this another run."""
+    """The run's settings `told`, with `name=value` words laid over them. `keys`: folder of this host's keys; `here`:
+    where relative paths in words begin. Raises UserError for a word that would make this another run."""
     base = structured(Settings, _with_keys(told, keys), where="")
     values = values_of(base)
     laid = [_allowed(word, base, values, here) for word in words]
@@ -180,7 +191,7 @@ def local_settings(told: Mapping[str, Any], words: Sequence[str], keys: str, her
 
 
 def _with_keys(told: Mapping[str, Any], keys: str) -> dict[str, Any]:
-    """With them, and without what is of the run's own generators only."""
+    """The settings with this host's keys, and without the GPUs of the run's own generators."""
     generator = {**told.get("generator", {}), "gpus": ""}
     return {**told, "generator": generator, "wire": {**told.get("wire", {}), "keys": keys}}
 
@@ -215,96 +226,95 @@ def _file(name: str, value: str, args: Mapping[str, Any], here: Path) -> str:
     return f"{name}={path.resolve()}"
 
 
-ANSWER_S = 30.0
-"""time the buffer has to answer a knock; it does nothing else that takes long"""
-POLL_S = 0.2
-LEAVE_S = 3.0
-"""time the last words have to leave"""
+# ------------------------------------------------------------------------------------------------ joining
 
 
-def own_name() -> str:
-    """Unique among the living."""
+def default_name() -> str:
+    """A name that no other living generator has."""
     host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:60] or "host"
     return f"generator-{host}-{os.getpid()}"
 
 
-def join_run(place: Place, name: str, words: Sequence[str], say: Callable[[str], None]) -> None:
-    """Generate for the run at `place` until it ends. `words`: `name=value` for this host. Raises UserError when it
+def join_run(target: JoinTarget, name: str, words: Sequence[str], log: Callable[[str], None]) -> None:
+    """Generate for the run at `target` until it ends. `words`: `name=value` for this host. Raises UserError when it
     is not let in or cannot take part, RunFailed when the buffer is gone, Interrupted when told to leave."""
     here = Path.cwd()
-    welcome = knock(place, name)
-    keys = str(place.keys.folder) if place.keys is not None else ""
+    welcome = request_join(target, name)
+    keys = str(target.keys.folder) if target.keys is not None else ""
     settings = local_settings(welcome.settings, words, keys, here)
     # torch reads these when it is imported
     os.environ.update(arithmetic_environment(settings.generator.threads))
     if welcome.host == this_host() and Path(welcome.folder).is_dir():
         os.chdir(welcome.folder)  # relative paths in the run's settings begin there
     check_device("generator.device", settings.generator.device)
-    Joined(place, name, settings, welcome, say).run()
+    JoinedGenerator(target, name, settings, welcome, log).run()
 
 
-def knock(place: Place, name: str) -> msg.Welcome:
+def request_join(target: JoinTarget, name: str) -> msg.Welcome:
     """Ask to be let in. Raises UserError with the buffer's reason, RunFailed when there is no answer."""
-    patience = min(ANSWER_S, place.timeout_s)
+    limit_s = min(ANSWER_S, target.timeout_s)
     ask = msg.Join(name=name, package=__version__, pid=os.getpid())
-    dealer = Dealer(place.endpoint, f"{name}/{uuid.uuid4().hex[:8]}", keys=place.keys)
-    deadline = time.monotonic() + patience
+    dealer = Dealer(target.endpoint, f"{name}/{uuid.uuid4().hex[:8]}", keys=target.keys)
+    deadline = time.monotonic() + limit_s
     try:
         dealer.send(ask)
         while True:
             try:
                 answer = dealer.receive(POLL_S, "an answer")
             except WireTimeout:
-                _complain_of(place, dealer, time.monotonic() > deadline, patience)
+                _check_silence(target, dealer, late=time.monotonic() > deadline, limit_s=limit_s)
                 continue
             match answer:
                 case msg.Welcome():
                     return answer
                 case msg.Refused(reason=reason):
-                    raise UserError(f"the run at {place.endpoint} refused this generator: {reason}")
+                    raise UserError(f"the run at {target.endpoint} refused this generator: {reason}")
     except WireError as error:
         raise UserError(
-            f"the run at {place.endpoint} speaks otherwise ({error}); install the version of async-rl it has"
+            f"the run at {target.endpoint} speaks otherwise ({error}); install the version of async-rl it has"
         ) from None
     finally:
         dealer.close(linger_s=0)
 
 
-def _complain_of(place: Place, dealer: Dealer, late: bool, patience: float) -> None:
+def _check_silence(target: JoinTarget, dealer: Dealer, *, late: bool, limit_s: float) -> None:
+    """Raises UserError when the buffer does not take our keys, RunFailed when it is `late`."""
     if dealer.reception is not None and dealer.reception.turned_away:
-        assert place.keys is not None
+        assert target.keys is not None
         raise UserError(
-            f"{place.endpoint} does not take the keys of {place.keys.folder}, or is not the server they are for; copy "
-            "server.key, client.key and client.key_secret from the run's wire.keys"
+            f"{target.endpoint} does not take the keys of {target.keys.folder}, or is not the server they are for; "
+            "copy server.key, client.key and client.key_secret from the run's wire.keys"
         )
     if late:
-        raise RunFailed(f"no answer from {place.endpoint} for {patience:g} s: is a run there, and can it be reached?")
+        raise RunFailed(f"no answer from {target.endpoint} for {limit_s:g} s: is a run there, and can it be reached?")
 
 
 @dataclass(slots=True)
-class Joined:
+class JoinedGenerator:
     """A generator that was let in."""
 
-    place: Place
+    target: JoinTarget
     name: str
     settings: Settings
     welcome: msg.Welcome
-    say: Callable[[str], None]
+    log: Callable[[str], None]
+    """writes a line for the user"""
     identity: str = ""
-    told: str = ""
+    """of its socket"""
+    interrupted_by: str = ""
     """the signal that told it to leave"""
     activity: Activity = field(default_factory=Activity)
 
     def run(self) -> None:
-        """Until the end, whichever comes."""
-        # its own, whatever the name: a socket of the same identity would be cut off
+        """Generate until the run ends or a signal comes. Raises RunFailed, UserError, Interrupted."""
+        # unique, whatever the name: a second socket of the same identity would be cut off
         self.identity = f"{self.name}/{uuid.uuid4().hex[:8]}"
         tokenizer, task = self.same_problems()
-        wire, endpoint = self.settings.wire, self.place.endpoint
+        wire, endpoint = self.settings.wire, self.target.endpoint
         with make_heartbeat(self.name, "generator", self.activity, wire, endpoint, identity=self.identity) as heartbeat:
             asyncio.run(self._generate(tokenizer, task, lambda: heartbeat.buffer_silent_s))
-        if self.told:
-            raise Interrupted(self.told)
+        if self.interrupted_by:
+            raise Interrupted(self.interrupted_by)
 
     def same_problems(self) -> tuple[Tokenizer, Task]:
         """The tokenizer and the task, made here. Raises UserError when they are not the run's."""
@@ -333,7 +343,7 @@ class Joined:
         weights = make_weights(self.settings, segment, server, self.identity, here=here)
         engine = make_engine(self.settings, tokenizer)
         limit = self.settings.wire.max_message_mb << 20
-        dealer = AsyncDealer(self.place.endpoint, self.identity, max_message_bytes=limit, keys=self.place.keys)
+        dealer = AsyncDealer(self.target.endpoint, self.identity, max_message_bytes=limit, keys=self.target.keys)
         try:
             loop = GeneratorLoop(
                 make_options(self.settings, self.name, joined=True),
@@ -348,14 +358,14 @@ class Joined:
             )
             for number in SIGNALS:
                 asyncio.get_running_loop().add_signal_handler(number, self.leave, loop, number)
-            self.say(f"{self.name} joins {self.welcome.run} at {self.place.endpoint}; Ctrl-C leaves")
+            self.log(f"{self.name} joins {self.welcome.run} at {self.target.endpoint}; Ctrl-C leaves")
             await loop.run()
             stats = engine.stats()
-            self.say(
+            self.log(
                 f"{'the run has ended: ' + loop.stopped + '; ' if loop.stopped else ''}{self.name} generated "
                 f"{stats.tokens_generated} tokens in {loop.episodes.started} episodes"
             )
-            if self.told:
+            if self.interrupted_by:
                 dealer.close(linger_s=LEAVE_S)
         except WeightsError as error:
             raise RunFailed(f"{self.name}: {error}") from None
@@ -364,15 +374,15 @@ class Joined:
             dealer.close(linger_s=0)
 
     def weight_server(self) -> str:
-        """Where it is reached from here; empty: there is none."""
-        return as_reached_by(self.welcome.weights, self.place.endpoint) if self.welcome.weights else ""
+        """Where the weight server is reached from here; empty: there is none."""
+        return as_reached_by(self.welcome.weights, self.target.endpoint) if self.welcome.weights else ""
 
     def leave(self, loop: GeneratorLoop, number: int) -> None:
-        """Told so by a signal; further ones change nothing."""
-        if not self.told:
-            self.told = signal.Signals(number).name
-            loop.leave(f"told to end ({self.told})")
+        """A signal came; further ones change nothing."""
+        if not self.interrupted_by:
+            self.interrupted_by = signal.Signals(number).name
+            loop.leave(f"told to end ({self.interrupted_by})")
 
     def record(self, event: Event) -> None:
-        """What the launched ones write into events.jsonl."""
-        self.say(f"{event.event}: {event.text if isinstance(event, StallReported) else event.detail()}")
+        """Show an event; generators that the launcher starts write it into events.jsonl."""
+        self.log(f"{event.event}: {event.text if isinstance(event, StallReported) else event.detail()}")

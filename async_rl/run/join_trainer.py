@@ -14,24 +14,23 @@ from pathlib import Path
 from async_rl.config import Settings
 from async_rl.errors import UserError
 from async_rl.events import TrainerAwaited
+from async_rl.process_spec import TrainerSpec
 from async_rl.run.child import arithmetic_environment
-from async_rl.run.join import awaited_trainer, launched_by
+from async_rl.run.join import awaited_trainer, launcher_pid
 from async_rl.run.preflight import check_device
 from async_rl.run_folder import RunFolder
 from async_rl.version import __version__
 from async_rl.wire.endpoint import this_host
 
-# -------------------- rank environment
-# Who this process is among the ranks that a launcher or a cluster's scheduler started. Pure.
-
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""what torchrun tells its processes"""
+"""environment variables that torchrun sets for its processes"""
 FIRST_PORT, NUM_PORTS = 20_000, 20_000
+"""ports from which one is chosen by the number of a SLURM job"""
 
 
 def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's variables: as they are, or from SLURM's (`srun`), or those of the only rank. Variables that are set
-    (MASTER_ADDR, MASTER_PORT) stay. Raises UserError where they do not suffice."""
+    """torchrun's variables for this process: as they are in `environment`, or made from SLURM's (`srun`); empty for the
+    only rank. MASTER_ADDR and MASTER_PORT stay where they are set. Raises UserError where variables are missing."""
     if "RANK" in environment:
         missing = [name for name in TORCHRUN if name != "LOCAL_RANK" and not environment.get(name)]
         if missing:
@@ -55,7 +54,7 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_node(nodes: str) -> str:
-    """Of SLURM's list, e.g. `gpu[007-009,12],login1` -> `gpu007`. Raises UserError for an empty one."""
+    """The first host of SLURM's list, e.g. `gpu[007-009,12],login1` -> `gpu007`. Raises UserError for an empty list."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
     if match is None:
         raise UserError("SLURM_PROCID is set, but SLURM names no node; set MASTER_ADDR to the host of rank 0")
@@ -64,9 +63,7 @@ def first_node(nodes: str) -> str:
 
 def train_for(run: Path) -> None:
     """Be a rank until the run is done; ends this process. Raises UserError when it cannot take part."""
-    folder = RunFolder(run.absolute())
-    if not folder.config.is_file():
-        raise UserError(f"{folder.path} is not a run folder: there is no {folder.config.name} in it")
+    folder = RunFolder.open(run.absolute())
     settings = folder.settings()
     here = rank_environment(os.environ)
     wanted = awaited_trainer(folder, settings)
@@ -79,8 +76,9 @@ def train_for(run: Path) -> None:
     check_device("trainer.device", settings.trainer.device)
     from async_rl.trainer.__main__ import main
 
-    owner = launched_by(folder) if wanted.host == this_host() else 0
-    main(str(folder.path), wanted.endpoint, str(wanted.version), owner=owner)
+    owner = launcher_pid(folder) if wanted.host == this_host() else 0
+    spec = TrainerSpec(run=str(folder.path), name="trainer", endpoint=wanted.endpoint, version=wanted.version)
+    main(spec, owner=owner)
 
 
 def check_fit(wanted: TrainerAwaited, settings: Settings, here: Mapping[str, str]) -> None:

@@ -10,14 +10,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 from async_rl.config import Settings
 from async_rl.config.schema import to_yaml
@@ -33,82 +31,26 @@ from async_rl.events import (
 )
 from async_rl.objective import own
 from async_rl.observe.console import Console
-from async_rl.process import PARENT_PIPE, Interrupted, ignore_interrupts, interruptible, uninterrupted
-from async_rl.run.child import Command, how_it_ended
+from async_rl.process import Interrupted, ignore_interrupts, interruptible, uninterrupted
+from async_rl.process_spec import BufferSpec, GeneratorSpec, Pipes, TrackerSpec, TrainerSpec, WeightServerSpec
+from async_rl.run.child import Command, describe_end, spawn
 from async_rl.run.crew import POLL_S, SETTLE_S, Crew, RestartBudget
-from async_rl.run.liveness import Live, Vitals
+from async_rl.run.liveness import LiveReport, Vitals
 from async_rl.run.placement import ANYWHERE
 from async_rl.run.preflight import Facts, preflight
-from async_rl.run.resume import Start, changed, find_start, resumed_settings, rewind, start_of_rollback
+from async_rl.run.resume import ResumePoint, changed, find_start, resumed_settings, rewind, start_of_rollback
 from async_rl.run_folder import RowTail, RunFolder, read_rollback, replace_text, take_lock
 from async_rl.weights.shared_memory import segment_path
-from async_rl.weights.way import WAYS
 from async_rl.wire.channel import Dealer, Router, ipc_endpoint
 from async_rl.wire.endpoint import as_reached_from_here, beside, is_tcp
 from async_rl.wire.keys import keys_in
 
-# -------------------- tracking
-# The launcher's side of the tracker process: started beside the run, never waited for while it goes on.
-
-TRACKER_FINISH_S = 10.0
-"""time it gets to send the rest when the run has ended"""
-
-
-@dataclass(slots=True)
-class Tracking:
-    folder: RunFolder
-    process: subprocess.Popen[bytes] | None = None
-    """None: no tracker, or its end has been dealt with"""
-
-    @classmethod
-    def start(cls, folder: RunFolder, names: Sequence[str], version: int, *, parent_pipe: int, lock: int) -> Self:
-        """`version`: where this launch begins; `parent_pipe`: the end that closes when the launcher is done or dies;
-        `lock`: of the run, so that the next launch waits for the end of this one's tracker."""
-        if not names:
-            return cls(folder)
-        with (folder.logs / "tracker.log").open("ab") as stream:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "async_rl.observe", str(folder.path), str(version), *names],
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                env={**os.environ, PARENT_PIPE: str(parent_pipe)},
-                pass_fds=(parent_pipe, lock),
-                start_new_session=True,
-            )
-        folder.record(ProcessStarted(process="tracker", pid=process.pid))
-        return cls(folder, process)
-
-    def look(self) -> None:
-        """A tracker that has ended is told of once; the run goes on."""
-        if self.process is None or self.process.poll() is None:
-            return
-        code, self.process = self.process.returncode, None
-        if code != 0:
-            self._failed(f"it {how_it_ended(code)}; see {self.folder.logs / 'tracker.log'}")
-
-    def finish(self) -> None:
-        """The pipe is closed: wait a little for the rest to be sent."""
-        if self.process is None:
-            return
-        try:
-            self.process.wait(TRACKER_FINISH_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-            self._failed(f"it did not send everything within {FINISH_S:g} s after the end of the run, and was ended")
-        self.look()
-
-    def _failed(self, reason: str) -> None:
-        with suppress(RunFailed):  # a full disk: what matters has been said by others
-            self.folder.record(TrackerFailed(name="tracker", reason=reason))
-
-
-WEIGHTS = "weights"
-"""name of the weight server's process"""
+BUFFER, TRAINER, WEIGHTS, TRACKER = "buffer", "trainer", "weights", "tracker"
+"""names of processes; generators are generator-0, generator-1, ..."""
 FINISH_S = 15.0
 """time the others get after the trainer is done"""
+TRACKER_FINISH_S = 10.0
+"""time the tracker gets to send the rest when the run has ended"""
 LAST_LAUNCH_S = 15.0
 """time processes of a launch whose launcher was killed get to notice it"""
 
@@ -124,7 +66,7 @@ class Launcher:
     settings: Settings
     folder: RunFolder
     console: Console
-    start_at: Start | None = None
+    start_at: ResumePoint | None = None
     """where a resumed run goes on; None: a new run"""
     crew: Crew = field(init=False)
     """the processes"""
@@ -136,13 +78,13 @@ class Launcher:
     """where the weight server listens; empty: there is none"""
     held_back: list[Command] = field(default_factory=list)
     """generators that are still to be started"""
-    tracking: Tracking = field(init=False)
+    tracker: TrackerProcess = field(init=False)
     goes_on: bool = False
     """this launch ends for another one to follow"""
 
     def __post_init__(self) -> None:
         self.rows, self.events = RowTail(self.folder.metrics), RowTail(self.folder.events)
-        self.tracking = Tracking(self.folder)
+        self.tracker = TrackerProcess(self.folder)
 
     def run(self) -> dict[str, Any]:
         """The run's summary. Raises UserError, RunFailed, Interrupted or GoneBack; all processes are gone then."""
@@ -156,14 +98,14 @@ class Launcher:
         self.crew = Crew(
             self.folder,
             Vitals(self.settings.wire.frozen_after_s),
-            Live(self.dealer(endpoint), self.folder, self.settings),
+            LiveReport(self.dealer(endpoint), self.folder, self.settings),
             self.lock,
         )
         started = time.monotonic()
         try:
-            placed = [where] if (where := facts.placement.in_words()) != ANYWHERE else []
+            placed = [where] if (where := facts.placement.describe()) != ANYWHERE else []
             self.console.start(self.settings, self.folder.path, placed + facts.notes)
-            self.clean(endpoint)  # of a launch before that was killed: its weights must not be taken for ours
+            self.clean(endpoint)  # a launch before may have been killed: its weights must not be taken for ours
             self.start(endpoint, facts)
             self.watch()
             return self.finish(time.monotonic() - started)
@@ -179,19 +121,19 @@ class Launcher:
             self.end(endpoint)
 
     def end(self, endpoint: str) -> None:
-        """Every process down, nothing of theirs left. May be called twice."""
+        """End every process and remove what they leave. May be called twice."""
         if self.goes_on:
-            with uninterrupted():  # a signal stops the run as soon as this is done
+            with uninterrupted():  # a signal stops the run, as soon as this is done
                 self.take_down(endpoint)
             return
         try:
             ignore_interrupts()
-        finally:  # one that came just before is raised when all is done
+        finally:  # a signal that came just before is raised when all is done
             self.take_down(endpoint)
 
     def take_down(self, endpoint: str) -> None:
         self.crew.stop()
-        self.tracking.finish()
+        self.tracker.finish()
         self.clean(endpoint)
         self.console.stop()
 
@@ -216,7 +158,7 @@ class Launcher:
 
     @property
     def version(self) -> int:
-        """It begins with."""
+        """Of the weights that this launch begins with."""
         return self.start_at.version if self.start_at is not None else 0
 
     def endpoint(self) -> str:
@@ -232,43 +174,72 @@ class Launcher:
             return probe.endpoint
 
     def dealer(self, endpoint: str) -> Dealer:
-        """To the buffer."""
+        """A socket to the buffer."""
         return Dealer(as_reached_from_here(endpoint), "launcher", keys=keys_in(self.settings.wire.keys))
 
     # ------------------------------------------------------------------ start
 
     def start(self, endpoint: str, facts: Facts) -> None:
-        path = str(self.folder.path)
-        version = str(self.version)
-        chosen = self.settings.generator
-        known = (str(facts.train_problems), str(facts.vocabulary))
-        for_joiners = (facts.task_digest, str(segment_path(self.folder.path)), self.weights_endpoint)
-        self.spawn("buffer", "async_rl.buffer", path, endpoint, *known, version, *for_joiners)
+        """Start every process of the run; generators perhaps later."""
+        run, placement = str(self.folder.path), facts.placement
+        buffer = BufferSpec(
+            run=run,
+            name=BUFFER,
+            endpoint=endpoint,
+            train_problems=facts.train_problems,
+            vocabulary=facts.vocabulary,
+            version=self.version,
+            task_digest=facts.task_digest,
+            segment=str(segment_path(self.folder.path)),
+            weights_endpoint=self.weights_endpoint,
+        )
+        self.spawn(Command(module=("async_rl.buffer",), spec=buffer))
         endpoint = self.settings.wire.connect or as_reached_from_here(endpoint)
+        trainer = TrainerSpec(
+            run=run,
+            name=TRAINER,
+            cores=placement.trainer_cores(),
+            endpoint=endpoint,
+            version=self.version,
+            ways=tuple(sorted(set(facts.ways))),
+        )
         self.spawn(
-            "trainer", *trainer_module(self.settings), path, endpoint, version,
-            threads=self.settings.trainer.threads,
-            environment={**facts.placement.trainer_environment(), WAYS: ",".join(sorted(set(facts.ways)))},
-        )  # fmt: skip
-        budgets = self.crew.budgets
-        if self.weights_endpoint:
-            budgets[WEIGHTS] = RestartBudget(max_restarts=chosen.max_restarts, window_s=chosen.restart_window_s)
-            self.spawn(WEIGHTS, "async_rl.weights.stream", path, self.weights_endpoint)
-        weights = as_reached_from_here(self.weights_endpoint)
-        for i in range(chosen.count):
-            name = f"generator-{i}"
-            budgets[name] = RestartBudget(max_restarts=chosen.max_restarts, window_s=chosen.restart_window_s)
-            self.held_back.append(
-                Command(
-                    name=name,
-                    words=("async_rl.generator", path, endpoint, name, weights),
-                    threads=chosen.threads,
-                    environment={**facts.placement.generator_environment(i), WAYS: facts.ways[i]},
-                )
+            Command(
+                module=trainer_module(self.settings),
+                spec=trainer,
+                threads=self.settings.trainer.threads,
+                environment=placement.trainer_environment(),
             )
+        )
+        if self.weights_endpoint:
+            self.crew.budgets[WEIGHTS] = self.budget()
+            server = WeightServerSpec(run=run, name=WEIGHTS, endpoint=self.weights_endpoint)
+            self.spawn(Command(module=("async_rl.weights.stream",), spec=server))
+        for i in range(self.settings.generator.count):
+            self.prepare_generator(i, endpoint, facts)
         self.start_generators()
-        ends = {"parent_pipe": self.crew.pipe[0], "lock": self.lock}
-        self.tracking = Tracking.start(self.folder, self.settings.trackers, int(version), **ends)
+        if self.settings.trackers:
+            self.tracker.start(self.settings.trackers, self.version, parent_pipe=self.crew.pipe[0], lock=self.lock)
+
+    def prepare_generator(self, number: int, endpoint: str, facts: Facts) -> None:
+        """Put what starts generator `number` into `held_back`."""
+        spec = GeneratorSpec(
+            run=str(self.folder.path),
+            name=f"generator-{number}",
+            cores=facts.placement.generator_cores(number),
+            endpoint=endpoint,
+            weights_endpoint=as_reached_from_here(self.weights_endpoint),
+            way=facts.ways[number],
+        )
+        self.crew.budgets[spec.name] = self.budget()
+        self.held_back.append(
+            Command(
+                module=("async_rl.generator",),
+                spec=spec,
+                threads=self.settings.generator.threads,
+                environment=facts.placement.generator_environment(number),
+            )
+        )
 
     def start_generators(self) -> None:
         """A trainer that somebody else starts may come late: generators begin when its weights are there."""
@@ -276,10 +247,12 @@ class Launcher:
             while self.held_back:
                 self.crew.launch(self.held_back.pop(0))
 
-    def spawn(
-        self, name: str, *words: str, threads: int = 1, environment: Mapping[str, str] = MappingProxyType({})
-    ) -> None:
-        self.crew.launch(Command(name=name, words=words, threads=threads, environment=environment))
+    def budget(self) -> RestartBudget:
+        chosen = self.settings.generator
+        return RestartBudget(max_restarts=chosen.max_restarts, window_s=chosen.restart_window_s)
+
+    def spawn(self, command: Command) -> None:
+        self.crew.launch(command)
 
     # ------------------------------------------------------------------ watch
 
@@ -288,47 +261,47 @@ class Launcher:
         done_at: float | None = None
         while self.crew.working:
             self.show()
-            self.look()
-            self.look_back()
+            self.poll()
+            self.check_rollback()
             self.crew.check()
             self.crew.restart()
             self.start_generators()
-            if done_at is None and self.crew.child("trainer").process.poll() == 0:
+            if done_at is None and self.crew.child(TRAINER).process.poll() == 0:
                 done_at = time.monotonic()
             if done_at is not None and time.monotonic() - done_at > SETTLE_S:
-                self.crew.live.shut_down("the trainer is done")  # should its last word have got lost
-            if done_at is not None and time.monotonic() - done_at > self.patience():
+                self.crew.live.shut_down("the trainer is done")  # its own message may have been lost
+            if done_at is not None and time.monotonic() - done_at > self.finish_s():
                 self.leave_behind()
                 return
             time.sleep(POLL_S)
         self.show()
-        self.look_back()
+        self.check_rollback()
         self.crew.check()
 
-    def patience(self) -> float:
-        """How long the others may take when the trainer is done. A generator that was still starting hears of
-        no end: nobody is left to tell it."""
-        return SETTLE_S if self.crew.child("buffer").ended else FINISH_S
+    def finish_s(self) -> float:
+        """How long the others may take when the trainer is done. Where the buffer has ended already, a generator that
+        was still starting is told nothing: there is nobody left to tell it."""
+        return SETTLE_S if self.crew.child(BUFFER).ended else FINISH_S
 
     def leave_behind(self) -> None:
-        """The trainer is done and something goes on. Raises RunFailed when that is the buffer, whose store must
-        be closed; generators are told to end."""
+        """The trainer is done, and some processes have not ended in time. Raises RunFailed when the buffer is one of
+        them, since its store must be closed; generators are ended."""
         alive = tuple(c.name for c in self.crew.children if not c.ended)
         self.folder.record(ProcessesLeft(processes=alive))
         self.crew.check()
-        if not self.crew.child("buffer").ended:
+        if not self.crew.child(BUFFER).ended:
             raise RunFailed(f"the buffer did not end within {FINISH_S:g} s after the trainer was done")
 
-    def look(self) -> None:
-        """Hear the children and the buffer; end the children that are frozen."""
+    def poll(self) -> None:
+        """Take in pulses and the buffer's answer; end the children that are frozen."""
         now = time.monotonic()
-        self.crew.look(now)
-        self.crew.live.look(now, self.crew.vitals.rows(now))
-        self.tracking.look()
+        self.crew.poll(now)
+        self.crew.live.update(now, self.crew.vitals.rows(now))
+        self.tracker.poll()
 
-    def look_back(self) -> None:
+    def check_rollback(self) -> None:
         """Raises GoneBack when the trainer has ended for that."""
-        if self.crew.child("trainer").process.poll() != 0 or self.folder.summary.exists():
+        if self.crew.child(TRAINER).process.poll() != 0 or self.folder.summary.exists():
             return
         back = read_rollback(self.folder)
         if back is not None and back.at > self.version:
@@ -342,7 +315,7 @@ class Launcher:
         for found in read_event_rows(self.events.new()):
             if found.event is not None:
                 self.console.event(found.event)
-                self.crew.live.hear(found.event)
+                self.crew.live.add_event(found.event)
 
     # -------------------------------------------------------------------- end
 
@@ -360,7 +333,7 @@ class Launcher:
             self.lock = -1
 
     def clean(self, endpoint: str) -> None:
-        """What a killed process could not remove itself."""
+        """Remove what a killed process could not remove itself: shared memory and sockets."""
         segment = segment_path(self.folder.path)
         for path in (segment, segment.with_name(f"{segment.name}.new")):
             path.unlink(missing_ok=True)
@@ -370,11 +343,60 @@ class Launcher:
 
 
 def trainer_module(settings: Settings) -> tuple[str, ...]:
-    """What the run's trainer process executes, with its first arguments."""
+    """What the run's trainer process executes."""
     if settings.trainer.start == "external":
         return ("async_rl.run.external",)
-    ranks = settings.trainer.ranks
-    return ("async_rl.run.agent", str(ranks)) if ranks > 1 else ("async_rl.trainer",)
+    return ("async_rl.run.agent",) if settings.trainer.ranks > 1 else ("async_rl.trainer",)
+
+
+@dataclass(slots=True)
+class TrackerProcess:
+    """The process that sends metrics to trackers: started beside the run, never waited for while the run goes on."""
+
+    folder: RunFolder
+    process: subprocess.Popen[bytes] | None = None
+    """None: there is none, or its end has been reported"""
+
+    def start(self, names: Sequence[str], version: int, *, parent_pipe: int, lock: int) -> None:
+        """`version`: where this launch begins; `parent_pipe`: the end that closes when the launcher is done or dies;
+        `lock`: of the run, so that the next launch waits for the end of this one's tracker."""
+        spec = TrackerSpec(
+            run=str(self.folder.path),
+            name=TRACKER,
+            pipes=Pipes(parent=parent_pipe),
+            version=version,
+            trackers=tuple(names),
+        )
+        descriptors = (parent_pipe, lock)
+        self.process = spawn(("async_rl.observe",), spec, self.folder, environment=os.environ, descriptors=descriptors)
+        self.folder.record(ProcessStarted(process=TRACKER, pid=self.process.pid))
+
+    def poll(self) -> None:
+        """Report, once, that it has failed; the run goes on."""
+        if self.process is None or self.process.poll() is None:
+            return
+        code, self.process = self.process.returncode, None
+        if code != 0:
+            self._report_failure(f"it {describe_end(code)}; see {self.folder.logs / 'tracker.log'}")
+
+    def finish(self) -> None:
+        """Wait a little for the rest to be sent, after the pipe has been closed."""
+        if self.process is None:
+            return
+        try:
+            self.process.wait(TRACKER_FINISH_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+            self._report_failure(
+                f"it did not send everything within {TRACKER_FINISH_S:g} s after the end of the run, and was ended"
+            )
+        self.poll()
+
+    def _report_failure(self, reason: str) -> None:
+        with suppress(RunFailed):  # a full disk: others have reported that
+            self.folder.record(TrackerFailed(name=TRACKER, reason=reason))
 
 
 def run_training(settings: Settings, path: Path, *, console: Console) -> Mapping[str, Any]:
@@ -388,9 +410,7 @@ def run_training(settings: Settings, path: Path, *, console: Console) -> Mapping
 
 def resume_training(path: Path, overrides: Sequence[str], *, console: Console) -> Mapping[str, Any]:
     """Go on with the run in `path` from its newest whole checkpoint; the summary of the whole run."""
-    folder = RunFolder(path)
-    if not folder.config.is_file():
-        raise UserError(f"{path} is not a run folder: there is no {folder.config.name} in it")
+    folder = RunFolder.open(path)
     lock = take_lock(folder.lock, LAST_LAUNCH_S)
     try:
         settings = resumed_settings(folder, overrides)

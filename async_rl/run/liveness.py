@@ -1,6 +1,9 @@
-"""The launcher's view of a running run: it asks the buffer about once a second and writes `live.json`.
+"""Whether the processes of a run are alive, and how the run stands now.
 
-Who waits for whom: nobody here. An answer that does not come is itself part of what is written.
+`Vitals` collects the pulses that the launcher's children write into a pipe; `LiveReport` asks the buffer about once a
+second and writes `live.json`.
+
+Who waits for whom: nobody here. An answer that does not come is itself part of the report.
 """
 
 from __future__ import annotations
@@ -17,139 +20,138 @@ from msgspec import to_builtins
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
 from async_rl.events import AlarmRaised, Event, RunRolledBack, StallReported
-from async_rl.observe.record import standing
+from async_rl.observe.record import active_alarms
 from async_rl.run_folder import RunFolder, replace_text
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout
 
-# -------------------- vitals
-# What the launcher knows of its children: their signs of life, through a pipe that each of them writes to.
-#
-# A child that lives says so about every second, from a thread of its own (wire/heartbeat.py), however busy it
-# is. One that has said nothing for `wire.frozen_after_s` is frozen: stopped, swapped out, or in code that never
-# gives Python's lock back. It is no use waiting for it.
-
 START_S = 20.0
-"""time a process gets until its first sign, before it imports torch; a cold disk may hold that up"""
-_READ_BYTES = 1 << 16
+"""time a process gets until its first pulse, before it imports torch; a cold disk may hold that up"""
+READ_BYTES = 1 << 16
+NEVER = -1.0
+QUERY_S = 1.0
+"""between two questions to the buffer"""
+ANSWER_S = 5.0
+"""after which a question that was not answered is asked again"""
 
 
 @dataclass(slots=True)
-class Sign:
-    """The last sign of life of one process."""
+class ChildState:
+    """What the last pulse of a process said."""
 
     name: str
     heard: float
-    """when it came, or when the process was started; monotonic clock"""
+    """when the pulse came, or when the process was started; monotonic clock"""
     doing: str = ""
-    """empty: nothing came yet"""
+    """empty: no pulse has come yet"""
     since: float = 0.0
     """when it began that"""
     of: int = 0
-    """of a rank of the trainer: process number of the child that started it; 0: it is a child itself"""
+    """for a rank of the trainer: process number of the child that started it; 0: it is a child itself"""
 
 
 @dataclass(slots=True)
 class Vitals:
-    """By process number, so that a generator's new life is not taken for its old one."""
+    """The pulses of the launcher's children.
+
+    A child writes a line into the pipe about every second, from a thread of its own (wire/heartbeat.py), however busy
+    it is. One that has been silent for `wire.frozen_after_s` is frozen: stopped, swapped out, or in code that never
+    gives Python's lock back. It is no use waiting for it.
+    """
 
     limit_s: float
+    """wire.frozen_after_s"""
     ends: tuple[int, int] = field(init=False)
-    """of the pipe: where the launcher reads, where children write"""
-    signs: dict[int, Sign] = field(default_factory=dict)
-    _looked: float = -1.0
-    """when; before the first time -1"""
+    """(read, write) of the pipe: the launcher reads, children write"""
+    states: dict[int, ChildState] = field(default_factory=dict)
+    """by process number, so that a generator's new life is not taken for its old one"""
+    _polled: float = NEVER
     _partial: bytes = b""
+    """a line of which the rest has not come yet"""
 
     def __post_init__(self) -> None:
         self.ends = os.pipe()
         for end in self.ends:
             os.set_blocking(end, False)  # neither side ever waits for the other
 
-    def began(self, pid: int, name: str, now: float) -> None:
+    def add(self, pid: int, name: str, now: float) -> None:
         """A child was started."""
-        self.signs[pid] = Sign(name, now)
+        self.states[pid] = ChildState(name, now)
 
-    def ended(self, pid: int) -> None:
-        """With it those that it started."""
-        self.signs.pop(pid, None)
-        for other in [number for number, sign in self.signs.items() if sign.of == pid]:
-            del self.signs[other]
+    def remove(self, pid: int) -> None:
+        """A child has ended, and with it the processes that it started."""
+        self.states.pop(pid, None)
+        for other in [number for number, state in self.states.items() if state.of == pid]:
+            del self.states[other]
 
-    def look(self, now: float) -> None:
-        """Take in what has come. When the launcher itself was away, everybody gets their time anew."""
+    def poll(self, now: float) -> None:
+        """Read the pulses that have come. When the launcher itself was stopped meanwhile, nobody's silence counts."""
         while True:
             try:
-                new = os.read(self.ends[0], _READ_BYTES)
+                new = os.read(self.ends[0], READ_BYTES)
             except BlockingIOError:
                 break
             *lines, self._partial = (self._partial + new).split(b"\n")
             for line in lines:
                 with suppress(ValueError):  # a line cut by a full pipe
-                    self._hear(json.loads(line), now)
-        if 0 <= self._looked < now - self.limit_s / 2:
-            for sign in self.signs.values():
-                sign.heard = now
-        self._looked = now
+                    self._receive(json.loads(line), now)
+        if self._polled != NEVER and self._polled < now - self.limit_s / 2:
+            for state in self.states.values():
+                state.heard = now
+        self._polled = now
 
     def frozen(self, now: float) -> list[tuple[int, str]]:
-        """(pid, why) of those that have been silent for too long."""
+        """(process number, why) of those that have been silent for too long."""
         found = []
-        for pid, sign in self.signs.items():
-            silent = now - sign.heard
-            if silent > (self.limit_s if sign.doing else max(self.limit_s, START_S)):
-                found.append((pid, f"gave no sign of life for {silent:.1f} s {self._last(sign, now)}"))
+        for pid, state in self.states.items():
+            silent = now - state.heard
+            if silent > (self.limit_s if state.doing else max(self.limit_s, START_S)):
+                found.append((pid, f"gave no sign of life for {silent:.1f} s {self._describe(state)}"))
         return found
 
     def rows(self, now: float) -> list[dict[str, object]]:
-        """One a process, in plain values. What started the trainer's ranks stands behind them."""
-        heard = {sign.of for sign in self.signs.values()}
+        """One row a process, for live.json. The ranks of a trainer stand in place of the agent that started them."""
+        agents = {state.of for state in self.states.values()}
         return [
             {
-                "name": sign.name,
+                "name": state.name,
                 "pid": pid,
-                "doing": sign.doing or "starting",
-                "since_s": round(now - (sign.since if sign.doing else sign.heard), 3),
-                "silent_s": round(now - sign.heard, 3),
+                "doing": state.doing or "starting",
+                "since_s": round(now - (state.since if state.doing else state.heard), 3),
+                "silent_s": round(now - state.heard, 3),
             }
-            for pid, sign in self.signs.items()
-            if pid not in heard
+            for pid, state in self.states.items()
+            if pid not in agents
         ]
 
     def close(self) -> None:
         for end in self.ends:
             os.close(end)
 
-    def _hear(self, line: Mapping[str, object], now: float) -> None:
+    def _receive(self, line: Mapping[str, object], now: float) -> None:
         match line:
-            case {"pid": int(pid), "name": str(name), "of": int(of)} if of in self.signs and pid not in self.signs:
-                self.signs[pid] = Sign(name, now, of=of)  # a rank, heard of for the first time
+            case {"pid": int(pid), "name": str(name), "of": int(of)} if of in self.states and pid not in self.states:
+                self.states[pid] = ChildState(name, now, of=of)  # the first pulse of a rank
         match line:
-            case {"pid": int(pid), "doing": str(doing), "since_s": int() | float() as seconds} if pid in self.signs:
-                sign = self.signs[pid]
-                sign.heard, sign.doing, sign.since = now, doing, now - seconds
+            case {"pid": int(pid), "doing": str(doing), "since_s": int() | float() as seconds} if pid in self.states:
+                state = self.states[pid]
+                state.heard, state.doing, state.since = now, doing, now - seconds
 
-    def _last(self, sign: Sign, now: float) -> str:
+    def _describe(self, state: ChildState) -> str:
         limit = f"(wire.frozen_after_s={self.limit_s:g})"
-        if not sign.doing:
+        if not state.doing:
             return f"{limit} since it was started: it hangs before its first line"
-        for_s = sign.heard - sign.since
         return (
             f"{limit}: it is frozen (stopped, or held up by code that blocks all of Python); "
-            f"last heard: {sign.doing}, for {for_s:.1f} s"
+            f"last heard: {state.doing}, for {state.heard - state.since:.1f} s"
         )
 
 
-ASK_S = 1.0
-"""between two questions"""
-PATIENCE_S = 5.0
-"""after which a question that was not answered is asked again"""
-
-
 @dataclass(slots=True)
-class Live:
-    """Times are those of one monotonic clock, seconds."""
+class LiveReport:
+    """How the run stands, asked from the buffer and written to `live.json`. Times are those of one monotonic clock,
+    seconds."""
 
     dealer: Dealer
     folder: RunFolder
@@ -160,45 +162,46 @@ class Live:
     answered: float = -1e9
     waits_since: float | None = None
     """first question that was not answered"""
-    told_at: float = 0.0
+    reported_s: float = 0.0
     """length of that wait when it was reported last"""
     snapshot: msg.Snapshot | None = None
     """the buffer's last answer"""
     alarms: list[Event] = field(default_factory=list)
-    """events of alarms and rollbacks"""
+    """alarms and rollbacks of the run"""
 
     def __post_init__(self) -> None:
         for row in self.folder.read_events():  # of earlier launches
-            self.hear(row.event)
+            self.add_event(row.event)
 
-    def hear(self, event: Event | None) -> None:
-        """One of events.jsonl, in order."""
+    def add_event(self, event: Event | None) -> None:
+        """Take in an event of the run, in their order."""
         if isinstance(event, AlarmRaised | RunRolledBack):
             self.alarms.append(event)
 
-    def look(self, now: float, children: Sequence[Mapping[str, object]]) -> None:
-        """Take the answer in; ask again, and write what is known, once a second. `children`: one row each."""
-        self._listen(now)
-        self._report(now, children)
-        if now - self.asked < (ASK_S if self.answered >= self.asked else PATIENCE_S):
+    def update(self, now: float, children: Sequence[Mapping[str, object]]) -> None:
+        """Take in the buffer's answer; about once a second ask again and write the report. `children`: one row each
+        (`Vitals.rows`)."""
+        self._receive(now)
+        self._report_stall(now, children)
+        if now - self.asked < (QUERY_S if self.answered >= self.asked else ANSWER_S):
             return
         self.asked = now
         self.waits_since = now if self.waits_since is None else self.waits_since
         self.dealer.send(msg.Query())
         self.write("running", now, children)
 
-    def gone(self, name: str, pid: int, reason: str) -> None:
+    def report_gone(self, name: str, pid: int, reason: str) -> None:
         """Tell the buffer that a generator has ended, so that nothing waits for its next life."""
         self.dealer.send(msg.Gone(name=name, pid=pid, reason=reason))
 
     def shut_down(self, reason: str) -> None:
-        """The run is over; said once."""
+        """Tell the buffer, once, that the run is over."""
         if not self.shut:
             self.shut = True
             self.dealer.send(msg.Shutdown(reason=reason))
 
     def write(self, state: str, now: float, children: Sequence[Mapping[str, object]]) -> None:
-        """`live.json`, whole or not at all."""
+        """Replace `live.json`."""
         found = self.snapshot if self.snapshot is not None else msg.Snapshot()
         values = {
             "time": time.time(),
@@ -211,12 +214,12 @@ class Live:
             "waits": to_builtins(found.waits),
             "buffer_answered_s_ago": round(now - self.answered, 3) if self.snapshot is not None else None,
             "counts": found.counts,
-            "alarms": [asdict(alarm) for alarm in standing(self.alarms)],
+            "alarms": [asdict(alarm) for alarm in active_alarms(self.alarms)],
         }
-        with suppress(OSError, RunFailed):  # a full disk is for those to tell who lose something by it
+        with suppress(OSError, RunFailed):  # a full disk is reported by those who lose something by it
             replace_text(self.folder.live, json.dumps(values) + "\n")
 
-    def _listen(self, now: float) -> None:
+    def _receive(self, now: float) -> None:
         while True:
             try:
                 message = self.dealer.receive(0.0, "the buffer's state")
@@ -227,13 +230,13 @@ class Live:
             if isinstance(message, msg.Snapshot):
                 self.answered, self.snapshot, self.waits_since = now, message, None
 
-    def _report(self, now: float, children: Sequence[Mapping[str, object]]) -> None:
-        """A buffer that lives and does not answer."""
+    def _report_stall(self, now: float, children: Sequence[Mapping[str, object]]) -> None:
+        """Record that the buffer lives and does not answer, again after twice the time."""
         waited = now - self.waits_since if self.waits_since is not None else 0.0
         if waited < self.settings.wire.stall_report_s:
-            self.told_at = 0.0
-        elif waited >= 2 * self.told_at:
-            self.told_at = waited
+            self.reported_s = 0.0
+        elif waited >= 2 * self.reported_s:
+            self.reported_s = waited
             words = [f"{row['doing']} (heard {row['silent_s']} s ago)" for row in children if row["name"] == "buffer"]
             text = f"launcher waits {waited:.0f} s for the buffer's answer; the buffer: {', '.join(words)}"
             self.folder.record(
@@ -242,7 +245,7 @@ class Live:
 
 
 def _processes(children: Sequence[Mapping[str, object]], found: msg.Snapshot) -> list[dict[str, object]]:
-    """One row a process: our children, and generators of others that the buffer hears; with what it knows of
+    """One row a process: our children, then generators of others that the buffer knows; with what the buffer knows of
     each generator."""
     rows = [{"role": _role(str(row["name"])), **row} for row in children]
     known = {row["name"] for row in rows}

@@ -23,7 +23,6 @@ from async_rl.config.settings import (
 )
 from async_rl.errors import UserError
 from async_rl.model.folder import CONFIG, existing, read_json
-from async_rl.process import CORES
 from async_rl.weights.vllm_release import IPC_WITHOUT_RAY, installed_release
 from async_rl.weights.way import LINKS, Sides, Way, choose
 
@@ -73,24 +72,27 @@ class Placement:
         return bool(_gpus(self.generators) & _gpus(self.ranks))
 
     def generator_environment(self, number: int) -> dict[str, str]:
-        """Variables for generator `number`."""
-        spot = self.generators[number]
-        return self._environment([spot], self.generators_hidden)
+        """Environment variables of generator `number`."""
+        return self._environment([self.generators[number]], self.generators_hidden)
 
     def trainer_environment(self) -> dict[str, str]:
-        """Variables for the trainer: all its ranks have the same."""
+        """Environment variables of the trainer: all its ranks have the same."""
         return self._environment(self.ranks, self.ranks_hidden)
 
-    def _environment(self, spots: Sequence[Spot], hidden: bool) -> dict[str, str]:
-        environment = {}
-        if hidden:
-            seen = [self.machine.gpus[gpu] for spot in spots for gpu in spot.gpus]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen)
-        if any(spot.cores for spot in spots):
-            environment[CORES] = ";".join(",".join(map(str, spot.cores)) for spot in spots)
-        return environment
+    def generator_cores(self, number: int) -> tuple[tuple[int, ...], ...]:
+        """Cores of generator `number`, for its spec; empty: any."""
+        return _cores_of([self.generators[number]])
 
-    def in_words(self) -> str:
+    def trainer_cores(self) -> tuple[tuple[int, ...], ...]:
+        """Cores of each rank of the trainer, for its spec; empty: any."""
+        return _cores_of(self.ranks)
+
+    def _environment(self, spots: Sequence[Spot], hidden: bool) -> dict[str, str]:
+        if not hidden:
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.machine.gpus[gpu] for spot in spots for gpu in spot.gpus)}
+
+    def describe(self) -> str:
         """Example: `generator-0 on GPU 0,1; trainer rank 0 on GPU 2, rank 1 on GPU 3`."""
         named = [(f"generator-{i}", spot) for i, spot in enumerate(self.generators)]
         one = len(self.ranks) == 1
@@ -230,6 +232,10 @@ def _cores(settings: Settings, machine: Machine, generators: int, ranks: int) ->
         found.append(machine.cores[start : start + size])
         start += size
     return found
+
+
+def _cores_of(spots: Sequence[Spot]) -> tuple[tuple[int, ...], ...]:
+    return tuple(spot.cores for spot in spots) if any(spot.cores for spot in spots) else ()
 
 
 def _gpus(spots: Sequence[Spot]) -> set[int]:

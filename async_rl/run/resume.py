@@ -5,7 +5,7 @@ batches stored since, and trains them again on the same numbers. Rows of steps t
 taken out of metrics.jsonl and weights.jsonl and written anew; so are the results of evaluations the
 checkpoint does not know. Everything else in events.jsonl stays: it is the story of all lives of the run.
 
-A run that went back after an alarm (rollback.py) begins at the version it went back at, with the weights of the
+A run that went back after an alarm (`Rollback`) begins at the version it went back at, with the weights of the
 checkpoint it went back to. Nothing is trained again then: the rows of the steps that were given up stay.
 """
 
@@ -43,8 +43,8 @@ SIZES = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """The point a run goes on from."""
+class ResumePoint:
+    """Where a run goes on."""
 
     version: int
     """of the weights; 0: the initial model"""
@@ -55,7 +55,7 @@ class Start:
     """the run goes back here: the weights of the checkpoint are those of `version` from now on"""
 
     def describe(self) -> str:
-        """Where the run goes on."""
+        """Example: `at step 40 from step_000040`."""
         if self.back is not None:
             return f"at step {self.version}: it went back {self.back.describe()}"
         what = self.checkpoint.name if self.checkpoint is not None else "the initial model (no checkpoint yet)"
@@ -63,9 +63,7 @@ class Start:
 
 
 def resumed_settings(folder: RunFolder, overrides: Sequence[str]) -> Settings:
-    """The settings of the run with what may change changed. Raises UserError."""
-    if not folder.config.is_file():
-        raise UserError(f"{folder.path} is not a run folder: there is no {folder.config.name} in it")
+    """The settings of the run with `overrides`, which may change some of them. Raises UserError."""
     values = load_yaml(folder.config)
     before = structured(Settings, values, where="")
     settings = structured(Settings, with_overrides(values, overrides), where="")
@@ -102,7 +100,7 @@ def resumed_settings(folder: RunFolder, overrides: Sequence[str]) -> Settings:
 
 
 def _new_run(folder: RunFolder) -> str:
-    """What to do instead of resuming a run whose number of steps is fixed."""
+    """The remedy for a run whose number of steps is fixed."""
     newest, _ = newest_whole(folder.checkpoints, but=given_up(read_rollback(folder)))
     return "start a new run" + (f" from its last checkpoint, model.path={newest}" if newest is not None else "")
 
@@ -113,13 +111,13 @@ def changed(folder: RunFolder, settings: Settings) -> dict[str, tuple[Any, Any]]
     return {path: (old[path], value) for path, value in values_of(settings).items() if value != old[path]}
 
 
-def find_start(folder: RunFolder, settings: Settings) -> Start:
+def find_start(folder: RunFolder, settings: Settings) -> ResumePoint:
     """The newest whole checkpoint. Raises UserError when it lies behind the last step asked for."""
     back = read_rollback(folder)
     path, damaged = newest_whole(folder.checkpoints, but=given_up(back))
     version = version_of(path) if path is not None else 0
-    goes_back = back if back is not None and version == back.to else None
-    version = goes_back.at if goes_back is not None else version
+    rollback = back if back is not None and version == back.to else None
+    version = rollback.at if rollback is not None else version
     if version > settings.trainer.steps:
         raise UserError(f"trainer.steps is {settings.trainer.steps}, but the run has done {version} steps already")
     if store_begun(folder.store):
@@ -131,10 +129,10 @@ def find_start(folder: RunFolder, settings: Settings) -> Start:
                 f"{folder.path}: no whole checkpoint from which the run could go on: the trajectories of steps before "
                 f"{first} are deleted (buffer.keep_steps){reasons}. Start a new run from a model folder you trust"
             )
-    return Start(version=version, checkpoint=path, damaged=tuple(damaged), back=goes_back)
+    return ResumePoint(version=version, checkpoint=path, damaged=tuple(damaged), back=rollback)
 
 
-def start_of_rollback(folder: RunFolder, settings: Settings, begun: Sequence[int]) -> Start:
+def start_of_rollback(folder: RunFolder, settings: Settings, begun: Sequence[int]) -> ResumePoint:
     """Where a run that goes back begins. `begun`: versions at which launches began that ended in going back; a damaged
     checkpoint is trained anew once, by a launch that begins below it. Raises RunFailed instead of a second time."""
     start = find_start(folder, settings)
@@ -150,9 +148,9 @@ def start_of_rollback(folder: RunFolder, settings: Settings, begun: Sequence[int
     return start
 
 
-def rewind(folder: RunFolder, start: Start) -> None:
-    """Take the rows out that will be written again, the checkpoints that were given up, and the traces of the end.
-    Doing it twice is the same."""
+def rewind(folder: RunFolder, start: ResumePoint) -> None:
+    """Remove the rows that will be written again, the checkpoints that were given up, and the records of how the last
+    launch ended. Doing it twice is the same as once."""
     version = start.version
     reported = 0
     progress: Mapping[str, Any] | None = start.back.progress if start.back is not None else None
@@ -162,7 +160,7 @@ def rewind(folder: RunFolder, start: Start) -> None:
         pending = progress["pending_evaluation"]
         reported = pending[0] if pending is not None else progress["evaluations_asked"]
 
-    def still_true(row: Mapping[str, Any]) -> bool:
+    def stays(row: Mapping[str, Any]) -> bool:
         match read_event(row):
             case EvaluationReported(evaluation=number):
                 return number < reported
@@ -175,9 +173,9 @@ def rewind(folder: RunFolder, start: Start) -> None:
     # where it goes back, the mark of the version is written at the start
     marked = version - 1 if start.back is not None else version
     _keep(folder.weights, lambda row: row["version"] <= marked)
-    _keep(folder.events, still_true)
+    _keep(folder.events, stays)
     if start.back is not None:
-        _note(folder, start.back)
+        _record_rollback(folder, start.back)
         for path in list_checkpoints(folder.checkpoints):
             if start.back.to < version_of(path) <= start.back.at:
                 shutil.rmtree(path)
@@ -191,8 +189,8 @@ def given_up(back: Rollback | None) -> Callable[[int], bool]:
     return lambda version: back is not None and back.to < version < back.at
 
 
-def _note(folder: RunFolder, back: Rollback) -> None:
-    """Tell of it in events.jsonl, once."""
+def _record_rollback(folder: RunFolder, back: Rollback) -> None:
+    """Record the rollback in events.jsonl, once."""
     told = (row.event for row in folder.read_events())
     if not any(isinstance(event, RunRolledBack) and event.version == back.at for event in told):
         folder.record(back.event())

@@ -33,8 +33,8 @@ def train(
     spec: TrainerSpec, folder: RunFolder, settings: Settings, activity: Activity, ranks: Ranks | None = None
 ) -> None:
     """Build the learner, go on from the checkpoint of `spec.version` (0: from the initial model; the version a run
-    went back at: from what it went back to), train. The leader, or the only rank, talks to the buffer, leaves the summary
-    and says done; other ranks follow it."""
+    went back at: from what it went back to), train. The leader, or the only rank, talks to the buffer, leaves the
+    summary and says done; other ranks follow it."""
     from async_rl.task import make_task
     from async_rl.trainer.alarm import Guard, WentBack
     from async_rl.trainer.build import backend_of
@@ -109,7 +109,8 @@ def begin(folder: RunFolder, settings: Settings, version: int, activity: Activit
     from async_rl.objective.own import check_recorded
     from async_rl.run_folder import read_rollback
     from async_rl.trainer.build import make_learner
-    from async_rl.trainer.checkpoint import load_checkpoint, weights_hash
+    from async_rl.trainer.checkpoint import load_checkpoint
+    from async_rl.trainer.team import weights_hash
     from async_rl.trainer.loop import follow
     from async_rl.trainer.manifest import checkpoint_path
     from async_rl.trainer.team import End, Team

@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from async_rl.config import Settings
 from async_rl.errors import RunFailed, UserError
 from async_rl.events import CheckpointSaved, EvaluationReported, MemoryRanOut, StepSkipped, UpdatesStopped
-from async_rl.process import speaks_of_memory
+from async_rl.process import is_out_of_memory
 from async_rl.run_folder import RunFolder, append_row, read_rows, to_disk
 from async_rl.trainer.alarm import Guard
-from async_rl.trainer.build import pack_step
+from async_rl.trainer.packing import pack_step
 from async_rl.trainer.canary_watch import CanaryWatch
-from async_rl.trainer.checkpoint import Progress, save_checkpoint, save_part, weights_checksum, weights_hash
+from async_rl.trainer.checkpoint import Progress, save_checkpoint, save_part
+from async_rl.trainer.team import weights_checksum, weights_hash
 from async_rl.trainer.forward import probe_log_probs
 from async_rl.trainer.inbox import Inbox
 from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, version_of
@@ -190,7 +191,7 @@ class TrainerLoop:
         try:
             return self.learner.step(packed)
         except (RuntimeError, MemoryError) as error:
-            if speaks_of_memory(f"{type(error).__name__} {error}"):
+            if is_out_of_memory(f"{type(error).__name__} {error}"):
                 largest = max(len(micro.tokens) for micro in packed.micro_batches)
                 self.folder.record(MemoryRanOut(step=step, tokens=largest))
             raise

@@ -7,12 +7,10 @@ under way, asks again when nothing comes, and believes checksums only.
 
 from __future__ import annotations
 
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from async_rl.config import Settings
 from async_rl.events import WeightsReady
 from async_rl.process import run_process
+from async_rl.process_spec import WeightServerSpec, read_spec
 from async_rl.run_folder import RunFolder
 from async_rl.trajectory.codec import WireError
 from async_rl.weights.shared_memory import Copied, Slot, WeightReader, WeightsError, from_text, segment_path, tensor_of
@@ -343,17 +342,18 @@ def answer(router: Router, shelf: Shelf) -> None:
         router.send(peer, reply)
 
 
-def main(path: str, endpoint: str) -> None:
-    folder = RunFolder(Path(path))
+def main(spec: WeightServerSpec) -> None:
+    """Serve weights until the run ends; ends this process."""
+    folder = RunFolder(spec.path)
 
     def work() -> None:
         settings, activity = folder.settings(), Activity()
         activity.now("serving weights")
-        with make_heartbeat("weights", "weights", activity, settings.wire, None):
-            serve(folder, settings, endpoint, activity)
+        with make_heartbeat(spec.name, "weights", activity, settings.wire, None, pipe=spec.pipes.pulse):
+            serve(folder, settings, spec.endpoint, activity)
 
-    run_process("weights", folder, work)
+    run_process(spec, work)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(read_spec(WeightServerSpec))

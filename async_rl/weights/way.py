@@ -12,8 +12,6 @@ Way = Literal["shared_memory", "stream", "nccl", "ipc"]
 Asked = Literal["auto", "shared_memory", "stream", "nccl", "ipc"]
 LINKS: tuple[Way, ...] = ("nccl", "ipc")
 """ways that lead from the trainer's GPU straight into vLLM's workers"""
-WAYS = "ASYNC_RL_WEIGHTS"
-"""environment variable: of a generator its way, of the trainer all ways in use, with commas"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

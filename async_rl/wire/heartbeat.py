@@ -189,9 +189,7 @@ def make_heartbeat(
     # several pulses must fit into the silence after which a process is taken for frozen
     every_s = min(PULSE_S, wire.frozen_after_s / 4)
     chosen = dealer if endpoint is not None else None
-    return Heartbeat(
-        name=name, role=role, activity=activity, dealer=chosen, every_s=every_s, pipe=pipe, agent=agent
-    )
+    return Heartbeat(name=name, role=role, activity=activity, dealer=chosen, every_s=every_s, pipe=pipe, agent=agent)
 
 
 def place(frame: FrameType | None) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from support_run import quick_settings
 
-from async_rl.process_spec import BufferSpec
 from async_rl.buffer.loop import FEWEST_MESSAGES, divide
 from async_rl.config import Settings
+from async_rl.process_spec import BufferSpec
 from async_rl.run_folder import RunFolder
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.types import sample_seed

@@ -11,6 +11,7 @@ from support_run import quick_settings
 
 from async_rl.config.schema import to_yaml
 from async_rl.events import MemoryRanOut, RunResumed
+from async_rl.process_spec import TrainerSpec
 from async_rl.run.child import Child, Command
 from async_rl.run_folder import RunFolder
 
@@ -20,7 +21,7 @@ def test_advice_quotes_the_micro_batch_of_this_life_only(tmp_path: Path, tiny_mo
     folder.logs.mkdir()
     folder.config.write_text(to_yaml(quick_settings(tiny_model)))
     folder.failure("trainer").write_text(json.dumps({"kind": "memory", "message": "out of memory", "time": 1.0}))
-    command = Command(name="trainer", words=(), threads=1)
+    command = Command(module=(), spec=TrainerSpec(run=str(tmp_path), name="trainer", endpoint="", version=0))
     with FileIO(os.devnull) as pipe:
         child = Child(command=command, folder=folder, process=Ended(), said={}, cause_pipe=pipe)  # type: ignore[arg-type]
         folder.record(MemoryRanOut(step=0, tokens=6000))

@@ -12,7 +12,6 @@ from async_rl.config import Settings, check
 from async_rl.config.schema import structured, with_overrides
 from async_rl.config.settings import gpus_named
 from async_rl.errors import UserError
-from async_rl.process import CORES
 from async_rl.run.placement import Heads, Machine, Placement, names_of, place, read_heads
 
 BASE = {"model": {"path": "m"}, "task": {"name": "guess"}}
@@ -41,7 +40,7 @@ def test_the_eight_gpu_example_of_the_issue() -> None:
     assert gpus_of(placement) == ([(0,), (1,), (2,), (3,)], [(4,), (5,), (6,), (7,)])
     assert placement.generator_environment(2) == {"CUDA_VISIBLE_DEVICES": "2"}
     assert placement.trainer_environment() == {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
-    assert placement.in_words().endswith("generator-3 on GPU 3; trainer rank 0 on GPU 4; trainer rank 1 on GPU 5; "
+    assert placement.describe().endswith("generator-3 on GPU 3; trainer rank 0 on GPU 4; trainer rank 1 on GPU 5; "
                                          "trainer rank 2 on GPU 6; trainer rank 3 on GPU 7")  # fmt: skip
     assert gpus_of(on(8, *VLLM, "generator.count=4", "trainer.ranks=4")) == gpus_of(placement), "chosen by itself"
 
@@ -49,14 +48,14 @@ def test_the_eight_gpu_example_of_the_issue() -> None:
 def test_a_generator_takes_as_many_gpus_as_it_is_split_over() -> None:
     placement = on(6, *VLLM, "generator.count=2", "vllm.tensor_parallel=2", heads=Heads(query=8, key_value=2))
     assert gpus_of(placement) == ([(0, 1), (2, 3)], [(4,)])
-    assert placement.in_words() == "generator-0 on GPU 0,1; generator-1 on GPU 2,3; trainer on GPU 4"
+    assert placement.describe() == "generator-0 on GPU 0,1; generator-1 on GPU 2,3; trainer on GPU 4"
 
 
 def test_one_gpu_is_shared_when_their_shares_of_it_say_so() -> None:
     placement = on(1, *VLLM, "vllm.memory_share=0.4", "trainer.memory_share=0.5")
     assert gpus_of(placement) == ([(0,)], [(0,)])
     assert placement.shared
-    assert "shared by both" in placement.in_words()
+    assert "shared by both" in placement.describe()
     assert not on(2, *VLLM, "vllm.memory_share=0.4", "trainer.memory_share=0.5").shared, "with two, each has its own"
 
 
@@ -68,7 +67,7 @@ def test_small_generators_are_spread_over_the_gpus_there_are() -> None:
 
 def test_on_a_cpu_nothing_is_placed() -> None:
     placement = on(0, "trainer.ranks=2", "generator.count=2")
-    assert placement.in_words() == "every process on the CPU, on any core"
+    assert placement.describe() == "every process on the CPU, on any core"
     assert placement.trainer_environment() == placement.generator_environment(1) == {}
 
 
@@ -89,10 +88,10 @@ def test_processes_are_told_of_gpus_by_the_names_that_were_visible() -> None:
 def test_threads_are_bound_to_cores_when_asked() -> None:
     words = ("generator.count=2", "generator.threads=2", "trainer.ranks=2", "trainer.threads=3")
     placement = on(0, *words, "pin_threads=true", cores=10)
-    assert placement.generator_environment(1) == {CORES: "2,3"}
-    assert placement.trainer_environment() == {CORES: "4,5,6;7,8,9"}
-    assert placement.in_words().startswith("generator-0 on core 0,1;")
-    assert on(0, *words, cores=2).trainer_environment() == {}
+    assert placement.generator_cores(1) == ((2, 3),)
+    assert placement.trainer_cores() == ((4, 5, 6), (7, 8, 9))
+    assert placement.describe().startswith("generator-0 on core 0,1;")
+    assert on(0, *words, cores=2).trainer_cores() == ()
     with pytest.raises(UserError, match=r"pin_threads needs a core for each thread.*are 10, but 9 cores"):
         on(0, *words, "pin_threads=true", cores=9)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from support_run import quick_settings
 
 from async_rl.cli.main import main
 from async_rl.errors import UserError
+from async_rl.events import EvaluationReported
 from async_rl.instruments.replay import _check_ranks
 from async_rl.observe.console import HEADER, Console, evaluation_line, step_line
 from async_rl.run_folder import RowTail, RunFolder, append_row
@@ -151,9 +153,9 @@ def test_who_waits_is_said_as_it_is() -> None:
 
 
 def test_an_evaluation_says_when_and_under_which_weights() -> None:
-    event = {"step": 0, "reward": 0.25, "trajectories": 8, "version_min": 0, "version_max": 0}
+    event = EvaluationReported(evaluation=0, step=0, reward=0.25, trajectories=8, version_min=0, version_max=0)
     assert evaluation_line(event) == "held-out reward 0.250 before training (8 episodes, weights 0)"
-    later = {**event, "step": 4, "version_min": 4, "version_max": 5}
+    later = replace(event, step=4, version_min=4, version_max=5)
     assert evaluation_line(later) == "held-out reward 0.250 after 4 steps (8 episodes, weights 4 to 5)"
 
 

@@ -103,15 +103,15 @@ def test_a_process_that_can_write_nowhere_still_says_why_it_ended(tmp_path: Path
     """Its folder is not there, its output is a full device."""
     ours, theirs = os.pipe()
     script = (
-        "from pathlib import Path\nfrom async_rl.errors import RunFailed\nfrom async_rl.process import run_process\n"
-        "from async_rl.run_folder import RunFolder\n"
+        "from async_rl.errors import RunFailed\nfrom async_rl.process import run_process\n"
+        "from async_rl.process_spec import Pipes, ProcessSpec\n"
         f"def work():\n    raise {raised}\n"
-        f"run_process('trainer', RunFolder(Path({str(tmp_path / 'none')!r})), work)"
+        f"spec = ProcessSpec(run={str(tmp_path / 'none')!r}, name='trainer', pipes=Pipes(cause={theirs}))\n"
+        "run_process(spec, work)"
     )
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [sys.executable, "-c", script], stdout=full, stderr=full, pass_fds=(theirs,), check=False, timeout=60,
-            env={**os.environ, "ASYNC_RL_CAUSE_PIPE": str(theirs)},
         )  # fmt: skip
     os.close(theirs)
     cause = json.loads(os.read(ours, 1 << 16))

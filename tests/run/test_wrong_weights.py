@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support_faulty_trainer import FIRST_WRONG, WRONG_ADAPTER, WRONG_TENSOR
@@ -14,6 +14,7 @@ from async_rl.errors import RunFailed
 from async_rl.instruments.replay import replay
 from async_rl.model.folder import load_tensors
 from async_rl.observe.console import Console
+from async_rl.run.child import Command
 from async_rl.run.launcher import Launcher
 from async_rl.run_folder import RunFolder, read_rows
 
@@ -27,10 +28,10 @@ class FaultyLauncher(Launcher):
 
     fault = ""
 
-    def spawn(self, name: str, *words: str, **surroundings: Any) -> None:
-        if name == "trainer":
-            words = ("support_faulty_trainer", self.fault, *words[1:])
-        super().spawn(name, *words, **surroundings)
+    def spawn(self, command: Command) -> None:
+        if command.name == "trainer":
+            command = replace(command, module=("support_faulty_trainer", self.fault))
+        super().spawn(command)
 
 
 @pytest.mark.parametrize("fault", ["one", "old", "partial"])

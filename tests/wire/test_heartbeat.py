@@ -7,8 +7,6 @@ import os
 import time
 from pathlib import Path
 
-import pytest
-
 from async_rl.wire.channel import Dealer, Router
 from async_rl.wire.heartbeat import STARTING, Activity, Heartbeat
 from async_rl.wire.messages import Pulse, PulseAnswer

@@ -83,7 +83,8 @@ def child_target(folder: RunFolder, name: str, pid: int) -> Target | None:
     """The process of this run that was started as `name`; None when it is gone, or is another one by now."""
     found = _status(pid)
     module = f"async_rl.{name.partition('-')[0]}"
-    if found is None or not {module, str(folder.path)} <= set(_words(pid)):
+    words = _words(pid)
+    if found is None or module not in words or not any(f'"run":"{folder.path}"' in word for word in words):
         return None
     again = _status(pid)
     return Target(name=name, pid=pid, born=found[1]) if again is not None and again[1] == found[1] else None

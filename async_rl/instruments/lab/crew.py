@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from async_rl.run.child import arithmetic_environment, how_it_ended
+from async_rl.run.child import arithmetic_environment, describe_end
 
 Job = Mapping[str, Any]
 """plain data with a `kind` and a `name`"""
@@ -131,7 +131,7 @@ class Crew:
             worker.process.kill()
         code = worker.process.wait()
         self._forget(worker)
-        reason = reason or f"its worker {how_it_ended(code)} (log: {worker.log})"
+        reason = reason or f"its worker {describe_end(code)} (log: {worker.log})"
         return Answer(kind="done" if worker.job else "note", name=worker.job["name"] if worker.job else "",
                       failed=reason, text=reason)  # fmt: skip
 
