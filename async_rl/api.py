@@ -123,7 +123,7 @@ def train(
     settings, notes = settings_from(config, words)
     path = Path(run_dir) if run_dir is not None else Path("runs") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for note in notes:
-        console.say(f"note: {note}")
+        console.print(f"note: {note}")
     return _trained(path, console, lambda path: _start(settings, path, console))
 
 

@@ -133,14 +133,14 @@ def _config(arguments: argparse.Namespace) -> int:
         print(f"{info.path} = {_shown(info.value)}" + (f"  [{allowed}]" if allowed else ""))
         print(f"    {info.meaning}")
     if Path(settings.model.path).is_dir():
-        from async_rl.run.memory import estimate, in_words
-        from async_rl.run.placement import placed
+        from async_rl.run.memory import estimate, describe_estimate
+        from async_rl.run.placement import place_here
 
         try:
-            print(f"\nplacement: {placed(settings).describe()}")
+            print(f"\nplacement: {place_here(settings).describe()}")
         except UserError as error:
             print(f"\nplacement, on this machine impossible: {error}")
-        print(f"\n{in_words(estimate(settings))}")
+        print(f"\n{describe_estimate(estimate(settings))}")
     elif not arguments.fake_model:
         print(f"\nplacement and memory: once the model is in {settings.model.path}")
     return 0

@@ -119,10 +119,10 @@ def _run(arguments: argparse.Namespace) -> int:
                 from async_rl.instruments.rehearsal import prepare
 
                 rehearsal = prepare(settings, arguments.overrides, path.with_name(f"{path.name}.files"))
-                console.say(rehearsal.in_words())
+                console.print(rehearsal.in_words())
                 settings = rehearsal.settings
             for note in loaded.notes:
-                console.say(f"note: {note}")
+                console.print(f"note: {note}")
             summary = run_training(settings, path, console=console)
     except Interrupted as order:
         if path is None or not RunFolder(path).config.is_file():

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +33,155 @@ from async_rl.events import (
     TrainerReady,
 )
 
-# -------------------- progress
-# The bar at the bottom of the terminal.
+CHANGE = 0.06
+"""of the held-out reward, from which on it is called one: about two standard errors of an evaluation of 256 episodes"""
+
+
+class Console:
+    """Where a run shows itself. `quiet` keeps the lines of steps back, `silent` everything.
+
+    On a terminal the lines of steps take the columns that fit its width, and their header comes again after a
+    screenful. A file gets the full lines and one header.
+    """
+
+    def __init__(self, *, quiet: bool = False, silent: bool = False) -> None:
+        self._out = RichConsole(highlight=False, quiet=silent)
+        self._quiet = quiet
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._last: Mapping[str, Any] | None = None
+        self._layout: Layout | None = None
+        """of the header printed last"""
+        self._lines = 0
+        """printed since that header"""
+        self._skipped: Counter[str] = Counter()
+        """steps that changed nothing, by reason"""
+
+    def print(self, text: str, *, indent: int = 0) -> None:
+        """A terminal gets its lines broken between words, later lines `indent` further in; a file gets them whole."""
+        if self._out.is_terminal:
+            text = "\n".join(_broken(line, self._out.width, indent) for line in text.split("\n"))
+        self._lines += text.count("\n") + 1
+        self._out.print(text, markup=False, soft_wrap=True)
+
+    def start(self, settings: Settings, folder: Path, notes: Iterable[str]) -> None:
+        """Print what is run, where, and every note; begin the progress bar."""
+        depth, window = pace_of(settings)
+        window_text = f", window {window}" if settings.staleness.policy == "pace" else ""
+        batch, stale, generators = settings.batch, settings.staleness, settings.generator.count
+        trainer = settings.trainer
+        ranks = f" ({trainer.ranks} ranks, sharding {trainer.sharding})" if trainer.ranks > 1 else ""
+        self.print(
+            f"run {folder}: task {settings.task.name}, recipe {settings.recipe.get('name')}, "
+            f"{generators or 'no'} generator{'s' * (generators != 1)} + buffer + trainer{ranks}\n"
+            f"{batch.groups_per_step} groups x {batch.group_size} trajectories a step; max_staleness "
+            f"{stale.max_staleness}, policy {stale.policy}, pipeline_depth {depth:g}{window_text}"
+        )
+        if not generators:
+            self.print(f"generators join by themselves: async-rl generate --run {folder}")
+        for note in notes:
+            self.print(f"note: {note}")
+        self._layout = None
+        self._print_header()
+        self._progress = progress_bar(self._out)
+        self._task = self._progress.add_task("starting", total=settings.trainer.steps)
+        self._progress.start()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """One line for one metric row."""
+        if self._progress is not None:
+            done = int(row["step"]) + 1
+            last = done == self._progress.tasks[0].total
+            self._progress.update(self._task, completed=done, description="evaluating" if last else "training")
+        self._print_header()
+        if self._layout is not None:
+            self.print(step_line(row, self._last, self._layout))
+        self._last = row
+
+    def _print_header(self) -> None:
+        """At the start, after a screenful, and when the terminal has another width."""
+        if self._quiet:
+            return
+        layout = layout_for(self._out.width) if self._out.is_terminal else FULL
+        screenful = self._out.is_terminal and self._lines >= self._out.height - ROOM_BELOW
+        if layout != self._layout or screenful:
+            self.print(layout.header())
+            self._layout, self._lines = layout, 0
+
+    def event(self, event: Event) -> None:
+        """Print what is worth a line: evaluations, alarms, generators that died."""
+        match event:
+            case TrainerReady() if self._progress is not None:
+                self._progress.update(self._task, description="evaluating")
+            case TrainerAwaited():
+                self.print(f"the run waits for its trainer; start it with: {event.command}")
+            case EvaluationReported():
+                self.print(evaluation_line(event))
+            case CanarySilent():
+                self.print(
+                    f"step {event.step}: {event.name} has not shown since step {event.since_step} "
+                    f"that its weights are those published"
+                )
+            case TrackerFailed():
+                self.print(f"{event.name}: {event.reason}; the run goes on without it")
+            case GeneratorDied():
+                self.print(
+                    f"{event.reason}\n{event.name} is started again in {event.restart_in_s:g} s "
+                    f"(death {event.deaths}; {event.max_restarts} restarts are allowed)"
+                )
+            case GeneratorLost():
+                self.print(
+                    f"{event.name} gave no sign of life for {event.silent_s:.1f} s, its {len(event.groups)} "
+                    f"groups go to others; {event.reason}"
+                )
+            case GeneratorJoined():
+                self.print(f"{event.name} has joined")
+            case GeneratorLeft():
+                groups = len(event.groups)
+                self.print(f"{event.name} has left ({event.reason}), its {groups} groups go to others")
+            case GeneratorRejoined():
+                self.print(f"{event.name} is back; it begins anew with {event.episodes_dropped} episodes dropped")
+            case StallReported():
+                self.print(event.text)
+            case DepthChanged():
+                self.print(
+                    f"step {event.step}: pipeline depth {event.old:g} -> {event.new:g}, since "
+                    f"{event.reason} (smoothed {event.smoothed:.3f})"
+                )
+            case AlarmRaised():
+                self.print(f"ALARM {event.signal} at step {event.step}: {event.reason}")
+            case StepSkipped():
+                kind = re.sub(r"[\d.]+", "N", event.reason)
+                self._skipped[kind] += 1
+                if self._skipped[kind] == 1:  # sparse rewards skip many steps; their lines say so
+                    self.print(f"step {event.step} changed nothing: {event.reason}; later ones say `no step`")
+
+    def stop(self) -> None:
+        """End the progress bar."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        """The end of a run in a table and in words."""
+        rows = summary_rows(summary)
+        if skipped := self._skipped.total():
+            rows.append(("without an update", f"{skipped} of {summary['steps']} steps changed nothing"))
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            self.print(f"{name:<{width}}  {value}", indent=width + 2)
+        self.print(conclusion(summary))
+
+
+def _broken(line: str, width: int, indent: int) -> str:
+    """`line` broken between words; words that are longer (paths) stay whole."""
+    if len(line) <= width:
+        return line
+    pieces = textwrap.wrap(
+        line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False,
+        drop_whitespace=True, replace_whitespace=False,
+    )  # fmt: skip
+    return "\n".join(pieces)
 
 
 def progress_bar(out: RichConsole) -> Progress:
@@ -46,118 +198,189 @@ def progress_bar(out: RichConsole) -> Progress:
     )
 
 
-HEADER = (
-    "  step  reward  staleness         ESS  learning  gradient  who waits for whom    tokens/s  seconds\n"
-    "                mean / max               rate x      norm"
-)
+# ---------------------------------------------------------------------- lines of steps
+
+ROOM_BELOW = 4
+"""lines of a screen that the header and the progress bar take"""
+GAP = "  "
 
 
-CHANGE = 0.06
-"""of the held-out reward, from which on it is called one: about two standard errors of an evaluation of 256 episodes"""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One metric row, and how long its step took from the end of the one before."""
+
+    row: Mapping[str, Any]
+    seconds: float
+
+    def number(self, key: str) -> float:
+        """A metric; NaN where the row lacks it."""
+        return float(self.row.get(key, float("nan")))
+
+    @property
+    def skipped(self) -> bool:
+        """True when the step changed no weight."""
+        return bool(self.row.get("skipped"))
+
+    @property
+    def learning_rate_factor(self) -> float:
+        """Effective learning rate over that of the schedule."""
+        base = self.row.get("lr/base")
+        return self.row.get("lr/effective", 0.0) / base if base else 0.0
 
 
-class Console:
-    """Where a run shows itself. `quiet` keeps the lines of steps back, `silent` everything."""
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of the lines of steps. Example: `Column("tokens/s", "", 8, lambda s: ...)`."""
 
-    def __init__(self, *, quiet: bool = False, silent: bool = False) -> None:
-        self._out = RichConsole(highlight=False, quiet=silent)
-        self._quiet = quiet
-        self._progress: Progress | None = None
-        self._task: Any = None
-        self._last: Mapping[str, Any] | None = None
+    top: str
+    below: str
+    """second line of the header"""
+    width: int
+    cell: Callable[[Step], str]
+    left: bool = False
+    """text begins at the left edge; numbers end at the right one"""
 
-    def say(self, text: str) -> None:
-        self._out.print(text, markup=False, soft_wrap=True)
+    def aligned(self, text: str) -> str:
+        return f"{text:<{self.width}}" if self.left else f"{text:>{self.width}}"
 
-    def start(self, settings: Settings, folder: Path, notes: Iterable[str]) -> None:
-        depth, window = pace_of(settings)
-        window_text = f", window {window}" if settings.staleness.policy == "pace" else ""
-        batch, stale, generators = settings.batch, settings.staleness, settings.generator.count
-        trainer = settings.trainer
-        ranks = f" ({trainer.ranks} ranks, sharding {trainer.sharding})" if trainer.ranks > 1 else ""
-        self.say(
-            f"run {folder}: task {settings.task.name}, recipe {settings.recipe.get('name')}, "
-            f"{generators or 'no'} generator{'s' * (generators != 1)} + buffer + trainer{ranks}\n"
-            f"{batch.groups_per_step} groups x {batch.group_size} trajectories a step; max_staleness "
-            f"{stale.max_staleness}, policy {stale.policy}, pipeline_depth {depth:g}{window_text}"
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The columns of a line."""
+
+    columns: tuple[Column, ...]
+
+    @property
+    def width(self) -> int:
+        return sum(column.width for column in self.columns) + len(GAP) * (len(self.columns) - 1)
+
+    def header(self) -> str:
+        """Two lines."""
+        top, below = (
+            GAP.join(column.aligned(text) for column, text in zip(self.columns, texts, strict=True)).rstrip()
+            for texts in ([c.top for c in self.columns], [c.below for c in self.columns])
         )
-        if not generators:
-            self.say(f"generators join by themselves: async-rl generate --run {folder}")
-        for note in notes:
-            self.say(f"note: {note}")
-        if not self._quiet:
-            self.say(HEADER)
-        self._progress = progress_bar(self._out)
-        self._task = self._progress.add_task("starting", total=settings.trainer.steps)
-        self._progress.start()
+        return f"{top}\n{below}"
 
-    def step(self, row: Mapping[str, Any]) -> None:
-        """One line for one metric row."""
-        if self._progress is not None:
-            done = int(row["step"]) + 1
-            last = done == self._progress.tasks[0].total
-            self._progress.update(self._task, completed=done, description="evaluating" if last else "training")
-        if not self._quiet:
-            self.say(step_line(row, self._last))
-        self._last = row
+    def line(self, step: Step) -> str:
+        return GAP.join(column.aligned(column.cell(step)) for column in self.columns).rstrip()
 
-    def event(self, event: Event) -> None:
-        """Say what is worth saying: evaluations, skipped steps, generators that died."""
-        match event:
-            case TrainerReady() if self._progress is not None:
-                self._progress.update(self._task, description="evaluating")
-            case TrainerAwaited():
-                self.say(f"the run waits for its trainer; start it with: {event.command}")
-            case EvaluationReported():
-                self.say(evaluation_line(event))
-            case CanarySilent():
-                self.say(
-                    f"step {event.step}: {event.name} has not shown since step {event.since_step} "
-                    f"that its weights are those published"
-                )
-            case TrackerFailed():
-                self.say(f"{event.name}: {event.reason}; the run goes on without it")
-            case GeneratorDied():
-                self.say(
-                    f"{event.reason}\n{event.name} is started again in {event.restart_in_s:g} s "
-                    f"(death {event.deaths}; {event.max_restarts} restarts are allowed)"
-                )
-            case GeneratorLost():
-                self.say(
-                    f"{event.name} gave no sign of life for {event.silent_s:.1f} s, its {len(event.groups)} "
-                    f"groups go to others; {event.reason}"
-                )
-            case GeneratorJoined():
-                self.say(f"{event.name} has joined")
-            case GeneratorLeft():
-                groups = len(event.groups)
-                self.say(f"{event.name} has left ({event.reason}), its {groups} groups go to others")
-            case GeneratorRejoined():
-                self.say(f"{event.name} is back; it begins anew with {event.episodes_dropped} episodes dropped")
-            case StallReported():
-                self.say(event.text)
-            case DepthChanged():
-                self.say(
-                    f"step {event.step}: pipeline depth {event.old:g} -> {event.new:g}, since "
-                    f"{event.reason} (smoothed {event.smoothed:.3f})"
-                )
-            case AlarmRaised():
-                self.say(f"ALARM {event.signal} at step {event.step}: {event.reason}")
-            case StepSkipped():
-                self.say(f"step {event.step} changed nothing: {event.reason}")
 
-    def stop(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+def figure(value: float, width: int, decimals: int = 3) -> str:
+    """A number in at most `width` characters where that can be, with fewer decimals the larger it is."""
+    if isnan(value):
+        return "-"
+    if value and abs(value) < 0.5 * 10**-decimals:
+        return f"{value:.0e}"
+    texts = (f"{value:.{d}f}" for d in range(decimals, -1, -1))
+    return next((text for text in texts if len(text) <= width), f"{value:.0e}")
 
-    def summary(self, summary: Mapping[str, Any]) -> None:
-        """The end of a run in a table and in words."""
-        rows = summary_rows(summary)
-        width = max(len(name) for name, _ in rows)
-        for name, value in rows:  # not a table, which would break lines where the output is no terminal
-            self.say(f"{name:<{width}}  {value}")
-        self.say(in_words(summary))
+
+def _metric(top: str, below: str, width: int, key: str, decimals: int = 3) -> Column:
+    return Column(top, below, width, lambda step: figure(step.number(key), width, decimals))
+
+
+def _staleness(slash: str) -> Callable[[Step], str]:
+    return lambda step: f"{figure(step.number('lag/mean'), 5, 2):>5}{slash}{int(step.row['lag/max']):<3d}"
+
+
+def _learning_rate(width: int) -> Callable[[Step], str]:
+    return lambda step: "no step" if step.skipped else figure(step.learning_rate_factor, width)
+
+
+def _gradient(width: int) -> Callable[[Step], str]:
+    return lambda step: figure(step.row.get("grad/norm", float("nan") if step.skipped else 0.0), width)
+
+
+def _waits(step: Step) -> str:
+    """The side that stood still during this step, and for what share of it."""
+    share = _trainer_waits(step)
+    if share is not None:
+        return f"trainer for data {share:3.0%}"
+    return "generators for slots" if _slots_are_full(step) else "nobody"
+
+
+def _waits_in_short(step: Step) -> str:
+    share = _trainer_waits(step)
+    if share is not None:
+        return f"trainer {share:3.0%}"
+    return "generators" if _slots_are_full(step) else "nobody"
+
+
+def _trainer_waits(step: Step) -> float | None:
+    waited = step.row["time/wait_for_batch"] / max(step.seconds, 1e-9)
+    return min(1.0, float(waited)) if waited >= 0.02 else None
+
+
+def _slots_are_full(step: Step) -> bool:
+    return bool(step.row["slots/used"] >= step.row["slots/all"])
+
+
+def _tokens_per_second(step: Step) -> str:
+    return f"{step.row['tokens/trained'] / max(step.seconds, 1e-9):.0f}"
+
+
+STEP = Column("step", "", 6, lambda step: str(int(step.row["step"])))
+REWARD = _metric("reward", "", 6, "reward/mean")
+FULL = Layout(
+    (
+        STEP,
+        REWARD,
+        Column("staleness", "mean / max", 11, _staleness(" / "), left=True),
+        _metric("ESS", "", 8, "ess/ratio"),
+        Column("learning", "rate x", 8, _learning_rate(8)),
+        Column("gradient", "norm", 8, _gradient(8)),
+        Column("who waits for whom", "", 20, _waits, left=True),
+        Column("tokens/s", "", 8, _tokens_per_second),
+        Column("seconds", "", 7, lambda step: figure(step.seconds, 7, 2)),
+    )
+)
+"""also what a file gets"""
+EXTRA = (
+    _metric("tokens", "an answer", 9, "len/mean", 1),
+    _metric("entropy", "nats", 8, "entropy"),
+    _metric("no signal", "of groups", 9, "group/zero_signal", 2),
+    _metric("clipped", "tokens", 7, "clip/frac"),
+)
+"""further columns, as far as the terminal is wide"""
+NARROW = (
+    STEP,
+    REWARD,
+    Column("staleness", "mean/max", 9, _staleness("/"), left=True),
+    _metric("ESS", "", 5, "ess/ratio"),
+    Column("lr x", "", 7, _learning_rate(5)),
+    Column("grad", "", 6, _gradient(6)),
+    Column("who waits", "", 11, _waits_in_short, left=True),
+    Column("tok/s", "", 6, _tokens_per_second),
+    Column("s", "", 5, lambda step: figure(step.seconds, 5, 2)),
+)
+"""columns for 80 characters; a narrower terminal gets the first of them"""
+HEADER = FULL.header()
+
+
+def layout_for(width: int) -> Layout:
+    """The columns that fit a terminal of `width` characters."""
+    if width < FULL.width:
+        count = len(NARROW)
+        while count > 1 and Layout(NARROW[:count]).width > width:
+            count -= 1
+        return Layout(NARROW[:count])
+    layout = FULL
+    for column in EXTRA:
+        wider = Layout((*layout.columns, column))
+        if wider.width <= width:
+            layout = wider
+    return layout
+
+
+def step_line(row: Mapping[str, Any], before: Mapping[str, Any] | None, layout: Layout = FULL) -> str:
+    """One step: reward, staleness, ESS, learning-rate factor, who waits for whom, tokens/s; alarms behind them."""
+    seconds = row["time"] - before["time"] if before else row["time/step"] + row["time/wait_for_batch"]
+    line = layout.line(Step(row=row, seconds=seconds))
+    alarms = [name.removeprefix("alarm/") for name, raised in row.items() if name.startswith("alarm/") and raised]
+    if not alarms:
+        return line
+    return f"{line} !" if layout.columns[-1] in NARROW else f"{line}  ALARM {', '.join(alarms)}"
 
 
 def evaluation_line(event: EvaluationReported) -> str:
@@ -168,27 +391,7 @@ def evaluation_line(event: EvaluationReported) -> str:
     return f"held-out reward {event.reward:.3f} {when} ({event.trajectories} episodes, {weights})"
 
 
-def step_line(row: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
-    """reward, staleness, ESS, learning-rate factor, who waits for whom, tokens/s."""
-    seconds = row["time"] - before["time"] if before else row["time/step"] + row["time/wait_for_batch"]
-    rate = row["tokens/trained"] / max(seconds, 1e-9)
-    factor = row.get("lr/effective", 0.0) / row["lr/base"] if row.get("lr/base") else 0.0
-    alarms = [name.removeprefix("alarm/") for name, raised in row.items() if name.startswith("alarm/") and raised]
-    return (
-        f"{int(row['step']):6d}  {row['reward/mean']:6.3f}  {row['lag/mean']:5.2f} / {int(row['lag/max']):<3d}  "
-        f"{row.get('ess/ratio', float('nan')):8.3f}  {factor:8.3f}  {row.get('grad/norm', 0.0):8.3f}  "
-        f"{who_waits(row, seconds):<20s}  {rate:8.0f}  {seconds:7.2f}"
-        f"{'  ALARM ' if alarms else ''}{', '.join(alarms)}"
-    )
-
-
-def who_waits(row: Mapping[str, Any], seconds: float) -> str:
-    """The side that stood still during this step, and for what share of it."""
-    waited = row["time/wait_for_batch"] / max(seconds, 1e-9)
-    if waited >= 0.02:
-        return f"trainer for data {min(1.0, waited):3.0%}"
-    full = row["slots/used"] >= row["slots/all"]
-    return "generators for slots" if full else "nobody"
+# ---------------------------------------------------------------------- the end of a run
 
 
 def summary_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -263,7 +466,7 @@ def weights_checked(canary: Mapping[str, Any]) -> str:
     return text
 
 
-def in_words(s: Mapping[str, Any]) -> str:
+def conclusion(s: Mapping[str, Any]) -> str:
     """Whether it learned, how stale the data were, and what running side by side saved."""
     gain = s["reward_eval_last"] - s["reward_eval_first"]
     learned = "learned" if gain > CHANGE else "got worse" if gain < -CHANGE else "shows no clear change"

@@ -26,7 +26,7 @@ from async_rl.errors import UserError
 from async_rl.events import EvaluationReported, RunResumed
 from async_rl.observe import timeline
 from async_rl.observe.charts import Curve, charts_for, curve
-from async_rl.observe.console import in_words, summary_rows
+from async_rl.observe.console import conclusion, summary_rows
 from async_rl.observe.glossary import meaning
 from async_rl.observe.record import RunRecord, incidents, read_run
 from async_rl.observe.samples import samples
@@ -154,7 +154,7 @@ def _facts(record: RunRecord) -> list[list[str]]:
 def _words(record: RunRecord) -> str:
     if record.summary is not None:
         try:
-            return in_words(record.summary)
+            return conclusion(record.summary)
         except (KeyError, TypeError, ValueError):
             return ""
     if not record.rows:

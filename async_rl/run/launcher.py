@@ -146,7 +146,7 @@ class Launcher:
             return
         start = self.start_at
         for damage in start.damaged:
-            self.console.say(f"{damage.path.name} is damaged and left out: {damage.reason}")
+            self.console.print(f"{damage.path.name} is damaged and left out: {damage.reason}")
             self.folder.record(CheckpointDamaged(path=str(damage.path), reason=damage.reason))
         rewind(self.folder, start)
         new = changed(self.folder, self.settings)
@@ -154,7 +154,7 @@ class Launcher:
         self.folder.record(RunResumed(version=start.version, changed=new))
         self.rows.skip()  # what earlier launches wrote is not shown again
         self.events.skip()
-        self.console.say(f"resuming {self.folder.path} {start.describe()}")
+        self.console.print(f"resuming {self.folder.path} {start.describe()}")
 
     @property
     def version(self) -> int:

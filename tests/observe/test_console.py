@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support_story import Story
 
-from async_rl.observe.console import in_words
+from async_rl.observe.console import conclusion
 
 
 @pytest.mark.parametrize(
@@ -16,11 +16,11 @@ from async_rl.observe.console import in_words
 )
 def test_a_difference_within_the_noise_is_no_change(tmp_path: Path, last: float, said: str) -> None:
     summary = Story(path=tmp_path / "run", model=tmp_path, steps=10).summary() | {"dropped": {}}
-    assert f"The model {said}:" in in_words(summary | {"reward_eval_last": last})
+    assert f"The model {said}:" in conclusion(summary | {"reward_eval_last": last})
 
 
 def test_time_is_called_saved_only_when_it_was(tmp_path: Path) -> None:
     summary = Story(path=tmp_path / "run", model=tmp_path, steps=10).summary() | {"dropped": {}}
     slow = summary | {"seconds": 5.0, "seconds_training": 1.0, "seconds_generating": 2.0}
-    assert in_words(slow).endswith("in turn would have taken 3 s, side by side 5 s: nothing was saved.")
-    assert "nothing was saved" not in in_words(slow | {"seconds": 2.5})
+    assert conclusion(slow).endswith("in turn would have taken 3 s, side by side 5 s: nothing was saved.")
+    assert "nothing was saved" not in conclusion(slow | {"seconds": 2.5})
