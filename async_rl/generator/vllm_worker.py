@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from async_rl.generator.vllm_engine import OWNER, unpacked
 from async_rl.weights.canary import fingerprint
-from async_rl.weights.vllm_links import put_together
+from async_rl.weights.vllm_links import rebuild_arguments
 
 if not torch.cuda.is_available():
     # On CPU vLLM packs linear layers for oneDNN and frees their weights, which then can neither be loaded in
@@ -67,7 +67,7 @@ class Weights:
         """Load tensors that the trainer holds on this GPU, by handles that are plain numbers and bytes
         (weights/vllm_links.py), through vLLM's IPC engine."""
         dtypes = [getattr(torch, name) for name in update["dtype_names"]]
-        rebuilt = [put_together(plain, dtype) for plain, dtype in zip(update["handles"], dtypes, strict=True)]
+        rebuilt = [rebuild_arguments(plain, dtype) for plain, dtype in zip(update["handles"], dtypes, strict=True)]
         given = {name: update[name] for name in ("names", "dtype_names", "shapes")}
         self.update_weights({**given, "ipc_handles": [{update["gpu"]: arguments} for arguments in rebuilt]})
 

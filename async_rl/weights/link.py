@@ -1,13 +1,13 @@
 """The trainer's end of links: weights that go from its GPU straight into vLLM's workers.
 
-A generator asks (AskLink); what vLLM must do on its side then goes to it as calls (LinkCall), one at a time, and
-the tensors themselves over what the link is made of: NCCL or CUDA IPC. Every generator has a link of its own, so
-that one that dies takes no other with it, and its next life meets the trainer anew.
+A generator asks for weights (AskLink). The server then sends it calls (LinkCall), one at a time, which it makes on its
+vLLM, and the tensors go over the link itself: NCCL or CUDA IPC. Every generator has a link of its own, so that one that
+dies takes no other with it; when it is restarted, it gets a new link.
 
-Who waits for whom: each link waits in a thread of its own, because NCCL's waits have no timeout; the server's
-thread watches over them all. A link whose generator died, or that takes longer than its deadline, is closed from
-outside, which ends what it waits for. Training waits for links only before it overwrites the weights they send
-(staged.py), never longer than the deadline, and ends by name when a link cannot be closed.
+Who waits for whom: each link waits in a thread of its own, because NCCL's waits have no timeout; the server's thread
+checks all of them. A link whose generator died, or that exceeds its deadline, is closed from outside, which ends its
+wait. Training waits for links only before it overwrites the weights that they send (`Staged`), never longer than the
+deadline, and ends with the generator's name when a link cannot be closed.
 """
 
 from __future__ import annotations
@@ -34,19 +34,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# -------------------- staged
-# One version of the weights, held still while it is sent: a copy in the generators' dtype, on the trainer's device
-# or, where only what is under way must be on it, in main memory (pinned).
-#
-# Who blocks whom: any number of transfers read at once; the trainer waits for them before it writes the next
-# version, by a deadline, and names who holds it up. The copy costs the model's size once.
-
-LOOK_S = 1.0
-"""between two calls of what a writer who waits is to call"""
+PING_S = 1.0
+"""interval of the keep-alive call while a publication waits"""
+POLL_S = 0.002
+"""poll interval of the server's thread while a transfer runs; otherwise tenfold"""
+CLOSING_S = 10.0
+"""longest time for which the close of a link may wait"""
 
 
 class Staged:
-    """Written by one thread, read by many."""
+    """One version of the weights, unchanged while it is sent: a copy in the generators' dtype, in the sender's memory
+    or, where only the tensors under way must be there, in pinned main memory.
+
+    Any number of transfers read at once. The trainer waits for them before it writes the next version, with a
+    deadline, and names the generator that holds it up. The copy costs the size of the model once.
+    """
 
     def __init__(
         self,
@@ -56,7 +58,7 @@ class Staged:
         *,
         in_main_memory: bool = False,
     ) -> None:
-        """`device`: that sends."""
+        """`shapes`: of all tensors, by name; `device`: the device that sends."""
         self.device = torch.device(device)
         if in_main_memory and self.device.type == "cuda":
             self._tensors = {n: torch.zeros(shape, dtype=dtype, pin_memory=True) for n, shape in shapes.items()}
@@ -69,15 +71,15 @@ class Staged:
 
     @property
     def version(self) -> int:
-        """-1 before the first."""
+        """The version held; -1 before the first."""
         return self._version
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """As a module's, in an order that never changes; only while `held`."""
+        """(name, tensor) as of a module, in an order that never changes; to be used only inside `held`."""
         yield from self._tensors.items()
 
     def on_device(self) -> Iterator[tuple[str, Tensor]]:
-        """The same, one after another on the device that sends."""
+        """The same, moved one after another to the device that sends."""
         for name, tensor in self._tensors.items():
             yield name, tensor.to(self.device)
 
@@ -86,10 +88,10 @@ class Staged:
         tensors: Iterable[tuple[str, Tensor]],
         version: int,
         seconds: float,
-        still: Callable[[], None] = lambda: None,
+        keepalive: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take over a newer version. `still` is called every `LOOK_S` while transfers hold the old one. Raises
-        RunFailed when they do for longer than `seconds`, ValueError for other tensors than announced."""
+        """Copy a newer version. `keepalive` is called every `PING_S` while transfers hold the old one. Raises
+        RunFailed when they hold it for longer than `seconds`, ValueError for tensors other than announced."""
         with self._changed:
             if version <= self._version:
                 raise ValueError(f"version {version} is not newer than {self._version}")
@@ -97,8 +99,8 @@ class Staged:
             try:
                 deadline = time.monotonic() + seconds
                 while self._readers and (left := deadline - time.monotonic()) > 0:
-                    still()
-                    self._changed.wait_for(lambda: not self._readers, min(left, LOOK_S))
+                    keepalive()
+                    self._changed.wait_for(lambda: not self._readers, min(left, PING_S))
                 if self._readers:
                     raise RunFailed(
                         f"trainer waited {seconds:g} s for {', '.join(self._readers)} to take weights version "
@@ -122,11 +124,11 @@ class Staged:
         if missing:
             raise ValueError(f"other tensors than announced: {sorted(missing)[:5]} did not come")
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # other threads send from other streams
+            torch.cuda.synchronize(self.device)  # other threads send on other streams
 
     @contextmanager
     def held(self, who: str, seconds: float) -> Iterator[int]:
-        """The version there is, which stays for as long as this lasts. Raises RunFailed after `seconds`."""
+        """Keep the present version, which is the value, until the block ends. Raises RunFailed after `seconds`."""
         with self._changed:
             began = time.monotonic()
             if not self._changed.wait_for(lambda: not self._writing, seconds):
@@ -140,41 +142,35 @@ class Staged:
                 self._changed.notify_all()
 
 
-POLL_S = 0.002
-"""of the server's thread while something is under way; otherwise tenfold"""
-CLOSING_S = 10.0
-"""time that closing a link has to end what it waits for"""
-
-
 class LinkLost(Exception):
-    """The transfer did not end well; the message says why and whose fault it was."""
+    """The transfer failed; the message says why and on which side."""
 
 
 class WeightLink(Protocol):
-    """One way into one generator. Made, and used, in a thread of its own; `close` is called from another."""
+    """The connection to one generator's workers. Made and used in a thread of its own; `close` is called in another."""
 
     def offer(self) -> None:
-        """Meet the generator's workers: agree on how tensors will come. Once, before the first `send`."""
+        """Connect to the generator's workers. Called once, before the first `send`."""
         ...
 
     def send(self) -> None:
-        """Bring them all tensors as they are staged now. Returns when the generator holds them."""
+        """Send all staged tensors. Returns when the generator holds them."""
         ...
 
     def close(self) -> None:
-        """Give up: an `offer` or `send` that waits for the other side ends, with whatever error, soon."""
+        """Give up: an `offer` or `send` that waits for the other side ends soon, with any error."""
         ...
 
 
 class Control:
     """The four calls of vLLM's `VLLMWeightSyncClient`, made on the generator's vLLM through our own channel.
 
-    Each returns when it has been done there, or raises LinkLost."""
+    Each call returns when the generator has executed it, or raises LinkLost."""
 
-    def __init__(self, peer: str, say: Callable[[msg.Message], None], timeout_s: float) -> None:
+    def __init__(self, peer: str, send: Callable[[msg.Message], None], timeout_s: float) -> None:
         self.version = -1
         """of the weights that are being sent"""
-        self._peer, self._say, self._timeout_s = peer, say, timeout_s
+        self._peer, self._send, self._timeout_s = peer, send, timeout_s
         self._number = 0
         self._answers: queue.SimpleQueue[msg.LinkAnswer | None] = queue.SimpleQueue()
         self._lost = ""
@@ -190,14 +186,14 @@ class Control:
         self._call("update", update_info, self.version)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """vLLM's trainer side gives no version here: it is the one that was staged."""
+        """vLLM's trainer side gives no version here: the staged version is meant."""
         self._call("finish", {}, self.version)
 
-    def hear(self, answer: msg.LinkAnswer) -> None:
+    def receive(self, answer: msg.LinkAnswer) -> None:
         self._answers.put(answer)
 
     def end(self, reason: str) -> None:
-        """Whoever waits for an answer waits no longer."""
+        """End the wait for an answer, with LinkLost."""
         self._lost = reason
         self._answers.put(None)
 
@@ -205,7 +201,7 @@ class Control:
         if self._lost:
             raise LinkLost(self._lost)
         self._number += 1
-        self._say(msg.LinkCall(number=self._number, method=method, version=version, detail=dict(detail)))
+        self._send(msg.LinkCall(number=self._number, method=method, version=version, detail=dict(detail)))
         deadline = time.monotonic() + self._timeout_s
         while True:
             try:
@@ -221,32 +217,32 @@ class Control:
 
 
 MakeLink = Callable[[msg.AskLink, Control], WeightLink]
-"""for one generator; raises UserError for one that cannot be linked"""
+"""makes the link to one generator; raises UserError for one that cannot be linked"""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Peer:
-    """One life of one generator, as the server sees it."""
+    """One generator between its start and its end, as the server sees it."""
 
     address: bytes
     ask: msg.AskLink
     control: Control
     process: int
-    """its pidfd"""
+    """pidfd of the generator"""
     asks: queue.SimpleQueue[msg.AskLink | None] = field(default_factory=queue.SimpleQueue)
     link: WeightLink | None = None
     given: int = -1
-    """newest version it has had"""
+    """newest version sent to it"""
     busy_since: float = 0.0
-    """when its transfer began; 0: there is none"""
+    """when the running transfer began; 0: none runs"""
     failed: str = ""
-    """what went wrong in its thread"""
+    """error of its thread"""
     lost: str = ""
     """why it was given up"""
 
 
 class LinkServer:
-    """`publish` and `close` as `WeightPublisher` has them; everything else happens in its threads."""
+    """A publisher (`publish` and `close`, as `WeightPublisher`) that serves links in threads of its own."""
 
     def __init__(
         self,
@@ -257,12 +253,19 @@ class LinkServer:
         timeout_s: float,
         record: RecordEvent,
         closing_s: float = CLOSING_S,
-        still: Callable[[], None] = lambda: None,
+        keepalive: Callable[[], None] = lambda: None,
     ) -> None:
-        """`endpoint`: a Unix socket, so that whoever asks is of this host and this user. `timeout_s`: longest time of
-        one transfer. `still`: called again and again while a publication waits for transfers. Raises UserError."""
+        """
+        Args:
+            endpoint: a Unix socket, so that only processes of this host and this user can ask.
+            timeout_s: longest time of one transfer.
+            closing_s: longest time that the end of a late transfer may take beyond that.
+            keepalive: called every `PING_S` while a publication waits for transfers.
+
+        Raises UserError when the endpoint cannot be bound.
+        """
         self._staged, self._make_link = staged, make_link
-        self._timeout_s, self._closing_s, self._record, self._still = timeout_s, closing_s, record, still
+        self._timeout_s, self._closing_s, self._record, self._keepalive = timeout_s, closing_s, record, keepalive
         self._failure: Exception | None = None
         self._router = Router(endpoint)
         self._out: queue.SimpleQueue[tuple[bytes, msg.Message]] = queue.SimpleQueue()
@@ -273,15 +276,15 @@ class LinkServer:
         self._thread.start()
 
     def publish(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Stage a version; generators fetch it when they hear of it. Raises RunFailed when a transfer of the one
-        before can neither go on nor be ended, or the server's thread could not go on."""
+        """Stage a version, which generators then ask for. Raises RunFailed when a transfer of the version before can
+        neither finish nor be ended, and the error of the server's thread if it ended."""
         if self._failure is not None:
             raise self._failure
         pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-        self._staged.write(pairs, version, self._timeout_s + self._closing_s, self._still)
+        self._staged.write(pairs, version, self._timeout_s + self._closing_s, self._keepalive)
 
     def close(self) -> None:
-        """End every link. What still waits in one is left to its thread, which nobody waits for."""
+        """End every link. A link that cannot be ended is left to its daemon thread."""
         self._ending.set()
         self._thread.join(self._closing_s)
         for peer in list(self._peers.values()):
@@ -311,15 +314,15 @@ class LinkServer:
             with suppress(queue.Empty):
                 while True:
                     self._router.send(*self._out.get_nowait())
-            self._look(time.monotonic())
+            self._check(time.monotonic())
 
     def _handle(self, address: bytes, message: msg.Message | WireError) -> None:
         match message:
             case msg.LinkAnswer(session=session):
                 for peer in self._peers.values():
                     if (peer.address, peer.ask.session) == (address, session):
-                        peer.control.hear(message)
-                        if message.error:  # its link may be sending to workers that wait no longer
+                        peer.control.receive(message)
+                        if message.error:  # the link may be sending to workers that no longer receive
                             peer.failed = f"{peer.ask.name}: {message.error}"
             case msg.AskLink():
                 known = self._peers.get(message.name)
@@ -327,7 +330,7 @@ class LinkServer:
                     self._give_up(known, f"{message.name} has begun anew")
                     known = None
                 if known is None:
-                    self._meet(address, message)
+                    self._add(address, message)
                 else:
                     known.asks.put(message)
             case _:
@@ -335,7 +338,7 @@ class LinkServer:
                 reason = str(message) if isinstance(message, WireError) else "the trainer does not take this kind here"
                 self._router.send(address, msg.Refused(what=what, reason=reason))
 
-    def _meet(self, address: bytes, ask: msg.AskLink) -> None:
+    def _add(self, address: bytes, ask: msg.AskLink) -> None:
         try:
             process = os.pidfd_open(ask.pid)
         except OSError as error:
@@ -347,8 +350,8 @@ class LinkServer:
         threading.Thread(target=self._run, args=(peer,), name=f"link {ask.name}", daemon=True).start()
         peer.asks.put(ask)
 
-    def _look(self, now: float) -> None:
-        """Give up the dead and the late."""
+    def _check(self, now: float) -> None:
+        """Give up generators that failed, ended, or exceeded the deadline."""
         for peer in list(self._peers.values()):
             if peer.failed:
                 self._give_up(peer, peer.failed)
@@ -362,7 +365,8 @@ class LinkServer:
                 )
 
     def _give_up(self, peer: _Peer, reason: str) -> None:
-        """It may be stuck in a call that ends only when the link is closed, and closing may be stuck itself."""
+        """Close a link, in a thread: its own thread may be stuck in a call that only the close ends, and the close may
+        be stuck itself."""
         del self._peers[peer.ask.name]
         peer.lost = reason
         peer.control.end(reason)
@@ -390,10 +394,10 @@ class LinkServer:
             peer.busy_since = 0.0
 
     def _transfer(self, peer: _Peer, ask: msg.AskLink) -> None:
-        if peer.lost or ask.after < peer.given:  # it asked twice for what it has had
+        if peer.lost or ask.after < peer.given:  # it asked twice for a version that was sent
             return
         if self._staged.version <= ask.after:
-            self._out.put((peer.address, _nothing(ask.after, self._staged.version)))
+            self._out.put((peer.address, _none_newer(ask.after, self._staged.version)))
             return
         if peer.link is None:
             peer.link = self._make_link(ask, peer.control)
@@ -406,7 +410,7 @@ class LinkServer:
             peer.given = version
 
 
-def _nothing(after: int, newest: int) -> msg.Waiting:
+def _none_newer(after: int, newest: int) -> msg.Waiting:
     reason = f"the newest weights are version {newest}" if newest >= 0 else "the trainer has published nothing"
     return msg.Waiting(what=f"weights after version {after}", reason=reason, seconds=0.0)
 
@@ -418,5 +422,5 @@ def _has_ended(process: int) -> bool:
 
 
 def _close(link: WeightLink) -> None:
-    with suppress(Exception):  # it is given up; what goes wrong with that changes nothing
+    with suppress(Exception):  # the link is given up already
         link.close()

@@ -1,11 +1,11 @@
-"""Weights in one memory-mapped file: written in place by the trainer, copied out by generators.
+"""Weights in one memory-mapped file: written in place by the trainer, copied by generators.
 
-The file (in /dev/shm where there is one): a header page, the layout as JSON, two buffers. A new version
-goes into the buffer that does not hold the newest one; a sequence number per buffer, odd while it is
-being written, tells a reader that its copy is torn. A reader's copy is whole when it ends before the
-publisher begins its next but one write.
+The file (in /dev/shm where there is one) is a header page, the layout as JSON, and two buffers. A new version goes into
+the buffer that does not hold the newest one. Each buffer has a sequence number that is odd while it is written, which
+tells a reader that its copy is torn. A reader's copy is whole when it ends before the publisher begins its next but one
+write.
 
-Not multiprocessing.shared_memory: its resource tracker removes segments when any process ends.
+multiprocessing.shared_memory is not used because its resource tracker removes segments when any process ends.
 """
 
 from __future__ import annotations
@@ -34,76 +34,12 @@ from async_rl.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-# -------------------- layout
-# Where each tensor of a set of weights lies among its bytes, in one buffer, whatever carries it.
-
 ALIGN = 64
+"""bytes; each tensor begins at a multiple"""
 ITEM_BYTES = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slot:
-    """Where one tensor lies in a buffer."""
-
-    name: str
-    dtype: str
-    """as torch names it, e.g. "bfloat16" """
-    shape: tuple[int, ...]
-    offset: int
-    """bytes from the start of the buffer"""
-
-    @property
-    def end(self) -> int:
-        return self.offset + math.prod(self.shape) * ITEM_BYTES[self.dtype]
-
-
-def lay_out(tensors: Mapping[str, Tensor]) -> tuple[list[Slot], int]:
-    """The slots and the bytes of one buffer. Raises ValueError for a dtype that cannot be carried."""
-    slots, end = [], 1
-    for name, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in ITEM_BYTES:
-            raise ValueError(f"{name}: weights of dtype {dtype} cannot be published")
-        slot = Slot(name=name, dtype=dtype, shape=tuple(tensor.shape), offset=aligned(end, ALIGN))
-        slots.append(slot)
-        end = slot.end
-    return slots, aligned(end, mmap.PAGESIZE)
-
-
-def in_text(slots: Sequence[Slot]) -> str:
-    """As JSON."""
-    return json.dumps([[s.name, s.dtype, s.shape, s.offset] for s in slots])
-
-
-def from_text(text: str | bytes, buffer_bytes: int) -> list[Slot]:
-    """The slots of such a text. Raises ValueError when it is none, or they do not fit into the buffer."""
-    try:
-        slots = [
-            Slot(name=str(name), dtype=dtype, shape=tuple(int(n) for n in shape), offset=int(offset))
-            for name, dtype, shape, offset in json.loads(text)
-        ]
-        fits = all(0 <= slot.offset <= slot.end <= buffer_bytes and min(slot.shape, default=0) >= 0 for slot in slots)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"damaged: {error}") from None
-    if not fits:
-        raise ValueError("truncated or damaged: a tensor lies outside its buffer")
-    return slots
-
-
-def tensor_of(whole: Tensor, slot: Slot) -> Tensor:
-    """The tensor of one slot as a view of its buffer's bytes."""
-    import torch
-
-    return whole[slot.offset : slot.end].view(getattr(torch, slot.dtype)).view(slot.shape)
-
-
-def aligned(offset: int, to: int) -> int:
-    return -(-offset // to) * to
-
 
 _MAGIC = b"ARLWGHT1"
 _PREFIX = struct.Struct("<8sIIQ")  # magic, schema, layout bytes, bytes of one buffer
@@ -118,20 +54,36 @@ _POLL_S = 0.001
 _STORES_IN_ORDER = platform.machine() in ("x86_64", "AMD64")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlace:
+    """The place of one tensor in the bytes of a set of weights."""
+
+    name: str
+    dtype: str
+    """as torch names it, e.g. "bfloat16" """
+    shape: tuple[int, ...]
+    offset: int
+    """bytes from the start of the buffer"""
+
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
 class WeightsError(Exception):
-    """The weights cannot be had: no valid segment, or a wait that took longer than its deadline."""
+    """The weights cannot be read: no valid segment, or a wait that exceeded its deadline."""
 
 
 def shared_folder() -> Path | None:
-    """Where files are shared memory; None on a machine without."""
+    """The folder whose files are shared memory; None on a machine without one."""
     shared = Path("/dev/shm")
     return shared if shared.is_dir() and os.access(shared, os.W_OK) else None
 
 
 def segment_path(run_folder: Path, name: str = "weights") -> Path:
-    """Where the weights of a run lie: shared memory where the machine has it, else the run's folder.
+    """The file of a run's weights: in shared memory where the machine has it, else in the run's folder.
 
-    Every process of a run finds the same path from the same folder and name."""
+    Every process of a run gets the same path from the same folder and name."""
     shared = shared_folder()
     if shared is not None:
         run = hashlib.blake2b(os.fsencode(run_folder.resolve()), digest_size=8).hexdigest()
@@ -140,28 +92,31 @@ def segment_path(run_folder: Path, name: str = "weights") -> Path:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Copied:
-    """One version as it lay in the segment."""
+class WeightCopy:
+    """One version as it was in the segment."""
 
     version: int
     layout: str
-    """`weights.layout.in_text` of it"""
-    content: NDArray[np.uint8]
+    """JSON, see `layout_to_json`"""
+    content: NDArray[np.uint8]  # [bytes of one buffer]
 
 
 class WeightPublisher:
-    """The trainer's end. Owns the file: makes it, and removes it in `close()`."""
+    """The trainer's end. It owns the file: creates it, and removes it in `close()`."""
 
     def __init__(self, path: Path, layout: Mapping[str, Tensor], *, checksum: bool | None = None) -> None:
-        """`layout`: tensors with the names, dtypes and shapes that will be published (values unused).
-        `checksum`: store a crc32 (3 GB/s); None: where the processor may reorder stores.
+        """Replace the segment of a dead publisher at `path`, or make a new one.
 
-        Takes the place of a segment whose publisher is dead. Raises UserError when one is alive, or the
-        memory is too small."""
+        Args:
+            layout: tensors with the names, dtypes and shapes that will be published; their values are not used.
+            checksum: store a crc32 (3 GB/s); None: only where the processor may reorder stores.
+
+        Raises UserError when the publisher at `path` is alive, or the memory is too small.
+        """
         self.path = path
         self._checksum = not _STORES_IN_ORDER if checksum is None else checksum
-        self._slots, self._buffer_bytes = lay_out(layout)
-        described = in_text(self._slots).encode()
+        self._places, self._buffer_bytes = lay_out(layout)
+        described = layout_to_json(self._places).encode()
         self._first = aligned(_LAYOUT_AT + len(described), _LAYOUT_AT)
         _retire(path)
         self._file = self._create(described)
@@ -198,17 +153,17 @@ class WeightPublisher:
 
         start = self._first + buffer * self._buffer_bytes
         whole = torch.frombuffer(self._map, dtype=torch.uint8, count=self._buffer_bytes, offset=start)
-        return [tensor_of(whole, slot) for slot in self._slots]
+        return [tensor_of(whole, place) for place in self._places]
 
     def publish(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy the tensors (from any device; one after another, where they come so) and announce them. Raises
-        ValueError when names, dtypes or shapes are not those of the layout, or the version is not newer."""
+        """Copy the tensors (from any device, one after another) and announce them as `version`. Raises ValueError when
+        names, dtypes or shapes are not those of the layout, or the version is not newer."""
         newest = self._words[_NEWEST]
         if version <= newest:
             raise ValueError(f"version {version} is not newer than {newest}")
         buffer = 1 if newest != _NOTHING and self._words[_VERSION] == newest else 0
-        missing = {slot.name: view for slot, view in zip(self._slots, self._views[buffer], strict=True)}
-        self._words[_SEQUENCE + buffer] |= 1  # it may be odd already, when a copy failed half-way
+        missing = {place.name: view for place, view in zip(self._places, self._views[buffer], strict=True)}
+        self._words[_SEQUENCE + buffer] |= 1  # it is odd already if an earlier copy failed half-way
         for name, given in tensors.items() if isinstance(tensors, Mapping) else tensors:
             view = missing.pop(name, None)
             if view is None:
@@ -227,7 +182,7 @@ class WeightPublisher:
         self._words[_NEWEST] = version
 
     def close(self) -> None:
-        """Remove the segment. Readers keep what they have."""
+        """Remove the segment. Tensors that were read stay valid."""
         if self._file < 0:
             return
         self._words[_NEWEST] = _CLOSED
@@ -246,22 +201,22 @@ class WeightPublisher:
 
 
 class WeightReader:
-    """A generator's end. Follows the publisher when it is replaced by a new one at the same path."""
+    """A generator's end. It follows a publisher that is replaced by a new one at the same path."""
 
     def __init__(self, path: Path, *, timeout_s: float = 60.0) -> None:
-        """The segment need not exist yet: a trainer that loads a large model makes it late. `timeout_s`: longest
-        wait for a version. One reader belongs to one thread at a time."""
+        """The segment need not exist yet: a trainer that loads a large model makes it late. One thread at a time may
+        use a reader. `timeout_s`: longest wait for a version."""
         self.path = path
         self._timeout_s = timeout_s
         self._map: mmap.mmap | None = None
         self._words = memoryview(bytes(8 * _NUM_WORDS)).cast("q")
-        self._slots: list[Slot] = []
+        self._places: list[TensorPlace] = []
         self._first = self._buffer_bytes = 0
         self._seen = _NOTHING
 
     def latest(self) -> int:
-        """The newest version published; -1 before the first. Costs a microsecond. After the publisher
-        has closed: the last one it had. Raises WeightsError for a file that is no segment."""
+        """The newest version published, or -1 before the first; takes a microsecond. After the publisher has closed,
+        the last version seen. Raises WeightsError for a file that is no segment."""
         newest = self._words[_NEWEST] if self._map is not None else _CLOSED
         if newest == _CLOSED:
             if not self._open():
@@ -272,9 +227,9 @@ class WeightReader:
         return self._seen
 
     def read(self, seconds: float | None = None) -> tuple[int, dict[str, Tensor]]:
-        """The newest version and its tensors, which the caller owns (one allocation, on the CPU).
+        """(version, tensors): the newest version. The caller owns the tensors (one allocation, on the CPU).
 
-        Waits for the first version; raises WeightsError after `seconds` (None: the reader's `timeout_s`)."""
+        Waits for the first version. Raises WeightsError after `seconds` (None: the reader's `timeout_s`)."""
         import torch
 
         seconds = self._timeout_s if seconds is None else seconds
@@ -286,16 +241,16 @@ class WeightReader:
                 found = self.copy()
                 if found is not None:
                     whole = torch.from_numpy(found.content)
-                    return found.version, {slot.name: tensor_of(whole, slot) for slot in self._slots}
+                    return found.version, {place.name: tensor_of(whole, place) for place in self._places}
                 overtaken += 1
             if time.monotonic() > deadline:
                 raise WeightsError(self._why(seconds, overtaken))
             if not overtaken:
                 time.sleep(_POLL_S)
 
-    def copy(self) -> Copied | None:
-        """The bytes of the newest version, without torch; one attempt. None when there is no version (yet), or
-        the publisher wrote meanwhile."""
+    def copy(self) -> WeightCopy | None:
+        """Copy the bytes of the newest version once, without torch. None when there is no version yet, or the publisher
+        wrote meanwhile."""
         if self.latest() < 0 or self._map is None:
             return None
         newest = self._words[_NEWEST]
@@ -310,7 +265,7 @@ class WeightReader:
             return None
         if checksum != _NOTHING and checksum != _crc(copied.data):
             return None
-        return Copied(version=newest, layout=in_text(self._slots), content=copied)
+        return WeightCopy(version=newest, layout=layout_to_json(self._places), content=copied)
 
     def _why(self, seconds: float, overtaken: int) -> str:
         if self._map is None:
@@ -327,7 +282,7 @@ class WeightReader:
         return f"waited {seconds:g} s for the trainer to publish weights in {self.path}"
 
     def _open(self) -> bool:
-        """Map the segment at the path. False when there is none (yet)."""
+        """Map the segment at the path. False when there is none yet."""
         try:
             with self.path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -335,7 +290,7 @@ class WeightReader:
             return False
         except (OSError, ValueError) as error:
             raise WeightsError(f"{self.path} is no weight segment: {error}") from None
-        slots, first, buffer_bytes = _parse(self.path, mapped)
+        places, first, buffer_bytes = _parse(self.path, mapped)
         words = memoryview(mapped)[_WORDS_AT : _WORDS_AT + 8 * _NUM_WORDS].cast("q")
         if words[_NEWEST] == _CLOSED:
             words.release()
@@ -343,7 +298,7 @@ class WeightReader:
             return False
         self.close()
         self._map, self._words = mapped, words
-        self._slots, self._first, self._buffer_bytes = slots, first, buffer_bytes
+        self._places, self._first, self._buffer_bytes = places, first, buffer_bytes
         return True
 
     def close(self) -> None:
@@ -360,8 +315,53 @@ class WeightReader:
         self.close()
 
 
-def _parse(path: Path, mapped: mmap.mmap) -> tuple[list[Slot], int, int]:
-    """The layout of a segment. Raises WeightsError when it is none."""
+def lay_out(tensors: Mapping[str, Tensor]) -> tuple[list[TensorPlace], int]:
+    """(places, bytes of one buffer) for these tensors. Raises ValueError for a dtype that cannot be sent."""
+    places, end = [], 1
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in ITEM_BYTES:
+            raise ValueError(f"{name}: weights of dtype {dtype} cannot be published")
+        place = TensorPlace(name=name, dtype=dtype, shape=tuple(tensor.shape), offset=aligned(end, ALIGN))
+        places.append(place)
+        end = place.end
+    return places, aligned(end, mmap.PAGESIZE)
+
+
+def layout_to_json(places: Sequence[TensorPlace]) -> str:
+    """`[[name, dtype, shape, offset], ...]`."""
+    return json.dumps([[p.name, p.dtype, p.shape, p.offset] for p in places])
+
+
+def layout_from_json(text: str | bytes, buffer_bytes: int) -> list[TensorPlace]:
+    """The places that a layout names. Raises ValueError when it is malformed, or a tensor lies outside the buffer."""
+    try:
+        places = [
+            TensorPlace(name=str(name), dtype=dtype, shape=tuple(int(n) for n in shape), offset=int(offset))
+            for name, dtype, shape, offset in json.loads(text)
+        ]
+        fits = all(0 <= p.offset <= p.end <= buffer_bytes and min(p.shape, default=0) >= 0 for p in places)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"damaged: {error}") from None
+    if not fits:
+        raise ValueError("truncated or damaged: a tensor lies outside its buffer")
+    return places
+
+
+def tensor_of(whole: Tensor, place: TensorPlace) -> Tensor:
+    """A view of the buffer `whole`, [bytes] uint8, as the tensor at `place`."""
+    import torch
+
+    return whole[place.offset : place.end].view(getattr(torch, place.dtype)).view(place.shape)
+
+
+def aligned(offset: int, to: int) -> int:
+    """`offset` rounded up to a multiple of `to`."""
+    return -(-offset // to) * to
+
+
+def _parse(path: Path, mapped: mmap.mmap) -> tuple[list[TensorPlace], int, int]:
+    """(places, offset of the first buffer, bytes of one buffer) of a segment. Raises WeightsError for another file."""
     if len(mapped) < _LAYOUT_AT:
         raise WeightsError(f"{path} is no weight segment: it has {len(mapped)} bytes")
     magic, schema, layout_bytes, buffer_bytes = _PREFIX.unpack_from(mapped)
@@ -369,17 +369,17 @@ def _parse(path: Path, mapped: mmap.mmap) -> tuple[list[Slot], int, int]:
         raise WeightsError(f"{path} is no weight segment of schema {_SCHEMA}; remove it and run again")
     first = aligned(_LAYOUT_AT + layout_bytes, _LAYOUT_AT)
     try:
-        slots = from_text(mapped[_LAYOUT_AT : _LAYOUT_AT + layout_bytes], buffer_bytes)
+        places = layout_from_json(mapped[_LAYOUT_AT : _LAYOUT_AT + layout_bytes], buffer_bytes)
     except ValueError as error:
         raise WeightsError(f"{path}: the weight segment's layout is {error}") from None
     if first + 2 * buffer_bytes != len(mapped):
         raise WeightsError(f"{path}: the weight segment is truncated or damaged; remove it and run again")
-    return slots, first, buffer_bytes
+    return places, first, buffer_bytes
 
 
 def _retire(path: Path) -> None:
-    """Tell readers of a dead publisher's segment to look for the new one. Raises UserError when the
-    publisher lives."""
+    """Mark a dead publisher's segment as closed, so that its readers open the new one. Raises UserError when the
+    publisher is alive."""
     try:
         file = os.open(path, os.O_RDWR)
     except FileNotFoundError:

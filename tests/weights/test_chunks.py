@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from async_rl.weights import WeightsError
-from async_rl.weights.shared_memory import Copied, Slot, in_text
-from async_rl.weights.stream import AGAIN_S, CREDIT, HOLD_S, MOST_COPIES, Shelf, Transfer
+from async_rl.weights.shared_memory import TensorPlace, WeightCopy, layout_to_json
+from async_rl.weights.stream import CREDIT, HOLD_S, MOST_COPIES, RETRY_S, Shelf, Transfer
 from async_rl.wire import messages as msg
 
 CHUNK = 16
@@ -35,12 +35,12 @@ class Segment:
     def latest(self) -> int:
         return self.newest
 
-    def take(self) -> Copied | None:
+    def take(self) -> WeightCopy | None:
         if self.newest < 0 or self.busy > 0:
             self.busy -= 1
             return None
-        layout = in_text([Slot(name="w", dtype="uint8", shape=(self.size,), offset=0)])
-        return Copied(version=self.newest, layout=layout, content=content(self.newest, self.size))
+        layout = layout_to_json([TensorPlace(name="w", dtype="uint8", shape=(self.size,), offset=0)])
+        return WeightCopy(version=self.newest, layout=layout, content=content(self.newest, self.size))
 
 
 @dataclass
@@ -68,8 +68,8 @@ class Link:
 
     def to_reader(self, place: int = 0) -> None:
         if self.down:
-            self.up += self.reader.hear(self.down.pop(place % len(self.down)), self.now)
-            assert len(self.reader.asked) <= CREDIT
+            self.up += self.reader.receive(self.down.pop(place % len(self.down)), self.now)
+            assert len(self.reader.requested) <= CREDIT
 
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -85,7 +85,7 @@ class Link:
                 self.to_server()
                 self.to_reader()
             else:
-                self.wait(AGAIN_S / 10)
+                self.wait(RETRY_S / 10)
         pytest.fail(f"never whole: {self.reader}")
 
 
@@ -151,7 +151,7 @@ def test_a_version_that_is_being_fetched_stays_while_newer_ones_are_published() 
         link.to_reader()
         link.segment.newest += 1
         link.wait(HOLD_S / 20)
-    assert link.reader.begun_again == 0
+    assert link.reader.restarts == 0
     assert link.reader.offer is not None
     assert link.reader.offer.version == 0
 
@@ -175,7 +175,7 @@ def test_a_withdrawn_version_is_begun_again() -> None:
     link.shelf.copies.clear()
     link.segment.newest = 5
     link.to_the_end()
-    assert link.reader.begun_again == 1
+    assert link.reader.restarts == 1
     assert link.reader.content.tobytes() == content(5, 4 * CHUNK).tobytes()
 
 
@@ -194,7 +194,7 @@ def test_a_withdrawn_version_is_begun_again() -> None:
 def test_an_offer_that_cannot_be_is_refused(offer: dict[str, object]) -> None:
     good = msg.Offer(version=1, num_bytes=8, chunk_bytes=8, checksum=0, layout='[["w", "uint8", [8], 0]]')
     with pytest.raises(WeightsError):
-        Transfer(0).hear(replace(good, **offer), 0.0)  # type: ignore[arg-type]
+        Transfer(0).receive(replace(good, **offer), 0.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("chunks", [(-1,), (4,), tuple(range(CREDIT + 1)), (2**63 - 1,)])
@@ -214,7 +214,7 @@ def test_what_is_damaged_as_a_whole_is_fetched_anew() -> None:
     assert link.reader.offer is not None
     for index in range(2):
         wrong = bytes([7]) * CHUNK
-        link.up += link.reader.hear(
+        link.up += link.reader.receive(
             msg.Chunk(version=0, index=index, checksum=zlib.crc32(wrong), content=wrong), link.now
         )
     assert not link.reader.whole

@@ -8,12 +8,12 @@ import numpy as np
 from msgspec.structs import replace
 from support_hostile import KINDS, some_message
 
-from async_rl.weights.shared_memory import Copied, WeightsError
+from async_rl.weights.shared_memory import WeightCopy, WeightsError
 from async_rl.weights.stream import CREDIT, MOST_COPIES, Shelf, Transfer
 from async_rl.wire import messages as msg
 from async_rl.wire.frames import decode, encode
 
-WEIGHTS = Copied(version=3, layout='[["w", "float32", [3], 0]]', content=np.arange(12, dtype=np.uint8))
+WEIGHTS = WeightCopy(version=3, layout='[["w", "float32", [3], 0]]', content=np.arange(12, dtype=np.uint8))
 ASKS = (msg.AskWeights, msg.AskChunks)
 OFFERS = (msg.Offer, msg.Chunk, msg.Withdrawn, msg.Waiting)
 
@@ -47,7 +47,7 @@ def test_whatever_is_offered_a_reader_takes_only_what_its_checksums_say() -> Non
         try:
             for _ in range(10):
                 kind = random.choice(OFFERS if random.random() < 0.9 else KINDS)
-                transfer.hear(some_message(random, kind), 1.0)
+                transfer.receive(some_message(random, kind), 1.0)
                 transfer.tick(float(number))
         except WeightsError:
             refused += 1

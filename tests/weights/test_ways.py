@@ -16,12 +16,12 @@ from support_run import quick_settings
 from async_rl.errors import UserError
 from async_rl.generator.build import make_weights
 from async_rl.generator.pull import LinkSource, ReaderSource
-from async_rl.run.placement import Machine, Placement, Spot, choose_all, in_words
+from async_rl.run.placement import Machine, Placement, Spot, choose_ways, describe_links
 from async_rl.run_folder import RunFolder
 from async_rl.trainer.publish import make_publisher
 from async_rl.weights.link import Control, Staged
 from async_rl.weights.shared_memory import WeightReader, segment_path
-from async_rl.weights.vllm_links import REBUILD, IpcLink, put_together, taken_apart
+from async_rl.weights.vllm_links import REBUILD, IpcLink, rebuild_arguments, split_handle
 from async_rl.weights.way import LINKS, Asked, Sides, Way, choose
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import ipc_endpoint
@@ -119,26 +119,26 @@ def placement(generators: list[tuple[int, ...]], ranks: list[tuple[int, ...]]) -
 def test_each_generator_of_a_run_has_its_own_way(tmp_path: Path) -> None:
     words = ("generator.engine=vllm", "generator.device=cuda", "trainer.device=cuda", "generator.count=2")
     settings = quick_settings(tmp_path, *words, "trainer.memory_share=0.5", "vllm.memory_share=0.4")
-    assert choose_all(settings, placement([(0,), (1,)], [(4,), (5,)]), ipc_works=True) == ("nccl", "nccl")
-    assert choose_all(settings, placement([(0,), (1,)], [(0,)]), ipc_works=True) == ("ipc", "nccl")
-    assert choose_all(settings, placement([(0,), (1,)], []), ipc_works=True) == ("shared_memory",) * 2
+    assert choose_ways(settings, placement([(0,), (1,)], [(4,), (5,)]), ipc_works=True) == ("nccl", "nccl")
+    assert choose_ways(settings, placement([(0,), (1,)], [(0,)]), ipc_works=True) == ("ipc", "nccl")
+    assert choose_ways(settings, placement([(0,), (1,)], []), ipc_works=True) == ("shared_memory",) * 2
     on_cpu = quick_settings(tmp_path, "generator.count=2")
-    assert choose_all(on_cpu, placement([(), ()], [()]), ipc_works=False) == ("shared_memory",) * 2
+    assert choose_ways(on_cpu, placement([(), ()], [()]), ipc_works=False) == ("shared_memory",) * 2
     for transport in LINKS:
         asked = quick_settings(tmp_path, f"weights.transport={transport}")
         with pytest.raises(UserError, match=f"weights.transport is {transport}, but generator.engine is embedded"):
-            choose_all(asked, placement([()], [()]), ipc_works=True)
+            choose_ways(asked, placement([()], [()]), ipc_works=True)
 
 
 def test_a_deadline_of_links_without_links_is_refused(tmp_path: Path) -> None:
     settings = quick_settings(tmp_path, "weights.timeout_s=30")
     with pytest.raises(UserError, match=r"weights\.timeout_s does nothing here"):
-        choose_all(settings, placement([()], [()]), ipc_works=True)
+        choose_ways(settings, placement([()], [()]), ipc_works=True)
 
 
 def test_links_are_said_in_words() -> None:
-    assert in_words(("shared_memory", "shared_memory")) == []
-    assert in_words(("ipc", "nccl", "nccl")) == [
+    assert describe_links(("shared_memory", "shared_memory")) == []
+    assert describe_links(("ipc", "nccl", "nccl")) == [
         "weights go over nccl into vLLM of generators 1, 2",
         "weights go over ipc into vLLM of generator 0",
     ]
@@ -190,23 +190,23 @@ def test_handles_have_the_parts_that_this_torch_gives_them() -> None:
 
 def test_handles_cross_the_wire_as_plain_data_and_come_out_the_same() -> None:
     given = tuple(invented()[name] for name in REBUILD)
-    detail = {"handles": [taken_apart(given)]}
+    detail = {"handles": [split_handle(given)]}
     call = msg.LinkCall(number=1, method="update", version=4, detail=detail)
     arrived = decode([bytes(frame) for frame in encode(call)])
     assert isinstance(arrived, msg.LinkCall)
     assert arrived.detail == detail
-    assert put_together(arrived.detail["handles"][0], torch.bfloat16) == given
+    assert rebuild_arguments(arrived.detail["handles"][0], torch.bfloat16) == given
 
 
 @pytest.mark.parametrize("spoil", [*REBUILD, "size", "stride"])
 def test_what_is_no_handle_is_refused(spoil: str) -> None:
-    plain = taken_apart(tuple(invented()[name] for name in REBUILD))
+    plain = split_handle(tuple(invented()[name] for name in REBUILD))
     for wrong in ({**plain, spoil: ["x"]}, {name: value for name, value in plain.items() if name != spoil}):
         if wrong != plain:
             with pytest.raises(ValueError, match="handle"):
-                put_together(wrong, torch.float32)
+                rebuild_arguments(wrong, torch.float32)
     with pytest.raises(ValueError, match="not 15"):
-        taken_apart((1, 2))
+        split_handle((1, 2))
 
 
 def test_a_generator_with_another_model_is_told_so() -> None:
