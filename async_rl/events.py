@@ -12,10 +12,12 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, ClassVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, cast
+
+import msgspec
 
 
 def _key(f: Field[Any]) -> str:
@@ -171,6 +173,26 @@ class StallReported(Event):
     seconds: float
     text: str
     """who keeps it waiting, in words"""
+
+
+@dataclass(slots=True)
+class StallTimer:
+    """When one wait is reported: once it has lasted `first_s`, then each time it has lasted twice as long."""
+
+    first_s: float
+    """wire.stall_report_s"""
+    reported_s: float = 0.0
+    """length of the wait when it was last reported; 0: not yet"""
+
+    def due(self, waited_s: float) -> bool:
+        """Whether a wait that has lasted so long is to be reported now. A shorter one than before is a new wait."""
+        if waited_s < self.first_s:
+            self.reported_s = 0.0
+            return False
+        if waited_s < 2 * self.reported_s:
+            return False
+        self.reported_s = waited_s
+        return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -531,41 +553,12 @@ def read_event(row: Mapping[str, Any]) -> Event | None:
     name = row.get("event")
     if not isinstance(name, str) or name not in EVENTS:
         return None
-    values = {}
+    kind = EVENTS[name]
+    values = {f.name: row[_key(f)] for f in fields(kind) if _key(f) in row}
     try:
-        for f, hint in _FIELDS[name]:
-            if _key(f) in row:
-                values[f.name] = _typed(row[_key(f)], hint)
-            elif f.default is MISSING and f.default_factory is MISSING:
-                return None
-    except TypeError:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError:
         return None
-    return EVENTS[name](**values)
-
-
-_FIELDS: Mapping[str, tuple[tuple[Field[Any], Any], ...]] = {
-    name: tuple((f, get_type_hints(kind)[f.name]) for f in fields(kind)) for name, kind in EVENTS.items()
-}
-"""the fields of each event with their resolved types"""
-
-
-def _typed(value: Any, hint: Any) -> Any:
-    """Raises TypeError."""
-    origin = get_origin(hint)
-    if hint is Any:
-        return value
-    if origin is tuple and isinstance(value, list | tuple):
-        inner = get_args(hint)
-        each = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
-        if len(each) == len(value):
-            return tuple(_typed(v, h) for v, h in zip(value, each, strict=True))
-    elif origin is not None and isinstance(value, Mapping):
-        return {str(name): _typed(v, get_args(hint)[1]) for name, v in value.items()}
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif origin is None and isinstance(value, hint) and not isinstance(value, bool):
-        return value
-    raise TypeError(f"{value!r} is no {hint}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

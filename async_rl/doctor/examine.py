@@ -1,4 +1,4 @@
-"""All checks in order. Findings come one by one, as they are made."""
+"""All checks of `async-rl doctor`, in their order. Findings come one by one, as they are made."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from async_rl.config import Settings, load_settings
-from async_rl.doctor import machine
-from async_rl.doctor import machine as memory
-from async_rl.doctor import machine as software
-from async_rl.doctor import problems as reward
-from async_rl.doctor import problems as tokens
+from async_rl.doctor import machine, problems
 from async_rl.errors import UserError
+from async_rl.finding import Finding, error, ok, warning
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.model.varlen import choose_backend
-from async_rl.run.finding import Finding, error, ok, warning
 from async_rl.run.memory import Estimate, estimate, read_available
-from async_rl.run.placement import look_at_machine, place, read_heads
+from async_rl.run.placement import place, read_heads, read_machine
 from async_rl.run.preflight import preflight
 from async_rl.task import Task, has_demonstrations, make_task
 from async_rl.wire.keys import keys_in
@@ -27,35 +23,36 @@ Found = Finding | Iterable[Finding]
 Made = TypeVar("Made")
 
 
-def guarded(check: str, look: Callable[[], Found]) -> Iterator[Finding]:
-    """The findings of a check; what it raises is one of them."""
+def guarded(name: str, check: Callable[[], Found]) -> Iterator[Finding]:
+    """The findings of a check; an exception becomes one of them."""
     try:
-        found = look()
+        found = check()
         yield from (found,) if isinstance(found, Finding) else found
     except UserError as failure:
         said, _, remedy = str(failure).partition("; ")  # as messages for users are written
-        yield error(check, said, remedy or "see the message")
+        yield error(name, said, remedy or "see the message")
     except Exception as failure:  # a check that cannot be done must not end the others
-        yield error(check, f"the check raised {type(failure).__name__}: {failure}", "please report it with this line")
+        yield error(name, f"the check raised {type(failure).__name__}: {failure}", "please report it with this line")
 
 
 def examine(config: Path | None, overrides: Sequence[str], *, run_folder: Path) -> Iterator[Finding]:
-    """`config`: None looks at the machine alone. `run_folder`: where the run would be."""
+    """Check the machine and, with a config, the run. `config`: None checks the machine alone. `run_folder`: where runs
+    would be."""
     settings: list[Settings] = []
     if config is not None:
         yield from guarded("settings", lambda: _keep(settings, load_settings(config, overrides), f"{config} is read"))
     chosen = settings[0] if settings else None
-    yield from guarded("software", lambda: software.judge_software(software.read_software()))
+    yield from guarded("software", lambda: machine.judge_software(machine.read_software()))
     yield from guarded("cores", lambda: machine.judge_cores(machine.read_cores(), chosen))
     yield from guarded("gpu", lambda: machine.judge_gpus(machine.read_gpus(), chosen))
     if chosen is not None:
-        yield from guarded("placement", lambda: look_at_placement(chosen))
-    yield from guarded("unix socket", machine.look_at_ipc)
+        yield from guarded("placement", lambda: check_placement(chosen))
+    yield from guarded("unix socket", machine.check_ipc)
     name = f"{chosen.name if chosen is not None else 'run'}-{'0' * len('20260101-000000')}"
     yield from guarded("socket path", lambda: machine.judge_socket_path(run_folder / name))
-    yield from guarded("tcp loopback", machine.look_at_tcp)
+    yield from guarded("tcp loopback", machine.check_tcp)
     if chosen is not None and chosen.wire.endpoint != "auto":
-        yield from guarded("wire.endpoint", lambda: look_at_endpoint(chosen))
+        yield from guarded("wire.endpoint", lambda: check_endpoint(chosen))
     if chosen is None:
         yield from guarded("shared memory", lambda: machine.judge_shared_memory(machine.read_shared_memory(), None))
         yield from guarded(
@@ -67,9 +64,9 @@ def examine(config: Path | None, overrides: Sequence[str], *, run_folder: Path) 
 
 
 def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
-    """What the settings ask of the machine, and whether model, tokenizer and task fit."""
+    """Check what the settings ask of the machine, and whether model, tokenizer and task fit."""
     estimates: list[Estimate] = []
-    yield from guarded("model", lambda: look_at_model(settings, estimates))
+    yield from guarded("model", lambda: check_model(settings, estimates))
     found = estimates[0] if estimates else None
     model_bytes = 4 * found.parameters if found is not None else None
     yield from guarded("shared memory", lambda: machine.judge_shared_memory(machine.read_shared_memory(), model_bytes))
@@ -78,28 +75,30 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
         lambda: machine.judge_disk(
             machine.read_disk(run_folder),
             durability=settings.buffer.durability,
-            needed_bytes=memory.disk_bytes(settings, found) if found is not None else None,
+            needed_bytes=machine.disk_bytes(settings, found) if found is not None else None,
         ),
     )
-    yield from guarded("attention", lambda: look_at_attention(settings))
+    yield from guarded("attention", lambda: check_attention(settings))
     tasks: list[Task] = []
     yield from guarded(
         "task", lambda: _keep(tasks, make_task(settings.task.name, settings.task.args), f"{settings.task.name} is made")
     )
     if tasks:
-        yield from guarded("reward", lambda: reward.judge_reward(reward.measure_reward(tasks[0], seed=settings.seed)))
+        yield from guarded(
+            "reward", lambda: problems.judge_reward(problems.measure_reward(tasks[0], seed=settings.seed))
+        )
     if found is None:
         return
-    yield from guarded("memory", lambda: look_at_memory(found))
+    yield from guarded("memory", lambda: check_memory(found))
     if not tasks:
         return
     tokenizers: list[Tokenizer] = []
     yield from guarded("tokenizer", lambda: _keep_quietly(tokenizers, Tokenizer(settings.model.path)))
     if not tokenizers:
         return
-    yield from guarded("tokenizer", lambda: look_at_tokens(tasks[0], tokenizers[0]))
+    yield from guarded("tokenizer", lambda: check_tokens(tasks[0], tokenizers[0]))
     failed = False
-    for finding in guarded("preflight", lambda: look_at_fit(settings)):
+    for finding in guarded("preflight", lambda: check_fit(settings)):
         failed = failed or finding.level == "error"
         yield finding
     if failed:  # no run could start with these settings
@@ -111,27 +110,27 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
     yield from guarded("max_staleness=0", lambda: agreement.look_at_equivalence(settings, found.parameters))
 
 
-def look_at_placement(settings: Settings) -> Finding:
-    """Which process sees what. A missing model is a finding of its own, said once."""
+def check_placement(settings: Settings) -> Finding:
+    """Which process sees which GPUs. A missing model is a finding of its own, made elsewhere."""
     heads = read_heads(settings) if Path(settings.model.path).is_dir() else None
-    return ok("placement", place(settings, look_at_machine(settings), heads).in_words())
+    return ok("placement", place(settings, read_machine(settings), heads).describe())
 
 
-def look_at_attention(settings: Settings) -> Finding:
+def check_attention(settings: Settings) -> Finding:
     """What attends among packed documents."""
     chosen = settings.trainer
     found = choose_backend(chosen.attention, device=chosen.device, half=chosen.dtype == "bfloat16")
     return ok("attention", f"{found} in the trainer (trainer.attention={chosen.attention})")
 
 
-def look_at_endpoint(settings: Settings) -> Finding:
+def check_endpoint(settings: Settings) -> Finding:
     """Where the buffer is to listen, with the run's keys."""
     wire = settings.wire
     remedy = f"see wire.endpoint={wire.endpoint}"
     return machine.judge_socket("wire.endpoint", lambda: machine.round_trip(wire.endpoint, keys_in(wire.keys)), remedy)
 
 
-def look_at_model(settings: Settings, estimates: list[Estimate]) -> Finding:
+def check_model(settings: Settings, estimates: list[Estimate]) -> Finding:
     folder = settings.model.path
     if not Path(folder).is_dir():
         if has_demonstrations(settings.task.name):
@@ -152,24 +151,24 @@ def look_at_model(settings: Settings, estimates: list[Estimate]) -> Finding:
                  check="model")  # fmt: skip
 
 
-def look_at_memory(found: Estimate) -> Iterator[Finding]:
-    yield memory.judge_memory(found, "cpu", read_available())
+def check_memory(found: Estimate) -> Iterator[Finding]:
+    yield machine.judge_memory(found, "cpu", read_available())
     gpus = machine.read_gpus()
     for device in found.devices:
         number = int(device.partition(":")[2] or 0)
         if device != "cpu" and number < len(gpus.free_bytes):
-            yield memory.judge_memory(found, device, gpus.free_bytes[number])
+            yield machine.judge_memory(found, device, gpus.free_bytes[number])
 
 
-def look_at_tokens(task: Task, tokenizer: Tokenizer) -> Iterator[Finding]:
-    episodes = tokens.episodes_of(task)
+def check_tokens(task: Task, tokenizer: Tokenizer) -> Iterator[Finding]:
+    episodes = problems.episodes_of(task)
     whole = ["".join(segment.text for segment in episode) for episode in episodes]
-    yield tokens.judge_round_trip([*tokens.prompts_of(task, tokenizer), *whole], tokenizer)
-    yield tokens.judge_growth(episodes, tokenizer)
-    yield from tokens.judge_template(tokenizer)
+    yield problems.judge_round_trip([*problems.prompts_of(task, tokenizer), *whole], tokenizer)
+    yield problems.judge_growth(episodes, tokenizer)
+    yield from problems.judge_template(tokenizer)
 
 
-def look_at_fit(settings: Settings) -> Iterator[Finding]:
+def check_fit(settings: Settings) -> Iterator[Finding]:
     """What a run checks before it starts."""
     notes = preflight(settings).notes
     for note in notes:

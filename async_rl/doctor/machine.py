@@ -1,4 +1,6 @@
-"""Cores, GPUs, sockets, shared memory and disk, measured and judged."""
+"""What a run needs of the machine, measured and judged: software, cores, GPUs, memory, sockets, shared memory, disk.
+
+`read_*` measures; `judge_*` makes a `Finding` of what was measured and is pure; `check_*` does both."""
 
 from __future__ import annotations
 
@@ -14,16 +16,13 @@ from importlib import metadata
 from pathlib import Path
 
 from async_rl.config import Settings
-from async_rl.run.finding import Finding, error, ok, warning
+from async_rl.finding import Finding, error, ok, warning
 from async_rl.run.memory import Estimate, megabytes
 from async_rl.weights.shared_memory import shared_folder
 from async_rl.wire.channel import Dealer, Router, ipc_endpoint
 from async_rl.wire.endpoint import LONGEST_IPC_PATH, Library, library
 from async_rl.wire.keys import Keys, make_keys
 from async_rl.wire.messages import Query, Snapshot
-
-# -------------------- software
-# Versions of what a run stands on.
 
 OLDEST_PYTHON = (3, 11)
 OLDEST_SQLITE = (3, 35)
@@ -38,6 +37,21 @@ OPTIONAL = {
     "pyarrow": "Parquet files",
 }
 """package -> what it would be for"""
+MOST_SHARE = 0.9
+"""of the memory that is there; the system and the caches of files need the rest"""
+TRAJECTORY_BYTES, TOKEN_BYTES = 400, 9
+"""in the store"""
+ROUND_TRIP_S = 5.0
+"""time a message may take between two sockets"""
+SLOW_FSYNC_S = 0.02
+SLOW_DISK_BYTES_S = 50 << 20
+"""bytes a second"""
+PROBE_BYTES = 32 << 20
+"""written to measure a disk"""
+PROBE_FSYNCS = 10
+
+
+# ------------------------------------------------------------------------------------------------ software
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,17 +118,11 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-# -------------------- memory
-# Is there room for what a run takes? Memory by the estimate of launch/memory.py, and the disk.
-
-MOST_SHARE = 0.9
-"""of what is there; the system and the caches of files need the rest"""
-TRAJECTORY_BYTES, TOKEN_BYTES = 400, 9
-"""in the store"""
+# ------------------------------------------------------------------------------------------------ memory
 
 
 def disk_bytes(settings: Settings, found: Estimate) -> int:
-    """What a run may write, with sequences half as long as the context: trajectories, and kept checkpoints of
+    """Bytes that a run may write, with sequences half as long as the context: trajectories, and the kept checkpoints of
     weights and two moments (one more while it is written)."""
     length = found.context // 2 or 1024
     trajectories = settings.batch.groups_per_step * settings.batch.group_size
@@ -128,7 +136,7 @@ def disk_bytes(settings: Settings, found: Estimate) -> int:
 
 
 def judge_memory(found: Estimate, device: str, free_bytes: int) -> Finding:
-    """Of one device."""
+    """The estimate `found` against what is free on one device."""
     check = "memory" if device == "cpu" else f"memory {device}"
     largest = sorted((part for part in found.parts if part.device == device), key=lambda part: -part.bytes)[:3]
     shown = ", ".join(f"{part.name} {megabytes(part.bytes)}" for part in largest)
@@ -142,18 +150,11 @@ def judge_memory(found: Estimate, device: str, free_bytes: int) -> Finding:
     return ok(check, said)
 
 
-ROUND_TRIP_S = 5.0
-SLOW_FSYNC_S = 0.02
-SLOW_DISK_BYTES_S = 50 << 20
-PROBE_BYTES = 32 << 20
-PROBE_FSYNCS = 10
-
-
 # ------------------------------------------------------------------------------------------------ cores
 
 
 def read_cores() -> int:
-    """Those this process may use: its affinity, cut by a container's quota."""
+    """Cores that this process may use: its affinity, within its container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.is_file():
@@ -258,8 +259,8 @@ def judge_socket(check: str, trip: Callable[[], float], remedy: str) -> Finding:
     return ok(check, f"round trip {seconds * 1000:.1f} ms")
 
 
-def look_at_ipc() -> Finding:
-    """A Unix socket, in the temporary folder: the run's own does not exist yet."""
+def check_ipc() -> Finding:
+    """A message through a Unix socket in the temporary folder: the run's folder does not exist yet."""
     with tempfile.TemporaryDirectory() as made:
         return judge_socket(
             "unix socket", lambda: round_trip(ipc_endpoint(Path(made))),
@@ -267,8 +268,8 @@ def look_at_ipc() -> Finding:
         )  # fmt: skip
 
 
-def look_at_tcp() -> Finding:
-    """The loopback, with keys of its own."""
+def check_tcp() -> Finding:
+    """A message through the loopback, with keys made for it."""
     with tempfile.TemporaryDirectory() as made:
         return judge_socket(
             "tcp loopback", lambda: round_trip("tcp://127.0.0.1:*", make_keys(Path(made) / "keys")),
@@ -315,7 +316,9 @@ def read_shared_memory() -> int | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Disk:
+class DiskProbe:
+    """What was measured of a disk."""
+
     folder: Path
     free_bytes: int
     fsync_s: float
@@ -324,8 +327,8 @@ class Disk:
     """of a large file, fsync included"""
 
 
-def read_disk(folder: Path) -> Disk:
-    """Writes into the nearest folder that is there, and removes it. Raises OSError."""
+def read_disk(folder: Path) -> DiskProbe:
+    """Measure by writing into `folder`, or the nearest one above it that is there; nothing stays. Raises OSError."""
     while not folder.is_dir():
         folder = folder.parent
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as made:
@@ -343,12 +346,12 @@ def read_disk(folder: Path) -> Disk:
                 file.write(block[:4096])
                 os.fsync(file.fileno())
                 took.append(time.perf_counter() - started)
-    return Disk(
+    return DiskProbe(
         folder=folder, free_bytes=shutil.disk_usage(folder).free, fsync_s=sorted(took)[len(took) // 2], bytes_s=rate
     )
 
 
-def judge_disk(found: Disk, *, durability: str, needed_bytes: int | None) -> Finding:
+def judge_disk(found: DiskProbe, *, durability: str, needed_bytes: int | None) -> Finding:
     """`needed_bytes`: estimate of what the run writes; None: not known."""
     said = (
         f"{found.folder}: {1 / max(found.fsync_s, 1e-9):.0f} fsyncs/s, {megabytes(found.bytes_s)}/s, "

@@ -1,4 +1,5 @@
-"""How long the task's environment and reward take, and how long they hold up the generator's other episodes."""
+"""What a run needs of its task: texts that the tokenizer keeps, histories that only grow, and a reward that does not
+hold up other episodes."""
 
 from __future__ import annotations
 
@@ -11,18 +12,28 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from async_rl.finding import Finding, error, ok, warning
 from async_rl.model.tokenizer import Tokenizer, prompt_text
-from async_rl.run.finding import Finding, error, ok, warning
 from async_rl.task.protocol import Problem, Segment, Task
 from async_rl.trajectory import Split
 
-# -------------------- tokens
-# Tokenizer and chat template on the task's own prompts: there and back, and histories that only grow.
-
 MOST_PROMPTS = 64
+"""of each split that are tokenised"""
 MOST_EPISODES = 16
 SHOWN = 40
+"""characters of a text that a finding quotes"""
 SPLITS: tuple[Split, ...] = ("train", "eval")
+BLOCKED_S = 0.05
+"""a step of the event loop that takes longer holds up all episodes of the generator"""
+EPISODES = 24
+"""that are played to measure the reward"""
+MOST_S = 6.0
+"""after which no further one is begun"""
+RANDOM_LENGTH = 200
+"""characters of a random answer"""
+
+
+# ------------------------------------------------------------------------------------------------ tokens
 
 
 def prompts_of(task: Task, tokenizer: Tokenizer) -> list[str]:
@@ -45,7 +56,7 @@ def episodes_of(task: Task) -> list[list[Segment]]:
 
 
 def judge_round_trip(texts: Sequence[str], tokenizer: Tokenizer) -> Finding:
-    """decode(encode(text)) is the text, special tokens included."""
+    """Whether decode(encode(text)) is the text, special tokens included."""
     check = "tokenizer"
     for text in texts:
         try:
@@ -66,7 +77,8 @@ def judge_round_trip(texts: Sequence[str], tokenizer: Tokenizer) -> Finding:
 
 
 def judge_growth(episodes: Sequence[Sequence[Segment]], tokenizer: Tokenizer) -> Finding:
-    """A history is appended to piece by piece and never tokenised again: the pieces' tokens must read as the whole."""
+    """Whether the tokens of an episode's pieces read as the whole text: a history is appended to piece by piece and
+    never tokenised again."""
     check = "history"
     if not episodes:
         return ok(check, "the task shows no episodes; turns are appended as tokens, nothing is tokenised twice")
@@ -84,7 +96,7 @@ def judge_growth(episodes: Sequence[Sequence[Segment]], tokenizer: Tokenizer) ->
 
 
 def judge_template(tokenizer: Tokenizer) -> Iterator[Finding]:
-    """Another turn must only append to the rendered chat."""
+    """Whether a further turn only appends to the rendered chat."""
     check = "chat template"
     if not tokenizer.has_chat_template:
         yield ok(check, "none; prompts are used as they are written")
@@ -102,11 +114,7 @@ def judge_template(tokenizer: Tokenizer) -> Iterator[Finding]:
     yield ok(check, "further messages only append to what was rendered")
 
 
-BLOCKED_S = 0.05
-"""a step of the event loop that takes longer holds up all episodes of the generator"""
-EPISODES = 24
-MOST_S = 6.0
-RANDOM_LENGTH = 200
+# ------------------------------------------------------------------------------------------------ reward
 
 
 @dataclass(slots=True)
@@ -136,7 +144,7 @@ class ScriptedSession:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Of scripted episodes."""
+    """How long scripted episodes took."""
 
     seconds: tuple[float, ...] = ()
     """wall time of each"""
@@ -147,7 +155,8 @@ class Timing:
 
 
 def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES) -> Timing:
-    """Episodes with the task's own demonstrations or right answers, and with random ones, in turn."""
+    """Play episodes in which the policy gives right answers (the task's demonstrations, if any) and random ones, in
+    turn."""
     problems = task.problems("train")
     random = Random(seed)
     seconds, failures, steps = [], [], [0.0]

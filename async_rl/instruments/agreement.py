@@ -11,6 +11,7 @@ import torch
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed, UserError
+from async_rl.finding import Finding, error, ok, warning
 from async_rl.generator.build import make_engine
 from async_rl.generator.session import Ticket
 from async_rl.instruments.synchronous import train_synchronously
@@ -19,11 +20,10 @@ from async_rl.model.folder import load_model, load_tensors
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.observe.console import Console
 from async_rl.run.evaluate import limits_of, sample_episodes
-from async_rl.run.finding import Finding, error, ok, warning
 from async_rl.run.launcher import run_training
 from async_rl.run_folder import RunFolder
 from async_rl.task import Task
-from async_rl.trainer.forward import Arithmetic, batch_log_probs, probe_log_probs
+from async_rl.trainer.forward import ModelArithmetic, batch_log_probs, probe_log_probs
 from async_rl.trainer.packing import pack_batch
 from async_rl.trajectory import Trajectory
 from async_rl.weights.canary import TOLERANCE, Comparison, Evidence, compare, probe_tokens
@@ -72,13 +72,13 @@ def measure_log_probs(settings: Settings, task: Task, *, parameters: int) -> tup
 
     episodes, probe, shown = asyncio.run(ask())
     if probe:
-        expected = probe_log_probs(trainer, probe, Arithmetic(temperature=1.0))
+        expected = probe_log_probs(trainer, probe, ModelArithmetic(temperature=1.0))
         return _compared(expected, shown), f"{len(probe)} tokens of a probe"
     usable = [t for t in episodes if not t.failed and t.num_policy_tokens]
     if not usable:
         raise UserError(f"no episode could be sampled: {episodes[0].reason}")
     packed = pack_batch(usable, micro_batch_tokens=settings.trainer.micro_batch_tokens, device=settings.trainer.device)
-    arithmetic = Arithmetic(temperature=settings.generator.temperature, dtype=DTYPES[settings.trainer.dtype])
+    arithmetic = ModelArithmetic(temperature=settings.generator.temperature, dtype=DTYPES[settings.trainer.dtype])
     found = batch_log_probs(trainer, packed, arithmetic).log_prob
     comparison = _compared(found.tolist(), packed.log_behaviour.tolist())
     return comparison, f"{packed.num_policy_tokens} tokens of {len(usable)} episodes"

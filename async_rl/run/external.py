@@ -1,20 +1,16 @@
-"""Stands for a trainer that somebody else starts (`trainer.start=external`): torchrun, or a cluster's scheduler.
+"""The stand-in for a trainer that somebody else starts (`trainer.start=external`): torchrun, or a cluster's scheduler.
 
-Who waits for whom: it waits for that trainer to come, by `trainer.start_timeout_s`, then hears of it through the
-buffer, once a second. It ends as the trainer does: when the summary is there, or with its cause; one that is silent
-for `wire.frozen_after_s` has died or is frozen.
+The launcher starts the stand-in as the run's trainer process. Who waits for whom: it waits for the real trainer to
+come, by `trainer.start_timeout_s`, then asks the buffer about it twice a second. It ends as the trainer does: when the
+summary is there, or with the trainer's cause; a trainer that is silent for `wire.frozen_after_s` has died or is frozen.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from msgspec import to_builtins
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
@@ -30,63 +26,68 @@ from async_rl.wire.endpoint import this_host
 from async_rl.wire.heartbeat import Activity, make_heartbeat
 from async_rl.wire.keys import keys_in
 
-ASK_S = 0.5
+QUERY_S = 0.5
+"""between two questions to the buffer"""
 SETTLE_S = 2.0
-"""time its ranks get to write down why they ended"""
+"""time its ranks get to record why they ended"""
 
 
 @dataclass(slots=True)
 class StandIn:
+    """Waits for the trainer, and watches it through the buffer."""
+
     settings: Settings
     folder: RunFolder
     dealer: Dealer
     activity: Activity
-    row: Mapping[str, Any] = field(default_factory=dict)
-    """what the buffer last knew of the trainer; empty before it came"""
+    trainer: msg.ProcessState | None = None
+    """what the buffer last knew of the trainer; None before it came"""
 
     def run(self) -> None:
-        """Until the trainer is done. Raises RunFailed when it does not come, fails or is silent."""
+        """Wait until the trainer is done. Raises RunFailed when it does not come, fails or is silent."""
         ranks = self.settings.trainer.ranks
         limit_s = self.settings.trainer.start_timeout_s
         command = start_command(self.folder.path, ranks)
         self.activity.now(f"waiting for somebody to start the trainer: {command}")
         deadline = time.monotonic() + limit_s
         while not self.folder.summary.exists():
-            self.ask()
-            self.look_for_failure()
-            if not self.row and time.monotonic() > deadline:
+            self.query()
+            self.check_failure()
+            if self.trainer is None and time.monotonic() > deadline:
                 raise RunFailed(
                     f"nobody has started the trainer within {limit_s:g} s (trainer.start_timeout_s); start it with "
                     f"`{command}` while the run waits"
                 )
-            if self.row:
-                self.judge()
-            time.sleep(ASK_S)
+            if self.trainer is not None:
+                self.check_silence(self.trainer)
+            time.sleep(QUERY_S)
 
-    def ask(self) -> None:
-        """What the buffer knows of the trainer now."""
+    def query(self) -> None:
+        """Ask the buffer what it knows of the trainer now."""
         self.dealer.send(msg.Query())
         try:
-            answer = self.dealer.receive(ASK_S, "the buffer's state")
+            answer = self.dealer.receive(QUERY_S, "the buffer's state")
         except (WireTimeout, WireError):
             return  # it is busy, or gone, which is for the launcher to find
         if isinstance(answer, msg.Snapshot):
-            found = [to_builtins(row) for row in answer.processes if row.role == "trainer"]
-            self.row = found[0] if found else self.row
+            found = [process for process in answer.processes if process.role == "trainer"]
+            self.trainer = found[0] if found else self.trainer
 
-    def judge(self) -> None:
-        silent, limit = float(self.row["silent_s"]), self.settings.wire.frozen_after_s
-        self.activity.still(f"process {self.row['pid']}: {self.row['doing']}")
-        if silent > limit:
-            self.look_for_failure(settle=True)
+    def check_silence(self, trainer: msg.ProcessState) -> None:
+        """Raises RunFailed when nothing has been heard of the trainer for too long."""
+        limit = self.settings.wire.frozen_after_s
+        self.activity.still(f"process {trainer.pid}: {trainer.doing}")
+        if trainer.silent_s > limit:
+            self.check_failure(settle=True)
             raise RunFailed(
-                f"the trainer that was started from outside (process {self.row['pid']}) gave no sign of life for "
-                f"{silent:.1f} s (wire.frozen_after_s={limit:g}): it has died or is frozen; last heard: "
-                f"{self.row['doing']}; its log is where it was started"
+                f"the trainer that was started from outside (process {trainer.pid}) gave no sign of life for "
+                f"{trainer.silent_s:.1f} s (wire.frozen_after_s={limit:g}): it has died or is frozen; last heard: "
+                f"{trainer.doing}; its log is where it was started"
             )
 
-    def look_for_failure(self, *, settle: bool = False) -> None:
-        """Raises what a rank has left of its failure, the leader's first."""
+    def check_failure(self, *, settle: bool = False) -> None:
+        """Raises RunFailed, or SystemExit for the leader, when a rank has recorded a failure. `settle`: wait a little
+        for that."""
         deadline = time.monotonic() + (SETTLE_S if settle else 0.0)
         while True:
             if self.folder.failure("trainer").exists():
@@ -94,13 +95,13 @@ class StandIn:
             others = sorted(self.folder.logs.glob("trainer-rank-*.failure.json"))
             if time.monotonic() >= deadline:
                 break
-            time.sleep(ASK_S)
-        if others and (settle or not self.row):
+            time.sleep(QUERY_S)
+        if others and (settle or self.trainer is None):
             raise RunFailed(f"{others[0].name.partition('.')[0]} failed: {others[0].read_text()}")
 
 
 def start_command(run: Path, ranks: int) -> str:
-    """What starts the trainer of this run on one host."""
+    """The command that starts the trainer of this run on one host."""
     return f"torchrun --standalone --nproc-per-node {ranks} -m async_rl train {run}"
 
 

@@ -20,7 +20,7 @@ from async_rl.model.tokenizer import Tokenizer
 from async_rl.run.evaluate import evaluate
 from async_rl.run.preflight import check_fit
 from async_rl.task.protocol import Problem, Task
-from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trainer.forward import ModelArithmetic, log_probs
 from async_rl.trainer.packing import pack_batch
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
@@ -80,7 +80,7 @@ def warm_up(model: Decoder, task: Task, tokenizer: Tokenizer, options: WarmupOpt
     random = Random(options.seed)
     problems = task.problems("train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
-    arithmetic = Arithmetic(temperature=1.0)
+    arithmetic = ModelArithmetic(temperature=1.0)
     success = measure(model)
     step = 0
     while step < options.max_steps and success < options.target:

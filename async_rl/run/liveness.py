@@ -19,7 +19,7 @@ from msgspec import to_builtins
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
-from async_rl.events import AlarmRaised, Event, RunRolledBack, StallReported
+from async_rl.events import AlarmRaised, Event, RunRolledBack, StallReported, StallTimer
 from async_rl.observe.record import active_alarms
 from async_rl.run_folder import RunFolder, replace_text
 from async_rl.trajectory.codec import WireError
@@ -162,14 +162,15 @@ class LiveReport:
     answered: float = -1e9
     waits_since: float | None = None
     """first question that was not answered"""
-    reported_s: float = 0.0
-    """length of that wait when it was reported last"""
+    stall: StallTimer = field(init=False)
+    """when that wait is reported"""
     snapshot: msg.Snapshot | None = None
     """the buffer's last answer"""
     alarms: list[Event] = field(default_factory=list)
     """alarms and rollbacks of the run"""
 
     def __post_init__(self) -> None:
+        self.stall = StallTimer(self.settings.wire.stall_report_s)
         for row in self.folder.read_events():  # of earlier launches
             self.add_event(row.event)
 
@@ -233,10 +234,7 @@ class LiveReport:
     def _report_stall(self, now: float, children: Sequence[Mapping[str, object]]) -> None:
         """Record that the buffer lives and does not answer, again after twice the time."""
         waited = now - self.waits_since if self.waits_since is not None else 0.0
-        if waited < self.settings.wire.stall_report_s:
-            self.reported_s = 0.0
-        elif waited >= 2 * self.reported_s:
-            self.reported_s = waited
+        if self.stall.due(waited):
             words = [f"{row['doing']} (heard {row['silent_s']} s ago)" for row in children if row["name"] == "buffer"]
             text = f"launcher waits {waited:.0f} s for the buffer's answer; the buffer: {', '.join(words)}"
             self.folder.record(

@@ -1,7 +1,8 @@
-"""How much memory a run takes, process by process, from the shape of its model and its settings.
+"""How much memory a run takes, process by process, and whether this machine has it.
 
-Weights, gradients, moments and what a forward keeps are counted; the processes themselves, CUDA's contexts and what
-allocators leave unused are allowances. Peaks of the parts are added up, so a run usually takes somewhat less.
+The estimate is made from the shape of the model and the settings. Weights, gradients, moments and what a forward keeps
+are counted; the processes themselves, CUDA's contexts and what allocators leave unused are allowances. Peaks of the
+parts are added up, so a run usually takes somewhat less.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from async_rl.model.architecture import (
 from async_rl.model.folder import read_config, read_headers
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
-from async_rl.run.placement import Machine, Placement, Spot, choose_all, place
+from async_rl.run.placement import Machine, Placement, Spot, choose_ways, place
 from async_rl.weights.way import LINKS, Way, needs_segment
 from async_rl.wire.endpoint import is_tcp
 
@@ -42,7 +43,10 @@ CONTEXT_BYTES = 800 << 20
 BUFFER_BYTES = 50 << 20
 GATHERED_LAYERS = 2
 """whole layers that a rank of a sharded trainer holds at a time: the one at work and the next"""
-MOST_PRETENDED = 1024
+MOST_IMAGINED = 1024
+"""GPUs of a machine that is only imagined"""
+STEP = 256
+"""tokens; a proposed micro-batch is a multiple of it"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +87,7 @@ class Estimate:
 
 
 def estimate(settings: Settings) -> Estimate:
-    """Of the model in `model.path`. Raises UserError when there is none."""
+    """The estimate for the model in `model.path`. Raises UserError when there is none."""
     folder = Path(settings.model.path)
     config = read_config(folder)
     count = sum(prod(shape) for shape in read_headers(folder).values())
@@ -93,12 +97,12 @@ def estimate(settings: Settings) -> Estimate:
 def estimate_of(
     settings: Settings, *, parameters: int, config: DecoderConfig | None, placement: Placement | None = None
 ) -> Estimate:
-    """`config`: None when the architecture is not one we know; activations and KV cache are left out then.
-    `placement`: None takes that of a machine with as many GPUs as it needs."""
-    placement = placement or pretended(settings)
+    """The estimate for a model of this shape. `config`: None for an architecture that we do not know; activations and
+    KV cache are left out then. `placement`: None takes that of a machine with as many GPUs as the settings need."""
+    placement = placement or imagined_placement(settings)
     context = context_of(settings.generator.max_context, config)
     shape = _Shape(settings=settings, parameters=parameters, config=config, context=context)
-    ways = choose_all(settings, placement, ipc_works=True)
+    ways = choose_ways(settings, placement, ipc_works=True)
     parts = [*_host(shape, placement, ways)]
     for rank, spot in enumerate(placement.ranks):
         name = "trainer" if len(placement.ranks) == 1 else f"trainer rank {rank}"
@@ -112,15 +116,16 @@ def estimate_of(
     return Estimate(parameters=parameters, context=context, parts=tuple(parts))
 
 
-def pretended(settings: Settings) -> Placement:
-    """On a machine with just enough GPUs, and cores. Raises UserError for settings that none could follow."""
+def imagined_placement(settings: Settings) -> Placement:
+    """The placement on an imagined machine with just enough GPUs and cores. Raises UserError for settings that no
+    machine could follow."""
     gpus = 1
     while True:
         machine = Machine(gpus=tuple(map(str, range(gpus))), cores=tuple(range(4096)))
         try:
             return place(settings, machine, None)
         except UserError:
-            if gpus >= MOST_PRETENDED:
+            if gpus >= MOST_IMAGINED:
                 raise
             gpus += 1 if gpus < 16 else gpus
 
@@ -266,7 +271,7 @@ def _device(spot: Spot, asked: str) -> str:
 
 
 def read_available() -> int:
-    """Bytes of main memory that processes may still take: the machine's, cut by a container's limit."""
+    """Bytes of main memory that processes may still take: the machine's, within its container's limit."""
     available = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable"):
@@ -277,8 +282,8 @@ def read_available() -> int:
     return available
 
 
-def in_words(found: Estimate) -> str:
-    """A table of the parts; devices that hold the same are told together."""
+def describe_estimate(found: Estimate) -> str:
+    """A table of the parts; devices that hold the same share a block."""
     lines = [f"memory, estimated for {found.parameters:,} parameters:"]
     alike: dict[tuple[tuple[str, int], ...], list[str]] = {}
     for device in found.devices:
@@ -294,7 +299,7 @@ def in_words(found: Estimate) -> str:
 
 
 def _plain(name: str) -> str:
-    """Without the number of the process."""
+    """The name of a part without the number of its process."""
     process, _, part = name.partition(": ")
     kind = next((k for k in ("trainer", "generator") if process.startswith((f"{k} rank", f"{k}-"))), process)
     return f"{kind}: {part}" if part else name
@@ -307,16 +312,12 @@ def megabytes(number: float) -> str:
     return f"{number / 2**20:.1f} MB" if number < 10 << 20 else f"{number / 2**20:.0f} MB"
 
 
-# -------------------- room
-# Is a run too large for this machine? Said before anything starts; and what to lower when it turned out so.
-
-STEP = 256
-"""tokens by which a micro-batch is proposed"""
+# ------------------------------------------------------------------------------------------------ this machine
 
 
 def check_room(found: Estimate, sizes: Mapping[str, int], available: int) -> list[str]:
-    """`sizes`: bytes of each device, as built; `available`: of main memory, now. Returns notes; raises UserError for
-    a model that cannot fit whatever the sizes of batches."""
+    """Notes on devices that may be too small. `sizes`: bytes of each device, as built; `available`: bytes of main
+    memory that are free now. Raises UserError for a model that cannot fit whatever the sizes of batches are."""
     notes = []
     for device in found.devices:
         size = sizes.get(device)
@@ -352,7 +353,7 @@ def _remedy(found: Estimate, device: str, size: int) -> str:
 
 
 def advice(settings: Settings, process: str, tokens: int | None) -> str:
-    """What to do about a process that ran out of memory. `tokens`: of the trainer's largest micro-batch, if it was
+    """The remedy for a process that ran out of memory. `tokens`: of the trainer's largest micro-batch, if it was
     training."""
     if not process.startswith("trainer"):
         return (
@@ -362,7 +363,7 @@ def advice(settings: Settings, process: str, tokens: int | None) -> str:
         )
     trainer = settings.trainer
     had = f"now {trainer.micro_batch_tokens}" + (f", the largest of this step had {tokens}" if tokens else "")
-    words = [f"lower trainer.micro_batch_tokens ({had}) to {proposed(settings, tokens)}"]
+    words = [f"lower trainer.micro_batch_tokens ({had}) to {propose_micro_batch(settings, tokens)}"]
     exact = requirements(load_recipe(settings.recipe)).per_trajectory_norms  # which keeps layers' inputs anyway
     if not checkpoints_layers(settings) and not exact:
         words.append("set trainer.checkpoint_activations=layer")
@@ -373,9 +374,9 @@ def advice(settings: Settings, process: str, tokens: int | None) -> str:
     return ", or ".join(words) + "; a resumed run may be given each of them"
 
 
-def proposed(settings: Settings, tokens: int | None) -> int:
-    """Tokens of a micro-batch that should fit: by the estimate for the memory that there is, half of what did not
-    fit at most."""
+def propose_micro_batch(settings: Settings, tokens: int | None) -> int:
+    """A size of micro-batch, in tokens, that should fit: by the estimate for this machine's memory, and at most half of
+    what did not fit."""
     present = min(settings.trainer.micro_batch_tokens, tokens or settings.trainer.micro_batch_tokens)
     most = max(STEP, present // 2 // STEP * STEP)
     try:
@@ -415,7 +416,7 @@ def device_sizes(found: Estimate) -> dict[str, int]:
 
 
 def main_memory() -> int:
-    """Of this machine, of its container, or what a process may have (ulimit -v)."""
+    """Bytes of main memory that a process may have: the least of the machine's, its container's and `ulimit -v`."""
     size = next(
         (int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line), 0
     )
@@ -426,7 +427,7 @@ def main_memory() -> int:
     return size if own == resource.RLIM_INFINITY else min(size, own)
 
 
-def look_for_room(settings: Settings) -> list[str]:
-    """`check_room` of this machine. Raises UserError."""
+def check_room_here(settings: Settings) -> list[str]:
+    """`check_room` with what this machine has. Raises UserError."""
     found = estimate(settings)
     return check_room(found, device_sizes(found), read_available())

@@ -1,8 +1,8 @@
-"""Which process sees which GPUs and uses which cores. Pure: what this machine has is passed in.
+"""Which process sees which GPUs and uses which cores, and which way weights take to each generator.
 
-A process sees its own GPUs only (CUDA_VISIBLE_DEVICES), so inside it they count from 0: a generator's first is
-`cuda`, rank r of the trainer's is `cuda:LOCAL_RANK`. With `generator.device=cuda:1` the user has placed the
-generators himself: visibility stays as it is.
+Everything but the last section is pure: what this machine has is passed in. A process sees its own GPUs only
+(CUDA_VISIBLE_DEVICES), so inside it they count from 0: a generator's first is `cuda`, rank r of the trainer's is
+`cuda:LOCAL_RANK`. With `generator.device=cuda:1` the user has placed the generators: visibility stays as it is.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
-    """Of the model's attention."""
+    """Heads of the model's attention."""
 
     query: int
     key_value: int
@@ -107,7 +107,8 @@ ANYWHERE = "every process on the CPU, on any core"
 
 
 def place(settings: Settings, machine: Machine, heads: Heads | None) -> Placement:
-    """`heads`: None when the model's are not known. Raises UserError naming the setting that cannot be followed."""
+    """GPUs and cores for every process of a run. `heads`: None when the model's are not known. Raises UserError naming
+    the setting that cannot be followed."""
     check_heads(settings, heads)
     generators, ranks = _choose(settings, machine)
     cores = _cores(settings, machine, len(generators), len(ranks))
@@ -252,19 +253,19 @@ def _there(machine: Machine) -> str:
     return f"this machine shows {count} (0{f' to {count - 1}' if count > 1 else ''})"
 
 
-# -------------------- ways
-# Which way weights take to each generator that the launcher starts.
+# ------------------------------------------------------------------------------------------------ ways of weights
 
 
-def ways_of(settings: Settings, placement: Placement) -> tuple[Way, ...]:
-    """Raises UserError for a `weights.transport` that does not lead to one of them."""
+def ways_here(settings: Settings, placement: Placement) -> tuple[Way, ...]:
+    """The way that weights take to each generator that the launcher starts, with the vLLM that is installed here.
+    Raises UserError for a `weights.transport` that does not lead to one of them."""
     engine = settings.generator.engine
     ipc = engine == "vllm" and (installed_release() >= IPC_WITHOUT_RAY or find_spec("ray") is not None)
-    return choose_all(settings, placement, ipc_works=ipc)
+    return choose_ways(settings, placement, ipc_works=ipc)
 
 
-def choose_all(settings: Settings, placement: Placement, *, ipc_works: bool) -> tuple[Way, ...]:
-    """Pure. A trainer that somebody else starts is on a GPU that is not known here."""
+def choose_ways(settings: Settings, placement: Placement, *, ipc_works: bool) -> tuple[Way, ...]:
+    """The same, pure. `ipc_works`: see `Sides`. For a trainer that somebody else starts, its GPU is not known here."""
     names = placement.machine.gpus
     sender = placement.ranks[0].gpus if placement.ranks and settings.trainer.device.startswith("cuda") else ()
     found = []
@@ -286,8 +287,8 @@ def choose_all(settings: Settings, placement: Placement, *, ipc_works: bool) -> 
     return tuple(found)
 
 
-def in_words(ways: tuple[Way, ...]) -> list[str]:
-    """What is worth saying of them: links between GPUs."""
+def describe_links(ways: tuple[Way, ...]) -> list[str]:
+    """A line for each kind of link between GPUs."""
     linked = {way: [i for i, taken in enumerate(ways) if taken == way] for way in LINKS}
     return [
         f"weights go over {way} into vLLM of generator{'s' * (len(some) > 1)} {', '.join(map(str, some))}"
@@ -296,24 +297,23 @@ def in_words(ways: tuple[Way, ...]) -> list[str]:
     ]
 
 
-# -------------------- machine
-# What this machine has for a run: the edge of placement.py.
+# ------------------------------------------------------------------------------------------------ this machine
 
 
-def look_at_machine(settings: Settings) -> Machine:
-    """GPUs that torch can use, in the order settings count them, and cores. Imports torch only when `settings` ask
-    for a GPU."""
+def read_machine(settings: Settings) -> Machine:
+    """The GPUs that torch can use here, in the order settings count them, and the cores. Imports torch only when
+    `settings` ask for a GPU."""
     asked = any(device.startswith("cuda") for device in (settings.generator.device, settings.trainer.device))
     return Machine(gpus=visible_gpus() if asked else (), cores=tuple(sorted(os.sched_getaffinity(0))))
 
 
-def placed(settings: Settings) -> Placement:
+def place_here(settings: Settings) -> Placement:
     """Where a run's processes are on this machine. Raises UserError when they cannot be."""
-    return place(settings, look_at_machine(settings), read_heads(settings))
+    return place(settings, read_machine(settings), read_heads(settings))
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """What each is called in CUDA_VISIBLE_DEVICES, so that a process can be given some of them."""
+    """The name of each GPU in CUDA_VISIBLE_DEVICES, so that a process can be given some of them."""
     import torch
 
     # by NVML where it is there: no CUDA context is made in this process
@@ -322,7 +322,8 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def names_of(count: int, visible: str | None) -> tuple[str, ...]:
-    """`count` GPUs, of which the user has chosen `visible` (numbers, or names like GPU-8932f937); None: all."""
+    """The names of `count` GPUs. `visible`: those that the user has chosen, numbers or names like GPU-8932f937; None:
+    all."""
     if visible is None:
         return tuple(map(str, range(count)))
     return tuple(name.strip() for name in visible.split(",") if name.strip())[:count]

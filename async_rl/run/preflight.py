@@ -1,4 +1,4 @@
-"""What can be found wrong before anything is started, without loading a model."""
+"""What can be found wrong before any process is started, without loading the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from async_rl.config import Settings
 from async_rl.config.settings import CriticSettings, OptimizerSettings
@@ -19,58 +19,13 @@ from async_rl.model.tokenizer import Tokenizer, prompt_text
 from async_rl.model.varlen import choose_backend
 from async_rl.objective.library import check_effect, load_recipe
 from async_rl.objective.recipe import Requirements, requirements
-from async_rl.run.memory import look_for_room
-from async_rl.run.placement import Placement, in_words, placed, ways_of
-from async_rl.task import Task, make_task
+from async_rl.run.memory import check_room_here
+from async_rl.run.placement import Placement, describe_links, place_here, ways_here
+from async_rl.task import Problem, Task, make_task
+from async_rl.task.rehearsed import Rehearsed
 from async_rl.trajectory import Split
 from async_rl.weights.vllm_release import installed_release
 from async_rl.weights.way import Way
-
-if TYPE_CHECKING:
-    from async_rl.model.tokenizer import Tokenizer
-    from async_rl.task import Problem, Task
-
-
-# -------------------- digest
-# Whether two hosts work on the same problems: one line of text that both make from what they have.
-
-LOOKED_AT = 256
-"""problems of each split, spread over it; small splits are looked at whole"""
-DIGESTED_SPLITS: tuple[Split, ...] = ("train", "eval")
-PLACE = "where"
-"""in a problem's data: the file and line it came from, which may differ"""
-
-
-def task_digest(task: Task, tokenizer: Tokenizer) -> str:
-    """Of the task's name, the number of its problems, and of some of them: the tokens of the prompt and what
-    the reward is told. So it differs where the data, the settings that make problems or the tokenizer differ."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{task.name} {tokenizer.vocab_size} {tokenizer.eos_id}".encode())
-    for split in DIGESTED_SPLITS:
-        problems = task.problems(split)
-        digest.update(f" {split} {len(problems)}".encode())
-        for index in spread(len(problems)):
-            digest.update(_described(problems[index], tokenizer))
-    return digest.hexdigest()
-
-
-def spread(count: int) -> Sequence[int]:
-    """At most LOOKED_AT indices below `count`, the first and the last among them."""
-    if count <= LOOKED_AT:
-        return range(count)
-    return [i * (count - 1) // (LOOKED_AT - 1) for i in range(LOOKED_AT)]
-
-
-def _described(problem: Problem, tokenizer: Tokenizer) -> bytes:
-    tokens = tokenizer.encode(prompt_text(problem.prompt, tokenizer))
-    data = {name: value for name, value in problem.data.items() if name != PLACE}
-    return json.dumps([problem.index, tokens, data], sort_keys=True, default=_kind).encode()
-
-
-def _kind(value: Any) -> str:
-    """What JSON has no word for counts by its type: its text may hold an address."""
-    return type(value).__name__
-
 
 MOST_PROMPTS = 500
 """prompts of a split that are looked at"""
@@ -79,14 +34,18 @@ TOKEN_BYTES = 10
 """of a trajectory on the wire: token and log-prob, and its share of the turns"""
 REMEDY = "raise generator.max_context, or use a model with a longer context or an easier task"
 SPLITS: tuple[Split, ...] = ("train", "eval")
+LOOKED_AT = 256
+"""problems of each split that the digest covers, spread over it; small splits are covered whole"""
+PLACE = "where"
+"""in a problem's data: the file and line it came from, which may differ between hosts"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What the checks found out."""
+    """What the checks found out and the launcher needs."""
 
     notes: list[str]
-    """worth saying, not wrong"""
+    """for the user; not wrong"""
     train_problems: int
     placement: Placement
     ways: tuple[Way, ...] = ()
@@ -101,11 +60,11 @@ def preflight(settings: Settings) -> Facts:
     """Check model, tokenizer, devices, task, recipe and their fit. Raises UserError."""
     config = check_folder(settings.model.path)
     for name in ("generator", "trainer"):
-        check_device(f"{name}.device", getattr(settings, name).device, rehearsed=settings.task.name == "rehearsed")
-    placement = placed(settings)
+        check_device(f"{name}.device", getattr(settings, name).device, rehearsed=settings.task.name == Rehearsed.name)
+    placement = place_here(settings)
     if settings.generator.engine == "vllm":
         installed_release()
-    ways = ways_of(settings, placement)
+    ways = ways_here(settings, placement)
     chosen = settings.trainer
     choose_backend(chosen.attention, device=chosen.device, half=chosen.dtype == "bfloat16")
     if settings.lora.rank:
@@ -121,7 +80,7 @@ def preflight(settings: Settings) -> Facts:
         )
     context = context_of(settings.generator.max_context, config)
     check_message_size(context, settings.wire.max_message_mb)
-    notes = in_words(ways) + look_for_room(settings) + check_fit(task, tokenizer, context)
+    notes = describe_links(ways) + check_room_here(settings) + check_fit(task, tokenizer, context)
     recipe = load_recipe(settings.recipe)
     check_layers(settings, requirements(recipe))
     notes += check_effect(
@@ -150,7 +109,8 @@ def preflight(settings: Settings) -> Facts:
 
 
 def check_idle(settings: Settings) -> None:
-    """Settings that a new run would not use (a lab's grid may: its recipes share them). Raises UserError."""
+    """Raises UserError for settings that a new run would not use. (A lab's grid may have them: its recipes share
+    settings.)"""
     optimizer, usual = settings.optimizer, CriticSettings()
     if optimizer.schedule == "constant" and optimizer.final_share != OptimizerSettings().final_share:
         raise UserError(
@@ -168,7 +128,7 @@ def check_idle(settings: Settings) -> None:
 
 
 def check_layers(settings: Settings, needs: Requirements) -> None:
-    """Ways to run a layer that exact norms of each trajectory's gradient leave no room for. Raises UserError."""
+    """Raises UserError for ways to run a layer that rule out exact norms of each trajectory's gradient."""
     chosen = settings.trainer
     if not needs.per_trajectory_norms:
         return
@@ -186,7 +146,7 @@ def check_layers(settings: Settings, needs: Requirements) -> None:
 
 
 def check_message_size(context: int, max_message_mb: int) -> None:
-    """The longest trajectory must fit into one message. `context`: tokens, 0: not known. Raises UserError."""
+    """Raises UserError unless the longest trajectory fits into one message. `context`: tokens, 0: not known."""
     needed = context * TOKEN_BYTES
     if needed > max_message_mb << 20:
         raise UserError(
@@ -196,8 +156,8 @@ def check_message_size(context: int, max_message_mb: int) -> None:
 
 
 def check_device(name: str, device: str, *, rehearsed: bool = False) -> None:
-    """Raises UserError unless this machine has the torch device that setting `name` asks for. `rehearsed`: with
-    `--fake-model` already."""
+    """Raises UserError unless this machine has the torch device that setting `name` asks for. `rehearsed`: the config
+    is played through with `--fake-model` already."""
     if device == "cpu":
         return
     kind, _, index = device.partition(":")
@@ -215,8 +175,8 @@ def check_device(name: str, device: str, *, rehearsed: bool = False) -> None:
 
 
 def check_fit(task: Task, tokenizer: Tokenizer, context: int) -> list[str]:
-    """Prompts of both splits, everything the environment may say, and a whole episode fit tokenizer and
-    context (tokens; 0: not known). Returns notes; raises UserError naming the problem."""
+    """Check that prompts of both splits, everything the environment may say, and a whole episode fit the tokenizer and
+    the context (tokens; 0: not known). Returns notes; raises UserError naming the problem."""
     longest = 0
     for split in SPLITS:
         longest = max(longest, _check_prompts(task, tokenizer, split, context))
@@ -240,7 +200,8 @@ def check_fit(task: Task, tokenizer: Tokenizer, context: int) -> list[str]:
 
 
 def _check_prompts(task: Task, tokenizer: Tokenizer, split: Split, context: int) -> int:
-    """Problems spread over the split can be put to this model; tokens of the longest prompt."""
+    """Tokens of the longest prompt, of problems spread over the split. Raises UserError for one that the model cannot
+    be given."""
     problems = task.problems(split)
     if not len(problems):
         where = "task.args.eval_path or eval_share" if split == "eval" else "task.args.path"
@@ -269,3 +230,38 @@ def _longest_demonstration(task: Task, tokenizer: Tokenizer) -> int:
         shown = task.demonstration(problems[number], Random(number))
         longest = max(longest, len(tokenizer.encode("".join(segment.text for segment in shown))) + 1)
     return longest
+
+
+# ------------------------------------------------------------------------------------------------ the digest
+
+
+def task_digest(task: Task, tokenizer: Tokenizer) -> str:
+    """A line by which two hosts find out whether they work on the same problems. It is made of the task's name, the
+    number of its problems, and of some problems the prompt's tokens and what the reward is given; so it differs where
+    the data, the settings that make problems, or the tokenizer differ."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{task.name} {tokenizer.vocab_size} {tokenizer.eos_id}".encode())
+    for split in SPLITS:
+        problems = task.problems(split)
+        digest.update(f" {split} {len(problems)}".encode())
+        for index in spread(len(problems)):
+            digest.update(_described(problems[index], tokenizer))
+    return digest.hexdigest()
+
+
+def spread(count: int) -> Sequence[int]:
+    """At most LOOKED_AT indices below `count`, the first and the last among them."""
+    if count <= LOOKED_AT:
+        return range(count)
+    return [i * (count - 1) // (LOOKED_AT - 1) for i in range(LOOKED_AT)]
+
+
+def _described(problem: Problem, tokenizer: Tokenizer) -> bytes:
+    tokens = tokenizer.encode(prompt_text(problem.prompt, tokenizer))
+    data = {name: value for name, value in problem.data.items() if name != PLACE}
+    return json.dumps([problem.index, tokens, data], sort_keys=True, default=_kind).encode()
+
+
+def _kind(value: Any) -> str:
+    """A value that JSON cannot hold counts by its type: its text may hold an address."""
+    return type(value).__name__

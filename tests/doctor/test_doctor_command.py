@@ -11,7 +11,7 @@ from pathlib import Path
 from support_command import write_config
 
 from async_rl.config import load_settings
-from async_rl.doctor.examine import look_at_model
+from async_rl.doctor.examine import check_model
 
 
 def doctor(*words: str, cwd: Path) -> tuple[int, str, str]:
@@ -65,7 +65,7 @@ def test_without_a_model_folder_it_says_how_to_make_one_and_goes_on(tiny_model: 
     assert "warning  cores" in said
     assert "ok       reward" in said
     one_gpu = load_settings(Path(__file__).parents[2] / "configs" / "one_gpu.yaml", ["model.path=models/none"])
-    remedy = look_at_model(one_gpu, []).remedy  # init-model has no demonstrations of this task
+    remedy = check_model(one_gpu, []).remedy  # init-model has no demonstrations of this task
     assert "hf download NAME --local-dir models/none" in remedy
     assert "init-model" not in remedy
     assert "2 errors, " in said.splitlines()[-1]  # how many warnings is up to the machine

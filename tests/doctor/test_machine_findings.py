@@ -12,9 +12,9 @@ from support_run import quick_settings
 
 from async_rl.doctor import machine
 from async_rl.doctor.examine import guarded
-from async_rl.doctor.machine import Disk, Gpus, Software, judge_software, judge_zmq, numbers, read_software
+from async_rl.doctor.machine import DiskProbe, Gpus, Software, judge_software, judge_zmq, numbers, read_software
 from async_rl.errors import UserError
-from async_rl.run.finding import Finding, error, ok, warning
+from async_rl.finding import Finding, error, ok, warning
 from async_rl.run.memory import megabytes
 from async_rl.wire.endpoint import Library
 
@@ -91,8 +91,8 @@ def test_a_gpu_is_needed_only_by_settings_that_ask_for_one(tiny_model: Path) -> 
 
 
 def test_sockets_are_tried_for_real() -> None:
-    assert machine.look_at_ipc().level == "ok"
-    assert machine.look_at_tcp().level == "ok"
+    assert machine.check_ipc().level == "ok"
+    assert machine.check_tcp().level == "ok"
 
 
 def test_a_socket_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_shared_memory_must_hold_two_versions_of_the_model() -> None:
 
 
 def test_a_disk_is_judged_by_room_and_speed(tmp_path: Path) -> None:
-    fast = Disk(folder=tmp_path, free_bytes=100 * MB, fsync_s=0.001, bytes_s=500 * MB)
+    fast = DiskProbe(folder=tmp_path, free_bytes=100 * MB, fsync_s=0.001, bytes_s=500 * MB)
     assert machine.judge_disk(fast, durability="power", needed_bytes=100 * MB).level == "ok"
     assert machine.judge_disk(fast, durability="process", needed_bytes=101 * MB).level == "error"
     slow = replace(fast, fsync_s=0.05)

@@ -18,7 +18,7 @@ from async_rl.instruments import agreement
 from async_rl.instruments.agreement import Difference
 from async_rl.model.create import write_character_tokenizer
 from async_rl.model.tokenizer import Tokenizer
-from async_rl.run.memory import Estimate, Part, estimate, in_words, read_available
+from async_rl.run.memory import Estimate, Part, describe_estimate, estimate, read_available
 from async_rl.task import Task, make_task
 from async_rl.task.protocol import Problem, Segment, Session
 from async_rl.weights.canary import Evidence, compare
@@ -174,7 +174,7 @@ def test_memory_is_judged_by_device() -> None:
     assert memory.judge_memory(found, "cpu", 100).level == "warning"
     assert memory.judge_memory(found, "cpu", 94).level == "error"
     assert memory.judge_memory(found, "cuda:0", 100).level == "ok"
-    assert "in all on cuda:0" in in_words(found)
+    assert "in all on cuda:0" in describe_estimate(found)
 
 
 def test_retention_and_limits_bound_the_disk(tiny_model: Path) -> None:

@@ -16,7 +16,16 @@ from async_rl.errors import UserError
 from async_rl.model.architecture import DecoderConfig, parameters
 from async_rl.model.create import create_model_folder
 from async_rl.model.folder import read_config
-from async_rl.run.memory import Estimate, Part, advice, check_room, estimate, estimate_of, in_words, proposed
+from async_rl.run.memory import (
+    Estimate,
+    Part,
+    advice,
+    check_room,
+    describe_estimate,
+    estimate,
+    estimate_of,
+    propose_micro_batch,
+)
 from async_rl.task import make_task
 
 GB = 1 << 30
@@ -82,7 +91,7 @@ def test_each_rank_and_generator_stands_on_its_gpu() -> None:
     assert found.on("cuda:4") == found.on("cuda:7")
     (copy,) = [part for part in found.parts if "for links" in part.name]
     assert (copy.bytes, copy.device) == (2 * parameters(QWEN_7B), "cpu")
-    said = in_words(found)
+    said = describe_estimate(found)
     assert "in all on each of cuda:0, cuda:1, cuda:2, cuda:3" in said
     assert "trainer: processes" in said
 
@@ -190,14 +199,15 @@ def test_advice_names_the_settings_of_the_process(tiny_model: Path) -> None:
         settings, "trainer", 6000
     )
     assert advice(settings, "generator-0", None).startswith("lower generator.max_sequences")
-    assert proposed(settings, None) == 4096
-    assert proposed(settings, 100) == 256
+    assert propose_micro_batch(settings, None) == 4096
+    assert propose_micro_batch(settings, 100) == 256
 
 
 MEASURE = """
 import resource, sys, torch
 torch.set_num_threads(1)
-from async_rl.trainer.build import make_learner, pack_step
+from async_rl.trainer.build import make_learner
+from async_rl.trainer.packing import pack_step
 from async_rl.config.schema import structured, load_yaml
 from async_rl.config import Settings
 from async_rl.trajectory import Trajectory, Turn, VersionSpan

@@ -1,4 +1,4 @@
-"""What a check found."""
+"""What a check found: ok, a warning or an error, with the remedy."""
 
 from __future__ import annotations
 
