@@ -1,4 +1,8 @@
-"""The shape of a model, read from a Hugging Face config.json without importing torch."""
+"""The shape of a model, read from a Hugging Face config.json, and the memory that it takes. Imports no torch.
+
+The bytes that a forward keeps for the backward pass are counted exactly as the decoder's operations save them (a test
+counts the saved tensors); a GPU's fused norms keep a little less.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +23,22 @@ ARCHITECTURES: dict[str, str] = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-
+"""model_type -> class name in config.json"""
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """linear layers of every layer of `Decoder`"""
 
+FLOAT = 4
+"""bytes of a float32"""
+CHUNK_ELEMENTS = 1 << 22
+"""logits that exist at a time (async_rl_kernels.logprob)"""
+CHUNK_BUFFERS = 4
+"""buffers of one chunk: logits, log-probs, probabilities, their gradient"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
-    """Rotary positions. `llama3` is the scaling of Llama 3.1, `linear` divides every frequency."""
+    """Rotary position embedding. `llama3` is the scaling of Llama 3.1; `linear` divides every frequency by `factor`."""
 
     theta: float = 10_000.0
     kind: Literal["default", "linear", "llama3"] = "default"
@@ -35,7 +46,7 @@ class Rope:
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     original_context: int = 8192
-    """tokens, context of the model before it was extended (llama3)"""
+    """context before it was extended (llama3), tokens"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,15 +79,15 @@ class DecoderConfig:
 
     @property
     def kv_width(self) -> int:
-        """Numbers that one token leaves in the KV cache: key and value of all layers."""
+        """Numbers of one token in the KV cache: key and value of all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
 def parse_config(values: Mapping[str, Any], *, where: str) -> DecoderConfig:
     """The decoder that a config.json describes. `where` names the file in messages.
 
-    Both spellings of rotary settings are read: `rope_theta` + `rope_scaling` (transformers 4) and
-    `rope_parameters` (transformers 5). Raises UserError for what the decoder cannot honour.
+    Both spellings of rotary settings are read: `rope_theta` with `rope_scaling` (transformers 4) and `rope_parameters`
+    (transformers 5). Raises UserError for a feature that the decoder does not have.
     """
     family = values.get("model_type")
     if family not in FAMILIES:
@@ -112,7 +123,7 @@ def parse_config(values: Mapping[str, Any], *, where: str) -> DecoderConfig:
 
 
 def context_of(asked: int, config: DecoderConfig | None) -> int:
-    """Most tokens of a sequence: `asked`, else the model's own limit; 0: not known."""
+    """Most tokens of a sequence: `asked`, else the model's own limit; 0 when it is not known."""
     return asked or (config.max_context if config is not None else 0)
 
 
@@ -124,7 +135,7 @@ def check_targets(targets: Sequence[str], known: Sequence[str]) -> None:
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter, as Hugging Face names them."""
+    """Shape of every parameter by its Hugging Face name; a linear weight is [out, in]."""
     c = config
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocabulary, c.hidden)}
@@ -233,37 +244,24 @@ def _number(values: Mapping[str, Any], key: str, where: str) -> int:
     return value
 
 
-# -------------------- footprint
-# Bytes that training and serving a decoder take, from its shape. Pure; torch is not imported.
-#
-# What a forward keeps for the backward pass is counted exactly as the decoder's operations save it (a test counts the
-# saved tensors); a GPU's fused norms keep a little less.
-
-FLOAT = 4
-"""bytes of a float32"""
-CHUNK_ELEMENTS = 1 << 22
-"""logits that exist at a time (async_rl_kernels.logprob)"""
-CHUNK_BUFFERS = 4
-"""logits, log-probs, probabilities, their gradient"""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """Bytes kept for the backward pass, a token."""
+    """Bytes kept for the backward pass, for each token."""
 
     layer: int
-    """of one layer, its input among them"""
+    """of one layer, its input included"""
     boundary: int
-    """a layer's input alone: what activation checkpointing keeps of each layer"""
+    """of a layer's input alone, which is all that activation checkpointing keeps of a layer"""
     rest: int
     """outside the layers"""
 
 
 def kept_bytes(c: DecoderConfig, *, bfloat16: bool, packed: bool) -> Kept:
-    """`bfloat16`: under autocast, weights float32; `packed`: several documents, laid together by length (CPU)."""
+    """Bytes that the decoder keeps for each token. `bfloat16`: under autocast, with float32 weights; `packed`: several
+    documents, padded together by length (CPU)."""
     item = 2 if bfloat16 else FLOAT
     query, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    # Norms: input, normed and scaled row each in float32; under autocast each linear keeps a cast copy of its own.
+    # Norms keep input, normed and scaled row in float32; under autocast each linear also keeps a cast copy.
     norms = 4 * c.hidden * FLOAT + 5 * c.hidden * item if bfloat16 else 6 * c.hidden * FLOAT
     head_norms = 2 * (query + kv) * FLOAT if c.qk_norm else 0
     attention = (2 * query + 2 * kv + (query if packed else 0)) * item
@@ -282,8 +280,8 @@ def activation_bytes(
     checkpointing: bool = False,
     sharded: bool = False,
 ) -> int:
-    """Kept for the backward pass of one micro-batch. With checkpointing: every layer's input, and one layer whole.
-    `sharded`: weights are gathered layer by layer in bfloat16, so autocast keeps no copies of them."""
+    """Bytes kept for the backward pass of a micro-batch of `tokens`. With checkpointing: every layer's input, and one
+    layer whole. `sharded`: weights are gathered layer by layer in bfloat16, so autocast keeps no copies of them."""
     kept = kept_bytes(c, bfloat16=bfloat16, packed=packed)
     layers = c.layers * kept.boundary + kept.layer if checkpointing else c.layers * kept.layer
     if not bfloat16 or sharded:
@@ -293,24 +291,26 @@ def activation_bytes(
 
 
 def log_prob_bytes(c: DecoderConfig, tokens: int) -> int:
-    """Log-probs of `tokens` policy tokens: their hidden states with gradient, one chunk of logits, and the head's
-    gradient before it is added."""
+    """Bytes for the log-probs of `tokens` policy tokens: their hidden states with gradient, one chunk of logits, and
+    the head's gradient before it is added."""
     rows = min(tokens, max(1, CHUNK_ELEMENTS // c.vocabulary))
     return FLOAT * (3 * tokens * c.hidden + CHUNK_BUFFERS * rows * c.vocabulary + c.vocabulary * c.hidden)
 
 
 def layer_parameters(c: DecoderConfig, *, matrices: bool = False) -> int:
-    """Of one layer; of its matrices alone."""
+    """Number of parameters of one layer, or of its matrices alone."""
     shapes = [shape for name, shape in tensor_shapes(c).items() if name.startswith("model.layers.0.")]
     return sum(prod(shape) for shape in shapes if len(shape) > 1 or not matrices)
 
 
 def parameters(c: DecoderConfig) -> int:
+    """Number of parameters of the model."""
     return sum(prod(shape) for shape in tensor_shapes(c).values())
 
 
 def lora_parameters(c: DecoderConfig, rank: int, targets: tuple[str, ...] = ()) -> int:
-    """Of adapters of `rank` at the linear layers named (by the last part of their names; none: all of them)."""
+    """Number of parameters of adapters of `rank` on the linear layers `targets` (last parts of their names; empty:
+    all)."""
     shapes = [
         shape
         for name, shape in tensor_shapes(c).items()
@@ -321,14 +321,14 @@ def lora_parameters(c: DecoderConfig, rank: int, targets: tuple[str, ...] = ()) 
 
 
 def kv_cache_bytes(c: DecoderConfig, tokens: int, item_bytes: int) -> int:
-    """Keys and values of all layers."""
+    """Bytes of the keys and values of `tokens` in all layers."""
     return tokens * c.kv_width * item_bytes
 
 
 def micro_batch_that_fits(
     c: DecoderConfig, room_bytes: int, *, bfloat16: bool, checkpointing: bool = False, sharded: bool = False
 ) -> int:
-    """Tokens of the largest micro-batch, in multiples of 256, whose activations and log-probs fit; 0: none does."""
+    """Tokens of the largest micro-batch, in multiples of 256, whose activations and log-probs fit; 0 if none does."""
     low, high = 0, 1 << 16
     while low < high:
         middle = (low + high + 1) // 2
@@ -340,5 +340,5 @@ def micro_batch_that_fits(
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what peft puts into it."""
+    """A parameter's name without peft's insertion."""
     return name.replace(".base_layer.", ".")

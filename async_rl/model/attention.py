@@ -1,4 +1,7 @@
-"""Attention among packed documents: what the trainer passes to the decoder."""
+"""Attention among packed documents: the `Attention` that the trainer passes to the decoder.
+
+Shapes: tokens are all tokens of the packed documents; longest is the number of tokens of the longest document.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,12 @@ MAX_PADDING = 1.25
 
 
 class DocumentAttention:
-    """Causal attention in which documents, laid end to end, never see each other.
+    """Causal attention in which documents, packed end to end, do not attend to each other.
 
-    Example: `model(tokens, positions, DocumentAttention([5, 3]))` with eight tokens and positions
-    0..4, 0..2. Documents of similar length are padded together for SDPA; a `kernel` (model/varlen.py) takes
-    them as they lie, in half precision.
+    Documents of similar length are padded together for SDPA; a `kernel` (model/varlen.py) takes them packed, in half
+    precision.
+
+    Example: `model(tokens, positions, DocumentAttention([5, 3]))` with eight tokens and positions 0..4, 0..2.
     """
 
     def __init__(self, lengths: Sequence[int], kernel: Kernel | None = None) -> None:
@@ -32,7 +36,7 @@ class DocumentAttention:
         self._bounds: Tensor | None = None
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim]."""
+        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim]."""
         if query.shape[0] != self.num_tokens:
             raise ValueError(f"{query.shape[0]} tokens for documents of {self.num_tokens} tokens")
         if self._kernel is not None and (dtype := half_precision(query)) is not None:
@@ -48,8 +52,8 @@ class DocumentAttention:
         parts = []
         for bucket in self._buckets:
             out = causal(query[bucket.gather], key[bucket.gather], value[bucket.gather])
-            parts.append(out.flatten(0, 1))
-        # One index puts the tokens of all buckets back in order and leaves the padding out.
+            parts.append(out.flatten(0, 1))  # [documents * longest, heads, head_dim]
+        # one index puts the tokens of all buckets back in order and leaves the padding out
         every = parts[0] if len(parts) == 1 else torch.cat(parts)
         return every.index_select(0, self._buckets[0].restore)
 
@@ -61,16 +65,19 @@ class DocumentAttention:
 
 
 def half_precision(query: Tensor) -> torch.dtype | None:
-    """What a kernel is to compute in: autocast's dtype (rotated queries are float32 there, and no kernel casts them
-    itself), else the query's own; None when that is no half precision."""
+    """The dtype for a kernel: autocast's (rotated queries are float32 there, and no kernel casts them itself), else the
+    query's own; None when that is not float16 or bfloat16."""
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
 
 class Bucket:
-    """Documents of similar length. `gather` [documents, longest] indexes packed tokens (padding repeats
-    a document's last token); `restore` [tokens] is shared by all buckets of a call."""
+    """Documents of similar length, padded together.
+
+    `gather` [documents, longest] int64 indexes packed tokens, where padding repeats a document's last token. `restore`
+    [tokens] int64 indexes the padded tokens of all buckets in turn; all buckets of a call share it.
+    """
 
     def __init__(self, gather: Tensor, restore: Tensor) -> None:
         self.gather = gather
@@ -78,7 +85,7 @@ class Bucket:
 
 
 def make_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
-    """Sort documents by length and cut where padding would exceed `MAX_PADDING`."""
+    """Sort documents by length, and start a new bucket where padding would exceed `MAX_PADDING`."""
     starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups: list[list[int]] = []
@@ -95,8 +102,8 @@ def make_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
     for group in groups:
         size = torch.tensor([lengths[i] for i in group])[:, None]
         column = torch.arange(lengths[group[0]])[None, :]
-        gather = starts[group][:, None] + torch.minimum(column, size - 1)
-        real = column < size
+        gather = starts[group][:, None] + torch.minimum(column, size - 1)  # [documents, longest]
+        real = column < size  # [documents, longest]
         where = base + torch.arange(gather.numel()).view(gather.shape)
         restore[gather[real]] = where[real]
         gathers.append(gather)
@@ -106,8 +113,8 @@ def make_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention of whole documents: [documents, tokens, heads, head_dim] in and out. Padding at
-    the end of a document is never seen by its real tokens."""
+    """Causal attention within each document: query [documents, longest, heads, head_dim], key and value with kv_heads,
+    -> the query's shape. No real token attends to padding, which is at the end."""
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),

@@ -1,6 +1,7 @@
-"""Tokenizers that need no file from anywhere: one token a character of an alphabet, or one a byte.
+"""A new small model with random weights and a tokenizer of its own; `async-rl init-model` warms such a model up.
 
-Both end with `<|end|>` (end of text) and `<|pad|>`, and transformers' AutoTokenizer loads them.
+A tokenizer has one token for each character of an alphabet, or one for each byte. Both kinds end with `<|end|>` (end of
+text) and `<|pad|>`, and transformers' AutoTokenizer loads them.
 """
 
 from __future__ import annotations
@@ -20,53 +21,6 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-
-
-def write_character_tokenizer(folder: str | Path, alphabet: str) -> int:
-    """Write tokenizer.json and tokenizer_config.json with one token per character of `alphabet`, in its order.
-
-    Returns the number of tokens. Raises ValueError for an empty alphabet or a character twice.
-    """
-    if not alphabet or len(set(alphabet)) != len(alphabet):
-        raise ValueError(f"the alphabet must hold each character once, it is {alphabet!r}")
-    vocabulary = {character: i for i, character in enumerate(alphabet)}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=""))
-    # Every character its own piece, newlines included.
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-    made.decoder = tokenizers.decoders.Fuse()
-    return _write(made, Path(folder))
-
-
-def write_byte_tokenizer(folder: str | Path) -> int:
-    """Write tokenizer.json and tokenizer_config.json with one token a byte of UTF-8, and a plain chat template.
-
-    Returns the number of tokens, 258.
-    """
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # a printable character for each byte
-    made = tokenizers.Tokenizer(tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, []))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    return _write(made, Path(folder), chat_template=CHAT_TEMPLATE)
-
-
-def _write(made: tokenizers.Tokenizer, folder: Path, **settings: str) -> int:
-    """Add the two special tokens and write both files; the number of tokens."""
-    made.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in (END, PAD)])
-    folder.mkdir(parents=True, exist_ok=True)
-    made.save(str(folder / "tokenizer.json"))
-    values = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END,
-        "pad_token": PAD,
-        "clean_up_tokenization_spaces": False,
-        **settings,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2) + "\n")
-    return made.get_vocab_size()
-
-
-# -------------------- create
-# A new small model with random weights: what `async-rl init-model` warms up.
 
 
 def create_model_folder(
@@ -112,7 +66,7 @@ def create_model_folder(
 
 
 def write_random_weights(folder: Path, config: DecoderConfig, *, seed: int) -> None:
-    """Put config.json and random weights of `config` beside the tokenizer that lies in `folder`."""
+    """Write config.json and random weights of `config` into `folder`, which holds the tokenizer."""
     from async_rl.model.decoder import Decoder
 
     eos = Tokenizer(folder).eos_id
@@ -121,3 +75,46 @@ def write_random_weights(folder: Path, config: DecoderConfig, *, seed: int) -> N
     model = Decoder(config)
     model.initialise(seed)
     save_folder(folder, model, source=folder)
+
+
+def write_character_tokenizer(folder: str | Path, alphabet: str) -> int:
+    """Write tokenizer.json and tokenizer_config.json with one token per character of `alphabet`, in its order.
+
+    Returns the number of tokens. Raises ValueError for an empty alphabet or a character twice.
+    """
+    if not alphabet or len(set(alphabet)) != len(alphabet):
+        raise ValueError(f"the alphabet must hold each character once, it is {alphabet!r}")
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=""))
+    # every character is a piece of its own, newlines included
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    made.decoder = tokenizers.decoders.Fuse()
+    return _write(made, Path(folder))
+
+
+def write_byte_tokenizer(folder: str | Path) -> int:
+    """Write tokenizer.json and tokenizer_config.json with one token a byte of UTF-8, and a plain chat template.
+
+    Returns the number of tokens, 258.
+    """
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # a printable character for each byte
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    return _write(made, Path(folder), chat_template=CHAT_TEMPLATE)
+
+
+def _write(made: tokenizers.Tokenizer, folder: Path, **settings: str) -> int:
+    """Add the two special tokens and write both files. Returns the number of tokens."""
+    made.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in (END, PAD)])
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+        **settings,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2) + "\n")
+    return made.get_vocab_size()

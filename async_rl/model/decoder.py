@@ -1,9 +1,17 @@
 """The decoder of Llama, Mistral, Qwen2 and Qwen3, over flat packed tokens.
 
-Left out on purpose: batching, padding, caches and masks. Whoever calls passes an `Attention` that
-knows which token may see which: packed documents in training, a KV cache in the engine. So both run
-the same arithmetic. Parameters carry Hugging Face's names; projections are `nn.Linear`, the embedding
-is `nn.Embedding`, norms are `RMSNorm`, all called as modules, so that hooks see every use of a weight.
+It has no batching, padding, caches or masks on purpose. The caller passes an `Attention` that knows which token may
+attend to which: packed documents in training, a KV cache in the engine. So both run the same arithmetic. Parameters
+have Hugging Face's names; projections are `nn.Linear`, the embedding is `nn.Embedding`, norms are `RMSNorm`, all called
+as modules, so that hooks see every use of a weight.
+
+`FusedDecoder` is the same arithmetic in fewer and larger operations, for inference: a decode step of a small model
+spends most of its time between operations. Query, key and value come from one product, gate and up from another, and
+residuals are added inside a product. There is one set of weights: the decoder's parameters become views of joint
+buffers, so an in-place update of them updates these. A test holds both to the same numbers.
+
+Shapes: tokens are all tokens of a packed row; hidden, intermediate, heads, kv_heads, head_dim and vocabulary are the
+config's. dtypes are the model's unless stated.
 """
 
 from __future__ import annotations
@@ -23,21 +31,215 @@ from torch.utils.checkpoint import checkpoint
 from async_rl.model.architecture import DecoderConfig, Rope
 from async_rl_kernels.product import linear, worthwhile
 
-# -------------------- matmul
-# A linear layer whose products take the faster way on a CPU (async_rl_kernels.product).
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""the dtypes that settings name"""
+
+
+class Attention(Protocol):
+    """Causal attention among the packed tokens, scaled by 1/sqrt(head_dim)."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim], already rotated by their
+        positions -> [tokens, heads, head_dim]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerExecution:
+    """How a layer's forward is computed. The numbers are the same."""
+
+    checkpointed: bool = False
+    """keep only the layer's input, and recompute the rest in the backward pass"""
+    compiled: bool = False
+    """use torch.compile"""
+
+
+class Decoder(nn.Module):
+    """A causal language model without its last matrix product.
+
+    forward(tokens [tokens] int64, positions [tokens] int64, attention) -> hidden [tokens, hidden] after the final norm.
+    The caller, who rarely needs all logits, computes them as `hidden @ head.T`.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = None if config.tied else Linear(config.hidden, config.vocabulary, bias=False)
+        # not a buffer, because `.to(bfloat16)` must not round it
+        self._frequencies: dict[torch.device, Tensor] = {}
+
+    @property
+    def head(self) -> Tensor:  # [vocabulary, hidden]
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        x = self.model.embed_tokens(tokens)  # [tokens, hidden]
+        cos, sin = self.rotation(positions, x.dtype)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, attention)
+        return self.model.norm(x)
+
+    def set_execution(self, execution: LayerExecution) -> LayerExecution:
+        """Compute every layer in this way from now on; returns the way until now."""
+        before = LayerExecution()
+        for layer in self.model.layers:
+            assert isinstance(layer, Layer)
+            before, layer.execution = layer.execution, execution
+        return before
+
+    def initialise(self, seed: int, std: float = 0.02) -> None:
+        """Draw random weights as Hugging Face does: normal(0, std), norms 1, biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("norm.weight"):
+                    parameter.fill_(1.0)
+                elif name.endswith(".bias"):
+                    parameter.zero_()
+                else:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions [tokens] -> cos and sin [tokens, 1, head_dim] for `rotate`, computed in float32; sin is negative in
+        its first half."""
+        frequency = self._frequencies.get(positions.device)
+        if frequency is None:
+            with torch.inference_mode(False):  # tensors of inference mode cannot enter autograd
+                frequency = inverse_frequencies(self.config.rope, self.config.head_dim).to(positions.device)
+            self._frequencies[positions.device] = frequency
+        angle = positions.to(torch.float32)[:, None, None] * frequency  # [tokens, 1, head_dim / 2]
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+class Trunk(nn.Module):
+    """Everything below the head, which Hugging Face calls `model`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        # Given a weight, the module draws none (`initialise` does); drawing on the meta device imports a compiler.
+        table = torch.empty(config.vocabulary, config.hidden)
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden, _weight=table)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+
+
+class Layer(nn.Module):
+    """One layer: x [tokens, hidden] -> [tokens, hidden]. `execution` says how it is computed."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.execution = LayerExecution()
+        self.self_attn = SelfAttention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        if self.execution.checkpointed and torch.is_grad_enabled():
+            # nothing in a layer is random, so no random state has to be restored
+            found: Tensor = checkpoint(
+                self._compute, x, cos, sin, attention, use_reentrant=False, preserve_rng_state=False
+            )
+            return found
+        return self._compute(x, cos, sin, attention)
+
+    def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        before, after = compiled() if self.execution.compiled else (before_attention, after_attention)
+        return after(self, x, attention(self.self_attn.layer, *before(self, x, cos, sin)))
+
+
+def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of a layer before attention: x [tokens, hidden] -> query, key, value as `SelfAttention.project`."""
+    return layer.self_attn.project(layer.input_layernorm(x), cos, sin)
+
+
+def after_attention(layer: Layer, x: Tensor, out: Tensor) -> Tensor:
+    """The part of a layer after attention: x [tokens, hidden], out [tokens, heads, head_dim] -> [tokens, hidden]."""
+    x = x + layer.self_attn.o_proj(out.reshape(x.shape[0], -1))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+@cache
+def compiled() -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor]]:
+    """`before_attention` and `after_attention` through torch.compile, each one graph for all layers and any number of
+    tokens. Attention between them is not compiled, because documents differ in every batch."""
+    return (
+        torch.compile(before_attention, dynamic=True, fullgraph=True),
+        torch.compile(after_attention, dynamic=True, fullgraph=True),
+    )
+
+
+class SelfAttention(nn.Module):
+    """The projections around attention: query, key and value before it, output after it."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        c = config
+        self.layer, self.head_dim = layer, c.head_dim
+        self.q_proj = Linear(c.hidden, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.heads * c.head_dim, c.hidden, bias=c.output_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [tokens, hidden] -> query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim]; query and
+        key are rotated by their positions."""
+        per_head = (x.shape[0], -1, self.head_dim)
+        query, key = self.q_proj(x).view(per_head), self.k_proj(x).view(per_head)
+        value = self.v_proj(x).view(per_head)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): x [tokens, hidden] -> [tokens, hidden]."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate, config.hidden, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # inside: [tokens, intermediate]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019). x [..., size] -> the same shape, in the
+    wider of both dtypes."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # the dtypes differ under autocast (x is bfloat16) and in a sharded model (the weight is)
+        wider = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(wider), self.weight.shape, self.weight.to(wider), self.eps)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose products, forward and backward, take the faster way."""
+    """`nn.Linear` whose products, forward and backward, use the faster kernel on a CPU (async_rl_kernels.product).
+
+    forward: x [rows, in] -> [rows, out].
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch's compiler takes oneDNN's product of a weight that changes for one of a constant, and fails
+        # torch's compiler takes oneDNN's product with a changing weight for one with a constant weight, and fails
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not worthwhile(x, self.weight):
             return F.linear(x, self.weight, self.bias)
         return _Product.apply(x, self.weight, self.bias)
 
 
 class _Product(torch.autograd.Function):
+    """x [rows, in] @ weight [out, in].T + bias [out] -> [rows, out]."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -55,210 +257,16 @@ class _Product(torch.autograd.Function):
         )
 
 
-def add_linear(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x + features @ weight.T + bias, without autograd. x [rows, out], features [rows, in]."""
-    if worthwhile(features, weight):
-        return torch.ops.mkldnn._linear_pointwise.binary(features, x, weight, bias, "add")
-    out = torch.addmm(x, features, weight.t())
-    return out if bias is None else out.add_(bias)
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""the dtypes that settings name"""
-
-
-class Attention(Protocol):
-    """Causal attention among the packed tokens, scaled by 1/sqrt(head_dim)."""
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim], positions
-        already rotated in; returns [tokens, heads, head_dim]."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class How:
-    """How a layer's forward is carried out."""
-
-    checkpointed: bool = False
-    """keep only the layer's input, and compute the rest again in the backward pass"""
-    compiled: bool = False
-    """by torch.compile"""
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        # bfloat16 beside float32: x under autocast, the weight where a model is sharded
-        wider = torch.promote_types(x.dtype, self.weight.dtype)
-        return F.rms_norm(x.to(wider), self.weight.shape, self.weight.to(wider), self.eps)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
-        super().__init__()
-        c = config
-        self.layer, self.head_dim = layer, c.head_dim
-        self.q_proj = Linear(c.hidden, c.heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = Linear(c.heads * c.head_dim, c.hidden, bias=c.output_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
-
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, positions rotated in."""
-        per_head = (x.shape[0], -1, self.head_dim)
-        query, key = self.q_proj(x).view(per_head), self.k_proj(x).view(per_head)
-        value = self.v_proj(x).view(per_head)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        return rotate(query, cos, sin), rotate(key, cos, sin), value
-
-
-class MLP(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.gate_proj = Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
-        self.up_proj = Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
-        self.down_proj = Linear(config.intermediate, config.hidden, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Layer(nn.Module):
-    """One layer; `how` says what is kept of its forward and who computes it. The numbers are the same."""
-
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
-        super().__init__()
-        self.how = How()
-        self.self_attn = SelfAttention(config, layer)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-        if self.how.checkpointed and torch.is_grad_enabled():
-            # nothing in a layer is random, so there is no random state to bring back
-            found: Tensor = checkpoint(
-                self._compute, x, cos, sin, attention, use_reentrant=False, preserve_rng_state=False
-            )
-            return found
-        return self._compute(x, cos, sin, attention)
-
-    def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-        before, after = compiled() if self.how.compiled else (before_attention, after_attention)
-        return after(self, x, attention(self.self_attn.layer, *before(self, x, cos, sin)))
-
-
-def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a layer does up to its attention: query, key, value."""
-    return layer.self_attn.project(layer.input_layernorm(x), cos, sin)
-
-
-def after_attention(layer: Layer, x: Tensor, out: Tensor) -> Tensor:
-    """What it does with attention's `out` [tokens, heads, head_dim]."""
-    x = x + layer.self_attn.o_proj(out.reshape(x.shape[0], -1))
-    return x + layer.mlp(layer.post_attention_layernorm(x))
-
-
-@cache
-def compiled() -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor]]:
-    """`before_attention` and `after_attention` through torch.compile: each one graph for all layers and any number
-    of tokens. Attention stays between them as it is: documents differ in every batch."""
-    return (
-        torch.compile(before_attention, dynamic=True, fullgraph=True),
-        torch.compile(after_attention, dynamic=True, fullgraph=True),
-    )
-
-
-class Trunk(nn.Module):
-    """What Hugging Face calls `model`: everything below the head."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        # Given its weight, it draws none: `initialise` does. Drawing on the meta device imports torch's compiler.
-        table = torch.empty(config.vocabulary, config.hidden)
-        self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden, _weight=table)
-        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.layers))
-        self.norm = RMSNorm(config.hidden, config.norm_eps)
-
-
-class Decoder(nn.Module):
-    """A causal language model without its last matrix product.
-
-    forward(tokens [tokens] int64, positions [tokens] int64, attention) -> hidden [tokens, hidden] after
-    the final norm; logits are `hidden @ head.T`, left to the caller, who rarely needs all of them.
-    """
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = Trunk(config)
-        self.lm_head = None if config.tied else Linear(config.hidden, config.vocabulary, bias=False)
-        # Not a buffer: `.to(bfloat16)` must not round it.
-        self._frequencies: dict[torch.device, Tensor] = {}
-
-    @property
-    def head(self) -> Tensor:  # [vocabulary, hidden]
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-
-    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        x = self.model.embed_tokens(tokens)
-        cos, sin = self.rotation(positions, x.dtype)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, attention)
-        return self.model.norm(x)
-
-    def carry_out(self, how: How) -> How:
-        """Carry every layer out so from now on; how it was before."""
-        before = How()
-        for layer in self.model.layers:
-            assert isinstance(layer, Layer)
-            before, layer.how = layer.how, how
-        return before
-
-    def initialise(self, seed: int, std: float = 0.02) -> None:
-        """Random weights as Hugging Face draws them: normal(0, std), norms 1, biases 0."""
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name.endswith("norm.weight"):
-                    parameter.fill_(1.0)
-                elif name.endswith(".bias"):
-                    parameter.zero_()
-                else:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos [tokens, 1, head_dim] and sin with the sign of `rotate` folded in."""
-        frequency = self._frequencies.get(positions.device)
-        if frequency is None:
-            with torch.inference_mode(False):  # the engine's first call must not spoil it for training
-                frequency = inverse_frequencies(self.config.rope, self.config.head_dim).to(positions.device)
-            self._frequencies[positions.device] = frequency
-        angle = positions.to(torch.float32)[:, None, None] * frequency
-        cos, sin = angle.cos(), angle.sin()
-        return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2021) in Hugging Face's half-split order; `sin` is negative in its
-    first half. x [tokens, heads, head_dim]."""
+    """Rotary embedding (Su et al. 2021) in Hugging Face's half-split order. x [tokens, heads, head_dim], cos and sin
+    [tokens, 1, head_dim] as from `Decoder.rotation` -> the shape of x."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat((x[..., half:], x[..., :half]), -1) * sin
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:  # [head_dim / 2] float32
-    """Angle per position of each pair of dimensions. llama3: the wavelength-dependent scaling of
-    Llama 3.1, as in transformers' `_compute_llama3_parameters`."""
+    """The angle per position of each pair of dimensions. llama3 is the wavelength-dependent scaling of Llama 3.1, as in
+    transformers' `_compute_llama3_parameters`."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
     frequency = 1.0 / (rope.theta**exponent)
     if rope.kind == "default":
@@ -276,21 +284,12 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:  # [head_dim / 2] 
     return torch.where((wavelength >= high) & (wavelength <= low), between, scaled)
 
 
-# -------------------- fused
-# `Decoder`'s arithmetic in fewer and larger operations, for inference.
-#
-# A decode step of a small model spends most of its time between operations. Here query, key and value
-# come from one product, gate and up from another, and residuals are added inside a product. There is
-# still one definition and one set of weights: the decoder's parameters become views of joint buffers, so
-# an in-place update of them is an update of these. A test holds both to the same numbers.
-
-
 class FusedDecoder:
-    """The forward pass of `decoder`, without autograd. Takes the storage of its parameters over: do not
+    """The forward pass of `decoder`, without autograd. It takes over the storage of the decoder's parameters: do not
     move or cast the decoder afterwards."""
 
     def __init__(self, decoder: Decoder, max_context: int) -> None:
-        """`max_context`: positions stay below it."""
+        """`max_context`: positions are below it."""
         self.decoder = decoder
         config = decoder.config
         positions = torch.arange(max_context, device=decoder.head.device)
@@ -309,7 +308,7 @@ class FusedDecoder:
 
 
 class FusedLayer:
-    """One layer, with joint weights for the projections that share an input."""
+    """One layer with joint weights for the projections that share an input: x [tokens, hidden] -> [tokens, hidden]."""
 
     def __init__(self, layer: Layer, eps: Tensor) -> None:
         at, mlp = layer.self_attn, layer.mlp
@@ -331,7 +330,7 @@ class FusedLayer:
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         tokens = x.shape[0]
         normed = rms_norm(x, self._first_norm, self._eps)
-        qkv = linear(normed, self._qkv, self._qkv_bias).view(tokens, -1, self._head_dim)
+        qkv = linear(normed, self._qkv, self._qkv_bias).view(tokens, -1, self._head_dim)  # heads of all three
         both = qkv[:, : self._rotated]  # query and key heads
         if self._norms is not None:
             both = rms_norm(both, self._norms.index_select(0, self._kind), self._eps)
@@ -339,12 +338,13 @@ class FusedLayer:
         out = attention(self._index, both[:, : self._heads], both[:, self._heads :], qkv[:, self._rotated :])
         x = add_linear(x, out.reshape(tokens, -1), self._out.weight, self._out.bias)
         normed = rms_norm(x, self._second_norm, self._eps)
-        gate, up = linear(normed, self._gate_up, self._gate_up_bias).chunk(2, -1)
+        gate, up = linear(normed, self._gate_up, self._gate_up_bias).chunk(2, -1)  # [tokens, intermediate] each
         return add_linear(x, F.silu(gate).mul_(up), self._down.weight, self._down.bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
-    """x / rms(x) * weight. In float32 the norm is one operation, where F.rms_norm takes six on a CPU."""
+    """x / rms(x) * weight over the last dimension; x [..., size] -> the same shape. In float32 the norm is one
+    operation, where F.rms_norm takes six on a CPU."""
     if x.dtype != torch.float32 or x.is_cuda:
         return F.rms_norm(x, x.shape[-1:], None, float(eps)) * weight
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -353,7 +353,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
 
 
 def join(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Weights and biases stacked by output; the modules' own become views of the stack."""
+    """(weights [sum of out, in], biases [sum of out] or None), stacked; the modules' own become views of the stack."""
     weight = stack([linear.weight for linear in linears])
     biases = [linear.bias for linear in linears if linear.bias is not None]
     assert len(biases) in (0, len(linears))
@@ -365,7 +365,7 @@ def join_norms(norms: Sequence[RMSNorm]) -> Tensor:  # [norms, size]
 
 
 def stack(parameters: Sequence[Tensor]) -> Tensor:
-    """The parameters one after another along their first dimension, each now a view of the result."""
+    """Concatenate parameters along their first dimension, and make each a view of the result."""
     with torch.no_grad():
         joint = torch.cat([parameter.detach() for parameter in parameters])
     begin = 0
@@ -373,3 +373,12 @@ def stack(parameters: Sequence[Tensor]) -> Tensor:
         parameter.data = joint[begin : begin + parameter.shape[0]]
         begin += parameter.shape[0]
     return joint
+
+
+def add_linear(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x + features @ weight.T + bias, without autograd. x [rows, out], features [rows, in], weight [out, in], bias
+    [out] -> [rows, out]."""
+    if worthwhile(features, weight):
+        return torch.ops.mkldnn._linear_pointwise.binary(features, x, weight, bias, "add")
+    out = torch.addmm(x, features, weight.t())
+    return out if bias is None else out.add_(bias)

@@ -1,4 +1,8 @@
-"""A model folder on disk: config.json, safetensors, tokenizer. Checking one does not import torch."""
+"""A model folder on disk: config.json, safetensors, tokenizer. Checking one does not import torch.
+
+The layout of the weights is transformers' own: `model.safetensors`, or `model-00001-of-00003.safetensors` and so on
+with `model.safetensors.index.json`, which names the file of each tensor.
+"""
 
 from __future__ import annotations
 
@@ -25,71 +29,16 @@ if TYPE_CHECKING:
     from async_rl.model.decoder import Decoder
     from async_rl.model.huggingface import HuggingFaceDecoder
 
-
-# -------------------- weight writer
-# Weights of a model folder, written as they come: one file, or several with an index where they are large.
-#
-# The layout is transformers' own: `model.safetensors`, or `model-00001-of-00003.safetensors` and so on with
-# `model.safetensors.index.json`, which says in which file each tensor is.
-
+CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_BYTES = 5 << 30
-"""of one file; so much is held in memory while it is filled"""
-
-
-def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], most_bytes: int = MOST_BYTES) -> str:
-    """Write them all; the dtype of the first, as config.json names it. Files appear under their names when all are
-    whole. Raises OSError or SafetensorError."""
-    from safetensors.torch import save_file
-
-    written: list[tuple[Path, list[str]]] = []
-    held: dict[str, Tensor] = {}
-    total = held_bytes = 0
-    dtype = ""
-
-    def flush() -> None:
-        path = folder / f".{WEIGHTS}.{len(written)}.partial"
-        save_file(held, path, metadata={"format": "pt"})
-        written.append((path, list(held)))
-        held.clear()
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if held and held_bytes + size > most_bytes:
-            flush()
-            held_bytes = 0
-        # Cloned: safetensors refuses views of a joint buffer, which an engine's parameters are.
-        held[name] = tensor.detach().cpu().contiguous().clone()
-        dtype = dtype or str(tensor.dtype).removeprefix("torch.")
-        held_bytes += size
-        total += size
-    flush()
-    _rename(folder, written, total)
-    return dtype
-
-
-def _rename(folder: Path, written: list[tuple[Path, list[str]]], total: int) -> None:
-    """The index last: it makes the folder one of several files."""
-    if len(written) == 1:
-        (folder / INDEX).unlink(missing_ok=True)
-        os.replace(written[0][0], folder / WEIGHTS)
-        return
-    where: dict[str, str] = {}
-    for number, (path, names) in enumerate(written, start=1):
-        final = f"model-{number:05d}-of-{len(written):05d}.safetensors"
-        os.replace(path, folder / final)
-        where |= dict.fromkeys(names, final)
-    (folder / WEIGHTS).unlink(missing_ok=True)
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-CONFIG = "config.json"
+"""largest weights file; so much is held in memory while one is filled"""
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
+"""endings of files that `save_folder` does not copy: weights"""
 
 
 def read_config(path: str | Path) -> DecoderConfig | None:
-    """The decoder a folder holds; None when its architecture is left to transformers."""
+    """The decoder that a folder holds; None when transformers defines its architecture."""
     folder = existing(path)
     values = read_json(folder / CONFIG)
     if values.get("model_type") not in FAMILIES:
@@ -98,11 +47,11 @@ def read_config(path: str | Path) -> DecoderConfig | None:
 
 
 def check_folder(path: str | Path) -> DecoderConfig | None:
-    """Everything that can be known wrong before torch is imported. Returns `read_config(path)`.
+    """Check all that can be checked without torch. Returns `read_config(path)`.
 
-    Raises UserError naming the file and the remedy: missing folder, config, weights or tokenizer;
-    unsupported architecture; missing, unexpected or misshapen tensors; a tokenizer that can produce
-    tokens the model has no embedding for.
+    Raises UserError, with the file and the remedy, for a missing folder, config, weights or tokenizer; an unsupported
+    architecture; missing, unexpected or misshapen tensors; and a tokenizer with tokens that the model has no embedding
+    for.
     """
     folder = existing(path)
     config = read_config(folder)
@@ -132,7 +81,7 @@ def check_folder(path: str | Path) -> DecoderConfig | None:
 def load_model(
     path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Decoder | HuggingFaceDecoder:
-    """The model of a folder in `dtype` (default float32) on `device`, after `check_folder`."""
+    """The model of a folder in `dtype` (default float32) on `device`. Raises UserError as `check_folder` does."""
     import torch
 
     dtype = dtype or torch.float32
@@ -155,7 +104,7 @@ def load_model(
 
 
 def load_tensors(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Every tensor of the folder's safetensors files."""
+    """Every tensor of the folder's safetensors files, by name, in its stored dtype."""
     from safetensors.torch import load_file
 
     tensors: dict[str, Tensor] = {}
@@ -171,11 +120,11 @@ def save_folder(
     source: str | Path,
     weights: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Write `model` as a folder that transformers loads; `weights`: in place of its parameters, by name, one after
-    another.
+    """Write `model` as a folder that transformers loads.
 
-    config.json, tokenizer and the other small files are copied from `source`, the folder the model came
-    from. The weights are renamed into place last, so a folder with weights is a whole one.
+    config.json, tokenizer and the other small files are copied from `source`, the folder that the model came from. The
+    weights are renamed into place last, so a folder with weights is complete. `weights` (name, tensor), one after
+    another, take the place of the model's parameters.
     """
     folder, origin = Path(path), existing(source)
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,8 +143,55 @@ def save_folder(
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
 
 
+def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], most_bytes: int = MOST_BYTES) -> str:
+    """Write all tensors into files of at most `most_bytes`; returns the dtype of the first as config.json names it.
+    The files get their names when all are complete. Raises OSError or SafetensorError."""
+    from safetensors.torch import save_file
+
+    written: list[tuple[Path, list[str]]] = []
+    held: dict[str, Tensor] = {}
+    total = held_bytes = 0
+    dtype = ""
+
+    def flush() -> None:
+        path = folder / f".{WEIGHTS}.{len(written)}.partial"
+        save_file(held, path, metadata={"format": "pt"})
+        written.append((path, list(held)))
+        held.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if held and held_bytes + size > most_bytes:
+            flush()
+            held_bytes = 0
+        # cloned because safetensors refuses views of a joint buffer, which an engine's parameters are
+        held[name] = tensor.detach().cpu().contiguous().clone()
+        dtype = dtype or str(tensor.dtype).removeprefix("torch.")
+        held_bytes += size
+        total += size
+    flush()
+    _rename(folder, written, total)
+    return dtype
+
+
+def _rename(folder: Path, written: list[tuple[Path, list[str]]], total: int) -> None:
+    """Give the files their names. The index is written last: with it the folder has several files."""
+    if len(written) == 1:
+        (folder / INDEX).unlink(missing_ok=True)
+        os.replace(written[0][0], folder / WEIGHTS)
+        return
+    where: dict[str, str] = {}
+    for number, (path, names) in enumerate(written, start=1):
+        final = f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        os.replace(path, folder / final)
+        where |= dict.fromkeys(names, final)
+    (folder / WEIGHTS).unlink(missing_ok=True)
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
 def read_headers(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor, from the headers of the safetensors files alone."""
+    """The shape of every tensor, read from the headers of the safetensors files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
         for name, entry in safetensors_header(file).items():
@@ -204,7 +200,7 @@ def read_headers(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The single weights file, or those the index lists. Raises UserError when one is missing."""
+    """The single weights file, or the files that the index lists. Raises UserError when one is missing."""
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX)
         files = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
@@ -268,7 +264,7 @@ def check_tensors(found: dict[str, tuple[int, ...]], config: DecoderConfig, fold
 
 
 def existing(path: str | Path) -> Path:
-    """The folder, or UserError when it is not one or has no config.json."""
+    """`path` as a folder. Raises UserError when there is none or it has no config.json."""
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(
@@ -291,14 +287,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-# -------------------- slices
-# Parts of the tensors of a model folder, read where they are needed.
-
-
 class TensorFiles:
-    """Use as a context: `with TensorFiles(folder) as files: files.rows("model.norm.weight", 0, 8)`.
+    """Parts of the tensors of a model folder, read where they are needed. The files are mapped, not read whole.
 
-    Files are mapped: what is not asked for is not read."""
+    Example: `with TensorFiles(folder) as files: files.rows("model.norm.weight", 0, 8)`.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self._paths = weight_files(existing(path))

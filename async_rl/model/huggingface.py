@@ -1,8 +1,10 @@
 """Any other causal language model, through transformers.
 
-transformers lets one register an attention function by name; ours hands query, key and value to the
-`Attention` object of the current call. So a foreign architecture has the same `forward(tokens,
-positions, attention)` and `head` as `Decoder`, and the same packing and KV cache serve it.
+transformers takes attention functions by name; ours passes query, key and value to the `Attention` object of the
+current call. So a foreign architecture has the same `forward(tokens, positions, attention)` and `head` as `Decoder`,
+and the same packing and KV cache serve it.
+
+Shapes as in decoder.py.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from async_rl.model.decoder import Attention, Decoder
 
 INTERFACE = "async_rl"
 TOLERANCE = 1e-3
-"""largest difference of a logit between our call and transformers' own, in float32, relative to the
-largest logit; features we cannot honour differ by far more"""
+"""largest difference of a logit between our call and transformers' own, in float32, relative to the largest logit;
+unsupported features differ by far more"""
 
 _current: ContextVar[Attention] = ContextVar("async_rl_attention")
 
@@ -57,16 +59,16 @@ class HuggingFaceDecoder(nn.Module):
         super().__init__()
         for name, child in causal.named_children():
             self.add_module(name, child)
-        # Hidden from nn.Module: its children are registered above, under their own names.
+        # hidden from nn.Module, because its children are registered above under their own names
         object.__setattr__(self, "_causal", causal)
         self.config = config
 
     @classmethod
     def load(cls, folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> HuggingFaceDecoder:
-        """Load and prove that our call computes what transformers computes.
+        """Load a model and check that our call computes what transformers computes.
 
-        Raises UserError when transformers is missing, does not know the architecture, or the
-        architecture does something between the attention and the logits that we cannot honour.
+        Raises UserError when transformers is missing, does not know the architecture, or the architecture has a feature
+        that we do not support.
         """
         try:
             from transformers import AutoModelForCausalLM
@@ -83,7 +85,7 @@ class HuggingFaceDecoder(nn.Module):
         refuse_unsupported(causal.config, folder)
         causal.eval()
         model = cls(causal, observe_shape(causal, folder))
-        model._prove(folder)
+        model._check_logits(folder)
         causal.to(device=device, dtype=dtype)
         return model
 
@@ -98,10 +100,11 @@ class HuggingFaceDecoder(nn.Module):
         return out.last_hidden_state[0]
 
     def checkpoint_layers(self, where: str) -> None:
-        """Keep only each layer's input of a forward and compute the rest again in the backward pass.
+        """Keep only each layer's input of a forward and recompute the rest in the backward pass.
 
-        transformers does that where a layer is in training mode; only the layers are put there, not what is in
-        them, so that no dropout wakes up. Raises UserError when it changes what is computed, or cannot be done.
+        transformers does that where a layer is in training mode. Only the layers are put into it, not the modules in
+        them, so that dropout stays off. Raises UserError, which names `where`, when that changes the result or cannot
+        be done.
         """
         try:
             self._causal.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recompute_context})
@@ -120,10 +123,10 @@ class HuggingFaceDecoder(nn.Module):
             )
 
     def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Write config.json and weights as transformers does; `weights`: in place of the parameters."""
+        """Write config.json and weights as transformers does; `weights` by name take the place of the parameters."""
         state = None
         if weights is not None:  # buffers and tied names come from the model
-            # (a tied name of a sharded model is left to transformers, which leaves it out in any case)
+            # (transformers handles a tied name of a sharded model: it leaves it out)
             held = [item for item in self._causal.state_dict().items() if not isinstance(item[1], DTensor)]
             state = {plain_name(name): tensor for name, tensor in held if ".lora_" not in name} | dict(weights)
             known = {parameter: name for name, parameter in self.named_parameters()}
@@ -132,8 +135,8 @@ class HuggingFaceDecoder(nn.Module):
                     state[name] = weights[given]
         self._causal.save_pretrained(folder, state_dict=state, save_peft_format=False)
 
-    def _prove(self, folder: Path) -> None:
-        """Two documents packed through our attention must give transformers' logits of each."""
+    def _check_logits(self, folder: Path) -> None:
+        """Check that two documents packed through our attention get transformers' logits of each. Raises UserError."""
         lengths = (11, 6)
         generator = torch.Generator().manual_seed(0)
         documents = [torch.randint(self.config.vocabulary, (n,), generator=generator) for n in lengths]
@@ -157,7 +160,7 @@ class HuggingFaceDecoder(nn.Module):
 
 
 class CountedAttention:
-    """Passes on to `inner` and remembers which layers called, and the shape of their keys."""
+    """An `Attention` that calls `inner` and records which layers called, and (heads, kv_heads, head_dim)."""
 
     def __init__(self, inner: Attention) -> None:
         self.inner = inner
@@ -181,10 +184,8 @@ def call_attention(
     dropout: float = 0.0,
     **features: Any,
 ) -> tuple[Tensor, None]:
-    """The function registered with transformers: [1, heads, tokens, head_dim] -> [1, tokens, heads, head_dim].
-
-    Raises UserError for a feature of the layer that `Attention` has no word for.
-    """
+    """The function registered with transformers: query [1, heads, tokens, head_dim], key and value with kv_heads
+    -> [1, tokens, heads, head_dim]. Raises UserError for a feature of the layer that `Attention` does not have."""
     for name in ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask"):
         if features.get(name) is not None:
             raise UserError(f"{type(module).__name__} uses {name}, which is not supported")
@@ -198,13 +199,13 @@ def call_attention(
 
 
 def recompute_context() -> tuple[Any, Any]:
-    """Contexts of a layer's forward and of its repetition in the backward pass, which needs the same attention."""
+    """(context of a layer's forward, context of its recomputation), the second with the same attention."""
     return contextlib.nullcontext(), using(_current.get())
 
 
 @contextlib.contextmanager
 def using(attention: Attention) -> Any:
-    """`attention` serves the transformers layers called inside."""
+    """Inside, transformers' layers call `attention`."""
     token = _current.set(attention)
     try:
         yield
@@ -213,7 +214,7 @@ def using(attention: Attention) -> Any:
 
 
 def refuse_unsupported(config: Any, folder: Path) -> None:
-    """UserError for settings that a short probe would not reveal."""
+    """Raise UserError for features that a short probe would not show."""
     kinds = set(getattr(config, "layer_types", None) or ())
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     if kinds - {"full_attention"} or (windowed and not kinds):
@@ -226,7 +227,7 @@ def refuse_unsupported(config: Any, folder: Path) -> None:
 
 
 def observe_shape(causal: Any, folder: Path) -> ForeignConfig:
-    """The shape of a loaded model; head counts are seen in a call, not guessed from the config."""
+    """The shape of a loaded model. The numbers of heads are observed in a call, because configs name them variously."""
     config = causal.config
     calls = CountedAttention(DocumentAttention([2]))
     before = config._attn_implementation

@@ -1,11 +1,13 @@
 """Low-rank adapters on the linear layers of a model (Hu et al. 2021), through peft.
 
-W stays as it is; beside it B A x alpha / rank is learned, with A random and B zero at first, so that a
-model with fresh adapters is the model. No dropout: it would make log-probs and so every ratio random.
+The weight W is frozen, and B A x alpha / rank is added to its output. A is random and B zero at first, so a model with
+fresh adapters computes what it did before. There is no dropout: it would make log-probs, and so every ratio, random.
 
-The sum W + B A alpha / rank is defined element by element in a fixed order (`merged`), so that trainer and
-generators get the same bits from the same tensors on any device, and checksums can tell a generator whose
-weights are not the trainer's.
+The sum W + B A alpha / rank is defined element by element in a fixed order (`merged`), so that trainer and generators
+get the same bits from the same tensors on any device, and checksums show a generator whose weights are not the
+trainer's.
+
+Shapes: W [out, in], A [rank, in], B [out, rank].
 """
 
 from __future__ import annotations
@@ -26,19 +28,19 @@ if TYPE_CHECKING:
     from async_rl.model.huggingface import HuggingFaceDecoder
 
 NAME = "default"
-"""of the adapter, as peft keeps several"""
+"""name of the adapter in peft, which can hold several"""
 A, B = ".lora_A.weight", ".lora_B.weight"
 WEIGHTS_FILE, PREFIX = "adapter_model.safetensors", "base_model.model."
-"""peft's; the prefix is that of a `PeftModel` around a transformers model"""
+"""peft's file name, and the prefix of names in a `PeftModel` around a transformers model"""
 BLOCK = 1 << 16
-"""elements of one tensor that are summed up together: they stay in a processor's cache"""
+"""elements of one tensor that are added at a time: they stay in a processor's cache"""
 
 
 class Adapters:
-    """The adapters in a model. Everything else in it is frozen."""
+    """The adapters in a model. All other parameters of the model are frozen."""
 
     def __init__(self, model: Decoder | HuggingFaceDecoder, config: Any, layers: Mapping[str, Any]) -> None:
-        """`config`: peft's; `layers`: its layers by the name of what they replace. Use `add_adapters`."""
+        """Use `add_adapters`. `config`: peft's; `layers`: peft's layers by the name of the layer they replace."""
         self._model = model
         self._config = config
         self._layers = layers
@@ -49,14 +51,14 @@ class Adapters:
         return {name: parameter.detach() for name, parameter in self._parameters().items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `tensors`. Raises KeyError for one that is missing."""
+        """Copy tensors as from `tensors` into the adapters. Raises KeyError for a missing one."""
         with torch.no_grad():
             for name, parameter in self._parameters().items():
                 parameter.copy_(tensors[name])
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The whole model as if it had been trained itself: (name, tensor) in order of name, adapters added, each
-        made when it is asked for."""
+        """(name, tensor) of the whole model with the adapters added, in order of name. Each tensor is computed when it
+        is requested."""
         for name, parameter in sorted(self._model.named_parameters(), key=lambda pair: plain_name(pair[0])):
             layer, _, rest = name.partition(".base_layer.")
             if rest == "weight":
@@ -67,7 +69,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """Inside, the model is what it was before training. Not for a forward that will be differentiated."""
+        """Inside, the model computes as before training. Not for a forward that will be differentiated."""
         for layer in self._layers.values():
             layer.enable_adapters(False)
         try:
@@ -77,7 +79,7 @@ class Adapters:
                 layer.enable_adapters(True)
 
     def save(self, folder: Path, *, base: str) -> None:
-        """Write a folder that peft loads onto the model of the folder `base`."""
+        """Write a folder that peft loads onto the model in the folder `base`."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,7 @@ class Adapters:
 
 
 class WithoutAdapters:
-    """The model as it was before training, without a copy of it: calls it with its adapters off."""
+    """The model before training, without a copy of it: calls the model with its adapters off."""
 
     def __init__(self, model: Decoder | HuggingFaceDecoder, adapters: Adapters) -> None:
         self._model = model
@@ -107,6 +109,7 @@ class WithoutAdapters:
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """As `Decoder.forward`."""
         with self._adapters.off():
             hidden: Tensor = self._model(tokens, positions, attention)
         return hidden
@@ -115,9 +118,9 @@ class WithoutAdapters:
 def add_adapters(
     model: Decoder | HuggingFaceDecoder, *, rank: int, alpha: float, targets: Sequence[str] = ()
 ) -> Adapters:
-    """Put fresh adapters (A by torch's random state) on the layers whose names end in one of `targets` (empty:
-    all linear layers but the head) and freeze the rest. Raises UserError when peft is missing or a target is no
-    such layer."""
+    """Add fresh adapters (A drawn with torch's random state) to the layers whose names end in one of `targets` (empty:
+    all linear layers but the head), and freeze the rest. Raises UserError when peft is missing or a target is no
+    linear layer."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -128,7 +131,7 @@ def add_adapters(
     check_targets(targets, known)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # peft computes with it as it is
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft accepts a float
         target_modules=sorted(targets or known),
         lora_dropout=0.0,
         bias="none",
@@ -137,19 +140,19 @@ def add_adapters(
     inject_adapter_in_model(config, model, NAME)
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     for layer in layers.values():
-        layer.cast_input_dtype_enabled = False  # autocast does it, without a copy in float32
+        layer.cast_input_dtype_enabled = False  # autocast casts, without a copy in float32
     return Adapters(model, config, layers)
 
 
 def read_adapters(folder: Path) -> dict[str, Tensor]:
-    """What `Adapters.save` wrote, for `load`. Raises FileNotFoundError."""
+    """The tensors that `Adapters.save` wrote, for `Adapters.load`. Raises FileNotFoundError."""
     from safetensors.torch import load_file
 
     return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Last parts of the names of the linear layers but the head."""
+    """The last parts of the names of all linear layers but the head."""
     head = model.head
     found = {
         name.rpartition(".")[2]
@@ -161,16 +164,16 @@ def linear_names(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """weight + scaling * b @ a in float32 (float64 for weights in it), sharing no memory with `weight`.
+    """weight + scaling * b @ a, [out, in] in float32 (float64 for weights in it), in new memory.
 
-    weight [out, in], a [rank, in], b [out, rank]. Every operation rounds one element once, in the order of the
-    rank, so the bits are the same on every device and for any number of threads; a matrix product promises
-    neither. It costs 2 * rank passes over the tensor.
+    weight [out, in], a [rank, in], b [out, rank]. Every operation rounds each element once, in the order of the rank,
+    so the bits are the same on every device and for any number of threads, which a matrix product does not promise. It
+    costs 2 * rank passes over the tensor.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     left, right = (b.to(dtype) * scaling).contiguous(), a.to(dtype)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    # on a GPU one block: there launches are dear and not caches small
+    # one block on a GPU, where launches are expensive and caches do not matter
     rows = len(out) if weight.is_cuda else max(1, BLOCK // max(1, weight.shape[1]))
     for begin in range(0, len(out), rows):
         part, factor = out[begin : begin + rows], left[begin : begin + rows]

@@ -37,13 +37,13 @@ class Tokenizer:
         """one more than the greatest token id"""
         self.eos_id = self._end_of_text(vocabulary)
         """the token that ends a text"""
-        # A vocabulary of single characters would drop what it does not know.
+        # a vocabulary of single characters drops unknown characters silently
         self._alphabet = self._closed_alphabet(vocabulary)
         self._template: Any = None
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of `text`; nothing is added. Raises ValueError naming a character the tokenizer has
-        no token for (a character tokenizer would silently drop it)."""
+        """Tokens of `text`, without special tokens. Raises ValueError for a character that the tokenizer has no token
+        for (a character tokenizer would drop it silently)."""
         if self._alphabet is not None:
             unknown = sorted(set(self._outside_special(text)) - self._alphabet)
             if unknown:

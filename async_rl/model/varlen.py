@@ -1,9 +1,9 @@
-"""Kernels for attention among packed documents of unequal lengths, and which of them a run uses.
+"""CUDA kernels for attention among packed documents of unequal lengths, and the choice among them.
 
-All of them are CUDA kernels for half precision (bfloat16, float16) that take [tokens, heads, head_dim],
-int32 bounds and the longest document; none has run where this was written, so the calls are as plain as they
-can be, and tests make them against the published signatures, with functions that compute by the definition
-and take nothing else. Elsewhere `attention.DocumentAttention` pads documents of similar length and uses SDPA.
+All compute in half precision (bfloat16, float16) and take [tokens, heads, head_dim], int32 bounds and the length of the
+longest document. Tests call them through functions that have the published signatures and compute by the definition,
+because the machine that runs the tests has no GPU. Without a kernel `attention.DocumentAttention` pads documents of
+similar length and uses SDPA.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HOPPER = 9
 
 
 def choose_backend(asked: Asked, *, device: str, half: bool) -> Backend:
-    """What serves a trainer on `device`; `half`: it computes in bfloat16. Raises UserError naming the remedy."""
+    """The kernel for a trainer on `device`; `half`: it computes in bfloat16. Raises UserError with the remedy."""
     able = device != "cpu" and half
     if asked in ("flash", "varlen") and not able:
         raise UserError(
@@ -55,7 +55,7 @@ def choose_backend(asked: Asked, *, device: str, half: bool) -> Backend:
 
 
 def make_kernel(backend: Backend) -> Kernel | None:
-    """None for SDPA. Raises UserError when the package cannot be imported."""
+    """The kernel of a back end; None for SDPA. Raises UserError when its package cannot be imported."""
     if backend == "sdpa":
         return None
     try:
@@ -76,7 +76,7 @@ def make_kernel(backend: Backend) -> Kernel | None:
 
 
 def flash_kernel(function: Callable[..., Any]) -> Kernel:
-    """`flash_attn_varlen_func` of flash-attn 2 or 3. Key-value heads are shared by its own rule, which is ours."""
+    """`flash_attn_varlen_func` of flash-attn 2 or 3, which shares key-value heads as the decoder does."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
         out = function(query, key, value, bounds, bounds, longest, longest, causal=True)
@@ -87,7 +87,7 @@ def flash_kernel(function: Callable[..., Any]) -> Kernel:
 
 
 def torch_kernel(function: Callable[..., Any]) -> Kernel:
-    """`torch.nn.attention.varlen.varlen_attn`. In torch 2.11 it has no `enable_gqa`: there heads are repeated."""
+    """`torch.nn.attention.varlen.varlen_attn`. torch 2.11 has no `enable_gqa`: there the heads are repeated."""
     shares_heads = "enable_gqa" in inspect.signature(function).parameters
 
     def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:

@@ -1,10 +1,12 @@
-"""STEP -> GENERATOR. In: the trainer's named tensors and their version. Out: a complete set of one version.
+"""Weights from the trainer to the generators, by version.
 
-One publisher (the trainer), any number of readers (generators) that come and go; each reader pulls when
-it wants to. Invariant: a reader gets all tensors of one version or none of them.
-Who blocks whom: nobody blocks the publisher. A reader copies, and copies again when the publisher
-overtook it meanwhile; it waits for the first version, and gives up after a deadline with a name. Only
-links (link.py: from GPU to GPU) may hold the publisher up, for as long as one is sent from, by a deadline.
+In: the trainer's named tensors and their version. Out: all tensors of one version in every generator, over shared
+memory (shared_memory.py), a weight server (stream.py), or links from GPU to GPU (link.py); canary.py checks what
+arrived.
+Invariant: a reader gets all tensors of one version or none of them.
+Who waits: one publisher (the trainer) serves any number of readers that come and go; each reader pulls when it wants.
+No reader blocks the publisher. A reader waits for the first version, copies, and copies again when the publisher wrote
+meanwhile; it gives up after a deadline. Only a link may block the publisher, while it sends, and only until a deadline.
 """
 
 from async_rl.weights.shared_memory import WeightPublisher, WeightReader, WeightsError, segment_path
