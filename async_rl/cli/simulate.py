@@ -18,7 +18,6 @@ from async_rl.instruments.simulate import (
     Simulation,
     Workload,
     lognormal_groups,
-    workload_of,
 )
 from async_rl.run_folder import RunFolder
 
@@ -68,6 +67,8 @@ def simulate(arguments: argparse.Namespace) -> int:
 def given(arguments: argparse.Namespace, settings: Settings) -> Workload:
     """The workload of `--from`, or of the numbers given, which also replace those of the run. Raises UserError."""
     if arguments.run is not None:
+        from async_rl.instruments.workload import workload_of  # opens a store
+
         work = workload_of(RunFolder(arguments.run))
     elif None in (arguments.length, arguments.decode_s, arguments.train_s):
         raise UserError("simulate needs the times of a run (--from RUN), or --length, --decode-s and --train-s")

@@ -7,20 +7,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from support_sim_plans import FAULTS, REPAIRS, some_plan
-from support_sim_run import Run
-from support_sim_store import TwinStore
+from support_world import FAULTS, REPAIRS, Invariants, play, some_world
+from support_world_store import TwinStore
 
 
 @pytest.mark.parametrize("block", range(8))
 def test_two_hundred_schedules_of_losses_delays_restarts_and_reorderings(block: int) -> None:
     for seed in range(200 * block, 200 * block + 200):
-        run = Run(some_plan(seed))
-        try:
-            run.play()
-        except Exception as error:
-            error.add_note(f"seed {seed}: {run.plan}; {run.story}; at {run.clock.now:.3f}")
-            raise
+        play(some_world(seed))
 
 
 def test_the_real_store_does_the_same_as_the_one_the_schedules_are_played_with(tmp_path: Path) -> None:
@@ -29,38 +23,37 @@ def test_the_real_store_does_the_same_as_the_one_the_schedules_are_played_with(t
     with tempfile.TemporaryDirectory(dir=shared) as folder:
         for seed in range(60):
             store = TwinStore(Path(folder) / f"{seed}.sqlite")
-            run = Run(some_plan(seed), store)
-            run.play()
+            world = some_world(seed, store=store)
+            play(world)
             store.real.close()
-            compared, launches = compared + store.compared, launches + run.launches
+            compared, launches = compared + store.compared, launches + world.launches
     assert launches > 80
     assert compared > 800
 
 
 def test_the_same_seed_gives_the_same_story() -> None:
     for seed in range(40, 50):
-        first, again = Run(some_plan(seed)), Run(some_plan(seed))
-        first.play()
-        again.play()
+        first, again = some_world(seed), some_world(seed)
+        seen, seen_again = play(first), play(again)
         assert (first.clock.now, first.clock.happened) == (again.clock.now, again.clock.happened)
         assert first.story == again.story
-        assert first.watch.formed == again.watch.formed
-        assert first.watch.answered == again.watch.answered
+        assert seen.formed == seen_again.formed
+        assert seen.answered == seen_again.answered
 
 
 def test_the_schedules_meet_what_they_are_about() -> None:
     """Losses, restarts and repairs happen often enough for the schedules to say something about them."""
     met: Counter[str] = Counter()
     for seed in range(1000, 1150):
-        run = Run(some_plan(seed))
-        run.play()
-        met["launches"] += run.launches - 1
-        met["messages lost"] += sum(link.lost for link in run.links.values())
-        met["steps trained again"] += run.watch.counts["steps"] - run.plan.steps
-        met += Counter({name: run.buffer.core.counts[name] for name in REPAIRS})
-        met["frozen"] += run.watch.counts["generator_lost"]
-        met["left"] += run.watch.counts["generator_left"]
-        met.update(what.split(" ", 1)[1] for what in run.story)
+        world = some_world(seed)
+        seen: Invariants = play(world)
+        met["launches"] += world.launches - 1
+        met["messages lost"] += sum(link.lost for link in world.links.values())
+        met["steps trained again"] += seen.counts["steps"] - world.plan.steps
+        met += Counter({name: world.buffer.core.counts[name] for name in REPAIRS})
+        met["frozen"] += seen.counts["generator_lost"]
+        met["left"] += seen.counts["generator_left"]
+        met.update(what.split(" ", 1)[1] for what in world.story)
     rare = {
         name: met[name]
         for name in (*REPAIRS, *FAULTS, "launches", "messages lost", "steps trained again", "frozen")

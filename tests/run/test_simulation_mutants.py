@@ -7,10 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import support_sim_buffer
-import support_sim_run
-from support_sim_plans import FAULTS, some_plan
-from support_sim_run import Run
+from support_world import FAULTS, play, some_world
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.acceptance import Acceptance
@@ -18,7 +15,7 @@ from async_rl.buffer.admission import Admission
 from async_rl.buffer.batching import Batching
 from async_rl.buffer.core import Core
 from async_rl.buffer.ledger import Group, Ledger
-from async_rl.buffer.loop import carry_out, write
+from async_rl.buffer.loop import execute, write
 from async_rl.buffer.presence import Attendance, Presence
 from async_rl.buffer.restore import restore
 from async_rl.buffer.staleness import DropPolicy, PacePolicy, WaitPolicy
@@ -69,17 +66,17 @@ def drop_keeps_what_is_too_old(patch: Patch) -> None:
 
 def answered_before_committed(patch: Patch) -> None:
     def hasty(effects: Any, store: Any, router: Any, record: Any, part_bytes: int) -> None:
-        carry_out([e for e in effects if not isinstance(e, do.Write)], store, router, record, part_bytes)
-        carry_out([e for e in effects if isinstance(e, do.Write)], store, router, record, part_bytes)
+        execute([e for e in effects if not isinstance(e, do.Write)], store, router, record, part_bytes)
+        execute([e for e in effects if isinstance(e, do.Write)], store, router, record, part_bytes)
 
-    patch.setattr(support_sim_buffer, "carry_out", hasty)
+    patch.setattr("async_rl.buffer.loop.execute", hasty)
 
 
 def batch_not_stored(patch: Patch) -> None:
     def forgetful(effects: Any, *rest: Any, **named: Any) -> None:
-        carry_out([e for e in effects if not isinstance(e, do.FormBatch)], *rest, **named)
+        execute([e for e in effects if not isinstance(e, do.FormBatch)], *rest, **named)
 
-    patch.setattr(support_sim_buffer, "carry_out", forgetful)
+    patch.setattr("async_rl.buffer.loop.execute", forgetful)
 
 
 def orphans_forgotten(patch: Patch) -> None:
@@ -98,7 +95,7 @@ def orphans_forgotten_by_restore(patch: Patch) -> None:
         restore(core, *given, **named)
         core.admission.orphans.clear()
 
-    patch.setattr(support_sim_run, "restore", mutant)
+    patch.setattr("async_rl.buffer.restore.restore", mutant)
 
 
 def position_forgotten_by_restore(patch: Patch) -> None:
@@ -106,7 +103,7 @@ def position_forgotten_by_restore(patch: Patch) -> None:
         restore(core, *given, **named)
         core.admission.position += 1
 
-    patch.setattr(support_sim_run, "restore", mutant)
+    patch.setattr("async_rl.buffer.restore.restore", mutant)
 
 
 def samples_taken_twice(patch: Patch) -> None:
@@ -229,7 +226,7 @@ def test_a_broken_rule_makes_a_schedule_fail(mutant: str, monkeypatch: pytest.Mo
     MUTANTS[mutant](monkeypatch)
     for seed in range(SCHEDULES):
         try:
-            Run(some_plan(seed, KINDS.get(mutant, FAULTS))).play()
+            play(some_world(seed, KINDS.get(mutant, FAULTS)))
         except Exception as error:
             print(f"{mutant}: seed {seed}: {type(error).__name__}: {error}"[:300])
             return

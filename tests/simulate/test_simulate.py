@@ -13,7 +13,8 @@ from support_run import quick_settings
 from async_rl.buffer.store_reader import GroupRow, TrajectoryRow
 from async_rl.cli.main import main
 from async_rl.config.schema import to_yaml
-from async_rl.instruments.simulate import Forecast, Simulation, Workload, decoding, lognormal_groups, update_delay
+from async_rl.instruments.simulate import Forecast, Simulation, Workload, lognormal_groups
+from async_rl.instruments.workload import decoding, update_delay
 
 EVEN = Workload(
     groups=((10, 10), (10, 10)), decode_s=0.1, decode_s_per_sequence=0.0, episode_s=0.5, train_s=(3.0,), update_s=0.25,

@@ -214,19 +214,38 @@ class FakeStore:
         }
 
 
+class RealStore:
+    """The store of a run, whose process can die: what was not committed is gone then."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.store = Store(path, durability="process", create=True)
+
+    def crash(self) -> None:
+        self.store.close()
+        self.store = Store(self.path, durability="process", create=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("seconds_writing", "processor_seconds"):
+            setattr(self.store, name, value)
+        else:
+            object.__setattr__(self, name, value)
+
+
 class TwinStore:
     """The fake and the real store side by side: every write goes to both, every answer must be the same."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.fake = FakeStore()
-        self.real = Store(path, durability="process", create=True)
+        self.real = RealStore(path)
         self.compared = 0
 
     def crash(self) -> None:
         self.fake.crash()
-        self.real.close()
-        self.real = Store(self.path, durability="process", create=False)
+        self.real.crash()
 
     def __getattr__(self, name: str) -> Any:
         fake, real = getattr(self.fake, name), getattr(self.real, name)
