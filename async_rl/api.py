@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-    from async_rl.objective.coefficients import Coefficients
+    from async_rl.objective.state import ObjectiveState
+    from async_rl.objective.tokens import Coefficients
     from async_rl.observe.audit import Audit
     from async_rl.task.protocol import Problem, Task
 
@@ -47,9 +48,8 @@ Config = str | Path | Mapping[str, Any] | Settings
 """settings: a YAML file, the values such a file holds, or `ar.Settings`"""
 RewardFunction = Callable[[str, str, "Problem"], Any]
 """(completion, answer, problem) -> number, or a coroutine that returns one"""
-RecipeFunction = Callable[..., "Coefficients"]
-"""see docs/tutorial/own_algorithm.md"""
-
+OwnRecipe = Callable[..., "Coefficients | tuple[Coefficients, ObjectiveState]"]
+"""(columns) or (columns, recipe, state) -> coefficients: see `ar.RecipeFunction`"""
 YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null")
 """text that YAML takes for something else"""
 
@@ -81,7 +81,7 @@ def train(
     *,
     task: str | type[Task] | Task | Mapping[str, Any] | None = None,
     reward: str | RewardFunction | None = None,
-    recipe: str | Mapping[str, Any] | RecipeFunction | None = None,
+    recipe: str | Mapping[str, Any] | OwnRecipe | None = None,
     run_dir: str | Path | None = None,
     resume: str | Path | None = None,
     quiet: bool = False,

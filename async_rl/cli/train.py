@@ -152,39 +152,19 @@ def _resume_words(arguments: argparse.Namespace) -> list[str]:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    from async_rl.api import evaluate_settings
     from async_rl.config import load_settings
-    from async_rl.run.preflight import preflight
-    from async_rl.task import make_task
 
-    settings = load_settings(arguments.config, arguments.overrides)
-    preflight(settings)
-
-    from async_rl.model.folder import load_model
-    from async_rl.model.tokenizer import Tokenizer
-    from async_rl.run.evaluate import evaluate, limits_of
-
-    chosen = settings.evaluation
-    episodes = evaluate(
-        load_model(settings.model.path),
-        make_task(settings.task.name, settings.task.args),
-        Tokenizer(settings.model.path),
-        problems=chosen.problems,
-        samples=chosen.samples,
-        temperature=chosen.temperature,
-        seed=settings.seed,
-        limits=limits_of(settings),
-        max_context=settings.generator.max_context or None,
-    )
-    failed = [t for t in episodes if t.failed]
+    found = evaluate_settings(load_settings(arguments.config, arguments.overrides))
     print(
         json.dumps(
             {
-                "model": settings.model.path,
-                "reward": sum(t.reward for t in episodes if not t.failed) / len(episodes),
-                "trajectories": len(episodes),
-                "failed": len(failed),
-                "first_failure": failed[0].reason if failed else "",
-                "policy_tokens_mean": sum(t.num_policy_tokens for t in episodes) / len(episodes),
+                "model": found.model,
+                "reward": found.reward,
+                "trajectories": len(found.episodes),
+                "failed": len(found.failed),
+                "first_failure": found.failed[0].reason if found.failed else "",
+                "policy_tokens_mean": found.policy_tokens_mean,
             }
         )
     )
