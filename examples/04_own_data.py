@@ -48,7 +48,7 @@ CONFIG = {
 if __name__ == "__main__":
     write_rows(Path("sums.jsonl"))
     if not Path("models/sums").exists():
-        ar.init_model("models/sums", {"name": "arithmetic", "args": {"digits": 2}}, until=0.1, max_steps=10 * STEPS)
+        ar.init_model("models/sums", "arithmetic", until=0.05, max_steps=5 * STEPS)
     run = ar.train(CONFIG)
     right = [row for row in run.trajectories if row["split"] == "eval" and row["reward"] == 1.0]
     print(f"{len(right)} right answers to held-out questions in all evaluations")

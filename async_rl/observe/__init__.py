@@ -1,6 +1,8 @@
-"""WATCHES EVERY ARROW. In: the files of a run folder. Out: what a person sees: lines in the terminal, `top`, a
-page of everything (`report`), traces, trackers.
+"""What a person sees of a run: lines in the terminal, `top`, the report, a trace, trackers, the audit.
 
-Invariant: watching changes nothing; a run goes on the same without an observer. Everything here but the console
-runs outside the run's processes and imports torch, if at all, only to compute importance ratios.
+In: the files of a run folder, read again and again while the run goes on. Out: text in the terminal, an HTML page, a
+Chrome trace, points in TensorBoard or W&B, a list of violations.
+
+Invariant: observing changes nothing; a run is the same with and without an observer. Everything but the console works
+outside the run's processes, and nothing here waits for them. Torch is imported only to compute importance ratios.
 """

@@ -12,7 +12,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LAST_LINE = {
-    "01_own_reward.py": r"letters in place: 0\.\d\d -> 0\.\d\d",
+    "01_own_reward.py": r"nearness to the sum: 0\.\d\d -> 0\.\d\d",
     "02_own_task.py": r"games won: \d+% -> \d+%",
     "03_own_recipe.py": r"mean weight of a token: [01]\.\d\d in the first step, [01]\.\d\d in the last",
     "04_own_data.py": r"right: \d+% before, \d+% after",
