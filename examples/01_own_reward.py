@@ -3,9 +3,9 @@
     python 01_own_reward.py            # 80 steps, about a minute on a laptop
     python 01_own_reward.py 3          # a look at it
 
-The model is asked for sums. The built-in reward `numeric` says 1 for the right number and 0 for any other; this one also
-pays for being near, so that a model which is nearly right learns from it. A reward is any function (or coroutine) of
-completion, answer and problem that returns a number.
+The model is asked for sums. The built-in reward `numeric` says 1 for the right number and 0 for any other; this one
+also pays for being near, so that a model which is nearly right learns from it. A reward is any function (or coroutine)
+of completion, answer and problem that returns a number.
 """
 
 import json

@@ -17,7 +17,7 @@ import pytest
 from support_command import alive, descendants, wait_for
 
 import async_rl as ar
-from async_rl.api import override_words, settings_from
+from async_rl.config.from_python import override_words, settings_from
 from async_rl.config.schema import to_yaml
 from async_rl.run_folder import RunFolder, read_rows
 
@@ -65,8 +65,9 @@ def test_every_public_name_is_there_and_says_what_it_is_for() -> None:
 
 def test_the_examples_in_the_docstrings_are_true() -> None:
     from async_rl import api
+    from async_rl.config import from_python
 
-    assert doctest.testmod(api).failed == 0
+    assert doctest.testmod(api).failed == doctest.testmod(from_python).failed == 0
 
 
 def test_a_finished_run_tells_everything_about_itself(run: ar.Run) -> None:
