@@ -55,10 +55,9 @@ def _replaced_recipe(file: Mapping[str, Any], overrides: Sequence[str]) -> Itera
         return
     dropped = [f"{path}={value}" for path, value in _leaves(given) if path != "name"]
     if dropped:
-        whose = f"on {given['name']}" if given.get("name") not in (name, None) else "on it"
         yield (
-            f"recipe={name} is that recipe as it is; what the file changed {whose} is dropped ({', '.join(dropped)}), "
-            f"recipe.{dropped[0]} behind it would add one again"
+            f"recipe={name} is that recipe as it is: what the file changed of {given.get('name', 'its recipe')} is "
+            f"dropped ({', '.join(dropped)}); to keep one, give it too, e.g. recipe.{dropped[0]}"
         )
 
 

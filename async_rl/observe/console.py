@@ -44,8 +44,8 @@ class Console:
     screenful. A file gets the full lines and one header.
     """
 
-    def __init__(self, *, quiet: bool = False, silent: bool = False) -> None:
-        self._out = RichConsole(highlight=False, quiet=silent)
+    def __init__(self, *, quiet: bool = False, silent: bool = False, out: RichConsole | None = None) -> None:
+        self._out = out or RichConsole(highlight=False, quiet=silent)
         self._quiet = quiet
         self._progress: Progress | None = None
         self._task: Any = None
@@ -95,7 +95,7 @@ class Console:
             self._progress.update(self._task, completed=done, description="evaluating" if last else "training")
         self._print_header()
         if self._layout is not None:
-            self.print(step_line(row, self._last, self._layout))
+            self.print(step_line(row, self._last, self._layout, self._out.width if self._out.is_terminal else None))
         self._last = row
 
     def _print_header(self) -> None:
@@ -327,17 +327,17 @@ FULL = Layout(
         STEP,
         REWARD,
         Column("staleness", "mean / max", 11, _staleness(" / "), left=True),
-        _metric("ESS", "", 8, "ess/ratio"),
+        _metric("ESS", "", 7, "ess/ratio"),
         Column("learning", "rate x", 8, _learning_rate(8)),
         Column("gradient", "norm", 8, _gradient(8)),
-        Column("who waits for whom", "", 20, _waits, left=True),
+        Column("who waits for whom", "", 21, _waits, left=True),
         Column("tokens/s", "", 8, _tokens_per_second),
         Column("seconds", "", 7, lambda step: figure(step.seconds, 7, 2)),
     )
 )
 """also what a file gets"""
 EXTRA = (
-    _metric("tokens", "an answer", 9, "len/mean", 1),
+    _metric("length", "tokens", 6, "len/mean", 1),
     _metric("entropy", "nats", 8, "entropy"),
     _metric("no signal", "of groups", 9, "group/zero_signal", 2),
     _metric("clipped", "tokens", 7, "clip/frac"),
@@ -350,16 +350,19 @@ NARROW = (
     _metric("ESS", "", 5, "ess/ratio"),
     Column("lr x", "", 7, _learning_rate(5)),
     Column("grad", "", 6, _gradient(6)),
-    Column("who waits", "", 11, _waits_in_short, left=True),
+    Column("who waits", "", 12, _waits_in_short, left=True),
     Column("tok/s", "", 6, _tokens_per_second),
     Column("s", "", 5, lambda step: figure(step.seconds, 5, 2)),
 )
 """columns for 80 characters; a narrower terminal gets the first of them"""
 HEADER = FULL.header()
+MARK = " !"
+"""an alarm, behind a line that has no room for its name"""
 
 
 def layout_for(width: int) -> Layout:
-    """The columns that fit a terminal of `width` characters."""
+    """The columns that fit a terminal of `width` characters, and the mark of an alarm behind them."""
+    width -= len(MARK)
     if width < FULL.width:
         count = len(NARROW)
         while count > 1 and Layout(NARROW[:count]).width > width:
@@ -373,14 +376,20 @@ def layout_for(width: int) -> Layout:
     return layout
 
 
-def step_line(row: Mapping[str, Any], before: Mapping[str, Any] | None, layout: Layout = FULL) -> str:
-    """One step: reward, staleness, ESS, learning-rate factor, who waits for whom, tokens/s; alarms behind them."""
+def step_line(
+    row: Mapping[str, Any], before: Mapping[str, Any] | None, layout: Layout = FULL, width: int | None = None
+) -> str:
+    """One step: reward, staleness, ESS, learning-rate factor, who waits for whom, tokens/s; alarms behind them.
+
+    `before`: the row of the step before; `width`: of the terminal, where alarms that do not fit are a `!`.
+    """
     seconds = row["time"] - before["time"] if before else row["time/step"] + row["time/wait_for_batch"]
     line = layout.line(Step(row=row, seconds=seconds))
     alarms = [name.removeprefix("alarm/") for name, raised in row.items() if name.startswith("alarm/") and raised]
     if not alarms:
         return line
-    return f"{line} !" if layout.columns[-1] in NARROW else f"{line}  ALARM {', '.join(alarms)}"
+    told = f"{line}  ALARM {', '.join(alarms)}"
+    return told if width is None or len(told) <= width else f"{line}{MARK}"
 
 
 def evaluation_line(event: EvaluationReported) -> str:
