@@ -20,15 +20,15 @@ import numpy as np
 
 from async_rl.buffer.build import make_core
 from async_rl.buffer.core import Core
-from async_rl.buffer.restore import read_standing, restore
+from async_rl.buffer.restore import read_state, restore
 from async_rl.buffer.store import Store
 from async_rl.config import Settings, load_settings
 from async_rl.observe.console import Console
 from async_rl.run.launcher import run_training
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.trainer.build import make_learner
-from async_rl.trainer.checkpoint import weights_checksum
 from async_rl.trainer.manifest import list_checkpoints, newest_whole
+from async_rl.trainer.team import weights_checksum
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -111,7 +111,7 @@ def recovery(settings: Settings, path: Path, trajectories: int) -> dict[str, flo
         with Store(path, durability="process", create=False) as store:
             store.rewind(version=0, now=0.0)
             store.commit()
-            restore(core, read_standing(store), version=0)
+            restore(core, read_state(store), version=0)
         seconds.append(time.perf_counter() - started)
         assert core.groups
         assert core.admission.orphans

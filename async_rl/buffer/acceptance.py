@@ -1,6 +1,7 @@
-"""What the buffer takes from whom. Everything that arrives is well formed already (async_rl/wire); here it must
-also be possible: said by a peer whose business it is, about something this peer was given, with numbers that can
-be. Pure: it reads the state machine's parts and changes nothing.
+"""What the buffer takes from whom (`Acceptance`), and what becomes of the rest (`Refusals`).
+
+Everything that arrives is well formed already (async_rl/wire). Here it must also be possible: sent by a peer that has
+business with it, about something this peer was given, with numbers that can be.
 """
 
 from __future__ import annotations
@@ -30,21 +31,28 @@ LONGEST_DOING = 1000
 """characters"""
 MOST_GENERATORS = 1 << 14
 MOST_EVALUATIONS = 64
-"""asked for and not finished"""
+"""evaluations that are not finished"""
 MOST_EPISODES = 1 << 20
-"""of one evaluation"""
+"""episodes of one evaluation"""
 LARGEST = 1 << 62
-"""of a counter: SQLite holds 63 bits"""
+"""value of a counter: SQLite holds 63 bits"""
 OF_THE_TRAINER = (
     msg.NextBatch, msg.Published, msg.Checkpointed, msg.Evaluate, msg.FetchEvaluation, msg.Done
 )  # fmt: skip
-OF_ONE_LIFE = (msg.Want, msg.Status, msg.Leave)
-"""of a generator, between two of its Hellos"""
-OF_GENERATORS = (*OF_ONE_LIFE, msg.Holds, msg.Canary)
+OF_ONE_SESSION = (msg.Want, msg.Status, msg.Leave)
+"""within one session of a generator: between two of its Hellos"""
+OF_GENERATORS = (*OF_ONE_SESSION, msg.Holds, msg.Canary)
 OF_THE_LAUNCHER = (msg.Gone, msg.Shutdown)
 OF_ANYBODY = (msg.Hello, msg.Query, msg.Pulse, msg.Join)
 TAKEN = (*OF_THE_TRAINER, *OF_GENERATORS, *OF_THE_LAUNCHER, *OF_ANYBODY, msg.Finished, msg.Turns)
-"""Finished and Turns are looked at one trajectory after the other"""
+"""of Finished and Turns, each trajectory is checked by itself"""
+EXAMPLES = 3
+"""of each kind of refusal that go into events.jsonl"""
+LONGEST_REASON = 200
+"""characters"""
+ANSWERS_AT_ONCE = 256
+ANSWERS_PER_S = 20.0
+"""a peer that sends nonsense and never reads must not fill this process with answers"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +65,7 @@ class Objection:
 
 @dataclass(slots=True, kw_only=True)
 class Acceptance:
-    """Says what is wrong with a message, or None."""
+    """Checks messages and trajectories. Reads the state machine's parts and changes nothing in them."""
 
     rules: Rules
     ledger: Ledger
@@ -65,14 +73,14 @@ class Acceptance:
     evaluations: Evaluations
 
     def message(self, peer: bytes, message: msg.Message, trainer: bytes) -> Objection | None:
-        """`trainer`: the peer that is; empty: none yet."""
+        """Why a message is not taken, or None. `trainer`: the peer that is the trainer; empty: none yet."""
         if not isinstance(message, TAKEN):
             return Objection(kind="direction", reason="the buffer does not take this kind")
         if isinstance(message, OF_THE_TRAINER) and peer != trainer:
             return Objection(kind="stranger", reason="only the trainer may say this")
         if isinstance(message, OF_GENERATORS) and peer not in self.admission.generators:
             return Objection(kind="stranger", reason="say Hello first")
-        if isinstance(message, OF_ONE_LIFE) and self.admission.known(peer, message.session) is None:
+        if isinstance(message, OF_ONE_SESSION) and self.admission.known(peer, message.session) is None:
             return Objection(kind="stranger", reason="say Hello first: this is another life of the generator")
         if isinstance(message, OF_THE_LAUNCHER) and peer != LAUNCHER:
             return Objection(kind="stranger", reason="only the launcher may say this")
@@ -104,8 +112,8 @@ class Acceptance:
         return None
 
     def trajectory(self, peer: bytes, trajectory: Trajectory, group: Group | None) -> Objection | None:
-        """`group`: the live one of its number; None: it is not live (any more), which is harmless when there was
-        one and the peer is known."""
+        """Why a trajectory is not taken, or None. `group`: the live group of its number; None: there is none (any
+        more), which is harmless when there was one and the peer is known."""
         if group is None:
             if 0 <= trajectory.group < self.ledger.next_group and self.admission.met(peer):
                 return None
@@ -113,7 +121,7 @@ class Acceptance:
         if not self._given(peer, group):
             return Objection(kind="group", reason=f"group {group.group} was not given to this peer")
         if (objection := _permitted(trajectory, group)) is not None or trajectory.sample in group.samples:
-            return objection  # one that comes again changes nothing; what was known of its turns is forgotten
+            return objection  # one that comes again changes nothing
         return self._sampled(trajectory, group) or self._within_vocabulary(trajectory)
 
     # ---------------------------------------------------------------- messages
@@ -137,7 +145,7 @@ class Acceptance:
         return None
 
     def _name(self, peer: bytes, name: str) -> Objection | None:
-        """Of a generator that joins by itself: nobody else's."""
+        """A generator that joins by itself needs a name that is nobody else's."""
         if not 0 < len(name) <= LONGEST_NAME:
             return Objection(kind="name", reason=f"a name has 1 to {LONGEST_NAME} characters")
         if re.fullmatch(r"generator-\d+|trainer|buffer|weights|launcher", name):
@@ -153,8 +161,8 @@ class Acceptance:
         return None
 
     def _version(self, version: int, lowest: int) -> Objection | None:
-        """A version of weights exists only when the batch before it was formed. What the trainer published may
-        be known to a generator, which reads it elsewhere, before the trainer's word of it arrives here."""
+        """A version of weights exists only when the batch before it was formed. A generator may know of published
+        weights before the trainer's message about them arrives here: it reads them elsewhere."""
         if not lowest <= version <= self.ledger.step:
             return Objection(kind="version", reason=f"there are no weights of version {version}")
         return None
@@ -182,12 +190,12 @@ class Acceptance:
     # ------------------------------------------------------------ trajectories
 
     def _given(self, peer: bytes, group: Group) -> bool:
-        """To this peer, now or before; to whom it was given before the buffer came back from its store is not
-        known, then any generator may finish it."""
+        """Whether the group was given to this peer, now or before. Of a restored group that is not known: any
+        generator may finish it."""
         return peer in group.holders or (group.restored and self.admission.met(peer))
 
     def _sampled(self, trajectory: Trajectory, group: Group) -> Objection | None:
-        """By weights that there were, and that whoever worked on it held."""
+        """Why its tokens cannot have been sampled by weights that its generators held, or None."""
         spans = trajectory.versions
         newest = trajectory.version_max
         if newest > self.ledger.step:
@@ -195,8 +203,8 @@ class Acceptance:
         if spans and trajectory.version_min < group.oldest_held:
             reason = f"tokens of version {trajectory.version_min}; the permit was for {group.oldest_held} and later"
             return Objection(kind="version", reason=reason)
-        # turns of a lost generator may have been sampled by newer weights than the rest: the run was resumed
-        # at a checkpoint behind them, or the group went to a generator that is behind
+        # saved turns may have been sampled by newer weights than the rest: the run was resumed at a checkpoint
+        # behind them, or the group went to a generator that is behind
         if trajectory.sample not in group.begun and any(a.version > b.version for a, b in pairwise(spans)):
             return Objection(kind="version", reason="versions go down within the trajectory")
         return None
@@ -209,41 +217,33 @@ class Acceptance:
 
 
 def _permitted(trajectory: Trajectory, group: Group) -> Objection | None:
+    """Why the trajectory is not one that the permit names, or None."""
     if not 0 <= trajectory.sample < group.size:
         said = f"sample {trajectory.sample} of {group.size}"
     elif (trajectory.problem, trajectory.split) != (group.problem, group.split):
         said = f"problem {trajectory.problem} ({trajectory.split}) instead of {group.problem} ({group.split})"
-    elif trajectory.seed != sample_seed(group.seed, trajectory.sample):
+    elif trajectory.seed != sample_seed(group.permit.seed, trajectory.sample):
         said = "another seed"
-    elif trajectory.temperature != group.temperature:
-        said = f"temperature {trajectory.temperature:g} instead of {group.temperature:g}"
+    elif trajectory.temperature != group.permit.temperature:
+        said = f"temperature {trajectory.temperature:g} instead of {group.permit.temperature:g}"
     else:
         return None
     return Objection(kind="permit", reason=f"group {group.group} was permitted otherwise: {said}")
 
 
-# -------------------- refusals
-# What was not taken: counted by kind, a few examples of each recorded, the sender told as long as that is cheap.
-
-EXAMPLES = 3
-"""of each kind that go into events.jsonl"""
-LONGEST_REASON = 200
-"""characters"""
-ANSWERS_AT_ONCE = 256
-ANSWERS_PER_S = 20.0
-"""a peer that sends nonsense and never reads must not fill this process with answers"""
-
-
 @dataclass(slots=True)
 class Refusals:
-    """Counters under a closed list of kinds (wire/refusal.py)."""
+    """What was not taken: counted by kind, a few examples of each recorded, and the sender told as long as that is
+    cheap."""
 
     counts: Counter[str] = field(default_factory=Counter)
+    """by RefusalKind (wire/frames.py)"""
     answers_left: float = ANSWERS_AT_ONCE
     answered_at: float = 0.0
+    """when the budget of answers was last filled up"""
 
     def may_answer(self, now: float) -> bool:
-        """Takes one answer to a stranger out of the budget."""
+        """Whether a stranger is answered; takes one answer out of the budget."""
         rested = max(0.0, now - self.answered_at)
         self.answers_left = min(ANSWERS_AT_ONCE, self.answers_left + ANSWERS_PER_S * rested)
         self.answered_at = now
@@ -255,7 +255,7 @@ class Refusals:
     def refuse(
         self, peer: bytes, what: str, objection: Objection, *, answer: bool, pairs: tuple[tuple[int, int], ...] = ()
     ) -> list[do.Effect]:
-        """`pairs`: (group, sample) of the trajectories that are meant, if any; each counts."""
+        """Count, record and answer. `pairs`: (group, sample) of the trajectories that are meant; each counts."""
         before = self.counts[objection.kind]
         self.counts[objection.kind] += max(1, len(pairs))
         reason = objection.reason[:LONGEST_REASON]

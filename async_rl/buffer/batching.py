@@ -1,4 +1,5 @@
-"""Complete groups become batches, or are refused: here a group's way through the buffer ends."""
+"""Complete groups become batches or are refused (`Batching`); what was dropped for its age is counted by length
+(`Discarded`), so that a bias towards short episodes shows."""
 
 from __future__ import annotations
 
@@ -9,16 +10,13 @@ from dataclasses import dataclass, field
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.admission import Admission
-from async_rl.buffer.depth import Depth, Rules
+from async_rl.buffer.depth import DepthController, Rules
 from async_rl.buffer.ledger import Group, Ledger, untrainable
 from async_rl.events import BatchHeldUp
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.types import bucket_names, bucket_of
 from async_rl.wire import messages as msg
 from async_rl.wire.messages import ABANDONED
-
-# -------------------- discarded
-# What was dropped for its age, beside what was trained: how long the episodes were.
 
 MOST_RUNNING = 4096
 """groups dropped while they ran that are remembered until the rest of them arrives"""
@@ -31,7 +29,7 @@ class Lengths:
     trajectories: int = 0
     tokens: int = 0
     buckets: Counter[int] = field(default_factory=Counter)
-    """trajectories by length (trajectory/length.py)"""
+    """trajectories by index of their length bucket (trajectory/types.py)"""
 
     def add(self, policy_length: int) -> None:
         self.trajectories += 1
@@ -41,10 +39,11 @@ class Lengths:
 
 @dataclass(slots=True, kw_only=True)
 class Discarded:
-    """The length bias of dropping. Trajectories without a policy token and failed ones are in neither count.
+    """How long the dropped, the refused and the trained episodes were. Trajectories without a policy token and failed
+    ones are in no count.
 
-    A trajectory that was dropped while it ran counts with what was generated of it: its true length is larger,
-    and so is the bias.
+    A trajectory that was dropped while it ran counts with what was generated of it: its true length is larger, and so
+    is the bias.
     """
 
     dropped: Lengths = field(default_factory=Lengths)
@@ -52,7 +51,7 @@ class Discarded:
     """groups refused for other reasons than their age"""
     trained: Lengths = field(default_factory=Lengths)
     running: OrderedDict[int, Group] = field(default_factory=OrderedDict)
-    """dropped while they ran: a generator still owes what there is of their missing samples"""
+    """groups dropped while they ran: a generator will still send what there is of their missing samples"""
 
     def train(self, group: Group) -> None:
         """It is in a batch."""
@@ -72,7 +71,7 @@ class Discarded:
                 self.running.popitem(last=False)
 
     def late(self, trajectory: Trajectory) -> bool:
-        """One of a group in `running` has come. False when that sample is already here."""
+        """Count a trajectory of a group in `running`. False when that sample is here already."""
         group = self.running[trajectory.group]
         if not group.arrive(trajectory):
             return False
@@ -83,7 +82,7 @@ class Discarded:
         return True
 
     def restore(self, lengths: Iterable[tuple[str, int, int, int]]) -> None:
-        """From (what became of them, bucket, trajectories, policy tokens) of all that was stored."""
+        """Add what was stored: (what became of them, bucket, trajectories, policy tokens)."""
         kinds = {"dropped": self.dropped, "refused": self.refused, "trained": self.trained}
         for kind, bucket, trajectories, tokens in lengths:
             found = kinds[kind]
@@ -93,7 +92,7 @@ class Discarded:
 
     @property
     def mean_refused(self) -> float:
-        """Policy tokens of refused trajectories, whatever the reason."""
+        """Mean policy tokens of refused trajectories, whatever the reason."""
         both = self.dropped, self.refused
         return sum(lengths.tokens for lengths in both) / max(1, sum(lengths.trajectories for lengths in both))
 
@@ -114,12 +113,13 @@ class Discarded:
 
 @dataclass(slots=True, kw_only=True)
 class HeldUp:
-    """P groups are finished, and their batch waits for others (staleness.py, `held_up_by`)."""
+    """A batch that waits although P groups are finished (staleness.py, `held_up_by`)."""
 
     since: float
     groups: list[int]
+    """it waits for"""
     generators: list[str]
-    """that have them; empty names: nobody"""
+    """that have them; an empty name: none has it"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -135,18 +135,18 @@ class Batching:
     hopeless: str = ""
     """why the run has to end: too many groups in a row were refused; else empty"""
     held_up: HeldUp | None = None
-    """the batch that is to be formed next"""
+    """the batch that is to be formed next, if it is held up"""
     held_up_seconds: float = 0.0
     """of all batches since this buffer started"""
     held_up_by: Counter[str] = field(default_factory=Counter)
     """generator -> batches that waited for a group of it"""
-    depth: Depth | None = field(init=False, default=None)
+    depth: DepthController | None = field(init=False, default=None)
     """what moves the depth of the pipeline, if anything does"""
 
     def __post_init__(self) -> None:
         if (control := self.rules.control) is not None:
             start = control.start(self.ledger.policy.pipeline_depth)
-            self.depth = Depth(control=control, ledger=self.ledger, state=start)
+            self.depth = DepthController(control=control, ledger=self.ledger, state=start)
             self.ledger.policy = self.ledger.policy.at_depth(start.depth)
 
     def close(self, group: Group) -> list[do.Effect]:
@@ -159,22 +159,22 @@ class Batching:
         return []
 
     def form(self, step: int, now: float) -> tuple[list[do.Effect], tuple[int, ...]]:
-        """The batch of `step`, if it can be filled: what follows, and its groups (none: not yet)."""
-        out = self._drop()
+        """Form the batch of `step`, if it can be filled: (effects, its groups; none: not yet)."""
+        out = self._refuse_overdue()
         chosen = self.ledger.choose()
         while chosen is not None and (stale := self.ledger.too_stale(chosen)):
             for group, reason in stale:
                 out += self.refuse(group, reason)
             chosen = self.ledger.choose()
         if chosen is None:
-            self._hold_up(now)
+            self._note_held_up(now)
             return out, ()
         for group in chosen:
             self.discarded.train(self.ledger.groups[group])
         self.ledger.form_batch(chosen)
         self.counts["groups_trained"] += len(chosen)
         out.append(do.FormBatch(step=step, groups=tuple(chosen), formed_at=now))
-        return [*out, *self._go_on(step, now), *self._drop()], tuple(chosen)
+        return [*out, *self._note_formed(step, now), *self._refuse_overdue()], tuple(chosen)
 
     def refuse(self, number: int, reason: str) -> list[do.Effect]:
         """It will not be trained; it stays in the store with the reason, and its slot is free."""
@@ -202,7 +202,7 @@ class Batching:
         return out
 
     def late(self, trajectory: Trajectory) -> bool:
-        """Whether it is new, and of a group that was dropped while it ran; it is counted then."""
+        """Count a trajectory of a group that was dropped while it ran; False when it is none, or not new."""
         if trajectory.group not in self.discarded.running or not self.discarded.late(trajectory):
             return False
         self.counts["trajectories_train"] += 1
@@ -211,28 +211,28 @@ class Batching:
         return True
 
     def trained(self, step: int, ess: float) -> list[do.Effect]:
-        """The trainer has done `step` and found this ESS / B in its batch (-1: it does not say)."""
+        """The trainer has done `step` with this ESS / B in its batch (-1: not reported)."""
         return [] if self.depth is None or ess == -1 else self.depth.observe(step=step, ess=ess)
 
-    def _drop(self) -> list[do.Effect]:
+    def _refuse_overdue(self) -> list[do.Effect]:
         """Refuse what can no longer be trained in time."""
         out: list[do.Effect] = []
         for group, reason in self.ledger.overdue():
             out += self.refuse(group, reason)
         return out
 
-    def _hold_up(self, now: float) -> None:
+    def _note_held_up(self, now: float) -> None:
         """Remember for whom a batch waits that could be filled without them."""
         if self.held_up is not None:
             return
-        due = self.ledger.policy.held_up_by(self.ledger.line, step=self.ledger.step)
+        due = self.ledger.policy.held_up_by(self.ledger.queue, step=self.ledger.step)
         if due:
             holders = [self.admission.generators.get(self.ledger.groups[group].holder or b"") for group in due]
             names = sorted({holder.name if holder is not None else "" for holder in holders})
             self.held_up = HeldUp(since=now, groups=due, generators=names)
 
-    def _go_on(self, step: int, now: float) -> list[do.Effect]:
-        """The batch is formed; say for whom it had to wait."""
+    def _note_formed(self, step: int, now: float) -> list[do.Effect]:
+        """The batch is formed: record for whom it had to wait."""
         held, self.held_up = self.held_up, None
         if held is None:
             return []

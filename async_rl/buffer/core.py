@@ -1,10 +1,10 @@
-"""The buffer as a pure state machine: `handle(peer, message, now) -> effects`.
+"""The buffer as a pure state machine (`Core`): `handle(peer, message, now) -> effects`.
 
-No I/O, no clock, no randomness of its own: the same messages at the same times give the same effects,
-so the whole asynchronous behaviour is tested on a virtual clock (tests/buffer).
+It has no I/O, no clock and no randomness of its own: the same messages at the same times give the same effects, so the
+whole asynchronous behaviour is tested on a virtual clock (tests/buffer).
 
-Who waits for whom: a generator waits for permits (slots are freed by batches trained and weights held);
-the trainer waits for P finished groups inside the window; the buffer waits for nobody.
+Who waits for whom: a generator waits for permits (slots are freed by batches trained and weights held); the trainer
+waits for finished groups; the buffer waits for nobody.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from async_rl.buffer.depth import Rules
 from async_rl.buffer.evaluation import Evaluation, Evaluations, evaluation_groups, evaluation_result
 from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.presence import Attendance, Presence
-from async_rl.buffer.waits import PendingBatch, Waits, evaluation_reason
+from async_rl.buffer.waits import PendingBatch, Waits
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import Blob, WireError
 from async_rl.wire import messages as msg
@@ -31,7 +31,8 @@ from async_rl.wire import messages as msg
 
 @dataclass(slots=True)
 class Core:
-    """Messages in, effects out. What is admitted is in `ledger`, who may start what in `admission`."""
+    """Messages in, effects out. `ledger` knows what is admitted, `admission` who may start what, `acceptance` what is
+    taken from whom, `batching` what becomes of complete groups, `waits` who waits for whom."""
 
     rules: Rules
     problem_at: Callable[[int], int]
@@ -45,11 +46,12 @@ class Core:
     refusals: Refusals = field(default_factory=Refusals)
     batching: Batching = field(init=False)
     trainer: bytes = b""
-    """the peer that said so in its Hello; empty: none yet"""
+    """the peer that is the trainer, by its Hello; empty: none yet"""
     waits: Waits = field(init=False)
     consumed: int = 0
-    """newest version that is in a checkpoint, as far as this buffer was told"""
+    """newest version that is in a checkpoint, as far as this buffer knows"""
     counts: Counter[str] = field(default_factory=Counter)
+    """events by name, since the start of the run"""
     failures_in_row: int = 0
     last_failure: str = ""
     ended: bool = False
@@ -65,7 +67,7 @@ class Core:
             counts=self.counts,
         )
         self.waits = Waits(
-            after_s=self.rules.stall_report_s,
+            report_after_s=self.rules.stall_report_s,
             ledger=self.ledger,
             admission=self.admission,
             presence=self.presence,
@@ -85,7 +87,7 @@ class Core:
 
     @property
     def step(self) -> int:
-        """Of the next batch."""
+        """The step of the next batch."""
         return self.ledger.step
 
     @property
@@ -101,8 +103,8 @@ class Core:
     # ------------------------------------------------------------------ entry
 
     def handle(self, peer: bytes, message: msg.Message, now: float) -> list[do.Effect]:
-        """Everything that follows from one message at time `now` (seconds, any monotonic clock)."""
-        self.presence.hear(peer, message, now)
+        """The effects of one message at time `now` (seconds, any monotonic clock)."""
+        self.presence.receive(peer, message, now)
         if (objection := self.acceptance.message(peer, message, self.trainer)) is not None:
             return self._refused(peer, message, objection, now)
         match message:
@@ -117,7 +119,7 @@ class Core:
                 return self._holds(peer, message.version, now)
             case msg.Status():
                 return self.attendance.status(peer, message, published=self.published, now=now) + self._grant(now, peer)
-            case msg.Pulse():  # the buffer lives, too
+            case msg.Pulse():
                 return [do.Send(peer=peer, message=msg.PulseAnswer())] if self._may_answer(peer, now) else []
             case msg.Canary():
                 return self.attendance.canary(peer, message, self.trainer)
@@ -140,18 +142,18 @@ class Core:
             case msg.Query():
                 return self._query(peer, now)
             case msg.Join() if self.refusals.may_answer(now):
-                return self.attendance.knock(peer)
+                return self.attendance.join(peer)
             case msg.Done() | msg.Shutdown():
                 return self._end(message.reason, failed=False)
             case _:
                 return []
 
     def malformed(self, peer: bytes, error: WireError, now: float) -> list[do.Effect]:
-        """Bytes that are no message."""
+        """The effects of bytes that are no message."""
         return self._object(peer, "message", Objection(kind=error.kind, reason=str(error)), now)
 
     def _refused(self, peer: bytes, message: msg.Message, objection: Objection, now: float) -> list[do.Effect]:
-        """A generator that this buffer does not know (any more) is told so and joins anew."""
+        """Refuse a message. A generator that this buffer does not know (any more) is told so and joins anew."""
         out = self._object(peer, type(message).__name__, objection, now)
         answered = any(isinstance(effect, do.Send) for effect in out)
         if answered and objection.kind == "stranger" and isinstance(message, msg.Want | msg.Status):
@@ -169,18 +171,18 @@ class Core:
         return [do.Send(peer=peer, message=self.snapshot(now))] if answer else []
 
     def _may_answer(self, peer: bytes, now: float) -> bool:
-        """Those it knows always; strangers as long as that is cheap."""
+        """Whether a peer is answered: known ones always, strangers as long as that is cheap."""
         return peer == LAUNCHER or self.presence.knows(peer) or self.refusals.may_answer(now)
 
     def tick(self, now: float) -> list[do.Effect]:
-        """Time passes: give up generators that are frozen, tell a waiting trainer whom it waits for."""
-        out = self.attendance.frozen(now)
+        """Time passes: give up frozen generators, tell a waiting trainer whom it waits for."""
+        out = self.attendance.remove_frozen(now)
         out += self._grant(now) if out else []
         return out if self.ended else out + self.waits.tick(now)
 
     def lost(self, peer: bytes, now: float) -> list[do.Effect]:
         """A generator is gone: its permits go to others at no new charge."""
-        return self._grant(now) if self.attendance.lost(peer) else []
+        return self._grant(now) if self.attendance.remove(peer) else []
 
     # ------------------------------------------------------------- generators
 
@@ -189,7 +191,7 @@ class Core:
             return [*self.attendance.hello(peer, hello, published=self.published, now=now), *self._grant(now)]
         if hello.role == "trainer":
             self.trainer = self.waits.trainer = peer
-            self.presence.join(peer, hello, now)
+            self.presence.add(peer, hello, now)
         return []
 
     def _holds(self, peer: bytes, version: int, now: float) -> list[do.Effect]:
@@ -250,7 +252,7 @@ class Core:
         return out
 
     def _turns(self, peer: bytes, turns: msg.Turns, now: float) -> list[do.Effect]:
-        """Keep what is done of long episodes, so that they are not lost more often than short ones."""
+        """Keep the finished turns of long episodes, so that long ones are not lost more often than short ones."""
         kept = []
         possible, out = self._sift(peer, "Turns", turns.trajectories, now)
         for _, trajectory, group in possible:
@@ -264,8 +266,7 @@ class Core:
     def _sift(
         self, peer: bytes, what: str, trajectories: Sequence[Trajectory], now: float
     ) -> tuple[list[tuple[int, Trajectory, Group | None]], list[do.Effect]]:
-        """Those that may be what they say, each with its place and its group if that is live; what follows for
-        the others."""
+        """(place, trajectory, its group if that is live) of those that may be what they say; effects for the others."""
         possible: list[tuple[int, Trajectory, Group | None]] = []
         refused: dict[str, tuple[Objection, list[tuple[int, int]]]] = {}
         for place, trajectory in enumerate(trajectories):
@@ -281,9 +282,9 @@ class Core:
         return possible, out
 
     def _group(self, number: int) -> Group | None:
-        """Live, or dropped while it ran."""
-        entry = self.evaluations.groups.get(number)
-        return entry[1] if entry is not None else self.groups.get(number) or self.batching.discarded.running.get(number)
+        """The group of this number that is live, or was dropped while it ran."""
+        running = self.batching.discarded.running
+        return self.evaluations.group(number) or self.groups.get(number) or running.get(number)
 
     def _count(self, trajectory: Trajectory) -> None:
         self.counts[f"trajectories_{trajectory.split}"] += 1
@@ -302,7 +303,7 @@ class Core:
             # formed before: also for a trainer that goes on from a checkpoint, or fetches the next part
             return [do.SendBatch(peer=peer, step=step, after=ask.after, counters=self.counters())]
         if self.waits.batch is None or self.waits.batch.step != step:
-            self.waits.batch = PendingBatch(peer=peer, step=step, since=now, told=now)
+            self.waits.batch = PendingBatch(peer=peer, step=step, since=now, notified=now)
         self.waits.batch.peer = peer
         return self._try_batch(now)
 
@@ -320,18 +321,18 @@ class Core:
         return out + self._hopeless()
 
     def _hopeless(self) -> list[do.Effect]:
-        """The end, when too many groups in a row were refused."""
+        """End the run when too many groups in a row were refused."""
         return self._end(self.batching.hopeless, failed=True) if self.batching.hopeless else []
 
     def _published(self, published: msg.Published, now: float) -> list[do.Effect]:
         version = published.version
         if version <= self.published:
             return []
-        steps = range(self.published, min(version, self.step))  # word of the versions before may have got lost
+        steps = range(self.published, min(version, self.step))  # the messages about the versions before may be lost
         self.ledger.published = version
         out: list[do.Effect] = [do.MarkTrained(step=step) for step in steps]
         for peer, generator in self.admission.generators.items():
-            generator.told = now
+            generator.notified = now
             out.append(do.Send(peer=peer, message=msg.NewWeights(version=version)))
         out += self.batching.trained(version - 1, published.ess)
         return out + self._grant(now)
@@ -347,27 +348,27 @@ class Core:
     def _evaluate(self, ask: msg.Evaluate, now: float) -> list[do.Effect]:
         if ask.evaluation in self.evaluations.asked:
             return []
-        groups = evaluation_groups(ask, seed=self.rules.seed, number=self.ledger.number, now=now)
+        groups = evaluation_groups(ask, seed=self.rules.seed, new_number=self.ledger.new_number, now=now)
         self.evaluations.add(ask.evaluation, Evaluation(version=ask.version, groups=groups))
         return [*(do.add_group(group, generator="") for group in groups), *self._grant(now)]
 
     def _fetch_evaluation(self, peer: bytes, ask: msg.FetchEvaluation, now: float) -> list[do.Effect]:
         found = self.evaluations.asked[ask.evaluation]
         result = evaluation_result(ask.evaluation, found)
-        self.waits.fetched(ask.evaluation, waits=ask.waits, finished=result.finished, now=now)
+        self.waits.note_fetch(ask.evaluation, waits=ask.waits, finished=result.finished, now=now)
         out: list[do.Effect] = []
         if result.finished and not found.recorded:
             self.evaluations.record(found)
             out.append(do.AddEvaluation(result=result, finished_at=now))
         if not result.finished:
-            reason = evaluation_reason(found, self.admission, self.presence, now)
+            reason = self.waits.evaluation_reason(found, now)
             result = replace(result, progress=self.waits.progress, reason=reason)
         return [*out, do.Send(peer=peer, message=result)]
 
     # ----------------------------------------------------------------- report
 
     def wait_reason(self, now: float) -> str:
-        """Who the trainer is waiting for, since when."""
+        """Who the trainer waits for, since when."""
         return self.waits.batch_reason(now)
 
     def counters(self) -> msg.BufferCounters:
@@ -376,7 +377,7 @@ class Core:
         oldest = min((g.version for g in generators), default=self.published)
         policy, batching = self.ledger.policy, self.batching
         return msg.BufferCounters(
-            slots_used=policy.used(self.ledger.line, step=self.step, version=oldest, published=self.published),
+            slots_used=policy.used(self.ledger.queue, step=self.step, version=oldest, published=self.published),
             slots=policy.slots,
             pipeline_depth=policy.pipeline_depth,
             generators=len(generators),

@@ -1,7 +1,8 @@
-"""The depth of the pipeline, moved so that the effective sample size stays at a target.
+"""The depth of the pipeline, moved so that the effective sample size (ESS) stays at a target (`DepthControl`); and the
+rules that the state machine follows, the control among them (`Rules`).
 
-A deeper pipeline keeps generators busy and makes data older, which lowers the ESS of the batches: ESS below the
-target asks for a shallower pipeline, above it for a deeper one. The bound on staleness does not depend on it.
+A deeper pipeline keeps generators busy and makes data older, which lowers the ESS of the batches: an ESS below the
+target asks for a shallower pipeline, one above it for a deeper one. The bound on staleness does not depend on it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from async_rl.buffer import effects as do
 from async_rl.buffer.ledger import Ledger
 from async_rl.buffer.staleness import Policy
 from async_rl.events import DepthChanged
+from async_rl.wire.messages import Permit
 
 KEY = "depth"
-"""of the controller's state among the store's meta"""
+"""key of the controller's state among the store's meta"""
 SMOOTHING = 0.1
 """weight of the newest step in the smoothed ESS; a plain mean while fewer steps than 1 / this are in it"""
 LEAST_STEPS = 10
@@ -25,7 +27,7 @@ LEAST_STEPS = 10
 CALM_STEPS = 4 * LEAST_STEPS
 """steps within the band after which what was learned of other depths is forgotten"""
 LONGEST_PATIENCE = 1000
-"""steps, see DepthControl"""
+"""steps, see `DepthState.patience`"""
 FIRST_STRIDE = 0.5
 LONGEST_STRIDE = 1.0
 """batches"""
@@ -56,22 +58,24 @@ class DepthState:
     nonfinite: int = 0
     """steps whose ESS was no finite number"""
     at_bound: bool = False
-    """the target asks for a depth beyond the bounds, and that was said"""
+    """the target asks for a depth beyond the bounds, and that was reported"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DepthControl:
     """Pure: state and observation in, state and decision out.
 
-    - The ESS is averaged over at least LEAST_STEPS steps; those whose data were started at the depth before the
-      last change are left out.
-    - Inside the band nothing is changed. Outside, the depth moves by a stride that grows with the distance and, in
-      the same direction, doubles each time.
+    - The ESS is averaged over at least LEAST_STEPS steps. Steps whose data were started at the depth before the last
+      change are left out.
+    - Inside the band nothing changes. Outside, the depth moves by a stride that grows with the distance and doubles
+      each time the direction stays the same.
     - A depth that was too deep and one that was too shallow bracket the target: the next one lies in the middle.
       When no slot is left between them, the shallower one is kept; the other is tried again after `patience` steps,
-      which doubles each time. So a plant that stands still is changed only a few times, whatever the band.
+      which doubles each time. So the depth of a run whose ESS does not drift changes only a few times, whatever the
+      band.
     - A bracket that the ESS contradicts is forgotten, and so is one that was not needed for CALM_STEPS.
-    - At a bound nothing adds up (there is no integral): the first measured steps on the other side of the band count.
+    - There is no integral term, so nothing builds up at a bound: the first measured steps on the other side of the
+      band count.
 
     Example: `DepthControl(target=0.5, deepest=3.0, groups_per_step=16)`.
     """
@@ -92,7 +96,8 @@ class DepthControl:
         return DepthState(depth=min(depth, self.deepest))
 
     def observe(self, state: DepthState, *, step: int, ess: float) -> tuple[DepthState, DepthChanged | None]:
-        """What follows from the ESS / B of a training step. A step seen before changes nothing."""
+        """The next state and the change, if any, after a training step with this ESS / B. A step seen before changes
+        nothing."""
         if step <= state.newest:
             return state, None
         state = replace(state, newest=step)
@@ -116,7 +121,7 @@ class DepthControl:
     def _decide(
         self, state: DepthState, direction: int, *, step: int, ess: float, reason: str
     ) -> tuple[DepthState, DepthChanged | None]:
-        """Move in this direction, if there is somewhere to go."""
+        """Move one stride in this direction, unless the depth is at its bound."""
         old = state.depth
         decision = DepthChanged(step=step, ess=ess, smoothed=state.smoothed, old=old, new=old, reason=reason)
         if old == (1.0 if direction < 0 else self.deepest):
@@ -143,14 +148,22 @@ class DepthControl:
         return after, replace(decision, new=new)
 
     def _stride(self, state: DepthState, direction: int) -> float:
-        """Without a bracket: by the distance to the target, and longer each time, batches."""
+        """Length of a move without a bracket, batches: by the distance to the target, and longer each time."""
         distance = abs(state.smoothed - self.target) / self.band - 1 if state.measured else 1.0
         again = 2 * abs(state.moved) if direction * state.moved > 0 else 0.0
         return min(max(FIRST_STRIDE * distance, again), LONGEST_STRIDE)
 
 
+def _measured(state: DepthState, ess: float) -> DepthState:
+    """The state with one more step in the smoothed ESS."""
+    count = state.measured + 1
+    weight = max(1 / count, SMOOTHING)
+    before = state.smoothed if state.measured else 0.0
+    return replace(state, measured=count, smoothed=before + weight * (ess - before))
+
+
 def _bracketed(state: DepthState, direction: int) -> DepthState:
-    """What is learned of this depth; what contradicts it is forgotten."""
+    """The state that knows this depth as too deep (direction -1) or too shallow; what contradicts that is forgotten."""
     depth = state.depth
     if direction < 0:
         return replace(state, too_deep=depth, too_shallow=state.too_shallow if state.too_shallow < depth else 0.0)
@@ -158,7 +171,7 @@ def _bracketed(state: DepthState, direction: int) -> DepthState:
 
 
 def _rested(state: DepthState) -> DepthState:
-    """Within the band; after a long time there, what was learned of other depths is old."""
+    """The state within the band; after a long time there, what was learned of other depths is forgotten."""
     state = replace(state, at_bound=False)
     if state.measured < CALM_STEPS:
         return state
@@ -166,8 +179,8 @@ def _rested(state: DepthState) -> DepthState:
 
 
 @dataclass(slots=True, kw_only=True)
-class Depth:
-    """The controller at work on a ledger."""
+class DepthController:
+    """Applies a control to the ledger's policy."""
 
     control: DepthControl
     ledger: Ledger
@@ -186,25 +199,16 @@ class Depth:
         return out
 
     def restore(self, remembered: Mapping[str, Any]) -> None:
-        """Go on where an earlier life of the run stood."""
+        """Go on where an earlier launch of the run stood."""
         self.state = DepthState(**remembered)
         self.ledger.policy = self.ledger.policy.at_depth(self.state.depth)
 
 
-def _measured(state: DepthState, ess: float) -> DepthState:
-    count = state.measured + 1
-    weight = max(1 / count, SMOOTHING)
-    before = state.smoothed if state.measured else 0.0
-    return replace(state, measured=count, smoothed=before + weight * (ess - before))
-
-
-# -------------------- rules
-# The settings that the state machine obeys.
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """Example: `Rules(policy=policy, group_size=8, temperature=1.0, drop_zero_signal=False, max_failures=64,
+    """The settings that the state machine follows.
+
+    Example: `Rules(policy=policy, group_size=8, temperature=1.0, drop_zero_signal=False, max_failures=64,
     max_refusals=1000, seed=0)`."""
 
     policy: Policy
@@ -223,10 +227,21 @@ class Rules:
     vocabulary: int = 0
     """tokens are below it; 0: not known"""
     max_permits: int = 1 << 31
-    """most that one generator may have under way"""
+    """permits that one generator may have under way"""
     frozen_after_s: float = 15.0
-    """a generator of which nothing was heard for so long is lost"""
+    """a generator that has been silent for so long is lost"""
     stall_report_s: float = 10.0
     """waits that last longer are reported"""
     how_to_join: str = ""
     """what follows "no generator is connected" where the launcher starts none"""
+
+    def permit(self, *, group: int, problem: int, seed: int) -> Permit:
+        """The right to generate all samples of a training group. `seed`: of the group."""
+        return Permit(
+            group=group,
+            problem=problem,
+            split="train",
+            samples=tuple(range(self.group_size)),
+            seed=seed,
+            temperature=self.temperature,
+        )

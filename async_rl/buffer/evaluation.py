@@ -1,4 +1,4 @@
-"""Evaluations: held-out problems sampled by generators between training groups."""
+"""Evaluations: held-out problems that generators sample between training groups (`Evaluations`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from async_rl.buffer.ledger import Group
 from async_rl.trajectory.types import group_seed
-from async_rl.wire.messages import Evaluate, EvaluationResult
+from async_rl.wire.messages import Evaluate, EvaluationResult, Permit
 
 REMEMBERED = 8
 """evaluations whose result is in the store that can still be asked for"""
@@ -16,17 +16,19 @@ REMEMBERED = 8
 
 @dataclass(slots=True, kw_only=True)
 class Evaluation:
+    """One evaluation on its way."""
+
     version: int
-    """weights at least this new"""
+    """oldest weights that may be used"""
     groups: Sequence[Group]
-    """one per problem, not trained"""
+    """one for each problem; not trained"""
     recorded: bool = False
     """its result is in the store"""
 
 
 @dataclass(slots=True, kw_only=True)
 class Evaluations:
-    """Those asked for (of the recorded ones the newest), and which of their groups no generator has taken yet."""
+    """The evaluations asked for (of the recorded ones the newest), and the groups that no generator has taken yet."""
 
     asked: dict[int, Evaluation] = field(default_factory=dict)
     """by the trainer's number"""
@@ -44,6 +46,7 @@ class Evaluations:
 
     @property
     def unfinished(self) -> int:
+        """Evaluations whose result is not in the store."""
         return sum(not evaluation.recorded for evaluation in self.asked.values())
 
     def take(self, version: int) -> Group | None:
@@ -57,19 +60,19 @@ class Evaluations:
         return group
 
     def group(self, number: int) -> Group | None:
-        """A group that is not recorded yet."""
+        """The group of this number, if it is not recorded yet."""
         entry = self.groups.get(number)
         return entry[1] if entry is not None else None
 
-    def lost(self, peer: bytes) -> None:
-        """What this generator had not finished goes to others."""
+    def requeue(self, peer: bytes) -> None:
+        """A generator is gone: what it had not finished goes to others."""
         for number, (_, group) in self.groups.items():
             if group.holder == peer and not group.complete:
                 group.holder = None
                 self.queue.append(number)
 
     def complete(self, group: int) -> None:
-        """It needs no generator any more (the last words of a lost one may complete it)."""
+        """The group needs no generator any more (what a lost one still sent may complete it)."""
         if group in self.queue:
             self.queue.remove(group)
 
@@ -83,17 +86,19 @@ class Evaluations:
             del self.asked[number]
 
 
-def evaluation_groups(ask: Evaluate, *, seed: int, number: Callable[[], int], now: float) -> list[Group]:
-    """One group a problem. `seed`: of the run; `number`: gives a group number that was never used."""
+def evaluation_groups(ask: Evaluate, *, seed: int, new_number: Callable[[], int], now: float) -> list[Group]:
+    """One group a problem. `seed`: of the run; `new_number`: gives a group number that was never used."""
     return [
         Group(
-            group=number(),
-            problem=problem,
-            split="eval",
-            size=ask.samples,
-            # not the training stream: every evaluation draws the same noise for the same problem
-            seed=group_seed(seed ^ 0x5EED, place),
-            temperature=ask.temperature,
+            permit=Permit(
+                group=new_number(),
+                problem=problem,
+                split="eval",
+                samples=tuple(range(ask.samples)),
+                # not the training stream: every evaluation draws the same noise for the same problem
+                seed=group_seed(seed ^ 0x5EED, place),
+                temperature=ask.temperature,
+            ),
             admitted_at=now,
             admitted_version=ask.version,
         )

@@ -1,70 +1,87 @@
-"""Training groups in order of admission: each ends in exactly one batch or one refusal."""
+"""The training groups from admission to the batch: `Ledger`. Each ends in exactly one batch or one refusal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from async_rl.buffer.staleness import Entry, Line, Policy
+from msgspec.structs import replace
+
+from async_rl.buffer.staleness import Policy, Slot, SlotQueue
 from async_rl.trajectory import Split, Trajectory
 from async_rl.wire.messages import Permit
 
-# -------------------- group
-# A group on its way from admission to a batch: which samples are there, which are still out.
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """What the buffer remembers of one trajectory; the tokens are in the store."""
+class SampleRecord:
+    """What the buffer remembers of one trajectory; its tokens are in the store."""
 
     reward: float
     version_min: int
     version_max: int
     length: int
+    """tokens"""
     policy_length: int
+    """tokens sampled by the policy"""
     failed: bool
 
 
 @dataclass(slots=True, kw_only=True)
 class Group:
-    """The trajectories of one prompt that are compared with each other."""
+    """The trajectories of one prompt that are compared with each other, on their way to a batch."""
 
-    group: int
-    problem: int
-    split: Split
-    size: int
-    """samples asked for"""
-    seed: int
-    temperature: float
+    permit: Permit
+    """the right to generate it, for all of its samples"""
     admitted_at: float
     """seconds, the buffer's clock"""
     admitted_version: int
+    """of the weights that its generator held"""
     position: int = -1
     """in the prompt order; -1: none (evaluation)"""
     attempt: int = 0
     """how often a group of this position was dropped before"""
     holder: bytes | None = None
     """the generator that works on it; None while it waits for one"""
-    samples: dict[int, Sample] = field(default_factory=dict)
+    samples: dict[int, SampleRecord] = field(default_factory=dict)
+    """those that have arrived, by their index"""
     begun: set[int] = field(default_factory=set)
     """samples of which finished turns are saved"""
     holders: set[bytes] = field(default_factory=set)
     """every generator it was given to"""
     oldest_held: int = 0
-    """the oldest weights of those generators when it was given to them"""
+    """oldest weights of those generators when it was given to them"""
     restored: bool = False
-    """read from the store: to whom it was given before is not known, nor which weights those held"""
+    """read from the store: it is not known to whom it was given before, nor which weights those held"""
+
+    @property
+    def group(self) -> int:
+        """Its number, unique in the run."""
+        return self.permit.group
+
+    @property
+    def problem(self) -> int:
+        return self.permit.problem
+
+    @property
+    def split(self) -> Split:
+        return self.permit.split
+
+    @property
+    def size(self) -> int:
+        """Samples asked for."""
+        return len(self.permit.samples)
 
     @property
     def missing(self) -> tuple[int, ...]:
-        return tuple(i for i in range(self.size) if i not in self.samples)
+        """Samples that have not arrived."""
+        return tuple(i for i in self.permit.samples if i not in self.samples)
 
     @property
     def complete(self) -> bool:
         return len(self.samples) == self.size
 
     @property
-    def usable(self) -> list[Sample]:
+    def usable(self) -> list[SampleRecord]:
         """Samples that did not fail."""
         return [s for s in self.samples.values() if not s.failed]
 
@@ -80,22 +97,15 @@ class Group:
             self.oldest_held = version if not self.holders else min(self.oldest_held, version)
         self.holders.add(peer)
 
-    def permit(self) -> Permit:
-        """The right to generate what is missing."""
-        return Permit(
-            group=self.group,
-            problem=self.problem,
-            split=self.split,
-            samples=self.missing,
-            seed=self.seed,
-            temperature=self.temperature,
-        )
+    def permit_missing(self) -> Permit:
+        """The right to generate the samples that have not arrived."""
+        return replace(self.permit, samples=self.missing)
 
     def arrive(self, trajectory: Trajectory) -> bool:
-        """Take in one trajectory; False when that sample is already here."""
+        """Take in one trajectory; False when that sample is here already."""
         if trajectory.sample in self.samples:
             return False
-        self.samples[trajectory.sample] = Sample(
+        self.samples[trajectory.sample] = SampleRecord(
             reward=trajectory.reward,
             version_min=trajectory.version_min,
             version_max=trajectory.version_max,
@@ -114,23 +124,23 @@ class Ledger:
     step: int = 0
     """batches formed so far = the step of the next batch"""
     published: int = 0
-    """newest version the trainer has published"""
+    """newest version that the trainer has published"""
     next_group: int = 0
     """number of the group admitted next; evaluation groups draw from the same numbers"""
-    line: Line = field(default_factory=Line)
-    """every group not refused, in order of admission, from the oldest untrained one on"""
+    queue: SlotQueue = field(default_factory=SlotQueue)
+    """every group not refused, in order of admission, from the oldest live one on"""
     groups: dict[int, Group] = field(default_factory=dict)
-    """those that are in no batch yet"""
+    """those that are in no batch yet, by number"""
 
-    def number(self) -> int:
+    def new_number(self) -> int:
         """A group number that was never used."""
         self.next_group += 1
         return self.next_group - 1
 
     def admit(self, group: Group) -> None:
-        """Put a new group, with the highest number so far, at the end."""
+        """Append a new group, with the highest number so far."""
         self.groups[group.group] = group
-        self.line.add(Entry(group=group.group, deadline=self.deadline(group)))
+        self.queue.add(Slot(group=group.group, deadline=self.deadline(group)))
 
     def deadline(self, group: Group) -> int:
         """Latest step at which the oldest token the group has, or may get, is no staler than allowed."""
@@ -139,29 +149,30 @@ class Ledger:
         return (oldest if oldest >= 0 else self.step) + self.policy.max_staleness
 
     def may_admit(self, version: int) -> bool:
-        """May a generator holding `version` start one more group?"""
-        return self.policy.admit(self.line, step=self.step, version=version, published=self.published)
+        """Whether a generator that holds `version` may start one more group."""
+        return self.policy.admit(self.queue, step=self.step, version=version, published=self.published)
 
     def may_reissue(self, group: int, version: int) -> bool:
-        """May a generator holding `version` take over this admitted group?"""
-        return self.policy.reissue(self.line, group, step=self.step, version=version)
+        """Whether a generator that holds `version` may take over this admitted group."""
+        return self.policy.reissue(self.queue, group, step=self.step, version=version)
 
     def finish(self, group: int) -> None:
         """All its samples are there: it may be trained."""
-        self.line.finish(group, deadline=self.deadline(self.groups[group]))
+        self.queue.finish(group, deadline=self.deadline(self.groups[group]))
 
     def refuse(self, group: int) -> None:
         """It will not be trained and frees its slot."""
         del self.groups[group]
-        self.line.refuse(group)
+        self.queue.refuse(group)
 
     def choose(self) -> list[int] | None:
         """The groups of the next batch, or None while it cannot be filled."""
-        return self.policy.select(self.line, step=self.step)
+        return self.policy.select(self.queue, step=self.step)
 
     def overdue(self) -> list[tuple[int, str]]:
         """(group, reason) of those, finished or not, that can no longer be trained in time."""
-        return [(group, self._overdue(self.groups[group])) for group in self.policy.overdue(self.line, step=self.step)]
+        overdue = self.policy.overdue(self.queue, step=self.step)
+        return [(group, self._overdue_reason(self.groups[group])) for group in overdue]
 
     def too_stale(self, chosen: Iterable[int]) -> list[tuple[int, str]]:
         """(group, reason) of those that may not be trained now, whatever admission believed."""
@@ -176,10 +187,10 @@ class Ledger:
         """These groups are the batch of `step`; the next step begins."""
         for group in chosen:
             del self.groups[group]
-        self.line.train(chosen)
+        self.queue.train(chosen)
         self.step += 1
 
-    def _overdue(self, group: Group) -> str:
+    def _overdue_reason(self, group: Group) -> str:
         reason = self.policy.refuse(version_min=group.version_min, step=self.step) if group.complete else None
         done = f"{len(group.samples)} of {group.size} samples finished"
         return reason or (
@@ -199,6 +210,6 @@ def untrainable(group: Group, *, drop_zero_signal: bool) -> str | None:
 
 
 def zero_signal(rewards: Iterable[float]) -> bool:
-    """All rewards of a group are equal: its group-relative advantages are zero."""
+    """Whether all rewards of a group are equal, so that its group-relative advantages are zero."""
     values = list(rewards)
     return len(values) > 1 and max(values) == min(values)

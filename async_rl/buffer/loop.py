@@ -1,4 +1,7 @@
-"""The buffer process: sockets and the store around the state machine."""
+"""The buffer process: sockets and the store around the state machine (`run_buffer`).
+
+A round receives messages, lets the state machine handle them, writes and commits what follows, and only then answers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from msgspec.structs import replace
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
-from async_rl.buffer.restore import read_standing, restore
+from async_rl.buffer.restore import read_state, restore
 from async_rl.buffer.store import Store, store_begun
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
@@ -27,47 +30,14 @@ from async_rl.wire.frames import PORTION_BYTES
 from async_rl.wire.heartbeat import Activity
 from async_rl.wire.keys import Gate, keys_in
 
-# -------------------- memory
-# How the buffer's memory budget is divided. What does not fit is in the store alone.
-#
-# Everything else the process keeps is small and bounded: a record of some 100 bytes for each trajectory of the
-# groups that hold a slot, the results of a few evaluations, counters by reason.
-
-FEWEST_MESSAGES = 16
-"""of a peer that may wait in the process: fewer would stop senders without need"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Example: `divide(256 << 20, peers=2)`."""
-
-    cache_bytes: int
-    """pages of the store"""
-    handled_bytes: int
-    """trajectories received and not yet committed"""
-    queued_messages: int
-    """of each peer, received by the socket's thread and not yet looked at; generators send at most
-    PORTION_BYTES in one, or a single trajectory. Beyond it the sender keeps them"""
-    part_bytes: int
-    """of a batch that is being sent; three copies of it exist for a moment (stored, framed, on its way)"""
-
-
-def divide(budget_bytes: int, *, peers: int) -> Memory:
-    """A quarter for pages, an eighth each for what is handled and queued, three for a batch under way."""
-    eighth = budget_bytes // 8
-    return Memory(
-        cache_bytes=2 * eighth,
-        handled_bytes=eighth,
-        queued_messages=min(UNREAD_IN, max(FEWEST_MESSAGES, eighth // PORTION_BYTES // max(1, peers))),
-        part_bytes=eighth,
-    )
-
-
 POLL_S = 0.05
-DRAIN = 256
+"""longest wait for a message; then time passes for the state machine without one"""
+MESSAGES_A_ROUND = 256
 """messages handled before one commit"""
 STRANGERS_S = 1.0
-"""at most so often is said how many were turned away"""
+"""seconds between two reports of peers that were turned away"""
+FEWEST_MESSAGES = 16
+"""messages of one peer that may wait in the process: fewer would stop senders without need"""
 
 
 def make_welcome(folder: RunFolder, settings: Settings, *, task_digest: str, segment: str, weights: str) -> msg.Welcome:
@@ -89,10 +59,10 @@ def run_buffer(
 ) -> None:
     """Serve until the trainer is done or something ends the run. Raises RunFailed with the cause.
 
-    A store that is there already is gone on with, for a trainer that begins at `version`."""
+    A store that exists is continued, for a trainer that begins at `version`."""
     limit = settings.wire.max_message_mb << 20
     chosen = settings.buffer
-    memory = divide(chosen.memory_mb << 20, peers=settings.generator.count + 1)
+    memory = divide_memory(chosen.memory_mb << 20, peers=settings.generator.count + 1)
     part_bytes = min(memory.part_bytes, limit // 2)
     begun = store_begun(folder.store)
     with (
@@ -118,7 +88,7 @@ def run_buffer(
                 reason = f"rollback: begun under weights that were given up at step {back.at - 1}"
                 store.give_up(version=back.at, reason=reason)
             store.commit()
-            restore(core, read_standing(store), version=version)
+            restore(core, read_state(store), version=version)
         folder.record(BufferReady(endpoint=endpoint))
         strangers = Strangers(router.gate)
         pruning = chosen.keep_steps > 0
@@ -128,7 +98,7 @@ def run_buffer(
             activity.still("serving")
             effects = receive(router, core, memory.handled_bytes)
             activity.still("storing and answering" if effects else "serving")
-            carry_out(effects, store, router, folder.record, part_bytes)
+            execute(effects, store, router, folder.record, part_bytes)
             strangers.report(core, folder, time.monotonic())
             if chosen.keep_steps and (pruning or any(isinstance(effect, do.MarkConsumed) for effect in effects)):
                 pruning = store.prune(keep_steps=chosen.keep_steps, oldest_live=core.oldest_live())
@@ -137,7 +107,8 @@ def run_buffer(
 
 @contextmanager
 def farewell(core: Core, router: Router) -> Iterator[None]:
-    """Where this process ends before the run does, generators that joined by themselves hear it from nobody else."""
+    """When this process ends before the run does, tell the generators: nobody else tells those that joined by
+    themselves."""
     try:
         yield
     finally:
@@ -148,33 +119,34 @@ def farewell(core: Core, router: Router) -> Iterator[None]:
 
 @dataclass(slots=True)
 class Strangers:
-    """Tells of the peers that were turned away because they showed no known key."""
+    """Records how many peers were turned away because they showed no known key."""
 
     gate: Gate | None
     """None: a Unix socket, which the file system guards"""
-    told: int = 0
-    seen: int = 0
-    """at the last look"""
-    told_at: float = 0.0
+    reported: int = 0
+    """peers"""
+    counted: int = 0
+    """peers, when they were last counted"""
+    counted_at: float = 0.0
 
     def report(self, core: Core, folder: RunFolder, now: float) -> None:
-        """`now`: seconds, monotonic."""
-        if self.gate is None or now - self.told_at < STRANGERS_S:
+        """Count the peers turned away and record them if there are more. `now`: seconds, monotonic."""
+        if self.gate is None or now - self.counted_at < STRANGERS_S:
             return
-        # one that was being greeted a moment ago is no stranger yet
-        settled, self.seen, self.told_at = min(self.seen, self.gate.turned_away), self.gate.turned_away, now
-        if settled <= self.told:
+        # a connection in its handshake counts as turned away: only those that still count the next time are reported
+        settled, self.counted, self.counted_at = min(self.counted, self.gate.turned_away), self.gate.turned_away, now
+        if settled <= self.reported:
             return
-        self.told = settled
-        core.counts["peers_turned_away"] = self.told
-        folder.record(PeersTurnedAway(count=self.told, reasons=self.gate.reasons))
+        self.reported = settled
+        core.counts["peers_turned_away"] = self.reported
+        folder.record(PeersTurnedAway(count=self.reported, reasons=self.gate.reasons))
 
 
 def receive(router: Router, core: Core, most_bytes: int) -> list[do.Effect]:
-    """Wait a moment for messages, handle those that are there, as many as `most_bytes` of trajectories allow."""
+    """Wait a moment for messages and handle those that are there, as many as `most_bytes` of trajectories allow."""
     out: list[do.Effect] = []
     received = router.receive(POLL_S)
-    for _ in range(DRAIN):
+    for _ in range(MESSAGES_A_ROUND):
         if received is None:
             break
         peer, message = received
@@ -190,15 +162,15 @@ def receive(router: Router, core: Core, most_bytes: int) -> list[do.Effect]:
 
 
 def trajectory_bytes(message: msg.Message) -> int:
-    """Of the columns it carries."""
+    """Bytes of the columns that a message carries."""
     if not isinstance(message, msg.Finished | msg.Turns):
         return 0
     return sum(t.tokens.nbytes + t.log_behaviour.nbytes for t in message.trajectories)
 
 
-def carry_out(effects: Sequence[do.Effect], store: Store, router: Router, record: RecordEvent, part_bytes: int) -> None:
-    """Write everything, commit, and only then tell anybody. `record` writes into events.jsonl.
-    `part_bytes`: of a batch, sent at once."""
+def execute(effects: Sequence[do.Effect], store: Store, router: Router, record: RecordEvent, part_bytes: int) -> None:
+    """Write everything, commit, and only then answer. `record` writes an event into the run's record; `part_bytes`: of
+    a batch, sent at once. Raises RunFailed when the effects end the run with an error."""
     if not effects:
         return
     started, processor = time.perf_counter(), time.thread_time()
@@ -214,9 +186,9 @@ def carry_out(effects: Sequence[do.Effect], store: Store, router: Router, record
             case do.Send(peer=peer, message=message):
                 router.send(peer, message)
             case do.SendTurns(peer=peer, pairs=pairs):
-                for pair in pairs:  # one by one: each may be long
+                for pair in pairs:  # one message each: they may be long
                     found = tuple(unpack(blob) for blob in store.load_turns([pair]))
-                    if found:  # else the episode's last words came in this round
+                    if found:  # else the episode was finished in this round
                         router.send(peer, msg.Turns(trajectories=found))
             case do.SendBatch():
                 send_batch(effect, store, router, part_bytes)
@@ -229,7 +201,7 @@ def carry_out(effects: Sequence[do.Effect], store: Store, router: Router, record
 
 
 def send_batch(effect: do.SendBatch, store: Store, router: Router, part_bytes: int) -> None:
-    """The batch, or so much of it that its memory is bounded; the trainer asks for the rest."""
+    """Send the batch, or a part of it of bounded size; the trainer asks for the rest."""
     if effect.step < store.first_step():
         raise RunFailed(
             f"{store.path}: the trajectories of step {effect.step} are deleted (buffer.keep_steps), those from step "
@@ -250,7 +222,7 @@ def send_batch(effect: do.SendBatch, store: Store, router: Router, part_bytes: i
 
 
 def write(effect: do.Effect, store: Store) -> bool:
-    """Put one effect into the store; False when it is not a write."""
+    """Apply one effect to the store; False when it is no write."""
     match effect:
         case do.AddGroup():
             store.add_group(
@@ -292,3 +264,36 @@ def write(effect: do.Effect, store: Store) -> bool:
         case _:
             return False
     return True
+
+
+# ---------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryShares:
+    """How the buffer's memory budget is divided; what does not fit is in the store alone.
+
+    Everything else that the process keeps is small and bounded: a record of some 100 bytes for each trajectory of the
+    groups that hold a slot, the results of a few evaluations, counters by name.
+    """
+
+    cache_bytes: int
+    """pages of the store"""
+    handled_bytes: int
+    """trajectories received and not yet committed"""
+    queued_messages: int
+    """messages of each peer, received by the socket's thread and not yet handled; beyond it the sender keeps them.
+    Generators send at most PORTION_BYTES in one, or a single trajectory"""
+    part_bytes: int
+    """of a batch that is being sent; three copies of it exist for a moment (stored, framed, on its way)"""
+
+
+def divide_memory(budget_bytes: int, *, peers: int) -> MemoryShares:
+    """A quarter for pages, an eighth each for what is handled and queued, three eighths for a batch being sent."""
+    eighth = budget_bytes // 8
+    return MemoryShares(
+        cache_bytes=2 * eighth,
+        handled_bytes=eighth,
+        queued_messages=min(UNREAD_IN, max(FEWEST_MESSAGES, eighth // PORTION_BYTES // max(1, peers))),
+        part_bytes=eighth,
+    )

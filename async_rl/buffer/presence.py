@@ -1,8 +1,9 @@
-"""Generators come, stand, freeze, leave: what follows from each. What they may start is in admission.py.
+"""Which processes live (`Presence`), and what follows when a generator joins, stands, freezes or leaves
+(`Attendance`). What generators may start is in admission.py.
 
-Everything here can come twice, late or not at all. A life of a generator has a number of its own (its
-session); totals only grow within it; and the standing that it sends several times a second shows what got
-lost on the way. So no order of arrival does harm, and whatever is missing is sent again.
+Everything here can come twice, late or not at all. A session of a generator has a number of its own; totals only grow
+within it; and the state that it sends several times a second shows what was lost on the way. So no order of arrival
+does harm, and whatever is missing is sent again.
 """
 
 from __future__ import annotations
@@ -12,80 +13,80 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from async_rl.buffer import effects as do
-from async_rl.buffer.admission import AGAIN_S, Admission
+from async_rl.buffer.admission import RESEND_S, Admission
 from async_rl.events import GeneratorJoined, GeneratorLeft, GeneratorLost
 from async_rl.wire import messages as msg
-
-# -------------------- presence
-# Who lives, by what was last heard of each process; and whether the buffer itself was away meanwhile.
 
 PULSE = msg.PULSE.encode()
 
 
 @dataclass(slots=True, kw_only=True)
-class Sign:
-    """The last sign of life of one process."""
+class PeerState:
+    """What was last received from one process. Times are the buffer's clock, seconds."""
 
     name: str
     role: str
     pid: int
     doing: str
     since: float
-    """when it began that, the buffer's clock"""
+    """when it began that"""
     heard: float
     """when its last message of any kind came"""
 
 
 @dataclass(slots=True)
 class Presence:
-    """Signs of the generators and the trainer, by their peer. Others are forgotten at once."""
+    """The generators and the trainer, by their peer; other processes are not kept."""
 
     limit_s: float
-    """silence after which a process is taken for frozen"""
-    signs: dict[bytes, Sign] = field(default_factory=dict)
-    ticked: float = 0.0
-    """when the buffer last looked; 0: never"""
+    """wire.frozen_after_s: silence after which a process is taken for frozen"""
+    states: dict[bytes, PeerState] = field(default_factory=dict)
+    checked: float = 0.0
+    """when `frozen` was last called; 0: never"""
 
-    def join(self, peer: bytes, hello: msg.Hello, now: float) -> None:
-        """From here on its signs are kept."""
-        self.signs[peer] = Sign(
+    def add(self, peer: bytes, hello: msg.Hello, now: float) -> None:
+        """From now on this process is watched."""
+        self.states[peer] = PeerState(
             name=hello.name, role=hello.role, pid=hello.pid, doing="saying hello", since=now, heard=now
         )
 
-    def leave(self, peer: bytes) -> None:
-        self.signs.pop(peer, None)
+    def remove(self, peer: bytes) -> None:
+        self.states.pop(peer, None)
 
     def knows(self, peer: bytes) -> bool:
-        return peer.removesuffix(PULSE) in self.signs
+        return peer.removesuffix(PULSE) in self.states
 
-    def hear(self, peer: bytes, message: msg.Message, now: float) -> None:
-        """Any message is a sign of life; a pulse says what the process does."""
-        sign = self.signs.get(peer.removesuffix(PULSE))
-        if sign is None:
+    def receive(self, peer: bytes, message: msg.Message, now: float) -> None:
+        """Any message shows that its sender lives; a pulse says what the process does."""
+        state = self.states.get(peer.removesuffix(PULSE))
+        if state is None:
             return
-        sign.heard = now
+        state.heard = now
         if isinstance(message, msg.Pulse):
-            sign.doing, sign.since = message.doing, now - message.since_s
+            state.doing, state.since = message.doing, now - message.since_s
 
     def frozen(self, now: float) -> list[bytes]:
-        """The peers that have been silent for too long. When the buffer itself was away it has heard nobody:
-        all get their time anew."""
-        if self.ticked and now - self.ticked > self.limit_s / 2:
-            for sign in self.signs.values():
-                sign.heard = now
-        self.ticked = now
-        return [peer for peer, sign in self.signs.items() if now - sign.heard > self.limit_s]
+        """The peers that have been silent for too long. When the buffer itself was stopped meanwhile, it received
+        nothing from anybody: then nobody's silence counts."""
+        if self.checked and now - self.checked > self.limit_s / 2:
+            for state in self.states.values():
+                state.heard = now
+        self.checked = now
+        return [peer for peer, state in self.states.items() if now - state.heard > self.limit_s]
 
     def silent_s(self, peer: bytes, now: float) -> float:
-        sign = self.signs.get(peer)
-        return now - sign.heard if sign is not None else 0.0
+        """Seconds since the peer's last message."""
+        state = self.states.get(peer)
+        return now - state.heard if state is not None else 0.0
 
-    def last_word(self, peer: bytes, now: float) -> str:
+    def describe(self, peer: bytes, now: float) -> str:
         """Example: `last heard of generator-1 0.3 s ago: decoding 14 sequences (for 3.2 s)`."""
-        sign = self.signs.get(peer)
-        if sign is None:
+        state = self.states.get(peer)
+        if state is None:
             return "nothing was heard of it"
-        return f"last heard of {sign.name} {now - sign.heard:.1f} s ago: {sign.doing} (for {now - sign.since:.1f} s)"
+        return (
+            f"last heard of {state.name} {now - state.heard:.1f} s ago: {state.doing} (for {now - state.since:.1f} s)"
+        )
 
     def rows(self, now: float) -> list[msg.ProcessState]:
         """One row a process."""
@@ -98,54 +99,56 @@ class Presence:
                 since_s=round(now - s.since, 3),
                 silent_s=round(now - s.heard, 3),
             )
-            for s in self.signs.values()
+            for s in self.states.values()
         ]
 
 
 @dataclass(slots=True, kw_only=True)
 class Attendance:
-    """Answers carry no permits: whoever calls grants afterwards."""
+    """Generators join, report and leave. The answers carry no permits: the caller grants afterwards."""
 
     admission: Admission
     presence: Presence
     welcome: msg.Welcome | None = None
     """what a generator that joins by itself is told; None: it gets no answer"""
 
-    def knock(self, peer: bytes) -> list[do.Effect]:
-        """One that may join asks."""
+    def join(self, peer: bytes) -> list[do.Effect]:
+        """A generator asks whether it may join."""
         return [] if self.welcome is None else [do.Send(peer=peer, message=self.welcome)]
 
     def hello(self, peer: bytes, hello: msg.Hello, *, published: int, now: float) -> list[do.Effect]:
-        """A new life begins, unless this one has begun already."""
+        """A new session begins, unless this one has begun already."""
         out: list[do.Effect] = []
         if not hello.session or self.admission.known(peer, hello.session) is None:
-            self.lost(peer)
-            self.admission.join(peer, hello, now)
-            self.presence.join(peer, hello, now)
+            self.remove(peer)
+            self.admission.add(peer, hello, now)
+            self.presence.add(peer, hello, now)
             if hello.joined:
                 out.append(do.Note(event=GeneratorJoined(name=hello.name, pid=hello.pid)))
         return [*out, do.Send(peer=peer, message=msg.NewWeights(version=published))]
 
-    def lost(self, peer: bytes) -> bool:
-        """It is gone and what it held is free for others; False when there was none."""
-        self.presence.leave(peer)
-        return self.admission.lost(peer)
+    def remove(self, peer: bytes) -> bool:
+        """The generator is gone, and what it held is free for others; False when there was none."""
+        self.presence.remove(peer)
+        return self.admission.remove(peer)
 
     def leave(self, peer: bytes, leave: msg.Leave) -> list[do.Effect]:
+        """A generator ends by itself."""
         generator = self.admission.generators[peer]
         left = GeneratorLeft(name=generator.name, groups=tuple(sorted(generator.groups)), reason=leave.reason)
-        self.lost(peer)
+        self.remove(peer)
         return [do.Note(event=left)]
 
     def gone(self, gone: msg.Gone) -> list[do.Effect]:
-        """The launcher saw that life end."""
+        """The launcher saw this process end."""
         for peer, generator in list(self.admission.generators.items()):
             if (generator.name, generator.pid) == (gone.name, gone.pid):
-                self.lost(peer)
+                self.remove(peer)
         return []
 
-    def frozen(self, now: float) -> list[do.Effect]:
-        """Give up the generators of which nothing comes any more: all of them, before what they held is given."""
+    def remove_frozen(self, now: float) -> list[do.Effect]:
+        """Give up the generators that have been silent for too long: all of them, before what they held is given to
+        others."""
         out: list[do.Effect] = []
         for peer in self.presence.frozen(now):
             if (generator := self.admission.generators.get(peer)) is None:
@@ -154,15 +157,15 @@ class Attendance:
                 name=generator.name,
                 groups=tuple(sorted(generator.groups)),
                 silent_s=round(self.presence.silent_s(peer, now), 3),
-                reason=self.presence.last_word(peer, now),
+                reason=self.presence.describe(peer, now),
             )
-            self.lost(peer)
+            self.remove(peer)
             self.admission.counts["generators_frozen"] += 1
             out.append(do.Note(event=lost))
         return out
 
     def canary(self, peer: bytes, canary: msg.Canary, trainer: bytes) -> list[do.Effect]:
-        """The trainer compares."""
+        """Pass a canary on to the trainer, which compares."""
         if not trainer:
             self.admission.counts["canaries_ignored"] += 1
             return []
@@ -170,20 +173,20 @@ class Attendance:
         return [do.Send(peer=trainer, message=replace(canary, name=name))]
 
     def want(self, peer: bytes, want: msg.Want | msg.Status) -> None:
-        """Totals only grow."""
+        """Take in what a generator wants and holds; totals only grow."""
         generator = self.admission.generators[peer]
         generator.limit = max(generator.limit, want.limit)
         generator.version = max(generator.version, want.version)
 
     def status(self, peer: bytes, status: msg.Status, *, published: int, now: float) -> list[do.Effect]:
-        """Compare what a generator has with what it should have; send again what got lost."""
+        """Compare what a generator has with what it should have; send again what was lost."""
         self.want(peer, status)
         generator = self.admission.generators[peer]
         generator.busy_seconds = status.busy_seconds
         generator.tokens_generated = status.tokens_generated
         generator.running = status.running
-        out = self.admission.again(peer, set(status.groups), now)
-        if generator.version < published and now - generator.told >= AGAIN_S:
-            generator.told = now
+        out = self.admission.resend(peer, set(status.groups), now)
+        if generator.version < published and now - generator.notified >= RESEND_S:
+            generator.notified = now
             out.append(do.Send(peer=peer, message=msg.NewWeights(version=published)))
         return out

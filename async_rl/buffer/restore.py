@@ -1,8 +1,8 @@
-"""From the rows of a store to the state machine that wrote them: a buffer comes back.
+"""A buffer comes back: from the rows of a store to the state machine that wrote them (`restore`).
 
-What was committed is everything that any peer was told. Not restored, because it died with its owners:
-generators and what they hold (their groups wait for new ones, at their old places and at no new charge),
-evaluations that were not finished (the trainer asks again), the streaks of failures and refusals.
+Everything that any peer was told is in the store. What belonged to other processes is not restored: generators and
+what they hold (their groups wait for new generators, at their old places and at no new charge), evaluations that were
+not finished (the trainer asks again), and the streaks of failures and refusals.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 
 from async_rl.buffer.core import Core
 from async_rl.buffer.depth import KEY
-from async_rl.buffer.ledger import Group, Sample
-from async_rl.buffer.staleness import Entry
+from async_rl.buffer.ledger import Group, SampleRecord
+from async_rl.buffer.staleness import Slot
 from async_rl.buffer.store_reader import GroupRow, StoreReader, TrajectoryRow
 from async_rl.trajectory.types import LENGTH_BUCKETS, attempt_seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """What the buffer had reached."""
+class StoredState:
+    """What the buffer had reached, as the store tells it."""
 
     step: int
     """of the next batch"""
@@ -49,8 +49,8 @@ class Standing:
     """policy tokens of everything stored"""
 
 
-def read_standing(store: StoreReader) -> Standing:
-    """Reads rows of live groups and sums over the others; no payload."""
+def read_state(store: StoreReader) -> StoredState:
+    """The state that a store holds: rows of live groups, and sums over the others; no payload is read."""
     step, next_group = store.next_numbers()
     counts = store.counts()
     live = [row.group for row in store.groups(unfinished=True) if row.split == "train"]
@@ -64,7 +64,7 @@ def read_standing(store: StoreReader) -> Standing:
     tokens = sums.pop("tokens_generated", 0)
     for name, count in sums.items():
         tally[name.split(":")[0]] += count
-    return Standing(
+    return StoredState(
         step=step,
         next_group=next_group,
         position=store.next_position(),
@@ -79,33 +79,33 @@ def read_standing(store: StoreReader) -> Standing:
     )
 
 
-def restore(core: Core, standing: Standing, *, version: int) -> None:
-    """Put a fresh `core` where the old one stood. The trainer begins at `version`, which may lie behind
-    batches that were formed: it is answered those, and the generators start nothing too old meanwhile."""
+def restore(core: Core, stored: StoredState, *, version: int) -> None:
+    """Bring a fresh `core` to the stored state. The trainer begins at `version`, which may lie behind batches that were
+    formed: it is answered those, and the generators start nothing too old meanwhile."""
     ledger, admission = core.ledger, core.admission
-    ledger.step, ledger.next_group = standing.step, standing.next_group
-    admission.position = standing.position
-    admission.lost_tokens = standing.tokens_generated
+    ledger.step, ledger.next_group = stored.step, stored.next_group
+    admission.position = stored.position
+    admission.lost_tokens = stored.tokens_generated
     ledger.published = core.consumed = version
-    core.counts.update(standing.counts)
+    core.counts.update(stored.counts)
     admission.refill = [
         (position, attempt + 1)
-        for position, attempt, why in standing.dropped
+        for position, attempt, why in stored.dropped
         if why == "rollback" or ledger.policy.refills
     ]
-    if core.batching.depth is not None and standing.depth is not None:
-        core.batching.depth.restore(standing.depth)
-    core.batching.discarded.restore(standing.lengths)
-    for row in standing.order:
+    if core.batching.depth is not None and stored.depth is not None:
+        core.batching.depth.restore(stored.depth)
+    core.batching.discarded.restore(stored.lengths)
+    for row in stored.order:
         if row.refused_because is not None:
             continue
         if row.step is not None:
-            ledger.line.add(Entry(group=row.group, deadline=row.step, finished=True, trained=True))
+            ledger.queue.add(Slot(group=row.group, deadline=row.step, finished=True, trained=True))
             continue
         group = _group(core, row)
-        for sample in standing.samples[row.group]:
+        for sample in stored.samples[row.group]:
             group.samples[sample.sample] = _sample(sample)
-        group.begun.update(sample for number, sample in standing.begun if number == row.group)
+        group.begun.update(sample for number, sample in stored.begun if number == row.group)
         ledger.admit(group)
         if group.complete:
             ledger.finish(row.group)
@@ -115,12 +115,11 @@ def restore(core: Core, standing: Standing, *, version: int) -> None:
 
 def _group(core: Core, row: GroupRow) -> Group:
     return Group(
-        group=row.group,
-        problem=row.problem,
-        split="train",
-        size=core.rules.group_size,
-        seed=attempt_seed(core.rules.seed, row.position, row.attempt),
-        temperature=core.rules.temperature,
+        permit=core.rules.permit(
+            group=row.group,
+            problem=row.problem,
+            seed=attempt_seed(core.rules.seed, row.position, row.attempt),
+        ),
         admitted_at=row.admitted_at,
         admitted_version=row.admitted_version,
         restored=True,
@@ -129,8 +128,8 @@ def _group(core: Core, row: GroupRow) -> Group:
     )
 
 
-def _sample(row: TrajectoryRow) -> Sample:
-    return Sample(
+def _sample(row: TrajectoryRow) -> SampleRecord:
+    return SampleRecord(
         reward=nan if row.reward is None else row.reward,
         version_min=row.version_min,
         version_max=row.version_max,

@@ -1,8 +1,8 @@
-"""Who waits for whom, since when, on what, and the last thing heard of it.
+"""Who waits for whom, since when, for what, and what was last received from whoever keeps it waiting.
 
-Two sides can wait: the trainer for a batch or an evaluation (then generators are behind), generators for
-permits (then the trainer is). A wait that lasts longer than `stall_report_s` is reported, again after twice
-the time, and once more when it is over.
+Two sides can wait: the trainer for a batch or an evaluation (then generators are behind), generators for permits
+(then the trainer is). A wait that lasts longer than `wire.stall_report_s` is reported, again after twice the time,
+and once more when it is over.
 """
 
 from __future__ import annotations
@@ -10,85 +10,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.admission import Admission
 from async_rl.buffer.evaluation import Evaluation, Evaluations
 from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.presence import Presence
-from async_rl.events import StallOver, StallReported
+from async_rl.events import StallOver, StallReported, StallTimer
 from async_rl.wire import messages as msg
 
-if TYPE_CHECKING:
-    pass
-
-
-# -------------------- report
-# What the buffer tells of itself: whom the trainer waits for, and the counters of every batch.
-
-
-def wait_reason(ledger: Ledger, admission: Admission, presence: Presence, *, now: float) -> str:
-    """Who the trainer is waiting for, since when."""
-    text = f"{ledger.line.num_ready} of {ledger.policy.groups_per_step} groups finished"
-    open_groups = [g for g in ledger.groups.values() if not g.complete]
-    if open_groups:
-        return f"{text}; {_oldest(open_groups, admission, presence, now)}"
-    if not admission.generators:
-        return f"{text}; no generator is connected{admission.rules.how_to_join}"
-    behind = [f"{g.name} holds version {g.version}" for g in admission.generators.values()]
-    words = [presence.last_word(peer, now) for peer in admission.generators]
-    text = f"{text}; no group is running, newest weights are version {ledger.published}, {', '.join(behind)}"
-    return "; ".join([text, *words])
-
-
-def evaluation_reason(evaluation: Evaluation, admission: Admission, presence: Presence, now: float) -> str:
-    """Who an evaluation waits for, since when."""
-    open_groups = [g for g in evaluation.groups if not g.complete]
-    if not open_groups:
-        return "all of its episodes are there"  # the trainer has not looked since
-    text = f"{sum(len(g.missing) for g in open_groups)} of its episodes are missing"
-    if not admission.generators:
-        return f"{text}; no generator is connected{admission.rules.how_to_join}"
-    return f"{text}; {_oldest(open_groups, admission, presence, now)}"
-
-
-def permit_reason(
-    peer: bytes, ledger: Ledger, admission: Admission, presence: Presence, trainer: bytes, now: float
-) -> str:
-    """Why a generator that wants permits gets none."""
-    generator = admission.generators[peer]
-    if not trainer:
-        return "no trainer has come yet"
-    word = presence.last_word(trainer, now)
-    if generator.version < ledger.published:
-        held = f"it holds version {generator.version}, the newest is {ledger.published}"
-        return f"{held}; {presence.last_word(peer, now)}; {word}"
-    used = ledger.policy.used(ledger.line, step=ledger.step, version=generator.version, published=ledger.published)
-    text = (
-        f"{used} of {ledger.policy.slots} slots are in use; the trainer has published version {ledger.published} and "
-        f"{ledger.line.num_ready} finished groups wait for it; {word}"
-    )
-    running = [g for g in ledger.groups.values() if not g.complete]
-    return f"{text}; {_oldest(running, admission, presence, now)}" if running else text
-
-
-def _oldest(groups: Sequence[Group], admission: Admission, presence: Presence, now: float) -> str:
-    """The open group that waits longest, on whom, and the last thing heard of it."""
-    oldest = min(groups, key=lambda g: g.group)
-    holder = oldest.holder or b""
-    generator = admission.generators.get(holder)
-    text = (
-        f"oldest is group {oldest.group} on {generator.name if generator is not None else 'no generator'}, "
-        f"{now - oldest.admitted_at:.1f} s, {len(oldest.samples)}/{oldest.size} samples"
-    )
-    return f"{text}; {presence.last_word(holder, now)}" if generator is not None else text
-
-
-WAITING_NOTICE_S = 2.0
-"""how often a waiting trainer is told whom it waits for, seconds"""
-STILL_ASKED_S = 5.0
-"""a trainer that waits for an evaluation asks all the time; when it has not for so long, it does not wait"""
+NOTICE_S = 2.0
+"""seconds between two messages that tell a waiting trainer whom it waits for"""
+STOPPED_ASKING_S = 5.0
+"""a trainer that waits for an evaluation asks all the time; one that has not asked for so long does not wait"""
+SHOWN_S = 1.0
+"""shorter waits are in no snapshot"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,7 +34,8 @@ class PendingBatch:
     peer: bytes
     step: int
     since: float
-    told: float
+    notified: float
+    """when the trainer was last told whom it waits for"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,32 +49,34 @@ class PendingEvaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wait:
+class OpenWait:
+    """A wait that goes on."""
+
     key: str
     """the same for as long as it goes on"""
     who: str
+    """waits"""
     what: str
     """it waits for"""
     since: float
-    why: Callable[[], str]
+    describe: Callable[[], str]
     """who keeps it waiting, as far as is known"""
 
 
 @dataclass(slots=True, kw_only=True)
-class Stall:
+class ReportedStall:
     """A wait that was reported."""
 
-    wait: Wait
-    next_at: float
-    """waited seconds at which it is reported again"""
+    wait: OpenWait
+    timer: StallTimer
 
 
 @dataclass(slots=True, kw_only=True)
 class Waits:
-    """All that go on; reads the state machine's parts and changes nothing in them."""
+    """All waits that go on. Reads the state machine's parts and changes nothing in them. Times are the buffer's
+    clock, seconds."""
 
-    after_s: float
-    """of waiting, before it is reported"""
+    report_after_s: float
     ledger: Ledger
     admission: Admission
     presence: Presence
@@ -146,21 +85,17 @@ class Waits:
     batch: PendingBatch | None = None
     evaluation: PendingEvaluation | None = None
     trainer: bytes = b""
-    """the peer, as far as it is known"""
-    stalls: dict[str, Stall] = field(default_factory=dict)
+    """the peer that is the trainer; empty: none yet"""
+    stalls: dict[str, ReportedStall] = field(default_factory=dict)
     """by the key of the wait"""
 
     @property
     def progress(self) -> int:
-        """Grows with everything that generators do."""
+        """A number that grows with everything that generators do."""
         trajectories = self.counts["trajectories_train"] + self.counts["trajectories_eval"]
         return trajectories + self.counts["turns_saved"] + self.admission.tokens_generated
 
-    def batch_reason(self, now: float) -> str:
-        """Who a batch waits for, since when."""
-        return wait_reason(self.ledger, self.admission, self.presence, now=now)
-
-    def fetched(self, number: int, *, waits: bool, finished: bool, now: float) -> None:
+    def note_fetch(self, number: int, *, waits: bool, finished: bool, now: float) -> None:
         """The trainer asked how far an evaluation is."""
         if not waits or finished:
             self.evaluation = None
@@ -172,8 +107,8 @@ class Waits:
     def tick(self, now: float) -> list[do.Effect]:
         """Tell a waiting trainer whom it waits for; report what waits too long."""
         out: list[do.Effect] = []
-        if self.batch is not None and now - self.batch.told >= WAITING_NOTICE_S:
-            self.batch.told = now
+        if self.batch is not None and now - self.batch.notified >= NOTICE_S:
+            self.batch.notified = now
             waiting = msg.Waiting(
                 what=f"batch of step {self.batch.step}",
                 reason=self.batch_reason(now),
@@ -181,41 +116,96 @@ class Waits:
                 progress=self.progress,
             )
             out.append(do.Send(peer=self.batch.peer, message=waiting))
-        self._idle(now)
+        self._mark_idle(now)
         return out + self._report(now)
 
     def rows(self, now: float) -> list[msg.StandingWait]:
-        """All waits of more than a second."""
+        """All waits of more than SHOWN_S."""
         return [
-            msg.StandingWait(who=w.who, what=w.what, seconds=round(now - w.since, 3), why=w.why())
-            for w in self._all(now)
-            if now - w.since > 1
+            msg.StandingWait(who=w.who, what=w.what, seconds=round(now - w.since, 3), why=w.describe())
+            for w in self._open(now)
+            if now - w.since > SHOWN_S
         ]
 
-    def _all(self, now: float) -> Iterator[Wait]:
+    # ------------------------------------------------------------ who keeps whom waiting, in words
+
+    def batch_reason(self, now: float) -> str:
+        """Who the trainer waits for when it waits for a batch, since when."""
+        ready, generators = self.ledger.queue.num_ready, self.admission.generators
+        text = f"{ready} of {self.ledger.policy.groups_per_step} groups finished"
+        open_groups = [g for g in self.ledger.groups.values() if not g.complete]
+        if open_groups:
+            return f"{text}; {self._oldest(open_groups, now)}"
+        if not generators:
+            return f"{text}; no generator is connected{self.admission.rules.how_to_join}"
+        behind = ", ".join(f"{g.name} holds version {g.version}" for g in generators.values())
+        text = f"{text}; no group is running, newest weights are version {self.ledger.published}, {behind}"
+        return "; ".join([text, *(self.presence.describe(peer, now) for peer in generators)])
+
+    def evaluation_reason(self, evaluation: Evaluation, now: float) -> str:
+        """Who an evaluation waits for, since when."""
+        open_groups = [g for g in evaluation.groups if not g.complete]
+        if not open_groups:
+            return "all of its episodes are there"  # the trainer has not asked since
+        text = f"{sum(len(g.missing) for g in open_groups)} of its episodes are missing"
+        if not self.admission.generators:
+            return f"{text}; no generator is connected{self.admission.rules.how_to_join}"
+        return f"{text}; {self._oldest(open_groups, now)}"
+
+    def permit_reason(self, peer: bytes, now: float) -> str:
+        """Why a generator that wants permits gets none."""
+        ledger, generator = self.ledger, self.admission.generators[peer]
+        if not self.trainer:
+            return "no trainer has come yet"
+        trainer = self.presence.describe(self.trainer, now)
+        if generator.version < ledger.published:
+            held = f"it holds version {generator.version}, the newest is {ledger.published}"
+            return f"{held}; {self.presence.describe(peer, now)}; {trainer}"
+        used = ledger.policy.used(ledger.queue, step=ledger.step, version=generator.version, published=ledger.published)
+        text = (
+            f"{used} of {ledger.policy.slots} slots are in use; the trainer has published version {ledger.published} "
+            f"and {ledger.queue.num_ready} finished groups wait for it; {trainer}"
+        )
+        running = [g for g in ledger.groups.values() if not g.complete]
+        return f"{text}; {self._oldest(running, now)}" if running else text
+
+    def _oldest(self, groups: Sequence[Group], now: float) -> str:
+        """The open group that waits longest, for whom, and what was last received from that generator."""
+        oldest = min(groups, key=lambda g: g.group)
+        holder = oldest.holder or b""
+        generator = self.admission.generators.get(holder)
+        text = (
+            f"oldest is group {oldest.group} on {generator.name if generator is not None else 'no generator'}, "
+            f"{now - oldest.admitted_at:.1f} s, {len(oldest.samples)}/{oldest.size} samples"
+        )
+        return f"{text}; {self.presence.describe(holder, now)}" if generator is not None else text
+
+    # ------------------------------------------------------------ reports
+
+    def _open(self, now: float) -> Iterator[OpenWait]:
         if self.batch is not None:
             what = f"the batch of step {self.batch.step}"
-            why = lambda: self.batch_reason(now)  # noqa: E731
-            yield Wait(key="batch", who="trainer", what=what, since=self.batch.since, why=why)
+            describe = lambda: self.batch_reason(now)  # noqa: E731
+            yield OpenWait(key="batch", who="trainer", what=what, since=self.batch.since, describe=describe)
         pending = self.evaluation
-        if pending is not None and now - pending.asked < STILL_ASKED_S:
+        if pending is not None and now - pending.asked < STOPPED_ASKING_S:
             asked = self.evaluations.asked[pending.number]
-            yield Wait(
+            yield OpenWait(
                 key="evaluation",
                 who="trainer",
                 what=f"evaluation {pending.number}",
                 since=pending.since,
-                why=lambda: evaluation_reason(asked, self.admission, self.presence, now),
+                describe=lambda: self.evaluation_reason(asked, now),
             )
         idle = {peer: g.idle_since for peer, g in self.admission.generators.items() if g.idle_since is not None}
         if idle:
             first = min(idle, key=lambda peer: idle[peer])
             who = self.admission.generators[first].name + (f" and {len(idle) - 1} more" if len(idle) > 1 else "")
-            why = lambda: permit_reason(first, self.ledger, self.admission, self.presence, self.trainer, now)  # noqa: E731
-            yield Wait(key="permits", who=who, what="permits", since=idle[first], why=why)
+            describe = lambda: self.permit_reason(first, now)  # noqa: E731
+            yield OpenWait(key="permits", who=who, what="permits", since=idle[first], describe=describe)
 
-    def _idle(self, now: float) -> None:
-        """Since when each generator has had room and nothing to do."""
+    def _mark_idle(self, now: float) -> None:
+        """Note since when each generator has had room and nothing to do."""
         for generator in self.admission.generators.values():
             if generator.groups or generator.granted >= generator.limit:
                 generator.idle_since = None
@@ -224,19 +214,20 @@ class Waits:
 
     def _report(self, now: float) -> list[do.Effect]:
         out: list[do.Effect] = []
-        waits = {wait.key: wait for wait in self._all(now)}
+        waits = {wait.key: wait for wait in self._open(now)}
         for key, stall in list(self.stalls.items()):
-            wait = waits.get(key)
-            if wait is None or (wait.what, wait.since) != (stall.wait.what, stall.wait.since):
+            known, wait = stall.wait, waits.get(key)
+            if wait is None or (wait.what, wait.since) != (known.what, known.since):
                 del self.stalls[key]
-                waited = round(now - stall.wait.since, 3)
-                out.append(do.Note(event=StallOver(waits=stall.wait.who, what=stall.wait.what, seconds=waited)))
+                seconds = round(now - known.since, 3)
+                out.append(do.Note(event=StallOver(waits=known.who, what=known.what, seconds=seconds)))
         for key, wait in waits.items():
             waited = now - wait.since
-            if waited < (self.stalls[key].next_at if key in self.stalls else self.after_s):
+            timer = self.stalls[key].timer if key in self.stalls else StallTimer(self.report_after_s)
+            if not timer.due(waited):
                 continue
-            self.stalls[key] = Stall(wait=wait, next_at=2 * waited)
-            text = f"{wait.who} waits {waited:.0f} s for {wait.what}: {wait.why()}"
+            self.stalls[key] = ReportedStall(wait=wait, timer=timer)
+            text = f"{wait.who} waits {waited:.0f} s for {wait.what}: {wait.describe()}"
             report = StallReported(waits=wait.who, what=wait.what, seconds=round(waited, 3), text=text)
             out.append(do.Note(event=report))
         return out

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
-from async_rl.events import GeneratorRejoined, RecordEvent, ignore_event
+from async_rl.events import GeneratorRejoined, RecordEvent, StallTimer, ignore_event
 from async_rl.generator.engine import Engine
 from async_rl.generator.episodes import Episodes, Key
 from async_rl.generator.outbox import RESEND_S, BufferDeadline, Outbox
@@ -138,7 +138,9 @@ class GeneratorLoop:
 
     def __post_init__(self) -> None:
         o = self.options
-        self.deadline = BufferDeadline(o.name, o.timeout_s, o.stall_report_s, self.buffer_silent_s, self.record)
+        self.deadline = BufferDeadline(
+            o.name, o.timeout_s, StallTimer(o.stall_report_s), self.buffer_silent_s, self.record
+        )
         self.weights = EngineWeights(o.name, self.engine, self.source)
         self.episodes = Episodes(
             task=self.task,

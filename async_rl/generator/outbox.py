@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from async_rl.errors import RunFailed
-from async_rl.events import RecordEvent, StallReported, ignore_event
+from async_rl.events import RecordEvent, StallReported, StallTimer, ignore_event
 from async_rl.trajectory import Trajectory
 
 RESEND_S = 3.0
@@ -83,13 +83,11 @@ class BufferDeadline:
     """of the generator"""
     limit_s: float
     """wire.timeout_s"""
-    report_s: float
-    """wire.stall_report_s"""
+    stall: StallTimer
+    """when a wait is reported"""
     buffer_silent_s: Callable[[], float] = lambda: 0.0
     record: RecordEvent = ignore_event
     """writes an event of the run"""
-    reported_at: float = 0.0
-    """length of the present wait when it was last reported, seconds; 0: not yet"""
 
     def check(self, outbox: Outbox, now: float) -> None:
         """Report a long wait for an acknowledgement, then again at twice its length. Raises RunFailed when it, or the
@@ -101,10 +99,7 @@ class BufferDeadline:
         if waited > self.limit_s:
             limit = f"{self.limit_s:g} s (wire.timeout_s)"
             raise RunFailed(f"{self.name} waited {limit} for the buffer to acknowledge {many}")
-        if waited < self.report_s:
-            self.reported_at = 0.0
-        elif waited >= 2 * self.reported_at:
-            self.reported_at = waited
+        if self.stall.due(waited):
             group, sample = next(iter(outbox.sent))
             text = (
                 f"{self.name} waits {waited:.0f} s for the buffer to acknowledge {many}, the first is sample {sample} "

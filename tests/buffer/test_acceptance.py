@@ -57,7 +57,7 @@ def core() -> Core:
 
 def given(core: Core) -> Trajectory:
     """What `a` should answer for the first sample of its first group."""
-    return answer(core.groups[2].permit(), 0, 1)
+    return answer(core.groups[2].permit_missing(), 0, 1)
 
 
 def state(core: Core) -> Any:

@@ -106,7 +106,7 @@ def test_a_buffer_that_was_away_itself_gives_everybody_their_time_anew(core: Cor
 
 
 def test_one_that_wakes_is_told_that_it_is_unknown_and_begins_anew_with_nothing_in_hand(core: Core) -> None:
-    old = answer(core.groups[2].permit(), 0, 0)
+    old = answer(core.groups[2].permit_missing(), 0, 0)
     core.handle(b"b", status(limit=4), 10.0)
     effects = pass_time(core, 0, 20)
     (given,) = told(effects, b"b", msg.Permits)
@@ -143,7 +143,7 @@ def test_a_permit_that_did_not_arrive_is_sent_again_and_one_in_hand_is_not(core:
 
 def test_new_weights_are_announced_again_to_one_that_stays_behind(core: Core) -> None:
     for group in range(4):
-        done = tuple(answer(core.groups[group].permit(), sample, 0) for sample in (0, 1))
+        done = tuple(answer(core.groups[group].permit_missing(), sample, 0) for sample in (0, 1))
         core.handle(b"a", msg.Finished(trajectories=done), 1.0)
     core.handle(TRAINER, msg.NextBatch(step=0), 1.0)
     core.handle(TRAINER, msg.Published(version=1), 2.0)
@@ -156,7 +156,7 @@ def test_new_weights_are_announced_again_to_one_that_stays_behind(core: Core) ->
 
 def test_who_leaves_gives_its_permits_back_at_once(core: Core) -> None:
     effects = core.handle(b"a", msg.Leave(name="a", reason="told to end", session=1), 1.0)
-    assert notes(effects) == [("generator_left", {"name": "a", "groups": [0, 1, 2, 3], "reason": "told to end"})]
+    assert notes(effects) == [("generator_left", {"name": "a", "groups": (0, 1, 2, 3), "reason": "told to end"})]
     assert permits(effects, b"b") == [0, 1, 2, 3]
 
 
@@ -176,7 +176,7 @@ def test_a_step_counts_as_trained_when_only_a_later_version_is_heard_of(core: Co
     core.handle(b"a", hello("a"), 0.0)
     core.handle(b"a", msg.Want(limit=9, version=0, session=1), 0.0)
     for step in range(2):
-        core.handle(b"a", msg.Finished(trajectories=(answer(core.groups[step].permit(), 0, 0),)), 0.0)
+        core.handle(b"a", msg.Finished(trajectories=(answer(core.groups[step].permit_missing(), 0, 0),)), 0.0)
         core.handle(TRAINER, msg.NextBatch(step=step), 0.0)
     effects = core.handle(TRAINER, msg.Published(version=2), 1.0)
     assert [e.step for e in effects if isinstance(e, do.MarkTrained)] == [0, 1]

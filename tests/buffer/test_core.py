@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from random import Random
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +9,7 @@ from support_buffer_world import TRAINER, answer, make_core, paces, policies, tr
 from support_world import deaths, make_world, play
 
 from async_rl.buffer import effects as do
-from async_rl.buffer.staleness import Entry, Line, PacePolicy, Policy
+from async_rl.buffer.staleness import PacePolicy, Policy, Slot, SlotQueue
 from async_rl.errors import UserError
 from async_rl.instruments.world.clock import Network
 from async_rl.wire import messages as msg
@@ -57,15 +55,15 @@ def test_staleness_is_bounded_and_each_admitted_group_is_trained_once_or_refused
     assert policy.refills or not stale
     assert core.counts["refused_stale"] == len(stale)
     seen.check_prompts(core)
-    assert len(core.ledger.line.entries) >= len(core.groups) == core.ledger.line.live
+    assert len(core.ledger.queue.entries) >= len(core.groups) == core.ledger.queue.live
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(pace=paces(), data=st.data())
 def test_no_group_is_overtaken_by_more_than_the_window_allows(pace: PacePolicy, data: st.DataObject) -> None:
-    line = Line()
+    line = SlotQueue()
     for group in range(60):
-        line.add(Entry(group=group, deadline=0))
+        line.add(Slot(group=group, deadline=0))
     batch_of: dict[int, int] = {}
     step = 0
     finish_order = data.draw(st.permutations(range(60)))

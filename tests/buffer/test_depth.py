@@ -20,7 +20,7 @@ from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
 from async_rl.buffer.depth import CALM_STEPS, LEAST_STEPS, DepthControl, DepthState
 from async_rl.buffer.loop import write
-from async_rl.buffer.restore import read_standing, restore
+from async_rl.buffer.restore import read_state, restore
 from async_rl.buffer.staleness import PacePolicy, Policy
 from async_rl.buffer.store import Store
 from async_rl.events import DepthChanged
@@ -222,7 +222,7 @@ def test_the_buffer_obeys_the_depth_says_so_and_a_restarted_one_goes_on_with_it(
         for effect in effects:
             write(effect, store)
         store.commit()
-        restore(again, read_standing(store), version=0)
+        restore(again, read_state(store), version=0)
     assert again.ledger.policy == core.ledger.policy
     assert again.batching.depth is not None
     assert core.batching.depth is not None

@@ -15,7 +15,7 @@ from support_world import deaths, make_world, play
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
 from async_rl.buffer.loop import write
-from async_rl.buffer.restore import read_standing, restore
+from async_rl.buffer.restore import read_state, restore
 from async_rl.buffer.staleness import DropPolicy, PacePolicy, WaitPolicy
 from async_rl.buffer.store import Store
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
@@ -122,7 +122,7 @@ def test_what_was_generated_of_a_dropped_group_is_stored_and_counted(tmp_path: P
         dropped = [row for row in store.trajectories() if row.group == 0]
         assert [row.policy_length for row in dropped] == [90, 0]
         assert all((row.refused_because or "").startswith("stale: admitted") for row in dropped)
-        restore(again, read_standing(store), version=2)
+        restore(again, read_state(store), version=2)
     assert dropped_metrics(again) == numbers, "and known again after a restart"
     assert again.counts["trajectories_failed"] == 0
 
@@ -149,7 +149,7 @@ def test_what_waits_to_be_asked_again_is_known_after_a_restart(tmp_path: Path) -
         for effect in play.effects:
             write(effect, store)
         store.commit()
-        restore(again, read_standing(store), version=2)
+        restore(again, read_state(store), version=2)
     assert again.admission.refill == [(0, 1)]
     assert again.admission.position == play.core.admission.position
 

@@ -27,7 +27,7 @@ REASON = "rollback: begun under weights that were given up"
 class WorldThatGoesBack(World):
     """The weights of one version are given up before they are published."""
 
-    back_at: int = 0
+    back_at: int = -1
     """set before the run is played"""
     gone: bool = False
 

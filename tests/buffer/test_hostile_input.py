@@ -21,7 +21,7 @@ from support_hostile import KINDS, forged, frames_of, some_frames, some_message
 from async_rl.buffer import effects as do
 from async_rl.buffer.acceptance import EXAMPLES
 from async_rl.buffer.core import Core
-from async_rl.buffer.loop import carry_out, receive, write
+from async_rl.buffer.loop import execute, receive, write
 from async_rl.buffer.staleness import PacePolicy
 from async_rl.buffer.store import Store
 from async_rl.trajectory import Trajectory
@@ -68,7 +68,7 @@ class Siege:
     # ------------------------------------------------------------ sound peers
 
     def say(self, peer: bytes, message: msg.Message) -> None:
-        for effect in self.carry_out(self.core.handle(peer, decode(encode(message)), self.now)):
+        for effect in self.execute(self.core.handle(peer, decode(encode(message)), self.now)):
             match effect:
                 case do.Send(peer=to, message=msg.Permits(permits=permits)) if to in SOUND:
                     self.received[to] += len(permits)
@@ -111,11 +111,11 @@ class Siege:
         before = self.core.refusals.counts.total()
         message = received(frames)
         if isinstance(message, WireError):
-            self.carry_out(self.core.malformed(peer, message, self.now))
+            self.execute(self.core.malformed(peer, message, self.now))
             assert self.core.refusals.counts.total() == before + 1
             return
         self.decoded += 1
-        self.carry_out(self.core.handle(peer, message, self.now))
+        self.execute(self.core.handle(peer, message, self.now))
 
     def messages(self) -> list[list[bytes]]:
         """What attackers may have overheard, and bend."""
@@ -129,7 +129,7 @@ class Siege:
         sent.append(msg.Want(limit=2, version=0))
         return [frames_of(message) for message in sent]
 
-    def carry_out(self, effects: list[do.Effect]) -> list[do.Effect]:
+    def execute(self, effects: list[do.Effect]) -> list[do.Effect]:
         for effect in effects:
             if isinstance(effect, do.AddTrajectories):
                 self.stored |= {(t.group, t.sample) for t in effect.trajectories}
@@ -153,7 +153,7 @@ class Siege:
                 self.go_on()
             if number % 200 == 0:
                 for peer in ATTACKERS:  # they take permits and let them lie
-                    self.carry_out(self.core.lost(peer, self.now))
+                    self.execute(self.core.lost(peer, self.now))
                 self.hand_out()
                 check(self.core)
 
@@ -173,9 +173,9 @@ def received(frames: list[bytes]) -> msg.Message | WireError:
 def check(core: Core) -> None:
     """What holds whatever was said."""
     ledger, admission = core.ledger, core.admission
-    numbers = [entry.group for entry in core.ledger.line.entries]
+    numbers = [entry.group for entry in core.ledger.queue.entries]
     assert numbers == sorted(set(numbers))
-    assert {entry.group for entry in core.ledger.line.entries if not entry.trained} == set(ledger.groups)
+    assert {entry.group for entry in core.ledger.queue.entries if not entry.trained} == set(ledger.groups)
     assert len(ledger.groups) <= PACE.slots
     assert admission.position == core.counts["groups_admitted"]
     assert core.counts["groups_trained"] == PACE.groups_per_step * core.step
@@ -235,8 +235,8 @@ def test_whoever_steals_a_name_breaks_nothing_but_what_that_name_may_do() -> Non
                 peer = random.choice((*SOUND, TRAINER))
                 message = received(some_frames(random, overheard))
                 if not isinstance(message, WireError | msg.Done | msg.Shutdown):
-                    world.carry_out(world.core.handle(peer, message, world.now))
-                    world.carry_out(world.core.tick(world.now))
+                    world.execute(world.core.handle(peer, message, world.now))
+                    world.execute(world.core.tick(world.now))
                 if number % 25 == 0:
                     check(world.core)
             kinds |= world.core.refusals.counts.keys()
@@ -283,7 +283,7 @@ def test_the_process_around_it_records_a_few_examples_answers_and_lives_on(tmp_p
         deadline = time.monotonic() + 30
         while snapshot is None and time.monotonic() < deadline:
             effects = receive(router, core, 1 << 20)
-            carry_out(effects, store, router, lambda event: events.append(event.detail()), part_bytes=1 << 20)
+            execute(effects, store, router, lambda event: events.append(event.detail()), part_bytes=1 << 20)
             if core.refusals.counts.total() > 200:
                 monitor.send(msg.Query())
             with suppress(WireTimeout):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support_run import quick_settings
 
-from async_rl.buffer.loop import FEWEST_MESSAGES, divide
+from async_rl.buffer.loop import FEWEST_MESSAGES, divide_memory
 from async_rl.config import Settings
 from async_rl.process_spec import BufferSpec
 from async_rl.run_folder import RunFolder
@@ -154,7 +154,7 @@ def test_memory_stays_flat_over_ten_thousand_trajectories_and_batches_beyond_the
 def test_the_parts_of_a_budget_fit_into_it() -> None:
     for megabytes in (16, 256, 4096):
         for peers in (1, 3, 200):
-            memory = divide(megabytes << 20, peers=peers)
+            memory = divide_memory(megabytes << 20, peers=peers)
             queued = memory.queued_messages * peers * PORTION_BYTES
             if memory.queued_messages > FEWEST_MESSAGES:
                 assert queued + memory.cache_bytes + memory.handled_bytes + 3 * memory.part_bytes <= megabytes << 20

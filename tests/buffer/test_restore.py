@@ -13,7 +13,7 @@ from support_world import audit_store, deaths, durable, make_world, play
 from support_world_store import RealStore
 
 from async_rl.buffer.loop import write
-from async_rl.buffer.restore import read_standing, restore
+from async_rl.buffer.restore import read_state, restore
 from async_rl.buffer.staleness import PacePolicy, Policy
 from async_rl.buffer.store import Store
 from async_rl.wire import messages as msg
@@ -55,7 +55,7 @@ def test_a_store_without_anything_gives_a_fresh_buffer(tmp_path: Path) -> None:
     pace = PacePolicy(groups_per_step=2, max_staleness=1, pipeline_depth=2.0, window=1)
     core = make_core(pace)
     with Store(tmp_path / "trajectories.sqlite", durability="process", create=True) as store:
-        restore(core, read_standing(store), version=0)
+        restore(core, read_state(store), version=0)
     assert durable(core) == durable(make_core(pace))
 
 
@@ -70,7 +70,9 @@ def test_restored_groups_keep_their_seeds_whatever_evaluations_took_numbers_in_b
         effects += core.handle(b"g", msg.Want(limit=9, version=0), 0.0)
         for effect in effects:
             write(effect, store)
-        restore(again, read_standing(store), version=0)
-    assert {g.group: g.seed for g in again.groups.values()} == {g.group: g.seed for g in core.groups.values()}
+        restore(again, read_state(store), version=0)
+    assert {g.group: g.permit.seed for g in again.groups.values()} == {
+        g.group: g.permit.seed for g in core.groups.values()
+    }
     assert again.ledger.next_group == core.ledger.next_group == 5
     assert heapq.nsmallest(2, again.admission.orphans) == [3, 4]

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from support_buffer_world import TRAINER, make_core, trajectory
 
 from async_rl.buffer import effects as do
-from async_rl.buffer.staleness import Entry, Line, WaitPolicy
+from async_rl.buffer.staleness import Slot, SlotQueue, WaitPolicy
 from async_rl.wire import messages as msg
 
 
-def line_of(deadlines: Sequence[int], finished: Sequence[bool]) -> Line:
-    line = Line()
+def line_of(deadlines: Sequence[int], finished: Sequence[bool]) -> SlotQueue:
+    line = SlotQueue()
     for group, (deadline, done) in enumerate(zip(deadlines, finished, strict=True)):
-        line.add(Entry(group=group, deadline=deadline))
+        line.add(Slot(group=group, deadline=deadline))
         if done:
             line.finish(group, deadline=deadline)
     return line
@@ -86,7 +86,7 @@ def test_nothing_is_trained_too_late_whoever_is_slow_and_whatever_the_depth(grou
     """The policy alone: any generator may start, any group may finish, the depth may change, at any moment."""
     random = Random(seed)
     wait = WaitPolicy(groups_per_step=groups, max_staleness=k, pipeline_depth=k + 1.0)
-    line, step, published, number = Line(), 0, 0, 0
+    line, step, published, number = SlotQueue(), 0, 0, 0
     held = [0] * 3  # versions of the generators
     oldest: dict[int, int] = {}
     for _ in range(400):
@@ -100,7 +100,7 @@ def test_nothing_is_trained_too_late_whoever_is_slow_and_whatever_the_depth(grou
             case 3 | 4:
                 version = random.choice(held)
                 if wait.admit(line, step=step, version=version, published=published):
-                    line.add(Entry(group=number, deadline=version + k))
+                    line.add(Slot(group=number, deadline=version + k))
                     # a token may be younger than the weights its group was admitted with
                     oldest[number] = random.randint(version, published)
                     number += 1
@@ -145,7 +145,7 @@ def test_a_batch_that_waits_for_a_due_group_says_for_whom_and_counts() -> None:
     assert [e.groups for e in effects if isinstance(e, do.FormBatch)] == [(slow,)]
     (note,) = [e for e in effects if isinstance(e, do.Note)]
     assert (note.event.event, note.event.detail()) == (
-        "held_up", {"step": 1, "seconds": 5.0, "groups": [slow], "generators": ["slow"]}
+        "held_up", {"step": 1, "seconds": 5.0, "groups": (slow,), "generators": ("slow",)}
     )  # fmt: skip
     numbers = core.counters().metrics()
     assert (numbers["held_up/batches"], numbers["held_up/seconds"], numbers["held_up/by/slow"]) == (1, 5.0, 1)

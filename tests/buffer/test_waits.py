@@ -25,7 +25,7 @@ def core() -> Core:
 
 
 def finish(core: Core, group: int, now: float) -> None:
-    done = tuple(answer(core.groups[group].permit(), sample, 0) for sample in core.groups[group].missing)
+    done = tuple(answer(core.groups[group].permit_missing(), sample, 0) for sample in core.groups[group].missing)
     core.handle(b"generator-1", msg.Finished(trajectories=done), now)
 
 
@@ -41,7 +41,7 @@ def until(core: Core, since: float, end: float) -> list[tuple[float, str, Any]]:
 def test_a_trainer_that_waits_long_for_a_batch_is_reported_at_growing_intervals_and_when_it_goes_on(
     core: Core,
 ) -> None:
-    core.handle(b"generator-1", msg.Finished(trajectories=(answer(core.groups[0].permit(), 0, 0),)), 1.0)
+    core.handle(b"generator-1", msg.Finished(trajectories=(answer(core.groups[0].permit_missing(), 0, 0),)), 1.0)
     core.handle(TRAINER, msg.NextBatch(step=0), 2.0)
     doing = "in tasks or rewards of 3 episodes; held up for 9.0 s in my_rewards.py:31 judge"
     beat = msg.Pulse(name="generator-1", pid=1, role="generator", doing=doing, since_s=9.0)
@@ -107,7 +107,7 @@ def test_an_evaluation_that_is_done_while_the_trainer_does_not_look_is_no_riddle
     core.handle(TRAINER, msg.FetchEvaluation(evaluation=3, waits=True), 0.0)
     core.handle(b"generator-1", msg.Want(limit=8, version=0), 0.0)
     (group,) = (group for _, group in core.evaluations.groups.values())
-    done = tuple(answer(group.permit(), sample, 0) for sample in sorted(group.missing))
+    done = tuple(answer(group.permit_missing(), sample, 0) for sample in sorted(group.missing))
     core.handle(b"generator-1", msg.Finished(trajectories=done), 1.0)
-    (row,) = (row for row in core.waits.rows(2.0) if row["what"] == "evaluation 3")
-    assert row["why"] == "all of its episodes are there"
+    (row,) = (row for row in core.waits.rows(2.0) if row.what == "evaluation 3")
+    assert row.why == "all of its episodes are there"

@@ -6,6 +6,7 @@ import pytest
 from support_buffer_world import trajectory
 
 from async_rl.errors import RunFailed
+from async_rl.events import StallTimer
 from async_rl.generator.outbox import BufferDeadline, Outbox
 
 
@@ -28,7 +29,7 @@ def test_what_is_not_acknowledged_is_sent_again_after_growing_pauses() -> None:
 
 def test_a_buffer_that_does_not_acknowledge_is_reported_and_then_given_up() -> None:
     outbox, events, silent = Outbox(), [], 0.5
-    deadline = BufferDeadline("generator-1", 60.0, 10.0, lambda: silent, events.append)
+    deadline = BufferDeadline("generator-1", 60.0, StallTimer(10.0), lambda: silent, events.append)
     outbox.put(trajectory(812, 3, 0))
     outbox.take(0.0)
     for second in range(60):
