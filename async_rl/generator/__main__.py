@@ -15,14 +15,13 @@ from async_rl.wire.heartbeat import Activity, Heartbeat, make_heartbeat
 from async_rl.wire.keys import keys_in
 
 LEAVE_S = 0.5
-"""time the last words of a generator that is told to end have to leave"""
+"""longest time for which the last messages of a generator that is told to end may take to leave"""
 
 
 async def generate(
     spec: GeneratorSpec, folder: RunFolder, settings: Settings, activity: Activity, heartbeat: Heartbeat
 ) -> None:
-    """Build the engine and serve until the buffer says stop. An order to end is obeyed when what is done has
-    been handed over."""
+    """Build the engine and generate until the buffer says stop. On SIGTERM, finished work is sent first."""
     from async_rl.generator.build import make_engine, make_weights
     from async_rl.generator.loop import GeneratorLoop, make_options
     from async_rl.model.tokenizer import Tokenizer
@@ -40,7 +39,7 @@ async def generate(
     folder.record(GeneratorReady(name=spec.name))
     try:
         task = make_task(settings.task.name, settings.task.args)
-        gc.freeze()  # what imports and set-up left behind is never garbage: do not look through it again
+        gc.freeze()  # objects of imports and set-up are never garbage: later collections skip them
         loop = GeneratorLoop(
             make_options(settings, spec.name),
             engine,
@@ -59,7 +58,7 @@ async def generate(
             raise SystemExit(TOLD_TO_END)
     finally:
         weights.close()
-        dealer.close(linger_s=0)  # told to stop: the buffer has gone
+        dealer.close(linger_s=0)  # the buffer said stop and is gone
 
 
 def main(spec: GeneratorSpec) -> None:

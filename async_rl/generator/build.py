@@ -1,4 +1,4 @@
-"""From settings to an engine."""
+"""From settings to an engine and the source of its weights."""
 
 from __future__ import annotations
 
@@ -21,15 +21,24 @@ from async_rl.weights.way import LINKS
 from async_rl.wire.keys import keys_in
 
 MOST_CPU_CACHE_BYTES = 4 << 30
-"""of vLLM on a CPU, which would take most of the machine's memory"""
+"""largest KV cache of vLLM on a CPU, which would otherwise take most of the machine's memory"""
 
 
 def make_weights(
     settings: Settings, segment: Path, endpoint: str, identity: str, *, here: bool, way: str = "", links: str = ""
 ) -> WeightSource:
-    """`way`: as the launcher found it; empty for a generator that joined, which takes `weights.transport`. `links`:
-    where the trainer's link server listens. `segment`: the trainer's; `endpoint`: of the weight server, empty when
-    there is none; `here`: the segment is, or will be, on this host. Raises UserError when there is no way."""
+    """The source of a generator's weights.
+
+    Args:
+        segment: path of the trainer's shared memory.
+        endpoint: of the weight server; empty when there is none.
+        identity: name of this generator.
+        here: the segment is, or will be, on this host.
+        way: the transport that the launcher chose; empty for a generator that joined, which uses `weights.transport`.
+        links: endpoint of the trainer's link server.
+
+    Raises UserError when no transport leads here.
+    """
     if way in LINKS:
         timeout_s, workers = settings.weights.timeout_s, settings.vllm.tensor_parallel
         first_s = settings.wire.timeout_s
@@ -55,13 +64,13 @@ def make_weights(
 
 
 def whole_weights(settings: Settings, source: TensorReader) -> TensorReader:
-    """`source`, or where only adapters travel, their sums with the weights of the model folder."""
+    """`source`; where only adapters are sent, a reader that adds them to the weights of the model folder."""
     lora, chosen = settings.lora, settings.generator
     if not lora.rank or lora.send == "merged":
         return source
     folder = Path(settings.model.path)
     config = check_folder(folder)
-    if config is None:  # the names in its files may be others than those of its parameters
+    if config is None:  # the names in its files may differ from those of its parameters
         base = {name: p.detach() for name, p in load_model(folder).named_parameters()}
     else:
         base = {name: tensor for name, tensor in load_tensors(folder).items() if name in tensor_shapes(config)}
@@ -70,8 +79,8 @@ def whole_weights(settings: Settings, source: TensorReader) -> TensorReader:
 
 
 def make_engine(settings: Settings, tokenizer: Tokenizer, *, way: str = "") -> Engine:
-    """The engine of `generator.engine` on the model of `model.path`. `way`: that its weights will take. Raises
-    UserError, or RunFailed when vLLM does not start."""
+    """The engine that `generator.engine` names, with the model of `model.path`. `way`: transport of its weights.
+    Raises UserError, or RunFailed when vLLM does not start."""
     chosen = settings.generator
     torch.set_num_threads(chosen.threads)
     if chosen.engine == "vllm":
@@ -117,7 +126,7 @@ def _make_vllm(settings: Settings, way: str) -> Engine:
 
 
 def cpu_cache_bytes(config: DecoderConfig | None, max_sequences: int, max_context: int, item_bytes: int) -> int:
-    """Keys and values of so many full sequences and a few blocks, at most 4 GB."""
+    """Bytes for the keys and values of so many full sequences and a few blocks, at most MOST_CPU_CACHE_BYTES."""
     if config is None:
         return MOST_CPU_CACHE_BYTES
     token = config.kv_width * item_bytes

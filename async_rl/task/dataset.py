@@ -1,4 +1,4 @@
-"""The user's own prompts and answers, from a file."""
+"""The user's own prompts and answers, from a JSONL or Parquet file: one turn, judged by a named reward."""
 
 from __future__ import annotations
 
@@ -16,79 +16,10 @@ from async_rl.task.protocol import Problem, Session, Task
 from async_rl.task.reward import VerdictTimeout, last_number, make_reward
 from async_rl.trajectory import Split
 
-# -------------------- rows
-# Rows of the user's own file, JSONL or Parquet, each with where it stands for messages.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One row. Example: `Row(where="words.jsonl, line 3", values={"prompt": "1+1?", "answer": "2"})`."""
-
-    where: str
-    values: Mapping[str, Any]
-
-
-def read_rows(path: str | Path, *, setting: str) -> list[Row]:
-    """All rows of `path` (relative to the working directory), read by its ending `.jsonl` or `.parquet`.
-
-    `setting` is the setting that named the file, for messages. Raises UserError for a missing, empty,
-    unreadable or malformed file, naming the file and, for JSONL, the line.
-    """
-    file = Path(path).expanduser()
-    if file.is_dir():
-        raise UserError(f"{setting}: {file} is a folder; name a .jsonl or .parquet file in it")
-    if not file.is_file():
-        raise UserError(f"{setting}: there is no file {file} (relative paths start at {Path.cwd()})")
-    match file.suffix.lower():
-        case ".jsonl" | ".ndjson":
-            rows = list(_jsonl(file))
-        case ".parquet":
-            rows = list(_parquet(file))
-        case other:
-            raise UserError(f"{setting}: {file} ends in '{other}'; it must be a .jsonl or .parquet file")
-    if not rows:
-        raise UserError(f"{setting}: {file} holds no rows")
-    return rows
-
-
-def _jsonl(file: Path) -> Iterator[Row]:
-    # In bytes, so that a bad character is reported with its line; lines end with \n only (a JSON text may
-    # hold U+2028, at which str.splitlines would cut).
-    with file.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            where = f"{file}, line {number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-            if not line:
-                continue
-            try:
-                values = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: not valid JSON ({error}); each line must hold one object") from None
-            if not isinstance(values, dict):
-                raise UserError(f"{where}: a {type(values).__name__}, not an object with named fields")
-            yield Row(where=where, values=values)
-
-
-def _parquet(file: Path) -> Iterator[Row]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{file}: reading Parquet needs pyarrow: pip install 'async-rl[parquet]'") from None
-    try:
-        table = parquet.read_table(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} cannot be read as Parquet: {error}") from None
-    for number, values in enumerate(table.to_pylist(), start=1):
-        yield Row(where=f"{file}, row {number}", values=values)
-
-
 log = logging.getLogger(__name__)
 
 SPLIT_BUCKETS = 10_000
+"""resolution of eval_share"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,12 +44,12 @@ class DatasetSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
-    """A row that has been checked."""
+class CheckedRow:
+    """One problem: a row whose prompt and answer have been checked."""
 
     where: str
     key: str
-    """the prompt as one text: what makes two rows the same"""
+    """the prompt as one text; rows with equal keys are the same problem"""
     prompt: Prompt
     data: Mapping[str, Any]
 
@@ -166,11 +97,11 @@ class Dataset(Task):
         try:
             return await self.reward.score(text, problem.data["answer"], problem)
         except VerdictTimeout:
-            # Not the reward function's failure: nobody can confirm this answer, so it earns nothing.
+            # not a failure of the reward function: the answer could not be confirmed, so it earns nothing
             session.note("reward_timeout", 1.0)
             return 0.0
 
-    def _split(self) -> tuple[list[Item], list[Item]]:
+    def _split(self) -> tuple[list[CheckedRow], list[CheckedRow]]:
         path, eval_path = self.settings.path, self.settings.eval_path
         items = self._distinct(self._items(path, "task.args.path"), path)
         if eval_path:
@@ -189,16 +120,18 @@ class Dataset(Task):
             raise UserError(f"no row of {path} is left to train on; lower task.args.eval_share or add rows")
         return train, evaluated
 
-    def _items(self, path: str, setting_name: str) -> list[Item]:
+    def _items(self, path: str, setting_name: str) -> list[CheckedRow]:
         return [self._item(row) for row in read_rows(path, setting=setting_name)]
 
-    def _item(self, row: Row) -> Item:
+    def _item(self, row: Row) -> CheckedRow:
         prompt = self._prompt(row, _field(row, self.settings.prompt_field, "prompt_field"))
         name = self.settings.answer_field
         answer = self._answer(row, _field(row, name, "answer_field")) if name else ""
         rest = {key: value for key, value in row.values.items() if key not in (self.settings.prompt_field, name)}
         key = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
-        return Item(where=row.where, key=key, prompt=prompt, data={"answer": answer, "row": rest, "where": row.where})
+        return CheckedRow(
+            where=row.where, key=key, prompt=prompt, data={"answer": answer, "row": rest, "where": row.where}
+        )
 
     def _answer(self, row: Row, value: object) -> str:
         where = f"{row.where}: field '{self.settings.answer_field}'"
@@ -229,11 +162,11 @@ class Dataset(Task):
             messages.insert(0, {"role": "system", "content": self.settings.system})
         return messages
 
-    def _distinct(self, items: list[Item], path: str) -> list[Item]:
-        """`items` without repeated prompts, unless they are to be kept."""
+    def _distinct(self, items: list[CheckedRow], path: str) -> list[CheckedRow]:
+        """`items` without repeated prompts, unless `duplicates` keeps them."""
         if self.settings.duplicates == "keep_all":
             return items
-        first: dict[str, Item] = {}
+        first: dict[str, CheckedRow] = {}
         for item in items:
             before = first.setdefault(item.key, item)
             if before is item:
@@ -252,8 +185,8 @@ class Dataset(Task):
             log.warning("%s: %d rows repeat a prompt and are left out", path, len(items) - len(first))
         return list(first.values())
 
-    def _apart(self, items: list[Item], evaluated: list[Item]) -> list[Item]:
-        """`items` without those that are evaluated: the splits must not overlap."""
+    def _apart(self, items: list[CheckedRow], evaluated: list[CheckedRow]) -> list[CheckedRow]:
+        """`items` without those that are evaluated, because the splits must not overlap."""
         held_out = {item.key: item.where for item in evaluated}
         train = [item for item in items if item.key not in held_out]
         if len(train) < len(items) and self.settings.duplicates == "error":
@@ -287,5 +220,72 @@ def _message(where: str, number: int, message: object) -> dict[str, str]:
     return {"role": message["role"], "content": message["content"]}
 
 
-def _problems(items: list[Item]) -> list[Problem]:
+def _problems(items: list[CheckedRow]) -> list[Problem]:
     return [Problem(index=index, prompt=item.prompt, data=item.data) for index, item in enumerate(items)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row of a file. Example: `Row(where="words.jsonl, line 3", values={"prompt": "1+1?", "answer": "2"})`."""
+
+    where: str
+    """file and line, for messages"""
+    values: Mapping[str, Any]
+
+
+def read_rows(path: str | Path, *, setting: str) -> list[Row]:
+    """All rows of `path` (relative to the working directory), read by its ending `.jsonl` or `.parquet`.
+
+    `setting` is the setting that named the file, for messages. Raises UserError for a missing, empty,
+    unreadable or malformed file, naming the file and, for JSONL, the line.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise UserError(f"{setting}: {file} is a folder; name a .jsonl or .parquet file in it")
+    if not file.is_file():
+        raise UserError(f"{setting}: there is no file {file} (relative paths start at {Path.cwd()})")
+    match file.suffix.lower():
+        case ".jsonl" | ".ndjson":
+            rows = list(_jsonl(file))
+        case ".parquet":
+            rows = list(_parquet(file))
+        case other:
+            raise UserError(f"{setting}: {file} ends in '{other}'; it must be a .jsonl or .parquet file")
+    if not rows:
+        raise UserError(f"{setting}: {file} holds no rows")
+    return rows
+
+
+def _jsonl(file: Path) -> Iterator[Row]:
+    # Read as bytes, so that a bad character is reported with its line. Lines end with \n only: a JSON text may hold
+    # U+2028, at which str.splitlines would cut.
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            where = f"{file}, line {number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+            if not line:
+                continue
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}: not valid JSON ({error}); each line must hold one object") from None
+            if not isinstance(values, dict):
+                raise UserError(f"{where}: a {type(values).__name__}, not an object with named fields")
+            yield Row(where=where, values=values)
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{file}: reading Parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        table = parquet.read_table(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file} cannot be read as Parquet: {error}") from None
+    for number, values in enumerate(table.to_pylist(), start=1):
+        yield Row(where=f"{file}, row {number}", values=values)

@@ -1,9 +1,9 @@
-"""The child process that math-verify runs in. Started by math_judge.py as a script; never imported.
+"""The child process that runs math-verify. reward.py starts it as a script; it is never imported.
 
-One JSON object a line on standard input, one on standard output. Before each verdict it sets a kernel
-alarm with the default action, so a verdict that takes too long ends this process whatever Python is doing
-(a Python signal handler would wait for the end of a huge power). It ends at the end of its input, so it
-outlives its parent by one verdict at most.
+It reads one JSON object a line from standard input and writes one to standard output. Before each verdict it sets a
+kernel alarm with the default action, so a verdict that takes too long ends this process whatever Python is doing (a
+Python signal handler would wait for the end of a huge power). It ends at the end of its input, so it outlives its
+parent by one verdict at most.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import sys
 
 MEMORY_BYTES = 4 << 30
+"""largest address space of this process"""
 
 
 def verdict(completion: str, answer: str) -> float:
@@ -41,11 +42,11 @@ def main(deadline_s: int) -> None:
         asked = json.loads(line)
         signal.alarm(deadline_s)
         try:
-            said: dict[str, float | str] = {"score": verdict(asked["completion"], asked["answer"])}
+            answer: dict[str, float | str] = {"score": verdict(asked["completion"], asked["answer"])}
         except Exception as error:  # the process boundary: reported to the parent
-            said = {"error": f"{type(error).__name__}: {error}"[:1000]}
+            answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
         signal.alarm(0)
-        print(json.dumps(said), flush=True)
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
