@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from opob import make_batch, make_model, step_peak
 
-from async_rl.model.decoder import Decoder, How
+from async_rl.model.decoder import Decoder, LayerExecution
 from async_rl.model.lora import add_adapters
-from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trainer.forward import ModelArithmetic, log_probs
 from async_rl.trainer.packing import PackedBatch
 
 CASES: dict[str, dict[str, Any]] = {
@@ -52,11 +52,11 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 def both(model: Decoder, batch: PackedBatch) -> tuple[int, int]:
     def step() -> None:
-        log_probs(model, batch.micro_batches[0], Arithmetic(temperature=1.0)).log_prob.sum().backward()
+        log_probs(model, batch.micro_batches[0], ModelArithmetic(temperature=1.0)).log_prob.sum().backward()
 
-    model.carry_out(How())
+    model.set_execution(LayerExecution())
     kept = step_peak(model, step)
-    model.carry_out(How(checkpointed=True))
+    model.set_execution(LayerExecution(checkpointed=True))
     return kept, step_peak(model, step)
 
 

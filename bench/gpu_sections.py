@@ -112,7 +112,8 @@ def measure_trainer(plan: Plan) -> dict[str, Any]:
     import torch
 
     from async_rl.run.memory import estimate
-    from async_rl.trainer.build import make_learner, pack_step
+    from async_rl.trainer.build import make_learner
+    from async_rl.trainer.packing import pack_step
 
     settings = settings_of(plan)
     torch.set_num_threads(settings.trainer.threads)

@@ -38,7 +38,8 @@ from async_rl.errors import check_trackers
 from async_rl.events import CheckpointSaved
 from async_rl.run_folder import RunFolder, append_row, read_rows
 from async_rl.trainer.alarm import Guard
-from async_rl.trainer.build import make_learner, pack_step
+from async_rl.trainer.build import make_learner
+from async_rl.trainer.packing import pack_step
 from async_rl.trajectory.codec import unpack
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -143,7 +144,7 @@ def inside(settings: Settings, folder: RunFolder, out: RunFolder, steps: int) ->
             report = learner.step(pack_step(settings, episodes))
             if watched:
                 step = number
-                guard.tell(guard.look({"step": step, **report.metrics}))
+                guard.report(guard.check({"step": step, **report.metrics}))
                 row = {**like, **report.metrics, "step": step, "time": time.time(), **guard.columns()}
                 append_row(out.metrics, row)
                 if step % 10 == 0:

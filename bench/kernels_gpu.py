@@ -25,7 +25,7 @@ from torch import Tensor
 
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.decoder import Decoder
-from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trainer.forward import ModelArithmetic, log_probs
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl_kernels import linear_logprob, reference
 from async_rl_kernels.segment_gradient import Segments, weight_norm_squares
@@ -207,7 +207,7 @@ def opob_step(rounds: int, where: Where | None = None) -> dict[str, Any]:
     """A whole step, optimizer included, of a 1.5B Qwen-architecture model in bfloat16 over float32 weights.
     Target: exact_over_group_mean <= 1.15."""
     where = where or Where()
-    arithmetic = Arithmetic(temperature=1.0, dtype=torch.bfloat16)
+    arithmetic = ModelArithmetic(temperature=1.0, dtype=torch.bfloat16)
     model = make_model(where)
     case = {
         "trajectories": where.trajectories, "vocabulary": where.vocabulary, "prompt": (28, 33), "turns": (1, 2),

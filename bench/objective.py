@@ -32,11 +32,11 @@ from async_rl.objective import Columns, ObjectiveState
 from async_rl.objective.coefficients import coefficients
 from async_rl.objective.library import list_recipes, load_recipe
 from async_rl.objective.recipe import Recipe, requirements
-from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trainer.forward import ModelArithmetic, log_probs
 from async_rl.trainer.packing import PackedBatch, pack_batch
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
-ARITHMETIC = Arithmetic(temperature=1.0)
+ARITHMETIC = ModelArithmetic(temperature=1.0)
 SHAPES: dict[str, dict[str, Any]] = {
     "quickstart": {"turns": 1, "turn": (8, 21)},
     "multi_turn": {"turns": 4, "turn": (60, 121)},

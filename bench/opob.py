@@ -36,12 +36,12 @@ from torch import Tensor
 
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.decoder import Decoder
-from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trainer.forward import ModelArithmetic, log_probs
 from async_rl.trainer.packing import PackedBatch, pack_batch
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
-ARITHMETIC = Arithmetic(temperature=1.0)
+ARITHMETIC = ModelArithmetic(temperature=1.0)
 GROUP_SIZE = 16
 CASES: dict[str, dict[str, Any]] = {
     # the quickstart's guessing game: `?15<07>11=`, two to five guesses

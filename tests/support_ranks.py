@@ -27,15 +27,15 @@ from torch import Tensor
 from async_rl.config import CriticSettings, OptimizerSettings
 from async_rl.errors import RunFailed
 from async_rl.model.architecture import DecoderConfig
-from async_rl.model.decoder import Decoder, How
+from async_rl.model.decoder import Decoder, LayerExecution
 from async_rl.model.lora import add_adapters
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
-from async_rl.trainer.build import make_learner, pack_step
+from async_rl.trainer.build import make_learner
 from async_rl.trainer.critic import Critic
-from async_rl.trainer.forward import Arithmetic, batch_log_probs, probe_log_probs
+from async_rl.trainer.forward import ModelArithmetic, batch_log_probs, probe_log_probs
 from async_rl.trainer.learner import Learner, LearnerOptions
-from async_rl.trainer.packing import Cost, PackedBatch, Spread, pack_batch
+from async_rl.trainer.packing import Cost, PackedBatch, Spread, pack_batch, pack_step
 from async_rl.trainer.ranks import Ranks, full, join_ranks
 from async_rl.trainer.sharding import shard
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
@@ -45,7 +45,7 @@ TIED = DecoderConfig(
     max_context=64, qk_norm=True, tied=True,
 )  # fmt: skip
 UNTIED = replace(TIED, family="qwen2", qk_norm=False, qkv_bias=True, tied=False)
-ARITHMETIC = Arithmetic(temperature=0.9)
+ARITHMETIC = ModelArithmetic(temperature=0.9)
 # A large epsilon keeps Adam's first step from being a sign: it would blow rounding up.
 OPTIMIZER = OptimizerSettings(learning_rate=3e-2, warmup_steps=0, clip_norm=0.5, epsilon=1e-2, weight_decay=0.01)
 COST = Cost(per_token=1000, per_policy_token=100, per_pair=10)
@@ -168,7 +168,7 @@ def build(case: Case, ranks: Ranks, sharding: str) -> Learner:
     recipe = load_recipe(case.recipe)
     needs = requirements(recipe)
     policy = model(1)
-    policy.carry_out(How(checkpointed=case.again))
+    policy.set_execution(LayerExecution(checkpointed=case.again))
     adapters = None
     if case.lora:
         torch.manual_seed(0)

@@ -21,11 +21,12 @@ from async_rl.errors import UserError
 from async_rl.events import RunResumed
 from async_rl.objective.own import check_recorded
 from async_rl.run_folder import Rollback, RunFolder, read_rollback, read_rows
-from async_rl.trainer.build import make_learner, pack_step
-from async_rl.trainer.checkpoint import load_checkpoint, save_checkpoint, weights_checksum, weights_hash
+from async_rl.trainer.build import make_learner
+from async_rl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from async_rl.trainer.learner import Learner
 from async_rl.trainer.manifest import checkpoint_path, damage_of, list_checkpoints, version_of
-from async_rl.trainer.packing import PackedBatch
+from async_rl.trainer.packing import PackedBatch, pack_step
+from async_rl.trainer.team import weights_checksum, weights_hash
 from async_rl.trajectory.codec import unpack
 
 # -------------------- line

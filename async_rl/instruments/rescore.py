@@ -34,11 +34,11 @@ from async_rl.objective.recipe import Recipe, requirements
 from async_rl.objective.trust import bucket_names, length_bucket
 from async_rl.run_folder import RunFolder, read_rows, replace_text
 from async_rl.task import task_class
-from async_rl.trainer.build import make_learner, pack_step
+from async_rl.trainer.build import make_learner
 from async_rl.trainer.checkpoint import load_checkpoint
-from async_rl.trainer.learner import Learner, Look
+from async_rl.trainer.learner import Learner, Preview
 from async_rl.trainer.manifest import damage_of, list_checkpoints, version_of
-from async_rl.trainer.packing import PackedBatch
+from async_rl.trainer.packing import PackedBatch, pack_step
 from async_rl.trajectory.codec import unpack
 
 OWN = "the run's own"
@@ -138,10 +138,10 @@ def rescore(
                 if step < first:
                     line.step(packed)
                     continue
-                looks = {OWN: learner.look(packed)}
+                looks = {OWN: learner.preview(packed)}
                 for text, other in others.items():
                     other.version = learner.version
-                    looks[text] = other.look(packed)
+                    looks[text] = other.preview(packed)
                     other.state = looks[text].state
                 before = _flat(learner)
                 line.step(packed)
@@ -228,7 +228,7 @@ def _flat(learner: Learner) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in learner.trained().values()])
 
 
-def _add(score: Score, step: int, look: Look, own: Look, update: Tensor, batch: PackedBatch) -> None:
+def _add(score: Score, step: int, look: Preview, own: Preview, update: Tensor, batch: PackedBatch) -> None:
     metrics = look.metrics
     score.steps.append(
         StepScore(

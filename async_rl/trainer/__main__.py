@@ -36,13 +36,13 @@ def train(
     went back at: from what it went back to), train. The leader, or the only rank, talks to the buffer, leaves the
     summary and says done; other ranks follow it."""
     from async_rl.task import make_task
-    from async_rl.trainer.alarm import Guard, WentBack
+    from async_rl.trainer.alarm import Guard, RolledBack
     from async_rl.trainer.build import backend_of
     from async_rl.trainer.canary_watch import make_canary
     from async_rl.trainer.inbox import Inbox
     from async_rl.trainer.loop import TrainerLoop, follow
     from async_rl.trainer.publish import make_publisher
-    from async_rl.trainer.team import End, Team
+    from async_rl.trainer.team import Finish, Team
 
     activity.now("loading the model")
     begun = begin(folder, settings, spec.version, activity, ranks)
@@ -52,16 +52,18 @@ def train(
         return
     team = Team(learner.ranks)
     task = make_task(settings.task.name, settings.task.args)
-    team.still()
+    team.keepalive()
     limit = settings.wire.max_message_mb << 20
     with (
         Dealer(spec.endpoint, spec.name, max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as dealer,
-        closing(make_publisher(folder, settings, learner, spec.ways, folder.record, still=team.still)) as publisher,
+        closing(
+            make_publisher(folder, settings, learner, spec.ways, folder.record, keepalive=team.keepalive)
+        ) as publisher,
     ):
-        team.still()
+        team.keepalive()
         canary = make_canary(settings, learner, task, folder.record, team)
-        inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity, team.still)
-        inbox.say(msg.Hello(role="trainer", name=spec.name, pid=os.getpid()))
+        inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity, team.keepalive)
+        inbox.send(msg.Hello(role="trainer", name=spec.name, pid=os.getpid()))
         loop = TrainerLoop(
             settings=settings,
             folder=folder,
@@ -81,10 +83,10 @@ def train(
         folder.record(TrainerReady(weights_bytes=learner.sent_bytes, kernels=kernels, attention=attention))
         try:
             summary = loop.run()
-        except WentBack:  # the launcher starts the run again from there
-            team.say(End())
+        except RolledBack:  # the launcher starts the run again from there
+            team.send(Finish())
             return
-        team.say(End())
+        team.send(Finish())
         replace_text(folder.summary, json.dumps(summary.to_dict(), indent=2) + "\n")
         dealer.send(msg.Done())
 
@@ -110,10 +112,9 @@ def begin(folder: RunFolder, settings: Settings, version: int, activity: Activit
     from async_rl.run_folder import read_rollback
     from async_rl.trainer.build import make_learner
     from async_rl.trainer.checkpoint import load_checkpoint
-    from async_rl.trainer.team import weights_hash
     from async_rl.trainer.loop import follow
     from async_rl.trainer.manifest import checkpoint_path
-    from async_rl.trainer.team import End, Team
+    from async_rl.trainer.team import Finish, Team, weights_hash
 
     torch.set_num_threads(settings.trainer.threads)
     if settings.trainer.memory_share < 1:  # generators are on the same GPU
@@ -124,7 +125,7 @@ def begin(folder: RunFolder, settings: Settings, version: int, activity: Activit
     if learner.ranks.leads:
         team = Team(learner.ranks)
         initial_hash = weights_hash(team.weights(learner))
-        team.say(End())
+        team.send(Finish())
     else:
         follow(settings, learner, activity)
     back = read_rollback(folder)

@@ -144,7 +144,7 @@ class CollapseWatch:
         self.courses = {signal: Course(window=self.settings.window, average=averages[signal]) for signal in SIGNALS}
         self.changes = deque(maxlen=MANY_WINDOWS * self.settings.window)
 
-    def look(self, row: Mapping[str, float]) -> list[Alarm]:
+    def check(self, row: Mapping[str, float]) -> list[Alarm]:
         """Take in the next metric row; the alarms it raises."""
         step = int(row["step"])
         self._add(row, step)
@@ -164,7 +164,7 @@ class CollapseWatch:
         """What the metric row of the step says of the alarms."""
         return {f"alarm/{signal}": float(signal in self.raised) for signal in SIGNALS}
 
-    def good(self) -> int:
+    def newest_safe_version(self) -> int:
         """The newest version that lies a window before every sign so far: where one would go back to, should an
         alarm be raised at the next step."""
         signs = [alarm.since for alarm in self.raised.values()]
@@ -250,7 +250,7 @@ def watch(settings: GuardSettings, rows: Iterable[Mapping[str, float]]) -> Colla
     """The watch as it stands after these rows."""
     found = CollapseWatch(settings=settings)
     for row in rows:
-        found.look(row)
+        found.check(row)
     return found
 
 
@@ -258,7 +258,7 @@ def watch(settings: GuardSettings, rows: Iterable[Mapping[str, float]]) -> Colla
 # What the trainer does about alarms: tells of them, and once, if it may, has the run go back.
 
 
-class WentBack(Exception):
+class RolledBack(Exception):
     """The trainer ends for the run to go on from an earlier checkpoint; `rollback.json` says from which."""
 
 
@@ -282,36 +282,36 @@ class Guard:
         back = self.rollback if self.rollback is not None and version >= self.rollback.at else None
         for row in rows:
             if row["step"] < version and (back is None or not back.to <= row["step"] < back.at):
-                self.look(row)
+                self.check(row)
 
-    def look(self, row: Mapping[str, float]) -> list[Alarm]:
+    def check(self, row: Mapping[str, float]) -> list[Alarm]:
         """The alarms that the row of the newest step raises."""
-        return self.watch.look(row) if self.settings.alarms else []
+        return self.watch.check(row) if self.settings.alarms else []
 
     def columns(self) -> dict[str, float]:
         """Of the metric row."""
         return self.watch.columns() if self.settings.alarms else {}
 
-    def tell(self, alarms: Iterable[Alarm]) -> None:
+    def report(self, alarms: Iterable[Alarm]) -> None:
         for alarm in alarms:
             self.folder.record(
                 AlarmRaised(signal=alarm.signal, step=alarm.step, since=alarm.since, reason=alarm.reason)
             )
 
-    def goes_back(self, alarms: Iterable[Alarm], step: int) -> bool:
+    def gives_up(self, alarms: Iterable[Alarm], step: int) -> bool:
         """Whether the result of this step is to be given up: because of these alarms, or because a life of the run
         that reached it before did so."""
         if self.rollback is not None:
             return self.rollback.at == step + 1
         return self.settings.rollback and any(True for _ in alarms)
 
-    def go_back(self, alarms: Iterable[Alarm], step: int, progress: Mapping[str, Any]) -> WentBack:
+    def roll_back(self, alarms: Iterable[Alarm], step: int, progress: Mapping[str, Any]) -> RolledBack:
         """Note it, for the next launch to begin there, in `rollback.json`. To be raised."""
         if self.rollback is None:
             alarm = next(iter(alarms))
             found = Rollback(
                 at=step + 1,
-                to=self.good(),
+                to=self.rollback_target(),
                 since=alarm.since,
                 signal=alarm.signal,
                 reason=f"alarm {alarm.signal}: {alarm.reason}",
@@ -321,18 +321,18 @@ class Guard:
             )
             write_rollback(self.folder, found)
             self.rollback = found
-        return WentBack(self.rollback.describe())
+        return RolledBack(self.rollback.describe())
 
-    def good(self) -> int:
+    def rollback_target(self) -> int:
         """Version of the newest whole checkpoint from before every sign; 0 (the initial model) when there is none."""
-        latest = self.watch.good()
+        latest = self.watch.newest_safe_version()
         able = [path for path in list_checkpoints(self.folder.checkpoints) if version_of(path) <= latest]
         return next((version_of(path) for path in reversed(able) if damage_of(path) is None), 0)
 
-    def spared(self) -> Path | None:
+    def protected_checkpoint(self) -> Path | None:
         """The checkpoint that must not be deleted for being old: where the run would go back to."""
         if not self.settings.rollback and self.rollback is None:
             return None
-        latest = self.watch.good() if self.rollback is None else self.rollback.to
+        latest = self.watch.newest_safe_version() if self.rollback is None else self.rollback.to
         able = [path for path in list_checkpoints(self.folder.checkpoints) if version_of(path) <= latest]
         return able[-1] if able else None

@@ -10,26 +10,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from async_rl.config import Settings
-from async_rl.errors import RunFailed, UserError
+from async_rl.errors import UserError
 from async_rl.model.architecture import DecoderConfig, tensor_shapes
-from async_rl.model.decoder import DTYPES, Decoder, How
+from async_rl.model.decoder import DTYPES, Decoder, LayerExecution
 from async_rl.model.folder import CONFIG, existing, load_model, read_config, read_json
 from async_rl.model.lora import WithoutAdapters, add_adapters
 from async_rl.model.varlen import Backend, choose_backend, make_kernel
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.trainer.critic import Critic
-from async_rl.trainer.forward import Arithmetic
+from async_rl.trainer.forward import ModelArithmetic
 from async_rl.trainer.learner import Learner, LearnerOptions
-from async_rl.trainer.packing import Cost, PackedBatch, Spread, pack_batch
-from async_rl.trainer.ranks import Ranks, one_rank
-from async_rl.trainer.sharding import is_sharded, load_sharded
+from async_rl.trainer.packing import Cost, Spread
+from async_rl.trainer.ranks import Ranks, is_sharded, one_rank
+from async_rl.trainer.sharding import load_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from async_rl.model.huggingface import Model
-    from async_rl.trajectory import Trajectory
 
 
 # -------------------- cost
@@ -89,7 +86,7 @@ def make_learner(settings: Settings, ranks: Ranks | None = None) -> Learner:
     recipe = load_recipe(settings.recipe)
     needs = requirements(recipe)
     dtype = DTYPES[settings.trainer.dtype]
-    arithmetic = Arithmetic(
+    arithmetic = ModelArithmetic(
         temperature=settings.generator.temperature, dtype=dtype, kernel=make_kernel(backend_of(settings))
     )
     torch.manual_seed(settings.seed)
@@ -135,23 +132,23 @@ def policy_model(settings: Settings, ranks: Ranks) -> Model:
         model = load_sharded(path, ranks, device=trainer.device, dtype=DTYPES[trainer.dtype])
     else:
         model = load_model(path, device=trainer.device)
-    carry_out(model, settings)
+    set_execution(model, settings)
     return model
 
 
-def carry_out(model: Model, settings: Settings) -> None:
+def set_execution(model: Model, settings: Settings) -> None:
     """As trainer.checkpoint_activations and trainer.compile ask. Raises UserError for a model that cannot."""
     chosen = settings.trainer
-    how = How(checkpointed=chosen.checkpoint_activations == "layer", compiled=chosen.compile)
+    execution = LayerExecution(checkpointed=chosen.checkpoint_activations == "layer", compiled=chosen.compile)
     if isinstance(model, Decoder):
-        model.carry_out(how)
+        model.set_execution(execution)
         return
-    if how.compiled:
+    if execution.compiled:
         raise UserError(
             f"trainer.compile is for the built-in decoder, and {settings.model.path} is a model that transformers "
             "defines; set trainer.compile=false"
         )
-    if how.checkpointed:
+    if execution.checkpointed:
         model.checkpoint_layers(settings.model.path)
 
 
@@ -168,13 +165,3 @@ def spread_over(settings: Settings, ranks: Ranks) -> Spread | None:
     # An exact baseline compares gradients within a group: its norms are then known where it is trained.
     whole = requirements(load_recipe(settings.recipe)).per_trajectory_norms
     return Spread(rank=ranks.rank, size=ranks.size, cost=model_cost(settings.model.path), whole_groups=whole)
-
-
-def pack_step(settings: Settings, trajectories: Sequence[Trajectory], over: Spread | None = None) -> PackedBatch:
-    """The batch of a step as it is trained: failed trajectories are left out. Every rank is given all of
-    them and gets the columns of all, and micro-batches of its own share (`over`: the learner's)."""
-    usable = [t for t in trajectories if not t.failed]
-    if not usable:
-        raise RunFailed("the batch holds no usable trajectory")
-    limit = settings.trainer.micro_batch_tokens
-    return pack_batch(usable, micro_batch_tokens=limit, device=settings.trainer.device, over=over)

@@ -18,7 +18,7 @@ from async_rl.config import Settings
 from async_rl.errors import RunFailed
 from async_rl.events import CanaryFailed, CanarySilent, RecordEvent
 from async_rl.model.tokenizer import Tokenizer
-from async_rl.trainer.sharding import is_sharded
+from async_rl.trainer.ranks import is_sharded
 from async_rl.trainer.team import Team
 from async_rl.weights.canary import TOLERANCE, Comparison, Evidence, compare, fingerprint, in_bunches, probe_tokens
 from async_rl.wire import messages as msg
@@ -111,7 +111,7 @@ class CanaryWatch:
             found |= fingerprint(some, version, self.options.dtype)
         return found
 
-    def hear(self, canary: msg.Canary) -> None:
+    def receive(self, canary: msg.Canary) -> None:
         """Compare. Raises RunFailed with both numbers and the tensors that differ."""
         expected = self.expected.get(canary.version)
         if expected is None:
@@ -138,7 +138,7 @@ class CanaryWatch:
         watched.since, watched.reported = self.step, False
         watched.checked += 1
 
-    def look(self, step: int, connected: Mapping[str, int]) -> None:
+    def report_silent(self, step: int, connected: Mapping[str, int]) -> None:
         """Report the generators that have been connected for long and showed nothing. `connected`: generator ->
         version of the weights it holds, when the batch of this step was sent."""
         self.step = step

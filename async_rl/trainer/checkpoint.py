@@ -14,11 +14,9 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from hashlib import blake2b
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -64,13 +62,13 @@ def save_checkpoint(
         save_folder(into, learner.model, source=source, weights=team.weights(learner))
         if learner.adapters is not None:
             learner.adapters.save(into / ADAPTERS, base=str(source))
-        team.say(Save(folder=into))
+        team.send(Save(folder=into))
         save_part(into, learner)
         state = {"version": learner.version, "objective": learner.state.to_dict(), "random": random_state()}
         (into / "learner.json").write_text(json.dumps(state) + "\n")
         (into / "progress.json").write_text(json.dumps(dict(progress)) + "\n")
 
-    write_whole(final, write, still=team.still)
+    write_whole(final, write, keepalive=team.keepalive)
     for old in list_checkpoints(folder)[:-keep]:
         if old != spared:
             shutil.rmtree(old)
@@ -120,37 +118,6 @@ def load_checkpoint(path: Path, learner: Learner) -> Progress:
     except (KeyError, FileNotFoundError) as error:
         raise UserError(f"{path} does not belong to these settings: {error} is not in it") from None
     return progress
-
-
-def weights_hash(weights: Weights) -> str:
-    """One hash over names, dtypes, shapes and bytes of all tensors, in order of name (in which they must come, where
-    they come one after another)."""
-    digest = blake2b(digest_size=16)
-    for part in _parts(weights):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def weights_checksum(weights: Weights) -> str:
-    """CRC-32 of the same bytes: a fifth of the time, for every step. It finds the step at which two trainings
-    part; that they end alike is the hash's to say."""
-    value = 0
-    for part in _parts(weights):
-        value = crc32(part, value)
-    return f"{value:08x}"
-
-
-def _parts(weights: Weights) -> Iterator[bytes | memoryview]:
-    before = ""
-    for name, whole in sorted(weights.items()) if isinstance(weights, Mapping) else weights:
-        assert before < name, "weights are hashed in order of name"
-        before = name
-        tensor = whole.detach().cpu().contiguous()
-        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
-        yield tensor.view(-1).view(torch.uint8).numpy().data
-
-
-# ------------------------------------------------------------------------------------------- optimizer
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:

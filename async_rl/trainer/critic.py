@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from async_rl.config import CriticSettings
-from async_rl.trainer.forward import Arithmetic, hidden_states
+from async_rl.trainer.forward import ModelArithmetic, hidden_states
 from async_rl.trainer.packing import MicroBatch, PackedBatch
-from async_rl.trainer.ranks import Ranks, clip_gradient, one_rank, sum_gradients, whole_column
-from async_rl.trainer.sharding import free
+from async_rl.trainer.ranks import Ranks, clip_gradient, free, one_rank, sum_gradients, whole_column
 
 if TYPE_CHECKING:
     from async_rl.model.huggingface import Model
@@ -40,7 +39,7 @@ class Critic:
         self,
         policy: Model,
         settings: CriticSettings,
-        arithmetic: Arithmetic,
+        arithmetic: ModelArithmetic,
         *,
         ranks: Ranks | None = None,
         trunk: Model | None = None,

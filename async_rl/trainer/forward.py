@@ -11,7 +11,7 @@ from torch import Tensor
 
 from async_rl.model.attention import DocumentAttention, Kernel
 from async_rl.trainer.packing import MicroBatch, PackedBatch
-from async_rl.trainer.sharding import free, is_sharded
+from async_rl.trainer.ranks import free, is_sharded
 from async_rl_kernels import LogProbs, linear_logprob
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Arithmetic:
+class ModelArithmetic:
     """How a forward is computed."""
 
     temperature: float
@@ -41,14 +41,14 @@ class Arithmetic:
         return nullcontext()
 
 
-def hidden_states(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: Arithmetic) -> Tensor:
+def hidden_states(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: ModelArithmetic) -> Tensor:
     """Hidden states that predict the policy tokens, [policy tokens, hidden]."""
     with arithmetic.autocast(micro.tokens.device):
         hidden = model(micro.tokens, micro.positions, DocumentAttention(micro.lengths, arithmetic.kernel))
     return hidden[micro.predictors]
 
 
-def log_probs(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: Arithmetic) -> LogProbs:
+def log_probs(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: ModelArithmetic) -> LogProbs:
     """Log-prob, entropy and sum of squared probabilities of every policy token."""
     hidden = hidden_states(model, micro, arithmetic)
     head = model.head
@@ -62,7 +62,7 @@ def log_probs(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: Ari
 
 
 @torch.no_grad()
-def batch_log_probs(model: Model | WithoutAdapters, batch: PackedBatch, arithmetic: Arithmetic) -> LogProbs:
+def batch_log_probs(model: Model | WithoutAdapters, batch: PackedBatch, arithmetic: ModelArithmetic) -> LogProbs:
     """The columns of this rank's share of the batch, without gradients."""
     parts = [own_rows(log_probs(model, micro, arithmetic), micro) for micro in batch.micro_batches]
     return LogProbs(
@@ -80,7 +80,7 @@ def own_rows(found: LogProbs, micro: MicroBatch) -> LogProbs:
 
 
 @torch.no_grad()
-def probe_log_probs(model: Model, tokens: tuple[int, ...], arithmetic: Arithmetic) -> tuple[float, ...]:
+def probe_log_probs(model: Model, tokens: tuple[int, ...], arithmetic: ModelArithmetic) -> tuple[float, ...]:
     """Log-probs of tokens[1:] given what precedes each, at temperature 1, in the dtype of the weights; of a
     sharded model in that of its arithmetic, and by all ranks together."""
     if len(tokens) < 2:

@@ -22,12 +22,12 @@ from async_rl.wire.frames import HARMLESS
 from async_rl.wire.heartbeat import Activity
 
 POLL_EVALUATION_S = 0.05
-AGAIN_S = 3.0
+REPEAT_S = 3.0
 """how often a waiting trainer repeats what the buffer must know"""
 
 
 @dataclass(slots=True)
-class Patience:
+class RemainingWait:
     """What is left of a wait. Time in which this process was stopped does not count: it could hear nobody."""
 
     limit_s: float
@@ -39,7 +39,7 @@ class Patience:
         self.left_s = self.limit_s
 
     def spend(self, seconds: float) -> None:
-        self.left_s -= min(seconds, AGAIN_S + 1.0)
+        self.left_s -= min(seconds, REPEAT_S + 1.0)
 
     def renew(self, progress: float) -> None:
         """Something moved since: a slow episode is not a hang."""
@@ -57,11 +57,11 @@ class Inbox:
     canary: CanaryWatch
     """compares what generators show of their weights, wherever it arrives"""
     activity: Activity = field(default_factory=Activity)
-    still: Callable[[], None] = lambda: None
+    keepalive: Callable[[], None] = lambda: None
     """called every few seconds while it waits"""
-    said: dict[type, msg.Message] = field(default_factory=dict)
+    unconfirmed: dict[type, msg.Message] = field(default_factory=dict)
     """the newest of each kind that the buffer must know, in the order in which it is said again"""
-    said_again: float = 0.0
+    sent_again: float = 0.0
     batches: dict[int, msg.Batch] = field(default_factory=dict)
     """whole ones, of the step waited for and those asked for ahead"""
     parts: dict[int, list[Trajectory]] = field(default_factory=dict)
@@ -72,31 +72,31 @@ class Inbox:
     snapshots: list[msg.Snapshot] = field(default_factory=list)
     asked: int = -1
     """newest step whose batch was asked for"""
-    last_word: str = ""
+    last_reason: str = ""
     """what the buffer last said about a wait"""
     progress: int = -1
     """the buffer's count of what has come, as last heard"""
 
-    def say(self, message: msg.Message) -> None:
+    def send(self, message: msg.Message) -> None:
         """Tell the buffer something that it must know."""
-        self.said[type(message)] = message
+        self.unconfirmed[type(message)] = message
         self.dealer.send(message)
 
     def ask_batch(self, step: int) -> None:
         """Ask for the batch of `step`, ahead of need."""
         if step > self.asked:
             self.asked = step
-            self.say(msg.NextBatch(step=step))
+            self.send(msg.NextBatch(step=step))
 
-    def batch(self, step: int) -> msg.Batch:
+    def receive_batch(self, step: int) -> msg.Batch:
         """Wait for the batch of `step`. Raises RunFailed naming who was waited for."""
         self.ask_batch(step)
-        patience = Patience(self.timeout_s)
+        wait_left = RemainingWait(self.timeout_s)
         with self.activity.during(f"waiting for the batch of step {step}"):
             while step not in self.batches:
-                self._receive(patience, f"the batch of step {step}")
-                patience.renew(self.progress + len(self.parts.get(step, ())))
-        self.last_word = ""
+                self._receive(wait_left, f"the batch of step {step}")
+                wait_left.renew(self.progress + len(self.parts.get(step, ())))
+        self.last_reason = ""
         self.wanted = step + 1
         return self.batches.pop(step)
 
@@ -106,32 +106,34 @@ class Inbox:
         Raises RunFailed when nothing has moved for `timeout_s`."""
         if not wait:
             return self._fetch(number, waits=False)
-        patience = Patience(self.timeout_s)
+        wait_left = RemainingWait(self.timeout_s)
         with self.activity.during(f"waiting for evaluation {number}"):
             while True:
                 started = time.monotonic()
-                result = self._fetch(number, waits=True, patience=patience)
+                result = self._fetch(number, waits=True, wait_left=wait_left)
                 if result is not None:
                     return result
                 time.sleep(POLL_EVALUATION_S)
-                patience.spend(time.monotonic() - started)
+                wait_left.spend(time.monotonic() - started)
 
-    def _fetch(self, number: int, *, waits: bool, patience: Patience | None = None) -> msg.EvaluationResult | None:
+    def _fetch(
+        self, number: int, *, waits: bool, wait_left: RemainingWait | None = None
+    ) -> msg.EvaluationResult | None:
         """Ask how far an evaluation is; the result when it is complete."""
         self.evaluations.pop(number, None)
-        self.say(msg.FetchEvaluation(evaluation=number, waits=waits))
-        answer = Patience(self.timeout_s)
+        self.send(msg.FetchEvaluation(evaluation=number, waits=waits))
+        answer = RemainingWait(self.timeout_s)
         while number not in self.evaluations:
             self._receive(answer, f"the buffer's word on evaluation {number}")
         result = self.evaluations.pop(number)
-        del self.said[msg.FetchEvaluation]
+        del self.unconfirmed[msg.FetchEvaluation]
         if result.finished:
-            if isinstance(asked := self.said.get(msg.Evaluate), msg.Evaluate) and asked.evaluation == number:
-                del self.said[msg.Evaluate]
+            if isinstance(asked := self.unconfirmed.get(msg.Evaluate), msg.Evaluate) and asked.evaluation == number:
+                del self.unconfirmed[msg.Evaluate]
             return result
-        if patience is not None:
-            patience.renew(float(result.progress))
-            if patience.left_s <= 0:
+        if wait_left is not None:
+            wait_left.renew(float(result.progress))
+            if wait_left.left_s <= 0:
                 raise RunFailed(
                     f"waited {self.timeout_s:g} s (wire.timeout_s) for another token or trajectory of evaluation "
                     f"{number}, {result.missing} are missing; {result.reason}"
@@ -141,26 +143,26 @@ class Inbox:
     def snapshot(self) -> msg.Snapshot:
         """The buffer's state now."""
         self.snapshots.clear()
-        self.say(msg.Query())
-        patience = Patience(self.timeout_s)
+        self.send(msg.Query())
+        wait_left = RemainingWait(self.timeout_s)
         while not self.snapshots:
-            self._receive(patience, "the buffer's counters")
-        del self.said[msg.Query]
+            self._receive(wait_left, "the buffer's counters")
+        del self.unconfirmed[msg.Query]
         return self.snapshots.pop()
 
     def consumed(self, version: int) -> msg.BufferCounters:
         """Wait until the buffer has noted the checkpoint of `version`; its counters then. Raises RunFailed."""
-        patience = Patience(self.timeout_s)
+        wait_left = RemainingWait(self.timeout_s)
         while (snapshot := self.snapshot()).consumed < version:
             started = time.monotonic()
             time.sleep(POLL_EVALUATION_S)
-            self._say_again()
-            patience.spend(time.monotonic() - started)
-            if patience.left_s <= 0:
+            self._send_again()
+            wait_left.spend(time.monotonic() - started)
+            if wait_left.left_s <= 0:
                 raise RunFailed(f"waited {self.timeout_s:g} s (wire.timeout_s) for the buffer to note step {version}")
         return snapshot.counters
 
-    def listen(self) -> None:
+    def drain(self) -> None:
         """Take in what has arrived, without waiting."""
         while True:
             try:
@@ -169,44 +171,44 @@ class Inbox:
                 return
             except WireError as error:
                 raise RunFailed(f"the trainer cannot read what the buffer sends: {error}") from None
-            self._take(message)
+            self._handle(message)
 
-    def _receive(self, patience: Patience, waiting_for: str) -> None:
+    def _receive(self, wait_left: RemainingWait, waiting_for: str) -> None:
         """Take in one message, or wait a while for none."""
-        self.still()
-        if patience.left_s <= 0:
-            last = f"; last heard: {self.last_word}" if self.last_word else ""
+        self.keepalive()
+        if wait_left.left_s <= 0:
+            last = f"; last heard: {self.last_reason}" if self.last_reason else ""
             raise RunFailed(f"waited {self.timeout_s:g} s (wire.timeout_s) for {waiting_for}{last}")
         started = time.monotonic()
         try:
-            self._take(self.dealer.receive(min(AGAIN_S, patience.left_s), waiting_for))
+            self._handle(self.dealer.receive(min(REPEAT_S, wait_left.left_s), waiting_for))
         except WireTimeout:
-            self._say_again()
+            self._send_again()
         except WireError as error:
             raise RunFailed(f"the trainer cannot read what the buffer sends: {error}") from None
-        patience.spend(time.monotonic() - started)
+        wait_left.spend(time.monotonic() - started)
 
-    def _say_again(self) -> None:
+    def _send_again(self) -> None:
         """Whatever of it was lost: now it is known."""
         now = time.monotonic()
-        if now - self.said_again >= AGAIN_S:
-            self.said_again = now
-            for message in self.said.values():
+        if now - self.sent_again >= REPEAT_S:
+            self.sent_again = now
+            for message in self.unconfirmed.values():
                 self.dealer.send(message)
 
-    def _take(self, message: msg.Message) -> None:
+    def _handle(self, message: msg.Message) -> None:
         match message:
             case msg.Batch():
-                self._take_batch(message)
+                self._add_batch(message)
             case msg.EvaluationResult(evaluation=evaluation):
                 self.evaluations[evaluation] = message
             case msg.Snapshot():
                 self.snapshots.append(message)
             case msg.Canary():
-                self.canary.hear(message)
+                self.canary.receive(message)
             case msg.Waiting(reason=reason, progress=progress):
-                self.last_word, self.progress = reason, progress
-                self._say_again()  # it waits with us: it may be for something of ours that was lost
+                self.last_reason, self.progress = reason, progress
+                self._send_again()  # it waits with us: it may be for something of ours that was lost
             case msg.Refused(what=what, kind=kind) if kind in HARMLESS or what == "FetchEvaluation":
                 pass  # the Hello or the Evaluate before it was lost; they are said again
             case msg.Refused(what=what, reason=reason):
@@ -216,7 +218,7 @@ class Inbox:
             case _:
                 pass
 
-    def _take_batch(self, part: msg.Batch) -> None:
+    def _add_batch(self, part: msg.Batch) -> None:
         """Put a batch together; ask for what is missing. What was taken before is not kept again."""
         step = part.step
         if step < self.wanted or step in self.batches:
@@ -225,7 +227,7 @@ class Inbox:
         if part.after == len(have):
             have += part.trajectories
         if len(have) < part.total:
-            self.say(msg.NextBatch(step=step, after=len(have)))
+            self.send(msg.NextBatch(step=step, after=len(have)))
             return
-        self.said.pop(msg.NextBatch, None)
+        self.unconfirmed.pop(msg.NextBatch, None)
         self.batches[step] = replace(part, trajectories=tuple(self.parts.pop(step)), after=0)

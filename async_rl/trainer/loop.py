@@ -1,8 +1,9 @@
-"""The trainer process: batch in, step, weights out.
+"""The trainer process: batch in, step, weights out. `TrainerLoop.run` is the story of a run on one screen.
 
-Who waits for whom: the trainer waits for batches (and, at the two ends of a run, for an evaluation), by
-name and with a deadline. It asks for the next batch before it trains the present one, so the buffer forms
-and sends it meanwhile.
+Who waits for whom: the trainer waits for batches (and, at the two ends of a run, for an evaluation), by name and with
+a deadline. It asks for the next batch before it trains on the present one, so the buffer forms and sends it meanwhile.
+Ranks that do not lead (`follow`) wait for the leader's orders, within the time-out of a collective, and talk to nobody
+else: buffer, generators and the run's files are the leader's.
 """
 
 from __future__ import annotations
@@ -20,15 +21,26 @@ from async_rl.events import CheckpointSaved, EvaluationReported, MemoryRanOut, S
 from async_rl.process import is_out_of_memory
 from async_rl.run_folder import RunFolder, append_row, read_rows, to_disk
 from async_rl.trainer.alarm import Guard
-from async_rl.trainer.packing import pack_step
 from async_rl.trainer.canary_watch import CanaryWatch
 from async_rl.trainer.checkpoint import Progress, save_checkpoint, save_part
-from async_rl.trainer.team import weights_checksum, weights_hash
 from async_rl.trainer.forward import probe_log_probs
 from async_rl.trainer.inbox import Inbox
 from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, version_of
+from async_rl.trainer.packing import pack_step
 from async_rl.trainer.summary import Summary, Totals, mean, summarise
-from async_rl.trainer.team import End, Gather, Probe, Save, Still, Team, Train, hear, wait_metrics
+from async_rl.trainer.team import (
+    Finish,
+    Gather,
+    KeepAlive,
+    Probe,
+    Save,
+    Team,
+    Train,
+    receive_order,
+    wait_metrics,
+    weights_checksum,
+    weights_hash,
+)
 from async_rl.trajectory import Trajectory
 from async_rl.wire import messages as msg
 from async_rl.wire.heartbeat import Activity
@@ -41,14 +53,35 @@ if TYPE_CHECKING:
     from async_rl.trainer.packing import PackedBatch
     from async_rl.trainer.publish import Publisher
 
-
 CHECKSUM_BYTES = 32 << 20
 """models up to this size have a checksum of their weights recorded every step (5 ms), all a hash at checkpoints"""
+WAITING = "waiting for the leader"
+
+
+@dataclass(slots=True, kw_only=True)
+class Step:
+    """One training step on its way: what its verbs have found so far, for the metric row."""
+
+    number: int
+    """= version of the weights that are trained"""
+    batch: msg.Batch
+    """whole groups of trajectories"""
+    waited_s: float
+    """for the batch"""
+    started: float = field(default_factory=time.monotonic)
+    ranks_waited_s: float = 0.0
+    """this rank's sum of waits before the step"""
+    report: StepReport | None = None
+    policy_tokens: int = 0
+    rank_waits: dict[str, float] = field(default_factory=dict)
+    alarms: Sequence[Alarm] = ()
+    trained: float = 0.0
+    published: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
 class TrainerLoop:
-    """Everything a run's training consists of; `run` is the whole story."""
+    """The leader's loop over the steps of a run, or the only rank's."""
 
     settings: Settings
     folder: RunFolder
@@ -99,32 +132,98 @@ class TrainerLoop:
             self.record_weights("hash", weights_hash(self.team.weights(self.learner)))
 
     def run(self) -> Summary:
-        """Train all steps. Raises RunFailed when something it waits for does not come, WentBack when the run is to
+        """Train all steps. Raises RunFailed when something it waits for does not come, RolledBack when the run is to
         go on from an earlier checkpoint."""
-        first_step, steps = self.learner.version, self.settings.trainer.steps
+        self.begin()
+        for number in range(self.learner.version, self.settings.trainer.steps):
+            step = self.receive(number)  # trajectories of whole groups, from the buffer
+            packed = self.pack(step)  # columns [policy tokens], micro-batches of whole trajectories
+            self.update(step, packed)  # log-probs, coefficients, gradient, optimizer: version number + 1
+            self.publish(step)  # the weights, to the generators
+            self.record(step)  # metric row, alarms, evaluations, checkpoint
+        return self.finish()
+
+    # The verbs of a step.
+
+    def receive(self, number: int) -> Step:
+        """Wait for the batch of a step, and ask for the next one."""
+        began = time.monotonic()
+        batch = self.inbox.receive_batch(number)
+        waited = time.monotonic() - began
+        if number + 1 < self.settings.trainer.steps:
+            self.inbox.ask_batch(number + 1)
+        self.canary.report_silent(number, batch.counters.held_versions)
+        self.inbox.drain()
+        return Step(number=number, batch=batch, waited_s=waited)
+
+    def pack(self, step: Step) -> PackedBatch:
+        """Lay the trajectories out as flat tensors, here and on every other rank."""
+        self.inbox.activity.now(f"training step {step.number}")
+        self.team.send(Train(step=step.number, trajectories=step.batch.trajectories))
+        step.ranks_waited_s = self.team.ranks.waited_s
+        packed = pack_step(self.settings, step.batch.trajectories, self.learner.over)
+        step.policy_tokens = packed.num_policy_tokens
+        return packed
+
+    def update(self, step: Step, packed: PackedBatch) -> None:
+        """Train on the batch (`Learner.step` has the story), and check the result for a collapse.
+
+        When memory runs out, the event names the micro-batch that did not fit. Raises RunFailed when generators show
+        other weights than the published.
+        """
+        try:
+            step.report = self.learner.step(packed)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(f"{type(error).__name__} {error}"):
+                largest = max(len(micro.tokens) for micro in packed.micro_batches)
+                self.folder.record(MemoryRanOut(step=step.number, tokens=largest))
+            raise
+        step.rank_waits = dict(wait_metrics(self.team.ranks, step.ranks_waited_s))
+        step.trained = time.monotonic()
+        self.inbox.drain()  # nothing newer is published over weights that arrived wrong
+        step.alarms = self.guard.check({"step": step.number, **step.report.metrics})
+
+    def publish(self, step: Step) -> None:
+        """Hand the new weights to the generators, unless the run gives them up and goes back."""
+        assert step.report is not None
+        stays = not self.guard.gives_up(step.alarms, step.number)
+        if stays:
+            self.inbox.activity.now(f"publishing version {step.number + 1}")
+            self.publish_weights(ess=step.report.metrics.get("ess/ratio", -1.0))
+        step.published = time.monotonic()
+        if stays and self.size_bytes <= CHECKSUM_BYTES:
+            self.record_weights("checksum", weights_checksum(self.team.weights(self.learner)))
+
+    def record(self, step: Step) -> None:
+        """Write the metric row and the alarms, start and collect evaluations, save a checkpoint when one is due.
+        Raises RolledBack when the run gives these weights up."""
+        row = self.row(step)
+        self.totals.add(row)
+        append_row(self.folder.metrics, row)
+        self.guard.report(step.alarms)
+        if self.guard.gives_up(step.alarms, step.number):
+            to_disk(self.folder.metrics)
+            raise self.guard.roll_back(step.alarms, step.number, self.progress())
+        self.watch_evaluation(step.number)
+        if step.number + 1 < self.settings.trainer.steps and self.checkpoint_due(step.number + 1):
+            self.checkpoint()
+
+    # Before the first step and after the last.
+
+    def begin(self) -> None:
+        """Publish the first weights and evaluate them."""
         self.check_initial()
-        self.publish()
+        self.publish_weights()
         if self.reward_first is None:
-            self.reward_first = mean(self.evaluate_and_wait(step=first_step).rewards)
+            self.reward_first = mean(self.evaluate_and_wait(step=self.learner.version).rewards)
         if self.pending_evaluation is not None:
             self.send_evaluation(self.pending_evaluation[0])
         self.started = time.monotonic()
-        for step in range(first_step, steps):
-            waited = time.monotonic()
-            batch = self.inbox.batch(step)
-            waited = time.monotonic() - waited
-            if step + 1 < steps:
-                self.inbox.ask_batch(step + 1)
-            row, alarms = self.train(step, batch, waited)
-            self.record(row)
-            self.guard.tell(alarms)
-            if self.guard.goes_back(alarms, step):
-                to_disk(self.folder.metrics)
-                raise self.guard.go_back(alarms, step, self.progress())
-            self.watch_evaluation(step)
-            if step + 1 < steps and self.checkpoint_due(step + 1):
-                self.checkpoint()
-        seconds = self.seconds()
+
+    def finish(self) -> Summary:
+        """Evaluate and save the last weights; what the run came to."""
+        assert self.reward_first is not None
+        seconds, steps = self.seconds(), self.settings.trainer.steps
         self.collect_evaluation(wait=True)  # what was asked for is reported, also when training ends before it
         last = self.evaluate_and_wait(step=steps)
         self.checkpoint()
@@ -140,66 +239,38 @@ class TrainerLoop:
             model=str(checkpoint_path(self.folder.checkpoints, self.learner.version)),
         )
 
-    # ------------------------------------------------------------------ steps
+    # What the verbs are made of.
 
-    def train(self, step: int, batch: msg.Batch, waited: float) -> tuple[dict[str, float], Sequence[Alarm]]:
-        """One step; its metric row, and the alarms it raises. Weights that will be given up are not published.
-        Raises RunFailed when generators show other weights than the published."""
-        self.canary.look(step, batch.counters.held_versions)
-        self.inbox.listen()
-        started = time.monotonic()
-        self.inbox.activity.now(f"training step {step}")
-        self.team.say(Train(step=step, trajectories=batch.trajectories))
-        waited_before = self.team.ranks.waited_s
-        packed = pack_step(self.settings, batch.trajectories, self.learner.over)
-        report = self.step(step, packed)
-        rank_waits = wait_metrics(self.team.ranks, waited_before)
-        trained = time.monotonic()
-        self.inbox.listen()  # nothing newer is published over weights that arrived wrong
-        alarms = self.guard.look({"step": step, **report.metrics})
-        stays = not self.guard.goes_back(alarms, step)
-        if stays:
-            self.inbox.activity.now(f"publishing version {step + 1}")
-            self.publish(ess=report.metrics.get("ess/ratio", -1.0))
-        published = time.monotonic()
-        if stays and self.size_bytes <= CHECKSUM_BYTES:
-            self.record_weights("checksum", weights_checksum(self.team.weights(self.learner)))
+    def row(self, step: Step) -> dict[str, float]:
+        """The metric row of a step; a step that was skipped is recorded as an event too."""
+        report, batch = step.report, step.batch
+        assert report is not None
         row: dict[str, float] = {
-            "step": step,
+            "step": step.number,
             "time": time.time(),
             **report.metrics,
-            **rank_waits,
-            **_lag_split(batch.trajectories, step),
-            "time/wait_for_batch": waited,
-            "time/step": trained - started,
-            "time/publish": published - trained,
-            "tokens/trained": float(packed.num_policy_tokens),
+            **step.rank_waits,
+            **_lag_split(batch.trajectories, step.number),
+            "time/wait_for_batch": step.waited_s,
+            "time/step": step.trained - step.started,
+            "time/publish": step.published - step.trained,
+            "tokens/trained": float(step.policy_tokens),
             **batch.counters.metrics(),
             "time/generator_busy": self.busy_before + batch.counters.generator_busy_seconds,
             **self.canary.row(),
             **self.guard.columns(),
         }
         if report.skipped:
-            self.folder.record(StepSkipped(step=step, reason=report.skipped))
+            self.folder.record(StepSkipped(step=step.number, reason=report.skipped))
             row["skipped"] = 1.0
         elif report.stopped:
-            self.folder.record(UpdatesStopped(step=step, reason=report.stopped))
-        return row, alarms
+            self.folder.record(UpdatesStopped(step=step.number, reason=report.stopped))
+        return row
 
-    def step(self, step: int, packed: PackedBatch) -> StepReport:
-        """The learner's; when memory runs out, with a word of the micro-batch that did not fit."""
-        try:
-            return self.learner.step(packed)
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(f"{type(error).__name__} {error}"):
-                largest = max(len(micro.tokens) for micro in packed.micro_batches)
-                self.folder.record(MemoryRanOut(step=step, tokens=largest))
-            raise
-
-    def publish(self, *, ess: float = -1.0) -> None:
-        """Hand the weights over and say so; `ess`: of the batch they were trained on, if any."""
+    def publish_weights(self, *, ess: float = -1.0) -> None:
+        """Hand the weights over and tell the buffer; `ess`: of the batch they were trained on, if any."""
         self.publisher.publish(self.team.sent(self.learner), self.learner.version)
-        self.inbox.say(msg.Published(version=self.learner.version, ess=ess))
+        self.inbox.send(msg.Published(version=self.learner.version, ess=ess))
         self.canary.expect()
 
     def checkpoint_due(self, version: int) -> bool:
@@ -218,7 +289,7 @@ class TrainerLoop:
         self.record_weights("hash", weights_hash(self.team.weights(self.learner)))
         for rows in (self.folder.metrics, self.folder.weights):
             to_disk(rows)  # the rows of a checkpoint's steps must not be missing behind it
-        keep, spared = self.settings.checkpoint.keep, self.guard.spared()
+        keep, spared = self.settings.checkpoint.keep, self.guard.protected_checkpoint()
         try:
             path = save_checkpoint(
                 self.folder.checkpoints,
@@ -236,7 +307,7 @@ class TrainerLoop:
             ) from None
         self.saved = version
         oldest = version_of(list_checkpoints(self.folder.checkpoints)[0])
-        self.inbox.say(msg.Checkpointed(version=version, oldest=oldest))
+        self.inbox.send(msg.Checkpointed(version=version, oldest=oldest))
         took = time.monotonic() - started
         self.folder.record(CheckpointSaved(version=version, path=str(path), seconds=round(took, 4)))
 
@@ -248,10 +319,6 @@ class TrainerLoop:
             "reward_first": self.reward_first,
             "seconds": self.seconds(),
         }
-
-    def record(self, row: dict[str, float]) -> None:
-        self.totals.add(row)
-        append_row(self.folder.metrics, row)
 
     def check_initial(self) -> None:
         """The model the run began with, known by its hash, is also its reference and where a replay begins."""
@@ -276,8 +343,6 @@ class TrainerLoop:
         """Training time of the run so far."""
         return self.seconds_before + time.monotonic() - self.started
 
-    # ------------------------------------------------------------- evaluation
-
     def ask_evaluation(self) -> int:
         """Ask for held-out episodes under the newest weights; generation goes on."""
         number = self.evaluations_asked
@@ -287,7 +352,7 @@ class TrainerLoop:
 
     def send_evaluation(self, number: int) -> None:
         settings = self.settings.evaluation
-        self.inbox.say(
+        self.inbox.send(
             msg.Evaluate(
                 evaluation=number,
                 version=self.learner.version,
@@ -341,26 +406,19 @@ def _lag_split(trajectories: Sequence[Trajectory], step: int) -> dict[str, float
     if not sampled:
         return {"lag/flight": 0.0, "lag/queue": 0.0}
     return {
-        "lag/flight": mean([float(t.version_max - t.version_min) for t in sampled]),
-        "lag/queue": mean([float(step - t.version_max) for t in sampled]),
+        "lag/flight": sum(float(t.version_max - t.version_min) for t in sampled) / len(sampled),
+        "lag/queue": sum(float(step - t.version_max) for t in sampled) / len(sampled),
     }
 
 
-# -------------------- follow
-# What a rank of the trainer does that does not lead: its share of whatever the leader says comes next.
-#
-# Who waits for whom: it waits for the leader's word, by the time-out of a collective (the leader says every few
-# seconds that it is there), and talks to nobody else: buffer, generators and files of the run are the leader's.
-
-WAITING = "waiting for the leader"
-
-
 def follow(settings: Settings, learner: Learner, activity: Activity) -> None:
-    """Until the leader says that the run is done. Raises RunFailed when it is gone."""
+    """What a rank does that does not lead: its share of whatever the leader orders, until the run is done.
+
+    Raises RunFailed when the leader is gone."""
     ranks = learner.ranks
     activity.now(WAITING)
     while True:
-        match hear(ranks):
+        match receive_order(ranks):
             case Train(step=step, trajectories=trajectories):
                 activity.now(f"training step {step}")
                 waited = ranks.waited_s
@@ -375,8 +433,8 @@ def follow(settings: Settings, learner: Learner, activity: Activity) -> None:
             case Save(folder=folder):
                 activity.now(f"checkpoint {learner.version}")
                 save_part(folder, learner)
-            case Still():
+            case KeepAlive():
                 pass
-            case End():
+            case Finish():
                 return
         activity.still(WAITING)

@@ -37,8 +37,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step_*") if p.is_dir()), key=lambda p: (len(p.name), p.name))
 
 
-def write_whole(final: Path, write: Callable[[Path], None], still: Callable[[], None] = lambda: None) -> None:
-    """Let `write` fill a folder; it appears at `final` with all its bytes on the disk, or not at all. `still` is
+def write_whole(final: Path, write: Callable[[Path], None], keepalive: Callable[[], None] = lambda: None) -> None:
+    """Let `write` fill a folder; it appears at `final` with all its bytes on the disk, or not at all. `keepalive` is
     called again and again while files are read back and made durable.
 
     Raises OSError, for example when the disk is full."""
@@ -49,13 +49,13 @@ def write_whole(final: Path, write: Callable[[Path], None], still: Callable[[], 
     write(partial)
     inside = sorted(partial.rglob("*"))
     files = {
-        p.relative_to(partial).as_posix(): {"bytes": p.stat().st_size, "blake2b": _digest(p, still)}
+        p.relative_to(partial).as_posix(): {"bytes": p.stat().st_size, "blake2b": _digest(p, keepalive)}
         for p in inside
         if p.is_file()
     }
     (partial / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=1) + "\n")
     for path in (*inside, partial / MANIFEST, partial):
-        still()
+        keepalive()
         to_disk(path)
     # An older folder of this name belongs to a life of the run that was given up.
     shutil.rmtree(final, ignore_errors=True)
@@ -104,12 +104,12 @@ def version_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _digest(path: Path, still: Callable[[], None] = lambda: None) -> str:
+def _digest(path: Path, keepalive: Callable[[], None] = lambda: None) -> str:
     digest = blake2b(digest_size=16)
     with path.open("rb") as file:
         for chunk in _chunks(file.read):
             digest.update(chunk)
-            still()
+            keepalive()
     return digest.hexdigest()
 
 

@@ -1,4 +1,9 @@
-"""Trajectories of one step as flat tensors, in micro-batches of whole trajectories."""
+"""Trajectories of one step as flat tensors, in micro-batches of whole trajectories, and how ranks share them.
+
+Shapes: T policy tokens, U turns, I trajectories of the whole batch, sorted by group and sample; columns of the batch
+are the same on every rank, micro-batches are those of this rank's share. N tokens of a micro-batch, prompts and
+environment included. The division of work (`plan`) is pure: every rank finds the same.
+"""
 
 from __future__ import annotations
 
@@ -11,226 +16,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from async_rl.config import Settings
+from async_rl.errors import RunFailed
 from async_rl.trajectory import Trajectory
-
-# -------------------- spread
-# Which rank runs which trajectories, in which micro-batch: pure, the same answer on every rank.
-#
-# The cost of a trajectory is what its forward takes (the backward takes twice that): a linear term for the
-# matrices and a quadratic one for attention. The slowest rank sets the pace, so the largest sum is made small.
 
 Bins = list[list[int]]
 """indices, each once; every bin in rising order"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    """Multiplications and additions of a model's forward over one trajectory."""
-
-    per_token: int
-    """2 x elements of the layers' matrices"""
-    per_policy_token: int
-    """2 x elements of the head, which is used where a token is predicted only"""
-    per_pair: int
-    """of a token and one that it sees: 2 x layers x heads x head_dim for the score, as many for the value"""
-
-    def of(self, tokens: int, policy_tokens: int) -> int:
-        """Of a trajectory; each token sees itself and those before it."""
-        pairs = tokens * (tokens + 1) // 2
-        return self.per_token * tokens + self.per_policy_token * policy_tokens + self.per_pair * pairs
-
-
-def spread(costs: Sequence[int], bins: int) -> Bins:
-    """Indices of `costs` in `bins` bins (some may stay empty) with a small largest sum.
-
-    The best of three: Karmarkar and Karp's differencing, the longest first, and each in order to the bin
-    that has least. Costs are not negative.
-    """
-    longest_first = sorted(range(len(costs)), key=lambda i: -costs[i])
-    candidates = (
-        differencing(costs, bins),
-        to_the_lightest(costs, longest_first, bins),
-        to_the_lightest(costs, range(len(costs)), bins),
-    )
-    return min(candidates, key=lambda found: largest(found, costs))
-
-
-def largest(bins: Bins, costs: Sequence[int]) -> int:
-    """The largest sum of a bin."""
-    return max(sum(costs[i] for i in one) for one in bins)
-
-
-def to_the_lightest(costs: Sequence[int], order: Sequence[int], bins: int) -> Bins:
-    """One after another into the bin with the smallest sum."""
-    found: Bins = [[] for _ in range(bins)]
-    sums = [(0, number) for number in range(bins)]
-    for i in order:
-        total, number = sums[0]
-        found[number].append(i)
-        heapq.heapreplace(sums, (total + costs[i], number))
-    return [sorted(one) for one in found]
-
-
-def differencing(costs: Sequence[int], bins: int) -> Bins:
-    """Karmarkar and Karp (1982) for several bins: the two partial answers of the largest spread are joined,
-    the heaviest bins of one with the lightest of the other, until one is left."""
-    if not costs:
-        return [[] for _ in range(bins)]
-    heap: list[tuple[int, int, list[tuple[int, list[int]]]]] = []
-    for i, cost in enumerate(costs):
-        part: list[tuple[int, list[int]]] = [(0, []) for _ in range(bins - 1)] + [(cost, [i])]
-        heap.append((part[0][0] - cost, i, part))
-    heapq.heapify(heap)
-    while len(heap) > 1:
-        _, number, one = heapq.heappop(heap)
-        _, _, other = heapq.heappop(heap)
-        joined = [(a + b, [*left, *right]) for (a, left), (b, right) in zip(one, reversed(other), strict=True)]
-        joined.sort(key=lambda part: part[0])
-        heapq.heappush(heap, (joined[0][0] - joined[-1][0], number, joined))
-    return sorted(sorted(members) for _, members in heap[0][2])
-
-
-def fill(costs: Sequence[int], sizes: Sequence[int], bins: int, limit: int) -> Bins | None:
-    """Like `spread`, with at most `limit` of `sizes` in a bin (more where one alone is larger); heaviest bin
-    first. None when the longest first do not fit."""
-    found: Bins = [[] for _ in range(bins)]
-    sums, filled = [0] * bins, [0] * bins
-    for i in sorted(range(len(costs)), key=lambda i: (-sizes[i], -costs[i])):
-        room = [n for n in range(bins) if not found[n] or filled[n] + sizes[i] <= limit]
-        if not room:
-            return None
-        chosen = min(room, key=lambda n: sums[n])
-        found[chosen].append(i)
-        sums[chosen] += costs[i]
-        filled[chosen] += sizes[i]
-    heaviest_first = sorted(range(bins), key=lambda n: -sums[n])
-    return [sorted(found[n]) for n in heaviest_first]
-
-
-# -------------------- share
-# The part of a batch that each of several ranks runs through the model.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
-    """How a batch is laid over ranks."""
-
-    rank: int
-    size: int
-    cost: Cost
-    whole_groups: bool
-    """whether the trajectories of a group stay on one rank: their gradients are compared there"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Share:
-    """Which rows of a batch's columns this rank computes, and where the rows of all ranks, laid end to end in
-    the order of ranks, belong. Trajectories without policy tokens are nobody's."""
-
-    trajectories: Tensor  # [own trajectories] int64
-    policy: Tensor  # [own policy tokens] int64
-    trajectories_of_rank: tuple[int, ...]
-    """how many"""
-    policy_of_rank: tuple[int, ...]
-    """policy tokens"""
-    every_trajectory: Tensor  # [trajectories of all ranks] int64
-    every_policy: Tensor  # [policy tokens] int64
-    groups_cut: bool
-    """some group, on some rank, is spread over several micro-batches or ranks"""
-    imbalance: float
-    """cost of the busiest rank as a multiple of the mean"""
-
-
 Plan = list[list[list[int]]]
 """for each rank, for each of its micro-batches, the trajectories: as many micro-batches on every rank, some empty"""
 
 
-def plan(ordered: Sequence[Trajectory], over: Spread, limit: int) -> Plan:
-    """Every trajectory that has policy tokens once, in micro-batches of at most `limit` tokens (a longer
-    trajectory has one of its own). A group that fits one is not cut where groups stay whole."""
-    sizes = [len(t.tokens) for t in ordered]
-    costs = [over.cost.of(len(t.tokens), t.num_policy_tokens) for t in ordered]
-    used = [i for i, t in enumerate(ordered) if t.num_policy_tokens]
-    units = _groups(ordered, used) if over.whole_groups else [[i] for i in used]
-    of_rank = spread([sum(costs[i] for i in unit) for unit in units], over.size)
-    pieces = [_fitting([units[u] for u in chosen], sizes, limit) for chosen in of_rank]
-    number = max(1, max(-(-sum(sizes[i] for piece in own for i in piece) // limit) for own in pieces))
-    while True:
-        filled = [
-            fill([sum(costs[i] for i in p) for p in own], [sum(sizes[i] for i in p) for p in own], number, limit)
-            for own in pieces
-        ]
-        made = [_micro_batches(f, own) for f, own in zip(filled, pieces, strict=True) if f is not None]
-        if len(made) == over.size:
-            return made
-        number += 1  # ends: at the latest each piece has a micro-batch of its own
-
-
-def share_of(made: Plan, ordered: Sequence[Trajectory], over: Spread, device: str | torch.device) -> Share:
-    """What the plan means for columns."""
-    lengths = torch.tensor([t.num_policy_tokens for t in ordered])
-    starts = lengths.cumsum(0) - lengths
-    of_rank = [list(chain.from_iterable(micro_batches)) for micro_batches in made]
-    rows = [
-        torch.cat([torch.arange(int(starts[i]), int(starts[i] + lengths[i])) for i in own])
-        if own
-        else torch.zeros(0, dtype=torch.int64)
-        for own in of_rank
-    ]
-    work = [sum(over.cost.of(len(ordered[i].tokens), ordered[i].num_policy_tokens) for i in own) for own in of_rank]
-    return Share(
-        trajectories=torch.tensor(of_rank[over.rank], dtype=torch.int64, device=device),
-        policy=rows[over.rank].to(device),
-        trajectories_of_rank=tuple(map(len, of_rank)),
-        policy_of_rank=tuple(map(len, rows)),
-        every_trajectory=torch.tensor(list(chain.from_iterable(of_rank)), dtype=torch.int64, device=device),
-        every_policy=torch.cat(rows).to(device),
-        groups_cut=_cuts_a_group(made, ordered),
-        imbalance=max(work) * over.size / sum(work) if sum(work) else 1.0,
-    )
-
-
-def _groups(ordered: Sequence[Trajectory], used: Sequence[int]) -> list[list[int]]:
-    found: dict[int, list[int]] = {}
-    for i in used:
-        found.setdefault(ordered[i].group, []).append(i)
-    return list(found.values())
-
-
-def _fitting(units: Sequence[list[int]], sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Units that fit a micro-batch as they are, the others trajectory by trajectory."""
-    pieces: list[list[int]] = []
-    for unit in units:
-        pieces += [unit] if sum(sizes[i] for i in unit) <= limit else [[i] for i in unit]
-    return pieces
-
-
-def _micro_batches(filled: Sequence[Sequence[int]], pieces: Sequence[list[int]]) -> list[list[int]]:
-    return [sorted(chain.from_iterable(pieces[p] for p in one)) for one in filled]
-
-
-def _cuts_a_group(made: Plan, ordered: Sequence[Trajectory]) -> bool:
-    seen: set[int] = set()
-    for micro_batch in chain.from_iterable(made):
-        groups = {ordered[i].group for i in micro_batch}
-        if groups & seen:
-            return True
-        seen |= groups
-    return False
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Trajectories that go through the model in one packed forward: consecutive ones of the batch, or, over
-    ranks, of the rank's share (slices then count in the share)."""
+    """Trajectories that go through the model in one packed forward.
 
-    tokens: Tensor  # [tokens] int64
-    positions: Tensor  # [tokens] int64, from 0 in every trajectory
+    They are consecutive in the batch or, over ranks, in the rank's share (then slices count in the share). t policy
+    tokens, N tokens.
+    """
+
+    tokens: Tensor  # [N] int64
+    positions: Tensor  # [N] int64, from 0 in every trajectory
     lengths: tuple[int, ...]
     """tokens of each trajectory"""
-    predictors: Tensor  # [policy tokens] int64
+    predictors: Tensor  # [t] int64
     """index of the token whose hidden state predicts the policy token (the one before it)"""
-    targets: Tensor  # [policy tokens] int64
+    targets: Tensor  # [t] int64, the policy tokens
     trajectories: slice
     """which trajectories of the batch"""
     policy: slice
@@ -241,34 +51,35 @@ class MicroBatch:
     """a stand-in of two tokens and one prediction that counts for nothing, where this rank has fewer
     micro-batches than others: a sharded model's forward needs every rank"""
 
-    def rows(self, column: Tensor) -> Tensor:  # [predictions]
-        """The rows of a column of the share's policy tokens; 0 for a stand-in."""
+    def rows(self, column: Tensor) -> Tensor:
+        """Its rows of a column of the share's policy tokens, [own T] -> [t]; [1] of 0 for a stand-in."""
         return column.new_zeros(1) if self.idle else column[self.policy]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """One step's trajectories, group by group, and the columns an objective needs (policy tokens only).
+    """One step's trajectories, group by group, and the columns that an objective needs (policy tokens only).
 
-    Columns are those of the whole batch on every rank, micro-batches those of this rank's share."""
+    Columns are those of the whole batch on every rank, micro-batches those of this rank's share.
+    """
 
     micro_batches: tuple[MicroBatch, ...]
-    log_behaviour: Tensor  # [policy tokens] float32
-    version: Tensor  # [policy tokens] int64
-    turn_of_token: Tensor  # [policy tokens] int64
-    trajectory_of_turn: Tensor  # [turns] int64
-    group_of_trajectory: Tensor  # [trajectories] int64
-    turn_reward: Tensor  # [turns] float32
-    state_key: Tensor  # [turns] int64
-    reward: Tensor  # [trajectories] float32
-    truncated: Tensor  # [trajectories] bool
+    log_behaviour: Tensor  # [T] float32
+    version: Tensor  # [T] int64
+    turn_of_token: Tensor  # [T] int64
+    trajectory_of_turn: Tensor  # [U] int64
+    group_of_trajectory: Tensor  # [I] int64
+    turn_reward: Tensor  # [U] float32
+    state_key: Tensor  # [U] int64
+    reward: Tensor  # [I] float32
+    truncated: Tensor  # [I] bool
     num_tokens: int
     """all tokens, prompts and environment included"""
     share: Share | None = None
     """None: micro-batches hold the whole batch"""
 
-    def own(self, column: Tensor) -> Tensor:  # [own policy tokens]
-        """The rows of a column of policy tokens that this rank runs."""
+    def own(self, column: Tensor) -> Tensor:
+        """The rows of a column that this rank runs: [T, ...] -> [own policy tokens, ...]."""
         return column if self.share is None else column[self.share.policy]
 
     @property
@@ -280,6 +91,19 @@ class PackedBatch:
         return len(self.log_behaviour)
 
 
+def pack_step(settings: Settings, trajectories: Sequence[Trajectory], over: Spread | None = None) -> PackedBatch:
+    """The batch of a step as it is trained: failed trajectories are left out.
+
+    Every rank gives all trajectories, and gets the columns of all and micro-batches of its own share (`over`: the
+    learner's). Raises RunFailed when no trajectory is usable.
+    """
+    usable = [t for t in trajectories if not t.failed]
+    if not usable:
+        raise RunFailed("the batch holds no usable trajectory")
+    limit = settings.trainer.micro_batch_tokens
+    return pack_batch(usable, micro_batch_tokens=limit, device=settings.trainer.device, over=over)
+
+
 def pack_batch(
     trajectories: Sequence[Trajectory],
     *,
@@ -287,8 +111,10 @@ def pack_batch(
     device: str | torch.device = "cpu",
     over: Spread | None = None,
 ) -> PackedBatch:
-    """Pack trajectories (sorted here by group and sample) into micro-batches of at most
-    `micro_batch_tokens` tokens; a longer trajectory gets one of its own. `over`: ranks that share them."""
+    """Sort trajectories by group and sample, and pack them into micro-batches of at most `micro_batch_tokens` tokens.
+
+    A longer trajectory gets a micro-batch of its own. `over`: ranks that share the batch.
+    """
     assert trajectories, "a batch has at least one trajectory"
     ordered = sorted(trajectories, key=lambda t: (t.group, t.sample))
     policy_positions = [t.policy_positions() for t in ordered]
@@ -309,7 +135,7 @@ def pack_batch(
         share, parts = share_of(made, ordered, over, device), made[over.rank]
     return PackedBatch(
         share=share,
-        micro_batches=tuple(_micro_batches_pack(ordered, policy_positions, parts, device)),
+        micro_batches=tuple(_pack_parts(ordered, policy_positions, parts, device)),
         log_behaviour=tensor(
             np.concatenate([t.log_behaviour[w] for t, w in zip(ordered, policy_positions, strict=True)]), torch.float32
         ),
@@ -325,13 +151,16 @@ def pack_batch(
     )
 
 
-def _micro_batches_pack(
+def _pack_parts(
     ordered: Sequence[Trajectory],
     policy_positions: Sequence[np.ndarray],
     parts: Sequence[Sequence[int]],
     device: str | torch.device,
 ) -> list[MicroBatch]:
-    """A micro-batch for each part, laid end to end in this order."""
+    """A micro-batch for each part (indices of trajectories), one behind the other in this order.
+
+    policy_positions: of each trajectory, where its policy tokens stand in it, [its policy tokens].
+    """
     out = []
     first = policy_start = 0
     for part in parts:
@@ -362,6 +191,7 @@ def _micro_batches_pack(
 
 
 def _idle(first: int, policy_start: int, device: str | torch.device) -> MicroBatch:
+    """A stand-in for a rank that has fewer micro-batches than others."""
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     return MicroBatch(
         tokens=torch.zeros(2, dtype=torch.int64, device=device),
@@ -377,8 +207,10 @@ def _idle(first: int, policy_start: int, device: str | torch.device) -> MicroBat
 
 
 def _cuts(ordered: Sequence[Trajectory], limit: int) -> list[int]:
-    """Where micro-batches begin, and the end. A group that fits one micro-batch is not cut: an exact
-    baseline then needs no second gradient sum for it."""
+    """Where micro-batches begin, and the end.
+
+    A group that fits one micro-batch is not cut: an exact baseline then needs no second gradient sum for it.
+    """
     sizes: dict[int, int] = {}
     for trajectory in ordered:
         sizes[trajectory.group] = sizes.get(trajectory.group, 0) + len(trajectory.tokens)
@@ -393,3 +225,210 @@ def _cuts(ordered: Sequence[Trajectory], limit: int) -> list[int]:
             filled = 0
         filled += len(trajectory.tokens)
     return [*cuts, len(ordered)]
+
+
+# How ranks share a batch.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """How a batch is laid over ranks."""
+
+    rank: int
+    size: int
+    cost: Cost
+    whole_groups: bool
+    """whether the trajectories of a group stay on one rank: their gradients are compared there"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Share:
+    """Which rows of a batch's columns this rank computes, and where the rows of all ranks belong.
+
+    `every_*` map rows of all ranks, one rank behind the other, to rows of the batch. Trajectories without policy tokens
+    are run by no rank.
+    """
+
+    trajectories: Tensor  # [own trajectories] int64
+    policy: Tensor  # [own policy tokens] int64
+    trajectories_of_rank: tuple[int, ...]
+    """trajectories of each rank"""
+    policy_of_rank: tuple[int, ...]
+    """policy tokens of each rank"""
+    every_trajectory: Tensor  # [trajectories of all ranks] int64
+    every_policy: Tensor  # [policy tokens] int64
+    groups_cut: bool
+    """some group, on some rank, is spread over several micro-batches or ranks"""
+    imbalance: float
+    """cost of the busiest rank as a multiple of the mean"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Multiplications and additions of a model's forward over one trajectory (the backward takes twice as many).
+
+    A term linear in the tokens for the matrices, and a quadratic one for attention.
+    """
+
+    per_token: int
+    """2 x elements of the layers' matrices"""
+    per_policy_token: int
+    """2 x elements of the head, which is used where a token is predicted only"""
+    per_pair: int
+    """of a token and one that it sees: 2 x layers x heads x head_dim for the score, as many for the value"""
+
+    def of(self, tokens: int, policy_tokens: int) -> int:
+        """The cost of a trajectory; each token sees itself and those before it."""
+        pairs = tokens * (tokens + 1) // 2
+        return self.per_token * tokens + self.per_policy_token * policy_tokens + self.per_pair * pairs
+
+
+def plan(ordered: Sequence[Trajectory], over: Spread, limit: int) -> Plan:
+    """Every trajectory that has policy tokens once, in micro-batches of at most `limit` tokens.
+
+    A longer trajectory has a micro-batch of its own. Where groups stay whole, a group that fits one is not cut.
+    """
+    sizes = [len(t.tokens) for t in ordered]
+    costs = [over.cost.of(len(t.tokens), t.num_policy_tokens) for t in ordered]
+    used = [i for i, t in enumerate(ordered) if t.num_policy_tokens]
+    units = _groups(ordered, used) if over.whole_groups else [[i] for i in used]
+    of_rank = spread([sum(costs[i] for i in unit) for unit in units], over.size)
+    pieces = [_fitting([units[u] for u in chosen], sizes, limit) for chosen in of_rank]
+    number = max(1, max(-(-sum(sizes[i] for piece in own for i in piece) // limit) for own in pieces))
+    while True:
+        filled = [
+            fill([sum(costs[i] for i in p) for p in own], [sum(sizes[i] for i in p) for p in own], number, limit)
+            for own in pieces
+        ]
+        made = [_micro_batches(f, own) for f, own in zip(filled, pieces, strict=True) if f is not None]
+        if len(made) == over.size:
+            return made
+        number += 1  # ends: at the latest each piece has a micro-batch of its own
+
+
+def share_of(made: Plan, ordered: Sequence[Trajectory], over: Spread, device: str | torch.device) -> Share:
+    """What the plan means for the columns of this rank (`over.rank`)."""
+    lengths = torch.tensor([t.num_policy_tokens for t in ordered])
+    starts = lengths.cumsum(0) - lengths
+    of_rank = [list(chain.from_iterable(micro_batches)) for micro_batches in made]
+    rows = [
+        torch.cat([torch.arange(int(starts[i]), int(starts[i] + lengths[i])) for i in own])
+        if own
+        else torch.zeros(0, dtype=torch.int64)
+        for own in of_rank
+    ]
+    work = [sum(over.cost.of(len(ordered[i].tokens), ordered[i].num_policy_tokens) for i in own) for own in of_rank]
+    return Share(
+        trajectories=torch.tensor(of_rank[over.rank], dtype=torch.int64, device=device),
+        policy=rows[over.rank].to(device),
+        trajectories_of_rank=tuple(map(len, of_rank)),
+        policy_of_rank=tuple(map(len, rows)),
+        every_trajectory=torch.tensor(list(chain.from_iterable(of_rank)), dtype=torch.int64, device=device),
+        every_policy=torch.cat(rows).to(device),
+        groups_cut=_cuts_a_group(made, ordered),
+        imbalance=max(work) * over.size / sum(work) if sum(work) else 1.0,
+    )
+
+
+def _groups(ordered: Sequence[Trajectory], used: Sequence[int]) -> list[list[int]]:
+    """The indices `used`, group by group."""
+    found: dict[int, list[int]] = {}
+    for i in used:
+        found.setdefault(ordered[i].group, []).append(i)
+    return list(found.values())
+
+
+def _fitting(units: Sequence[list[int]], sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Units that fit a micro-batch as they are, the others trajectory by trajectory."""
+    pieces: list[list[int]] = []
+    for unit in units:
+        pieces += [unit] if sum(sizes[i] for i in unit) <= limit else [[i] for i in unit]
+    return pieces
+
+
+def _micro_batches(filled: Sequence[Sequence[int]], pieces: Sequence[list[int]]) -> list[list[int]]:
+    """Bins of pieces -> bins of trajectories."""
+    return [sorted(chain.from_iterable(pieces[p] for p in one)) for one in filled]
+
+
+def _cuts_a_group(made: Plan, ordered: Sequence[Trajectory]) -> bool:
+    """Whether some group, on some rank, is spread over several micro-batches or ranks."""
+    seen: set[int] = set()
+    for micro_batch in chain.from_iterable(made):
+        groups = {ordered[i].group for i in micro_batch}
+        if groups & seen:
+            return True
+        seen |= groups
+    return False
+
+
+# Bins of nearly equal cost. The slowest rank sets the pace, so the largest sum is made small.
+
+
+def spread(costs: Sequence[int], bins: int) -> Bins:
+    """Indices of `costs` in `bins` bins (some may stay empty) with a small largest sum.
+
+    The best of three: Karmarkar and Karp's differencing, the longest first, and each in order to the bin
+    that has least. Costs are not negative.
+    """
+    longest_first = sorted(range(len(costs)), key=lambda i: -costs[i])
+    candidates = (
+        differencing(costs, bins),
+        to_the_lightest(costs, longest_first, bins),
+        to_the_lightest(costs, range(len(costs)), bins),
+    )
+    return min(candidates, key=lambda found: largest(found, costs))
+
+
+def largest(bins: Bins, costs: Sequence[int]) -> int:
+    """The largest sum of costs in a bin."""
+    return max(sum(costs[i] for i in one) for one in bins)
+
+
+def to_the_lightest(costs: Sequence[int], order: Sequence[int], bins: int) -> Bins:
+    """Put the indices, in this order, each into the bin that has the smallest sum then."""
+    found: Bins = [[] for _ in range(bins)]
+    sums = [(0, number) for number in range(bins)]
+    for i in order:
+        total, number = sums[0]
+        found[number].append(i)
+        heapq.heapreplace(sums, (total + costs[i], number))
+    return [sorted(one) for one in found]
+
+
+def differencing(costs: Sequence[int], bins: int) -> Bins:
+    """Karmarkar and Karp (1982) for several bins: the two partial answers of the largest spread are joined,
+    the heaviest bins of one with the lightest of the other, until one is left."""
+    if not costs:
+        return [[] for _ in range(bins)]
+    heap: list[tuple[int, int, list[tuple[int, list[int]]]]] = []
+    for i, cost in enumerate(costs):
+        part: list[tuple[int, list[int]]] = [(0, []) for _ in range(bins - 1)] + [(cost, [i])]
+        heap.append((part[0][0] - cost, i, part))
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        _, number, one = heapq.heappop(heap)
+        _, _, other = heapq.heappop(heap)
+        joined = [(a + b, [*left, *right]) for (a, left), (b, right) in zip(one, reversed(other), strict=True)]
+        joined.sort(key=lambda part: part[0])
+        heapq.heappush(heap, (joined[0][0] - joined[-1][0], number, joined))
+    return sorted(sorted(members) for _, members in heap[0][2])
+
+
+def fill(costs: Sequence[int], sizes: Sequence[int], bins: int, limit: int) -> Bins | None:
+    """Like `spread`, with at most `limit` of `sizes` in a bin (more where one alone is larger); heaviest bin first.
+
+    None when they do not fit, put in by falling size.
+    """
+    found: Bins = [[] for _ in range(bins)]
+    sums, filled = [0] * bins, [0] * bins
+    for i in sorted(range(len(costs)), key=lambda i: (-sizes[i], -costs[i])):
+        room = [n for n in range(bins) if not found[n] or filled[n] + sizes[i] <= limit]
+        if not room:
+            return None
+        chosen = min(room, key=lambda n: sums[n])
+        found[chosen].append(i)
+        sums[chosen] += costs[i]
+        filled[chosen] += sizes[i]
+    heaviest_first = sorted(range(bins), key=lambda n: -sums[n])
+    return [sorted(found[n]) for n in heaviest_first]

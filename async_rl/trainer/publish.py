@@ -40,15 +40,15 @@ class Both:
     links: LinkServer
     staged: Staged
     segment: WeightPublisher
-    still: Callable[[], None]
+    keepalive: Callable[[], None]
 
     def publish(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int) -> None:
         self.links.publish(tensors, version)
-        self.segment.publish(self._while_still(), version)
+        self.segment.publish(self._with_keepalives(), version)
 
-    def _while_still(self) -> Iterator[tuple[str, Tensor]]:
+    def _with_keepalives(self) -> Iterator[tuple[str, Tensor]]:
         for pair in self.staged.named_parameters():
-            self.still()
+            self.keepalive()
             yield pair
 
     def close(self) -> None:
@@ -64,10 +64,10 @@ def make_publisher(
     ways: Iterable[str],
     record: RecordEvent,
     make_link: Callable[[Staged], MakeLink] | None = None,
-    still: Callable[[], None] = lambda: None,
+    keepalive: Callable[[], None] = lambda: None,
 ) -> Publisher:
     """`ways`: that weights take to the run's own generators (launch/ways.py); none are known for a trainer that
-    somebody else starts. `make_link`: else by vLLM's release. `still`: called again and again while a publication
+    somebody else starts. `make_link`: else by vLLM's release. `keepalive`: called again and again while a publication
     waits or copies. Raises UserError."""
     ways = set(ways)
     linked = ways & set(LINKS)
@@ -83,11 +83,11 @@ def make_publisher(
         (make_link or links_by_release(installed_release()))(staged),
         timeout_s=settings.weights.timeout_s,
         record=record,
-        still=still,
+        keepalive=keepalive,
     )
     if not needs_segment(ways, tcp=is_tcp(settings.wire.endpoint)):
         return links
-    return Both(links, staged, WeightPublisher(segment_path(folder.path), dict(staged.named_parameters())), still)
+    return Both(links, staged, WeightPublisher(segment_path(folder.path), dict(staged.named_parameters())), keepalive)
 
 
 def links_by_release(release: Release) -> Callable[[Staged], MakeLink]:

@@ -1,9 +1,11 @@
-"""Who this process is among the trainer's ranks, and the few collectives that training needs.
+"""The trainer's ranks: who this process is among them, and the few collectives that training needs.
 
-Who waits for whom: in every collective each rank waits for all others, `timeout_s` at most; then, or when a
-rank is gone, RunFailed says which exchange it was. With one rank nothing of torch.distributed is touched.
+In the order of the file: `Ranks` with its exchanges; from rows of this rank to columns, gradients and norms of the
+whole batch; weights that FSDP2 has split, gathered for use. Shapes: T policy tokens, I trajectories of the whole batch.
 
-Only bytes and tensors travel, never pickled objects.
+Who waits for whom: in every collective each rank waits for all others, `timeout_s` at most; then, or when a rank is
+gone, RunFailed names the exchange. With one rank nothing of torch.distributed is touched. Only bytes and tensors
+travel, never pickled objects.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial
 
 from async_rl.errors import RunFailed, UserError
 from async_rl.process import MISSED
@@ -29,13 +32,16 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+BUCKET_ELEMENTS = 1 << 25
+"""elements of gradients that are summed in one exchange"""
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """what torchrun puts into the environment of each rank"""
 
 
 class Ranks:
-    """Example: `with join_ranks("cpu", 600.0) as ranks: learner = make_learner(settings, ranks)`.
+    """This process among the trainer's ranks.
 
+    Example: `with join_ranks("cpu", 600.0) as ranks: learner = make_learner(settings, ranks)`.
     rank: 0 <= rank < size; rank 0 leads. mesh: one dimension over all ranks, None with one rank.
     """
 
@@ -55,7 +61,7 @@ class Ranks:
         return self.rank == 0
 
     def broadcast_bytes(self, payload: bytes | None) -> bytes:
-        """The leader's bytes, on every rank; the others' argument is not looked at."""
+        """The leader's bytes, on every rank; the others' argument is ignored. Collective, as all that follow."""
         assert not self.leads or payload is not None
         if self.mesh is None:
             return payload or b""
@@ -70,16 +76,17 @@ class Ranks:
         return column.numpy().tobytes()
 
     def broadcast_tensor(self, tensor: Tensor) -> Tensor:
-        """The leader's values in a tensor that has the same shape, dtype and kind of device on every rank;
-        changed in place."""
+        """Overwrite `tensor` by the leader's values; shape, dtype and kind of device are the same on every rank."""
         if self.mesh is not None:
             with self._exchange("a tensor of rank 0"):
                 dist.broadcast(tensor, src=0)
         return tensor
 
     def gather_rows(self, rows: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Rows of all ranks, in rank order, on every rank. rows [lengths[rank], ...]; `lengths` is the same
-        on every rank; a rank may have none."""
+        """Rows of all ranks, in rank order, on every rank: [lengths[rank], ...] -> [sum of lengths, ...].
+
+        `lengths` is the same on every rank; a rank may have no rows.
+        """
         assert len(lengths) == self.size
         assert len(rows) == lengths[self.rank]
         if self.mesh is None:
@@ -93,7 +100,7 @@ class Ranks:
         return torch.cat([part[:length] for part, length in zip(every, lengths, strict=True)])
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, the same bits on every rank; changed in place."""
+        """Overwrite `tensor` (any shape) with its sum over ranks, the same bits on every rank."""
         if self.mesh is not None:
             with self._exchange("a sum over the ranks"):
                 dist.all_reduce(tensor)
@@ -104,11 +111,12 @@ class Ranks:
         self.sum_tensor(torch.zeros(1))
 
     def close(self) -> None:
-        """Leave the others. No collective may be under way or follow.
+        """Leave the process group. No collective may be under way or follow.
 
-        A process that comes to its natural end without it can abort there ("terminate called without an active
-        exception"): torch's threads still run when their objects are destroyed. The run's processes end by
-        os._exit (process.py), which destroys nothing."""
+        A process that ends normally without it can abort ("terminate called without an active exception"), because
+        torch's threads still run when their objects are destroyed. The run's processes end by os._exit (process.py),
+        which destroys nothing.
+        """
         if self.mesh is not None:
             dist.destroy_process_group()
 
@@ -116,8 +124,8 @@ class Ranks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Behind an exception nothing is closed: a collective may be under way, for which NCCL would wait until it
-        aborts this process, before that has said why it ends."""
+        """After an exception nothing is closed: NCCL would wait for a collective that is under way, until it aborts
+        this process before the process has reported why it ends."""
         if kind is None:
             self.close()
 
@@ -136,17 +144,16 @@ class Ranks:
 
 
 def one_rank() -> Ranks:
-    """The only rank."""
+    """The ranks of a trainer with one process."""
     return Ranks(rank=0, size=1, mesh=None, timeout_s=0.0)
 
 
 def join_ranks(device: str | torch.device, timeout_s: float) -> Ranks:
-    """Become one of the ranks that torchrun (or whoever sets RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
-    started, and wait for the others: gloo for tensors on a CPU, nccl for those on a GPU.
+    """Become one of the ranks that torchrun (or whoever sets RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) started.
 
-    On CUDA it takes the GPU of LOCAL_RANK among the visible ones unless `device` names one. With
-    WORLD_SIZE 1, or without these variables, the only rank. Raises UserError where they are incomplete,
-    RunFailed when not all ranks come within `timeout_s`.
+    It waits for the others: gloo for tensors on a CPU, nccl for those on a GPU. On CUDA it takes the GPU of LOCAL_RANK
+    among the visible ones unless `device` names one. With WORLD_SIZE 1, or without these variables, this is the only
+    rank. Raises UserError where they are incomplete, RunFailed when not all ranks come within `timeout_s`.
     """
     given = [name for name in LAUNCHED if os.environ.get(name)]
     if not given or os.environ.get("WORLD_SIZE") == "1":
@@ -173,15 +180,11 @@ def join_ranks(device: str | torch.device, timeout_s: float) -> Ranks:
     return ranks
 
 
-# -------------------- whole
 # From the rows that each rank computed to columns, gradients and norms of the whole batch, on every rank.
 
-BUCKET_ELEMENTS = 1 << 25
-"""of gradients summed up in one exchange"""
 
-
-def whole_column(own: Tensor, batch: PackedBatch, ranks: Ranks) -> Tensor:  # [policy tokens, ...]
-    """own: [own policy tokens, ...], without a graph"""
+def whole_column(own: Tensor, batch: PackedBatch, ranks: Ranks) -> Tensor:
+    """A column of the batch from the rows of this rank: [own policy tokens, ...] -> [T, ...], without a graph."""
     share = batch.share
     if share is None:
         return own
@@ -190,7 +193,7 @@ def whole_column(own: Tensor, batch: PackedBatch, ranks: Ranks) -> Tensor:  # [p
 
 
 def whole_log_probs(own: LogProbs, batch: PackedBatch, ranks: Ranks) -> LogProbs:
-    """Columns of the batch from those of this rank; itself where this rank has the whole batch."""
+    """Columns [T] of the batch from those of this rank; `own` itself where this rank has the whole batch."""
     if batch.share is None:
         return own
     rows = torch.stack([own.log_prob.detach(), own.entropy.detach(), own.prob_square_sum], 1)
@@ -198,8 +201,8 @@ def whole_log_probs(own: LogProbs, batch: PackedBatch, ranks: Ranks) -> LogProbs
     return LogProbs(log_prob=log_prob, entropy=entropy, prob_square_sum=square)
 
 
-def whole_trajectories(own: Tensor, batch: PackedBatch, ranks: Ranks) -> Tensor:  # [trajectories]
-    """own: [own trajectories]; 0 for those without policy tokens, which nobody runs"""
+def whole_trajectories(own: Tensor, batch: PackedBatch, ranks: Ranks) -> Tensor:
+    """[own trajectories] -> [I]; 0 for trajectories without policy tokens, which no rank runs."""
     share = batch.share
     if share is None:
         return own
@@ -208,8 +211,11 @@ def whole_trajectories(own: Tensor, batch: PackedBatch, ranks: Ranks) -> Tensor:
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
-    """Make `.grad` of parameters that every rank holds the sum over ranks; where a parameter has one on some
-    rank, it gets one on all. Gradients of sharded parameters are summed where they are formed."""
+    """Make `.grad` of parameters that every rank holds whole the sum over ranks.
+
+    Where a parameter has a gradient on some rank, it gets one on all. Gradients of sharded parameters are summed where
+    they are formed.
+    """
     if ranks.mesh is None:
         return
     plain = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
@@ -223,7 +229,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """L2 norm over all of them, each whole or sharded (then a collective)."""
+    """L2 norm over all gradients, [] float32; each is whole or sharded (then it is a collective)."""
     sharded = [g for g in gradients if isinstance(g, DTensor)]
     if not sharded:
         return torch.nn.utils.get_total_norm(gradients)
@@ -235,8 +241,10 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def clip_gradient(parameters: Sequence[nn.Parameter], limit: float, ranks: Ranks) -> float:
-    """Global L2 norm of the gradient; scaled down to `limit` when that is above 0 and exceeded. The leader's
-    norm, to the last bit, on every rank."""
+    """Global L2 norm of the gradient, which is scaled down to `limit` when that is above 0 and exceeded.
+
+    Every rank returns the leader's norm, to the last bit.
+    """
     norm = ranks.broadcast_tensor(total_norm([p.grad for p in parameters if p.grad is not None]))
     if limit > 0:
         # apart: one operation over many tensors takes no mixture of both
@@ -248,12 +256,12 @@ def clip_gradient(parameters: Sequence[nn.Parameter], limit: float, ranks: Ranks
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A parameter or moment as one tensor; a collective where it is sharded."""
+    """A parameter or moment as one tensor of its whole shape; a collective where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Consecutive parameters of one dtype and device."""
+    """Consecutive parameters of one dtype and device, BUCKET_ELEMENTS at most."""
     bucket: list[nn.Parameter] = []
     filled = 0
     for parameter in parameters:
@@ -266,3 +274,40 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         filled += parameter.numel()
     if bucket:
         yield bucket
+
+
+# Weights that FSDP2 has split over the ranks (sharding.py): gathered for use and freed again.
+
+
+def is_sharded(model: object) -> bool:
+    """Whether FSDP2 has split the model's weights over ranks."""
+    return isinstance(model, FSDPModule)
+
+
+def gather_head(model: object) -> None:
+    """Gather `model.head`, for a backward that uses it first. Collective where it is split."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+
+
+def free(model: object) -> None:
+    """Free gathered weights of embedding, last norm and head; the module's parameters are the sharded ones again."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def keep_head_after_backward(model: object) -> None:
+    """Keep the head gathered after a backward, for gradients that are formed from it later; then call `free`."""
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_backward(False, recurse=False)
+
+
+def add_gradient(parameter: DTensor, gradient: Tensor) -> None:
+    """Sum this rank's `gradient`, of the shape of the whole parameter, over ranks; each adds its rows to `.grad`.
+    Collective."""
+    parts = DTensor.from_local(gradient, parameter.device_mesh, [Partial("sum")], run_check=False)
+    rows = parts.redistribute(placements=parameter.placements)
+    if parameter.grad is None:
+        parameter.grad = rows
+    else:
+        parameter.grad += rows

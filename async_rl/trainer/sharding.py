@@ -28,13 +28,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 
 from async_rl.errors import UserError
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.decoder import Decoder
 from async_rl.model.folder import TensorFiles, check_folder, load_model
-from async_rl.trainer.ranks import Ranks
+from async_rl.trainer.ranks import Ranks, is_sharded
 
 if TYPE_CHECKING:
     from async_rl.model.huggingface import Model
@@ -222,39 +222,6 @@ def rows_here(tensor: Tensor) -> tuple[int, int]:
 def local_rows(tensor: Tensor) -> Tensor:
     """The rows that this rank holds, not copied."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def is_sharded(model: object) -> bool:
-    return isinstance(model, FSDPModule)
-
-
-def gather_head(model: object) -> None:
-    """See to it that `model.head` is whole, for a backward that uses it first. Collective where it is not."""
-    if isinstance(model, FSDPModule):
-        model.unshard()
-
-
-def free(model: object) -> None:
-    """Free what is gathered of embedding, last norm and head; parameters are the sharded ones again."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
-def keep_head_after_backward(model: object) -> None:
-    """For gradients that are formed after the backward, from the head too; whoever forms them calls `free`."""
-    if isinstance(model, FSDPModule):
-        model.set_reshard_after_backward(False, recurse=False)
-
-
-def add_gradient(parameter: DTensor, gradient: Tensor) -> None:
-    """Sum this rank's `gradient` of the whole parameter over ranks, each rank adding its rows to `.grad`.
-    Collective."""
-    parts = DTensor.from_local(gradient, parameter.device_mesh, [Partial("sum")], run_check=False)
-    rows = parts.redistribute(placements=parameter.placements)
-    if parameter.grad is None:
-        parameter.grad = rows
-    else:
-        parameter.grad += rows
 
 
 def layers_of(model: Model) -> list[nn.Module]:

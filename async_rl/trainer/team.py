@@ -1,8 +1,7 @@
-"""The leader's words to the other ranks: which collective comes next, and what it needs. With one rank they are
-not said.
+"""The leader's orders to the other ranks: which collective comes next, and what it needs. One rank alone gives none.
 
-Who waits for whom: the others wait for the next word, at most for the time-out of their collectives. Whatever the
-leader waits for meanwhile (a batch, an evaluation, a disk), it says every few seconds that it is still there.
+Who waits for whom: the others wait for the next order, at most for the time-out of their collectives. Whatever the
+leader waits for meanwhile (a batch, an evaluation, a disk), it sends a `KeepAlive` every few seconds.
 """
 
 from __future__ import annotations
@@ -10,26 +9,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import msgpack
 import torch
+from torch import Tensor
 
 from async_rl.errors import RunFailed
 from async_rl.trainer.forward import probe_log_probs
-from async_rl.trainer.sharding import is_sharded
+from async_rl.trainer.ranks import is_sharded
 from async_rl.trajectory.codec import pack, unpack
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from async_rl.trainer.learner import Learner
     from async_rl.trainer.ranks import Ranks
     from async_rl.trajectory import Trajectory
 
-STILL_S = 3.0
-"""between two words of a leader that waits"""
+KEEPALIVE_S = 3.0
+"""between two orders of a leader that waits"""
+Weights = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+"""tensors by name, or in order of name one after another"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,82 +64,85 @@ class Save:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Still:
-    """The leader is there."""
+class KeepAlive:
+    """Do nothing: the leader is there and waits for something."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class End:
-    """Nothing more is asked of those who follow: the run is done, or all go on by themselves."""
+class Finish:
+    """Stop following: the run is done, or every rank goes on by itself."""
 
 
-Order = Train | Gather | Probe | Save | Still | End
+Order = Train | Gather | Probe | Save | KeepAlive | Finish
 
 
 class Team:
-    """The leader's side."""
+    """The leader's side: orders, and what it does together with the other ranks."""
 
     def __init__(self, ranks: Ranks, clock: Callable[[], float] = time.monotonic) -> None:
         assert ranks.leads
         self.ranks = ranks
         self._clock = clock
-        self._said = clock()
+        self._sent_at = clock()
 
-    def say(self, order: Order) -> None:
-        """Collective: each other rank is in `hear`."""
+    def send(self, order: Order) -> None:
+        """Give the other ranks an order. Collective: each of them is in `receive_order`."""
         if self.ranks.size > 1:
             self.ranks.broadcast_bytes(encode(order))
-            self._said = self._clock()
+            self._sent_at = self._clock()
 
     def weights(self, learner: Learner) -> Iterator[tuple[str, Tensor]]:
-        """Its weights, whole, one after another, in order of name; must be gone through to the end. Sharded ones
-        the others gather with the leader; else they wait, and hear between two tensors that it is still there."""
+        """The learner's weights, whole, one after another in order of name; must be iterated to the end.
+
+        The other ranks gather sharded weights with the leader. Otherwise they wait, and get keepalives between two
+        tensors.
+        """
         sharded = is_sharded(learner.model)
         if sharded:
-            self.say(Gather())
+            self.send(Gather())
         for name, tensor in learner.full_weights():
             yield name, tensor
             if not sharded:
-                self.still()
+                self.keepalive()
 
     def sent(self, learner: Learner) -> Iterable[tuple[str, Tensor]]:
-        """What travels to the generators, whole: its weights, or its adapters alone, which every rank has."""
+        """The tensors that travel to the generators, whole: the weights, or the adapters alone."""
         if learner.adapters is not None and learner.options.send_adapters:
             return learner.sent().items()
         return self.weights(learner)
 
     def probe(self, learner: Learner, tokens: tuple[int, ...]) -> tuple[float, ...]:
-        """Log-probs of tokens[1:] under the learner's weights (`probe_log_probs`)."""
+        """Log-probs of tokens[1:] under the learner's weights (`forward.probe_log_probs`)."""
         if is_sharded(learner.model):
-            self.say(Probe(tokens=tokens))
+            self.send(Probe(tokens=tokens))
         return probe_log_probs(learner.model, tokens, learner.options.arithmetic)
 
-    def still(self) -> None:
-        """Nothing new; call it as often as you like while something is waited for."""
-        if self.ranks.size > 1 and self._clock() - self._said >= STILL_S:
-            self.say(Still())
+    def keepalive(self) -> None:
+        """Tell the other ranks that the leader is there, if it is time to. Call it often while something is awaited."""
+        if self.ranks.size > 1 and self._clock() - self._sent_at >= KEEPALIVE_S:
+            self.send(KeepAlive())
 
 
-def hear(ranks: Ranks) -> Order:
-    """The leader's next word, on another rank."""
+def receive_order(ranks: Ranks) -> Order:
+    """Wait for the leader's next order, on another rank. Collective."""
     return decode(ranks.broadcast_bytes(None))
 
 
 def encode(order: Order) -> bytes:
     match order:
         case Train(step=step, trajectories=trajectories):
-            said: dict[str, Any] = {"do": "train", "step": step, "batch": [bytes(pack(t)) for t in trajectories]}
+            plain: dict[str, Any] = {"do": "train", "step": step, "batch": [bytes(pack(t)) for t in trajectories]}
         case Gather():
-            said = {"do": "gather"}
+            plain = {"do": "gather"}
         case Probe(tokens=tokens):
-            said = {"do": "probe", "tokens": list(tokens)}
+            plain = {"do": "probe", "tokens": list(tokens)}
         case Save(folder=folder):
-            said = {"do": "save", "folder": str(folder)}
-        case Still():
-            said = {"do": "still"}
-        case End():
-            said = {"do": "end"}
-    packed: bytes = msgpack.packb(said)
+            plain = {"do": "save", "folder": str(folder)}
+        case KeepAlive():
+            plain = {"do": "still"}
+        case Finish():
+            plain = {"do": "end"}
+    packed: bytes = msgpack.packb(plain)
     return packed
 
 
@@ -153,16 +158,18 @@ def decode(payload: bytes) -> Order:
         case {"do": "save", "folder": str(folder)}:
             return Save(folder=Path(folder))
         case {"do": "still"}:
-            return Still()
+            return KeepAlive()
         case {"do": "end"}:
-            return End()
+            return Finish()
         case _:
             raise RunFailed("the leader says what this rank does not know: do all run the same version of async_rl?")
 
 
 def wait_metrics(ranks: Ranks, waited_before_s: float) -> Mapping[str, float]:
-    """Of a step just taken, on every rank: how long ranks waited for each other in it. `waited_before_s`: this
-    rank's sum (`Ranks.waited_s`) before the step. Collective."""
+    """Metrics of how long the ranks waited for each other in the step just taken. Collective.
+
+    waited_before_s: this rank's sum (`Ranks.waited_s`) before the step.
+    """
     if ranks.size == 1:
         return {}
     mine = torch.tensor([ranks.waited_s - waited_before_s], dtype=torch.float64)
@@ -172,3 +179,35 @@ def wait_metrics(ranks: Ranks, waited_before_s: float) -> Mapping[str, float]:
         "ranks/wait_max": max(waited),
         "ranks/slowest": float(waited.index(min(waited))),
     }
+
+
+def weights_hash(weights: Weights) -> str:
+    """BLAKE2b, 16 bytes in hex, over names, dtypes, shapes and bytes of all tensors in order of name."""
+    digest = blake2b(digest_size=16)
+    for part in _parts(weights):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def weights_checksum(weights: Weights) -> str:
+    """CRC-32 of the same bytes: a fifth of the time, so that it can be taken at every step.
+
+    It finds the step at which two trainings part; only the hash proves that they end alike.
+    """
+    value = 0
+    for part in _parts(weights):
+        value = crc32(part, value)
+    return f"{value:08x}"
+
+
+def _parts(weights: Weights) -> Iterator[bytes | memoryview]:
+    before = ""
+    for name, whole in sorted(weights.items()) if isinstance(weights, Mapping) else weights:
+        assert before < name, "weights are hashed in order of name"
+        before = name
+        tensor = whole.detach().cpu().contiguous()
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+        yield tensor.view(-1).view(torch.uint8).numpy().data
+
+
+# ------------------------------------------------------------------------------------------- optimizer

@@ -31,11 +31,17 @@ from torch.func import functional_call
 
 from async_rl.errors import UserError
 from async_rl.model.attention import DocumentAttention
-from async_rl.model.decoder import Decoder, How, RMSNorm, linear
-from async_rl.trainer.forward import Arithmetic
+from async_rl.model.decoder import Decoder, LayerExecution, RMSNorm, linear
+from async_rl.trainer.forward import ModelArithmetic
 from async_rl.trainer.packing import MicroBatch, PackedBatch
-from async_rl.trainer.ranks import whole_trajectories
-from async_rl.trainer.sharding import add_gradient, free, gather_head, is_sharded, keep_head_after_backward
+from async_rl.trainer.ranks import (
+    add_gradient,
+    free,
+    gather_head,
+    is_sharded,
+    keep_head_after_backward,
+    whole_trajectories,
+)
 from async_rl_kernels import LogProbs
 from async_rl_kernels.head_gradient import HeadGradient
 from async_rl_kernels.segment_gradient import Segments, embedding_norm_squares, segment_sums, weight_norm_squares
@@ -56,7 +62,7 @@ class TrajectoryGradient:
     micro-batch. Raises UserError for a model whose layers are not known here.
     """
 
-    def __init__(self, model: Model, arithmetic: Arithmetic) -> None:
+    def __init__(self, model: Model, arithmetic: ModelArithmetic) -> None:
         if not isinstance(model, Decoder):
             raise UserError(
                 "recipe.opob.norm=exact needs the gradients of every layer, which are known for the built-in decoder "
@@ -267,7 +273,7 @@ class Hooks:
 
     def __enter__(self) -> None:
         # Every layer's input is kept anyway; one computed again would call the hooks twice, one compiled never.
-        self._how = self._model.carry_out(How())
+        self._execution = self._model.set_execution(LayerExecution())
         # Parameters are taken here: during functional_call modules hold detached stand-ins.
         for module in self._model.modules():
             hook: Callable[..., Tensor | None]
@@ -287,7 +293,7 @@ class Hooks:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._model.carry_out(self._how)
+        self._model.set_execution(self._execution)
         self._sources.clear()
 
     def _linear(

@@ -98,7 +98,7 @@ def test_an_alarm_stays_up_when_the_signal_looks_healthy_again() -> None:
     rows = with_end(healthy(200), 60, ess=0.02)
     rows = [*rows[:80], *with_end(healthy(200), 80, ess=1.0)[80:]]  # after a total collapse it is 1
     guard = CollapseWatch(settings=GuardSettings())
-    alarms = [alarm for row in rows for alarm in guard.look(row)]
+    alarms = [alarm for row in rows for alarm in guard.check(row)]
     assert [alarm.signal for alarm in alarms] == ["ess"]
     assert guard.columns()["alarm/ess"] == 1.0
 
@@ -131,7 +131,7 @@ def test_a_collapse_within_the_first_window_is_seen() -> None:
     found = watch(GuardSettings(), rows)
     assert found.raised["ess"].step == 9
     assert found.raised["reward"].step == 9
-    assert found.good() == 0
+    assert found.newest_safe_version() == 0
 
 
 def test_a_threshold_of_zero_turns_its_alarm_off() -> None:
@@ -143,22 +143,22 @@ def test_a_threshold_of_zero_turns_its_alarm_off() -> None:
 
 def test_one_would_go_back_to_a_window_before_the_first_sign() -> None:
     guard = watch(GuardSettings(), healthy(100))
-    assert 100 - 3 * 10 <= guard.good() <= 100 - 2 * 10 + 1
-    before = guard.good()
+    assert 100 - 3 * 10 <= guard.rollback_target() <= 100 - 2 * 10 + 1
+    before = guard.rollback_target()
     for row in with_end(healthy(140), 100, entropy=1.2)[100:]:  # on the way, not there
-        guard.look(row)
+        guard.check(row)
     assert not guard.raised
-    assert guard.good() <= before + 10
+    assert guard.rollback_target() <= before + 10
 
 
 def test_a_signal_that_usually_stands_half_way_does_not_send_the_run_back_to_its_start() -> None:
     rows = with_end(healthy(600), 30, ess=0.12)  # as at a large lag
     rows = [*rows[:500], *with_end(rows, 500, reward=0.05)[500:]]
     guard = CollapseWatch(settings=GuardSettings())
-    alarms = [alarm for row in rows for alarm in guard.look(row)]
+    alarms = [alarm for row in rows for alarm in guard.check(row)]
     assert [alarm.signal for alarm in alarms] == ["reward"]
     assert 480 <= alarms[0].since <= 500
-    assert guard.good() >= 470
+    assert guard.rollback_target() >= 470
 
 
 @given(st.integers(0, 100), st.integers(0, 5))
@@ -167,7 +167,7 @@ def test_the_state_follows_from_the_rows_wherever_a_run_was_stopped(cut: int, se
     rows = with_end(healthy(100, seed=seed), 70, ess=0.03, reward=0.1)
     resumed = watch(GuardSettings(), json.loads(json.dumps(rows[:cut])))
     for row in rows[cut:]:
-        resumed.look(row)
+        resumed.check(row)
     assert resumed == watch(GuardSettings(), rows)
 
 

@@ -71,7 +71,7 @@ async def show(engine: Engine, weights: Mapping[str, Tensor], version: int, prob
 def test_an_engine_that_holds_the_published_weights_passes(dtype: str, tiny_model: Path) -> None:
     bench = Bench(tiny_model, f"generator.dtype={dtype}")
     for _ in range(5):
-        bench.watch.hear(bench.shown(bench.step(), bench.learner.version))
+        bench.watch.receive(bench.shown(bench.step(), bench.learner.version))
     row = bench.watch.row()
     assert row["canary/checked"] == 5
     assert 0 <= row["canary/mean_difference"] <= row["canary/max_difference"]
@@ -88,7 +88,7 @@ def test_weights_of_another_version_end_the_run(dtype: str, tiny_model: Path) ->
     bench = Bench(tiny_model, f"generator.dtype={dtype}")
     old, _ = bench.step(), bench.step()
     with pytest.raises(RunFailed, match=r"g does not hold the weights of version 2: 24 of 24 tensors differ"):
-        bench.watch.hear(bench.shown(old, 2))
+        bench.watch.receive(bench.shown(old, 2))
     assert bench.events[0]["event"] == "canary_failed"
     assert bench.watch.summary().checked == 0
 
@@ -109,17 +109,17 @@ def test_an_engine_that_forgets_a_tensor_is_found_out(tiny_model: Path) -> None:
     bench = Bench(tiny_model)
     engine = ForgetfulEngine(load_model(tiny_model), Tokenizer(tiny_model))
     with pytest.raises(RunFailed, match=rf"1 of 24 tensors differ \({FORGOTTEN}\)"):
-        bench.watch.hear(bench.shown(bench.step(), 1, engine))
+        bench.watch.receive(bench.shown(bench.step(), 1, engine))
 
 
 def test_an_engine_split_over_gpus_is_checked_by_what_it_holds_whole(tiny_model: Path) -> None:
     bench = Bench(tiny_model)
     shown = bench.shown(bench.step(), 1)
     kept, others = shown.digests[:1], tuple([name for name, _ in shown.digests[1:]])
-    bench.watch.hear(replace(shown, digests=kept, split=others))
+    bench.watch.receive(replace(shown, digests=kept, split=others))
     assert bench.watch.summary().checked == 1
     with pytest.raises(RunFailed, match="23 of 24 tensors differ"):
-        bench.watch.hear(replace(shown, digests=kept))
+        bench.watch.receive(replace(shown, digests=kept))
 
 
 def test_an_engine_with_other_arithmetic_is_told_apart_from_wrong_weights(tiny_model: Path) -> None:
@@ -128,11 +128,11 @@ def test_an_engine_with_other_arithmetic_is_told_apart_from_wrong_weights(tiny_m
     off = tuple([value - 0.01 for value in shown.log_probs])
     wrong = msg.Canary(name="g", version=1, digests=shown.digests, log_probs=off)
     with pytest.raises(RunFailed, match=r"holds the weights of version 1 but computes other.*canary\.tolerance"):
-        bench.watch.hear(wrong)
+        bench.watch.receive(wrong)
 
     tolerant = Bench(tiny_model, "canary.tolerance=0.02")
     tolerant.step()
-    tolerant.watch.hear(wrong)
+    tolerant.watch.receive(wrong)
     assert tolerant.watch.summary().max_difference == pytest.approx(0.01, abs=1e-4)
 
 
@@ -141,10 +141,10 @@ def test_what_comes_for_a_forgotten_or_unknown_version_is_counted_only(tiny_mode
     first = bench.shown(bench.step(), 1)
     for _ in range(REMEMBERED - 1):
         bench.step()
-    bench.watch.hear(first)
+    bench.watch.receive(first)
     bench.step()
-    bench.watch.hear(first)
-    bench.watch.hear(msg.Canary(name="g", version=10_000, digests=(), log_probs=()))
+    bench.watch.receive(first)
+    bench.watch.receive(msg.Canary(name="g", version=10_000, digests=(), log_probs=()))
     assert bench.watch.row()["canary/late"] == 2
     assert bench.watch.summary().checked == 1
     assert len(bench.watch.expected) == REMEMBERED
@@ -154,9 +154,9 @@ def test_a_generator_that_shows_nothing_is_reported_once_and_stays_in_the_summar
     bench = Bench(tiny_model, "canary.silent_steps=5")
     weights = bench.step()
     for step in range(30):
-        bench.watch.look(step, {"a": 1, "g": 1})
+        bench.watch.report_silent(step, {"a": 1, "g": 1})
         if step % 4 == 0:
-            bench.watch.hear(bench.shown(weights, 1))
+            bench.watch.receive(bench.shown(weights, 1))
     assert [(e["event"], e["name"], e["since_step"], e["step"]) for e in bench.events] == [("canary_silent", "a", 0, 5)]
     assert bench.watch.summary().unchecked == ("a",)
 
@@ -166,11 +166,11 @@ def test_silence_is_reported_anew_after_a_sign_of_life_and_not_of_who_has_left(t
     shown = bench.shown(bench.step(), 1)
     both = {"g": 1, "gone": 1}
     for step in range(3):
-        bench.watch.look(step, both)
+        bench.watch.report_silent(step, both)
     for step in range(3, 20):
-        bench.watch.look(step, {"g": 1})
+        bench.watch.report_silent(step, {"g": 1})
         if step == 10:
-            bench.watch.hear(shown)
+            bench.watch.receive(shown)
     assert [(e["name"], e["step"]) for e in bench.events] == [("g", 5), ("g", 15)]
     assert bench.watch.summary().unchecked == ("gone",)
 
@@ -181,9 +181,9 @@ def test_after_a_resume_time_counts_from_its_first_step(tiny_model: Path) -> Non
     task = make_task("guess", bench.settings.task.args)
     watch = make_canary(bench.settings, bench.learner, task, bench.record, Team(bench.learner.ranks))
     bench.watch = watch
-    watch.hear(bench.shown(bench.step(), 101))
+    watch.receive(bench.shown(bench.step(), 101))
     for step in range(100, 105):
-        watch.look(step, {"g": 1})
+        watch.report_silent(step, {"g": 1})
     assert bench.events == []
 
 
@@ -192,13 +192,13 @@ def test_who_comes_back_has_its_time_anew(tiny_model: Path) -> None:
     bench.step()
     for step in range(40):
         here = step < 4 or step >= 30
-        bench.watch.look(step, {"g": 1} if here else {})
+        bench.watch.report_silent(step, {"g": 1} if here else {})
     assert [(e["name"], e["since_step"], e["step"]) for e in bench.events] == [("g", 30, 35)]
 
 
 def test_with_silent_steps_zero_silence_is_left_to_the_summary(tiny_model: Path) -> None:
     bench = Bench(tiny_model, "canary.silent_steps=0")
     for step in range(100):
-        bench.watch.look(step, {"g": 1})
+        bench.watch.report_silent(step, {"g": 1})
     assert bench.events == []
     assert bench.watch.summary().unchecked == ("g",)

@@ -16,15 +16,8 @@ from support_run import quick_settings
 from async_rl.config import Settings
 from async_rl.errors import UserError
 from async_rl.objective import ObjectiveState
-from async_rl.trainer.build import make_learner, pack_step
-from async_rl.trainer.checkpoint import (
-    load_checkpoint,
-    random_state,
-    save_checkpoint,
-    set_random_state,
-    weights_checksum,
-    weights_hash,
-)
+from async_rl.trainer.build import make_learner
+from async_rl.trainer.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from async_rl.trainer.learner import Learner
 from async_rl.trainer.manifest import (
     MANIFEST,
@@ -35,6 +28,8 @@ from async_rl.trainer.manifest import (
     version_of,
     write_whole,
 )
+from async_rl.trainer.packing import pack_step
+from async_rl.trainer.team import weights_checksum, weights_hash
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 

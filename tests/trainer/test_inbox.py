@@ -42,7 +42,7 @@ def test_the_next_part_is_asked_for_until_the_batch_is_whole(ends: tuple[Router,
     router, inbox = ends
     for message in (part(3, 0, 2), part(3, 2, 4), part(3, 4, 5)):
         router.send(b"trainer", message)
-    batch = inbox.batch(3)
+    batch = inbox.receive_batch(3)
     assert [t.sample for t in batch.trajectories] == [0, 1, 2, 3, 4]
     assert asked(router) == [msg.NextBatch(step=3), msg.NextBatch(step=3, after=2), msg.NextBatch(step=3, after=4)]
     assert inbox.parts == {}
@@ -52,8 +52,8 @@ def test_parts_that_come_twice_or_too_late_are_not_kept(ends: tuple[Router, Inbo
     router, inbox = ends
     for message in (part(3, 0, 2), part(3, 0, 2), part(3, 4, 5), part(3, 2, 5), part(3, 2, 5), part(4, 0, 5)):
         router.send(b"trainer", message)
-    assert [t.sample for t in inbox.batch(3).trajectories] == [0, 1, 2, 3, 4]
+    assert [t.sample for t in inbox.receive_batch(3).trajectories] == [0, 1, 2, 3, 4]
     router.send(b"trainer", part(3, 0, 5))
-    assert [t.sample for t in inbox.batch(4).trajectories] == [0, 1, 2, 3, 4]
+    assert [t.sample for t in inbox.receive_batch(4).trajectories] == [0, 1, 2, 3, 4]
     assert inbox.batches == inbox.parts == {}
     assert msg.NextBatch(step=3, after=2) in asked(router)

@@ -14,18 +14,18 @@ from support_run import quick_settings
 from torch import Tensor
 
 from async_rl.errors import UserError
-from async_rl.model.decoder import Decoder, How
+from async_rl.model.decoder import Decoder, LayerExecution
 from async_rl.model.folder import load_model
 from async_rl.model.lora import add_adapters
 from async_rl.run.preflight import preflight
 from async_rl.trainer.build import make_learner
-from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trainer.forward import ModelArithmetic, log_probs
 from async_rl.trainer.packing import PackedBatch, pack_batch
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 CONFIGS = {"qwen3": qwen3_config(), "qwen2": qwen2_config(), "llama": llama_config()}
-PLAIN = Arithmetic(temperature=0.8)
+PLAIN = ModelArithmetic(temperature=0.8)
 
 
 def packed(num: int = 6, seed: int = 0, tokens: int = 10_000) -> PackedBatch:
@@ -51,7 +51,7 @@ def packed(num: int = 6, seed: int = 0, tokens: int = 10_000) -> PackedBatch:
     return pack_batch(made, micro_batch_tokens=tokens)  # fmt: skip
 
 
-def gradient(model: Any, batch: PackedBatch, arithmetic: Arithmetic = PLAIN) -> tuple[Tensor, dict[str, Tensor]]:
+def gradient(model: Any, batch: PackedBatch, arithmetic: ModelArithmetic = PLAIN) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs and the gradient of a weighted sum of them."""
     model.zero_grad(set_to_none=True)
     found = log_probs(model, batch.micro_batches[0], arithmetic)
@@ -71,7 +71,7 @@ def test_layers_computed_again_give_the_same_gradient_bit_for_bit(name: str, dty
     model, batch = make_decoder(CONFIGS[name]), packed()
     arithmetic = replace(PLAIN, dtype=dtype)
     expected = gradient(model, batch, arithmetic)
-    model.carry_out(How(checkpointed=True))
+    model.set_execution(LayerExecution(checkpointed=True))
     found = gradient(model, batch, arithmetic)
     assert torch.equal(found[0], expected[0])
     assert same(found[1], expected[1])
@@ -81,7 +81,7 @@ def test_adapters_in_layers_computed_again_get_the_same_gradient() -> None:
     model, batch = make_decoder(qwen3_config()), packed()
     add_adapters(model, rank=2, alpha=4.0)
     expected = gradient(model, batch)
-    model.carry_out(How(checkpointed=True))
+    model.set_execution(LayerExecution(checkpointed=True))
     found = gradient(model, batch)
     assert len(found[1]) == 2 * 2 * 7
     assert same(found[1], expected[1])
@@ -124,7 +124,7 @@ def peak_bytes(model: Any, batch: PackedBatch) -> int:
 def test_layers_computed_again_hold_a_fraction_of_the_memory() -> None:
     model, batch = make_decoder(qwen3_config(layers=8)), packed(40)
     kept = peak_bytes(model, batch)
-    model.carry_out(How(checkpointed=True))
+    model.set_execution(LayerExecution(checkpointed=True))
     assert peak_bytes(model, batch) < 0.4 * kept
 
 
@@ -133,12 +133,12 @@ def test_exact_norms_see_every_layer_once_whatever_the_layers_are_told() -> None
     weights = torch.randn(batch.num_policy_tokens, generator=torch.Generator().manual_seed(1))
     reward = batch.reward[batch.trajectory_of_turn[batch.turn_of_token]]
     results = []
-    for how in (How(), How(checkpointed=True, compiled=True)):
+    for how in (LayerExecution(), LayerExecution(checkpointed=True, compiled=True)):
         model = make_decoder(qwen3_config())
-        model.carry_out(how)
+        model.set_execution(how)
         exact = TrajectoryGradient(model, PLAIN)
         norms = exact.add(batch, weights * reward, weights, lambda _norms: torch.zeros(2, dtype=torch.float64))
-        assert all(layer.how == how for layer in model.model.layers)
+        assert all(layer.execution == how for layer in model.model.layers)
         results.append((norms, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     assert torch.equal(results[0][0], results[1][0])
     assert same(results[0][1], results[1][1])
@@ -157,9 +157,9 @@ def test_compiled_layers_compute_the_same_for_any_number_of_tokens_with_two_grap
     model = make_decoder(qwen3_config(layers=3, hidden=128, intermediate=256), std=0.05)
     for seed, num in ((0, 8), (1, 14), (2, 10)):
         batch = packed(num, seed)
-        model.carry_out(How())
+        model.set_execution(LayerExecution())
         expected = gradient(model, batch)
-        model.carry_out(How(compiled=True))
+        model.set_execution(LayerExecution(compiled=True))
         found = gradient(model, batch)
         assert torch.allclose(found[0], expected[0], atol=2e-5)
         for name, want in expected[1].items():
@@ -173,7 +173,7 @@ def test_a_copy_of_a_model_is_carried_out_by_its_own_weights() -> None:
     from copy import deepcopy
 
     model = make_decoder(qwen3_config())
-    model.carry_out(How(checkpointed=True))
+    model.set_execution(LayerExecution(checkpointed=True))
     other = deepcopy(model)
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.zero_()
@@ -209,4 +209,4 @@ def test_the_settings_reach_every_layer(tiny_model: Path) -> None:
     words = ("recipe=grpo", "trainer.checkpoint_activations=layer", "trainer.compile=true")
     model = make_learner(quick_settings(tiny_model, *words)).model
     assert isinstance(model, Decoder)
-    assert all(layer.how == How(checkpointed=True, compiled=True) for layer in model.model.layers)
+    assert all(layer.execution == LayerExecution(checkpointed=True, compiled=True) for layer in model.model.layers)

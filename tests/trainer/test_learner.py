@@ -17,7 +17,7 @@ from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
 from async_rl.objective.library import load_recipe
 from async_rl.trainer.critic import Critic
-from async_rl.trainer.forward import Arithmetic, batch_log_probs
+from async_rl.trainer.forward import ModelArithmetic, batch_log_probs
 from async_rl.trainer.learner import Learner, LearnerOptions, base_learning_rate
 from async_rl.trainer.packing import PackedBatch, pack_batch
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
@@ -26,7 +26,7 @@ CONFIG = DecoderConfig(
     family="qwen3", vocabulary=23, hidden=24, intermediate=32, layers=2, heads=4, kv_heads=2, head_dim=6,
     max_context=64, qk_norm=True, tied=True,
 )  # fmt: skip
-ARITHMETIC = Arithmetic(temperature=0.9)
+ARITHMETIC = ModelArithmetic(temperature=0.9)
 OPTIMIZER = OptimizerSettings(learning_rate=1e-3, warmup_steps=0, clip_norm=0.0)
 
 

@@ -21,12 +21,13 @@ from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
 from async_rl.model.folder import load_model, load_tensors
 from async_rl.model.lora import A, Adapters, B, add_adapters, merged, read_adapters
-from async_rl.trainer.build import make_learner, pack_step
-from async_rl.trainer.checkpoint import load_checkpoint, save_checkpoint, weights_hash
-from async_rl.trainer.forward import Arithmetic
+from async_rl.trainer.build import make_learner
+from async_rl.trainer.checkpoint import load_checkpoint, save_checkpoint
+from async_rl.trainer.forward import ModelArithmetic
 from async_rl.trainer.learner import Learner
 from async_rl.trainer.manifest import damage_of
-from async_rl.trainer.packing import PackedBatch, pack_batch
+from async_rl.trainer.packing import PackedBatch, pack_batch, pack_step
+from async_rl.trainer.team import weights_hash
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.weights.shared_memory import WeightsError
@@ -40,7 +41,7 @@ CONFIGS = {
 }
 
 
-def with_adapters(config: DecoderConfig, targets: Sequence[str] = (), rank: int = 3) -> tuple[Decoder, Adapters]:
+def model_with_adapters(config: DecoderConfig, targets: Sequence[str] = (), rank: int = 3) -> tuple[Decoder, Adapters]:
     """A model whose adapters do something: B is not zero."""
     model = make_decoder(config).to(torch.float64)
     torch.manual_seed(0)
@@ -100,7 +101,7 @@ def test_the_sum_is_weight_plus_scaled_product_to_the_last_bit_of_a_different_or
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_with_adapters_computes_what_the_merged_model_computes(name: str) -> None:
-    model, adapters = with_adapters(CONFIGS[name])
+    model, adapters = model_with_adapters(CONFIGS[name])
     tokens = torch.arange(20) % CONFIGS[name].vocabulary
     plain = Decoder(CONFIGS[name]).to(torch.float64)
     whole = dict(adapters.weights())
@@ -142,7 +143,7 @@ def test_only_adapters_are_trained_and_have_optimizer_state(tiny_model: Path) ->
 def test_exact_norms_of_adapters_equal_one_backward_per_trajectory(
     name: str, micro_batch_tokens: int, targets: tuple[str, ...]
 ) -> None:
-    model, _ = with_adapters(CONFIGS[name], targets)
+    model, _ = model_with_adapters(CONFIGS[name], targets)
     batch = pack_batch(episodes(1), micro_batch_tokens=micro_batch_tokens)
     random = torch.Generator().manual_seed(7)
     weights = torch.randn(batch.num_policy_tokens, generator=random, dtype=torch.float64)
@@ -156,7 +157,7 @@ def test_exact_norms_of_adapters_equal_one_backward_per_trajectory(
     want = [sum(m * part[i] for m, part in zip(multipliers, each, strict=True)) for i in range(len(trained))]
 
     of_token = batch.trajectory_of_turn[batch.turn_of_token]
-    gradient = TrajectoryGradient(model, Arithmetic(temperature=0.8))
+    gradient = TrajectoryGradient(model, ModelArithmetic(temperature=0.8))
     norms = gradient.add(batch, weights * reward[of_token], weights, lambda _norms: baseline)
     assert torch.allclose(norms, want_norms, rtol=1e-9, atol=1e-14)
     for parameter, expected in zip(trained, want, strict=True):
@@ -326,7 +327,7 @@ def test_a_target_that_is_no_projection_is_refused_with_the_nearest(target: str,
 
 
 def test_the_file_of_adapters_is_read_back_as_it_was(tmp_path: Path) -> None:
-    _, adapters = with_adapters(qwen3_config())
+    _, adapters = model_with_adapters(qwen3_config())
     adapters.save(tmp_path / "adapter", base="somewhere")
     found = read_adapters(tmp_path / "adapter")
     assert all(torch.equal(found[name], tensor) for name, tensor in adapters.tensors().items())

@@ -70,13 +70,13 @@ def test_a_trainer_repeats_everything_the_buffer_must_know_until_its_batch_comes
         return [batch(3)] if message == msg.NextBatch(step=3) and times == 4 else []
 
     inbox, buffer = make(answer)
-    inbox.say(msg.Hello(role="trainer", name="trainer", pid=1))
-    inbox.say(msg.Published(version=3))
-    assert inbox.batch(3).step == 3
+    inbox.send(msg.Hello(role="trainer", name="trainer", pid=1))
+    inbox.send(msg.Published(version=3))
+    assert inbox.receive_batch(3).step == 3
     assert buffer.said.count(msg.Published(version=3)) == 4
     assert buffer.said[-3:] == [buffer.said[0], msg.Published(version=3), msg.NextBatch(step=3)]
     assert 8 < buffer.clock.now < 12
-    inbox._take(batch(3))
+    inbox._handle(batch(3))
     assert inbox.batches == {}, "a batch that comes twice is not kept"
 
 
@@ -91,14 +91,14 @@ def test_a_refusal_that_comes_of_a_lost_word_is_no_failure(make: Any) -> None:
         return []
 
     inbox, buffer = make(answer)
-    inbox.say(ask)
+    inbox.send(ask)
     result = inbox.evaluation(0, wait=True)
     assert result is not None
     assert result.rewards == (1.0,)
     assert buffer.said.count(ask) == 2
-    assert inbox.said == {}
+    assert inbox.unconfirmed == {}
     with pytest.raises(RunFailed, match="the buffer refused NextBatch: the next batch is that of step 2"):
-        inbox._take(msg.Refused(what="NextBatch", reason="the next batch is that of step 2", kind="step"))
+        inbox._handle(msg.Refused(what="NextBatch", reason="the next batch is that of step 2", kind="step"))
 
 
 def test_a_wait_without_progress_ends_and_one_with_progress_does_not(make: Any) -> None:
@@ -113,7 +113,7 @@ def test_a_wait_without_progress_ends_and_one_with_progress_does_not(make: Any) 
 
     inbox, buffer = make(answer)
     with pytest.raises(RunFailed) as failure:
-        inbox.batch(0)
+        inbox.receive_batch(0)
     assert str(failure.value) == (
         "waited 60 s (wire.timeout_s) for the batch of step 0; last heard: 0 of 4 groups finished; oldest is group 8 "
         "on generator-1"
@@ -127,7 +127,7 @@ def test_time_in_which_the_trainer_itself_was_stopped_is_no_waiting(make: Any) -
 
     inbox, buffer = make(answer)
     buffer.stopped_s = 1000.0
-    assert inbox.batch(0).step == 0
+    assert inbox.receive_batch(0).step == 0
     assert buffer.clock.now > 1000
 
 
@@ -138,5 +138,5 @@ def test_the_end_waits_until_the_last_checkpoint_is_noted(make: Any) -> None:
         return [snapshot] if message == msg.Query() else []
 
     inbox, buffer = make(answer)
-    inbox.say(msg.Checkpointed(version=8))
+    inbox.send(msg.Checkpointed(version=8))
     assert inbox.consumed(8).groups_trained == 8

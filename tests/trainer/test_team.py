@@ -12,10 +12,9 @@ from support_run import quick_settings
 from torch import Tensor
 
 from async_rl.trainer.__main__ import limit_memory
-from async_rl.trainer.checkpoint import weights_hash
 from async_rl.trainer.publish import Both
 from async_rl.trainer.ranks import Ranks
-from async_rl.trainer.team import STILL_S, Order, Still, Team, decode
+from async_rl.trainer.team import KEEPALIVE_S, KeepAlive, Order, Team, decode, weights_hash
 from async_rl.weights.link import Staged
 
 
@@ -51,11 +50,11 @@ def test_a_leader_that_hashes_whole_weights_says_between_them_that_it_is_there()
     def slowly() -> Iterator[tuple[str, Tensor]]:
         nonlocal now
         for pair in team.weights(learner):
-            now += STILL_S / 2  # what is done with each takes so long
+            now += KEEPALIVE_S / 2  # what is done with each takes so long
             yield pair
 
     weights_hash(slowly())
-    assert ranks.said == [Still(), Still()]
+    assert ranks.said == [KeepAlive(), KeepAlive()]
 
 
 def test_a_leader_whose_publication_waits_for_a_transfer_says_that_it_is_there() -> None:

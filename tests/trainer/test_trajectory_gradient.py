@@ -14,7 +14,7 @@ from async_rl.errors import UserError
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
-from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trainer.forward import ModelArithmetic, log_probs
 from async_rl.trainer.packing import PackedBatch, pack_batch
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
@@ -156,7 +156,7 @@ def brute_force(model: Decoder, batch: PackedBatch, weights: Tensor, scope: str)
 
 
 def add(model: Decoder, batch: PackedBatch, weights: Tensor, scope: str, *, dtype: torch.dtype | None = None) -> Tensor:
-    exact = TrajectoryGradient(model, Arithmetic(temperature=TEMPERATURE, dtype=dtype or torch.float32))
+    exact = TrajectoryGradient(model, ModelArithmetic(temperature=TEMPERATURE, dtype=dtype or torch.float32))
     policy = batch.reward[owner_of(batch)].to(weights.dtype) * weights
     return exact.add(batch, policy, weights, optimal(batch, scope), scope="group" if scope == "group" else "batch")
 
@@ -182,7 +182,7 @@ def test_bfloat16_is_as_near_as_an_ordinary_backward_in_bfloat16() -> None:
     assert ((norms - want_norms).abs() <= 0.05 * want_norms).all()
     multipliers = (batch.reward - optimal(batch, "group")(norms)[batch.group_of_trajectory]).float()
     ordinary = sample_model(QWEN3, torch.float32)
-    graph = log_probs(ordinary, batch.micro_batches[0], Arithmetic(temperature=TEMPERATURE, dtype=torch.bfloat16))
+    graph = log_probs(ordinary, batch.micro_batches[0], ModelArithmetic(temperature=TEMPERATURE, dtype=torch.bfloat16))
     (-(multipliers[owner_of(batch)] * weights.float() * graph.log_prob).sum()).backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
     assert relative_error(gradients_of(model), [g.double() for g in gradients_of(ordinary)]) < 0.05
@@ -191,9 +191,9 @@ def test_bfloat16_is_as_near_as_an_ordinary_backward_in_bfloat16() -> None:
 def test_forward_gives_log_probs_before_the_coefficients_are_known() -> None:
     batch = sample_batch(ONE_MICRO_BATCH)
     model = sample_model(QWEN3)
-    exact = TrajectoryGradient(model, Arithmetic(temperature=TEMPERATURE))
+    exact = TrajectoryGradient(model, ModelArithmetic(temperature=TEMPERATURE))
     found = exact.forward(batch.micro_batches[0])
-    want = log_probs(model, batch.micro_batches[0], Arithmetic(temperature=TEMPERATURE))
+    want = log_probs(model, batch.micro_batches[0], ModelArithmetic(temperature=TEMPERATURE))
     for name in ("log_prob", "entropy", "prob_square_sum"):
         assert not getattr(found, name).requires_grad
         assert torch.allclose(getattr(found, name), getattr(want, name), rtol=1e-12)
@@ -228,7 +228,7 @@ def test_importance_weights_of_any_size_keep_their_norms_in_float32() -> None:
 def test_a_group_of_equal_rewards_leaves_exactly_nothing(micro_batch_tokens: int) -> None:
     batch = replace(sample_batch(micro_batch_tokens), reward=torch.full((9,), 0.7))
     model = sample_model(QWEN3, torch.float32)
-    exact = TrajectoryGradient(model, Arithmetic(temperature=TEMPERATURE))
+    exact = TrajectoryGradient(model, ModelArithmetic(temperature=TEMPERATURE))
     weights = torch.full((batch.num_policy_tokens,), 0.25)  # a power of two: R c / c is R again
     exact.add(batch, batch.reward[owner_of(batch)] * weights, weights, lambda _: batch.reward[:3].double())
     assert all(not g.any() for g in gradients_of(model))
@@ -261,7 +261,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error() -> None:
     batch = sample_batch(ONE_MICRO_BATCH)
     model = sample_model(QWEN3)
     before = {name: (id(p), p.requires_grad, p.clone()) for name, p in model.named_parameters()}
-    exact = TrajectoryGradient(model, Arithmetic(temperature=TEMPERATURE))
+    exact = TrajectoryGradient(model, ModelArithmetic(temperature=TEMPERATURE))
     broken = replace(batch.micro_batches[0], lengths=(3, 4))
     with pytest.raises(ValueError, match="tokens for documents"):
         exact.forward(broken)
@@ -276,4 +276,4 @@ def test_the_model_is_left_as_it_was_also_after_an_error() -> None:
 
 def test_another_architecture_is_refused_with_the_options_that_work() -> None:
     with pytest.raises(UserError, match=r"recipe\.opob\.norm to logit or length"):
-        TrajectoryGradient(torch.nn.Linear(2, 2), Arithmetic(temperature=1.0))  # type: ignore[arg-type]
+        TrajectoryGradient(torch.nn.Linear(2, 2), ModelArithmetic(temperature=1.0))  # type: ignore[arg-type]

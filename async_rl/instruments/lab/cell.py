@@ -30,8 +30,9 @@ from async_rl.model.tokenizer import Tokenizer
 from async_rl.run.evaluate import evaluate, limits_of, sample_episodes
 from async_rl.task import make_task
 from async_rl.task.order import PromptOrder
-from async_rl.trainer.build import make_learner, pack_step
+from async_rl.trainer.build import make_learner
 from async_rl.trainer.learner import Learner, StepReport
+from async_rl.trainer.packing import pack_step
 from async_rl.trajectory import Trajectory
 
 
