@@ -49,6 +49,7 @@ test: .venv/installed-dev
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # The documentation as a site in site/, without network; its reference is made from the code.
