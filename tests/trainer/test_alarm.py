@@ -143,12 +143,12 @@ def test_a_threshold_of_zero_turns_its_alarm_off() -> None:
 
 def test_one_would_go_back_to_a_window_before_the_first_sign() -> None:
     guard = watch(GuardSettings(), healthy(100))
-    assert 100 - 3 * 10 <= guard.rollback_target() <= 100 - 2 * 10 + 1
-    before = guard.rollback_target()
+    assert 100 - 3 * 10 <= guard.newest_safe_version() <= 100 - 2 * 10 + 1
+    before = guard.newest_safe_version()
     for row in with_end(healthy(140), 100, entropy=1.2)[100:]:  # on the way, not there
         guard.check(row)
     assert not guard.raised
-    assert guard.rollback_target() <= before + 10
+    assert guard.newest_safe_version() <= before + 10
 
 
 def test_a_signal_that_usually_stands_half_way_does_not_send_the_run_back_to_its_start() -> None:
@@ -158,7 +158,7 @@ def test_a_signal_that_usually_stands_half_way_does_not_send_the_run_back_to_its
     alarms = [alarm for row in rows for alarm in guard.check(row)]
     assert [alarm.signal for alarm in alarms] == ["reward"]
     assert 480 <= alarms[0].since <= 500
-    assert guard.rollback_target() >= 470
+    assert guard.newest_safe_version() >= 470
 
 
 @given(st.integers(0, 100), st.integers(0, 5))
