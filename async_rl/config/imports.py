@@ -111,13 +111,19 @@ def located(name: str, folder: Path) -> str:
     else:
         relative = source if source.endswith(".py") else source.replace(".", "/") + ".py"
     file = (folder / relative).resolve()
-    if Path(relative).is_absolute() or not file.is_file():
+    if Path(relative).is_absolute() or not file.is_file() or _on_path(relative, file):
         return name
     here = Path.cwd()
     if file == (here / relative).resolve():
         return name
     found = str(file.relative_to(here) if file.is_relative_to(here) else file)
     return f"{found}:{path}" if colon else found
+
+
+def _on_path(relative: str, file: Path) -> bool:
+    """Whether PYTHONPATH leads to `file`, in every process of a run, so that its name needs no folder."""
+    found = (Path(folder, relative) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder)
+    return next((path.resolve() == file for path in found if path.is_file()), False)
 
 
 def locate_all(values: dict[str, Any], folder: Path) -> None:
