@@ -1,5 +1,5 @@
-"""What the state machine asks its surroundings to do, in order. Writes are committed before anything
-is sent, so whatever a peer was told is in the store."""
+"""What the state machine asks the process around it to do, in order. Writes are committed before anything is sent, so
+whatever a peer was told is in the store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from async_rl.wire.messages import BufferCounters, EvaluationResult, Message
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddGroup:
-    """A group was admitted."""
+    """Store a group that was admitted."""
 
     group: int
     problem: int
@@ -31,43 +31,47 @@ class AddGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddTrajectories:
+    """Store finished trajectories."""
+
     trajectories: Sequence[Trajectory]
     blobs: Sequence[Blob]
-    """their bytes, as they came; empty: not at hand"""
+    """their bytes as they arrived; empty: not at hand"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddDropped:
-    """What still arrived of groups that were dropped while they ran: for the record, refused as their groups."""
+    """Store, for the record, what still arrived of groups that were dropped while they ran: refused as their groups."""
 
     trajectories: Sequence[Trajectory]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveTurns:
-    """Finished turns of running episodes, each in place of what was saved of it before."""
+    """Store the finished turns of running episodes, each in place of what was saved of it before."""
 
     trajectories: Sequence[Trajectory]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropTurns:
-    """These episodes, (group, sample), are finished."""
+    """Delete the saved turns of these episodes: they are finished."""
 
     pairs: Sequence[tuple[int, int]]
+    """(group, sample)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendTurns:
-    """Load what a lost generator had saved of these, (group, sample), and send it."""
+    """Load the saved turns of these episodes and send them."""
 
     peer: bytes
     pairs: Sequence[tuple[int, int]]
+    """(group, sample)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefuseGroup:
-    """The group will not be trained; it stays in the store with the reason."""
+    """Mark a group as one that will not be trained; it stays in the store with the reason."""
 
     group: int
     reason: str
@@ -75,21 +79,25 @@ class RefuseGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormBatch:
+    """Store which groups are the batch of a step."""
+
     step: int
     groups: tuple[int, ...]
+    """in the batch's order"""
     formed_at: float
+    """seconds, the buffer's clock"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarkTrained:
-    """Weights of version `step + 1` exist."""
+    """Mark the batch of `step` as trained: weights of version `step + 1` exist."""
 
     step: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarkConsumed:
-    """Weights of version `step + 1` are in a checkpoint: steps up to here are not trained again."""
+    """Note that weights of version `step + 1` are in a checkpoint: steps up to here are not trained again."""
 
     step: int
     oldest: int
@@ -98,7 +106,7 @@ class MarkConsumed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remember:
-    """Something small that a restarted buffer must know again, in place of what was remembered under its key."""
+    """Store a small value that a restarted buffer needs, in place of what was stored under its key."""
 
     key: str
     value: Mapping[str, object]
@@ -106,14 +114,17 @@ class Remember:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddEvaluation:
-    """An evaluation is complete."""
+    """Store the result of a complete evaluation."""
 
     result: EvaluationResult
     finished_at: float
+    """seconds, the buffer's clock"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Send:
+    """Send a message."""
+
     peer: bytes
     message: Message
 
@@ -127,11 +138,12 @@ class SendBatch:
     after: int = 0
     """trajectories of it that were sent before"""
     counters: BufferCounters
+    """without the store's numbers"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordRefusal:
-    """Something was not taken; an example for the record."""
+    """Record an example of what was not taken."""
 
     peer: bytes
     what: str
@@ -148,7 +160,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndRun:
-    """Stop everything. `failed` tells an error from a normal end."""
+    """End the run. `failed`: with an error."""
 
     reason: str
     failed: bool
@@ -164,7 +176,7 @@ Effect = Write | Send | SendTurns | SendBatch | RecordRefusal | Note | EndRun
 
 
 def add_group(group: Group, generator: str) -> AddGroup:
-    """The record of an admission. `generator`: name of the one that holds it, if any."""
+    """The effect of an admission. `generator`: name of the one that holds it; empty: none."""
     return AddGroup(
         group=group.group,
         problem=group.problem,

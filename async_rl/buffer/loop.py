@@ -95,9 +95,9 @@ def run_buffer(
         activity.now("serving")
         activity.looping = True
         while not core.ended:
-            activity.still("serving")
+            activity.keepalive("serving")
             effects = receive(router, core, memory.handled_bytes)
-            activity.still("storing and answering" if effects else "serving")
+            activity.keepalive("storing and answering" if effects else "serving")
             execute(effects, store, router, folder.record, part_bytes)
             strangers.report(core, folder, time.monotonic())
             if chosen.keep_steps and (pruning or any(isinstance(effect, do.MarkConsumed) for effect in effects)):

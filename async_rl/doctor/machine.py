@@ -20,7 +20,7 @@ from async_rl.finding import Finding, error, ok, warning
 from async_rl.run.memory import Estimate, megabytes
 from async_rl.weights.shared_memory import shared_folder
 from async_rl.wire.channel import Dealer, Router, ipc_endpoint
-from async_rl.wire.endpoint import LONGEST_IPC_PATH, Library, library
+from async_rl.wire.endpoint import LONGEST_IPC_PATH, ZmqLibrary, library
 from async_rl.wire.keys import Keys, make_keys
 from async_rl.wire.messages import Query, Snapshot
 
@@ -60,7 +60,7 @@ class Software:
     sqlite: str
     packages: dict[str, str]
     """installed ones of REQUIRED and OPTIONAL -> version"""
-    zmq: Library
+    zmq: ZmqLibrary
 
 
 def read_software() -> Software:
@@ -97,7 +97,7 @@ def judge_software(found: Software) -> Iterator[Finding]:
     yield ok("optional", f"installed: {', '.join(there) or 'none'}; not: {', '.join(missing) or 'none'}")
 
 
-def judge_zmq(found: Library) -> Finding:
+def judge_zmq(found: ZmqLibrary) -> Finding:
     said = f"pyzmq {found.pyzmq}, libzmq {found.libzmq}"
     if not found.ipc:
         return error("zeromq", f"{said}, without Unix sockets", "install pyzmq's wheel from PyPI")

@@ -258,7 +258,7 @@ class GeneratorLoop:
             self.deadline.check(self.outbox, now)
 
     async def _await_leave(self) -> None:
-        """Wait for `leave`, then send what is done and say goodbye. The end of this coroutine ends the loop."""
+        """Wait for `leave`, then send what is done and the message Leave. The end of this coroutine ends the loop."""
         await self.leave_now.wait()
         await self._send_turns(self.episodes.finished_turns())
         await self._send_finished(self.outbox.take(time.monotonic()))
@@ -285,7 +285,7 @@ class GeneratorLoop:
         )
 
     async def _rejoin(self) -> None:
-        """Begin anew: the buffer gave this generator up (it was stopped, or cut off) and its permits to others.
+        """Start again: the buffer gave this generator up (it was stopped, or cut off) and its permits to others.
         Finished trajectories stay in the outbox and are resent until they are acknowledged."""
         await self._send_turns(self.episodes.finished_turns())
         dropped = await self.episodes.cancel(timeout_s=RESEND_S)
@@ -355,4 +355,4 @@ class GeneratorLoop:
         else:
             kind, what = "waiting", "waiting for permits"
         same = self.activity.state()[0].startswith(kind)
-        (self.activity.still if same else self.activity.now)(what)
+        (self.activity.keepalive if same else self.activity.now)(what)

@@ -76,7 +76,7 @@ class StandIn:
     def check_silence(self, trainer: msg.ProcessState) -> None:
         """Raises RunFailed when nothing has been heard of the trainer for too long."""
         limit = self.settings.wire.frozen_after_s
-        self.activity.still(f"process {trainer.pid}: {trainer.doing}")
+        self.activity.keepalive(f"process {trainer.pid}: {trainer.doing}")
         if trainer.silent_s > limit:
             self.check_failure(settle=True)
             raise RunFailed(

@@ -437,4 +437,4 @@ def follow(settings: Settings, learner: Learner, activity: Activity) -> None:
                 pass
             case Finish():
                 return
-        activity.still(WAITING)
+        activity.keepalive(WAITING)

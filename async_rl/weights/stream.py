@@ -6,8 +6,8 @@ start again. The reader's `Transfer` requests a limited number of chunks at a ti
 and accepts only chunks with the right checksum. `WeightStream` is the reader around a socket.
 
 The server runs when the buffer listens on TCP. It is a process with a socket of its own, so that many megabytes delay
-neither the buffer nor the trainer: it maps the trainer's segment as a generator does and copies a version when somebody
-requests it. It waits for nobody.
+neither the buffer nor the trainer: it maps the trainer's segment as a generator does and copies a version on request.
+It waits for no other process.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Shelf:
                 return [msg.Refused(what=type(message).__name__, reason=reason)]
 
     def tick(self, now: float) -> None:
-        """Drop versions that nobody fetches any more."""
+        """Drop versions that no reader fetches any more."""
         for version in list(self.copies):
             readers = self.copies[version].readers
             for peer in [peer for peer, asked_at in readers.items() if now - asked_at > HOLD_S]:
@@ -320,7 +320,7 @@ def serve(folder: RunFolder, settings: Settings, endpoint: str, activity: Activi
         shelf = Shelf(reader.latest, reader.copy)
         activity.looping = True
         while not folder.summary.exists():
-            activity.still("serving weights")
+            activity.keepalive("serving weights")
             answer(router, shelf)
             shelf.tick(time.monotonic())
 

@@ -1,6 +1,6 @@
 """Sockets that carry messages: `Router` in the buffer, `Dealer` and `AsyncDealer` everywhere else.
 
-Who blocks whom: see `async_rl.wire`. One socket belongs to one thread (or one event loop).
+Who blocks whom: see `async_rl.wire`. A socket belongs to one thread (or one event loop).
 """
 
 from __future__ import annotations
@@ -32,26 +32,25 @@ from async_rl.wire.messages import Message
 LINGER_S = 2.0
 """how long a closing socket may still deliver what was sent"""
 MAX_MESSAGE_BYTES = 1 << 30
-"""largest message that is sent, and largest frame that is received (a peer that sends a larger one is
-disconnected)"""
+"""largest message that is sent, and largest frame that is received; a peer that sends a larger one is disconnected"""
 QUEUED_MESSAGES = 10_000
-"""that may wait for one peer, or of one. What is under way is bounded by permits: a peer that has so many
-unread ones is frozen"""
+"""messages that may wait for one peer, or from one. Permits bound what is under way: a peer with so many unread
+messages is frozen"""
 _LARGE_FRAME_BYTES = 1024 * 1024
-"""from here on it costs less to share a frame's memory with the socket's thread, which a third thread must
-then give back under the GIL, than to copy it"""
+"""size from which sharing a frame's memory with the socket's thread costs less than a copy; a third thread must then
+give the memory back under the GIL"""
 UNREAD_IN, _UNREAD_OUT = 1024, 1 << 16
-"""messages of one peer that wait to be handled, messages to one peer that wait to be read"""
+"""messages from one peer that may wait to be handled; messages to one peer that may wait to be read"""
 _KEPT_BYTES = 8 * 1024 * 1024
-"""some frames of those under way; up to twice as much freed memory stays with the process"""
+"""memory of a few frames; up to twice as much freed memory stays with the process"""
 
 
 class WireTimeout(RunFailed):
-    """A wait that took longer than its deadline. The message says who waited for whom and how long."""
+    """A wait lasted longer than its deadline. The message says who waited for what and how long."""
 
 
 def ipc_endpoint(run_folder: Path, name: str = "buffer") -> str:
-    """A Unix socket of a run: in its folder, or in the temporary folder when that path is too long."""
+    """The endpoint of a run's Unix socket: in its folder, or in the temporary folder when that path is too long."""
     path = run_folder.resolve() / f"{name}.sock"
     if len(os.fsencode(path)) > LONGEST_IPC_PATH:
         digest = hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest()
@@ -60,10 +59,10 @@ def ipc_endpoint(run_folder: Path, name: str = "buffer") -> str:
 
 
 class Router:
-    """The buffer's end: hears every peer, answers the one it names, waits for none.
+    """The buffer's end: receives from every peer, sends to the one it names, waits for none.
 
-    A peer that comes back under its old identity takes that identity over. Over TCP only peers with a known
-    key are heard at all.
+    A peer that comes back under its old identity takes that identity over. Over TCP, nothing is received from a peer
+    without a known key.
     """
 
     def __init__(
@@ -74,11 +73,11 @@ class Router:
         queued_messages: int = UNREAD_IN,
         keys: Keys | None = None,
     ) -> None:
-        """`queued_messages`: of each peer, received and not looked at yet; beyond them the peer keeps what it
+        """`queued_messages`: messages of each peer that may wait to be handled; beyond them the peer keeps what it
         sends. `keys`: needed for tcp. Raises UserError when the endpoint is malformed or taken, or has no keys."""
         self._max_message_bytes = max_message_bytes
         self.refused: Counter[str] = Counter()
-        """messages that were none, by kind"""
+        """what could not be decoded, by WireKind"""
         self.gate: Gate | None = None
         """over TCP: who was let in"""
         self._socket_file = socket_file(endpoint)
@@ -90,7 +89,7 @@ class Router:
         _set_options(self._socket, max_message_bytes)
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._socket.set(zmq.ROUTER_HANDOVER, 1)
-        # against peers that flood or never read; the one only slows its sender down, the other no sound peer reaches
+        # against peers that flood (the limit only slows them down) or never read (no sound peer reaches that limit)
         self._socket.set(zmq.RCVHWM, queued_messages)
         self._socket.set(zmq.SNDHWM, _UNREAD_OUT)
         try:
@@ -107,12 +106,11 @@ class Router:
         """where it listens, with the port the system chose for tcp://HOST:*"""
 
     def receive(self, seconds: float) -> tuple[bytes, Message | WireError] | None:
-        """The next message and who sent it; None when none came within `seconds`.
+        """(peer, its message), or None when none came within `seconds`.
 
-        What cannot be decoded comes as a `WireError` (and is counted in `refused`), so that its sender
-        can be told."""
+        What cannot be decoded comes as a `WireError` (and is counted in `refused`), so that its sender can be told."""
         if self.gate is not None and seconds > 0:
-            self.gate.look()
+            self.gate.poll()
         if not self._socket.poll(max(0, round(seconds * 1000))):
             return None
         frames = self._socket.recv_multipart(copy=False)
@@ -124,8 +122,8 @@ class Router:
             return peer, error
 
     def send(self, peer: bytes, message: Message) -> bool:
-        """False when the peer is not there (any more), or takes nothing. Raises UserError for a message larger
-        than the limit."""
+        """Send to one peer; False when it is not there (any more) or takes nothing. Raises UserError for a message that
+        exceeds the limit."""
         try:
             _send(self._socket, [peer, *_within(encode(message), message, self._max_message_bytes)])
         except zmq.ZMQError as error:
@@ -140,7 +138,7 @@ class Router:
             self._socket_file.unlink(missing_ok=True)
 
     def _close(self, linger: int) -> None:
-        self._socket.close(linger)  # nobody comes in when the gate is gone
+        self._socket.close(linger)  # first: without the gate anybody could connect
         if self.gate is not None:
             self.gate.close()
         self._context.destroy(linger=linger)
@@ -153,7 +151,7 @@ class Router:
 
 
 class Dealer:
-    """The trainer's and the launcher's end: sends to the buffer, waits for its answers by a deadline."""
+    """The end of the trainer and the launcher: sends to the buffer, waits for its answers until a deadline."""
 
     def __init__(
         self,
@@ -169,14 +167,14 @@ class Dealer:
         self.reception: Reception | None = None
         """over TCP: whether this end was let in"""
         self._context: zmq.Context = zmq.Context()
-        self._socket = _connected(self._context, endpoint, identity, max_message_bytes, keys, self._watch)
+        self._socket = _connected(self._context, endpoint, identity, max_message_bytes, keys, self._make_reception)
 
-    def _watch(self, made: zmq.Socket) -> None:
+    def _make_reception(self, made: zmq.Socket) -> None:
         self.reception = Reception(self._context, made)
 
     def send(self, message: Message) -> None:
-        """Returns at once; the message leaves when the buffer is there. Raises UserError for a message larger
-        than the limit, WireTimeout when the buffer takes nothing any more."""
+        """Returns at once; the message leaves when the buffer is there. Raises UserError for a message larger than the
+        limit, WireTimeout when the buffer takes nothing any more."""
         try:
             _send(self._socket, _within(encode(message), message, self._max_message_bytes))
         except zmq.Again:
@@ -187,13 +185,13 @@ class Dealer:
     def receive(self, seconds: float, waiting_for: str) -> Message:
         """The next message. Example: `receive(30, "the buffer's batch of step 3")`.
 
-        Raises WireTimeout, and WireError for a message that is none (it is consumed)."""
+        Raises WireTimeout, and WireError for what cannot be decoded (it is consumed)."""
         if not self._socket.poll(max(0, round(seconds * 1000))):
             raise WireTimeout(_waited(self.identity, seconds, waiting_for))
         return decode(_buffers(self._socket.recv_multipart(copy=False)))
 
     def close(self, *, linger_s: float = LINGER_S) -> None:
-        """`linger_s`: time that what was sent has to leave."""
+        """`linger_s`: seconds that what was sent has to leave."""
         self._context.destroy(linger=round(linger_s * 1000))
 
     def __enter__(self) -> Dealer:
@@ -221,22 +219,22 @@ class AsyncDealer:
         self._socket: Any = _connected(self._context, endpoint, identity, max_message_bytes, keys)
 
     async def send(self, message: Message) -> None:
-        """Returns at once, unless the buffer has taken nothing for long; the message leaves when the buffer is
-        there. Raises UserError for a message larger than the limit."""
+        """Returns at once, unless the buffer has taken nothing for long; the message leaves when the buffer is there.
+        Raises UserError for a message larger than the limit."""
         await self._socket.send_multipart(_within(encode(message), message, self._max_message_bytes), copy=False)
 
     async def receive(self, seconds: float = math.inf, waiting_for: str = "a message of the buffer") -> Message:
-        """The next message. A caller without a deadline of its own watches the buffer's silence elsewhere.
+        """The next message. A caller that gives no deadline must watch the buffer's silence by other means.
 
-        Raises WireTimeout, and WireError for a message that is none (it is consumed). A receive that is
-        cancelled loses no message."""
+        Raises WireTimeout, and WireError for what cannot be decoded (it is consumed). A receive that is cancelled loses
+        no message."""
         timeout = None if math.isinf(seconds) else max(0, round(seconds * 1000))
         if not await self._socket.poll(timeout):
             raise WireTimeout(_waited(self.identity, seconds, waiting_for))
         return decode(_buffers(await self._socket.recv_multipart(copy=False)))
 
     def close(self, *, linger_s: float = LINGER_S) -> None:
-        """`linger_s`: time that what was sent has to leave; 0 when the buffer is gone."""
+        """`linger_s`: seconds that what was sent has to leave; 0 when the buffer is gone."""
         self._context.destroy(linger=round(linger_s * 1000))
 
 
@@ -246,9 +244,9 @@ def _connected(
     identity: str,
     max_message_bytes: int,
     keys: Keys | None,
-    watch: Callable[[zmq.Socket], None] = lambda _: None,
+    before: Callable[[zmq.Socket], None] = lambda _: None,
 ) -> zmq.Socket:
-    """`watch` is given a socket that shows a key before it is connected."""
+    """A connected dealer. `before` is called with a socket that shows a key, before it connects."""
     socket_file(endpoint)
     endpoint = require_keys(endpoint, keys)
     made = context.socket(zmq.DEALER)
@@ -257,7 +255,7 @@ def _connected(
     try:
         if keys is not None and is_tcp(endpoint):
             show_key(made, keys)
-            watch(made)
+            before(made)
         made.connect(endpoint)
     except UserError:
         context.destroy(linger=0)
@@ -270,25 +268,25 @@ def _connected(
 
 @cache
 def _keep_freed_memory() -> None:
-    """Let glibc's malloc keep what frames leave behind instead of returning it to the system.
+    """Let glibc's malloc keep the memory of frames instead of returning it to the system.
 
-    A frame is larger than what malloc hands back at once by default (128 kB), so every one would cost a
-    system call and a page fault for each of its 4 kB, on both ends: as much as everything else together.
-    Giving back one larger block raises that mark to its size for the whole process (mallopt(3),
-    M_MMAP_THRESHOLD). The block itself is never touched, so it takes no memory.
+    A frame is larger than the size from which malloc returns memory at once (128 kB by default), so each frame would
+    cost a system call, and a page fault for each of its 4 kB, on both ends: as much as everything else together.
+    Freeing one larger block raises that threshold to its size for the whole process (mallopt(3), M_MMAP_THRESHOLD).
+    The block itself is never touched, so it takes no memory.
     """
     bytes(_KEPT_BYTES)
 
 
 def _set_options(made: zmq.Socket, max_message_bytes: int) -> None:
     _keep_freed_memory()
-    # High enough that a burst of acknowledgements is never lost or blocked; permits bound what is under way.
+    # high enough that a burst of acknowledgements is never lost or blocked; permits bound what is under way
     made.set(zmq.SNDHWM, QUEUED_MESSAGES)
     made.set(zmq.RCVHWM, QUEUED_MESSAGES)
     made.set(zmq.MAXMSGSIZE, max_message_bytes)
     made.set(zmq.RECONNECT_IVL, 20)
     made.set(zmq.RECONNECT_IVL_MAX, 500)
-    made.set(zmq.TCP_KEEPALIVE, 1)  # a host that is gone says nothing
+    made.set(zmq.TCP_KEEPALIVE, 1)  # finds out that a host is gone
     made.set(zmq.TCP_KEEPALIVE_IDLE, 30)
     made.set(zmq.TCP_KEEPALIVE_INTVL, 10)
     made.set(zmq.TCP_KEEPALIVE_CNT, 6)
@@ -296,17 +294,17 @@ def _set_options(made: zmq.Socket, max_message_bytes: int) -> None:
 
 
 def _within(frames: list[Blob], message: Message, max_bytes: int) -> list[Blob]:
-    """The frames, if the receiver will take them: it would cut the connection without a word."""
+    """The frames, if the receiver takes so much; it would cut the connection without a message. Raises UserError."""
     size = sum(map(len, frames))
     if size > max_bytes:
         raise UserError(
-            f"wire.max_message_mb is {max_bytes >> 20}, but {_named(message)} takes {size / 2**20:.1f} MB; raise "
+            f"wire.max_message_mb is {max_bytes >> 20}, but {_describe(message)} takes {size / 2**20:.1f} MB; raise "
             "it (about 8 bytes a token), or lower generator.max_context"
         )
     return frames
 
 
-def _named(message: Message) -> str:
+def _describe(message: Message) -> str:
     kind = type(message).__name__
     trajectories = getattr(message, "trajectories", ())
     if not trajectories:
@@ -329,7 +327,7 @@ def _waited(who: str, seconds: float, waiting_for: str) -> str:
 
 
 def _remove_stale(path: Path, endpoint: str) -> None:
-    """Take away the socket file of a process that is dead. ZeroMQ would take away that of a live one."""
+    """Remove the socket file of a dead process; ZeroMQ alone would remove that of a live one, too."""
     if not path.exists():
         return
     if not path.is_socket():

@@ -1,4 +1,4 @@
-"""Endpoints as a user writes them, and what ZeroMQ is given."""
+"""Endpoints as a user writes them and as ZeroMQ takes them; this machine's name and its ZeroMQ library."""
 
 from __future__ import annotations
 
@@ -15,48 +15,16 @@ from async_rl.errors import UserError
 if TYPE_CHECKING:
     from async_rl.wire.keys import Keys
 
-
-# -------------------- library
-# What the ZeroMQ library at hand can do.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Library:
-    pyzmq: str
-    libzmq: str
-    ipc: bool
-    """Unix sockets"""
-    curve: bool
-    """encryption and keys, needed for TCP"""
-
-
-def library() -> Library:
-    return Library(pyzmq=zmq.pyzmq_version(), libzmq=zmq.zmq_version(), ipc=zmq.has("ipc"), curve=zmq.has("curve"))
-
-
-# -------------------- host
-# Which machine this is: two processes on one may share memory.
-
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
-
-
-def this_host() -> str:
-    """The same for every process since the machine was started, another on every other machine."""
-    try:
-        return _BOOT.read_text().strip()
-    except OSError:
-        return socket.gethostname()
-
-
 LONGEST_IPC_PATH = 107
-"""bytes, the size of a Unix socket's address on Linux"""
+"""bytes of a Unix socket's path on Linux"""
 EVERYWHERE = "0.0.0.0"
 LOOPBACK = "127.0.0.1"
 FORM = "it must look like ipc://PATH or tcp://HOST:PORT"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def free_port() -> int:
-    """Of the loopback, free a moment ago."""
+    """A port of the loopback that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
@@ -67,9 +35,8 @@ def is_tcp(endpoint: str) -> bool:
 
 
 def tcp_address(endpoint: str) -> tuple[str, str]:
-    """(host, port) of a tcp endpoint; without a host it is the loopback, `*` and 0.0.0.0 are every interface.
-
-    The port is a number, or `*` for one the system chooses. Raises UserError."""
+    """(host, port) of a tcp endpoint. No host means the loopback; `*` and 0.0.0.0 mean every interface. The port is a
+    number, or `*` for one that the system chooses. Raises UserError."""
     host, colon, port = endpoint.removeprefix("tcp://").rpartition(":")
     if not colon or not (port == "*" or port.isdecimal()):
         raise UserError(f"wire.endpoint: cannot use {endpoint}: {FORM}")
@@ -79,7 +46,7 @@ def tcp_address(endpoint: str) -> tuple[str, str]:
 
 
 def as_bound(endpoint: str) -> str:
-    """What a socket is to listen on."""
+    """The endpoint that a listening socket is given."""
     if not is_tcp(endpoint):
         return endpoint
     host, port = tcp_address(endpoint)
@@ -87,7 +54,7 @@ def as_bound(endpoint: str) -> str:
 
 
 def as_reached_from_here(endpoint: str) -> str:
-    """Where processes of the same host find what is bound there."""
+    """The endpoint at which processes of the same host reach a socket that listens on `endpoint`."""
     if not is_tcp(endpoint):
         return endpoint
     host, port = tcp_address(endpoint)
@@ -95,18 +62,19 @@ def as_reached_from_here(endpoint: str) -> str:
 
 
 def beside(endpoint: str, chosen: str) -> str:
-    """Where another socket of the same host listens: as chosen, or (auto) on a free port beside `endpoint`."""
+    """The endpoint of a second socket: `chosen`, or for "auto" a free port on the host of `endpoint`."""
     return f"tcp://{tcp_address(endpoint)[0]}:*" if chosen == "auto" else chosen
 
 
 def as_reached_by(endpoint: str, reached: str) -> str:
-    """Where a socket bound to `endpoint` is found by one that reaches another of the same host at `reached`."""
+    """The endpoint at which to reach a socket that listens on `endpoint`, for a process that reaches another socket of
+    the same host at `reached`."""
     host, port = tcp_address(endpoint)
     return f"tcp://{tcp_address(reached)[0] if host == EVERYWHERE else host}:{port}"
 
 
 def require_keys(endpoint: str, keys: Keys | None) -> str:
-    """The endpoint as ZeroMQ is given it. Raises UserError for TCP without keys: nothing is served openly."""
+    """The endpoint that ZeroMQ is given. Raises UserError for TCP without keys: nothing is served openly."""
     if is_tcp(endpoint) and keys is None:
         raise UserError(
             f"wire.endpoint: {endpoint} needs keys: make them with `async-rl keys DIR` and name the folder in "
@@ -116,7 +84,8 @@ def require_keys(endpoint: str, keys: Keys | None) -> str:
 
 
 def socket_file(endpoint: str) -> Path | None:
-    """The file of an ipc endpoint that has one. Raises UserError for what ZeroMQ would not refuse clearly."""
+    """The file of an ipc endpoint, None when it has none. Raises UserError for an endpoint that ZeroMQ would not refuse
+    clearly."""
     if not endpoint.startswith(("ipc://", "tcp://")):
         raise UserError(f"wire.endpoint: cannot use {endpoint}: {FORM}")
     if is_tcp(endpoint):
@@ -131,3 +100,30 @@ def socket_file(endpoint: str) -> Path | None:
             "use a shorter one, such as ipc:///tmp/NAME.sock"
         )
     return Path(path)
+
+
+def this_host() -> str:
+    """A name that is the same for every process since this machine was started, and another on every other machine:
+    two processes of one host may share memory."""
+    try:
+        return _BOOT.read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZmqLibrary:
+    """What the ZeroMQ library of this installation can do."""
+
+    pyzmq: str
+    """its version"""
+    libzmq: str
+    """its version"""
+    ipc: bool
+    """Unix sockets"""
+    curve: bool
+    """encryption and keys, needed for TCP"""
+
+
+def library() -> ZmqLibrary:
+    return ZmqLibrary(pyzmq=zmq.pyzmq_version(), libzmq=zmq.zmq_version(), ipc=zmq.has("ipc"), curve=zmq.has("curve"))

@@ -1,8 +1,8 @@
-"""Signs of life from a thread of its own, so that a busy process is not taken for dead.
+"""Pulses from a thread of its own (`Heartbeat`), so that a busy process is not taken for dead.
 
-The main thread says what it does (`Activity`, two assignments); the thread tells it to the launcher through
-a pipe and to the buffer through a socket. Torch frees Python's lock while it computes, so the thread runs
-then too; in a stopped process nothing does.
+The main thread notes what it does (`Activity`, two assignments). The thread sends that to the launcher through a pipe
+and to the buffer through a socket. Torch releases Python's lock while it computes, so the thread runs then, too; in a
+stopped process nothing runs.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from async_rl.wire.channel import Dealer, WireTimeout
 from async_rl.wire.keys import keys_in
 
 PULSE_S = 1.0
-LONGEST_WORD = 400
-"""characters of what a process does; with them a line on the pipe stays whole (PIPE_BUF)"""
+"""seconds between two pulses"""
+LONGEST_DOING = 400
+"""characters of what a process does; so a line on the pipe stays whole (PIPE_BUF)"""
 STARTING = "starting"
 OVERDUE_S = 1.0
-"""a main loop that has not come round for so long is held up by something"""
+"""a main loop that has called neither `now` nor `keepalive` for so long is held up by something"""
 _FOREIGN = tuple(
     str(path)
     for name in ("stdlib", "purelib", "platlib")
@@ -40,28 +41,28 @@ _OURS = str(Path(__file__).parent.parent)
 
 
 class Activity:
-    """What the main thread does, since when."""
+    """What the main thread does, and since when."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._state = (STARTING, clock())
         self._round = clock()
         self.looping = False
-        """the main thread is a loop that calls `now` or `still` all the time: when it does not, it is held up"""
+        """the main thread is a loop that calls `now` or `keepalive` all the time: when it does not, it is held up"""
 
     def now(self, doing: str) -> None:
-        """From now on it does this."""
+        """The main thread begins to do this."""
         self._round = self._clock()
         self._state = (doing, self._round)
 
-    def still(self, doing: str) -> None:
-        """The same kind of thing in other words: begun when it was."""
+    def keepalive(self, doing: str) -> None:
+        """The main thread goes on with what it does, described in these words now."""
         self._round = self._clock()
         self._state = (doing, self._state[1])
 
     @contextmanager
     def during(self, doing: str) -> Iterator[None]:
-        """Inside it does this, behind it what it did before."""
+        """Inside the block it does this, after it what it did before."""
         before = self._state
         self.now(doing)
         try:
@@ -71,19 +72,19 @@ class Activity:
             self._state = before
 
     def state(self) -> tuple[str, float]:
-        """(what, for how many seconds)"""
+        """(what it does, for how many seconds)."""
         doing, since = self._state
         return doing, self._clock() - since
 
     def held_up_s(self) -> float:
-        """For how long a main loop has not come round; 0 when it does, or there is none."""
+        """Seconds since the main loop last showed that it runs; 0 when it does run, or there is none."""
         late = self._clock() - self._round
         return late if self.looping and late > OVERDUE_S else 0.0
 
 
 class Heartbeat:
-    """The thread. `dealer` opens its socket to the buffer (in the thread, which owns it); None: no buffer. `pipe` and
-    `agent`: see `make_heartbeat`."""
+    """The thread that sends pulses. `dealer` opens its socket to the buffer (in the thread, which owns it); None: no
+    buffer. `pipe` and `agent`: see `make_heartbeat`."""
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        """Call it in the main thread, early."""
+        """Start the thread. Call it in the main thread, which is the one that is watched."""
         self._thread.start()
         return self
 
@@ -116,7 +117,7 @@ class Heartbeat:
 
     @property
     def buffer_silent_s(self) -> float:
-        """Since the buffer answered last. Of no meaning without a socket to it."""
+        """Seconds since the buffer answered last; without meaning when there is no socket to it."""
         return time.monotonic() - self._heard
 
     def _run(self) -> None:
@@ -125,22 +126,22 @@ class Heartbeat:
             before = time.monotonic()
             while True:
                 pulse = self._pulse()
-                self._tell_launcher(pulse)
+                self._send_to_launcher(pulse)
                 if dealer is not None:
                     dealer.send(pulse)
-                    self._listen(dealer)
+                    self._receive(dealer)
                 if self._end.wait(self._every_s):
                     return
                 now = time.monotonic()
-                if now - before > 4 * self._every_s:  # this process was stopped: it could not hear anybody
+                if now - before > 4 * self._every_s:  # this process was stopped: it could receive nothing
                     self._heard = now
                 before = now
         finally:
             if dealer is not None:
                 dealer.close(linger_s=0)
 
-    def _listen(self, dealer: Dealer) -> None:
-        """Whether the buffer has answered."""
+    def _receive(self, dealer: Dealer) -> None:
+        """Take in the buffer's answers."""
         while True:
             try:
                 dealer.receive(0.0, "the buffer's answer to a pulse")
@@ -153,16 +154,18 @@ class Heartbeat:
     def _pulse(self) -> msg.Pulse:
         doing, seconds = self._activity.state()
         if held_up := self._activity.held_up_s():
-            doing += f"; held up for {held_up:.1f} s {place(sys._current_frames().get(self._watched))}"
-        return msg.Pulse(name=self._name, pid=os.getpid(), role=self._role, doing=doing[:LONGEST_WORD], since_s=seconds)
+            doing += f"; held up for {held_up:.1f} s {locate(sys._current_frames().get(self._watched))}"
+        return msg.Pulse(
+            name=self._name, pid=os.getpid(), role=self._role, doing=doing[:LONGEST_DOING], since_s=seconds
+        )
 
-    def _tell_launcher(self, pulse: msg.Pulse) -> None:
+    def _send_to_launcher(self, pulse: msg.Pulse) -> None:
         if self._pipe == NO_PIPE:
             return
         line = {"name": pulse.name, "pid": pulse.pid, "doing": pulse.doing, "since_s": round(pulse.since_s, 3)}
         if self._of:
             line["of"] = self._of
-        with suppress(BlockingIOError, BrokenPipeError):  # the launcher is busy, or gone: not our concern here
+        with suppress(BlockingIOError, BrokenPipeError):  # the launcher is busy or gone: others find that out
             os.write(self._pipe, json.dumps(line).encode() + b"\n")
 
 
@@ -192,8 +195,8 @@ def make_heartbeat(
     return Heartbeat(name=name, role=role, activity=activity, dealer=chosen, every_s=every_s, pipe=pipe, agent=agent)
 
 
-def place(frame: FrameType | None) -> str:
-    """Where a thread is, in the code nearest to it that is neither a library's nor ours (a user's reward or
+def locate(frame: FrameType | None) -> str:
+    """Where a thread is, in words: in the innermost code that is neither a library's nor ours (a user's reward or
     task), else in ours. Example: `in my_rewards.py:31 judge`."""
     ours = ""
     while frame is not None:

@@ -1,8 +1,13 @@
-"""Who is let in over TCP: pyzmq's authenticator with the known keys, and a count of those it turned away.
+"""CURVE keys (`Keys`), and who is let in over TCP with them (`Gate` where a socket listens, `Reception` where one
+connects).
 
-Who waits for whom: the authenticator answers on a thread of its own, so a stranger costs the socket's owner
-nothing. A peer without CURVE, with a strange key, or that takes this for another server never gets as far
-as a message.
+A folder of keys holds `server.key` and `client.key`, which are public, and their `.key_secret` files, which are not.
+The run's own host needs the whole folder. A host of joined generators needs `server.key`, `client.key` and
+`client.key_secret`. Every other `*.key` file in the run's folder is the public key of a further peer that is let in;
+the folder is read again with every connection.
+
+Who waits for whom: pyzmq's authenticator answers on a thread of its own, so a stranger costs the socket's owner
+nothing. A peer without CURVE, with a strange key, or that takes this for another server gets no message through.
 """
 
 from __future__ import annotations
@@ -21,54 +26,61 @@ from zmq.utils.monitor import parse_monitor_message
 
 from async_rl.errors import UserError
 
-# -------------------- keys
-# CURVE keys: who may speak with a run over TCP.
-#
-# A folder of keys holds `server.key` and `client.key`, which are public, and their `.key_secret` files, which
-# are not. The run's own host needs the whole folder. A host of joined generators needs `server.key`,
-# `client.key` and `client.key_secret`. Every other `*.key` file in the run's folder is the public key of a
-# further peer that is let in; it is looked for anew with every connection.
-
 SERVER, CLIENT = "server", "client"
 _KEY_CHARACTERS = 40
-"""of one key, in the Z85 alphabet"""
+"""characters of one key, in the Z85 alphabet"""
+_WATCHED = (
+    zmq.EVENT_ACCEPTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+_DOMAIN = "async-rl"
+_CUT_OFF = 3
+"""handshakes that ended early, after which that was no accident"""
+_MOST_AT_ONCE = 1000
+"""events read in one poll"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class KeyPair:
+    """A public key and its secret, Z85."""
+
     public: bytes
     secret: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The keys in a folder, read when they are needed: a generator's host has no server secret."""
+    """The keys in a folder. Each file is read when it is needed: a generator's host has no server secret."""
 
     folder: Path
 
-    def server(self) -> Pair:
-        """Whose side listens. Raises UserError when the file is not there or not secret."""
+    def server(self) -> KeyPair:
+        """Keys of the listening side. Raises UserError when the file is missing or can be read by others."""
         return self._pair(SERVER)
 
-    def client(self) -> Pair:
+    def client(self) -> KeyPair:
+        """Keys of the connecting side. Raises UserError likewise."""
         return self._pair(CLIENT)
 
     def server_public(self) -> bytes:
-        """What a client must know of the server, so that it speaks to no other."""
+        """The server's public key, which a client must know so that it talks to no other server."""
         return self._read(f"{SERVER}.key")[0]
 
     def admitted(self) -> frozenset[bytes]:
-        """Public keys of the peers that are let in, as the folder has them now."""
+        """Public keys of the peers that are let in, as the folder holds them now."""
         return frozenset(self._read(path.name)[0] for path in self.folder.glob("*.key") if path.name != f"{SERVER}.key")
 
-    def _pair(self, name: str) -> Pair:
+    def _pair(self, name: str) -> KeyPair:
         path = self.folder / f"{name}.key_secret"
         public, secret = self._read(path.name)
         if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UserError(f"{path} can be read by others than its owner; chmod 600 {path}, or make new keys")
         if secret is None:
             raise UserError(f"{path} holds no secret key; `async-rl keys` makes keys")
-        return Pair(public=public, secret=secret)
+        return KeyPair(public=public, secret=secret)
 
     def _read(self, name: str) -> tuple[bytes, bytes | None]:
         path = self.folder / name
@@ -92,14 +104,14 @@ def keys_in(folder: str) -> Keys | None:
 
 
 def make_keys(folder: Path) -> Keys:
-    """Make both pairs in a new folder that only its owner can enter. Raises UserError when there is something."""
+    """Make both pairs in a new folder that only its owner can enter. Raises UserError when the folder is not empty."""
     if not zmq.has("curve"):
         raise UserError("this pyzmq was built without CURVE; install the wheel from PyPI")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already; keys are never overwritten, name another folder or remove it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # made where nobody else can enter, then put in place whole
+        # made where nobody else can enter, then moved to its place whole
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         for name in (SERVER, CLIENT):
             _, secret = zmq.auth.create_certificates(partial, name)
@@ -110,22 +122,8 @@ def make_keys(folder: Path) -> Keys:
     return Keys(folder)
 
 
-_WATCHED = (
-    zmq.EVENT_ACCEPTED
-    | zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-)
-_DOMAIN = "async-rl"
-_CUT_OFF = 3
-"""greetings that ended early, after which that was no accident"""
-_MOST_AT_ONCE = 1000
-"""events read in one look"""
-
-
 class _Known:
-    """What the authenticator asks about each key."""
+    """Answers the authenticator's question whether a key is known."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
@@ -138,28 +136,28 @@ class _Known:
 
 
 class Gate:
-    """Guards one listening socket; make it before the socket is bound, look at it now and then."""
+    """Guards one listening socket. Make it before the socket is bound, and poll it now and then."""
 
     def __init__(self, context: zmq.Context, guarded: zmq.Socket, keys: Keys) -> None:
         """Raises UserError when the keys are not there."""
         own = keys.server()
-        keys.admitted()  # what is damaged is said now
+        keys.admitted()  # so that a damaged file is reported now
         self._events: Counter[int] = Counter()
         self._authenticator = ThreadAuthenticator(context)
         self._authenticator.start()
         self._authenticator.configure_curve_callback(_DOMAIN, _Known(keys))
         guarded.curve_server = True
-        # else libzmq lets everybody in who speaks CURVE while no authenticator is there to be asked
+        # without it, libzmq lets everybody in who speaks CURVE while no authenticator runs
         guarded.zap_domain = _DOMAIN.encode()
         guarded.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
         guarded.curve_publickey, guarded.curve_secretkey = own.public, own.secret
         guarded.monitor("inproc://gate", _WATCHED)
         self._monitor = context.socket(zmq.PAIR)
-        self._monitor.set(zmq.RCVHWM, 0)  # else a flood of strangers would hold up the socket itself
+        self._monitor.set(zmq.RCVHWM, 0)  # without it, a flood of strangers would hold up the socket itself
         self._monitor.connect("inproc://gate")
 
-    def look(self) -> None:
-        """Take in what happened at the socket."""
+    def poll(self) -> None:
+        """Read the events of the socket."""
         for _ in range(_MOST_AT_ONCE):
             if not self._monitor.poll(0):
                 return
@@ -167,12 +165,12 @@ class Gate:
 
     @property
     def turned_away(self) -> int:
-        """Connections that showed no known key, up to the last look; one that is being greeted counts, too."""
+        """Connections that showed no known key, up to the last poll; one in its handshake counts, too."""
         return self._events[zmq.EVENT_ACCEPTED] - self._events[zmq.EVENT_HANDSHAKE_SUCCEEDED]
 
     @property
     def reasons(self) -> dict[str, int]:
-        """Of `turned_away`, as far as they are known."""
+        """Connections of `turned_away` by reason, as far as reasons are known."""
         failed = self._events
         return {
             "a strange key": failed[zmq.EVENT_HANDSHAKE_FAILED_AUTH],
@@ -186,7 +184,7 @@ class Gate:
 
 
 class Reception:
-    """Whether a connecting socket is let in; make it before the socket is connected."""
+    """Tells whether a connecting socket is let in. Make it before the socket is connected."""
 
     def __init__(self, context: zmq.Context, connecting: zmq.Socket) -> None:
         self._failed: Counter[int] = Counter()
@@ -197,7 +195,7 @@ class Reception:
 
     @property
     def turned_away(self) -> bool:
-        """The server said so, or ended the greeting again and again."""
+        """Whether the server refused the key, or ended the handshake again and again."""
         while self._monitor.poll(0):
             self._failed[int(parse_monitor_message(self._monitor.recv_multipart())["event"])] += 1
         cut_off = self._failed[zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL] + self._failed[zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL]
@@ -205,7 +203,7 @@ class Reception:
 
 
 def show_key(connecting: zmq.Socket, keys: Keys) -> None:
-    """Let a connecting socket prove who it is, and speak to nobody but the run's server. Raises UserError."""
+    """Let a connecting socket prove who it is, and talk to nobody but the run's server. Raises UserError."""
     own = keys.client()
     connecting.curve_serverkey = keys.server_public()
     connecting.curve_publickey, connecting.curve_secretkey = own.public, own.secret

@@ -16,10 +16,10 @@ from async_rl.doctor.machine import DiskProbe, Gpus, Software, judge_software, j
 from async_rl.errors import UserError
 from async_rl.finding import Finding, error, ok, warning
 from async_rl.run.memory import megabytes
-from async_rl.wire.endpoint import Library
+from async_rl.wire.endpoint import ZmqLibrary
 
 MB = 1 << 20
-ZMQ = Library(pyzmq="27.0", libzmq="4.3.5", ipc=True, curve=True)
+ZMQ = ZmqLibrary(pyzmq="27.0", libzmq="4.3.5", ipc=True, curve=True)
 PACKAGES = {"torch": "2.11.0+cpu", "numpy": "2.0.1", "omegaconf": "2.4", "safetensors": "0.5", "tokenizers": "0.21.0"}
 
 

@@ -20,7 +20,7 @@ def test_an_activity_knows_since_when_and_whether_its_loop_comes_round() -> None
     assert activity.state() == (STARTING, 0.0)
     activity.now("decoding 3 sequences")
     now = 12.0
-    activity.still("decoding 5 sequences")
+    activity.keepalive("decoding 5 sequences")
     assert activity.state() == ("decoding 5 sequences", 2.0)
     with activity.during("checkpoint 50"):
         now = 13.0

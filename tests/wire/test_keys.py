@@ -96,7 +96,7 @@ def test_a_listening_socket_without_a_host_is_on_the_loopback(router: Router) ->
 def test_a_peer_with_the_key_is_served(router: Router, keys: Keys) -> None:
     serves(router, keys)
     assert router.gate is not None
-    router.gate.look()
+    router.gate.poll()
     assert router.gate.turned_away == 0
 
 
