@@ -50,7 +50,7 @@ ONLY = {
     "zmq": r"async_rl/wire/.*",
     "triton": r"kernels/async_rl_kernels/.*",
     "vllm": r".*vllm.*",
-    "transformers": r"async_rl/model/huggingface\.py",
+    "transformers": r"async_rl/model/(huggingface|importing)\.py",
 }
 """packages that may be imported by some files only"""
 WITHOUT_TORCH = ("buffer", "wire", "trajectory", "task", "observe")
