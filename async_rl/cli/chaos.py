@@ -1,4 +1,4 @@
-"""`async-rl chaos`: plan, hurt, audit, replay, report."""
+"""`async-rl chaos`: plan the faults, run under them, audit and replay the run, print the verdict."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ from async_rl.weights.shared_memory import segment_path
 from async_rl.wire.channel import ipc_endpoint
 
 MOST = 10_000
-"""faults of a kind"""
+"""most faults of one kind"""
 
 
 def counts_of(asked: Mapping[str, int | None]) -> Counts:
-    """By the options' names; what is not given is a quarter of the kills. Raises UserError."""
+    """The number of faults of each kind, from the options; a kind that is not given gets a quarter of the kills.
+
+    Raises UserError for a number out of bounds.
+    """
     for name, number in asked.items():
         if number is not None and not 0 <= number <= MOST:
             raise UserError(f"--{name} is {number}; it must be at least 0 and at most {MOST:,}")
@@ -40,8 +43,11 @@ def counts_of(asked: Mapping[str, int | None]) -> Counts:
 def run_chaos(
     config: Path, overrides: Sequence[str], path: Path, counts: Counts, *, seed: int, say: Callable[[str], None]
 ) -> Outcome:
-    """A run in the new folder `path`, hurt as planned, audited and replayed; its record is there, and `say` is told
-    what came of it. Raises UserError, and Interrupted with every process gone."""
+    """Run in the new folder `path` under the planned faults, then audit and replay the run.
+
+    The record is written into the folder; `say` prints a line. Raises UserError, and Interrupted with every process
+    gone.
+    """
     settings = load_settings(config, overrides)
     if settings.trainer.ranks > 1 or settings.trainer.start != "launcher":
         raise UserError(
@@ -50,7 +56,9 @@ def run_chaos(
         )
     plan = make_plan(counts, seed=seed)
     folder = RunFolder(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):  # whatever it is, it is not to be hurt
+    if path.exists() and (
+        not path.is_dir() or any(path.iterdir())
+    ):  # never inject faults into a folder of somebody else
         raise UserError(f"{path} exists already; choose another --run-dir or remove it")
     outcome = Outcome(seed=seed, planned=len(plan))
     with ExitStack() as stack:
@@ -87,7 +95,7 @@ def run_chaos(
 
 
 def _examine(folder: RunFolder, memories: Sequence[Memory], outcome: Outcome, say: Callable[[str], None]) -> None:
-    """What the run left: nothing in memory, a whole store, weights that can be had again."""
+    """Check what the run left: no shared memory or socket, a whole store, weights that a replay reproduces."""
     segment = segment_path(folder.path)
     for left in (*segment.parent.glob(f"{segment.name}*"), *folder.path.glob("*.sock")):
         outcome.problems.append(f"{left} was left behind")
@@ -117,7 +125,7 @@ def _examine(folder: RunFolder, memories: Sequence[Memory], outcome: Outcome, sa
 
 
 def _socket_of(settings: Settings, folder: RunFolder) -> Path:
-    """Where the buffer will listen. Raises UserError where the proxy cannot stand before it."""
+    """The Unix socket of the buffer. Raises UserError where the proxy cannot be put in front of it."""
     if settings.wire.connect:
         raise UserError("wire.connect is given, but disconnects need it: leave it out, or say --disconnects 0")
     endpoint = settings.wire.endpoint
@@ -131,7 +139,7 @@ def _socket_of(settings: Settings, folder: RunFolder) -> Path:
 
 
 def _without_tunnel(folder: RunFolder) -> None:
-    """The proxy ends with chaos: whoever goes on with the run shall not look for it."""
+    """Take the proxy out of the run's settings: it ends with this command, and a resumed run would wait for it."""
     if folder.config.is_file():
         settings = folder.settings()
         settings = dataclasses.replace(settings, wire=dataclasses.replace(settings.wire, connect=""))

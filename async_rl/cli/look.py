@@ -133,7 +133,7 @@ def _config(arguments: argparse.Namespace) -> int:
         print(f"{info.path} = {_shown(info.value)}" + (f"  [{allowed}]" if allowed else ""))
         print(f"    {info.meaning}")
     if Path(settings.model.path).is_dir():
-        from async_rl.run.memory import estimate, describe_estimate
+        from async_rl.run.memory import describe_estimate, estimate
         from async_rl.run.placement import place_here
 
         try:

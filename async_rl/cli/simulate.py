@@ -1,4 +1,4 @@
-"""`async-rl simulate`: what a configuration would come to, and which one would be better, without a model."""
+"""`async-rl simulate`: forecast speed and staleness of a configuration, and recommend a better one."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from async_rl.instruments.simulate import (
 from async_rl.run_folder import RunFolder
 
 ENOUGH = 1.1
-"""a setting is fast enough when its step takes at most so many times that of the fastest"""
+"""a configuration is fast enough when its step takes at most so many times as long as the fastest one's"""
 MOST_GENERATORS = 10_000
 HEADER = "  step s  tokens/s  staleness      idle: trainer  generators  held up  dropped"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variation:
-    """One setting of a sweep, and what it came to."""
+    """One configuration of a sweep and its forecast."""
 
     what: str
     settings: Settings
@@ -65,7 +65,7 @@ def simulate(arguments: argparse.Namespace) -> int:
 
 
 def given(arguments: argparse.Namespace, settings: Settings) -> Workload:
-    """The workload of `--from`, or of the numbers given, which also replace those of the run. Raises UserError."""
+    """The workload measured in the run of `--from`; numbers among the options replace its own. Raises UserError."""
     if arguments.run is not None:
         from async_rl.instruments.workload import workload_of  # opens a store
 
@@ -96,7 +96,7 @@ def given(arguments: argparse.Namespace, settings: Settings) -> Workload:
 
 
 def sweep(settings: Settings, forecast: Callable[[Settings], Forecast]) -> dict[str, list[Variation]]:
-    """One setting after the other is varied, all others as configured."""
+    """Forecasts with one setting varied at a time, all others as configured."""
     stale = settings.staleness
     deepest = stale.max_staleness + 1
     depths = sorted({1.0, 1.5, 2.0, 3.0, float(deepest), stale.pipeline_depth or float(deepest)})
@@ -129,7 +129,7 @@ def sweep(settings: Settings, forecast: Callable[[Settings], Forecast]) -> dict[
 
 
 def recommend(settings: Settings, sweeps: dict[str, list[Variation]]) -> str:
-    """The knee: the freshest data among what is fast enough, and what would be worth more generators."""
+    """The configuration with the freshest data among the fast ones, and whether more generators would help."""
     some = [v for name, found in sweeps.items() if name.startswith(("against max_s", "against pipe")) for v in found]
     fastest = min(v.forecast.step_s for v in some)
     knee = min((v for v in some if v.forecast.step_s <= ENOUGH * fastest), key=lambda v: v.forecast.lag_mean)

@@ -13,21 +13,27 @@ from async_rl.errors import UserError
 
 @dataclass(frozen=True)
 class ModelSettings:
+    """The model that is trained."""
+
     path: str = setting("", "folder of the Hugging Face model that is trained (config.json, safetensors, tokenizer)")
 
 
 @dataclass(frozen=True)
 class TaskSettings:
+    """Where problems and rewards come from."""
+
     name: str = setting(
         "",
-        "the task: guess, sort, reverse, arithmetic, countdown, calculator, dataset or tools (rehearsed: what "
-        "--fake-model makes of them)",
+        "the task: guess, sort, reverse, arithmetic, countdown, calculator, dataset, tools, or file.py:Class of your "
+        "own (rehearsed: what --fake-model makes of them)",
     )
     args: dict[str, Any] = setting({}, "settings of that task; `async-rl config` prints them")
 
 
 @dataclass(frozen=True)
 class BatchSettings:
+    """The size of one training step."""
+
     groups_per_step: int = setting(16, "P: groups trained in one step", unit="groups", min=1, max=1_000_000)
     group_size: int = setting(
         8,
@@ -40,6 +46,8 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class StalenessSettings:
+    """How far generation may run ahead of training."""
+
     policy: Literal["pace", "wait", "drop"] = setting(
         "pace",
         "how the bound is kept: pace holds generation back (nothing is discarded); wait lets the trainer wait for "
@@ -79,6 +87,8 @@ class StalenessSettings:
 
 @dataclass(frozen=True)
 class BufferSettings:
+    """The process that orders groups and stores trajectories."""
+
     drop_zero_signal: bool = setting(
         False, "refuse groups whose rewards are all equal (no gradient) and generate others instead"
     )
@@ -115,6 +125,8 @@ class BufferSettings:
 
 @dataclass(frozen=True)
 class GeneratorSettings:
+    """The processes that sample."""
+
     count: int = setting(
         1,
         "generator processes that the run starts; with 0 all join by themselves (`async-rl generate`)",
@@ -171,6 +183,8 @@ class GeneratorSettings:
 
 @dataclass(frozen=True)
 class VllmSettings:
+    """The engine vLLM; used with generator.engine=vllm only."""
+
     tensor_parallel: int = setting(1, "GPUs that one generator's model is split over", unit="GPUs", min=1, max=1024)
     memory_share: float = setting(
         0.9,
@@ -190,6 +204,8 @@ class VllmSettings:
 
 @dataclass(frozen=True)
 class TrainerSettings:
+    """The processes that train."""
+
     steps: int = setting(400, "training steps (batches)", unit="steps", min=1, max=1_000_000_000)
     updates_per_batch: int = setting(
         1,
@@ -253,6 +269,8 @@ class TrainerSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
+    """AdamW and its learning rate."""
+
     learning_rate: float = setting(5e-4, "AdamW learning rate after warm-up, before the recipe's factors", min=0)
     warmup_steps: int = setting(20, "linear warm-up from 0", unit="steps", min=0)
     schedule: Literal["constant", "linear", "cosine"] = setting(
@@ -272,6 +290,8 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class LoraSettings:
+    """Low-rank adapters."""
+
     rank: int = setting(
         0,
         "rank of the adapters (LoRA) that are trained while the model's own weights stay as they are; 0 trains "
@@ -294,6 +314,8 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class CriticSettings:
+    """The value function, for recipes that have one."""
+
     kind: Literal["head", "model"] = setting(
         "head", "value head on the policy's last hidden state, or a separate model of the same architecture"
     )
@@ -305,6 +327,8 @@ class CriticSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
+    """Episodes on held-out problems."""
+
     every: int = setting(
         50,
         "evaluate on held-out problems every so many steps without stopping generation; 0 evaluates at start and "
@@ -319,6 +343,8 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class CanarySettings:
+    """The check that generators hold the published weights."""
+
     tolerance: float = setting(
         0.0,
         "mean difference between a generator's log-probs and the trainer's on a fixed probe (as a share of "
@@ -337,6 +363,8 @@ class CanarySettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
+    """What a resumed run goes on from."""
+
     every: int = setting(
         50,
         "save everything a resumed run needs, the model as a Hugging Face folder, every so many steps; 0 saves at "
@@ -349,7 +377,7 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """Thresholds: calibrated on trainings of the lab, bench/LAB.md says what they catch and what they cost."""
+    """The watch for a collapse. Thresholds are calibrated on the lab's trainings; bench/LAB.md says what they catch."""
 
     alarms: bool = setting(
         True, "watch ESS, entropy, gradient norm and reward for a collapse, and warn (metrics alarm/*, event `alarm`)"
@@ -402,6 +430,8 @@ class GuardSettings:
 
 @dataclass(frozen=True)
 class WireSettings:
+    """How the processes reach each other."""
+
     endpoint: str = setting(
         "auto",
         "where the buffer listens: auto (a Unix socket of this run), ipc://PATH or tcp://HOST:PORT; without a "
@@ -440,6 +470,8 @@ class WireSettings:
 
 @dataclass(frozen=True)
 class WeightsSettings:
+    """How generators get new weights."""
+
     transport: Literal["auto", "shared_memory", "stream", "nccl", "ipc"] = setting(
         "auto",
         "how generators get weights: from the trainer's shared memory; as a stream from the weight server, which "
@@ -471,7 +503,9 @@ class Settings:
     batch: BatchSettings = field(default_factory=BatchSettings)
     staleness: StalenessSettings = field(default_factory=StalenessSettings)
     recipe: dict[str, Any] = setting(
-        {"name": "vcpo"}, "the objective: a recipe's name and any of its axes; `async-rl recipes` lists them"
+        {"name": "vcpo"},
+        "the objective: a recipe's name (`async-rl recipes` lists them), or file.py:function or file.yaml of your own, "
+        "and any of its axes",
     )
     buffer: BufferSettings = field(default_factory=BufferSettings)
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
