@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Engine
-from async_rl.generator.session import EpisodeSession, Ticket, run_episode
+from async_rl.generator.session import EpisodeSession, Ticket, make_tickets, run_episode
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task.protocol import Task
 from async_rl.trajectory import Trajectory
-from async_rl.trajectory.types import sample_seed
 from async_rl.wire import messages as msg
 
 Key = tuple[int, int]
@@ -29,7 +30,7 @@ class Episode:
     session: EpisodeSession | None = None
     """None until the asyncio task runs for the first time"""
     abandoned: bool = False
-    """nobody wants it any more"""
+    """the buffer does not want it any more"""
     unsent: Trajectory | None = None
     """its finished turns, where the buffer does not have them yet"""
 
@@ -58,22 +59,14 @@ class Episodes:
     records_dropped: int = 0
     """of them, those whose environment answered otherwise this time"""
     started: int = 0
-    """sessions begun in all; each number is a session's id for the engine"""
+    """number of sessions opened, which also numbers them for the engine"""
     engine_failure: RunFailed | None = None
     engine_failed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def start(self, permit: msg.Permit, samples: Iterable[int]) -> None:
         """Start these samples of a permit."""
-        for sample in samples:
-            ticket = Ticket(
-                group=permit.group,
-                sample=sample,
-                problem=permit.problem,
-                split=permit.split,
-                seed=sample_seed(permit.seed, sample),
-                temperature=permit.temperature,
-            )
-            episode = self.running[permit.group, sample] = Episode(ticket)
+        for ticket in make_tickets(replace(permit, samples=tuple(samples))):
+            episode = self.running[permit.group, ticket.sample] = Episode(ticket)
             episode.task = asyncio.create_task(self._run(episode))
 
     def record_turns(self, trajectories: Iterable[Trajectory]) -> None:
@@ -81,7 +74,7 @@ class Episodes:
         self.recorded |= {(t.group, t.sample): t for t in trajectories}
 
     def abandon(self, groups: Iterable[int]) -> None:
-        """End the running episodes of these groups; nobody wants them any more."""
+        """End the running episodes of these groups, which the buffer does not want any more."""
         unwanted = set(groups)
         for (group, _), episode in self.running.items():
             if group in unwanted:
@@ -120,7 +113,7 @@ class Episodes:
 
     async def _run(self, episode: Episode) -> None:
         """One episode. Turns that a lost generator recorded of it are not sampled again."""
-        key = (episode.ticket.group, episode.ticket.sample)
+        key = (episode.ticket.permit.group, episode.ticket.sample)
         session = self._open(episode, self.recorded.pop(key, None))
         try:
             trajectory = await run_episode(self.task, session, episode.ticket, timeout_s=self.timeout_s)
@@ -158,7 +151,7 @@ class Episodes:
             max_turns=self.max_turns,
             record=record,
             generator=self.generator,
-            on_turn=on_turn if ticket.split == "train" else None,
+            on_turn=on_turn if ticket.permit.split == "train" else None,
         )
         if episode.abandoned:
             session.abandon(msg.ABANDONED)

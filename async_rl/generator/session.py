@@ -16,6 +16,8 @@ from async_rl.generator.engine import Completion, Engine, Request, SamplingParam
 from async_rl.model.tokenizer import Tokenizer, prompt_text
 from async_rl.task.protocol import Problem, Task
 from async_rl.trajectory import Ended, Split, Trajectory, Turn, VersionSpan
+from async_rl.trajectory.types import sample_seed
+from async_rl.wire.messages import Permit
 
 STOPS = "turns_stopped"
 """info of an unfinished trajectory: for each turn 1 when it ended by a stop, else 0"""
@@ -35,13 +37,19 @@ class OtherEpisode(Exception):
 class Ticket:
     """Which trajectory an episode will become: one sample of a permit's group."""
 
-    group: int
+    permit: Permit
     sample: int
-    problem: int
-    split: Split
+    """index within the group"""
     seed: int
     """of the sample, 64 bits unsigned"""
-    temperature: float
+
+
+def make_tickets(permit: Permit, seeds: Sequence[int] | None = None) -> list[Ticket]:
+    """One ticket for each sample of the permit. `seeds`: of the samples; None: they follow from the permit's seed."""
+    chosen = seeds if seeds is not None else [sample_seed(permit.seed, sample) for sample in permit.samples]
+    return [
+        Ticket(permit=permit, sample=sample, seed=seed) for sample, seed in zip(permit.samples, chosen, strict=True)
+    ]
 
 
 class EpisodeSession:
@@ -105,7 +113,7 @@ class EpisodeSession:
 
     @property
     def split(self) -> Split:
-        return self._ticket.split
+        return self._ticket.permit.split
 
     @property
     def truncated(self) -> bool:
@@ -162,7 +170,7 @@ class EpisodeSession:
                 tokens=self._tokens,
                 params=SamplingParams(
                     max_tokens=room,
-                    temperature=self._ticket.temperature,
+                    temperature=self._ticket.permit.temperature,
                     stop_tokens=() if eos is None else (eos,),
                     stop_strings=tuple(stop),
                 ),
@@ -213,7 +221,7 @@ class EpisodeSession:
     # -------------------------------------------- called by the generator
 
     def abandon(self, reason: str) -> None:
-        """End the episode, which nobody wants any more: now, or when its environment has answered."""
+        """End the episode, which is not wanted any more: now, or when its environment has answered."""
         self._abandoned = reason
         self._engine.release(self._id)
 
@@ -233,12 +241,12 @@ class EpisodeSession:
         return replace(made, log_behaviour=empty, turns=(), versions=(), reward=0.0, ended="error", reason=broken)
 
     def _made(self, *, reward: float, ended: Ended, reason: str, info: Mapping[str, float | str]) -> Trajectory:
-        ticket = self._ticket
+        ticket, permit = self._ticket, self._ticket.permit
         return Trajectory(
-            group=ticket.group,
+            group=permit.group,
             sample=ticket.sample,
-            problem=ticket.problem,
-            split=ticket.split,
+            problem=permit.problem,
+            split=permit.split,
             seed=ticket.seed,
             tokens=np.asarray(self._tokens, dtype=np.int32),
             log_behaviour=np.asarray(self._log_probs, dtype=np.float32),
@@ -246,7 +254,7 @@ class EpisodeSession:
             versions=_spans(self._versions),
             reward=reward,
             ended=ended,
-            temperature=ticket.temperature,
+            temperature=permit.temperature,
             reason=reason[:LONGEST_REASON],
             generator=self._generator,
             started_at=self.started_at,
@@ -277,7 +285,7 @@ async def run_episode(task: Task, session: EpisodeSession, ticket: Ticket, *, ti
     """Run one episode of the task. An exception of the task or its reward ends this trajectory, with the reason.
     Raises RunFailed when the engine died."""
     try:
-        problem = task.problems(ticket.split)[ticket.problem]
+        problem = task.problems(ticket.permit.split)[ticket.permit.problem]
         session.begin(problem)
         async with asyncio.timeout(timeout_s):
             reward = float(await task.rollout(problem, session))

@@ -13,7 +13,7 @@ from async_rl.config import Settings
 from async_rl.errors import RunFailed, UserError
 from async_rl.finding import Finding, error, ok, warning
 from async_rl.generator.build import make_engine
-from async_rl.generator.session import Ticket
+from async_rl.generator.session import Ticket, make_tickets
 from async_rl.instruments.synchronous import train_synchronously
 from async_rl.model.decoder import DTYPES
 from async_rl.model.folder import load_model, load_tensors
@@ -27,6 +27,7 @@ from async_rl.trainer.forward import ModelArithmetic, batch_log_probs, probe_log
 from async_rl.trainer.packing import pack_batch
 from async_rl.trajectory import Trajectory
 from async_rl.weights.canary import TOLERANCE, Comparison, Evidence, compare, probe_tokens
+from async_rl.wire.messages import Permit
 
 SMALL_PARAMETERS = 20_000_000
 """models up to this size are sampled from and trained; larger ones are only probed"""
@@ -180,13 +181,13 @@ def look_at_equivalence(settings: Settings, parameters: int) -> Finding:
 
 def _tickets(settings: Settings, task: Task) -> list[Ticket]:
     problems = len(task.problems("train"))
-    return [
-        Ticket(
-            group=i, sample=0, problem=i % problems, split="train", seed=settings.seed + i,
-            temperature=settings.generator.temperature,
-        )
-        for i in range(min(EPISODES, settings.generator.max_sequences))
-    ]  # fmt: skip
+    temperature = settings.generator.temperature
+    tickets: list[Ticket] = []
+    for i in range(min(EPISODES, settings.generator.max_sequences)):
+        seed = settings.seed + i
+        permit = Permit(group=i, problem=i % problems, split="train", samples=(0,), seed=seed, temperature=temperature)
+        tickets += make_tickets(permit, [seed])
+    return tickets
 
 
 def _compared(expected: list[float] | tuple[float, ...], found: list[float]) -> Comparison:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from async_rl.config import Settings
 from async_rl.generator.build import make_engine
-from async_rl.generator.session import Ticket
+from async_rl.generator.session import Ticket, make_tickets
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.run.evaluate import limits_of, sample_episodes
 from async_rl.task import make_task
@@ -21,25 +21,24 @@ from async_rl.task.order import PromptOrder
 from async_rl.trainer.build import make_learner
 from async_rl.trainer.learner import Learner, StepReport
 from async_rl.trainer.packing import pack_batch
-from async_rl.trajectory.types import group_seed, sample_seed
+from async_rl.trajectory.types import group_seed
+from async_rl.wire.messages import Permit
 
 
 def tickets_of(settings: Settings, order: PromptOrder, step: int) -> list[Ticket]:
     """The trajectories of a step's groups, as the buffer would issue them."""
-    tickets = []
+    tickets: list[Ticket] = []
     for position in range(step * settings.batch.groups_per_step, (step + 1) * settings.batch.groups_per_step):
-        seed = group_seed(settings.seed, position)
-        for sample in range(settings.batch.group_size):
-            tickets.append(
-                Ticket(
-                    group=position,
-                    sample=sample,
-                    problem=order(position),
-                    split="train",
-                    seed=sample_seed(seed, sample),
-                    temperature=settings.generator.temperature,
-                )
+        tickets += make_tickets(
+            Permit(
+                group=position,
+                problem=order(position),
+                split="train",
+                samples=tuple(range(settings.batch.group_size)),
+                seed=group_seed(settings.seed, position),
+                temperature=settings.generator.temperature,
             )
+        )
     return tickets
 
 

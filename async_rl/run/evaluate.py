@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from async_rl.config import Settings
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
-from async_rl.generator.session import EpisodeSession, Ticket, run_episode
+from async_rl.generator.session import EpisodeSession, Ticket, make_tickets, run_episode
 from async_rl.model.decoder import Decoder
 from async_rl.model.huggingface import HuggingFaceDecoder
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task import Task
 from async_rl.trajectory import Trajectory
+from async_rl.wire.messages import Permit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +69,14 @@ def evaluate(
     """Episodes on the first `problems` held-out problems, `samples` of each."""
     limits = limits or Limits()
     held_out = task.problems("eval")
+    numbers = tuple(range(samples))
     tickets = [
-        Ticket(group=p, sample=s, problem=p, split="eval", seed=(seed << 40) + (p << 12) + s, temperature=temperature)
+        ticket
         for p in range(min(problems, len(held_out)))
-        for s in range(samples)
+        for ticket in make_tickets(
+            Permit(group=p, problem=p, split="eval", samples=numbers, seed=seed, temperature=temperature),
+            [(seed << 40) + (p << 12) + s for s in numbers],
+        )
     ]
 
     async def run() -> list[Trajectory]:

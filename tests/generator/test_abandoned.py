@@ -14,9 +14,10 @@ from async_rl.generator.session import EpisodeSession, Ticket, run_episode
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task.protocol import Problem, Session, Split
 from async_rl.trajectory import Trajectory
-from async_rl.wire.messages import ABANDONED
+from async_rl.wire.messages import ABANDONED, Permit
 
-TICKET = Ticket(group=4, sample=1, problem=0, split="train", seed=7, temperature=1.0)
+PERMIT = Permit(group=4, problem=0, split="train", samples=(1,), seed=0, temperature=1.0)
+TICKET = Ticket(permit=PERMIT, sample=1, seed=7)
 LONGEST = 10_000
 """tokens, more than the engine's context holds"""
 
