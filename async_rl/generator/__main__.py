@@ -15,7 +15,7 @@ from async_rl.wire.heartbeat import Activity, Heartbeat, make_heartbeat
 from async_rl.wire.keys import keys_in
 
 LEAVE_S = 0.5
-"""longest time for which the last messages of a generator that is told to end may take to leave"""
+"""longest time for the last messages of a generator that got SIGTERM"""
 
 
 async def generate(

@@ -93,7 +93,7 @@ class LinkSource:
         self._session = time.time_ns()
         self._dealer = AsyncDealer(endpoint, f"{name}/link {self._session}")  # messages for an earlier life are lost
         self._version = -1
-        """of the transfer under way"""
+        """of the running transfer; -1: none"""
 
     async def pull_into(self, engine: Engine, *, first: bool) -> None:
         assert isinstance(engine, Linkable)
@@ -158,7 +158,7 @@ class LinkSource:
         return call.method == "finish"
 
     def _check(self, call: msg.LinkCall, after: int) -> None:
-        """Raises RunFailed for a version other than that of the transfer under way, or an old one."""
+        """Raises RunFailed for a version other than that of the running transfer, or an old one."""
         if call.method == "init":
             return
         if call.method == "start":
@@ -179,7 +179,7 @@ class LinkSource:
 class MergingSource:
     """A `TensorReader` that reads adapters and gives whole weights: the base model's with the adapters added.
 
-    The base lies beside the engine's weights in this process, in the dtype of the model's files. The sum is the
+    This process holds the base in addition to the engine's weights, in the dtype of the model's files. The sum is the
     trainer's, bit for bit (`model.lora.merged`), so the canary compares checksums as with whole weights and detects a
     base that is not the trainer's, and an adapter that is old, damaged or not added.
     """

@@ -1,4 +1,4 @@
-"""The part of the vLLM engine that runs inside vLLM's worker processes, beside the model.
+"""The part of the vLLM engine that runs inside vLLM's worker processes, with the model.
 
 vLLM mixes `Weights` into its worker class (`worker_extension_cls`) and calls its methods by name.
 """

@@ -1,4 +1,4 @@
-"""A tool in several turns: the model calls a calculator, reads what it says, and then answers."""
+"""A tool in several turns: the model calls a calculator, reads its result, and then answers."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Calculator(GeneratedTask):
         return reward
 
     def calculate(self, call: str) -> str | None:
-        """What the tool says, or None when it cannot do `call`."""
+        """The tool's result, or None when it cannot compute `call`."""
         try:
             expression = parse(call)
         except ExpressionError:
@@ -130,7 +130,7 @@ class Calculator(GeneratedTask):
 
 
 def read_call(text: str) -> str | None:
-    """What stands in the last brackets of a turn that ends with one; else None."""
+    """The text in the last brackets of a turn that ends with one; else None."""
     if not text.endswith(CALL_CLOSE):
         return None
     _, found, call = text.removesuffix(CALL_CLOSE).rpartition(CALL_OPEN)
@@ -138,7 +138,7 @@ def read_call(text: str) -> str | None:
 
 
 def read_answer(text: str) -> str | None:
-    """What stands between the last `#` and the final `.` of a turn that ends with one; else None."""
+    """The text between the last `#` and the final `.` of a turn that ends with one; else None."""
     if not text.endswith(ANSWER_CLOSE):
         return None
     _, found, answer = text.removesuffix(ANSWER_CLOSE).rpartition(ANSWER_OPEN)

@@ -33,7 +33,7 @@ class GuessSettings:
 
 @dataclass(slots=True)
 class Interval:
-    """What the answers so far say about the secret: low <= secret <= high."""
+    """What the answers so far imply: low <= secret <= high."""
 
     low: int
     high: int

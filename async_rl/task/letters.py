@@ -53,12 +53,12 @@ class Letters(GeneratedTask):
         return self.score(text, problem.data["answer"])
 
     def score(self, text: str, answer: str) -> float:
-        """In [0, 1]. What the policy wrote counts up to the stop, which the end of text may replace."""
-        said = text.split(STOP)[0].strip()
+        """In [0, 1]. The text counts up to the stop, or to the end of text."""
+        given = text.split(STOP)[0].strip()
         if not self.settings.partial_reward:
-            return float(said == answer)
-        right = sum(a == b for a, b in zip(said, answer, strict=False))
-        return right / max(len(said), len(answer))
+            return float(given == answer)
+        right = sum(a == b for a, b in zip(given, answer, strict=False))
+        return right / max(len(given), len(answer))
 
     @property
     def alphabet(self) -> str:

@@ -22,7 +22,7 @@ def verdict(completion: str, answer: str) -> float:
     """1.0 when `completion` ends in what `answer` says; ValueError when the answer is not mathematics."""
     from math_verify import parse, verify
 
-    # math-verify looks for mathematics inside text: a bare LaTeX answer must be put between dollars.
+    # math-verify searches text for mathematics, so a bare LaTeX answer must be put between dollars
     marked = answer if "$" in answer or "\\boxed" in answer or "\\(" in answer else f"${answer}$"
     gold = parse(marked, parsing_timeout=None)
     if not gold:

@@ -66,7 +66,7 @@ class Reward:
                 value = await value
         except VerdictTimeout:
             raise
-        except Exception as error:  # code of others: whatever it raises ends this trajectory only
+        except Exception as error:  # code of others: its error ends this trajectory only
             raise RewardError(f"reward '{self.name}' raised {type(error).__name__}: {error}") from error
         try:
             reward = float(value)
@@ -107,14 +107,14 @@ def numeric(completion: str, answer: str, problem: Problem) -> float:
     `1,200`, `1200.0`, `2400/2` and `1.2e3` are equal. Whole numbers must be equal exactly; others to one
     part in a million, since written decimals are rounded. Raises ValueError for an answer without number.
     """
-    wanted, said = last_number(answer), last_number(completion)
+    wanted, found = last_number(answer), last_number(completion)
     if wanted is None:
         raise ValueError(f"the answer {answer!r} holds no number")
-    if said is None:
+    if found is None:
         return 0.0
     if wanted.denominator == 1:
-        return float(said == wanted)
-    return float(abs(said - wanted) <= TOLERANCE * abs(wanted))
+        return float(found == wanted)
+    return float(abs(found - wanted) <= TOLERANCE * abs(wanted))
 
 
 def last_number(text: str) -> Fraction | None:

@@ -64,14 +64,14 @@ class Tools(Dataset):
 
     async def rollout(self, problem: Problem, session: Session) -> float:
         stop = (CALL_CLOSE, *self.settings.stop)
-        said: list[str] = []
+        written: list[str] = []
         calls = errors = 0
         answered = False
         for _ in range(self.max_turns):
             text = await session.generate(
-                max_tokens=self.settings.max_tokens, stop=stop, state_key=stable_hash("".join(said))
+                max_tokens=self.settings.max_tokens, stop=stop, state_key=stable_hash("".join(written))
             )
-            said.append(text)
+            written.append(text)
             call = read_call(text)
             if call is None:
                 answered = True
@@ -82,27 +82,27 @@ class Tools(Dataset):
             calls, errors = calls + 1, errors + failed
             if self.call_reward and not failed:
                 session.reward_turn(self.call_reward)
-            said.append(RESULT_OPEN + result + RESULT_CLOSE)
-            session.append(said[-1])
+            written.append(RESULT_OPEN + result + RESULT_CLOSE)
+            session.append(written[-1])
         else:
             session.end_at_turn_limit()
         session.note("tool_calls", float(calls))
         session.note("tool_errors", float(errors))
-        return await self.judge(said[-1], problem, session) if answered else 0.0
+        return await self.judge(written[-1], problem, session) if answered else 0.0
 
     async def _ask(self, call: str, problem: Problem) -> tuple[str, bool]:
-        """What the tool says, and whether it failed."""
+        """(the tool's text, whether it failed)"""
         try:
             result = self.tool(call, problem)
             if inspect.isawaitable(result):
                 result = await result
             return str(result)[:MOST_RESULT], False
-        except Exception as error:  # code of others, on text of the policy's: the policy is told
+        except Exception as error:  # code of others, on text that the policy wrote: the policy gets the error
             return f"error: {error}"[:MOST_RESULT], True
 
 
 def read_call(text: str) -> str | None:
-    """What stands in the last pair of tags of a turn that ends with one; else None."""
+    """The text in the last pair of tags of a turn that ends with one; else None."""
     if not text.endswith(CALL_CLOSE):
         return None
     _, found, call = text.removesuffix(CALL_CLOSE).rpartition(CALL_OPEN)

@@ -1,12 +1,12 @@
-"""What a holder of weights can show of them: checksums of sampled elements, and log-probs on a probe.
+"""Evidence of the weights that a process holds: checksums of sampled elements, and log-probs on a probe.
 
-The trainer makes the evidence of each version it publishes, a generator that of the weights its engine
-holds after each load. Checksums say exactly which tensors are not those published; the probe says whether
-the engine computes with them what the trainer would. Nothing here knows of processes or messages.
+The trainer computes the evidence of each version it publishes, a generator that of the weights in its engine after each
+load. The checksums show which tensors differ from those published; the probe shows whether the engine computes with
+them what the trainer computes. Nothing here depends on processes or messages.
 
-What is sampled changes with the version, so that an element that one version's samples miss is seen under
-another. What this cannot see: a fault in fewer elements of a tensor than there are between two samples,
-until some version's samples meet it.
+The sampled elements change with the version, so that an element that one version's samples miss is sampled under
+another. A fault in fewer elements of a tensor than lie between two samples stays unseen until some version's samples
+include one of them.
 """
 
 from __future__ import annotations
@@ -30,43 +30,44 @@ if TYPE_CHECKING:
     from async_rl.task.protocol import Task
 
 SAMPLES = 64
-"""elements of one tensor that are looked at under one version; smaller tensors are looked at whole"""
+"""elements sampled of one tensor under one version; smaller tensors are checked whole"""
 PROBE_TOKENS = 64
+"""tokens of a probe"""
 BUNCH_BYTES = 1 << 28
-"""of tensors whose checksums are formed together"""
+"""bytes of tensors whose checksums are computed together"""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """mean difference (`Comparison.mean_difference`) that the engine's dtype explains, nats. Measured in bfloat16: 0.001
 to 0.005 for two layers, up to 0.02 for 16 layers with sharp answers; in float32 2e-6."""
 _ENOUGH_KINDS = 16
-"""a probe of fewer different tokens says nothing of attention: equal values average to themselves"""
+"""a probe with fewer different tokens does not test attention: equal values average to themselves"""
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """Of one version of the weights, as one holder has them."""
+    """Checksums and log-probs of one version of the weights, as one process holds them."""
 
     version: int
     digests: Mapping[str, int]
     """tensor name -> checksum of its name, shape, dtype and sampled elements, 64 bits"""
     split: Collection[str] = ()
-    """tensors that this holder cannot look at whole: they are not compared"""
+    """tensors that no process of this holder has whole; they are not compared"""
     log_probs: Sequence[float]
-    """of all but the first token of the probe, nats"""
+    """of all tokens of the probe but the first, nats"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What is different between the evidence expected and that found."""
+    """The differences between expected evidence and found evidence."""
 
     tensors: tuple[str, ...]
-    """whose checksums differ, or that only one side has"""
+    """tensors whose checksums differ, or that only one side has"""
     num_tensors: int
     max_difference: float
-    """of the log-probs on the probe, nats; infinite when one is no number or the probes are not of one length"""
+    """largest difference of a log-prob on the probe, nats; infinite when one is no number or the lengths differ"""
     mean_difference: float
-    """mean of |difference| / max(1, |log-prob expected|), nats: rounding errors grow with the log-prob, and a
-    probe has tokens that are far less probable than any the policy samples"""
+    """mean of |difference| / max(1, |expected log-prob|), nats: rounding errors grow with the log-prob, and a probe has
+    tokens that are far less probable than those that the policy samples"""
     worst: int
     """index of the log-prob with the largest difference"""
     expected: float
@@ -74,12 +75,13 @@ class Comparison:
     found: float
 
     def wrong(self, tolerance: float) -> bool:
-        """`tolerance`: of the mean difference, nats."""
+        """True when a tensor differs, or the mean difference exceeds `tolerance`, nats."""
         return bool(self.tensors) or not self.mean_difference <= tolerance
 
 
 def fingerprint(tensors: Mapping[str, Tensor], version: int, dtype: torch.dtype | None = None) -> dict[str, int]:
-    """A 64-bit checksum of each tensor; `dtype`: as they are after a cast to it (the engine's)."""
+    """A 64-bit checksum of the name, shape, dtype and sampled elements of each tensor; `dtype`: after a cast to it (the
+    engine's)."""
     import torch
 
     names = sorted(tensors)
@@ -104,7 +106,7 @@ def fingerprint(tensors: Mapping[str, Tensor], version: int, dtype: torch.dtype 
 
 
 def in_bunches(tensors: Iterable[tuple[str, Tensor]], most_bytes: int = BUNCH_BYTES) -> Iterator[dict[str, Tensor]]:
-    """Tensors that come one after another, some at a time: to look at many at once without holding all."""
+    """Group tensors that come one after another, so that many are checked at once and not all are held."""
     bunch: dict[str, Tensor] = {}
     held = 0
     for name, tensor in tensors:
@@ -118,16 +120,17 @@ def in_bunches(tensors: Iterable[tuple[str, Tensor]], most_bytes: int = BUNCH_BY
 
 
 def sampled_elements(sizes: NDArray[np.int64], version: int) -> NDArray[np.int64]:  # [tensors, SAMPLES]
-    """Flat indices of the elements looked at: one in each of SAMPLES equal parts of a tensor, where in
-    its part by a golden-ratio sequence, so that neither samples nor versions fall on one column."""
+    """Flat indices of the sampled elements of tensors with these sizes [tensors]: one in each of SAMPLES equal parts of
+    a tensor. A golden-ratio sequence chooses the place in the part, so that neither samples nor versions fall on one
+    column."""
     part = np.arange(SAMPLES)
     within = ((version * SAMPLES + part) * _GOLDEN) % 1.0
     return ((part + within) * (sizes[:, None] / SAMPLES)).astype(np.int64).clip(0, (sizes[:, None] - 1).clip(0))
 
 
 def probe_tokens(task: Task, tokenizer: Tokenizer, max_context: int) -> tuple[int, ...]:
-    """At most PROBE_TOKENS tokens that every process of a run makes alike: the prompts of the task's first
-    problems; where these have too few different tokens, half of it is spread over the vocabulary."""
+    """At most PROBE_TOKENS tokens, the same in every process of a run: the prompts of the task's first problems; where
+    these have too few different tokens, the second half is spread over the vocabulary."""
     problems = task.problems("train")
     tokens: list[int] = []
     for i in range(min(len(problems), PROBE_TOKENS)):
@@ -143,8 +146,8 @@ def probe_tokens(task: Task, tokenizer: Tokenizer, max_context: int) -> tuple[in
 
 
 def compare(expected: Evidence, found: Evidence) -> Comparison:
-    """Both must be of one version: the elements sampled depend on it. Of tensors that are split where `found` comes
-    from only the probe tells; where that would be all of them, they count as different."""
+    """Compare the evidence of one version, on which the sampled elements depend. Tensors that are split in the process
+    behind `found` are left to the probe; if that would be all of them, they count as different."""
     assert expected.version == found.version
     every = expected.digests.keys() | found.digests.keys()
     names = sorted(every - (set(found.split) - found.digests.keys())) or sorted(every)

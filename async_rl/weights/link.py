@@ -44,7 +44,7 @@ CLOSING_S = 10.0
 
 class Staged:
     """One version of the weights, unchanged while it is sent: a copy in the generators' dtype, in the sender's memory
-    or, where only the tensors under way must be there, in pinned main memory.
+    or, where only the tensors being sent must be there, in pinned main memory.
 
     Any number of transfers read at once. The trainer waits for them before it writes the next version, with a
     deadline, and names the generator that holds it up. The copy costs the size of the model once.

@@ -1,4 +1,4 @@
-"""Which way weights take to a generator. Pure: from what was asked for and where both sides are."""
+"""Which transport carries weights to a generator: a pure function of the setting and of where both sides are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from async_rl.errors import UserError
 Way = Literal["shared_memory", "stream", "nccl", "ipc"]
 Asked = Literal["auto", "shared_memory", "stream", "nccl", "ipc"]
 LINKS: tuple[Way, ...] = ("nccl", "ipc")
-"""ways that lead from the trainer's GPU straight into vLLM's workers"""
+"""transports from the trainer's GPU straight into vLLM's workers"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,18 +21,19 @@ class Sides:
     same_host: bool
     engine: Literal["embedded", "vllm"]
     trainer_gpu: str = ""
-    """the one that sends, of rank 0; empty: it trains on the CPU"""
+    """the GPU of rank 0, which sends; empty: it trains on the CPU"""
     generator_gpus: tuple[str, ...] = ()
-    """all that hold the generator's model; empty: it is on the CPU. Named as `trainer_gpu` is: physical ones, not
-    what a process sees"""
+    """all GPUs that hold the generator's model; empty: it is on the CPU. Both name physical GPUs, not those visible to
+    a process"""
     ipc_works: bool = True
     """vLLM's module for CUDA IPC can be imported (0.26 needs ray for it)"""
     adapters_alone: bool = False
-    """what travels are adapters of a model that the generator adds to its own copy"""
+    """only adapters are sent, which the generator adds to its own copy of the model"""
 
 
 def choose(asked: Asked, sides: Sides) -> Way:
-    """Raises UserError, with the reason, for a way that does not lead there."""
+    """The transport from the trainer to a generator. Raises UserError, with the reason, for a setting that cannot
+    work."""
     if asked in LINKS:
         problem = _obstacle(asked, sides)
         if problem:
@@ -50,13 +51,13 @@ def choose(asked: Asked, sides: Sides) -> Way:
 
 
 def needs_segment(ways: Collection[str], *, tcp: bool) -> bool:
-    """Whether the trainer keeps its weights in shared memory too: for generators that are not linked, or that may
-    join (`tcp`), or where nobody knows `ways`."""
+    """Whether the trainer keeps its weights in shared memory too: for generators without a link, for generators that
+    may join (`tcp`), and where `ways` is not known."""
     return tcp or not ways or not set(ways) <= set(LINKS)
 
 
 def _obstacle(way: Way, sides: Sides) -> str:
-    """Why this link cannot be; empty: it can. At most one of the two can."""
+    """Why this link cannot work; empty if it can. At most one of the two links can."""
     if not sides.same_host:
         return f"the trainer is on another host, and {way} is for GPUs of one"
     if sides.engine != "vllm":
