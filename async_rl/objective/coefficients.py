@@ -21,26 +21,24 @@ from async_rl.objective.advantage import (
     proxy_log_norm_square,
     value_loss,
 )
-from async_rl.objective.metrics import (
+from async_rl.objective.measures import (
     Meter,
-    measure_lag,
-    measure_ratios,
-    measure_selection,
-    measure_signal,
-    measure_trust,
-    without_empty_buckets,
-)
-from async_rl.objective.own import is_own_function
-from async_rl.objective.recipe import AggregateSettings, KlSettings, Recipe, requirements
-from async_rl.objective.state import ObjectiveState
-from async_rl.objective.step_size import (
     effective_sample_size,
     ess_ratio,
     kappa_of,
     kappa_per_trajectory,
     logit_size,
+    measure_lag,
+    measure_ratios,
+    measure_selection,
+    measure_signal,
+    measure_trust,
     scalar_size,
+    without_empty_buckets,
 )
+from async_rl.objective.own import is_own_function
+from async_rl.objective.recipe import AggregateSettings, KlSettings, Recipe, requirements
+from async_rl.objective.state import ObjectiveState
 from async_rl.objective.tokens import (
     LARGEST_LOG_RATIO,
     Coefficients,

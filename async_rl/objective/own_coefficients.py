@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from async_rl.errors import UserError
-from async_rl.objective.metrics import (
+from async_rl.objective.measures import (
     Meter,
+    effective_sample_size,
+    ess_ratio,
     mean_of,
     measure_lag,
     measure_ratios,
@@ -27,7 +29,6 @@ from async_rl.objective.metrics import (
 from async_rl.objective.own import OwnFunction, load_own_function
 from async_rl.objective.recipe import Recipe, Requirements, requirements
 from async_rl.objective.state import ObjectiveState
-from async_rl.objective.step_size import effective_sample_size, ess_ratio
 from async_rl.objective.tokens import Coefficients, Columns, Tokens, tokens_of
 from async_rl.objective.trust import Selection
 

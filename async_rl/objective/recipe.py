@@ -6,6 +6,7 @@ What the axes mean in formulas: docs/algorithms.md#coefficients.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from async_rl.config.schema import setting
@@ -279,6 +280,7 @@ class Requirements:
     """gradient norms of the `clipped` and the `policy` column (kappa, exact)"""
 
 
+@lru_cache(maxsize=256)  # asked for several times a step
 def requirements(recipe: Recipe) -> Requirements:
     """What the trainer has to compute for `recipe`: what its axes need, and the columns that a function of the user's
     own asks for. Raises UserError when that function cannot be imported."""

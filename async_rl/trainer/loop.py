@@ -186,22 +186,22 @@ class TrainerLoop:
     def publish(self, step: Step) -> None:
         """Hand the new weights to the generators, unless the run gives them up and goes back."""
         assert step.report is not None
-        stays = not self.guard.gives_up(step.alarms, step.number)
-        if stays:
+        if not self.guard.gives_up(step.alarms, step.number):
             self.inbox.activity.now(f"publishing version {step.number + 1}")
             self.publish_weights(ess=step.report.metrics.get("ess/ratio", -1.0))
         step.published = time.monotonic()
-        if stays and self.size_bytes <= CHECKSUM_BYTES:
-            self.record_weights("checksum", weights_checksum(self.team.weights(self.learner)))
 
     def record(self, step: Step) -> None:
         """Write the metric row and the alarms, start and collect evaluations, save a checkpoint when one is due.
         Raises RolledBack when the run gives these weights up."""
+        gives_up = self.guard.gives_up(step.alarms, step.number)
+        if not gives_up and self.size_bytes <= CHECKSUM_BYTES:
+            self.record_weights("checksum", weights_checksum(self.team.weights(self.learner)))
         row = self.row(step)
         self.totals.add(row)
         append_row(self.folder.metrics, row)
         self.guard.report(step.alarms)
-        if self.guard.gives_up(step.alarms, step.number):
+        if gives_up:
             to_disk(self.folder.metrics)
             raise self.guard.roll_back(step.alarms, step.number, self.progress())
         self.watch_evaluation(step.number)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from async_rl.objective import Columns, ObjectiveState
 from async_rl.objective.coefficients import coefficients
 from async_rl.objective.library import load_recipe
+from async_rl.objective.measures import ess_ratio
 from async_rl.objective.state import FreshMoments
-from async_rl.objective.step_size import ess_ratio
 
 
 @pytest.mark.parametrize(

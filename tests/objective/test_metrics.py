@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from async_rl.objective import Columns, ObjectiveState
 from async_rl.objective.coefficients import coefficients
 from async_rl.objective.library import list_recipes, load_recipe
-from async_rl.objective.metrics import quantile
+from async_rl.objective.measures import quantile
 from async_rl.objective.trust import bucket_names
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
