@@ -43,7 +43,12 @@ MOST_EVENTS = 2_000
 MOST_INCIDENTS = 50
 CLOCK_POINTS = 400
 """points of the curve that maps steps to time"""
-PARTS = ("uplot.css", "report.css"), ("uplot.js", "charts.js", "timeline.js", "samples.js", "report.js")
+STYLES = ("uplot.css", "report.css")
+SCRIPTS = {
+    "report": ("uplot.js", "charts.js", "timeline.js", "samples.js", "report.js"),
+    "lab": ("uplot.js", "charts.js", "lab.js"),
+}
+"""by kind of page"""
 
 
 def write_report(runs: Sequence[Path], out: Path, *, with_ratios: bool = True) -> None:
@@ -58,15 +63,16 @@ def write_report(runs: Sequence[Path], out: Path, *, with_ratios: bool = True) -
         raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out") from None
 
 
-def page(data: dict[str, Any]) -> str:
-    """The HTML page around what `report_data` collected. Data are escaped, so none can end the element it stands in."""
+def page(data: dict[str, Any], *, title: str = "", kind: str = "report") -> str:
+    """The HTML page around collected values. Data are escaped, so none can end the element it stands in. `title`: the
+    names of `data["runs"]` unless given; `kind`: one of SCRIPTS."""
     folder = files("async_rl.observe") / "page"
-    css, js = ("\n".join((folder / name).read_text() for name in names) for names in PARTS)
+    css, js = ("\n".join((folder / name).read_text() for name in names) for names in (STYLES, SCRIPTS[kind]))
     # inside <script type="application/json"> only "<" matters, and JSON may write it so
     inlined = _json(data).replace("<", "\\u003c")
     inlined = inlined.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text
-    title = html.escape(" · ".join(run["name"] for run in data["runs"]))
-    parts = {"TITLE": title, "CSS": css, "JS": js, "DATA": inlined}
+    title = html.escape(title or " · ".join(run["name"] for run in data["runs"]))
+    parts = {"TITLE": title, "KIND": kind, "CSS": css, "JS": js, "DATA": inlined}
     pieces = (folder / "report.html").read_text().split("@@")  # text, name, text, name, ..., text
     return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
 

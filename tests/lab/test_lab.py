@@ -62,7 +62,7 @@ def test_a_lab_whose_worker_is_killed_loses_one_cell_and_the_next_call_runs_that
     def kill(progress: Progress) -> None:
         if progress.name == victim and progress.kind == "step" and progress.text == "1":
             for pid in descendants(os.getpid()):
-                if b"stability.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if b"lab.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, signal.SIGKILL)
 
     assert run(plan, folder.path, kill) == names

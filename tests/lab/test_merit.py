@@ -8,7 +8,7 @@ from math import exp, log
 import pytest
 
 from async_rl.instruments.lab.merit import CellRecord, Curves, Merit, has_collapsed, longest_run, merits, summarise
-from async_rl.instruments.lab.page import merit_row, rate_lines
+from async_rl.instruments.lab.tables import merit_row, rate_lines
 
 
 def record(recipe: str, lag: int, rate: float, final: float, *, seed: int = 0, failed: str = "") -> CellRecord:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -148,3 +150,13 @@ def test_what_cannot_be_simulated_is_said(
         main(["simulate", str(config), *words])
     assert end.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_simulator_loads_no_sockets_no_store_and_no_model() -> None:
+    script = (
+        "import sys, async_rl.instruments.simulate, async_rl.cli.simulate\n"
+        "print([name for name in ('zmq', 'sqlite3', 'torch') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

@@ -22,18 +22,19 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 
-from async_rl import __version__
 from async_rl.config import ModelSettings, Settings
 from async_rl.config.schema import to_yaml
 from async_rl.errors import RunFailed, UserError
 from async_rl.instruments.lab.crew import Answer, Crew, Job
 from async_rl.instruments.lab.merit import COLLAPSED, HOLDS, CellRecord, Merit, merits, read_record, write_record
-from async_rl.instruments.lab.page import cell_line, merit_lines, page_text, rate_lines
+from async_rl.instruments.lab.page import page_text
 from async_rl.instruments.lab.plan import Cell, InitialModel, Plan, digest_of
+from async_rl.instruments.lab.tables import cell_line, merit_lines, rate_lines
 from async_rl.model.folder import existing, weight_files
 from async_rl.observe.console import progress_bar
 from async_rl.run.preflight import preflight
 from async_rl.run_folder import replace_text, take_lock
+from async_rl.version import __version__
 
 
 @dataclass(frozen=True, slots=True)

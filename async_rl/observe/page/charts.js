@@ -33,11 +33,15 @@ function duration(seconds) {
 
 const Charts = (() => {
   const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3], [4, 2], [1, 2]];
-  const state = { runs: [], shown: new Set(), axis: "step", smooth: 0, range: null };
+  const state = { runs: [], shown: new Set(), axis: "step", smooth: 0, ranges: {} };
   const cards = [];
   let watcher = null;
 
   function runColor(index) { return `--c${index % 8}`; }
+
+  /* The horizontal axis of a chart: training steps (or time) unless it names another; charts of one axis zoom together. */
+  function axisOf(chart) { return chart.x || "step"; }
+  function inTime(chart) { return !chart.x && state.axis === "time"; }
 
   /* Seconds at a step, between the points that the clock has. */
   function secondsAt(clock, steps) {
@@ -73,8 +77,8 @@ const Charts = (() => {
       found.push({
         run: r, key, curve,
         color: several ? runColor(r) : `--c${k % 8}`,
-        dash: several ? DASHES[k % DASHES.length] : [],
-        x: state.axis === "time" ? secondsAt(run.clock, curve.x) : curve.x,
+        dash: several ? DASHES[(k + Math.floor(r / 8)) % DASHES.length] : [],
+        x: inTime(chart) ? secondsAt(run.clock, curve.x) : curve.x,
       });
     }));
     return found;
@@ -82,12 +86,13 @@ const Charts = (() => {
 
   /* Alarms and rollbacks of the runs shown: a line from top to bottom, with its name. */
   function incidents(card, u) {
-    const inTime = state.axis === "time", { left, top, width, height } = u.bbox, scale = devicePixelRatio || 1;
+    if (card.chart.x) return;
+    const { left, top, width, height } = u.bbox, scale = devicePixelRatio || 1;
     let drawn = 0;
     u.ctx.save();
     u.ctx.font = `${10 * scale}px system-ui, sans-serif`;
     state.runs.forEach((run, r) => state.shown.has(r) && (run.incidents || []).forEach(([step, name]) => {
-      const at = u.valToPos(inTime ? secondsAt(run.clock, [step])[0] : step, "x", true);
+      const at = u.valToPos(inTime(card.chart) ? secondsAt(run.clock, [step])[0] : step, "x", true);
       if (!(at >= left && at <= left + width)) return;
       u.ctx.strokeStyle = u.ctx.fillStyle = cssColor(name.startsWith("alarm") ? "--bad" : "--note");
       u.ctx.lineWidth = scale;
@@ -124,13 +129,14 @@ const Charts = (() => {
     }
     const ticks = { stroke: grid, width: 1, size: 4 };
     const axis = { stroke: soft, grid: { stroke: grid, width: 1 }, ticks, font: "11px system-ui, sans-serif" };
-    const inTime = state.axis === "time";
+    const range = state.ranges[axisOf(card.chart)], named = card.chart.x ? { label: card.chart.x, labelSize: 18, labelFont: "11px system-ui, sans-serif" } : {};
     return {
       width: card.plot.clientWidth, height: 210, legend: { show: false }, series, bands,
-      cursor: { sync: { key: "all" }, drag: { x: true, y: false, setScale: false }, points: { size: 6 } },
-      scales: { x: { time: false, ...(state.range ? { range: () => state.range } : {}) }, y: log ? { distr: 3 } : { range: padded } },
+      cursor: { sync: { key: axisOf(card.chart) }, drag: { x: true, y: false, setScale: false }, points: { size: 6 } },
+      scales: { x: { time: false, ...(card.chart.log_x ? { distr: 3 } : {}), ...(range ? { range: () => range } : {}) }, y: log ? { distr: 3 } : { range: padded } },
       axes: [
-        { ...axis, size: 28, values: (_, v) => v.map(x => (inTime ? duration(x) : short(x))) },
+        { ...axis, ...named, size: 28, ...(card.chart.log_x ? { splits: u => [...u.data[0]], filter: (_, splits) => splits } : {}),
+          values: (_, v) => v.map(x => (inTime(card.chart) ? duration(x) : short(x))) },
         { ...axis, size: 58, ...(log ? { splits: decades, filter: (_, splits) => splits } : {}), values: (_, v) => v.map(x => (x == null ? "" : short(x))) },
       ],
       hooks: {
@@ -138,7 +144,7 @@ const Charts = (() => {
         setCursor: [u => legendValues(card, u.cursor.idx, data)],
         setSelect: [u => {
           if (u.select.width < 4) return;
-          zoom([u.posToVal(u.select.left, "x"), u.posToVal(u.select.left + u.select.width, "x")]);
+          zoom(card, [u.posToVal(u.select.left, "x"), u.posToVal(u.select.left + u.select.width, "x")]);
         }],
       },
     };
@@ -175,13 +181,13 @@ const Charts = (() => {
     const anyPositive = usable.some(line => line.curve.y.some(v => v > 0));
     const log = card.chart.log && anyPositive;
     const tables = usable.map(line => {
-      const columns = [smoothed(line.curve.y, state.smooth)];
+      const columns = [smoothed(line.curve.y, card.chart.x ? 0 : state.smooth)];
       if (line.curve.lo) columns.push(line.curve.hi, line.curve.lo);
       return [line.x, ...columns.map(column => positive(column, log))];
     });
     const data = tables.length === 1 ? tables[0] : uPlot.join(tables);
     card.plotted = new uPlot(options(card, usable, data, log), data, card.plot);
-    card.plotted.over.addEventListener("dblclick", () => zoom(null));
+    card.plotted.over.addEventListener("dblclick", () => zoom(card, null));
     card.node.dataset.drawn = String(usable.length);
     legendValues(card, null, data);
   }
@@ -190,6 +196,15 @@ const Charts = (() => {
     card.legend.textContent = "";
     const several = state.runs.length > 1;
     card.values = [];
+    if (card.chart.by_run) {
+      state.runs.forEach((run, r) => {
+        if (!state.shown.has(r) || !card.chart.keys.some(key => run.curves[key])) return;
+        const value = el("b", {});
+        card.legend.append(el("span", {}, el("i", { style: `border-color: var(${runColor(r)}); border-top-style: ${r < 8 ? "solid" : "dashed"}` }), run.name, value));
+        card.values.push([line => line.run === r, value]);
+      });
+      return;
+    }
     const known = card.chart.keys.filter(key => state.runs.some((run, r) => run.curves[key] && state.shown.has(r)));
     known.forEach(key => {
       const k = card.chart.keys.indexOf(key);
@@ -200,14 +215,14 @@ const Charts = (() => {
         "aria-pressed": String(!card.hidden.has(key)), title: "show or hide", "data-key": key,
         onclick: () => { card.hidden.has(key) ? card.hidden.delete(key) : card.hidden.add(key); draw(card); },
       }, line, key, value, bad ? el("span", { class: "badge bad" }, `${bad} not finite`) : null));
-      card.values.push([key, value]);
+      card.values.push([line => line.key === key, value]);
     });
   }
 
   /* At the cursor, else the last value; of several runs in their order. */
   function legendValues(card, index, data) {
-    for (const [key, node] of card.values) {
-      const found = card.drawn.filter(line => line.key === key && line.index).map(line => {
+    for (const [belongs, node] of card.values) {
+      const found = card.drawn.filter(line => belongs(line) && line.index).map(line => {
         const column = data[line.index];
         let at = index == null ? column.length - 1 : index;
         while (at > 0 && column[at] == null) at--;
@@ -217,7 +232,7 @@ const Charts = (() => {
     }
   }
 
-  function zoom(range) { state.range = range; redraw(); }
+  function zoom(card, range) { state.ranges[axisOf(card.chart)] = range; redraw(); }
 
   function redraw() {
     for (const card of cards) {

@@ -35,7 +35,7 @@
     const axis = document.getElementById("axis");
     for (const name of ["step", "time"]) axis.append(el("button", { "aria-pressed": String(name === "step"), onclick: event => {
       Charts.state.axis = name;
-      Charts.state.range = null;
+      Charts.state.ranges = {};
       for (const other of axis.children) other.setAttribute("aria-pressed", String(other === event.currentTarget));
       Charts.redraw();
     } }, name));
