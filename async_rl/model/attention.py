@@ -65,8 +65,8 @@ class DocumentAttention:
 
 
 def half_precision(query: Tensor) -> torch.dtype | None:
-    """The dtype for a kernel: autocast's (rotated queries are float32 there, and no kernel casts them itself), else the
-    query's own; None when that is not float16 or bfloat16."""
+    """The dtype in which a kernel computes `query` [tokens, heads, head_dim]: autocast's (rotated queries are float32
+    there, and no kernel casts them itself), else the query's own; None when that is not float16 or bfloat16."""
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     return dtype if dtype in (torch.float16, torch.bfloat16) else None

@@ -365,7 +365,7 @@ def join_norms(norms: Sequence[RMSNorm]) -> Tensor:  # [norms, size]
 
 
 def stack(parameters: Sequence[Tensor]) -> Tensor:
-    """Concatenate parameters along their first dimension, and make each a view of the result."""
+    """Concatenate parameters [out, ...] to [sum of out, ...], and make each a view of the result."""
     with torch.no_grad():
         joint = torch.cat([parameter.detach() for parameter in parameters])
     begin = 0

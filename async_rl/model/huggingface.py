@@ -168,6 +168,7 @@ class CountedAttention:
         self.heads = (0, 0, 0)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Shapes as `Attention.__call__`."""
         self.layers.add(layer)
         self.heads = (query.shape[1], key.shape[1], key.shape[2])
         return self.inner(layer, query, key, value)
