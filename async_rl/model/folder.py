@@ -308,6 +308,6 @@ class TensorFiles:
         self._stack.close()
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start <= row < stop of a tensor, [stop - start, ...], in its stored dtype on the CPU. Raises KeyError."""
+        """Rows start <= row < stop of a tensor [stop - start, ...], in its stored dtype on the CPU. Raises KeyError."""
         part: Tensor = self._file_of[name].get_slice(name)[start:stop]
         return part
