@@ -3,11 +3,12 @@
     python 01_own_reward.py            # 80 steps, about a minute on a laptop
     python 01_own_reward.py 3          # a look at it
 
-The model is asked for sums. The built-in reward `numeric` says 1 for the right number and 0 for any other; this one
-also pays for being near, so that a model which is nearly right learns from it. A reward is any function (or coroutine)
-of completion, answer and problem that returns a number.
+The model is asked to sort four letters. The built-in reward `exact` says 1 or 0; this one pays for every letter in its
+place, so that a model which is nearly right learns from it. A reward is any function (or coroutine) of completion,
+answer and problem that returns a number.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -17,29 +18,31 @@ import async_rl as ar
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 80
 
 
-def nearness(completion: str, answer: str, problem: ar.Problem) -> float:
-    """1 for the right sum, 1/2 for one beside it, 1/3 for the next, ...; 0 for no number."""
+def in_place(completion: str, answer: str, problem: ar.Problem) -> float:
+    """The share of letters that stand where they belong; a wrong length costs as well."""
     said = completion.removesuffix(".")
-    return 1 / (1 + abs(int(said) - int(answer))) if said.isdecimal() else 0.0
+    return sum(a == b for a, b in zip(said, answer, strict=False)) / max(len(said), len(answer))
 
 
 def write_rows(path: Path) -> None:
     """A data set: one JSON object a line, with a prompt and its answer."""
-    rows = [{"prompt": f"{a}+{b}=", "answer": a + b} for a in range(20) for b in range(10)]
+    words = ["".join(letters) for letters in itertools.product("abcde", repeat=4)]
+    rows = [{"prompt": f"{word}=", "answer": "".join(sorted(word))} for word in words]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":
-    write_rows(Path("sums.jsonl"))
-    if not Path("models/sums").exists():  # a small model that has seen a few sums
-        ar.init_model("models/sums", "arithmetic", until=0.05, max_steps=5 * STEPS)
+    write_rows(Path("words.jsonl"))
+    if not Path("models/letters").exists():  # a small model that has seen some sorting
+        task = {"name": "sort", "args": {"length": 4, "alphabet_size": 5}}
+        ar.init_model("models/letters", task, until=0.05, max_steps=5 * STEPS)
     run = ar.train(
-        {"name": "own-reward", "model": {"path": "models/sums"}, "recipe": "grpo"},
-        task={"name": "dataset", "args": {"path": "sums.jsonl", "as_chat": False, "stop": ["."], "max_tokens": 4}},
-        reward=nearness,
-        batch={"groups_per_step": 16, "group_size": 8},
+        {"name": "own-reward", "model": {"path": "models/letters"}, "recipe": "grpo"},
+        task={"name": "dataset", "args": {"path": "words.jsonl", "as_chat": False, "stop": ["."], "max_tokens": 6}},
+        reward=in_place,
+        batch={"groups_per_step": 8, "group_size": 16},
         trainer={"steps": STEPS},
-        optimizer={"learning_rate": 5e-4, "warmup_steps": 5},
-        evaluation={"problems": 20, "samples": 8},
+        optimizer={"learning_rate": 3e-4, "warmup_steps": 5, "schedule": "linear"},
+        evaluation={"problems": 32},
     )
-    print(f"nearness to the sum: {run.summary['reward_eval_first']:.2f} -> {run.summary['reward_eval_last']:.2f}")
+    print(f"letters in place: {run.summary['reward_eval_first']:.2f} -> {run.summary['reward_eval_last']:.2f}")

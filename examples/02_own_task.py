@@ -69,13 +69,13 @@ class Nim(ar.Task):
 
 if __name__ == "__main__":
     if not Path("models/nim").exists():
-        ar.init_model("models/nim", Nim, until=0.4, max_steps=10 * STEPS)
+        ar.init_model("models/nim", Nim, until=0.4, max_steps=5 * STEPS)
     run = ar.train(
         {"name": "own-task", "model": {"path": "models/nim"}, "recipe": "vcpo"},
         task=Nim,
-        batch={"groups_per_step": 16, "group_size": 16},
+        batch={"groups_per_step": 8, "group_size": 16},
         trainer={"steps": STEPS},
         optimizer={"learning_rate": 6e-4, "warmup_steps": 5},
-        evaluation={"problems": 64},
+        evaluation={"problems": 64, "samples": 2},
     )
     print(f"games won: {run.summary['reward_eval_first']:.0%} -> {run.summary['reward_eval_last']:.0%}")

@@ -35,15 +35,15 @@ def fading(columns: ar.Columns) -> ar.Coefficients:
 
 if __name__ == "__main__":
     if not Path("models/guess").exists():
-        ar.init_model("models/guess", "guess", until=0.4, max_steps=10 * STEPS)
+        ar.init_model("models/guess", "guess", until=0.4, max_steps=5 * STEPS)
     run = ar.train(
         {"name": "own-recipe", "model": {"path": "models/guess"}, "task": "guess"},
         recipe=fading,
-        staleness={"max_staleness": 4},
-        batch={"groups_per_step": 16, "group_size": 16},
+        staleness={"max_staleness": 2},
+        batch={"groups_per_step": 8, "group_size": 16},
         trainer={"steps": STEPS},
-        optimizer={"learning_rate": 6e-4, "warmup_steps": 5},
-        evaluation={"problems": 64},
+        optimizer={"learning_rate": 3e-4, "warmup_steps": 10, "schedule": "linear"},
+        evaluation={"problems": 32},
     )
     weights = run.metrics.column("mine/weight_mean")
     print(f"held-out reward: {run.summary['reward_eval_first']:.2f} -> {run.summary['reward_eval_last']:.2f}")

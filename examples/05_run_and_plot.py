@@ -35,13 +35,13 @@ def picture(run: ar.Run, path: Path) -> Path:
 
 if __name__ == "__main__":
     if not Path("models/guess").exists():
-        ar.init_model("models/guess", "guess", until=0.4, max_steps=10 * STEPS)
+        ar.init_model("models/guess", "guess", until=0.4, max_steps=5 * STEPS)
     run = ar.train(
         {"name": "plot", "model": {"path": "models/guess"}, "task": "guess", "recipe": "vcpo"},
-        batch={"groups_per_step": 16, "group_size": 16},
+        batch={"groups_per_step": 8, "group_size": 16},
         trainer={"steps": STEPS},
         optimizer={"learning_rate": 6e-4, "warmup_steps": 5},
-        evaluation={"problems": 64},
+        evaluation={"problems": 32},
         quiet=True,
     )
     turns = defaultdict(list)

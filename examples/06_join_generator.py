@@ -33,16 +33,16 @@ def second_shell() -> None:
 
 if __name__ == "__main__":
     if not Path("models/guess").exists():
-        ar.init_model("models/guess", "guess", until=0.4, max_steps=10 * STEPS)
+        ar.init_model("models/guess", "guess", until=0.4, max_steps=2 * STEPS)
     shell = threading.Thread(target=second_shell, daemon=True)
     shell.start()
     run = ar.train(
         {"name": "joined", "model": {"path": "models/guess"}, "task": "guess", "recipe": "vcpo"},
         run_dir=RUN,
-        batch={"groups_per_step": 16, "group_size": 16},
+        batch={"groups_per_step": 8, "group_size": 8},
         trainer={"steps": STEPS},
         optimizer={"learning_rate": 6e-4, "warmup_steps": 5},
-        evaluation={"problems": 32},
+        evaluation={"problems": 16},
         quiet=True,
     )
     shell.join(timeout=30)
