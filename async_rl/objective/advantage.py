@@ -1,9 +1,12 @@
-"""Advantages without a critic: what is credited, compared with what, divided by what.
+"""Advantages: what is credited, compared with what, divided by what; OPOB's baseline; GAE with a critic.
 
-A value is given to every trajectory, turn or token, centred within a set of comparable ones (the group,
-the same turn of the group, the same environment state) and spread to the tokens. The outcome (`reward`) and
-turn rewards are separate amounts: trajectory credit sees the outcome alone, finer credit sees turn
-rewards where they fell and the outcome at the last token.
+Formulas: docs/algorithms.md#advantages, #opob, #gae. Shapes: T policy tokens, U turns, I trajectories, G groups; all
+float64.
+
+A value is given to every trajectory, turn or token, centred within a set of comparable ones (the group, the same turn
+of the group, the same environment state) and spread to the tokens. The outcome (`reward`) and turn rewards are separate
+amounts: trajectory credit sees the outcome alone, finer credit sees turn rewards where they fell and the outcome at the
+last token. Columns hold policy tokens only, so prompt and tool tokens never enter a sum or a recursion.
 """
 
 from __future__ import annotations
@@ -25,175 +28,23 @@ from async_rl.objective.tokens import (
     segment_sum,
 )
 
-# -------------------- gae
-# Generalised advantage estimation per token and per turn, and the critic's loss.
-#
-# `value[t]` is the critic's value of the state before token t was sampled. Columns hold policy tokens
-# only, so prompt and tool tokens never enter the recursion: the mask-carrying GAE of ALGORITHMS.md 2.5.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Returns:
-    advantage: Tensor  # [tokens]
-    target: Tensor  # [tokens], the critic's
-    trained: Tensor  # [tokens] bool: where the critic's loss is taken
-
-
-def token_gae(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Returns:
-    """A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t. `reward` [tokens]."""
-    assert tokens.value is not None
-    advantage, target = _scan(reward, tokens.value, tokens.trajectory, tokens, recipe.gae, recipe.advantage.discount)
-    return Returns(advantage=advantage, target=target, trained=_trained(tokens, recipe.gae)[tokens.trajectory])
-
-
-def turn_gae(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Returns:
-    """The same over turns, V of a turn being the value before its first token; every token of a turn
-    gets the turn's advantage and the critic is trained on the first (2512.17008). `reward` [tokens]."""
-    assert tokens.value is not None
-    first = tokens.turn_length.cumsum(0).long() - tokens.turn_length.long()
-    advantage, target = _scan(
-        tokens.sum_turn(reward), tokens.value[first], tokens.trajectory_of_turn, tokens, recipe.gae,
-        recipe.advantage.discount,
-    )  # fmt: skip
-    trained = torch.zeros_like(tokens.turn, dtype=torch.bool)
-    trained[first] = True
-    trained &= _trained(tokens, recipe.gae)[tokens.trajectory]
-    return Returns(advantage=advantage[tokens.turn], target=target[tokens.turn], trained=trained)
-
-
-def _scan(
-    reward: Tensor, value: Tensor, trajectory: Tensor, tokens: Tokens, settings: GaeSettings, discount: float
-) -> tuple[Tensor, Tensor]:
-    """Advantage with the policy's trace and target with the critic's, [rows] each."""
-    end = torch.zeros_like(value)
-    if settings.bootstrap_truncated:  # V after the cut is taken to be V before the last token
-        end = torch.where(tokens.columns.truncated[trajectory], value, 0.0)
-    delta = reward + discount * next_in_segment(value, trajectory, last=end) - value
-    trace = torch.full_like(value, settings.trace)
-    if settings.length_adaptive > 0:
-        rows = segment_sum(torch.ones_like(value), trajectory, tokens.num_trajectories)
-        trace = (1 - 1 / (settings.length_adaptive * rows).clamp(min=1.0))[trajectory]
-    advantage = discounted_suffix_sum(delta, discount * trace, trajectory)
-    critic_trace = torch.full_like(value, settings.critic_trace)
-    target = discounted_suffix_sum(delta, discount * critic_trace, trajectory) + value
-    return advantage, target
-
-
-def _trained(tokens: Tokens, settings: GaeSettings) -> Tensor:
-    """Trajectories on which the critic is trained, [trajectories] bool."""
-    if settings.value_finished_only:
-        return tokens.finite & ~tokens.columns.truncated
-    return tokens.finite
-
-
-def value_loss(tokens: Tokens, returns: Returns, settings: GaeSettings) -> tuple[Tensor, Tensor]:
-    """Mean over trained tokens of 1/2 max((V - ret)^2, (V_before + clip(V - V_before) - ret)^2).
-
-    Returns d loss / d V [tokens], and the loss. Where both branches tie the unclipped one counts.
-    """
-    value, before = tokens.value, tokens.value_before
-    assert value is not None
-    assert before is not None
-    share = returns.trained.to(value.dtype) / returns.trained.sum().clamp(min=1)
-    error = value - returns.target
-    gradient, square = error, error.square()
-    if settings.value_clip > 0:
-        step = value - before
-        bounded = before + step.clamp(-settings.value_clip, settings.value_clip) - returns.target
-        worse = bounded.square() > square
-        inside = step.abs() <= settings.value_clip
-        gradient = torch.where(worse, bounded * inside, gradient)
-        square = torch.maximum(square, bounded.square())
-    return gradient * share, 0.5 * (square * share).sum()
-
-
-# -------------------- baseline
-# OPOB, the off-policy optimal baseline (VCPO): sum W R / sum W with W the squared gradient norms.
-#
-# It minimises the second moment of the estimator sum_i g_i (R_i - b) when W_i = |g_i|^2 with g_i the
-# gradient of trajectory i exactly as it enters the step (weight "estimator"). Weights live in log space, so
-# that neither underflow nor overflow of importance weights changes the result (ALGORITHMS.md 1.3).
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opob:
-    """The gradient is sum_i g_i (values_i - b units_i); the baseline is in units of values / units."""
-
-    values: Tensor  # [trajectories]
-    units: Tensor  # [trajectories], 0 where nothing is subtracted
-
-
-def optimal_baseline(log_weight: Tensor, opob: Opob, tokens: Tokens, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """[trajectories] log W -> baseline of each group, and the largest share of W in it. Two [groups].
-
-    With scope batch all groups have the same. 0 where no trajectory has weight.
-    """
-    group = tokens.group_of_trajectory
-    num = tokens.num_groups
-    if recipe.opob.scope == "batch":
-        group, num = torch.zeros_like(group), 1
-    alive = opob.units > 0
-    log_weight = torch.where(alive & ~torch.isnan(log_weight), log_weight, -torch.inf)
-    target = torch.where(alive, opob.values / opob.units.clamp(min=torch.finfo(opob.units.dtype).tiny), 0.0)
-    total = segment_log_sum_exp(log_weight, group, num)
-    share = torch.where(torch.isfinite(log_weight), (log_weight - total[group]).exp(), 0.0)
-    baseline = segment_sum(share * target, group, num)
-    largest = segment_max(share, group, num, empty=0.0)
-    if recipe.opob.scope == "batch":
-        return baseline.expand(tokens.num_groups), largest.expand(tokens.num_groups)
-    return baseline, largest
-
-
-def log_opob_weight(
-    log_norm_square: Tensor, column: Tensor, trust_weight: Tensor, tokens: Tokens, recipe: Recipe
-) -> Tensor:
-    """log W of each trajectory from the log squared gradient norm of its `baseline` column.
-
-    log_norm_square: [trajectories], log |sum_t column_t grad log pi_t|^2
-    column: [tokens], the baseline column; paper and reference_code need it constant in a trajectory
-    trust_weight: [tokens], the weight kappa inside the column
-    """
-    if recipe.opob.weight == "estimator":
-        return log_norm_square
-    log_column = tokens.mean_trajectory(column.abs()).log()
-    log_ratio = tokens.sum_trajectory(behaviour_log_ratio(tokens))
-    log_weight = 2 * log_ratio + log_norm_square - 2 * log_column
-    if recipe.opob.weight == "reference_code":
-        log_weight = log_weight + 2 * tokens.mean_trajectory(trust_weight).log()
-    return log_weight
-
-
-def proxy_log_norm_square(column: Tensor, tokens: Tokens, norm: str) -> Tensor:
-    """log of sum_t column_t^2 energy_t, the cheap estimate of a trajectory's squared gradient norm.
-
-    energy: 1 (length) or 1 - 2 pi + sum_v pi_v^2, the squared norm of d log pi / d logits (logit).
-    [tokens] -> [trajectories]; -inf where it is 0.
-    """
-    return tokens.sum_trajectory(column.square() * energy(tokens, norm)).log()
-
-
-def energy(tokens: Tokens, norm: str) -> Tensor:
-    """Squared gradient norm of log pi_t at the logits, or 1. [tokens]"""
-    if norm == "length":
-        return torch.ones_like(tokens.log_prob)
-    assert tokens.prob_square_sum is not None
-    return (1 - 2 * tokens.log_prob.exp() + tokens.prob_square_sum).clamp(min=0.0)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advantage:
-    per_token: Tensor  # [tokens]
-    """what the trust rule sees. With an exact OPOB: R_i / scale, before the baseline is taken off"""
-    unit: Tensor | None = None  # [tokens]
+    """The advantage of every token, and what a baseline or a critic that is found later needs."""
+
+    per_token: Tensor  # [T]
+    """what the trust rule sees. With an exact OPOB: R_i / scale, before the baseline is subtracted"""
+    unit: Tensor | None = None  # [T]
     """with OPOB: 1 / scale, what the baseline multiplies; 0 in groups of equal rewards"""
     opob: Opob | None = None
     returns: Returns | None = None
     """targets of the critic"""
-    zero_signal: Tensor  # [trajectories] bool: its group has equal rewards
+    zero_signal: Tensor  # [I] bool: its group has equal rewards
 
 
 def advantage_of(tokens: Tokens, recipe: Recipe, penalty: Tensor | None) -> Advantage:
-    """`penalty` [tokens]: subtracted from token rewards (KL in the reward)."""
+    """The recipe's advantages. `penalty` [T]: subtracted from token rewards (KL in the reward)."""
     settings = recipe.advantage
     reward = tokens.reward if penalty is None else tokens.reward - tokens.sum_trajectory(penalty)
     zero_signal = _equal(reward, tokens)[tokens.group_of_trajectory]
@@ -228,7 +79,10 @@ def advantage_of(tokens: Tokens, recipe: Recipe, penalty: Tensor | None) -> Adva
 
 
 def token_rewards(tokens: Tokens, outcome: Tensor, penalty: Tensor | None) -> Tensor:
-    """Turn rewards where they fell, the outcome at the last policy token, less `penalty`. [tokens]"""
+    """Turn rewards where they fell, the outcome at the last policy token, less `penalty`. [T]
+
+    outcome [I], penalty [T].
+    """
     reward = tokens.token_reward.clone()
     has_tokens = tokens.length > 0
     last = tokens.length.cumsum(0).long() - 1
@@ -237,7 +91,7 @@ def token_rewards(tokens: Tokens, outcome: Tensor, penalty: Tensor | None) -> Te
 
 
 def group_advantage(tokens: Tokens, reward: Tensor, settings: AdvantageSettings) -> Tensor:
-    """(R - baseline) / scale of each trajectory within its group. [trajectories]
+    """(R - baseline) / scale of each trajectory within its group, [I]. `reward` [I].
 
     A group of equal rewards gives exactly 0 (virtual_max and no baseline excepted), and so does a group of
     one. Trajectories without a finite reward are not compared with and get 0.
@@ -252,7 +106,10 @@ def _compare(
     values: Tensor, key: Tensor, num_keys: int, settings: AdvantageSettings,
     *, counted: Tensor, length: Tensor | None = None, batch_values: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Centre and scale `values` within equal `key`s. [values]"""
+    """Centre and scale `values` [n] within equal `key`s [n] int64; [n]. n trajectories or turns.
+
+    counted [n] bool: those in means and stds; the others get 0. length [n], for baseline length_weighted.
+    """
     weight = counted.to(values.dtype)
     count = segment_sum(weight, key, num_keys)
     safe = count.clamp(min=1.0)
@@ -285,7 +142,7 @@ def _scale(
     values: Tensor, key: Tensor, num_keys: int, settings: AdvantageSettings,
     weight: Tensor, mean: Tensor, size: Tensor, batch_values: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """What `_compare` divides by, [values]; never 0."""
+    """What `_compare` divides by, [n]; never 0. weight [n] is 1 for the counted; mean, size [keys]."""
     if settings.scale == "none":
         return torch.ones_like(values)
     if settings.scale == "group_mean":
@@ -312,11 +169,12 @@ def _constant(values: Tensor, key: Tensor, num_keys: int, counted: Tensor) -> Te
 
 
 def _equal(reward: Tensor, tokens: Tokens) -> Tensor:
+    """Whether all rewards [I] of a group are equal, [G] bool."""
     return _constant(reward, tokens.group_of_trajectory, tokens.num_groups, tokens.rewarded)
 
 
 def opob_parts(tokens: Tokens, reward: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """What OPOB's baseline is subtracted from, and what it multiplies. Two [trajectories].
+    """What OPOB's baseline is subtracted from, and what it multiplies, two [I]. `reward` [I].
 
     Scope group: R / scale and 1 / scale. Scope batch: the group-centred, scaled reward, and 1.
     Both 0 where all rewards within the scope are equal, so that the gradient there is exactly 0.
@@ -338,25 +196,26 @@ def opob_parts(tokens: Tokens, reward: Tensor, recipe: Recipe) -> tuple[Tensor, 
 
 
 def _group_mean_advantage(tokens: Tokens, reward: Tensor, settings: AdvantageSettings) -> Tensor:
+    """`group_advantage` with the group's mean, [I]."""
     return group_advantage(tokens, reward, replace(settings, baseline="group_mean"))
 
 
 def turn_returns(tokens: Tokens, reward: Tensor, penalty: Tensor | None, discount: float) -> Tensor:
-    """R_k = sum_{j >= k} gamma^(j-k) r_j over the trajectory's turns, outcome in the last. [turns]"""
+    """R_k = sum_{j >= k} gamma^(j-k) r_j over the trajectory's turns, outcome in the last. [U]"""
     per_turn = tokens.sum_turn(token_rewards(tokens, tokens.reward, penalty))
     decay = torch.full_like(per_turn, discount)
     return discounted_suffix_sum(per_turn, decay, tokens.trajectory_of_turn)
 
 
 def _centre_turns(tokens: Tokens, values: Tensor, settings: AdvantageSettings) -> Tensor:
-    """Turns against all turns of their group. [turns]"""
+    """Turns, values [U], against all turns of their group. [U]"""
     key = tokens.group_of_trajectory[tokens.trajectory_of_turn]
     counted = tokens.rewarded[tokens.trajectory_of_turn]
     return _compare(values, key, tokens.num_groups, settings, counted=counted, length=tokens.turn_length)
 
 
 def _turn_group(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: AdvantageSettings) -> Tensor:
-    """Turn rewards against the same turn of the group, plus the outcome's group advantage. [turns]"""
+    """Turn rewards against the same turn of the group, plus the outcome's group advantage. [U]"""
     own = tokens.sum_turn(tokens.token_reward if penalty is None else tokens.token_reward - penalty)
     trajectory = tokens.trajectory_of_turn
     ones = torch.ones_like(own)
@@ -370,8 +229,10 @@ def _turn_group(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings
 
 
 def _gigpo(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: AdvantageSettings) -> Tensor:
-    """Episode advantage in the group, plus the discounted return of the turn against the turns of the
-    group that began in the same environment state; 0 where the state is unknown or met once. [turns]"""
+    """Episode advantage in the group, plus the return of the turn against turns that began in the same state. [U]
+
+    The states compared are those of the group; the second part is 0 where the state is unknown or met once.
+    """
     trajectory = tokens.trajectory_of_turn
     values = turn_returns(tokens, reward, penalty, settings.discount)
     key, num_keys = _pairs(tokens.group_of_trajectory[trajectory], tokens.state_key)
@@ -383,7 +244,7 @@ def _gigpo(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: Adv
 
 
 def _pairs(first: Tensor, second: Tensor) -> tuple[Tensor, int]:
-    """An index for every distinct pair, and how many there are."""
+    """An index [n] int64 for every distinct pair of first and second, [n] int64 each, and how many there are."""
     if len(first) == 0:
         return first, 0
     second = torch.unique(second, return_inverse=True)[1]
@@ -392,7 +253,7 @@ def _pairs(first: Tensor, second: Tensor) -> tuple[Tensor, int]:
 
 
 def _token_returns(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: AdvantageSettings) -> Tensor:
-    """Discounted return-to-go of every token (REINFORCE++), of the baselined outcome. [tokens]"""
+    """Discounted return-to-go of every token (REINFORCE++), of the baselined outcome. [T]"""
     outcome = group_advantage(tokens, tokens.reward, settings)
     per_token = token_rewards(tokens, outcome, penalty)
     decay = torch.full_like(per_token, settings.discount)
@@ -400,9 +261,166 @@ def _token_returns(tokens: Tokens, reward: Tensor, penalty: Tensor | None, setti
 
 
 def whitened(values: Tensor, tokens: Tokens) -> Tensor:
-    """Mean 0 and sample std 1 over the batch's tokens of finite trajectories. [tokens]"""
+    """Mean 0 and sample std 1 over the batch's tokens of finite trajectories. [T]"""
     ok = tokens.finite[tokens.trajectory].to(values.dtype)
     count = ok.sum()
     mean = (values * ok).sum() / count.clamp(min=1.0)
     variance = ((values - mean).square() * ok).sum() / (count - 1).clamp(min=1.0)
     return (values - mean) * (variance + 1e-8).rsqrt()
+
+
+# OPOB, the off-policy optimal baseline (VCPO; docs/algorithms.md#opob): sum W R / sum W with W the squared gradient
+# norms. It minimises the second moment of the estimator sum_i g_i (R_i - b) when W_i = |g_i|^2 with g_i the gradient of
+# trajectory i exactly as it enters the step (weight "estimator"). Weights live in log space, so that neither underflow
+# nor overflow of importance weights changes the result.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opob:
+    """The gradient is sum_i g_i (values_i - b units_i); the baseline is in units of values / units."""
+
+    values: Tensor  # [I]
+    units: Tensor  # [I], 0 where nothing is subtracted
+
+
+def optimal_baseline(log_weight: Tensor, opob: Opob, tokens: Tokens, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The baseline of each group, and the largest share of W in it, two [G], from log W [I].
+
+    With scope batch all groups have the same. 0 where no trajectory has weight.
+    """
+    group = tokens.group_of_trajectory
+    num = tokens.num_groups
+    if recipe.opob.scope == "batch":
+        group, num = torch.zeros_like(group), 1
+    alive = opob.units > 0
+    log_weight = torch.where(alive & ~torch.isnan(log_weight), log_weight, -torch.inf)
+    target = torch.where(alive, opob.values / opob.units.clamp(min=torch.finfo(opob.units.dtype).tiny), 0.0)
+    total = segment_log_sum_exp(log_weight, group, num)
+    share = torch.where(torch.isfinite(log_weight), (log_weight - total[group]).exp(), 0.0)
+    baseline = segment_sum(share * target, group, num)
+    largest = segment_max(share, group, num, empty=0.0)
+    if recipe.opob.scope == "batch":
+        return baseline.expand(tokens.num_groups), largest.expand(tokens.num_groups)
+    return baseline, largest
+
+
+def log_opob_weight(
+    log_norm_square: Tensor, column: Tensor, trust_weight: Tensor, tokens: Tokens, recipe: Recipe
+) -> Tensor:
+    """log W [I] from the log squared gradient norm of each trajectory's `baseline` column.
+
+    log_norm_square: [I], log |sum_t column_t grad log pi_t|^2
+    column: [T], the baseline column; weights paper and reference_code need it constant in a trajectory
+    trust_weight: [T], the weight kappa inside the column
+    """
+    if recipe.opob.weight == "estimator":
+        return log_norm_square
+    log_column = tokens.mean_trajectory(column.abs()).log()
+    log_ratio = tokens.sum_trajectory(behaviour_log_ratio(tokens))
+    log_weight = 2 * log_ratio + log_norm_square - 2 * log_column
+    if recipe.opob.weight == "reference_code":
+        log_weight = log_weight + 2 * tokens.mean_trajectory(trust_weight).log()
+    return log_weight
+
+
+def proxy_log_norm_square(column: Tensor, tokens: Tokens, norm: str) -> Tensor:
+    """log of sum_t column_t^2 energy_t, the cheap estimate of a trajectory's squared gradient norm: [T] -> [I].
+
+    energy: 1 (length) or 1 - 2 pi + sum_v pi_v^2, the squared norm of d log pi / d logits (logit). -inf where the sum
+    is 0.
+    """
+    return tokens.sum_trajectory(column.square() * energy(tokens, norm)).log()
+
+
+def energy(tokens: Tokens, norm: str) -> Tensor:
+    """Squared gradient norm of log pi_t at the logits, or 1. [T]"""
+    if norm == "length":
+        return torch.ones_like(tokens.log_prob)
+    assert tokens.prob_square_sum is not None
+    return (1 - 2 * tokens.log_prob.exp() + tokens.prob_square_sum).clamp(min=0.0)
+
+
+# Generalised advantage estimation per token and per turn, and the critic's loss (docs/algorithms.md#gae, #turn-gae,
+# #value-loss).
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Returns:
+    """Advantages from a critic, and what the critic is trained on."""
+
+    advantage: Tensor  # [T]
+    target: Tensor  # [T], of the critic
+    trained: Tensor  # [T] bool: where the critic's loss is taken
+
+
+def token_gae(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Returns:
+    """A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t. `reward` [T]."""
+    assert tokens.value is not None
+    advantage, target = _scan(reward, tokens.value, tokens.trajectory, tokens, recipe.gae, recipe.advantage.discount)
+    return Returns(advantage=advantage, target=target, trained=_trained(tokens, recipe.gae)[tokens.trajectory])
+
+
+def turn_gae(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Returns:
+    """The same over turns, V of a turn being the value before its first token (arXiv 2512.17008). `reward` [T].
+
+    Every token of a turn gets the turn's advantage; the critic is trained on the first.
+    """
+    assert tokens.value is not None
+    first = tokens.turn_length.cumsum(0).long() - tokens.turn_length.long()
+    advantage, target = _scan(
+        tokens.sum_turn(reward), tokens.value[first], tokens.trajectory_of_turn, tokens, recipe.gae,
+        recipe.advantage.discount,
+    )  # fmt: skip
+    trained = torch.zeros_like(tokens.turn, dtype=torch.bool)
+    trained[first] = True
+    trained &= _trained(tokens, recipe.gae)[tokens.trajectory]
+    return Returns(advantage=advantage[tokens.turn], target=target[tokens.turn], trained=trained)
+
+
+def _scan(
+    reward: Tensor, value: Tensor, trajectory: Tensor, tokens: Tokens, settings: GaeSettings, discount: float
+) -> tuple[Tensor, Tensor]:
+    """Advantage with the policy's trace and target with the critic's, [rows] each, where rows are tokens or turns.
+
+    reward, value [rows]; trajectory [rows] int64.
+    """
+    end = torch.zeros_like(value)
+    if settings.bootstrap_truncated:  # V after the cut is taken to be V before the last token
+        end = torch.where(tokens.columns.truncated[trajectory], value, 0.0)
+    delta = reward + discount * next_in_segment(value, trajectory, last=end) - value
+    trace = torch.full_like(value, settings.trace)
+    if settings.length_adaptive > 0:
+        rows = segment_sum(torch.ones_like(value), trajectory, tokens.num_trajectories)
+        trace = (1 - 1 / (settings.length_adaptive * rows).clamp(min=1.0))[trajectory]
+    advantage = discounted_suffix_sum(delta, discount * trace, trajectory)
+    critic_trace = torch.full_like(value, settings.critic_trace)
+    target = discounted_suffix_sum(delta, discount * critic_trace, trajectory) + value
+    return advantage, target
+
+
+def _trained(tokens: Tokens, settings: GaeSettings) -> Tensor:
+    """Trajectories on which the critic is trained, [I] bool."""
+    if settings.value_finished_only:
+        return tokens.finite & ~tokens.columns.truncated
+    return tokens.finite
+
+
+def value_loss(tokens: Tokens, returns: Returns, settings: GaeSettings) -> tuple[Tensor, Tensor]:
+    """Mean over trained tokens of 1/2 max((V - ret)^2, (V_before + clip(V - V_before) - ret)^2).
+
+    Returns d loss / d V [T], and the loss []. Where both branches tie the unclipped one counts.
+    """
+    value, before = tokens.value, tokens.value_before
+    assert value is not None
+    assert before is not None
+    share = returns.trained.to(value.dtype) / returns.trained.sum().clamp(min=1)
+    error = value - returns.target
+    gradient, square = error, error.square()
+    if settings.value_clip > 0:
+        step = value - before
+        bounded = before + step.clamp(-settings.value_clip, settings.value_clip) - returns.target
+        worse = bounded.square() > square
+        inside = step.abs() <= settings.value_clip
+        gradient = torch.where(worse, bounded * inside, gradient)
+        square = torch.maximum(square, bounded.square())
+    return gradient * share, 0.5 * (square * share).sum()

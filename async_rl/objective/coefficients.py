@@ -1,7 +1,10 @@
-"""Columns -> coefficients: the one function that every recipe goes through.
+"""Columns -> coefficients: the one function that every recipe of the library goes through.
 
-Sum over tokens of `policy[t] * grad log pi(y_t)` is the gradient of the recipe's published surrogate.
-Order: clean, ratio, advantage, trust rule, selection, shares, baseline, regularisers, step control.
+The sum over tokens of `policy[t] * grad log pi(y_t)` is the gradient of the recipe's published surrogate
+(docs/algorithms.md#coefficients). Order: clean, ratio, advantage, trust rule, selection, shares, baseline, KL, factors
+of the learning rate.
+
+Shapes: T policy tokens, I trajectories, G groups of the whole batch; float64 inside, the columns' dtype outside.
 """
 
 from __future__ import annotations
@@ -67,12 +70,12 @@ class Surrogate:
     advantage: Advantage
     trust: Trust
     selection: Selection
-    share: Tensor  # [tokens], 0 where rejected
-    base: Tensor  # [tokens], share * correction * per-trajectory kappa
-    penalty: Tensor | None  # [tokens], KL in the reward
+    share: Tensor  # [T], 0 where rejected
+    base: Tensor  # [T], share * correction * per-trajectory kappa
+    penalty: Tensor | None  # [T], KL in the reward
 
     def column(self, weight: Tensor, advantage: Tensor) -> Tensor:
-        """Coefficients of sum_t base_t * surrogate with this weight and advantage. [tokens]"""
+        """Coefficients of sum_t base_t * surrogate with this weight and advantage, all [T]."""
         per_token = self.base * weight * advantage
         return self.ratio.pull_back(per_token, self.tokens) if self.trust.through else per_token
 
@@ -155,10 +158,9 @@ def opob_baselines(
 ) -> Tensor:
     """Exact OPOB: the baseline of each group, from per-trajectory squared gradient norms.
 
-    norm_squares: [trajectories], |sum_t baseline[t] grad log pi_t|^2 with the `baseline` column of the
-    coefficients of these columns; state: the one that `coefficients` was given (only an adaptive KL in
-    the reward reads it). Returns [groups]: the step's gradient is
-    sum(policy * grad) - sum_groups b_g * sum(baseline * grad).
+    norm_squares: [I], |sum_t baseline[t] grad log pi_t|^2 with the `baseline` column of the coefficients of these
+    columns. state: the one that `coefficients` was given (only an adaptive KL in the reward reads it). Returns b [G]:
+    the step's gradient is sum(policy * grad) - sum_groups b_g * sum(baseline * grad).
     """
     surrogate = _surrogate(columns, recipe, state or ObjectiveState())
     opob = surrogate.advantage.opob
@@ -188,6 +190,7 @@ def finish(
 
 
 def _surrogate(columns: Columns, recipe: Recipe, state: ObjectiveState) -> Surrogate:
+    """Clean, ratio, advantage, trust rule, selection, shares."""
     tokens = tokens_of(columns, recipe, requirements(recipe))
     ratio = ratio_of(tokens, recipe.ratio)
     penalty = kl_penalty(tokens, recipe, state)
@@ -205,7 +208,7 @@ def _surrogate(columns: Columns, recipe: Recipe, state: ObjectiveState) -> Surro
 
 
 def _baselined(surrogate: Surrogate, recipe: Recipe, meter: Meter) -> tuple[Tensor, Tensor | None]:
-    """The advantage with an OPOB taken off, and the `baseline` column when the trainer has to find it.
+    """The advantage [T] with OPOB's baseline subtracted, and the `baseline` column [T] when the trainer has to find it.
 
     With exact norms the advantage returned uses the length estimate: for metrics and kappa only.
     """
@@ -227,7 +230,7 @@ def _baselined(surrogate: Surrogate, recipe: Recipe, meter: Meter) -> tuple[Tens
 
 
 def _policy_advantage(surrogate: Surrogate, recipe: Recipe, advantage: Tensor) -> Tensor:
-    """What the `policy` column holds: the advantage, or the reward's part before an exact baseline."""
+    """What the `policy` column holds, [T]: the advantage, or the reward's part before an exact baseline."""
     if surrogate.advantage.opob is not None and recipe.opob.norm == "exact":
         return surrogate.advantage.per_token
     return advantage
@@ -236,7 +239,7 @@ def _policy_advantage(surrogate: Surrogate, recipe: Recipe, advantage: Tensor) -
 def _regularised(
     policy: Tensor, surrogate: Surrogate, recipe: Recipe, state: ObjectiveState, meter: Meter
 ) -> tuple[Tensor, ObjectiveState]:
-    """Add KL and positive-example terms to the policy column; adapt beta."""
+    """Add the KL and positive-example terms to the policy column [T]; adapt beta."""
     tokens = surrogate.tokens
     if recipe.positive_nll:
         positive = (tokens.reward > 0)[tokens.trajectory]
@@ -258,7 +261,7 @@ def _free_kappa(
     surrogate: Surrogate, recipe: Recipe, state: ObjectiveState,
     cut: Tensor, used: Tensor, clipped: Tensor, policy: Tensor,
 ) -> tuple[float | None, ObjectiveState]:  # fmt: skip
-    """kappa by an estimator that needs no backward pass; None when the recipe has none here."""
+    """kappa by an estimator that needs no backward pass; None when the recipe has none here. clipped, policy [T]."""
     if recipe.bias.kappa in ("none", "per_trajectory") or recipe.bias.estimator == "exact":
         return None, state
     if recipe.bias.estimator == "logit":
@@ -267,11 +270,13 @@ def _free_kappa(
 
 
 def _token_ess(tokens: Tokens) -> float:
+    """ESS / T with one importance weight a token."""
     ok = tokens.readable[tokens.trajectory]
     return ess_ratio(torch.where(ok, tokens.log_prob - tokens.log_behaviour, torch.nan))
 
 
 def _measure_critic(meter: Meter, surrogate: Surrogate, loss: Tensor) -> None:
+    """value/*: loss [], mean and explained variance of the critic."""
     returns, value = surrogate.advantage.returns, surrogate.tokens.value
     assert returns is not None
     assert value is not None
@@ -285,8 +290,11 @@ def _measure_critic(meter: Meter, surrogate: Surrogate, loss: Tensor) -> None:
 
 
 def _nothing_left(surrogate: Surrogate, parts: list[Tensor | None]) -> str:
-    """Why the policy's step must be skipped: a zero gradient would still move weights through Adam's
-    moments. The critic may have something to learn all the same."""
+    """Why the policy's step must be skipped, or empty. parts: columns [T].
+
+    A gradient of zero would still move weights through Adam's moments. The critic may have something to learn all the
+    same.
+    """
     if any(part is not None and bool((part != 0).any()) for part in parts):
         return ""
     tokens = surrogate.tokens
@@ -302,9 +310,9 @@ def _nothing_left(surrogate: Surrogate, parts: list[Tensor | None]) -> str:
 
 
 def shares(tokens: Tokens, counted: Tensor, settings: AggregateSettings) -> Tensor:
-    """Weight of each token's loss, [tokens]. `counted` [trajectories] bool: those in the denominators.
+    """Weight of each token's loss, [T] (docs/algorithms.md#aggregation). counted [I] bool: those in the denominators.
 
-    Trajectories without policy tokens are in no denominator (ALGORITHMS.md 3.13).
+    Denominators are of the whole batch. Trajectories without policy tokens are in none.
     """
     inside = counted & (tokens.length > 0)
     length = tokens.length.clamp(min=1.0)
@@ -334,18 +342,21 @@ def shares(tokens: Tokens, counted: Tensor, settings: AggregateSettings) -> Tens
     return share[tokens.trajectory]
 
 
-# KL to another policy, in the loss or in the reward.
+# KL to another policy, in the loss or in the reward (docs/algorithms.md#kl). x = log pi - log target of the sampled
+# token: k1 = x, k2 = x^2 / 2, k3 = e^-x + x - 1 (clamped as in verl: x to +-20, k3 to +-10, no gradient beyond). As a
+# loss k1 has zero expected gradient on policy and k3 a biased one; `gradient: k2` keeps the value shown and takes the
+# gradient of k2.
 
 
 def coefficient_now(recipe: Recipe, state: ObjectiveState) -> float:
-    """beta of this step."""
+    """beta, the KL's coefficient in this step."""
     if recipe.kl.adaptive_target > 0 and state.kl_coefficient is not None:
         return state.kl_coefficient
     return recipe.kl.coefficient
 
 
 def log_ratio_to_target(tokens: Tokens, settings: KlSettings) -> Tensor:
-    """x, [tokens]"""
+    """x of every token, [T]."""
     match settings.target:
         case "reference":
             assert tokens.log_reference is not None
@@ -357,7 +368,7 @@ def log_ratio_to_target(tokens: Tokens, settings: KlSettings) -> Tensor:
 
 
 def kl_estimate(x: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    """Value of the estimator and its derivative with respect to log pi. Two [tokens]."""
+    """Value of the estimator and its derivative with respect to log pi: [T] -> two [T]."""
     if estimator == "k1":
         return x, torch.ones_like(x)
     if estimator == "k2":
@@ -369,7 +380,7 @@ def kl_estimate(x: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
 
 
 def kl_loss(tokens: Tokens, settings: KlSettings) -> tuple[Tensor, Tensor]:
-    """Per-token KL as shown, and d(KL term) / d(log pi), importance weight included. Two [tokens]."""
+    """Per-token KL as shown, and d(KL term) / d(log pi), importance weight included. Two [T]."""
     x = log_ratio_to_target(tokens, settings)
     value, slope = kl_estimate(x, settings.estimator)
     if settings.gradient == "k2":
@@ -385,7 +396,7 @@ def kl_loss(tokens: Tokens, settings: KlSettings) -> tuple[Tensor, Tensor]:
 
 
 def kl_penalty(tokens: Tokens, recipe: Recipe, state: ObjectiveState) -> Tensor | None:
-    """beta * k1 of each token, to be subtracted from rewards; None when the KL is not there. [tokens]
+    """beta * k1 of each token, [T], to be subtracted from rewards; None when the KL is not in the reward.
 
     Evaluated at the proximal policy (the current one with one update a batch), without gradient.
     """
@@ -396,7 +407,7 @@ def kl_penalty(tokens: Tokens, recipe: Recipe, state: ObjectiveState) -> Tensor 
 
 
 def adapted(measured: float, tokens: Tokens, recipe: Recipe, state: ObjectiveState) -> ObjectiveState:
-    """beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon), n trajectories (verl)."""
+    """The state with beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon), n trajectories (verl)."""
     settings = recipe.kl
     if settings.coefficient == 0 or settings.adaptive_target <= 0 or not isfinite(measured):
         return state

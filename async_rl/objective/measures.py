@@ -30,6 +30,8 @@ MIN_FRESH = 8.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ess:
+    """The effective sample size of a batch, and what it says."""
+
     ratio: float
     """rho = ESS / B, in [1/B, 1]; 1/B when any log-weight is not finite; 0 for an empty batch"""
     size: float
@@ -43,12 +45,12 @@ class Ess:
 
 
 def log_ess(log_weight: Tensor) -> Tensor:
-    """log of (sum w)^2 / sum w^2 from log w, [] ; all entries finite, at least one."""
+    """log of (sum w)^2 / sum w^2 [] from log w [n]; all entries finite, at least one."""
     return 2 * torch.logsumexp(log_weight, 0) - torch.logsumexp(2 * log_weight, 0)
 
 
 def ess_ratio(log_weight: Tensor) -> float:
-    """ESS / B of B log-weights; 1 / B when any is not finite; 0 when there is none."""
+    """ESS / B of B log-weights [B]; 1 / B when any is not finite; 0 when there is none."""
     count = len(log_weight)
     if count == 0:
         return 0.0
@@ -57,7 +59,7 @@ def ess_ratio(log_weight: Tensor) -> float:
 
 
 def unit_sums(values: Tensor, tokens: Tokens, level: Level) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum and length of every unit with tokens, and the trajectory it belongs to. Three [units]."""
+    """Sum of `values` [T] over every unit with tokens, its length, and its trajectory (int64): three [units]."""
     if level == "token":
         return values, torch.ones_like(values), tokens.trajectory
     if level == "turn":
@@ -87,10 +89,10 @@ def effective_sample_size(tokens: Tokens, settings: EssSettings, state: Objectiv
 
 
 def _calibrated(tokens: Tokens, settings: EssSettings, state: ObjectiveState) -> ObjectiveState:
-    """Add the log-weights of this batch's fresh tokens, unit by unit, to the running moments.
+    """Add the log-weights of this batch's fresh tokens to the running moments (docs/algorithms.md#ess-reference).
 
-    Fresh: sampled by the version about to be updated, so that the ratio is engine noise alone; taken at
-    the proximal policy, so that a batch's later updates do not count as noise. A unit that began under
+    They are added unit by unit. Fresh: sampled by the version about to be updated, so that the ratio is engine noise
+    alone; taken at the proximal policy, so that a batch's later updates do not count as noise. A unit that began under
     older weights contributes its fresh end, at that end's length.
     """
     fresh = (tokens.columns.version == tokens.columns.current_version).to(tokens.log_prob.dtype)
@@ -120,8 +122,11 @@ def _calibrated(tokens: Tokens, settings: EssSettings, state: ObjectiveState) ->
 
 
 def _expected_ratio(length: Tensor, pool: Pool, state: ObjectiveState) -> float:
-    """rho of fresh data with these unit lengths: with E[w] = 1 and log-normal w, E[w^2] = exp(var log w)
-    in each bucket, so rho = 1 / sum_buckets share exp(var). 1 before any fresh data."""
+    """rho of fresh data with these unit lengths [units] (docs/algorithms.md#ess-reference).
+
+    With E[w] = 1 and log-normal w, E[w^2] = exp(var log w) in each bucket, so rho = 1 / sum_buckets share exp(var).
+    1 before any fresh data.
+    """
     buckets = len(LENGTH_BUCKETS) + 1
     index = length_bucket(length)
     counts, lengths = torch.stack(
@@ -175,7 +180,7 @@ class BiasSize:
 
 
 def scalar_size(tokens: Tokens, keep: Tensor, full: Tensor, used: Tensor, advantage: Tensor) -> BiasSize:
-    """The free estimate (docs/algorithms.md#clipping-bias). `keep` [trajectories] bool, the rest [tokens]."""
+    """The free estimate (docs/algorithms.md#clipping-bias). keep [I] bool, the rest [T]."""
     ok = keep[tokens.trajectory].to(full.dtype)
     count = ok.sum().clamp(min=1.0)
     return BiasSize(
@@ -186,7 +191,7 @@ def scalar_size(tokens: Tokens, keep: Tensor, full: Tensor, used: Tensor, advant
 
 
 def logit_size(tokens: Tokens, column: Tensor) -> Tensor:
-    """sqrt(sum_t column_t^2 energy_t): the norm at the logits of sum_t column_t grad log pi_t. []"""
+    """sqrt(sum_t column_t^2 energy_t) [], column [T]: the norm at the logits of sum_t column_t grad log pi_t."""
     return (column.square() * energy(tokens, "logit")).sum().sqrt()
 
 
@@ -214,7 +219,7 @@ def kappa_of(cut: float, used: float, settings: BiasSettings, state: ObjectiveSt
 def kappa_per_trajectory(
     tokens: Tokens, full: Tensor, used: Tensor, advantage: Tensor, settings: BiasSettings
 ) -> Tensor:
-    """used / (used + strength * cut) of each trajectory, 1 where nothing is cut. [trajectories]"""
+    """used / (used + strength * cut) of each trajectory, [I], 1 where nothing is cut; full, used, advantage [T]."""
     weight = torch.ones_like(full)
     if settings.estimator == "logit":
         weight = energy(tokens, "logit").sqrt()
@@ -246,13 +251,13 @@ class Meter:
 
 
 def mean_of(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over `mask`, 0 where it is empty. []"""
+    """Mean [] of `values` [n] over `mask` [n] bool, 0 where it is empty."""
     chosen = mask.to(values.dtype)
     return torch.where(mask, values, 0.0).sum() / chosen.sum().clamp(min=1.0)
 
 
 def quantile(values: Tensor, share: float) -> Tensor:
-    """The smallest value that at least `share` of the entries do not exceed; 0 when there is none. []"""
+    """The smallest of `values` [n] that at least `share` of them do not exceed, []; 0 when there is none."""
     if len(values) == 0:
         return values.new_zeros(())
     return values.kthvalue(max(1, -int(-share * len(values) // 1)))[0]
@@ -305,7 +310,7 @@ def measure_lag(meter: Meter, tokens: Tokens) -> None:
 
 
 def measure_trust(meter: Meter, tokens: Tokens, trust: Trust, keep: Tensor, advantage: Tensor) -> None:
-    """clip/*: shares of kept tokens whose weight the trust rule changed."""
+    """clip/*: shares of kept tokens whose weight the trust rule changed. keep [I] bool, advantage [T]."""
     ok = keep[tokens.trajectory]
     clipped = trust.clipped.double()
     meter.put("clip/frac", mean_of(clipped, ok))
@@ -336,7 +341,7 @@ def measure_selection(meter: Meter, tokens: Tokens, selection: Selection) -> Non
 
 
 def measure_signal(meter: Meter, tokens: Tokens, advantage: Tensor, zero_signal: Tensor) -> None:
-    """reward/mean, advantage/*, group/zero_signal, entropy."""
+    """reward/mean, advantage/*, group/zero_signal, entropy. advantage [T], zero_signal [I] bool."""
     ok = tokens.finite[tokens.trajectory]
     mean = mean_of(advantage, ok)
     meter.put("reward/mean", mean_of(tokens.reward, tokens.rewarded))

@@ -75,7 +75,7 @@ class Coefficients:
     trajectory a number times `baseline`"""
     baseline: Tensor | None = None  # [tokens]
     """OPOB with exact norms: the gradient is sum(policy*grad) - sum_groups b_g * sum(baseline*grad),
-    where the trainer finds b_g from per-trajectory gradient norms (DESIGN.md 7)"""
+    where the trainer finds b_g from per-trajectory gradient norms (docs/algorithms.md#two-columns)"""
     entropy: Tensor | None = None  # [tokens]
     value_grad: Tensor | None = None  # [tokens]
     """d(value loss)/d(V_t)"""
@@ -91,32 +91,34 @@ class Coefficients:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """What is not finite is zeroed here and its trajectory rejected by `select`; turns without a token
-    are gone (their reward moved to the last token sampled before them)."""
+    """A batch in float64. Trajectories with a value that is not finite are zeros here, and `select` rejects them.
+
+    Turns without a token are left out; their reward is at the last token sampled before them.
+    """
 
     columns: Columns
-    log_prob: Tensor  # [tokens]
-    log_behaviour: Tensor  # [tokens]
-    log_proximal: Tensor  # [tokens], log_prob where the column is absent
-    log_reference: Tensor | None
-    value: Tensor | None  # [tokens]
-    value_before: Tensor | None  # [tokens], the critic at the start of the step
-    entropy: Tensor | None
-    prob_square_sum: Tensor | None
-    reward: Tensor  # [trajectories], 0 where not finite
-    token_reward: Tensor  # [tokens]: turn rewards at the turn's last token, without the outcome
-    turn: Tensor  # [tokens] int64, 0..turns-1
-    trajectory: Tensor  # [tokens] int64
-    group: Tensor  # [tokens] int64
-    trajectory_of_turn: Tensor  # [turns] int64
-    group_of_trajectory: Tensor  # [trajectories] int64
-    state_key: Tensor  # [turns] int64
-    turn_length: Tensor  # [turns] float64, > 0
-    length: Tensor  # [trajectories] float64
+    log_prob: Tensor  # [T]
+    log_behaviour: Tensor  # [T]
+    log_proximal: Tensor  # [T], log_prob where the column is absent
+    log_reference: Tensor | None  # [T]
+    value: Tensor | None  # [T]
+    value_before: Tensor | None  # [T], the critic at the start of the step
+    entropy: Tensor | None  # [T]
+    prob_square_sum: Tensor | None  # [T]
+    reward: Tensor  # [I], 0 where not finite
+    token_reward: Tensor  # [T]: turn rewards at the turn's last token, without the outcome
+    turn: Tensor  # [T] int64, 0..turns-1
+    trajectory: Tensor  # [T] int64
+    group: Tensor  # [T] int64
+    trajectory_of_turn: Tensor  # [U] int64
+    group_of_trajectory: Tensor  # [I] int64
+    state_key: Tensor  # [U] int64
+    turn_length: Tensor  # [U] float64, > 0
+    length: Tensor  # [I] float64
     num_groups: int
-    readable: Tensor  # [trajectories] bool: every column of its tokens is finite
-    finite: Tensor  # [trajectories] bool: and so is its reward
-    rewarded: Tensor  # [trajectories] bool: its reward is finite
+    readable: Tensor  # [I] bool: every column of its tokens is finite
+    finite: Tensor  # [I] bool: and so is its reward
+    rewarded: Tensor  # [I] bool: its reward is finite
 
     @property
     def num_tokens(self) -> int:
@@ -131,19 +133,19 @@ class Tokens:
         return len(self.length)
 
     def sum_turn(self, values: Tensor) -> Tensor:
-        """[tokens] -> [turns]"""
+        """Sums, [T] -> [U]"""
         return segment_sum(values, self.turn, self.num_turns)
 
     def sum_trajectory(self, values: Tensor) -> Tensor:
-        """[tokens] -> [trajectories]"""
+        """Sums, [T] -> [I]"""
         return segment_sum(values, self.trajectory, self.num_trajectories)
 
     def sum_group(self, values: Tensor) -> Tensor:
-        """[trajectories] -> [groups]"""
+        """Sums, [I] -> [G]"""
         return segment_sum(values, self.group_of_trajectory, self.num_groups)
 
     def mean_trajectory(self, values: Tensor) -> Tensor:
-        """[tokens] -> [trajectories], 0 for one without tokens"""
+        """[T] -> [I], 0 for one without tokens"""
         return self.sum_trajectory(values) / self.length.clamp(min=1.0)
 
 
@@ -205,8 +207,11 @@ def tokens_of(columns: Columns, recipe: Recipe, need: Requirements) -> Tokens:
 
 
 def _token_rewards(columns: Columns, per_turn: Tensor, trajectory: Tensor, length: Tensor, rewarded: Tensor) -> Tensor:
-    """Turn rewards at the last token of the turn; of a turn without tokens at the token before it, or at
-    the trajectory's first. Lost only when the trajectory has no token at all."""
+    """Turn rewards at the last token of the turn, [T]; of a turn without tokens at the token before it.
+
+    Of a first turn without tokens it is at the trajectory's first token; it is lost only when the trajectory has no
+    token at all. per_turn [turns] counts tokens, trajectory [T], length and rewarded [I].
+    """
     end = length.cumsum(0)
     last = per_turn.cumsum(0) - 1
     owner = columns.trajectory_of_turn
@@ -217,6 +222,7 @@ def _token_rewards(columns: Columns, per_turn: Tensor, trajectory: Tensor, lengt
 
 
 def _check(columns: Columns, recipe: Recipe, need: Requirements) -> None:
+    """Refuse columns of unequal lengths, and missing ones. Raises ValueError."""
     tokens = len(columns.log_prob)
     if len(columns.log_behaviour) != tokens or len(columns.turn_of_token) != tokens:
         raise ValueError("log_prob, log_behaviour and turn_of_token must have one entry per policy token")
@@ -241,21 +247,21 @@ def _check(columns: Columns, recipe: Recipe, need: Requirements) -> None:
 class Ratio:
     """The ratio of every token's unit (itself, its turn, its trajectory)."""
 
-    log: Tensor  # [tokens], not clamped
-    value: Tensor  # [tokens], exp of the clamped log
+    log: Tensor  # [T], not clamped
+    value: Tensor  # [T], exp of the clamped log
     level: Level | str
     pool: Pool
 
     @property
-    def inside(self) -> Tensor:  # [tokens] bool
-        """where the clamp leaves a gradient"""
+    def inside(self) -> Tensor:  # [T] bool
+        """Where the clamp leaves a gradient."""
         return self.log.abs() <= LARGEST_LOG_RATIO
 
     def pull_back(self, per_token: Tensor, tokens: Tokens) -> Tensor:
-        """d(sum_t per_token_t * log ratio_t) / d(log pi_s), [tokens] -> [tokens].
+        """d(sum_t per_token_t * log ratio_t) / d(log pi_s), [T] -> [T].
 
         With the mean every token of a unit receives the unit's mean: the turn-mean advantage of
-        ST-PPO (ALGORITHMS.md 2.2)."""
+        ST-PPO (docs/algorithms.md#turn-ratio)."""
         if self.level == "none":
             return torch.zeros_like(per_token)
         if self.level == "token":
@@ -268,7 +274,7 @@ class Ratio:
 
 
 def pooled(log_ratio: Tensor, tokens: Tokens, level: Level | str, pool: Pool) -> Tensor:
-    """Log-ratio of each token's unit, [tokens] -> [tokens]."""
+    """Log-ratio of each token's unit (itself, its turn, its trajectory), [T] -> [T]."""
     if level == "none":
         return torch.zeros_like(log_ratio)
     if level == "token":
@@ -281,7 +287,7 @@ def pooled(log_ratio: Tensor, tokens: Tokens, level: Level | str, pool: Pool) ->
 
 
 def weight_of(log_ratio: Tensor) -> Tensor:
-    """exp with the clamp of ALGORITHMS.md section 0."""
+    """exp of a log-ratio [T], clamped to +-20 (docs/algorithms.md#clamps)."""
     return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
 
 
@@ -293,7 +299,7 @@ def ratio_of(tokens: Tokens, settings: RatioSettings) -> Ratio:
 
 
 def log_denominator(tokens: Tokens, settings: RatioSettings) -> Tensor:
-    """Log-prob of each token under the policy below the ratio, [tokens]."""
+    """Log-prob of each token under the policy below the ratio, [T]."""
     match settings.denominator:
         case "behaviour":
             return tokens.log_behaviour
@@ -310,10 +316,10 @@ def log_denominator(tokens: Tokens, settings: RatioSettings) -> Tensor:
 
 
 def log_linear_proximal(tokens: Tokens) -> Tensor:
-    """The proximal policy without a forward pass, from token versions (AReaL; ALGORITHMS.md 3.2).
+    """The proximal policy without a forward pass, from token versions (AReaL; docs/algorithms.md#proximal-loglinear).
 
     With the proximal version one below the current one: log mu + a (log pi - log mu),
-    a = clip((v_prox - v) / (v_now - v), 0, 1), and 0 for tokens of the current version. [tokens]
+    a = clip((v_prox - v) / (v_now - v), 0, 1), and 0 for tokens of the current version. [T]
     """
     version = tokens.columns.version
     now = tokens.columns.current_version
@@ -324,7 +330,7 @@ def log_linear_proximal(tokens: Tokens) -> Tensor:
 
 
 def behaviour_log_ratio(tokens: Tokens) -> Tensor:
-    """log pi_theta - log mu of every token: staleness and engine mismatch together. [tokens]"""
+    """log pi_theta - log mu of every token: staleness and engine mismatch together. [T]"""
     return tokens.log_prob - tokens.log_behaviour
 
 
@@ -342,11 +348,12 @@ def segment_max(values: Tensor, segment: Tensor, num_segments: int, *, empty: fl
 
 
 def segment_min(values: Tensor, segment: Tensor, num_segments: int, *, empty: float) -> Tensor:
+    """[rows] and [rows] int64 -> [segments]; an empty segment is `empty`."""
     return -segment_max(-values, segment, num_segments, empty=-empty)
 
 
 def segment_log_sum_exp(log_values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """log sum exp of each segment; -inf when it is empty or all -inf."""
+    """log sum exp of each segment, [rows] and [rows] int64 -> [segments]; -inf when it is empty or all -inf."""
     highest = segment_max(log_values, segment, num_segments, empty=-torch.inf)
     highest = torch.where(torch.isfinite(highest), highest, torch.zeros_like(highest))
     return highest + segment_sum((log_values - highest[segment]).exp(), segment, num_segments).log()

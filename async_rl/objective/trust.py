@@ -1,8 +1,11 @@
-"""Trust rules: what becomes of a token's importance weight when its ratio is far from 1.
+"""Trust rules: what becomes of a token's importance weight when its ratio is far from 1; and which data are left out.
 
-A rule turns (ratio, advantage) into the weight kappa of ALGORITHMS.md section 3; the coefficient is
-aggregation * kappa * advantage, pulled back through the ratio where the published surrogate
-differentiates it. All [tokens].
+Formulas, one section a rule: docs/algorithms.md#trust (#ppo-clip, #dual-clip, #truncate, #interval, #cispo, #dispo,
+#topr, #damp, #divergence-mask, #m2po, #gmpo, #covariance), #correction and #selection. Shapes: T policy tokens,
+I trajectories.
+
+A rule turns (ratio, advantage) into the weight kappa; the coefficient is share * kappa * advantage, pulled back through
+the ratio where the published surrogate differentiates it.
 """
 
 from __future__ import annotations
@@ -27,12 +30,191 @@ from async_rl.objective.tokens import (
 )
 from async_rl.trajectory.types import LENGTH_BUCKETS, bucket_names
 
-# -------------------- trust covariance
-# Clip-Cov and KL-Cov: the few tokens whose log-prob and advantage move together most (entropy collapse).
+__all__ = ["LENGTH_BUCKETS", "Selection", "bucket_names", "length_bucket", "select"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """What a rule made of a batch."""
+
+    weight: Tensor  # [T], kappa
+    full: Tensor  # [T], the weight without the rule; full - weight was cut away
+    clipped: Tensor  # [T] bool
+    dual: Tensor  # [T] bool: clipped by the dual clip
+    advantage: Tensor  # [T], as given, or what the rule replaces it with
+    through: bool
+    """the gradient goes through the (pooled) ratio, else to each token's own log-prob"""
+    extra: Tensor | None = None  # [T]
+    """added to kappa * advantage, on the token's own log-prob (kl_cov's penalty)"""
+
+
+def trust(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
+    """Apply the recipe's rule. advantage [T]. Every weight is finite."""
+    match recipe.trust.rule:
+        case "ppo" | "clip_cov" | "kl_cov":
+            return _surrogate(tokens, ratio, advantage, recipe)
+        case "none":
+            return _plain(ratio, advantage, recipe)
+        case "gmpo":
+            return _gmpo(tokens, ratio, advantage, recipe)
+        case _:
+            weight, clipped = _detached_weight(tokens, ratio, advantage, recipe)
+            full = ratio.value
+            if recipe.trust.rule == "damp":  # damps plain REINFORCE
+                full = torch.ones_like(full)
+            elif recipe.trust.rule == "topr":  # positives are not weighted at all
+                full = torch.where(advantage < 0, full, 1.0)
+            elif recipe.trust.rule in ("dppo", "m2po"):  # differentiate the ratio
+                full = full * ratio.inside
+            return Trust(weight=weight, full=full, clipped=clipped, dual=torch.zeros_like(clipped),
+                         advantage=advantage, through=False)  # fmt: skip
+
+
+def _plain(ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
+    """Rule none: importance sampling without a bound; REINFORCE at ratio level none. advantage [T]."""
+    through = recipe.ratio.level != "none" and recipe.trust.gradient == "unit"
+    weight = ratio.value * ratio.inside if through else ratio.value
+    clipped = torch.zeros_like(ratio.inside)
+    return Trust(weight=weight, full=weight, clipped=clipped, dual=clipped, advantage=advantage, through=through)
+
+
+def _surrogate(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
+    """min(rA, clip(r)A), with dual clip max(., cA) for A < 0; the two covariance methods on top. advantage [T]."""
+    settings = recipe.trust
+    value, up, down = ratio.value, advantage > 0, advantage < 0
+    none = torch.zeros_like(up)
+    extra = None
+    if settings.rule == "kl_cov":  # unclipped surrogate plus a penalty on few tokens
+        clipped = dual = none
+        chosen = covariance_top(tokens, advantage, settings.covariance_fraction)
+        extra = -settings.covariance_penalty * torch.where(chosen, ratio.log.sign(), 0.0)
+    else:
+        clipped = (up & (value > 1 + settings.clip_high)) | (down & (value < 1 - settings.clip_low))
+        dual = (down & (value > settings.dual_clip)) if settings.dual_clip > 0 else none
+        clipped = clipped | dual
+        if settings.rule == "clip_cov":
+            clipped = clipped | covariance_choice(tokens, advantage, ~clipped, settings)
+    through = settings.gradient == "unit"
+    full = value * ratio.inside if through else value
+    weight = torch.where(clipped, 0.0, full)
+    return Trust(weight=weight, full=full, clipped=clipped, dual=dual, advantage=advantage,
+                 through=through, extra=extra)  # fmt: skip
+
+
+def _detached_weight(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Rules of the form sg(weight) * A * log pi: the weight [T], and where the rule changed it [T] bool."""
+    settings, value = recipe.trust, ratio.value
+    match settings.rule:
+        case "truncate":
+            weight = value.clamp(max=settings.cap)
+        case "interval":
+            weight = torch.where((value >= settings.low) & (value <= settings.high), value, 0.0)
+        case "cispo":
+            weight = value.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+        case "dispo":
+            positive = value.clamp(1 - settings.positive_low, 1 + settings.positive_high)
+            negative = value.clamp(1 - settings.negative_low, 1 + settings.negative_high)
+            weight = torch.where(advantage > 0, positive, negative)
+        case "topr":
+            clipped = (advantage < 0) & (value > settings.cap)
+            return torch.where(advantage < 0, value.clamp(max=settings.cap), 1.0), clipped
+        case "damp":
+            return (1 / value).clamp(max=1.0), value > 1
+        case "dppo":
+            return _divergence_mask(tokens, ratio, advantage, recipe)
+        case _:
+            assert settings.rule == "m2po"
+            moved = torch.where(tokens.finite[tokens.trajectory], ratio.log, torch.inf)
+            kept = second_moment_mask(moved, settings.second_moment)
+            return torch.where(kept, value * ratio.inside, 0.0), ~kept
+    return weight, weight != value
+
+
+def _divergence_mask(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """DPPO: weight [T] and which tokens are dropped [T] bool, because their probability moved far in the direction of
+    the advantage [T] already."""
+    settings = recipe.trust
+    new = tokens.log_prob.exp()
+    old = log_denominator(tokens, recipe.ratio).exp()
+    if settings.divergence == "probability":
+        distance = (new - old).abs()
+    else:
+        distance = bernoulli_kl(new, old)
+    rose = new > old
+    drop = ((advantage > 0) & rose & (distance > settings.mask_high)) | (
+        (advantage <= 0) & ~rose & (distance > settings.mask_low)
+    )
+    return torch.where(drop, 0.0, ratio.value * ratio.inside), drop
+
+
+def bernoulli_kl(new: Tensor, old: Tensor) -> Tensor:
+    """KL(Bernoulli(new) || Bernoulli(old)) of probabilities, [T] each; 0 log 0 = 0."""
+    tiny = torch.finfo(new.dtype).tiny
+    yes = torch.xlogy(new, new) - torch.xlogy(new, old.clamp(min=tiny))
+    rest_new, rest_old = (1 - new).clamp(min=0.0), (1 - old).clamp(min=tiny)
+    return yes + torch.xlogy(rest_new, rest_new) - torch.xlogy(rest_new, rest_old)
+
+
+def second_moment_mask(log_ratio: Tensor, threshold: float) -> Tensor:
+    """M2PO: the tokens of smallest squared log-ratio whose mean stays below `threshold`, [T] -> [T] bool.
+
+    At least one is kept. It is over the whole batch, so it does not depend on how the batch is cut. An infinite
+    log-ratio is not kept.
+    """
+    kept = torch.zeros_like(log_ratio, dtype=torch.bool)
+    if len(log_ratio) == 0:
+        return kept
+    square, order = (log_ratio * log_ratio).sort(stable=True)
+    count = torch.arange(1, len(square) + 1, device=square.device, dtype=square.dtype)
+    num_kept = int((square.cumsum(0) / count < threshold).sum().clamp(min=1))
+    kept[order[:num_kept]] = True
+    return kept
+
+
+def _gmpo(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
+    """GMPO: geometric mean of token ratios clipped in log space; A is the trajectory's mean. advantage [T].
+
+    y_t = s min(s x_t, s clip(x_t, -low, high)), ratio = exp(mean y), loss = -A ratio
+    (verl `geo_mean`). The clip is the numerical clamp: no other is applied to tokens.
+    """
+    settings = recipe.trust
+    x = tokens.log_prob - log_denominator(tokens, recipe.ratio)
+    sign = advantage.sign()
+    bounded = torch.minimum(sign * x, sign * x.clamp(-settings.clip_low, settings.clip_high)) * sign
+    bounded = torch.where(sign == 0, 0.0, bounded)
+    clipped = ((sign > 0) & (x > settings.clip_high)) | ((sign < 0) & (x < -settings.clip_low))
+    log_unit = pooled(bounded, tokens, "sequence", "mean")
+    inside = log_unit.abs() <= LARGEST_LOG_RATIO
+    full = weight_of(log_unit) * inside
+    mean_advantage = tokens.mean_trajectory(advantage)[tokens.trajectory]
+    return Trust(weight=torch.where(clipped, 0.0, full), full=full, clipped=clipped,
+                 dual=torch.zeros_like(clipped), advantage=mean_advantage, through=False)  # fmt: skip
+
+
+def correction_weight(tokens: Tokens, recipe: Recipe) -> Tensor:
+    """Detached weight of the proximal over the behaviour policy, [T]; 1 when the recipe has none."""
+    settings = recipe.correction
+    if settings.rule == "none":
+        return torch.ones_like(tokens.log_prob)
+    proximal = log_denominator(tokens, recipe.ratio)
+    log_weight = pooled(proximal - tokens.log_behaviour, tokens, settings.level, settings.pool)
+    weight = weight_of(log_weight)
+    if settings.rule == "truncate":
+        weight = weight.clamp(max=settings.high)
+    else:
+        weight = torch.where((weight >= settings.low) & (weight <= settings.high), weight, 0.0)
+    if settings.normalise and len(weight):
+        ok = tokens.finite[tokens.trajectory]
+        mean = (weight * ok).sum() / ok.sum().clamp(min=1)
+        weight = torch.where(mean > 0, weight / mean.clamp(min=torch.finfo(weight.dtype).tiny), weight)
+    return weight
+
+
+# Clip-Cov and KL-Cov: the few tokens whose log-prob and advantage move together most (docs/algorithms.md#covariance).
 
 
 def covariance(tokens: Tokens, advantage: Tensor) -> Tensor:
-    """(A - mean A)(log pi - mean log pi), means over the batch's tokens. [tokens]"""
+    """(A - mean A)(log pi - mean log pi), means over the batch's tokens. advantage [T] -> [T]."""
     ok = tokens.finite[tokens.trajectory]
     count = ok.sum().clamp(min=1)
     centred = advantage - (advantage * ok).sum() / count
@@ -40,7 +222,7 @@ def covariance(tokens: Tokens, advantage: Tensor) -> Tensor:
 
 
 def covariance_choice(tokens: Tokens, advantage: Tensor, candidate: Tensor, settings: TrustSettings) -> Tensor:
-    """Clip-Cov: a random covariance_fraction of all tokens, among candidates within the bounds. [tokens] bool
+    """Clip-Cov: a random covariance_fraction of all tokens, among candidates within the bounds. [T] bool.
 
     Random numbers come from a generator seeded with the seed and the version: same batch, same choice.
     """
@@ -56,7 +238,7 @@ def covariance_choice(tokens: Tokens, advantage: Tensor, candidate: Tensor, sett
 
 
 def covariance_top(tokens: Tokens, advantage: Tensor, fraction: float) -> Tensor:
-    """KL-Cov: the covariance_fraction of all tokens with the largest covariance. [tokens] bool"""
+    """KL-Cov: the covariance_fraction of all tokens with the largest covariance. [T] bool."""
     cov = torch.where(tokens.finite[tokens.trajectory], covariance(tokens, advantage), -torch.inf)
     chosen = torch.zeros_like(cov, dtype=torch.bool)
     number = min(_count(tokens, fraction), len(cov))
@@ -66,30 +248,30 @@ def covariance_top(tokens: Tokens, advantage: Tensor, fraction: float) -> Tensor
 
 
 def _count(tokens: Tokens, fraction: float) -> int:
+    """How many of the batch's finite tokens `fraction` is, at least 1."""
     return max(1, int(fraction * float(tokens.length[tokens.finite].sum())))
 
 
-# -------------------- select
-# Which trajectories are left out, and why. Every rejection is counted by reason and length.
-
-__all__ = ["LENGTH_BUCKETS", "Selection", "bucket_names", "length_bucket", "select"]
+# Selection: which trajectories are left out, and why. Every rejection is counted by reason and length.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    keep: Tensor  # [trajectories] bool
+    """Which trajectories a step trains on."""
+
+    keep: Tensor  # [I] bool
     rejected: Mapping[str, Tensor]
-    """reason -> [trajectories] bool; a trajectory may have several"""
+    """reason -> [I] bool; a trajectory may have several"""
 
 
 def length_bucket(length: Tensor) -> Tensor:
-    """Bucket index of each length, int64."""
+    """Bucket index of each length, [n] -> [n] int64; the buckets are those of `bucket_names`."""
     ends = torch.tensor(LENGTH_BUCKETS, dtype=length.dtype, device=length.device)
     return torch.bucketize(length, ends, right=True)
 
 
 def select(tokens: Tokens, recipe: Recipe, advantage: Tensor, zero_signal: Tensor) -> Selection:
-    """Apply the recipe's selection. `advantage` [tokens], `zero_signal` [trajectories] bool."""
+    """Apply the recipe's selection. advantage [T], zero_signal [I] bool."""
     settings = recipe.select
     if recipe.ratio.denominator in ("proximal", "proximal_loglinear"):
         log_ratio = log_denominator(tokens, recipe.ratio) - tokens.log_behaviour
@@ -121,181 +303,10 @@ def select(tokens: Tokens, recipe: Recipe, advantage: Tensor, zero_signal: Tenso
 
 
 def _outside(log_ratio: Tensor, low: float, high: float) -> Tensor:
+    """Whether exp(log_ratio) [I] is below `low` or above `high`, [I] bool; a bound of 0 is off."""
     outside = torch.zeros_like(log_ratio, dtype=torch.bool)
     if low > 0:
         outside |= log_ratio < log(low)
     if high > 0:
         outside |= log_ratio > log(high)
     return outside
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trust:
-    weight: Tensor  # [tokens] kappa
-    full: Tensor  # [tokens] the weight without the rule; full - weight was cut away
-    clipped: Tensor  # [tokens] bool
-    dual: Tensor  # [tokens] bool: clipped by the dual clip
-    advantage: Tensor  # [tokens]: as given, or what the rule replaces it with
-    through: bool
-    """the gradient goes through the (pooled) ratio, else to each token's own log-prob"""
-    extra: Tensor | None = None  # [tokens]
-    """added to kappa * advantage, on the token's own log-prob (kl_cov's penalty)"""
-
-
-def trust(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
-    """Apply the recipe's rule. Every weight is finite."""
-    match recipe.trust.rule:
-        case "ppo" | "clip_cov" | "kl_cov":
-            return _surrogate(tokens, ratio, advantage, recipe)
-        case "none":
-            return _plain(ratio, advantage, recipe)
-        case "gmpo":
-            return _gmpo(tokens, ratio, advantage, recipe)
-        case _:
-            weight, clipped = _detached_weight(tokens, ratio, advantage, recipe)
-            full = ratio.value
-            if recipe.trust.rule == "damp":  # damps plain REINFORCE
-                full = torch.ones_like(full)
-            elif recipe.trust.rule == "topr":  # positives are not weighted at all
-                full = torch.where(advantage < 0, full, 1.0)
-            elif recipe.trust.rule in ("dppo", "m2po"):  # differentiate the ratio
-                full = full * ratio.inside
-            return Trust(weight=weight, full=full, clipped=clipped, dual=torch.zeros_like(clipped),
-                         advantage=advantage, through=False)  # fmt: skip
-
-
-def _plain(ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
-    """Importance sampling without a bound; REINFORCE at ratio level none."""
-    through = recipe.ratio.level != "none" and recipe.trust.gradient == "unit"
-    weight = ratio.value * ratio.inside if through else ratio.value
-    clipped = torch.zeros_like(ratio.inside)
-    return Trust(weight=weight, full=weight, clipped=clipped, dual=clipped, advantage=advantage, through=through)
-
-
-def _surrogate(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
-    """min(rA, clip(r)A), with dual clip max(., cA) for A < 0; the two covariance methods on top."""
-    settings = recipe.trust
-    value, up, down = ratio.value, advantage > 0, advantage < 0
-    none = torch.zeros_like(up)
-    extra = None
-    if settings.rule == "kl_cov":  # unclipped surrogate plus a penalty on few tokens
-        clipped = dual = none
-        chosen = covariance_top(tokens, advantage, settings.covariance_fraction)
-        extra = -settings.covariance_penalty * torch.where(chosen, ratio.log.sign(), 0.0)
-    else:
-        clipped = (up & (value > 1 + settings.clip_high)) | (down & (value < 1 - settings.clip_low))
-        dual = (down & (value > settings.dual_clip)) if settings.dual_clip > 0 else none
-        clipped = clipped | dual
-        if settings.rule == "clip_cov":
-            clipped = clipped | covariance_choice(tokens, advantage, ~clipped, settings)
-    through = settings.gradient == "unit"
-    full = value * ratio.inside if through else value
-    weight = torch.where(clipped, 0.0, full)
-    return Trust(weight=weight, full=full, clipped=clipped, dual=dual, advantage=advantage,
-                 through=through, extra=extra)  # fmt: skip
-
-
-def _detached_weight(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Rules of the form sg(weight) * A * log pi: the weight, and where the rule changed it."""
-    settings, value = recipe.trust, ratio.value
-    match settings.rule:
-        case "truncate":
-            weight = value.clamp(max=settings.cap)
-        case "interval":
-            weight = torch.where((value >= settings.low) & (value <= settings.high), value, 0.0)
-        case "cispo":
-            weight = value.clamp(1 - settings.clip_low, 1 + settings.clip_high)
-        case "dispo":
-            positive = value.clamp(1 - settings.positive_low, 1 + settings.positive_high)
-            negative = value.clamp(1 - settings.negative_low, 1 + settings.negative_high)
-            weight = torch.where(advantage > 0, positive, negative)
-        case "topr":
-            clipped = (advantage < 0) & (value > settings.cap)
-            return torch.where(advantage < 0, value.clamp(max=settings.cap), 1.0), clipped
-        case "damp":
-            return (1 / value).clamp(max=1.0), value > 1
-        case "dppo":
-            return _divergence_mask(tokens, ratio, advantage, recipe)
-        case _:
-            assert settings.rule == "m2po"
-            moved = torch.where(tokens.finite[tokens.trajectory], ratio.log, torch.inf)
-            kept = second_moment_mask(moved, settings.second_moment)
-            return torch.where(kept, value * ratio.inside, 0.0), ~kept
-    return weight, weight != value
-
-
-def _divergence_mask(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """DPPO: drop tokens whose probability already moved far in the advantage's direction."""
-    settings = recipe.trust
-    new = tokens.log_prob.exp()
-    old = log_denominator(tokens, recipe.ratio).exp()
-    if settings.divergence == "probability":
-        distance = (new - old).abs()
-    else:
-        distance = bernoulli_kl(new, old)
-    rose = new > old
-    drop = ((advantage > 0) & rose & (distance > settings.mask_high)) | (
-        (advantage <= 0) & ~rose & (distance > settings.mask_low)
-    )
-    return torch.where(drop, 0.0, ratio.value * ratio.inside), drop
-
-
-def bernoulli_kl(new: Tensor, old: Tensor) -> Tensor:
-    """KL(Bernoulli(new) || Bernoulli(old)) of probabilities, [tokens]; 0 log 0 = 0."""
-    tiny = torch.finfo(new.dtype).tiny
-    yes = torch.xlogy(new, new) - torch.xlogy(new, old.clamp(min=tiny))
-    rest_new, rest_old = (1 - new).clamp(min=0.0), (1 - old).clamp(min=tiny)
-    return yes + torch.xlogy(rest_new, rest_new) - torch.xlogy(rest_new, rest_old)
-
-
-def second_moment_mask(log_ratio: Tensor, threshold: float) -> Tensor:
-    """M2PO: keep the tokens of smallest squared log-ratio whose mean stays below `threshold`, at least
-    one. Over the whole batch, so it does not depend on how the batch is cut. An infinite one is not kept.
-    [tokens] -> bool."""
-    kept = torch.zeros_like(log_ratio, dtype=torch.bool)
-    if len(log_ratio) == 0:
-        return kept
-    square, order = (log_ratio * log_ratio).sort(stable=True)
-    count = torch.arange(1, len(square) + 1, device=square.device, dtype=square.dtype)
-    num_kept = int((square.cumsum(0) / count < threshold).sum().clamp(min=1))
-    kept[order[:num_kept]] = True
-    return kept
-
-
-def _gmpo(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
-    """Geometric mean of token ratios clipped in log space; A is the trajectory's mean.
-
-    y_t = s min(s x_t, s clip(x_t, -low, high)), ratio = exp(mean y), loss = -A ratio
-    (verl `geo_mean`). The clip is the numerical clamp: no other is applied to tokens.
-    """
-    settings = recipe.trust
-    x = tokens.log_prob - log_denominator(tokens, recipe.ratio)
-    sign = advantage.sign()
-    bounded = torch.minimum(sign * x, sign * x.clamp(-settings.clip_low, settings.clip_high)) * sign
-    bounded = torch.where(sign == 0, 0.0, bounded)
-    clipped = ((sign > 0) & (x > settings.clip_high)) | ((sign < 0) & (x < -settings.clip_low))
-    log_unit = pooled(bounded, tokens, "sequence", "mean")
-    inside = log_unit.abs() <= LARGEST_LOG_RATIO
-    full = weight_of(log_unit) * inside
-    mean_advantage = tokens.mean_trajectory(advantage)[tokens.trajectory]
-    return Trust(weight=torch.where(clipped, 0.0, full), full=full, clipped=clipped,
-                 dual=torch.zeros_like(clipped), advantage=mean_advantage, through=False)  # fmt: skip
-
-
-def correction_weight(tokens: Tokens, recipe: Recipe) -> Tensor:
-    """Detached weight of the proximal over the behaviour policy, [tokens]; 1 when the recipe has none."""
-    settings = recipe.correction
-    if settings.rule == "none":
-        return torch.ones_like(tokens.log_prob)
-    proximal = log_denominator(tokens, recipe.ratio)
-    log_weight = pooled(proximal - tokens.log_behaviour, tokens, settings.level, settings.pool)
-    weight = weight_of(log_weight)
-    if settings.rule == "truncate":
-        weight = weight.clamp(max=settings.high)
-    else:
-        weight = torch.where((weight >= settings.low) & (weight <= settings.high), weight, 0.0)
-    if settings.normalise and len(weight):
-        ok = tokens.finite[tokens.trajectory]
-        mean = (weight * ok).sum() / ok.sum().clamp(min=1)
-        weight = torch.where(mean > 0, weight / mean.clamp(min=torch.finfo(weight.dtype).tiny), weight)
-    return weight

@@ -1,4 +1,4 @@
-"""The diagnostics of ALGORITHMS.md 5.2 against their formulas, and their documentation."""
+"""The diagnostics of docs/metrics.md against their formulas, and their documentation."""
 
 from __future__ import annotations
 

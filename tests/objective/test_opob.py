@@ -1,4 +1,4 @@
-"""OPOB: brute-force minimiser, published weights, both estimates, and the numbers of ALGORITHMS.md A."""
+"""OPOB: brute-force minimiser, published weights, both estimates, the numbers of docs/algorithms.md#test-vectors."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def unit_ratios(log_ratio: Tensor, columns: Columns, level: str, pool: str) -> l
 
 
 def token_loss(rule: str, r: Tensor, a: float, log_prob: Tensor, s: dict[str, Any]) -> Tensor:
-    """The published loss of one token with its unit's ratio r (ALGORITHMS.md 3)."""
+    """The published loss of one token with its unit's ratio r (docs/algorithms.md#trust)."""
     fixed = r.detach()
     if rule == "none":
         return -a * r
