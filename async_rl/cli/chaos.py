@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,9 +16,13 @@ from async_rl.config import Settings, load_settings
 from async_rl.config.schema import to_yaml
 from async_rl.errors import RunFailed, UserError
 from async_rl.instruments.chaos.chaos import ChaosRun
+from async_rl.instruments.chaos.evidence import StoreEvidence, taken_back
+from async_rl.instruments.chaos.injector import Injector
+from async_rl.instruments.chaos.launch import LaunchedRun
+from async_rl.instruments.chaos.outcome import Outcome, outcome_rows, problem_lines
 from async_rl.instruments.chaos.plan import Counts, make_plan
+from async_rl.instruments.chaos.progress import RunProgress
 from async_rl.instruments.chaos.proxy import Proxy
-from async_rl.instruments.chaos.watch import Memory, Outcome, forgotten, table, verdict
 from async_rl.observe.audit import audit_run
 from async_rl.run.child import arithmetic_environment
 from async_rl.run_folder import RunFolder, replace_text
@@ -69,32 +74,34 @@ def run_chaos(
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="async-rl-chaos-")))
             proxy = stack.enter_context(Proxy(place / "wire.sock", target))
             words.append(f"wire.connect=ipc://{proxy.path}")
+        started = time.monotonic()
         run = ChaosRun(
-            config=config,
-            overrides=words,
-            folder=folder,
-            plan=plan,
-            steps=settings.trainer.steps,
+            run=LaunchedRun(folder=folder),
+            injector=Injector(
+                plan=plan, steps=settings.trainer.steps, proxy=proxy, record=path / "chaos.jsonl", started=started
+            ),
+            progress=RunProgress(folder, started),
             outcome=outcome,
-            proxy=proxy,
-            say=say,
+            report=say,
         )
         try:
-            run.run()
+            run.play(config, words)
         except RunFailed as error:
             outcome.problems.append(str(error))
         finally:
             if proxy is not None:
                 _without_tunnel(folder)
-    _examine(folder, run.memories, outcome, say)
+    _examine(folder, run.evidence, outcome, say)
     record = folder.path / "chaos.json"
     replace_text(record, json.dumps(outcome.to_dict(), indent=2) + "\n")
-    for line in (*table(outcome), *verdict(outcome), f"The record is in {record} and chaos.jsonl."):
+    for line in (*outcome_rows(outcome), *problem_lines(outcome), f"The record is in {record} and chaos.jsonl."):
         say(line)
     return outcome
 
 
-def _examine(folder: RunFolder, memories: Sequence[Memory], outcome: Outcome, say: Callable[[str], None]) -> None:
+def _examine(
+    folder: RunFolder, evidence: Sequence[StoreEvidence], outcome: Outcome, say: Callable[[str], None]
+) -> None:
     """Check what the run left: no shared memory or socket, a whole store, weights that a replay reproduces."""
     segment = segment_path(folder.path)
     for left in (*segment.parent.glob(f"{segment.name}*"), *folder.path.glob("*.sock")):
@@ -102,7 +109,7 @@ def _examine(folder: RunFolder, memories: Sequence[Memory], outcome: Outcome, sa
     try:
         audit = audit_run(folder)
         with StoreReader(folder.store) as store:
-            lost = [finding for memory in memories for finding in forgotten(memory, store)]
+            lost = [violation for one in evidence for violation in taken_back(one, store)]
         outcome.audit = dataclasses.replace(audit, violations=(*audit.violations, *dict.fromkeys(lost)))
     except UserError as error:
         outcome.problems.append(f"no audit: {error}")

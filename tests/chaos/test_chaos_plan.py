@@ -1,4 +1,4 @@
-"""The plan of the faults, the timetable of one, and the watch over a run's files."""
+"""The plan of the faults, the timetable of one, and the progress in a run's files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_rl.events import ProcessStarted
-from async_rl.instruments.chaos.plan import LATEST, ROLES, Counts, Fault, all_kinds, make_plan, timetable
-from async_rl.instruments.chaos.watch import Watch
+from async_rl.instruments.chaos.plan import LATEST, ROLES, Counts, Fault, make_plan, timetable
+from async_rl.instruments.chaos.progress import RunProgress
 from async_rl.run_folder import RunFolder, append_row, replace_text
 
 COUNTS = st.builds(
@@ -26,9 +26,9 @@ SEEDS = st.integers(0, 2**63 - 1)
 def test_a_plan_has_what_was_asked_for_before_the_end(counts: Counts, seed: int) -> None:
     plan = make_plan(counts, seed=seed)
     assert plan == make_plan(counts, seed=seed)
-    assert all_kinds(plan) == {
-        "kill": counts.kills, "freeze": counts.freezes, "slow": counts.slows, "disconnect": counts.disconnects
-    }  # fmt: skip
+    assert Counter(fault.kind for fault in plan) == Counter(
+        kill=counts.kills, freeze=counts.freezes, slow=counts.slows, disconnect=counts.disconnects
+    )
     killed = Counter(fault.role for fault in plan if fault.kind == "kill")
     assert all(abs(killed[one] - killed[other]) <= 1 for one in ROLES for other in ROLES)
     moments = [fault.progress for fault in plan]
@@ -66,24 +66,24 @@ def test_other_seeds_give_other_plans() -> None:
 
 def test_the_watch_knows_the_longest_time_without_progress(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    watch = Watch(folder, 0.0)
-    assert watch.look(3.0) == []
+    watch = RunProgress(folder, 0.0)
+    assert watch.poll(3.0) == []
     folder.record(ProcessStarted(process="buffer", pid=1))
     append_row(folder.events, {"event": "waiting", "process": "trainer"})  # no progress
-    assert [event["event"] for event in watch.look(4.0)] == ["started", "waiting"]
+    assert [event["event"] for event in watch.poll(4.0)] == ["started", "waiting"]
     for step in range(3):
         append_row(folder.metrics, {"step": step})
-        watch.look(5.0 + step)
+        watch.poll(5.0 + step)
     assert (watch.steps_done, watch.longest_stall_s) == (3, 4.0)
     assert watch.stalled_where == "after the start, before started (buffer)"
 
     # a resumed run: rows are taken out, what is kept comes again and is no progress
     replace_text(folder.metrics, json.dumps({"step": 0}) + "\n")
     replace_text(folder.events, folder.events.read_text())
-    assert watch.look(12.0) == []
+    assert watch.poll(12.0) == []
     assert (watch.steps_done, watch.furthest, watch.longest_stall_s) == (1, 3, 5.0)
     append_row(folder.metrics, {"step": 1})
-    watch.look(15.5)
+    watch.poll(15.5)
     assert (watch.steps_done, watch.furthest, watch.longest_stall_s) == (2, 3, 8.5)
     assert watch.stalled_where == "after step 2, before step 1"
     assert watch.stalled_s(20.0) == 4.5

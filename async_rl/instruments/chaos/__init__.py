@@ -1,6 +1,7 @@
-"""A RUN HURT ON PURPOSE. In: settings and a seed, or a finished run. Out: whether anything was lost or doubled.
+"""A RUN HURT ON PURPOSE. In: settings and a seed. Out: whether anything was lost or doubled.
 
-chaos.py starts a real run, hurts it by a plan (plan.py: kills, freezes, slows, cut connections), resumes it as a
-user would; audit.py then asks the store, and `audit` asks any run. Invariant: only processes of that run are ever
-signalled. The audit is pure over what was stored and trusts nothing the run said of itself.
+chaos.py starts a real run (launch.py), injects the planned faults (plan.py, injector.py, proxy.py) while it follows
+the run's files (progress.py), and resumes the run as a user would. evidence.py holds what the store said at each
+death against what it says at the end; `async-rl audit` (observe/audit.py) does the rest. Invariant: only processes of
+that run are ever signalled (target.py).
 """

@@ -7,7 +7,6 @@ is. Every fourth fault follows the one before it within seconds, while the run r
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal, get_args
@@ -121,8 +120,8 @@ def timetable(fault: Fault, *, patience_s: float) -> list[tuple[float, signal.Si
             return []
 
 
-def in_words(fault: Fault) -> str:
-    """A fault for the terminal and the record."""
+def describe(fault: Fault) -> str:
+    """A fault, for the terminal and the record."""
     match fault.kind:
         case "kill":
             return f"{fault.role} is killed"
@@ -132,7 +131,3 @@ def in_words(fault: Fault) -> str:
             return f"{fault.role} is slowed for {fault.seconds:.1f} s"
         case "disconnect":
             return "connections are cut"
-
-
-def all_kinds(plan: Sequence[Fault]) -> dict[Kind, int]:
-    return {kind: sum(1 for fault in plan if fault.kind == kind) for kind in get_args(Kind)}

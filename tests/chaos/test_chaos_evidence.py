@@ -8,7 +8,7 @@ import pytest
 from support_audit import REFUSED, STEPS, P, change, put_batch, trajectory, write_run
 
 from async_rl.buffer.store import Store, StoreReader
-from async_rl.instruments.chaos.watch import forgotten, remember
+from async_rl.instruments.chaos.evidence import take_evidence, taken_back
 from async_rl.observe.audit import describe_violations
 from async_rl.run_folder import RunFolder
 
@@ -26,10 +26,10 @@ def run(tmp_path: Path, tiny_model: Path) -> RunFolder:
 
 def test_a_store_that_only_grows_has_forgotten_nothing(run: RunFolder) -> None:
     with StoreReader(run.store) as store:
-        memory = remember(store)
-        assert len(memory.samples) == 1
+        evidence = take_evidence(store)
+        assert len(evidence.samples) == 1
         change(run, f"UPDATE groups SET refused_because = 'zero_signal', generator = 'other' WHERE group_id = {LAST}")
-        assert list(forgotten(memory, store)) == []
+        assert list(taken_back(evidence, store)) == []
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,15 @@ def test_a_store_that_only_grows_has_forgotten_nothing(run: RunFolder) -> None:
 )  # fmt: skip
 def test_what_is_taken_back_is_named(run: RunFolder, statement: str, expected: str) -> None:
     with StoreReader(run.store) as store:
-        memory = remember(store)
+        evidence = take_evidence(store)
         change(run, statement)
-        assert any(line.startswith(expected) for line in describe_violations(forgotten(memory, store)))
+        assert any(line.startswith(expected) for line in describe_violations(taken_back(evidence, store)))
 
 
 def test_a_batch_that_was_formed_anew_is_named(run: RunFolder) -> None:
     with StoreReader(run.store) as store:
-        memory = remember(store)
+        evidence = take_evidence(store)
         put_batch(run, 0, [0, 1, 2, 4])
-        assert describe_violations(forgotten(memory, store)) == [
+        assert describe_violations(taken_back(evidence, store)) == [
             "batch: the batch of step 0 was (0, 1, 2, 3) when a process died, then (0, 1, 2, 4)"
         ]
