@@ -218,14 +218,15 @@ class Acceptance:
 
 def _permitted(trajectory: Trajectory, group: Group) -> Objection | None:
     """Why the trajectory is not one that the permit names, or None."""
+    permit = group.permit
     if not 0 <= trajectory.sample < group.size:
         said = f"sample {trajectory.sample} of {group.size}"
-    elif (trajectory.problem, trajectory.split) != (group.problem, group.split):
-        said = f"problem {trajectory.problem} ({trajectory.split}) instead of {group.problem} ({group.split})"
-    elif trajectory.seed != sample_seed(group.permit.seed, trajectory.sample):
+    elif (trajectory.problem, trajectory.split) != (permit.problem, permit.split):
+        said = f"problem {trajectory.problem} ({trajectory.split}) instead of {permit.problem} ({permit.split})"
+    elif trajectory.seed != sample_seed(permit.seed, trajectory.sample):
         said = "another seed"
-    elif trajectory.temperature != group.permit.temperature:
-        said = f"temperature {trajectory.temperature:g} instead of {group.permit.temperature:g}"
+    elif trajectory.temperature != permit.temperature:
+        said = f"temperature {trajectory.temperature:g} instead of {permit.temperature:g}"
     else:
         return None
     return Objection(kind="permit", reason=f"group {group.group} was permitted otherwise: {said}")

@@ -283,8 +283,10 @@ class Core:
 
     def _group(self, number: int) -> Group | None:
         """The group of this number that is live, or was dropped while it ran."""
-        running = self.batching.discarded.running
-        return self.evaluations.group(number) or self.groups.get(number) or running.get(number)
+        entry = self.evaluations.groups.get(number)
+        if entry is not None:
+            return entry[1]
+        return self.ledger.groups.get(number) or self.batching.discarded.running.get(number)
 
     def _count(self, trajectory: Trajectory) -> None:
         self.counts[f"trajectories_{trajectory.split}"] += 1

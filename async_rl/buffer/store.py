@@ -1,8 +1,8 @@
 """The durable record of a run: one SQLite file that any SQL tool can open, also while the run goes on.
 
-Writes are gathered in one transaction and made durable by `commit()`; whoever is told that something is
-stored is told after it. One process writes (kept by a lock on the file); readers never block it.
-Payloads are blobs of trajectory/codec.py.
+Writes are gathered in one transaction and made durable by `commit()`; a peer that is told that something is stored is
+told after the commit. One process writes (a lock on the file sees to that); readers never block it. Payloads are blobs
+of trajectory/codec.py.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ from async_rl.trajectory.types import Trajectory
 __all__ = ["BatchRow", "EvaluationRow", "GroupRow", "Store", "StoreError", "StoreReader", "TrajectoryRow"]
 
 Durability = Literal["process", "power"]
-"""what a commit survives: the death of any process; also a power loss (an fsync a commit)"""
+"""what a commit survives: process: the death of any process; power: a power loss, too (an fsync a commit)"""
 
 _WAL_BYTES = 16 << 20
 """write-ahead log that may gather before it is moved into the file"""
 CACHE_BYTES = 64 << 20
+"""pages kept in memory"""
 PRUNED_AT_ONCE = 16
-"""groups whose payloads are deleted in one portion, so that nobody waits for a long one"""
+"""groups whose payloads are deleted in one portion, so that no message waits for a long deletion"""
 _INSERT = (
     "INSERT INTO trajectories (group_id, sample, split, problem, version_min, version_max, reward, length, "
     "policy_length, num_turns, ended, reason, generator, started_at, finished_at) "
@@ -68,9 +69,9 @@ class Store(StoreReader):
         self.path = path
         self.max_bytes = max_bytes
         self.seconds_writing = 0.0
-        """what its owner spent on writes and commits, waiting for the disk and for a processor included"""
+        """wall seconds that its owner spent on writes and commits, waiting for the disk and a processor included"""
         self.processor_seconds = 0.0
-        """of them, on a processor"""
+        """of them, those on a processor"""
         self.commits = 0
         if create and store_begun(path):
             raise UserError(f"{path}: there is a store already; choose another run folder or resume this one")
@@ -115,9 +116,9 @@ class Store(StoreReader):
         )
 
     def add_trajectories(self, trajectories: Sequence[Trajectory], blobs: Sequence[Blob] = ()) -> list[tuple[int, int]]:
-        """Store them; the (group, sample) of those that were there before, which stay as they are.
+        """Store them; returns the (group, sample) of those that were there before, which stay as they are.
 
-        `blobs`: the bytes of each, as they came; empty when they are not at hand."""
+        `blobs`: the bytes of each, as they arrived; empty when they are not at hand."""
         known = []
         assert len(blobs) in (0, len(trajectories))
         with explained(self.path, max_bytes=self.max_bytes):
@@ -129,7 +130,7 @@ class Store(StoreReader):
                 if execute(_INSERT, (*what, *size, *how)).rowcount == 0:
                     known.append((t.group, t.sample))
                 else:
-                    # the id just given, without asking for it; what comes so late is of a dropped group
+                    # the id just given; a trajectory of a pruned group is so late that its group was dropped
                     if t.group >= self._pruned_groups:
                         execute("INSERT INTO payloads VALUES (last_insert_rowid(), ?)", (blob or pack(t),))
         return known
@@ -210,16 +211,16 @@ class Store(StoreReader):
         return True
 
     def rewind(self, *, version: int, now: float) -> None:
-        """The run goes on from the weights of `version`: later ones are lost, their batches are kept and
-        will be trained again. What the checkpoint holds is trained, even if that was not heard of."""
+        """The run goes on from the weights of `version`: later ones are lost, their batches are kept and are trained
+        again. What the checkpoint holds counts as trained, even if the trainer's message about it was lost."""
         unheard = "UPDATE batches SET trained_at = ? WHERE step < ? AND trained_at IS NULL"
         self._write(unheard, (now, version))
         self._write("UPDATE batches SET trained_at = NULL WHERE step >= ?", (version,))
         self.set_meta("consumed_step", version - 1)
 
     def give_up(self, *, version: int, reason: str) -> None:
-        """The run went back: from `version` on, its weights are others than those that sampled what is not trained
-        yet. All of that is refused, also in batches that were formed ahead. Done once, whenever it is asked for."""
+        """The run went back: from `version` on, its weights are not those that sampled what is not trained yet. All of
+        that is refused, also in batches that were formed ahead. Doing it again changes nothing."""
         if int(self.meta("gone_back_at", 0)) == version:
             return
         for table in ("groups", "trajectories"):
@@ -281,7 +282,7 @@ class Store(StoreReader):
 
 
 def store_begun(path: Path) -> bool:
-    """Whether the file holds anything; a process killed while it made the store leaves an empty one."""
+    """Whether the file holds anything; a process killed while it made the store leaves an empty file."""
     if not path.is_file() or path.stat().st_size == 0:
         return False
     try:
@@ -295,8 +296,8 @@ def store_begun(path: Path) -> bool:
 
 
 def _writer_lock(path: Path) -> int:
-    """A lock that the system gives back when this process ends, however it ends. The file descriptor
-    must outlive the connection: closing it earlier would drop SQLite's own locks."""
+    """A lock that the system releases when this process ends, however it ends. The file descriptor must outlive the
+    connection: closing it earlier would drop SQLite's own locks."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:

@@ -1,7 +1,8 @@
-"""Reading the record of a run, also while it goes on: its tables, rows, and `StoreReader`.
+"""Reading the record of a run, also while it goes on: its tables, rows, and `StoreReader`; `StoreSurvey` answers
+questions about a whole run's trajectories.
 
-A reader sees what was committed and never blocks the writer. A half-read iterator holds a snapshot, which
-keeps the write-ahead log from shrinking: read to the end.
+A reader sees what was committed and never blocks the writer. A half-read iterator holds a snapshot, which keeps the
+write-ahead log from shrinking: read iterators to the end.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from async_rl.wire.messages import ABANDONED
 SCHEMA = 2
 APPLICATION_ID = 0x41524C31
 PAGE_BYTES = 16384
-"""a commit writes whole pages: larger ones cost short trajectories more (0.5 ms instead of 0.2 a commit at 32 kB),
-smaller ones spread long trajectories over many"""
+"""a commit writes whole pages: larger pages cost short trajectories more (0.5 ms instead of 0.2 a commit at 32 kB),
+smaller pages spread long trajectories over many"""
 LOCK_WAIT_S = 10.0
 
 TABLES = """
@@ -73,6 +74,14 @@ _TRAJECTORY = (
     "num_turns, ended, reason, refused_because, generator, started_at, finished_at"
 )
 _PAYLOADS = "SELECT payload FROM trajectories JOIN payloads USING (id)"
+MOST_SCANNED = 200_000
+"""trajectories read for one survey (about half a second); of a larger store, evenly spread stretches are read"""
+_STRETCHES = 64
+_SURVEYED = (
+    "t.group_id, t.sample, t.split, t.step, t.version_min, t.version_max, t.reward, t.policy_length, t.num_turns, "
+    "t.ended, t.refused_because, coalesce(g.generator, ''), t.started_at, t.finished_at"
+)
+_WITH_GENERATOR = "FROM trajectories t LEFT JOIN groups g ON g.group_id = t.group_id"
 Row = TypeVar("Row")
 
 
@@ -82,6 +91,8 @@ class StoreError(RunFailed):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRow:
+    """A group as it was admitted, and what became of it."""
+
     group: int
     problem: int
     split: str
@@ -107,6 +118,7 @@ class TrajectoryRow:
     split: str
     problem: int
     step: int | None
+    """batch it is in"""
     version_min: int
     version_max: int
     reward: float | None
@@ -126,16 +138,24 @@ class TrajectoryRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchRow:
+    """The batch of a training step."""
+
     step: int
     groups: tuple[int, ...]
+    """in the batch's order"""
     formed_at: float
+    """seconds, the buffer's clock"""
     trained_at: float | None
+    """None: weights of version step + 1 do not exist"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationRow:
+    """The result of an evaluation."""
+
     evaluation: int
     version_min: int
+    """oldest weights that sampled a token of it"""
     version_max: int
     reward: float
     """mean"""
@@ -156,7 +176,7 @@ class StoreReader:
             self.refuse_foreign()
 
     def trajectories(self, *, step: int | None = None, split: str | None = None) -> Iterator[TrajectoryRow]:
-        """In the order of arrival, without tokens."""
+        """Trajectories in the order of arrival, without tokens; of one step or split, if it is given."""
         where = " AND ".join(
             [f"{name} = ?" for name, value in (("step", step), ("split", split)) if value is not None] or ["1"]
         )
@@ -165,14 +185,13 @@ class StoreReader:
         return self._rows(TrajectoryRow, query, given)
 
     def groups(self, *, unfinished: bool = False, since: int = 0) -> Iterator[GroupRow]:
-        """In the order of admission, from group `since` on; `unfinished`: only those neither in a batch nor
-        refused."""
+        """In the order of admission, from group `since` on. `unfinished`: only those neither in a batch nor refused."""
         where = "step IS NULL AND refused_because IS NULL" if unfinished else "1"
         query = f"SELECT {_GROUP} FROM groups WHERE {where} AND group_id >= ? ORDER BY group_id"
         return self._rows(GroupRow, query, (since,))
 
     def trajectories_of(self, group: int) -> Iterator[TrajectoryRow]:
-        """Sample by sample, without tokens."""
+        """Trajectories of a group, sample by sample, without tokens."""
         query = f"SELECT {_TRAJECTORY} FROM trajectories WHERE group_id = ? ORDER BY sample"
         return self._rows(TrajectoryRow, query, (group,))
 
@@ -183,7 +202,7 @@ class StoreReader:
         return step, group
 
     def next_position(self) -> int:
-        """In the prompt order: behind every one that was asked."""
+        """The next position in the prompt order: behind every one that was asked."""
         (position,) = self._all("SELECT coalesce(max(position) + 1, 0) FROM groups")[0]
         return int(position)
 
@@ -322,6 +341,7 @@ class StoreReader:
         return int(self.meta("first_step", 0))
 
     def meta(self, key: str, default: Any = None) -> Any:
+        """The small value that was stored under this key."""
         found = self._all("SELECT value FROM meta WHERE key = ?", (key,))
         return found[0][0] if found else default
 
@@ -345,6 +365,7 @@ class StoreReader:
             return self._connection.execute(query, given).fetchall()
 
     def refuse_foreign(self) -> None:
+        """Raises UserError when the file is not a store, or one of another schema."""
         (application,) = self._connection.execute("PRAGMA application_id").fetchone()
         (schema,) = self._connection.execute("PRAGMA user_version").fetchone()
         if application != APPLICATION_ID:
@@ -357,13 +378,14 @@ class StoreReader:
 
 
 def connect(path: Path, *, mode: str) -> sqlite3.Connection:
+    """A connection to the file. `mode`: ro or rw."""
     uri = f"{path.resolve().as_uri()}?mode={mode}"
     return sqlite3.connect(uri, uri=True, timeout=LOCK_WAIT_S, isolation_level=None)
 
 
 @contextmanager
 def explained(path: Path, kind: type[Exception] = StoreError, *, max_bytes: int = 0) -> Iterator[None]:
-    """SQLite's errors as ours, with the file and what to do. `max_bytes`: limit set on the file; 0: none."""
+    """Turns SQLite's errors into `kind`, with the file and the remedy. `max_bytes`: limit set on the file; 0: none."""
     try:
         yield
     except sqlite3.Error as error:
@@ -380,19 +402,6 @@ def explained(path: Path, kind: type[Exception] = StoreError, *, max_bytes: int 
         }
         remedy = next((remedies[key] for key in remedies if key in said), "is its disk in order?")
         raise kind(f"{path}: {said}; {remedy}") from error
-
-
-# -------------------- survey
-# Questions about a whole run's trajectories, answered from so many of them as can be read at once.
-
-MOST_SCANNED = 200_000
-"""trajectories read for one survey (about half a second); of a larger store, evenly spread stretches"""
-_STRETCHES = 64
-_COLUMNS = (
-    "t.group_id, t.sample, t.split, t.step, t.version_min, t.version_max, t.reward, t.policy_length, t.num_turns, "
-    "t.ended, t.refused_because, coalesce(g.generator, ''), t.started_at, t.finished_at"
-)
-_FROM = "FROM trajectories t LEFT JOIN groups g ON g.group_id = t.group_id"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -414,14 +423,14 @@ class Surveyed:
     ended: str
     refused_because: str | None
     generator: str
-    """that its group's permit was issued to last"""
+    """the one that its group's permit was last given to"""
     started_at: float
     """seconds since the epoch"""
     finished_at: float
 
 
 class StoreSurvey(StoreReader):
-    """A store read for what its trajectories are like as a whole."""
+    """Reads a store for what its trajectories are like as a whole, from as many of them as can be read at once."""
 
     def spread(self, most: int = MOST_SCANNED) -> list[Surveyed]:
         """All trajectories, or evenly spread stretches of at most about `most` of them, in order of arrival."""
@@ -433,18 +442,20 @@ class StoreSurvey(StoreReader):
         return [row for start in starts for row in self.between(start, start + length - 1)]
 
     def newest(self, most: int) -> list[Surveyed]:
-        """The last `most` to arrive."""
+        """The last `most` trajectories to arrive."""
         last = self.last_id()
         return list(self.between(last - most + 1, last))
 
     def between(self, first: int, last: int) -> Iterator[Surveyed]:
-        """By number of arrival, both included."""
-        query = f"SELECT {_COLUMNS} {_FROM} WHERE t.id BETWEEN ? AND ? ORDER BY t.id"
+        """Trajectories by number of arrival, both ends included."""
+        query = f"SELECT {_SURVEYED} {_WITH_GENERATOR} WHERE t.id BETWEEN ? AND ? ORDER BY t.id"
         return self._rows(Surveyed, query, (first, last))
 
     def of_group(self, group: int) -> Iterator[Surveyed]:
         """Sample by sample."""
-        return self._rows(Surveyed, f"SELECT {_COLUMNS} {_FROM} WHERE t.group_id = ? ORDER BY t.sample", (group,))
+        return self._rows(
+            Surveyed, f"SELECT {_SURVEYED} {_WITH_GENERATOR} WHERE t.group_id = ? ORDER BY t.sample", (group,)
+        )
 
     def last_id(self) -> int:
         return int(self._all("SELECT coalesce(max(id), 0) FROM trajectories")[0][0])
@@ -487,6 +498,6 @@ class StoreSurvey(StoreReader):
         return low, high
 
     def of_groups(self, first: int, last: int) -> Iterator[Surveyed]:
-        """Those of the groups with these numbers, both included."""
-        query = f"SELECT {_COLUMNS} {_FROM} WHERE t.group_id BETWEEN ? AND ? ORDER BY t.group_id, t.sample"
+        """Trajectories of the groups with these numbers, both ends included."""
+        query = f"SELECT {_SURVEYED} {_WITH_GENERATOR} WHERE t.group_id BETWEEN ? AND ? ORDER BY t.group_id, t.sample"
         return self._rows(Surveyed, query, (first, last))
