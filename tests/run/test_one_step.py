@@ -1,0 +1,41 @@
+"""How much of the program a reader must know to follow one training step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from support_command import Run
+
+from async_rl.run_folder import RunFolder
+
+MOST_FILES = 25
+"""a GRPO step of one rank passed through 49 before rooms were merged"""
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_a_training_step_passes_through_few_files(tmp_path: Path, tiny_model: Path) -> None:
+    values = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    values |= {"model": {"path": str(tiny_model)}, "recipe": "grpo", "evaluation": {"problems": 4, "every": 0}}
+    values["trainer"] = {"steps": 4, "start": "external"}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    run = Run(config, RunFolder(tmp_path / "run"))
+    run.wait_for_event("trainer_awaited")
+    out = tmp_path / "calls.json"
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    trainer = subprocess.run(
+        [sys.executable, "-m", "support_traced_trainer", str(run.folder.path), "2", str(out)],
+        capture_output=True, text=True, env={**os.environ, **rank}, cwd=ROOT / "tests", check=False,
+    )  # fmt: skip
+    said = run.said()
+    assert trainer.returncode == 0, trainer.stderr + said
+    assert run.process.returncode == 0, said
+    called = json.loads(out.read_text())
+    listed = "\n".join(f"{name}: {', '.join(found)}" for name, found in sorted(called.items()))
+    assert any(name.endswith("objective/coefficients.py") for name in called), listed
+    assert len(called) <= MOST_FILES, f"{len(called)} files:\n{listed}"
