@@ -15,10 +15,10 @@ from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
 from async_rl.buffer.staleness import DropPolicy, PacePolicy, Policy, WaitPolicy
 from async_rl.events import Event
-from async_rl.instruments.world.buffer import Watch
+from async_rl.instruments.world.buffer import WorldWatch
 from async_rl.instruments.world.clock import Network
 from async_rl.instruments.world.decoding import TurnByTurn
-from async_rl.instruments.world.world import Plan, World
+from async_rl.instruments.world.world import WorldPlan, World
 from async_rl.trajectory import Trajectory
 from async_rl.wire import messages as msg
 
@@ -66,7 +66,7 @@ def make_world(
 ) -> World:
     """A world around a real state machine, watched. Without `store` what is written is kept in memory."""
     return kind(
-        Plan(
+        WorldPlan(
             seed=seed,
             steps=steps,
             generators=generators,
@@ -148,7 +148,7 @@ def some_world(seed: int, kinds: Sequence[str] = FAULTS, *, store: Any = None) -
 
 
 @dataclass(eq=False, kw_only=True)
-class Invariants(Watch):
+class Invariants(WorldWatch):
     """Knows what must never happen. It reads writes, answers and steps, never the state machine's own books."""
 
     policy: Policy

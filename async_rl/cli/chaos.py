@@ -119,7 +119,7 @@ def _examine(
     say("replaying the steps that are stored")
     os.environ.update(arithmetic_environment(folder.settings().trainer.threads))  # before torch is imported
 
-    from async_rl.instruments.replay import in_words, replay
+    from async_rl.instruments.replay import describe_replay, replay
 
     try:
         again = replay(folder)
@@ -128,7 +128,7 @@ def _examine(
         return
     whole = again.version == steps and again.compared > 0
     outcome.replay_identical = again.difference is None and whole
-    outcome.replay, outcome.replayed_from = in_words(again, folder), again.begun
+    outcome.replay, outcome.replayed_from = describe_replay(again, folder), again.begun
 
 
 def _socket_of(settings: Settings, folder: RunFolder) -> Path:

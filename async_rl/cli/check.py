@@ -93,12 +93,12 @@ def _rehearsed(config: Path | None, words: Sequence[str], folder: Path) -> Path:
     """A file with the settings of the rehearsal, whose model and data lie beside it."""
     from async_rl.config import load_settings
     from async_rl.config.schema import to_yaml
-    from async_rl.instruments.rehearsal import prepare
+    from async_rl.instruments.rehearsal import prepare_rehearsal
 
     if config is None:
         raise UserError("--fake-model needs a YAML file of settings")
     file = folder / "config.yaml"
-    file.write_text(to_yaml(prepare(load_settings(config, words), words, folder).settings))
+    file.write_text(to_yaml(prepare_rehearsal(load_settings(config, words), words, folder).settings))
     return file
 
 
@@ -124,10 +124,10 @@ def _replay(arguments: argparse.Namespace) -> int:
     # as the trainer was started: another number of threads may round differently
     os.environ.update(arithmetic_environment(folder.settings().trainer.threads))
 
-    from async_rl.instruments.replay import in_words, replay
+    from async_rl.instruments.replay import describe_replay, replay
 
     result = replay(folder, until=arguments.until)
-    print(in_words(result, folder))
+    print(describe_replay(result, folder))
     return 0 if result.difference is None else 1
 
 

@@ -113,10 +113,10 @@ def _rescore(arguments: argparse.Namespace) -> int:
     # as the trainer was started: another number of threads may round differently
     os.environ.update(arithmetic_environment(folder.settings().trainer.threads))
 
-    from async_rl.instruments.rescore import in_words, rescore, write_json
+    from async_rl.instruments.rescore import describe_scores, rescore, write_json
 
     result = rescore(folder, arguments.recipe, steps=arguments.steps)
-    for line in in_words(result, folder):
+    for line in describe_scores(result, folder):
         print(line)
     if arguments.out is not None:
         write_json(arguments.out, result, folder)

@@ -111,12 +111,12 @@ def _config(arguments: argparse.Namespace) -> int:
     loaded = load_with_notes(arguments.config, arguments.overrides)
     settings = loaded.settings
     if arguments.fake_model:
-        from async_rl.instruments.rehearsal import plan
+        from async_rl.instruments.rehearsal import plan_rehearsal
 
-        rehearsal = plan(settings, arguments.overrides, Path("runs") / f"{settings.name}-fake.files")
+        rehearsal = plan_rehearsal(settings, arguments.overrides, Path("runs") / f"{settings.name}-fake.files")
         settings = rehearsal.settings
         if not arguments.yaml:
-            print(f"{rehearsal.in_words()}\n")
+            print(f"{rehearsal.describe()}\n")
     if arguments.yaml:
         print(to_yaml(settings), end="")
         return 0

@@ -118,10 +118,10 @@ def _run(arguments: argparse.Namespace) -> int:
             fake = "-fake" if arguments.fake_model else ""
             path = arguments.run_dir or Path("runs") / f"{settings.name}{fake}-{time.strftime('%Y%m%d-%H%M%S')}"
             if arguments.fake_model:
-                from async_rl.instruments.rehearsal import prepare
+                from async_rl.instruments.rehearsal import prepare_rehearsal
 
-                rehearsal = prepare(settings, arguments.overrides, path.with_name(f"{path.name}.files"))
-                console.print(rehearsal.in_words())
+                rehearsal = prepare_rehearsal(settings, arguments.overrides, path.with_name(f"{path.name}.files"))
+                console.print(rehearsal.describe())
                 settings = rehearsal.settings
             for note in loaded.notes:
                 console.print(f"note: {note}")

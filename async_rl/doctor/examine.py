@@ -106,8 +106,8 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
     from async_rl.instruments import agreement  # imports the trainer: some seconds
 
     free = read_available()
-    yield from guarded("log-probs", lambda: agreement.look_at_log_probs(settings, tasks[0], found.parameters, free))
-    yield from guarded("max_staleness=0", lambda: agreement.look_at_equivalence(settings, found.parameters))
+    yield from guarded("log-probs", lambda: agreement.check_log_probs(settings, tasks[0], found.parameters, free))
+    yield from guarded("max_staleness=0", lambda: agreement.check_equivalence(settings, found.parameters))
 
 
 def check_placement(settings: Settings) -> Finding:

@@ -40,7 +40,7 @@ other data would give a share near 1"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class WeightDifference:
     """Between two ways to the same weights."""
 
     apart: float
@@ -101,7 +101,7 @@ def judge_log_probs(found: Comparison, on: str, settings: Settings) -> Finding:
     return ok(check, said)
 
 
-def measure_equivalence(settings: Settings) -> Difference:
+def measure_equivalence(settings: Settings) -> WeightDifference:
     """A run of two steps with max_staleness=0 against the in-process loop. Raises UserError, RunFailed."""
     small = small_settings(settings)
     begun = dict(load_model(Path(settings.model.path)).named_parameters())
@@ -115,7 +115,7 @@ def measure_equivalence(settings: Settings) -> Difference:
     moved = sum(_distance(expected[name], begun[name]) for name in expected)
     worst = max(apart, key=lambda name: apart[name] / size[name])
     total = sum(size.values())
-    return Difference(apart=sum(apart.values()) / total, moved=moved / total, tensor=worst)
+    return WeightDifference(apart=sum(apart.values()) / total, moved=moved / total, tensor=worst)
 
 
 def small_settings(settings: Settings) -> Settings:
@@ -136,7 +136,7 @@ def small_settings(settings: Settings) -> Settings:
     )
 
 
-def judge_equivalence(found: Difference, settings: Settings) -> Finding:
+def judge_equivalence(found: WeightDifference, settings: Settings) -> Finding:
     check = "max_staleness=0"
     tolerance = WEIGHT_TOLERANCE[settings.generator.dtype]
     said = (
@@ -157,13 +157,13 @@ def judge_equivalence(found: Difference, settings: Settings) -> Finding:
     return ok(check, said)
 
 
-def look_at_log_probs(settings: Settings, task: Task, parameters: int, free_bytes: int) -> Finding:
+def check_log_probs(settings: Settings, task: Task, parameters: int, free_bytes: int) -> Finding:
     if 8 * parameters > free_bytes and not settings.trainer.device.startswith("cuda"):
         return warning("log-probs", "left out: two copies of the model do not fit into memory", "see the line 'memory'")
     return judge_log_probs(*measure_log_probs(settings, task, parameters=parameters), settings)
 
 
-def look_at_equivalence(settings: Settings, parameters: int) -> Finding:
+def check_equivalence(settings: Settings, parameters: int) -> Finding:
     """Only for small models on CPU: it trains."""
     check = "max_staleness=0"
     cuda = settings.trainer.device.startswith("cuda") or settings.generator.device.startswith("cuda")

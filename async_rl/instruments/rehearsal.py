@@ -92,7 +92,7 @@ TIME, NO_GPU, HERE = "time", "no GPU", "this machine alone"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class ReplacedSetting:
     """One row of the table."""
 
     path: str
@@ -102,7 +102,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Files:
+class StandIns:
     """What is put in the place of files that are not here."""
 
     model: Path
@@ -164,7 +164,7 @@ NOT_BY_HAND = ("model.", "task.", *DEFAULTS)
 """what words on the command line cannot put back: it is not here, or would be refused"""
 
 
-def shrink(settings: Settings, words: Sequence[str], files: Files) -> tuple[Settings, list[Change]]:
+def shrink(settings: Settings, words: Sequence[str], files: StandIns) -> tuple[Settings, list[ReplacedSetting]]:
     """`words`: name=value as given for the run; those that can hold win over the rules. Raises UserError for
     words that make settings which contradict each other."""
     old = values_of(settings)
@@ -191,23 +191,23 @@ def shrink(settings: Settings, words: Sequence[str], files: Files) -> tuple[Sett
     check(made)
     now = values_of(made)
     changes = [
-        Change(path=path, was=old[path], now=now[path], why=why.get(path, "as asked"))
+        ReplacedSetting(path=path, was=old[path], now=now[path], why=why.get(path, "as asked"))
         for path in now
         if now[path] != old[path] and path != "task.args"
     ]
     return made, [*changes, *_of_data(settings, files)]
 
 
-def rehearsed(settings: Settings, files: Files) -> dict[str, Any]:
+def rehearsed(settings: Settings, files: StandIns) -> dict[str, Any]:
     """Arguments of the task `rehearsed` around the run's own."""
     args = {**settings.task.args, **{name: str(path) for name, path in files.data.items()}}
     call = task_class(settings.task.name).example_call
     return {"name": settings.task.name, "args": args, "max_tokens": TURN_TOKENS, "call": call}
 
 
-def _of_data(settings: Settings, files: Files) -> list[Change]:
+def _of_data(settings: Settings, files: StandIns) -> list[ReplacedSetting]:
     return [
-        Change(path=f"task.args.{name}", was=settings.task.args[name], now=str(path), why="no such file here")
+        ReplacedSetting(path=f"task.args.{name}", was=settings.task.args[name], now=str(path), why="no such file here")
         for name, path in files.data.items()
     ]
 
@@ -228,7 +228,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def table(changes: Sequence[Change]) -> str:
+def changes_table(changes: Sequence[ReplacedSetting]) -> str:
     """`setting: was -> is (why)`, one a line."""
     width = max((len(change.path) for change in changes), default=0)
     return "\n".join(f"  {c.path:<{width}}  {_shown(c.was)} -> {_shown(c.now)}  ({c.why})" for c in changes)
@@ -248,30 +248,30 @@ DATA = ("path", "eval_path")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
     settings: Settings
-    changes: tuple[Change, ...]
+    changes: tuple[ReplacedSetting, ...]
     model: str
     """what it is played with, in words"""
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         return (
             f"A rehearsal with {self.model}: nothing is learned, what runs is the program.\n"
-            f"Replaced (setting: was -> is), everything else is as configured:\n{table(self.changes)}"
+            f"Replaced (setting: was -> is), everything else is as configured:\n{changes_table(self.changes)}"
         )
 
 
-def plan(settings: Settings, words: Sequence[str], folder: Path) -> Rehearsal:
+def plan_rehearsal(settings: Settings, words: Sequence[str], folder: Path) -> Rehearsal:
     """What would be replaced when model and missing data lay in `folder`. Raises UserError."""
     if settings.task.name == "rehearsed":
         raise UserError("these are settings of a rehearsal already; leave --fake-model out")
     data = {name: folder / f"{name}.jsonl" for name in missing(settings.task.args)}
-    made, changes = shrink(settings, words, Files(model=folder / "model", data=data))
+    made, changes = shrink(settings, words, StandIns(model=folder / "model", data=data))
     family, _ = family_of(settings.model.path)
     return Rehearsal(settings=made, changes=tuple(changes), model=f"a tiny random {family} on CPU")
 
 
-def prepare(settings: Settings, words: Sequence[str], folder: Path) -> Rehearsal:
+def prepare_rehearsal(settings: Settings, words: Sequence[str], folder: Path) -> Rehearsal:
     """`plan`, and the model and missing data made in `folder`, anew. Raises UserError."""
-    planned = plan(settings, words, folder)
+    planned = plan_rehearsal(settings, words, folder)
     model = folder / "model"
     try:
         shutil.rmtree(model, ignore_errors=True)

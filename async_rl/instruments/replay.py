@@ -34,7 +34,7 @@ from async_rl.trajectory.codec import unpack
 
 
 @dataclass(slots=True)
-class Line:
+class Retraining:
     """Steps a learner along. A context: inside, the state a run will go back to is kept on disk."""
 
     learner: Learner
@@ -81,7 +81,7 @@ MARKS = {"hash": weights_hash, "checksum": weights_checksum}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class Divergence:
     """The first version at which a replay has other weights than the run had."""
 
     version: int
@@ -99,7 +99,7 @@ class Replayed:
     """of those, over the bytes of all parameters"""
     compared: int
     """versions of which the run had recorded a hash or checksum, the initial one included"""
-    difference: Difference | None
+    difference: Divergence | None
     """None: every compared version is equal, bit for bit"""
     seconds: float
     begun: int = 0
@@ -127,13 +127,15 @@ def replay(
         learner = make_learner(settings)
         begun = _begin(folder, store.first_step(), last, learner)
         compared, equal, difference = 0, -1, None
-        with Line.of(folder, learner) as line:
+        with Retraining.of(folder, learner) as retraining:
             for version in range(begun, last + 1):
                 if version > begun:
                     blobs = store.load_batch(version - 1)
                     if blobs is None:
                         raise UserError(f"{store.path}: the batch of step {version - 1} is not in it")
-                    line.step(pack_step(settings_at(resumes, settings, version - 1), [unpack(blob) for blob in blobs]))
+                    retraining.step(
+                        pack_step(settings_at(resumes, settings, version - 1), [unpack(blob) for blob in blobs])
+                    )
                     each_step(version)
                 weights = learner.weights()
                 marks = recorded.get(version, {})
@@ -141,7 +143,7 @@ def replay(
                 found = {kind: MARKS[kind](weights) for kind in marks}
                 different = next((kind for kind in MARKS if marks.get(kind) != found.get(kind)), None)
                 if different is not None:
-                    difference = Difference(
+                    difference = Divergence(
                         version=version, recorded=marks[different], replayed=found[different], last_equal=equal
                     )
                     break
@@ -204,7 +206,7 @@ def _recorded(folder: RunFolder) -> dict[int, dict[str, str]]:
     return found
 
 
-def in_words(result: Replayed, folder: RunFolder) -> str:
+def describe_replay(result: Replayed, folder: RunFolder) -> str:
     """What a replay came to."""
     head = f"{folder.path}: {result.version - result.begun} steps trained again in {result.seconds:.1f} s"
     if result.begun:

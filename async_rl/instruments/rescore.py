@@ -26,7 +26,7 @@ from async_rl.buffer.store import StoreReader
 from async_rl.config import Settings
 from async_rl.config.schema import with_overrides
 from async_rl.errors import UserError
-from async_rl.instruments.replay import Line
+from async_rl.instruments.replay import Retraining
 from async_rl.model.folder import load_model
 from async_rl.objective.library import check_effect, load_recipe
 from async_rl.objective.own import check_recorded
@@ -132,11 +132,11 @@ def rescore(
     scores = {text: Score(recipe=text) for text in (OWN, *others)}
     with StoreReader(folder.store) as store:
         begun = _begin(folder, store.first_step(), first, learner)
-        with Line.of(folder, learner) as line:
+        with Retraining.of(folder, learner) as retraining:
             for step in range(learner.version, last):
                 packed = _batch(store, settings, step)
                 if step < first:
-                    line.step(packed)
+                    retraining.step(packed)
                     continue
                 looks = {OWN: learner.preview(packed)}
                 for text, other in others.items():
@@ -144,7 +144,7 @@ def rescore(
                     looks[text] = other.preview(packed)
                     other.state = looks[text].state
                 before = _flat(learner)
-                line.step(packed)
+                retraining.step(packed)
                 update = _flat(learner) - before
                 for text, look in looks.items():
                     _add(scores[text], step, look, looks[OWN], update, packed)
@@ -275,7 +275,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 )
 
 
-def in_words(result: Rescored, folder: RunFolder) -> list[str]:
+def describe_scores(result: Rescored, folder: RunFolder) -> list[str]:
     """Means over the steps as a table, and what was rejected by length."""
     rows = [("recipe", *(title for _, title in COLUMNS))]
     for score in result.scores:

@@ -21,11 +21,11 @@ from async_rl.buffer.build import make_core
 from async_rl.buffer.core import Core
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
-from async_rl.instruments.world.buffer import Watch
+from async_rl.instruments.world.buffer import WorldWatch
 from async_rl.instruments.world.clock import Network
 from async_rl.instruments.world.decoding import SideBySide
 from async_rl.instruments.world.generator import Pair, SimulatedGenerator
-from async_rl.instruments.world.world import Plan, World
+from async_rl.instruments.world.world import WorldPlan, World
 from async_rl.trajectory import VersionSpan
 from async_rl.wire import messages as msg
 
@@ -136,7 +136,7 @@ class WorkTimes:
 
 
 @dataclass(slots=True)
-class Tally(Watch):
+class Tally(WorldWatch):
     """Counts staleness as batches are formed, and notices the steps."""
 
     settled: int
@@ -190,7 +190,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         chosen = self.settings.generator
-        plan = Plan(
+        plan = WorldPlan(
             seed=0,
             steps=self.steps,
             generators=chosen.count,

@@ -15,7 +15,7 @@ from async_rl.doctor import machine as memory
 from async_rl.doctor import problems as reward
 from async_rl.doctor import problems as tokens
 from async_rl.instruments import agreement
-from async_rl.instruments.agreement import Difference
+from async_rl.instruments.agreement import WeightDifference
 from async_rl.model.create import write_character_tokenizer
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.run.memory import Estimate, Part, describe_estimate, estimate, read_available
@@ -210,18 +210,18 @@ def test_log_probs_are_judged_by_the_canarys_tolerance(tiny_model: Path) -> None
 def test_a_model_too_large_for_memory_is_not_loaded(tiny_model: Path) -> None:
     settings = quick_settings(tiny_model)
     task = make_task(settings.task.name, settings.task.args)
-    assert agreement.look_at_log_probs(settings, task, 10**9, 7 * 10**9).level == "warning"
+    assert agreement.check_log_probs(settings, task, 10**9, 7 * 10**9).level == "warning"
 
 
 def test_synchronous_equivalence_is_judged_by_how_far_training_moved(tiny_model: Path) -> None:
     settings = quick_settings(tiny_model)
-    apart = Difference(apart=1e-9, moved=1e-5, tensor="w")
+    apart = WeightDifference(apart=1e-9, moved=1e-5, tensor="w")
     assert agreement.judge_equivalence(apart, settings).level == "ok"
     assert agreement.judge_equivalence(replace(apart, apart=1e-5), settings).level == "error"
     assert agreement.judge_equivalence(replace(apart, apart=0.0, moved=0.0), settings).level == "warning"
     assert agreement.judge_equivalence(replace(apart, moved=0.0), settings).level == "error"
-    assert agreement.look_at_equivalence(settings, 10**9).level == "warning"
+    assert agreement.check_equivalence(settings, 10**9).level == "warning"
     vllm = replace(settings, generator=replace(settings.generator, engine="vllm"))
-    assert agreement.look_at_equivalence(vllm, 1000).level == "warning"
+    assert agreement.check_equivalence(vllm, 1000).level == "warning"
     on_gpu = replace(settings, trainer=replace(settings.trainer, device="cuda"))
-    assert agreement.look_at_equivalence(on_gpu, 1000).level == "warning"
+    assert agreement.check_equivalence(on_gpu, 1000).level == "warning"

@@ -16,10 +16,10 @@ from support_command import alive, descendants, wait_for
 
 from async_rl.config.schema import structured, to_yaml
 from async_rl.errors import RunFailed, UserError
-from async_rl.instruments.lab.crew import Crew
+from async_rl.instruments.lab.crew import WorkerPool
 from async_rl.instruments.lab.lab import LabFolder, Progress, run_lab
 from async_rl.instruments.lab.merit import read_curves, read_record
-from async_rl.instruments.lab.plan import LabSettings, Plan, make_plan
+from async_rl.instruments.lab.plan import LabSettings, LabPlan, make_plan
 
 
 def settings(model: Path, **changes: Any) -> LabSettings:
@@ -39,7 +39,7 @@ def settings(model: Path, **changes: Any) -> LabSettings:
     return structured(LabSettings, base | changes, where="")
 
 
-def run(plan: Plan, folder: Path, see: Callable[[Progress], None] = lambda _: None) -> list[str]:
+def run(plan: LabPlan, folder: Path, see: Callable[[Progress], None] = lambda _: None) -> list[str]:
     """Names of the cells that were started."""
     started = []
 
@@ -117,14 +117,14 @@ def test_ctrl_c_ends_a_lab_at_once_and_the_same_command_goes_on(tiny_model: Path
 
 def test_a_job_that_cannot_be_done_is_answered_with_its_reason_and_the_next_one_is_done(tmp_path: Path) -> None:
     bad = {"kind": "cell", "name": "bad", "settings": {"modell": {}}, "reward_first": 0.0, "record": {}, "path": ""}
-    with Crew(1, tmp_path, 60.0) as crew:
+    with WorkerPool(1, tmp_path, 60.0) as crew:
         answers = {a.name: a.failed for a in crew.run([bad, {**bad, "name": "worse", "settings": {}}])}
     assert "modell is not a setting" in answers["bad"]
     assert "no tokenizer.json" in answers["worse"]
 
 
 def test_a_job_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
-    with Crew(1, tmp_path, 0.0) as crew:
+    with WorkerPool(1, tmp_path, 0.0) as crew:
         (answer,) = [a for a in crew.run([{"kind": "cell", "name": "slow"}]) if a.kind == "done"]
     assert answer.failed == "it took longer than cell_timeout_s=0"
 

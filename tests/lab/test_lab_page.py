@@ -11,12 +11,12 @@ from typing import Any
 from async_rl.config.schema import structured
 from async_rl.instruments.lab.merit import STEP_CURVES, CellRecord, Curves, merits, summarise, write_record
 from async_rl.instruments.lab.page import page_text
-from async_rl.instruments.lab.plan import LabSettings, Plan, make_plan
+from async_rl.instruments.lab.plan import LabSettings, LabPlan, make_plan
 
 STEPS = 20
 
 
-def tiny_plan(folder: Path) -> Plan:
+def tiny_plan(folder: Path) -> LabPlan:
     return make_plan(
         structured(
             LabSettings,
@@ -35,7 +35,7 @@ def tiny_plan(folder: Path) -> Plan:
     )
 
 
-def written(plan: Plan, cells: Path) -> list[CellRecord]:
+def written(plan: LabPlan, cells: Path) -> list[CellRecord]:
     """Records and curves whose rewards follow from recipe, lag and seed; the last cell failed."""
     records = []
     for cell in plan.cells:

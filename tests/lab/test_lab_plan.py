@@ -9,12 +9,12 @@ import pytest
 
 from async_rl.config.schema import structured
 from async_rl.errors import UserError
-from async_rl.instruments.lab.plan import LabSettings, Plan, load_plan, make_plan
+from async_rl.instruments.lab.plan import LabSettings, LabPlan, load_plan, make_plan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "lab"
 
 
-def plan(**changes: Any) -> Plan:
+def plan(**changes: Any) -> LabPlan:
     base: dict[str, Any] = {
         "run": {"trainer": {"steps": 20}},
         "tasks": {"sort": {}},

@@ -9,14 +9,14 @@ import pytest
 from async_rl.config import Settings, load_settings
 from async_rl.config.schema import values_of
 from async_rl.errors import UserError
-from async_rl.instruments.rehearsal import RULES, Files, family_of, prepare, shrink, table, write_tiny_model
+from async_rl.instruments.rehearsal import RULES, StandIns, family_of, prepare_rehearsal, shrink, changes_table, write_tiny_model
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer, prompt_text
 from async_rl.task import make_task
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MATH = CONFIGS / "eight_gpu_math.yaml"
-FILES = Files(model=Path("fake/model"), data={"path": Path("fake/path.jsonl")})
+FILES = StandIns(model=Path("fake/model"), data={"path": Path("fake/path.jsonl")})
 
 
 def values(settings: Settings) -> dict[str, object]:
@@ -31,7 +31,7 @@ def test_the_table_names_every_setting_that_differs_and_no_other() -> None:
     assert {c.path for c in changes} == differing | {"task.args.path"}
     assert all((c.was, c.now) == (was[c.path], now[c.path]) for c in changes if not c.path.startswith("task."))
     assert all(c.why for c in changes)
-    assert len(table(changes).splitlines()) == len(changes)
+    assert len(changes_table(changes).splitlines()) == len(changes)
 
 
 def test_recipe_staleness_and_what_makes_a_group_stay() -> None:
@@ -100,21 +100,21 @@ def test_the_tiny_model_is_a_whole_folder_that_reads_and_writes_any_text(tmp_pat
 
 def test_missing_data_are_made_in_the_format_the_task_names(tmp_path: Path) -> None:
     settings = load_settings(CONFIGS / "one_gpu.yaml")
-    rehearsal = prepare(settings, [], tmp_path / "files")
+    rehearsal = prepare_rehearsal(settings, [], tmp_path / "files")
     task = make_task(rehearsal.settings.task.name, rehearsal.settings.task.args)
     assert len(task.problems("train")) == len(task.problems("eval")) == 64
     keys = {split: {str(p.prompt) for p in task.problems(split)} for split in ("train", "eval")}
     assert not keys["train"] & keys["eval"]
-    assert "no such file here" in rehearsal.in_words()
+    assert "no such file here" in rehearsal.describe()
 
 
 def test_data_that_are_here_are_used(tmp_path: Path) -> None:
     settings = load_settings(CONFIGS / "word_problems.yaml", ["model.path=models/Qwen3-0.6B"])
-    rehearsal = prepare(settings, [], tmp_path / "files")
+    rehearsal = prepare_rehearsal(settings, [], tmp_path / "files")
     assert rehearsal.settings.task.args["args"] == settings.task.args
 
 
 def test_a_rehearsal_of_a_rehearsal_is_refused(tmp_path: Path) -> None:
-    rehearsal = prepare(load_settings(MATH), [], tmp_path / "files")
+    rehearsal = prepare_rehearsal(load_settings(MATH), [], tmp_path / "files")
     with pytest.raises(UserError, match="leave --fake-model out"):
-        prepare(rehearsal.settings, [], tmp_path / "again")
+        prepare_rehearsal(rehearsal.settings, [], tmp_path / "again")

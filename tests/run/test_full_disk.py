@@ -14,7 +14,7 @@ from support_run import quick_settings, train
 
 from async_rl.buffer.store import StoreReader
 from async_rl.errors import RunFailed, UserError
-from async_rl.instruments.replay import in_words, replay
+from async_rl.instruments.replay import describe_replay, replay
 from async_rl.observe.console import Console
 from async_rl.run.launcher import resume_training
 from async_rl.run.preflight import check_message_size, preflight
@@ -55,7 +55,7 @@ def test_a_run_that_keeps_its_newest_steps_stays_below_that_limit_and_replays_fr
         assert len(list(store.trajectories(split="train"))) >= 24 * 128
     result = replay(folder)
     assert (result.begun, result.version, result.difference) == (22, 24, None)
-    assert "from the checkpoint of version 22 on" in in_words(result, folder)
+    assert "from the checkpoint of version 22 on" in describe_replay(result, folder)
     with pytest.raises(UserError, match=r"begin with a checkpoint of version \d+ to 21; whole checkpoints: 22, 24"):
         replay(folder, until=21)
     (folder.checkpoints / "step_000024" / "model.safetensors").unlink()

@@ -183,7 +183,7 @@ BEYOND = 16
 
 
 @dataclass(slots=True)
-class Watch:
+class CurveRecorder:
     """Gathers the curves of a cell."""
 
     rewards: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -232,7 +232,7 @@ def run_cell(
     """Train; the numbers of the record, and the curves. `first`: see FirstBatches. Raises RunFailed or UserError."""
     wall, processor = time.monotonic(), time.process_time()
     torch.manual_seed(settings.seed)
-    watch = Watch()
+    watch = CurveRecorder()
 
     def step(number: int, report: StepReport) -> None:
         watch.step(report)

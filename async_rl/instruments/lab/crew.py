@@ -29,7 +29,7 @@ LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class WorkerMessage:
     """What a worker said, or what became of it."""
 
     kind: str
@@ -43,7 +43,7 @@ class Answer:
 
 
 @dataclass(slots=True, kw_only=True)
-class Worker:
+class LabWorker:
     process: subprocess.Popen[bytes]
     answers: int
     """descriptor"""
@@ -54,18 +54,18 @@ class Worker:
 
 
 @dataclass(slots=True)
-class Crew:
+class WorkerPool:
     """At most `count` workers, started as there is work for them. Use it in a `with`."""
 
     count: int
     logs: Path
     timeout_s: float
     """longest time for one job"""
-    _workers: list[Worker] = field(default_factory=list)
+    _workers: list[LabWorker] = field(default_factory=list)
     _started: int = 0
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Answer]:
+    def run(self, jobs: Iterable[Job]) -> Iterator[WorkerMessage]:
         """Every job is answered by one `done`, in the order of completion."""
         waiting = deque(jobs)
         while waiting or any(w.job is not None for w in self._workers):
@@ -76,7 +76,7 @@ class Crew:
                 if worker.job is not None and time.monotonic() > worker.deadline:
                     yield self._lose(worker, f"it took longer than cell_timeout_s={self.timeout_s:g}")
 
-    def _hand_out(self, waiting: deque[Job]) -> Iterator[Answer]:
+    def _hand_out(self, waiting: deque[Job]) -> Iterator[WorkerMessage]:
         while waiting:
             idle = next((w for w in self._workers if w.job is None), None)
             if idle is None and len(self._workers) < self.count:
@@ -85,7 +85,7 @@ class Crew:
                 return
             idle.job = waiting.popleft()
             idle.deadline = time.monotonic() + self.timeout_s
-            yield Answer(kind="started", name=idle.job["name"])
+            yield WorkerMessage(kind="started", name=idle.job["name"])
             assert idle.process.stdin is not None
             try:
                 idle.process.stdin.write(json.dumps(idle.job).encode() + b"\n")
@@ -93,7 +93,7 @@ class Crew:
             except BrokenPipeError:
                 yield self._lose(idle, "")
 
-    def _start(self) -> Worker:
+    def _start(self) -> LabWorker:
         read, write = os.pipe()
         self._started += 1
         log = self.logs / f"worker{self._started}.log"
@@ -108,34 +108,34 @@ class Crew:
                 start_new_session=True,  # Ctrl-C in the terminal reaches the lab alone
             )
         os.close(write)
-        worker = Worker(process=process, answers=read, log=log)
+        worker = LabWorker(process=process, answers=read, log=log)
         self._selector.register(read, selectors.EVENT_READ, worker)
         self._workers.append(worker)
         return worker
 
-    def _read(self, worker: Worker) -> Iterator[Answer]:
+    def _read(self, worker: LabWorker) -> Iterator[WorkerMessage]:
         got = os.read(worker.answers, 1 << 16)
         if not got:
             yield self._lose(worker, "")
             return
         *lines, worker.unread = (worker.unread + got).split(b"\n")
         for line in lines:
-            answer = Answer(**json.loads(line))
+            answer = WorkerMessage(**json.loads(line))
             if answer.kind == "done":
                 worker.job = None
             yield answer
 
-    def _lose(self, worker: Worker, reason: str) -> Answer:
+    def _lose(self, worker: LabWorker, reason: str) -> WorkerMessage:
         """End a worker; what became of its job."""
         if reason:
             worker.process.kill()
         code = worker.process.wait()
         self._forget(worker)
         reason = reason or f"its worker {describe_end(code)} (log: {worker.log})"
-        return Answer(kind="done" if worker.job else "note", name=worker.job["name"] if worker.job else "",
+        return WorkerMessage(kind="done" if worker.job else "note", name=worker.job["name"] if worker.job else "",
                       failed=reason, text=reason)  # fmt: skip
 
-    def _forget(self, worker: Worker) -> None:
+    def _forget(self, worker: LabWorker) -> None:
         self._selector.unregister(worker.answers)
         os.close(worker.answers)
         if worker.process.stdin is not None:

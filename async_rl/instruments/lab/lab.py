@@ -25,10 +25,10 @@ from rich.console import Console as RichConsole
 from async_rl.config import ModelSettings, Settings
 from async_rl.config.schema import to_yaml
 from async_rl.errors import RunFailed, UserError
-from async_rl.instruments.lab.crew import Answer, Crew, Job
+from async_rl.instruments.lab.crew import WorkerMessage, WorkerPool, Job
 from async_rl.instruments.lab.merit import COLLAPSED, HOLDS, CellRecord, Merit, merits, read_record, write_record
 from async_rl.instruments.lab.page import page_text
-from async_rl.instruments.lab.plan import Cell, InitialModel, Plan, digest_of
+from async_rl.instruments.lab.plan import Cell, InitialModel, LabPlan, digest_of
 from async_rl.instruments.lab.tables import cell_line, merit_lines, rate_lines
 from async_rl.model.folder import existing, weight_files
 from async_rl.observe.console import progress_bar
@@ -92,7 +92,7 @@ class Progress:
 Show = Callable[[Progress], None]
 
 
-def run_lab(plan: Plan, path: Path, *, workers: int, show: Show) -> tuple[list[CellRecord], list[Merit]]:
+def run_lab(plan: LabPlan, path: Path, *, workers: int, show: Show) -> tuple[list[CellRecord], list[Merit]]:
     """Run every cell that is not finished yet; all records of the plan and their figures of merit.
 
     Raises UserError for a folder that cannot be used, RunFailed when no cell at all could be finished.
@@ -100,7 +100,7 @@ def run_lab(plan: Plan, path: Path, *, workers: int, show: Show) -> tuple[list[C
     folder = LabFolder(path)
     with _held(folder):
         replace_text(folder.config, to_yaml(plan.settings))
-        with Crew(workers, folder.logs, plan.settings.cell_timeout_s) as crew:
+        with WorkerPool(workers, folder.logs, plan.settings.cell_timeout_s) as crew:
             starts = _prepare_models(plan, folder, crew, show)
             _check_models(plan, folder)
             records = _run_cells(plan, folder, crew, starts, show)
@@ -131,7 +131,7 @@ def _held(folder: LabFolder) -> Iterator[None]:
 # ---------------------------------------------------------------------- models
 
 
-def _prepare_models(plan: Plan, folder: LabFolder, crew: Crew, show: Show) -> dict[str, float]:
+def _prepare_models(plan: LabPlan, folder: LabFolder, crew: WorkerPool, show: Show) -> dict[str, float]:
     """Make and measure the initial models; reward of each. Raises RunFailed."""
     jobs = []
     for model in plan.models.values():
@@ -154,7 +154,7 @@ def _prepare_models(plan: Plan, folder: LabFolder, crew: Crew, show: Show) -> di
     return starts
 
 
-def _model_job(plan: Plan, folder: LabFolder, model: InitialModel) -> Job:
+def _model_job(plan: LabPlan, folder: LabFolder, model: InitialModel) -> Job:
     task, size = plan.tasks[model.task], plan.settings.model
     any_cell = next(c for c in plan.cells if plan.model_of(c) == model)
     options = {
@@ -203,7 +203,7 @@ def model_folder(folder: LabFolder, model: InitialModel) -> Path:
     return model.folder if model.folder is not None else folder.models / model.name
 
 
-def _check_models(plan: Plan, folder: LabFolder) -> None:
+def _check_models(plan: LabPlan, folder: LabFolder) -> None:
     """What a run would be refused for before its start, once for every initial model."""
     for model in plan.models.values():
         cell = next(c for c in plan.cells if plan.model_of(c) == model)
@@ -213,7 +213,9 @@ def _check_models(plan: Plan, folder: LabFolder) -> None:
 # ----------------------------------------------------------------------- cells
 
 
-def _run_cells(plan: Plan, folder: LabFolder, crew: Crew, starts: dict[str, float], show: Show) -> list[CellRecord]:
+def _run_cells(
+    plan: LabPlan, folder: LabFolder, crew: WorkerPool, starts: dict[str, float], show: Show
+) -> list[CellRecord]:
     done: dict[str, CellRecord] = {}
     jobs: dict[str, Job] = {}
     blank: dict[str, CellRecord] = {}
@@ -254,7 +256,7 @@ def _run_cells(plan: Plan, folder: LabFolder, crew: Crew, starts: dict[str, floa
     return [done[cell.name] for cell in plan.cells]
 
 
-def _finished(folder: LabFolder, blank: CellRecord, answer: Answer) -> CellRecord:
+def _finished(folder: LabFolder, blank: CellRecord, answer: WorkerMessage) -> CellRecord:
     """The record of a cell that was answered; a failed one's is written here."""
     path = folder.cells / f"{answer.name}.json"
     if not answer.failed:
@@ -269,7 +271,7 @@ def _finished(folder: LabFolder, blank: CellRecord, answer: Answer) -> CellRecor
 # --------------------------------------------------------------------- summary
 
 
-def write_summary(plan: Plan, folder: LabFolder, records: Iterable[CellRecord], found: Iterable[Merit]) -> None:
+def write_summary(plan: LabPlan, folder: LabFolder, records: Iterable[CellRecord], found: Iterable[Merit]) -> None:
     """lab.json."""
     summary: dict[str, Any] = {
         "name": plan.settings.name,

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from async_rl.instruments.lab.merit import COLLAPSED, HOLDS, STEP_CURVES, CellRecord, Curves, Merit, read_curves
-from async_rl.instruments.lab.plan import Plan
+from async_rl.instruments.lab.plan import LabPlan
 from async_rl.instruments.lab.tables import HEAD, by_lag, merit_row
 from async_rl.observe.glossary import meaning
 from async_rl.observe.report import page
@@ -46,12 +46,12 @@ Points = Sequence[tuple[float, float, float]]
 """(x, y, standard deviation)"""
 
 
-def page_text(plan: Plan, cells: Path, records: Sequence[CellRecord], merits: Sequence[Merit]) -> str:
+def page_text(plan: LabPlan, cells: Path, records: Sequence[CellRecord], merits: Sequence[Merit]) -> str:
     """The whole page. `cells`: folder of the cells' records."""
     return page(lab_data(plan, cells, records, merits), title=plan.settings.name, kind="lab")
 
 
-def lab_data(plan: Plan, cells: Path, records: Sequence[CellRecord], merits: Sequence[Merit]) -> dict[str, Any]:
+def lab_data(plan: LabPlan, cells: Path, records: Sequence[CellRecord], merits: Sequence[Merit]) -> dict[str, Any]:
     """Everything the page shows, as plain values. Each recipe is what a run is in a report: a name and its curves."""
     done = [record for record in records if not record.failed]
     curves = {record.name: read_curves(cells / f"{record.name}.json") for record in done}

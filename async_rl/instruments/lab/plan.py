@@ -117,7 +117,7 @@ class InitialModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class LabPlan:
     """A lab with everything resolved."""
 
     settings: LabSettings
@@ -137,7 +137,7 @@ class Plan:
         return _run_settings(self.settings, self.tasks[cell.task], self.recipes[cell.recipe], cell, model)
 
 
-def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
+def load_plan(path: Path, overrides: Sequence[str] = ()) -> LabPlan:
     """From a YAML file and `a.b=c` words, checked. Raises UserError."""
     values = with_overrides(load_yaml(path), overrides)
     for group in ("tasks", "recipes"):  # files of the user's own lie beside the lab's
@@ -147,7 +147,7 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     return make_plan(structured(LabSettings, values, where=""))
 
 
-def make_plan(settings: LabSettings) -> Plan:
+def make_plan(settings: LabSettings) -> LabPlan:
     """Every cell of the lab, checked as far as that needs no model. Raises UserError."""
     if not settings.cell_timeout_s > 0:
         raise UserError(f"cell_timeout_s is {settings.cell_timeout_s}; it must be above 0")
@@ -164,7 +164,7 @@ def make_plan(settings: LabSettings) -> Plan:
             known = models.setdefault(model.name, model)
             if known != model:
                 raise UserError(f"warm_ups: {known.folder} and {model.folder} have one label, {model.warm_up}")
-    plan = Plan(
+    plan = LabPlan(
         settings=settings,
         tasks=tasks,
         recipes=recipes,

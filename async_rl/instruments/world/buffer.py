@@ -23,7 +23,7 @@ TICK_S = 1.0
 GATHER_S = 0.002
 
 
-class Watch:
+class WorldWatch:
     """What is seen of a world from outside. Watches derive from it."""
 
     def written(self, effects: Sequence[do.Effect]) -> None:
@@ -59,7 +59,7 @@ class SimulatedBuffer(Process):
     core: Core
     store: Any
     """None: nothing is written"""
-    watch: Watch
+    watch: WorldWatch
     ticks: bool
     """messages are handled in rounds, and time passes for the state machine without one, too"""
     killed: Callable[[Core | None], None]

@@ -37,7 +37,7 @@ def answer(permit: msg.Permit, sample: int, **values: Any) -> Trajectory:
 
 
 @dataclass(slots=True)
-class Episode:
+class SimulatedEpisode:
     """A prompt token, then one token a turn."""
 
     permit: msg.Permit
@@ -79,7 +79,7 @@ class TurnByTurn:
     """chance that an episode fails"""
     saving: float
     """chance that a turn is saved before the next one begins"""
-    episodes: dict[Pair, Episode] = field(default_factory=dict)
+    episodes: dict[Pair, SimulatedEpisode] = field(default_factory=dict)
 
     @property
     def running(self) -> Collection[Pair]:
@@ -92,7 +92,7 @@ class TurnByTurn:
     def start(self, permit: msg.Permit, sample: int, record: Trajectory | None) -> None:
         random = self.generator.clock.random
         pause_s = self.turn_s * self.spread ** random.random()
-        episode = Episode(permit, sample, num_turns=random.randint(1, 3), pause_s=pause_s)
+        episode = SimulatedEpisode(permit, sample, num_turns=random.randint(1, 3), pause_s=pause_s)
         if record is not None:
             episode.versions = [span.version for span in record.versions]
             episode.num_turns = max(episode.num_turns, len(episode.versions))
@@ -120,12 +120,12 @@ class TurnByTurn:
     def poll(self) -> None:
         pass
 
-    def _go_on(self, episode: Episode) -> None:
+    def _go_on(self, episode: SimulatedEpisode) -> None:
         episode.version = self.generator.version
         pause = self.generator.clock.about(episode.pause_s)
         self.generator.after(pause, lambda: self._turn(episode))
 
-    def _turn(self, episode: Episode) -> None:
+    def _turn(self, episode: SimulatedEpisode) -> None:
         pair = episode.permit.group, episode.sample
         if self.episodes.get(pair) is not episode:
             return

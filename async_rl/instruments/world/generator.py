@@ -21,7 +21,7 @@ Pair = tuple[int, int]
 """(group, sample)"""
 
 
-class Decoder(Protocol):
+class SimulatedDecoder(Protocol):
     """The episodes of one generator. What ends is given to `SimulatedGenerator.ended`."""
 
     @property
@@ -72,7 +72,7 @@ class SimulatedGenerator(Process):
     times: Times
     reports: bool
     """shows canaries, reports its status and sends again what was not acknowledged"""
-    decoder: Decoder = field(init=False)
+    decoder: SimulatedDecoder = field(init=False)
     link: Link = field(init=False)
     version: int = -1
     """-1: it has no weights yet"""

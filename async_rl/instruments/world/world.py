@@ -13,9 +13,9 @@ from random import Random
 from typing import Any
 
 from async_rl.buffer.core import Core
-from async_rl.instruments.world.buffer import SimulatedBuffer, Watch
+from async_rl.instruments.world.buffer import SimulatedBuffer, WorldWatch
 from async_rl.instruments.world.clock import Clock, Link, Network, Process
-from async_rl.instruments.world.generator import Decoder, SimulatedGenerator
+from async_rl.instruments.world.generator import SimulatedDecoder, SimulatedGenerator
 from async_rl.instruments.world.times import RandomTimes, Times
 from async_rl.instruments.world.trainer import SimulatedTrainer
 from async_rl.wire import messages as msg
@@ -28,7 +28,7 @@ DAMAGED = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class WorldPlan:
     """One run. Everything random in it is drawn from `seed`."""
 
     seed: int
@@ -36,7 +36,7 @@ class Plan:
     generators: int
     sequences: int
     """episodes that a generator runs at once"""
-    decoder: Callable[[SimulatedGenerator], Decoder]
+    decoder: Callable[[SimulatedGenerator], SimulatedDecoder]
     network: Network = field(default_factory=Network)
     reports: bool = True
     """processes report their status, repeat what was not answered and show canaries, and the buffer has a clock.
@@ -53,9 +53,9 @@ class Plan:
 class World:
     """The launcher's view of a run."""
 
-    plan: Plan
+    plan: WorldPlan
     new_core: Callable[[], Core]
-    watch: Watch = field(default_factory=Watch)
+    watch: WorldWatch = field(default_factory=WorldWatch)
     store: Any = None
     """with the writes and reads of buffer/store.py, and `crash`: what was not committed is gone, the process that
     wrote it is dead. None: nothing is written, and only generators can be restarted"""
