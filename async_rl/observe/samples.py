@@ -244,7 +244,7 @@ def _compute(
     import torch
 
     from async_rl.model.folder import load_model
-    from async_rl.trainer.forward import Arithmetic, batch_log_probs
+    from async_rl.trainer.forward import ModelArithmetic, batch_log_probs
     from async_rl.trainer.packing import pack_batch
 
     found: dict[int, Ratios] = {}
@@ -259,7 +259,7 @@ def _compute(
             chosen = [trajectories[place] for place in places]
             packed = pack_batch(chosen, micro_batch_tokens=PORTION_TOKENS)
             with torch.no_grad():
-                now = batch_log_probs(model, packed, Arithmetic(temperature=chosen[0].temperature))
+                now = batch_log_probs(model, packed, ModelArithmetic(temperature=chosen[0].temperature))
             log_ratio = (now.log_prob - packed.log_behaviour).double().clamp(-20, 20).numpy()
             ends = np.cumsum([trajectory.num_policy_tokens for trajectory in chosen])[:-1]
             for place, part in zip(places, np.split(np.exp(log_ratio), ends), strict=True):
