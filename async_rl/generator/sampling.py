@@ -160,7 +160,8 @@ class StopRules:
         ends, maybe = self._ends[number], self._maybe[number]
         ends[:] = False
         maybe[:] = False
-        for token in (*params.stop_tokens, self._tokenizer.eos_id):
+        ends[[token for token in self._tokenizer.end_ids if token < self._vocabulary]] = True
+        for token in params.stop_tokens:
             if not 0 <= token < self._vocabulary:
                 raise ValueError(f"stop token {token} is outside the vocabulary of {self._vocabulary}")
             ends[token] = True

@@ -163,7 +163,6 @@ class EpisodeSession:
         return self._tokenizer.decode(completion.tokens)
 
     async def _sample(self, room: int, stop: Sequence[str]) -> Completion:
-        eos = self._tokenizer.eos_id
         return await self._engine.generate(
             Request(
                 session=self._id,
@@ -171,7 +170,7 @@ class EpisodeSession:
                 params=SamplingParams(
                     max_tokens=room,
                     temperature=self._ticket.permit.temperature,
-                    stop_tokens=() if eos is None else (eos,),
+                    stop_tokens=tuple(sorted(self._tokenizer.end_ids)),
                     stop_strings=tuple(stop),
                 ),
                 seed=self._ticket.seed,

@@ -35,8 +35,11 @@ class Tokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         """one more than the greatest token id"""
+        self._most_tokens = max(self.vocab_size, self._embeddings())
         self.eos_id = self._end_of_text(vocabulary)
         """the token that ends a text"""
+        self.end_ids = self._end_tokens(vocabulary)
+        """every token that ends a turn: all that the folder names, `eos_id` among them"""
         # a vocabulary of single characters drops unknown characters silently
         self._alphabet = self._closed_alphabet(vocabulary)
         self._template: Any = None
@@ -96,19 +99,42 @@ class Tokenizer:
         return values if isinstance(values, dict) else {}
 
     def _end_of_text(self, vocabulary: Mapping[str, int]) -> int:
-        named = self._settings.get("eos_token")
-        content = named.get("content") if isinstance(named, dict) else named
-        if content is not None and content in vocabulary:
+        content = self._special_tokens().get("eos_token", "")
+        if content in vocabulary:
             return vocabulary[content]
-        for name in ("generation_config.json", "config.json"):
-            value = self._read(name).get("eos_token_id")
-            value = value[0] if isinstance(value, list) and value else value
-            if isinstance(value, int):
-                return value
+        for named in (self._ends_in("generation_config.json"), self._ends_in("config.json")):
+            if named:
+                return named[0]
         raise UserError(
             f"{self.folder}: no end-of-text token; set eos_token in tokenizer_config.json "
             "or eos_token_id in config.json"
         )
+
+    def _end_tokens(self, vocabulary: Mapping[str, int]) -> frozenset[int]:
+        """A chat model ends a turn with another token than a text; files may name one each, or several."""
+        generation, config = self._ends_in("generation_config.json"), self._ends_in("config.json")
+        if generation:  # config.json may be older: a number there may be another tokenizer's, that of a word here
+            added = self._tokenizer.get_added_tokens_decoder()
+            config = [token for token in config if token in added]
+        return frozenset({self.eos_id, *generation, *config})
+
+    def _ends_in(self, name: str) -> list[int]:
+        """Tokens that a file names as `eos_token_id`: a number, several, or those of the text part of the model."""
+        values = self._read(name)
+        inner = values.get("text_config")
+        found: list[int] = []
+        for part in (values, inner if isinstance(inner, dict) else {}):
+            named = part.get("eos_token_id")
+            tokens = named if isinstance(named, list) else [named]
+            found += [token for token in tokens if type(token) is int and 0 <= token < self._most_tokens]
+        return list(dict.fromkeys(found))
+
+    def _embeddings(self) -> int:
+        """Tokens that the model has an embedding for, which may be more than the tokenizer has; 0: not known."""
+        values = self._read("config.json")
+        inner = values.get("text_config")
+        size = (inner if isinstance(inner, dict) else values).get("vocab_size")
+        return size if isinstance(size, int) else 0
 
     def _closed_alphabet(self, vocabulary: Mapping[str, int]) -> frozenset[str] | None:
         if not isinstance(self._tokenizer.model, tokenizers.models.WordLevel):
@@ -123,9 +149,10 @@ class Tokenizer:
         return text
 
     def _special_tokens(self) -> dict[str, str]:
+        older = self._read("special_tokens_map.json")  # where tokenizer_config.json names none
         found = {}
         for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            value = self._settings.get(key)
+            value = self._settings.get(key, older.get(key))
             content = value.get("content") if isinstance(value, dict) else value
             if isinstance(content, str):
                 found[key] = content

@@ -237,10 +237,10 @@ def _longest_demonstration(task: Task, tokenizer: Tokenizer) -> int:
 
 def task_digest(task: Task, tokenizer: Tokenizer) -> str:
     """A line by which two hosts find out whether they work on the same problems. It is made of the task's name, the
-    number of its problems, and of some problems the prompt's tokens and what the reward is given; so it differs where
-    the data, the settings that make problems, or the tokenizer differ."""
+    number of its problems, the tokens that end a turn, and of some problems the prompt's tokens and what the reward is
+    given; so it differs where the data, the settings that make problems, or the tokenizer differ."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{task.name} {tokenizer.vocab_size} {tokenizer.eos_id}".encode())
+    digest.update(f"{task.name} {tokenizer.vocab_size} {sorted(tokenizer.end_ids)}".encode())
     for split in SPLITS:
         problems = task.problems(split)
         digest.update(f" {split} {len(problems)}".encode())

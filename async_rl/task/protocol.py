@@ -51,7 +51,7 @@ class Session(Protocol):
     async def generate(self, *, max_tokens: int, stop: Sequence[str] = (), state_key: int = -1) -> str:
         """Let the policy speak one turn and return its text (a stop string included).
 
-        It ends at a stop string, at the tokenizer's end-of-text token or after `max_tokens` tokens.
+        It ends at a stop string, at a token that the model folder names as an end, or after `max_tokens` tokens.
         `state_key`: non-negative hash of the environment state, for recipes that compare equal states.
         """
         ...
