@@ -31,6 +31,11 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises a bare Exception
             raise UserError(f"{file} cannot be read: {error}") from None
+        # what a caller before us asked for and the file kept: none of it is meant for a text that is read as it stands
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if isinstance(self._tokenizer.model, tokenizers.models.BPE) and self._tokenizer.model.dropout:
+            self._tokenizer.model.dropout = None  # it would split a text in another way in each process
         self._settings = self._read("tokenizer_config.json")
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1

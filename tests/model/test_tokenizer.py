@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support_models import ALPHABET, qwen3_folder
+from support_tokenizers import byte_folder
 
 from async_rl.errors import UserError
 from async_rl.model.create import write_character_tokenizer
@@ -113,3 +114,44 @@ def test_end_of_text_is_found_in_the_model_files_when_the_tokenizer_names_none(t
 def test_an_alphabet_needs_each_character_once(tmp_path: Path, alphabet):
     with pytest.raises(ValueError, match="each character once"):
         write_character_tokenizer(tmp_path, alphabet)
+
+
+STORED = [
+    {"truncation": {"direction": "Right", "max_length": 24, "strategy": "LongestFirst", "stride": 0}},
+    {"truncation": {"direction": "Left", "max_length": 5, "strategy": "OnlyFirst", "stride": 2}},
+    {
+        "padding": {
+            "strategy": {"Fixed": 32}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+            "pad_token": "0",
+        }
+    },
+    {
+        "padding": {
+            "strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": 8, "pad_id": 0, "pad_type_id": 0,
+            "pad_token": "0",
+        }
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stored", [*STORED, STORED[0] | STORED[2]])
+@pytest.mark.parametrize("text", ["1", "1+1=2 and so on, until the text is longer than any limit"])
+def test_truncation_and_padding_stored_in_the_file_change_nothing(tmp_path: Path, stored, text):
+    from transformers import AutoTokenizer
+
+    plain = Tokenizer(byte_folder(tmp_path / "plain")).encode(text)
+    file = byte_folder(tmp_path / "stored") / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | stored))
+    assert Tokenizer(file.parent).encode(text) == plain
+    assert AutoTokenizer.from_pretrained(file.parent)(text, add_special_tokens=False)["input_ids"] == plain
+
+
+def test_dropout_stored_in_the_file_changes_nothing(tmp_path: Path):
+    file = byte_folder(tmp_path, merges=[("a", "b"), ("ab", "c")]) / "tokenizer.json"
+    plain = Tokenizer(tmp_path).encode("abcabc")
+    assert len(plain) == 2
+    values = json.loads(file.read_text())
+    values["model"]["dropout"] = 0.9
+    file.write_text(json.dumps(values))
+    tokenizer = Tokenizer(tmp_path)
+    assert [tokenizer.encode("abcabc") for _ in range(8)] == [plain] * 8
