@@ -134,6 +134,20 @@ def test_imports_point_one_way() -> None:
     assert not wrong, wrong
 
 
+def test_nothing_of_the_core_imports_instruments() -> None:
+    """Names in strings count, too: `importlib.import_module` and `python -m` take them."""
+    there = "async_rl.instruments"
+    users = {
+        name_of(path)
+        for path in sources()
+        if any(name == there or name.startswith(f"{there}.") for name in imports(path))
+        or any(isinstance(node, ast.Constant) and there in str(node.value) for node in ast.walk(tree(path)))
+    }
+    assert users
+    core = sorted(name for name in users if not re.match(r"async_rl/(instruments|cli|doctor)/", name))
+    assert not core, core
+
+
 @pytest.mark.parametrize("package", ONLY)
 def test_a_foreign_package_is_imported_in_its_own_place_only(package: str) -> None:
     importing = {name_of(path) for path in sources() for name in imports(path) if name.split(".")[0] == package}
