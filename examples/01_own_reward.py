@@ -33,11 +33,11 @@ def write_rows(path: Path) -> None:
 
 if __name__ == "__main__":
     write_rows(Path("words.jsonl"))
-    if not Path("models/letters").exists():  # a small model that has seen some sorting
+    if not Path("models/four_letters").exists():  # a small model that has seen some sorting
         task = {"name": "sort", "args": {"length": 4, "alphabet_size": 5}}
-        ar.init_model("models/letters", task, until=0.05, max_steps=5 * STEPS)
+        ar.init_model("models/four_letters", task, until=0.05, max_steps=5 * STEPS)
     run = ar.train(
-        {"name": "own-reward", "model": {"path": "models/letters"}, "recipe": "grpo"},
+        {"name": "own-reward", "model": {"path": "models/four_letters"}, "recipe": "grpo"},
         task={"name": "dataset", "args": {"path": "words.jsonl", "as_chat": False, "stop": ["."], "max_tokens": 6}},
         reward=in_place,
         batch={"groups_per_step": 8, "group_size": 16},

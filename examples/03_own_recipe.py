@@ -16,6 +16,7 @@ import torch
 import async_rl as ar
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 80
+SORT = {"name": "sort", "args": {"length": 3, "alphabet_size": 6}}
 
 
 def fading(columns: ar.Columns) -> ar.Coefficients:
@@ -34,10 +35,10 @@ def fading(columns: ar.Columns) -> ar.Coefficients:
 
 
 if __name__ == "__main__":
-    if not Path("models/guess").exists():
-        ar.init_model("models/guess", "guess", until=0.4, max_steps=5 * STEPS)
+    if not Path("models/letters").exists():  # a small model that has seen some sorting
+        ar.init_model("models/letters", SORT, until=0.2, max_steps=5 * STEPS)
     run = ar.train(
-        {"name": "own-recipe", "model": {"path": "models/guess"}, "task": "guess"},
+        {"name": "own-recipe", "model": {"path": "models/letters"}, "task": SORT},
         recipe=fading,
         staleness={"max_staleness": 2},
         batch={"groups_per_step": 8, "group_size": 16},

@@ -18,6 +18,7 @@ from pathlib import Path
 import async_rl as ar
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 60
+SORT = {"name": "sort", "args": {"length": 3, "alphabet_size": 6}}
 RUN = Path("runs") / time.strftime("joined-%Y%m%d-%H%M%S")
 
 
@@ -32,16 +33,16 @@ def second_shell() -> None:
 
 
 if __name__ == "__main__":
-    if not Path("models/guess").exists():
-        ar.init_model("models/guess", "guess", until=0.4, max_steps=2 * STEPS)
+    if not Path("models/letters").exists():  # a small model that has seen some sorting
+        ar.init_model("models/letters", SORT, until=0.2, max_steps=5 * STEPS)
     shell = threading.Thread(target=second_shell, daemon=True)
     shell.start()
     run = ar.train(
-        {"name": "joined", "model": {"path": "models/guess"}, "task": "guess", "recipe": "vcpo"},
+        {"name": "joined", "model": {"path": "models/letters"}, "task": SORT, "recipe": "vcpo"},
         run_dir=RUN,
         batch={"groups_per_step": 8, "group_size": 8},
         trainer={"steps": STEPS},
-        optimizer={"learning_rate": 6e-4, "warmup_steps": 5},
+        optimizer={"learning_rate": 3e-4, "warmup_steps": 5, "schedule": "linear"},
         evaluation={"problems": 16},
         quiet=True,
     )
