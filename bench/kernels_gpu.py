@@ -124,7 +124,7 @@ def randn(*shape: int, where: Where, dtype: torch.dtype = torch.bfloat16) -> Ten
     return torch.randn(*shape, device=where.device, dtype=dtype)
 
 
-# ------------------------------------------------------------- sections
+# The sections.
 
 
 def ceilings(rounds: int, where: Where | None = None) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""The watch for a collapse: metric rows in, alarms out. Pure: no clock, no file.
+"""The watch for a collapse (`CollapseWatch`: metric rows in, alarms out), and what the trainer does about it (`Guard`).
 
-Four signals, each averaged over a window of steps (the median; of the reward the mean) against what the run itself
-has shown before: effective sample size, entropy, gradient norm, reward. An alarm stays up once it is raised, because
-some signals look healthy again after a collapse: a policy that always says the same has an ESS of 1. It comes down
-when the watch begins anew: after a rollback, or when a resumed run goes on from before it.
+Four signals are averaged over a window of steps (the median; of the reward the mean) and compared with what the run
+itself has shown before: effective sample size, entropy, gradient norm, reward. An alarm stays raised, because some
+signals look healthy again after a collapse: a policy that always says the same has an ESS of 1. It is withdrawn when
+the watch begins anew: after a rollback, or when a resumed run goes on from before it.
 
-The state is a function of the rows, so a resumed run rebuilds it from metrics.jsonl. What the thresholds catch,
-how early, and how often they are wrong was measured on recorded trainings: bench/LAB.md.
+`CollapseWatch` is pure, without clock or file: its state is a function of the rows, so a resumed run rebuilds it from
+metrics.jsonl. What the thresholds catch, how early, and how often they are wrong was measured on recorded trainings:
+bench/LAB.md. `Guard` records alarms, and once, where the settings allow it, makes the run go back to a checkpoint.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Alarm:
     """the first sign: the first step of the window in which the signal was half-way from where it usually is to its
     threshold, without coming back"""
     reason: str
-    """in words and numbers"""
+    """a sentence with the numbers"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,13 +73,13 @@ class Course:
     start: list[float] = field(default_factory=list)
     """the first window of values"""
     recent: deque[float] = field(init=False)
-    """the last window"""
+    """the last window of values"""
     steps: deque[int] = field(init=False)
-    """whose values these are"""
+    """steps of the values in `recent`"""
     well: int = -1
     """newest step at which it was nearer to where it usually is than to its threshold"""
     worries: deque[float] = field(init=False)
-    """how far it was on the way from its start to its threshold"""
+    """how far the signal was on the way from its start to its threshold, step by step"""
 
     def __post_init__(self) -> None:
         self.recent, self.steps = deque(maxlen=self.window), deque(maxlen=self.window)
@@ -92,7 +93,7 @@ class Course:
 
     @property
     def started(self) -> bool:
-        """The start is over: something can be compared with it."""
+        """Whether the start is over, so that values can be compared with it."""
         return len(self.start) == self.window
 
     @property
@@ -105,7 +106,7 @@ class Course:
 
     @property
     def first(self) -> list[float]:
-        """Before anything can have gone wrong."""
+        """The first values, before anything can have gone wrong."""
         return self.start[:FIRST]
 
     @property
@@ -113,20 +114,23 @@ class Course:
         return self.average(self.recent)
 
     def judge(self, step: int, worry: float) -> None:
-        """`worry`: 0 .. 1 and beyond. At a large lag an ESS may well stay half-way: then that is usual."""
+        """Note how far the signal is on its way to its threshold; `worry`: 0 .. 1 and beyond.
+
+        At a large lag an ESS may well stay half-way: then that is usual, and no sign of a collapse.
+        """
         usual = median(self.worries) if self.worries else 0.0
         if worry < max(0.5, (1 + usual) / 2):
             self.well = step
         self.worries.append(worry)
 
     def since(self) -> int:
-        """The first step of the first window that was not well any more."""
+        """The first step of the first window that was no longer well."""
         return max(0, self.well + 2 - self.window)
 
 
 @dataclass(slots=True, kw_only=True)
 class CollapseWatch:
-    """All signals of a run."""
+    """All signals of a run, and the alarms that they have raised."""
 
     settings: GuardSettings
     courses: dict[Signal, Course] = field(init=False)
@@ -145,7 +149,7 @@ class CollapseWatch:
         self.changes = deque(maxlen=MANY_WINDOWS * self.settings.window)
 
     def check(self, row: Mapping[str, float]) -> list[Alarm]:
-        """Take in the next metric row; the alarms it raises."""
+        """Add the next metric row; returns the alarms that it raises."""
         step = int(row["step"])
         self._add(row, step)
         new = []
@@ -161,17 +165,15 @@ class CollapseWatch:
         return new
 
     def columns(self) -> dict[str, float]:
-        """What the metric row of the step says of the alarms."""
+        """The columns alarm/* of the step's metric row."""
         return {f"alarm/{signal}": float(signal in self.raised) for signal in SIGNALS}
 
     def newest_safe_version(self) -> int:
-        """The newest version that lies a window before every sign so far: where one would go back to, should an
-        alarm be raised at the next step."""
+        """The newest version that lies a window before every sign so far: the run would go back to it, should an alarm
+        be raised at the next step."""
         signs = [alarm.since for alarm in self.raised.values()]
         signs += [course.since() for signal, course in self.courses.items() if self._watched(signal) and course.steps]
         return max(0, min(signs, default=0) - self.settings.window)
-
-    # ---------------------------------------------------------------- signals
 
     def _watched(self, signal: Signal) -> bool:
         return bool(getattr(self.settings, signal)) and signal not in self.raised
@@ -192,7 +194,8 @@ class CollapseWatch:
             course.add(step, value)
 
     def _worry(self, signal: Signal, course: Course, row: Mapping[str, float]) -> tuple[float, str]:
-        """How far the signal is on its way to its threshold, 0 .. 1 and beyond; in words what it is and was."""
+        """How far the signal is on its way to its threshold, 0 .. 1 and beyond, and a sentence of what it is and
+        was."""
         match signal:
             case "ess":
                 return self._ess(course, row)
@@ -213,7 +216,7 @@ class CollapseWatch:
         return _share(log(fresh / max(now, TINY)), log(fresh / limit)), why
 
     def _ratio(self, course: Course, key: str, above: float, below: float) -> tuple[float, str]:
-        """`above`, `below`: factors on the value of the start."""
+        """The worry of a signal that may leave its start in both directions; `above`, `below`: factors on the start."""
         if not course.started:
             return 0.0, ""
         begun, now = course.begun, course.now
@@ -242,34 +245,30 @@ class CollapseWatch:
 
 
 def _share(moved: float, limit: float) -> float:
-    """0 where nothing can move: no reward is above its lowest."""
+    """moved / limit, 0 at least; 0 where the limit is 0, since no reward is above its lowest then."""
     return max(0.0, moved / limit) if limit > TINY else 0.0
 
 
 def watch(settings: GuardSettings, rows: Iterable[Mapping[str, float]]) -> CollapseWatch:
-    """The watch as it stands after these rows."""
+    """The watch after these rows."""
     found = CollapseWatch(settings=settings)
     for row in rows:
         found.check(row)
     return found
 
 
-# -------------------- guard
-# What the trainer does about alarms: tells of them, and once, if it may, has the run go back.
-
-
 class RolledBack(Exception):
-    """The trainer ends for the run to go on from an earlier checkpoint; `rollback.json` says from which."""
+    """Ends the trainer, so that the run goes on from an earlier checkpoint; `rollback.json` says from which."""
 
 
 @dataclass(slots=True)
 class Guard:
-    """Over a whole run."""
+    """What the trainer does about alarms, over a whole run."""
 
     settings: GuardSettings
     folder: RunFolder
     rollback: Rollback | None = None
-    """that was made, or is being made"""
+    """the run's rollback, made or being made"""
     watch: CollapseWatch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -277,8 +276,10 @@ class Guard:
         self.rollback = read_rollback(self.folder)
 
     def rebuild(self, rows: Iterable[Mapping[str, float]], version: int) -> None:
-        """From the rows of the run so far, `version` steps. Those of steps that were given up are left out, once
-        the run has gone back."""
+        """Rebuild the watch from the rows of the run so far, `version` steps.
+
+        Once the run has gone back, rows of steps that were given up are left out.
+        """
         back = self.rollback if self.rollback is not None and version >= self.rollback.at else None
         for row in rows:
             if row["step"] < version and (back is None or not back.to <= row["step"] < back.at):
@@ -289,24 +290,25 @@ class Guard:
         return self.watch.check(row) if self.settings.alarms else []
 
     def columns(self) -> dict[str, float]:
-        """Of the metric row."""
+        """The columns of the step's metric row."""
         return self.watch.columns() if self.settings.alarms else {}
 
     def report(self, alarms: Iterable[Alarm]) -> None:
+        """Record the alarms as events of the run."""
         for alarm in alarms:
             self.folder.record(
                 AlarmRaised(signal=alarm.signal, step=alarm.step, since=alarm.since, reason=alarm.reason)
             )
 
     def gives_up(self, alarms: Iterable[Alarm], step: int) -> bool:
-        """Whether the result of this step is to be given up: because of these alarms, or because a life of the run
-        that reached it before did so."""
+        """Whether the result of this step is given up: because of these alarms, or because an earlier launch of the run
+        that reached the step did so."""
         if self.rollback is not None:
             return self.rollback.at == step + 1
         return self.settings.rollback and any(True for _ in alarms)
 
     def roll_back(self, alarms: Iterable[Alarm], step: int, progress: Mapping[str, Any]) -> RolledBack:
-        """Note it, for the next launch to begin there, in `rollback.json`. To be raised."""
+        """Write `rollback.json`, by which the next launch begins there. Returns the exception to raise."""
         if self.rollback is None:
             alarm = next(iter(alarms))
             found = Rollback(
@@ -324,13 +326,14 @@ class Guard:
         return RolledBack(self.rollback.describe())
 
     def rollback_target(self) -> int:
-        """Version of the newest whole checkpoint from before every sign; 0 (the initial model) when there is none."""
+        """The version to go back to: the newest whole checkpoint from before every sign; 0 (the initial model) when
+        there is none."""
         latest = self.watch.newest_safe_version()
         able = [path for path in list_checkpoints(self.folder.checkpoints) if version_of(path) <= latest]
         return next((version_of(path) for path in reversed(able) if damage_of(path) is None), 0)
 
     def protected_checkpoint(self) -> Path | None:
-        """The checkpoint that must not be deleted for being old: where the run would go back to."""
+        """The checkpoint that must not be deleted though it is old, because the run would go back to it."""
         if not self.settings.rollback and self.rollback is None:
             return None
         latest = self.watch.newest_safe_version() if self.rollback is None else self.rollback.to

@@ -1,4 +1,4 @@
-"""From settings to a learner."""
+"""From settings to a learner: model, recipe and what it needs, and how batches are laid over ranks."""
 
 from __future__ import annotations
 
@@ -29,59 +29,11 @@ if TYPE_CHECKING:
     from async_rl.model.huggingface import Model
 
 
-# -------------------- cost
-# What a trajectory costs the model of a folder, for laying batches over ranks.
-#
-# Per token 2 x the elements of the layers' matrices, per predicted token 2 x those of the head, and per pair of
-# a token and one it sees 4 x layers x heads x head_dim (score and value). For Qwen2.5-7B a pair costs 0.4 M
-# operations and a token 13 G: attention is as dear as the matrices at 65,000 tokens, a tenth at 6,500.
-
-
-def model_cost(path: str | Path) -> Cost:
-    """From config.json alone. Of an architecture left to transformers it is an estimate: dense SwiGLU layers
-    of the sizes that its config names. It decides who does what, never a result."""
-    config = read_config(path)
-    if config is None:
-        return _estimate(read_json(existing(path) / CONFIG))
-    return decoder_cost(config)
-
-
-def decoder_cost(config: DecoderConfig) -> Cost:
-    """Exact."""
-    matrices = sum(
-        shape[0] * shape[1]
-        for name, shape in tensor_shapes(config).items()
-        if len(shape) == 2 and name.startswith("model.layers.")
-    )
-    return Cost(
-        per_token=2 * matrices,
-        per_policy_token=2 * config.vocabulary * config.hidden,
-        per_pair=4 * config.layers * config.heads * config.head_dim,
-    )
-
-
-def _estimate(values: Mapping[str, Any]) -> Cost:
-    values = values.get("text_config") or values
-
-    def number(*names: str, default: int) -> int:
-        return next((int(values[name]) for name in names if isinstance(values.get(name), int)), default)
-
-    hidden = number("hidden_size", "n_embd", "d_model", default=1024)
-    layers = number("num_hidden_layers", "n_layer", default=1)
-    heads = number("num_attention_heads", "n_head", default=1)
-    width = heads * number("head_dim", default=hidden // heads)
-    narrow = width * number("num_key_value_heads", default=heads) // heads
-    inner = number("intermediate_size", "n_inner", default=4 * hidden)
-    return Cost(
-        per_token=2 * layers * hidden * (2 * width + 2 * narrow + 3 * inner),
-        per_policy_token=2 * hidden * number("vocab_size", default=1),
-        per_pair=4 * layers * width,
-    )
-
-
 def make_learner(settings: Settings, ranks: Ranks | None = None) -> Learner:
-    """The model of `model.path` (float32 weights) with the recipe's needs filled; on every rank together.
-    Raises UserError."""
+    """The learner of a run: the model of `model.path` in float32, and the reference and critic that the recipe needs.
+
+    Every rank calls it together. Raises UserError.
+    """
     ranks = ranks or one_rank()
     recipe = load_recipe(settings.recipe)
     needs = requirements(recipe)
@@ -126,7 +78,7 @@ def make_learner(settings: Settings, ranks: Ranks | None = None) -> Learner:
 
 
 def policy_model(settings: Settings, ranks: Ranks) -> Model:
-    """The model a run begins with, on this rank: whole, or its part. Raises UserError."""
+    """The model that a run begins with, on this rank: whole, or this rank's part. Raises UserError."""
     path, trainer = Path(settings.model.path), settings.trainer
     if trainer.sharding == "full" and ranks.size > 1:
         model = load_sharded(path, ranks, device=trainer.device, dtype=DTYPES[trainer.dtype])
@@ -137,7 +89,8 @@ def policy_model(settings: Settings, ranks: Ranks) -> Model:
 
 
 def set_execution(model: Model, settings: Settings) -> None:
-    """As trainer.checkpoint_activations and trainer.compile ask. Raises UserError for a model that cannot."""
+    """Checkpoint and compile layers as trainer.checkpoint_activations and trainer.compile say. Raises UserError for a
+    model that cannot."""
     chosen = settings.trainer
     execution = LayerExecution(checkpointed=chosen.checkpoint_activations == "layer", compiled=chosen.compile)
     if isinstance(model, Decoder):
@@ -153,7 +106,7 @@ def set_execution(model: Model, settings: Settings) -> None:
 
 
 def backend_of(settings: Settings) -> Backend:
-    """What attends among packed documents. Raises UserError when `trainer.attention` cannot be had."""
+    """What computes attention among packed documents. Raises UserError when `trainer.attention` is not available."""
     asked = settings.trainer
     return choose_backend(asked.attention, device=asked.device, half=asked.dtype == "bfloat16")
 
@@ -165,3 +118,54 @@ def spread_over(settings: Settings, ranks: Ranks) -> Spread | None:
     # An exact baseline compares gradients within a group: its norms are then known where it is trained.
     whole = requirements(load_recipe(settings.recipe)).per_trajectory_norms
     return Spread(rank=ranks.rank, size=ranks.size, cost=model_cost(settings.model.path), whole_groups=whole)
+
+
+# What a trajectory costs the model of a folder, for laying batches over ranks: per token 2 x the elements of the
+# layers' matrices, per predicted token 2 x those of the head, and per pair of a token and one it sees 4 x layers x
+# heads x head_dim (score and value). For Qwen2.5-7B a pair costs 0.4 M operations and a token 13 G: attention costs as
+# much as the matrices at 65,000 tokens, a tenth at 6,500.
+
+
+def model_cost(path: str | Path) -> Cost:
+    """The cost from config.json alone. It decides which rank does what, never a result.
+
+    For an architecture left to transformers it is an estimate: dense SwiGLU layers of the sizes that its config names.
+    """
+    config = read_config(path)
+    if config is None:
+        return _estimate(read_json(existing(path) / CONFIG))
+    return decoder_cost(config)
+
+
+def decoder_cost(config: DecoderConfig) -> Cost:
+    """The exact cost of the built-in decoder."""
+    matrices = sum(
+        shape[0] * shape[1]
+        for name, shape in tensor_shapes(config).items()
+        if len(shape) == 2 and name.startswith("model.layers.")
+    )
+    return Cost(
+        per_token=2 * matrices,
+        per_policy_token=2 * config.vocabulary * config.hidden,
+        per_pair=4 * config.layers * config.heads * config.head_dim,
+    )
+
+
+def _estimate(values: Mapping[str, Any]) -> Cost:
+    """The cost of dense layers with the sizes in a config.json."""
+    values = values.get("text_config") or values
+
+    def number(*names: str, default: int) -> int:
+        return next((int(values[name]) for name in names if isinstance(values.get(name), int)), default)
+
+    hidden = number("hidden_size", "n_embd", "d_model", default=1024)
+    layers = number("num_hidden_layers", "n_layer", default=1)
+    heads = number("num_attention_heads", "n_head", default=1)
+    width = heads * number("head_dim", default=hidden // heads)
+    narrow = width * number("num_key_value_heads", default=heads) // heads
+    inner = number("intermediate_size", "n_inner", default=4 * hidden)
+    return Cost(
+        per_token=2 * layers * hidden * (2 * width + 2 * narrow + 3 * inner),
+        per_policy_token=2 * hidden * number("vocab_size", default=1),
+        per_pair=4 * layers * width,
+    )

@@ -1,8 +1,7 @@
-"""Whether every generator samples from the weights the trainer published: the trainer's side of the canary.
+"""The trainer's side of the canary: does every generator sample from the weights that the trainer published?
 
-Who waits for whom: nobody. Evidence is compared when the trainer reads its messages; what differs ends the
-run there, before a later version is published. A generator that shows nothing is reported: silence is not
-health.
+Who waits for whom: nobody. Evidence is compared when the trainer reads its messages; a difference ends the run there,
+before a later version is published. A generator that sends no evidence is reported, because silence proves nothing.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ NAMED = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CanaryOptions:
-    """What the watch is told."""
+    """What the settings say to the watch."""
 
     probe: tuple[int, ...]
-    """tokens, the same as the generators'"""
+    """tokens, the same as those of the generators"""
     dtype: torch.dtype
-    """in which the generators hold the weights"""
+    """of the weights in the generators"""
     tolerance: float
     """of `Comparison.mean_difference`, nats"""
     silent_steps: int
-    """steps after which a generator that shows nothing is reported; 0: never"""
+    """steps after which a generator without evidence is reported; 0: never"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +54,9 @@ class CanarySummary:
     max_difference: float
     """nats"""
     late: int
-    """for versions no longer remembered: not compared"""
+    """evidence of versions that were no longer remembered, which was not compared"""
     unchecked: tuple[str, ...]
-    """generators of which nothing was ever compared"""
+    """generators whose weights were never compared"""
 
 
 @dataclass(slots=True)
@@ -65,16 +64,16 @@ class Watched:
     """One generator."""
 
     since: int
-    """step at which it was first seen, or showed something last"""
+    """step at which it was first seen, or sent evidence last"""
     checked: int = 0
     reported: bool = False
     away: bool = False
-    """it has left; when it comes back it has its time anew"""
+    """it has left; when it comes back its time starts anew"""
 
 
 @dataclass(slots=True)
 class CanaryWatch:
-    """Knows what must be shown of each version, and who has shown it."""
+    """The evidence expected of each version, and which generators have sent it."""
 
     learner: Learner
     options: CanaryOptions
@@ -93,7 +92,7 @@ class CanaryWatch:
     """spent on evidence since the last row"""
 
     def expect(self) -> None:
-        """Make the evidence of the learner's present weights; call it when they have been published."""
+        """Make the evidence of the learner's present weights; call it after they were published."""
         started = time.monotonic()
         version = self.learner.version
         self.expected[version] = Evidence(
@@ -112,7 +111,8 @@ class CanaryWatch:
         return found
 
     def receive(self, canary: msg.Canary) -> None:
-        """Compare. Raises RunFailed with both numbers and the tensors that differ."""
+        """Compare a generator's evidence with the expected. Raises RunFailed with both numbers and the tensors that
+        differ."""
         expected = self.expected.get(canary.version)
         if expected is None:
             self.late += 1
@@ -154,7 +154,7 @@ class CanaryWatch:
             self.record(CanarySilent(name=name, since_step=watched.since, step=step, holds=int(held)))
 
     def row(self) -> dict[str, float]:
-        """Metrics since the last row."""
+        """The columns canary/* of the step's metric row: what was compared since the last."""
         row = {"canary/checked": float(len(self.found)), "canary/late": float(self.late), "time/canary": self.seconds}
         if self.found:
             row["canary/max_difference"] = max(c.max_difference for c in self.found)
@@ -203,7 +203,7 @@ class CanaryWatch:
 
 
 def make_canary(settings: Settings, learner: Learner, task: Task, record: RecordEvent, team: Team) -> CanaryWatch:
-    """The watch of a run."""
+    """The canary watch of a run."""
     chosen = settings.generator
     # a sharded model computes in the trainer's dtype, a whole one in that of its weights
     computed = settings.trainer.dtype if is_sharded(learner.model) and chosen.dtype == "float32" else chosen.dtype

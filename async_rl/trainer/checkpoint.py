@@ -51,10 +51,11 @@ def save_checkpoint(
     spared: Path | None = None,
     team: Team | None = None,
 ) -> Path:
-    """Write the learner's state as a whole, durable folder; keep the newest `keep`, and `spared`. Of several ranks
-    the leader does it, and each other one writes its part (`save_part`).
+    """Write the learner's state as a whole, durable folder; keep the newest `keep` folders, and `spared`.
 
-    `source` gives config and tokenizer. Raises OSError or SafetensorError when it cannot be written."""
+    The leader calls it, and orders every other rank to write its part (`save_part`). `source` gives config and
+    tokenizer. Raises OSError or SafetensorError when the folder cannot be written.
+    """
     final = checkpoint_path(folder, learner.version)
     team = team or Team(learner.ranks)
 
@@ -76,8 +77,10 @@ def save_checkpoint(
 
 
 def save_part(folder: Path, learner: Learner) -> None:
-    """What each rank writes of a checkpoint behind the leader's weights: its part of the moments, and of the critic.
-    Collective: when it returns, all have written. Raises RunFailed where this rank cannot."""
+    """Write this rank's part of a checkpoint, after the leader's weights: of the moments, and of the critic.
+
+    Collective: when it returns, all have written. Raises RunFailed where this rank cannot write.
+    """
     ranks = learner.ranks
     try:
         save_rows(optimizer_state(learner.optimizer, _names(learner)), folder, "optimizer", ranks)
@@ -87,7 +90,7 @@ def save_part(folder: Path, learner: Learner) -> None:
             save_rows(moments, folder, "critic_optimizer", ranks)
     except (OSError, SafetensorError) as error:
         if ranks.leads:
-            raise  # the loop says it
+            raise  # the loop reports it
         raise RunFailed(
             f"its part of the checkpoint of version {learner.version} cannot be written to {folder} "
             f"({getattr(error, 'strerror', None) or error}); make room there, or let every rank see that folder, "
@@ -152,7 +155,7 @@ def _critic_names(learner: Learner) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in learner.critic.named_parameters().items()}
 
 
-# -------------------------------------------------------------------------------------- random numbers
+# Random numbers.
 
 
 def random_state() -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""The value of a state before each policy token: a head on the policy's features, or a model of its own.
+"""The critic: the value of the state before each policy token, by a head on the policy's features or a model of its
+own.
 
-Trained on the coefficients of the value loss (`Coefficients.value_grad`) with an optimizer of its own, so
-that neither learning-rate factors nor the policy's gradient clipping touch it.
+It is trained on the coefficients of the value loss (`Coefficients.value_grad`; docs/algorithms.md#value-loss) with an
+optimizer of its own, so that neither learning-rate factors nor the policy's gradient clipping touch it.
+Shapes: T policy tokens of the batch, t of a micro-batch.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ CLIP_NORM = 1.0
 
 
 class Critic:
-    """V(state before the token) for every policy token of a batch.
+    """V(state before the token), [T] float32, for every policy token of a batch.
 
     `kind="head"`: a linear head on the policy's last hidden states, which it reads but does not move.
     `kind="model"`: a copy of the policy's network with such a head, trained throughout (the usual PPO
@@ -69,15 +71,15 @@ class Critic:
         self._batch: PackedBatch | None = None
 
     @torch.no_grad()
-    def values(self, batch: PackedBatch) -> Tensor:  # [policy tokens] float32
-        """Values of the whole batch, detached. `step` then trains on the same batch."""
+    def values(self, batch: PackedBatch) -> Tensor:
+        """Values of the whole batch, [T] float32, detached. `step` then trains on the same batch."""
         self._batch = batch
         own = torch.cat([self._forward(micro)[: 0 if micro.idle else None] for micro in batch.micro_batches])
         self._free()
         return whole_column(own, batch, self._ranks)
 
     def step(self, value_grad: Tensor) -> float:
-        """One optimizer step with d(value loss)/d(value) [policy tokens]; the gradient's norm."""
+        """One optimizer step with d(value loss)/d(value) [T]; returns the gradient's norm."""
         assert self._batch is not None, "values() comes first"
         self.optimizer.zero_grad(set_to_none=True)
         own = self._batch.own(value_grad)
@@ -92,7 +94,7 @@ class Critic:
         return norm
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Its own parameters; the policy's are not among them."""
+        """The critic's own parameters by name, without the policy's."""
         own = {f"head.{name}": p for name, p in self.head.named_parameters()}
         if self._separate:
             own |= {f"trunk.{name}": p for name, p in self.trunk.named_parameters() if p.requires_grad}
@@ -113,6 +115,7 @@ class Critic:
             free(self.trunk)
 
     def _forward(self, micro: MicroBatch) -> Tensor:
+        """Values of a micro-batch, [t] float32."""
         if self._separate:
             hidden = hidden_states(self.trunk, micro, self._arithmetic)
         else:

@@ -1,4 +1,7 @@
-"""One packed micro-batch through the model: log-probs of its policy tokens."""
+"""One packed micro-batch through the model: log-probs of its policy tokens.
+
+Shapes: N tokens and t policy tokens of a micro-batch, T policy tokens of this rank's share, H hidden.
+"""
 
 from __future__ import annotations
 
@@ -21,35 +24,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelArithmetic:
-    """How a forward is computed."""
+    """In which precision and at which temperature a forward is computed."""
 
     temperature: float
-    """log-probs are those of the distribution the generators sampled from"""
+    """of the distribution that the generators sampled from, whose log-probs are wanted"""
     dtype: torch.dtype = torch.float32
     """bfloat16 runs the model under autocast; weights stay as they are"""
     kernel: Kernel | None = None
-    """attends among packed documents; None: SDPA"""
+    """computes attention among packed documents; None: SDPA"""
 
     def products(self, device: torch.device) -> torch.dtype | None:
-        """What the head's inputs are rounded to: on a GPU as all other layers' under autocast, since float32 products
-        take ten times as long there; sums and logits are float32 all the same. On a CPU nothing."""
+        """The dtype that the head's inputs are rounded to; None: as they are.
+
+        On a GPU it is that of all other layers under autocast, since float32 products take ten times as long there;
+        sums and logits are float32 all the same. On a CPU nothing is rounded.
+        """
         return self.dtype if self.dtype == torch.bfloat16 and device.type == "cuda" else None
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """The context in which the model's forward runs."""
         if self.dtype == torch.bfloat16:
             return torch.autocast(device.type, dtype=torch.bfloat16)
         return nullcontext()
 
 
 def hidden_states(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: ModelArithmetic) -> Tensor:
-    """Hidden states that predict the policy tokens, [policy tokens, hidden]."""
+    """Hidden states that predict the policy tokens, [t, H]."""
     with arithmetic.autocast(micro.tokens.device):
         hidden = model(micro.tokens, micro.positions, DocumentAttention(micro.lengths, arithmetic.kernel))
     return hidden[micro.predictors]
 
 
 def log_probs(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: ModelArithmetic) -> LogProbs:
-    """Log-prob, entropy and sum of squared probabilities of every policy token."""
+    """Log-prob, entropy and sum of squared probabilities of every policy token, [t] each."""
     hidden = hidden_states(model, micro, arithmetic)
     head = model.head
     return linear_logprob(
@@ -63,7 +70,7 @@ def log_probs(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: Mod
 
 @torch.no_grad()
 def batch_log_probs(model: Model | WithoutAdapters, batch: PackedBatch, arithmetic: ModelArithmetic) -> LogProbs:
-    """The columns of this rank's share of the batch, without gradients."""
+    """The columns of this rank's share of the batch, [T] each, without gradients."""
     parts = [own_rows(log_probs(model, micro, arithmetic), micro) for micro in batch.micro_batches]
     return LogProbs(
         log_prob=torch.cat([p.log_prob for p in parts]),
@@ -73,7 +80,7 @@ def batch_log_probs(model: Model | WithoutAdapters, batch: PackedBatch, arithmet
 
 
 def own_rows(found: LogProbs, micro: MicroBatch) -> LogProbs:
-    """Without those of a stand-in."""
+    """The rows [t] of a micro-batch; none for a stand-in (`MicroBatch.idle`)."""
     if not micro.idle:
         return found
     return LogProbs(log_prob=found.log_prob[:0], entropy=found.entropy[:0], prob_square_sum=found.prob_square_sum[:0])
@@ -81,8 +88,10 @@ def own_rows(found: LogProbs, micro: MicroBatch) -> LogProbs:
 
 @torch.no_grad()
 def probe_log_probs(model: Model, tokens: tuple[int, ...], arithmetic: ModelArithmetic) -> tuple[float, ...]:
-    """Log-probs of tokens[1:] given what precedes each, at temperature 1, in the dtype of the weights; of a
-    sharded model in that of its arithmetic, and by all ranks together."""
+    """Log-probs of tokens[1:] given what precedes each, at temperature 1, in the dtype of the weights.
+
+    A sharded model computes in the dtype of `arithmetic`, and all ranks together.
+    """
     if len(tokens) < 2:
         return ()
     device = model.head.device

@@ -1,7 +1,8 @@
-"""The trainer's side of the conversation with the buffer: ask ahead, wait by name, never for ever.
+"""The trainer's messages to and from the buffer: it asks ahead, and waits by name and never without end.
 
-A message may get lost when a connection breaks, so what the buffer must know is said again while something is
-waited for. Hearing it twice, late or in another order changes nothing there.
+Who waits for whom: the trainer waits for a batch, an evaluation or the buffer's counters, `wire.timeout_s` at most
+without any progress. A message may get lost when a connection breaks, so the trainer repeats what the buffer must know
+while it waits. Receiving a message twice, late or in another order changes nothing at the buffer.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ REPEAT_S = 3.0
 
 @dataclass(slots=True)
 class RemainingWait:
-    """What is left of a wait. Time in which this process was stopped does not count: it could hear nobody."""
+    """The seconds that are left of a wait. Time in which this process was stopped does not count."""
 
     limit_s: float
     left_s: float = field(init=False)
     progress: float = -1.0
-    """the buffer's, as last heard"""
+    """the buffer's, as last received"""
 
     def __post_init__(self) -> None:
         self.left_s = self.limit_s
@@ -42,14 +43,17 @@ class RemainingWait:
         self.left_s -= min(seconds, REPEAT_S + 1.0)
 
     def renew(self, progress: float) -> None:
-        """Something moved since: a slow episode is not a hang."""
+        """Start the wait anew if there is progress since: a slow episode is not a hang."""
         if progress != self.progress:
             self.progress, self.left_s = progress, self.limit_s
 
 
 @dataclass(slots=True)
 class Inbox:
-    """Answers come in any order: a batch asked for ahead may arrive while an evaluation is awaited."""
+    """What the trainer has received from the buffer, and what the buffer has yet to confirm.
+
+    Answers come in any order: a batch asked for ahead may arrive while an evaluation is awaited.
+    """
 
     dealer: Dealer
     timeout_s: float
@@ -60,12 +64,12 @@ class Inbox:
     keepalive: Callable[[], None] = lambda: None
     """called every few seconds while it waits"""
     unconfirmed: dict[type, msg.Message] = field(default_factory=dict)
-    """the newest of each kind that the buffer must know, in the order in which it is said again"""
+    """the newest message of each kind that the buffer must know, in the order in which they are repeated"""
     sent_again: float = 0.0
     batches: dict[int, msg.Batch] = field(default_factory=dict)
     """whole ones, of the step waited for and those asked for ahead"""
     parts: dict[int, list[Trajectory]] = field(default_factory=dict)
-    """what has come of batches that are larger than one message"""
+    """what has arrived of batches that are larger than one message"""
     wanted: int = 0
     """step of the next batch that will be taken"""
     evaluations: dict[int, msg.EvaluationResult] = field(default_factory=dict)
@@ -73,12 +77,12 @@ class Inbox:
     asked: int = -1
     """newest step whose batch was asked for"""
     last_reason: str = ""
-    """what the buffer last said about a wait"""
+    """the reason that the buffer last gave for a wait"""
     progress: int = -1
-    """the buffer's count of what has come, as last heard"""
+    """the buffer's count of what has arrived there, as last received"""
 
     def send(self, message: msg.Message) -> None:
-        """Tell the buffer something that it must know."""
+        """Send the buffer something that it must know, and repeat it while waiting."""
         self.unconfirmed[type(message)] = message
         self.dealer.send(message)
 
@@ -89,7 +93,7 @@ class Inbox:
             self.send(msg.NextBatch(step=step))
 
     def receive_batch(self, step: int) -> msg.Batch:
-        """Wait for the batch of `step`. Raises RunFailed naming who was waited for."""
+        """Wait for the batch of `step`. Raises RunFailed that names who was waited for."""
         self.ask_batch(step)
         wait_left = RemainingWait(self.timeout_s)
         with self.activity.during(f"waiting for the batch of step {step}"):
@@ -101,7 +105,7 @@ class Inbox:
         return self.batches.pop(step)
 
     def evaluation(self, number: int, *, wait: bool) -> msg.EvaluationResult | None:
-        """The result of an evaluation asked for before; None when it is not complete and `wait` is off.
+        """The result of an evaluation asked for before; None when it is not complete and `wait` is false.
 
         Raises RunFailed when nothing has moved for `timeout_s`."""
         if not wait:
@@ -119,7 +123,7 @@ class Inbox:
     def _fetch(
         self, number: int, *, waits: bool, wait_left: RemainingWait | None = None
     ) -> msg.EvaluationResult | None:
-        """Ask how far an evaluation is; the result when it is complete."""
+        """Ask how far an evaluation is; returns the result when it is complete."""
         self.evaluations.pop(number, None)
         self.send(msg.FetchEvaluation(evaluation=number, waits=waits))
         answer = RemainingWait(self.timeout_s)
@@ -163,7 +167,7 @@ class Inbox:
         return snapshot.counters
 
     def drain(self) -> None:
-        """Take in what has arrived, without waiting."""
+        """Handle what has arrived, without waiting."""
         while True:
             try:
                 message = self.dealer.receive(0.0, "anything")
@@ -174,7 +178,7 @@ class Inbox:
             self._handle(message)
 
     def _receive(self, wait_left: RemainingWait, waiting_for: str) -> None:
-        """Take in one message, or wait a while for none."""
+        """Wait for one message, REPEAT_S at most, and handle it."""
         self.keepalive()
         if wait_left.left_s <= 0:
             last = f"; last heard: {self.last_reason}" if self.last_reason else ""
@@ -189,7 +193,7 @@ class Inbox:
         wait_left.spend(time.monotonic() - started)
 
     def _send_again(self) -> None:
-        """Whatever of it was lost: now it is known."""
+        """Repeat what the buffer must know; any of it may have been lost."""
         now = time.monotonic()
         if now - self.sent_again >= REPEAT_S:
             self.sent_again = now
@@ -208,9 +212,9 @@ class Inbox:
                 self.canary.receive(message)
             case msg.Waiting(reason=reason, progress=progress):
                 self.last_reason, self.progress = reason, progress
-                self._send_again()  # it waits with us: it may be for something of ours that was lost
+                self._send_again()  # the buffer waits too, perhaps for a message of this trainer that was lost
             case msg.Refused(what=what, kind=kind) if kind in HARMLESS or what == "FetchEvaluation":
-                pass  # the Hello or the Evaluate before it was lost; they are said again
+                pass  # the Hello or the Evaluate before it was lost; they are repeated
             case msg.Refused(what=what, reason=reason):
                 raise RunFailed(f"the buffer refused {what}: {reason}")
             case msg.Stop(reason=reason):
@@ -219,7 +223,7 @@ class Inbox:
                 pass
 
     def _add_batch(self, part: msg.Batch) -> None:
-        """Put a batch together; ask for what is missing. What was taken before is not kept again."""
+        """Add a part of a batch; ask for what is missing. Batches that were received before are not kept again."""
         step = part.step
         if step < self.wanted or step in self.batches:
             return

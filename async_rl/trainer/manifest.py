@@ -38,8 +38,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def write_whole(final: Path, write: Callable[[Path], None], keepalive: Callable[[], None] = lambda: None) -> None:
-    """Let `write` fill a folder; it appears at `final` with all its bytes on the disk, or not at all. `keepalive` is
-    called again and again while files are read back and made durable.
+    """Let `write` fill a folder; it appears at `final` with all its bytes on the disk, or not at all.
+
+    `keepalive` is called often while files are read back and made durable.
 
     Raises OSError, for example when the disk is full."""
     partial = final.parent / f".{final.name}.partial"

@@ -35,7 +35,7 @@ class Publisher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Both:
-    """Some generators are linked, others read shared memory, which then holds what is staged for the links."""
+    """For runs where some generators are linked and others read shared memory, which holds what is staged for links."""
 
     links: LinkServer
     staged: Staged
@@ -66,9 +66,16 @@ def make_publisher(
     make_link: Callable[[Staged], MakeLink] | None = None,
     keepalive: Callable[[], None] = lambda: None,
 ) -> Publisher:
-    """`ways`: that weights take to the run's own generators (launch/ways.py); none are known for a trainer that
-    somebody else starts. `make_link`: else by vLLM's release. `keepalive`: called again and again while a publication
-    waits or copies. Raises UserError."""
+    """The publisher of a run.
+
+    Args:
+        ways: that weights take to the run's own generators (run/placement.py); none are known for a trainer that
+            somebody else starts.
+        make_link: by default the links of the installed release of vLLM.
+        keepalive: called often while a publication waits or copies.
+
+    Raises UserError.
+    """
     ways = set(ways)
     linked = ways & set(LINKS)
     sent = learner.sent()

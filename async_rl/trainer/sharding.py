@@ -1,4 +1,4 @@
-"""A model whose weights, gradients and moments are split over the ranks, with torch's FSDP2.
+"""A model whose weights, gradients and moments are split over the ranks with torch's FSDP2, and its state on disk.
 
 One group a layer: gathered before the layer's forward and again before its backward, freed behind each.
 One group for the rest (embedding, last norm, head): gathered in the model's forward and freed at the end of
@@ -39,29 +39,126 @@ from async_rl.trainer.ranks import Ranks, is_sharded
 if TYPE_CHECKING:
     from async_rl.model.huggingface import Model
 
-
-# -------------------- rows
-# State that several ranks hold, on disk: each writes the rows it has, and any number of ranks reads them back.
-#
-# A tensor is cut along its first dimension as torch.chunk cuts it, which is how FSDP2 lays it over ranks: pieces of
-# equal length, the last ones shorter or empty. One rank writes `optimizer.safetensors`, several
-# `optimizer-00001-of-00002.safetensors` and so on; a file says in its header which rows of which length it holds.
-# Not torch.distributed.checkpoint: its own files are read by executing them.
-
 ROWS = "rows"
 """in a file's header: JSON, name -> [first row, rows of the whole tensor] of what is not whole in it"""
 
 
+def load_sharded(path: Path, ranks: Ranks, *, device: torch.device | str, dtype: torch.dtype) -> Model:
+    """The model of a folder in float32, sharded; it computes in `dtype`. Collective.
+
+    The built-in decoder never exists whole: every rank reads its rows of each tensor. Other architectures are built by
+    transformers, whole, in the host's memory, by one rank after the other, and then cut.
+    """
+    config = check_folder(path)
+    if config is not None:
+        return _read_slices(config, path, ranks, device=device, dtype=dtype)
+    model: Model | None = None
+    for turn in range(ranks.size):
+        if turn == ranks.rank:
+            model = load_model(path)
+            shard(model, ranks, dtype=dtype)
+        ranks.barrier()
+    assert model is not None
+    return model
+
+
+def shard(model: Model, ranks: Ranks, *, dtype: torch.dtype) -> None:
+    """Split the model in place, without communication.
+
+    Parameters become DTensors; those of which a rank has no row are empty there. Raises UserError for an architecture
+    whose layers are not found.
+    """
+    assert ranks.mesh is not None
+    policy = MixedPrecisionPolicy()
+    if dtype == torch.bfloat16:
+        # inputs stay as they are: the residual stream is float32 under autocast
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=ranks.mesh, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    if not isinstance(model, Decoder) and hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        assert isinstance(model, FSDPModule)
+        model.set_reduce_scatter_unused_params(True)  # experts that no token of this rank went to (torch >= 2.13)
+
+
+@torch.no_grad()
+def load_weights(model: Model, path: Path) -> None:
+    """Copy the weights of a folder into a model of its shape, whole or sharded.
+
+    Each rank reads only its rows of the built-in decoder. Raises KeyError for a parameter that is not there.
+    """
+    if isinstance(model, Decoder) and is_sharded(model):
+        with TensorFiles(path) as files:
+            for name, parameter in model.named_parameters():
+                start, stop = rows_here(parameter)
+                if stop > start:
+                    local_rows(parameter).copy_(files.rows(name, start, stop))
+        return
+    device = "cpu" if is_sharded(model) else next(model.parameters()).device
+    stored = dict(load_model(path, device=device).named_parameters())
+    for name, parameter in model.named_parameters():
+        start, stop = rows_here(parameter)
+        local_rows(parameter).copy_(stored[name][start:stop])
+
+
+def rows_here(tensor: Tensor) -> tuple[int, int]:
+    """The rows start <= row < stop of a tensor that this rank holds."""
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.shape[0]
+    return rows_of(tensor.shape[0], tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
+
+
+def local_rows(tensor: Tensor) -> Tensor:
+    """The rows that this rank holds, not copied."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def layers_of(model: Model) -> list[nn.Module]:
+    """The layers, in order. Raises UserError where an architecture does not show them as one list."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.layers]
+    if not lists:
+        raise UserError(
+            f"trainer.sharding=full needs a model with a list of its {model.config.layers} layers, and models of type "
+            f"{model.config.family!r} show none; set trainer.sharding=none"
+        )
+    return list(lists[0])
+
+
+def _read_slices(
+    config: DecoderConfig, path: Path, ranks: Ranks, *, device: torch.device | str, dtype: torch.dtype
+) -> Decoder:
+    """The built-in decoder, sharded before it has weights; then every rank reads its rows."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    shard(model, ranks, dtype=dtype)
+    model.to_empty(device=device)
+    load_weights(model, path)
+    return model
+
+
+# State that several ranks hold, on disk: each rank writes the rows it has, and any number of ranks reads them back. A
+# tensor is cut along its first dimension as torch.chunk cuts it, which is how FSDP2 lays it over ranks: pieces of equal
+# length, the last ones shorter or empty. One rank writes `optimizer.safetensors`, several write
+# `optimizer-00001-of-00002.safetensors` and so on; a file's header says which rows of which length it holds. This is
+# not torch.distributed.checkpoint, because that reads its own files by executing them.
+
+
 def rows_of(total: int, rank: int, size: int) -> tuple[int, int]:
-    """First row of a rank, and the one behind its last."""
+    """The rows start <= row < stop of `total` that a rank holds."""
     each = -(-total // size)
     start = min(rank * each, total)
     return start, min(start + each, total)
 
 
 def save_rows(tensors: Mapping[str, Tensor], folder: Path, stem: str, ranks: Ranks) -> None:
-    """Write this rank's part. Every rank calls it, with the same names; scalars are the leader's. No collective.
-    Raises OSError or SafetensorError."""
+    """Write this rank's part of the tensors. Every rank calls it with the same names; the leader writes scalars.
+
+    No collective. Raises OSError or SafetensorError.
+    """
     mine: dict[str, Tensor] = {}
     where: dict[str, list[int]] = {}
     for name, tensor in tensors.items():
@@ -92,7 +189,7 @@ class _Piece:
 
 @dataclass(slots=True)
 class RowFiles:
-    """What `save_rows` wrote, by however many ranks. A context; files are mapped, only what is asked for is read."""
+    """What `save_rows` wrote, on any number of ranks. A context; files are mapped, and only rows asked for are read."""
 
     folder: Path
     stem: str
@@ -153,94 +250,3 @@ class RowFiles:
                 local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
             )
         return self.rows(name, 0, like.shape[0]).to(like.device)
-
-
-def load_sharded(path: Path, ranks: Ranks, *, device: torch.device | str, dtype: torch.dtype) -> Model:
-    """The model of a folder in float32, sharded; `dtype` is that of its arithmetic. Collective.
-
-    The built-in decoder never exists whole: every rank reads its rows of each tensor. Other architectures are
-    built by transformers, whole, in the host's memory, by one rank after the other, and then cut.
-    """
-    config = check_folder(path)
-    if config is not None:
-        return _read_slices(config, path, ranks, device=device, dtype=dtype)
-    model: Model | None = None
-    for turn in range(ranks.size):
-        if turn == ranks.rank:
-            model = load_model(path)
-            shard(model, ranks, dtype=dtype)
-        ranks.barrier()
-    assert model is not None
-    return model
-
-
-def shard(model: Model, ranks: Ranks, *, dtype: torch.dtype) -> None:
-    """Split it in place; no communication. Parameters become DTensors, those a rank has no row of are empty.
-    Raises UserError for an architecture whose layers are not found."""
-    assert ranks.mesh is not None
-    policy = MixedPrecisionPolicy()
-    if dtype == torch.bfloat16:
-        # inputs stay as they are: the residual stream is float32 under autocast
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in layers_of(model):
-        fully_shard(layer, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(model, mesh=ranks.mesh, reshard_after_forward=False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-    if not isinstance(model, Decoder) and hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
-        assert isinstance(model, FSDPModule)
-        model.set_reduce_scatter_unused_params(True)  # experts that no token of this rank went to (torch >= 2.13)
-
-
-@torch.no_grad()
-def load_weights(model: Model, path: Path) -> None:
-    """Put the weights of a folder into a model of its shape, whole or sharded: of the built-in decoder each rank
-    reads its rows alone. Raises KeyError for a parameter that is not there."""
-    if isinstance(model, Decoder) and is_sharded(model):
-        with TensorFiles(path) as files:
-            for name, parameter in model.named_parameters():
-                start, stop = rows_here(parameter)
-                if stop > start:
-                    local_rows(parameter).copy_(files.rows(name, start, stop))
-        return
-    device = "cpu" if is_sharded(model) else next(model.parameters()).device
-    stored = dict(load_model(path, device=device).named_parameters())
-    for name, parameter in model.named_parameters():
-        start, stop = rows_here(parameter)
-        local_rows(parameter).copy_(stored[name][start:stop])
-
-
-def rows_here(tensor: Tensor) -> tuple[int, int]:
-    """First row of a tensor that this rank holds, and the one behind its last."""
-    if not isinstance(tensor, DTensor):
-        return 0, tensor.shape[0]
-    return rows_of(tensor.shape[0], tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
-
-
-def local_rows(tensor: Tensor) -> Tensor:
-    """The rows that this rank holds, not copied."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def layers_of(model: Model) -> list[nn.Module]:
-    """The layers, in order. Raises UserError where an architecture does not show them as one list."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.layers]
-    if not lists:
-        raise UserError(
-            f"trainer.sharding=full needs a model with a list of its {model.config.layers} layers, and models of type "
-            f"{model.config.family!r} show none; set trainer.sharding=none"
-        )
-    return list(lists[0])
-
-
-def _read_slices(
-    config: DecoderConfig, path: Path, ranks: Ranks, *, device: torch.device | str, dtype: torch.dtype
-) -> Decoder:
-    with torch.device("meta"):
-        model = Decoder(config)
-    shard(model, ranks, dtype=dtype)
-    model.to_empty(device=device)
-    load_weights(model, path)
-    return model

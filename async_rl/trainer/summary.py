@@ -1,4 +1,4 @@
-"""What a run came to, in numbers and in words."""
+"""What a run came to: totals of its metric rows, and `summary.json` made from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from async_rl.wire.messages import BufferCounters
 
 @dataclass(slots=True, kw_only=True)
 class Totals:
-    """What the summary needs of the run's metric rows, so that none of them is kept."""
+    """Sums over the run's metric rows that the summary needs, so that no row is kept."""
 
     steps: int = 0
     training: float = 0.0
@@ -29,7 +29,7 @@ class Totals:
     last: Mapping[str, float] = field(default_factory=dict)
 
     def add(self, row: Mapping[str, float]) -> None:
-        """In order."""
+        """Add the metric row of the next step."""
         self.steps += 1
         self.training += row["time/step"]
         self.tokens += row["batch/policy_tokens"]
@@ -149,4 +149,5 @@ def _below(prefix: str, columns: Mapping[str, float]) -> dict[str, float]:
 
 
 def mean(values: Sequence[float]) -> float:
+    """The mean; 0 of nothing."""
     return sum(values) / len(values) if values else 0.0

@@ -208,6 +208,3 @@ def _parts(weights: Weights) -> Iterator[bytes | memoryview]:
         tensor = whole.detach().cpu().contiguous()
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
         yield tensor.view(-1).view(torch.uint8).numpy().data
-
-
-# ------------------------------------------------------------------------------------------- optimizer

@@ -1,19 +1,28 @@
-"""Exact OPOB with packing kept: per-trajectory gradient norms and the baselined gradient, one backward.
+"""Exact OPOB with packing kept: per-trajectory gradient norms and the baselined gradient in one backward pass.
 
-With exact norms a recipe answers two columns that are proportional within a trajectory: policy_t = R_i c_t
-and baseline_t = c_t. The gradient is sum_i (R_i - b_i) G_i with G_i = sum_t c_t grad log pi_t, and b
-depends on every |G_i|^2. So the backward pass runs with c, autograd forms no weight gradient, hooks keep
-each layer's input a and output gradient g, norms come from those (async_rl_kernels.segment_gradient), and
-each weight gradient (m g)^T a is formed once, when m = R - b is known. Nothing per trajectory is stored
-but the gradients of vectors (norms, biases), and micro-batches stay as packed as they were.
+Formulas: docs/algorithms.md#exact-norms, #two-columns. Shapes: N tokens, t policy tokens and i trajectories of a
+micro-batch; T, I and G of the batch (this rank's share of it where ranks share a batch); H hidden.
 
-Memory. a is what any backward saves, and when g of a layer is kept, autograd has freed more of it (q, k, v,
-the inputs of norms and activations): one packed micro-batch needs about what an ordinary backward needs
-(bench/opob.py). A group cut by the end of a micro-batch does not wait with its a and g, since groups can
-be longer than micro-batches: its two sums are formed instead, sum R_i G_i in `.grad` and sum G_i in one
-extra copy of the gradient, and b is taken off when its last trajectory has been seen. The same serves one
-baseline for the whole batch. Norms first and a second pass over the batch would spare that copy for a
-third more time.
+With exact norms a recipe answers two columns that are proportional within a trajectory: policy_t = R_i c_t and
+baseline_t = c_t. The gradient is sum_i (R_i - b_i) G_i with G_i = sum_t c_t grad log pi_t, and b depends on every
+|G_i|^2. So the backward pass runs with c, and autograd forms no weight gradient. Hooks keep each layer's input a and
+output gradient g; norms come from those (async_rl_kernels.segment_gradient), and each weight gradient (m g)^T a is
+formed once, when m = R - b is known. Nothing per trajectory is stored but the gradients of vectors (norms, biases), and
+micro-batches stay as packed as they were.
+
+Memory. Any backward saves a, and when g of a layer is kept, autograd has freed more of it (q, k, v, the inputs of norms
+and activations): one packed micro-batch needs about what an ordinary backward needs (bench/opob.py). A group that is
+cut by the end of a micro-batch does not keep its a and g until it is complete, since groups can be longer than
+micro-batches. Its two sums are formed instead, sum R_i G_i in `.grad` and sum G_i in one extra copy of the gradient,
+and b is subtracted when its last trajectory has been seen. One baseline for the whole batch is treated alike. Norms
+first and a second pass over the batch would save that copy for a third more time.
+
+Over ranks (`add_over_ranks`) the norm of a trajectory is found on the rank that runs it. Where every group lies in one
+micro-batch, its baseline is known there and each micro-batch is finished at once. Otherwise norms come first and every
+micro-batch is run a second time: the extra copy would be one more gradient on every rank and, with sharded weights,
+could not be kept apart by group. Weight gradients that are formed from hooks are not seen by FSDP: each is formed
+whole, one weight at a time, and summed over the ranks into their rows of `.grad` before the next. The largest, of the
+embedding or the head, needs the most memory: vocabulary x hidden x 4 bytes.
 """
 
 from __future__ import annotations
@@ -52,14 +61,15 @@ if TYPE_CHECKING:
 
 
 Sums = dict[Tensor, Tensor]
-"""a gradient kept beside the parameters' own"""
+"""parameter -> a gradient of its shape that is kept beside `.grad`"""
 
 
 class TrajectoryGradient:
-    """Use: `forward(micro)`, then `add(batch, ...)`; or `add` alone when the columns are known.
+    """Per-trajectory gradients of a model: their norms, and weighted sums of them.
 
-    Inside, and for other uses of per-trajectory gradients: `forward`, `backward`, `accumulate` of one
-    micro-batch. Raises UserError for a model whose layers are not known here.
+    Use: `forward(micro)`, then `add(batch, ...)`; or `add` alone when the columns are known. `forward`, `backward` and
+    `accumulate` of one micro-batch are what `add` is made of. Raises UserError for a model whose layers are not known
+    here.
     """
 
     def __init__(self, model: Model, arithmetic: ModelArithmetic) -> None:
@@ -82,13 +92,15 @@ class TrajectoryGradient:
         *,
         scope: Literal["group", "batch"] = "group",
     ) -> Tensor:
-        """Add the gradient of -(sum_t policy_t log pi_t - sum_groups b_g sum_t baseline_t log pi_t) to
-        `.grad`; returns |sum_{t in i} baseline_t grad log pi_t|^2, [trajectories] float64.
+        """Add the gradient of -(sum_t policy_t log pi_t - sum_groups b_g sum_t baseline_t log pi_t) to `.grad`.
 
-        policy, baseline: [policy tokens], proportional within each trajectory
-        baselines: [trajectories] norm squares -> [groups] b; with several micro-batches it is asked more
-        than once, with 0 for trajectories not seen yet, and read for groups seen completely
-        scope: batch when any b depends on trajectories of other groups
+        Returns |sum_{t in i} baseline_t grad log pi_t|^2, [I] float64.
+
+        Args:
+            policy, baseline: [T], proportional within each trajectory.
+            baselines: norm squares [I] -> b [G]. With several micro-batches it is called more than once, with 0 for
+                trajectories not seen yet, and read for groups seen completely.
+            scope: batch when any b depends on trajectories of other groups.
         """
         last = len(batch.micro_batches) - 1
         reward = proportion(policy, baseline, batch)
@@ -121,18 +133,19 @@ class TrajectoryGradient:
         return norm_squares
 
     def norms(self, micro: MicroBatch, weights: Tensor) -> Tensor:
-        """`backward`, behind `forward` where this micro-batch was not the last to be run."""
+        """`backward` of weights [t], after `forward` where this micro-batch was not the last to be run: [i] float64."""
         if self._record is None or self._record.micro is not micro:
             self.forward(micro)
         return self.backward(weights)
 
     def forget(self) -> None:
-        """Free what was kept of the last micro-batch."""
+        """Free what was kept for the last micro-batch."""
         self._record = None
         free(self._model)
 
     def forward(self, micro: MicroBatch) -> LogProbs:
-        """Log-probs, entropies, sums of squares of the policy tokens, detached; keeps what `backward` needs."""
+        """Log-probs, entropies, sums of squares of the policy tokens, [t] each, detached; keeps what `backward`
+        needs."""
         device = micro.tokens.device
         segments = Segments(micro.lengths, device)
         free(self._model)  # gradients go to the sharded parameters, which are the module's now
@@ -159,8 +172,10 @@ class TrajectoryGradient:
 
     @torch.no_grad()
     def backward(self, weights: Tensor) -> Tensor:
-        """|sum_{t in i} weights_t grad log pi_t|^2 over all parameters that are trained, [trajectories]
-        float64. weights: [policy tokens] of the micro-batch last seen by `forward`."""
+        """|sum_{t in i} weights_t grad log pi_t|^2 over all parameters that are trained, [i] float64.
+
+        weights: [t] of the micro-batch last given to `forward`.
+        """
         record = self._record
         assert record is not None, "forward first"
         assert record.head is not None
@@ -199,7 +214,7 @@ class TrajectoryGradient:
     def accumulate(self, multipliers: Tensor, *, first: int = 0, into: Sums | None = None) -> None:
         """Add the gradient of -sum_{i >= first} multipliers_i sum_t weights_t log pi_t to `.grad`, or to `into`.
 
-        multipliers: [trajectories] of the micro-batch last given to `backward`
+        multipliers: [i] of the micro-batch last given to `backward`.
         """
         record = self._record
         assert record is not None, "forward first"
@@ -233,16 +248,16 @@ class TrajectoryGradient:
 class SharedInput:
     """The input of linear layers that read the same tensor: q, k, v; gate, up."""
 
-    activations: Tensor  # [tokens, in], in the dtype of the product
+    activations: Tensor  # [N, in], in the dtype of the product
     uses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """weight [out, in] and gradient of the layer's output [tokens, out]"""
+    """weight [out, in] and gradient of the layer's output [N, out]"""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Record:
-    """One micro-batch between forward and the end of accumulate.
+    """One micro-batch between `forward` and the end of `accumulate`.
 
-    Gradients in it are those of -sum_t c_t / s_i log pi_t, with s_i the largest |c_t| of trajectory i:
+    Gradients in it are those of -sum_t c_t / s_i log pi_t, with s_i the largest |c_t| of trajectory i, so that
     importance weights of any size neither under- nor overflow in a square.
     """
 
@@ -251,18 +266,18 @@ class Record:
     """its tokens, by trajectory"""
     head_weight: Tensor
     embedding_weight: Tensor | None = None
-    embedded: Tensor | None = None  # [tokens, hidden], leaf of the graph
-    hidden: Tensor | None = None  # [policy tokens, hidden], root of the graph
+    embedded: Tensor | None = None  # [N, H], leaf of the graph
+    hidden: Tensor | None = None  # [t, H], root of the graph
     head: HeadGradient | None = None
     inputs: list[SharedInput] = field(default_factory=list)
     vectors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """norm weight or bias [width] and its gradient in each trajectory [trajectories, width]"""
-    embedding_gradient: Tensor | None = None  # [tokens, hidden]
-    scale: Tensor | None = None  # [trajectories] float64, s_i
+    """norm weight or bias [width] and its gradient in each trajectory [i, width]"""
+    embedding_gradient: Tensor | None = None  # [N, H]
+    scale: Tensor | None = None  # [i] float64, s_i
 
 
 class Hooks:
-    """While entered, each use of a trained parameter of the model puts its part into `record`."""
+    """A context in which each use of a trained parameter of the model adds its part to `record`."""
 
     def __init__(self, model: Decoder, record: Record) -> None:
         self._model = model
@@ -318,7 +333,7 @@ class Hooks:
         output.register_hook(keep)
 
     def _shared(self, source: Tensor, dtype: torch.dtype) -> SharedInput:
-        """The record's entry of an input."""
+        """The record's entry of an input `source` [N, in]."""
         found = next((shared for seen, shared in self._sources if seen is source), None)
         if found is None:
             found = SharedInput(source.detach().to(dtype))
@@ -347,7 +362,7 @@ class Hooks:
 
 
 def proportion(policy: Tensor, baseline: Tensor, batch: PackedBatch) -> Tensor:
-    """R_i with policy_t = R_i baseline_t in each trajectory, 0 where both are 0: [trajectories] float64."""
+    """R_i with policy_t = R_i baseline_t in each trajectory, 0 where both are 0: [I] float64. policy, baseline [T]."""
     lengths = torch.tensor(
         [n for micro in batch.micro_batches if not micro.idle for n in micro.policy_lengths], dtype=torch.int64
     )
@@ -363,7 +378,7 @@ def proportion(policy: Tensor, baseline: Tensor, batch: PackedBatch) -> Tensor:
 
 
 def _buffer(parameter: Tensor, into: Sums | None) -> Tensor:
-    """Where the gradient of `parameter` is summed up; zeros when new."""
+    """The tensor, of the parameter's shape, in which its gradient is summed up; zeros when new."""
     if into is not None:
         if parameter not in into:
             into[parameter] = torch.zeros_like(parameter)
@@ -375,8 +390,10 @@ def _buffer(parameter: Tensor, into: Sums | None) -> Tensor:
 
 @contextmanager
 def _summing(parameter: Tensor, into: Sums | None) -> Iterator[Tensor]:
-    """What to add the gradient of `parameter` to. Of a sharded one that is the sum over ranks, of which each
-    adds its rows to `.grad` behind it: a collective."""
+    """The tensor to add the gradient of `parameter` to, of the whole parameter's shape.
+
+    For a sharded parameter it is summed over ranks at the end, and each adds its rows to `.grad`: a collective.
+    """
     if isinstance(parameter, DTensor):
         assert into is None, "sums by group need whole gradients"
         total = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
@@ -387,25 +404,11 @@ def _summing(parameter: Tensor, into: Sums | None) -> Iterator[Tensor]:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; products of a lower precision are added in that of `total`."""
+    """total [out, in] += left [out, N] @ right [N, in]; products of a lower precision are added in that of `total`."""
     if left.dtype == total.dtype and left.device.type != "cpu":
         total.addmm_(left, right)
     else:
         total.add_(linear(left, right.T))  # on a CPU twice as fast as addmm
-
-
-# -------------------- exact over ranks
-# Exact OPOB where a batch is laid over ranks (trajectory_gradient.py says what is computed).
-#
-# The norm of a trajectory is found on the rank that holds it. Where every group lies in one micro-batch, its
-# baseline is known there and each micro-batch is done with at once. Otherwise (a group longer than a micro-batch,
-# or one baseline for the whole batch in several micro-batches) norms come first and every micro-batch is run a
-# second time: the sums that one rank keeps beside the gradient would here be one more gradient on every rank,
-# and, with sharded weights, could not be kept apart by group.
-#
-# Weight gradients formed from hooks are not seen by FSDP: each is formed whole, one weight at a time, and summed
-# over the ranks into their rows of `.grad` before the next. The largest, of the embedding or the head, is the
-# most memory that it takes: vocabulary x hidden x 4 bytes.
 
 
 def add_over_ranks(
@@ -418,10 +421,10 @@ def add_over_ranks(
     *,
     scope: Literal["group", "batch"],
 ) -> Tensor:
-    """`TrajectoryGradient.add` for this rank's share; arguments and result are of the whole batch. Collective.
+    """`TrajectoryGradient.add` for this rank's share; arguments [T] and result [I] are of the whole batch. Collective.
 
-    With whole weights on every rank `.grad` is that of the share, still to be summed over ranks; with sharded
-    ones it is the batch's.
+    With whole weights on every rank `.grad` is that of the share, not yet summed over ranks; with sharded weights it is
+    that of the batch.
     """
     share = batch.share
     assert share is not None
