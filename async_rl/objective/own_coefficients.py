@@ -129,7 +129,7 @@ def _check(own: OwnFunction, answer: Coefficients, columns: Columns, needs: Requ
 def _measured(
     tokens: Tokens, policy: Tensor, recipe: Recipe, state: ObjectiveState, known: Mapping[str, float]
 ) -> tuple[dict[str, float], ObjectiveState]:
-    """The metrics that every recipe has, so that curves, alarms and the summary read alike."""
+    """The metrics that every recipe has, so that curves, alarms and the summary read alike. policy [T]."""
     meter = Meter()
     if "ess/ratio" not in known:  # else the library has counted this batch already
         ess, state = effective_sample_size(tokens, recipe.ess, state)
@@ -168,7 +168,10 @@ def _without_broken(columns: Columns, tokens: Tokens) -> Columns:
 
 
 def _nothing_left(own: OwnFunction, kept: dict[str, Tensor]) -> str:
-    """Why the step is skipped: a gradient of zero would still move weights through Adam's moments."""
+    """Why the step is skipped, or empty: a gradient of zero would still move weights through Adam's moments.
+
+    kept: columns [T] by name.
+    """
     if any(bool((kept[name] != 0).any()) for name in ("policy", "baseline", "entropy") if name in kept):
         return ""
     return f"{own.name} gave every policy token the coefficient 0"

@@ -169,10 +169,10 @@ def tokens_of(columns: Columns, recipe: Recipe, need: Requirements) -> Tokens:
     finite = rewarded & ~broken
     ok = ~broken[trajectory]
 
-    def clean(column: Tensor | None) -> Tensor | None:
+    def clean(column: Tensor | None) -> Tensor | None:  # [T] -> [T]
         return None if column is None else torch.where(ok, column.double(), 0.0).nan_to_num()
 
-    def must(column: Tensor) -> Tensor:
+    def must(column: Tensor) -> Tensor:  # [T] -> [T]
         cleaned = clean(column)
         assert cleaned is not None
         return cleaned

@@ -388,7 +388,7 @@ class Pass:
             self._finish()
             return {}
 
-        def baselines(norm_squares: Tensor) -> Tensor:
+        def baselines(norm_squares: Tensor) -> Tensor:  # [I] -> [G]
             return opob_baselines(norm_squares, columns, recipe)
 
         scope = recipe.opob.scope

@@ -124,7 +124,7 @@ def pack_batch(
     turn_lengths = np.array([turn.length for _, turn in turns], np.int64)
     groups = np.unique([t.group for t in ordered], return_inverse=True)[1]
 
-    def tensor(values: object, dtype: torch.dtype) -> Tensor:
+    def tensor(values: object, dtype: torch.dtype) -> Tensor:  # [n]
         return torch.as_tensor(np.asarray(values)).to(dtype=dtype, device=device)
 
     share = None

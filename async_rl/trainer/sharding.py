@@ -113,7 +113,7 @@ def rows_here(tensor: Tensor) -> tuple[int, int]:
 
 
 def local_rows(tensor: Tensor) -> Tensor:
-    """The rows that this rank holds, not copied."""
+    """The rows of a tensor [n, ...] that this rank holds, [own n, ...], not copied."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -222,7 +222,7 @@ class RowFiles:
         return self._whole.keys() | self._pieces.keys()
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start <= row < stop, on the CPU. Raises KeyError for a name that is not there."""
+        """Rows start <= row < stop, [stop - start, ...], on the CPU. Raises KeyError for a name that is not there."""
         if name in self._whole:
             part: Tensor = self._whole[name].get_slice(name)[start:stop]
             return part
@@ -236,7 +236,7 @@ class RowFiles:
         return torch.cat(found) if found else self._pieces[name][0].file.get_slice(name)[0:0]
 
     def scalar(self, name: str) -> Tensor:
-        """A tensor that is not cut."""
+        """A tensor [] that is not cut."""
         value: Tensor = self._whole[name].get_tensor(name)
         return value
 

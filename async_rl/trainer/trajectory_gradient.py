@@ -319,12 +319,13 @@ class Hooks:
         inputs: tuple[Tensor, ...],
         output: Tensor,
     ) -> None:
+        """Keep input [N, in] and output gradient [N, out] of a linear layer. weight [out, in], bias [out]."""
         record = self._record
         if not weight.requires_grad and (bias is None or not bias.requires_grad):
             return
         shared = self._shared(inputs[0], output.dtype)
 
-        def keep(gradient: Tensor) -> None:
+        def keep(gradient: Tensor) -> None:  # [N, out]
             if weight.requires_grad:
                 shared.uses.append((weight, gradient))
             if bias is not None and bias.requires_grad:
@@ -343,11 +344,12 @@ class Hooks:
         return found
 
     def _norm(self, weight: Tensor, module: RMSNorm, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep the gradient of a norm's weight [width] in each trajectory, [i, width]. inputs [N, ..., width]."""
         record, x = self._record, inputs[0].detach()
         if not weight.requires_grad:
             return
 
-        def keep(gradient: Tensor) -> None:
+        def keep(gradient: Tensor) -> None:  # [N, ..., width]
             # d(loss)/d(weight) = sum of gradient * x / rms(x), over tokens and, for q and k, heads
             rows = x.flatten(0, -2).to(weight.dtype)
             per_row = torch.rsqrt(torch.linalg.vecdot(rows, rows) / rows.shape[-1] + module.eps)
@@ -357,6 +359,7 @@ class Hooks:
         output.register_hook(keep)
 
     def _embedding(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Make the embedded tokens [N, H] the leaf of the graph."""
         self._record.embedded = output.detach().requires_grad_()
         return self._record.embedded
 
@@ -433,7 +436,7 @@ def add_over_ranks(
     group = batch.group_of_trajectory[share.trajectories]
     own = torch.zeros(len(group), dtype=torch.float64, device=reward.device)
 
-    def multipliers(micro: MicroBatch, whole: Tensor) -> Tensor:
+    def multipliers(micro: MicroBatch, whole: Tensor) -> Tensor:  # [I of the batch] -> [i]
         if micro.idle:
             return reward.new_zeros(1)
         return (reward - baselines(whole)[group].to(reward))[micro.trajectories]

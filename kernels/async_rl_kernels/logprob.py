@@ -78,6 +78,8 @@ def linear_logprob(
 
 
 class _LinearLogProb(torch.autograd.Function):
+    """hidden [T, H], weight [V, H], targets [T] int64 -> log-prob, entropy, sum of pi^2, [T] each."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -190,6 +192,7 @@ def tile_limits(device: torch.device) -> tuple[int, int]:
 
 
 def tiles_for(hidden: Tensor, weight: Tensor) -> Tiles:
+    """The tiles that the device of hidden [T, H] works best with. weight [V, H]."""
     elements, least_rows = tile_limits(hidden.device)
     return Tiles.fitting(len(hidden), len(weight), elements=elements, least_rows=least_rows)
 
@@ -272,7 +275,7 @@ def head_gradients(
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of sums over `hidden`: float32, float64 for float64."""
+    """The dtype of sums over `hidden` [T, H]: float32, float64 for float64."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
@@ -294,27 +297,27 @@ class VocabularySums:
         return VocabularySums(columns=torch.empty((5, *shape), dtype=dtype, device=device))
 
     @property
-    def largest(self) -> Tensor:
+    def largest(self) -> Tensor:  # [T]
         """m = max x_j, [T] like all that follow"""
         return self.columns[0]
 
     @property
-    def total(self) -> Tensor:
+    def total(self) -> Tensor:  # [T]
         """sum exp(x_j - m)"""
         return self.columns[1]
 
     @property
-    def spread(self) -> Tensor:
+    def spread(self) -> Tensor:  # [T]
         """sum exp(x_j - m) (x_j - m)"""
         return self.columns[2]
 
     @property
-    def square(self) -> Tensor:
+    def square(self) -> Tensor:  # [T]
         """sum exp(x_j - m)^2"""
         return self.columns[3]
 
     @property
-    def chosen(self) -> Tensor:
+    def chosen(self) -> Tensor:  # [T]
         """x of the target id, 0 where it is not among the ids"""
         return self.columns[4]
 
@@ -343,20 +346,20 @@ class VocabularySums:
         return VocabularySums(columns=torch.stack(columns))
 
     @property
-    def log_normaliser(self) -> Tensor:
+    def log_normaliser(self) -> Tensor:  # [T]
         """log sum exp x_j"""
         return self.largest + self.total.log()
 
     @property
-    def log_prob(self) -> Tensor:
+    def log_prob(self) -> Tensor:  # [T]
         return self.chosen - self.log_normaliser
 
     @property
-    def entropy(self) -> Tensor:
+    def entropy(self) -> Tensor:  # [T]
         return self.total.log() - self.spread / self.total
 
     @property
-    def prob_square_sum(self) -> Tensor:
+    def prob_square_sum(self) -> Tensor:  # [T]
         return self.square / self.total.square()
 
 
@@ -404,7 +407,7 @@ class TileKernels(Protocol):
 class TorchTile:
     """TileKernels in torch operations, on every device but CUDA."""
 
-    def sums(self, logits: Tensor, local: Tensor, scale: float, out: VocabularySums) -> None:
+    def sums(self, logits: Tensor, local: Tensor, scale: float, out: VocabularySums) -> None:  # [rows, ids], [rows]
         width = logits.shape[1]
         inside = (local >= 0) & (local < width)
         chosen = logits.gather(1, local.clamp(0, width - 1)[:, None]).squeeze(1)
@@ -445,13 +448,13 @@ class TorchTile:
 
 
 def pieces(tile: Tensor) -> list[slice]:
-    """Slices of rows with about PIECE_ELEMENTS logits each."""
+    """Slices of rows with about PIECE_ELEMENTS logits each, of a tile [rows, ids]."""
     step = max(1, PIECE_ELEMENTS // tile.shape[1])
     return [slice(start, start + step) for start in range(0, len(tile), step)]
 
 
 def tile_kernels(hidden: Tensor) -> TileKernels:
-    """Triton on CUDA, torch operations elsewhere."""
+    """What works on tiles of hidden [T, H]: Triton on CUDA, torch operations elsewhere."""
     if uses_triton(hidden):
         from async_rl_kernels.logprob_triton import TritonTile
 

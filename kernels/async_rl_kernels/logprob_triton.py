@@ -100,7 +100,7 @@ def gradient_kernel(
 class TritonTile:
     """TileKernels in Triton: launches the two kernels above."""
 
-    def sums(self, logits: Tensor, local: Tensor, scale: float, out: VocabularySums) -> None:
+    def sums(self, logits: Tensor, local: Tensor, scale: float, out: VocabularySums) -> None:  # [rows, ids], [rows]
         rows, width = logits.shape
         assert logits.stride(1) == 1
         assert out.columns.stride(1) == 1
@@ -113,6 +113,7 @@ class TritonTile:
                 )  # fmt: skip
 
     def gradient(self, logits: Tensor, local: Tensor, scale: float, pull: Pull, dtype: torch.dtype) -> Tensor:
+        """[rows, ids], [rows] -> [rows, ids] in `dtype`."""
         rows, width = logits.shape
         assert logits.stride(1) == 1
         out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
