@@ -103,7 +103,7 @@ RuleKey = tuple[tuple[int, ...], tuple[str, ...]]
 
 class StopRules:
     """The stop tokens and strings of requests, compiled to rows of two tables [rules, vocabulary]: `ends` (this token
-    ends the turn) and `maybe` (a stop string may end with this token: the text decides)."""
+    ends the turn) and `maybe` (this token may complete a stop string: the text that a task reads decides)."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int) -> None:
         self._tokenizer = tokenizer
@@ -143,9 +143,8 @@ class StopRules:
             strings = self._strings[rule[row]]
             # A character takes at most four tokens (one a byte).
             tail = turn_of(int(slot[row]))[-4 * max(map(len, strings)) - 4 :].tolist()
-            # With special tokens, which a stop string may name, and without, as a task sees the text.
-            texts = [self._tokenizer.decode(tail, special=special) for special in (True, False)]
-            ends[row] = any(string in text for string in strings for text in texts)
+            text = self._tokenizer.decode(tail)
+            ends[row] = any(string in text for string in strings)
         return ends
 
     def _replaceable(self, busy: Collection[int]) -> int:
@@ -167,9 +166,7 @@ class StopRules:
             ends[token] = True
         strings = tuple(string for string in params.stop_strings if string)
         for string in strings:
-            ends |= np.array([string in text for text in self._texts()])
-            if len(string) > 1 or not string.isascii() or string == " ":
-                maybe |= self._may_complete(string[-1])
+            maybe |= self._may_complete(string[-1])
         self._strings[number] = strings
 
     def _may_complete(self, last: str) -> NDArray[np.bool_]:

@@ -160,7 +160,7 @@ class EpisodeSession:
         if not self._stopped and room < max_tokens:
             self._truncated = True
             self._ended = "length"
-        return self._tokenizer.decode(completion.tokens)
+        return self._tokenizer.turn_text(completion.tokens, stop)
 
     async def _sample(self, room: int, stop: Sequence[str]) -> Completion:
         return await self._engine.generate(

@@ -367,6 +367,7 @@ def sampling_params(params: SamplingParams, seed: int, max_tokens: int) -> Any:
         ignore_eos=True,  # only what the request names ends a turn
         logprobs=0,
         detokenize=bool(params.stop_strings),
+        skip_special_tokens=False,  # a stop string may be one, and is looked for in the text that the task gets
         output_kind=RequestOutputKind.DELTA,
     )
 

@@ -60,9 +60,23 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """Text of tokens. Special tokens (end of text, chat marks) are left out unless `special`."""
-        text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not special)
+        """Text of tokens. Special tokens are part of it: a tag that a task reads may be one. Only end tokens are left
+        out, unless `special`."""
+        kept = [int(i) for i in ids if special or int(i) not in self.end_ids]
+        text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
         return text
+
+    def turn_text(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+        """Text of a sampled turn, up to the stop string that ended it and with it. The token that completes a stop
+        string may go on behind it; that rest is not part of the text. The text of an end token is, when a stop string
+        names it."""
+        text = self.decode(ids)
+        if len(ids) and int(ids[-1]) in self.end_ids:
+            end = self.decode(ids[-1:], special=True)
+            if any(end in string for string in stop):
+                text = self.decode(ids, special=True)
+        ends = [text.find(string) + len(string) for string in stop if string in text]
+        return text[: min(ends, default=len(text))]
 
     @property
     def has_chat_template(self) -> bool:

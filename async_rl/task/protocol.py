@@ -49,7 +49,9 @@ class Session(Protocol):
         ...
 
     async def generate(self, *, max_tokens: int, stop: Sequence[str] = (), state_key: int = -1) -> str:
-        """Let the policy speak one turn and return its text (a stop string included).
+        """Let the policy speak one turn and return its text: special tokens included, up to the stop string that ended
+        it and with it, without the end token. (The token that completes a stop string may go on behind it: the history
+        has it as it was sampled, the text does not.)
 
         It ends at a stop string, at a token that the model folder names as an end, or after `max_tokens` tokens.
         `state_key`: non-negative hash of the environment state, for recipes that compare equal states.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from async_rl.task.protocol import Problem, Session
 
 CALL_OPEN, CALL_CLOSE = "<tool>", "</tool>"
 RESULT_OPEN, RESULT_CLOSE = "<result>", "</result>\n"
+CALL = re.compile(f"{CALL_OPEN}((?:(?!{CALL_OPEN}).)*?){CALL_CLOSE}", re.DOTALL)
 MOST_RESULT = 2000
 """characters of a result that are shown"""
 SYSTEM = (
@@ -102,11 +104,10 @@ class Tools(Dataset):
 
 
 def read_call(text: str) -> str | None:
-    """The text in the last pair of tags of a turn that ends with one; else None."""
-    if not text.endswith(CALL_CLOSE):
-        return None
-    _, found, call = text.removesuffix(CALL_CLOSE).rpartition(CALL_OPEN)
-    return call.strip() if found else None
+    """The text in the first pair of tags; None without one. What stands behind it belongs to the token that closed it:
+    the turn ended there."""
+    found = CALL.search(text)
+    return found[1].strip() if found else None
 
 
 def calculate(call: str, problem: Problem) -> str:

@@ -60,6 +60,8 @@ def test_a_turn_ends_at_stop_tokens_and_strings_and_keeps_them(served: Served) -
     (done,) = served.ask([ask(2, prompt(2, 5), 100, stop_strings=("0", "1", "2", "3"))])
     assert done.finish == "stop"
     assert done.tokens[-1] in range(4)  # the alphabet begins with the digits
+    (done,) = served.ask([ask(3, prompt(3, 5), 120, stop_strings=("<|pad|>",))])
+    assert (done.finish, done.tokens[-1]) == ("stop", CONFIG.vocabulary - 1)  # a special token
 
 
 def test_a_full_context_ends_a_turn_and_a_longer_history_gets_none(served: Served) -> None:
