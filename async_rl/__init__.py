@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from async_rl.api import Evaluation, Rows, Run, evaluate, init_model, train
     from async_rl.config import Settings
     from async_rl.errors import RunFailed, UserError
-    from async_rl.objective.own import RecipeFunction, needs_columns
+    from async_rl.objective.own import needs_columns
+    from async_rl.objective.own_coefficients import RecipeFunction
     from async_rl.objective.recipe import Recipe
     from async_rl.objective.state import ObjectiveState
     from async_rl.objective.tokens import Coefficients, Columns
@@ -62,7 +63,7 @@ _HOMES = {
     "ObjectiveState": "objective.state",
     "Problem": "task.protocol",
     "Recipe": "objective.recipe",
-    "RecipeFunction": "objective.own",
+    "RecipeFunction": "objective.own_coefficients",
     "Rows": "api",
     "Run": "api",
     "RunFailed": "errors",

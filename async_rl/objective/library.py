@@ -32,7 +32,8 @@ def load_recipe(values: Mapping[str, Any]) -> Recipe:
     """The recipe `values["name"]` with the other values laid over it.
 
     The name is one of `list_recipes()`, a YAML file of axes (`mine.yaml`), or a function of the user's own
-    (`mine.py:reinforce`, `package.module:reinforce`; see own.RecipeFunction), for which the axes have their defaults.
+    (`mine.py:reinforce`, `package.module:reinforce`; see own_coefficients.RecipeFunction), for which the axes have
+    their defaults.
 
     Example: `load_recipe({"name": "vcpo", "ess": {"reference": 0.55}})`.
     Raises UserError for an unknown recipe or setting, a wrong type, choices that exclude each other, or a function

@@ -14,15 +14,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from async_rl.config.imports import is_import, load_object
 from async_rl.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from async_rl.objective.recipe import Recipe
-    from async_rl.objective.state import ObjectiveState
-    from async_rl.objective.tokens import Coefficients, Columns
 
 FOLDER = "recipe"
 """in a run's folder: the source file as it was when the run began, and RECORD"""
@@ -32,38 +27,6 @@ ASKED_FOR = ("log_reference", "value")
 NEEDS = "_async_rl_needs"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-class RecipeFunction(Protocol):
-    """A whole optimizer batch in, one number per policy token out: the number that multiplies grad log pi.
-
-    REINFORCE with the mean reward of the group as its baseline, in `mine.py`, used by `recipe=mine.py:reinforce`:
-
-        import torch
-        from async_rl import Coefficients, Columns
-
-        def reinforce(columns: Columns) -> Coefficients:
-            group = columns.group_of_trajectory                                    # [trajectories]
-            count = torch.bincount(group)                                          # [groups]
-            mean = torch.zeros(len(count)).index_add_(0, group, columns.reward) / count
-            advantage = columns.reward - mean[group]                               # [trajectories]
-            of_token = columns.trajectory_of_turn[columns.turn_of_token]           # [tokens]
-            return Coefficients(policy=advantage[of_token] / len(of_token))        # [tokens]
-
-    The function may take `(columns)` or `(columns, recipe, state)`, and answer `Coefficients` or
-    `(Coefficients, ObjectiveState)`; `state.numbers` holds what it wants to remember until the next step. `recipe` has
-    the axes that the settings give (`recipe.trust.cap=4`), so a function can pass columns of its own on to
-    `async_rl.objective.coefficients.coefficients`. Every rank calls the function with the same columns: it must be
-    pure, and random choices must come from a generator seeded with `columns.current_version`.
-
-    Trajectories with a value that is not finite are zeros in the columns, and count for nothing. Refused with a
-    sentence that names the function: answers of another type, shape or dtype, that are not finite, that carry a
-    gradient, or that nothing would use; columns changed in place.
-    """
-
-    def __call__(
-        self, columns: Columns, recipe: Recipe, state: ObjectiveState, /
-    ) -> Coefficients | tuple[Coefficients, ObjectiveState]: ...
 
 
 def needs_columns(*names: str) -> Callable[[Function], Function]:
@@ -94,7 +57,7 @@ class OwnFunction:
     needs: frozenset[str]
     """of ASKED_FOR"""
 
-    def call(self, columns: Columns, recipe: Recipe, state: ObjectiveState) -> Any:
+    def call(self, columns: object, recipe: object, state: object) -> Any:
         return self.function(columns, recipe, state) if self.takes_settings else self.function(columns)
 
 

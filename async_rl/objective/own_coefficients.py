@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,38 @@ RESERVED = ("step", "time")
 """names in a metric row that are not the objective's"""
 PER_TOKEN = ("policy", "baseline", "entropy", "value_grad", "clipped")
 """the columns of `Coefficients`"""
+
+
+class RecipeFunction(Protocol):
+    """A whole optimizer batch in, one number per policy token out: the number that multiplies grad log pi.
+
+    REINFORCE with the mean reward of the group as its baseline, in `mine.py`, used by `recipe=mine.py:reinforce`:
+
+        import torch
+        from async_rl import Coefficients, Columns
+
+        def reinforce(columns: Columns) -> Coefficients:
+            group = columns.group_of_trajectory                                    # [trajectories]
+            count = torch.bincount(group)                                          # [groups]
+            mean = torch.zeros(len(count)).index_add_(0, group, columns.reward) / count
+            advantage = columns.reward - mean[group]                               # [trajectories]
+            of_token = columns.trajectory_of_turn[columns.turn_of_token]           # [tokens]
+            return Coefficients(policy=advantage[of_token] / len(of_token))        # [tokens]
+
+    The function may take `(columns)` or `(columns, recipe, state)`, and answer `Coefficients` or
+    `(Coefficients, ObjectiveState)`; `state.numbers` holds what it wants to remember until the next step. `recipe` has
+    the axes that the settings give (`recipe.trust.cap=4`), so a function can pass columns of its own on to
+    `async_rl.objective.coefficients.coefficients`. Every rank calls the function with the same columns: it must be
+    pure, and random choices must come from a generator seeded with `columns.current_version`.
+
+    Trajectories with a value that is not finite are zeros in the columns, and count for nothing. Refused with a
+    sentence that names the function: answers of another type, shape or dtype, that are not finite, that carry a
+    gradient, or that nothing would use; columns changed in place.
+    """
+
+    def __call__(
+        self, columns: Columns, recipe: Recipe, state: ObjectiveState, /
+    ) -> Coefficients | tuple[Coefficients, ObjectiveState]: ...
 
 
 def own_coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tuple[Coefficients, ObjectiveState]:
