@@ -68,7 +68,7 @@ class TrustSettings:
     negative_low: float = setting(1.0, "dispo, A < 0: lower bound of the weight is 1 - this")
     negative_high: float = setting(100.0, "dispo, A < 0: upper bound of the weight is 1 + this")
     divergence: Literal["probability", "binary_kl"] = setting(
-        "probability", "dppo: distance of pi and mu on the sampled token"
+        "probability", "dppo: distance on the sampled token: |pi - mu|, or KL(mu || pi) of this token or another"
     )
     mask_low: float = setting(0.2, "dppo, A <= 0: dropped when the probability fell by more than this")
     mask_high: float = setting(0.2, "dppo, A > 0: dropped when the probability rose by more than this")

@@ -134,12 +134,12 @@ def _divergence_mask(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Re
     """DPPO: weight [T] and which tokens are dropped [T] bool, because their probability moved far in the direction of
     the advantage [T] already."""
     settings = recipe.trust
-    new = tokens.log_prob.exp()
-    old = log_denominator(tokens, recipe.ratio).exp()
+    log_old = log_denominator(tokens, recipe.ratio)
+    new, old = tokens.log_prob.exp(), log_old.exp()
     if settings.divergence == "probability":
         distance = (new - old).abs()
     else:
-        distance = bernoulli_kl(new, old)
+        distance = bernoulli_kl(log_old, tokens.log_prob)
     rose = new > old
     drop = ((advantage > 0) & rose & (distance > settings.mask_high)) | (
         (advantage <= 0) & ~rose & (distance > settings.mask_low)
@@ -147,12 +147,11 @@ def _divergence_mask(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Re
     return torch.where(drop, 0.0, ratio.value * ratio.inside), drop
 
 
-def bernoulli_kl(new: Tensor, old: Tensor) -> Tensor:
-    """KL(Bernoulli(new) || Bernoulli(old)) of probabilities, [T] each; 0 log 0 = 0."""
-    tiny = torch.finfo(new.dtype).tiny
-    yes = torch.xlogy(new, new) - torch.xlogy(new, old.clamp(min=tiny))
-    rest_new, rest_old = (1 - new).clamp(min=0.0), (1 - old).clamp(min=tiny)
-    return yes + torch.xlogy(rest_new, rest_new) - torch.xlogy(rest_new, rest_old)
+def bernoulli_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(Bernoulli(p) || Bernoulli(q)) of log-probs, [T] each, >= 0; infinite where q is 1 and p is not."""
+    log_p, log_q = log_p.clamp(max=0.0), log_q.clamp(max=0.0)
+    rest_p, rest_q = -torch.expm1(log_p), -torch.expm1(log_q)
+    return log_p.exp() * (log_p - log_q) + torch.xlogy(rest_p, rest_p) - torch.xlogy(rest_p, rest_q)
 
 
 def second_moment_mask(log_ratio: Tensor, threshold: float) -> Tensor:

@@ -199,8 +199,8 @@ def test_dppo_masks_by_probability_and_penalises_the_log_ratio(
     def far(p: float, q: float) -> bool:
         if divergence == "probability":
             return abs(p - q) > limit
-        kl = p * (math.log(p) - math.log(max(q, 2.3e-308))) if p > 0 else 0.0
-        return kl + (1 - p) * (math.log1p(-p) - math.log1p(-q)) > limit
+        kl = q * (math.log(q) - math.log(p)) if q > 0 else 0.0  # the expectation is over mu, which sampled
+        return kl + (1 - q) * (math.log1p(-q) - math.log1p(-p)) > limit
 
     def loss(log_prob: Tensor) -> Tensor:
         total = log_prob.sum() * 0

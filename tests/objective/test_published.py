@@ -1,0 +1,98 @@
+"""Rules restated from their papers, token by token in plain Python, against the coefficients of the recipes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from async_rl.objective import Columns, ObjectiveState
+from async_rl.objective.coefficients import coefficients
+from async_rl.objective.library import load_recipe
+
+RAW = {"credit": "trajectory", "baseline": "none", "scale": "none", "whiten": False}
+"""the advantage of a token is the reward of its answer"""
+
+
+def answers(
+    log_prob: Sequence[float], log_behaviour: Sequence[float], reward: Sequence[float], length: Sequence[int]
+) -> Columns:
+    """Columns of answers of one turn each in one group: log-probs of tokens, rewards and lengths of answers."""
+    owner = [i for i, tokens in enumerate(length) for _ in range(tokens)]
+    return Columns(
+        log_prob=torch.tensor(log_prob, dtype=torch.float64),
+        log_behaviour=torch.tensor(log_behaviour, dtype=torch.float64),
+        version=torch.zeros(len(owner), dtype=torch.int64),
+        turn_of_token=torch.tensor(owner, dtype=torch.int64),
+        trajectory_of_turn=torch.arange(len(length)),
+        group_of_trajectory=torch.zeros(len(length), dtype=torch.int64),
+        reward=torch.tensor(reward, dtype=torch.float64),
+        turn_reward=torch.zeros(len(length), dtype=torch.float64),
+        state_key=torch.full((len(length),), -1),
+        truncated=torch.zeros(len(length), dtype=torch.bool),
+        current_version=1,
+        value=torch.zeros(len(owner), dtype=torch.float64),
+    )
+
+
+def policy_of(columns: Columns, name: str, **changes: Any) -> Tensor:
+    """The `policy` column [tokens] of recipe `name` with changes."""
+    return coefficients(columns, load_recipe({"name": name, **changes}), ObjectiveState())[0].policy
+
+
+# DPPO, Eq. 14: tokens are masked by D(mu || pi) of "this token or another", the expectation under mu, which sampled.
+
+
+@pytest.mark.parametrize(
+    ("mu", "pi", "threshold", "masked"),
+    [(0.05, 0.40, 0.4, False), (0.05, 0.40, 0.3, True), (0.40, 0.02, 0.6, True), (0.40, 0.02, 1.0, False)],
+)
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_dppo_masks_by_the_divergence_from_the_policy_that_sampled(
+    mu: float, pi: float, threshold: float, masked: bool, advantage: float
+) -> None:
+    sampled, other = (mu, 1 - mu), (pi, 1 - pi)
+    divergence = sum(m * math.log(m / p) for m, p in zip(sampled, other, strict=True))
+    assert (divergence > threshold) == masked
+    away = (pi > mu) == (advantage > 0)  # only a move in the advantage's direction is masked
+    trust = {"divergence": "binary_kl", "mask_low": threshold, "mask_high": threshold}
+    columns = answers([math.log(pi)], [math.log(mu)], [advantage], [1])
+    got = policy_of(columns, "dppo", trust=trust, advantage=RAW, kl={"coefficient": 0.0})
+    assert got.tolist() == pytest.approx([0.0 if masked and away else advantage * pi / mu])
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(
+    mu=st.floats(1e-6, 1 - 1e-6), pi=st.floats(1e-6, 1 - 1e-6), low=st.floats(0.01, 1.0), high=st.floats(0.01, 1.0),
+    advantage=st.sampled_from([1.0, -1.0]),
+)  # fmt: skip
+def test_dppo_masks_a_token_of_any_probability_as_published(
+    mu: float, pi: float, low: float, high: float, advantage: float
+) -> None:
+    sampled = torch.distributions.Bernoulli(torch.tensor(mu, dtype=torch.float64))
+    now = torch.distributions.Bernoulli(torch.tensor(pi, dtype=torch.float64))
+    divergence = float(torch.distributions.kl_divergence(sampled, now))
+    if min(abs(divergence - low), abs(divergence - high)) < 1e-9:
+        return  # on the threshold rounding decides
+    masked = divergence > (high if advantage > 0 else low) and (pi > mu) == (advantage > 0)
+    trust = {"divergence": "binary_kl", "mask_low": low, "mask_high": high}
+    columns = answers([math.log(pi)], [math.log(mu)], [advantage], [1])
+    got = policy_of(columns, "dppo", trust=trust, advantage=RAW, kl={"coefficient": 0.0})
+    assert bool(got == 0) == masked
+
+
+@pytest.mark.parametrize(("log_mu", "log_pi"), [(-1000.0, -1e-9), (-1e-9, -1000.0), (-1e-17, -1000.0), (0.0, -0.5)])
+def test_dppo_masks_where_a_probability_is_0_or_1_in_float64(log_mu: float, log_pi: float) -> None:
+    """KL(mu || pi) is log(1 / (1 - pi)), or nearly -log pi: finite, and large."""
+    trust = {"divergence": "binary_kl", "mask_low": 0.4, "mask_high": 0.4}
+    away = 1.0 if log_pi > log_mu else -1.0
+    columns = answers([log_pi], [log_mu], [away], [1])
+    assert policy_of(columns, "dppo", trust=trust, advantage=RAW, kl={"coefficient": 0.0}).tolist() == [0.0]
+    columns = answers([log_pi], [log_mu], [-away], [1])
+    assert policy_of(columns, "dppo", trust=trust, advantage=RAW, kl={"coefficient": 0.0}).isfinite().all()
