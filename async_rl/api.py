@@ -236,7 +236,7 @@ def evaluate_settings(settings: Settings) -> Evaluation:
     episodes = evaluate(
         load_model(settings.model.path),
         make_task(settings.task.name, settings.task.args),
-        Tokenizer(settings.model.path),
+        Tokenizer.of(settings.model),
         problems=chosen.problems,
         samples=chosen.samples,
         temperature=chosen.temperature,

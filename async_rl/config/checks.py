@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from datetime import datetime
 from typing import Any
 
 from async_rl.config.schema import check_bounds
@@ -53,6 +54,14 @@ def refuse_truncated_sampling(values: Mapping[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------ what every run needs
+
+
+def template_time_is_a_time(s: Settings) -> str:
+    try:
+        datetime.fromisoformat(s.model.template_time or "2026-01-31")
+    except ValueError:
+        return f"model.template_time is {s.model.template_time!r}; write it as 2026-01-31T12:00, or leave it out"
+    return ""
 
 
 def name_is_a_folder(s: Settings) -> str:
@@ -437,6 +446,7 @@ def _trainer_gpus(s: Settings) -> tuple[int, ...]:
 
 
 RELATIONS: tuple[Relation, ...] = (
+    template_time_is_a_time,
     tcp_is_served_with_keys,
     keys_need_tcp,
     stream_needs_tcp,

@@ -16,6 +16,11 @@ class ModelSettings:
     """The model that is trained."""
 
     path: str = setting("", "folder of the Hugging Face model that is trained (config.json, safetensors, tokenizer)")
+    template_time: str = setting(
+        "",
+        "date and time that the chat template writes where it asks for them (2026-01-31T12:00), the same in every "
+        "process and after a resume; empty: when the run begins",
+    )
 
 
 @dataclass(frozen=True)

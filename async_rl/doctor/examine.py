@@ -93,7 +93,7 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
     if not tasks:
         return
     tokenizers: list[Tokenizer] = []
-    yield from guarded("tokenizer", lambda: _keep_quietly(tokenizers, Tokenizer(settings.model.path)))
+    yield from guarded("tokenizer", lambda: _keep_quietly(tokenizers, Tokenizer.of(settings.model)))
     if not tokenizers:
         return
     yield from guarded("tokenizer", lambda: check_tokens(tasks[0], tokenizers[0]))

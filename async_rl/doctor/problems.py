@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from async_rl.finding import Finding, error, ok, warning
-from async_rl.model.tokenizer import Tokenizer, prompt_text
+from async_rl.model.tokenizer import Tokenizer, problem_text
 from async_rl.task.protocol import Problem, Segment, Task
 from async_rl.trajectory import Split
 
@@ -42,7 +42,7 @@ def prompts_of(task: Task, tokenizer: Tokenizer) -> list[str]:
     for split in SPLITS:
         problems = task.problems(split)
         for number in range(0, len(problems), max(1, -(-len(problems) // MOST_PROMPTS))):
-            found.append(prompt_text(problems[number].prompt, tokenizer))
+            found.append(problem_text(problems[number], tokenizer))
     return found
 
 
@@ -112,6 +112,14 @@ def judge_template(tokenizer: Tokenizer) -> Iterator[Finding]:
         )  # fmt: skip
         return
     yield ok(check, "further messages only append to what was rendered")
+    _, _, behind = tokenizer.render(more[:2], add_generation_prompt=False).rpartition("It is 5.")
+    end = tokenizer.mark_at(behind.lstrip())
+    if end is not None and end not in tokenizer.end_ids:
+        yield warning(
+            check, f"it ends the assistant's turn with {tokenizer.decode([end], special=True)!r}, which no file of the "
+            "model names as an end: turns go on behind it",
+            f"add {end} to eos_token_id in generation_config.json",
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ reward

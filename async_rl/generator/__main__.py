@@ -28,7 +28,7 @@ async def generate(
     from async_rl.task import make_task
     from async_rl.weights.shared_memory import segment_path
 
-    tokenizer = Tokenizer(settings.model.path)
+    tokenizer = Tokenizer.of(settings.model)
     engine = make_engine(settings, tokenizer, way=spec.way)
     limit = settings.wire.max_message_mb << 20
     dealer = AsyncDealer(spec.endpoint, spec.name, max_message_bytes=limit, keys=keys_in(settings.wire.keys))

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, Engine, Request, SamplingParams
-from async_rl.model.tokenizer import Tokenizer, prompt_text
+from async_rl.model.tokenizer import Tokenizer, problem_text
 from async_rl.task.protocol import Problem, Task
 from async_rl.trajectory import Ended, Split, Trajectory, Turn, VersionSpan
 from async_rl.trajectory.types import sample_seed
@@ -125,7 +125,7 @@ class EpisodeSession:
 
     def begin(self, problem: Problem) -> None:
         """Append the prompt. Raises ValueError when it is empty or too long."""
-        tokens = self._tokenizer.encode(prompt_text(problem.prompt, self._tokenizer))
+        tokens = self._tokenizer.encode(problem_text(problem, self._tokenizer))
         if not tokens:
             raise ValueError("the prompt is empty")
         if len(tokens) >= self._max_context:

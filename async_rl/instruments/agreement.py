@@ -58,7 +58,7 @@ class WeightDifference:
 def measure_log_probs(settings: Settings, task: Task, *, parameters: int) -> tuple[Comparison, str]:
     """Engine against trainer at equal weights, and on what: sampled episodes, or a fixed probe for large models."""
     trainer = load_model(Path(settings.model.path), device=settings.trainer.device)
-    tokenizer = Tokenizer(settings.model.path)
+    tokenizer = Tokenizer.of(settings.model)
 
     async def ask() -> tuple[list[Trajectory], tuple[int, ...], list[float]]:
         engine = make_engine(settings, tokenizer)

@@ -46,7 +46,7 @@ def train_synchronously(settings: Settings, each_step: Callable[[int, StepReport
     """All steps of `settings`; the learner afterwards. `each_step` sees every report."""
 
     async def run() -> Learner:
-        tokenizer = Tokenizer(Path(settings.model.path))
+        tokenizer = Tokenizer.of(settings.model)
         task = make_task(settings.task.name, settings.task.args)
         order = PromptOrder(len(task.problems("train")), settings.seed)
         engine = make_engine(settings, tokenizer)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import tokenizers
 
 from async_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from async_rl.config.settings import ModelSettings
 
 
 class Tokenizer:
@@ -17,9 +22,13 @@ class Tokenizer:
 
     Example: `t = Tokenizer("models/tiny"); t.decode(t.encode("12<")) == "12<"`.
     Raises UserError when the folder has no tokenizer.json or no end-of-text token.
+
+    Args:
+        time: the date and time that a chat template writes, ISO 8601; empty: when the tokenizer is made.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, time: str = "") -> None:
+        self._time = datetime.fromisoformat(time) if time else datetime.now()
         self.folder = Path(folder)
         file = self.folder / "tokenizer.json"
         if not file.is_file():
@@ -47,7 +56,14 @@ class Tokenizer:
         """every token that ends a turn: all that the folder names, `eos_id` among them"""
         # a vocabulary of single characters drops unknown characters silently
         self._alphabet = self._closed_alphabet(vocabulary)
-        self._template: Any = None
+        self._templates: dict[str, Any] = {}  # compiled, by name
+        self._found: dict[str, str] | None = None  # templates' texts
+        self._takes_parts: bool | None = None
+
+    @classmethod
+    def of(cls, model: ModelSettings) -> Tokenizer:
+        """The tokenizer as every process of a run uses it."""
+        return cls(model.path, time=model.template_time)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text`, without special tokens. Raises ValueError for a character that the tokenizer has no token
@@ -78,34 +94,89 @@ class Tokenizer:
         ends = [text.find(string) + len(string) for string in stop if string in text]
         return text[: min(ends, default=len(text))]
 
+    def is_added(self, token: int) -> bool:
+        """The token was added to the vocabulary: a mark (end of text, a tag), no piece of words."""
+        return token in self._tokenizer.get_added_tokens_decoder()
+
+    def mark_at(self, text: str) -> int | None:
+        """The added token that `text` begins with."""
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return max((i for i, token in added if text.startswith(token.content)), default=None)
+
     @property
     def has_chat_template(self) -> bool:
-        return self._template_source() is not None
+        return bool(self._sources())
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+    @property
+    def dated(self) -> bool:
+        """The chat template asks for the date."""
+        return any("strftime_now" in source for source in self._sources().values())
+
+    @property
+    def takes_parts(self) -> bool:
+        """The chat template reads content that is a list of parts (`{"type": "text", "text": ...}`)."""
+        if self._takes_parts is None:
+            mark = "x1y2z3"
+            parts = {"role": "user", "content": [{"type": "text", "text": mark}]}
+            try:
+                text = self.render([parts])
+            except UserError:
+                text = ""
+            self._takes_parts = mark in text and f"'{mark}'" not in text and f'"{mark}"' not in text
+        return self._takes_parts
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
         """Chat messages through the folder's template, as transformers renders them.
+
+        Args:
+            tools: descriptions of tools, in the form that the template expects (usually JSON schemas).
+            arguments: further variables of the template, e.g. `{"enable_thinking": False}`.
 
         Raises UserError when the folder has none or the template refuses the messages.
         """
-        import jinja2
-
-        if self._template is None:
-            source = self._template_source()
-            if source is None:
-                raise UserError(f"{self.folder}: the tokenizer has no chat template; use prompts that are plain text")
-            try:
-                self._template = compile_template(source)
-            except jinja2.TemplateError as error:
-                raise UserError(f"{self.folder}: the chat template is not valid: {error}") from None
+        sources = self._sources()
+        if not sources:
+            raise UserError(f"{self.folder}: the tokenizer has no chat template; use prompts that are plain text")
+        template = self._compiled("tool_use" if tools and "tool_use" in sources else "default")
+        variables = self._special_tokens() | dict(arguments or {})
         try:
-            text: str = self._template.render(
+            text: str = template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                **self._special_tokens(),
+                tools=[dict(tool) for tool in tools] or None,
+                documents=None,
+                **variables,
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # code of others
             raise UserError(f"{self.folder}: the chat template refused the messages: {error}") from None
         return text
+
+    def shows(self, name: str) -> bool:
+        """The chat template mentions a variable, or a field of a message."""
+        return any(re.search(rf"\b{re.escape(name)}\b", source) for source in self._sources().values())
+
+    def _compiled(self, name: str) -> Any:
+        if name not in self._templates:
+            sources = self._sources()
+            if name not in sources:
+                raise UserError(
+                    f"{self.folder}: the tokenizer has chat templates named {', '.join(sorted(sources))}, none named "
+                    f"{name}; put the one to be used into chat_template.jinja"
+                )
+            import jinja2
+
+            try:
+                self._templates[name] = compile_template(sources[name], self._time)
+            except jinja2.TemplateError as error:
+                raise UserError(f"{self.folder}: the chat template is not valid: {error}") from None
+        return self._templates[name]
 
     def _read(self, name: str) -> dict[str, Any]:
         file = self.folder / name
@@ -133,8 +204,7 @@ class Tokenizer:
         """A chat model ends a turn with another token than a text; files may name one each, or several."""
         generation, config = self._ends_in("generation_config.json"), self._ends_in("config.json")
         if generation:  # config.json may be older: a number there may be another tokenizer's, that of a word here
-            added = self._tokenizer.get_added_tokens_decoder()
-            config = [token for token in config if token in added]
+            config = [token for token in config if self.is_added(token)]
         return frozenset({self.eos_id, *generation, *config})
 
     def _ends_in(self, name: str) -> list[int]:
@@ -177,31 +247,124 @@ class Tokenizer:
                 found[key] = content
         return found
 
-    def _template_source(self) -> str | None:
-        file = self.folder / "chat_template.jinja"
-        if file.is_file():
-            return file.read_text()
+    def _sources(self) -> Mapping[str, str]:
+        """The chat templates of the folder, by name; the usual one is called default."""
+        if self._found is None:
+            self._found = dict(self._find_sources())
+        return self._found
+
+    def _find_sources(self) -> Iterator[tuple[str, str]]:
         source = self._settings.get("chat_template")
         if isinstance(source, list):  # several named templates
-            named = {entry["name"]: entry["template"] for entry in source}
-            source = named.get("default")
-        return source if isinstance(source, str) else None
+            yield from ((entry["name"], entry["template"]) for entry in source)
+        elif isinstance(source, str):
+            yield "default", source
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            yield "default", file.read_text()
+        for file in sorted((self.folder / "additional_chat_templates").glob("*.jinja")):
+            yield file.stem, file.read_text()
 
 
-def prompt_text(prompt: str | Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> str:
-    """A prompt as text: chat messages through the template, or line by line where there is none."""
+class HasPrompt(Protocol):
+    """A problem, as far as its prompt goes."""
+
+    @property
+    def prompt(self) -> str | Sequence[Mapping[str, Any]]: ...
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]: ...
+    @property
+    def template_args(self) -> Mapping[str, Any]: ...
+
+
+def problem_text(problem: HasPrompt, tokenizer: Tokenizer) -> str:
+    """The prompt of a problem as text. Raises UserError for what the chat template would leave out."""
+    return prompt_text(problem.prompt, tokenizer, tools=problem.tools, arguments=problem.template_args)
+
+
+def prompt_text(
+    prompt: str | Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    arguments: Mapping[str, Any] | None = None,
+) -> str:
+    """A prompt as text: chat messages through the template, or line by line where there is none.
+
+    Raises UserError for tools, tool calls, parts of a message and arguments that the text would not show.
+    """
     if isinstance(prompt, str):
+        _refuse(tools, "a prompt that is text shows no tools; make it a chat message, or leave the tools out")
+        _refuse(arguments, "a prompt that is text goes through no chat template; leave its arguments out")
         return prompt
-    if tokenizer.has_chat_template:
-        return tokenizer.render(prompt)
-    return "\n".join(message["content"] for message in prompt)
+    if not tokenizer.has_chat_template:
+        return "\n".join(_plain_lines(prompt, tools, arguments, tokenizer))
+    for name in arguments or ():
+        if name in _RESERVED or not tokenizer.shows(name):
+            raise UserError(f"{tokenizer.folder}: the chat template takes no argument '{name}'; leave it out")
+    messages = [_with_text(message, tokenizer) for message in prompt]
+    text = tokenizer.render(messages, tools=tools, arguments=arguments)
+    calls = [message.get("tool_calls") for message in messages if message.get("tool_calls")]
+    for name, given in (("tools", tools), ("tool_calls", calls)):
+        if given and not tokenizer.shows(name):
+            less = [{k: v for k, v in message.items() if k != name} for message in messages]
+            if tokenizer.render(less, tools=() if name == "tools" else tools, arguments=arguments) == text:
+                raise UserError(
+                    f"{tokenizer.folder}: the chat template shows no {name}; use a model that is made for tools, or "
+                    "leave them out"
+                )
+    return text
 
 
-def compile_template(source: str) -> Any:
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+"""variables of a chat template that are no arguments"""
+
+
+def _with_text(message: Mapping[str, Any], tokenizer: Tokenizer) -> Mapping[str, Any]:
+    """The message; its parts joined to one text where the template takes no parts."""
+    content = message.get("content")
+    if not isinstance(content, list) or tokenizer.takes_parts:
+        return message
+    return {**message, "content": "\n".join(_text_of(part, tokenizer) for part in content)}
+
+
+def _text_of(part: Any, tokenizer: Tokenizer) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type", "text") == "text":
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, Mapping) else part
+    raise UserError(f"{tokenizer.folder}: the chat template shows no part of type {kind!r:.40}; only text can be given")
+
+
+def _plain_lines(
+    prompt: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    arguments: Mapping[str, Any] | None,
+    tokenizer: Tokenizer,
+) -> Iterator[str]:
+    missing = f"{tokenizer.folder}: the tokenizer has no chat template, which"
+    _refuse(tools, f"{missing} tools need; use a chat model, or leave the tools out")
+    _refuse(arguments, f"{missing} its arguments need; leave them out")
+    for number, message in enumerate(prompt, start=1):
+        for name in sorted(message.keys() - {"role", "content"}):
+            _refuse(message[name], f"{missing} '{name}' of message {number} needs; use a chat model, or leave it out")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [content or ""]
+        yield "\n".join(_text_of(part, tokenizer) for part in parts)
+
+
+def _refuse(given: Any, reason: str) -> None:
+    if given:
+        raise UserError(reason)
+
+
+def compile_template(source: str, time: datetime) -> Any:
     """A chat template in the environment transformers uses: sandboxed, immutable, with `tojson`,
-    `raise_exception`, `strftime_now` and `{% generation %}` blocks."""
-    import datetime
+    `raise_exception`, `strftime_now` and `{% generation %}` blocks. `time`: what `strftime_now` writes.
 
+    What a template draws at random is refused: the same prompt must be the same text in every process.
+    """
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -219,6 +382,9 @@ def compile_template(source: str) -> Any:
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    def drawn(*_: Any, **__: Any) -> None:
+        raise jinja2.TemplateError("it draws at random, so that its text differs from process to process")
+
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
@@ -226,6 +392,8 @@ def compile_template(source: str) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = tojson
+    environment.filters["random"] = drawn
+    environment.globals["lipsum"] = drawn
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.globals["strftime_now"] = time.strftime
     return environment.from_string(source)

@@ -324,7 +324,7 @@ class JoinedGenerator:
 
         path = self.settings.model.path
         check_folder(path)
-        tokenizer = Tokenizer(path)
+        tokenizer = Tokenizer.of(self.settings.model)
         task = make_task(self.settings.task.name, self.settings.task.args)
         if task_digest(task, tokenizer) != self.welcome.task_digest:
             raise UserError(

@@ -37,7 +37,7 @@ from async_rl.run.child import Command, describe_end, spawn
 from async_rl.run.crew import POLL_S, SETTLE_S, Crew, RestartBudget
 from async_rl.run.liveness import LiveReport, Vitals
 from async_rl.run.placement import ANYWHERE
-from async_rl.run.preflight import Facts, preflight
+from async_rl.run.preflight import Facts, preflight, with_template_time
 from async_rl.run.resume import ResumePoint, changed, find_start, resumed_settings, rewind, start_of_rollback
 from async_rl.run_folder import RowTail, RunFolder, read_rollback, replace_text, take_lock
 from async_rl.weights.shared_memory import segment_path
@@ -401,7 +401,7 @@ class TrackerProcess:
 
 def run_training(settings: Settings, path: Path, *, console: Console) -> Mapping[str, Any]:
     """Run `settings` in the new run folder `path`; the summary."""
-    launcher = Launcher(settings, RunFolder(path), console)
+    launcher = Launcher(with_template_time(settings), RunFolder(path), console)
     try:
         return _to_the_end(launcher)
     finally:
@@ -413,7 +413,7 @@ def resume_training(path: Path, overrides: Sequence[str], *, console: Console) -
     folder = RunFolder.open(path)
     lock = take_lock(folder.lock, LAST_LAUNCH_S)
     try:
-        settings = resumed_settings(folder, overrides)
+        settings = with_template_time(resumed_settings(folder, overrides))
         return _to_the_end(Launcher(settings, folder, console, start_at=find_start(folder, settings), lock=lock))
     finally:
         os.close(lock)

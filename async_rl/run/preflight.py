@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from datetime import datetime
 from random import Random
 from typing import Any
 
@@ -15,7 +15,7 @@ from async_rl.config.settings import CriticSettings, OptimizerSettings
 from async_rl.errors import UserError, check_lora_package
 from async_rl.model.architecture import PROJECTIONS, check_targets, context_of
 from async_rl.model.folder import check_folder
-from async_rl.model.tokenizer import Tokenizer, prompt_text
+from async_rl.model.tokenizer import Tokenizer, problem_text
 from async_rl.model.varlen import choose_backend
 from async_rl.objective.library import check_effect, load_recipe
 from async_rl.objective.recipe import Requirements, requirements
@@ -71,7 +71,7 @@ def preflight(settings: Settings) -> Facts:
         check_lora_package()
         if config is not None:
             check_targets(settings.lora.targets, PROJECTIONS)
-    tokenizer = Tokenizer(Path(settings.model.path))
+    tokenizer = Tokenizer.of(settings.model)
     task = make_task(settings.task.name, settings.task.args)
     if config is not None and settings.generator.max_context > config.max_context:
         raise UserError(
@@ -80,7 +80,9 @@ def preflight(settings: Settings) -> Facts:
         )
     context = context_of(settings.generator.max_context, config)
     check_message_size(context, settings.wire.max_message_mb)
-    notes = describe_links(ways) + check_room_here(settings) + check_fit(task, tokenizer, context)
+    dated = [f"the chat template writes a date: {settings.model.template_time} in all of this run"]
+    notes = dated if tokenizer.dated and settings.model.template_time else []
+    notes += describe_links(ways) + check_room_here(settings) + check_fit(task, tokenizer, context)
     recipe = load_recipe(settings.recipe)
     check_layers(settings, requirements(recipe))
     notes += check_effect(
@@ -106,6 +108,19 @@ def preflight(settings: Settings) -> Facts:
         vocabulary=vocabulary,
         task_digest=task_digest(task, tokenizer),
     )
+
+
+def with_template_time(settings: Settings) -> Settings:
+    """`settings` with the date that the chat template writes, when it asks for one: every process of the run, and of a
+    resumed one, renders the same prompts."""
+    try:
+        dated = not settings.model.template_time and Tokenizer.of(settings.model).dated
+    except UserError:  # preflight says it in its place
+        return settings
+    if not dated:
+        return settings
+    now = datetime.now().isoformat(timespec="seconds")
+    return replace(settings, model=replace(settings.model, template_time=now))
 
 
 def check_idle(settings: Settings) -> None:
@@ -207,19 +222,39 @@ def _check_prompts(task: Task, tokenizer: Tokenizer, split: Split, context: int)
         where = "task.args.eval_path or eval_share" if split == "eval" else "task.args.path"
         raise UserError(f"task '{task.name}' has no problem in its {split} split; see {where}")
     longest = 0
-    for number in range(0, len(problems), -(-len(problems) // MOST_PROMPTS)):
+    spread_out = range(0, len(problems), -(-len(problems) // MOST_PROMPTS))
+    for number in dict.fromkeys([*_one_of_each_form(problems), *spread_out]):
         problem = problems[number]
         where = problem.data.get("where", f"problem {number} of the {split} split")
         try:
-            tokens = len(tokenizer.encode(prompt_text(problem.prompt, tokenizer)))
+            tokens = len(tokenizer.encode(problem_text(problem, tokenizer)))
         except ValueError as error:
             raise UserError(f"task '{task.name}' does not fit the tokenizer: {where}: {error}") from None
+        except UserError as error:
+            raise UserError(f"task '{task.name}': {where}: {error}") from None
         if context and tokens >= context:
             raise UserError(
                 f"task '{task.name}': {where}: the prompt has {tokens} tokens, the context holds {context}; {REMEDY}"
             )
         longest = max(longest, tokens)
     return longest
+
+
+def _one_of_each_form(problems: Sequence[Problem]) -> list[int]:
+    """Of problems that are held in memory, the first of each form: which roles and fields its messages have, and what
+    else it gives to the chat template. A row that a template cannot show is found, however rare its form."""
+    if not isinstance(problems, list):
+        return []
+    first: dict[Any, int] = {}
+    for number, problem in enumerate(problems):
+        if isinstance(problem.prompt, str):
+            continue
+        messages = frozenset(
+            (str(message.get("role")), isinstance(message.get("content"), str), *sorted(map(str, message)))
+            for message in problem.prompt
+        )
+        first.setdefault((messages, bool(problem.tools), *sorted(map(str, problem.template_args))), number)
+    return list(first.values())
 
 
 def _longest_demonstration(task: Task, tokenizer: Tokenizer) -> int:
@@ -257,7 +292,7 @@ def spread(count: int) -> Sequence[int]:
 
 
 def _described(problem: Problem, tokenizer: Tokenizer) -> bytes:
-    tokens = tokenizer.encode(prompt_text(problem.prompt, tokenizer))
+    tokens = tokenizer.encode(problem_text(problem, tokenizer))
     data = {name: value for name, value in problem.data.items() if name != PLACE}
     return json.dumps([problem.index, tokens, data], sort_keys=True, default=_kind).encode()
 

@@ -31,10 +31,17 @@ class DatasetSettings:
     eval_share: float = setting(
         0.1, "share of `path` held out; the hash of a prompt decides, so more rows move none from split to split"
     )
-    prompt_field: str = setting("prompt", "field with the prompt: text, or chat messages (role, content)")
+    prompt_field: str = setting(
+        "prompt", "field with the prompt: text, or chat messages (role, content, tool_calls and what else they have)"
+    )
     answer_field: str = setting("answer", "field with the answer; empty: the rows have none (reward of your own)")
     as_chat: bool = setting(True, "make a text prompt the user's message of a chat; no: give it as it is")
     system: str = setting("", "system message put before every chat prompt that has none")
+    tools_field: str = setting("tools", "field with the tools that the chat template describes, where a row has one")
+    template_args: dict[str, Any] = setting({}, "further arguments of the chat template, e.g. {enable_thinking: false}")
+    template_args_field: str = setting(
+        "chat_template_kwargs", "field with such arguments of a row, which come before `template_args`"
+    )
     reward: str = setting("exact", "exact, numeric, math, or module:function or file.py:function")
     max_tokens: int = setting(512, "longest answer", unit="tokens")
     stop: list[str] = setting([], "strings that end the answer, beside the tokenizer's end of text")
@@ -52,6 +59,8 @@ class CheckedRow:
     """the prompt as one text; rows with equal keys are the same problem"""
     prompt: Prompt
     data: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]] = ()
+    template_args: Mapping[str, Any]
 
 
 class Dataset(Task):
@@ -128,10 +137,47 @@ class Dataset(Task):
         name = self.settings.answer_field
         answer = self._answer(row, _field(row, name, "answer_field")) if name else ""
         rest = {key: value for key, value in row.values.items() if key not in (self.settings.prompt_field, name)}
-        key = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+        tools, given = self._tools(row), self._template_args(row)
+        if (tools or given) and isinstance(prompt, str):
+            name = self.settings.tools_field if tools else self.settings.template_args_field
+            raise UserError(
+                f"{row.where}: field '{name}' is for the chat template, and the prompt is text that is given as it is; "
+                f"set task.args.as_chat=true, or task.args.{'tools' if tools else 'template_args'}_field=''"
+            )
+        more = [part for part in (tools, given) if part]
+        key = prompt if isinstance(prompt, str) else json.dumps([*prompt, *more], ensure_ascii=False, default=str)
         return CheckedRow(
-            where=row.where, key=key, prompt=prompt, data={"answer": answer, "row": rest, "where": row.where}
+            where=row.where,
+            key=key,
+            prompt=prompt,
+            data={"answer": answer, "row": rest, "where": row.where},
+            tools=tools,
+            template_args={**self.settings.template_args, **given},
         )
+
+    def _tools(self, row: Row) -> list[Mapping[str, Any]]:
+        """The tools of a row: a list of objects, or the JSON text of one."""
+        found = _parsed(row.values.get(self.settings.tools_field) if self.settings.tools_field else None)
+        if found is None or found == "":
+            return []
+        if not isinstance(found, list) or not all(isinstance(tool, Mapping) for tool in found):
+            raise UserError(
+                f"{row.where}: field '{self.settings.tools_field}' is {found!r:.60}, not a list of tools for the chat "
+                "template; correct it, or set task.args.tools_field to the right field, or to ''"
+            )
+        return [_without_gaps(tool) if row.has_gaps else tool for tool in found]
+
+    def _template_args(self, row: Row) -> Mapping[str, Any]:
+        name = self.settings.template_args_field
+        found = _parsed(row.values.get(name) if name else None)
+        if found is None or found == "":
+            return {}
+        if not isinstance(found, Mapping):
+            raise UserError(
+                f"{row.where}: field '{name}' is {found!r:.60}, not an object with arguments of the chat template; "
+                "correct it, or set task.args.template_args_field=''"
+            )
+        return _without_gaps(found) if row.has_gaps else found
 
     def _answer(self, row: Row, value: object) -> str:
         where = f"{row.where}: field '{self.settings.answer_field}'"
@@ -151,9 +197,9 @@ class Dataset(Task):
                 raise UserError(f"{where} is empty")
             if not self.settings.as_chat:
                 return value
-            messages = [{"role": "user", "content": value}]
+            messages: list[Mapping[str, Any]] = [{"role": "user", "content": value}]
         elif isinstance(value, list):
-            messages = [_message(where, number, message) for number, message in enumerate(value, start=1)]
+            messages = [_message(where, number, message, row.has_gaps) for number, message in enumerate(value, 1)]
             if not messages:
                 raise UserError(f"{where} is an empty list; it needs at least one message")
         else:
@@ -211,17 +257,57 @@ def _field(row: Row, name: str, setting_name: str) -> object:
     return row.values[name]
 
 
-def _message(where: str, number: int, message: object) -> dict[str, str]:
+def _message(where: str, number: int, message: object, has_gaps: bool) -> Mapping[str, Any]:
+    """A chat message with all its fields, checked."""
+    where = f"{where}, message {number}"
     if not isinstance(message, Mapping):
-        raise UserError(f"{where}, message {number}: {message!r:.60} is not an object with role and content")
-    for key in ("role", "content"):
-        if not isinstance(message.get(key), str):
-            raise UserError(f"{where}, message {number}: '{key}' must be text, it is {message.get(key)!r:.60}")
-    return {"role": message["role"], "content": message["content"]}
+        raise UserError(f"{where}: {message!r:.60} is not an object with role and content")
+    if not isinstance(message.get("role"), str):
+        raise UserError(f"{where}: 'role' must be text, it is {message.get('role')!r:.60}")
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            _check_part(where, part)
+    elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        raise UserError(f"{where}: 'content' must be text, it is {content!r:.60}")
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+        raise UserError(f"{where}: 'tool_calls' must be a list of objects, it is {calls!r:.60}")
+    kept = {name: value for name, value in message.items() if value is not None or name == "content"}
+    return _without_gaps(kept) if has_gaps else kept
+
+
+def _check_part(where: str, part: object) -> None:
+    if isinstance(part, str):
+        return
+    if not isinstance(part, Mapping):
+        raise UserError(f"{where}: a part of 'content' must be text or an object, it is {part!r:.60}")
+    if part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+        raise UserError(f"{where}: a part of 'content' is of type {part.get('type')!r:.40}; only text can be given")
+
+
+def _without_gaps(values: Any) -> Any:
+    """Without the fields that are None: where objects differ in their fields, Arrow gives each of them all."""
+    if isinstance(values, Mapping):
+        return {k: _without_gaps(v) for k, v in values.items() if v is not None or k == "content"}
+    return [_without_gaps(value) for value in values] if isinstance(values, list) else values
+
+
+def _parsed(value: object) -> object:
+    """A list or an object, also where it is stored as JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def _problems(items: list[CheckedRow]) -> list[Problem]:
-    return [Problem(index=index, prompt=item.prompt, data=item.data) for index, item in enumerate(items)]
+    return [
+        Problem(index=i, prompt=row.prompt, data=row.data, tools=row.tools, template_args=row.template_args)
+        for i, row in enumerate(items)
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +317,8 @@ class Row:
     where: str
     """file and line, for messages"""
     values: Mapping[str, Any]
+    has_gaps: bool = False
+    """fields that an object of a list has not are None, because others of the list have them"""
 
 
 def read_rows(path: str | Path, *, setting: str) -> list[Row]:
@@ -288,4 +376,4 @@ def _parquet(file: Path) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from None
     for number, values in enumerate(table.to_pylist(), start=1):
-        yield Row(where=f"{file}, row {number}", values=values)
+        yield Row(where=f"{file}, row {number}", values=values, has_gaps=True)

@@ -15,7 +15,7 @@ HELD_OUT_ONE_IN = 8
 """of all possible problems, the share that belongs to the eval split"""
 MOST_DRAWS = 10_000
 
-Prompt = str | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[Mapping[str, Any]]
 Draw = Callable[[Random], tuple[str, Prompt, Mapping[str, Any]]]
 """random numbers -> (key that says which problem it is, prompt, data)"""
 

@@ -12,14 +12,18 @@ from async_rl.trajectory import Split
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One problem. `prompt` is raw text, or chat messages (`{"role": ..., "content": ...}`) for the
-    tokenizer's chat template."""
+    """One problem. `prompt` is raw text, or chat messages (`{"role": ..., "content": ...}`, and what else the template
+    knows: `tool_calls`, `name`, ...) for the tokenizer's chat template."""
 
     index: int
     """position in `Task.problems(split)`"""
-    prompt: str | Sequence[Mapping[str, str]]
+    prompt: str | Sequence[Mapping[str, Any]]
     data: Mapping[str, Any] = field(default_factory=dict)
     """what the rollout and the reward need: the answer, the secret, ..."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """descriptions of tools for the chat template"""
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    """further variables of the chat template, e.g. `{"enable_thinking": False}`"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -208,9 +208,7 @@ def make_canary(settings: Settings, learner: Learner, task: Task, record: Record
     # a sharded model computes in the trainer's dtype, a whole one in that of its weights
     computed = settings.trainer.dtype if is_sharded(learner.model) and chosen.dtype == "float32" else chosen.dtype
     options = CanaryOptions(
-        probe=probe_tokens(
-            task, Tokenizer(settings.model.path), chosen.max_context or learner.model.config.max_context
-        ),
+        probe=probe_tokens(task, Tokenizer.of(settings.model), chosen.max_context or learner.model.config.max_context),
         dtype=getattr(torch, chosen.dtype),
         tolerance=settings.canary.tolerance or TOLERANCE[computed],
         silent_steps=settings.canary.silent_steps,

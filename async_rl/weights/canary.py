@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from async_rl.model.tokenizer import prompt_text
+from async_rl.model.tokenizer import problem_text
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +136,7 @@ def probe_tokens(task: Task, tokenizer: Tokenizer, max_context: int) -> tuple[in
     for i in range(min(len(problems), PROBE_TOKENS)):
         if len(tokens) >= PROBE_TOKENS:
             break
-        tokens += tokenizer.encode(prompt_text(problems[i].prompt, tokenizer))
+        tokens += tokenizer.encode(problem_text(problems[i], tokenizer))
     tokens = tokens[:PROBE_TOKENS]
     if len(set(tokens)) < _ENOUGH_KINDS:
         tokens = tokens[: PROBE_TOKENS // 2]

@@ -111,6 +111,7 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     "rollback_needs_generators": (("guard.rollback=true", "generator.count=0"), "nobody would generate behind it"),
     "name_is_a_folder": (("name=a/b",), "it names a folder"),
     "model_is_named": (("model.path=''",), "model.path is not set"),
+    "template_time_is_a_time": (("model.template_time=noon",), "write it as 2026-01-31T12:00"),
     "task_is_named": (("task.name=''",), "task.name is not set"),
     "recipe_is_named": (("recipe.name=3",), "recipe.name is not set"),
     "depth_lies_within_the_bound": (("staleness.pipeline_depth=9",), "it must lie between 1 and 2"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from support_run import quick_settings
+from support_tokenizers import byte_folder
 
 from async_rl.doctor import machine as memory
 from async_rl.doctor import problems as reward
@@ -71,6 +72,18 @@ REWRITES = "{{ messages | length }}" + KEEPS
 def test_a_chat_template_must_only_append(tmp_path: Path, template: str, level: str) -> None:
     tokenizer = character_tokenizer(tmp_path, "abc", template)
     assert [finding.level for finding in tokens.judge_template(tokenizer)] == [level]
+
+
+def test_a_turn_that_the_template_ends_with_no_end_token_is_told(tmp_path: Path) -> None:
+    marks = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    unnamed = Tokenizer(byte_folder(tmp_path / "a", specials=marks, eos="<|endoftext|>"))
+    found = list(tokens.judge_template(unnamed))
+    assert [finding.level for finding in found] == ["ok", "warning"]
+    assert "'<|im_end|>'" in found[1].said
+    assert "add 258 to eos_token_id" in found[1].remedy
+    named = {"generation": {"eos_token_id": [256, 258]}}
+    tokenizer = Tokenizer(byte_folder(tmp_path / "b", specials=marks, eos="<|endoftext|>", **named))
+    assert [finding.level for finding in tokens.judge_template(tokenizer)] == ["ok"]
 
 
 @pytest.mark.parametrize("name", ["guess", "sort", "arithmetic", "countdown", "calculator"])

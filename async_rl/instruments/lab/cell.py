@@ -107,7 +107,7 @@ def train_with_exact_lag(
     """
 
     async def run() -> Learner:
-        tokenizer = Tokenizer(Path(settings.model.path))
+        tokenizer = Tokenizer.of(settings.model)
         sampler = _Sampler(settings, make_engine(settings, tokenizer), tokenizer, first or FirstBatches())
         lag, steps = settings.staleness.max_staleness, settings.trainer.steps
         learner = make_learner(settings)
@@ -261,7 +261,7 @@ def measure_first(settings: Settings) -> float:
     episodes = evaluate(
         load_model(Path(settings.model.path)),
         make_task(settings.task.name, settings.task.args),
-        Tokenizer(Path(settings.model.path)),
+        Tokenizer.of(settings.model),
         problems=FIRST_PROBLEMS,
         samples=FIRST_SAMPLES,
         temperature=settings.generator.temperature,
