@@ -1,5 +1,8 @@
-"""A run folder that 0.1.0 wrote (`tests/data/run_0.1.0.tar.xz`: killed with SIGKILL behind its first checkpoint, of step
-4 of 12) goes on under this version: nothing of it is lost, and its batches give the weights that 0.1.0 recorded."""
+"""A run folder that 0.1.0 wrote: killed with SIGKILL behind its first checkpoint, of step 4 of 12.
+
+It goes on under this version: nothing of it is lost, and its batches give the weights that 0.1.0 recorded. The folder
+lies in `tests/data/run_0.1.0.tar.xz`.
+"""
 
 from __future__ import annotations
 
