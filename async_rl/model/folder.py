@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from safetensors import safe_open
 
 from async_rl.errors import UserError
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+"""ends of the names by which architectures call head and embedding"""
 MOST_BYTES = 5 << 30
 """largest weights file; so much is held in memory while one is filled"""
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
@@ -50,13 +54,14 @@ def check_folder(path: str | Path) -> DecoderConfig | None:
     """Check all that can be checked without torch. Returns `read_config(path)`.
 
     Raises UserError, with the file and the remedy, for a missing folder, config, weights or tokenizer; an unsupported
-    architecture; missing, unexpected or misshapen tensors; and a tokenizer with tokens that the model has no embedding
-    for.
+    architecture; missing, unexpected or misshapen tensors; a head that is tied in config.json and another one in the
+    weights; and a tokenizer with tokens that the model has no embedding for.
     """
     folder = existing(path)
     config = read_config(folder)
     headers = read_headers(folder)
     tokenizer = Tokenizer(folder)
+    check_tied_head(folder, headers)
     if config is not None:
         check_tensors(headers, config, folder)
         vocabulary = config.vocabulary
@@ -261,6 +266,55 @@ def check_tensors(found: dict[str, tuple[int, ...]], config: DecoderConfig, fold
     for name, shape in wanted.items():
         if found[name] != shape:
             raise UserError(f"{folder}: {name} has shape {list(found[name])}, config.json says {list(shape)}")
+
+
+def check_tied_head(folder: Path, headers: dict[str, tuple[int, ...]]) -> None:
+    """Raise UserError when config.json ties the head to the embedding and the weights hold another head: which of the
+    two is used would differ from program to program, and the stored one would be lost."""
+    values = read_json(folder / CONFIG)
+    inner = values.get("text_config")
+    tied = values.get("tie_word_embeddings") or (isinstance(inner, dict) and inner.get("tie_word_embeddings"))
+    heads, embeddings = ([name for name in headers if name.endswith(ends)] for ends in (HEADS, EMBEDDINGS))
+    if tied and len(heads) == len(embeddings) == 1 and not _same_numbers(folder, heads[0], embeddings[0]):
+        raise UserError(
+            f"{folder}: config.json ties the head to the embedding (tie_word_embeddings: true), but the weights hold "
+            f"another {heads[0]}; set tie_word_embeddings to false in config.json to use it, or take it out of the "
+            f"weights to use {embeddings[0]} in its place"
+        )
+
+
+def _same_numbers(folder: Path, one: str, two: str) -> bool:
+    """Whether two tensors of the folder are equal. Reads them without torch unless their dtypes differ."""
+    found: list[tuple[Path, int, dict[str, Any]]] = []
+    for name in (one, two):
+        for file in weight_files(folder):
+            entry = safetensors_header(file).get(name)
+            if entry is not None:
+                found.append((file, 8 + _header_bytes(file), entry))
+    (_, _, first), (_, _, second) = found
+    if first["shape"] != second["shape"]:
+        return False
+    if first["dtype"] == second["dtype"]:
+        parts = (
+            np.memmap(file, np.uint8, "r", offset + entry["data_offsets"][0], (_num_bytes(entry),))
+            for file, offset, entry in found
+        )
+        left, right = parts
+        chunk = 1 << 24
+        return all(np.array_equal(left[i : i + chunk], right[i : i + chunk]) for i in range(0, len(left), chunk))
+    with TensorFiles(folder) as files:
+        rows = range(0, first["shape"][0], 1024)
+        return all(bool((files.rows(one, i, i + 1024) == files.rows(two, i, i + 1024)).all()) for i in rows)
+
+
+def _num_bytes(entry: dict[str, Any]) -> int:
+    begin, end = entry["data_offsets"]
+    return int(end) - int(begin)
+
+
+def _header_bytes(file: Path) -> int:
+    with file.open("rb") as stream:
+        return int(struct.unpack("<Q", stream.read(8))[0])
 
 
 def existing(path: str | Path) -> Path:

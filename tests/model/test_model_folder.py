@@ -99,9 +99,64 @@ def test_sharded_weights_load(folder: Path):
 
 
 def test_a_tied_head_stored_twice_is_accepted(folder: Path):
-    edit_weights(folder, **{"lm_head.weight": torch.zeros(49, 32)})
+    embedding = load_tensors(folder)["model.embed_tokens.weight"]
+    for head in (embedding.clone(), embedding.double()):
+        edit_weights(folder, **{"lm_head.weight": head})
+        model = load_model(folder)
+        assert model.head is model.model.embed_tokens.weight
+
+
+def last_changed(embedding: torch.Tensor) -> torch.Tensor:
+    head = embedding.clone()
+    head[-1, -1] += 1
+    return head
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.zeros_like, last_changed, lambda e: e.half(), lambda e: e[:-1].clone(), lambda e: last_changed(e.double())],
+)
+def test_a_stored_head_that_is_not_the_embedding_is_never_replaced_by_it(folder: Path, tmp_path: Path, other: Any):
+    from transformers import AutoModelForCausalLM
+
+    head = other(load_tensors(folder)["model.embed_tokens.weight"])
+    edit_weights(folder, **{"lm_head.weight": head})
+    for read in (check_folder, load_model):
+        with pytest.raises(UserError, match=r"weights hold another lm_head\.weight; set tie_word_embeddings to false"):
+            read(folder)
+    if head.shape != (49, 32):
+        return
+    edit_config(folder, tie_word_embeddings=False)  # the remedy
     model = load_model(folder)
-    assert model.head is model.model.embed_tokens.weight
+    assert torch.equal(model.head, head.float())
+    save_folder(tmp_path / "saved", model, source=folder)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    for found in (load_model(tmp_path / "saved").head, theirs.get_output_embeddings().weight):
+        assert torch.equal(found, model.head)
+
+
+def test_a_head_in_another_file_is_compared_too(folder: Path):
+    tensors = load_tensors(folder)
+    for name, members in (("a.safetensors", tensors), ("b.safetensors", {"lm_head.weight": torch.ones(49, 32)})):
+        save_file(members, folder / name)
+    where = dict.fromkeys(tensors, "a.safetensors") | {"lm_head.weight": "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(UserError, match="another lm_head"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("tied", [True, {"text_config": {"tie_word_embeddings": True}}])
+def test_a_model_that_transformers_defines_is_checked_too(tmp_path: Path, tied: Any):
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    folder = qwen3_folder(tmp_path / "model")
+    config = GPT2Config(vocab_size=49, n_embd=16, n_layer=1, n_head=2, n_positions=32, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    edit_config(folder, **(tied if isinstance(tied, dict) else {"tie_word_embeddings": True}))
+    check_folder(folder)
+    edit_weights(folder, **{"lm_head.weight": torch.ones(49, 16)})
+    with pytest.raises(UserError, match="another lm_head"):
+        check_folder(folder)
 
 
 def test_weights_are_converted_to_the_dtype_asked_for(folder: Path, tmp_path: Path):
