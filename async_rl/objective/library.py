@@ -173,7 +173,7 @@ def _line_comments(path: Path) -> dict[str, str]:
     return notes
 
 
-SIGN_FREE = ("none", "truncate", "interval", "cispo", "damp", "m2po")
+SIGN_FREE = ("none", "truncate", "interval", "cispo", "damp", "m2po_all")
 """rules that do not look at the advantage, hence usable with a baseline found after the backward pass"""
 
 
@@ -221,7 +221,7 @@ def _ratio_problem(recipe: Recipe) -> str:
         )
     if trust.rule == "kl_cov" and ratio.level != "token":
         return "trust.rule=kl_cov penalises the token's own log-ratio; it needs ratio.level=token"
-    if trust.rule in ("m2po", "dppo", "gmpo") and ratio.level != "token":
+    if trust.rule in ("m2po", "m2po_all", "dppo", "gmpo") and ratio.level != "token":
         return f"trust.rule={trust.rule} is defined on token ratios; it needs ratio.level=token"
     if ratio.denominator == "mixture" and not 0 < ratio.mixture_weight < 1:
         return "ratio.mixture_weight must lie strictly between 0 and 1"
@@ -295,7 +295,7 @@ def _opob_problem(recipe: Recipe) -> str:
         "turn_mean",
         "seq_mean_turn_mean",
     )
-    if recipe.opob.weight != "estimator" and not (per_trajectory and recipe.trust.rule != "m2po"):
+    if recipe.opob.weight != "estimator" and not (per_trajectory and recipe.trust.rule != "m2po_all"):
         return (
             f"opob.weight={recipe.opob.weight} is defined for one weight per trajectory; use ratio.level=none "
             "or sequence with a token or sequence mean, or opob.weight=estimator"

@@ -49,6 +49,7 @@ class TrustSettings:
         "dppo",
         "gmpo",
         "m2po",
+        "m2po_all",
         "clip_cov",
         "kl_cov",
     ] = setting("ppo", "what becomes of a token whose ratio is far from 1")
@@ -72,7 +73,11 @@ class TrustSettings:
     )
     mask_low: float = setting(0.2, "dppo, A <= 0: dropped when the probability fell by more than this")
     mask_high: float = setting(0.2, "dppo, A > 0: dropped when the probability rose by more than this")
-    second_moment: float = setting(0.04, "m2po: largest mean of the squared log-ratios of the tokens kept")
+    second_moment: float = setting(
+        0.04,
+        "m2po: largest mean of the squared log-ratios of the trust-region tokens kept (A > 0 and ratio > 1, or A < 0 "
+        "and ratio < 1; the others are never masked). m2po_all: of all tokens kept, whatever their advantage",
+    )
     covariance_low: float = setting(1.0, "clip_cov: smallest covariance of a candidate")
     covariance_high: float = setting(5.0, "clip_cov: largest covariance of a candidate")
     covariance_fraction: float = setting(2e-4, "clip_cov, kl_cov: share of the tokens that is treated")

@@ -64,7 +64,7 @@ def trust(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Tr
                 full = torch.ones_like(full)
             elif recipe.trust.rule == "topr":  # positives are not weighted at all
                 full = torch.where(advantage < 0, full, 1.0)
-            elif recipe.trust.rule in ("dppo", "m2po"):  # differentiate the ratio
+            elif recipe.trust.rule in ("dppo", "m2po", "m2po_all"):  # differentiate the ratio
                 full = full * ratio.inside
             return Trust(weight=weight, full=full, clipped=clipped, dual=torch.zeros_like(clipped),
                          advantage=advantage, through=False)  # fmt: skip
@@ -123,9 +123,8 @@ def _detached_weight(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Re
         case "dppo":
             return _divergence_mask(tokens, ratio, advantage, recipe)
         case _:
-            assert settings.rule == "m2po"
-            moved = torch.where(tokens.finite[tokens.trajectory], ratio.log, torch.inf)
-            kept = second_moment_mask(moved, settings.second_moment)
+            assert settings.rule in ("m2po", "m2po_all")
+            kept = _second_moment_mask(tokens, ratio, advantage, settings)
             return torch.where(kept, value * ratio.inside, 0.0), ~kept
     return weight, weight != value
 
@@ -154,20 +153,25 @@ def bernoulli_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return log_p.exp() * (log_p - log_q) + torch.xlogy(rest_p, rest_p) - torch.xlogy(rest_p, rest_q)
 
 
-def second_moment_mask(log_ratio: Tensor, threshold: float) -> Tensor:
-    """M2PO: the tokens of smallest squared log-ratio whose mean stays below `threshold`, [T] -> [T] bool.
+def _second_moment_mask(tokens: Tokens, ratio: Ratio, advantage: Tensor, settings: TrustSettings) -> Tensor:
+    """M2PO, Algorithm 1: the tokens that stay, [T] bool. advantage [T].
 
-    At least one is kept. It is over the whole batch, so it does not depend on how the batch is cut. An infinite
-    log-ratio is not kept.
+    Trust-region tokens are those whose update moves the ratio further from 1 (A > 0 and ratio > 1, A < 0 and ratio < 1).
+    Of these the largest squared log-ratios go until the mean of the rest is at most `second_moment`; the others stay.
+    m2po_all treats every token so, and keeps one at least. The mean is over the whole batch, so it does not depend on how
+    the batch is cut.
     """
-    kept = torch.zeros_like(log_ratio, dtype=torch.bool)
-    if len(log_ratio) == 0:
-        return kept
-    square, order = (log_ratio * log_ratio).sort(stable=True)
-    count = torch.arange(1, len(square) + 1, device=square.device, dtype=square.dtype)
-    num_kept = int((square.cumsum(0) / count < threshold).sum().clamp(min=1))
-    kept[order[:num_kept]] = True
-    return kept
+    every = settings.rule == "m2po_all"
+    region = tokens.finite[tokens.trajectory] if every else advantage * ratio.log.sign() > 0
+    chosen = region.nonzero().squeeze(-1)
+    square, order = ratio.log[chosen].square().sort(stable=True)
+    mean = square.cumsum(0) / torch.arange(1, len(square) + 1, device=square.device, dtype=square.dtype)
+    within = mean < settings.second_moment if every else mean <= settings.second_moment
+    gone = order[max(int(within.sum()), int(every)) :]
+    stays = ~region if not every else torch.zeros_like(region)
+    stays[chosen] = True
+    stays[chosen[gone]] = False
+    return stays
 
 
 def _gmpo(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,3 +97,63 @@ def test_dppo_masks_where_a_probability_is_0_or_1_in_float64(log_mu: float, log_
     assert policy_of(columns, "dppo", trust=trust, advantage=RAW, kl={"coefficient": 0.0}).tolist() == [0.0]
     columns = answers([log_pi], [log_mu], [-away], [1])
     assert policy_of(columns, "dppo", trust=trust, advantage=RAW, kl={"coefficient": 0.0}).isfinite().all()
+
+
+# M2PO, Algorithm 1: among the tokens whose update would move the ratio further from 1, the largest squared log-ratio is
+# masked until the mean of those that are left does not exceed the threshold. No other token is ever masked.
+
+
+def algorithm_1(log_ratio: list[float], advantage: list[float], threshold: float) -> list[bool]:
+    """The mask M: which tokens stay."""
+    stays = [True] * len(log_ratio)
+    region = {
+        i for i, (x, a) in enumerate(zip(log_ratio, advantage, strict=True)) if (a > 0 and x > 0) or (a < 0 and x < 0)
+    }
+    while region and math.fsum(log_ratio[i] ** 2 for i in region) / len(region) > threshold:
+        worst = max(region, key=lambda i: log_ratio[i] ** 2)
+        stays[worst] = False
+        region.remove(worst)
+    return stays
+
+
+@pytest.mark.parametrize("credit", ["answer", "token"])
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), spread=st.sampled_from([0.05, 0.3, 1.0]), extreme=st.booleans(),
+    threshold=st.sampled_from([1e-6, 0.01, 0.04, 0.3, 10.0]),
+)  # fmt: skip
+def test_m2po_is_algorithm_1_token_for_token(
+    make_columns: Callable[..., Columns], descent: Callable[..., Tensor], assert_equal: Callable[..., None],
+    credit: str, seed: int, spread: float, extreme: bool, threshold: float,
+) -> None:  # fmt: skip
+    columns = make_columns(seed, spread=spread, extreme=extreme)
+    settled = torch.rand(len(columns.reward), generator=torch.Generator().manual_seed(seed)) < 0.2
+    columns = replace(columns, reward=columns.reward.masked_fill(settled, 0.0))  # A = 0: in no trust region
+    chosen: dict[str, Any] = dict(RAW)
+    advantage = columns.reward[columns.trajectory_of_turn[columns.turn_of_token]]
+    if credit == "token":  # a sign of its own for every token
+        zero = torch.zeros_like
+        columns = replace(columns, reward=zero(columns.reward), turn_reward=zero(columns.turn_reward))
+        assert columns.value is not None
+        chosen, advantage = RAW | {"credit": "token_gae", "discount": 0.0}, -columns.value
+    log_ratio = (columns.log_prob - columns.log_behaviour).tolist()
+    stays = torch.tensor(algorithm_1(log_ratio, advantage.tolist(), threshold))
+
+    def loss(log_prob: Tensor) -> Tensor:
+        ratio = (log_prob - columns.log_behaviour).clamp(-20, 20).exp()
+        return -(stays * advantage * ratio).sum() / len(ratio)
+
+    got = policy_of(columns, "m2po", advantage=chosen, trust={"second_moment": threshold})
+    assert_equal(got, descent(loss, columns))
+
+
+def test_m2po_keeps_a_token_that_the_update_pulls_back_and_may_mask_all_others() -> None:
+    log_ratio = [3.0, 0.5, 0.5, -0.7, 0.0]
+    advantage = [-1.0, 1.0, 1.0, -1.0, 1.0]
+    columns = answers([-1.0] * 5, [-1.0 - x for x in log_ratio], advantage, [1] * 5)
+    masked = policy_of(columns, "m2po", advantage=RAW, trust={"second_moment": 0.2}) == 0
+    assert masked.tolist() == [False, True, True, True, False]
+    masked = policy_of(columns, "m2po", advantage=RAW, trust={"second_moment": 0.25}) == 0  # reached, not exceeded
+    assert masked.tolist() == [False, False, False, True, False]
+    with_all = {"rule": "m2po_all", "second_moment": 0.25}
+    assert bool(policy_of(columns, "m2po", advantage=RAW, trust=with_all)[0] == 0)

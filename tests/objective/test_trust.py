@@ -221,7 +221,7 @@ def test_dppo_masks_by_probability_and_penalises_the_log_ratio(
 
 @settings(max_examples=40, derandomize=True, deadline=None)
 @given(seed=st.integers(0, 10_000), extreme=st.booleans(), threshold=st.sampled_from([1e-6, 0.04, 0.1, 10.0]))
-def test_m2po_drops_the_largest_log_ratios_until_the_second_moment_is_small(
+def test_m2po_all_drops_the_largest_log_ratios_until_the_second_moment_is_small(
     make_columns: Callable[..., Columns], descent: Callable[..., Tensor], assert_equal: Callable[..., None],
     seed: int, extreme: bool, threshold: float,
 ) -> None:  # fmt: skip
@@ -235,7 +235,8 @@ def test_m2po_drops_the_largest_log_ratios_until_the_second_moment_is_small(
         x = (log_prob - columns.log_behaviour)[kept]
         return -(advantage[kept] * x.clamp(-20, 20).exp()).sum() / max(len(log_prob), 1)
 
-    recipe = load_recipe({"name": "m2po", "advantage": chosen, "trust": {"second_moment": threshold}})
+    trust = {"rule": "m2po_all", "second_moment": threshold}
+    recipe = load_recipe({"name": "m2po", "advantage": chosen, "trust": trust})
     got, _ = coefficients(columns, recipe, ObjectiveState())
     assert_equal(got.policy, descent(loss, columns))
 
