@@ -22,7 +22,7 @@ from typing import Any
 
 from async_rl.config import GuardSettings
 from async_rl.config.schema import load_yaml, structured, with_overrides
-from async_rl.instruments.lab.merit import STEP_CURVES, CellRecord, Curves, read_curves, read_record
+from async_rl.instruments.lab.record import STEP_CURVES, CellRecord, Curves, read_curves, read_record
 from async_rl.trainer.alarm import SIGNALS, Alarm, Signal, watch
 
 

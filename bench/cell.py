@@ -20,7 +20,8 @@ import torch
 
 from async_rl.config import Settings
 from async_rl.config.schema import structured
-from async_rl.instruments.lab.cell import FirstBatches, run_cell
+from async_rl.instruments.lab.cell import run_cell
+from async_rl.instruments.lab.exact_lag import FirstBatches
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 

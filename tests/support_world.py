@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from support_buffer_world import make_core
+from support_buffer import make_core
 from support_world_store import FakeStore
 
 from async_rl.buffer import effects as do
@@ -18,7 +18,7 @@ from async_rl.events import Event
 from async_rl.instruments.world.buffer import WorldWatch
 from async_rl.instruments.world.clock import Network
 from async_rl.instruments.world.decoding import TurnByTurn
-from async_rl.instruments.world.world import WorldPlan, World
+from async_rl.instruments.world.world import World, WorldPlan
 from async_rl.trajectory import Trajectory
 from async_rl.wire import messages as msg
 
@@ -101,6 +101,10 @@ def play(world: World) -> Invariants:
         error.add_note(f"{world.plan}; {world.story}; at {world.clock.now:.3f}")
         raise
     return world.watch
+
+
+ON_ITS_OWN: dict[str, Any] = {"reports": False, "asks_ahead": True, "network": Network(delay_s=0.05, double=0.1)}
+"""no message makes up for another: everything that is due must follow from the first one that allows it"""
 
 
 def deaths(kind: str, number: int, seed: int, *, until_s: float = 12.0) -> tuple[tuple[float, str], ...]:

@@ -133,7 +133,7 @@ def _lab(arguments: argparse.Namespace) -> int:
     folder = LabFolder(arguments.out)
     with Terminal() as terminal:
         for note in plan.notes:
-            terminal.say(f"note: {note}")
+            terminal.print(f"note: {note}")
         try:
             workers = arguments.workers or len(os.sched_getaffinity(0))
             _, merits = run_lab(plan, folder.path, workers=workers, show=terminal.show)
@@ -142,7 +142,7 @@ def _lab(arguments: argparse.Namespace) -> int:
             print(f"async-rl: {said}", file=sys.stderr)
             return 130
     terminal.summary(merits)
-    terminal.say(f"\n{folder.summary} has every cell; open {folder.page} for the plots")
+    terminal.print(f"\n{folder.summary} has every cell; open {folder.page} for the plots")
     return 0
 
 

@@ -1,4 +1,5 @@
-"""Does the engine compute what the trainer computes, and is a run without staleness synchronous training?"""
+"""Checks that engine and trainer compute the same log-probs, and that a run without staleness equals synchronous
+training."""
 
 from __future__ import annotations
 
@@ -41,14 +42,14 @@ other data would give a share near 1"""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightDifference:
-    """Between two ways to the same weights."""
+    """How far the weights of two trainings that should be equal lie apart."""
 
     apart: float
     """mean over all elements"""
     moved: float
     """mean change by training"""
     tensor: str
-    """that which is farthest apart"""
+    """name of the tensor that is farthest apart"""
 
     @property
     def share(self) -> float:
@@ -56,7 +57,8 @@ class WeightDifference:
 
 
 def measure_log_probs(settings: Settings, task: Task, *, parameters: int) -> tuple[Comparison, str]:
-    """Engine against trainer at equal weights, and on what: sampled episodes, or a fixed probe for large models."""
+    """Compare the log-probs of engine and trainer at equal weights; also returns what they were compared on: sampled
+    episodes, or a fixed probe for large models."""
     trainer = load_model(Path(settings.model.path), device=settings.trainer.device)
     tokenizer = Tokenizer.of(settings.model)
 

@@ -1,4 +1,8 @@
-"""Which settings a rehearsal replaces, by what, and why. Pure: settings in, settings and a table out."""
+"""A rehearsal: settings made for GPUs and large models, shrunk so that the whole program runs on CPU in a minute.
+
+A tiny random model stands in for the model, made-up sums for data files that are not here; nothing is learned.
+`shrink` is pure: settings in, settings and a table of what was replaced out.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,54 @@ from async_rl.model.create import write_byte_tokenizer, write_random_weights
 from async_rl.model.folder import read_config
 from async_rl.task import task_class
 
-# -------------------- stand in
-# What a rehearsal puts in the place of a model and of data that are not here.
+DATA = ("path", "eval_path")
+"""arguments of tasks that name a file"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """Settings that run here, and what was replaced for that."""
+
+    settings: Settings
+    changes: tuple[ReplacedSetting, ...]
+    model: str
+    """what stands in for the model, for the terminal"""
+
+    def describe(self) -> str:
+        return (
+            f"A rehearsal with {self.model}: nothing is learned, what runs is the program.\n"
+            f"Replaced (setting: was -> is), everything else is as configured:\n{changes_table(self.changes)}"
+        )
+
+
+def plan_rehearsal(settings: Settings, words: Sequence[str], folder: Path) -> Rehearsal:
+    """Find what must be replaced, with the model and missing data in `folder`. Raises UserError."""
+    if settings.task.name == "rehearsed":
+        raise UserError("these are settings of a rehearsal already; leave --fake-model out")
+    data = {name: folder / f"{name}.jsonl" for name in missing(settings.task.args)}
+    made, changes = shrink(settings, words, StandIns(model=folder / "model", data=data))
+    family, _ = family_of(settings.model.path)
+    return Rehearsal(settings=made, changes=tuple(changes), model=f"a tiny random {family} on CPU")
+
+
+def prepare_rehearsal(settings: Settings, words: Sequence[str], folder: Path) -> Rehearsal:
+    """Like `plan_rehearsal`, and make the model and missing data anew in `folder`. Raises UserError."""
+    planned = plan_rehearsal(settings, words, folder)
+    model = folder / "model"
+    try:
+        shutil.rmtree(model, ignore_errors=True)
+        write_tiny_model(model, settings.model.path, seed=settings.seed)
+        for number, name in enumerate(missing(settings.task.args)):
+            write_data(folder / f"{name}.jsonl", settings.task.args, seed=settings.seed + number)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; choose another --run-dir") from None
+    return planned
+
+
+def missing(args: Mapping[str, Any]) -> list[str]:
+    """Arguments of the task that name a file which is not here."""
+    return [name for name in DATA if args.get(name) and not Path(args[name]).expanduser().exists()]
+
 
 CONTEXT = 16_384
 """tokens, which are bytes"""
@@ -236,53 +286,3 @@ def changes_table(changes: Sequence[ReplacedSetting]) -> str:
 
 def _shown(value: Any) -> str:
     return str(value) if value not in ("", [], None) else "none"
-
-
-# -------------------- prepare
-# From settings for GPUs to a rehearsal that can be run here.
-
-DATA = ("path", "eval_path")
-"""arguments of tasks that name a file"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rehearsal:
-    settings: Settings
-    changes: tuple[ReplacedSetting, ...]
-    model: str
-    """what it is played with, in words"""
-
-    def describe(self) -> str:
-        return (
-            f"A rehearsal with {self.model}: nothing is learned, what runs is the program.\n"
-            f"Replaced (setting: was -> is), everything else is as configured:\n{changes_table(self.changes)}"
-        )
-
-
-def plan_rehearsal(settings: Settings, words: Sequence[str], folder: Path) -> Rehearsal:
-    """What would be replaced when model and missing data lay in `folder`. Raises UserError."""
-    if settings.task.name == "rehearsed":
-        raise UserError("these are settings of a rehearsal already; leave --fake-model out")
-    data = {name: folder / f"{name}.jsonl" for name in missing(settings.task.args)}
-    made, changes = shrink(settings, words, StandIns(model=folder / "model", data=data))
-    family, _ = family_of(settings.model.path)
-    return Rehearsal(settings=made, changes=tuple(changes), model=f"a tiny random {family} on CPU")
-
-
-def prepare_rehearsal(settings: Settings, words: Sequence[str], folder: Path) -> Rehearsal:
-    """`plan`, and the model and missing data made in `folder`, anew. Raises UserError."""
-    planned = plan_rehearsal(settings, words, folder)
-    model = folder / "model"
-    try:
-        shutil.rmtree(model, ignore_errors=True)
-        write_tiny_model(model, settings.model.path, seed=settings.seed)
-        for number, name in enumerate(missing(settings.task.args)):
-            write_data(folder / f"{name}.jsonl", settings.task.args, seed=settings.seed + number)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}; choose another --run-dir") from None
-    return planned
-
-
-def missing(args: Mapping[str, Any]) -> list[str]:
-    """The arguments that name a file which is not here."""
-    return [name for name in DATA if args.get(name) and not Path(args[name]).expanduser().exists()]

@@ -1,17 +1,14 @@
-"""Train again on what a run stored: the same batches from the same start must give the same weights.
+"""Trains again on the batches that a run stored: from the same start they must give the same weights.
 
-Bit-equal on the same machine with the same settings and library versions; a CPU of another kind, another
+They do bit for bit on the same machine with the same settings and library versions; a CPU of another kind, another
 number of threads or a GPU may round differently.
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Self
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,61 +16,16 @@ from async_rl.buffer.store import StoreReader
 from async_rl.config import Settings
 from async_rl.errors import UserError
 from async_rl.events import RunResumed
+from async_rl.instruments.retraining import Retraining
 from async_rl.objective.own import check_recorded
-from async_rl.run_folder import Rollback, RunFolder, read_rollback, read_rows
+from async_rl.run_folder import RunFolder, read_rows
 from async_rl.trainer.build import make_learner
-from async_rl.trainer.checkpoint import load_checkpoint, save_checkpoint
+from async_rl.trainer.checkpoint import load_checkpoint
 from async_rl.trainer.learner import Learner
-from async_rl.trainer.manifest import checkpoint_path, damage_of, list_checkpoints, version_of
-from async_rl.trainer.packing import PackedBatch, pack_step
+from async_rl.trainer.manifest import damage_of, list_checkpoints, version_of
+from async_rl.trainer.packing import pack_step
 from async_rl.trainer.team import weights_checksum, weights_hash
 from async_rl.trajectory.codec import unpack
-
-# -------------------- line
-# The weights of a run, version by version, as it trained them: also over a rollback, where they jump back.
-
-
-@dataclass(slots=True)
-class Retraining:
-    """Steps a learner along. A context: inside, the state a run will go back to is kept on disk."""
-
-    learner: Learner
-    """at a version of the run: its initial model, or one of its checkpoints"""
-    source: Path
-    """folder of the initial model"""
-    back: Rollback | None
-    kept: tempfile.TemporaryDirectory[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.kept = tempfile.TemporaryDirectory(prefix="async_rl_line_")
-        if self.back is not None and self.learner.version >= self.back.at:
-            self._new_line(self.back)
-
-    @classmethod
-    def of(cls, folder: RunFolder, learner: Learner) -> Self:
-        return cls(learner, Path(folder.settings().model.path), read_rollback(folder))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kept.cleanup()
-
-    def step(self, packed: PackedBatch) -> None:
-        """Train on the batch of the next step. Where the run went back, the step's result is given up."""
-        learner, back = self.learner, self.back
-        if back is not None and learner.version == back.to:
-            save_checkpoint(Path(self.kept.name), learner, {}, source=self.source, keep=1)
-        if back is None or learner.version + 1 != back.at:
-            learner.step(packed)
-            return
-        load_checkpoint(checkpoint_path(Path(self.kept.name), back.to), learner)
-        learner.version = back.at
-        self._new_line(back)
-
-    def _new_line(self, back: Rollback) -> None:
-        self.learner.given_up, self.learner.rate_scale = back.given_up, back.lr_scale
-
 
 MICRO_BATCH = "trainer.micro_batch_tokens"
 MARKS = {"hash": weights_hash, "checksum": weights_checksum}
@@ -93,25 +45,29 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
+    """The result of a replay."""
+
     version: int
-    """of the last weights = training steps done again"""
+    """version of the last weights = training steps done again"""
     hash: str
-    """of those, over the bytes of all parameters"""
+    """of the last weights, over the bytes of all parameters"""
     compared: int
     """versions of which the run had recorded a hash or checksum, the initial one included"""
     difference: Divergence | None
     """None: every compared version is equal, bit for bit"""
     seconds: float
     begun: int = 0
-    """version it began with; above 0 a checkpoint's, because the batches before are deleted"""
+    """version that the replay began with; above 0 it is a checkpoint's, because the batches before are deleted"""
 
 
 def replay(
     folder: RunFolder, *, until: int | None = None, each_step: Callable[[int], None] = lambda _: None
 ) -> Replayed:
-    """Train from the initial model (from the oldest checkpoint where buffer.keep_steps has deleted what lies
-    before) on the stored batches, up to the last step of the run or to version
-    `until`, and compare with weights.jsonl. Stops at the first difference. Raises UserError."""
+    """Train on the stored batches, up to the last step of the run or to version `until`, and compare the weights with
+    weights.jsonl. The replay begins with the initial model, or with the oldest checkpoint where buffer.keep_steps has
+    deleted the batches before; it stops at the first difference.
+
+    Raises UserError."""
     settings = folder.settings()
     check_recorded(folder.path, str(settings.recipe["name"]))
     recorded = _recorded(folder)
@@ -182,7 +138,7 @@ def _check_ranks(folder: RunFolder, last: int) -> None:
 
 
 def _begin(folder: RunFolder, first_step: int, last: int, learner: Learner) -> int:
-    """Put the learner where a replay can begin; that version. Raises UserError when there is no such place."""
+    """Load the state where a replay can begin, and return its version. Raises UserError where there is none."""
     if first_step == 0:
         return 0
     whole = [path for path in list_checkpoints(folder.checkpoints) if damage_of(path) is None]
@@ -207,7 +163,7 @@ def _recorded(folder: RunFolder) -> dict[int, dict[str, str]]:
 
 
 def describe_replay(result: Replayed, folder: RunFolder) -> str:
-    """What a replay came to."""
+    """The result, for the terminal."""
     head = f"{folder.path}: {result.version - result.begun} steps trained again in {result.seconds:.1f} s"
     if result.begun:
         head += (

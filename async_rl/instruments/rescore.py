@@ -1,10 +1,10 @@
-"""What other recipes would have made of a run's batches: no generation, nothing of the run is changed.
+"""Scores other recipes on the stored batches of a run: nothing is generated, and nothing of the run is changed.
 
-The run's own learner is trained again over the stored batches, as `replay` does, from the nearest whole
-checkpoint at or before the first step that is asked for (or from the initial model). So every step is judged
-under exactly the weights that the run had before it. There each recipe forms its coefficients and its gradient
-for the step's first update; then the run's own recipe takes the step. Other recipes begin with a fresh running
-state (ESS reference, kappa) at the first step asked for and keep their own from there.
+The run's own learner is trained again over the stored batches, as `replay` does, from the nearest whole checkpoint at
+or before the first step that is asked for (or from the initial model). So every step is judged under exactly the
+weights that the run had before it. At each step every recipe forms its coefficients and its gradient for the step's
+first update; then the run's own recipe takes the step. Other recipes begin with a fresh running state (ESS reference,
+kappa) at the first step asked for and keep their own from there on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from async_rl.buffer.store import StoreReader
 from async_rl.config import Settings
 from async_rl.config.schema import with_overrides
 from async_rl.errors import UserError
-from async_rl.instruments.replay import Retraining
+from async_rl.instruments.retraining import Retraining
 from async_rl.model.folder import load_model
 from async_rl.objective.library import check_effect, load_recipe
 from async_rl.objective.own import check_recorded
@@ -108,7 +108,7 @@ class Rescored:
     last: int
     """steps first <= step < last"""
     begun: str
-    """where the weights come from, in words"""
+    """where the weights come from, for the terminal"""
     scores: list[Score]
     """the run's own recipe first"""
 
@@ -189,7 +189,7 @@ def _recipe(text: str, settings: Settings) -> Recipe:
 
 
 def _learner(text: str, recipe: Recipe, own: Learner, settings: Settings) -> Learner:
-    """Another recipe on the model (and critic) of the run's own learner. It only ever looks."""
+    """Another recipe on the model (and critic) of the run's own learner. It measures and takes no step."""
     reference = own.reference
     if requirements(recipe).reference and reference is None:
         reference = load_model(Path(settings.model.path), device=settings.trainer.device).requires_grad_(False)
@@ -198,7 +198,7 @@ def _learner(text: str, recipe: Recipe, own: Learner, settings: Settings) -> Lea
 
 
 def _begin(folder: RunFolder, first_stored: int, first: int, learner: Learner) -> str:
-    """Bring the learner to a version at or before `first`; from where, in words. Raises UserError."""
+    """Bring the learner to a version at or before `first`; returns where its weights come from. Raises UserError."""
     whole = [path for path in list_checkpoints(folder.checkpoints) if damage_of(path) is None]
     able = [path for path in whole if first_stored <= version_of(path) <= first]
     if able:
@@ -258,9 +258,6 @@ def cosine(a: Tensor, b: Tensor) -> float | None:
     a, b = a.double(), b.double()
     size = float(torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
     return float(a @ b) / size if size > 0 and math.isfinite(size) else None
-
-
-# ------------------------------------------------------------------------------------------------ shown
 
 
 COLUMNS: tuple[tuple[str, str], ...] = (

@@ -25,7 +25,7 @@ from async_rl.instruments.world.buffer import WorldWatch
 from async_rl.instruments.world.clock import Network
 from async_rl.instruments.world.decoding import SideBySide
 from async_rl.instruments.world.generator import Pair, SimulatedGenerator
-from async_rl.instruments.world.world import WorldPlan, World
+from async_rl.instruments.world.world import World, WorldPlan
 from async_rl.trajectory import VersionSpan
 from async_rl.wire import messages as msg
 

@@ -23,7 +23,7 @@ SKIPPED = 0.1
 
 
 def workload_of(folder: RunFolder) -> Workload:
-    """Read off a run: lengths, decoding speed by concurrency, training time. Raises UserError."""
+    """The workload of a run. Raises UserError."""
     rows = list(read_rows(folder.metrics))
     if len(rows) < FEWEST_STEPS:
         raise UserError(f"{folder.path} has trained {len(rows)} steps; copying a run needs {FEWEST_STEPS} at least")
@@ -50,9 +50,9 @@ def workload_of(folder: RunFolder) -> Workload:
 
 
 def update_delay(groups: Iterable[GroupRow], trained_at: Mapping[int, float | None]) -> float:
-    """From the buffer's hearing of new weights until a generator was given a group under them, the median over
-    versions. Where generators are held back for other reasons this is longer than the update takes, and the
-    simulation errs on the slow side; 0 when nothing is known."""
+    """Seconds from the publication of weights until a generator was given a group under them, the median over versions.
+    Where generators are held back for other reasons this is longer than the update takes, and the simulation errs on
+    the slow side; 0 when nothing is known."""
     first: dict[int, float] = {}
     for row in groups:
         if row.split == "train" and row.attempt == 0:
@@ -86,7 +86,7 @@ def decoding(trajectories: Sequence[TrajectoryRow], groups: dict[int, GroupRow])
 
 
 class Concurrency:
-    """How many episodes ran on one generator, integrated over time."""
+    """The number of episodes that ran on one generator, integrated over time."""
 
     def __init__(self, rows: Sequence[TrajectoryRow]) -> None:
         changes = sorted([(row.started_at, 1) for row in rows] + [(row.finished_at, -1) for row in rows])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from support_buffer_world import TRAINER, answer, make_core
+from support_buffer import TRAINER, answer, make_core
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.acceptance import ANSWERS_AT_ONCE, EXAMPLES, MOST_EVALUATIONS

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support_buffer_world import TRAINER, answer, make_core
+from support_buffer import TRAINER, answer, make_core
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core

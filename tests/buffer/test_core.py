@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_buffer_world import TRAINER, answer, make_core, paces, policies, trajectory
-from support_world import deaths, make_world, play
+from support_buffer import TRAINER, answer, make_core, paces, policies, trajectory
+from support_world import ON_ITS_OWN, deaths, make_world, play
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.staleness import PacePolicy, Policy, Slot, SlotQueue
 from async_rl.errors import UserError
-from async_rl.instruments.world.clock import Network
 from async_rl.wire import messages as msg
 
 
@@ -33,12 +32,11 @@ def test_staleness_is_bounded_and_each_admitted_group_is_trained_once_or_refused
         seed=seed,
         steps=8,
         generators=generators,
-        reports=False,
+        **ON_ITS_OWN,
         drop_zero_signal=drop,
         failure=failure,
         spread=spread,
-        faults=deaths("kill generator", 8 if loss else 0, seed),
-        network=Network(delay_s=0.05, double=0.1),
+        faults=deaths("kill generator", 20 if loss else 0, seed),
     )
     seen = play(world)
     trained, core = seen.batched, world.buffer.core

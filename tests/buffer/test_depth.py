@@ -13,8 +13,8 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_buffer_world import TRAINER, make_core, policies
-from support_world import Invariants, deaths, make_world, play
+from support_buffer import TRAINER, make_core, policies
+from support_world import ON_ITS_OWN, Invariants, deaths, make_world, play
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
@@ -190,7 +190,7 @@ def test_the_bound_holds_under_any_sequence_of_depths(
         seed=seed,
         steps=8,
         generators=generators,
-        reports=False,
+        **ON_ITS_OWN,
         watch=ShakenDepth(policy=policy, slots=deepest, random=Random(seed)),
         failure=0.02,
         spread=spread,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_buffer_world import TRAINER, answer, drops, make_core
-from support_world import deaths, make_world, play
+from support_buffer import TRAINER, answer, drops, make_core
+from support_world import ON_ITS_OWN, deaths, make_world, play
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
@@ -180,7 +180,7 @@ def test_every_prompt_is_trained_in_the_end_and_none_twice(
         seed=seed,
         steps=25,
         generators=generators,
-        reports=False,
+        **ON_ITS_OWN,
         spread=30.0,
         faults=deaths("kill generator", 20 if loss else 0, seed, until_s=40.0),
     )
@@ -210,9 +210,9 @@ def test_without_staleness_every_policy_trains_the_prompt_order(
         seed=seed,
         steps=6,
         generators=generators,
-        reports=False,
+        **ON_ITS_OWN,
         spread=30.0,
-        faults=deaths("kill generator", 6, seed),
+        faults=deaths("kill generator", 12, seed, until_s=8.0),
     )
     seen = play(world)
     assert [seen.asked[group] for group in seen.batched] == [(p, 0) for p in range(6 * groups)]

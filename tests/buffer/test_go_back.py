@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_buffer_world import policies, trajectory
-from support_world import Invariants, audit_store, deaths, make_world, play
+from support_buffer import policies, trajectory
+from support_world import ON_ITS_OWN, Invariants, audit_store, deaths, make_world, play
 from support_world_store import RealStore
 
 from async_rl.buffer.staleness import Policy
@@ -95,13 +95,13 @@ def test_after_going_back_nothing_of_the_given_up_versions_is_trained_and_nothin
             seed=seed,
             steps=STEPS,
             generators=generators,
-            reports=False,
+            **ON_ITS_OWN,
             store=RealStore(Path(folder) / "trajectories.sqlite"),
             save_every=2,
             drop_zero_signal=drop,
             failure=0.05,
             spread=spread,
-            faults=(*deaths("kill buffer", died, seed), *deaths("kill generator", 4, seed + 1)),
+            faults=(*deaths("kill buffer", died, seed), *deaths("kill generator", 8, seed + 1)),
         )
         assert isinstance(world, WorldThatGoesBack)
         world.back_at = back_at

@@ -15,7 +15,7 @@ from random import Random
 
 import pytest
 import zmq
-from support_buffer_world import TRAINER, answer, make_core
+from support_buffer import TRAINER, answer, make_core
 from support_hostile import KINDS, forged, frames_of, some_frames, some_message
 
 from async_rl.buffer import effects as do

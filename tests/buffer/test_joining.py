@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from support_buffer_world import TRAINER, make_core
+from support_buffer import TRAINER, make_core
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_buffer_world import policies
+from support_buffer import policies
 from support_world import deaths, make_world, play
 
 from async_rl.buffer.staleness import Policy

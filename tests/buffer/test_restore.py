@@ -8,8 +8,8 @@ from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_buffer_world import TRAINER, make_core, policies
-from support_world import audit_store, deaths, durable, make_world, play
+from support_buffer import TRAINER, make_core, policies
+from support_world import ON_ITS_OWN, audit_store, deaths, durable, make_world, play
 from support_world_store import RealStore
 
 from async_rl.buffer.loop import write
@@ -39,13 +39,13 @@ def test_after_deaths_at_any_moment_every_admitted_group_is_trained_once_within_
             seed=seed,
             steps=8,
             generators=generators,
-            reports=False,
+            **ON_ITS_OWN,
             store=RealStore(Path(folder) / "trajectories.sqlite"),
             save_every=every,
             drop_zero_signal=drop,
             failure=failure,
             spread=spread,
-            faults=(*deaths("kill buffer", 4, seed), *deaths("kill generator", 8 if loss else 0, seed + 1)),
+            faults=(*deaths("kill buffer", 4, seed), *deaths("kill generator", 12 if loss else 0, seed + 1)),
         )
         play(world)
         audit_store(world)

@@ -8,7 +8,7 @@ from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_buffer_world import TRAINER, make_core, trajectory
+from support_buffer import TRAINER, make_core, trajectory
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.staleness import Slot, SlotQueue, WaitPolicy

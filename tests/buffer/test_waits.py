@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support_buffer_world import TRAINER, answer, make_core
+from support_buffer import TRAINER, answer, make_core
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support_buffer_world import trajectory
+from support_buffer import trajectory
 
 from async_rl.errors import RunFailed
 from async_rl.events import StallTimer

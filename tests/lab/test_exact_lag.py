@@ -10,7 +10,8 @@ import torch
 from support_run import quick_settings
 
 from async_rl.config import Settings
-from async_rl.instruments.lab.cell import FirstBatches, Sampled, run_cell, train_with_exact_lag, versions_to_measure
+from async_rl.instruments.lab.cell import run_cell, versions_to_measure
+from async_rl.instruments.lab.exact_lag import FirstBatches, Sampled, train_with_exact_lag
 from async_rl.instruments.synchronous import train_synchronously
 from async_rl.trainer.learner import StepReport
 

@@ -18,8 +18,8 @@ from async_rl.config.schema import structured, to_yaml
 from async_rl.errors import RunFailed, UserError
 from async_rl.instruments.lab.crew import WorkerPool
 from async_rl.instruments.lab.lab import LabFolder, Progress, run_lab
-from async_rl.instruments.lab.merit import read_curves, read_record
-from async_rl.instruments.lab.plan import LabSettings, LabPlan, make_plan
+from async_rl.instruments.lab.plan import LabPlan, LabSettings, make_plan
+from async_rl.instruments.lab.record import read_curves, read_record
 
 
 def settings(model: Path, **changes: Any) -> LabSettings:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.config.schema import structured
-from async_rl.instruments.lab.merit import STEP_CURVES, CellRecord, Curves, merits, summarise, write_record
+from async_rl.instruments.lab.merit import merits
 from async_rl.instruments.lab.page import page_text
-from async_rl.instruments.lab.plan import LabSettings, LabPlan, make_plan
+from async_rl.instruments.lab.plan import LabPlan, LabSettings, make_plan
+from async_rl.instruments.lab.record import STEP_CURVES, CellRecord, Curves, summarise, write_record
 
 STEPS = 20
 

@@ -9,7 +9,7 @@ import pytest
 
 from async_rl.config.schema import structured
 from async_rl.errors import UserError
-from async_rl.instruments.lab.plan import LabSettings, LabPlan, load_plan, make_plan
+from async_rl.instruments.lab.plan import LabPlan, LabSettings, load_plan, make_plan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "lab"
 

@@ -7,7 +7,8 @@ from math import exp, log
 
 import pytest
 
-from async_rl.instruments.lab.merit import CellRecord, Curves, Merit, has_collapsed, longest_run, merits, summarise
+from async_rl.instruments.lab.merit import Merit, longest_run, merits
+from async_rl.instruments.lab.record import CellRecord, Curves, has_collapsed, summarise
 from async_rl.instruments.lab.tables import merit_row, rate_lines
 
 

@@ -9,7 +9,15 @@ import pytest
 from async_rl.config import Settings, load_settings
 from async_rl.config.schema import values_of
 from async_rl.errors import UserError
-from async_rl.instruments.rehearsal import RULES, StandIns, family_of, prepare_rehearsal, shrink, changes_table, write_tiny_model
+from async_rl.instruments.rehearsal import (
+    RULES,
+    StandIns,
+    changes_table,
+    family_of,
+    prepare_rehearsal,
+    shrink,
+    write_tiny_model,
+)
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer, prompt_text
 from async_rl.task import make_task

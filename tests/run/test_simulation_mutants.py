@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
-from support_world import FAULTS, play, some_world
+from support_world import FAULTS, ON_ITS_OWN, make_world, play, some_policy, some_world
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.acceptance import Acceptance
@@ -80,14 +81,14 @@ def batch_not_stored(patch: Patch) -> None:
 
 
 def orphans_forgotten(patch: Patch) -> None:
-    lost = Admission.lost
+    remove = Admission.remove
 
     def mutant(self: Admission, peer: bytes) -> bool:
-        found = lost(self, peer)
+        found = remove(self, peer)
         self.orphans.clear()
         return found
 
-    patch.setattr(Admission, "lost", mutant)
+    patch.setattr(Admission, "remove", mutant)
 
 
 def orphans_forgotten_by_restore(patch: Patch) -> None:
@@ -138,7 +139,7 @@ def dropped_problems_forgotten(patch: Patch) -> None:
 
 
 def lost_permits_not_sent_again(patch: Patch) -> None:
-    patch.setattr(Admission, "again", lambda self, peer, in_hand, now: [])
+    patch.setattr(Admission, "resend", lambda self, peer, in_hand, now: [])
 
 
 def lost_news_of_weights_not_sent_again(patch: Patch) -> None:
@@ -231,3 +232,43 @@ def test_a_broken_rule_makes_a_schedule_fail(mutant: str, monkeypatch: pytest.Mo
             print(f"{mutant}: seed {seed}: {type(error).__name__}: {error}"[:300])
             return
     pytest.fail(f"{SCHEDULES} schedules did not see that {mutant}")
+
+
+def without(inner: str, method: str) -> Callable[[Patch], None]:
+    """A handler of the state machine that leaves something out: `inner`, called by it, does nothing."""
+
+    def mutate(patch: Patch) -> None:
+        handler, left_out = getattr(Core, method), getattr(Core, inner)
+
+        def mutant(self: Core, *given: Any, **named: Any) -> Any:
+            patch.setattr(Core, inner, lambda self, *given, **named: [])
+            try:
+                return handler(self, *given, **named)
+            finally:
+                patch.setattr(Core, inner, left_out)
+
+        patch.setattr(Core, method, mutant)
+
+    return mutate
+
+
+FORGETFUL = {
+    "nothing is granted when weights are loaded": without("_grant", "_holds"),
+    "nothing is granted when a group is finished": without("_grant", "_finished"),
+    "no batch is tried when a group is finished": without("_try_batch", "_finished"),
+}
+
+
+@pytest.mark.parametrize("mutant", FORGETFUL)
+def test_what_is_not_done_at_the_first_chance_stops_a_world_in_which_nothing_is_repeated(
+    mutant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FORGETFUL[mutant](monkeypatch)
+
+    def play_some() -> None:
+        for seed in range(SCHEDULES):
+            policy = some_policy(Random(seed))
+            play(make_world(policy, seed=seed, steps=6, generators=2, drop_zero_signal=True, spread=30.0, **ON_ITS_OWN))
+
+    with pytest.raises(AssertionError, match="deadlock"):
+        play_some()

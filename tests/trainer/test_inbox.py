@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from support_buffer_world import trajectory
+from support_buffer import trajectory
 
 from async_rl.trainer.canary_watch import CanaryWatch
 from async_rl.trainer.inbox import Inbox

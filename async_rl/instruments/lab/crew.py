@@ -1,7 +1,7 @@
-"""Workers side by side: jobs out, answers in, and what became of a worker that died or hung.
+"""A pool of worker processes: jobs out, messages in, and the reason when a worker died or hung.
 
-Who waits for whom: this process waits for any worker's answer, and for none longer than the deadline of its
-job. A worker that does not make it is ended and replaced; its job has failed, with the reason.
+Who waits for whom: this process waits for any worker's message, and for none longer than the deadline of its job. A
+worker that misses it is ended and replaced; its job has failed, with the reason.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from async_rl.run.child import arithmetic_environment, describe_end
 
 Job = Mapping[str, Any]
 """plain data with a `kind` and a `name`"""
-LOOK_S = 1.0
-"""how often deadlines are looked at"""
+CHECK_S = 1.0
+"""between two checks of the deadlines"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerMessage:
-    """What a worker said, or what became of it."""
+    """A message of a worker, or the news of its end."""
 
     kind: str
     """started | step | note | done"""
     name: str = ""
-    """of the job"""
+    """name of the job"""
     step: int = 0
     text: str = ""
     failed: str = ""
-    """of `done`: why, or empty"""
+    """with `done`: why the job failed, or empty"""
 
 
 @dataclass(slots=True, kw_only=True)
 class LabWorker:
     process: subprocess.Popen[bytes]
-    answers: int
-    """descriptor"""
+    messages: int
+    """descriptor of the pipe that they come through"""
     log: Path
     job: Job | None = None
     deadline: float = 0.0
@@ -66,11 +66,11 @@ class WorkerPool:
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[WorkerMessage]:
-        """Every job is answered by one `done`, in the order of completion."""
+        """Messages of the workers as they come. Every job ends with one `done`."""
         waiting = deque(jobs)
         while waiting or any(w.job is not None for w in self._workers):
             yield from self._hand_out(waiting)
-            for key, _ in self._selector.select(LOOK_S):
+            for key, _ in self._selector.select(CHECK_S):
                 yield from self._read(key.data)
             for worker in list(self._workers):
                 if worker.job is not None and time.monotonic() > worker.deadline:
@@ -108,13 +108,13 @@ class WorkerPool:
                 start_new_session=True,  # Ctrl-C in the terminal reaches the lab alone
             )
         os.close(write)
-        worker = LabWorker(process=process, answers=read, log=log)
+        worker = LabWorker(process=process, messages=read, log=log)
         self._selector.register(read, selectors.EVENT_READ, worker)
         self._workers.append(worker)
         return worker
 
     def _read(self, worker: LabWorker) -> Iterator[WorkerMessage]:
-        got = os.read(worker.answers, 1 << 16)
+        got = os.read(worker.messages, 1 << 16)
         if not got:
             yield self._lose(worker, "")
             return
@@ -126,7 +126,7 @@ class WorkerPool:
             yield answer
 
     def _lose(self, worker: LabWorker, reason: str) -> WorkerMessage:
-        """End a worker; what became of its job."""
+        """End a worker. The message says what became of its job."""
         if reason:
             worker.process.kill()
         code = worker.process.wait()
@@ -136,8 +136,8 @@ class WorkerPool:
                       failed=reason, text=reason)  # fmt: skip
 
     def _forget(self, worker: LabWorker) -> None:
-        self._selector.unregister(worker.answers)
-        os.close(worker.answers)
+        self._selector.unregister(worker.messages)
+        os.close(worker.messages)
         if worker.process.stdin is not None:
             with suppress(BrokenPipeError):
                 worker.process.stdin.close()

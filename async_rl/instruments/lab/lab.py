@@ -1,4 +1,4 @@
-"""The whole of a lab: initial models, cells, and what they came to.
+"""A whole lab: makes the initial models, trains the cells, and writes what they came to.
 
 DIR/config.yaml    what the lab was told
 DIR/models/        initial models it made
@@ -25,10 +25,11 @@ from rich.console import Console as RichConsole
 from async_rl.config import ModelSettings, Settings
 from async_rl.config.schema import to_yaml
 from async_rl.errors import RunFailed, UserError
-from async_rl.instruments.lab.crew import WorkerMessage, WorkerPool, Job
-from async_rl.instruments.lab.merit import COLLAPSED, HOLDS, CellRecord, Merit, merits, read_record, write_record
+from async_rl.instruments.lab.crew import Job, WorkerMessage, WorkerPool
+from async_rl.instruments.lab.merit import HOLDS, Merit, merits
 from async_rl.instruments.lab.page import page_text
 from async_rl.instruments.lab.plan import Cell, InitialModel, LabPlan, digest_of
+from async_rl.instruments.lab.record import COLLAPSED, CellRecord, read_record, write_record
 from async_rl.instruments.lab.tables import cell_line, merit_lines, rate_lines
 from async_rl.model.folder import existing, weight_files
 from async_rl.observe.console import progress_bar
@@ -77,7 +78,7 @@ class LabFolder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Where the lab stands; given to whoever shows it."""
+    """A step of the lab, given to whoever shows it."""
 
     kind: str
     """models | skipped | started | step | finished | failed | note"""
@@ -126,9 +127,6 @@ def _held(folder: LabFolder) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-# ---------------------------------------------------------------------- models
 
 
 def _prepare_models(plan: LabPlan, folder: LabFolder, crew: WorkerPool, show: Show) -> dict[str, float]:
@@ -210,9 +208,6 @@ def _check_models(plan: LabPlan, folder: LabFolder) -> None:
         preflight(plan.run_settings(cell, model_folder(folder, model)))
 
 
-# ----------------------------------------------------------------------- cells
-
-
 def _run_cells(
     plan: LabPlan, folder: LabFolder, crew: WorkerPool, starts: dict[str, float], show: Show
 ) -> list[CellRecord]:
@@ -268,9 +263,6 @@ def _finished(folder: LabFolder, blank: CellRecord, answer: WorkerMessage) -> Ce
     return record
 
 
-# --------------------------------------------------------------------- summary
-
-
 def write_summary(plan: LabPlan, folder: LabFolder, records: Iterable[CellRecord], found: Iterable[Merit]) -> None:
     """lab.json."""
     summary: dict[str, Any] = {
@@ -287,12 +279,9 @@ def write_summary(plan: LabPlan, folder: LabFolder, records: Iterable[CellRecord
     replace_text(folder.summary, json.dumps(summary, indent=1) + "\n")
 
 
-# -------------------- terminal
-# A lab in the terminal: one line a finished cell, a bar, the tables at the end.
-
-
 class Terminal:
-    """Give its `show` to `run_lab`. Use it in a `with`."""
+    """Shows a lab: one line a finished cell, a bar, the tables at the end. Give its `show` to `run_lab`; use it in a
+    `with`."""
 
     def __init__(self) -> None:
         self._out = RichConsole(highlight=False)
@@ -301,7 +290,7 @@ class Terminal:
         self._steps: dict[str, str] = {}
         """running cells and the steps they have done"""
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         self._out.print(text, markup=False, soft_wrap=True)
 
     def show(self, progress: Progress) -> None:
@@ -309,9 +298,9 @@ class Terminal:
             case "finished" | "failed":
                 assert progress.record is not None
                 self._steps.pop(progress.name, None)
-                self.say(f"[{progress.done}/{progress.total}] {cell_line(progress.record)}")
+                self.print(f"[{progress.done}/{progress.total}] {cell_line(progress.record)}")
             case "models" | "skipped" | "note":
-                self.say(progress.text)
+                self.print(progress.text)
             case "started":
                 self._steps[progress.name] = "0"
             case "step":
@@ -325,7 +314,7 @@ class Terminal:
     def summary(self, merits: Iterable[Merit]) -> None:
         found = list(merits)
         for line in [*rate_lines(found), *merit_lines(found)]:
-            self.say(line)
+            self.print(line)
 
     def __enter__(self) -> Terminal:
         self._bar.start()

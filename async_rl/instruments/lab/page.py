@@ -9,8 +9,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from async_rl.instruments.lab.merit import COLLAPSED, HOLDS, STEP_CURVES, CellRecord, Curves, Merit, read_curves
+from async_rl.instruments.lab.merit import HOLDS, Merit
 from async_rl.instruments.lab.plan import LabPlan
+from async_rl.instruments.lab.record import COLLAPSED, STEP_CURVES, CellRecord, Curves, read_curves
 from async_rl.instruments.lab.tables import HEAD, by_lag, merit_row
 from async_rl.observe.glossary import meaning
 from async_rl.observe.report import page

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from async_rl.instruments.lab.merit import CellRecord, Merit, Rate
+from async_rl.instruments.lab.merit import Merit, Rate
+from async_rl.instruments.lab.record import CellRecord
 
 HEAD = (
     "recipe", "lag", "best reward", "of synchronous", "of its own", "at rate", "effective", "span of rates",

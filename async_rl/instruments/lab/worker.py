@@ -1,8 +1,8 @@
-"""A worker of the lab: one cell after the other in one process, one BLAS thread.
+"""A worker process of the lab: it trains one cell after the other with one BLAS thread.
 
-Jobs come as JSON lines on standard input, answers go as JSON lines to the descriptor given on the command
-line. The end of the input means that the lab is over, or dead: the worker ends at once, whatever it is doing
-(what it writes appears whole or not at all).
+Jobs come as JSON lines on standard input, messages go as JSON lines to the descriptor given on the command line. The
+end of the input means that the lab is over, or dead: the worker ends at once, whatever it is doing (what it writes
+appears whole or not at all).
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from typing import TYPE_CHECKING, Any
 from async_rl.config import Settings
 from async_rl.config.schema import structured
 from async_rl.errors import RunFailed, UserError
-from async_rl.instruments.lab.merit import CellRecord, write_record
+from async_rl.instruments.lab.record import CellRecord, write_record
 from async_rl.run_folder import replace_text
 
 if TYPE_CHECKING:
-    from async_rl.instruments.lab.cell import FirstBatches
+    from async_rl.instruments.lab.exact_lag import FirstBatches
 
-Say = Callable[..., None]
+Send = Callable[..., None]
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the lab decides what Ctrl-C means
-    answers = os.fdopen(int(sys.argv[1]), "w", buffering=1)
+    messages = os.fdopen(int(sys.argv[1]), "w", buffering=1)
 
-    def say(kind: str, **detail: Any) -> None:
-        answers.write(json.dumps({"kind": kind, **detail}) + "\n")
+    def send(kind: str, **detail: Any) -> None:
+        messages.write(json.dumps({"kind": kind, **detail}) + "\n")
 
     import torch
 
-    from async_rl.instruments.lab.cell import FirstBatches
+    from async_rl.instruments.lab.exact_lag import FirstBatches
 
     torch.set_num_threads(1)
     first = FirstBatches()
@@ -52,20 +52,21 @@ def main() -> None:
         failed = ""
         try:
             if job["kind"] == "cell":
-                _cell(job, say, first)
+                _cell(job, send, first)
             else:
-                _model(job, say)
+                _model(job, send)
         except (UserError, RunFailed) as error:
             failed = str(error)
         except Exception as error:  # a process boundary: reported, and it ends this cell
             traceback.print_exc()
             failed = f"{type(error).__name__}: {error}"
-        give_back_memory()
-        say("done", name=job["name"], failed=failed)
+        return_memory()
+        send("done", name=job["name"], failed=failed)
 
 
-def give_back_memory() -> None:
-    """What a cell freed and glibc keeps: blocks of one cell rarely fit the next, which adds up to gigabytes."""
+def return_memory() -> None:
+    """Return to the system what a cell freed and glibc keeps: blocks of one cell rarely fit the next, which adds up to
+    gigabytes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
     if trim is not None:
         trim(0)
@@ -84,20 +85,20 @@ def _jobs() -> Iterator[dict[str, Any]]:
         yield waiting.get()
 
 
-def _cell(job: dict[str, Any], say: Say, first: FirstBatches) -> None:
+def _cell(job: dict[str, Any], send: Send, first: FirstBatches) -> None:
     """Train one cell and write its record."""
     from async_rl.instruments.lab.cell import run_cell
 
     numbers, curves = run_cell(
         structured(Settings, job["settings"], where="run"),
         reward_first=job["reward_first"],
-        each_step=lambda step: say("step", name=job["name"], step=step),
+        each_step=lambda step: send("step", name=job["name"], step=step),
         first=first,
     )
     write_record(Path(job["path"]), replace(CellRecord(**job["record"]), **numbers), curves)
 
 
-def _model(job: dict[str, Any], say: Say) -> None:
+def _model(job: dict[str, Any], send: Send) -> None:
     """Make an initial model, unless it is the user's, and measure it."""
     import torch
 
@@ -115,7 +116,7 @@ def _model(job: dict[str, Any], say: Say) -> None:
         task = make_task(settings.task.name, settings.task.args)
         result = init_model(folder, task, Shape(**made["shape"]), options, print)
         if result.success < options.target:
-            say("note", text=f"{folder}: success rate {result.success:.2f}, {options.target:g} was not reached")
+            send("note", text=f"{folder}: success rate {result.success:.2f}, {options.target:g} was not reached")
     replace_text(Path(job["path"]), json.dumps({"reward_first": measure_first(settings), "digest": job["digest"]}))
 
 

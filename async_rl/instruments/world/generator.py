@@ -70,6 +70,8 @@ class SimulatedGenerator(Process):
     """episodes at once"""
     group_size: int
     times: Times
+    asks_ahead: bool
+    """asks for groups without regard to the places that are taken"""
     reports: bool
     """shows canaries, reports its status and sends again what was not acknowledged"""
     decoder: SimulatedDecoder = field(init=False)
@@ -115,7 +117,8 @@ class SimulatedGenerator(Process):
 
     def ask(self) -> None:
         """Ask for as many groups as there are places for."""
-        free = max(0, self.sequences - self.decoder.occupied) // self.group_size
+        taken = 0 if self.asks_ahead else self.decoder.occupied
+        free = max(0, self.sequences - taken) // self.group_size
         limit = self.granted + free
         if limit > self.limit and not self.leaving and self.version >= 0:
             self.limit = limit

@@ -44,7 +44,7 @@ class RandomTimes:
         return self.clock.about(0.5)
 
     def load(self) -> float:
-        return self.clock.about(0.1)
+        return self.clock.about(0.2)
 
     def hand_in(self) -> float:
         return 0.004

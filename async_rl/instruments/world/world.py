@@ -41,6 +41,9 @@ class WorldPlan:
     reports: bool = True
     """processes report their status, repeat what was not answered and show canaries, and the buffer has a clock.
     Without it the network must lose nothing, and whatever is due must follow from a message"""
+    asks_ahead: bool = False
+    """generators ask for groups without regard to the places that are taken: when they get them is up to the buffer
+    alone, and no later question makes up for one that it forgets"""
     save_every: int = 0
     """steps between checkpoints; 0: none but the last"""
     evaluate_every: int = 0
@@ -170,6 +173,7 @@ class World:
             sequences=self.plan.sequences,
             group_size=self.buffer.core.rules.group_size,
             times=self.times,
+            asks_ahead=self.plan.asks_ahead,
             reports=self.plan.reports,
         )
         made.decoder = self.plan.decoder(made)
@@ -290,4 +294,5 @@ class World:
             if self.buffer.alive:
                 self.spawn(name)
 
-        self.later(self.clock.about(0.3), noticed)
+        # the end is sometimes seen before the last words of that life arrive
+        self.later(self.clock.about(self.clock.random.choice((0.005, 0.3))), noticed)
