@@ -91,6 +91,7 @@ CASES = (
     Case(name="reference", recipe={"name": "dr_grpo", "kl": {"coefficient": 0.1}}, micro_batch_tokens=60),
     Case(name="entropy", recipe={"name": "gspo", "entropy": 0.01}, updates=2, micro_batch_tokens=60),
     Case(name="critic head", recipe={"name": "ppo"}, updates=2),
+    Case(name="likelihood of correct answers", recipe={"name": "vapo"}, micro_batch_tokens=60, small=True),
     Case(
         name="critic model", recipe={"name": "ppo"}, updates=2, config=UNTIED, micro_batch_tokens=50,
         critic=CriticSettings(kind="model", warmup_steps=1), small=True,

@@ -242,8 +242,8 @@ def _regularised(
     """Add the KL and positive-example terms to the policy column [T]; adapt beta."""
     tokens = surrogate.tokens
     if recipe.positive_nll:
-        positive = (tokens.reward > 0)[tokens.trajectory]
-        policy = policy + surrogate.share * recipe.positive_nll * positive
+        correct = ((tokens.reward > 0) & surrogate.selection.keep)[tokens.trajectory].to(policy.dtype)
+        policy = policy + recipe.positive_nll * correct / correct.sum().clamp(min=1.0)
     if recipe.kl.coefficient == 0:
         return policy, state
     beta = coefficient_now(recipe, state)

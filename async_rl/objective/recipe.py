@@ -262,7 +262,9 @@ class Recipe:
     gae: GaeSettings = field(default_factory=GaeSettings)
     kl: KlSettings = field(default_factory=KlSettings)
     entropy: float = setting(0.0, "weight of the entropy bonus; 0 is off")
-    positive_nll: float = setting(0.0, "weight of -log pi on trajectories with positive reward (VAPO); 0 is off")
+    positive_nll: float = setting(
+        0.0, "weight of the mean of -log pi over the tokens of trajectories with positive reward (VAPO); 0 is off"
+    )
     aggregate: AggregateSettings = field(default_factory=AggregateSettings)
     ess: EssSettings = field(default_factory=EssSettings)
     bias: BiasSettings = field(default_factory=BiasSettings)

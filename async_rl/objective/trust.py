@@ -156,10 +156,10 @@ def bernoulli_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def _second_moment_mask(tokens: Tokens, ratio: Ratio, advantage: Tensor, settings: TrustSettings) -> Tensor:
     """M2PO, Algorithm 1: the tokens that stay, [T] bool. advantage [T].
 
-    Trust-region tokens are those whose update moves the ratio further from 1 (A > 0 and ratio > 1, A < 0 and ratio < 1).
-    Of these the largest squared log-ratios go until the mean of the rest is at most `second_moment`; the others stay.
-    m2po_all treats every token so, and keeps one at least. The mean is over the whole batch, so it does not depend on how
-    the batch is cut.
+    Trust-region tokens are those whose update moves the ratio further from 1: A > 0 and ratio > 1, or A < 0 and
+    ratio < 1. Of these the largest squared log-ratios go until the mean of the rest is at most `second_moment`; the
+    others stay. m2po_all treats every token so, and keeps one at least. The mean is over the whole batch, so it does
+    not depend on how the batch is cut.
     """
     every = settings.rule == "m2po_all"
     region = tokens.finite[tokens.trajectory] if every else advantage * ratio.log.sign() > 0

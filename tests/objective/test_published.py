@@ -157,3 +157,56 @@ def test_m2po_keeps_a_token_that_the_update_pulls_back_and_may_mask_all_others()
     assert masked.tolist() == [False, False, False, True, False]
     with_all = {"rule": "m2po_all", "second_moment": 0.25}
     assert bool(policy_of(columns, "m2po", advantage=RAW, trust=with_all)[0] == 0)
+
+
+# VAPO, the loss L_NLL: minus the mean of log pi over all tokens of the correct answers, with weight mu.
+
+
+def with_and_without_nll(columns: Columns, **changes: Any) -> tuple[Tensor, Tensor]:
+    """The `policy` columns of vapo with mu = 0.1, and with mu = 0."""
+    whole = policy_of(columns, "vapo", **changes)
+    return whole, policy_of(columns, "vapo", positive_nll=0.0, **changes)
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), wrong=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+    mode=st.sampled_from(["token_mean", "seq_mean_token_mean", "constant"]), broken=st.booleans(),
+)  # fmt: skip
+def test_vapo_adds_the_mean_over_the_tokens_of_correct_answers(
+    make_columns: Callable[..., Columns], descent: Callable[..., Tensor],
+    seed: int, wrong: float, mode: str, broken: bool,
+) -> None:  # fmt: skip
+    columns = make_columns(seed)
+    random = torch.Generator().manual_seed(seed)
+    reward = (torch.rand(len(columns.reward), generator=random) >= wrong).double() * 2 - 1
+    if broken:  # a trajectory that is rejected is no correct answer
+        reward[0] = torch.nan
+    columns = replace(columns, reward=reward)
+    owner = columns.trajectory_of_turn[columns.turn_of_token].tolist()
+    correct = [t for t, i in enumerate(owner) if float(reward[i]) > 0]
+
+    def loss(log_prob: Tensor) -> Tensor:
+        total = log_prob.sum() * 0
+        for t in correct:
+            total = total - log_prob[t]
+        return 0.1 * total / max(len(correct), 1)
+
+    whole, without = with_and_without_nll(columns, aggregate={"mode": mode})
+    torch.testing.assert_close(whole - without, descent(loss, columns), rtol=1e-9, atol=1e-13)
+    assert float((whole - without).sum()) == pytest.approx(0.1 if correct else 0.0)
+
+
+@pytest.mark.parametrize("correct", [0, 1, 8, 16])
+def test_vapo_weighs_correct_answers_alike_however_few_they_are(correct: int) -> None:
+    rewards = [1.0] * correct + [0.0] * (16 - correct)
+    columns = answers([-1.0] * 160, [-1.0] * 160, rewards, [10] * 16)
+    whole, without = with_and_without_nll(columns)
+    assert float((whole - without).sum()) == pytest.approx(0.1 if correct else 0.0)
+    assert not (whole - without)[10 * correct :].any()
+
+
+def test_vapo_has_no_imitation_of_an_answer_that_selection_left_out() -> None:
+    columns = answers([-1.0] * 6, [-1.0] * 2 + [-9.0] * 4, [1.0, 1.0], [2, 4])
+    whole, without = with_and_without_nll(columns, select={"geometric_high": 2.0})
+    assert (whole - without).tolist() == pytest.approx([0.05, 0.05, 0, 0, 0, 0])
