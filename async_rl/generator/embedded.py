@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from async_rl.generator.engine import Completion, EngineStats, Request
+from async_rl.errors import RunFailed
+from async_rl.generator.engine import Completion, EngineStats, LogitsNotFinite, Request
 from async_rl.generator.kv_cache import CacheAttention, Feed, KVCache, arrange
 from async_rl.generator.sampling import StopRules, sample, uniforms
 from async_rl.model.attention import DocumentAttention
@@ -111,8 +112,8 @@ class EmbeddedEngine:
         return self._max_context
 
     async def generate(self, request: Request) -> Completion:
-        """Sample one turn. Raises ValueError for a request that cannot be right, RuntimeError when the
-        model gives logits that are not finite."""
+        """Sample one turn. Raises ValueError for a request that cannot be right, LogitsNotFinite when the model gives
+        such logits for it, RunFailed when the engine has died."""
         history = self._checked(request)
         if self._closed:
             return Completion(tokens=(), log_probs=(), versions=(), finish="aborted")
@@ -217,19 +218,29 @@ class EmbeddedEngine:
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="embedded engine")
             self._task.add_done_callback(self._ended)
-        elif self._task.done():
-            self._task.result()  # raises what ended it
+        elif self._task.done() and not self._closed:
+            raise self._death(self._task)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Raise the error that ended the background task in everyone who waits for an answer."""
-        error = None if task.cancelled() else task.exception()
-        if error is None:
+        """Raise the cause of the background task's end in everyone who waits for an answer."""
+        if self._closed:
             return
+        error = self._death(task)
         for answer in [*self._answers.values(), *(answer for _, answer in self._waiting.values())]:
             if not answer.done():
                 answer.set_exception(error)
         self._answers.clear()
         self._waiting.clear()
+        self._slots.running[:] = False
+
+    @staticmethod
+    def _death(task: asyncio.Task[None]) -> RunFailed:
+        if task.cancelled():
+            return RunFailed("the engine's asyncio task was cancelled by other code (asyncio.all_tasks)")
+        error = task.exception()
+        failed = RunFailed(f"the engine failed: {type(error).__name__}: {error}")
+        failed.__cause__ = error
+        return failed
 
     async def _run(self) -> None:
         while True:
@@ -308,8 +319,11 @@ class EmbeddedEngine:
             linear(hidden, self._model.head), slots.temperature[slot], uniforms(slots.seed[slot], at)
         )  # [rows] each
         token, log_prob = drawn.cpu().numpy(), drawn_log_probs.cpu().numpy()
-        if not np.isfinite(log_prob).all():
-            raise RuntimeError(f"the model's logits are not finite under weights of version {self._version}")
+        finite = np.isfinite(log_prob)
+        if not finite.all():
+            for lost in slot[~finite]:
+                self._fail(int(lost))
+            slot, at, token, log_prob = slot[finite], at[finite], token[finite], log_prob[finite]
         slots.tokens[slot, at] = token
         slots.log_probs[slot, at] = log_prob
         slots.versions[slot, at] = self._version
@@ -320,6 +334,14 @@ class EmbeddedEngine:
         for row in np.flatnonzero(over):
             self._answer(int(slot[row]), "stop" if stopped[row] else "length")
             slots.end(int(slot[row]))
+
+    def _fail(self, slot: int) -> None:
+        """End the turn of a running slot whose logits are not finite, and forget its session."""
+        answer = self._answers.pop(self._slots.session[slot])
+        if not answer.done():
+            answer.set_exception(LogitsNotFinite(self._version))
+        self._slots.clear(slot)
+        self._cache.clear(slot)  # other sequences attend to it with weight 0, and 0 times NaN is NaN
 
     def _answer(self, slot: int, finish: Literal["stop", "length", "aborted"]) -> None:
         """Complete the turn of a running slot."""

@@ -71,6 +71,13 @@ class EngineStats:
     """requests not yet started"""
 
 
+class LogitsNotFinite(RuntimeError):
+    """The model gave logits that are NaN or infinite. It ends the sequence that they belong to."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"the model's logits are not finite under weights of version {version}")
+
+
 class Engine(Protocol):
     """Implemented by the embedded engine and by vLLM. One event loop owns an engine."""
 
@@ -85,7 +92,9 @@ class Engine(Protocol):
         ...
 
     async def generate(self, request: Request) -> Completion:
-        """Sample one turn. Requests run together; one that finishes leaves, new ones enter at once."""
+        """Sample one turn. Requests run together; one that finishes leaves, new ones enter at once.
+
+        Raises LogitsNotFinite, which concerns this request alone, or RunFailed when the engine has died."""
         ...
 
     async def load(self, weights: Mapping[str, Tensor], version: int) -> None:

@@ -71,6 +71,10 @@ class KVCache:
                 grown = min(self.max_context, max(rounded_up(tokens), 2 * grown))
             self._allocate(grown_slots, grown)
 
+    def clear(self, slot: int) -> None:
+        """Zero a slot whose contents are not finite."""
+        self._store[:, :, slot] = 0
+
     def swap(self, first: list[int], second: list[int], tokens: int) -> None:
         """Exchange the first `tokens` positions of slots `first[i]` and `second[i]`."""
         here = torch.tensor(first + second, device=self.device)
