@@ -15,6 +15,7 @@ Imports nothing heavy: signals must be handled while everything else is imported
 from __future__ import annotations
 
 import errno
+import faulthandler
 import json
 import os
 import select
@@ -25,8 +26,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from async_rl.errors import RunFailed, UserError
 from async_rl.events import ProcessFailed
@@ -37,6 +39,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """by which a person ends a command"""
 TOLD_TO_END = 143
 """exit code after SIGTERM"""
+STACKS_SIGNAL = signal.SIGUSR2
+"""on which a child writes the stacks of its threads, even while code holds Python's lock"""
 GRACE_S = 1.0
 """time a process has to clean up after SIGTERM; what it leaves then, the launcher removes"""
 MOST_CAUSE = 5000
@@ -58,6 +62,10 @@ OUT_OF_MEMORY = (
 class Interrupted(KeyboardInterrupt):
     """The command was told to end; the message is the signal's name. It is no Exception: code that guards itself
     against whatever a user's function raises must not swallow it."""
+
+
+class Terminated(SystemExit):
+    """A child was told to end by SIGTERM. A class of its own, so that a task's `sys.exit` is not taken for it."""
 
 
 @contextmanager
@@ -127,11 +135,15 @@ def run_process(spec: ProcessSpec, work: Callable[[], None], *, from_outside: bo
     signal.signal(signal.SIGINT, _terminate if from_outside else signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _terminate)
     _exit_with_launcher(spec.pipes)
+    with suppress(OSError, RunFailed):  # a full disk is reported by those who lose something by it
+        dump_stacks_on_signal(RunFolder(spec.path).stacks(spec.name))
     bind_threads(spec)
     try:
         work()
     except SystemExit as order:
-        _exit(int(order.code or 0))
+        if order.code is None or isinstance(order.code, int):
+            _exit(order.code or 0)
+        _fail(spec, "run", f"SystemExit: {order.code}")
     except (UserError, RunFailed) as error:
         if from_outside:
             print(f"async-rl: {spec.name}: {error}", file=sys.stderr)
@@ -140,12 +152,28 @@ def run_process(spec: ProcessSpec, work: Callable[[], None], *, from_outside: bo
         if error.errno == errno.ENOMEM:
             _fail(spec, "memory", str(error))
         _fail(spec, "run", f"{error}; is its disk full or read-only? Then make room and resume the run")
-    except Exception as error:  # a process boundary: reported, and it ends the run
+    except BaseException as error:  # a process boundary: reported, and it ends the run
         with suppress(OSError):
             traceback.print_exc()
         message = f"{type(error).__name__}: {error}"
         _fail(spec, "memory" if is_out_of_memory(message) else "run", message)
     _exit(0)
+
+
+_stacks: BinaryIO | None = None
+"""open as long as this process lives"""
+
+
+def dump_stacks_on_signal(path: Path | None = None) -> None:
+    """From now on STACKS_SIGNAL appends the stacks of all threads to this file; without `path`: to the file named
+    before. Main thread only."""
+    global _stacks
+    if path is not None:
+        _stacks = path.open("ab")
+    if _stacks is not None:
+        faulthandler.unregister(STACKS_SIGNAL)
+        signal.signal(STACKS_SIGNAL, signal.SIG_DFL)
+        faulthandler.register(STACKS_SIGNAL, file=_stacks, all_threads=True)
 
 
 def is_out_of_memory(message: str) -> bool:
@@ -228,7 +256,7 @@ def _exit_with_launcher(pipes: Pipes) -> None:
 def _terminate(*_: object) -> NoReturn:
     """The handler of SIGTERM: clean up and end."""
     _exit_after_grace()
-    raise SystemExit(TOLD_TO_END)
+    raise Terminated(TOLD_TO_END)
 
 
 def _exit_after_grace() -> None:
@@ -236,6 +264,11 @@ def _exit_after_grace() -> None:
     timer = threading.Timer(GRACE_S, os._exit, (TOLD_TO_END,))
     timer.daemon = True
     timer.start()
+
+
+def fail(spec: ProcessSpec, message: str) -> NoReturn:
+    """End this process now, from anywhere in it, and leave the cause."""
+    _fail(spec, "run", message)
 
 
 def _fail(spec: ProcessSpec, kind: str, message: str) -> NoReturn:

@@ -85,6 +85,10 @@ class RunFolder:
         """why a process ended badly"""
         return self.logs / f"{process}.failure.json"
 
+    def stacks(self, process: str) -> Path:
+        """what a process did when it was ended because it was frozen: the stacks of its threads, appended"""
+        return self.logs / f"{process}.stacks"
+
     @classmethod
     def open(cls, path: Path) -> Self:
         """The folder of a run that has begun. Raises UserError when `path` holds none."""

@@ -155,6 +155,9 @@ class GeneratorSettings:
     episode_timeout_s: float = setting(
         600.0, "an episode that takes longer ends as failed, with this reason", unit="seconds", above=0, max=10_000_000
     )
+    task_timeout_s: float = setting(
+        0.0, "longest time of a task or reward between two turns; 0: half of wire.timeout_s", unit="seconds", min=0
+    )
     kv_on_update: Literal["recompute", "keep"] = setting(
         "recompute",
         "KV cache of running sequences after a weight update: rebuilt under the new weights, or kept (later "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 
 from async_rl.config import Settings
+from async_rl.errors import RunFailed
 from async_rl.events import GeneratorReady
-from async_rl.process import TOLD_TO_END, on_sigterm, run_process
+from async_rl.process import TOLD_TO_END, Terminated, fail, on_sigterm, run_process
 from async_rl.process_spec import GeneratorSpec, read_spec
 from async_rl.run_folder import RunFolder
 from async_rl.wire.channel import AsyncDealer, ipc_endpoint
@@ -50,12 +50,13 @@ async def generate(
             activity=activity,
             buffer_silent_s=lambda: heartbeat.buffer_silent_s,
             record=folder.record,
+            on_stuck=lambda why: fail(spec, why),
         )
         on_sigterm(lambda: loop.leave("told to end"))
         await loop.run()
         if loop.leaving:
             dealer.close(linger_s=LEAVE_S)
-            raise SystemExit(TOLD_TO_END)
+            raise Terminated(TOLD_TO_END)
     finally:
         weights.close()
         dealer.close(linger_s=0)  # the buffer said stop and is gone
@@ -63,6 +64,8 @@ async def generate(
 
 def main(spec: GeneratorSpec) -> None:
     """Generate until the run ends; ends this process."""
+    from async_rl.generator.task_code import describe_error, run_to_end
+
     folder = RunFolder(spec.path)
 
     def work() -> None:
@@ -70,7 +73,13 @@ def main(spec: GeneratorSpec) -> None:
         with make_heartbeat(
             spec.name, "generator", activity, settings.wire, spec.endpoint, pipe=spec.pipes.pulse
         ) as heartbeat:
-            asyncio.run(generate(spec, folder, settings, activity, heartbeat))
+            try:
+                run_to_end(generate(spec, folder, settings, activity, heartbeat))
+            except SystemExit as error:
+                if isinstance(error, Terminated):
+                    raise
+                # asyncio ends its loop with the SystemExit of any of its tasks
+                raise RunFailed(f"code that the task left running called sys.exit: {describe_error(error)}") from error
 
     run_process(spec, work)
 

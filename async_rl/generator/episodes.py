@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Engine
 from async_rl.generator.session import EpisodeSession, Ticket, make_tickets, run_episode
+from async_rl.generator.task_code import TaskGuard, describe_error, is_ours
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task.protocol import Task
 from async_rl.trajectory import Trajectory
@@ -29,6 +31,8 @@ class Episode:
     task: asyncio.Task[None] | None = None
     session: EpisodeSession | None = None
     """None until the asyncio task runs for the first time"""
+    given_up: bool = False
+    """its asyncio task was cancelled by this generator"""
     abandoned: bool = False
     """the buffer does not want it any more"""
     unsent: Trajectory | None = None
@@ -52,6 +56,7 @@ class Episodes:
     on_finished: Callable[[Trajectory], None]
     on_change: Callable[[], None]
     """an episode has ended, or has turns to save"""
+    guard: TaskGuard = field(default_factory=TaskGuard)
 
     running: dict[Key, Episode] = field(default_factory=dict)
     recorded: dict[Key, Trajectory] = field(default_factory=dict)
@@ -60,8 +65,9 @@ class Episodes:
     """of them, those whose environment answered otherwise this time"""
     started: int = 0
     """number of sessions opened, which also numbers them for the engine"""
-    engine_failure: RunFailed | None = None
-    engine_failed: asyncio.Event = field(default_factory=asyncio.Event)
+    failure: RunFailed | None = None
+    """why this generator has to end: its engine died, or an episode ended without a trajectory"""
+    failed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def start(self, permit: msg.Permit, samples: Iterable[int]) -> None:
         """Start these samples of a permit."""
@@ -98,40 +104,55 @@ class Episodes:
 
     async def cancel(self, *, timeout_s: float) -> int:
         """Give up all running episodes and recorded turns, and wait so long for their end. Returns their number."""
-        tasks = self.tasks
-        for task in tasks:
-            task.cancel()
+        tasks = []
+        for episode in self.running.values():
+            episode.given_up = True
+            if episode.task is not None:
+                episode.task.cancel()
+                tasks.append(episode.task)
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_s)
         self.running.clear()
         self.recorded.clear()
         return len(tasks)
 
-    @property
-    def tasks(self) -> list[asyncio.Task[None]]:
-        return [episode.task for episode in self.running.values() if episode.task is not None]
-
     async def _run(self, episode: Episode) -> None:
-        """One episode. Turns that a lost generator recorded of it are not sampled again."""
+        """One episode. It ends in one trajectory, or ends this generator, unless it was given up."""
         key = (episode.ticket.permit.group, episode.ticket.sample)
-        session = self._open(episode, self.recorded.pop(key, None))
         try:
-            trajectory = await run_episode(self.task, session, episode.ticket, timeout_s=self.timeout_s)
-            if session.diverged:
-                self.records_dropped += 1
-                session = self._open(episode, None)
-                trajectory = await run_episode(self.task, session, episode.ticket, timeout_s=self.timeout_s)
-        except asyncio.CancelledError:
-            session.abandon("given up")
-            raise
-        except RunFailed as error:
-            self.engine_failure = self.engine_failure or error
-            self.engine_failed.set()
+            trajectory = await self._play(episode, self.recorded.pop(key, None))
+        except BaseException as error:
+            if episode.given_up:
+                if episode.session is not None:
+                    episode.session.abandon("given up")
+                raise
+            self.failure = self.failure or _failure(error, key)
+            self.failed.set()
+            if is_ours(error):
+                raise
             return
         self.on_finished(trajectory)
         if self.running.get(key) is episode:  # else it was given up, and its permit may have been started anew
             del self.running[key]
         self.on_change()
+
+    async def _play(self, episode: Episode, record: Trajectory | None) -> Trajectory:
+        """The trajectory of an episode. Turns that a lost generator recorded of it are not sampled again."""
+        session = self._open(episode, record)
+        run = partial(run_episode, self.task, ticket=episode.ticket, timeout_s=self.timeout_s, guard=self.guard)
+        try:
+            trajectory = await run(session=session)
+            if session.diverged:
+                self.records_dropped += 1
+                session = self._open(episode, None)
+                trajectory = await run(session=session)
+        except asyncio.CancelledError:
+            if episode.given_up:
+                raise
+            # What the task runs has cancelled this asyncio task too (`asyncio.all_tasks`).
+            reason = "CancelledError: the task or its reward cancelled asyncio tasks that are not its own"
+            return session.finish(reward=0.0, failed="error", reason=reason)
+        return trajectory
 
     def _open(self, episode: Episode, record: Trajectory | None) -> EpisodeSession:
         self.started += 1
@@ -156,3 +177,10 @@ class Episodes:
         if episode.abandoned:
             session.abandon(msg.ABANDONED)
         return session
+
+
+def _failure(error: BaseException, key: Key) -> RunFailed:
+    """Why the generator ends: the engine's own cause, or an error that no trajectory could be made of."""
+    if isinstance(error, RunFailed):
+        return error
+    return RunFailed(f"sample {key[1]} of group {key[0]} ended without a trajectory: {describe_error(error)}")

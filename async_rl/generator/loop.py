@@ -28,6 +28,7 @@ from async_rl.generator.engine import Engine
 from async_rl.generator.episodes import Episodes, Key
 from async_rl.generator.outbox import RESEND_S, BufferDeadline, Outbox
 from async_rl.generator.pull import EngineWeights
+from async_rl.generator.task_code import LEFTOVER_S, TaskGuard
 from async_rl.task.protocol import Task
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import WireError
@@ -59,6 +60,8 @@ class GeneratorOptions:
     max_turns: int
     """of one episode"""
     episode_timeout_s: float
+    task_timeout_s: float = 0.0
+    """of the task or its reward between two turns; 0: no limit"""
     save_turns_after_s: float
     """finished turns of episodes that have run longer are saved by the buffer"""
     timeout_s: float
@@ -78,6 +81,7 @@ def make_options(settings: Settings, name: str, *, joined: bool = False) -> Gene
         group_size=settings.batch.group_size,
         max_turns=chosen.max_turns,
         episode_timeout_s=chosen.episode_timeout_s,
+        task_timeout_s=chosen.task_timeout_s or settings.wire.timeout_s / 2,
         save_turns_after_s=chosen.save_turns_after_s,
         timeout_s=settings.wire.timeout_s,
         stall_report_s=settings.wire.stall_report_s,
@@ -118,7 +122,10 @@ class GeneratorLoop:
     buffer_silent_s: Callable[[], float] = lambda: 0.0
     record: RecordEvent = ignore_event
     """writes an event of the run"""
+    on_stuck: Callable[[str], None] | None = None
+    """ends this process, with the reason, because the task does not give the word back"""
 
+    guard: TaskGuard = field(init=False)
     episodes: Episodes = field(init=False)
     outbox: Outbox = field(default_factory=Outbox)
     weights: EngineWeights = field(init=False)
@@ -142,6 +149,7 @@ class GeneratorLoop:
             o.name, o.timeout_s, StallTimer(o.stall_report_s), self.buffer_silent_s, self.record
         )
         self.weights = EngineWeights(o.name, self.engine, self.source)
+        self.guard = TaskGuard(limit_s=o.task_timeout_s, on_stuck=self.on_stuck)
         self.episodes = Episodes(
             task=self.task,
             engine=self.engine,
@@ -152,6 +160,7 @@ class GeneratorLoop:
             save_turns_after_s=o.save_turns_after_s,
             on_finished=self.outbox.put,
             on_change=self.changed.set,
+            guard=self.guard,
         )
 
     async def run(self) -> None:
@@ -169,18 +178,26 @@ class GeneratorLoop:
             self._swap_weights(),
             self._report(),
             self._await_leave(),
-            self._await_engine_failure(),
+            self._await_failure(),
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            with self.guard.alarm():
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+        except asyncio.CancelledError:
+            raise RunFailed(
+                f"{self.options.name}: the task or its reward cancelled asyncio tasks that are not its own "
+                "(asyncio.all_tasks); it may cancel those that it started"
+            ) from None
         finally:
-            ending = [*tasks, *self.episodes.tasks]
-            for task in ending:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*ending, return_exceptions=True)
+            await self.episodes.cancel(timeout_s=LEFTOVER_S)
+            ended, _ = await asyncio.wait(tasks, timeout=LEFTOVER_S)
+            for task in ended:
+                _ = task.cancelled() or task.exception()  # of several that failed the first is told
             await self.engine.close()
 
     def leave(self, reason: str) -> None:
@@ -247,6 +264,7 @@ class GeneratorLoop:
         self.activity.looping = True
         before = time.monotonic()
         while True:
+            self.guard.arm()
             self._update_activity()
             await self._send_status()
             await asyncio.sleep(STATUS_S)
@@ -264,11 +282,11 @@ class GeneratorLoop:
         await self._send_finished(self.outbox.take(time.monotonic()))
         await self.dealer.send(msg.Leave(name=self.options.name, reason=self.leaving, session=self.session))
 
-    async def _await_engine_failure(self) -> None:
-        """End this process when the engine dies. The episodes do not fail: other generators run them."""
-        await self.episodes.engine_failed.wait()
-        assert self.episodes.engine_failure is not None
-        raise self.episodes.engine_failure
+    async def _await_failure(self) -> None:
+        """End this process when its engine dies. The episodes do not fail: other generators run them."""
+        await self.episodes.failed.wait()
+        assert self.episodes.failure is not None
+        raise self.episodes.failure
 
     # ---------------------------------------------------------------- steps
 

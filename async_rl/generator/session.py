@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
-from async_rl.generator.engine import Completion, Engine, Request, SamplingParams
+from async_rl.generator.engine import Completion, Engine, LogitsNotFinite, Request, SamplingParams
+from async_rl.generator.task_code import TaskGuard, TaskOverrun, describe_error, is_ours, waits_in
 from async_rl.model.tokenizer import Tokenizer, problem_text
 from async_rl.task.protocol import Problem, Task
 from async_rl.trajectory import Ended, Split, Trajectory, Turn, VersionSpan
@@ -27,6 +29,10 @@ LONGEST_REASON = 4000
 
 class TurnLimit(Exception):
     """The episode asked for more turns than `generator.max_turns` allows."""
+
+
+class EpisodeAborted(ConnectionAbortedError):
+    """The episode is not wanted any more, or the engine gave its turn up."""
 
 
 class OtherEpisode(Exception):
@@ -101,6 +107,10 @@ class EpisodeSession:
         self._on_turn = on_turn
         self._stops = ""  # of each turn: 1 when it ended by a stop
         self._abandoned = ""
+        self._task_since = time.monotonic()  # since when the task has the word, and not the engine
+        self._sampling = False
+        self.engine_error: Exception | None = None
+        """why the engine gave up a turn, whatever the task makes of that"""
         self.diverged = False
         """the record did not fit; the episode has to be run again without it"""
         self.started_at = clock() if record is None else record.started_at
@@ -142,17 +152,17 @@ class EpisodeSession:
             self._ended = "length"
             return ""
         if self._abandoned:
-            raise ConnectionAbortedError(self._abandoned)
+            raise EpisodeAborted(self._abandoned)
         recalled = self._recalled(room)
         completion = recalled or await self._sample(room, stop)
         if completion.finish == "aborted" and not completion.tokens:
-            raise ConnectionAbortedError(self._abandoned or "the engine gave the request up")
+            raise EpisodeAborted(self._abandoned or "the engine gave the request up")
         self._turns.append(Turn(start=len(self._tokens), length=len(completion.tokens), state_key=state_key))
         self._tokens = [*self._tokens, *completion.tokens]
         self._log_probs.extend(completion.log_probs)
         self._versions.extend(completion.versions)
         if completion.finish == "aborted":  # the trajectory keeps the tokens that came
-            raise ConnectionAbortedError(self._abandoned or "the engine gave the request up")
+            raise EpisodeAborted(self._abandoned or "the engine gave the request up")
         self._stopped = completion.finish == "stop"
         self._stops += "01"[self._stopped]
         if self._on_turn is not None and recalled is None:
@@ -163,19 +173,31 @@ class EpisodeSession:
         return self._tokenizer.turn_text(completion.tokens, stop)
 
     async def _sample(self, room: int, stop: Sequence[str]) -> Completion:
-        return await self._engine.generate(
-            Request(
-                session=self._id,
-                tokens=self._tokens,
-                params=SamplingParams(
-                    max_tokens=room,
-                    temperature=self._ticket.permit.temperature,
-                    stop_tokens=tuple(sorted(self._tokenizer.end_ids)),
-                    stop_strings=tuple(stop),
-                ),
-                seed=self._ticket.seed,
-            )
+        """One turn by the engine. Raises LogitsNotFinite, or RunFailed when the engine has died."""
+        request = Request(
+            session=self._id,
+            tokens=self._tokens,
+            params=SamplingParams(
+                max_tokens=room,
+                temperature=self._ticket.permit.temperature,
+                stop_tokens=tuple(sorted(self._tokenizer.end_ids)),
+                stop_strings=tuple(stop),
+            ),
+            seed=self._ticket.seed,
         )
+        self._sampling = True
+        try:
+            completion = await self._engine.generate(request)
+            finite = np.isfinite(completion.log_probs)
+            if not finite.all():
+                raise LogitsNotFinite(completion.versions[int(finite.argmin())])
+        except (RunFailed, LogitsNotFinite) as error:
+            self.engine_error = error
+            raise
+        finally:
+            self._sampling = False
+            self._task_since = time.monotonic()
+        return completion
 
     def _recalled(self, room: int) -> Completion | None:
         """The next turn of the record; None after its last one. Raises OtherEpisode when it does not fit."""
@@ -206,7 +228,7 @@ class EpisodeSession:
         if not self._turns:
             raise ValueError("no turn has been generated yet")
         last = self._turns[-1]
-        self._turns[-1] = Turn(start=last.start, length=last.length, reward=value, state_key=last.state_key)
+        self._turns[-1] = Turn(start=last.start, length=last.length, reward=float(value), state_key=last.state_key)
 
     def end_at_turn_limit(self) -> None:
         self._ended = "turn_limit"
@@ -215,7 +237,8 @@ class EpisodeSession:
         self._ended = "length"
 
     def note(self, key: str, value: float | str) -> None:
-        self._info[key] = value
+        text = value.encode("utf-8", "replace").decode() if isinstance(value, str) else float(value)
+        self._info[str(key).encode("utf-8", "replace").decode()] = text
 
     # -------------------------------------------- called by the generator
 
@@ -224,12 +247,18 @@ class EpisodeSession:
         self._abandoned = reason
         self._engine.release(self._id)
 
+    @property
+    def task_s(self) -> float:
+        """Seconds that the task has had the word since the last turn; 0 while the engine samples one."""
+        return 0.0 if self._sampling else time.monotonic() - self._task_since
+
     def so_far(self) -> Trajectory:
         """The turns finished until now, from which another generator continues if this one dies. Not for training."""
         return self._made(reward=0.0, ended="aborted", reason="still running", info={STOPS: self._stops})
 
     def finish(self, *, reward: float, failed: Ended | None = None, reason: str = "") -> Trajectory:
         """The trajectory that this episode became; `failed` overrides how it ended."""
+        self._abandoned = self._abandoned or "the episode is over"  # what the task left running gets no more turns
         self._engine.release(self._id)
         made = self._made(reward=reward, ended=failed or self._ended, reason=reason, info=self._info)
         broken = made.check()
@@ -280,24 +309,79 @@ def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
     return tuple(spans)
 
 
-async def run_episode(task: Task, session: EpisodeSession, ticket: Ticket, *, timeout_s: float) -> Trajectory:
-    """Run one episode of the task. An exception of the task or its reward ends this trajectory, with the reason.
-    Raises RunFailed when the engine died."""
+async def run_episode(
+    task: Task, session: EpisodeSession, ticket: Ticket, *, timeout_s: float, guard: TaskGuard | None = None
+) -> Trajectory:
+    """Run one episode of the task.
+
+    Whatever the task or its reward raises, a cancellation included, ends this trajectory, with the reason; so does one
+    that does not come back in time. It runs in an asyncio task of its own, so that a cancellation of this one is the
+    caller's. Raises RunFailed when the engine died, and what a person or the launcher orders.
+    """
+    guard = guard or TaskGuard()
+    rollout = _rollout(task, session, ticket)
+    playing = asyncio.create_task(_outcome(guard, rollout))
+    playing.add_done_callback(lambda _: rollout.close())  # it may have been cancelled before it began
+    deadline, late = time.monotonic() + timeout_s, ""
     try:
-        problem = task.problems(ticket.permit.split)[ticket.permit.problem]
-        session.begin(problem)
-        async with asyncio.timeout(timeout_s):
-            reward = float(await task.rollout(problem, session))
-    except TurnLimit:
-        return session.finish(reward=0.0, failed="turn_limit")
-    except TimeoutError:
-        return session.finish(reward=0.0, failed="error", reason=f"the episode took more than {timeout_s:g} s")
-    except ConnectionAbortedError as error:
-        return session.finish(reward=0.0, failed="aborted", reason=str(error))
-    except RunFailed:  # the engine died
-        raise
-    except Exception as error:  # the task is the user's code: reported, and ends this trajectory
-        return session.finish(reward=0.0, failed="error", reason=f"{type(error).__name__}: {error}")
-    if not math.isfinite(reward):
-        return session.finish(reward=0.0, failed="error", reason=f"the reward is {reward}")
-    return session.finish(reward=reward)
+        while not playing.done() and not late:
+            left = deadline - time.monotonic()
+            if guard.limit_s:
+                left = min(left, guard.limit_s - session.task_s)
+            await asyncio.wait({playing}, timeout=max(0.0, left))
+            if not playing.done():
+                late = _lateness(session, rollout, deadline, timeout_s, guard)
+    finally:
+        if not playing.done():
+            playing.cancel()
+            playing.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    outcome: float | BaseException
+    if late:
+        outcome = TaskOverrun(late)
+    elif playing.cancelled():  # by the task, before it began
+        outcome = asyncio.CancelledError()
+    else:
+        outcome = playing.result()
+    if session.engine_error is not None:
+        outcome = session.engine_error
+    match outcome:
+        case float():
+            if not math.isfinite(outcome):
+                return session.finish(reward=0.0, failed="error", reason=f"the reward is {outcome}")
+            return session.finish(reward=outcome)
+        case RunFailed():
+            raise outcome
+        case TurnLimit():
+            return session.finish(reward=0.0, failed="turn_limit")
+        case EpisodeAborted():
+            return session.finish(reward=0.0, failed="aborted", reason=str(outcome))
+        case TaskOverrun() | LogitsNotFinite():
+            return session.finish(reward=0.0, failed="error", reason=str(outcome))
+    return session.finish(reward=0.0, failed="error", reason=describe_error(outcome))
+
+
+async def _rollout(task: Task, session: EpisodeSession, ticket: Ticket) -> float:
+    problem = task.problems(ticket.permit.split)[ticket.permit.problem]
+    session.begin(problem)
+    return float(await task.rollout(problem, session))
+
+
+async def _outcome(guard: TaskGuard, rollout: Coroutine[Any, Any, float]) -> float | BaseException:
+    """The reward, or what was raised instead: asyncio would let a SystemExit end the whole event loop."""
+    try:
+        return await guard.steps(rollout)
+    except BaseException as error:
+        if is_ours(error):
+            raise
+        return error
+
+
+def _lateness(session: EpisodeSession, rollout: object, deadline: float, timeout_s: float, guard: TaskGuard) -> str:
+    """Why the episode is to end now; empty: it may go on."""
+    if time.monotonic() >= deadline:
+        return f"the episode took more than {timeout_s:g} s"
+    if guard.limit_s and session.task_s >= guard.limit_s:
+        place = waits_in(rollout)
+        where = f" in {place}" if place else ""
+        return f"the task or its reward took more than {guard.limit_s:g} s (generator.task_timeout_s){where}"
+    return ""

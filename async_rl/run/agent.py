@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
-from async_rl.process import MISSED, TOLD_TO_END, process_name, run_process
+from async_rl.process import MISSED, TOLD_TO_END, Terminated, process_name, run_process
 from async_rl.process_spec import TrainerSpec, read_spec
 from async_rl.run.child import describe_end, memory_kills
 from async_rl.run_folder import RunFolder
@@ -66,7 +66,7 @@ def serve(spec: TrainerSpec, folder: RunFolder, settings: Settings) -> None:
             of_a_rank = replace(spec, agent=os.getpid())
             elastic_launch(config, sys.executable)("-m", "async_rl.trainer", of_a_rank.to_json())
         except SignalException:
-            raise SystemExit(TOLD_TO_END) from None
+            raise Terminated(TOLD_TO_END) from None
         except ChildFailedError as error:
             ends = {r: RankEnd(code=f.exitcode, second=int(f.timestamp)) for r, f in error.failures.items()}
             raise first_to_fall(folder, ends, kills_before) from None

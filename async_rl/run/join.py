@@ -307,12 +307,14 @@ class JoinedGenerator:
 
     def run(self) -> None:
         """Generate until the run ends or a signal comes. Raises RunFailed, UserError, Interrupted."""
+        from async_rl.generator.task_code import run_to_end
+
         # unique, whatever the name: a second socket of the same identity would be cut off
         self.identity = f"{self.name}/{uuid.uuid4().hex[:8]}"
         tokenizer, task = self.same_problems()
         wire, endpoint = self.settings.wire, self.target.endpoint
         with make_heartbeat(self.name, "generator", self.activity, wire, endpoint, identity=self.identity) as heartbeat:
-            asyncio.run(self._generate(tokenizer, task, lambda: heartbeat.buffer_silent_s))
+            run_to_end(self._generate(tokenizer, task, lambda: heartbeat.buffer_silent_s))
         if self.interrupted_by:
             raise Interrupted(self.interrupted_by)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import sysconfig
 import threading
@@ -193,6 +194,38 @@ def make_heartbeat(
     every_s = min(PULSE_S, wire.frozen_after_s / 4)
     chosen = dealer if endpoint is not None else None
     return Heartbeat(name=name, role=role, activity=activity, dealer=chosen, every_s=every_s, pipe=pipe, agent=agent)
+
+
+def place_of(at: FrameType | TracebackType | None) -> str:
+    """The innermost place in code that is neither a library's nor ours (a user's reward or task), as `my_rewards.py:31
+    judge`; empty where there is none. `at`: where a thread is, or the traceback of an error."""
+    found = ""
+    while isinstance(at, TracebackType):
+        found = _place(at.tb_frame.f_code.co_filename, at.tb_lineno, at.tb_frame.f_code.co_name) or found
+        at = at.tb_next
+    while at is not None and not found:
+        found = _place(at.f_code.co_filename, at.f_lineno, at.f_code.co_name)
+        at = at.f_back
+    return found
+
+
+def place_in_dump(text: str) -> str:
+    """The same, of the main thread in a dump of faulthandler, which has it last; else the innermost place of all."""
+    block = text[text.rfind("hread 0x") :]
+    found = [(file, int(line), name) for file, line, name in _DUMPED.findall(block)]
+    user = (_place(*frame) for frame in found)
+    return next(filter(None, user), "") or next((_named(*frame) for frame in found), "")
+
+
+_DUMPED = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
+
+
+def _place(file: str, line: int, name: str) -> str:
+    return "" if file.startswith((_OURS, *_FOREIGN, "<")) else _named(file, line, name)
+
+
+def _named(file: str, line: int, name: str) -> str:
+    return f"{Path(file).name}:{line} {name}"
 
 
 def locate(frame: FrameType | None) -> str:

@@ -11,6 +11,7 @@ import pytest
 from msgspec.structs import replace
 from support_models import qwen3_config, write_folder
 
+from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, Request
 from async_rl.generator.session import STOPS, EpisodeSession, Ticket, run_episode
 from async_rl.model.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ class SeededEngine:
 
     async def generate(self, request: Request) -> Completion:
         if len(self.asked) == self.dies_at:
-            raise asyncio.CancelledError
+            raise RunFailed("the engine died")
         start = len(request.tokens)
         self.asked.append(start)
         length = 2 + start % 3
@@ -83,7 +84,7 @@ def play(
     )  # fmt: skip
     try:
         return asyncio.run(run_episode(Conversation(moods), session, TICKET, timeout_s=9.0)), session, saved
-    except asyncio.CancelledError:
+    except RunFailed:
         return None, session, saved
 
 

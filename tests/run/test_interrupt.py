@@ -159,7 +159,8 @@ def test_a_reward_that_fails_now_and_then_ends_its_trajectories_only(start: Call
     said = run.said()
     assert run.process.returncode == 0, said
     assert set(reasons(run.folder)) == {
-        "RewardError: reward 'interrupted_rewards:now_and_then' raised KeyError: 'gold'",
+        "RewardError: reward 'interrupted_rewards:now_and_then' raised KeyError: 'gold' "
+        "(interrupted_rewards.py:8 now_and_then)",
         "RewardError: reward 'interrupted_rewards:now_and_then' returned nan",
     }
     assert json.loads(run.folder.summary.read_text())["trajectories_failed"] > 0
@@ -169,7 +170,8 @@ def test_too_many_failures_in_a_row_end_the_run_with_the_reason(start: Callable[
     words = dataset(tmp_path, "interrupted_rewards:never")
     run = start(*words, "buffer.max_failures=8", PYTHONPATH=python_path(tmp_path))
     said = run.said()
-    reason = "RewardError: reward 'interrupted_rewards:never' raised ValueError: no answer sheet"
+    raised = "RewardError: reward 'interrupted_rewards:never' raised ValueError: no answer sheet"
+    reason = f"{raised} (interrupted_rewards.py:12 never)"
     assert run.process.returncode == 1
     assert f"trajectories in a row failed; the last one: {reason}" in said
     assert "generator-0 died" not in said

@@ -1,0 +1,134 @@
+"""What belongs to the whole process and a task's code may change: it is put back after every step (`ProcessState`).
+
+Put back are the working directory, the locale, Python's recursion limit, torch's default dtype, default device, number
+of threads and precision of matrix products, and in the main thread the handlers of the signals that this process
+needs. The states of the random generators of Python, numpy and torch are left as the task makes them: nothing is
+sampled from them here (generator/sampling.py).
+"""
+
+from __future__ import annotations
+
+import _locale
+import _signal  # type: ignore[import-not-found]  # signal.getsignal takes ten times as long
+import locale
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from async_rl.process import STACKS_SIGNAL, dump_stacks_on_signal
+
+WATCHED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGCHLD)
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """One part of the state."""
+
+    name: str
+    read: Callable[[], Any]
+    write: Callable[[Any], Any]
+    value: Any = None
+    """that it shall have"""
+
+
+@dataclass(slots=True, eq=False)
+class ProcessState:
+    """The state of the process when this was made."""
+
+    parts: list[Part] = field(default_factory=list)
+    reported: set[str] = field(default_factory=set)
+    """parts of which the log has been told"""
+
+    def __post_init__(self) -> None:
+        self.parts = [
+            Part("the working directory", _directory, _change_directory),
+            Part("the locale", lambda: _locale.setlocale(_locale.LC_ALL), _set_locale),
+            Part("Python's recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+        ]
+        if (torch := sys.modules.get("torch")) is not None:  # this file is also imported where torch must not be
+            self.parts += [
+                Part("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
+                Part("torch's number of threads", torch.get_num_threads, torch.set_num_threads),
+                Part(
+                    "torch's precision of matrix products",
+                    torch._C._get_float32_matmul_precision,
+                    torch.set_float32_matmul_precision,
+                ),
+                Part(
+                    "torch's default device",
+                    # get_default_device takes ten times as long; this module is only loaded when one was set
+                    lambda: getattr(sys.modules.get("torch.utils._device"), "CURRENT_DEVICE", None),
+                    torch.set_default_device,
+                ),
+            ]
+        for part in self.parts:
+            part.value = part.read()
+
+    def watch_signals(self) -> None:
+        """Handlers as they are now are put back, too. Main thread only."""
+        self.leave_signals()
+        for number in WATCHED_SIGNALS:
+            self.parts.append(_signal_part(number))
+        self.parts.append(
+            Part(
+                f"the handler of {STACKS_SIGNAL.name}",
+                lambda: _signal.getsignal(STACKS_SIGNAL),
+                lambda _: dump_stacks_on_signal(),
+                _signal.getsignal(STACKS_SIGNAL),
+            )
+        )
+
+    def leave_signals(self) -> None:
+        """Handlers are not put back any more."""
+        self.parts = [part for part in self.parts if not part.name.startswith("the handler of ")]
+
+    def restore(self) -> bool:
+        """Put back what has changed. Returns whether anything had."""
+        changed = False
+        for part in self.parts:
+            if part.read() != part.value:
+                self._put_back(part)
+                changed = True
+        return changed
+
+    def _put_back(self, part: Part) -> None:
+        if threading.current_thread() is not threading.main_thread() and part.name.startswith("the handler of "):
+            return
+        part.write(part.value)
+        if part.name not in self.reported:
+            self.reported.add(part.name)
+            with suppress(OSError, ValueError):  # a closed stream
+                print(f"the task or its reward changed {part.name}; it was put back", file=sys.stderr)
+
+
+def _signal_part(number: signal.Signals) -> Part:
+    def read() -> Any:
+        return _signal.getsignal(number)
+
+    def write(value: Any) -> None:
+        if value is not None:  # else a handler that Python did not set
+            signal.signal(number, value)
+
+    return Part(f"the handler of {number.name}", read, write, read())
+
+
+def _directory() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return ""
+
+
+def _change_directory(path: str) -> None:
+    with suppress(OSError):
+        os.chdir(path)
+
+
+def _set_locale(value: str) -> None:
+    with suppress(locale.Error):
+        locale.setlocale(locale.LC_ALL, value)
