@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 
 from async_rl.config import Settings
 from async_rl.generator.build import make_engine
