@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from async_rl.errors import UserError
 from async_rl.model.architecture import FAMILIES, DecoderConfig, parse_config, tensor_shapes
-from async_rl.model.tokenizer import Tokenizer
+from async_rl.model.tokenizer import MORE_TEMPLATES, Tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -137,6 +137,8 @@ def save_folder(
         for file in origin.iterdir():
             if file.is_file() and not file.name.endswith(NOT_COPIED):
                 shutil.copyfile(file, folder / file.name)
+        if (origin / MORE_TEMPLATES).is_dir():
+            shutil.copytree(origin / MORE_TEMPLATES, folder / MORE_TEMPLATES, dirs_exist_ok=True)
     from async_rl.model.decoder import Decoder
 
     if not isinstance(model, Decoder):  # its stored names may differ from its parameters' names

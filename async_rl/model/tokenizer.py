@@ -16,6 +16,9 @@ from async_rl.errors import UserError
 if TYPE_CHECKING:
     from async_rl.config.settings import ModelSettings
 
+MORE_TEMPLATES = "additional_chat_templates"
+"""folder of named chat templates, in a model folder"""
+
 
 class Tokenizer:
     """The tokenizer of a Hugging Face model folder.
@@ -262,7 +265,7 @@ class Tokenizer:
         file = self.folder / "chat_template.jinja"
         if file.is_file():
             yield "default", file.read_text()
-        for file in sorted((self.folder / "additional_chat_templates").glob("*.jinja")):
+        for file in sorted((self.folder / MORE_TEMPLATES).glob("*.jinja")):
             yield file.stem, file.read_text()
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support_models import qwen3_folder
 from support_tokenizers import CHAT, byte_folder
 
 from async_rl.errors import UserError
+from async_rl.model.folder import load_model, save_folder
 from async_rl.model.tokenizer import Tokenizer, problem_text, prompt_text
 from async_rl.task import Problem
 
@@ -108,6 +110,23 @@ def test_a_template_named_tool_use_is_taken_when_there_are_tools(tmp_path: Path)
             CHAT_WITH_CALL[:1], tools=tools or None, tokenize=False, add_generation_prompt=True
         )
         assert tokenizer.render(CHAT_WITH_CALL[:1], tools=tools) == expected
+
+
+def test_named_templates_lie_in_a_folder_too_and_go_into_checkpoints(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source = qwen3_folder(tmp_path / "source")
+    (source / "chat_template.jinja").write_text(CHAT)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text(TOOLS)
+    save_folder(tmp_path / "saved", load_model(source), source=source)
+    chat = CHAT_WITH_CALL[:1]
+    expected = AutoTokenizer.from_pretrained(source).apply_chat_template(
+        chat, tools=[WEATHER], tokenize=False, add_generation_prompt=True
+    )
+    assert "get_weather" in expected
+    for folder in (source, tmp_path / "saved"):
+        assert Tokenizer(folder).render(chat, tools=[WEATHER]) == expected
 
 
 DATED = "{{ strftime_now('%d %B %Y, %H:%M:%S.%f') }}" + CHAT
