@@ -74,6 +74,14 @@ class Case:
 
 EXACT = {"name": "vcpo"}
 ONE_FOR_ALL = {"name": "vcpo", "opob": {"scope": "batch"}}
+ADAPTIVE = {
+    "name": "vcpo",
+    "advantage": {"scale": "none"},
+    "kl": {
+        "coefficient": 0.05, "place": "reward", "target": "behaviour", "adaptive_target": 1e-4, "adaptive_horizon": 4.0,
+    },
+}  # fmt: skip
+"""beta grows by three quarters in a step"""
 CASES = (
     Case(name="grpo", recipe={"name": "grpo"}),
     Case(
@@ -88,6 +96,8 @@ CASES = (
     Case(name="exact, fewer groups than ranks", recipe=EXACT, groups=(3,)),
     Case(name="exact, one baseline", recipe=ONE_FOR_ALL, config=UNTIED, small=True),
     Case(name="exact, one baseline, many micro-batches", recipe=ONE_FOR_ALL, micro_batch_tokens=40),
+    Case(name="exact, adaptive KL", recipe=ADAPTIVE),
+    Case(name="exact, adaptive KL, groups cut", recipe=ADAPTIVE, micro_batch_tokens=30, small=True),
     Case(name="reference", recipe={"name": "dr_grpo", "kl": {"coefficient": 0.1}}, micro_batch_tokens=60),
     Case(name="entropy", recipe={"name": "gspo", "entropy": 0.01}, updates=2, micro_batch_tokens=60),
     Case(name="critic head", recipe={"name": "ppo"}, updates=2),

@@ -153,16 +153,14 @@ def coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tup
 
 
 @torch.no_grad()
-def opob_baselines(
-    norm_squares: Tensor, columns: Columns, recipe: Recipe, state: ObjectiveState | None = None
-) -> Tensor:
+def opob_baselines(norm_squares: Tensor, columns: Columns, recipe: Recipe, state: ObjectiveState) -> Tensor:
     """Exact OPOB: the baseline of each group, from per-trajectory squared gradient norms.
 
     norm_squares: [I], |sum_t baseline[t] grad log pi_t|^2 with the `baseline` column of the coefficients of these
-    columns. state: the one that `coefficients` was given (only an adaptive KL in the reward reads it). Returns b [G]:
-    the step's gradient is sum(policy * grad) - sum_groups b_g * sum(baseline * grad).
+    columns. state: the one that `coefficients` was given, whose beta is in the rewards. Returns b [G]: the step's
+    gradient is sum(policy * grad) - sum_groups b_g * sum(baseline * grad).
     """
-    surrogate = _surrogate(columns, recipe, state or ObjectiveState())
+    surrogate = _surrogate(columns, recipe, state)
     opob = surrogate.advantage.opob
     assert opob is not None, "the recipe has no OPOB"
     assert surrogate.advantage.unit is not None

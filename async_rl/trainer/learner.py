@@ -177,7 +177,7 @@ class Learner:
         answer, state = self._objective(columns, self.recipe, self.state)
         self.optimizer.zero_grad(set_to_none=True)
         clipped_norm = pass_.clipped_norm(answer)
-        metrics = {**answer.metrics, **pass_.backward(answer, columns, self.recipe)}
+        metrics = {**answer.metrics, **pass_.backward(answer, columns, self.recipe, self.state)}
         found = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.trained().values()]
         )
@@ -301,7 +301,7 @@ class Learner:
             return ""
         self.optimizer.zero_grad(set_to_none=True)
         clipped_norm = pass_.clipped_norm(answer)
-        metrics.update(pass_.backward(answer, columns, self.recipe))
+        metrics.update(pass_.backward(answer, columns, self.recipe, self.state))
         norm = clip_gradient(self._parameters, settings.clip_norm, self.ranks)
         metrics["grad/norm"] = norm
         factors = dict(answer.learning_rate_factors)
@@ -380,8 +380,13 @@ class Pass:
         own = self._batch.own(answer.clipped)
         return self._norm_over_ranks(own) if self._ranks.size > 1 else self._norm_of(own)
 
-    def backward(self, answer: Coefficients, columns: Columns, recipe: Recipe) -> dict[str, float]:
-        """Add the gradient of `answer` to the parameters' `.grad`; metrics of an exact baseline."""
+    def backward(
+        self, answer: Coefficients, columns: Columns, recipe: Recipe, state: ObjectiveState
+    ) -> dict[str, float]:
+        """Add the gradient of `answer` to the parameters' `.grad`; metrics of an exact baseline.
+
+        state: the one that `answer` was made with, not the one after it.
+        """
         if self._exact is None or answer.baseline is None:
             entropy = None if answer.entropy is None else self._batch.own(answer.entropy)
             self._accumulate(self._batch.own(answer.policy), entropy)
@@ -389,7 +394,7 @@ class Pass:
             return {}
 
         def baselines(norm_squares: Tensor) -> Tensor:  # [I] -> [G]
-            return opob_baselines(norm_squares, columns, recipe)
+            return opob_baselines(norm_squares, columns, recipe, state)
 
         scope = recipe.opob.scope
         if self._batch.share is None:

@@ -55,7 +55,7 @@ def test_the_exact_baseline_minimises_the_second_moment_of_the_used_estimator(
     owner, score = tokens_of_trajectory(columns), scores(columns, seed)
     gradient = trajectory_gradients(got.baseline, score, owner)
     reward = per_trajectory_reward(got.policy, got.baseline, owner)
-    found = opob_baselines(gradient.square().sum(-1), columns, recipe)
+    found = opob_baselines(gradient.square().sum(-1), columns, recipe, ObjectiveState())
     group = columns.group_of_trajectory
     for g in range(len(found)):
         members = [i for i in range(len(owner)) if scope == "batch" or int(group[i]) == g]
@@ -83,7 +83,7 @@ def test_published_weights_are_their_formulas(
     assert got.baseline is not None
     owner, score = tokens_of_trajectory(columns), scores(columns, seed)
     gradient = trajectory_gradients(got.baseline, score, owner)
-    found = opob_baselines(gradient.square().sum(-1), columns, recipe)
+    found = opob_baselines(gradient.square().sum(-1), columns, recipe, ObjectiveState())
     plain = trajectory_gradients(torch.ones_like(columns.log_prob), score, owner).square().sum(-1)
     log_w = torch.stack([(columns.log_prob - columns.log_behaviour)[t].sum() for t in owner])
     big = log_w.exp().square() * plain
@@ -148,7 +148,7 @@ def test_the_vector_of_the_specification(weight: str, cap: float, want: float) -
     got, _ = coefficients(columns, recipe, ObjectiveState())
     assert got.baseline is not None
     norm_squares = (got.baseline * torch.tensor([1.0, 3.0, 2.0, 1.0])).square()
-    assert float(opob_baselines(norm_squares, columns, recipe)) == pytest.approx(want, abs=5e-7)
+    assert float(opob_baselines(norm_squares, columns, recipe, ObjectiveState())) == pytest.approx(want, abs=5e-7)
 
 
 def test_the_baseline_survives_weights_that_underflow() -> None:
@@ -159,7 +159,7 @@ def test_the_baseline_survives_weights_that_underflow() -> None:
     for columns in (near, far):
         got, _ = coefficients(columns, recipe, ObjectiveState())
         assert got.baseline is not None
-        answers.append(float(opob_baselines(got.baseline.square(), columns, recipe)))
+        answers.append(float(opob_baselines(got.baseline.square(), columns, recipe, ObjectiveState())))
     assert answers[0] == pytest.approx(answers[1], rel=1e-9)
 
 
@@ -181,10 +181,10 @@ def test_one_enormous_gradient_takes_its_own_trajectory_out() -> None:
     columns = group_of_four(torch.zeros(4, dtype=torch.float64))
     recipe = load_recipe({"name": "vcpo"})
     norm_squares = torch.tensor([1e12, 1.0, 1.0, 1.0], dtype=torch.float64)
-    assert float(opob_baselines(norm_squares, columns, recipe)) == pytest.approx(1.0, abs=1e-9)
+    assert float(opob_baselines(norm_squares, columns, recipe, ObjectiveState())) == pytest.approx(1.0, abs=1e-9)
 
 
 def test_no_norm_at_all_is_baseline_zero_and_not_a_number_that_is_none() -> None:
     columns = group_of_four(torch.zeros(4, dtype=torch.float64))
     zero: Any = torch.zeros(4, dtype=torch.float64)
-    assert float(opob_baselines(zero, columns, load_recipe({"name": "vcpo"}))) == 0.0
+    assert float(opob_baselines(zero, columns, load_recipe({"name": "vcpo"}), ObjectiveState())) == 0.0

@@ -116,7 +116,7 @@ def test_on_fresh_data_groups_of_equal_rewards_are_left_alone(make_columns: Call
         columns, log_behaviour=behaviour, log_proximal=columns.log_prob, reward=torch.ones_like(columns.reward)
     )
     got, _ = coefficients(columns, load_recipe(PULLED), ObjectiveState())
-    baselines = opob_baselines(torch.ones_like(columns.reward), columns, load_recipe(PULLED))
+    baselines = opob_baselines(torch.ones_like(columns.reward), columns, load_recipe(PULLED), ObjectiveState())
     assert got.baseline is not None
     group = columns.group_of_trajectory[columns.trajectory_of_turn[columns.turn_of_token]]
     used = got.policy - baselines[group] * got.baseline
@@ -138,7 +138,7 @@ def test_an_answer_far_from_the_policy_that_sampled_it_is_pulled_back(
     )  # fmt: skip
     recipe = load_recipe(PULLED)
     got, _ = coefficients(columns, recipe, ObjectiveState())
-    baselines = opob_baselines(torch.ones_like(columns.reward), columns, recipe)
+    baselines = opob_baselines(torch.ones_like(columns.reward), columns, recipe, ObjectiveState())
     assert got.baseline is not None
     group = columns.group_of_trajectory[columns.trajectory_of_turn[columns.turn_of_token]]
     used = (got.policy - baselines[group] * got.baseline)[first]
