@@ -47,6 +47,7 @@ beside it, never a later one. So generator and trainer do not know each other.""
 
 ONLY = {
     "omegaconf": r"async_rl/config/schema\.py",
+    "shtab": r"async_rl/cli/.*",
     "zmq": r"async_rl/wire/.*",
     "triton": r"kernels/async_rl_kernels/.*",
     "vllm": r".*vllm.*",

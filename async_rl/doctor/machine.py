@@ -27,7 +27,9 @@ from async_rl.wire.messages import Query, Snapshot
 OLDEST_PYTHON = (3, 11)
 OLDEST_SQLITE = (3, 35)
 """UPSERT with several clauses, write-ahead logs without known faults"""
-REQUIRED = {"torch": "2.11", "numpy": "2.0", "omegaconf": "2.4", "safetensors": "0.5", "tokenizers": "0.21"}
+REQUIRED = {
+    "torch": "2.11", "numpy": "2.0", "omegaconf": "2.4", "msgspec": "0.19", "safetensors": "0.5", "tokenizers": "0.21",
+}  # fmt: skip
 """package -> oldest version"""
 OPTIONAL = {
     "vllm": "an engine for GPUs",

@@ -20,7 +20,10 @@ from async_rl.wire.endpoint import ZmqLibrary
 
 MB = 1 << 20
 ZMQ = ZmqLibrary(pyzmq="27.0", libzmq="4.3.5", ipc=True, curve=True)
-PACKAGES = {"torch": "2.11.0+cpu", "numpy": "2.0.1", "omegaconf": "2.4", "safetensors": "0.5", "tokenizers": "0.21.0"}
+PACKAGES = {
+    "torch": "2.11.0+cpu", "numpy": "2.0.1", "omegaconf": "2.4", "msgspec": "0.22.0", "safetensors": "0.5",
+    "tokenizers": "0.21.0",
+}  # fmt: skip
 
 
 def levels(findings: list[Finding]) -> dict[str, str]:
@@ -50,8 +53,8 @@ def test_old_and_missing_software_is_an_error_with_the_command_that_helps() -> N
     del packages["tokenizers"]
     found = list(judge_software(Software(python="3.10.4", sqlite="3.22.0", packages=packages, zmq=ZMQ)))
     assert levels(found) == {
-        "python": "error", "sqlite": "error", "torch": "error", "numpy": "ok", "omegaconf": "ok", "safetensors": "ok",
-        "tokenizers": "error", "zeromq": "ok", "optional": "ok",
+        "python": "error", "sqlite": "error", "torch": "error", "numpy": "ok", "omegaconf": "ok", "msgspec": "ok",
+        "safetensors": "ok", "tokenizers": "error", "zeromq": "ok", "optional": "ok",
     }  # fmt: skip
     assert "pip install 'torch>=2.11'" in [finding.remedy for finding in found]
 
