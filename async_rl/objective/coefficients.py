@@ -32,6 +32,7 @@ from async_rl.objective.measures import (
     kappa_per_trajectory,
     logit_size,
     measure_lag,
+    measure_outcome,
     measure_ratios,
     measure_selection,
     measure_signal,
@@ -135,6 +136,7 @@ def coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tup
     measure_lag(meter, tokens)
     measure_trust(meter, tokens, surrogate.trust, keep, advantage)
     measure_selection(meter, tokens, surrogate.selection)
+    measure_outcome(meter, tokens)
     measure_signal(meter, tokens, advantage, surrogate.advantage.zero_signal)
 
     need = requirements(recipe)

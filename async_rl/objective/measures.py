@@ -334,17 +334,23 @@ def measure_selection(meter: Meter, tokens: Tokens, selection: Selection) -> Non
         by_length.index_add_(0, bucket, mask.double())
         for name, count in zip(bucket_names(), by_length, strict=True):
             meter.put(f"reject/{reason}/{name}", count)
-    kept_lengths = mean_of(tokens.length, selection.keep & (tokens.length > 0))
-    meter.put("len/mean", mean_of(tokens.length, tokens.length > 0))
-    meter.put("len/kept", kept_lengths)
+    meter.put("len/kept", mean_of(tokens.length, selection.keep & (tokens.length > 0)))
     meter.put("len/rejected", mean_of(tokens.length, rejected & (tokens.length > 0)))
 
 
+def measure_outcome(meter: Meter, tokens: Tokens) -> None:
+    """reward/mean and len/mean, over finite trajectories. Absent where there is none: 0 would be an outcome."""
+    answered = tokens.finite & (tokens.length > 0)
+    if bool(tokens.finite.any()):
+        meter.put("reward/mean", mean_of(tokens.reward, tokens.finite))
+    if bool(answered.any()):
+        meter.put("len/mean", mean_of(tokens.length, answered))
+
+
 def measure_signal(meter: Meter, tokens: Tokens, advantage: Tensor, zero_signal: Tensor) -> None:
-    """reward/mean, advantage/*, group/zero_signal, entropy. advantage [T], zero_signal [I] bool."""
+    """advantage/*, group/zero_signal, entropy. advantage [T], zero_signal [I] bool."""
     ok = tokens.finite[tokens.trajectory]
     mean = mean_of(advantage, ok)
-    meter.put("reward/mean", mean_of(tokens.reward, tokens.rewarded))
     meter.put("advantage/mean", mean)
     meter.put("advantage/std", mean_of((advantage - mean).square(), ok).sqrt())
     if len(advantage):

@@ -22,6 +22,7 @@ from async_rl.objective.measures import (
     ess_ratio,
     mean_of,
     measure_lag,
+    measure_outcome,
     measure_ratios,
     measure_selection,
     without_empty_buckets,
@@ -176,7 +177,7 @@ def _measured(
     measure_lag(meter, tokens)
     measure_selection(meter, tokens, Selection(keep=tokens.finite, rejected={"nonfinite": ~tokens.finite}))
     ok = tokens.finite[tokens.trajectory]
-    meter.put("reward/mean", mean_of(tokens.reward, tokens.rewarded))
+    measure_outcome(meter, tokens)
     if tokens.entropy is not None:
         meter.put("entropy", mean_of(tokens.entropy, ok))
     meter.put("coefficient/used", mean_of((policy != 0).double(), ok))

@@ -46,7 +46,7 @@ recorded log-prob); ℓ_t = log π_t − log μ_t; ℓ_i = Σ_t ℓ_t over the t
 v_t the version that sampled the token; N tokens, B trajectories with at least one policy token; A the advantage;
 ρ the ratio of the recipe (level, pooling and denominator of `ratio.*`); κ the weight that the trust rule leaves.
 In averages of exp(ℓ_t) the exponent is clamped to ±20; in `ess/ratio` and `ess/token` nothing is clamped.
-Trajectories with a number that is not finite are left out of everything but `ess/*` and `reject/nonfinite/*`.
+Trajectories with a number that is not finite are left out of everything but `ess/*`, `reject/*` and `len/rejected`.
 
 Beside the metrics a row has `step` (the first is 0) and `time` (when it was written, seconds since 1970)."""
 
@@ -194,7 +194,11 @@ denominators is `select.denominator`.""",
                 "trajectories, by policy tokens: `below_16`, `below_64`, `below_256`, `below_1024`, "
                 "`below_4096`, `below_16384` (each from the bound before), `from_16384`; absent when 0",
             ),
-            Metric("len/mean", "tokens", "mean policy tokens of a trajectory (trajectories without any left out)"),
+            Metric(
+                "len/mean",
+                "tokens",
+                "mean policy tokens of a trajectory (trajectories without any left out); absent when there is none",
+            ),
             Metric(
                 "len/kept",
                 "tokens",
@@ -213,7 +217,11 @@ denominators is `select.denominator`.""",
     Section(
         title="Signal",
         metrics=(
-            Metric("reward/mean", "reward", "mean outcome"),
+            Metric(
+                "reward/mean",
+                "reward",
+                "mean outcome of a trajectory (one without a policy token counts); absent when there is none",
+            ),
             Metric(
                 "reward/eval",
                 "reward",

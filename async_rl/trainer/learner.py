@@ -322,8 +322,6 @@ class Learner:
 
     def _batch_metrics(self, batch: PackedBatch) -> dict[str, float]:
         return {
-            "reward/mean": batch.reward.mean().item(),
-            "len/mean": batch.num_policy_tokens / batch.num_trajectories,
             "batch/trajectories": batch.num_trajectories,
             "batch/policy_tokens": batch.num_policy_tokens,
             "batch/tokens": batch.num_tokens,
