@@ -77,7 +77,7 @@ def test_an_alarm_is_told_of_everywhere_and_stays(tmp_path: Path, tiny_model: Pa
     (told,) = json.loads(folder.summary.read_text())["alarms"]
     assert told["reason"] == alarm["reason"]
     assert json.loads(folder.live.read_text())["alarms"][0]["text"] == alarm["reason"]
-    assert [incident.name for incident in active_alarms(read_rows(folder.events))] == ["alarm ess"]
+    assert [incident.name for incident in active_alarms(row.event for row in folder.read_events())] == ["alarm ess"]
     assert read_rollback(folder) is None
     assert not audit_run(folder).violations
 
@@ -85,7 +85,7 @@ def test_an_alarm_is_told_of_everywhere_and_stays(tmp_path: Path, tiny_model: Pa
 def test_a_run_goes_back_once_and_nothing_is_lost_or_trained_twice(tmp_path: Path, tiny_model: Path) -> None:
     folder = train(quick_settings(tiny_model, *NERVOUS, *BACK), tmp_path / "run")
     back = check_whole(folder)
-    names = [incident.name for incident in incidents(read_rows(folder.events))]
+    names = [incident.name for incident in incidents(row.event for row in folder.read_events())]
     assert names[:2] == ["alarm ess", f"rollback to {back.to}"]
     assert names.count(f"rollback to {back.to}") == 1
     scored = rescore(folder, ["vcpo"])
