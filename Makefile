@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install vllm triton tokenizers test check docs quickstart clean
+.PHONY: install vllm triton tokenizers foreign test check docs quickstart clean
 
 install: .venv/installed
 
@@ -32,6 +32,16 @@ triton: .venv/installed-triton
 .venv/installed-triton: tests/triton.txt .venv/installed-dev
 	rm -rf .venv/triton
 	$(BIN)/pip install --quiet --no-deps --target .venv/triton -r tests/triton.txt
+	touch $@
+
+# Our recipes beside the loss functions of verl and TRL themselves (a minute and a half, most of it their imports). The
+# packages are fetched alone (2 MB each at most), into a folder where only these tests look.
+foreign: .venv/installed-foreign
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/foreign -n 0
+
+.venv/installed-foreign: tests/foreign/packages.txt .venv/installed-dev
+	rm -rf .venv/foreign
+	$(BIN)/pip install --quiet --no-deps --target .venv/foreign -r tests/foreign/packages.txt
 	touch $@
 
 # Tokenizers of real models (Apache-2.0), for tests that compare ours with transformers on them: 80 MB to fetch. Without
