@@ -21,8 +21,9 @@ from async_rl.events import GeneratorDied, ProcessFrozen, ProcessKilled, Process
 from async_rl.process import uninterrupted
 from async_rl.process_spec import Pipes
 from async_rl.run.child import Child, Command, start_child, terminate
-from async_rl.run.liveness import LiveReport, Vitals
+from async_rl.run.liveness import LiveReport, Vitals, read_stacks
 from async_rl.run_folder import RunFolder
+from async_rl.wire.heartbeat import place_in_dump
 
 FIRST_PAUSE_S = 0.5
 """before the first restart"""
@@ -110,6 +111,9 @@ class Crew:
     def _kill_frozen(self, pid: int, name: str, child_pid: int, why: str) -> None:
         """`pid`: the frozen process, a child or a rank that the child `child_pid` started."""
         child = next(c for c in self.children if c.process.pid == child_pid)
+        file = self.folder.stacks(name)
+        if place := place_in_dump(read_stacks(pid, file)):
+            why = f"{why}; its code stands in {place} (stacks: {file})"
         self.vitals.remove(child_pid)
         self.frozen[child_pid] = f"{name} {why}"
         self.folder.record(ProcessFrozen(name=name, pid=pid, reason=why))

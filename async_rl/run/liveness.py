@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from msgspec import to_builtins
 
@@ -21,6 +23,7 @@ from async_rl.config import Settings
 from async_rl.errors import RunFailed
 from async_rl.events import AlarmRaised, Event, RunRolledBack, StallReported, StallTimer
 from async_rl.observe.record import active_alarms
+from async_rl.process import STACKS_SIGNAL
 from async_rl.run_folder import RunFolder, replace_text
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
@@ -32,6 +35,8 @@ READ_BYTES = 1 << 16
 NEVER = -1.0
 QUERY_S = 1.0
 """between two questions to the buffer"""
+STACKS_S = 0.5
+"""longest wait for a frozen process to write its stacks"""
 ANSWER_S = 5.0
 """after which a question that was not answered is asked again"""
 
@@ -146,6 +151,28 @@ class Vitals:
             f"{limit}: it is frozen (stopped, or held up by code that blocks all of Python); "
             f"last heard: {state.doing}, for {state.heard - state.since:.1f} s"
         )
+
+
+def read_stacks(pid: int, file: Path) -> str:
+    """Let a process write the stacks of its threads into `file`, and return them. It does so also while code holds
+    Python's lock; empty: it is stopped, or has not come so far."""
+    try:
+        caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        if caught is None or not int(caught[1], 16) >> (STACKS_SIGNAL - 1) & 1:
+            return ""  # the signal would end it
+        before = file.stat().st_size
+        os.kill(pid, STACKS_SIGNAL)
+        deadline, size = time.monotonic() + STACKS_S, before
+        while time.monotonic() < deadline:
+            time.sleep(STACKS_S / 10)
+            grown, size = size, file.stat().st_size
+            if size == grown > before:
+                break
+        with file.open("rb") as written:
+            written.seek(before)
+            return written.read().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 @dataclass(slots=True)

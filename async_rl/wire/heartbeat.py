@@ -210,13 +210,17 @@ def place_of(at: FrameType | TracebackType | None) -> str:
 
 
 def place_in_dump(text: str) -> str:
-    """The same, of the main thread in a dump of faulthandler, which has it last; else the innermost place of all."""
-    block = text[text.rfind("hread 0x") :]
-    found = [(file, int(line), name) for file, line, name in _DUMPED.findall(block)]
-    user = (_place(*frame) for frame in found)
-    return next(filter(None, user), "") or next((_named(*frame) for frame in found), "")
+    """The innermost place in user code of a dump of faulthandler: of the main thread, which it has last, else of
+    another; without any, where the main thread is."""
+    threads = [
+        [(file, int(line), name) for file, line, name in _DUMPED.findall(block)] for block in _THREAD.split(text)
+    ]
+    threads.reverse()
+    user = (_place(*frame) for thread in threads for frame in thread)
+    return next(filter(None, user), "") or next((_named(*frame) for frame in threads[0]), "")
 
 
+_THREAD = re.compile(r"^(?:Current thread|Thread) 0x.*$", re.MULTILINE)
 _DUMPED = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
 

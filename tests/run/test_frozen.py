@@ -121,3 +121,25 @@ def test_a_reward_that_blocks_is_named_and_the_run_goes_on(start: Callable[..., 
     assert any("in slow_rewards.py:8 sleepy" in text for text in stalls), stalls
     assert any(text in said for text in stalls)
     assert "stall_over" in run.events()
+
+
+def test_a_reward_that_holds_the_interpreter_is_named_with_its_place(start: Callable[..., Run], tmp_path: Path) -> None:
+    (tmp_path / "holding_rewards.py").write_text(
+        "from collections import deque\nfrom itertools import repeat\ncalls = 0\n\n"
+        "def holds(completion, answer, problem):\n    global calls\n    calls += 1\n    if calls == 60:\n"
+        "        deque(repeat(0), maxlen=0)  # in C: no signal ends it\n    return float(len(completion) % 2)\n"
+    )
+    table = "".join(json.dumps({"prompt": f"{i}<", "answer": f"{i}"}) + "\n" for i in range(40))
+    (tmp_path / "rows.jsonl").write_text(table)
+    args = {"path": tmp_path / "rows.jsonl", "as_chat": "false", "max_tokens": 3, "eval_share": 0.3}
+    words = [f"task.args.{name}={value}" for name, value in args.items()]
+    run = start(
+        *("task=dataset", *words, "task.args.reward=holding_rewards:holds", "trainer.steps=100000"),
+        "generator.max_restarts=0",
+        PYTHONPATH=os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")])),
+    )
+    said = run.said()
+    assert run.process.returncode == 1, said
+    assert "its code stands in holding_rewards.py:9 holds (stacks: " in said
+    assert "in holds" in (run.folder.logs / "generator-0.stacks").read_text()
+    assert "holding_rewards.py:9 holds" in rows(run, "process_frozen")[0]["reason"]
