@@ -21,7 +21,7 @@ from torch import Tensor
 from async_rl.errors import UserError
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.varlen import Kernel, choose_backend, flash_kernel, make_kernel, torch_kernel
-from async_rl.trainer.forward import Arithmetic, log_probs
+from async_rl.trainer.forward import ModelArithmetic, log_probs
 from async_rl.trainer.packing import pack_batch
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
@@ -179,8 +179,8 @@ def test_a_packed_batch_under_autocast_goes_through_the_kernel_in_bfloat16(name:
         for i, length in enumerate((6, 3))
     ]  # fmt: skip
     micro = pack_batch(trajectories, micro_batch_tokens=100).micro_batches[0]
-    found = log_probs(model, micro, Arithmetic(temperature=1.0, dtype=torch.bfloat16, kernel=counted))
-    plain = log_probs(model, micro, Arithmetic(temperature=1.0))
+    found = log_probs(model, micro, ModelArithmetic(temperature=1.0, dtype=torch.bfloat16, kernel=counted))
+    plain = log_probs(model, micro, ModelArithmetic(temperature=1.0))
     assert calls == [torch.bfloat16] * model.config.layers
     assert found.log_prob.dtype == torch.float32
     assert torch.allclose(found.log_prob, plain.log_prob, atol=0.1)
