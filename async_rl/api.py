@@ -169,8 +169,8 @@ class Evaluation:
 
     @property
     def reward(self) -> float:
-        """Mean reward of all episodes; a failed one counts 0."""
-        return _mean([0.0 if episode.failed else episode.reward for episode in self.episodes])
+        """Mean reward of the episodes that were judged; NaN when there is none."""
+        return _mean([episode.reward for episode in self.episodes if not episode.failed])
 
     @property
     def failed(self) -> tuple[Trajectory, ...]:

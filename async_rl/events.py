@@ -355,11 +355,16 @@ class EvaluationReported(Event):
     step: int
     """training steps done when it was asked for"""
     reward: float
-    """mean over its trajectories"""
+    """mean over the trajectories that were judged; NaN: none was"""
     trajectories: int
+    """all, those that failed included"""
     version_min: int
     """oldest weights that sampled it"""
     version_max: int
+    failed: int = 0
+    """trajectories without a reward, because their task, reward or engine failed"""
+    failures: tuple[str, ...] = ()
+    """the first reasons of those"""
     """newest weights that sampled it"""
 
 

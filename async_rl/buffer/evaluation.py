@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import nan
 
 from async_rl.buffer.ledger import Group
 from async_rl.trajectory.types import group_seed
 from async_rl.wire.messages import Evaluate, EvaluationResult, Permit
 
+REASONS = 3
+"""different reasons of failed episodes that are told with the result"""
 REMEMBERED = 8
 """evaluations whose result is in the store that can still be asked for"""
 
@@ -107,14 +110,15 @@ def evaluation_groups(ask: Evaluate, *, seed: int, new_number: Callable[[], int]
 
 
 def evaluation_result(number: int, evaluation: Evaluation) -> EvaluationResult:
-    """What has arrived so far; failed trajectories count as reward 0."""
+    """What has arrived so far; a failed trajectory has no reward (NaN)."""
     samples = [s for g in evaluation.groups for s in g.samples.values()]
     versions = [s.version_min for s in samples if s.version_min >= 0]
     newest = [s.version_max for s in samples if s.version_max >= 0]
     return EvaluationResult(
         evaluation=number,
         finished=all(g.complete for g in evaluation.groups),
-        rewards=tuple(0.0 if s.failed else s.reward for s in samples),
+        rewards=tuple(nan if s.failed else s.reward for s in samples),
+        failures=tuple(dict.fromkeys(s.reason for s in samples if s.failed))[:REASONS],
         version_min=min(versions, default=-1),
         version_max=max(newest, default=-1),
         missing=sum(len(g.missing) for g in evaluation.groups),

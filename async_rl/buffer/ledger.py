@@ -12,6 +12,9 @@ from async_rl.buffer.staleness import Policy, Slot, SlotQueue
 from async_rl.trajectory import Split, Trajectory
 from async_rl.wire.messages import Permit
 
+MOST_REASON = 200
+"""characters kept of the reason of a failed trajectory"""
+
 
 class SampleRecord(Struct, frozen=True, kw_only=True, gc=False):
     """What the buffer remembers of one trajectory; its tokens are in the store. A struct, which is made in an eighth of
@@ -25,6 +28,8 @@ class SampleRecord(Struct, frozen=True, kw_only=True, gc=False):
     policy_length: int
     """tokens sampled by the policy"""
     failed: bool
+    reason: str = ""
+    """of a failed one: why, as far as it fits into a line"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,6 +115,7 @@ class Group:
             length=len(trajectory.tokens),
             policy_length=trajectory.num_policy_tokens,
             failed=trajectory.failed,
+            reason=trajectory.reason[:MOST_REASON] if trajectory.failed else "",
         )
         return True
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from async_rl.buffer.core import Core
 from async_rl.buffer.depth import KEY
-from async_rl.buffer.ledger import Group, SampleRecord
+from async_rl.buffer.ledger import MOST_REASON, Group, SampleRecord
 from async_rl.buffer.staleness import Slot
 from async_rl.buffer.store_reader import GroupRow, StoreReader, TrajectoryRow
 from async_rl.trajectory.types import LENGTH_BUCKETS, attempt_seed
@@ -129,11 +129,13 @@ def _group(core: Core, row: GroupRow) -> Group:
 
 
 def _sample(row: TrajectoryRow) -> SampleRecord:
+    failed = row.ended in ("error", "aborted")
     return SampleRecord(
         reward=nan if row.reward is None else row.reward,
         version_min=row.version_min,
         version_max=row.version_max,
         length=row.length,
         policy_length=row.policy_length,
-        failed=row.ended in ("error", "aborted"),
+        failed=failed,
+        reason=row.reason[:MOST_REASON] if failed else "",
     )

@@ -13,6 +13,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Sequence
 from itertools import repeat
+from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -241,10 +242,12 @@ class Store(StoreReader):
         version_max: int,
         finished_at: float,
     ) -> None:
-        mean = sum(rewards) / len(rewards) if rewards else None
+        judged = [reward for reward in rewards if not isnan(reward)]
+        mean = sum(judged) / len(judged) if judged else None
+        values = [None if isnan(reward) else reward for reward in rewards]
         self._write(
             "INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?, ?, ?, ?)",
-            (evaluation, version_min, version_max, mean, json.dumps(list(rewards)), finished_at),
+            (evaluation, version_min, version_max, mean, json.dumps(values), finished_at),
         )
 
     def set_meta(self, key: str, value: str | int | float) -> None:

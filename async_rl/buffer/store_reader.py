@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -64,7 +65,7 @@ CREATE TABLE batches (
 );
 CREATE TABLE evaluations (
     evaluation INTEGER PRIMARY KEY, version_min INTEGER, version_max INTEGER,
-    reward REAL, rewards TEXT, -- mean; JSON list
+    reward REAL, rewards TEXT, -- mean; JSON list, null for an episode that failed
     finished_at REAL
 );
 """
@@ -264,7 +265,7 @@ class StoreReader:
                 version_min=low,
                 version_max=high,
                 reward=reward,
-                rewards=tuple(json.loads(rewards)),
+                rewards=tuple(nan if value is None else value for value in json.loads(rewards)),
                 finished_at=at,
             )
 

@@ -158,6 +158,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     from async_rl.config import load_settings
 
     found = evaluate_settings(load_settings(arguments.config, arguments.overrides))
+    if found.failed and len(found.failed) == len(found.episodes):
+        raise RunFailed(f"all {len(found.episodes)} episodes failed, the first: {found.failed[0].reason}")
     print(
         json.dumps(
             {

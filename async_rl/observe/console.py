@@ -397,7 +397,13 @@ def evaluation_line(event: EvaluationReported) -> str:
     step, oldest, newest = event.step, event.version_min, event.version_max
     when = f"after {step} step{'s' * (step > 1)}" if step else "before training"
     weights = f"weights {oldest}" if oldest == newest else f"weights {oldest} to {newest}"
-    return f"held-out reward {event.reward:.3f} {when} ({event.trajectories} episodes, {weights})"
+    if not event.failed:
+        return f"held-out reward {event.reward:.3f} {when} ({event.trajectories} episodes, {weights})"
+    failed = f"{event.failed} of {event.trajectories} episodes failed: {'; '.join(event.failures)}"
+    if event.failed == event.trajectories:
+        return f"no held-out reward {when}: {failed} ({weights})"
+    left = event.trajectories - event.failed
+    return f"held-out reward {event.reward:.3f} {when} ({left} episodes, {weights}); {failed}"
 
 
 # ---------------------------------------------------------------------- the end of a run
@@ -407,7 +413,8 @@ def summary_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "held-out reward",
-            f"{s['reward_eval_first']:.3f} before, {s['reward_eval_last']:.3f} after {s['steps']} steps",
+            f"{s['reward_eval_first']:.3f} before, {s['reward_eval_last']:.3f} after {s['steps']} steps"
+            f"{failed_episodes(s)}",
         ),
         ("staleness", f"mean {s['lag_mean']:.2f}, max {s['lag_max']}, bound {s['max_staleness']} steps"),
         *staleness_rows(s),
@@ -475,10 +482,27 @@ def weights_checked(canary: Mapping[str, Any]) -> str:
     return text
 
 
+def failed_episodes(s: Mapping[str, Any]) -> str:
+    """How many held-out episodes failed, in words."""
+    first, last = s.get("eval_failed_first", 0), s.get("eval_failed_last", 0)
+    return f"; {first} episodes before and {last} after failed and are not counted" if first or last else ""
+
+
+def learning(s: Mapping[str, Any]) -> tuple[str, str]:
+    """(whether it learned, the interval of the gain where that does not say so)."""
+    interval = s.get("reward_eval_gain")
+    if interval is None:  # a run of an earlier version
+        gain = s["reward_eval_last"] - s["reward_eval_first"]
+        return "learned" if gain > CHANGE else "got worse" if gain < -CHANGE else "shows no clear change", ""
+    low, high = interval
+    if low > 0 or high < 0:
+        return "learned" if low > 0 else "got worse", ""
+    return "shows no clear change", f" (gain {low:.2f} to {high:.2f}, 95 % of a bootstrap over episodes)"
+
+
 def conclusion(s: Mapping[str, Any]) -> str:
     """Whether it learned, how stale the data were, and what running side by side saved."""
-    gain = s["reward_eval_last"] - s["reward_eval_first"]
-    learned = "learned" if gain > CHANGE else "got worse" if gain < -CHANGE else "shows no clear change"
+    learned, gain = learning(s)
     serial = s["seconds_training"] + s["seconds_generating"]
     saved = f"generating and training in turn would have taken {serial:.0f} s, side by side {s['seconds']:.0f} s"
     if serial <= s["seconds"]:
@@ -488,6 +512,6 @@ def conclusion(s: Mapping[str, Any]) -> str:
         f"(allowed: {s['max_staleness']})."
     )
     return (
-        f"The model {learned}: held-out reward {s['reward_eval_first']:.2f} -> {s['reward_eval_last']:.2f}. "
+        f"The model {learned}: held-out reward {s['reward_eval_first']:.2f} -> {s['reward_eval_last']:.2f}{gain}. "
         f"{stale}{length_bias(s)} Time: {saved}."
     )

@@ -200,7 +200,7 @@ def _curves(record: RunRecord) -> dict[str, Any]:
         at = np.array([float(e.step) for e in held_out])
         order = np.argsort(at, kind="stable")
         reward = np.array([e.reward for e in held_out])
-        drawn = curve(at[order], reward[order], absent=np.zeros(len(at), bool))
+        drawn = curve(at[order], reward[order], absent=np.isnan(reward[order]))
         if drawn is not None:
             found["reward/eval"] = _drawn(drawn)
     return found

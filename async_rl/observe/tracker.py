@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,7 +136,7 @@ class Series:
         done = [(row.event, row.time) for row in events if isinstance(row.event, EvaluationReported)]
         new = [(event, time) for event, time in done if event.evaluation not in self.delivered.evaluations]
         if new:
-            points = [(event.step, time, {HELD_OUT: event.reward}) for event, time in new]
+            points = [(event.step, time, {HELD_OUT: event.reward}) for event, time in new if not isnan(event.reward)]
             self._send(points, (), [event.evaluation for event, _ in new], save)
 
     def _send(

@@ -10,6 +10,7 @@ from async_rl.config import Settings
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
 from async_rl.generator.session import EpisodeSession, Ticket, make_tickets, run_episode
+from async_rl.generator.task_code import TaskGuard, run_to_end
 from async_rl.model.decoder import Decoder
 from async_rl.model.huggingface import HuggingFaceDecoder
 from async_rl.model.tokenizer import Tokenizer
@@ -25,13 +26,18 @@ class Limits:
     max_sequences: int = 256
     max_turns: int = 64
     episode_timeout_s: float = 600.0
+    task_timeout_s: float = 60.0
+    """of the task or its reward between two turns"""
 
 
 def limits_of(settings: Settings) -> Limits:
     """Those of a run's generators."""
     chosen = settings.generator
     return Limits(
-        max_sequences=chosen.max_sequences, max_turns=chosen.max_turns, episode_timeout_s=chosen.episode_timeout_s
+        max_sequences=chosen.max_sequences,
+        max_turns=chosen.max_turns,
+        episode_timeout_s=chosen.episode_timeout_s,
+        task_timeout_s=chosen.task_timeout_s or settings.wire.timeout_s / 2,
     )
 
 
@@ -49,9 +55,11 @@ async def sample_episodes(
             max_context=engine.max_context,
             max_turns=limits.max_turns,
         )
-        return await run_episode(task, session, ticket, timeout_s=limits.episode_timeout_s)
+        return await run_episode(task, session, ticket, timeout_s=limits.episode_timeout_s, guard=guard)
 
-    return list(await asyncio.gather(*(episode(i, t) for i, t in enumerate(tickets))))
+    guard = TaskGuard(limit_s=limits.task_timeout_s)
+    with guard.alarm():
+        return list(await asyncio.gather(*(episode(i, t) for i, t in enumerate(tickets))))
 
 
 def evaluate(
@@ -86,4 +94,4 @@ def evaluate(
         finally:
             await engine.close()
 
-    return asyncio.run(run())
+    return run_to_end(run())

@@ -27,7 +27,7 @@ from async_rl.trainer.forward import probe_log_probs
 from async_rl.trainer.inbox import Inbox
 from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, version_of
 from async_rl.trainer.packing import pack_step
-from async_rl.trainer.summary import Summary, Totals, mean, summarise
+from async_rl.trainer.summary import Summary, Totals, judged, mean_judged, summarise
 from async_rl.trainer.team import (
     Finish,
     Gather,
@@ -105,6 +105,8 @@ class TrainerLoop:
     """(number, step) of an evaluation that runs beside training"""
     reward_first: float | None = None
     """held-out reward before training"""
+    rewards_first: Sequence[float] = ()
+    """of its episodes; NaN for those that failed"""
     seconds_before: float = 0.0
     """training time of earlier lives of the run, up to where this one began"""
     busy_before: float = 0.0
@@ -125,6 +127,7 @@ class TrainerLoop:
             # under the same number, but by the weights there are now
             self.pending_evaluation = (progress["pending_evaluation"][0], version)
         self.reward_first = progress["reward_first"]
+        self.rewards_first = progress.get("rewards_first", ())
         self.seconds_before = progress["seconds"]
         self.busy_before = self.totals.generator_busy
         self.saved = saved
@@ -215,7 +218,9 @@ class TrainerLoop:
         self.check_initial()
         self.publish_weights()
         if self.reward_first is None:
-            self.reward_first = mean(self.evaluate_and_wait(step=self.learner.version).rewards)
+            result = self.evaluate_and_wait(step=self.learner.version)
+            check_judged(result)
+            self.reward_first, self.rewards_first = mean_judged(result.rewards), result.rewards
         if self.pending_evaluation is not None:
             self.send_evaluation(self.pending_evaluation[0])
         self.started = time.monotonic()
@@ -227,10 +232,12 @@ class TrainerLoop:
         self.collect_evaluation(wait=True)  # what was asked for is reported, also when training ends before it
         last = self.evaluate_and_wait(step=steps)
         self.checkpoint()
+        check_judged(last)
         return summarise(
             totals=self.totals,
             first=self.reward_first,
-            last=mean(last.rewards),
+            first_rewards=self.rewards_first,
+            last_rewards=last.rewards,
             counters=self.inbox.consumed(steps),
             canary=self.canary.summary(),
             guard=self.guard,
@@ -317,6 +324,7 @@ class TrainerLoop:
             "evaluations_asked": self.evaluations_asked,
             "pending_evaluation": self.pending_evaluation,
             "reward_first": self.reward_first,
+            "rewards_first": list(self.rewards_first),
             "seconds": self.seconds(),
         }
 
@@ -391,11 +399,22 @@ class TrainerLoop:
             EvaluationReported(
                 evaluation=number,
                 step=step,
-                reward=mean(result.rewards),
+                reward=mean_judged(result.rewards),
                 trajectories=len(result.rewards),
+                failed=len(result.rewards) - len(judged(result.rewards)),
+                failures=result.failures,
                 version_min=result.version_min,
                 version_max=result.version_max,
             )
+        )
+
+
+def check_judged(result: msg.EvaluationResult) -> None:
+    """Raises RunFailed when every episode of an evaluation failed."""
+    if result.rewards and not judged(result.rewards):
+        raise RunFailed(
+            f"all {len(result.rewards)} held-out episodes of evaluation {result.evaluation} failed: "
+            f"{'; '.join(result.failures)}; mend the task or the reward and resume the run"
         )
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isnan, nan
 from typing import Any
+
+import numpy as np
 
 from async_rl.config import StalenessSettings
 from async_rl.trainer.alarm import Alarm, Guard
 from async_rl.trainer.canary_watch import CanarySummary
 from async_rl.wire.messages import BufferCounters
+
+RESAMPLES = 2000
+"""of the bootstrap"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,6 +61,11 @@ class Summary:
     reward_eval_first: float
     """held-out reward before training"""
     reward_eval_last: float
+    eval_failed_first: int
+    """held-out episodes before training that failed; they are in no mean"""
+    eval_failed_last: int
+    reward_eval_gain: tuple[float, float] | None
+    """95 % interval of the gain, by a bootstrap over episodes; None: not known"""
     lag_mean: float
     """staleness of trained tokens, steps"""
     lag_max: int
@@ -101,7 +112,8 @@ def summarise(
     *,
     totals: Totals,
     first: float,
-    last: float,
+    first_rewards: Sequence[float],
+    last_rewards: Sequence[float],
     counters: BufferCounters,
     canary: CanarySummary,
     guard: Guard,
@@ -118,7 +130,10 @@ def summarise(
     return Summary(
         steps=totals.steps,
         reward_eval_first=first,
-        reward_eval_last=last,
+        reward_eval_last=mean_judged(last_rewards),
+        eval_failed_first=len(first_rewards) - len(judged(first_rewards)),
+        eval_failed_last=len(last_rewards) - len(judged(last_rewards)),
+        reward_eval_gain=gain_interval(judged(first_rewards), judged(last_rewards)),
         lag_mean=totals.lag / max(1.0, totals.tokens),
         lag_max=int(totals.lag_max),
         max_staleness=staleness.max_staleness,
@@ -148,6 +163,27 @@ def _below(prefix: str, columns: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in columns.items() if name.startswith(prefix)}
 
 
-def mean(values: Sequence[float]) -> float:
-    """The mean; 0 of nothing."""
-    return sum(values) / len(values) if values else 0.0
+def judged(rewards: Sequence[float]) -> list[float]:
+    """The rewards of the episodes that did not fail."""
+    return [reward for reward in rewards if not isnan(reward)]
+
+
+def mean_judged(rewards: Sequence[float]) -> float:
+    """Mean reward of the episodes that did not fail; NaN: all did."""
+    found = judged(rewards)
+    return sum(found) / len(found) if found else nan
+
+
+def gain_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of mean(after) - mean(before), by a bootstrap over episodes (Efron 1979); None without episodes.
+
+    Each side gets one episode of the lowest and one of the highest reward of both, so that four equal rewards do not
+    make a certainty (for rewards of 0 and 1 this is the idea of Agresti and Coull 1998)."""
+    if not before or not after:
+        return None
+    ends = [min(*before, *after), max(*before, *after)]
+    random = np.random.default_rng(0)
+    sides = [np.array([*side, *ends]) for side in (before, after)]
+    means = [random.choice(side, (RESAMPLES, len(side))).mean(1) for side in sides]
+    low, high = np.quantile(means[1] - means[0], [0.025, 0.975])
+    return float(low), float(high)

@@ -395,6 +395,9 @@ class EvaluationResult(WireStruct, frozen=True, kw_only=True):
     evaluation: int
     finished: bool
     rewards: tuple[float, ...] = ()
+    """NaN for an episode that failed"""
+    failures: tuple[str, ...] = ()
+    """why episodes failed: the first reasons"""
     version_min: int = -1
     """oldest weights that sampled a token of it; -1: no token yet"""
     version_max: int = -1

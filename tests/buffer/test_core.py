@@ -176,6 +176,23 @@ def test_an_evaluation_runs_between_training_groups_and_is_not_trained() -> None
     assert core.step == 0
 
 
+def test_a_failed_held_out_episode_has_no_reward_and_its_reason_is_told() -> None:
+    core = make_core(PacePolicy(groups_per_step=2, max_staleness=0, pipeline_depth=1.0, window=1))
+    core.handle(b"g", msg.Hello(role="generator", name="generator-0", pid=1), 0.0)
+    ask = msg.Evaluate(evaluation=0, version=0, problems=(5,), samples=2, temperature=0.0)
+    core.handle(TRAINER, ask, 0.0)
+    effects = core.handle(b"g", msg.Want(limit=9, version=0), 0.0)
+    permits = next(e.message.permits for e in effects if isinstance(e, do.Send) and isinstance(e.message, msg.Permits))
+    for sample, changes in enumerate(({"reward": 0.5}, {"ended": "error", "reason": "KeyError: form"})):
+        core.handle(b"g", msg.Finished(trajectories=(answer(permits[0], sample, 0, **changes),)), 0.0)
+    _, told = core.handle(TRAINER, msg.FetchEvaluation(evaluation=0), 2.0)
+    assert isinstance(told, do.Send)
+    assert isinstance(told.message, msg.EvaluationResult)
+    assert told.message.finished
+    assert [str(reward) for reward in told.message.rewards] == ["0.5", "nan"]
+    assert told.message.failures == ("KeyError: form",)
+
+
 def test_a_waiting_trainer_is_told_whom_it_waits_for() -> None:
     core = make_core(PacePolicy(groups_per_step=2, max_staleness=0, pipeline_depth=1.0, window=1))
     core.handle(b"g", msg.Hello(role="generator", name="generator-0", pid=1), 0.0)

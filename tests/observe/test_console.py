@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from rich.console import Console as RichConsole
 from support_run import quick_settings
 from support_story import Story
 
-from async_rl.events import StepSkipped
-from async_rl.observe.console import FULL, Console, conclusion, figure, layout_for, step_line
+from async_rl.events import EvaluationReported, StepSkipped
+from async_rl.observe.console import FULL, Console, conclusion, evaluation_line, figure, layout_for, step_line
+from async_rl.trainer.summary import gain_interval, judged, mean_judged
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,46 @@ from async_rl.observe.console import FULL, Console, conclusion, figure, layout_f
 def test_a_difference_within_the_noise_is_no_change(tmp_path: Path, last: float, said: str) -> None:
     summary = Story(path=tmp_path / "run", model=tmp_path, steps=10).summary() | {"dropped": {}}
     assert f"The model {said}:" in conclusion(summary | {"reward_eval_last": last})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ([0.0] * 4, [1.0, 0.0, 0.0, 0.0], "shows no clear change"),
+        ([0.0], [1.0], "shows no clear change"),
+        ([0.25] * 4, [0.25] * 4, "shows no clear change"),
+        ([0.0, 1.0] * 128, [0.0, 1.0, 1.0, 1.0] * 64, "learned"),
+        ([0.0, 1.0, 1.0, 1.0] * 64, [0.0, 1.0] * 128, "got worse"),
+        ([0.0, 1.0] * 128, [*[0.0, 1.0] * 120, *[1.0] * 16], "shows no clear change"),
+    ],
+)
+def test_the_model_learned_only_where_the_interval_says_so(
+    tmp_path: Path, before: list[float], after: list[float], said: str
+) -> None:
+    means = {"reward_eval_first": sum(before) / len(before), "reward_eval_last": sum(after) / len(after)}
+    summary = Story(path=tmp_path / "run", model=tmp_path, steps=10).summary() | {"dropped": {}} | means
+    told = conclusion(summary | {"reward_eval_gain": gain_interval(before, after)})
+    assert f"The model {said}: " in told
+    assert ("95 % of a bootstrap over episodes" in told) == (said == "shows no clear change")
+
+
+def test_failed_held_out_episodes_are_no_rewards() -> None:
+    rewards = [1.0, float("nan"), 0.0, float("nan")]
+    assert (judged(rewards), mean_judged(rewards)) == ([1.0, 0.0], 0.5)
+    assert gain_interval([], [1.0]) is None
+    event = EvaluationReported(
+        evaluation=0,
+        step=0,
+        reward=1.0,
+        trajectories=8,
+        version_min=0,
+        version_max=0,
+        failed=7,
+        failures=("KeyError: x",),
+    )
+    line = "held-out reward 1.000 before training (1 episodes, weights 0); 7 of 8 episodes failed: KeyError: x"
+    assert evaluation_line(event) == line
+    assert evaluation_line(replace(event, failed=8)).startswith("no held-out reward before training: 8 of 8 episodes")
 
 
 def test_time_is_called_saved_only_when_it_was(tmp_path: Path) -> None:
