@@ -55,6 +55,7 @@ MAY_DIFFER = (
     "generator.max_sequences",
     "generator.save_turns_after_s",
     "generator.episode_timeout_s",
+    "generator.task_timeout_s",
     "vllm.tensor_parallel",
     "vllm.memory_share",
     "vllm.kv_cache_mb",
