@@ -1,7 +1,7 @@
 """Joining a generator: a second shell helps a run that is under way.
 
-    python 06_join_generator.py        # 60 steps, about a minute on a laptop
-    python 06_join_generator.py 20     # a look at it
+    python 06_join_generator.py        # 200 steps, half a minute on a laptop
+    python 06_join_generator.py 400    # longer
 
 Generators come and go while a run goes on. The run begins here with one; a "second shell" joins another with
 `async-rl generate --run RUN`, which works from any shell of the machine (for other machines:
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import async_rl as ar
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 60
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 SORT = {"name": "sort", "args": {"length": 3, "alphabet_size": 6}}
 RUN = Path("runs") / time.strftime("joined-%Y%m%d-%H%M%S")
 

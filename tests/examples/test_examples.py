@@ -24,7 +24,7 @@ LAST_LINE = {
 
 @pytest.mark.parametrize("name", LAST_LINE)
 def test_the_example_runs(name: str, tmp_path: Path) -> None:
-    steps = "40" if name == "06_join_generator.py" else "2"  # a run that one can join must last a little
+    steps = "200" if name == "06_join_generator.py" else "2"  # a run lasts until a process that starts has joined it
     words = [sys.executable, str(EXAMPLES / name), steps]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
