@@ -119,9 +119,9 @@ def find_source(source: str) -> Path:
     path = Path(source)
     if path.exists():
         return _model_in(path, source)
-    if source.isidentifier() and (spec := importlib.util.find_spec(source)) is not None:
-        for place in spec.submodule_search_locations or ():
-            return _model_in(Path(place), f"package {source}")
+    spec = importlib.util.find_spec(source) if source.isidentifier() else None
+    if spec is not None and spec.submodule_search_locations:
+        return _model_in(Path(next(iter(spec.submodule_search_locations))), f"package {source}")
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return _from_hub(source)
     raise UserError(
@@ -315,8 +315,11 @@ def _dequantised(
 
 
 def halves_together(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection in the order of Hugging Face, whose rope turns row i with row i + head_dim / 2
-    of a head; GGUF's llama keeps those two beside each other. values [heads * head_dim, ...]."""
+    """Put the rows of a query or key projection into Hugging Face's order. values: [heads * head_dim, ...].
+
+    Rotary embedding turns pairs of rows. In a GGUF file of the llama architecture the two rows of a pair are
+    neighbours; Hugging Face has them head_dim / 2 apart.
+    """
     rows = values.shape[0]
     pairs = values.reshape(heads, rows // heads // 2, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
