@@ -6,6 +6,7 @@ contradict each other or would do nothing are refused here, before anything star
 """
 
 from async_rl.config.checks import check
+from async_rl.config.derived import default_window, pace_of
 from async_rl.config.load import load_settings, load_with_notes
 from async_rl.config.settings import (
     CriticSettings,
@@ -15,8 +16,6 @@ from async_rl.config.settings import (
     Settings,
     StalenessSettings,
     WireSettings,
-    default_window,
-    pace_of,
 )
 
 __all__ = [

@@ -11,6 +11,7 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
+from async_rl.config.derived import generators_fit, gpus_named, shares_gpus
 from async_rl.config.schema import check_bounds
 from async_rl.config.settings import (
     GuardSettings,
@@ -19,9 +20,6 @@ from async_rl.config.settings import (
     StalenessSettings,
     TrainerSettings,
     VllmSettings,
-    generators_fit,
-    gpus_named,
-    shares_gpus,
 )
 from async_rl.errors import UserError, check_trackers
 

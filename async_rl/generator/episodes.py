@@ -12,7 +12,8 @@ from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Engine
-from async_rl.generator.session import EpisodeSession, Ticket, make_tickets, run_episode
+from async_rl.generator.rollout import run_episode
+from async_rl.generator.session import EpisodeSession, Ticket, make_tickets
 from async_rl.generator.task_code import TaskGuard, describe_error, is_ours
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task.protocol import Task

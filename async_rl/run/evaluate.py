@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from async_rl.config import Settings
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
-from async_rl.generator.session import EpisodeSession, Ticket, make_tickets, run_episode
+from async_rl.generator.rollout import run_episode
+from async_rl.generator.session import EpisodeSession, Ticket, make_tickets
 from async_rl.generator.task_code import TaskGuard, run_to_end
 from async_rl.model.decoder import Decoder
 from async_rl.model.huggingface import HuggingFaceDecoder

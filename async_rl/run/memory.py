@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 
 from async_rl.config import Settings
-from async_rl.config.settings import tensor_parallel
+from async_rl.config.derived import tensor_parallel
 from async_rl.errors import UserError
 from async_rl.model.architecture import (
     DecoderConfig,

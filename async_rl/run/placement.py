@@ -14,13 +14,8 @@ from importlib.util import find_spec
 
 from async_rl.config import Settings
 from async_rl.config.checks import check_shared
-from async_rl.config.settings import (
-    WeightsSettings,
-    generators_fit,
-    gpus_named,
-    shares_gpus,
-    tensor_parallel,
-)
+from async_rl.config.derived import generators_fit, gpus_named, shares_gpus, tensor_parallel
+from async_rl.config.settings import WeightsSettings
 from async_rl.errors import UserError
 from async_rl.model.folder import CONFIG, existing, read_json
 from async_rl.weights.vllm_release import IPC_WITHOUT_RAY, installed_release

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -24,6 +25,33 @@ class Problem:
     """descriptions of tools for the chat template"""
     template_args: Mapping[str, Any] = field(default_factory=dict)
     """further variables of the chat template, e.g. `{"enable_thinking": False}`"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What `Session.score` found."""
+
+    log_probs: Sequence[float]
+    """of each token of the text, at temperature 1, nats"""
+    version: int
+    """of the weights that computed them"""
+
+    @property
+    def total(self) -> float:
+        """Log-prob of the whole text, nats."""
+        return math.fsum(self.log_probs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """How an agent reaches its episode. Example: `openai.AsyncOpenAI(base_url=c.base_url, api_key=c.api_key)`."""
+
+    base_url: str
+    """ends in /v1; on the loopback"""
+    api_key: str
+    """of this episode alone"""
+    model: str
+    """name to give as `model`"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,18 +80,68 @@ class Session(Protocol):
         """True when the last turn ended at a stop string or the end of text, not at a token limit."""
         ...
 
-    async def generate(self, *, max_tokens: int, stop: Sequence[str] = (), state_key: int = -1) -> str:
+    @property
+    def split(self) -> Split:
+        """Whether the episode trains or evaluates."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of this episode's own randomness, 63 bits: another one for every sample of a problem, the same when the
+        episode is played again."""
+        ...
+
+    async def generate(
+        self,
+        *,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        state_key: int = -1,
+        temperature: float | None = None,
+        stop_tokens: Sequence[int] = (),
+        agent: str = "",
+    ) -> str:
         """Let the policy speak one turn and return its text: special tokens included, up to the stop string that ended
         it and with it, without the end token. (The token that completes a stop string may go on behind it: the history
         has it as it was sampled, the text does not.)
 
-        It ends at a stop string, at a token that the model folder names as an end, or after `max_tokens` tokens.
-        `state_key`: non-negative hash of the environment state, for recipes that compare equal states.
+        It ends at a stop string, at a token that the model folder names as an end, at one of `stop_tokens`, or after
+        `max_tokens` tokens.
+
+        Args:
+            state_key: non-negative hash of the environment state, for recipes that compare equal states.
+            temperature: of this turn; None: the episode's. It is recorded, and the trainer computes log-probs of the
+                turn at it. Must be above 0 where the episode trains.
+            agent: who speaks, where an episode has several agents.
         """
         ...
 
     def append(self, text: str) -> None:
         """Append environment text. These tokens carry no loss."""
+        ...
+
+    def append_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Append chat messages (user, tool, ...) as the chat template writes them behind what is there, and the header
+        of the next assistant turn. These tokens carry no loss.
+
+        Raises ValueError where the template would write the history before them differently (then only a new context,
+        `start_context`, holds what the model is meant to see).
+        """
+        ...
+
+    def start_context(self, prompt: str | Sequence[Mapping[str, Any]]) -> None:
+        """Begin a new context of this episode with `prompt`, text or chat messages: what follows does not see what was
+        before. For agents that edit or summarise their history, and for several agents in one episode."""
+        ...
+
+    async def score(self, text: str) -> Score:
+        """Log-probs of `text` behind the current context, under the weights of a stated version; the episode's history
+        stays as it is."""
+        ...
+
+    def openai(self) -> Connection:
+        """Base URL and key of an OpenAI-compatible endpoint through which any agent can play this episode. What it
+        samples is recorded token by token, as by `generate`. The key is valid until the episode ends."""
         ...
 
     def reward_turn(self, value: float) -> None:
@@ -82,6 +160,10 @@ class Session(Protocol):
     def note(self, key: str, value: float | str) -> None:
         """Attach a number or label to the trajectory (shown in reports)."""
         ...
+
+
+Reward = float | Mapping[str, float]
+"""a number, or named parts: each becomes a column, a metric and a curve; their weights are `task.reward_weights`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +208,9 @@ class Task:
         """The problems of a split; `len()` and indexing must be cheap. Splits do not overlap."""
         raise NotImplementedError
 
-    async def rollout(self, problem: Problem, session: Session) -> float:
-        """Run one episode (the prompt is already in the session) and return its reward.
+    async def rollout(self, problem: Problem, session: Session) -> Reward:
+        """Run one episode (the prompt is already in the session) and return its reward: a number, or named parts, of
+        which the reward is the sum, weighted by `task.reward_weights`.
 
         May raise: the trajectory then ends with the reason and the run goes on."""
         raise NotImplementedError

@@ -36,6 +36,10 @@ class Turn(Struct, frozen=True, kw_only=True, gc=False):
     """reward that the environment gave for this turn alone"""
     state_key: int = -1
     """non-negative hash of the environment state in which the turn began; -1 when the task gives none"""
+    agent: str = ""
+    """who speaks, where an episode has several agents (players of a game, roles); empty: the only one"""
+    temperature: float = 0.0
+    """at which it was sampled, where that is not the trajectory's; 0: the trajectory's"""
 
 
 class VersionSpan(Struct, frozen=True, kw_only=True, gc=False):
@@ -73,6 +77,11 @@ class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
     reward: float
     ended: Ended
     temperature: float = 1.0
+    contexts: tuple[int, ...] = ()
+    """where further contexts begin in `tokens`, rising, the first (0) left out. A context is one sequence for the
+    model: its tokens see, and are numbered from, the context's first token. An episode has several when an agent edits
+    its history, or when several agents see different histories; tokens that a later context repeats lie in no turn
+    there, so each sampled token is trained once"""
     reason: str = ""
     """why, when `ended` is "error" or "aborted" """
     generator: str = ""

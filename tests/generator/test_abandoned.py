@@ -10,7 +10,8 @@ import pytest
 from support_models import make_decoder, qwen3_config, write_folder
 
 from async_rl.generator.embedded import EmbeddedEngine
-from async_rl.generator.session import EpisodeSession, Ticket, run_episode
+from async_rl.generator.rollout import run_episode
+from async_rl.generator.session import EpisodeSession, Ticket
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task.protocol import Problem, Session, Split
 from async_rl.trajectory import Trajectory

@@ -13,7 +13,8 @@ from support_models import qwen3_config, write_folder
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, Request
-from async_rl.generator.session import STOPS, EpisodeSession, Ticket, run_episode
+from async_rl.generator.rollout import run_episode
+from async_rl.generator.session import STOPS, EpisodeSession, Ticket
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task.protocol import Problem, Session, Split
 from async_rl.trajectory import Trajectory

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from support_tokenizers import IM_END, byte_folder, metaspace_folder
 
 from async_rl.generator.engine import Completion, Request, SamplingParams
+from async_rl.generator.rollout import run_episode
 from async_rl.generator.sampling import StopRules
-from async_rl.generator.session import EpisodeSession, make_tickets, run_episode
+from async_rl.generator.session import EpisodeSession, make_tickets
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task import make_task
 from async_rl.task.tools import read_call

@@ -25,7 +25,8 @@ from support_models import qwen3_config, write_folder
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, LogitsNotFinite, Request
 from async_rl.generator.episodes import Episodes
-from async_rl.generator.session import EpisodeSession, Ticket, run_episode
+from async_rl.generator.rollout import run_episode
+from async_rl.generator.session import EpisodeSession, Ticket
 from async_rl.generator.task_code import TaskGuard, run_to_end
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.process import Interrupted, Terminated

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_rl.config import Settings, check
+from async_rl.config.derived import gpus_named
 from async_rl.config.schema import structured, with_overrides
-from async_rl.config.settings import gpus_named
 from async_rl.errors import UserError
 from async_rl.run.placement import Heads, Machine, Placement, names_of, place, read_heads
 
