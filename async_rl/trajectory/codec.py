@@ -3,12 +3,14 @@
 A blob (little endian, each column aligned to its own item size, length a multiple of 8):
 
     fixed part, 96 bytes     see `_FIXED`
-    text                     msgpack [reason, generator, info], padded to 8
+    text                     msgpack [reason, generator, info], with agents [..., names], padded to 8
     turn_reward f8[turns]    only when a turn has a reward
     state_key   i8[turns]    only when a turn has a key
+    temperature f8[turns]    only when a turn has its own
     tokens      i4[tokens]
     log_behaviour f4         [tokens]; of the policy tokens only when those are few (zeros elsewhere)
-    (start, length) i4 of each turn | (version, start, end) i4 of each span | padding to 8
+    (start, length) i4 of each turn | (version, start, end) i4 of each span | start i4 of each further context
+    agent i4[turns]          only when a turn has one: index into the names | padding to 8
 
 A token takes about 8 bytes. Nothing in a blob is executable. Whatever is wrong with one is a `WireError`.
 
@@ -27,6 +29,7 @@ from typing import Any, Literal, get_args
 import msgpack
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from async_rl.trajectory.types import Ended, Split, Trajectory, Turn, VersionSpan
@@ -41,10 +44,11 @@ itself; larger than is taken."""
 
 SCHEMA = 2
 _MAGIC = b"TJ"
-_FIXED = struct.Struct("<2sHI qqqQ dddd IIII BBB5x")
+_FIXED = struct.Struct("<2sHI qqqQ dddd IIII BBBxI")
 # magic, schema, text bytes | group, sample, problem, seed | reward, temperature, started_at, finished_at |
-# tokens, log-probs, turns, spans | split, ended, flags
-_REWARDS, _KEYS, _DENSE = 1, 2, 4
+# tokens, log-probs, turns, spans | split, ended, flags, contexts
+_REWARDS, _KEYS, _DENSE, _TEMPERATURES, _AGENTS, _CONTEXTS = 1, 2, 4, 8, 16, 32
+_ALL_FLAGS = _REWARDS | _KEYS | _DENSE | _TEMPERATURES | _AGENTS | _CONTEXTS
 _SPLITS = get_args(Split)
 _ENDINGS = get_args(Ended)
 _FEW = 128
@@ -53,7 +57,7 @@ _SHORT_TEXT = 128
 """bytes; a longer text is not kept in the cache"""
 _MOST_TEXT_BYTES = 1 << 20
 _MOST_TURNS = 1 << 16
-"""turns, or spans of versions"""
+"""turns, spans of versions, or contexts"""
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 _ZEROS = bytes(8)
 _TURN, _SPAN = struct.Struct("<ii"), struct.Struct("<iii")
@@ -92,6 +96,9 @@ def pack(trajectory: Trajectory) -> bytes:
         if keys.count(-1) != len(keys):
             flags |= _KEYS
             eights += struct.pack(f"<{len(keys)}q", *keys)
+        if any(temperatures := [turn.temperature for turn in turns]):
+            flags |= _TEMPERATURES
+            eights += struct.pack(f"<{len(turns)}d", *temperatures)
         num_other = len(tokens) - sum(integers[1::2])
         if num_other <= max(len(tokens) // 4, _FEW):
             flags |= _DENSE
@@ -101,22 +108,30 @@ def pack(trajectory: Trajectory) -> bytes:
             log_policy = b"".join(policy)
         num_log = len(log_policy) // 4
         integers += [number for s in trajectory.versions for number in (s.version, s.start, s.end)]
+        if trajectory.contexts:
+            flags |= _CONTEXTS
+            integers += trajectory.contexts
+        names: dict[str, int] = {}
+        if any(agents := [turn.agent for turn in turns]):
+            flags |= _AGENTS
+            integers += [names.setdefault(agent, len(names)) for agent in agents]
         fours = struct.pack(f"<{len(integers)}i", *integers)
         if (len(tokens) + num_log + len(integers)) % 2:
             fours += _ZEROS[:4]
-        head, text = _head(trajectory, num_log, flags)
+        head, text = _head(trajectory, num_log, flags, tuple(names))
     except (OverflowError, struct.error) as error:
         raise ValueError(f"a number of the trajectory does not fit its column: {error}") from None
     padding = _ZEROS[: -len(text) % 8]
     return b"".join((head, text, padding, eights, tokens.tobytes(), log_policy, fours))
 
 
-def _head(trajectory: Trajectory, num_log: int, flags: int) -> tuple[bytes, bytes]:
-    """Fixed part and text."""
+def _head(trajectory: Trajectory, num_log: int, flags: int, names: Sequence[str]) -> tuple[bytes, bytes]:
+    """Fixed part and text. `names`: of the agents; empty: there are none."""
     info: dict[str, float | str] = {}
     if trajectory.info:
         info = {name: v if type(v) is str else float(v) for name, v in trajectory.info.items()}
-    text: bytes = _pack_text((trajectory.reason, trajectory.generator, info))
+    said = (trajectory.reason, trajectory.generator, info)
+    text: bytes = _pack_text((*said, names) if names else said)
     fixed = _FIXED.pack(
         _MAGIC,
         SCHEMA,
@@ -136,6 +151,7 @@ def _head(trajectory: Trajectory, num_log: int, flags: int) -> tuple[bytes, byte
         _SPLITS.index(trajectory.split),
         _ENDINGS.index(trajectory.ended),
         flags,
+        len(trajectory.contexts),
     )
     return fixed, text
 
@@ -147,33 +163,29 @@ def unpack(blob: Blob) -> Trajectory:
     # fmt: off
     (
         text_bytes, group, sample, problem, seed, reward, temperature, started_at,
-        finished_at, num_tokens, num_log, num_turns, num_spans, split, ended, flags,
+        finished_at, num_tokens, num_log, num_turns, num_spans, split, ended, flags, num_contexts,
     ) = _fixed(blob)
     # fmt: on
     offset = _FIXED.size + text_bytes + -text_bytes % 8
-    eights = num_turns * (bool(flags & _REWARDS) + bool(flags & _KEYS))
-    fours = num_tokens + num_log + 2 * num_turns + 3 * num_spans
+    eights = num_turns * (bool(flags & _REWARDS) + bool(flags & _KEYS) + bool(flags & _TEMPERATURES))
+    fours = num_tokens + num_log + 2 * num_turns + 3 * num_spans + num_contexts + num_turns * bool(flags & _AGENTS)
     if offset + 8 * eights + 4 * (fours + fours % 2) != len(blob):
         raise WireError(f"a trajectory of {len(blob)} bytes does not have the length its header says", "trajectory")
-    if text_bytes > _MOST_TEXT_BYTES or num_turns > _MOST_TURNS or num_spans > _MOST_TURNS:
-        raise WireError(f"a trajectory of {text_bytes} bytes of text, {num_turns} turns, {num_spans} spans", "size")
+    if text_bytes > _MOST_TEXT_BYTES or max(num_turns, num_spans, num_contexts) > _MOST_TURNS:
+        said = f"{text_bytes} bytes of text, {num_turns} turns, {num_spans} spans, {num_contexts + 1} contexts"
+        raise WireError(f"a trajectory of {said}", "size")
     if group < 0 or sample < 0 or problem < 0:
         raise WireError("a trajectory's group, sample or problem is below zero", "columns")
-    if split >= len(_SPLITS) or ended >= len(_ENDINGS) or flags > _REWARDS | _KEYS | _DENSE:
+    if split >= len(_SPLITS) or ended >= len(_ENDINGS) or flags > _ALL_FLAGS:
         raise WireError("a trajectory of unknown split, ending or flags", "trajectory")
-    if text_bytes <= _SHORT_TEXT:
-        reason, generator, labels = _short_text(bytes(blob[_FIXED.size : _FIXED.size + text_bytes]))
-        info = labels.copy()
-    else:
-        reason, generator, info = _text(blob[_FIXED.size : _FIXED.size + text_bytes])
-    rewards: Sequence[float] | None = None
-    keys: Sequence[int] | None = None
-    if flags & _REWARDS:
-        rewards = struct.unpack_from(f"<{num_turns}d", blob, offset)
-        offset += 8 * num_turns
-    if flags & _KEYS:
-        keys = struct.unpack_from(f"<{num_turns}q", blob, offset)
-        offset += 8 * num_turns
+    if bool(flags & _CONTEXTS) != bool(num_contexts):
+        raise WireError(f"a trajectory of {num_contexts + 1} contexts whose flags say otherwise", "trajectory")
+    reason, generator, info, names = _said(blob[_FIXED.size : _FIXED.size + text_bytes], bool(flags & _AGENTS))
+    eight: dict[int, Sequence[Any]] = {}
+    for flag, kind in ((_REWARDS, "d"), (_KEYS, "q"), (_TEMPERATURES, "d")):
+        if flags & flag:
+            eight[flag] = struct.unpack_from(f"<{num_turns}{kind}", blob, offset)
+            offset += 8 * num_turns
     tokens = np.frombuffer(blob, np.int32, num_tokens, offset)
     offset += 4 * num_tokens
     log_behaviour = np.frombuffer(blob, np.float32, num_log, offset)
@@ -183,8 +195,13 @@ def unpack(blob: Blob) -> Trajectory:
     # a copy: an iterator over a memoryview that stays in a traceback crashes the garbage collector of Python 3.11
     places = bytes(blob[offset:])
     middle = _TURN.size * num_turns
-    turns = _turns(places[:middle], rewards, keys)
-    spans = _SPAN.iter_unpack(places[middle : middle + _SPAN.size * num_spans])
+    turns = _turns(places[:middle], eight.get(_REWARDS), eight.get(_KEYS))
+    last = middle + _SPAN.size * num_spans
+    spans = _SPAN.iter_unpack(places[middle:last])
+    contexts: tuple[int, ...] = struct.unpack_from(f"<{num_contexts}i", places, last) if num_contexts else ()
+    if flags & (_AGENTS | _TEMPERATURES):
+        spoken = struct.unpack_from(f"<{num_turns}i", places, last + 4 * num_contexts) if flags & _AGENTS else None
+        turns = _described(turns, spoken, names, eight.get(_TEMPERATURES))
     versions = tuple([VersionSpan(version=version, start=start, end=end) for version, start, end in spans])
     if not flags & _DENSE:
         log_behaviour = _spread(log_behaviour, turns, num_tokens)
@@ -201,6 +218,7 @@ def unpack(blob: Blob) -> Trajectory:
         reward=reward,
         ended=_ENDINGS[ended],
         temperature=temperature,
+        contexts=contexts,
         reason=reason,
         generator=generator,
         started_at=started_at,
@@ -231,6 +249,17 @@ def _turns(packed: bytes, rewards: Sequence[float] | None, keys: Sequence[int] |
         return tuple([Turn(start=start, length=length) for start, length in places])
     rest = zip(places, rewards or repeat(0.0), keys or repeat(-1), strict=False)
     return tuple([Turn(start=s, length=n, reward=reward, state_key=key) for (s, n), reward, key in rest])
+
+
+def _described(
+    turns: tuple[Turn, ...], spoken: Sequence[int] | None, names: Sequence[str], temperatures: Sequence[float] | None
+) -> tuple[Turn, ...]:
+    """The turns with their agents (`spoken`: index of each into `names`) and temperatures."""
+    if spoken is not None and spoken and not 0 <= min(spoken) <= max(spoken) < len(names):
+        raise WireError(f"a turn's agent is none of the {len(names)} that are named", "columns")
+    agents = [""] * len(turns) if spoken is None else [names[i] for i in spoken]
+    own = temperatures or (0.0,) * len(turns)
+    return tuple([replace(t, agent=a, temperature=x) for t, a, x in zip(turns, agents, own, strict=True)])
 
 
 def _spread(policy: NDArray[np.float32], turns: tuple[Turn, ...], num_tokens: int) -> NDArray[np.float32]:  # [tokens]
@@ -275,10 +304,21 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _text(packed: Blob) -> tuple[str, str, dict[str, float | str]]:
-    """Reason, generator, info."""
+def _said(packed: Blob, agents: bool) -> tuple[str, str, dict[str, float | str], Sequence[str]]:
+    """Reason, generator, info (a dictionary of one's own), names of agents where the text has them."""
+    if len(packed) > _SHORT_TEXT:
+        return _text(packed, agents)
+    reason, generator, info, names = _short_text(bytes(packed), agents)
+    return reason, generator, info.copy(), names
+
+
+def _text(packed: Blob, agents: bool) -> tuple[str, str, dict[str, float | str], Sequence[str]]:
+    """Reason, generator, info, names of agents."""
     try:
-        return msgspec.convert(plain(packed, _MOST_TEXT_BYTES), tuple[str, str, dict[str, float | str]])
+        found = plain(packed, _MOST_TEXT_BYTES)
+        if agents:
+            return msgspec.convert(found, tuple[str, str, dict[str, float | str], list[str]])
+        return (*msgspec.convert(found, tuple[str, str, dict[str, float | str]]), ())
     except msgspec.ValidationError as error:
         raise WireError(f"a trajectory's text has missing, extra or wrong-typed fields: {error}", "fields") from None
 

@@ -9,6 +9,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from hashlib import blake2b
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,8 @@ Split = Literal["train", "eval"]
 Ended = Literal["finished", "length", "turn_limit", "error", "aborted"]
 """How an episode ended: by itself; at the token limit; at the turn limit; because the task or the reward raised or
 returned NaN; because the engine gave the request up."""
+GREEDY = -1.0
+"""`Turn.temperature` of a turn that took the likeliest tokens in an episode that otherwise samples"""
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 
 
@@ -39,7 +42,8 @@ class Turn(Struct, frozen=True, kw_only=True, gc=False):
     agent: str = ""
     """who speaks, where an episode has several agents (players of a game, roles); empty: the only one"""
     temperature: float = 0.0
-    """at which it was sampled, where that is not the trajectory's; 0: the trajectory's"""
+    """at which it was sampled, where that is not the trajectory's; 0: the trajectory's; `GREEDY` in evaluation alone.
+    Log-probs of greedy turns are those of temperature 1. `turn_temperature` gives what to record"""
 
 
 class VersionSpan(Struct, frozen=True, kw_only=True, gc=False):
@@ -77,6 +81,7 @@ class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
     reward: float
     ended: Ended
     temperature: float = 1.0
+    """at which its turns were sampled, those aside that have one of their own; 0: greedily"""
     contexts: tuple[int, ...] = ()
     """where further contexts begin in `tokens`, rising, the first (0) left out. A context is one sequence for the
     model: its tokens see, and are numbered from, the context's first token. An episode has several when an agent edits
@@ -124,6 +129,20 @@ class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
             version[span.start : span.end] = span.version
         return version[self.policy_positions()]
 
+    def context_lengths(self) -> list[int]:
+        """Tokens of each context, the sequences that the model sees; together they are `tokens`."""
+        starts = [0, *self.contexts, len(self.tokens)]
+        return [end - start for start, end in pairwise(starts)]
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens of its longest context."""
+        return max(self.context_lengths()) if self.contexts else len(self.tokens)
+
+    def log_prob_temperature(self, turn: Turn) -> float:
+        """The temperature at which `log_behaviour` of this turn is; above 0."""
+        return max(turn.temperature or self.temperature, 0.0) or 1.0
+
     def check(self) -> str | None:
         """What is wrong with this trajectory, or None. Everything that comes off the wire is checked by it."""
         tokens, log = self.tokens, self.log_behaviour
@@ -139,7 +158,11 @@ class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
                 return f"turn at {start}+{length} is out of order or outside {n} tokens"
             if not math.isfinite(turn.reward):
                 return "a turn's reward is not finite"
+            if turn.temperature and not (0 < turn.temperature < math.inf or turn.temperature == GREEDY):
+                return f"a turn's temperature is {turn.temperature:g}"
             position = start + length
+        if self.contexts and (wrong := self._wrong_context()) is not None:
+            return wrong
         position = 0
         for span in self.versions:
             start, end = span.start, span.end
@@ -162,6 +185,23 @@ class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
             return "its times are not finite"
         return None
 
+    def _wrong_context(self) -> str | None:
+        """What is wrong with `contexts`, or None; turns are in order and disjoint."""
+        turns = iter(self.turns)
+        turn = next(turns, None)
+        before = 0
+        for start in self.contexts:
+            if not before < start < len(self.tokens):
+                return f"context at {start} is out of order or outside {len(self.tokens)} tokens"
+            while turn is not None and turn.start + turn.length <= start:  # one without tokens ends a context
+                turn = next(turns, None)
+            if turn is not None and turn.start < start:
+                return f"context at {start} is inside the turn at {turn.start}+{turn.length}"
+            if turn is not None and turn.start == start:
+                return f"the context at {start} begins with a sampled token, which nothing predicts"
+            before = start
+        return None
+
     def _versions_cover_turns(self) -> bool:
         """Whether every policy token lies in a span; turns and spans are in order and disjoint."""
         spans = iter(self.versions)
@@ -179,6 +219,13 @@ class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
                     return False
                 position = end
         return True
+
+
+def turn_temperature(asked: float | None, trajectory: float) -> float:
+    """What `Turn.temperature` records of a turn sampled at `asked` (None: as the trajectory; 0: greedily)."""
+    if asked is None or asked == trajectory:
+        return 0.0
+    return asked or GREEDY
 
 
 # ---------------------------------------------------------------- seeds: never dependent on timing

@@ -3,6 +3,7 @@
 import math
 import struct
 from contextlib import suppress
+from hashlib import sha256
 
 import msgpack
 import numpy as np
@@ -13,10 +14,12 @@ from msgspec.structs import replace
 
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.codec import SCHEMA, WireError, pack, unpack
+from async_rl.trajectory.types import GREEDY, turn_temperature
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 NAMES = st.text(max_size=8)
+TEMPERATURES = st.just(0.0) | st.just(GREEDY) | st.floats(0, 10, exclude_min=True)
 
 
 @st.composite
@@ -25,16 +28,25 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
     spans: list[VersionSpan] = []
     position = draw(st.integers(0, 5) | st.just(300))  # a long prompt has its zeros left out
     plain = draw(st.booleans())
+    several = draw(st.booleans())
+    contexts: list[int] = []
     for _ in range(draw(st.integers(0, 5))):
         length = draw(st.integers(0, 7))
         reward = 0.0 if plain else draw(FLOATS)
         key = -1 if plain else draw(st.integers(-1, 2**63 - 1))
-        turns.append(Turn(start=position, length=length, reward=reward, state_key=key))
+        agent = draw(NAMES) if several else ""
+        temperature = draw(TEMPERATURES) if several else 0.0
+        turns.append(
+            Turn(start=position, length=length, reward=reward, state_key=key, agent=agent, temperature=temperature)
+        )
         cut = draw(st.integers(0, length))
         version = draw(st.integers(0, 2**31 - 1))
         spans.append(VersionSpan(version=version, start=position, end=position + cut))
         spans.append(VersionSpan(version=version, start=position + cut, end=position + length))
-        position += length + draw(st.integers(0, 4))
+        gap = draw(st.integers(0, 4))
+        if several and gap and position + length:
+            contexts += draw(st.lists(st.integers(position + length, position + length + gap - 1), max_size=1))
+        position += length + gap
     log_behaviour = np.zeros(position, dtype=np.float32)
     for turn in turns:
         log = draw(st.lists(st.floats(-50, 0, width=32), min_size=turn.length, max_size=turn.length))
@@ -55,6 +67,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         reward=draw(FLOATS),
         ended=draw(st.sampled_from(["finished", "length", "turn_limit", "error", "aborted"])),
         temperature=draw(FLOATS),
+        contexts=tuple(contexts),
         reason=draw(NAMES),
         generator=draw(NAMES),
         started_at=draw(FLOATS),
@@ -175,11 +188,78 @@ def test_texts_of_any_other_type_are_refused_or_still_valid(one: object, two: ob
         ({"log_behaviour": np.full(20, 0.5, dtype=np.float32)}, "above zero"),
         ({"log_behaviour": np.full(20, np.nan, dtype=np.float32)}, "not finite"),
         ({"group": -1}, "below zero"),
+        ({"contexts": (0,)}, "context at 0 is out of order"),
+        ({"contexts": (20,)}, "context at 20 is out of order or outside 20 tokens"),
+        ({"contexts": (15, 12)}, "context at 12 is out of order"),
+        ({"contexts": (15, 15)}, "context at 15 is out of order"),
+        ({"contexts": (4,)}, "context at 4 is inside the turn at 0"),
+        ({"turns": (Turn(start=12, length=3),), "contexts": (12,)}, "begins with a sampled token"),
+        (
+            {"turns": (Turn(start=12, length=0), Turn(start=12, length=3)), "contexts": (12,)},
+            "begins with a sampled token",
+        ),
+        ({"turns": (Turn(start=0, length=10, temperature=math.nan),)}, "temperature is nan"),
+        ({"turns": (Turn(start=0, length=10, temperature=math.inf),)}, "temperature is inf"),
+        ({"turns": (Turn(start=0, length=10, temperature=-0.5),)}, "temperature is -0.5"),
     ],
 )
 def test_what_a_trajectory_must_not_be_is_refused_with_its_reason(change: dict, message: str) -> None:
     with pytest.raises(WireError, match=message):
         unpack(pack(replace(many_turns(20), **change)))
+
+
+def test_the_bytes_of_a_trajectory_of_one_context_are_those_of_earlier_releases() -> None:
+    """Digests were made by the code of 0.2.0: stored runs stay readable both ways."""
+    written = [many_turns(2000, 10, rewards=True), many_turns(20)]
+    assert [sha256(pack(t)).hexdigest()[:16] for t in written] == ["99b1abb5932f81f9", "8295f909d3ab242e"]
+
+
+def two_contexts() -> Trajectory:
+    turns = (
+        Turn(start=2, length=3, agent="solver", temperature=0.5),
+        Turn(start=5, length=0, agent="critic"),
+        Turn(start=8, length=4, agent="critic", temperature=GREEDY),
+    )
+    return replace(many_turns(20), turns=turns, contexts=(5, 13))
+
+
+def test_a_reader_of_earlier_releases_refuses_what_it_does_not_know() -> None:
+    """Its fixed part had five bytes of padding where the contexts are counted, and three flags."""
+    for change in ({"contexts": ()}, {"turns": two_contexts().turns[:0]}):
+        flags = pack(replace(two_contexts(), **change))[90]
+        assert flags > 7
+
+
+@pytest.mark.parametrize("flag", [8, 16, 32])
+def test_a_flag_that_does_not_fit_the_columns_is_refused(flag: int) -> None:
+    for trajectory in (many_turns(20), two_contexts()):
+        blob = bytearray(pack(trajectory))
+        blob[90] ^= flag
+        with pytest.raises(WireError):
+            unpack(bytes(blob))
+
+
+def test_an_agent_without_a_name_is_refused() -> None:
+    blob = bytearray(pack(two_contexts()))
+    assert struct.unpack_from("<3i", blob, len(blob) - 12) == (0, 1, 1)
+    for wrong in (-1, 2):
+        struct.pack_into("<i", blob, len(blob) - 4, wrong)
+        with pytest.raises(WireError, match="agent is none of the 2"):
+            unpack(bytes(blob))
+
+
+def test_contexts_and_temperatures_of_turns_as_they_are_read() -> None:
+    trajectory = two_contexts()
+    assert trajectory.check() is None
+    assert trajectory.context_lengths() == [5, 8, 7]
+    assert trajectory.longest_context == 8
+    assert many_turns(20).context_lengths() == [20]
+    assert [trajectory.log_prob_temperature(turn) for turn in trajectory.turns] == [0.5, 1.0, 1.0]
+    warm, greedy = replace(trajectory, temperature=0.7), replace(trajectory, temperature=0.0)
+    assert [warm.log_prob_temperature(turn) for turn in warm.turns] == [0.5, 0.7, 1.0]
+    assert [greedy.log_prob_temperature(turn) for turn in greedy.turns] == [0.5, 1.0, 1.0]
+    asked = [(None, 0.7), (0.7, 0.7), (0.0, 0.7), (0.2, 0.7), (0.0, 0.0)]
+    assert [turn_temperature(*one) for one in asked] == [0.0, 0.0, GREEDY, 0.2, 0.0]
 
 
 def test_another_schema_is_named() -> None:
