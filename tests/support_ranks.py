@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec import structs
 from safetensors.torch import save_file
 from support_run import quick_settings
 from torch import Tensor
@@ -70,6 +71,8 @@ class Case:
     """compute layers again in the backward pass"""
     lora: int = 0
     """rank of adapters; not with sharded weights"""
+    contexts: bool = False
+    """episodes of two contexts, agents and temperatures"""
 
 
 EXACT = {"name": "vcpo"}
@@ -109,6 +112,8 @@ CASES = (
     Case(name="layers computed again", recipe={"name": "grpo"}, micro_batch_tokens=60, again=True),
     Case(name="adapters", recipe={"name": "grpo"}, micro_batch_tokens=60, config=UNTIED, lora=2),
     Case(name="exact, adapters", recipe=EXACT, lora=2),
+    Case(name="contexts", recipe={"name": "grpo"}, micro_batch_tokens=50, contexts=True, small=True),
+    Case(name="exact, contexts", recipe=EXACT, micro_batch_tokens=50, contexts=True),
     Case(name="clipped norm", recipe={"name": "s_ppo", "bias": {"estimator": "exact"}}, updates=2),
     Case(
         name="clipped norm, many micro-batches", recipe={"name": "s_ppo", "bias": {"estimator": "exact"}},
@@ -117,9 +122,10 @@ CASES = (
 )  # fmt: skip
 
 
-def episodes(groups: Sequence[int], config: DecoderConfig, seed: int) -> list[Trajectory]:
+def episodes(groups: Sequence[int], config: DecoderConfig, seed: int, *, contexts: bool = False) -> list[Trajectory]:
     """Two-turn episodes of ragged lengths in groups of these sizes, one without a policy token, sampled (as far
-    as log-probs go) by slightly other weights."""
+    as log-probs go) by slightly other weights. contexts: most have two, and an agent and a temperature for the second
+    turn."""
     random = np.random.default_rng(seed)
     made = []
     for group, size in enumerate(groups):
@@ -127,6 +133,8 @@ def episodes(groups: Sequence[int], config: DecoderConfig, seed: int) -> list[Tr
             start, first, second = (int(random.integers(1, most)) for most in (5, 12, 6))
             length = start + first + 2 + second
             turns = (Turn(start=start, length=first, reward=0.5), Turn(start=start + first + 2, length=second))
+            if contexts and sample != 1:
+                turns = (turns[0], structs.replace(turns[1], agent="second", temperature=0.5 + 0.5 * sample))
             if (group, sample) == (1, 1):
                 turns = ()
             made.append(
@@ -141,6 +149,8 @@ def episodes(groups: Sequence[int], config: DecoderConfig, seed: int) -> list[Tr
                     turns=turns,
                     versions=(VersionSpan(version=0, start=start, end=length),),
                     reward=float(random.integers(0, 3)) + 0.25 * sample,
+                    temperature=ARITHMETIC.temperature,
+                    contexts=(start + first,) if contexts and sample != 1 else (),
                     ended="finished",
                 )
             )
@@ -200,7 +210,8 @@ def pack(case: Case, ranks: Ranks, seed: int) -> PackedBatch:
     if ranks.size > 1:
         whole = requirements(load_recipe(case.recipe)).per_trajectory_norms
         over = Spread(rank=ranks.rank, size=ranks.size, cost=COST, whole_groups=whole)
-    return pack_batch(episodes(case.groups, case.config, seed), micro_batch_tokens=case.micro_batch_tokens, over=over)
+    made = episodes(case.groups, case.config, seed, contexts=case.contexts)
+    return pack_batch(made, micro_batch_tokens=case.micro_batch_tokens, over=over)
 
 
 def outcome(case: Case, ranks: Ranks, sharding: str) -> tuple[dict[str, Tensor], list[dict[str, float]]]:

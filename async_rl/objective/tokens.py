@@ -57,6 +57,8 @@ class Columns:
     """entropy of the distribution the token was sampled from, under the current weights"""
     prob_square_sum: Tensor | None = None  # [tokens]
     """sum over the vocabulary of pi^2, for the logit-space gradient norm"""
+    agent_of_turn: Tensor | None = None  # [turns] int64
+    """who spoke, where a task names agents; None or equal numbers: there is one"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

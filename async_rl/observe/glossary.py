@@ -371,6 +371,12 @@ stale data.""",
             Metric("batch/trajectories", "trajectories", "trajectories in the batch"),
             Metric("batch/policy_tokens", "tokens", "policy tokens in the batch"),
             Metric("batch/tokens", "tokens", "all tokens, prompt and environment included"),
+            Metric(
+                "contexts/mean",
+                "contexts",
+                "contexts of a trajectory, the sequences that the model saw apart; only in steps in which one has "
+                "more than one: its agent edited its history, or several agents saw different ones",
+            ),
             Metric("batch/micro_batches", "micro-batches", "micro-batches (of one rank; every rank has as many)"),
             Metric(
                 "batch/rank_imbalance",

@@ -27,7 +27,8 @@ class ModelArithmetic:
     """In which precision and at which temperature a forward is computed."""
 
     temperature: float
-    """of the distribution that the generators sampled from, whose log-probs are wanted"""
+    """of the distribution that the generators sampled from, whose log-probs are wanted; turns that have one of their
+    own are computed at that (`MicroBatch.stretch`)"""
     dtype: torch.dtype = torch.float32
     """bfloat16 runs the model under autocast; weights stay as they are"""
     kernel: Kernel | None = None
@@ -49,23 +50,32 @@ class ModelArithmetic:
 
 
 def hidden_states(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: ModelArithmetic) -> Tensor:
-    """Hidden states that predict the policy tokens, [t, H]."""
+    """Hidden states that predict the policy tokens, [t, H], not stretched."""
     with arithmetic.autocast(micro.tokens.device):
-        hidden = model(micro.tokens, micro.positions, DocumentAttention(micro.lengths, arithmetic.kernel))
+        hidden = model(micro.tokens, micro.positions, DocumentAttention(micro.documents, arithmetic.kernel))
     return hidden[micro.predictors]
 
 
 def log_probs(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: ModelArithmetic) -> LogProbs:
     """Log-prob, entropy and sum of squared probabilities of every policy token, [t] each."""
-    hidden = hidden_states(model, micro, arithmetic)
-    head = model.head
+    hidden, head = hidden_states(model, micro, arithmetic), model.head
     return linear_logprob(
-        hidden.to(head.dtype),
+        micro.stretched(hidden.to(head.dtype)),
         head,
         micro.targets,
         temperature=arithmetic.temperature,
+        cap=logit_caps(model, micro),
         products=arithmetic.products(head.device),
     )
+
+
+def logit_caps(model: Model | WithoutAdapters, micro: MicroBatch) -> Tensor | None:
+    """`cap` of linear_logprob for every policy token, [t]. It grows with the stretch of a hidden state: logits are then
+    those of the capped ones at the turn's temperature."""
+    if not model.logit_cap:
+        return None
+    every = torch.full((len(micro.targets), 1), model.logit_cap, device=micro.targets.device)
+    return micro.stretched(every).squeeze(1)
 
 
 @torch.no_grad()
@@ -98,6 +108,7 @@ def probe_log_probs(model: Model, tokens: tuple[int, ...], arithmetic: ModelArit
     ids = torch.tensor(tokens, device=device)
     with arithmetic.autocast(device) if is_sharded(model) else nullcontext():
         hidden = model(ids, torch.arange(len(ids), device=device), DocumentAttention([len(ids)]))
-    answer = linear_logprob(hidden[:-1].to(model.head.dtype), model.head, ids[1:], temperature=1.0)
+    cap = torch.full((len(ids) - 1,), model.logit_cap, device=device) if model.logit_cap else None
+    answer = linear_logprob(hidden[:-1].to(model.head.dtype), model.head, ids[1:], cap=cap)
     free(model)
     return tuple(answer.log_prob.tolist())

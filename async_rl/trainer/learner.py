@@ -274,6 +274,7 @@ class Learner:
             reward=batch.reward,
             turn_reward=batch.turn_reward,
             state_key=batch.state_key,
+            agent_of_turn=batch.agent_of_turn,
             truncated=batch.truncated,
             current_version=self.version,
             log_proximal=log_prob if start is None else start.log_prob,
@@ -327,6 +328,7 @@ class Learner:
             "batch/tokens": batch.num_tokens,
             "batch/micro_batches": len(batch.micro_batches),
             **({} if batch.share is None else {"batch/rank_imbalance": batch.share.imbalance}),
+            **({"contexts/mean": batch.num_contexts / batch.num_trajectories} if batch.several_contexts else {}),
         }
 
 

@@ -3,6 +3,9 @@
 Shapes: T policy tokens, U turns, I trajectories of the whole batch, sorted by group and sample; columns of the batch
 are the same on every rank, micro-batches are those of this rank's share. N tokens of a micro-batch, prompts and
 environment included. The division of work (`plan`) is pure: every rank finds the same.
+
+A trajectory is one row of every column and lies in one micro-batch, however many contexts it has. For the model each
+context is a document: positions from 0, and no attention to the others.
 """
 
 from __future__ import annotations
@@ -35,9 +38,11 @@ class MicroBatch:
     """
 
     tokens: Tensor  # [N] int64
-    positions: Tensor  # [N] int64, from 0 in every trajectory
+    positions: Tensor  # [N] int64, from 0 in every document
     lengths: tuple[int, ...]
     """tokens of each trajectory"""
+    documents: tuple[int, ...]
+    """tokens of each document: the trajectories' contexts, which do not see each other"""
     predictors: Tensor  # [t] int64
     """index of the token whose hidden state predicts the policy token (the one before it)"""
     targets: Tensor  # [t] int64, the policy tokens
@@ -47,6 +52,9 @@ class MicroBatch:
     """which policy tokens of the batch's columns"""
     policy_lengths: tuple[int, ...]
     """policy tokens of each trajectory"""
+    stretch: Tensor | None = None  # [t] float64
+    """factor on the hidden state that predicts each token, which turns logits at the trajectory's temperature into
+    those at its turn's: the first temperature / the second; None: no turn has its own"""
     idle: bool = False
     """a stand-in of two tokens and one prediction that counts for nothing, where this rank has fewer
     micro-batches than others: a sharded model's forward needs every rank"""
@@ -54,6 +62,13 @@ class MicroBatch:
     def rows(self, column: Tensor) -> Tensor:
         """Its rows of a column of the share's policy tokens, [own T] -> [t]; [1] of 0 for a stand-in."""
         return column.new_zeros(1) if self.idle else column[self.policy]
+
+    def stretched(self, hidden: Tensor) -> Tensor:
+        """Hidden states that predict the policy tokens, [t, H], as the head is to see them.
+
+        Logits are linear in them, so this is exact for log-probs and gradients.
+        """
+        return hidden if self.stretch is None else hidden * self.stretch[:, None].to(hidden.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +86,15 @@ class PackedBatch:
     group_of_trajectory: Tensor  # [I] int64
     turn_reward: Tensor  # [U] float32
     state_key: Tensor  # [U] int64
+    agent_of_turn: Tensor  # [U] int64, into `agents`
     reward: Tensor  # [I] float32
     truncated: Tensor  # [I] bool
     num_tokens: int
     """all tokens, prompts and environment included"""
+    num_contexts: int
+    """of all trajectories; each has one at least"""
+    agents: tuple[str, ...] = ("",)
+    """names of those who speak; the empty one speaks where a task names none"""
     share: Share | None = None
     """None: micro-batches hold the whole batch"""
 
@@ -85,6 +105,11 @@ class PackedBatch:
     @property
     def num_trajectories(self) -> int:
         return len(self.reward)
+
+    @property
+    def several_contexts(self) -> bool:
+        """Whether some trajectory has more than one."""
+        return self.num_contexts > self.num_trajectories
 
     @property
     def num_policy_tokens(self) -> int:
@@ -119,10 +144,13 @@ def pack_batch(
     ordered = sorted(trajectories, key=lambda t: (t.group, t.sample))
     policy_positions = [t.policy_positions() for t in ordered]
     for trajectory, where in zip(ordered, policy_positions, strict=True):
-        assert len(where) == 0 or where[0] > 0, f"group {trajectory.group}: a policy token without a prompt"
+        assert not np.isin(where, (0, *trajectory.contexts)).any(), (
+            f"group {trajectory.group}: a policy token without a prompt"
+        )
     turns = [(i, turn) for i, trajectory in enumerate(ordered) for turn in trajectory.turns]
     turn_lengths = np.array([turn.length for _, turn in turns], np.int64)
     groups = np.unique([t.group for t in ordered], return_inverse=True)[1]
+    agents = {name: i for i, name in enumerate(sorted({turn.agent for _, turn in turns} or {""}))}
 
     def tensor(values: object, dtype: torch.dtype) -> Tensor:  # [n]
         return torch.as_tensor(np.asarray(values)).to(dtype=dtype, device=device)
@@ -145,9 +173,12 @@ def pack_batch(
         group_of_trajectory=tensor(groups, torch.int64),
         turn_reward=tensor([turn.reward for _, turn in turns], torch.float32),
         state_key=tensor([turn.state_key for _, turn in turns], torch.int64),
+        agent_of_turn=tensor([agents[turn.agent] for _, turn in turns], torch.int64),
+        agents=tuple(agents),
         reward=tensor([t.reward for t in ordered], torch.float32),
         truncated=tensor([t.ended in ("length", "turn_limit") for t in ordered], torch.bool),
         num_tokens=sum(len(t.tokens) for t in ordered),
+        num_contexts=sum(1 + len(t.contexts) for t in ordered),
     )
 
 
@@ -171,23 +202,38 @@ def _pack_parts(
         lengths = [len(ordered[i].tokens) for i in part]
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         tokens = np.concatenate([ordered[i].tokens for i in part]).astype(np.int64)
-        positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
+        documents = list(chain.from_iterable(ordered[i].context_lengths() for i in part))
+        positions = np.concatenate([np.arange(n, dtype=np.int64) for n in documents])
         sampled = np.concatenate([w + s for w, s in zip(where, starts, strict=True)])
         out.append(
             MicroBatch(
                 tokens=torch.from_numpy(tokens).to(device),
                 positions=torch.from_numpy(positions).to(device),
                 lengths=tuple(lengths),
+                documents=tuple(documents),
                 predictors=torch.from_numpy(sampled - 1).to(device),
                 targets=torch.from_numpy(tokens[sampled]).to(device),
                 trajectories=slice(first, first + len(part)),
                 policy=slice(policy_start, policy_start + len(sampled)),
                 policy_lengths=tuple(len(w) for w in where),
+                stretch=_stretch([ordered[i] for i in part], device),
             )
         )
         first += len(part)
         policy_start += len(sampled)
     return out
+
+
+def _stretch(trajectories: Sequence[Trajectory], device: str | torch.device) -> Tensor | None:
+    """`MicroBatch.stretch` of these trajectories, [their policy tokens]."""
+    if not any(turn.temperature for t in trajectories for turn in t.turns):
+        return None
+    factors = [
+        np.full(turn.length, (t.temperature or 1.0) / t.log_prob_temperature(turn))
+        for t in trajectories
+        for turn in t.turns
+    ]
+    return torch.from_numpy(np.concatenate(factors)).to(device)
 
 
 def _idle(first: int, policy_start: int, device: str | torch.device) -> MicroBatch:
@@ -197,6 +243,7 @@ def _idle(first: int, policy_start: int, device: str | torch.device) -> MicroBat
         tokens=torch.zeros(2, dtype=torch.int64, device=device),
         positions=torch.arange(2, device=device),
         lengths=(2,),
+        documents=(2,),
         predictors=zero,
         targets=zero,
         trajectories=slice(first, first),
@@ -278,9 +325,14 @@ class Cost:
     """of a token and one that it sees: 2 x layers x heads x head_dim for the score, as many for the value"""
 
     def of(self, tokens: int, policy_tokens: int) -> int:
-        """The cost of a trajectory; each token sees itself and those before it."""
+        """The cost of a trajectory of one context; each token sees itself and those before it."""
         pairs = tokens * (tokens + 1) // 2
         return self.per_token * tokens + self.per_policy_token * policy_tokens + self.per_pair * pairs
+
+    def of_trajectory(self, trajectory: Trajectory) -> int:
+        """The cost of a trajectory; contexts do not see each other."""
+        contexts = sum(self.of(tokens, 0) for tokens in trajectory.context_lengths())
+        return contexts + self.of(0, trajectory.num_policy_tokens)
 
 
 def plan(ordered: Sequence[Trajectory], over: Spread, limit: int) -> Plan:
@@ -289,7 +341,7 @@ def plan(ordered: Sequence[Trajectory], over: Spread, limit: int) -> Plan:
     A longer trajectory has a micro-batch of its own. Where groups stay whole, a group that fits one is not cut.
     """
     sizes = [len(t.tokens) for t in ordered]
-    costs = [over.cost.of(len(t.tokens), t.num_policy_tokens) for t in ordered]
+    costs = [over.cost.of_trajectory(t) for t in ordered]
     used = [i for i, t in enumerate(ordered) if t.num_policy_tokens]
     units = _groups(ordered, used) if over.whole_groups else [[i] for i in used]
     of_rank = spread([sum(costs[i] for i in unit) for unit in units], over.size)
@@ -317,7 +369,7 @@ def share_of(made: Plan, ordered: Sequence[Trajectory], over: Spread, device: st
         else torch.zeros(0, dtype=torch.int64)
         for own in of_rank
     ]
-    work = [sum(over.cost.of(len(ordered[i].tokens), ordered[i].num_policy_tokens) for i in own) for own in of_rank]
+    work = [sum(over.cost.of_trajectory(ordered[i]) for i in own) for own in of_rank]
     return Share(
         trajectories=torch.tensor(of_rank[over.rank], dtype=torch.int64, device=device),
         policy=rows[over.rank].to(device),

@@ -150,7 +150,7 @@ class TrajectoryGradient:
         segments = Segments(micro.lengths, device)
         free(self._model)  # gradients go to the sharded parameters, which are the module's now
         record = Record(micro=micro, segments=segments, head_weight=self._model.head)
-        inputs = (micro.tokens, micro.positions, DocumentAttention(micro.lengths, self._arithmetic.kernel))
+        inputs = (micro.tokens, micro.positions, DocumentAttention(micro.documents, self._arithmetic.kernel))
         with torch.enable_grad(), Hooks(self._model, record), self._arithmetic.autocast(device):
             if is_sharded(self._model):  # autograd forms no gradient of a weight that it is not asked for
                 hidden = self._model(*inputs)
@@ -158,7 +158,7 @@ class TrajectoryGradient:
                 weights = {name: p.detach() for name, p in self._model.named_parameters()}
                 hidden = functional_call(self._model, weights, inputs)
         head = self._model.head
-        record.hidden = hidden[micro.predictors].to(head.dtype)
+        record.hidden = micro.stretched(hidden[micro.predictors].to(head.dtype))
         record.head = HeadGradient(
             record.hidden.detach(),
             head.detach(),

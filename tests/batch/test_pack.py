@@ -13,15 +13,19 @@ from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 @st.composite
 def episodes(draw: st.DrawFn) -> list[Trajectory]:
-    """Ragged episodes: several turns, empty turns, episodes without any policy token."""
+    """Ragged episodes: several turns, empty turns, several contexts, episodes without any policy token."""
     made = []
     for group in range(draw(st.integers(1, 4))):
         for sample in range(draw(st.integers(1, 3))):
-            turns, position = [], draw(st.integers(1, 4))
+            turns, position, contexts = [], draw(st.integers(1, 4)), []
             for _ in range(draw(st.integers(0, 3))):
                 length = draw(st.integers(0, 4))
                 turns.append(Turn(start=position, length=length, reward=draw(st.sampled_from([0.0, 0.5]))))
-                position += length + draw(st.integers(0, 2))
+                position += length
+                gap = draw(st.integers(0, 2))
+                if gap and draw(st.booleans()):
+                    contexts.append(position)
+                position += gap
             version = draw(st.integers(0, 5))
             made.append(
                 Trajectory(
@@ -35,6 +39,7 @@ def episodes(draw: st.DrawFn) -> list[Trajectory]:
                     turns=tuple(turns),
                     versions=(VersionSpan(version=version, start=0, end=position),),
                     reward=draw(st.floats(-1, 1, width=32)),
+                    contexts=tuple(contexts),
                     ended=draw(st.sampled_from(["finished", "length", "turn_limit"])),
                 )
             )
@@ -70,15 +75,18 @@ def test_micro_batches_are_whole_trajectories_within_the_budget(batch: list[Traj
     assert sum(len(m.tokens) for m in packed.micro_batches) == packed.num_tokens == sum(len(t.tokens) for t in batch)
     tokens_before = trajectories_before = 0
     for micro in packed.micro_batches:
-        assert len(micro.tokens) == sum(micro.lengths)
+        assert len(micro.tokens) == sum(micro.lengths) == sum(micro.documents)
         assert len(micro.tokens) <= limit or len(micro.lengths) == 1
         assert micro.policy.start == tokens_before
         assert micro.trajectories.start == trajectories_before
         tokens_before, trajectories_before = micro.policy.stop, micro.trajectories.stop
         assert sum(micro.policy_lengths) == micro.policy.stop - micro.policy.start
-        starts = np.cumsum([0, *micro.lengths[:-1]])
-        assert micro.positions[torch.from_numpy(starts)].tolist() == [0] * len(starts)
+        assert micro.positions.tolist() == [i for n in micro.documents for i in range(n)]
+        ordered = sorted(batch, key=lambda t: (t.group, t.sample))[micro.trajectories]
+        assert micro.documents == tuple(n for t in ordered for n in t.context_lengths())
+        assert micro.lengths == tuple(len(t.tokens) for t in ordered)
     assert trajectories_before == len(batch)
+    assert packed.num_contexts == sum(1 + len(t.contexts) for t in batch)
 
 
 def test_groups_are_numbered_from_zero_without_gaps() -> None:

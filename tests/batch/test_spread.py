@@ -38,11 +38,13 @@ def batches(draw: st.DrawFn) -> list[Trajectory]:
     for group, size in enumerate(draw(st.lists(st.integers(1, 5), min_size=1, max_size=8))):
         for sample in range(size):
             prompt, sampled = draw(st.integers(1, 20)), draw(st.integers(0, 30))
+            first = draw(st.integers(1, 20))  # a context before the one that is sampled in
             made.append(
                 Trajectory(
                     group=10 * group, sample=sample, problem=0, split="train", seed=0,
                     tokens=np.arange(prompt + sampled, dtype=np.int32),
                     log_behaviour=np.zeros(prompt + sampled, np.float32),
+                    contexts=(first,) if first < prompt else (),
                     turns=(Turn(start=prompt, length=sampled),) if sampled else (),
                     versions=(VersionSpan(version=0, start=0, end=prompt + sampled),), reward=1.0, ended="finished",
                 )

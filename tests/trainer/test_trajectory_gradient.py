@@ -262,7 +262,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error() -> None:
     model = sample_model(QWEN3)
     before = {name: (id(p), p.requires_grad, p.clone()) for name, p in model.named_parameters()}
     exact = TrajectoryGradient(model, ModelArithmetic(temperature=TEMPERATURE))
-    broken = replace(batch.micro_batches[0], lengths=(3, 4))
+    broken = replace(batch.micro_batches[0], documents=(3, 4))
     with pytest.raises(ValueError, match="tokens for documents"):
         exact.forward(broken)
     exact.forward(batch.micro_batches[0])
