@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
+from async_rl.generator.chat import Chat
+from async_rl.generator.contexts import STOPS, Context, RecordedTurns, lay_out
 from async_rl.generator.engine import Completion, Engine, LogitsNotFinite, Request, SamplingParams
-from async_rl.model.tokenizer import Tokenizer, problem_text
-from async_rl.task.protocol import Problem
-from async_rl.trajectory import Ended, Split, Trajectory, Turn, VersionSpan
-from async_rl.trajectory.types import sample_seed
+from async_rl.model.tokenizer import Tokenizer, prompt_tokens
+from async_rl.task.protocol import Connection, Problem, Score, Utterance
+from async_rl.trajectory import Ended, Split, Trajectory
+from async_rl.trajectory.types import group_seed, sample_seed, turn_temperature
 from async_rl.wire.messages import Permit
 
-STOPS = "turns_stopped"
-"""info of an unfinished trajectory: for each turn 1 when it ended by a stop, else 0"""
+Answer = TypeVar("Answer")
 LONGEST_REASON = 4000
 """characters kept of a task's error"""
+KEYS = 1 << 40
+"""most episodes of a generator: the engine's keys of an episode's contexts lie so far apart"""
+MOST_SCORINGS = 16
+"""times that a text is scored anew because the weights changed meanwhile"""
 
 
 class TurnLimit(Exception):
@@ -54,8 +62,20 @@ def make_tickets(permit: Permit, seeds: Sequence[int] | None = None) -> list[Tic
     ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnRequest:
+    """What a turn is to be like; see `task.Session.generate`."""
+
+    max_tokens: int
+    stop: Sequence[str] = ()
+    stop_tokens: Sequence[int] = ()
+    temperature: float | None = None
+    state_key: int = -1
+    agent: str = ""
+
+
 class EpisodeSession:
-    """Implements `task.Session`, and keeps the episode's tokens, log-probs and versions, [tokens] each.
+    """Implements `task.Session`, and keeps the episode's contexts.
 
     Tokens are only ever appended; nothing is re-tokenised.
     """
@@ -83,6 +103,7 @@ class EpisodeSession:
             on_turn: called after each turn that was sampled here.
             generator: name of this generator.
         """
+        assert 0 <= session_id < KEYS
         self._generator = generator
         self._engine = engine
         self._tokenizer = tokenizer
@@ -91,20 +112,19 @@ class EpisodeSession:
         self._max_context = max_context
         self._max_turns = max_turns
         self._clock = clock
-        self._tokens: list[int] = []
-        self._log_probs: list[float] = []
-        self._versions: list[int] = []  # -1 where not sampled
-        self._turns: list[Turn] = []
-        self._truncated = False
+        self._problem: Problem | None = None
+        self._contexts: list[Context] = []
+        self._now = self.open_context()
+        self._said: list[tuple[Context, int, Utterance]] = []  # turns in order of time, with context and index in it
+        self._begun = 0  # turns sampled or being sampled
         self._stopped = False
         self._ended: Ended = "finished"
         self._info: dict[str, float | str] = {}
-        self._record = record
+        self._record = None if record is None else RecordedTurns(record)
         self._on_turn = on_turn
-        self._stops = ""  # of each turn: 1 when it ended by a stop
         self._abandoned = ""
         self._task_since = time.monotonic()  # since when the task has the word, and not the engine
-        self._sampling = False
+        self._sampling = 0  # calls of the engine
         self.engine_error: Exception | None = None
         """why the engine gave up a turn, whatever the task makes of that"""
         self.diverged = False
@@ -115,15 +135,23 @@ class EpisodeSession:
 
     @property
     def turn(self) -> int:
-        return len(self._turns)
+        return len(self._said)
+
+    @property
+    def said(self) -> Sequence[Utterance]:
+        return [utterance for _, _, utterance in self._said]
 
     @property
     def split(self) -> Split:
         return self._ticket.permit.split
 
     @property
+    def seed(self) -> int:
+        return group_seed(self._ticket.seed, -1)
+
+    @property
     def truncated(self) -> bool:
-        return self._truncated
+        return self._now.truncated
 
     @property
     def stopped(self) -> bool:
@@ -131,100 +159,83 @@ class EpisodeSession:
 
     def begin(self, problem: Problem) -> None:
         """Append the prompt. Raises ValueError when it is empty or too long."""
-        tokens = self._tokenizer.encode(problem_text(problem, self._tokenizer))
-        if not tokens:
-            raise ValueError("the prompt is empty")
-        if len(tokens) >= self._max_context:
-            raise ValueError(f"the prompt has {len(tokens)} tokens, the context holds {self._max_context}")
-        self._extend(tokens)
+        self._problem = problem
+        self._append_prompt(self._now, problem.prompt)
 
-    async def generate(self, *, max_tokens: int, stop: Sequence[str] = (), state_key: int = -1) -> str:
-        if len(self._turns) >= self._max_turns:
-            raise TurnLimit(f"more than {self._max_turns} turns")
-        room = min(max_tokens, self._max_context - len(self._tokens))
-        if room < 1:
-            self._stopped = False
-            self._truncated = True
-            self._ended = "length"
-            return ""
-        if self._abandoned:
-            raise EpisodeAborted(self._abandoned)
-        recalled = self._recalled(room)
-        completion = recalled or await self._sample(room, stop)
-        if completion.finish == "aborted" and not completion.tokens:
-            raise EpisodeAborted(self._abandoned or "the engine gave the request up")
-        self._turns.append(Turn(start=len(self._tokens), length=len(completion.tokens), state_key=state_key))
-        self._tokens = [*self._tokens, *completion.tokens]
-        self._log_probs.extend(completion.log_probs)
-        self._versions.extend(completion.versions)
-        if completion.finish == "aborted":  # the trajectory keeps the tokens that came
-            raise EpisodeAborted(self._abandoned or "the engine gave the request up")
+    async def generate(
+        self,
+        *,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        state_key: int = -1,
+        temperature: float | None = None,
+        stop_tokens: Sequence[int] = (),
+        agent: str = "",
+    ) -> str:
+        asked = TurnRequest(
+            max_tokens=max_tokens,
+            stop=stop,
+            stop_tokens=stop_tokens,
+            temperature=temperature,
+            state_key=state_key,
+            agent=agent,
+        )
+        completion = await self.take_turn(self._now, asked)
         self._stopped = completion.finish == "stop"
-        self._stops += "01"[self._stopped]
-        if self._on_turn is not None and recalled is None:
-            self._on_turn()
-        if not self._stopped and room < max_tokens:
-            self._truncated = True
-            self._ended = "length"
         return self._tokenizer.turn_text(completion.tokens, stop)
 
-    async def _sample(self, room: int, stop: Sequence[str]) -> Completion:
-        """One turn by the engine. Raises LogitsNotFinite, or RunFailed when the engine has died."""
-        request = Request(
-            session=self._id,
-            tokens=self._tokens,
-            params=SamplingParams(
-                max_tokens=room,
-                temperature=self._ticket.permit.temperature,
-                stop_tokens=tuple(sorted(self._tokenizer.end_ids)),
-                stop_strings=tuple(stop),
-            ),
-            seed=self._ticket.seed,
-        )
-        self._sampling = True
-        try:
-            completion = await self._engine.generate(request)
-            finite = np.isfinite(completion.log_probs)
-            if not finite.all():
-                raise LogitsNotFinite(completion.versions[int(finite.argmin())])
-        except (RunFailed, LogitsNotFinite) as error:
-            self.engine_error = error
-            raise
-        finally:
-            self._sampling = False
-            self._task_since = time.monotonic()
-        return completion
-
-    def _recalled(self, room: int) -> Completion | None:
-        """The next turn of the record; None after its last one. Raises OtherEpisode when it does not fit."""
-        record, number = self._record, len(self._turns)
-        if record is None or number >= len(record.turns):
-            return None
-        turn = record.turns[number]
-        end = turn.start + turn.length
-        stops = str(record.info.get(STOPS, ""))
-        same = self._tokens == record.tokens[: turn.start].tolist()
-        if not same or turn.length > room or len(stops) != len(record.turns):
-            self.diverged = True
-            raise OtherEpisode(f"turn {number} of the record follows other tokens")
-        versions = np.full(len(record.tokens), -1, np.int64)
-        for span in record.versions:
-            versions[span.start : span.end] = span.version
-        return Completion(
-            tokens=record.tokens[turn.start : end].tolist(),
-            log_probs=record.log_behaviour[turn.start : end].tolist(),
-            versions=versions[turn.start : end].tolist(),
-            finish="stop" if stops[number] == "1" else "length",
-        )
-
     def append(self, text: str) -> None:
-        self._extend(self._tokenizer.encode(text))
+        self._now.extend(self._tokenizer.encode(text, behind=True))
+
+    def append_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        context = self._now
+        if context.chat is None:
+            raise ValueError(
+                "this context began with a text, to which no chat messages can be appended; give the prompt as messages"
+            )
+        turn = context.tokens[context.chat.length :]
+        if not turn and not context.truncated:
+            raise ValueError("no turn lies between these messages and those before; append them in one call")
+        context.extend(context.chat.follow(turn, messages))
+
+    def start_context(self, prompt: str | Sequence[Mapping[str, Any]]) -> None:
+        before, context = self._now, self.open_context()
+        try:
+            self._append_prompt(context, prompt)
+        except Exception:
+            self._contexts.remove(context)
+            raise
+        self._engine.release(before.key)
+        self._now = context
+        self._stopped = False
+        if self._ended == "length":  # of the context before
+            self._ended = "finished"
+
+    async def score(self, text: str) -> Score:
+        history, tokens = self._now.tokens, self._tokenizer.encode(text, behind=True)
+        if len(history) + len(tokens) > self._max_context:
+            raise ValueError(
+                f"a text of {len(tokens)} tokens behind {len(history)} does not fit into the context of "
+                f"{self._max_context}"
+            )
+        for _ in range(MOST_SCORINGS):
+            version = self._engine.version
+            log_probs = await self._asked_engine(self._engine.probe([*history, *tokens])) if tokens else ()
+            if self._engine.version == version:
+                return Score(log_probs=tuple(log_probs[len(history) - 1 :]) if tokens else (), version=version)
+        raise RuntimeError(f"the weights changed {MOST_SCORINGS} times while a text was scored")
+
+    def openai(self) -> Connection:
+        raise NotImplementedError
+
+    def slot(self, name: str) -> AbstractAsyncContextManager[None]:
+        raise NotImplementedError
 
     def reward_turn(self, value: float) -> None:
-        if not self._turns:
+        if not self._said:
             raise ValueError("no turn has been generated yet")
-        last = self._turns[-1]
-        self._turns[-1] = Turn(start=last.start, length=last.length, reward=float(value), state_key=last.state_key)
+        context, number, _ = self._said[-1]
+        context.turns[number] = replace(context.turns[number], reward=float(value))
 
     def end_at_turn_limit(self) -> None:
         self._ended = "turn_limit"
@@ -236,12 +247,153 @@ class EpisodeSession:
         text = value.encode("utf-8", "replace").decode() if isinstance(value, str) else float(value)
         self._info[str(key).encode("utf-8", "replace").decode()] = text
 
+    # -------------------------------------------- turns and contexts
+
+    def open_context(self) -> Context:
+        """A new context, empty."""
+        number, seed = len(self._contexts), self._ticket.seed
+        # the noise of a token depends on seed and position: two answers to one prompt must not be the same
+        context = Context(
+            number=number, key=self._id + number * KEYS, seed=group_seed(seed, number) if number else seed
+        )
+        self._contexts.append(context)
+        return context
+
+    async def take_turn(self, context: Context, asked: TurnRequest) -> Completion:
+        """Sample one turn of a context, or recall it from the record. A context without room gives a turn of no tokens,
+        which is not recorded.
+
+        Raises TurnLimit, EpisodeAborted (with the tokens that came kept), what the engine raises, and ValueError for
+        what cannot be asked.
+        """
+        if context.busy:
+            raise ValueError("a turn of this context is being sampled; wait for it")
+        temperature = self._ticket.permit.temperature if asked.temperature is None else asked.temperature
+        if not 0 <= temperature < math.inf or (not temperature and self.split == "train"):
+            raise ValueError(f"temperature is {temperature:g}; it must be above 0 where the episode trains")
+        if self._begun >= self._max_turns:
+            raise TurnLimit(f"more than {self._max_turns} turns")
+        room = min(asked.max_tokens, self._max_context - len(context.tokens))
+        if room < 1:
+            context.truncated = True
+            self._ended = "length"
+            return Completion(tokens=(), log_probs=(), versions=(), finish="length")
+        if self._abandoned:
+            raise EpisodeAborted(self._abandoned)
+        if self._ended == "length":  # of another context, or of a turn before this one
+            self._ended = "finished"
+        context.busy = True
+        self._begun += 1
+        try:
+            recorded = turn_temperature(asked.temperature, self._ticket.permit.temperature)
+            recalled = self._recalled(context, room, recorded)
+            completion = recalled or await self._sample(context, room, temperature, asked)
+            self._keep(context, completion, asked, recorded)
+        finally:
+            context.busy = False
+            self._begun = len(self._said) + sum(other.busy for other in self._contexts)
+        if completion.finish == "aborted":  # the trajectory keeps the tokens that came
+            raise EpisodeAborted(self._abandoned or "the engine gave the request up")
+        if self._on_turn is not None and recalled is None:
+            self._on_turn()
+        if completion.finish != "stop" and room < asked.max_tokens:
+            context.truncated = True
+            self._ended = "length"
+        return completion
+
+    def _keep(self, context: Context, completion: Completion, asked: TurnRequest, temperature: float) -> None:
+        """Record a turn, also one that the engine gave up behind some tokens."""
+        if completion.finish == "aborted" and not completion.tokens:
+            return
+        turn = {"state_key": asked.state_key, "agent": asked.agent, "temperature": temperature}
+        context.add_turn(completion, turn)
+        text = self._tokenizer.turn_text(completion.tokens, asked.stop)
+        utterance = Utterance(text=text, tokens=tuple(completion.tokens), agent=asked.agent)
+        self._said.append((context, len(context.turns) - 1, utterance))
+
+    async def _sample(self, context: Context, room: int, temperature: float, asked: TurnRequest) -> Completion:
+        """One turn by the engine. Raises LogitsNotFinite, or RunFailed when the engine has died."""
+        request = Request(
+            session=context.key,
+            tokens=context.tokens,
+            params=SamplingParams(
+                max_tokens=room,
+                temperature=temperature,
+                stop_tokens=tuple(sorted({*self._tokenizer.end_ids, *asked.stop_tokens})),
+                stop_strings=tuple(asked.stop),
+            ),
+            seed=context.seed,
+        )
+        completion = await self._asked_engine(self._engine.generate(request))
+        finite = np.isfinite(completion.log_probs)
+        if not finite.all():
+            self.engine_error = LogitsNotFinite(completion.versions[int(finite.argmin())])
+            raise self.engine_error
+        return completion
+
+    async def _asked_engine(self, call: Awaitable[Answer]) -> Answer:
+        """The engine's answer; the time until then is not the task's."""
+        self._sampling += 1
+        try:
+            return await call
+        except (RunFailed, LogitsNotFinite) as error:
+            self.engine_error = error
+            raise
+        finally:
+            self._sampling -= 1
+            self._task_since = time.monotonic()
+
+    def _recalled(self, context: Context, room: int, temperature: float) -> Completion | None:
+        """The turn of the record behind what this context holds; None after its last one. Raises OtherEpisode when it
+        has turns left and none fits."""
+        record = self._record
+        if record is None or not len(record):
+            return None
+        found = None if record.broken else record.take(context.tokens, room, temperature)
+        if found is None:
+            self.diverged = True
+            raise OtherEpisode(f"the turns of the record follow other tokens than turn {len(self._said)}")
+        return found
+
+    def _append_prompt(self, context: Context, prompt: str | Sequence[Mapping[str, Any]]) -> None:
+        """Raises ValueError when it is empty or too long, UserError for what the chat template refuses."""
+        problem = self._problem
+        assert problem is not None
+        if isinstance(prompt, str):
+            own = prompt is problem.prompt  # further texts have no use for the problem's tools
+            tools, arguments = (problem.tools, problem.template_args) if own else ((), {})
+            tokens = prompt_tokens(prompt, self._tokenizer, tools=tools, arguments=arguments)
+        else:
+            context.chat = Chat(
+                tokenizer=self._tokenizer,
+                messages=list(prompt),
+                tools=problem.tools,
+                arguments=problem.template_args,
+            )
+            tokens = context.chat.begin()
+        if not tokens:
+            raise ValueError("the prompt is empty")
+        if len(tokens) >= self._max_context:
+            raise ValueError(f"the prompt has {len(tokens)} tokens, the context holds {self._max_context}")
+        context.extend(tokens)
+        context.prompt = len(tokens)
+
     # -------------------------------------------- called by the generator
+
+    @property
+    def transcript(self) -> str:
+        """Everything behind the prompt of the context that spoke last: turns, and what the environment said."""
+        context = self._said[-1][0] if self._said else self._now
+        return self._tokenizer.decode(context.tokens[context.prompt :], behind=True)
 
     def abandon(self, reason: str) -> None:
         """End the episode, which is not wanted any more: now, or when its environment has answered."""
         self._abandoned = reason
-        self._engine.release(self._id)
+        self._release()
+
+    def _release(self) -> None:
+        for context in self._contexts:
+            self._engine.release(context.key)
 
     @property
     def task_s(self) -> float:
@@ -250,12 +402,12 @@ class EpisodeSession:
 
     def so_far(self) -> Trajectory:
         """The turns finished until now, from which another generator continues if this one dies. Not for training."""
-        return self._made(reward=0.0, ended="aborted", reason="still running", info={STOPS: self._stops})
+        return self._made(reward=0.0, ended="aborted", reason="still running", info=None)
 
     def finish(self, *, reward: float, failed: Ended | None = None, reason: str = "") -> Trajectory:
         """The trajectory that this episode became; `failed` overrides how it ended."""
         self._abandoned = self._abandoned or "the episode is over"  # what the task left running gets no more turns
-        self._engine.release(self._id)
+        self._release()
         made = self._made(reward=reward, ended=failed or self._ended, reason=reason, info=self._info)
         broken = made.check()
         if broken is None:
@@ -264,18 +416,20 @@ class EpisodeSession:
         empty = np.zeros(len(made.tokens), np.float32)
         return replace(made, log_behaviour=empty, turns=(), versions=(), reward=0.0, ended="error", reason=broken)
 
-    def _made(self, *, reward: float, ended: Ended, reason: str, info: Mapping[str, float | str]) -> Trajectory:
-        ticket, permit = self._ticket, self._ticket.permit
+    def _made(self, *, reward: float, ended: Ended, reason: str, info: Mapping[str, float | str] | None) -> Trajectory:
+        """`info`: None for an unfinished trajectory."""
+        ticket, permit, columns = self._ticket, self._ticket.permit, lay_out(self._contexts)
         return Trajectory(
             group=permit.group,
             sample=ticket.sample,
             problem=permit.problem,
             split=permit.split,
             seed=ticket.seed,
-            tokens=np.asarray(self._tokens, dtype=np.int32),
-            log_behaviour=np.asarray(self._log_probs, dtype=np.float32),
-            turns=tuple(self._turns),
-            versions=_spans(self._versions),
+            tokens=columns.tokens,
+            log_behaviour=columns.log_behaviour,
+            turns=columns.turns,
+            versions=columns.versions,
+            contexts=columns.contexts,
             reward=reward,
             ended=ended,
             temperature=permit.temperature,
@@ -283,23 +437,5 @@ class EpisodeSession:
             generator=self._generator,
             started_at=self.started_at,
             finished_at=self._clock(),
-            info=info,
+            info={STOPS: columns.stops} if info is None else dict(info),
         )
-
-    def _extend(self, tokens: Sequence[int]) -> None:
-        self._tokens = [*self._tokens, *tokens]
-        self._log_probs.extend([0.0] * len(tokens))
-        self._versions.extend([-1] * len(tokens))
-
-
-def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
-    """Runs of equal versions; environment tokens (-1) between two runs of one version do not split it."""
-    spans: list[VersionSpan] = []
-    for position, version in enumerate(versions):
-        if version < 0:
-            continue
-        if spans and spans[-1].version == version:
-            spans[-1] = VersionSpan(version=version, start=spans[-1].start, end=position + 1)
-        else:
-            spans.append(VersionSpan(version=version, start=position, end=position + 1))
-    return tuple(spans)

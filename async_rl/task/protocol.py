@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Protocol
 
-from async_rl.trajectory import Split
+from async_rl.trajectory import Ended, Split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,17 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Utterance:
+    """A turn of the policy."""
+
+    text: str
+    """as `Session.generate` returned it"""
+    tokens: Sequence[int]
+    """as they were sampled, the end token included"""
+    agent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
     """How an agent reaches its episode. Example: `openai.AsyncOpenAI(base_url=c.base_url, api_key=c.api_key)`."""
 
@@ -62,6 +74,82 @@ class Segment:
     policy: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A finished episode as a reward sees it."""
+
+    problem: Problem
+    said: Sequence[Utterance] = ()
+    """the turns of the policy, in order"""
+    transcript: str = ""
+    """everything behind the prompt: turns, and what the environment said between them"""
+    ended: Ended = "finished"
+    """finished; length: cut by a token limit; turn_limit: its turns were used up"""
+    tool_calls: Sequence[str] = ()
+    """what the policy called, where the task has tools"""
+    number: int = 0
+    """of the sample within its group"""
+    reward: float = 0.0
+    """that `Task.rollout` gave, weighted (group rewards only)"""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """of that reward (group rewards only)"""
+    notes: Mapping[str, float | str] = field(default_factory=dict)
+    """what `Session.note` was given (group rewards only)"""
+
+    @property
+    def completion(self) -> str:
+        """The last turn."""
+        return self.said[-1].text if self.said else ""
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """The texts of all turns."""
+        return tuple(turn.text for turn in self.said)
+
+    @property
+    def answer(self) -> Any:
+        """The problem's answer; empty where it has none."""
+        return self.problem.data.get("answer", "")
+
+    @property
+    def prompt(self) -> str | Sequence[Mapping[str, Any]]:
+        """Text, or chat messages."""
+        return self.problem.prompt
+
+    @property
+    def row(self) -> Mapping[str, Any]:
+        """The other fields of the problem's row, where the task reads a data set."""
+        found = self.problem.data.get("row")
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens of the last turn."""
+        return list(self.said[-1].tokens) if self.said else []
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the last turn."""
+        return len(self.said[-1].tokens) if self.said else 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all turns."""
+        return sum(len(turn.tokens) for turn in self.said)
+
+
+class Measure(Protocol):
+    """How long prompts are for the model of a run."""
+
+    def text(self, problem: Problem) -> str:
+        """The prompt as the model gets it."""
+        ...
+
+    def tokens(self, problems: Sequence[Problem]) -> Sequence[int]:
+        """Tokens of each prompt."""
+        ...
+
+
 class Session(Protocol):
     """One running episode as a task sees it. Tokens are only ever appended; nothing is re-tokenised."""
 
@@ -78,6 +166,11 @@ class Session(Protocol):
     @property
     def stopped(self) -> bool:
         """True when the last turn ended at a stop string or the end of text, not at a token limit."""
+        ...
+
+    @property
+    def said(self) -> Sequence[Utterance]:
+        """What the policy has said so far, turn by turn."""
         ...
 
     @property
@@ -124,8 +217,11 @@ class Session(Protocol):
         """Append chat messages (user, tool, ...) as the chat template writes them behind what is there, and the header
         of the next assistant turn. These tokens carry no loss.
 
+        The sampled turn stays as it was sampled, whatever ended it: where it did not end with the end token, the
+        template's end of a turn follows it. White space at its ends, which some templates strip, stays too.
+
         Raises ValueError where the template would write the history before them differently (then only a new context,
-        `start_context`, holds what the model is meant to see).
+        `start_context`, holds what the model is meant to see), and where the context began with text.
         """
         ...
 
@@ -142,6 +238,14 @@ class Session(Protocol):
     def openai(self) -> Connection:
         """Base URL and key of an OpenAI-compatible endpoint through which any agent can play this episode. What it
         samples is recorded token by token, as by `generate`. The key is valid until the episode ends."""
+        ...
+
+    def slot(self, name: str) -> AbstractAsyncContextManager[None]:
+        """One of the places `name` that the episodes of a generator process share, e.g. one of eight sandboxes:
+        `async with session.slot("sandbox"): ...`. How many there are says `Task.slots`, or the setting
+        `generator.task_slots`. Waiting for one does not count towards `generator.task_timeout_s`.
+
+        Raises ValueError for a name that neither knows."""
         ...
 
     def reward_turn(self, value: float) -> None:
@@ -162,8 +266,20 @@ class Session(Protocol):
         ...
 
 
-Reward = float | Mapping[str, float]
-"""a number, or named parts: each becomes a column, a metric and a curve; their weights are `task.reward_weights`"""
+Reward = float | Mapping[str, float | None]
+"""a number, or named parts: each becomes a column, a metric and a curve; their weights are `task.reward_weights`. A
+part that does not apply to an episode is None, or left out: it adds nothing and is in no mean. An empty mapping: no
+part applies, the reward is 0"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitPrompts:
+    """What `Task.fit` found."""
+
+    args: Mapping[str, Any]
+    """to be laid over `task.args`"""
+    notes: Sequence[str]
+    """for the user"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,10 +308,15 @@ class Task:
 
     name: str = ""
     """what messages and records call the task; make_task fills in an empty one"""
+    slots: Mapping[str, int] = {}
+    """places that all episodes of a generator process share, by name (`Session.slot`): how many there are"""
     single_turn: bool = False
     """True when every episode is one turn. Recipes with turn-level parts, which would do nothing then, are refused."""
     example_call: str = ""
     """a call that the task's tool answers, for rehearsals with a model that would never write one"""
+
+    notes: Sequence[str] = ()
+    """what a user should know of its data, e.g. rows that are left out; shown when a run begins"""
 
     Settings: type[Any] = NoSettings
     """a dataclass whose fields have types and defaults: what `task.args` may hold in a config"""
@@ -204,9 +325,23 @@ class Task:
         """`settings`: an instance of the class's `Settings`, checked."""
         self.settings = settings
 
+    @classmethod
+    def complete(cls, args: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`args` as given in a config, with those that others of them stand for."""
+        return args
+
     def problems(self, split: Split) -> Sequence[Problem]:
         """The problems of a split; `len()` and indexing must be cheap. Splits do not overlap."""
         raise NotImplementedError
+
+    def fit(self, measure: Measure, context: int, *, answer: int | None = None) -> FitPrompts | None:
+        """Optional: what becomes of prompts behind which a context of so many tokens has no room for an answer. Asked
+        once, when a run begins; what is found goes into `task.args` for all its processes. None: nothing is too long.
+
+        Args:
+            answer: tokens of the longest answer; None: as the task's settings say.
+        """
+        return None
 
     async def rollout(self, problem: Problem, session: Session) -> Reward:
         """Run one episode (the prompt is already in the session) and return its reward: a number, or named parts, of
@@ -214,6 +349,26 @@ class Task:
 
         May raise: the trajectory then ends with the reason and the run goes on."""
         raise NotImplementedError
+
+    async def reward_group(self, problem: Problem, samples: Sequence[Sample]) -> Sequence[Reward]:
+        """Optional: what the samples of a group get for what they are beside each other (a pairwise judge, a penalty
+        relative to the shortest). One reward for each of `samples`, in their order; it is added to that of `rollout`.
+        A number is recorded as the part `group`, and a number of `rollout` as the part `rollout`.
+
+        It is called once all samples of a problem are played. Episodes that failed are not among them; without any
+        that did not fail it is not called. May raise: then all of them end with the reason."""
+        raise NotImplementedError
+
+    @property
+    def has_group_reward(self) -> bool:
+        """True when `reward_group` is to be called: when the class defines it."""
+        return type(self).reward_group is not Task.reward_group
+
+    @property
+    def reward_parts(self) -> Sequence[str] | None:
+        """Names of the parts of its rewards, where they are known before an episode is played: names in
+        `task.reward_weights` are then checked at once. None: not known. Empty: the reward is a plain number."""
+        return None
 
     @classmethod
     def has_demonstrations(cls) -> bool:

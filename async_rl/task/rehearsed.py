@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from async_rl.config.schema import setting
 from async_rl.errors import UserError
 from async_rl.task.generated import require_range, stable_hash
-from async_rl.task.protocol import Problem, Session, Task
+from async_rl.task.protocol import Connection, Problem, Score, Session, Task, Utterance
 from async_rl.trajectory import Split
 
 CALLS = 2
@@ -40,6 +41,7 @@ class Rehearsed(Task):
             raise UserError("task.args.name is 'rehearsed'; name the task that is rehearsed")
         self._settings = settings
         self._inner = make_inner(settings.name, settings.args)
+        self.slots = self._inner.slots
         self.single_turn = self._inner.single_turn
 
     def problems(self, split: Split) -> Sequence[Problem]:
@@ -47,18 +49,22 @@ class Rehearsed(Task):
 
     async def rollout(self, problem: Problem, session: Session) -> float:
         short = ShortTurns(session, self._settings)
-        session.note("true_reward", await self._inner.rollout(problem, short))
-        return float(stable_hash("".join(short.written)) & 1)
+        reward = await self._inner.rollout(problem, short)
+        parts = reward if isinstance(reward, Mapping) else {"": reward}
+        for name, value in parts.items():
+            if value is not None:
+                session.note(f"true_reward/{name}" if name else "true_reward", float(value))
+        said = [turn.text for turn in session.said]  # of an agent, too
+        return float(stable_hash("".join(said)) & 1)
 
 
 class ShortTurns:
-    """A session whose turns are at most so long, and what was written in it. A call that is put behind a turn is
-    environment text in the record, and part of the turn for the task."""
+    """A session whose turns are at most so long. A call that is put behind a turn is environment text in the record,
+    and part of the turn for the task."""
 
     def __init__(self, inner: Session, settings: RehearsedSettings) -> None:
         self._inner = inner
         self._settings = settings
-        self.written: list[str] = []
 
     @property
     def turn(self) -> int:
@@ -72,11 +78,20 @@ class ShortTurns:
     def stopped(self) -> bool:
         return self._inner.stopped
 
-    async def generate(self, *, max_tokens: int, stop: Sequence[str] = (), state_key: int = -1) -> str:
-        text = await self._inner.generate(
-            max_tokens=min(max_tokens, self._settings.max_tokens), stop=stop, state_key=state_key
-        )
-        self.written.append(text)
+    @property
+    def said(self) -> Sequence[Utterance]:
+        return self._inner.said
+
+    @property
+    def split(self) -> Split:
+        return self._inner.split
+
+    @property
+    def seed(self) -> int:
+        return self._inner.seed
+
+    async def generate(self, *, max_tokens: int, **how: Any) -> str:
+        text = await self._inner.generate(max_tokens=min(max_tokens, self._settings.max_tokens), **how)
         if self._settings.call and self._inner.turn <= CALLS and not self._inner.truncated:
             self._inner.append(self._settings.call)
             return text + self._settings.call
@@ -84,6 +99,21 @@ class ShortTurns:
 
     def append(self, text: str) -> None:
         self._inner.append(text)
+
+    def append_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        self._inner.append_messages(messages)
+
+    def start_context(self, prompt: str | Sequence[Mapping[str, Any]]) -> None:
+        self._inner.start_context(prompt)
+
+    async def score(self, text: str) -> Score:
+        return await self._inner.score(text)
+
+    def openai(self) -> Connection:
+        return self._inner.openai()
+
+    def slot(self, name: str) -> AbstractAsyncContextManager[None]:
+        return self._inner.slot(name)
 
     def reward_turn(self, value: float) -> None:
         self._inner.reward_turn(value)

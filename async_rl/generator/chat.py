@@ -1,0 +1,174 @@
+"""A chat that grows by what the chat template writes, without a token of its history written anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from async_rl.errors import UserError
+from async_rl.model.data_text import Disguise
+from async_rl.model.tokenizer import Tokenizer, disguise_of, prompt_text, prompt_tokens
+from async_rl.task.tool_formats import FORMATS, Parsed, detect
+
+Message = Mapping[str, Any]
+SHOWN = 60
+"""characters of a text that an error quotes"""
+REMEDY = "begin a new context (start_context) with the messages that the model is meant to see"
+
+
+class HistoryRewritten(ValueError):
+    """The chat template writes what was said before differently once more follows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """What the template makes of an open turn and the messages behind it."""
+
+    said: Message
+    """the turn as a message"""
+    behind: str
+    """what the template writes behind the turn: its end, the messages, the header of the next turn"""
+    disguise: Disguise | None
+    """of control tokens in those messages"""
+
+
+@dataclass(slots=True, kw_only=True)
+class Chat:
+    """What was said in a context, as messages. It ends with the header of an assistant's turn, behind which the model
+    speaks: the open turn."""
+
+    tokenizer: Tokenizer
+    messages: list[Message]
+    """without the turn that is open"""
+    tools: Sequence[Mapping[str, Any]] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """further variables of the chat template"""
+    length: int = 0
+    """tokens of the context up to the open turn"""
+    text: str = ""
+    """what the template writes for `messages`, the open turn's header included"""
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The messages as the template writes them, and the header of the next turn. Raises UserError."""
+        return prompt_text(messages, self.tokenizer, tools=self.tools, arguments=self.arguments)
+
+    def begin(self) -> list[int]:
+        """Tokens of the messages that the chat begins with. Raises UserError."""
+        tokens = prompt_tokens(self.messages, self.tokenizer, tools=self.tools, arguments=self.arguments)
+        self.text = self.render(self.messages)
+        self.length = len(tokens)
+        return tokens
+
+    def follow(self, turn: Sequence[int], messages: Sequence[Message]) -> list[int]:
+        """End the open turn and append messages: the tokens to be put behind it.
+
+        Args:
+            turn: tokens behind the header, as the context holds them.
+
+        Raises HistoryRewritten when the template would write what is there differently; UserError when it refuses the
+        messages.
+        """
+        if not self.tokenizer.has_chat_template:
+            said: Message = {"role": "assistant", "content": self.tokenizer.decode(turn)}
+            tokens = self.tokenizer.encode("\n" + self.render(messages), behind=True)  # a line a message
+        else:
+            found = self._continuation(turn, messages)
+            said, tokens = found.said, self._encoded(found)
+            if turn and tokens and tokens[0] == turn[-1] and self.tokenizer.is_added(tokens[0]):
+                tokens = tokens[1:]  # the end was sampled
+        self.messages = [*self.messages, said, *messages]
+        self.text = self.render(self.messages)
+        self.length += len(turn) + len(tokens)
+        return tokens
+
+    def _encoded(self, found: Continuation) -> list[int]:
+        """What follows the turn is tokenised together with its end, as in a whole text."""
+        if found.disguise is not None:
+            return self.tokenizer.encode_disguised(found.behind, found.disguise)
+        return self.tokenizer.encode(found.behind, behind=True)
+
+    def _continuation(self, turn: Sequence[int], messages: Sequence[Message]) -> Continuation:
+        tokenizer = self.tokenizer
+        last = turn[-1] if turn else -1
+        whole = tokenizer.decode(turn, special=True, behind=True)
+        if last < 0 or (not tokenizer.is_added(last) and last not in tokenizer.end_ids):
+            return self._behind(whole, messages)
+        before = tokenizer.decode(turn[:-1], special=True, behind=True)
+        if last in tokenizer.end_ids:
+            return self._behind(before, messages)
+        try:  # a stop that the task named may be the end that the template writes
+            found = self._behind(before, messages)
+        except HistoryRewritten:
+            return self._behind(whole, messages)
+        ended = found.behind.startswith(tokenizer.decode([last], special=True))
+        return found if ended else self._behind(whole, messages)
+
+    def _behind(self, turn: str, messages: Sequence[Message]) -> Continuation:
+        """Raises HistoryRewritten unless the template writes the history and the turn as they are, white space at the
+        turn's ends aside."""
+        disguise = disguise_of(list(messages), self.tokenizer)
+        more = list(messages) if disguise is None else disguise.hide(list(messages))
+        said: Message = {"role": "assistant", "content": turn}
+        parsed: Parsed | None = None
+        try:
+            text = self.render([*self.messages, said, *more])
+        except UserError:  # some templates want the calls that a tool's answer belongs to
+            parsed = self._parsed(turn)
+            if not parsed.calls:
+                raise
+            said = parsed.message()
+            text = self.render([*self.messages, said, *more])
+        if not text.startswith(self.text):
+            raise HistoryRewritten(f"the chat template rewrites the history when more follows: {self._change(text)}")
+        rest = text[len(self.text) :]
+        end = written_until(turn, rest) if parsed is None else self._calls_until(parsed, rest)
+        if end < 0:
+            raise HistoryRewritten(
+                f"the chat template writes the turn {turn[:SHOWN]!r} as {rest[:SHOWN]!r} when more follows; {REMEDY}"
+            )
+        return Continuation(said=said, behind=rest[end:], disguise=disguise)
+
+    def _change(self, text: str) -> str:
+        """Where a text that was to begin with `self.text` differs from it."""
+        pairs = zip(self.text, text, strict=False)
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.text), len(text)))
+        shown = slice(max(0, at - SHOWN // 3), at + SHOWN)
+        return f"{self.text[shown]!r} becomes {text[shown]!r}; {REMEDY}"
+
+    def _parsed(self, turn: str) -> Parsed:
+        name = detect(self.tokenizer.template_text) if self.tools else ""
+        return FORMATS[name].parse(turn, self.tools) if name else Parsed(content=turn)
+
+    def _calls_until(self, said: Parsed, rest: str) -> int:
+        """Where a turn with calls ends in what the template writes; -1 when that says something else."""
+        ends = [rest.find(self.tokenizer.decode([token], special=True)) for token in self.tokenizer.end_ids]
+        end = min((at for at in ends if at >= 0), default=-1)
+        if end < 0:
+            return -1
+        wrote = self._parsed(rest[:end])
+        same = [(call.name, call.values()) for call in wrote.calls] == [
+            (call.name, call.values()) for call in said.calls
+        ]
+        same = (
+            same and wrote.content.split() == said.content.split() and wrote.thinking.split() == said.thinking.split()
+        )
+        return end if same else -1
+
+
+def written_until(said: str, text: str) -> int:
+    """Where `said` ends at the begin of `text`; -1 when it does not stand there. White space may differ: templates
+    strip it.
+
+    Example: `written_until("4 \\n", "4<|im_end|>") == 1`.
+    """
+    if text.startswith(said):
+        return len(said)
+    at = 0
+    for letter in "".join(said.split()):
+        while text[at : at + 1].isspace():
+            at += 1
+        if text[at : at + 1] != letter:
+            return -1
+        at += 1
+    return at

@@ -1,0 +1,168 @@
+"""The contexts of one episode: the sequences that the model saw, and the columns of the trajectory that they become.
+
+Most episodes have one. The tokens of a trajectory are those of its contexts, one context after another in the order in
+which they were opened, so a context can go on at any time, also while another one is sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from async_rl.generator.chat import Chat
+from async_rl.generator.engine import Completion
+from async_rl.trajectory import Trajectory, Turn, VersionSpan
+
+STOPS = "turns_stopped"
+"""info of an unfinished trajectory: for each turn 1 when it ended by a stop, else 0"""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Context:
+    """One sequence for the model. Tokens are only ever appended."""
+
+    number: int
+    """in the order in which the episode opened them"""
+    key: int
+    """for the engine, which may keep its KV cache between turns"""
+    seed: int
+    """of its sampling, 64 bits unsigned"""
+    tokens: list[int] = field(default_factory=list)
+    prompt: int = 0
+    """tokens that it began with"""
+    log_probs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    """of the weights that sampled each token; -1 where it was not sampled"""
+    turns: list[Turn] = field(default_factory=list)
+    """with starts in `tokens`"""
+    stops: str = ""
+    """of each turn: 1 when it ended by a stop"""
+    chat: Chat | None = None
+    """what was said in it as messages; None where its prompt is text"""
+    busy: bool = False
+    """a turn is being sampled"""
+    truncated: bool = False
+    """it is full"""
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append tokens that were not sampled."""
+        self.tokens = [*self.tokens, *tokens]  # a new list: an engine may hold the old one
+        self.log_probs.extend([0.0] * len(tokens))
+        self.versions.extend([-1] * len(tokens))
+
+    def add_turn(self, completion: Completion, turn: Mapping[str, Any]) -> None:
+        """Append a sampled turn. `turn`: further fields of its record."""
+        self.turns.append(Turn(start=len(self.tokens), length=len(completion.tokens), **turn))
+        self.tokens = [*self.tokens, *completion.tokens]
+        self.log_probs.extend(completion.log_probs)
+        self.versions.extend(completion.versions)
+        self.stops += "01"[completion.finish == "stop"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """The contexts of an episode, laid out as a trajectory has them."""
+
+    tokens: NDArray[np.int32]  # [tokens]
+    log_behaviour: NDArray[np.float32]  # [tokens]
+    turns: tuple[Turn, ...]
+    versions: tuple[VersionSpan, ...]
+    contexts: tuple[int, ...]
+    stops: str
+
+
+def lay_out(contexts: Sequence[Context]) -> Columns:
+    """The columns of a trajectory. Contexts in which nothing was sampled are left out, unless that is all of them: then
+    the first one is kept."""
+    spoken = [context for context in contexts if context.turns] or list(contexts[:1])
+    turns: list[Turn] = []
+    starts: list[int] = []
+    tokens: list[int] = []
+    log_probs: list[float] = []
+    versions: list[int] = []
+    for context in spoken:
+        start = len(tokens)
+        starts.append(start)
+        turns += [moved(turn, start) for turn in context.turns] if start else context.turns
+        tokens += context.tokens
+        log_probs += context.log_probs
+        versions += context.versions
+    return Columns(
+        tokens=np.asarray(tokens, dtype=np.int32),
+        log_behaviour=np.asarray(log_probs, dtype=np.float32),
+        turns=tuple(turns),
+        versions=_spans(versions),
+        contexts=tuple(starts[1:]),
+        stops="".join(context.stops for context in spoken),
+    )
+
+
+def moved(turn: Turn, by: int) -> Turn:
+    """The turn `by` tokens further on."""
+    return Turn(
+        start=turn.start + by,
+        length=turn.length,
+        reward=turn.reward,
+        state_key=turn.state_key,
+        agent=turn.agent,
+        temperature=turn.temperature,
+    )
+
+
+def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
+    """Runs of equal versions; environment tokens (-1) between two runs of one version do not split it."""
+    spans: list[VersionSpan] = []
+    for position, version in enumerate(versions):
+        if version < 0:
+            continue
+        if spans and spans[-1].version == version:
+            spans[-1] = VersionSpan(version=version, start=spans[-1].start, end=position + 1)
+        else:
+            spans.append(VersionSpan(version=version, start=position, end=position + 1))
+    return tuple(spans)
+
+
+class RecordedTurns:
+    """The turns that a lost generator sampled of an episode. Each is given out once, to whoever comes to the history
+    that it was sampled behind."""
+
+    def __init__(self, record: Trajectory) -> None:
+        self._record = record
+        self._stops = str(record.info.get(STOPS, ""))
+        self.broken = len(self._stops) != len(record.turns)
+        """it is no record of an unfinished episode"""
+        starts = np.asarray([0, *record.contexts])
+        begins = starts[np.searchsorted(starts, [turn.start for turn in record.turns], side="right") - 1]
+        self._left = {number: int(begin) for number, begin in enumerate(begins)}  # turn -> start of its context
+        versions = np.full(len(record.tokens), -1, np.int64)
+        for span in record.versions:
+            versions[span.start : span.end] = span.version
+        self._versions = versions
+
+    def __len__(self) -> int:
+        """Turns that nobody came to yet."""
+        return len(self._left)
+
+    def take(self, history: Sequence[int], room: int, temperature: float) -> Completion | None:
+        """The turn behind `history`, where there is one of at most `room` tokens sampled at `temperature` (as turns
+        record it)."""
+        record = self._record
+        for number, begin in self._left.items():
+            turn = record.turns[number]
+            if turn.start - begin != len(history) or turn.length > room or turn.temperature != temperature:
+                continue
+            if record.tokens[begin : turn.start].tolist() != list(history):
+                continue
+            del self._left[number]
+            taken = slice(turn.start, turn.start + turn.length)
+            return Completion(
+                tokens=record.tokens[taken].tolist(),
+                log_probs=record.log_behaviour[taken].tolist(),
+                versions=self._versions[taken].tolist(),
+                finish="stop" if self._stops[number] == "1" else "length",
+            )
+        return None
