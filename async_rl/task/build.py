@@ -1,4 +1,5 @@
-"""The tasks by name: the built-in ones, and any class `module:Class` or `path/file.py:Class` of the user's own."""
+"""The tasks by name: the built-in ones, the adapters of other packages, and any class `module:Class` or
+`path/file.py:Class` of the user's own."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 from async_rl.config.imports import is_import, load_object
 from async_rl.config.schema import structured
 from async_rl.errors import UserError, nearest
+from async_rl.task.adapters import ADAPTERS, adapter_class
 from async_rl.task.arithmetic import Arithmetic
 from async_rl.task.calculator import Calculator
 from async_rl.task.countdown import Countdown
@@ -28,8 +30,11 @@ def task_class(name: str) -> type[Task]:
     """The class of task `name`: a built-in name, `module:Class` or `path/file.py:Class`. Raises UserError."""
     if name in TASKS:
         return TASKS[name]
+    if name in ADAPTERS:
+        return adapter_class(name)
     if not is_import(name):
-        raise UserError(f"task.name '{name}' is not a task; {nearest(name, TASKS)} (or module:Class, file.py:Class)")
+        known = [*TASKS, *ADAPTERS]
+        raise UserError(f"task.name '{name}' is not a task; {nearest(name, known)} (or module:Class, file.py:Class)")
     where = f"task.name '{name}'"
     found = load_object(name, where=where, what="class")
     if not (isinstance(found, type) and issubclass(found, Task)):
@@ -52,10 +57,10 @@ def make_task(name: str, args: Mapping[str, Any]) -> Task:
     made = task_class(name)
     if made is Rehearsed:
         return Rehearsed(structured(RehearsedSettings, args, where="task.args"), make_task)
-    if name in TASKS:
-        return made(structured(made.Settings, args, where="task.args"))
+    if name in TASKS or name in ADAPTERS:
+        return made(structured(made.Settings, made.complete(args), where="task.args"))
     try:
-        task = made(structured(made.Settings, args, where="task.args"))
+        task = made(structured(made.Settings, made.complete(args), where="task.args"))
     except UserError:
         raise
     except Exception as error:  # code of others, which may raise anything
@@ -66,4 +71,4 @@ def make_task(name: str, args: Mapping[str, Any]) -> Task:
 
 def has_demonstrations(name: str) -> bool:
     """Can `async-rl init-model` warm a model up with task `name`? Known without its data."""
-    return (name in TASKS or is_import(name)) and task_class(name).has_demonstrations()
+    return (name in TASKS or name in ADAPTERS or is_import(name)) and task_class(name).has_demonstrations()

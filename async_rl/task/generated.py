@@ -38,8 +38,11 @@ class Generated(Sequence[Problem]):
     to the other split is drawn again. The same problem may occur twice within a split, never in both.
     """
 
-    def __init__(self, draw: Draw, *, num_problems: int, seed: int, split: Split) -> None:
+    def __init__(
+        self, draw: Draw, *, num_problems: int, seed: int, split: Split, held_out_one_in: int = HELD_OUT_ONE_IN
+    ) -> None:
         self._draw = draw
+        self._held_out_one_in = held_out_one_in
         self._num_problems = num_problems
         self._seed = seed
         self._split = split
@@ -66,7 +69,7 @@ class Generated(Sequence[Problem]):
         random = Random(f"{self._seed}/{self._split}/{index}")
         for _ in range(MOST_DRAWS):
             key, prompt, data = self._draw(random)
-            held_out = stable_hash(key) % HELD_OUT_ONE_IN == 0
+            held_out = stable_hash(key) % self._held_out_one_in == 0
             if held_out == (self._split == "eval"):
                 return Problem(index=index, prompt=prompt, data=data)
         raise UserError(
@@ -78,12 +81,16 @@ class Generated(Sequence[Problem]):
 class GeneratedTask(Task):
     """The part that tasks with made-up problems share: both splits, checked once when the task is made."""
 
-    def __init__(self, draw: Draw, *, num_train: int, num_eval: int, seed: int) -> None:
+    def __init__(
+        self, draw: Draw, *, num_train: int, num_eval: int, seed: int, held_out_one_in: int = HELD_OUT_ONE_IN
+    ) -> None:
         require_range("num_train", num_train, 1, 10**9)
         require_range("num_eval", num_eval, 1, 10**6)
         require_range("seed", seed, 0, 2**63 - 1)
-        self._train = Generated(draw, num_problems=num_train, seed=seed, split="train")
-        self._eval = Generated(draw, num_problems=num_eval, seed=seed, split="eval")
+        self._train, self._eval = (
+            Generated(draw, num_problems=number, seed=seed, split=split, held_out_one_in=held_out_one_in)
+            for split, number in (("train", num_train), ("eval", num_eval))
+        )
         # Where either split is impossible this raises now, not in the middle of a run.
         assert self._train[0].index == self._eval[0].index == 0
 

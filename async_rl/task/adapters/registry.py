@@ -1,0 +1,70 @@
+"""The adapters by the name that `task.name` gives them, known without importing anything of theirs."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from async_rl.errors import UserError
+from async_rl.task.protocol import Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """One adapter: where its class is, and which package it needs."""
+
+    place: str
+    """module:class"""
+    module: str
+    """what the package is imported as"""
+    package: str
+    """its name on PyPI"""
+    extra: str
+    """of async-rl, that installs it"""
+    summary: str
+    """one line"""
+
+    @property
+    def installed(self) -> bool:
+        """Whether the package is there; a folder of its name in the working directory is none."""
+        found = find_spec(self.module)
+        return found is not None and found.origin is not None
+
+    @property
+    def version(self) -> str:
+        """Of the installed package; empty without it."""
+        try:
+            return version(self.package) if self.installed else ""
+        except PackageNotFoundError:
+            return ""
+
+
+ADAPTERS: dict[str, Adapter] = {
+    "reasoning_gym": Adapter(
+        place="async_rl.task.adapters.reasoning_gym:ReasoningGym",
+        module="reasoning_gym",
+        package="reasoning-gym",
+        extra="reasoning-gym",
+        summary="a generator of reasoning-gym: made-up problems with their own scoring, one turn",
+    ),
+}
+
+
+def adapter_class(name: str) -> type[Task]:
+    """The task class of adapter `name`; its package need not be there."""
+    module, _, found = ADAPTERS[name].place.partition(":")
+    made = getattr(importlib.import_module(module), found)
+    assert issubclass(made, Task)
+    return made
+
+
+def require_package(name: str) -> None:
+    """Raises UserError when the package of adapter `name` is not installed."""
+    adapter = ADAPTERS[name]
+    if not adapter.installed:
+        raise UserError(
+            f"task.name={name} needs the package {adapter.package}, which is not installed; "
+            f"pip install 'async-rl[{adapter.extra}]'"
+        )
