@@ -18,6 +18,11 @@ class ModelSettings:
         "date and time that the chat template writes where it asks for them (2026-01-31T12:00), the same in every "
         "process and after a resume; empty: when the run begins",
     )
+    control_tokens: Literal["escape", "refuse", "allow"] = setting(
+        "escape",
+        "what becomes of the text of a control token (<|im_end|>) in chat messages and tools' results: plain text, a "
+        "refusal that names it, or the token itself",
+    )
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,9 @@ class TaskSettings:
         "own (rehearsed: what --fake-model makes of them)",
     )
     args: dict[str, Any] = setting({}, "settings of that task; `async-rl config` prints them")
+    reward_weights: dict[str, float] = setting(
+        {}, "part of the reward: its weight in the sum that is trained, for rewards that return named parts; others: 1"
+    )
 
 
 @dataclass(frozen=True)
@@ -378,6 +386,19 @@ class CheckpointSettings:
         min=0,
     )
     keep: int = setting(3, "newest checkpoints kept", unit="checkpoints", min=1)
+    signals: list[str] = setting(
+        ["SIGTERM", "SIGHUP", "SIGUSR1"],
+        "signals to the run on which the step in hand is finished and a checkpoint written before it ends; of SIGTERM, "
+        "SIGHUP, SIGUSR1, SIGINT (Ctrl-C); on the others it ends at once",
+    )
+    grace_s: float = setting(
+        25.0,
+        "longest time that takes; then the run ends with the checkpoints there are. Schedulers kill 30 s after their "
+        "signal unless told otherwise",
+        unit="seconds",
+        above=0,
+        max=1_000_000,
+    )
 
 
 @dataclass(frozen=True)

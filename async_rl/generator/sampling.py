@@ -143,7 +143,7 @@ class StopRules:
             strings = self._strings[rule[row]]
             # A character takes at most four tokens (one a byte).
             tail = turn_of(int(slot[row]))[-4 * max(map(len, strings)) - 4 :].tolist()
-            text = self._tokenizer.decode(tail)
+            text = self._tokenizer.decode(tail, behind=True)
             ends[row] = any(string in text for string in strings)
         return ends
 
@@ -179,7 +179,7 @@ class StopRules:
     def _texts(self) -> list[str]:
         """The text of each token of the vocabulary."""
         if self._text is None:
-            known = self._tokenizer.vocab_size
-            self._text = [self._tokenizer.decode([token], special=True) for token in range(known)]
+            known = min(self._tokenizer.vocab_size, self._vocabulary)
+            self._text = [self._tokenizer.decode([token], special=True, behind=True) for token in range(known)]
             self._text += [""] * (self._vocabulary - known)
         return self._text

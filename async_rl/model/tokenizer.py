@@ -1,4 +1,10 @@
-"""Text to tokens and back, over the `tokenizers` library alone."""
+"""Text to tokens and back, over the `tokenizers` library and jinja2 alone.
+
+transformers does the same with the same two libraries. Its import takes seconds and brings torch, and every process of
+a run needs a tokenizer, also those without torch; so it is not used here but compared with: the tests hold each step
+(encode, decode, template, end tokens) against it on real tokenizers, and `doctor`, where it is installed, on the
+user's own model.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +12,22 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import tokenizers
 
 from async_rl.errors import UserError
+from async_rl.model.chat_template import compile_template
+from async_rl.model.data_text import Disguise, TextOnly, any_of, without_leading_space
 
 if TYPE_CHECKING:
     from async_rl.config.settings import ModelSettings
 
 MORE_TEMPLATES = "additional_chat_templates"
 """folder of named chat templates, in a model folder"""
+_PLAIN_CHAT = tuple({"role": role, "content": role[0]} for role in ("user", "assistant", "user"))
 
 
 class Tokenizer:
@@ -28,10 +38,18 @@ class Tokenizer:
 
     Args:
         time: the date and time that a chat template writes, ISO 8601; empty: when the tokenizer is made.
+        control_tokens: what becomes of a control token in chat messages (see `control_tokens`).
     """
 
-    def __init__(self, folder: str | Path, *, time: str = "") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        time: str = "",
+        control_tokens: Literal["escape", "refuse", "allow"] = "escape",
+    ) -> None:
         self._time = datetime.fromisoformat(time) if time else datetime.now()
+        self.in_data = control_tokens
         self.folder = Path(folder)
         file = self.folder / "tokenizer.json"
         if not file.is_file():
@@ -46,17 +64,22 @@ class Tokenizer:
         # what a caller before us asked for and the file kept: none of it is meant for a text that is read as it stands
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._behind: tokenizers.Tokenizer | None = None  # for text behind other text
+        self._text_only: TextOnly | None = None  # for text without control tokens
         if isinstance(self._tokenizer.model, tokenizers.models.BPE) and self._tokenizer.model.dropout:
             self._tokenizer.model.dropout = None  # it would split a text in another way in each process
         self._settings = self._read("tokenizer_config.json")
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         """one more than the greatest token id"""
-        self._most_tokens = max(self.vocab_size, self._embeddings())
+        self.embedded = self._embeddings()
+        """tokens that the model has an embedding for, by config.json; 0: not known"""
+        self._most_tokens = max(self.vocab_size, self.embedded)
         self.eos_id = self._end_of_text(vocabulary)
         """the token that ends a text"""
         self.end_ids = self._end_tokens(vocabulary)
         """every token that ends a turn: all that the folder names, `eos_id` among them"""
+        self._first = self._written_first()
         # a vocabulary of single characters drops unknown characters silently
         self._alphabet = self._closed_alphabet(vocabulary)
         self._templates: dict[str, Any] = {}  # compiled, by name
@@ -66,34 +89,46 @@ class Tokenizer:
     @classmethod
     def of(cls, model: ModelSettings) -> Tokenizer:
         """The tokenizer as every process of a run uses it."""
-        return cls(model.path, time=model.template_time)
+        return cls(model.path, time=model.template_time, control_tokens=model.control_tokens)
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of `text`, without special tokens. Raises ValueError for a character that the tokenizer has no token
-        for (a character tokenizer would drop it silently)."""
+    def encode(self, text: str, *, behind: bool = False, first: bool = False) -> list[int]:
+        """Tokens of `text`. What stands in it as a special token becomes one; none is added.
+
+        Args:
+            behind: the text stands behind other text. Some tokenizers (Llama 2's) write a space in front of a text,
+                which does not belong there then.
+            first: the text is a whole context that no chat template wrote: the tokens that the tokenizer puts first
+                (begin of text, where the model expects it) are added, unless they are there.
+
+        Raises ValueError for a character that the tokenizer has no token for (a character tokenizer would drop it
+        silently), and for a token that the model has no embedding for.
+        """
         if self._alphabet is not None:
             unknown = sorted(set(self._outside_special(text)) - self._alphabet)
             if unknown:
                 raise ValueError(f"the tokenizer of {self.folder} has no token for {unknown[0]!r}")
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._encode_behind(text) if behind else self._plain_ids(text)
+        if first and self._first and ids[: len(self._first)] != self._first:
+            ids = [*self._first, *ids]
+        self._check_embedded(ids)
         return ids
 
-    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+    def decode(self, ids: Sequence[int], *, special: bool = False, behind: bool = False) -> str:
         """Text of tokens. Special tokens are part of it: a tag that a task reads may be one. Only end tokens are left
-        out, unless `special`."""
+        out, unless `special`. `behind`: the tokens stand behind others, so that a space in front is text."""
         kept = [int(i) for i in ids if special or int(i) not in self.end_ids]
-        text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
+        text: str = (self._for_behind() if behind else self._tokenizer).decode(kept, skip_special_tokens=False)
         return text
 
     def turn_text(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
         """Text of a sampled turn, up to the stop string that ended it and with it. The token that completes a stop
         string may go on behind it; that rest is not part of the text. The text of an end token is, when a stop string
         names it."""
-        text = self.decode(ids)
+        text = self.decode(ids, behind=True)
         if len(ids) and int(ids[-1]) in self.end_ids:
             end = self.decode(ids[-1:], special=True)
             if any(end in string for string in stop):
-                text = self.decode(ids, special=True)
+                text = self.decode(ids, special=True, behind=True)
         ends = [text.find(string) + len(string) for string in stop if string in text]
         return text[: min(ends, default=len(text))]
 
@@ -106,9 +141,42 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder().items()
         return max((i for i, token in added if text.startswith(token.content)), default=None)
 
+    @cached_property
+    def control_tokens(self) -> Mapping[str, int]:
+        """The tokens that steer a model, by their text: all special ones, and those that the chat template writes
+        between messages (DeepSeek's are not marked as special). The setting of that name says what becomes of one that
+        stands in a chat message: plain text (escape), a refusal, or the token itself (allow)."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        found = {token.content: i for i, token in added.items() if token.special}
+        try:
+            between = self.render(_PLAIN_CHAT, add_generation_prompt=False) if self.has_chat_template else ""
+        except UserError:  # it asks for other messages
+            between = ""
+        found |= {token.content: i for i, token in added.items() if token.content in between}
+        return {content: i for content, i in found.items() if content}
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Matches the control tokens in a text."""
+        return any_of(self.control_tokens)
+
+    def encode_disguised(self, text: str, disguise: Disguise, *, first: bool = False) -> list[int]:
+        """Tokens of a text in which control tokens that are data are disguised: these become plain text, all others
+        tokens. Arguments and errors are those of `encode`."""
+        if self._text_only is None:
+            self._text_only = TextOnly(self.folder / "tokenizer.json", self.control_tokens)
+        ids = [*(self._first if first else ()), *self._text_only.encode(text, disguise)]
+        self._check_embedded(ids)
+        return ids
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self._sources())
+
+    @property
+    def template_text(self) -> str:
+        """The folder's chat templates, joined; empty where it has none."""
+        return "\n".join(self._sources().values())
 
     @property
     def dated(self) -> bool:
@@ -165,6 +233,58 @@ class Tokenizer:
         """The chat template mentions a variable, or a field of a message."""
         return any(re.search(rf"\b{re.escape(name)}\b", source) for source in self._sources().values())
 
+    @cached_property
+    def takes_text_arguments(self) -> bool:
+        """The chat template wants the arguments of a tool call as JSON text (DeepSeek V3's), not as an object."""
+        name, value = "x1y2z3", "z3y2x1"
+        for as_text, content in ((False, ""), (False, None), (True, ""), (True, None)):
+            arguments = json.dumps({name: value}) if as_text else {name: value}
+            call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            try:
+                text = self.render([_PLAIN_CHAT[0], {"role": "assistant", "content": content, "tool_calls": [call]}])
+            except UserError:
+                continue
+            if name in text and f'\\"{name}' not in text and f"'{name}'" not in text:
+                return as_text
+        return False
+
+    def _plain_ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _for_behind(self) -> tokenizers.Tokenizer:
+        if self._behind is None:
+            self._behind = without_leading_space(self._tokenizer, self.folder / "tokenizer.json")
+        return self._behind
+
+    def _encode_behind(self, text: str) -> list[int]:
+        """Up to the first special token the text continues what stands before it; from there on it is as ever."""
+        behind = self._for_behind()
+        if behind is self._tokenizer:
+            return self._plain_ids(text)
+        whole = self._tokenizer.encode(text, add_special_tokens=False)
+        mark = next((i for i, token in enumerate(whole.ids) if self.is_added(token)), len(whole.ids))
+        begins = whole.offsets[mark][0] if mark < len(whole.ids) else len(text)
+        before = behind.encode(text[:begins], add_special_tokens=False).ids if begins else []
+        return [*before, *whole.ids[mark:]]
+
+    def _written_first(self) -> list[int]:
+        """What the tokenizer puts before a text: its file says so, as for transformers (which does not look at
+        `add_bos_token` where there is a tokenizer.json)."""
+        probe = self._tokenizer.id_to_token(self.eos_id) or ""  # a text that every tokenizer has a token for
+        ids, plain = (self._tokenizer.encode(probe, add_special_tokens=added).ids for added in (True, False))
+        count = next((i for i in range(len(ids)) if ids[i : i + len(plain)] == plain), 0) if plain else 0
+        return list(ids[:count])
+
+    def _check_embedded(self, ids: Sequence[int]) -> None:
+        if self.embedded and ids and max(ids) >= self.embedded:
+            token = next(i for i in ids if i >= self.embedded)
+            raise ValueError(
+                f"the tokenizer of {self.folder} writes token {token} ({self._tokenizer.id_to_token(token)!r}), and "
+                f"the model has embeddings for {self.embedded} tokens only (vocab_size in config.json); use the "
+                "tokenizer that belongs to the model, or a model with that token added"
+            )
+
     def _compiled(self, name: str) -> Any:
         if name not in self._templates:
             sources = self._sources()
@@ -194,7 +314,14 @@ class Tokenizer:
     def _end_of_text(self, vocabulary: Mapping[str, int]) -> int:
         content = self._special_tokens().get("eos_token", "")
         if content in vocabulary:
-            return vocabulary[content]
+            token = vocabulary[content]
+            if self.embedded and token >= self.embedded:
+                raise UserError(
+                    f"{self.folder}: the end-of-text token {content!r} is token {token}, and the model has embeddings "
+                    f"for {self.embedded} tokens only (vocab_size in config.json); use the tokenizer that belongs to "
+                    "the model, or a model with that token added"
+                )
+            return token
         for named in (self._ends_in("generation_config.json"), self._ends_in("config.json")):
             if named:
                 return named[0]
@@ -222,7 +349,7 @@ class Tokenizer:
         return list(dict.fromkeys(found))
 
     def _embeddings(self) -> int:
-        """Tokens that the model has an embedding for, which may be more than the tokenizer has; 0: not known."""
+        """May be more than the tokenizer has."""
         values = self._read("config.json")
         inner = values.get("text_config")
         size = (inner if isinstance(inner, dict) else values).get("vocab_size")
@@ -243,12 +370,14 @@ class Tokenizer:
     def _special_tokens(self) -> dict[str, str]:
         older = self._read("special_tokens_map.json")  # where tokenizer_config.json names none
         found = {}
-        for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        for key in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
             value = self._settings.get(key, older.get(key))
             content = value.get("content") if isinstance(value, dict) else value
             if isinstance(content, str):
                 found[key] = content
-        return found
+        more = self._settings.get("extra_special_tokens")
+        named = more.items() if isinstance(more, dict) else ()  # a list names none
+        return found | {key: content for key, content in named if isinstance(content, str)}
 
     def _sources(self) -> Mapping[str, str]:
         """The chat templates of the folder, by name; the usual one is called default."""
@@ -305,7 +434,7 @@ def prompt_text(
     for name in arguments or ():
         if name in _RESERVED or not tokenizer.shows(name):
             raise UserError(f"{tokenizer.folder}: the chat template takes no argument '{name}'; leave it out")
-    messages = [_with_text(message, tokenizer) for message in prompt]
+    messages = [_with_calls(_with_text(message, tokenizer), tokenizer) for message in prompt]
     text = tokenizer.render(messages, tools=tools, arguments=arguments)
     calls = [message.get("tool_calls") for message in messages if message.get("tool_calls")]
     for name, given in (("tools", tools), ("tool_calls", calls)):
@@ -319,6 +448,57 @@ def prompt_text(
     return text
 
 
+def problem_tokens(problem: HasPrompt, tokenizer: Tokenizer) -> list[int]:
+    """The prompt of a problem as tokens. Raises UserError for what the chat template would leave out and for control
+    tokens where `model.control_tokens` refuses them, ValueError for what the tokenizer cannot write."""
+    return prompt_tokens(problem.prompt, tokenizer, tools=problem.tools, arguments=problem.template_args)
+
+
+def prompt_tokens(
+    prompt: str | Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    arguments: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """A prompt as tokens. Text is taken as it stands, with the tokens that the model expects first; what chat messages
+    and tools hold is data (see `Tokenizer.control_tokens`), and what comes first is for the template to write.
+
+    Raises UserError and ValueError as `problem_tokens`.
+    """
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt_text(prompt, tokenizer, tools=tools, arguments=arguments), first=True)
+    first = not tokenizer.has_chat_template
+    disguise = disguise_of([*prompt, *tools], tokenizer)
+    if disguise is None:
+        return tokenizer.encode(prompt_text(prompt, tokenizer, tools=tools, arguments=arguments), first=first)
+    text = prompt_text(disguise.hide(prompt), tokenizer, tools=disguise.hide(tools), arguments=arguments)
+    return tokenizer.encode_disguised(text, disguise, first=first)
+
+
+def disguise_of(data: Sequence[Any], tokenizer: Tokenizer) -> Disguise | None:
+    """How the control tokens of chat messages are kept from steering the model; None where there are none, or where
+    they may. Raises UserError where they are refused."""
+    if tokenizer.in_data == "allow":
+        return None
+    disguise = Disguise(tokenizer.control_pattern, data)
+    if not disguise.found:
+        return None
+    if tokenizer.in_data == "refuse":
+        raise UserError(
+            f"the messages hold {disguise.found[0]!r}, a control token of {tokenizer.folder}; take it out, or set "
+            "model.control_tokens=escape (it is plain text then) or allow (it steers the model)"
+        )
+    return disguise
+
+
+def control_in(problem: HasPrompt, tokenizer: Tokenizer) -> list[str]:
+    """The control tokens that a problem's messages and tools hold."""
+    if isinstance(problem.prompt, str):
+        return []
+    return Disguise(tokenizer.control_pattern, [*problem.prompt, *problem.tools]).found
+
+
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 """variables of a chat template that are no arguments"""
 
@@ -329,6 +509,32 @@ def _with_text(message: Mapping[str, Any], tokenizer: Tokenizer) -> Mapping[str,
     if not isinstance(content, list) or tokenizer.takes_parts:
         return message
     return {**message, "content": "\n".join(_text_of(part, tokenizer) for part in content)}
+
+
+def _with_calls(message: Mapping[str, Any], tokenizer: Tokenizer) -> Mapping[str, Any]:
+    """The message; the arguments of its tool calls as an object or as JSON text, whichever the template takes: a text
+    would be quoted by a template that writes objects as JSON."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_with_arguments(call, tokenizer.takes_text_arguments) for call in calls]}
+
+
+def _with_arguments(call: Any, as_text: bool) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"], as_text)}
+    given = call.get("arguments")
+    if as_text and isinstance(given, Mapping):
+        return {**call, "arguments": json.dumps(given, ensure_ascii=False)}
+    if not as_text and isinstance(given, str):
+        try:
+            read = json.loads(given)
+        except ValueError:
+            return call
+        return {**call, "arguments": read} if isinstance(read, dict) else call
+    return call
 
 
 def _text_of(part: Any, tokenizer: Tokenizer) -> str:
@@ -360,43 +566,3 @@ def _plain_lines(
 def _refuse(given: Any, reason: str) -> None:
     if given:
         raise UserError(reason)
-
-
-def compile_template(source: str, time: datetime) -> Any:
-    """A chat template in the environment transformers uses: sandboxed, immutable, with `tojson`,
-    `raise_exception`, `strftime_now` and `{% generation %}` blocks. `time`: what `strftime_now` writes.
-
-    What a template draws at random is refused: the same prompt must be the same text in every process.
-    """
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks the assistant's words for training masks; here it only passes them."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def drawn(*_: Any, **__: Any) -> None:
-        raise jinja2.TemplateError("it draws at random, so that its text differs from process to process")
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.filters["random"] = drawn
-    environment.globals["lipsum"] = drawn
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = time.strftime
-    return environment.from_string(source)

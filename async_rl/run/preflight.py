@@ -7,15 +7,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from random import Random
 from typing import Any
 
 from async_rl.config import Settings
 from async_rl.config.settings import CriticSettings, OptimizerSettings
 from async_rl.errors import UserError, check_lora_package
-from async_rl.model.architecture import PROJECTIONS, check_targets, context_of
-from async_rl.model.folder import check_folder
-from async_rl.model.tokenizer import Tokenizer, problem_text
+from async_rl.model.architecture import PROJECTIONS, DecoderConfig, check_targets
+from async_rl.model.folder import check_folder, check_for_vllm, context_limit, read_headers
+from async_rl.model.foreign import check_expert_targets, frozen_experts
+from async_rl.model.tokenizer import Tokenizer, control_in, problem_tokens
 from async_rl.model.varlen import choose_backend
 from async_rl.objective.library import check_effect, load_recipe
 from async_rl.objective.recipe import Requirements, requirements
@@ -23,6 +25,7 @@ from async_rl.run.memory import check_room_here
 from async_rl.run.placement import Placement, describe_links, place_here, ways_here
 from async_rl.task import Problem, Task, make_task
 from async_rl.task.rehearsed import Rehearsed
+from async_rl.task.weigh import weights_of
 from async_rl.trajectory import Split
 from async_rl.weights.vllm_release import installed_release
 from async_rl.weights.way import Way
@@ -64,27 +67,29 @@ def preflight(settings: Settings) -> Facts:
     placement = place_here(settings)
     if settings.generator.engine == "vllm":
         installed_release()
+        check_for_vllm(settings.model.path)
     ways = ways_here(settings, placement)
     chosen = settings.trainer
     choose_backend(chosen.attention, device=chosen.device, half=chosen.dtype == "bfloat16")
-    if settings.lora.rank:
-        check_lora_package()
-        if config is not None:
-            check_targets(settings.lora.targets, PROJECTIONS)
+    left_out = check_lora(settings, config) if settings.lora.rank else ""
     tokenizer = Tokenizer.of(settings.model)
     task = make_task(settings.task.name, settings.task.args)
-    if config is not None and settings.generator.max_context > config.max_context:
+    weights_of(task, settings.task.reward_weights)
+    limit = context_limit(settings.model.path, config)
+    if limit and settings.generator.max_context > limit:
         raise UserError(
             f"generator.max_context is {settings.generator.max_context}, but the model of {settings.model.path} "
-            f"holds {config.max_context} tokens"
+            f"holds {limit} tokens"
         )
-    context = context_of(settings.generator.max_context, config)
+    context = settings.generator.max_context or limit
     check_message_size(context, settings.wire.max_message_mb)
     dated = [f"the chat template writes a date: {settings.model.template_time} in all of this run"]
     notes = dated if tokenizer.dated and settings.model.template_time else []
+    notes += [left_out] if left_out else []
     notes += describe_links(ways) + check_room_here(settings) + check_fit(task, tokenizer, context)
+    notes += describe_control_tokens(task, tokenizer)
     recipe = load_recipe(settings.recipe)
-    check_layers(settings, requirements(recipe))
+    check_layers(settings, requirements(recipe), built_in=config is not None)
     notes += check_effect(
         recipe,
         group_size=settings.batch.group_size,
@@ -142,11 +147,33 @@ def check_idle(settings: Settings) -> None:
         )
 
 
-def check_layers(settings: Settings, needs: Requirements) -> None:
-    """Raises UserError for ways to run a layer that rule out exact norms of each trajectory's gradient."""
+def check_lora(settings: Settings, config: DecoderConfig | None) -> str:
+    """What adapters leave out, for the user. Raises UserError without peft, and for a target that is not there."""
+    check_lora_package()
+    if config is not None:
+        check_targets(settings.lora.targets, PROJECTIONS)
+        return ""
+    shapes = read_headers(Path(settings.model.path))
+    check_expert_targets(settings.lora.targets, shapes)
+    return frozen_experts(shapes)
+
+
+def check_layers(settings: Settings, needs: Requirements, *, built_in: bool = True) -> None:
+    """Raises UserError for ways to run a layer that rule out exact norms of each trajectory's gradient, and for what
+    only the built-in decoder can do. `built_in`: the model is one."""
     chosen = settings.trainer
+    if chosen.compile and not built_in:
+        raise UserError(
+            f"trainer.compile is for the built-in decoder, and {settings.model.path} is a model that transformers "
+            "defines; set trainer.compile=false"
+        )
     if not needs.per_trajectory_norms:
         return
+    if not built_in:
+        raise UserError(
+            "recipe.opob.norm=exact needs the gradients of every layer, which are known for the built-in decoder only, "
+            f"and {settings.model.path} is a model that transformers defines; set recipe.opob.norm to logit or length"
+        )
     if chosen.checkpoint_activations != "none":
         raise UserError(
             "trainer.checkpoint_activations=layer would save nothing: recipe.opob.norm=exact "
@@ -214,6 +241,23 @@ def check_fit(task: Task, tokenizer: Tokenizer, context: int) -> list[str]:
     return []
 
 
+def describe_control_tokens(task: Task, tokenizer: Tokenizer) -> list[str]:
+    """What becomes of control tokens in the data, where prompts that were looked at hold any."""
+    found: dict[str, str] = {}
+    for split in SPLITS:
+        problems = task.problems(split)
+        for number in range(0, len(problems), max(1, -(-len(problems) // MOST_PROMPTS))):
+            for token in control_in(problems[number], tokenizer):
+                found.setdefault(
+                    token, str(problems[number].data.get("where", f"problem {number} of the {split} split"))
+                )
+    if not found:
+        return []
+    as_what = "they steer the model" if tokenizer.in_data == "allow" else "they are plain text there"
+    named = ", ".join(f"{token!r} ({where})" for token, where in list(found.items())[:3])
+    return [f"messages hold control tokens of the model: {named}; {as_what} (model.control_tokens={tokenizer.in_data})"]
+
+
 def _check_prompts(task: Task, tokenizer: Tokenizer, split: Split, context: int) -> int:
     """Tokens of the longest prompt, of problems spread over the split. Raises UserError for one that the model cannot
     be given."""
@@ -227,7 +271,7 @@ def _check_prompts(task: Task, tokenizer: Tokenizer, split: Split, context: int)
         problem = problems[number]
         where = problem.data.get("where", f"problem {number} of the {split} split")
         try:
-            tokens = len(tokenizer.encode(problem_text(problem, tokenizer)))
+            tokens = len(problem_tokens(problem, tokenizer))
         except ValueError as error:
             raise UserError(f"task '{task.name}' does not fit the tokenizer: {where}: {error}") from None
         except UserError as error:
@@ -292,7 +336,7 @@ def spread(count: int) -> Sequence[int]:
 
 
 def _described(problem: Problem, tokenizer: Tokenizer) -> bytes:
-    tokens = tokenizer.encode(problem_text(problem, tokenizer))
+    tokens = problem_tokens(problem, tokenizer)
     data = {name: value for name, value in problem.data.items() if name != PLACE}
     return json.dumps([problem.index, tokens, data], sort_keys=True, default=_kind).encode()
 

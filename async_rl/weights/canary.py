@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from async_rl.model.tokenizer import problem_text
+from async_rl.model.tokenizer import problem_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -136,12 +136,13 @@ def probe_tokens(task: Task, tokenizer: Tokenizer, max_context: int) -> tuple[in
     for i in range(min(len(problems), PROBE_TOKENS)):
         if len(tokens) >= PROBE_TOKENS:
             break
-        tokens += tokenizer.encode(problem_text(problems[i], tokenizer))
+        tokens += problem_tokens(problems[i], tokenizer)
     tokens = tokens[:PROBE_TOKENS]
     if len(set(tokens)) < _ENOUGH_KINDS:
         tokens = tokens[: PROBE_TOKENS // 2]
         spread = ((i * _GOLDEN) % 1.0 for i in range(1, PROBE_TOKENS - len(tokens) + 1))
-        tokens += [int(x * tokenizer.vocab_size) for x in spread]
+        known = min(tokenizer.vocab_size, tokenizer.embedded or tokenizer.vocab_size)
+        tokens += [int(x * known) for x in spread]
     return tuple(tokens[:max_context])
 
 

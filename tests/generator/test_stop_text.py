@@ -71,12 +71,13 @@ WORDS = st.lists(
 def test_decoding_token_by_token_stops_where_decoding_the_whole_does(kinds, kind, stop, words, drawn) -> None:
     tokenizer = kinds[kind]
     ids = [*tokenizer.encode("".join(words)), *(i for i in drawn if i not in tokenizer.end_ids)]
-    whole = next((n for n in range(1, len(ids) + 1) if any(s in tokenizer.decode(ids[:n]) for s in stop)), None)
+    read = [tokenizer.decode(ids[:n], behind=True) for n in range(len(ids) + 1)]
+    whole = next((n for n, text in enumerate(read) if any(s in text for s in stop)), None)
     end = end_of(tokenizer, ids, *stop)
     assert end == whole
     text = tokenizer.turn_text(ids[:end], stop)
     assert any(text.endswith(s) for s in stop) == (end is not None) or end is None
-    assert tokenizer.decode(ids[:end]).startswith(text)
+    assert tokenizer.decode(ids[:end], behind=True).startswith(text)
     if end is not None:
         assert not any(s in text[:-1] for s in stop), "the text goes on behind a stop string"
 

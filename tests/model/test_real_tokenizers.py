@@ -139,7 +139,7 @@ def test_a_turn_stops_at_the_first_token_whose_text_holds_a_stop_string(both: Bo
     ids = [i for i in [*both.ours.encode(text), *drawn] if i not in both.ours.end_ids]
     stops = ["</tool>", "\n", ">", " the", "わり", ". ", "é", "</tool_call>", "\n\n", "'s"]
     stop = data.draw(st.lists(st.sampled_from(stops), min_size=1, max_size=3, unique=True))
-    prefixes = (n for n in range(1, len(ids) + 1) if any(s in both.ours.decode(ids[:n]) for s in stop))
+    prefixes = (n for n in range(1, len(ids) + 1) if any(s in both.ours.decode(ids[:n], behind=True) for s in stop))
     end = both.end_of(ids, *stop)
     assert end == next(prefixes, None)
     read = both.ours.turn_text(ids[:end], stop)
