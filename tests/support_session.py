@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from async_rl.task import Problem, Task
+from async_rl.task.protocol import Utterance
 
 END = "\0"
 """in a script: the end-of-text token, which ends a turn and leaves no text"""
@@ -48,6 +49,10 @@ class ScriptedSession:
     @property
     def turn(self) -> int:
         return len(self.turns)
+
+    @property
+    def said(self) -> list[Utterance]:
+        return [Utterance(text=turn.text, tokens=tuple(map(ord, turn.text))) for turn in self.turns]
 
     @property
     def truncated(self) -> bool:

@@ -102,7 +102,7 @@ class Group:
 
     def permit_missing(self) -> Permit:
         """The right to generate the samples that have not arrived."""
-        return replace(self.permit, samples=self.missing)
+        return replace(self.permit, samples=self.missing, size=self.size)
 
     def arrive(self, trajectory: Trajectory) -> bool:
         """Take in one trajectory; False when that sample is here already."""

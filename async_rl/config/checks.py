@@ -6,6 +6,7 @@ beside it in settings.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from datetime import datetime
@@ -14,6 +15,7 @@ from typing import Any
 from async_rl.config.derived import generators_fit, gpus_named, shares_gpus
 from async_rl.config.schema import check_bounds
 from async_rl.config.settings import (
+    CheckpointSettings,
     GuardSettings,
     LoraSettings,
     Settings,
@@ -71,6 +73,27 @@ def name_is_a_folder(s: Settings) -> str:
 def model_is_named(s: Settings) -> str:
     if not s.model.path:
         return "model.path is not set; name a model folder (`async-rl init-model` makes a small one)"
+    return ""
+
+
+def checkpoint_signals_are_known(s: Settings) -> str:
+    known = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
+    for name in s.checkpoint.signals:
+        if name not in known:
+            return f"checkpoint.signals names '{name}'; a run can be told to end by {', '.join(known)}"
+    return ""
+
+
+def grace_needs_signals(s: Settings) -> str:
+    if not s.checkpoint.signals and s.checkpoint.grace_s != CheckpointSettings().grace_s:
+        return "checkpoint.grace_s does nothing with checkpoint.signals=[]; leave it out"
+    return ""
+
+
+def reward_weights_are_finite(s: Settings) -> str:
+    for name, weight in s.task.reward_weights.items():
+        if not math.isfinite(weight):
+            return f"task.reward_weights.{name} is {weight}; a weight is a finite number"
     return ""
 
 
@@ -462,6 +485,9 @@ RELATIONS: tuple[Relation, ...] = (
     name_is_a_folder,
     model_is_named,
     task_is_named,
+    reward_weights_are_finite,
+    checkpoint_signals_are_known,
+    grace_needs_signals,
     recipe_is_named,
     depth_lies_within_the_bound,
     target_ess_has_a_depth_to_move,

@@ -24,7 +24,7 @@ PLAIN_MODULE = "__main__"
 """the name of a program's own file, which no other process can import"""
 DATA_FILES = (".yaml", ".yml")
 """endings of files that a setting may name instead of an object: a recipe as data"""
-NAMING_SETTINGS = ("task.name", "task.args.reward", "task.args.tool", "recipe.name")
+NAMING_SETTINGS = ("task.name", "task.args.reward", "task.args.group_reward", "task.args.tool", "recipe.name")
 COUNTS = ("no", "one", "two", "three", "four")
 
 

@@ -12,11 +12,13 @@ from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Engine
-from async_rl.generator.rollout import run_episode
+from async_rl.generator.group_reward import STRANGE_CANCEL, GroupJudge, Played, WaitingGroups
+from async_rl.generator.rollout import play_episode
 from async_rl.generator.session import EpisodeSession, Ticket, make_tickets
 from async_rl.generator.task_code import TaskGuard, describe_error, is_ours
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task.protocol import Task
+from async_rl.task.weigh import Weighed, Weights, has_group_reward
 from async_rl.trajectory import Trajectory
 from async_rl.wire import messages as msg
 
@@ -58,6 +60,8 @@ class Episodes:
     on_change: Callable[[], None]
     """an episode has ended, or has turns to save"""
     guard: TaskGuard = field(default_factory=TaskGuard)
+    weights: Weights = field(default_factory=Weights)
+    """of the named parts of a reward"""
 
     running: dict[Key, Episode] = field(default_factory=dict)
     recorded: dict[Key, Trajectory] = field(default_factory=dict)
@@ -69,10 +73,19 @@ class Episodes:
     failure: RunFailed | None = None
     """why this generator has to end: its engine died, or an episode ended without a trajectory"""
     failed: asyncio.Event = field(default_factory=asyncio.Event)
+    groups: WaitingGroups = field(init=False)
+    """finished episodes that wait for the others of their group, where the task judges groups"""
+
+    def __post_init__(self) -> None:
+        judge = GroupJudge(task=self.task, weights=self.weights, guard=self.guard, timeout_s=self.timeout_s)
+        self.groups = WaitingGroups(judge=judge, on_finished=self._finished, on_failure=self._fail)
 
     def start(self, permit: msg.Permit, samples: Iterable[int]) -> None:
-        """Start these samples of a permit."""
-        for ticket in make_tickets(replace(permit, samples=tuple(samples))):
+        """Start these samples of a permit; where the task judges groups, all of the group."""
+        chosen = tuple(samples)
+        if has_group_reward(self.task):
+            chosen = self.groups.open(permit, chosen)
+        for ticket in make_tickets(replace(permit, samples=chosen)):
             episode = self.running[permit.group, ticket.sample] = Episode(ticket)
             episode.task = asyncio.create_task(self._run(episode))
 
@@ -83,6 +96,7 @@ class Episodes:
     def abandon(self, groups: Iterable[int]) -> None:
         """End the running episodes of these groups, which the buffer does not want any more."""
         unwanted = set(groups)
+        self.groups.abandon(unwanted)
         for (group, _), episode in self.running.items():
             if group in unwanted:
                 episode.abandoned = True
@@ -91,7 +105,7 @@ class Episodes:
 
     def take_unsent(self) -> tuple[Trajectory, ...]:
         """Turns to be saved by the buffer, which count as sent."""
-        taken: list[Trajectory] = []
+        taken = self.groups.take_unsent()
         for episode in self.running.values():
             if episode.unsent is not None:
                 taken.append(episode.unsent)
@@ -99,8 +113,9 @@ class Episodes:
         return tuple(taken)
 
     def finished_turns(self) -> tuple[Trajectory, ...]:
-        """The finished turns of all running training episodes, for the generator that continues them."""
+        """The finished turns of all training episodes that are not sent, for the generator that continues them."""
         sessions = [episode.session for episode in self.running.values() if episode.session is not None]
+        sessions += self.groups.sessions()
         return tuple([s.so_far() for s in sessions if s.split == "train" and s.turn > 0])
 
     async def cancel(self, *, timeout_s: float) -> int:
@@ -111,49 +126,73 @@ class Episodes:
             if episode.task is not None:
                 episode.task.cancel()
                 tasks.append(episode.task)
+        tasks += self.groups.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_s)
         self.running.clear()
         self.recorded.clear()
         return len(tasks)
 
+    @property
+    def in_hand(self) -> set[Key]:
+        """(group, sample) of every episode that runs, or waits for the others of its group."""
+        return {*self.running, *self.groups.keys()}
+
     async def _run(self, episode: Episode) -> None:
         """One episode. It ends in one trajectory, or ends this generator, unless it was given up."""
         key = (episode.ticket.permit.group, episode.ticket.sample)
         try:
-            trajectory = await self._play(episode, self.recorded.pop(key, None))
+            trajectory, weighed = await self._play(episode, self.recorded.pop(key, None))
         except BaseException as error:
             if episode.given_up:
                 if episode.session is not None:
                     episode.session.abandon("given up")
                 raise
-            self.failure = self.failure or _failure(error, key)
-            self.failed.set()
+            self._fail(_failure(error, key))
             if is_ours(error):
                 raise
             return
-        self.on_finished(trajectory)
+        waits = False
+        if not episode.given_up and episode.session is not None:
+            played = Played(trajectory=trajectory, weighed=weighed, session=episode.session, unsent=episode.unsent)
+            waits = self.groups.add(played)
         if self.running.get(key) is episode:  # else it was given up, and its permit may have been started anew
             del self.running[key]
+        if not waits:
+            self._finished(trajectory)
+
+    def _finished(self, trajectory: Trajectory) -> None:
+        self.on_finished(trajectory)
         self.on_change()
 
-    async def _play(self, episode: Episode, record: Trajectory | None) -> Trajectory:
+    def _fail(self, failure: RunFailed) -> None:
+        """This generator has to end."""
+        self.failure = self.failure or failure
+        self.failed.set()
+
+    async def _play(self, episode: Episode, record: Trajectory | None) -> tuple[Trajectory, Weighed]:
         """The trajectory of an episode. Turns that a lost generator recorded of it are not sampled again."""
         session = self._open(episode, record)
-        run = partial(run_episode, self.task, ticket=episode.ticket, timeout_s=self.timeout_s, guard=self.guard)
+        run = partial(
+            play_episode,
+            self.task,
+            ticket=episode.ticket,
+            timeout_s=self.timeout_s,
+            guard=self.guard,
+            weights=self.weights,
+        )
         try:
-            trajectory = await run(session=session)
+            made = await run(session=session)
             if session.diverged:
                 self.records_dropped += 1
                 session = self._open(episode, None)
-                trajectory = await run(session=session)
+                made = await run(session=session)
         except asyncio.CancelledError:
             if episode.given_up:
                 raise
             # What the task runs has cancelled this asyncio task too (`asyncio.all_tasks`).
-            reason = "CancelledError: the task or its reward cancelled asyncio tasks that are not its own"
-            return session.finish(reward=0.0, failed="error", reason=reason)
-        return trajectory
+            return session.finish(reward=0.0, failed="error", reason=STRANGE_CANCEL), Weighed(total=0.0)
+        return made
 
     def _open(self, episode: Episode, record: Trajectory | None) -> EpisodeSession:
         self.started += 1

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from async_rl.generator.outbox import RESEND_S, BufferDeadline, Outbox
 from async_rl.generator.pull import EngineWeights
 from async_rl.generator.task_code import LEFTOVER_S, TaskGuard
 from async_rl.task.protocol import Task
+from async_rl.task.weigh import Weights
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import WireError
 from async_rl.weights.canary import probe_tokens
@@ -70,6 +71,8 @@ class GeneratorOptions:
     """a longer wait for an acknowledgement is reported"""
     joined: bool = False
     """it joined a running run; the launcher did not start it"""
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
+    """of the named parts of a reward"""
 
 
 def make_options(settings: Settings, name: str, *, joined: bool = False) -> GeneratorOptions:
@@ -86,6 +89,7 @@ def make_options(settings: Settings, name: str, *, joined: bool = False) -> Gene
         timeout_s=settings.wire.timeout_s,
         stall_report_s=settings.wire.stall_report_s,
         joined=joined,
+        reward_weights=settings.task.reward_weights,
     )
 
 
@@ -161,6 +165,7 @@ class GeneratorLoop:
             on_finished=self.outbox.put,
             on_change=self.changed.set,
             guard=self.guard,
+            weights=Weights(chosen=o.reward_weights),
         )
 
     async def run(self) -> None:
@@ -328,8 +333,8 @@ class GeneratorLoop:
         self._update_activity()
 
     def _in_hand(self) -> set[Key]:
-        """(group, sample) of every episode that runs, or is finished and not acknowledged."""
-        return {*self.episodes.running, *self.outbox.pairs}
+        """(group, sample) of every episode that runs, waits for its group, or is finished and not acknowledged."""
+        return {*self.episodes.in_hand, *self.outbox.pairs}
 
     async def _pull_weights(self) -> None:
         """Load newer weights and send evidence of what the engine holds then."""
@@ -368,8 +373,8 @@ class GeneratorLoop:
             kind, what = "loading", f"loading weights version {self.weights.announced}"
         elif running:
             kind, what = "decoding", f"decoding {running} sequences"
-        elif self.episodes.running:
-            kind, what = "in tasks", f"in tasks or rewards of {len(self.episodes.running)} episodes"
+        elif busy := len(self.episodes.in_hand):
+            kind, what = "in tasks", f"in tasks or rewards of {busy} episodes"
         else:
             kind, what = "waiting", "waiting for permits"
         same = self.activity.state()[0].startswith(kind)

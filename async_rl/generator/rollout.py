@@ -3,80 +3,121 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import LogitsNotFinite
 from async_rl.generator.session import EpisodeAborted, EpisodeSession, Ticket, TurnLimit
 from async_rl.generator.task_code import TaskGuard, TaskOverrun, describe_error, is_ours, waits_in
 from async_rl.task.protocol import Task
+from async_rl.task.weigh import ROLLOUT, Weighed, Weights, has_group_reward
 from async_rl.trajectory import Trajectory
+from async_rl.trajectory.parts import PREFIX
+
+Result = TypeVar("Result")
 
 
 async def run_episode(
-    task: Task, session: EpisodeSession, ticket: Ticket, *, timeout_s: float, guard: TaskGuard | None = None
+    task: Task,
+    session: EpisodeSession,
+    ticket: Ticket,
+    *,
+    timeout_s: float,
+    guard: TaskGuard | None = None,
+    weights: Weights | None = None,
 ) -> Trajectory:
-    """Run one episode of the task.
+    """Run one episode of the task. `weights`: of the named parts of its reward.
 
     Whatever the task or its reward raises, a cancellation included, ends this trajectory, with the reason; so does one
     that does not come back in time. It runs in an asyncio task of its own, so that a cancellation of this one is the
     caller's. Raises RunFailed when the engine died, and what a person or the launcher orders.
     """
-    guard = guard or TaskGuard()
-    rollout = _rollout(task, session, ticket)
-    playing = asyncio.create_task(_outcome(guard, rollout))
-    playing.add_done_callback(lambda _: rollout.close())  # it may have been cancelled before it began
-    deadline, late = time.monotonic() + timeout_s, ""
-    try:
-        while not playing.done() and not late:
-            left = deadline - time.monotonic()
-            if guard.limit_s:
-                left = min(left, guard.limit_s - session.task_s)
-            await asyncio.wait({playing}, timeout=max(0.0, left))
-            if not playing.done():
-                late = _lateness(session, rollout, deadline, timeout_s, guard)
-    finally:
-        if not playing.done():
-            playing.cancel()
-            playing.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-    outcome: float | BaseException
-    if late:
-        outcome = TaskOverrun(late)
-    elif playing.cancelled():  # by the task, before it began
-        outcome = asyncio.CancelledError()
-    else:
-        outcome = playing.result()
+    guard, weights = guard or TaskGuard(), weights or Weights()
+    made, _ = await play_episode(task, session, ticket, timeout_s=timeout_s, guard=guard, weights=weights)
+    return made
+
+
+async def play_episode(
+    task: Task, session: EpisodeSession, ticket: Ticket, *, timeout_s: float, guard: TaskGuard, weights: Weights
+) -> tuple[Trajectory, Weighed]:
+    """`run_episode`, and the reward that `Task.rollout` gave (0 where the episode failed), to which that of the group
+    is added."""
+    rollout = _rollout(task, session, ticket, weights)
+    deadline = time.monotonic() + timeout_s
+
+    def late() -> tuple[float, str]:
+        left = deadline - time.monotonic()
+        if guard.limit_s:
+            left = min(left, guard.limit_s - session.task_s)
+        return left, _lateness(session, rollout, deadline, timeout_s, guard)
+
+    outcome = await outcome_of(guard, rollout, late)
     if session.engine_error is not None:
         outcome = session.engine_error
-    match outcome:
-        case float():
-            if not math.isfinite(outcome):
-                return session.finish(reward=0.0, failed="error", reason=f"the reward is {outcome}")
-            return session.finish(reward=outcome)
+    if isinstance(outcome, Weighed):
+        for name, value in outcome.parts.items():
+            session.note(f"{PREFIX}{name}", value)
+        return session.finish(reward=outcome.total), outcome
+    return _ended(session, outcome), Weighed(total=0.0, nothing=True)
+
+
+def _ended(session: EpisodeSession, raised: BaseException) -> Trajectory:
+    """The trajectory of an episode that did not come to a reward."""
+    match raised:
         case RunFailed():
-            raise outcome
+            raise raised
         case TurnLimit():
             return session.finish(reward=0.0, failed="turn_limit")
         case EpisodeAborted():
-            return session.finish(reward=0.0, failed="aborted", reason=str(outcome))
+            return session.finish(reward=0.0, failed="aborted", reason=str(raised))
         case TaskOverrun() | LogitsNotFinite():
-            return session.finish(reward=0.0, failed="error", reason=str(outcome))
-    return session.finish(reward=0.0, failed="error", reason=describe_error(outcome))
+            return session.finish(reward=0.0, failed="error", reason=str(raised))
+    return session.finish(reward=0.0, failed="error", reason=describe_error(raised))
 
 
-async def _rollout(task: Task, session: EpisodeSession, ticket: Ticket) -> float:
+async def outcome_of(
+    guard: TaskGuard, work: Coroutine[Any, Any, Result], late: Callable[[], tuple[float, str]]
+) -> Result | BaseException:
+    """What code of the task returns, or what it raised. `late`: (seconds until it is to be asked again, why the work is
+    to end now; empty: it may go on), which makes it end with TaskOverrun. Raises what a person or the launcher orders.
+    """
+    running = asyncio.create_task(_outcome(guard, work))
+    running.add_done_callback(lambda _: work.close())  # it may have been cancelled before it began
+    reason = ""
+    try:
+        while not running.done() and not reason:
+            left, _ = late()
+            await asyncio.wait({running}, timeout=max(0.0, left))
+            if not running.done():
+                _, reason = late()
+    finally:
+        if not running.done():
+            running.cancel()
+            running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    if reason:
+        return TaskOverrun(reason)
+    if running.cancelled():  # by the task, before it began
+        return asyncio.CancelledError()
+    return running.result()
+
+
+async def _rollout(task: Task, session: EpisodeSession, ticket: Ticket, weights: Weights) -> Weighed:
     problem = task.problems(ticket.permit.split)[ticket.permit.problem]
     session.begin(problem)
-    return float(await task.rollout(problem, session))
+    reward = await task.rollout(problem, session)
+    if has_group_reward(task):  # of which the weights may name parts, too
+        return weights.weigh(reward, number=ROLLOUT)
+    found = weights.weigh(reward)
+    weights.check(found)
+    return found
 
 
-async def _outcome(guard: TaskGuard, rollout: Coroutine[Any, Any, float]) -> float | BaseException:
-    """The reward, or what was raised instead: asyncio would let a SystemExit end the whole event loop."""
+async def _outcome(guard: TaskGuard, work: Coroutine[Any, Any, Result]) -> Result | BaseException:
+    """What is returned, or what was raised instead: asyncio would let a SystemExit end the whole event loop."""
     try:
-        return await guard.steps(rollout)
+        return await guard.steps(work)
     except BaseException as error:
         if is_ours(error):
             raise

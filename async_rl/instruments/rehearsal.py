@@ -173,6 +173,7 @@ def always(value: Any) -> Callable[[Any], Any]:
 
 
 RULES: dict[str, Rule] = {
+    "task.reward_weights": (lambda _: {}, "rewards are coins"),
     "batch.group_size": (at_most(GROUP_SIZE), TIME),
     "trainer.steps": (at_most(STEPS), TIME),
     "trainer.micro_batch_tokens": (at_most(MICRO_BATCH_TOKENS), TIME),

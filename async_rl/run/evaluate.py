@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from async_rl.config import Settings
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
-from async_rl.generator.rollout import run_episode
+from async_rl.generator.group_reward import GroupJudge, Played
+from async_rl.generator.rollout import play_episode
 from async_rl.generator.session import EpisodeSession, Ticket, make_tickets
 from async_rl.generator.task_code import TaskGuard, run_to_end
 from async_rl.model.decoder import Decoder
 from async_rl.model.huggingface import HuggingFaceDecoder
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task import Task
+from async_rl.task.weigh import Weights, has_group_reward
 from async_rl.trajectory import Trajectory
 from async_rl.wire.messages import Permit
 
@@ -29,6 +31,8 @@ class Limits:
     episode_timeout_s: float = 600.0
     task_timeout_s: float = 60.0
     """of the task or its reward between two turns"""
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
+    """of the named parts of a reward"""
 
 
 def limits_of(settings: Settings) -> Limits:
@@ -39,15 +43,17 @@ def limits_of(settings: Settings) -> Limits:
         max_turns=chosen.max_turns,
         episode_timeout_s=chosen.episode_timeout_s,
         task_timeout_s=chosen.task_timeout_s or settings.wire.timeout_s / 2,
+        reward_weights=settings.task.reward_weights,
     )
 
 
 async def sample_episodes(
     engine: Engine, task: Task, tokenizer: Tokenizer, tickets: Sequence[Ticket], limits: Limits
 ) -> list[Trajectory]:
-    """One trajectory for each ticket, in the tickets' order."""
+    """One trajectory for each ticket, in the tickets' order. Those of one group are judged together where the task
+    judges groups."""
 
-    async def episode(number: int, ticket: Ticket) -> Trajectory:
+    async def episode(number: int, ticket: Ticket) -> Played:
         session = EpisodeSession(
             engine=engine,
             tokenizer=tokenizer,
@@ -56,11 +62,28 @@ async def sample_episodes(
             max_context=engine.max_context,
             max_turns=limits.max_turns,
         )
-        return await run_episode(task, session, ticket, timeout_s=limits.episode_timeout_s, guard=guard)
+        made, weighed = await play_episode(
+            task, session, ticket, timeout_s=limits.episode_timeout_s, guard=guard, weights=weights
+        )
+        return Played(trajectory=made, weighed=weighed, session=session)
 
-    guard = TaskGuard(limit_s=limits.task_timeout_s)
+    guard, weights = TaskGuard(limit_s=limits.task_timeout_s), Weights(chosen=limits.reward_weights)
+    judge = GroupJudge(task=task, weights=weights, guard=guard, timeout_s=limits.episode_timeout_s)
     with guard.alarm():
-        return list(await asyncio.gather(*(episode(i, t) for i, t in enumerate(tickets))))
+        played = await asyncio.gather(*(episode(i, t) for i, t in enumerate(tickets)))
+        made = {number: one.trajectory for number, one in enumerate(played)}
+        if has_group_reward(task):
+            for numbers in _by_group(tickets):
+                made |= dict(zip(numbers, await judge.judge([played[n] for n in numbers]), strict=True))
+    return [made[number] for number in range(len(tickets))]
+
+
+def _by_group(tickets: Sequence[Ticket]) -> Iterable[list[int]]:
+    """Places of the tickets of each group."""
+    found: dict[int, list[int]] = {}
+    for number, ticket in enumerate(tickets):
+        found.setdefault(ticket.permit.group, []).append(number)
+    return found.values()
 
 
 def evaluate(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from inspect import isawaitable
 from typing import Any
 
 from async_rl.config.schema import setting
 from async_rl.errors import UserError
 from async_rl.task.generated import require_range, stable_hash
-from async_rl.task.protocol import Connection, Problem, Score, Session, Task, Utterance
+from async_rl.task.protocol import Connection, Problem, Reward, Sample, Score, Session, Task, Utterance
 from async_rl.trajectory import Split
 
 CALLS = 2
@@ -56,6 +57,16 @@ class Rehearsed(Task):
                 session.note(f"true_reward/{name}" if name else "true_reward", float(value))
         said = [turn.text for turn in session.said]  # of an agent, too
         return float(stable_hash("".join(said)) & 1)
+
+    @property
+    def has_group_reward(self) -> bool:
+        return self._inner.has_group_reward
+
+    async def reward_group(self, problem: Problem, samples: Sequence[Sample]) -> Sequence[Reward]:
+        rewards: Any = self._inner.reward_group(problem, samples)
+        if isawaitable(rewards):
+            await rewards
+        return [0.0] * len(samples)
 
 
 class ShortTurns:

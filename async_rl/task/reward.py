@@ -1,10 +1,9 @@
-"""Rewards of a completion against the answer of its row: exact, numeric, math, or a function of the user's own."""
+"""Rewards of an episode against the answer of its row: exact, numeric, math, or a function of the user's own."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
-import inspect
 import json
 import math
 import re
@@ -13,18 +12,31 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from async_rl.config.imports import is_import, load_function
-from async_rl.errors import UserError, nearest
-from async_rl.task.protocol import Problem
+from async_rl.errors import UserError
+from async_rl.task.calling import (
+    Note,
+    RewardFunction,
+    as_reward_function,
+    check_columns,
+    check_name,
+    load_reward_function,
+)
+from async_rl.task.protocol import Problem, Sample, Session, Utterance
+from async_rl.task.protocol import Reward as RewardValue
+from async_rl.task.weigh import RewardError
+from async_rl.trajectory import Ended
+from async_rl.trajectory.parts import PREFIX
 
 NAMES = ("exact", "numeric", "math")
-Function = Callable[[str, str, Problem], Any]
-"""(completion, answer, problem) -> number, or a coroutine that returns one"""
+"""the built-in rewards: their reward is a plain number"""
+NO_REWARD = "none"
+"""where a group reward alone decides"""
 
 NUMBER = re.compile(
     r"(?:(?<![\w)])[-\u2212])?"  # a sign, unless it subtracts
@@ -43,42 +55,88 @@ GRACE_S = 2.0
 """added to DEADLINE_S by the parent, because the child ends itself first"""
 
 
-class RewardError(Exception):
-    """A reward function raised, or returned something that is not a finite number."""
-
-
 class Reward:
     """A reward by name. Example: `await make_reward("numeric").score("so 1,200.", "1200", problem) == 1.0`."""
 
-    def __init__(self, name: str, function: Function) -> None:
+    def __init__(self, name: str, function: Callable[..., Any] | RewardFunction, *, answer_field: str = "") -> None:
+        """`answer_field`: field of the rows with the answer, which a function may take under that name."""
         self.name = name
-        self._function = function
+        self.answer_field = answer_field
+        if not isinstance(function, RewardFunction):
+            function = as_reward_function(name, function, where=f"reward '{name}'")
+        self.function = function
 
-    async def score(self, completion: str, answer: str, problem: Problem) -> float:
-        """The reward, finite. Raises RewardError with the reason, or VerdictTimeout.
+    async def score(self, completion: str, answer: str, problem: Problem) -> Any:
+        """The reward of one text; see `judge`."""
+        problem = replace(problem, data={**problem.data, "answer": answer})
+        said = (Utterance(text=completion, tokens=()),)
+        return await self.judge(Sample(problem=problem, said=said, transcript=completion))
+
+    async def judge(self, sample: Sample, note: Note = lambda key, value: None) -> RewardValue:
+        """The reward of one episode: a finite number, or named parts. `note`: attaches what else the function says to
+        the trajectory. Raises RewardError with the reason, or VerdictTimeout.
 
         A plain function blocks this process's other episodes while it runs; one that waits for something should be
         `async def`.
         """
+        return (await self._judged([sample], [note]))[0]
+
+    async def judge_group(self, samples: Sequence[Sample]) -> list[RewardValue]:
+        """The rewards of all samples of a group. Raises as `judge` does."""
+        return await self._judged(samples, [lambda key, value: None] * len(samples))
+
+    async def _judged(self, samples: Sequence[Sample], notes: Sequence[Note]) -> list[RewardValue]:
         try:
-            value = self._function(completion, answer, problem)
-            if inspect.isawaitable(value):
-                value = await value
+            found = await self.function.call(samples, self.answer_field, notes)
         except VerdictTimeout:
             raise
+        except RewardError as error:
+            raise RewardError(f"reward '{self.name}' {error}") from None
         except Exception as error:  # code of others: its error ends this trajectory only
             raise RewardError(f"reward '{self.name}' raised {type(error).__name__}: {error}") from error
+        return [self._value(value, note) for value, note in zip(found, notes, strict=True)]
+
+    def _value(self, value: Any, note: Note) -> RewardValue:
+        convention = self.function.signature.convention
+        if value is None and convention == "trl":
+            note("reward_not_applicable", 1.0)
+            return {}
+        if isinstance(value, Mapping) and convention.startswith("verl"):
+            # what stands beside the score is recorded and not added: so does verl
+            if "score" not in value:
+                raise RewardError(f"reward '{self.name}' returned {dict(value)!r:.100}, without 'score'")
+            for key, more in value.items():
+                if key != "score":
+                    note(f"{PREFIX}{key}", float(more)) if is_number(more) else note(str(key), str(more))
+            return self._number(value["score"])
+        if isinstance(value, Mapping):
+            return {key: self._number(part, f"{key}: ") for key, part in value.items()}
+        return self._number(value)
+
+    def _number(self, value: Any, part: str = "") -> Any:
+        if part and value is None:
+            return None
         try:
-            reward = float(value)
+            number = float(value)
         except (TypeError, ValueError, OverflowError):
-            raise RewardError(f"reward '{self.name}' returned {value!r:.100}, not a number") from None
-        if not math.isfinite(reward):
-            raise RewardError(f"reward '{self.name}' returned {reward}")
-        return reward
+            raise RewardError(f"reward '{self.name}' returned {part}{value!r:.100}, not a number") from None
+        if not math.isfinite(number):
+            raise RewardError(f"reward '{self.name}' returned {part}{number}")
+        return number
 
 
-def make_reward(name: str) -> Reward:
-    """The reward called `name`: exact, numeric, math, `module:function` or `path/file.py:function`
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, of Python, numpy or torch."""
+    if isinstance(value, str | bytes | bytearray):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def make_reward(name: str, *, answer_field: str = "") -> Reward:
+    """The reward called `name`: exact, numeric, math, none, `module:function` or `path/file.py:function`
     (async_rl.config.imports). Raises UserError for one that is unknown or cannot be imported."""
     match name:
         case "exact":
@@ -87,13 +145,43 @@ def make_reward(name: str) -> Reward:
             return Reward(name, numeric)
         case "math":
             return Reward(name, _math(MathJudge()))
-        case _ if is_import(name):
-            taken = "(completion, answer, problem)"
-            return Reward(name, load_function(name, where=f"task.args.reward '{name}'", arguments=taken))
-        case _:
-            raise UserError(
-                f"task.args.reward '{name}' is not known; {nearest(name, NAMES)} (or module:function, file.py:function)"
-            )
+        case "none":
+            return Reward(name, lambda sample: 0.0)
+    check_name(name, (*NAMES, NO_REWARD), where="task.args.reward")
+    return Reward(name, load_reward_function(name, where="task.args.reward"), answer_field=answer_field)
+
+
+def make_rewards(name: str, group: str, answer_field: str) -> tuple[Reward, Reward | None]:
+    """The rewards that `task.args.reward` and `task.args.group_reward` name; `group` may be empty. Raises UserError."""
+    if not group:
+        if name == NO_REWARD:
+            raise UserError("task.args.reward is 'none', which needs task.args.group_reward; name a reward or both")
+        return make_reward(name, answer_field=answer_field), None
+    where = "task.args.group_reward"
+    check_name(group, (), where=where)
+    judge = load_reward_function(group, where=where, whole_group=True)
+    return make_reward(name, answer_field=answer_field), Reward(group, judge, answer_field=answer_field)
+
+
+def check_rows(rewards: Iterable[Reward | None], splits: Iterable[Sequence[Problem]]) -> None:
+    """Raises UserError when one of them takes a field that a row lacks."""
+    problems = list(splits)
+    for reward in rewards:
+        if reward is not None:
+            where = f"task.args.{'group_reward' if reward.function.whole_group else 'reward'}"
+            for split in problems:
+                check_columns(reward.function, split, where=where, answer_field=reward.answer_field)
+
+
+def sample_of(problem: Problem, session: Session, text: str, *, transcript: str, ended: Ended) -> Sample:
+    """The episode so far, whose answer is `text`, as a reward sees it."""
+    said = [*session.said]
+    if not said:
+        said = [Utterance(text=text, tokens=())]
+    elif said[-1].text != text:
+        said[-1] = replace(said[-1], text=text)
+    whole = transcript or "".join(turn.text for turn in said)
+    return Sample(problem=problem, said=tuple(said), transcript=whole, ended=ended)
 
 
 def exact(completion: str, answer: str, problem: Problem) -> float:
@@ -133,7 +221,7 @@ def last_number(text: str) -> Fraction | None:
     return Fraction(numerator) / int(denominator or 1) * Fraction(10) ** int(exponent or 0)
 
 
-def _math(judge: MathJudge) -> Function:
+def _math(judge: MathJudge) -> Callable[..., Any]:
     async def mathematics(completion: str, answer: str, problem: Problem) -> float:
         # in a thread, because a verdict takes milliseconds to seconds and decoding must go on
         return await asyncio.to_thread(judge.score, completion, answer)

@@ -132,6 +132,8 @@ class Permit(WireStruct, frozen=True, kw_only=True):
     seed: int
     """of the group, 64 bits unsigned"""
     temperature: float
+    size: int = 0
+    """samples of the whole group, which a task that judges groups plays all of; 0: those of `samples`"""
 
 
 class Permits(WireStruct, frozen=True, kw_only=True):
@@ -489,6 +491,14 @@ class Shutdown(WireStruct, frozen=True, kw_only=True):
     reason: str
 
 
+class Preempt(WireStruct, frozen=True, kw_only=True):
+    """To the buffer, which passes it on to the trainer: finish the step in hand, write a checkpoint and end. Repeated
+    until the trainer has ended; receiving it twice changes nothing."""
+
+    reason: str
+    """the signal's name"""
+
+
 # ---------------------------------------------------------------- joining generator <-> buffer
 
 
@@ -614,7 +624,7 @@ Message = (
     | Pulse | PulseAnswer
     | NextBatch | Published | Checkpointed | Evaluate | FetchEvaluation | Done
     | Batch | Waiting | EvaluationResult
-    | Query | Snapshot | Gone | Shutdown
+    | Query | Snapshot | Gone | Shutdown | Preempt
     | Join | Welcome
     | AskWeights | Offer | AskChunks | Chunk | Withdrawn
     | AskLink | LinkCall | LinkAnswer

@@ -129,7 +129,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         textwrap.dedent("""
             def length(completion, answer, problem):
                 return len(completion) / len(answer)
-            def two(completion, answer): return 0
+            def nothing(): return 0
             LIMIT = 3
         """)
     )
@@ -152,7 +152,7 @@ def test_a_function_of_the_users_own_is_found_in_the_working_directory(module: P
         ("no_such_module_at_all:f", "cannot import 'no_such_module_at_all'"),
         ("my_rewards_for_test:lenght", "did you mean 'length'"),
         ("my_rewards_for_test:LIMIT", "no function"),
-        ("my_rewards_for_test:two", "three arguments"),
+        ("my_rewards_for_test:nothing", "it takes nothing"),
         ("broken_rewards_for_test:f", "no licence"),
         (":f", "cannot import"),
     ],

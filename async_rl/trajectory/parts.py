@@ -1,0 +1,40 @@
+"""Named parts of a reward, as a trajectory records them: `info["reward/NAME"]`.
+
+A part that an episode does not have (its reward gave none, or None) is missing, not 0: it is in no mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+PREFIX = "reward/"
+
+
+def parts_in(info: Mapping[str, float | str]) -> dict[str, float]:
+    """Name -> value of the parts among a trajectory's notes.
+
+    Example:
+        >>> parts_in({"tool_calls": 2.0, "reward/format": 1.0})
+        {'format': 1.0}
+    """
+    if not info:
+        return {}
+    return {
+        name.removeprefix(PREFIX): float(value)
+        for name, value in info.items()
+        if name.startswith(PREFIX) and not isinstance(value, str)
+    }
+
+
+def part_means(episodes: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Name -> mean over the episodes that have the part, in the order of first appearance.
+
+    Example:
+        >>> part_means([{"format": 1.0, "correct": 0.0}, {"correct": 1.0}, {}])
+        {'format': 1.0, 'correct': 0.5}
+    """
+    values: dict[str, list[float]] = {}
+    for parts in episodes:
+        for name, value in parts.items():
+            values.setdefault(name, []).append(value)
+    return {name: math.fsum(found) / len(found) for name, found in values.items()}
