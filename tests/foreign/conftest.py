@@ -10,7 +10,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,3 +84,9 @@ def verl(foreign: None) -> ModuleType:
 @pytest.fixture(scope="session")
 def trl(foreign: None) -> ModuleType:
     return load("trl.trainer.grpo_trainer")
+
+
+@pytest.fixture(scope="session")
+def module_of(foreign: None) -> Callable[[str], ModuleType]:
+    """Any module of these packages, by its name."""
+    return load
