@@ -18,7 +18,7 @@ from async_rl.buffer.depth import Rules
 from async_rl.buffer.evaluation import Evaluations
 from async_rl.buffer.ledger import Group, Ledger
 from async_rl.trajectory import Trajectory
-from async_rl.trajectory.types import sample_seed
+from async_rl.trajectory.types import GREEDY, LOWEST_TEMPERATURE, sample_seed
 from async_rl.version import __version__
 from async_rl.wire import messages as msg
 from async_rl.wire.frames import RefusalKind
@@ -42,7 +42,7 @@ OF_THE_TRAINER = (
 OF_ONE_SESSION = (msg.Want, msg.Status, msg.Leave)
 """within one session of a generator: between two of its Hellos"""
 OF_GENERATORS = (*OF_ONE_SESSION, msg.Holds, msg.Canary)
-OF_THE_LAUNCHER = (msg.Gone, msg.Shutdown)
+OF_THE_LAUNCHER = (msg.Gone, msg.Shutdown, msg.Preempt)
 OF_ANYBODY = (msg.Hello, msg.Query, msg.Pulse, msg.Join)
 TAKEN = (*OF_THE_TRAINER, *OF_GENERATORS, *OF_THE_LAUNCHER, *OF_ANYBODY, msg.Finished, msg.Turns)
 """of Finished and Turns, each trajectory is checked by itself"""
@@ -122,7 +122,7 @@ class Acceptance:
             return Objection(kind="group", reason=f"group {group.group} was not given to this peer")
         if (objection := _permitted(trajectory, group)) is not None or trajectory.sample in group.samples:
             return objection  # one that comes again changes nothing
-        return self._sampled(trajectory, group) or self._within_vocabulary(trajectory)
+        return self._sampled(trajectory, group) or self._within_vocabulary(trajectory) or _trainable(trajectory)
 
     # ---------------------------------------------------------------- messages
 
@@ -205,8 +205,8 @@ class Acceptance:
             return Objection(kind="version", reason=reason)
         # saved turns may have been sampled by newer weights than the rest: the run was resumed at a checkpoint
         # behind them, or the group went to a generator that is behind
-        if trajectory.sample not in group.begun and any(a.version > b.version for a, b in pairwise(spans)):
-            return Objection(kind="version", reason="versions go down within the trajectory")
+        if trajectory.sample not in group.begun and _goes_down(trajectory):
+            return Objection(kind="version", reason="versions go down within a context of the trajectory")
         return None
 
     def _within_vocabulary(self, trajectory: Trajectory) -> Objection | None:
@@ -214,6 +214,27 @@ class Acceptance:
         if known and len(tokens) and tokens.item(tokens.argmax()) >= known:
             return Objection(kind="tokens", reason=f"token {tokens.max()} of a vocabulary of {known}")
         return None
+
+
+def _goes_down(trajectory: Trajectory) -> bool:
+    """Whether versions go down within a context. Contexts may have been sampled in turn: behind the end of one, another
+    begins that is older."""
+    found = [(a.end, b.start) for a, b in pairwise(trajectory.versions) if a.version > b.version]
+    return any(not any(end <= start <= begin for start in trajectory.contexts) for end, begin in found)
+
+
+def _trainable(trajectory: Trajectory) -> Objection | None:
+    """Why nothing could be learned from it by right, or None."""
+    if trajectory.split != "train":
+        return None
+    spoken = [turn for turn in trajectory.turns if turn.length]
+    if spoken and spoken[0].start == 0:
+        return Objection(kind="tokens", reason="it begins with a sampled token, which nothing predicts")
+    for own in (turn.temperature for turn in spoken):
+        if own and own < LOWEST_TEMPERATURE:
+            how = "greedily" if own == GREEDY else f"at temperature {own:g}"
+            return Objection(kind="number", reason=f"a turn was sampled {how} in an episode that trains")
+    return None
 
 
 def _permitted(trajectory: Trajectory, group: Group) -> Objection | None:

@@ -24,6 +24,7 @@ from async_rl.config.settings import (
     VllmSettings,
 )
 from async_rl.errors import UserError, check_trackers
+from async_rl.trajectory.types import LOWEST_TEMPERATURE
 
 Relation = Callable[[Settings], str]
 
@@ -94,6 +95,13 @@ def reward_weights_are_finite(s: Settings) -> str:
     for name, weight in s.task.reward_weights.items():
         if not math.isfinite(weight):
             return f"task.reward_weights.{name} is {weight}; a weight is a finite number"
+    return ""
+
+
+def temperature_is_sampled_at(s: Settings) -> str:
+    lowest, chosen = LOWEST_TEMPERATURE, s.evaluation.temperature
+    if 0 < chosen < lowest:
+        return f"evaluation.temperature is {chosen:g}; engines sample at {lowest:g} or above, or greedily with 0"
     return ""
 
 
@@ -485,6 +493,7 @@ RELATIONS: tuple[Relation, ...] = (
     name_is_a_folder,
     model_is_named,
     task_is_named,
+    temperature_is_sampled_at,
     reward_weights_are_finite,
     checkpoint_signals_are_known,
     grace_needs_signals,

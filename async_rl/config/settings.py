@@ -148,7 +148,7 @@ class GeneratorSettings:
         "embedded", "what samples: the embedded torch engine, or vLLM (see vllm.*)"
     )
     temperature: float = setting(
-        1.0, "sampling temperature of training rollouts; the trainer computes log-probs at the same one", above=0
+        1.0, "sampling temperature of training rollouts; the trainer computes log-probs at the same one", min=0.01
     )
     max_sequences: int = setting(
         256, "trajectories that one generator decodes at once", unit="trajectories", min=1, max=1_000_000

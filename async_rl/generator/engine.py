@@ -27,16 +27,18 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One turn to be sampled."""
+    """One turn to be sampled, in one context of an episode."""
 
     session: int
-    """key of the episode: an engine may keep its KV cache between turns until `release(session)`"""
+    """key of the context: an engine may keep its KV cache between turns until `release(session)`"""
     tokens: Sequence[int]
-    """the whole history, never empty; each turn's history starts with the one before"""
+    """the history that the model sees, never empty. It starts with that of the session's turn before, usually: where
+    it does not, an engine keeps in its cache what the two have in common"""
     params: SamplingParams
     seed: int
-    """of the episode. The noise of a token depends only on the seed and its position in the history, so neither the
-    batch that it shares nor an interruption changes what is sampled"""
+    """of the context. The noise of a token depends only on the seed and its position in the history, so neither the
+    batch that it shares nor an interruption changes what is sampled; equal seeds would give the contexts of an episode
+    the same noise"""
 
     def check(self) -> None:
         """Raises ValueError for what no engine can sample."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from random import Random
@@ -26,6 +26,9 @@ class Problem:
     """descriptions of tools for the chat template"""
     template_args: Mapping[str, Any] = field(default_factory=dict)
     """further variables of the chat template, e.g. `{"enable_thinking": False}`"""
+    adapt: Callable[[Problem, str], Problem] | None = None
+    """(this problem, text of the model's chat template; empty: it has none) -> the problem as such a model is given it;
+    for tasks whose prompts depend on the model"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +172,11 @@ class Session(Protocol):
         ...
 
     @property
+    def template(self) -> str:
+        """Text of the model's chat templates, joined; empty where it has none."""
+        ...
+
+    @property
     def said(self) -> Sequence[Utterance]:
         """What the policy has said so far, turn by turn."""
         ...
@@ -204,7 +212,7 @@ class Session(Protocol):
         Args:
             state_key: non-negative hash of the environment state, for recipes that compare equal states.
             temperature: of this turn; None: the episode's. It is recorded, and the trainer computes log-probs of the
-                turn at it. Must be above 0 where the episode trains.
+                turn at it. At least 0.01; 0 (greedy) where the episode is held out.
             agent: who speaks, where an episode has several agents.
         """
         ...

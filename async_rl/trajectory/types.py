@@ -22,6 +22,8 @@ Ended = Literal["finished", "length", "turn_limit", "error", "aborted"]
 returned NaN; because the engine gave the request up."""
 GREEDY = -1.0
 """`Turn.temperature` of a turn that took the likeliest tokens in an episode that otherwise samples"""
+LOWEST_TEMPERATURE = 0.01
+"""of turns that are not greedy. Below it vLLM samples at this one, and log-probs would be those of another policy"""
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 
 

@@ -17,6 +17,7 @@ from async_rl.buffer.core import Core
 from async_rl.buffer.staleness import PacePolicy
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.codec import WireError
+from async_rl.trajectory.types import GREEDY
 from async_rl.wire import messages as msg
 from async_rl.wire.frames import HARMLESS, REFUSALS
 
@@ -78,6 +79,9 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any]]] = [
     ("version", {"versions": (VersionSpan(version=2, start=1, end=2),)}),
     ("version", {"versions": (VersionSpan(version=0, start=1, end=2),)}),
     ("tokens", {"tokens": np.array([1, 100], np.int32)}),
+    ("tokens", {"turns": (Turn(start=0, length=1),), "versions": (VersionSpan(version=1, start=0, end=1),)}),
+    ("number", {"turns": (Turn(start=1, length=1, temperature=GREEDY),)}),
+    ("number", {"turns": (Turn(start=1, length=1, temperature=1e-5),)}),
 ]
 
 
@@ -100,11 +104,12 @@ def test_a_trajectory_that_cannot_be_is_refused_and_does_not_disturb_the_group(
 
 def test_versions_may_go_down_only_behind_turns_that_another_generator_had_sampled(core: Core) -> None:
     core.ledger.step = 3
-    spans = (VersionSpan(version=3, start=0, end=1), VersionSpan(version=1, start=1, end=2))
+    spans = (VersionSpan(version=3, start=1, end=2), VersionSpan(version=1, start=2, end=3))
     mixed = replace(
         given(core),
-        log_behaviour=np.array([-1.0, -1.0], np.float32),
-        turns=(Turn(start=0, length=1), Turn(start=1, length=1)),
+        tokens=np.array([1, 2, 3], np.int32),
+        log_behaviour=np.array([0.0, -1.0, -1.0], np.float32),
+        turns=(Turn(start=1, length=1), Turn(start=2, length=1)),
         versions=spans,
     )
     assert mixed.check() is None
@@ -114,6 +119,41 @@ def test_versions_may_go_down_only_behind_turns_that_another_generator_had_sampl
     again = core.handle(b"a", msg.Finished(trajectories=(mixed,)), 2.0)
     assert not refusals(again), "the answer got lost: it is sent again, and what was begun is forgotten by then"
     assert [accepted.pairs for accepted in told(again, msg.Accepted)] == [((2, 0),)]
+
+
+def two_contexts(core: Core, versions: tuple[VersionSpan, ...]) -> Trajectory:
+    """Tokens 1 and 2 of the first context and 5 of the second, which begins at 3, are sampled."""
+    core.ledger.step = 3
+    return replace(
+        given(core),
+        tokens=np.array([1, 2, 3, 1, 2, 4], np.int32),
+        log_behaviour=np.array([0, -1, -1, 0, 0, -1], np.float32),
+        turns=(Turn(start=1, length=2, agent="a", temperature=0.5), Turn(start=5, length=1, agent="b")),
+        versions=versions,
+        contexts=(3,),
+    )
+
+
+def test_contexts_that_were_sampled_in_turn_may_lie_behind_newer_ones(core: Core) -> None:
+    down = (VersionSpan(version=3, start=1, end=3), VersionSpan(version=2, start=5, end=6))
+    assert not refusals(core.handle(b"a", msg.Finished(trajectories=(two_contexts(core, down),)), 1.0))
+
+
+def test_within_a_context_versions_never_go_down(core: Core) -> None:
+    spans = [VersionSpan(version=3, start=1, end=2), VersionSpan(version=2, start=2, end=6)]
+    trajectory = two_contexts(core, tuple(spans))
+    assert refusals(core.handle(b"a", msg.Finished(trajectories=(trajectory,)), 1.0))[0].kind == "version"
+    spans[1:] = [VersionSpan(version=2, start=2, end=3), VersionSpan(version=1, start=5, end=6)]
+    trajectory = two_contexts(core, tuple(spans))
+    assert refusals(core.handle(b"a", msg.Finished(trajectories=(trajectory,)), 1.0))[0].kind == "version"
+
+
+def test_an_evaluation_may_have_greedy_turns(core: Core) -> None:
+    core.handle(TRAINER, replace(EVALUATE, version=1), 1.0)
+    (permit,) = permits(core.handle(b"b", msg.Want(limit=1, version=1), 1.0))
+    assert permit.split == "eval"
+    greedy = answer(permit, 0, 1, turns=(Turn(start=1, length=1, temperature=GREEDY),))
+    assert not refusals(core.handle(b"b", msg.Finished(trajectories=(greedy,)), 2.0))
 
 
 def test_a_group_of_another_generator_is_not_taken_but_that_of_an_earlier_holder_is(core: Core) -> None:

@@ -113,6 +113,9 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     "model_is_named": (("model.path=''",), "model.path is not set"),
     "template_time_is_a_time": (("model.template_time=noon",), "write it as 2026-01-31T12:00"),
     "task_is_named": (("task.name=''",), "task.name is not set"),
+    "temperature_is_sampled_at": (
+        ("evaluation.temperature=0.001",), "engines sample at 0.01 or above, or greedily with 0",
+    ),
     "recipe_is_named": (("recipe.name=3",), "recipe.name is not set"),
     "depth_lies_within_the_bound": (("staleness.pipeline_depth=9",), "it must lie between 1 and 2"),
     "target_ess_has_a_depth_to_move": (
