@@ -12,15 +12,16 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import tokenizers
 
 from async_rl.errors import UserError
-from async_rl.model.chat_template import compile_template
+from async_rl.model.chat_template import CONTINUE, compile_template, left_open
 from async_rl.model.data_text import Disguise, TextOnly, any_of, without_leading_space
+from async_rl.model.messages import plain_lines, refuse, up_to_mark, with_arguments, with_mark, with_text
 
 if TYPE_CHECKING:
     from async_rl.config.settings import ModelSettings
@@ -113,6 +114,13 @@ class Tokenizer:
         self._check_embedded(ids)
         return ids
 
+    def lengths(self, texts: Sequence[str], *, first: bool = False) -> list[int]:
+        """Tokens of each text, by the library's threads, without the checks of `encode`. `first`: as there."""
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        before = self._first if first else []
+        more = [len(before) if before and e.ids[: len(before)] != before else 0 for e in found]
+        return [len(encoding) + added for encoding, added in zip(found, more, strict=True)]
+
     def decode(self, ids: Sequence[int], *, special: bool = False, behind: bool = False) -> str:
         """Text of tokens. Special tokens are part of it: a tag that a task reads may be one. Only end tokens are left
         out, unless `special`. `behind`: the tokens stand behind others, so that a space in front is text."""
@@ -201,12 +209,14 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
         arguments: Mapping[str, Any] | None = None,
     ) -> str:
         """Chat messages through the folder's template, as transformers renders them.
 
         Args:
+            continue_final_message: end the text within the last message, which the model goes on with.
             tools: descriptions of tools, in the form that the template expects (usually JSON schemas).
             arguments: further variables of the template, e.g. `{"enable_thinking": False}`.
 
@@ -217,17 +227,20 @@ class Tokenizer:
             raise UserError(f"{self.folder}: the tokenizer has no chat template; use prompts that are plain text")
         template = self._compiled("tool_use" if tools and "tool_use" in sources else "default")
         variables = self._special_tokens() | dict(arguments or {})
+        said = [dict(message) for message in messages]
+        if continue_final_message:
+            said[-1] = with_mark(said[-1])
         try:
             text: str = template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
+                messages=said,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
                 tools=[dict(tool) for tool in tools] or None,
                 documents=None,
                 **variables,
             )
         except Exception as error:  # code of others
             raise UserError(f"{self.folder}: the chat template refused the messages: {error}") from None
-        return text
+        return up_to_mark(text, str(self.folder)) if continue_final_message else text
 
     def shows(self, name: str) -> bool:
         """The chat template mentions a variable, or a field of a message."""
@@ -409,8 +422,19 @@ class HasPrompt(Protocol):
     def template_args(self) -> Mapping[str, Any]: ...
 
 
+Given = TypeVar("Given", bound=HasPrompt)
+
+
+def adapted(problem: Given, tokenizer: Tokenizer) -> Given:
+    """The problem as a model with this chat template is given it. Raises UserError where it cannot be."""
+    adapt = getattr(problem, "adapt", None)
+    made: Given = problem if adapt is None else adapt(problem, tokenizer.template_text)
+    return made
+
+
 def problem_text(problem: HasPrompt, tokenizer: Tokenizer) -> str:
     """The prompt of a problem as text. Raises UserError for what the chat template would leave out."""
+    problem = adapted(problem, tokenizer)
     return prompt_text(problem.prompt, tokenizer, tools=problem.tools, arguments=problem.template_args)
 
 
@@ -423,34 +447,53 @@ def prompt_text(
 ) -> str:
     """A prompt as text: chat messages through the template, or line by line where there is none.
 
+    Args:
+        arguments: of the chat template. `continue_final_message`: true: the last message is gone on with.
+
     Raises UserError for tools, tool calls, parts of a message and arguments that the text would not show.
     """
     if isinstance(prompt, str):
-        _refuse(tools, "a prompt that is text shows no tools; make it a chat message, or leave the tools out")
-        _refuse(arguments, "a prompt that is text goes through no chat template; leave its arguments out")
+        refuse(tools, "a prompt that is text shows no tools; make it a chat message, or leave the tools out")
+        refuse(arguments, "a prompt that is text goes through no chat template; leave its arguments out")
         return prompt
+    given = {name: value for name, value in (arguments or {}).items() if name != CONTINUE}
+    where = str(tokenizer.folder)
     if not tokenizer.has_chat_template:
-        return "\n".join(_plain_lines(prompt, tools, arguments, tokenizer))
-    for name in arguments or ():
+        return "\n".join(plain_lines(prompt, tools, given, where))
+    for name in given:
         if name in _RESERVED or not tokenizer.shows(name):
-            raise UserError(f"{tokenizer.folder}: the chat template takes no argument '{name}'; leave it out")
-    messages = [_with_calls(_with_text(message, tokenizer), tokenizer) for message in prompt]
-    text = tokenizer.render(messages, tools=tools, arguments=arguments)
+            raise UserError(f"{where}: the chat template takes no argument '{name}'; leave it out")
+    messages = prompt if tokenizer.takes_parts else [with_text(message, where) for message in prompt]
+    messages = [
+        with_arguments(m, as_text=tokenizer.takes_text_arguments) if m.get("tool_calls") else m for m in messages
+    ]
+    go_on = bool((arguments or {}).get(CONTINUE))
+
+    def render(chat: Sequence[Mapping[str, Any]], described: Sequence[Mapping[str, Any]]) -> str:
+        return tokenizer.render(
+            chat, tools=described, arguments=given, add_generation_prompt=not go_on, continue_final_message=go_on
+        )
+
+    text = render(messages, tools)
     calls = [message.get("tool_calls") for message in messages if message.get("tool_calls")]
-    for name, given in (("tools", tools), ("tool_calls", calls)):
-        if given and not tokenizer.shows(name):
+    for name, present in (("tools", tools), ("tool_calls", calls)):
+        if present and not tokenizer.shows(name):
             less = [{k: v for k, v in message.items() if k != name} for message in messages]
-            if tokenizer.render(less, tools=() if name == "tools" else tools, arguments=arguments) == text:
+            if render(less, () if name == "tools" else tools) == text:
                 raise UserError(
-                    f"{tokenizer.folder}: the chat template shows no {name}; use a model that is made for tools, or "
-                    "leave them out"
+                    f"{where}: the chat template shows no {name}; use a model that is made for tools, or leave them out"
                 )
     return text
+
+
+CONTINUE = "continue_final_message"
+"""argument of the chat template that is no variable of it: the model goes on with the last message"""
 
 
 def problem_tokens(problem: HasPrompt, tokenizer: Tokenizer) -> list[int]:
     """The prompt of a problem as tokens. Raises UserError for what the chat template would leave out and for control
     tokens where `model.control_tokens` refuses them, ValueError for what the tokenizer cannot write."""
+    problem = adapted(problem, tokenizer)
     return prompt_tokens(problem.prompt, tokenizer, tools=problem.tools, arguments=problem.template_args)
 
 
@@ -494,6 +537,7 @@ def disguise_of(data: Sequence[Any], tokenizer: Tokenizer) -> Disguise | None:
 
 def control_in(problem: HasPrompt, tokenizer: Tokenizer) -> list[str]:
     """The control tokens that a problem's messages and tools hold."""
+    problem = adapted(problem, tokenizer)
     if isinstance(problem.prompt, str):
         return []
     return Disguise(tokenizer.control_pattern, [*problem.prompt, *problem.tools]).found
@@ -501,68 +545,3 @@ def control_in(problem: HasPrompt, tokenizer: Tokenizer) -> list[str]:
 
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 """variables of a chat template that are no arguments"""
-
-
-def _with_text(message: Mapping[str, Any], tokenizer: Tokenizer) -> Mapping[str, Any]:
-    """The message; its parts joined to one text where the template takes no parts."""
-    content = message.get("content")
-    if not isinstance(content, list) or tokenizer.takes_parts:
-        return message
-    return {**message, "content": "\n".join(_text_of(part, tokenizer) for part in content)}
-
-
-def _with_calls(message: Mapping[str, Any], tokenizer: Tokenizer) -> Mapping[str, Any]:
-    """The message; the arguments of its tool calls as an object or as JSON text, whichever the template takes: a text
-    would be quoted by a template that writes objects as JSON."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    return {**message, "tool_calls": [_with_arguments(call, tokenizer.takes_text_arguments) for call in calls]}
-
-
-def _with_arguments(call: Any, as_text: bool) -> Any:
-    if not isinstance(call, Mapping):
-        return call
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _with_arguments(call["function"], as_text)}
-    given = call.get("arguments")
-    if as_text and isinstance(given, Mapping):
-        return {**call, "arguments": json.dumps(given, ensure_ascii=False)}
-    if not as_text and isinstance(given, str):
-        try:
-            read = json.loads(given)
-        except ValueError:
-            return call
-        return {**call, "arguments": read} if isinstance(read, dict) else call
-    return call
-
-
-def _text_of(part: Any, tokenizer: Tokenizer) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type", "text") == "text":
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, Mapping) else part
-    raise UserError(f"{tokenizer.folder}: the chat template shows no part of type {kind!r:.40}; only text can be given")
-
-
-def _plain_lines(
-    prompt: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]],
-    arguments: Mapping[str, Any] | None,
-    tokenizer: Tokenizer,
-) -> Iterator[str]:
-    missing = f"{tokenizer.folder}: the tokenizer has no chat template, which"
-    _refuse(tools, f"{missing} tools need; use a chat model, or leave the tools out")
-    _refuse(arguments, f"{missing} its arguments need; leave them out")
-    for number, message in enumerate(prompt, start=1):
-        for name in sorted(message.keys() - {"role", "content"}):
-            _refuse(message[name], f"{missing} '{name}' of message {number} needs; use a chat model, or leave it out")
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [content or ""]
-        yield "\n".join(_text_of(part, tokenizer) for part in parts)
-
-
-def _refuse(given: Any, reason: str) -> None:
-    if given:
-        raise UserError(reason)
