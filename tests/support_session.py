@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from async_rl.task import Problem, Task
 from async_rl.task.protocol import Utterance
@@ -34,9 +35,11 @@ class ScriptedSession:
         script: Sequence[str] | Callable[[str], str],
         *,
         prompt: str = "",
+        template: str = "",
         max_context: int = 100_000,
     ) -> None:
         self._script = script
+        self.template = template
         self._max_context = max_context
         self.transcript = prompt
         self.turns: list[SpokenTurn] = []
@@ -96,6 +99,10 @@ class ScriptedSession:
         assert text, "an empty environment message"
         self.transcript += text
 
+    def append_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        assert messages, "no message"
+        self.transcript += "".join(f"<{m['role']}>{m['content']}" for m in messages)
+
     def reward_turn(self, value: float) -> None:
         assert self.turns, "a reward before the first turn"
         self.turns[-1].reward = value
@@ -112,10 +119,11 @@ class ScriptedSession:
 
 def play(task: Task, problem: Problem, session: ScriptedSession) -> float:
     """The reward of one episode, the prompt put in first as the generator does."""
-    if isinstance(problem.prompt, str):
-        session.transcript = problem.prompt
+    shown = problem if problem.adapt is None else problem.adapt(problem, session.template)
+    if isinstance(shown.prompt, str):
+        session.transcript = shown.prompt
     else:
-        session.transcript = "".join(f"<{m['role']}>{m['content']}" for m in problem.prompt)
+        session.transcript = "".join(f"<{m['role']}>{m['content']}" for m in shown.prompt)
     return asyncio.run(task.rollout(problem, session))
 
 

@@ -133,8 +133,11 @@ def locate_all(values: dict[str, Any], folder: Path) -> None:
         group: Any = values
         for name in groups:
             group = group.get(name) if isinstance(group, dict) else None
-        if isinstance(group, dict) and isinstance(group.get(last), str):
-            group[last] = located(group[last], folder)
+        named = group.get(last) if isinstance(group, dict) else None
+        if isinstance(named, str):
+            group[last] = located(named, folder)
+        elif isinstance(named, list):
+            group[last] = [located(name, folder) if isinstance(name, str) else name for name in named]
 
 
 def import_name(found: Any) -> str:

@@ -85,7 +85,10 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
     )
     if tasks:
         yield from guarded(
-            "reward", lambda: problems.judge_reward(problems.measure_reward(tasks[0], seed=settings.seed))
+            "reward",
+            lambda: problems.judge_reward(
+                problems.measure_reward(tasks[0], seed=settings.seed, template=template_of(settings))
+            ),
         )
     if found is None:
         return
@@ -108,6 +111,14 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
     free = read_available()
     yield from guarded("log-probs", lambda: agreement.check_log_probs(settings, tasks[0], found.parameters, free))
     yield from guarded("max_staleness=0", lambda: agreement.check_equivalence(settings, found.parameters))
+
+
+def template_of(settings: Settings) -> str:
+    """Text of the model's chat template; empty without a model. What is wrong with that is a finding of its own."""
+    try:
+        return Tokenizer.of(settings.model).template_text
+    except UserError:
+        return ""
 
 
 def check_placement(settings: Settings) -> Finding:

@@ -143,6 +143,7 @@ class ScriptedSession:
     said: Sequence[Utterance] = ()
     split: Split = "train"
     seed: int = 0
+    template: str = ""
 
     async def generate(self, *, max_tokens: int, agent: str = "", **how: Any) -> str:
         said = self.answers[self.turn] if self.turn < len(self.answers) else ""
@@ -188,9 +189,9 @@ class Timing:
     """they are played by an agent through the endpoint, which has no script"""
 
 
-def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES) -> Timing:
+def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES, template: str = "") -> Timing:
     """Play episodes in which the policy gives right answers (the task's demonstrations, if any) and random ones, in
-    turn."""
+    turn. `template`: text of the model's chat template."""
     problems = task.problems("train")
     random = Random(seed)
     seconds, failures, steps = [], [], [0.0]
@@ -200,7 +201,8 @@ def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES) -> Timing
     async def play() -> None:
         for number in range(episodes):
             problem = problems[random.randrange(len(problems))]
-            session = ScriptedSession(answers_of(task, problem, random, right=number % 2 == 0))
+            said = answers_of(task, problem, random, right=number % 2 == 0)
+            session = ScriptedSession(said, template=template)
             started = time.perf_counter()
             try:
                 Weights().weigh(await stepped(task.rollout(problem, session), steps))

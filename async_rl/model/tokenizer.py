@@ -21,7 +21,7 @@ import tokenizers
 from async_rl.errors import UserError
 from async_rl.model.chat_template import CONTINUE, compile_template, left_open
 from async_rl.model.data_text import Disguise, TextOnly, any_of, without_leading_space
-from async_rl.model.messages import plain_lines, refuse, up_to_mark, with_arguments, with_mark, with_text
+from async_rl.model.messages import plain_lines, refuse, with_arguments, with_text
 
 if TYPE_CHECKING:
     from async_rl.config.settings import ModelSettings
@@ -209,14 +209,12 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
         arguments: Mapping[str, Any] | None = None,
     ) -> str:
         """Chat messages through the folder's template, as transformers renders them.
 
         Args:
-            continue_final_message: end the text within the last message, which the model goes on with.
             tools: descriptions of tools, in the form that the template expects (usually JSON schemas).
             arguments: further variables of the template, e.g. `{"enable_thinking": False}`.
 
@@ -227,20 +225,17 @@ class Tokenizer:
             raise UserError(f"{self.folder}: the tokenizer has no chat template; use prompts that are plain text")
         template = self._compiled("tool_use" if tools and "tool_use" in sources else "default")
         variables = self._special_tokens() | dict(arguments or {})
-        said = [dict(message) for message in messages]
-        if continue_final_message:
-            said[-1] = with_mark(said[-1])
         try:
             text: str = template.render(
-                messages=said,
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
                 tools=[dict(tool) for tool in tools] or None,
                 documents=None,
                 **variables,
             )
         except Exception as error:  # code of others
             raise UserError(f"{self.folder}: the chat template refused the messages: {error}") from None
-        return up_to_mark(text, str(self.folder)) if continue_final_message else text
+        return text
 
     def shows(self, name: str) -> bool:
         """The chat template mentions a variable, or a field of a message."""
@@ -470,9 +465,8 @@ def prompt_text(
     go_on = bool((arguments or {}).get(CONTINUE))
 
     def render(chat: Sequence[Mapping[str, Any]], described: Sequence[Mapping[str, Any]]) -> str:
-        return tokenizer.render(
-            chat, tools=described, arguments=given, add_generation_prompt=not go_on, continue_final_message=go_on
-        )
+        rendered = partial(tokenizer.render, tools=described, arguments=given)
+        return left_open(chat, rendered) if go_on else rendered(chat)
 
     text = render(messages, tools)
     calls = [message.get("tool_calls") for message in messages if message.get("tool_calls")]
@@ -484,10 +478,6 @@ def prompt_text(
                     f"{where}: the chat template shows no {name}; use a model that is made for tools, or leave them out"
                 )
     return text
-
-
-CONTINUE = "continue_final_message"
-"""argument of the chat template that is no variable of it: the model goes on with the last message"""
 
 
 def problem_tokens(problem: HasPrompt, tokenizer: Tokenizer) -> list[int]:

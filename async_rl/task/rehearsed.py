@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import isawaitable
 from typing import Any
 
@@ -49,7 +49,10 @@ class Rehearsed(Task):
         return self._inner.problems(split)
 
     async def rollout(self, problem: Problem, session: Session) -> float:
-        short = ShortTurns(session, self._settings)
+        settings = self._settings
+        if settings.call == type(self._inner).example_call:  # the inner task may know how this model writes it
+            settings = replace(settings, call=self._inner.example_call)
+        short = ShortTurns(session, settings)
         reward = await self._inner.rollout(problem, short)
         parts = reward if isinstance(reward, Mapping) else {"": reward}
         for name, value in parts.items():
@@ -88,6 +91,10 @@ class ShortTurns:
     @property
     def stopped(self) -> bool:
         return self._inner.stopped
+
+    @property
+    def template(self) -> str:
+        return self._inner.template
 
     @property
     def said(self) -> Sequence[Utterance]:

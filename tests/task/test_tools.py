@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support_session import ScriptedSession, play
@@ -67,12 +68,16 @@ def test_a_tool_of_ones_own_is_a_function_of_call_and_problem(data: Path) -> Non
     [
         ("google", "it is calculator or module:function"),
         ("support_session:nothing", "has no function 'nothing'"),
-        ("support_session:play", "must take two arguments: \\(call, problem\\)"),
+        ("support_session:play", "a tool takes one or two arguments: \\(call, problem\\)"),
+        (["calculator", "support_session:looked_up"], "a call in the format 'tags' names none; name one"),
+        (["calculator", "calculator"], "two tools called 'calculator'"),
+        ([], "name a tool"),
+        (3, "a tool is calculator or module:function"),
     ],
 )
-def test_a_wrong_tool_is_refused(data: Path, tool: str, said: str) -> None:
+def test_a_wrong_tool_is_refused(data: Path, tool: Any, said: str) -> None:
     with pytest.raises(UserError, match=f"task.args.tool.*{said}"):
-        tools(data, tool=tool)
+        tools(data, tool=tool, tool_format="tags")
 
 
 def test_a_rehearsed_task_goes_its_way_and_pays_by_a_coin(data: Path) -> None:
