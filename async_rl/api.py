@@ -34,6 +34,7 @@ from async_rl.observe.console import Console
 from async_rl.process import Interrupted
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.trajectory import Trajectory
+from async_rl.trajectory.parts import part_means, parts_in
 
 if TYPE_CHECKING:
     import pandas
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
     from async_rl.observe.audit import Audit
     from async_rl.task.protocol import Problem, Task
 
-RewardFunction = Callable[[str, str, "Problem"], Any]
-"""(completion, answer, problem) -> number, or a coroutine that returns one"""
+RewardFunction = Callable[..., Any]
+"""takes any of completion, answer, problem, ... by name (docs/howto/rewards.md) and returns a number or named parts"""
 OwnRecipe = Callable[..., "Coefficients | tuple[Coefficients, ObjectiveState]"]
 """(columns) or (columns, recipe, state) -> coefficients: see `ar.RecipeFunction`"""
 
@@ -88,7 +89,8 @@ def train(
     Args:
         config: settings: a YAML file, a mapping with what such a file holds, or `ar.Settings`. Left out with `resume`.
         task: a task's name, a class derived from `ar.Task`, or `{"name": ..., "args": {...}}`.
-        reward: a function `(completion, answer, problem) -> number` for tasks that read a data set, or the name of one.
+        reward: a function for tasks that read a data set, or the name of one: of any of `completion, answer, problem,
+            ...` (docs/howto/rewards.md) to a number or a mapping of named parts.
         recipe: a recipe's name, `{"name": ..., AXIS: VALUE}`, or a function that maps columns to coefficients.
         run_dir: the new folder of the run; default `runs/NAME-TIME`.
         resume: a run folder; the run in it goes on from its newest checkpoint.
@@ -173,6 +175,11 @@ class Evaluation:
         return _mean([episode.reward for episode in self.episodes if not episode.failed])
 
     @property
+    def parts(self) -> dict[str, float]:
+        """Named parts of the reward: mean over the episodes that have the part, unweighted."""
+        return part_means(parts_in(episode.info) for episode in self.episodes if not episode.failed)
+
+    @property
     def failed(self) -> tuple[Trajectory, ...]:
         """Episodes that broke; each says why in `reason`."""
         return tuple(episode for episode in self.episodes if episode.failed)
@@ -225,7 +232,7 @@ def evaluate_settings(settings: Settings) -> Evaluation:
     """Check the settings and sample the episodes they ask for. Raises UserError."""
     from async_rl.run.preflight import preflight
 
-    preflight(settings)
+    settings = preflight(settings).settings
 
     from async_rl.model.folder import load_model
     from async_rl.model.tokenizer import Tokenizer

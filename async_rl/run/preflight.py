@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from async_rl.config import Settings
 from async_rl.config.settings import CriticSettings, OptimizerSettings
 from async_rl.errors import UserError, check_lora_package
+from async_rl.generator.facilities import slots_of
 from async_rl.model.architecture import PROJECTIONS, DecoderConfig, check_targets
 from async_rl.model.folder import check_folder, check_for_vllm, context_limit, read_headers
 from async_rl.model.foreign import check_expert_targets, frozen_experts
@@ -21,6 +22,7 @@ from async_rl.model.tokenizer import Tokenizer, control_in, problem_tokens
 from async_rl.model.varlen import choose_backend
 from async_rl.objective.library import check_effect, load_recipe
 from async_rl.objective.recipe import Requirements, requirements
+from async_rl.run.fitting import fit_prompts
 from async_rl.run.memory import check_room_here
 from async_rl.run.placement import Placement, describe_links, place_here, ways_here
 from async_rl.task import Problem, Task, make_task
@@ -57,10 +59,14 @@ class Facts:
     """tokens the model knows; 0: only transformers can say"""
     task_digest: str = ""
     """of the problems, for generators that join"""
+    settings: Settings
+    """what all processes get: those that were checked, and what was found out for all of them"""
 
 
-def preflight(settings: Settings) -> Facts:
-    """Check model, tokenizer, devices, task, recipe and their fit. Raises UserError."""
+def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
+    """Check model, tokenizer, devices, task, recipe and their fit. Raises UserError.
+
+    `resumed`: the run keeps the prompts that it began with."""
     config = check_folder(settings.model.path)
     for name in ("generator", "trainer"):
         check_device(f"{name}.device", getattr(settings, name).device, rehearsed=settings.task.name == Rehearsed.name)
@@ -75,6 +81,7 @@ def preflight(settings: Settings) -> Facts:
     tokenizer = Tokenizer.of(settings.model)
     task = make_task(settings.task.name, settings.task.args)
     weights_of(task, settings.task.reward_weights)
+    slots_of(task, settings.generator.task_slots)
     limit = context_limit(settings.model.path, config)
     if limit and settings.generator.max_context > limit:
         raise UserError(
@@ -83,9 +90,11 @@ def preflight(settings: Settings) -> Facts:
         )
     context = settings.generator.max_context or limit
     check_message_size(context, settings.wire.max_message_mb)
+    settings, task, left_out = (settings, task, []) if resumed else fit_prompts(settings, task, tokenizer, context)
     dated = [f"the chat template writes a date: {settings.model.template_time} in all of this run"]
     notes = dated if tokenizer.dated and settings.model.template_time else []
     notes += [left_out] if left_out else []
+    notes += [*task.notes, *left_out]
     notes += describe_links(ways) + check_room_here(settings) + check_fit(task, tokenizer, context)
     notes += describe_control_tokens(task, tokenizer)
     recipe = load_recipe(settings.recipe)
@@ -112,6 +121,7 @@ def preflight(settings: Settings) -> Facts:
         ways=ways,
         vocabulary=vocabulary,
         task_digest=task_digest(task, tokenizer),
+        settings=settings,
     )
 
 
@@ -284,9 +294,19 @@ def _check_prompts(task: Task, tokenizer: Tokenizer, split: Split, context: int)
     return longest
 
 
+@runtime_checkable
+class HasForms(Protocol):
+    """Problems that know which of them are alike for a chat template."""
+
+    @property
+    def one_of_each_form(self) -> list[int]: ...
+
+
 def _one_of_each_form(problems: Sequence[Problem]) -> list[int]:
     """Of problems that are held in memory, the first of each form: which roles and fields its messages have, and what
     else it gives to the chat template. A row that a template cannot show is found, however rare its form."""
+    if isinstance(problems, HasForms):
+        return problems.one_of_each_form
     if not isinstance(problems, list):
         return []
     first: dict[Any, int] = {}

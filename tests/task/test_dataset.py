@@ -101,20 +101,19 @@ def test_the_split_depends_on_the_prompt_alone(tmp_path: Path) -> None:
     assert 30 < len(small) < 90
 
 
-def test_an_eval_file_is_the_eval_split_and_its_rows_are_not_trained_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_eval_file_is_the_eval_split_and_its_rows_are_not_trained_on(tmp_path: Path) -> None:
     path, eval_path = write(tmp_path / "a.jsonl", sums(20)), write(tmp_path / "b.jsonl", sums(5))
     task = make_task("dataset", {"path": path, "eval_path": eval_path})
     assert (len(task.problems("train")), len(task.problems("eval"))) == (15, 5)
-    assert "5 rows also stand in" in caplog.text
+    assert [note for note in task.notes if f"5 rows also stand in {eval_path}" in note]
     assert "b.jsonl, line 1" in refusal(path, eval_path=eval_path, duplicates="error")
 
 
-def test_repeated_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_repeated_prompts(tmp_path: Path) -> None:
     same = write(tmp_path / "same.jsonl", [*sums(30), *sums(2)])
-    assert len(make_task("dataset", {"path": same, "eval_share": 0}).problems("train")) == 30
-    assert "2 rows repeat a prompt" in caplog.text
+    task = make_task("dataset", {"path": same, "eval_share": 0})
+    assert len(task.problems("train")) == 30
+    assert task.notes == (f"{same}: 2 rows repeat a prompt and are left out",)
     assert len(make_task("dataset", {"path": same, "eval_share": 0, "duplicates": "keep_all"}).problems("train")) == 32
     assert "line 31: the same prompt as" in refusal(same, duplicates="error")
     other = write(tmp_path / "other.jsonl", [*sums(30), {"prompt": "0+1?", "answer": "7"}])
@@ -159,11 +158,11 @@ def test_numeric_answers_are_checked_when_the_file_is_read(tmp_path: Path) -> No
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     assert "task.args.path is not set" in refusal("")
     assert "there is no file nowhere.jsonl (relative paths start at" in refusal("nowhere.jsonl")
-    assert "is a folder" in refusal(tmp_path)
+    assert "holds no file that ends in .jsonl, .json," in refusal(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n\n")
     assert "holds no rows" in refusal(tmp_path / "empty.jsonl")
-    (tmp_path / "a.csv").write_text("prompt,answer")
-    assert "must be a .jsonl or .parquet file" in refusal(tmp_path / "a.csv")
+    (tmp_path / "a.xlsx").write_text("prompt,answer")
+    assert "ends in '.xlsx'; it must be a .jsonl, .json, .csv," in refusal(tmp_path / "a.xlsx")
     good = write(tmp_path / "good.jsonl", sums(5))
     assert "task.args.eval_path: there is no file" in refusal(good, eval_path="gone.jsonl")
 

@@ -1,0 +1,70 @@
+"""How long a task's prompts are for the run's model, and what becomes of those that the context has no room for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from async_rl.config import Settings
+from async_rl.errors import UserError
+from async_rl.model.tokenizer import Tokenizer, control_in, problem_text, problem_tokens
+from async_rl.task import Problem, Task, make_task
+
+BATCH = 1024
+"""prompts that are tokenised together"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptMeasure:
+    """`Measure` with a tokenizer."""
+
+    tokenizer: Tokenizer
+
+    def text(self, problem: Problem) -> str:
+        try:
+            return problem_text(problem, self.tokenizer)
+        except UserError as error:
+            raise UserError(f"{problem.data.get('where', f'problem {problem.index}')}: {error}") from None
+
+    def tokens(self, problems: Sequence[Problem]) -> list[int]:
+        found: list[int] = []
+        for start in range(0, len(problems), BATCH):
+            found += self._tokens(problems[start : start + BATCH])
+        return found
+
+    def _tokens(self, problems: Sequence[Problem]) -> list[int]:
+        """The library's threads count those that hold no control tokens; the others are written as the run will."""
+        lengths = [0] * len(problems)
+        for first in (True, False):
+            plain = [
+                i for i, problem in enumerate(problems)
+                if first == (isinstance(problem.prompt, str) or not self.tokenizer.has_chat_template)
+                and not control_in(problem, self.tokenizer)
+            ]  # fmt: skip
+            texts = [self.text(problems[i]) for i in plain]
+            for i, length in zip(plain, self.tokenizer.lengths(texts, first=first), strict=True):
+                lengths[i] = length
+        return [
+            length or len(problem_tokens(problem, self.tokenizer))
+            for length, problem in zip(lengths, problems, strict=True)
+        ]
+
+
+def fit_prompts(settings: Settings, task: Task, tokenizer: Tokenizer, context: int) -> tuple[Settings, Task, list[str]]:
+    """The settings that all processes of the run get, and the task as they make it; notes for the user.
+
+    Args:
+        context: tokens; 0: not known.
+
+    Raises UserError for prompts that are refused.
+    """
+    if not context:
+        return settings, task, []
+    try:
+        found = task.fit(PromptMeasure(tokenizer=tokenizer), context)
+    except ValueError as error:
+        raise UserError(f"task '{task.name}' does not fit the tokenizer: {error}") from None
+    if found is None:
+        return settings, task, []
+    chosen = replace(settings.task, args={**settings.task.args, **found.args})
+    return replace(settings, task=chosen), make_task(chosen.name, chosen.args), list(found.notes)
