@@ -163,6 +163,11 @@ class GeneratorSettings:
     task_timeout_s: float = setting(
         0.0, "longest time of a task or reward between two turns; 0: half of wire.timeout_s", unit="seconds", min=0
     )
+    task_slots: dict[str, int] = setting(
+        {},
+        "places that the episodes of one generator share, by name (a task's `slots`), e.g. {sandbox: 8}: how many there "
+        "are, instead of what the task says",
+    )
     kv_on_update: Literal["recompute", "keep"] = setting(
         "recompute",
         "KV cache of running sequences after a weight update: rebuilt under the new weights, or kept (later "

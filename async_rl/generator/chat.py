@@ -39,7 +39,7 @@ class Chat:
     speaks: the open turn."""
 
     tokenizer: Tokenizer
-    messages: list[Message]
+    messages: Sequence[Message] = ()
     """without the turn that is open"""
     tools: Sequence[Mapping[str, Any]] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -53,10 +53,11 @@ class Chat:
         """The messages as the template writes them, and the header of the next turn. Raises UserError."""
         return prompt_text(messages, self.tokenizer, tools=self.tools, arguments=self.arguments)
 
-    def begin(self) -> list[int]:
+    def begin(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of the messages that the chat begins with. Raises UserError."""
-        tokens = prompt_tokens(self.messages, self.tokenizer, tools=self.tools, arguments=self.arguments)
-        self.text = self.render(self.messages)
+        tokens = prompt_tokens(messages, self.tokenizer, tools=self.tools, arguments=self.arguments)
+        self.messages = list(messages)
+        self.text = self.render(messages)
         self.length = len(tokens)
         return tokens
 

@@ -18,7 +18,7 @@ from async_rl.generator.engine import Completion
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 STOPS = "turns_stopped"
-"""info of an unfinished trajectory: for each turn 1 when it ended by a stop, else 0"""
+"""info of an unfinished trajectory: for each turn 1 when it ended by a stop, x when it was given up, else 0"""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -40,13 +40,15 @@ class Context:
     turns: list[Turn] = field(default_factory=list)
     """with starts in `tokens`"""
     stops: str = ""
-    """of each turn: 1 when it ended by a stop"""
+    """of each turn: 1 when it ended by a stop, x when it was given up, else 0"""
     chat: Chat | None = None
     """what was said in it as messages; None where its prompt is text"""
     busy: bool = False
     """a turn is being sampled"""
     truncated: bool = False
     """it is full"""
+    unwanted: bool = False
+    """nobody waits for its turn any more"""
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens that were not sampled."""
@@ -60,7 +62,7 @@ class Context:
         self.tokens = [*self.tokens, *completion.tokens]
         self.log_probs.extend(completion.log_probs)
         self.versions.extend(completion.versions)
-        self.stops += "01"[completion.finish == "stop"]
+        self.stops += {"stop": "1", "aborted": "x"}.get(completion.finish, "0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +139,8 @@ class RecordedTurns:
         """it is no record of an unfinished episode"""
         starts = np.asarray([0, *record.contexts])
         begins = starts[np.searchsorted(starts, [turn.start for turn in record.turns], side="right") - 1]
-        self._left = {number: int(begin) for number, begin in enumerate(begins)}  # turn -> start of its context
+        # turn -> start of its context; one that was given up was no answer
+        self._left = {n: int(begin) for n, begin in enumerate(begins) if self._stops[n : n + 1] != "x"}
         versions = np.full(len(record.tokens), -1, np.int64)
         for span in record.versions:
             versions[span.start : span.end] = span.version

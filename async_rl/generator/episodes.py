@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Engine
+from async_rl.generator.facilities import Facilities
 from async_rl.generator.group_reward import STRANGE_CANCEL, GroupJudge, Played, WaitingGroups
 from async_rl.generator.rollout import play_episode
 from async_rl.generator.session import EpisodeSession, Ticket, make_tickets
@@ -62,6 +63,7 @@ class Episodes:
     guard: TaskGuard = field(default_factory=TaskGuard)
     weights: Weights = field(default_factory=Weights)
     """of the named parts of a reward"""
+    facilities: Facilities | None = None
 
     running: dict[Key, Episode] = field(default_factory=dict)
     recorded: dict[Key, Trajectory] = field(default_factory=dict)
@@ -213,6 +215,8 @@ class Episodes:
             record=record,
             generator=self.generator,
             on_turn=on_turn if ticket.permit.split == "train" else None,
+            agents=self.facilities.agents if self.facilities is not None else None,
+            slots=self.facilities.slots if self.facilities is not None else None,
         )
         if episode.abandoned:
             session.abandon(msg.ABANDONED)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from async_rl.errors import RunFailed
 from async_rl.events import GeneratorRejoined, RecordEvent, StallTimer, ignore_event
 from async_rl.generator.engine import Engine
 from async_rl.generator.episodes import Episodes, Key
+from async_rl.generator.facilities import Facilities
 from async_rl.generator.outbox import RESEND_S, BufferDeadline, Outbox
 from async_rl.generator.pull import EngineWeights
 from async_rl.generator.task_code import LEFTOVER_S, TaskGuard
@@ -72,6 +74,8 @@ class GeneratorOptions:
     joined: bool = False
     """it joined a running run; the launcher did not start it"""
     reward_weights: Mapping[str, float] = field(default_factory=dict)
+    task_slots: Mapping[str, int] = field(default_factory=dict)
+    """places that the episodes share, over those of the task"""
     """of the named parts of a reward"""
 
 
@@ -90,6 +94,7 @@ def make_options(settings: Settings, name: str, *, joined: bool = False) -> Gene
         stall_report_s=settings.wire.stall_report_s,
         joined=joined,
         reward_weights=settings.task.reward_weights,
+        task_slots=chosen.task_slots,
     )
 
 
@@ -130,6 +135,7 @@ class GeneratorLoop:
     """ends this process, with the reason, because the task does not give the word back"""
 
     guard: TaskGuard = field(init=False)
+    facilities: Facilities = field(init=False)
     episodes: Episodes = field(init=False)
     outbox: Outbox = field(default_factory=Outbox)
     weights: EngineWeights = field(init=False)
@@ -154,6 +160,7 @@ class GeneratorLoop:
         )
         self.weights = EngineWeights(o.name, self.engine, self.source)
         self.guard = TaskGuard(limit_s=o.task_timeout_s, on_stuck=self.on_stuck)
+        self.facilities = Facilities(self.task, o.max_sequences, o.task_slots)
         self.episodes = Episodes(
             task=self.task,
             engine=self.engine,
@@ -166,6 +173,7 @@ class GeneratorLoop:
             on_change=self.changed.set,
             guard=self.guard,
             weights=Weights(chosen=o.reward_weights),
+            facilities=self.facilities,
         )
 
     async def run(self) -> None:
@@ -174,6 +182,8 @@ class GeneratorLoop:
         self.started = time.monotonic()
         await self._say_hello()
         self.weights.probe = probe_tokens(self.task, self.tokenizer, self.engine.max_context)
+        self.activity.now("setting up the task")
+        await self.facilities.open(timeout_s=self.options.episode_timeout_s)
         self.activity.now("waiting for the trainer's first weights")
         await self._pull_weights()
         await self._request_permits()
@@ -203,6 +213,8 @@ class GeneratorLoop:
             ended, _ = await asyncio.wait(tasks, timeout=LEFTOVER_S)
             for task in ended:
                 _ = task.cancelled() or task.exception()  # of several that failed the first is told
+            if problem := await self.facilities.close():
+                print(f"{self.options.name}: {problem}", file=sys.stderr)
             await self.engine.close()
 
     def leave(self, reason: str) -> None:

@@ -17,6 +17,8 @@ from async_rl.trajectory import Trajectory
 from async_rl.trajectory.parts import PREFIX
 
 Result = TypeVar("Result")
+AGENTS_S = 1.0
+"""interval in which an episode that agents play is looked at"""
 
 
 async def run_episode(
@@ -51,9 +53,12 @@ async def play_episode(
         left = deadline - time.monotonic()
         if guard.limit_s:
             left = min(left, guard.limit_s - session.task_s)
+        if session.has_agents:  # that would not come back from an engine that died
+            left = min(left, AGENTS_S)
         return left, _lateness(session, rollout, deadline, timeout_s, guard)
 
     outcome = await outcome_of(guard, rollout, late)
+    await _torn_down(task, session, guard, timeout_s)
     if session.engine_error is not None:
         outcome = session.engine_error
     if isinstance(outcome, Weighed):
@@ -61,6 +66,22 @@ async def play_episode(
             session.note(f"{PREFIX}{name}", value)
         return session.finish(reward=outcome.total), outcome
     return _ended(session, outcome), Weighed(total=0.0, nothing=True)
+
+
+async def _torn_down(task: Task, session: EpisodeSession, guard: TaskGuard, timeout_s: float) -> None:
+    """Call `Task.teardown_episode`, where the task has one and the episode was begun."""
+    if getattr(type(task), "teardown_episode", Task.teardown_episode) is Task.teardown_episode or not session.problem:
+        return
+    limit = guard.limit_s or timeout_s
+    deadline = time.monotonic() + limit
+
+    def late() -> tuple[float, str]:
+        left = deadline - time.monotonic()
+        return left, f"it took more than {limit:g} s" if left <= 0 else ""
+
+    outcome = await outcome_of(guard, task.teardown_episode(session.problem, session), late)
+    if isinstance(outcome, BaseException):
+        session.note("teardown_error", str(outcome) if isinstance(outcome, TaskOverrun) else describe_error(outcome))
 
 
 def _ended(session: EpisodeSession, raised: BaseException) -> Trajectory:
@@ -74,6 +95,10 @@ def _ended(session: EpisodeSession, raised: BaseException) -> Trajectory:
             return session.finish(reward=0.0, failed="aborted", reason=str(raised))
         case TaskOverrun() | LogitsNotFinite():
             return session.finish(reward=0.0, failed="error", reason=str(raised))
+    if session.abandoned:  # which an agent may have told in its own words
+        return session.finish(reward=0.0, failed="aborted", reason=session.abandoned)
+    if session.refused:  # an agent was told that nothing is left, and raised
+        return session.finish(reward=0.0, failed=session.refused)
     return session.finish(reward=0.0, failed="error", reason=describe_error(raised))
 
 
@@ -106,6 +131,8 @@ async def outcome_of(
 async def _rollout(task: Task, session: EpisodeSession, ticket: Ticket, weights: Weights) -> Weighed:
     problem = task.problems(ticket.permit.split)[ticket.permit.problem]
     session.begin(problem)
+    if hasattr(task, "setup_episode"):
+        await task.setup_episode(problem, session)
     reward = await task.rollout(problem, session)
     if has_group_reward(task):  # of which the weights may name parts, too
         return weights.weigh(reward, number=ROLLOUT)
@@ -126,6 +153,8 @@ async def _outcome(guard: TaskGuard, work: Coroutine[Any, Any, Result]) -> Resul
 
 def _lateness(session: EpisodeSession, rollout: object, deadline: float, timeout_s: float, guard: TaskGuard) -> str:
     """Why the episode is to end now; empty: it may go on."""
+    if session.engine_error is not None:
+        return "the engine gave it up"
     if time.monotonic() >= deadline:
         return f"the episode took more than {timeout_s:g} s"
     if guard.limit_s and session.task_s >= guard.limit_s:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from msgspec.structs import replace
@@ -16,10 +17,10 @@ from async_rl.errors import RunFailed
 from async_rl.generator.chat import Chat
 from async_rl.generator.contexts import STOPS, Context, RecordedTurns, lay_out
 from async_rl.generator.engine import Completion, Engine, LogitsNotFinite, Request, SamplingParams
-from async_rl.model.tokenizer import Tokenizer, prompt_tokens
+from async_rl.model.tokenizer import Tokenizer, adapted, prompt_tokens
 from async_rl.task.protocol import Connection, Problem, Score, Utterance
 from async_rl.trajectory import Ended, Split, Trajectory
-from async_rl.trajectory.types import group_seed, sample_seed, turn_temperature
+from async_rl.trajectory.types import LOWEST_TEMPERATURE, group_seed, sample_seed, turn_temperature
 from async_rl.wire.messages import Permit
 
 Answer = TypeVar("Answer")
@@ -74,6 +75,39 @@ class TurnRequest:
     agent: str = ""
 
 
+class AgentDoor(Protocol):
+    """Where agents reach the episodes of a process; implemented by `endpoint.Endpoint`."""
+
+    def open(self, session: EpisodeSession) -> Connection:
+        """Let agents play an episode. Raises UserError when that cannot be."""
+        ...
+
+    def close(self, connection: Connection) -> None:
+        """The episode is over: its key is valid no longer."""
+        ...
+
+
+class Slots:
+    """Places that the episodes of a process share.
+
+    Args:
+        limits: how many there are of each name.
+    """
+
+    def __init__(self, limits: Mapping[str, int]) -> None:
+        self._places = {name: asyncio.Semaphore(limit) for name, limit in limits.items()}
+
+    def of(self, name: str) -> asyncio.Semaphore:
+        """Raises ValueError for a name that is not known."""
+        if name not in self._places:
+            known = ", ".join(self._places) or "none"
+            raise ValueError(
+                f"there are no slots named '{name}' (known: {known}); name them in the task's `slots`, or in "
+                "generator.task_slots"
+            )
+        return self._places[name]
+
+
 class EpisodeSession:
     """Implements `task.Session`, and keeps the episode's contexts.
 
@@ -93,6 +127,8 @@ class EpisodeSession:
         record: Trajectory | None = None,
         on_turn: Callable[[], None] | None = None,
         generator: str = "",
+        agents: AgentDoor | None = None,
+        slots: Slots | None = None,
     ) -> None:
         """
         Args:
@@ -102,18 +138,20 @@ class EpisodeSession:
                 `generate` are answered.
             on_turn: called after each turn that was sampled here.
             generator: name of this generator.
+            agents: where agents reach the episodes of this process.
+            slots: places that they share.
         """
         assert 0 <= session_id < KEYS
         self._generator = generator
         self._engine = engine
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._ticket = ticket
         self._id = session_id
-        self._max_context = max_context
+        self.max_context = max_context
         self._max_turns = max_turns
         self._clock = clock
-        self._problem: Problem | None = None
-        self._contexts: list[Context] = []
+        self.problem: Problem | None = None
+        self.contexts: list[Context] = []
         self._now = self.open_context()
         self._said: list[tuple[Context, int, Utterance]] = []  # turns in order of time, with context and index in it
         self._begun = 0  # turns sampled or being sampled
@@ -122,11 +160,19 @@ class EpisodeSession:
         self._info: dict[str, float | str] = {}
         self._record = None if record is None else RecordedTurns(record)
         self._on_turn = on_turn
-        self._abandoned = ""
+        self._agents = agents
+        self._connection: Connection | None = None
+        self._slots = slots or Slots({})
+        self._held: list[asyncio.Semaphore] = []
+        self.abandoned = ""
+        """why the episode is not wanted any more"""
+        self._over = False
         self._task_since = time.monotonic()  # since when the task has the word, and not the engine
         self._sampling = 0  # calls of the engine
         self.engine_error: Exception | None = None
         """why the engine gave up a turn, whatever the task makes of that"""
+        self.refused: Literal["", "length", "turn_limit"] = ""
+        """what was used up when a turn was asked for last; empty: nothing"""
         self.diverged = False
         """the record did not fit; the episode has to be run again without it"""
         self.started_at = clock() if record is None else record.started_at
@@ -136,6 +182,10 @@ class EpisodeSession:
     @property
     def turn(self) -> int:
         return len(self._said)
+
+    @property
+    def template(self) -> str:
+        return self.tokenizer.template_text
 
     @property
     def said(self) -> Sequence[Utterance]:
@@ -159,8 +209,8 @@ class EpisodeSession:
 
     def begin(self, problem: Problem) -> None:
         """Append the prompt. Raises ValueError when it is empty or too long."""
-        self._problem = problem
-        self._append_prompt(self._now, problem.prompt)
+        self.problem = adapted(problem, self.tokenizer)
+        self._append_prompt(self._now, self.problem.prompt)
 
     async def generate(
         self,
@@ -182,10 +232,10 @@ class EpisodeSession:
         )
         completion = await self.take_turn(self._now, asked)
         self._stopped = completion.finish == "stop"
-        return self._tokenizer.turn_text(completion.tokens, stop)
+        return self.tokenizer.turn_text(completion.tokens, stop)
 
     def append(self, text: str) -> None:
-        self._now.extend(self._tokenizer.encode(text, behind=True))
+        self._now.extend(self.tokenizer.encode(text, behind=True))
 
     def append_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
         context = self._now
@@ -203,7 +253,7 @@ class EpisodeSession:
         try:
             self._append_prompt(context, prompt)
         except Exception:
-            self._contexts.remove(context)
+            self.contexts.remove(context)
             raise
         self._engine.release(before.key)
         self._now = context
@@ -212,24 +262,39 @@ class EpisodeSession:
             self._ended = "finished"
 
     async def score(self, text: str) -> Score:
-        history, tokens = self._now.tokens, self._tokenizer.encode(text, behind=True)
-        if len(history) + len(tokens) > self._max_context:
+        history, tokens = self._now.tokens, self.tokenizer.encode(text, behind=True)
+        if len(history) + len(tokens) > self.max_context:
             raise ValueError(
                 f"a text of {len(tokens)} tokens behind {len(history)} does not fit into the context of "
-                f"{self._max_context}"
+                f"{self.max_context}"
             )
         for _ in range(MOST_SCORINGS):
             version = self._engine.version
-            log_probs = await self._asked_engine(self._engine.probe([*history, *tokens])) if tokens else ()
+            log_probs = await self._untimed(self._engine.probe([*history, *tokens])) if tokens else ()
             if self._engine.version == version:
                 return Score(log_probs=tuple(log_probs[len(history) - 1 :]) if tokens else (), version=version)
         raise RuntimeError(f"the weights changed {MOST_SCORINGS} times while a text was scored")
 
     def openai(self) -> Connection:
-        raise NotImplementedError
+        if self._agents is None:
+            raise RuntimeError("no agent can reach this session: it was made without an endpoint")
+        if self._connection is None:
+            self._connection = self._agents.open(self)
+        return self._connection
 
-    def slot(self, name: str) -> AbstractAsyncContextManager[None]:
-        raise NotImplementedError
+    @asynccontextmanager
+    async def slot(self, name: str) -> AsyncIterator[None]:
+        place = self._slots.of(name)
+        await self._untimed(place.acquire())
+        self._held.append(place)
+        try:
+            if self.abandoned:
+                raise EpisodeAborted(self.abandoned)
+            yield
+        finally:
+            if place in self._held:  # else the episode is over
+                self._held.remove(place)
+                place.release()
 
     def reward_turn(self, value: float) -> None:
         if not self._said:
@@ -251,13 +316,28 @@ class EpisodeSession:
 
     def open_context(self) -> Context:
         """A new context, empty."""
-        number, seed = len(self._contexts), self._ticket.seed
+        number, seed = len(self.contexts), self._ticket.seed
         # the noise of a token depends on seed and position: two answers to one prompt must not be the same
         context = Context(
             number=number, key=self._id + number * KEYS, seed=group_seed(seed, number) if number else seed
         )
-        self._contexts.append(context)
+        self.contexts.append(context)
         return context
+
+    def check_turn(self, asked: TurnRequest) -> float:
+        """The temperature of a turn. Raises ValueError for one that cannot be asked, TurnLimit when the turns are used
+        up."""
+        temperature = self._ticket.permit.temperature if asked.temperature is None else asked.temperature
+        greedy = temperature == 0 and self.split == "eval"
+        if not (greedy or LOWEST_TEMPERATURE <= temperature < math.inf):
+            raise ValueError(
+                f"temperature is {temperature:g}; it must be {LOWEST_TEMPERATURE:g} or more, or 0 (greedy) where the "
+                "episode is held out"
+            )
+        if self._begun >= self._max_turns:
+            self.refused = "turn_limit"
+            raise TurnLimit(f"more than {self._max_turns} turns")
+        return temperature
 
     async def take_turn(self, context: Context, asked: TurnRequest) -> Completion:
         """Sample one turn of a context, or recall it from the record. A context without room gives a turn of no tokens,
@@ -266,20 +346,17 @@ class EpisodeSession:
         Raises TurnLimit, EpisodeAborted (with the tokens that came kept), what the engine raises, and ValueError for
         what cannot be asked.
         """
+        temperature = self.check_turn(asked)
         if context.busy:
             raise ValueError("a turn of this context is being sampled; wait for it")
-        temperature = self._ticket.permit.temperature if asked.temperature is None else asked.temperature
-        if not 0 <= temperature < math.inf or (not temperature and self.split == "train"):
-            raise ValueError(f"temperature is {temperature:g}; it must be above 0 where the episode trains")
-        if self._begun >= self._max_turns:
-            raise TurnLimit(f"more than {self._max_turns} turns")
-        room = min(asked.max_tokens, self._max_context - len(context.tokens))
+        room = min(asked.max_tokens, self.max_context - len(context.tokens))
         if room < 1:
             context.truncated = True
             self._ended = "length"
             return Completion(tokens=(), log_probs=(), versions=(), finish="length")
-        if self._abandoned:
-            raise EpisodeAborted(self._abandoned)
+        if self.abandoned or context.unwanted:
+            raise EpisodeAborted(self.abandoned or "nobody waits for the turn")
+        self.refused = ""
         if self._ended == "length":  # of another context, or of a turn before this one
             self._ended = "finished"
         context.busy = True
@@ -288,12 +365,13 @@ class EpisodeSession:
             recorded = turn_temperature(asked.temperature, self._ticket.permit.temperature)
             recalled = self._recalled(context, room, recorded)
             completion = recalled or await self._sample(context, room, temperature, asked)
-            self._keep(context, completion, asked, recorded)
+            if not self._over:
+                self._keep(context, completion, asked, recorded)
         finally:
             context.busy = False
-            self._begun = len(self._said) + sum(other.busy for other in self._contexts)
+            self._begun = len(self._said) + sum(other.busy for other in self.contexts)
         if completion.finish == "aborted":  # the trajectory keeps the tokens that came
-            raise EpisodeAborted(self._abandoned or "the engine gave the request up")
+            raise EpisodeAborted(self.abandoned or "the engine gave the request up")
         if self._on_turn is not None and recalled is None:
             self._on_turn()
         if completion.finish != "stop" and room < asked.max_tokens:
@@ -301,13 +379,22 @@ class EpisodeSession:
             self._ended = "length"
         return completion
 
+    def refuse_length(self) -> None:
+        """Record that an agent asked for a turn for which the context has no room."""
+        self.refused = self._ended = "length"
+
+    def cut(self, context: Context) -> None:
+        """End the turn of a context that nobody waits for any more. What was sampled of it is kept."""
+        context.unwanted = True
+        self._engine.release(context.key)
+
     def _keep(self, context: Context, completion: Completion, asked: TurnRequest, temperature: float) -> None:
         """Record a turn, also one that the engine gave up behind some tokens."""
         if completion.finish == "aborted" and not completion.tokens:
             return
         turn = {"state_key": asked.state_key, "agent": asked.agent, "temperature": temperature}
         context.add_turn(completion, turn)
-        text = self._tokenizer.turn_text(completion.tokens, asked.stop)
+        text = self.tokenizer.turn_text(completion.tokens, asked.stop)
         utterance = Utterance(text=text, tokens=tuple(completion.tokens), agent=asked.agent)
         self._said.append((context, len(context.turns) - 1, utterance))
 
@@ -319,20 +406,20 @@ class EpisodeSession:
             params=SamplingParams(
                 max_tokens=room,
                 temperature=temperature,
-                stop_tokens=tuple(sorted({*self._tokenizer.end_ids, *asked.stop_tokens})),
+                stop_tokens=tuple(sorted({*self.tokenizer.end_ids, *asked.stop_tokens})),
                 stop_strings=tuple(asked.stop),
             ),
             seed=context.seed,
         )
-        completion = await self._asked_engine(self._engine.generate(request))
+        completion = await self._untimed(self._engine.generate(request))
         finite = np.isfinite(completion.log_probs)
         if not finite.all():
             self.engine_error = LogitsNotFinite(completion.versions[int(finite.argmin())])
             raise self.engine_error
         return completion
 
-    async def _asked_engine(self, call: Awaitable[Answer]) -> Answer:
-        """The engine's answer; the time until then is not the task's."""
+    async def _untimed(self, call: Awaitable[Answer]) -> Answer:
+        """What the engine answers, or a wait for other episodes: the time until then is not the task's."""
         self._sampling += 1
         try:
             return await call
@@ -350,31 +437,30 @@ class EpisodeSession:
         if record is None or not len(record):
             return None
         found = None if record.broken else record.take(context.tokens, room, temperature)
-        if found is None:
+        if found is None and (record.broken or self._connection is None):  # agents may come in another order
             self.diverged = True
             raise OtherEpisode(f"the turns of the record follow other tokens than turn {len(self._said)}")
         return found
 
     def _append_prompt(self, context: Context, prompt: str | Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError when it is empty or too long, UserError for what the chat template refuses."""
-        problem = self._problem
+        problem = self.problem
         assert problem is not None
         if isinstance(prompt, str):
             own = prompt is problem.prompt  # further texts have no use for the problem's tools
             tools, arguments = (problem.tools, problem.template_args) if own else ((), {})
-            tokens = prompt_tokens(prompt, self._tokenizer, tools=tools, arguments=arguments)
+            tokens = prompt_tokens(prompt, self.tokenizer, tools=tools, arguments=arguments)
         else:
             context.chat = Chat(
-                tokenizer=self._tokenizer,
-                messages=list(prompt),
+                tokenizer=self.tokenizer,
                 tools=problem.tools,
                 arguments=problem.template_args,
             )
-            tokens = context.chat.begin()
+            tokens = context.chat.begin(prompt)
         if not tokens:
             raise ValueError("the prompt is empty")
-        if len(tokens) >= self._max_context:
-            raise ValueError(f"the prompt has {len(tokens)} tokens, the context holds {self._max_context}")
+        if len(tokens) >= self.max_context:
+            raise ValueError(f"the prompt has {len(tokens)} tokens, the context holds {self.max_context}")
         context.extend(tokens)
         context.prompt = len(tokens)
 
@@ -384,15 +470,15 @@ class EpisodeSession:
     def transcript(self) -> str:
         """Everything behind the prompt of the context that spoke last: turns, and what the environment said."""
         context = self._said[-1][0] if self._said else self._now
-        return self._tokenizer.decode(context.tokens[context.prompt :], behind=True)
+        return self.tokenizer.decode(context.tokens[context.prompt :], behind=True)
 
     def abandon(self, reason: str) -> None:
         """End the episode, which is not wanted any more: now, or when its environment has answered."""
-        self._abandoned = reason
+        self.abandoned = reason
         self._release()
 
     def _release(self) -> None:
-        for context in self._contexts:
+        for context in self.contexts:
             self._engine.release(context.key)
 
     @property
@@ -400,14 +486,24 @@ class EpisodeSession:
         """Seconds that the task has had the word since the last turn; 0 while the engine samples one."""
         return 0.0 if self._sampling else time.monotonic() - self._task_since
 
+    @property
+    def has_agents(self) -> bool:
+        """Agents may play the episode through the endpoint."""
+        return self._connection is not None
+
     def so_far(self) -> Trajectory:
         """The turns finished until now, from which another generator continues if this one dies. Not for training."""
         return self._made(reward=0.0, ended="aborted", reason="still running", info=None)
 
     def finish(self, *, reward: float, failed: Ended | None = None, reason: str = "") -> Trajectory:
         """The trajectory that this episode became; `failed` overrides how it ended."""
-        self._abandoned = self._abandoned or "the episode is over"  # what the task left running gets no more turns
+        self._over = True
+        self.abandoned = self.abandoned or "the episode is over"  # what the task left running gets no more turns
         self._release()
+        if self._agents is not None and self._connection is not None:
+            self._agents.close(self._connection)
+        while self._held:
+            self._held.pop().release()
         made = self._made(reward=reward, ended=failed or self._ended, reason=reason, info=self._info)
         broken = made.check()
         if broken is None:
@@ -418,7 +514,7 @@ class EpisodeSession:
 
     def _made(self, *, reward: float, ended: Ended, reason: str, info: Mapping[str, float | str] | None) -> Trajectory:
         """`info`: None for an unfinished trajectory."""
-        ticket, permit, columns = self._ticket, self._ticket.permit, lay_out(self._contexts)
+        ticket, permit, columns = self._ticket, self._ticket.permit, lay_out(self.contexts)
         return Trajectory(
             group=permit.group,
             sample=ticket.sample,

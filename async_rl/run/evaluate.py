@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from async_rl.config import Settings
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
+from async_rl.generator.facilities import Facilities
 from async_rl.generator.group_reward import GroupJudge, Played
 from async_rl.generator.rollout import play_episode
 from async_rl.generator.session import EpisodeSession, Ticket, make_tickets
@@ -33,6 +34,8 @@ class Limits:
     """of the task or its reward between two turns"""
     reward_weights: Mapping[str, float] = field(default_factory=dict)
     """of the named parts of a reward"""
+    task_slots: Mapping[str, int] = field(default_factory=dict)
+    """places that the episodes share, over those of the task"""
 
 
 def limits_of(settings: Settings) -> Limits:
@@ -44,6 +47,7 @@ def limits_of(settings: Settings) -> Limits:
         episode_timeout_s=chosen.episode_timeout_s,
         task_timeout_s=chosen.task_timeout_s or settings.wire.timeout_s / 2,
         reward_weights=settings.task.reward_weights,
+        task_slots=chosen.task_slots,
     )
 
 
@@ -61,6 +65,8 @@ async def sample_episodes(
             session_id=number,
             max_context=engine.max_context,
             max_turns=limits.max_turns,
+            agents=facilities.agents,
+            slots=facilities.slots,
         )
         made, weighed = await play_episode(
             task, session, ticket, timeout_s=limits.episode_timeout_s, guard=guard, weights=weights
@@ -69,12 +75,17 @@ async def sample_episodes(
 
     guard, weights = TaskGuard(limit_s=limits.task_timeout_s), Weights(chosen=limits.reward_weights)
     judge = GroupJudge(task=task, weights=weights, guard=guard, timeout_s=limits.episode_timeout_s)
-    with guard.alarm():
-        played = await asyncio.gather(*(episode(i, t) for i, t in enumerate(tickets)))
-        made = {number: one.trajectory for number, one in enumerate(played)}
-        if has_group_reward(task):
-            for numbers in _by_group(tickets):
-                made |= dict(zip(numbers, await judge.judge([played[n] for n in numbers]), strict=True))
+    facilities = Facilities(task, limits.max_sequences, limits.task_slots)
+    await facilities.open(timeout_s=limits.episode_timeout_s)
+    try:
+        with guard.alarm():
+            played = await asyncio.gather(*(episode(i, t) for i, t in enumerate(tickets)))
+            made = {number: one.trajectory for number, one in enumerate(played)}
+            if has_group_reward(task):
+                for numbers in _by_group(tickets):
+                    made |= dict(zip(numbers, await judge.judge([played[n] for n in numbers]), strict=True))
+    finally:
+        await facilities.close()
     return [made[number] for number in range(len(tickets))]
 
 

@@ -358,6 +358,22 @@ class Task:
         May raise: the trajectory then ends with the reason and the run goes on."""
         raise NotImplementedError
 
+    async def setup(self) -> None:
+        """Optional: prepare a process that will play episodes (start a server, open a pool), before its first one.
+        May raise: the process then ends with the reason. It may take `generator.episode_timeout_s`."""
+
+    async def teardown(self) -> None:
+        """Optional: undo `setup` before the process ends. It has a few seconds; a process that is killed does not call
+        it."""
+
+    async def setup_episode(self, problem: Problem, session: Session) -> None:
+        """Optional: prepare an episode, before `rollout`; what it raises ends the episode."""
+
+    async def teardown_episode(self, problem: Problem, session: Session) -> None:
+        """Optional: undo `setup_episode`. Always called behind it, however the episode ended, also when it took too
+        long or is not wanted any more; it has `generator.task_timeout_s`. What it raises is noted (`teardown_error`)
+        and changes nothing of the reward."""
+
     async def reward_group(self, problem: Problem, samples: Sequence[Sample]) -> Sequence[Reward]:
         """Optional: what the samples of a group get for what they are beside each other (a pairwise judge, a penalty
         relative to the shortest). One reward for each of `samples`, in their order; it is added to that of `rollout`.

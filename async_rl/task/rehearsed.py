@@ -11,7 +11,18 @@ from typing import Any
 from async_rl.config.schema import setting
 from async_rl.errors import UserError
 from async_rl.task.generated import require_range, stable_hash
-from async_rl.task.protocol import Connection, Problem, Reward, Sample, Score, Session, Task, Utterance
+from async_rl.task.protocol import (
+    Connection,
+    FitPrompts,
+    Measure,
+    Problem,
+    Reward,
+    Sample,
+    Score,
+    Session,
+    Task,
+    Utterance,
+)
 from async_rl.trajectory import Split
 
 CALLS = 2
@@ -42,8 +53,28 @@ class Rehearsed(Task):
             raise UserError("task.args.name is 'rehearsed'; name the task that is rehearsed")
         self._settings = settings
         self._inner = make_inner(settings.name, settings.args)
+        self.notes = self._inner.notes
         self.slots = self._inner.slots
         self.single_turn = self._inner.single_turn
+
+    async def setup(self) -> None:
+        await self._inner.setup()
+
+    async def teardown(self) -> None:
+        await self._inner.teardown()
+
+    async def setup_episode(self, problem: Problem, session: Session) -> None:
+        await self._inner.setup_episode(problem, session)
+
+    async def teardown_episode(self, problem: Problem, session: Session) -> None:
+        await self._inner.teardown_episode(problem, session)
+
+    def fit(self, measure: Measure, context: int, *, answer: int | None = None) -> FitPrompts | None:
+        settings: Any = getattr(self._inner, "settings", None)
+        if getattr(settings, "overlong", "") == "refuse":  # tokens are bytes here: the model's own may be few enough
+            self._inner.settings = replace(settings, overlong="truncate_left")
+        found = self._inner.fit(measure, context, answer=self._settings.max_tokens if answer is None else answer)
+        return found and replace(found, args={"args": {**self._settings.args, **found.args}})
 
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._inner.problems(split)
