@@ -98,7 +98,8 @@ def _rehearsed(config: Path | None, words: Sequence[str], folder: Path) -> Path:
     if config is None:
         raise UserError("--fake-model needs a YAML file of settings")
     file = folder / "config.yaml"
-    file.write_text(to_yaml(prepare_rehearsal(load_settings(config, words), words, folder).settings))
+    settings = load_settings(config, words, needs_model=False)
+    file.write_text(to_yaml(prepare_rehearsal(settings, words, folder).settings))
     return file
 
 

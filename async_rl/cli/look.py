@@ -106,9 +106,9 @@ def _config(arguments: argparse.Namespace) -> int:
     from async_rl.config import load_with_notes
     from async_rl.config.schema import describe, structured, to_yaml
     from async_rl.objective.library import load_recipe
-    from async_rl.task.build import settings_of
+    from async_rl.task.build import settings_of, task_class
 
-    loaded = load_with_notes(arguments.config, arguments.overrides)
+    loaded = load_with_notes(arguments.config, arguments.overrides, needs_model=not arguments.fake_model)
     settings = loaded.settings
     if arguments.fake_model:
         from async_rl.instruments.rehearsal import plan_rehearsal
@@ -123,7 +123,8 @@ def _config(arguments: argparse.Namespace) -> int:
     for note in loaded.notes:
         print(f"note: {note}")
     rows = [info for info in describe(settings) if info.path not in ("task.args", "recipe")]
-    task: Any = structured(settings_of(settings.task.name), settings.task.args, where="task.args")
+    args = task_class(settings.task.name).complete(settings.task.args)
+    task: Any = structured(settings_of(settings.task.name), args, where="task.args")
     rows += describe(task, "task.args.")
     rows += describe(load_recipe(settings.recipe), "recipe.")
     for info in rows:

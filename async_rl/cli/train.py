@@ -108,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> int:
         else:
             if arguments.config is None:
                 raise UserError("name a YAML file of settings, or --resume RUN to go on with a run")
-            loaded = load_with_notes(Path(arguments.config), arguments.overrides)
+            loaded = load_with_notes(Path(arguments.config), arguments.overrides, needs_model=not arguments.fake_model)
             settings = loaded.settings
             from async_rl.run.launcher import run_training  # after the settings: a misspelt one is said at once
             from async_rl.run.preflight import check_idle
@@ -129,12 +129,14 @@ def _run(arguments: argparse.Namespace) -> int:
     except Interrupted as order:
         if path is None or not RunFolder(path).config.is_file():
             raise  # before anything was there
+        from async_rl.run.launcher import newest_checkpoint
+
         print(
             f"async-rl: stopped by {order}; everything is down, the record of the run is in {path}. "
-            f"`async-rl run --resume {path}` goes on with it",
+            f"`async-rl run --resume {path}` goes on with it, at step {newest_checkpoint(RunFolder(path))}",
             file=sys.stderr,
         )
-        return 130
+        return order.exit_code
     except RunFailed as error:
         raise RunFailed(f"{error}\n`async-rl run --resume {path}` goes on with the run") from None
     console.summary(summary)
@@ -165,6 +167,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             {
                 "model": found.model,
                 "reward": found.reward,
+                "parts": found.parts,
                 "trajectories": len(found.episodes),
                 "failed": len(found.failed),
                 "first_failure": found.failed[0].reason if found.failed else "",

@@ -29,12 +29,14 @@ from async_rl.trajectory.types import LOWEST_TEMPERATURE
 Relation = Callable[[Settings], str]
 
 
-def check(settings: Settings) -> None:
-    """Refuse values out of bounds and settings that contradict each other or would do nothing. Raises UserError."""
+def check(settings: Settings, *, needs_model: bool = True) -> None:
+    """Refuse values out of bounds and settings that contradict each other or would do nothing. Raises UserError.
+
+    `needs_model`: no for a rehearsal, which puts a model of its own in the place of any."""
     check_bounds(settings)
     check_trackers(settings.trackers)
     for relation in RELATIONS:
-        if problem := relation(settings):
+        if (needs_model or relation is not model_is_named) and (problem := relation(settings)):
             raise UserError(problem)
 
 

@@ -21,17 +21,19 @@ class Loaded:
     notes: tuple[str, ...]
 
 
-def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
-    """Settings from a YAML file and `a.b=c` words, checked. Raises UserError."""
-    return load_with_notes(path, overrides).settings
+def load_settings(path: Path, overrides: Sequence[str] = (), *, needs_model: bool = True) -> Settings:
+    """Settings from a YAML file and `a.b=c` words, checked. Raises UserError. `needs_model`: see `check`."""
+    return load_with_notes(path, overrides, needs_model=needs_model).settings
 
 
-def load_with_notes(path: Path, overrides: Sequence[str] = ()) -> Loaded:
+def load_with_notes(path: Path, overrides: Sequence[str] = (), *, needs_model: bool = True) -> Loaded:
     """The same, with what was dropped from the file. Raises UserError."""
-    return make_settings(load_yaml(path), overrides, folder=path.parent)
+    return make_settings(load_yaml(path), overrides, folder=path.parent, needs_model=needs_model)
 
 
-def make_settings(given: Mapping[str, Any], overrides: Sequence[str] = (), *, folder: Path = Path()) -> Loaded:
+def make_settings(
+    given: Mapping[str, Any], overrides: Sequence[str] = (), *, folder: Path = Path(), needs_model: bool = True
+) -> Loaded:
     """Settings from plain values, as a YAML file holds them, and `a.b=c` words, checked. Raises UserError.
 
     `folder`: where files of the user's own are looked for besides the working directory."""
@@ -44,7 +46,7 @@ def make_settings(given: Mapping[str, Any], overrides: Sequence[str] = (), *, fo
         notes.append(depth)
     refuse_truncated_sampling(values)
     settings = structured(Settings, values, where="")
-    check(settings)
+    check(settings, needs_model=needs_model)
     return Loaded(settings=settings, notes=tuple(notes))
 
 

@@ -221,7 +221,8 @@ def answers_of(task: Task, problem: Problem, random: Random, *, right: bool) -> 
     if right and task.has_demonstrations():
         return [segment.text for segment in task.demonstration(problem, random) if segment.policy]
     if right and "answer" in problem.data:
-        return [str(problem.data["answer"])]
+        answer = problem.data["answer"]
+        return [str(answer[0] if isinstance(answer, list) and answer else answer)]
     return ["".join(random.choices(string.ascii_lowercase + string.digits + " ", k=RANDOM_LENGTH))]
 
 

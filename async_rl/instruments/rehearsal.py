@@ -21,6 +21,8 @@ from async_rl.model.architecture import FAMILIES, DecoderConfig, Family
 from async_rl.model.create import write_byte_tokenizer, write_random_weights
 from async_rl.model.folder import read_config
 from async_rl.task import task_class
+from async_rl.task.data_files import glob
+from async_rl.task.presets import with_preset
 
 DATA = ("path", "eval_path")
 """arguments of tasks that name a file"""
@@ -68,7 +70,13 @@ def prepare_rehearsal(settings: Settings, words: Sequence[str], folder: Path) ->
 
 def missing(args: Mapping[str, Any]) -> list[str]:
     """Arguments of the task that name a file which is not here."""
-    return [name for name in DATA if args.get(name) and not Path(args[name]).expanduser().exists()]
+    return [name for name in DATA if args.get(name) and not is_there(str(args[name]))]
+
+
+def is_there(path: str) -> bool:
+    """Whether a path, or a pattern of paths, leads to anything."""
+    named = Path(path).expanduser()
+    return named.exists() or (any(mark in path for mark in "*?[") and bool(glob(named)))
 
 
 CONTEXT = 16_384
@@ -119,17 +127,38 @@ def write_tiny_model(folder: Path, like: str, *, seed: int) -> DecoderConfig:
 
 
 def write_data(path: Path, args: Mapping[str, Any], *, seed: int) -> None:
-    """JSON lines with the prompt and answer fields that the task's `args` name: sums of two numbers."""
+    """JSON lines in the form that the task's `args` name: sums of two numbers."""
     random = Random(seed)
+    args = with_preset(args)
+    answer_field, mark = args.get("answer_field", "answer"), args.get("answer_after", "")
     lines = []
     for number in range(ROWS):
         left, right = random.randrange(10, 100), random.randrange(10, 100)
-        row: dict[str, Any] = {args.get("prompt_field", "prompt"): f"Problem {number}: what is {left} plus {right}?"}
-        if answer := args.get("answer_field", "answer"):
-            row[answer] = str(left + right)
+        asked, answer = f"Problem {number}: what is {left} plus {right}?", f"{mark} {left + right}".strip()
+        row: dict[str, Any] = {}
+        _put(row, args.get("prompt_field", "prompt"), _chat(asked, answer, args))
+        if answer_field:
+            _put(row, answer_field, answer)
         lines.append(json.dumps(row) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines))
+
+
+def _chat(asked: str, answer: str, args: Mapping[str, Any]) -> str | list[dict[str, str]]:
+    """A prompt, as chat messages where the answer is one of them."""
+    if not args.get("answer_in_prompt"):
+        return asked
+    if args.get("messages") == "from_value":
+        return [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+
+def _put(row: dict[str, Any], name: str, value: Any) -> None:
+    """`value` into the field of a row with a dotted name."""
+    *around, last = name.split(".")
+    for step in around:
+        row = row.setdefault(step, {})
+    row[last] = value
 
 
 GROUPS, GROUP_SIZE, STEPS, EVERY = 4, 8, 6, 3

@@ -238,7 +238,7 @@ def _is_sample(parameter: inspect.Parameter, whole_group: bool) -> bool:
 def check_columns(found: RewardFunction, problems: Sequence[Problem], *, where: str, answer_field: str) -> None:
     """Raises UserError when the function takes a field that a row lacks."""
     for column in found.columns():
-        if column == answer_field:
+        if column == answer_field or column in getattr(problems, "fields", ()):  # those that every row has
             continue
         for problem in problems:
             row = problem.data.get("row")

@@ -140,9 +140,9 @@ def make_reward(name: str, *, answer_field: str = "") -> Reward:
     (async_rl.config.imports). Raises UserError for one that is unknown or cannot be imported."""
     match name:
         case "exact":
-            return Reward(name, exact)
+            return Reward(name, any_accepted(exact))
         case "numeric":
-            return Reward(name, numeric)
+            return Reward(name, any_accepted(numeric))
         case "math":
             return Reward(name, _math(MathJudge()))
         case "none":
@@ -184,6 +184,24 @@ def sample_of(problem: Problem, session: Session, text: str, *, transcript: str,
     return Sample(problem=problem, said=tuple(said), transcript=whole, ended=ended)
 
 
+Answer = str | Sequence[str]
+"""text, or all texts that are right"""
+
+
+def accepted(answer: Answer) -> Sequence[str]:
+    """Every answer that is right."""
+    return [answer] if isinstance(answer, str) else answer
+
+
+def any_accepted(verdict: Callable[[str, str, Problem], float]) -> Callable[..., float]:
+    """The best verdict on any of the accepted answers."""
+
+    def judged(completion: str, answer: Answer, problem: Problem) -> float:
+        return max(verdict(completion, one, problem) for one in accepted(answer))
+
+    return judged
+
+
 def exact(completion: str, answer: str, problem: Problem) -> float:
     """1 when the completion is the answer, but for white space at the ends."""
     return float(completion.strip() == answer.strip())
@@ -222,9 +240,18 @@ def last_number(text: str) -> Fraction | None:
 
 
 def _math(judge: MathJudge) -> Callable[..., Any]:
-    async def mathematics(completion: str, answer: str, problem: Problem) -> float:
-        # in a thread, because a verdict takes milliseconds to seconds and decoding must go on
-        return await asyncio.to_thread(judge.score, completion, answer)
+    async def mathematics(completion: str, answer: Answer, problem: Problem) -> float:
+        timeout: VerdictTimeout | None = None
+        for one in accepted(answer):
+            try:
+                # in a thread, because a verdict takes milliseconds to seconds and decoding must go on
+                if await asyncio.to_thread(judge.score, completion, one):
+                    return 1.0
+            except VerdictTimeout as late:
+                timeout = late
+        if timeout is not None:  # nobody knows whether it is that answer
+            raise timeout
+        return 0.0
 
     return mathematics
 
