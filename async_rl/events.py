@@ -120,6 +120,8 @@ class RunInterrupted(Event):
     event: ClassVar[str] = "interrupted"
     signal: str
     """its name, e.g. SIGINT"""
+    version: int = -1
+    """of the newest checkpoint, from which a resume goes on; 0: the initial model; -1: not recorded"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,11 +363,13 @@ class EvaluationReported(Event):
     version_min: int
     """oldest weights that sampled it"""
     version_max: int
+    """newest weights that sampled it"""
     failed: int = 0
     """trajectories without a reward, because their task, reward or engine failed"""
     failures: tuple[str, ...] = ()
     """the first reasons of those"""
-    """newest weights that sampled it"""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """named parts of the rewards: mean over the trajectories that have the part"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -529,13 +533,11 @@ class EventRow:
     """One row of events.jsonl, read."""
 
     name: str
-    """the row's `event`"""
     time: float
     """seconds since the epoch; NaN: the row has none"""
     event: Event | None
     """None: not one of this version's events, or not whole"""
     row: Mapping[str, Any]
-    """as it was written"""
 
 
 def read_event_row(row: Mapping[str, Any]) -> EventRow | None:

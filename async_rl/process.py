@@ -26,6 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO, NoReturn
@@ -35,12 +36,14 @@ from async_rl.events import ProcessFailed
 from async_rl.process_spec import NO_PIPE, Pipes, ProcessSpec
 from async_rl.run_folder import RunFolder
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""by which a person ends a command"""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""by which a person or a scheduler ends a command"""
 TOLD_TO_END = 143
 """exit code after SIGTERM"""
 STACKS_SIGNAL = signal.SIGUSR2
 """on which a child writes the stacks of its threads, even while code holds Python's lock"""
+NOTICE_S = 0.2
+"""time the launcher gets to leave its mark after a signal that came to every process of a run"""
 GRACE_S = 1.0
 """time a process has to clean up after SIGTERM; what it leaves then, the launcher removes"""
 MOST_CAUSE = 5000
@@ -62,6 +65,11 @@ OUT_OF_MEMORY = (
 class Interrupted(KeyboardInterrupt):
     """The command was told to end; the message is the signal's name. It is no Exception: code that guards itself
     against whatever a user's function raises must not swallow it."""
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the signal's number, as shells say it: 130 for Ctrl-C, 143 for SIGTERM, 129 SIGHUP, 138 SIGUSR1."""
+        return 128 + signal.Signals[str(self)]
 
 
 class Terminated(SystemExit):
@@ -107,6 +115,22 @@ def uninterrupted() -> Iterator[None]:
             _interrupt(waiting[0], None)
 
 
+@contextmanager
+def further_signals() -> Iterator[list[str]]:
+    """Inside, behind an Interrupted, the names of signals that come are added to the list, and do nothing else."""
+    came: list[str] = []
+    held = [s for s in SIGNALS if signal.getsignal(s) == _nothing]
+    if threading.current_thread() is not threading.main_thread():
+        held = []
+    for s in held:
+        signal.signal(s, lambda number, _: came.append(signal.Signals(number).name))
+    try:
+        yield came
+    finally:
+        for s in held:
+            signal.signal(s, _nothing)
+
+
 def ignore_interrupts(*, to_the_end: bool = False) -> None:
     """From now on the signals do nothing; `to_the_end`: nor while the interpreter ends, which takes a moment."""
     if threading.current_thread() is threading.main_thread():
@@ -133,7 +157,9 @@ def run_process(spec: ProcessSpec, work: Callable[[], None], *, from_outside: bo
     in the launcher's pipe (2 for a UserError, else 1), or with TOLD_TO_END after SIGTERM. `from_outside`: a user
     started this process, who reads the cause on the terminal and may end it by Ctrl-C."""
     signal.signal(signal.SIGINT, _terminate if from_outside else signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _terminate if from_outside else partial(_terminate_unless_ending, spec.path))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL if from_outside else signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL if from_outside else signal.SIG_IGN)
     _exit_with_launcher(spec.pipes)
     with suppress(OSError, RunFailed):  # a full disk is reported by those who lose something by it
         dump_stacks_on_signal(RunFolder(spec.path).stacks(spec.name))
@@ -193,10 +219,13 @@ def process_name(rank: int) -> str:
     return "trainer" if rank == 0 else f"trainer-rank-{rank}"
 
 
-def on_sigterm(leave: Callable[[], None]) -> None:
-    """From now on SIGTERM calls `leave`, which has `GRACE_S` to end the process. Main thread only."""
+def on_sigterm(leave: Callable[[], None], run: Path) -> None:
+    """From now on SIGTERM calls `leave`, which has `GRACE_S` to end the process, unless the launcher of the run in the
+    folder `run` waits for a last checkpoint. Main thread only."""
 
     def ordered(*_: object) -> None:
+        if _launcher_waits(run):
+            return
         _exit_after_grace()
         leave()
 
@@ -257,6 +286,21 @@ def _terminate(*_: object) -> NoReturn:
     """The handler of SIGTERM: clean up and end."""
     _exit_after_grace()
     raise Terminated(TOLD_TO_END)
+
+
+def _terminate_unless_ending(run: Path, *_: object) -> None:
+    """The handler of SIGTERM in a child. A scheduler may send its signal to every process of a job: where the launcher
+    was told to end as well, and waits for a last checkpoint, this child goes on until the launcher ends it."""
+    if not _launcher_waits(run):
+        _terminate()
+
+
+def _launcher_waits(run: Path) -> bool:
+    """Whether the launcher leaves its mark within NOTICE_S."""
+    deadline = time.monotonic() + NOTICE_S
+    while not (waits := RunFolder(run).ending.exists()) and time.monotonic() < deadline:
+        time.sleep(NOTICE_S / 10)
+    return waits
 
 
 def _exit_after_grace() -> None:

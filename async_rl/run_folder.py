@@ -81,6 +81,11 @@ class RunFolder:
         """standard output and error of each process"""
         return self.path / "logs"
 
+    @property
+    def ending(self) -> Path:
+        """there while the launcher, told to end by a signal, waits for a last checkpoint"""
+        return self.path / "ending"
+
     def failure(self, process: str) -> Path:
         """why a process ended badly"""
         return self.logs / f"{process}.failure.json"

@@ -165,7 +165,8 @@ def commands_page() -> str:
         "# Commands",
         "",
         "As each prints it with `--help`. Exit codes: 0 done; 1 a run failed, with its first cause; 2 a wrong setting "
-        "or file, with the remedy; 130 stopped by Ctrl-C.",
+        "or file, with the remedy; 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by "
+        "SIGHUP, 138 by SIGUSR1.",
         "",
     ]
     for title, entries in commands.groups.items():

@@ -21,6 +21,7 @@ from async_rl.buffer.admission import Admission
 from async_rl.buffer.batching import Batching
 from async_rl.buffer.depth import Rules
 from async_rl.buffer.evaluation import Evaluation, Evaluations, evaluation_groups, evaluation_result
+from async_rl.buffer.failures import Failures
 from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.presence import Attendance, Presence
 from async_rl.buffer.waits import PendingBatch, Waits
@@ -53,7 +54,7 @@ class Core:
     counts: Counter[str] = field(default_factory=Counter)
     """events by name, since the start of the run"""
     failures_in_row: int = 0
-    last_failure: str = ""
+    failures: Failures = field(default_factory=Failures)
     ended: bool = False
 
     def __post_init__(self) -> None:
@@ -143,6 +144,8 @@ class Core:
                 return self._query(peer, now)
             case msg.Join() if self.refusals.may_answer(now):
                 return self.attendance.join(peer)
+            case msg.Preempt() if self.trainer:
+                return [do.Send(peer=self.trainer, message=message)]
             case msg.Done() | msg.Shutdown():
                 return self._end(message.reason, failed=False)
             case _:
@@ -243,7 +246,7 @@ class Core:
                 out += self.batching.close(group) + self._hopeless()
         if self.failures_in_row >= self.rules.max_failures:
             out += self._end(
-                f"{self.failures_in_row} trajectories in a row failed; the last one: {self.last_failure}", failed=True
+                f"{self.failures_in_row} trajectories in a row failed; the last one: {self.failures.last}", failed=True
             )
         if closed:
             out += self._try_batch(now)
@@ -293,7 +296,7 @@ class Core:
         if trajectory.failed:
             self.counts["trajectories_failed"] += 1
             self.failures_in_row += 1
-            self.last_failure = trajectory.reason
+            self.failures.add(trajectory.reason)
         else:
             self.failures_in_row = 0
 
@@ -390,6 +393,9 @@ class Core:
             groups_trained=self.counts["groups_trained"],
             groups_refused=self.counts["groups_refused"],
             trajectories_failed=self.counts["trajectories_failed"],
+            trajectories_arrived=self.counts["trajectories_train"] + self.counts["trajectories_eval"],
+            failures=self.failures.told(),
+            last_failure=self.failures.last,
             refused_length=batching.discarded.mean_refused,
             messages_refused=self.refusals.counts.total(),
             batches_held_up=self.counts["batches_held_up"],

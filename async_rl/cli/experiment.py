@@ -140,7 +140,7 @@ def _lab(arguments: argparse.Namespace) -> int:
         except Interrupted as order:
             said = f"stopped by {order}; finished cells are kept, the same command goes on with the lab"
             print(f"async-rl: {said}", file=sys.stderr)
-            return 130
+            return order.exit_code
     terminal.summary(merits)
     terminal.print(f"\n{folder.summary} has every cell; open {folder.page} for the plots")
     return 0
@@ -158,7 +158,7 @@ def _chaos(arguments: argparse.Namespace) -> int:
             raise  # before anything was there
         stopped = f"stopped by {order}; everything is down, the record of the run is in {path}"
         print(f"async-rl: {stopped}", file=sys.stderr)
-        return 130
+        return order.exit_code
     return 0 if outcome.clean else 1
 
 

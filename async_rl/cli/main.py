@@ -13,11 +13,14 @@ from async_rl.errors import RunFailed, UserError
 from async_rl.process import Interrupted, ignore_interrupts, interruptible
 from async_rl.version import __version__
 
+SIGNALLED = 128
+"""exit codes above it: stopped by a signal"""
 ABOUT = "Asynchronous, off-policy RL for language models with bounded, measured and corrected staleness."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Exit codes: 0 done, 1 a run failed, 2 a wrong setting or file, 130 stopped by Ctrl-C."""
+    """Exit codes: 0 done, 1 a run failed, 2 a wrong setting or file, 128 and the signal's number when one stopped
+    it: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1."""
     parser, commands = make_parser()
     words = sys.argv[1:] if argv is None else list(argv)
     if not words or words in (["-h"], ["--help"]):
@@ -82,8 +85,8 @@ def _work(arguments: argparse.Namespace) -> int:
         code: int = arguments.work(arguments)
     except Interrupted as order:
         _complain(f"stopped by {order}")
-        code = 130
-    if code == 130:
+        code = order.exit_code
+    if code > SIGNALLED:
         ignore_interrupts(to_the_end=True)
     if sys.stdout is not None:
         sys.stdout.flush()

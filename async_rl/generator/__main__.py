@@ -52,7 +52,7 @@ async def generate(
             record=folder.record,
             on_stuck=lambda why: fail(spec, why),
         )
-        on_sigterm(lambda: loop.leave("told to end"))
+        on_sigterm(lambda: loop.leave("told to end"), folder.path)
         await loop.run()
         if loop.leaving:
             dealer.close(linger_s=LEAVE_S)

@@ -31,7 +31,7 @@ from async_rl.events import (
 )
 from async_rl.objective import own
 from async_rl.observe.console import Console
-from async_rl.process import Interrupted, ignore_interrupts, interruptible, uninterrupted
+from async_rl.process import Interrupted, further_signals, ignore_interrupts, interruptible, uninterrupted
 from async_rl.process_spec import BufferSpec, GeneratorSpec, Pipes, TrackerSpec, TrainerSpec, WeightServerSpec
 from async_rl.run.child import Command, describe_end, spawn
 from async_rl.run.crew import POLL_S, SETTLE_S, Crew, RestartBudget
@@ -39,7 +39,8 @@ from async_rl.run.liveness import LiveReport, Vitals
 from async_rl.run.placement import ANYWHERE
 from async_rl.run.preflight import Facts, preflight, with_template_time
 from async_rl.run.resume import ResumePoint, changed, find_start, resumed_settings, rewind, start_of_rollback
-from async_rl.run_folder import RowTail, RunFolder, read_rollback, replace_text, take_lock
+from async_rl.run_folder import RowTail, RunFolder, read_rollback, read_rows, replace_text, take_lock
+from async_rl.trainer.manifest import list_checkpoints, version_of
 from async_rl.weights.shared_memory import segment_path
 from async_rl.wire.channel import Dealer, Router, ipc_endpoint
 from async_rl.wire.endpoint import as_reached_from_here, beside, is_tcp
@@ -79,6 +80,8 @@ class Launcher:
     held_back: list[Command] = field(default_factory=list)
     """generators that are still to be started"""
     tracker: TrackerProcess = field(init=False)
+    trained: bool = False
+    """this launch has trained a step"""
     goes_on: bool = False
     """this launch ends for another one to follow"""
 
@@ -92,7 +95,8 @@ class Launcher:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        facts = preflight(self.settings)
+        facts = preflight(self.settings, resumed=self.start_at is not None)
+        self.settings = facts.settings
         endpoint = self.endpoint()
         self.open_folder()
         self.crew = Crew(
@@ -110,7 +114,8 @@ class Launcher:
             self.watch()
             return self.finish(time.monotonic() - started)
         except Interrupted as order:
-            self.folder.record(RunInterrupted(signal=str(order)))
+            self.save_before_end(order)
+            self.folder.record(RunInterrupted(signal=str(order), version=newest_checkpoint(self.folder)))
             raise
         except UserError:
             self.end(endpoint)
@@ -119,6 +124,36 @@ class Launcher:
             raise
         finally:
             self.end(endpoint)
+
+    def save_before_end(self, order: Interrupted) -> None:
+        """On a signal of `checkpoint.signals`: let the trainer finish its step and write a checkpoint, within
+        `checkpoint.grace_s`. A further signal ends the wait."""
+        chosen = self.settings.checkpoint
+        if str(order) not in chosen.signals or not self.trained:
+            return
+        self.console.print(
+            f"{order}: finishing the step in hand and writing a checkpoint, within {chosen.grace_s:g} s "
+            "(checkpoint.grace_s); another signal ends the run at once"
+        )
+        self.folder.ending.touch()
+        deadline = time.monotonic() + chosen.grace_s
+        try:
+            with further_signals() as more:
+                while not more and time.monotonic() < deadline and not self.saved_all():
+                    self.crew.live.preempt(str(order))
+                    self.crew.vitals.poll(time.monotonic())
+                    self.show()
+                    time.sleep(POLL_S)
+        finally:
+            self.folder.ending.unlink(missing_ok=True)
+
+    def saved_all(self) -> bool:
+        """Whether the trainer, told to write a checkpoint and end, has done so. The stand-in of a trainer that somebody
+        else started does not end with it: there the rows tell."""
+        if self.settings.trainer.start == "launcher":
+            return self.crew.child(TRAINER).ended
+        trained = max((int(row["step"]) for row in read_rows(self.folder.metrics)), default=-1) + 1
+        return newest_checkpoint(self.folder) == trained
 
     def end(self, endpoint: str) -> None:
         """End every process and remove what they leave. May be called twice."""
@@ -311,6 +346,7 @@ class Launcher:
     def show(self) -> None:
         """Rows and evaluations that are new since last time."""
         for row in self.rows.new():
+            self.trained = True
             self.console.step(row)
         for found in read_event_rows(self.events.new()):
             if found.event is not None:
@@ -340,6 +376,12 @@ class Launcher:
         for socket in (endpoint, ipc_endpoint(self.folder.path, "weights")):
             if socket.startswith("ipc://"):
                 Path(socket.removeprefix("ipc://")).unlink(missing_ok=True)
+
+
+def newest_checkpoint(folder: RunFolder) -> int:
+    """Version of the newest checkpoint; 0: there is none, a resume begins at the initial model."""
+    found = list_checkpoints(folder.checkpoints)
+    return version_of(found[-1]) if found else 0
 
 
 def trainer_module(settings: Settings) -> tuple[str, ...]:
@@ -421,12 +463,13 @@ def resume_training(path: Path, overrides: Sequence[str], *, console: Console) -
 
 def _to_the_end(launcher: Launcher) -> Mapping[str, Any]:
     """A run that goes back begins there with new processes: none of them knows the weights that were given up."""
-    settings, folder, console = launcher.settings, launcher.folder, launcher.console
+    folder, console = launcher.folder, launcher.console
     begun: list[int] = []
     while True:
         try:
             return launcher.run()
         except GoneBack:
             begun.append(launcher.version)
+            settings = launcher.settings
             start = start_of_rollback(folder, settings, begun)
             launcher = Launcher(settings, folder, console, start_at=start, lock=launcher.lock)

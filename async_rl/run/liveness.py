@@ -228,6 +228,10 @@ class LiveReport:
             self.shut = True
             self.dealer.send(msg.Shutdown(reason=reason))
 
+    def preempt(self, reason: str) -> None:
+        """Have the trainer write a checkpoint and end. May be repeated: a message can get lost."""
+        self.dealer.send(msg.Preempt(reason=reason))
+
     def write(self, state: str, now: float, children: Sequence[Mapping[str, object]]) -> None:
         """Replace `live.json`."""
         found = self.snapshot if self.snapshot is not None else msg.Snapshot()

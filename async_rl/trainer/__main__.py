@@ -39,7 +39,7 @@ def train(
     from async_rl.trainer.alarm import Guard, RolledBack
     from async_rl.trainer.build import backend_of
     from async_rl.trainer.canary_watch import make_canary
-    from async_rl.trainer.inbox import Inbox
+    from async_rl.trainer.inbox import Inbox, Preempted
     from async_rl.trainer.loop import TrainerLoop, follow
     from async_rl.trainer.publish import make_publisher
     from async_rl.trainer.team import Finish, Team
@@ -83,7 +83,7 @@ def train(
         folder.record(TrainerReady(weights_bytes=learner.sent_bytes, kernels=kernels, attention=attention))
         try:
             summary = loop.run()
-        except RolledBack:  # the launcher starts the run again from there
+        except (RolledBack, Preempted):  # the launcher starts the run again from there, or ends it
             team.send(Finish())
             return
         team.send(Finish())

@@ -27,6 +27,10 @@ REPEAT_S = 3.0
 """how often a waiting trainer repeats what the buffer must know"""
 
 
+class Preempted(Exception):
+    """The run was told to end by a signal: a checkpoint is due, and no further step."""
+
+
 @dataclass(slots=True)
 class RemainingWait:
     """The seconds that are left of a wait. Time in which this process was stopped does not count."""
@@ -80,6 +84,13 @@ class Inbox:
     """the reason that the buffer last gave for a wait"""
     progress: int = -1
     """the buffer's count of what has arrived there, as last received"""
+    preempted: str = ""
+    """the signal by which the run was told to write a checkpoint and end; empty: none"""
+
+    def check_preempted(self) -> None:
+        """Raises Preempted when the run was told to end. Called where the trainer's state is that between two steps."""
+        if self.preempted:
+            raise Preempted(self.preempted)
 
     def send(self, message: msg.Message) -> None:
         """Send the buffer something that it must know, and repeat it while waiting."""
@@ -98,6 +109,7 @@ class Inbox:
         wait_left = RemainingWait(self.timeout_s)
         with self.activity.during(f"waiting for the batch of step {step}"):
             while step not in self.batches:
+                self.check_preempted()
                 self._receive(wait_left, f"the batch of step {step}")
                 wait_left.renew(self.progress + len(self.parts.get(step, ())))
         self.last_reason = ""
@@ -113,6 +125,7 @@ class Inbox:
         wait_left = RemainingWait(self.timeout_s)
         with self.activity.during(f"waiting for evaluation {number}"):
             while True:
+                self.check_preempted()
                 started = time.monotonic()
                 result = self._fetch(number, waits=True, wait_left=wait_left)
                 if result is not None:
@@ -217,6 +230,8 @@ class Inbox:
                 pass  # the Hello or the Evaluate before it was lost; they are repeated
             case msg.Refused(what=what, reason=reason):
                 raise RunFailed(f"the buffer refused {what}: {reason}")
+            case msg.Preempt(reason=reason):
+                self.preempted = reason
             case msg.Stop(reason=reason):
                 raise RunFailed(f"the buffer stopped: {reason}")
             case _:

@@ -9,7 +9,7 @@ else: buffer, generators and the run's files are the leader's.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from async_rl.trainer.alarm import Guard
 from async_rl.trainer.canary_watch import CanaryWatch
 from async_rl.trainer.checkpoint import Progress, save_checkpoint, save_part
 from async_rl.trainer.forward import probe_log_probs
-from async_rl.trainer.inbox import Inbox
+from async_rl.trainer.inbox import Inbox, Preempted
 from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, version_of
 from async_rl.trainer.packing import pack_step
 from async_rl.trainer.summary import Summary, Totals, judged, mean_judged, summarise
@@ -42,6 +42,7 @@ from async_rl.trainer.team import (
     weights_hash,
 )
 from async_rl.trajectory import Trajectory
+from async_rl.trajectory.parts import PREFIX, part_means, parts_in
 from async_rl.wire import messages as msg
 from async_rl.wire.heartbeat import Activity
 
@@ -136,15 +137,19 @@ class TrainerLoop:
 
     def run(self) -> Summary:
         """Train all steps. Raises RunFailed when something it waits for does not come, RolledBack when the run is to
-        go on from an earlier checkpoint."""
-        self.begin()
-        for number in range(self.learner.version, self.settings.trainer.steps):
-            step = self.receive(number)  # trajectories of whole groups, from the buffer
-            packed = self.pack(step)  # columns [policy tokens], micro-batches of whole trajectories
-            self.update(step, packed)  # log-probs, coefficients, gradient, optimizer: version number + 1
-            self.publish(step)  # the weights, to the generators
-            self.record(step)  # metric row, alarms, evaluations, checkpoint
-        return self.finish()
+        go on from an earlier checkpoint, Preempted (with a checkpoint written) when it was told to end."""
+        try:
+            self.begin()
+            for number in range(self.learner.version, self.settings.trainer.steps):
+                step = self.receive(number)  # trajectories of whole groups, from the buffer
+                packed = self.pack(step)  # columns [policy tokens], micro-batches of whole trajectories
+                self.update(step, packed)  # log-probs, coefficients, gradient, optimizer: version number + 1
+                self.publish(step)  # the weights, to the generators
+                self.record(step)  # metric row, alarms, evaluations, checkpoint
+            return self.finish()
+        except Preempted:
+            self.checkpoint_before_end()
+            raise
 
     # The verbs of a step.
 
@@ -248,21 +253,23 @@ class TrainerLoop:
 
     # What the verbs are made of.
 
-    def row(self, step: Step) -> dict[str, float]:
+    def row(self, step: Step) -> dict[str, Any]:
         """The metric row of a step; a step that was skipped is recorded as an event too."""
         report, batch = step.report, step.batch
         assert report is not None
-        row: dict[str, float] = {
+        row: dict[str, Any] = {
             "step": step.number,
             "time": time.time(),
             **report.metrics,
             **step.rank_waits,
             **_lag_split(batch.trajectories, step.number),
+            **_part_means(batch.trajectories),
             "time/wait_for_batch": step.waited_s,
             "time/step": step.trained - step.started,
             "time/publish": step.published - step.trained,
             "tokens/trained": float(step.policy_tokens),
             **batch.counters.metrics(),
+            **failed_since(self.totals.last, batch.counters),
             "time/generator_busy": self.busy_before + batch.counters.generator_busy_seconds,
             **self.canary.row(),
             **self.guard.columns(),
@@ -317,6 +324,11 @@ class TrainerLoop:
         self.inbox.send(msg.Checkpointed(version=version, oldest=oldest))
         took = time.monotonic() - started
         self.folder.record(CheckpointSaved(version=version, path=str(path), seconds=round(took, 4)))
+
+    def checkpoint_before_end(self) -> None:
+        """Save what has been trained since the last checkpoint, if anything."""
+        if self.learner.version > self.saved:
+            self.checkpoint()
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of this loop."""
@@ -403,6 +415,7 @@ class TrainerLoop:
                 trajectories=len(result.rewards),
                 failed=len(result.rewards) - len(judged(result.rewards)),
                 failures=result.failures,
+                parts=result.parts,
                 version_min=result.version_min,
                 version_max=result.version_max,
             )
@@ -428,6 +441,24 @@ def _lag_split(trajectories: Sequence[Trajectory], step: int) -> dict[str, float
         "lag/flight": sum(float(t.version_max - t.version_min) for t in sampled) / len(sampled),
         "lag/queue": sum(float(step - t.version_max) for t in sampled) / len(sampled),
     }
+
+
+def _part_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Named parts of the rewards, each as its mean over the trajectories that have it."""
+    means = part_means(parts_in(t.info) for t in trajectories if not t.failed)
+    return {f"{PREFIX}{name}/mean": value for name, value in means.items()}
+
+
+def failed_since(before: Mapping[str, Any], now: msg.BufferCounters) -> dict[str, Any]:
+    """The share of the episodes that arrived since the row `before` and failed, and the reason of the newest."""
+    arrived = now.trajectories_arrived - before.get("episodes/arrived", 0.0)
+    failed = now.trajectories_failed - before.get("episodes/failed_total", 0.0)
+    if arrived <= 0:
+        return {}
+    columns: dict[str, Any] = {"episodes/failed": min(1.0, max(0.0, failed) / arrived)}
+    if failed > 0 and now.last_failure:
+        columns["episodes/failure"] = now.last_failure
+    return columns
 
 
 def follow(settings: Settings, learner: Learner, activity: Activity) -> None:

@@ -323,6 +323,12 @@ class BufferCounters(WireStruct, frozen=True, kw_only=True):
     groups_refused: int = 0
     """groups that will not be trained"""
     trajectories_failed: int = 0
+    trajectories_arrived: int = 0
+    """all, those that failed and those of evaluations included"""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """failed trajectories by reason, the most frequent ones"""
+    last_failure: str = ""
+    """why the newest of them failed"""
     refused_length: float = 0.0
     """mean policy tokens of the trajectories of refused groups"""
     messages_refused: int = 0
@@ -346,6 +352,8 @@ class BufferCounters(WireStruct, frozen=True, kw_only=True):
         """Columns of the trainer's row."""
         return {
             "len/refused": self.refused_length,
+            "episodes/arrived": float(self.trajectories_arrived),
+            "episodes/failed_total": float(self.trajectories_failed),
             "tokens/generated": float(self.tokens_generated),
             "slots/used": float(self.slots_used),
             "slots/all": float(self.slots),
@@ -400,6 +408,8 @@ class EvaluationResult(WireStruct, frozen=True, kw_only=True):
     """NaN for an episode that failed"""
     failures: tuple[str, ...] = ()
     """why episodes failed: the first reasons"""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """named parts of the rewards: mean over the episodes that have the part"""
     version_min: int = -1
     """oldest weights that sampled a token of it; -1: no token yet"""
     version_max: int = -1

@@ -109,6 +109,8 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "rollback_needs_checkpoints": (("guard.rollback=true", "checkpoint.every=0"), "no checkpoint to go back to"),
     "rollback_needs_generators": (("guard.rollback=true", "generator.count=0"), "nobody would generate behind it"),
+    "checkpoint_signals_are_known": (("checkpoint.signals=[SIGKILL]",), "names 'SIGKILL'; a run can be told to end by"),
+    "grace_needs_signals": (("checkpoint.signals=[]", "checkpoint.grace_s=9"), "does nothing with checkpoint.signals=[]"),
     "name_is_a_folder": (("name=a/b",), "it names a folder"),
     "model_is_named": (("model.path=''",), "model.path is not set"),
     "template_time_is_a_time": (("model.template_time=noon",), "write it as 2026-01-31T12:00"),

@@ -76,7 +76,7 @@ def test_an_order_to_end_followed_by_impatience_leaves_nothing(start: Callable[.
     while run.process.poll() is None:  # as fast as they come
         run.press_ctrl_c()
     said = run.said()
-    assert run.process.returncode == 130
+    assert run.process.returncode in (130, 143)  # whichever signal it saw first
     assert "stopped by SIG" in said
     assert "Traceback" not in said
     assert run.left_behind() == []

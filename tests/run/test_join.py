@@ -111,7 +111,7 @@ def test_generators_of_other_shells_and_hosts_carry_a_run_and_come_and_go(
 
         near.tell(signal.SIGTERM)
         code, said = near.end()
-        assert code == 130, said
+        assert code == 128 + signal.SIGTERM, said
         assert "stopped by SIGTERM" in said
         assert "Traceback" not in said
 
