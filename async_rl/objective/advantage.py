@@ -6,7 +6,9 @@ float64.
 A value is given to every trajectory, turn or token, centred within a set of comparable ones (the group, the same turn
 of the group, the same environment state) and spread to the tokens. The outcome (`reward`) and turn rewards are separate
 amounts: trajectory credit sees the outcome alone, finer credit sees turn rewards where they fell and the outcome at the
-last token. Columns hold policy tokens only, so prompt and tool tokens never enter a sum or a recursion.
+last token. Columns hold policy tokens only, so prompt and tool tokens never enter a sum or a recursion. Where a
+trajectory has several agents, finer credit looks along the turns of each, and compares each with itself
+(docs/algorithms.md#several-agents).
 """
 
 from __future__ import annotations
@@ -79,14 +81,19 @@ def advantage_of(tokens: Tokens, recipe: Recipe, penalty: Tensor | None) -> Adva
 
 
 def token_rewards(tokens: Tokens, outcome: Tensor, penalty: Tensor | None) -> Tensor:
-    """Turn rewards where they fell, the outcome at the last policy token, less `penalty`. [T]
+    """Turn rewards where they fell, the outcome at the last policy token (of each agent), less `penalty`. [T]
 
     outcome [I], penalty [T].
     """
     reward = tokens.token_reward.clone()
-    has_tokens = tokens.length > 0
-    last = tokens.length.cumsum(0).long() - 1
-    reward.index_add_(0, last[has_tokens], outcome[has_tokens])
+    if (speakers := tokens.speakers) is not None:
+        place = torch.arange(tokens.num_tokens, device=reward.device)
+        last = torch.zeros_like(speakers.trajectory).scatter_reduce_(0, tokens.owner_of_token, place, "amax")
+        reward.index_add_(0, last, outcome[speakers.trajectory])
+    else:
+        has_tokens = tokens.length > 0
+        last = tokens.length.cumsum(0).long() - 1
+        reward.index_add_(0, last[has_tokens], outcome[has_tokens])
     return reward if penalty is None else reward - penalty
 
 
@@ -201,27 +208,34 @@ def _group_mean_advantage(tokens: Tokens, reward: Tensor, settings: AdvantageSet
 
 
 def turn_returns(tokens: Tokens, reward: Tensor, penalty: Tensor | None, discount: float) -> Tensor:
-    """R_k = sum_{j >= k} gamma^(j-k) r_j over the trajectory's turns, outcome in the last. [U]"""
+    """R_k = sum_{j >= k} gamma^(j-k) r_j over the turns of the trajectory (or of its agent), outcome in the last.
+    [U]"""
     per_turn = tokens.sum_turn(token_rewards(tokens, tokens.reward, penalty))
     decay = torch.full_like(per_turn, discount)
-    return discounted_suffix_sum(per_turn, decay, tokens.trajectory_of_turn)
+    return tokens.recur(discounted_suffix_sum, per_turn, decay, tokens.owner_of_turn)
 
 
 def _centre_turns(tokens: Tokens, values: Tensor, settings: AdvantageSettings) -> Tensor:
-    """Turns, values [U], against all turns of their group. [U]"""
-    key = tokens.group_of_trajectory[tokens.trajectory_of_turn]
+    """Turns, values [U], against all turns (of the same agent) in their group. [U]"""
+    key, num_keys = tokens.group_of_trajectory[tokens.trajectory_of_turn], tokens.num_groups
+    if tokens.speakers is not None:
+        key, num_keys = _pairs(key, tokens.speakers.agent)
     counted = tokens.rewarded[tokens.trajectory_of_turn]
-    return _compare(values, key, tokens.num_groups, settings, counted=counted, length=tokens.turn_length)
+    return _compare(values, key, num_keys, settings, counted=counted, length=tokens.turn_length)
 
 
 def _turn_group(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: AdvantageSettings) -> Tensor:
-    """Turn rewards against the same turn of the group, plus the outcome's group advantage. [U]"""
+    """Turn rewards against the same turn (of the same agent) in the group, plus the outcome's group advantage. [U]"""
     own = tokens.sum_turn(tokens.token_reward if penalty is None else tokens.token_reward - penalty)
     trajectory = tokens.trajectory_of_turn
     ones = torch.ones_like(own)
-    first = segment_sum(ones, trajectory, tokens.num_trajectories).cumsum(0)
-    number = torch.arange(len(own), device=own.device) - torch.cat([first.new_zeros(1), first])[trajectory]
-    key, num_keys = _pairs(tokens.group_of_trajectory[trajectory], number.long())
+    left = tokens.recur(discounted_suffix_sum, ones, ones, tokens.owner_of_turn)  # turns from this one on
+    turns = segment_sum(ones, tokens.owner_of_turn, tokens.num_owners)
+    number = (turns[tokens.owner_of_turn] - left).long()
+    group = tokens.group_of_trajectory[trajectory]
+    if tokens.speakers is not None:
+        group, _ = _pairs(group, tokens.speakers.agent)
+    key, num_keys = _pairs(group, number)
     within = _compare(own, key, num_keys, settings, counted=tokens.rewarded[trajectory],
                       length=tokens.turn_length)  # fmt: skip
     outcome = group_advantage(tokens, tokens.reward, settings)[trajectory]
@@ -231,15 +245,25 @@ def _turn_group(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings
 def _gigpo(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: AdvantageSettings) -> Tensor:
     """Episode advantage in the group, plus the return of the turn against turns that began in the same state. [U]
 
-    The states compared are those of the group; the second part is 0 where the state is unknown or met once.
+    The states compared are those of the group; the second part is 0 where the state is unknown or met once. Of several
+    agents each has its own return, and is compared with itself.
     """
     trajectory = tokens.trajectory_of_turn
     values = turn_returns(tokens, reward, penalty, settings.discount)
     key, num_keys = _pairs(tokens.group_of_trajectory[trajectory], tokens.state_key)
     known = (tokens.state_key >= 0) & tokens.rewarded[trajectory]
     step = _compare(values, key, num_keys, settings, counted=known, length=tokens.turn_length)
-    episode_return = reward + segment_sum(tokens.sum_turn(tokens.token_reward), trajectory, tokens.num_trajectories)
-    episode = group_advantage(tokens, episode_return, settings)[trajectory]
+    earned = segment_sum(tokens.sum_turn(tokens.token_reward), tokens.owner_of_turn, tokens.num_owners)
+    if (speakers := tokens.speakers) is None:
+        episode = group_advantage(tokens, reward + earned, settings)[trajectory]
+    else:
+        agent = torch.zeros_like(speakers.trajectory).index_copy_(0, speakers.of_turn, speakers.agent)
+        key, num_keys = _pairs(tokens.group_of_trajectory[speakers.trajectory], agent)
+        total = reward[speakers.trajectory] + earned
+        episode = _compare(
+            total, key, num_keys, settings, counted=tokens.rewarded[speakers.trajectory],
+            length=segment_sum(tokens.turn_length, speakers.of_turn, tokens.num_owners), batch_values=total,
+        )[speakers.of_turn]  # fmt: skip
     return settings.turn_weight * step + settings.outcome_weight * episode
 
 
@@ -257,7 +281,7 @@ def _token_returns(tokens: Tokens, reward: Tensor, penalty: Tensor | None, setti
     outcome = group_advantage(tokens, tokens.reward, settings)
     per_token = token_rewards(tokens, outcome, penalty)
     decay = torch.full_like(per_token, settings.discount)
-    return discounted_suffix_sum(per_token, decay, tokens.trajectory)
+    return tokens.recur(discounted_suffix_sum, per_token, decay, tokens.owner_of_token)
 
 
 def whitened(values: Tensor, tokens: Tokens) -> Tensor:
@@ -356,7 +380,9 @@ class Returns:
 def token_gae(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Returns:
     """A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t. `reward` [T]."""
     assert tokens.value is not None
-    advantage, target = _scan(reward, tokens.value, tokens.trajectory, tokens, recipe.gae, recipe.advantage.discount)
+    advantage, target = _scan(
+        reward, tokens.value, tokens.trajectory, tokens.owner_of_token, tokens, recipe.gae, recipe.advantage.discount
+    )
     return Returns(advantage=advantage, target=target, trained=_trained(tokens, recipe.gae)[tokens.trajectory])
 
 
@@ -368,8 +394,8 @@ def turn_gae(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Returns:
     assert tokens.value is not None
     first = tokens.turn_length.cumsum(0).long() - tokens.turn_length.long()
     advantage, target = _scan(
-        tokens.sum_turn(reward), tokens.value[first], tokens.trajectory_of_turn, tokens, recipe.gae,
-        recipe.advantage.discount,
+        tokens.sum_turn(reward), tokens.value[first], tokens.trajectory_of_turn, tokens.owner_of_turn, tokens,
+        recipe.gae, recipe.advantage.discount,
     )  # fmt: skip
     trained = torch.zeros_like(tokens.turn, dtype=torch.bool)
     trained[first] = True
@@ -378,24 +404,29 @@ def turn_gae(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Returns:
 
 
 def _scan(
-    reward: Tensor, value: Tensor, trajectory: Tensor, tokens: Tokens, settings: GaeSettings, discount: float
-) -> tuple[Tensor, Tensor]:
+    reward: Tensor, value: Tensor, trajectory: Tensor, owner: Tensor, tokens: Tokens, settings: GaeSettings,
+    discount: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Advantage with the policy's trace and target with the critic's, [rows] each, where rows are tokens or turns.
 
-    reward, value [rows]; trajectory [rows] int64.
+    reward, value [rows]; trajectory, owner [rows] int64.
     """
     end = torch.zeros_like(value)
     if settings.bootstrap_truncated:  # V after the cut is taken to be V before the last token
         end = torch.where(tokens.columns.truncated[trajectory], value, 0.0)
-    delta = reward + discount * next_in_segment(value, trajectory, last=end) - value
+    delta = reward + discount * tokens.recur(_next, value, end, owner) - value
     trace = torch.full_like(value, settings.trace)
     if settings.length_adaptive > 0:
-        rows = segment_sum(torch.ones_like(value), trajectory, tokens.num_trajectories)
-        trace = (1 - 1 / (settings.length_adaptive * rows).clamp(min=1.0))[trajectory]
-    advantage = discounted_suffix_sum(delta, discount * trace, trajectory)
+        rows = segment_sum(torch.ones_like(value), owner, tokens.num_owners)
+        trace = (1 - 1 / (settings.length_adaptive * rows).clamp(min=1.0))[owner]
+    advantage = tokens.recur(discounted_suffix_sum, delta, discount * trace, owner)
     critic_trace = torch.full_like(value, settings.critic_trace)
-    target = discounted_suffix_sum(delta, discount * critic_trace, trajectory) + value
+    target = tokens.recur(discounted_suffix_sum, delta, discount * critic_trace, owner) + value
     return advantage, target
+
+
+def _next(values: Tensor, last: Tensor, segment: Tensor) -> Tensor:
+    return next_in_segment(values, segment, last=last)
 
 
 def _trained(tokens: Tokens, settings: GaeSettings) -> Tensor:

@@ -7,7 +7,7 @@ are float64 from `tokens_of` on, whatever dtype the columns have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import log
 
@@ -58,7 +58,9 @@ class Columns:
     prob_square_sum: Tensor | None = None  # [tokens]
     """sum over the vocabulary of pi^2, for the logit-space gradient norm"""
     agent_of_turn: Tensor | None = None  # [turns] int64
-    """who spoke, where a task names agents; None or equal numbers: there is one"""
+    """who spoke, an index into `agents`; None: the only one"""
+    agents: tuple[str, ...] = ("",)
+    """names of those who speak in the batch; the empty one where a task names none"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +94,23 @@ class Coefficients:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Speakers:
+    """Who spoke in a batch in which some trajectory has several agents: a speaker is one agent in one trajectory.
+
+    S speakers, sorted by trajectory. What a speaker's token leads to, rewards and values, is looked for in the same
+    speaker's later turns: those of the others are its environment.
+    """
+
+    of_turn: Tensor  # [U] int64, speaker
+    agent: Tensor  # [U] int64, the same number for the same agent in every trajectory
+    trajectory: Tensor  # [S] int64
+
+
+Recurrence = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(values, other, segment) -> result, [rows] each, over segments of consecutive rows"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
     """A batch in float64. Trajectories with a value that is not finite are zeros here, and `select` rejects them.
 
@@ -115,6 +134,8 @@ class Tokens:
     trajectory_of_turn: Tensor  # [U] int64
     group_of_trajectory: Tensor  # [I] int64
     state_key: Tensor  # [U] int64
+    speakers: Speakers | None
+    """None: no trajectory has several agents"""
     turn_length: Tensor  # [U] float64, > 0
     length: Tensor  # [I] float64
     num_groups: int
@@ -145,6 +166,29 @@ class Tokens:
     def sum_group(self, values: Tensor) -> Tensor:
         """Sums, [I] -> [G]"""
         return segment_sum(values, self.group_of_trajectory, self.num_groups)
+
+    def recur(self, function: Recurrence, values: Tensor, other: Tensor, segment: Tensor) -> Tensor:
+        """`function(values, other, segment)` over rows, tokens or turns, whose `segment` is that of `owner`: within a
+        trajectory, or where it has several agents within the turns of each. All [rows]."""
+        if self.speakers is None:
+            return function(values, other, segment)
+        order = torch.argsort(segment, stable=True)
+        found = torch.empty_like(values)
+        found[order] = function(values[order], other[order], segment[order])
+        return found
+
+    @property
+    def owner_of_token(self) -> Tensor:  # [T] int64
+        """To whom a token's future belongs: its trajectory, or its agent there."""
+        return self.trajectory if self.speakers is None else self.speakers.of_turn[self.turn]
+
+    @property
+    def owner_of_turn(self) -> Tensor:  # [U] int64
+        return self.trajectory_of_turn if self.speakers is None else self.speakers.of_turn
+
+    @property
+    def num_owners(self) -> int:
+        return self.num_trajectories if self.speakers is None else len(self.speakers.trajectory)
 
     def mean_trajectory(self, values: Tensor) -> Tensor:
         """[T] -> [I], 0 for one without tokens"""
@@ -199,6 +243,7 @@ def tokens_of(columns: Columns, recipe: Recipe, need: Requirements) -> Tokens:
         trajectory_of_turn=columns.trajectory_of_turn[kept_turn],
         group_of_trajectory=columns.group_of_trajectory,
         state_key=columns.state_key[kept_turn],
+        speakers=_speakers(columns, kept_turn),
         turn_length=per_turn[kept_turn].double(),
         length=length.double(),
         num_groups=groups,
@@ -206,6 +251,18 @@ def tokens_of(columns: Columns, recipe: Recipe, need: Requirements) -> Tokens:
         finite=finite,
         rewarded=rewarded,
     )
+
+
+def _speakers(columns: Columns, kept: Tensor) -> Speakers | None:
+    """kept [turns] bool: those with tokens."""
+    if columns.agent_of_turn is None or len(columns.agents) == 1:
+        return None
+    agent, trajectory = columns.agent_of_turn[kept], columns.trajectory_of_turn[kept]
+    if not ((agent[1:] != agent[:-1]) & (trajectory[1:] == trajectory[:-1])).any():
+        return None
+    pair = trajectory * (int(agent.max()) + 1) + agent
+    speaker, of_turn = torch.unique(pair, return_inverse=True)
+    return Speakers(of_turn=of_turn, agent=agent, trajectory=speaker // (int(agent.max()) + 1))
 
 
 def _token_rewards(columns: Columns, per_turn: Tensor, trajectory: Tensor, length: Tensor, rewarded: Tensor) -> Tensor:

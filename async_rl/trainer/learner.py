@@ -275,6 +275,7 @@ class Learner:
             turn_reward=batch.turn_reward,
             state_key=batch.state_key,
             agent_of_turn=batch.agent_of_turn,
+            agents=batch.agents,
             truncated=batch.truncated,
             current_version=self.version,
             log_proximal=log_prob if start is None else start.log_prob,
