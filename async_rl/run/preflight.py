@@ -256,7 +256,7 @@ def describe_control_tokens(task: Task, tokenizer: Tokenizer) -> list[str]:
     found: dict[str, str] = {}
     for split in SPLITS:
         problems = task.problems(split)
-        for number in range(0, len(problems), max(1, -(-len(problems) // MOST_PROMPTS))):
+        for number in spread(len(problems), min(MOST_PROMPTS, task.looked_at)):
             for token in control_in(problems[number], tokenizer):
                 found.setdefault(
                     token, str(problems[number].data.get("where", f"problem {number} of the {split} split"))
@@ -276,7 +276,7 @@ def _check_prompts(task: Task, tokenizer: Tokenizer, split: Split, context: int)
         where = "task.args.eval_path or eval_share" if split == "eval" else "task.args.path"
         raise UserError(f"task '{task.name}' has no problem in its {split} split; see {where}")
     longest = 0
-    spread_out = range(0, len(problems), -(-len(problems) // MOST_PROMPTS))
+    spread_out = spread(len(problems), min(MOST_PROMPTS, task.looked_at))
     for number in dict.fromkeys([*_one_of_each_form(problems), *spread_out]):
         problem = problems[number]
         where = problem.data.get("where", f"problem {number} of the {split} split")
@@ -343,16 +343,16 @@ def task_digest(task: Task, tokenizer: Tokenizer) -> str:
     for split in SPLITS:
         problems = task.problems(split)
         digest.update(f" {split} {len(problems)}".encode())
-        for index in spread(len(problems)):
+        for index in spread(len(problems), min(LOOKED_AT, task.looked_at)):
             digest.update(_described(problems[index], tokenizer))
     return digest.hexdigest()
 
 
-def spread(count: int) -> Sequence[int]:
-    """At most LOOKED_AT indices below `count`, the first and the last among them."""
-    if count <= LOOKED_AT:
+def spread(count: int, most: int = LOOKED_AT) -> Sequence[int]:
+    """At most `most` indices below `count`, two or more, the first and the last among them."""
+    if count <= most:
         return range(count)
-    return [i * (count - 1) // (LOOKED_AT - 1) for i in range(LOOKED_AT)]
+    return [i * (count - 1) // (most - 1) for i in range(most)]
 
 
 def _described(problem: Problem, tokenizer: Tokenizer) -> bytes:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -18,8 +18,10 @@ from async_rl.task.adapters.worker import Worker, WorkerError, WorkerLate
 from async_rl.task.generated import GeneratedTask
 from async_rl.task.protocol import Problem, Reward, Session
 
-DEADLINE_S = 10
-"""longest time of one problem or one score"""
+LIMIT_S = 20
+"""longest processor time of one problem or one score; the slowest generators take 5 s for a problem"""
+MOST_LATE = 10
+"""problems one after the other that may be given up: a few generators never end for some of theirs"""
 HELD_OUT_ONE_IN = 4
 TAGGED = re.compile(r"<answer>\s?(.*?)\s?</answer>", re.DOTALL)
 INSTRUCTIONS = {
@@ -76,21 +78,19 @@ class ReasoningGym(GeneratedTask):
 
     Which split a problem belongs to is decided by a hash of its question, so no held-out question is trained on.
     `problem.data`: `index` in the generator, `answer` (None where many are right), `source` (the generator's name).
-    Notes: `solved` (the score is 1), `score_timeout`.
+    Notes: `solved` (the score is 1), `score_timeout`, `score_error` (both earn 0).
     """
 
     name = "reasoning_gym"
     single_turn = True
+    looked_at = 32
     Settings = ReasoningGymSettings
 
     def __init__(self, settings: ReasoningGymSettings) -> None:
         require_package(self.name)
         self.settings: ReasoningGymSettings = settings
-        arguments = [settings.dataset, _as_json(settings.config), str(settings.seed), str(settings.size)]
-        script = Path(__file__).with_name("reasoning_gym_worker.py")
-        self._problems = Worker(script, arguments, deadline_s=DEADLINE_S)
-        self._scores = self._problems
-        self._separate = Worker(script, arguments, deadline_s=DEADLINE_S)
+        self._generator = {"generator": [settings.dataset, _checked(settings.config), settings.seed, settings.size]}
+        self._scores = shared_worker("problems")
         try:
             super().__init__(
                 self._draw,
@@ -99,12 +99,19 @@ class ReasoningGym(GeneratedTask):
                 seed=settings.seed,
                 held_out_one_in=HELD_OUT_ONE_IN,
             )
-        except WorkerError as error:
+        except (WorkerError, WorkerLate) as error:
             raise UserError(_refusal(settings, str(error))) from None
 
     def _draw(self, random: Random) -> tuple[str, Any, Mapping[str, Any]]:
-        index = random.randrange(self.settings.size)
-        made = self._problems.ask(index=index)
+        for _ in range(MOST_LATE):
+            index = random.randrange(self.settings.size)
+            try:
+                made = shared_worker("problems").ask({**self._generator, "index": index}, after=self._generator)
+            except WorkerLate:
+                continue
+            break
+        else:
+            raise WorkerError(f"{MOST_LATE} problems each took more than {LIMIT_S} s of processor time")
         question = str(made["question"])
         asked = f"{question}\n\n{self.instruction}" if self.instruction else question
         data = {"index": index, "answer": made["answer"], "source": made["source"]}
@@ -137,14 +144,24 @@ class ReasoningGym(GeneratedTask):
         return {"answer": score, "format": float(formed and session.stopped)} if self.settings.format_part else score
 
     async def _score(self, problem: Problem, answer: str, session: Session) -> float:
+        asked = {**self._generator, "index": problem.data["index"], "answer": answer}
         try:
             # in a thread, because a score may take seconds and decoding must go on
-            judged = await asyncio.to_thread(self._scores.ask, index=problem.data["index"], answer=answer)
+            judged = await asyncio.to_thread(self._scores.ask, asked, after=self._generator)
         except WorkerLate:
-            self._scores = self._separate  # from now on no score holds up the making of problems
+            self._scores = shared_worker("scores")  # from now on no score holds up the making of problems
             session.note("score_timeout", 1.0)
             return 0.0
+        except WorkerError:  # of code that reads what the policy wrote
+            session.note("score_error", 1.0)
+            return 0.0
         return float(judged["score"])
+
+
+@cache
+def shared_worker(purpose: str) -> Worker:
+    """The child of this process for `purpose`; all tasks share it."""
+    return Worker(Path(__file__).with_name("reasoning_gym_worker.py"), limit_s=LIMIT_S)
 
 
 def read_answer(text: str, place: str) -> tuple[str | None, bool]:
@@ -160,14 +177,11 @@ def read_answer(text: str, place: str) -> tuple[str | None, bool]:
     return found[-1][1].strip(), len(found) == 1 and not text[found[-1].end() :].strip()
 
 
-def _as_json(config: Mapping[str, Any]) -> str:
+def _checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
     for own in ("seed", "size"):
         if own in config:
             raise UserError(f"task.args.config.{own} is a setting of the task itself: write task.args.{own}")
-    try:
-        return json.dumps(config)
-    except TypeError as error:
-        raise UserError(f"task.args.config: {error}") from None
+    return config
 
 
 def _refusal(settings: ReasoningGymSettings, reason: str) -> str:

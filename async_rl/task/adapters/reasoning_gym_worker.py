@@ -1,9 +1,10 @@
 """The child process that runs reasoning-gym. worker.py starts it as a script; it is never imported.
 
-It reads `{"index": i}` or `{"index": i, "answer": text}` a line and writes the problem or its score. Why a process of
+It reads `{"generator": [...], "index": i}` a line, which may hold an `answer`, and writes the problem or the answer's
+score; without an index it makes the generator. Why a process of
 its own: some generators walk through sets of strings, whose order Python salts in every process, and some scores let
-sympy read what the policy wrote, which may take for ever. Before each answer it sets a kernel alarm with the default
-action, so one that takes too long ends this process whatever Python is doing.
+sympy read what the policy wrote, which may take for ever. Before each answer it sets a timer of the kernel with the
+default action, so one that takes too long ends this process whatever Python is doing.
 """
 
 from __future__ import annotations
@@ -23,55 +24,62 @@ CACHED = 4096
 """problems kept: the samples of a group are scored one after the other"""
 
 
-def make(name: str, config: dict[str, Any], seed: int, size: int) -> Any:
-    """The generator `name` of reasoning-gym."""
+@lru_cache(16)
+def make(chosen: str) -> Any:
+    """The generator that `chosen` describes, [name, settings, seed, size] in JSON."""
     import reasoning_gym
     from reasoning_gym.composite import DatasetSpec
 
+    name, config, seed, size = json.loads(chosen)
     if name == "composite":
         specs = [DatasetSpec(**{"weight": 1.0, "config": {}, **spec}) for spec in config.get("datasets") or []]
         config = {**config, "datasets": specs}
     return reasoning_gym.create_dataset(name, **{"seed": seed, "size": size, **config})
 
 
-def serve(deadline_s: int, name: str, config: dict[str, Any], seed: int, size: int) -> None:
+@lru_cache(CACHED)
+def entry(chosen: str, index: int) -> Any:
+    """The problem `index` of that generator."""
+    dataset = make(chosen)
+    random.seed(index)  # some generators draw from the global one
+    return dataset[index]
+
+
+def answer_to(asked: dict[str, Any]) -> dict[str, Any]:
+    """What the parent asks for."""
+    chosen = json.dumps(asked["generator"])
+    if "index" not in asked:
+        make(chosen)
+        return {}
+    found = entry(chosen, asked["index"])
+    if "answer" in asked:
+        return {"score": float(make(chosen).score_answer(asked["answer"], found))}
+    source = found["metadata"].get("source_dataset", asked["generator"][0])
+    return {"question": found["question"], "answer": found["answer"], "source": source}
+
+
+def serve() -> None:
+    """Answer until the end of the input."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the package prints must not stand among the answers
+    import reasoning_gym  # noqa: F401  # before "ready", so that no answer pays for it
 
-    def say(answer: dict[str, Any]) -> None:
-        out.write(json.dumps(answer, default=str) + "\n")
-        out.flush()
-
-    try:
-        dataset = make(name, config, seed, size)
-    except Exception as error:  # of the package, about settings of the user's
-        say({"error": f"{type(error).__name__}: {error}"[:1000]})
-        return
-
-    @lru_cache(CACHED)
-    def entry(index: int) -> Any:
-        random.seed(f"{seed}/{index}")  # some generators draw from the global one
-        return dataset[index]
-
-    say({"ready": True})
+    out.write(json.dumps({"ready": True}) + "\n")
+    out.flush()
     for line in sys.stdin:
         asked = json.loads(line)
-        signal.alarm(deadline_s)
+        signal.setitimer(signal.ITIMER_PROF, asked["limit_s"])
         try:
-            found = entry(asked["index"])
-            if "answer" in asked:
-                answer = {"score": float(dataset.score_answer(asked["answer"], found))}
-            else:
-                source = found["metadata"].get("source_dataset", name)
-                answer = {"question": found["question"], "answer": found["answer"], "source": source}
+            answer = answer_to(asked)
         except Exception as error:  # the process boundary: reported to the parent
             answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
-        signal.alarm(0)
-        say(answer)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        out.write(json.dumps(answer, default=str) + "\n")
+        out.flush()
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    serve(int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+    serve()

@@ -49,6 +49,13 @@ ADAPTERS: dict[str, Adapter] = {
         extra="reasoning-gym",
         summary="a generator of reasoning-gym: made-up problems with their own scoring, one turn",
     ),
+    "gymnasium": Adapter(
+        place="async_rl.task.adapters.gymnasium:Gymnasium",
+        module="gymnasium",
+        package="gymnasium",
+        extra="gymnasium",
+        summary="an environment of gymnasium with a finite number of actions, told and played in text",
+    ),
 }
 
 

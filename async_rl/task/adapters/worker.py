@@ -1,4 +1,4 @@
-"""A child process that answers questions in JSON, each within a deadline: for packages that must not run in here."""
+"""A child process that answers questions in JSON, each within a limit of processor time: for what must not run here."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 START_DEADLINE_S = 120.0
 """time to import a package, on a machine that is busy"""
-GRACE_S = 2.0
-"""the child ends itself after the deadline; this much later it is killed"""
+PATIENCE = 20
+"""the child ends itself when its processor time is used up; on a busy machine that may be so many times later"""
 
 
 class WorkerError(Exception):
-    """The question has no answer: the child's own error, or it could not start."""
+    """The question has no answer: what was raised in the child, or that it could not start."""
 
 
 class WorkerLate(Exception):
-    """The child did not answer in time."""
+    """The child used up its processor time."""
 
 
 class Worker:
@@ -35,33 +35,45 @@ class Worker:
     in the same order everywhere.
 
     Example:
-        worker = Worker(Path("worker.py"), ["chain_sum"], deadline_s=10)
-        worker.ask(index=3)
+        worker = Worker(Path("worker.py"), limit_s=10)
+        worker.ask({"index": 3})
     """
 
-    def __init__(self, script: Path, arguments: Sequence[str], *, deadline_s: int) -> None:
-        """`script` gets the deadline in seconds and then `arguments`; it writes a line when it is ready, then one JSON
-        object for each it reads."""
-        self._command = [sys.executable, "-P", str(script), str(deadline_s), *arguments]
-        self._deadline_s = deadline_s
+    def __init__(self, script: Path, *, limit_s: float) -> None:
+        """`script` writes a JSON object when it is ready, then one for each that it reads, a line each. It finds the
+        seconds of processor time that it has in `limit_s`: the same question then fails or succeeds everywhere, however
+        busy a machine is."""
+        self._command = [sys.executable, "-P", str(script)]
+        self._told: set[str] = set()
+        self._limit_s = limit_s
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
 
-    def ask(self, **question: Any) -> Mapping[str, Any]:
-        """The answer. Blocks for at most the deadline, and longer while the child starts. Raises WorkerError,
-        WorkerLate."""
+    def ask(self, question: Mapping[str, Any], *, after: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+        """The answer. Blocks until it is there, and the first time while the child starts. Raises WorkerError,
+        WorkerLate.
+
+        Args:
+            after: a question that each child is to have answered first, in as much time as it takes to start.
+        """
         with self._lock:
             child = self._running()
-            assert child.stdin is not None
-            try:
-                child.stdin.write(json.dumps(question).encode() + b"\n")
-                child.stdin.flush()
-                answer = _read(child, self._deadline_s + GRACE_S)
-            except BrokenPipeError:
-                answer = None
-            if answer is None:
-                self._stop()
-                raise WorkerLate(f"no answer within {self._deadline_s} s")
+            if after is not None and (first := json.dumps(after)) not in self._told:
+                self._answer(child, after, START_DEADLINE_S)
+                self._told.add(first)
+            return self._answer(child, question, self._limit_s)
+
+    def _answer(self, child: subprocess.Popen[bytes], question: Mapping[str, Any], limit_s: float) -> Mapping[str, Any]:
+        assert child.stdin is not None
+        try:
+            child.stdin.write(json.dumps({**question, "limit_s": limit_s}).encode() + b"\n")
+            child.stdin.flush()
+            answer = _read(child, limit_s * PATIENCE)
+        except BrokenPipeError:  # it has died since the last answer
+            answer = None
+        if answer is None:
+            self._stop()
+            raise WorkerLate(f"no answer within {limit_s:g} s of processor time")
         if "error" in answer:
             raise WorkerError(str(answer["error"]))
         return answer
@@ -80,13 +92,14 @@ class Worker:
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment
         )
         ready = _read(child, START_DEADLINE_S)
-        if ready is None or "error" in ready:
+        if ready is None:
             self._stop()
-            raise WorkerError(str(ready["error"]) if ready else f"{Path(self._command[2]).name} did not start")
+            raise WorkerError(f"{Path(self._command[2]).name} did not start; its error stands above")
         return child
 
     def _stop(self) -> None:
         child, self._child = self._child, None
+        self._told.clear()
         if child is None:
             return
         child.kill()
