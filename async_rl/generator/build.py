@@ -11,9 +11,16 @@ from async_rl.errors import UserError
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
 from async_rl.generator.pull import LinkSource, MergingSource, ReaderSource, TensorReader, WeightSource
-from async_rl.model.architecture import DecoderConfig, context_of, tensor_shapes
+from async_rl.model.architecture import DecoderConfig, tensor_shapes
 from async_rl.model.decoder import DTYPES
-from async_rl.model.folder import check_folder, load_model, load_tensors, read_headers
+from async_rl.model.folder import (
+    check_folder,
+    check_for_vllm,
+    context_limit,
+    load_model,
+    load_tensors,
+    read_headers,
+)
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.weights.shared_memory import WeightReader
 from async_rl.weights.stream import WeightStream
@@ -102,7 +109,8 @@ def _make_vllm(settings: Settings, way: str) -> Engine:
 
     chosen, vllm = settings.generator, settings.vllm
     config = check_folder(settings.model.path)
-    max_context = context_of(chosen.max_context, config)
+    check_for_vllm(settings.model.path)
+    max_context = chosen.max_context or context_limit(settings.model.path, config)
     if not max_context:
         raise UserError("generator.max_context is not set, and the model's own limit is not known; set it (tokens)")
     cache = vllm.kv_cache_mb << 20

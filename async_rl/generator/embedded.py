@@ -30,7 +30,7 @@ from async_rl.generator.kv_cache import CacheAttention, Feed, KVCache, arrange
 from async_rl.generator.sampling import StopRules, sample, uniforms
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder, FusedDecoder, linear
-from async_rl.model.huggingface import HuggingFaceDecoder
+from async_rl.model.huggingface import HuggingFaceDecoder, soft_cap
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.weights.canary import fingerprint
 
@@ -163,6 +163,7 @@ class EmbeddedEngine:
             for begin in range(0, len(ids) - 1, PROBE_ROWS):
                 target = ids[begin + 1 : begin + 1 + PROBE_ROWS, None]
                 logits = hidden[begin : begin + len(target)] @ self._model.head.T  # [rows, vocabulary]
+                logits = soft_cap(logits, self._model.logit_cap)
                 found += torch.log_softmax(logits.float(), -1).gather(1, target).squeeze(1).tolist()
         return found
 
@@ -315,9 +316,8 @@ class EmbeddedEngine:
         """Sample one token for each of `slot` [rows] from `hidden` [rows, hidden], and end turns that are over."""
         slots = self._slots
         at = slots.known[slot]
-        drawn, drawn_log_probs = sample(
-            linear(hidden, self._model.head), slots.temperature[slot], uniforms(slots.seed[slot], at)
-        )  # [rows] each
+        logits = soft_cap(linear(hidden, self._model.head), self._model.logit_cap)
+        drawn, drawn_log_probs = sample(logits, slots.temperature[slot], uniforms(slots.seed[slot], at))  # [rows] each
         token, log_prob = drawn.cpu().numpy(), drawn_log_probs.cpu().numpy()
         finite = np.isfinite(log_prob)
         if not finite.all():

@@ -10,7 +10,7 @@ that one row of an attention call adds; length is the number of cache positions 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from async_rl.model.attention import DocumentAttention
+from async_rl.model.attention import DocumentAttention, capped_attention
 
 Ints = NDArray[np.int64]
 FIRST_CAPACITY, FIRST_SLOTS = 64, 16
@@ -120,6 +120,21 @@ class AttentionCall:
     mask: Tensor
     """0 or -inf, [num_rows, 1 or queries * shared heads, length]; for plain attention the rows are repeated for each
     key-value head"""
+    position: Ints
+    """of every row of the mask in its sequence, the mask's shape without length"""
+    windowed: dict[int, Tensor] = field(default_factory=dict)
+    """window -> mask, of layers that do not attend to everything"""
+
+    def mask_for(self, window: int) -> Tensor:
+        """The mask of a layer that attends to `window` tokens back, itself among them; 0: to all."""
+        if not window or int(self.position.max()) < window:
+            return self.mask
+        if window not in self.windowed:
+            out_of_sight = np.arange(self.mask.shape[-1]) <= self.position[:, :, None] - window
+            self.windowed[window] = self.mask.masked_fill(
+                torch.from_numpy(out_of_sight).to(self.mask.device), float(MASKED)
+            )
+        return self.windowed[window]
 
 
 class CacheAttention:
@@ -156,18 +171,21 @@ class CacheAttention:
         fresh = feed.count[num_near + num_far :]
         self._fresh = DocumentAttention(fresh.tolist()) if len(fresh) else None
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim]."""
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int = 0, cap: float = 0.0
+    ) -> Tensor:
+        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim];
+        `window` and `cap` as in `decoder.Attention`. What a window no longer reaches stays in the cache."""
         cache = self._cache
         cache.flat_key[layer].index_copy_(0, self._where, key.reshape(-1, cache.head_dim))
         cache.flat_value[layer].index_copy_(0, self._where, value.reshape(-1, cache.head_dim))
-        parts = [self._attend(call, layer, query[call.first : call.last]) for call in self._calls]
+        parts = [self._attend(call, layer, query[call.first : call.last], window, cap) for call in self._calls]
         if self._fresh is not None:
             begin = len(self.row) - self._fresh.num_tokens
-            parts.append(self._fresh(layer, query[begin:], key[begin:], value[begin:]))
+            parts.append(self._fresh(layer, query[begin:], key[begin:], value[begin:], window=window, cap=cap))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _attend(self, call: AttentionCall, layer: int, query: Tensor) -> Tensor:
+    def _attend(self, call: AttentionCall, layer: int, query: Tensor, window: int, cap: float) -> Tensor:
         """query [tokens of the call, heads, head_dim] -> the same shape. The query heads that share a key-value head
         are laid beside each other as if they were queries, so no key is repeated."""
         _, heads, size = query.shape
@@ -178,18 +196,21 @@ class CacheAttention:
             query = padded.index_copy_(0, call.scatter, query)
         folded = query.view(n, call.queries, kv, heads // kv, size).transpose(1, 2)
         folded = folded.reshape(n * kv, -1, size)  # [num_rows * kv_heads, queries * shared heads, head_dim]
+        mask = call.mask_for(window)
         if call.rows is None and self._cache.plain:
-            out = _plain_attention(folded, key[:n].flatten(0, 1), value[:n].flatten(0, 1), call.mask)
+            out = _plain_attention(folded, key[:n].flatten(0, 1), value[:n].flatten(0, 1), mask, cap)
         else:
-            length = call.mask.shape[-1]
+            length = mask.shape[-1]
             key, value = key[:, :, :length], value[:, :, :length]
             if call.rows is None:
                 key, value = key[:n], value[:n]
             else:
                 key, value = key.index_select(0, call.rows), value.index_select(0, call.rows)  # a copy
-            out = F.scaled_dot_product_attention(
-                folded.view(n, kv, -1, size), key, value, attn_mask=call.mask.view(n, -1, *call.mask.shape[1:])
-            )
+            folded, mask = folded.view(n, kv, -1, size), mask.view(n, -1, *mask.shape[1:])
+            if cap:
+                out = capped_attention(folded, key, value, mask, cap)
+            else:
+                out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask)
         out = out.view(n, kv, call.queries, heads // kv, size).transpose(1, 2).reshape(-1, heads, size)
         return out if call.scatter is None else out.index_select(0, call.scatter)
 
@@ -226,6 +247,7 @@ class CacheAttention:
             queries=queries,
             scatter=index,
             mask=mask,
+            position=position,
         )
 
 
@@ -234,10 +256,12 @@ def rounded_up(length: int) -> int:
     return -(-length // STRIDE) * STRIDE
 
 
-def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, cap: float) -> Tensor:
     """query [rows, queries, head_dim] over the first `length` positions of key and value [rows, capacity, head_dim],
     with mask [rows, 1 or queries, length] -> [rows, queries, head_dim]."""
     length = mask.shape[-1]
+    if cap:
+        return capped_attention(query, key[:, :length], value[:, :length], mask, cap)
     scores = torch.baddbmm(mask, query, key[:, :length].transpose(1, 2), alpha=query.shape[-1] ** -0.5)
     return torch.bmm(torch.softmax(scores, -1), value[:, :length])
 

@@ -7,8 +7,8 @@ counts the saved tensors); a GPU's fused norms keep a little less.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from math import log, prod, sqrt
 from typing import Any, Literal, get_args
 
 from async_rl.errors import UserError, nearest
@@ -28,6 +28,9 @@ ARCHITECTURES: dict[str, str] = {
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """linear layers of every layer of `Decoder`"""
 
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+"""of `Decoder`, by the names in config.json"""
+
 FLOAT = 4
 """bytes of a float32"""
 CHUNK_ELEMENTS = 1 << 22
@@ -38,15 +41,28 @@ CHUNK_BUFFERS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
-    """Rotary position embedding. `llama3` is the scaling of Llama 3.1; `linear` divides every frequency by `factor`."""
+    """Rotary position embedding, of one set of frequencies for sequences of every length.
+
+    `llama3` is the scaling of Llama 3.1, `yarn` that of Peng et al. 2023, `linear` divides every frequency by `factor`.
+    `longrope` has a second set for sequences beyond the original context, which `rope_context` keeps a run within.
+    Dynamic NTK scaling begins beyond max_position_embeddings, where no run goes: it is `default`.
+    """
 
     theta: float = 10_000.0
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     original_context: int = 8192
-    """context before it was extended (llama3), tokens"""
+    """context before it was extended (llama3, yarn), tokens"""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """the passage between both betas begins and ends at whole dimensions (yarn)"""
+    short_factors: tuple[float, ...] = ()
+    """of each frequency (longrope)"""
+    attention_factor: float = 1.0
+    """cosines and sines are multiplied by it (yarn, longrope)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +92,11 @@ class DecoderConfig:
     qk_norm: bool = False
     tied: bool = False
     """the head is the embedding"""
+    windows: tuple[int, ...] = ()
+    """of each layer: the tokens that one attends to, itself among them; 0: all before it. Empty: 0 in every layer"""
+
+    def window(self, layer: int) -> int:
+        return self.windows[layer] if self.windows else 0
 
     @property
     def kv_width(self) -> int:
@@ -105,7 +126,7 @@ def parse_config(values: Mapping[str, Any], *, where: str) -> DecoderConfig:
         heads=heads,
         kv_heads=int(values.get("num_key_value_heads") or heads),
         head_dim=int(values.get("head_dim") or (128 if family == "qwen3" else hidden // heads)),
-        max_context=int(values.get("max_position_embeddings") or 2048),
+        max_context=rope_context(values, int(values.get("max_position_embeddings") or 2048)),
         norm_eps=float(values.get("rms_norm_eps", 1e-6)),
         rope=_rope(values, where),
         qkv_bias=True if family == "qwen2" else bias and family != "mistral",
@@ -113,18 +134,19 @@ def parse_config(values: Mapping[str, Any], *, where: str) -> DecoderConfig:
         mlp_bias=bool(values.get("mlp_bias", False)) and family == "llama",
         qk_norm=family == "qwen3",
         tied=bool(values.get("tie_word_embeddings", False)),
+        windows=_windows(values, family, where),
     )
     if config.heads % config.kv_heads or config.head_dim % 2:
         raise UserError(
             f"{where}: {config.heads} heads do not share {config.kv_heads} key-value heads evenly, "
             f"or head_dim {config.head_dim} is odd"
         )
+    if config.rope.kind == "longrope" and len(config.rope.short_factors) != config.head_dim // 2:
+        raise UserError(
+            f"{where}: short_factor has {len(config.rope.short_factors)} numbers; it needs one for each pair of "
+            f"dimensions of a head, {config.head_dim // 2}"
+        )
     return config
-
-
-def context_of(asked: int, config: DecoderConfig | None) -> int:
-    """Most tokens of a sequence: `asked`, else the model's own limit; 0 when it is not known."""
-    return asked or (config.max_context if config is not None else 0)
 
 
 def check_targets(targets: Sequence[str], known: Sequence[str]) -> None:
@@ -203,12 +225,6 @@ def config_values(config: DecoderConfig) -> dict[str, Any]:
 
 def _refuse_unsupported(values: Mapping[str, Any], where: str) -> None:
     """UserError for features that would silently change the arithmetic."""
-    layer_types = values.get("layer_types") or []
-    sliding = values.get("sliding_window") if values.get("use_sliding_window", True) else None
-    if any(kind != "full_attention" for kind in layer_types):
-        raise UserError(f"{where}: layer_types has {sorted(set(layer_types))}; only full_attention is supported")
-    if sliding is not None and not layer_types:
-        raise UserError(f"{where}: sliding_window {sliding} is not supported; set it to null to attend to everything")
     act = values.get("hidden_act", "silu")
     if act != "silu":
         raise UserError(f"{where}: hidden_act {act!r} is not supported, only 'silu'")
@@ -216,24 +232,114 @@ def _refuse_unsupported(values: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: quantised weights cannot be trained; use the unquantised checkpoint")
 
 
-def _rope(values: Mapping[str, Any], where: str) -> Rope:
+def _windows(values: Mapping[str, Any], family: str, where: str) -> tuple[int, ...]:
+    """Tokens that each layer attends to, as transformers reads the families' settings; () where it is all in all."""
+    if family == "llama":
+        return ()
+    layers = _number(values, "num_hidden_layers", where)
+    on = family == "mistral" or bool(values.get("use_sliding_window", False))
+    window = values.get("sliding_window", 4096) if on else None
+    first = 0 if family == "mistral" else int(values.get("max_window_layers", 28))
+    kinds = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
+    if family != "mistral":
+        kinds = values.get("layer_types") or kinds
+    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+    if unknown or len(kinds) != layers:
+        what = f"it has {', '.join(unknown)}" if unknown else f"it has {len(kinds)}"
+        raise UserError(
+            f"{where}: layer_types must say full_attention or sliding_attention for each of {layers} layers; {what}"
+        )
+    if "sliding_attention" in kinds and (not isinstance(window, int) or window < 1):
+        raise UserError(
+            f"{where}: layer_types has sliding_attention, but sliding_window is {window!r} or use_sliding_window is "
+            "false; set both, or make the layers full_attention"
+        )
+    found = tuple(int(window or 0) if kind == "sliding_attention" else 0 for kind in kinds)
+    return found if any(found) else ()
+
+
+def rope_settings(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rotary settings of a config.json in whichever spelling they are: one mapping, or one for each kind of layer.
+    `rope_type` and `original_max_position_embeddings` (None: not named) are in each."""
     given: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         given |= values.get(key) or {}
-    kind: Any = given.get("rope_type") or given.get("type") or "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"{where}: rope type {kind!r} is not supported (default, linear, llama3 are)")
+    each = [inner for inner in given.values() if isinstance(inner, dict)] or [given]
+    found = []
+    for inner in each:
+        kind = inner.get("rope_type") or inner.get("type") or "default"
+        if kind in ("su", "yarn") and "short_factor" in inner:  # what Phi-3 called longrope first
+            kind = "longrope"
+        key = "original_max_position_embeddings"
+        found.append(inner | {"rope_type": kind, key: values.get(key) or inner.get(key)})
+    return found
+
+
+def rope_context(values: Mapping[str, Any], most: int) -> int:
+    """Tokens of a sequence, at most `most`, within which its frequencies do not depend on its length.
+
+    longrope chooses other ones for sequences beyond the original context: transformers by the longest position of a
+    call, vLLM by the longest that a run allows. A sequence that grows past it, as in generation, has no log-probs that
+    a forward over the whole would find again.
+    """
+    ends = [
+        int(g["original_max_position_embeddings"] or most)
+        for g in rope_settings(values)
+        if g["rope_type"] == "longrope"
+    ]
+    return min([most, *ends])
+
+
+def _rope(values: Mapping[str, Any], where: str) -> Rope:
+    given, *others = rope_settings(values)
+    kind: Any = given["rope_type"]
+    if kind not in ROPE_TYPES or others:
+        what = "one for each kind of layer" if others else repr(kind)
+        raise UserError(f"{where}: rope type {what} is not supported; {', '.join(ROPE_TYPES)} are")
     if float(given.get("partial_rotary_factor", values.get("partial_rotary_factor") or 1.0)) != 1.0:
         raise UserError(f"{where}: partial_rotary_factor is not supported")
-    original = given.get("original_max_position_embeddings") or values.get("max_position_embeddings") or 8192
-    theta = given.get("rope_theta") or values.get("rope_theta") or 10_000.0
+    most = int(values.get("max_position_embeddings") or 2048)
+    original = int(given["original_max_position_embeddings"] or values.get("max_position_embeddings") or 8192)
+    theta = float(given.get("rope_theta") or values.get("rope_theta") or 10_000.0)
+    if kind in ("default", "dynamic"):
+        return Rope(theta=theta)
+    if kind in ("yarn", "longrope"):
+        factor = float(given.get("factor") or most / original)
+        chosen = Rope(theta=theta, kind=kind, factor=factor, original_context=original)
+        return _with_attention_factor(chosen, given, where)
     return Rope(
-        theta=float(theta),
+        theta=theta,
         kind=kind,
         factor=float(given.get("factor", 1.0)),
         low_frequency_factor=float(given.get("low_freq_factor", 1.0)),
         high_frequency_factor=float(given.get("high_freq_factor", 4.0)),
-        original_context=int(original) if kind == "llama3" else 8192,
+        original_context=original if kind == "llama3" else 8192,
+    )
+
+
+def _with_attention_factor(rope: Rope, given: Mapping[str, Any], where: str) -> Rope:
+    """A yarn or longrope with what only they have, as transformers' modeling_rope_utils reads it."""
+
+    def scale(by: float) -> float:
+        return 0.1 * by * log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+
+    found: float | None = given.get("attention_factor")
+    if rope.kind == "longrope":
+        factors = given.get("short_factor")
+        if not isinstance(factors, list) or not factors:
+            raise UserError(f"{where}: rope type 'longrope' needs short_factor, a list of numbers")
+        if found is None:
+            found = sqrt(1 + log(rope.factor) / log(rope.original_context)) if rope.factor > 1 else 1.0
+        return replace(rope, short_factors=tuple(map(float, factors)), attention_factor=float(found))
+    if found is None:
+        all_dims, some = given.get("mscale_all_dim"), given.get("mscale")
+        found = scale(some) / scale(all_dims) if some and all_dims else scale(1.0)
+    return replace(
+        rope,
+        attention_factor=float(found),
+        beta_fast=float(given.get("beta_fast") or 32),
+        beta_slow=float(given.get("beta_slow") or 1),
+        truncate=bool(given.get("truncate", True)),
     )
 
 

@@ -35,23 +35,27 @@ class DocumentAttention:
         self._buckets: list[Bucket] | None = None
         self._bounds: Tensor | None = None
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim]."""
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int = 0, cap: float = 0.0
+    ) -> Tensor:
+        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim];
+        `window` and `cap` as in `decoder.Attention`. No kernel caps scores in training: torch operations do."""
         if query.shape[0] != self.num_tokens:
             raise ValueError(f"{query.shape[0]} tokens for documents of {self.num_tokens} tokens")
-        if self._kernel is not None and (dtype := half_precision(query)) is not None:
+        if self._kernel is not None and not cap and (dtype := half_precision(query)) is not None:
             bounds = self._document_bounds(query.device)
-            return self._kernel(query.to(dtype), key.to(dtype), value.to(dtype), bounds, max(self.lengths))
+            return self._kernel(query.to(dtype), key.to(dtype), value.to(dtype), bounds, max(self.lengths), window)
         if len(self.lengths) == 1:
-            return causal(query[None], key[None], value[None])[0]
-        return self._padded(query, key, value)
+            return causal(query[None], key[None], value[None], window=window, cap=cap)[0]
+        return self._padded(query, key, value, window, cap)
 
-    def _padded(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _padded(self, query: Tensor, key: Tensor, value: Tensor, window: int, cap: float) -> Tensor:
         if self._buckets is None or self._buckets[0].gather.device != query.device:
             self._buckets = make_buckets(self.lengths, query.device)
         parts = []
         for bucket in self._buckets:
-            out = causal(query[bucket.gather], key[bucket.gather], value[bucket.gather])
+            rows = bucket.gather
+            out = causal(query[rows], key[rows], value[rows], window=window, cap=cap)
             parts.append(out.flatten(0, 1))  # [documents * longest, heads, head_dim]
         # one index puts the tokens of all buckets back in order and leaves the padding out
         every = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -112,14 +116,33 @@ def make_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
     return [Bucket(gather.to(device), on_device) for gather in gathers]
 
 
-def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def causal(query: Tensor, key: Tensor, value: Tensor, *, window: int = 0, cap: float = 0.0) -> Tensor:
     """Causal attention within each document: query [documents, longest, heads, head_dim], key and value with kv_heads,
-    -> the query's shape. No real token attends to padding, which is at the end."""
-    out = F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        is_causal=True,
-        enable_gqa=query.shape[2] != key.shape[2],
-    )
+    -> the query's shape. No real token attends to padding, which is at the end. `window`, `cap`: as in
+    `decoder.Attention`."""
+    longest, groups = query.shape[1], query.shape[2] // key.shape[2]
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    seen = None
+    if cap or 0 < window < longest:
+        ahead = torch.arange(longest, device=query.device)
+        ahead = ahead[None, :] - ahead[:, None]  # [longest, longest]: a key's position less the query's
+        seen = ahead <= 0
+        if window:
+            seen &= ahead > -window
+    if cap:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        mask = torch.zeros((), dtype=query.dtype, device=query.device).where(seen, -torch.inf)
+        out = capped_attention(query, key, value, mask, cap)
+    else:
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=groups > 1
+        )
     return out.transpose(1, 2)
+
+
+def capped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Attention whose scores s are cap * tanh(s / cap) + mask: query [..., queries, head_dim], key and value
+    [..., keys, head_dim], mask [..., queries, keys] of 0 and -inf -> [..., queries, head_dim]."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    scores = torch.tanh(scores / cap) * cap + mask
+    return torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype) @ value

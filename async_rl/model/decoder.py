@@ -38,9 +38,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Attention(Protocol):
     """Causal attention among the packed tokens, scaled by 1/sqrt(head_dim)."""
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int = 0, cap: float = 0.0
+    ) -> Tensor:
         """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim], already rotated by their
-        positions -> [tokens, heads, head_dim]."""
+        positions -> [tokens, heads, head_dim].
+
+        window: a token attends to itself and the window - 1 tokens before it; 0: to all before it. cap: a score s
+        becomes cap * tanh(s / cap), as in Gemma 2; 0: it stays.
+        """
         ...
 
 
@@ -72,6 +78,9 @@ class Decoder(nn.Module):
     @property
     def head(self) -> Tensor:  # [vocabulary, hidden]
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    logit_cap = 0.0
+    """the caller's logits stay as they are (architectures that transformers defines may cap them)"""
 
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         x = self.model.embed_tokens(tokens)  # [tokens, hidden]
@@ -110,6 +119,8 @@ class Decoder(nn.Module):
             self._frequencies[positions.device] = frequency
         angle = positions.to(torch.float32)[:, None, None] * frequency  # [tokens, 1, head_dim / 2]
         cos, sin = angle.cos(), angle.sin()
+        if (scale := self.config.rope.attention_factor) != 1.0:
+            cos, sin = cos * scale, sin * scale
         return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
@@ -147,7 +158,8 @@ class Layer(nn.Module):
 
     def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         before, after = compiled() if self.execution.compiled else (before_attention, after_attention)
-        return after(self, x, attention(self.self_attn.layer, *before(self, x, cos, sin)))
+        at = self.self_attn
+        return after(self, x, attention(at.layer, *before(self, x, cos, sin), window=at.window))
 
 
 def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +189,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         c = config
-        self.layer, self.head_dim = layer, c.head_dim
+        self.layer, self.head_dim, self.window = layer, c.head_dim, c.window(layer)
         self.q_proj = Linear(c.hidden, c.heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
@@ -265,14 +277,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:  # [head_dim / 2] float32
-    """The angle per position of each pair of dimensions. llama3 is the wavelength-dependent scaling of Llama 3.1, as in
-    transformers' `_compute_llama3_parameters`."""
+    """The angle per position of each pair of dimensions, as in transformers' modeling_rope_utils."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
+    if rope.kind == "longrope":
+        return 1.0 / (torch.tensor(rope.short_factors, dtype=torch.float32) * rope.theta**exponent)
     frequency = 1.0 / (rope.theta**exponent)
     if rope.kind == "default":
         return frequency
     if rope.kind == "linear":
         return frequency / rope.factor
+    return llama3_frequencies(rope, frequency) if rope.kind == "llama3" else yarn_frequencies(rope, frequency)
+
+
+def llama3_frequencies(rope: Rope, frequency: Tensor) -> Tensor:  # [head_dim / 2]
+    """Llama 3.1: divided by the factor where the wavelength is long, with a smooth passage."""
     low = rope.original_context / rope.low_frequency_factor
     high = rope.original_context / rope.high_frequency_factor
     wavelength = 2 * math.pi / frequency
@@ -282,6 +300,23 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:  # [head_dim / 2] 
     between = (1 - smooth) * frequency / rope.factor + smooth * frequency
     scaled = torch.where(wavelength > low, frequency / rope.factor, frequency)
     return torch.where((wavelength >= high) & (wavelength <= low), between, scaled)
+
+
+def yarn_frequencies(rope: Rope, frequency: Tensor) -> Tensor:  # [head_dim / 2]
+    """YaRN (Peng et al. 2023): as they are where a dimension turns `beta_fast` times or more within the original
+    context, divided by the factor where it turns `beta_slow` times or fewer, and a linear passage between."""
+    size = 2 * len(frequency)
+
+    def dimension(turns: float) -> float:
+        return size * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    first, last = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    width = last - first if last != first else 0.001
+    divided = ((torch.arange(len(frequency), dtype=torch.float32) - first) / width).clamp(0, 1)
+    return frequency / rope.factor * divided + frequency * (1 - divided)
 
 
 class FusedDecoder:
@@ -313,7 +348,7 @@ class FusedLayer:
     def __init__(self, layer: Layer, eps: Tensor) -> None:
         at, mlp = layer.self_attn, layer.mlp
         self._eps = eps
-        self._index = at.layer
+        self._index, self._window = at.layer, at.window
         self._head_dim = at.head_dim
         self._heads = at.q_proj.out_features // at.head_dim
         self._rotated = self._heads + at.k_proj.out_features // at.head_dim
@@ -335,7 +370,8 @@ class FusedLayer:
         if self._norms is not None:
             both = rms_norm(both, self._norms.index_select(0, self._kind), self._eps)
         both = rotate(both, cos, sin)
-        out = attention(self._index, both[:, : self._heads], both[:, self._heads :], qkv[:, self._rotated :])
+        query, key, value = both[:, : self._heads], both[:, self._heads :], qkv[:, self._rotated :]
+        out = attention(self._index, query, key, value, window=self._window)
         x = add_linear(x, out.reshape(tokens, -1), self._out.weight, self._out.bias)
         normed = rms_norm(x, self._second_norm, self._eps)
         gate, up = linear(normed, self._gate_up, self._gate_up_bias).chunk(2, -1)  # [tokens, intermediate] each

@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from async_rl.errors import UserError
 from async_rl.model.architecture import FAMILIES, DecoderConfig, parse_config, tensor_shapes
+from async_rl.model.foreign import check_foreign, check_vllm, foreign_context, ties_head
 from async_rl.model.tokenizer import MORE_TEMPLATES, Tokenizer
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def check_folder(path: str | Path) -> DecoderConfig | None:
         values = read_json(folder / CONFIG)
         if not isinstance(values.get("model_type"), str):
             raise UserError(f"{folder / CONFIG} names no model_type; this is not a Hugging Face model folder")
+        check_foreign(values, str(folder / CONFIG))
         if importlib.util.find_spec("transformers") is None:
             raise UserError(
                 f"{folder / CONFIG}: model_type {values.get('model_type')!r} needs transformers; "
@@ -81,6 +83,18 @@ def check_folder(path: str | Path) -> DecoderConfig | None:
             "use the tokenizer the model was trained with"
         )
     return config
+
+
+def context_limit(path: str | Path, config: DecoderConfig | None) -> int:
+    """Most tokens of a sequence of the model in a folder; 0 where only transformers could say. `config`: as from
+    `read_config`."""
+    return config.max_context if config is not None else foreign_context(read_json(existing(path) / CONFIG))
+
+
+def check_for_vllm(path: str | Path) -> None:
+    """Raise UserError where vLLM would compute another model than the trainer, or cannot take its weights."""
+    folder = existing(path)
+    check_vllm(read_json(folder / CONFIG), read_headers(folder), str(folder / CONFIG))
 
 
 def load_model(
@@ -273,15 +287,13 @@ def check_tensors(found: dict[str, tuple[int, ...]], config: DecoderConfig, fold
 def check_tied_head(folder: Path, headers: dict[str, tuple[int, ...]]) -> None:
     """Raise UserError when config.json ties the head to the embedding and the weights hold another head: which of the
     two is used would differ from program to program, and the stored one would be lost."""
-    values = read_json(folder / CONFIG)
-    inner = values.get("text_config")
-    tied = values.get("tie_word_embeddings") or (isinstance(inner, dict) and inner.get("tie_word_embeddings"))
+    tied = ties_head(read_json(folder / CONFIG))
     heads, embeddings = ([name for name in headers if name.endswith(ends)] for ends in (HEADS, EMBEDDINGS))
     if tied and len(heads) == len(embeddings) == 1 and not _same_numbers(folder, heads[0], embeddings[0]):
         raise UserError(
-            f"{folder}: config.json ties the head to the embedding (tie_word_embeddings: true), but the weights hold "
-            f"another {heads[0]}; set tie_word_embeddings to false in config.json to use it, or take it out of the "
-            f"weights to use {embeddings[0]} in its place"
+            f"{folder}: config.json ties the head to the embedding (tie_word_embeddings is true, or left to its "
+            f"default), but the weights hold another {heads[0]}; set tie_word_embeddings to false in config.json to "
+            f"use it, or take it out of the weights to use {embeddings[0]} in its place"
         )
 
 

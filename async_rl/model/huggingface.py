@@ -22,14 +22,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from async_rl.errors import UserError
-from async_rl.model.architecture import plain_name
+from async_rl.model.architecture import plain_name, rope_context, rope_settings
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Attention, Decoder
+from async_rl.model.foreign import check_foreign
 
 INTERFACE = "async_rl"
 TOLERANCE = 1e-3
 """largest difference of a logit between our call and transformers' own, in float32, relative to the largest logit;
 unsupported features differ by far more"""
+FEATURES = {"s_aux": "attention sinks", "position_bias": "a bias on positions", "head_mask": "a mask on heads"}
+"""arguments that transformers' layers may pass -> what they are"""
+PROBE_LENGTHS, PROBE_WINDOW = (23, 9), 7
+"""tokens of the documents that are compared, and of the sliding windows while they are"""
 
 _current: ContextVar[Attention] = ContextVar("async_rl_attention")
 
@@ -47,6 +52,12 @@ class ForeignConfig:
     head_dim: int
     max_context: int
     """tokens"""
+    ends: bool = False
+    """beyond max_context frequencies would depend on the longest document of a call (longrope)"""
+    hidden_scale: float = 1.0
+    """hidden states are multiplied by it, where transformers multiplies the logits (Granite, Cohere)"""
+    logit_cap: float = 0.0
+    """logits x are cap * tanh(x / cap) (Gemma 2); 0: they stay"""
 
 
 class HuggingFaceDecoder(nn.Module):
@@ -82,10 +93,19 @@ class HuggingFaceDecoder(nn.Module):
             causal: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         except (ValueError, OSError) as error:
             raise UserError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from None
-        refuse_unsupported(causal.config, folder)
+        check_foreign(causal.config.to_dict(), str(folder / "config.json"))
+        if causal.config.tie_word_embeddings and not _tied(causal):
+            raise UserError(
+                f"{folder}: config.json ties the head to the embedding (tie_word_embeddings is true, or left to its "
+                "default), but the weights hold another head; set tie_word_embeddings to false in config.json to use "
+                "it, or take it out of the weights"
+            )
         causal.eval()
-        model = cls(causal, observe_shape(causal, folder))
-        model._check_logits(folder)
+        try:
+            model = cls(causal, observe_shape(causal, folder))
+            model._check_logits(folder)
+        except LayerRefused as error:
+            raise UserError(f"{folder}: {error}; choose a model of another architecture") from None
         causal.to(device=device, dtype=dtype)
         return model
 
@@ -93,11 +113,20 @@ class HuggingFaceDecoder(nn.Module):
     def head(self) -> Tensor:  # [vocabulary, hidden]
         return self._causal.get_output_embeddings().weight
 
+    @property
+    def logit_cap(self) -> float:
+        """The caller's logits x become cap * tanh(x / cap); 0: they stay."""
+        return self.config.logit_cap
+
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """tokens, positions [tokens] int64 -> hidden [tokens, hidden] after the final norm."""
+        """tokens, positions [tokens] int64 -> hidden [tokens, hidden] after the final norm. Raises ValueError for a
+        position at which one document would change another's frequencies."""
+        if self.config.ends and int(positions.max()) >= self.config.max_context:
+            raise ValueError(f"position {int(positions.max())} of a model that ends at {self.config.max_context}")
         with using(attention):
             out = self._causal.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
-        return out.last_hidden_state[0]
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden if self.config.hidden_scale == 1.0 else hidden * self.config.hidden_scale
 
     def checkpoint_layers(self, where: str) -> None:
         """Keep only each layer's input of a forward and recompute the rest in the backward pass.
@@ -136,17 +165,18 @@ class HuggingFaceDecoder(nn.Module):
         self._causal.save_pretrained(folder, state_dict=state, save_peft_format=False)
 
     def _check_logits(self, folder: Path) -> None:
-        """Check that two documents packed through our attention get transformers' logits of each. Raises UserError."""
-        lengths = (11, 6)
+        """Check that two documents packed through our attention get transformers' logits of each, with windows so short
+        that they matter. Raises UserError."""
+        lengths = PROBE_LENGTHS
         generator = torch.Generator().manual_seed(0)
         documents = [torch.randint(self.config.vocabulary, (n,), generator=generator) for n in lengths]
         positions = torch.cat([torch.arange(n) for n in lengths])
-        with torch.no_grad():
+        with torch.no_grad(), narrowed(self._causal, PROBE_WINDOW):
             expected = torch.cat([self._causal(input_ids=d[None], use_cache=False).logits[0] for d in documents])
             self._causal.set_attn_implementation(INTERFACE)
             calls = CountedAttention(DocumentAttention(lengths))
             try:
-                found = self(torch.cat(documents), positions, calls) @ self.head.T
+                found = soft_cap(self(torch.cat(documents), positions, calls) @ self.head.T, self.logit_cap)
             except (TypeError, LookupError) as error:
                 raise UserError(f"{folder}: this architecture cannot be packed: {error}") from None
         difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
@@ -154,9 +184,13 @@ class HuggingFaceDecoder(nn.Module):
             raise UserError(
                 f"{folder}: model_type {self.config.family!r} does something this trainer cannot honour "
                 f"(logits differ by {float(difference):.2g} of the largest, {len(calls.layers)} of "
-                f"{self.config.layers} layers use plain attention): logit scaling or soft-capping, "
-                "a head with bias, recurrent layers, attention sinks"
+                f"{self.config.layers} layers use plain attention), such as recurrent layers, attention sinks or "
+                "positions that are added to scores; choose a model of another architecture"
             )
+
+
+class LayerRefused(Exception):
+    """A layer asks for what `Attention` does not have."""
 
 
 class CountedAttention:
@@ -167,11 +201,13 @@ class CountedAttention:
         self.layers: set[int] = set()
         self.heads = (0, 0, 0)
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int = 0, cap: float = 0.0
+    ) -> Tensor:
         """Shapes as `Attention.__call__`."""
         self.layers.add(layer)
         self.heads = (query.shape[1], key.shape[1], key.shape[2])
-        return self.inner(layer, query, key, value)
+        return self.inner(layer, query, key, value, window=window, cap=cap)
 
 
 def call_attention(
@@ -183,20 +219,28 @@ def call_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **features: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers: query [1, heads, tokens, head_dim], key and value with kv_heads
-    -> [1, tokens, heads, head_dim]. Raises UserError for a feature of the layer that `Attention` does not have."""
-    for name in ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask"):
+    -> [1, tokens, heads, head_dim]. Raises LayerRefused for a feature that `Attention` does not have."""
+    for name, meaning in FEATURES.items():
         if features.get(name) is not None:
-            raise UserError(f"{type(module).__name__} uses {name}, which is not supported")
+            raise LayerRefused(f"{type(module).__name__} uses {meaning}, which cannot be packed")
     if attention_mask is not None or key.shape[-1] != value.shape[-1]:
-        raise UserError(f"{type(module).__name__} passes its own mask or unequal key and value sizes; not supported")
+        raise LayerRefused(f"{type(module).__name__} passes its own mask or keys and values of unequal sizes")
     head_dim = query.shape[-1]
     if scaling is not None and not math.isclose(scaling, head_dim**-0.5):
         query = query * (scaling * head_dim**0.5)  # Attention scales by 1/sqrt(head_dim)
     packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return _current.get()(module.layer_idx, *packed)[None], None
+    out = _current.get()(module.layer_idx, *packed, window=sliding_window or 0, cap=softcap or 0.0)
+    return out[None], None
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap), any shape; 0: as they are."""
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def recompute_context() -> tuple[Any, Any]:
@@ -214,17 +258,22 @@ def using(attention: Attention) -> Any:
         _current.reset(token)
 
 
-def refuse_unsupported(config: Any, folder: Path) -> None:
-    """Raise UserError for features that a short probe would not show."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if kinds - {"full_attention"} or (windowed and not kinds):
-        raise UserError(f"{folder / 'config.json'}: sliding-window or mixed attention is not supported")
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{folder / 'config.json'}: encoder-decoder models are not supported")
-    for name in ("attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size"):
-        if getattr(config, name, None):
-            raise UserError(f"{folder / 'config.json'}: {name} is not supported")
+def _tied(causal: Any) -> bool:
+    return causal.get_output_embeddings().weight is causal.get_input_embeddings().weight
+
+
+@contextlib.contextmanager
+def narrowed(causal: Any, window: int) -> Any:
+    """Inside, every sliding window of the model has at most `window` tokens: a short document then shows it."""
+    holders = [h for h in (causal.config, *causal.modules()) if isinstance(getattr(h, "sliding_window", None), int)]
+    before = [holder.sliding_window for holder in holders]
+    for holder in holders:
+        holder.sliding_window = min(holder.sliding_window, window)
+    try:
+        yield
+    finally:
+        for holder, width in zip(holders, before, strict=True):
+            holder.sliding_window = width
 
 
 def observe_shape(causal: Any, folder: Path) -> ForeignConfig:
@@ -242,7 +291,7 @@ def observe_shape(causal: Any, folder: Path) -> ForeignConfig:
     heads, kv_heads, head_dim = calls.heads
     if getattr(causal.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"{folder}: model_type {config.model_type!r} has a head with bias, which is not supported")
-    head = causal.get_output_embeddings().weight
+    head, values = causal.get_output_embeddings().weight, config.to_dict()
     return ForeignConfig(
         family=str(config.model_type),
         vocabulary=head.shape[0],
@@ -251,7 +300,10 @@ def observe_shape(causal: Any, folder: Path) -> ForeignConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        max_context=int(getattr(config, "max_position_embeddings", 0) or 2048),
+        max_context=rope_context(values, int(getattr(config, "max_position_embeddings", 0) or 2048)),
+        ends=any(given["rope_type"] == "longrope" for given in rope_settings(values)),
+        hidden_scale=float(values.get("logit_scale") or 1.0) / float(values.get("logits_scaling") or 1.0),
+        logit_cap=float(values.get("final_logit_softcapping") or 0.0),
     )
 
 

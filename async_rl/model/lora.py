@@ -107,6 +107,10 @@ class WithoutAdapters:
     def head(self) -> Tensor:  # [vocabulary, hidden]
         return self._model.head
 
+    @property
+    def logit_cap(self) -> float:
+        return self._model.logit_cap
+
     @torch.no_grad()
     def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """As `Decoder.forward`."""

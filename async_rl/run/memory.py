@@ -19,14 +19,13 @@ from async_rl.errors import UserError
 from async_rl.model.architecture import (
     DecoderConfig,
     activation_bytes,
-    context_of,
     kv_cache_bytes,
     layer_parameters,
     log_prob_bytes,
     lora_parameters,
     micro_batch_that_fits,
 )
-from async_rl.model.folder import read_config, read_headers
+from async_rl.model.folder import context_limit, read_config, read_headers
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.run.placement import Machine, Placement, Spot, choose_ways, place
@@ -91,16 +90,22 @@ def estimate(settings: Settings) -> Estimate:
     folder = Path(settings.model.path)
     config = read_config(folder)
     count = sum(prod(shape) for shape in read_headers(folder).values())
-    return estimate_of(settings, parameters=count, config=config)
+    return estimate_of(settings, parameters=count, config=config, limit=context_limit(folder, config))
 
 
 def estimate_of(
-    settings: Settings, *, parameters: int, config: DecoderConfig | None, placement: Placement | None = None
+    settings: Settings,
+    *,
+    parameters: int,
+    config: DecoderConfig | None,
+    limit: int = 0,
+    placement: Placement | None = None,
 ) -> Estimate:
     """The estimate for a model of this shape. `config`: None for an architecture that we do not know; activations and
-    KV cache are left out then. `placement`: None takes that of a machine with as many GPUs as the settings need."""
+    KV cache are left out then, and `limit` is its context (tokens; 0: not known). `placement`: None takes that of a
+    machine with as many GPUs as the settings need."""
     placement = placement or imagined_placement(settings)
-    context = context_of(settings.generator.max_context, config)
+    context = settings.generator.max_context or (config.max_context if config is not None else limit)
     shape = _Shape(settings=settings, parameters=parameters, config=config, context=context)
     ways = choose_ways(settings, placement, ipc_works=True)
     parts = [*_host(shape, placement, ways)]

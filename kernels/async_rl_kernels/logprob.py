@@ -46,6 +46,7 @@ def linear_logprob(
     targets: Tensor,
     *,
     temperature: float = 1.0,
+    cap: Tensor | None = None,
     products: torch.dtype | None = None,
     shard: Shard | None = None,
     tiles: Tiles | None = None,
@@ -57,6 +58,7 @@ def linear_logprob(
         hidden: [T, H], of the same float dtype as `weight`.
         weight: [V, H].
         targets: [T] int64.
+        cap: [T]; before the temperature a token's logits x become cap * tanh(x / cap), as in Gemma 2. None: they stay.
         products: dtype that both are rounded to, tile by tile, before they are multiplied; sums stay float32.
         shard: says that `weight` is this rank's part of the vocabulary.
         tiles, kernels: how the work is cut and what does it; the device decides by default.
@@ -72,7 +74,7 @@ def linear_logprob(
             raise IndexError(f"a target is {int(least if least < 0 else most)}, the vocabulary has {len(weight)} ids")
     tiles = tiles or tiles_for(hidden, weight)
     kernels = kernels or tile_kernels(hidden)
-    columns = _LinearLogProb.apply(hidden, weight, targets, 1.0 / temperature, products, shard, tiles, kernels)
+    columns = _LinearLogProb.apply(hidden, weight, targets, 1.0 / temperature, cap, products, shard, tiles, kernels)
     log_prob, entropy, square = columns
     return LogProbs(log_prob=log_prob, entropy=entropy, prob_square_sum=square)
 
@@ -87,6 +89,7 @@ class _LinearLogProb(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         scale: float,
+        cap: Tensor | None,
         products: torch.dtype | None,
         shard: Shard | None,
         tiles: Tiles,
@@ -94,11 +97,13 @@ class _LinearLogProb(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         local = targets if shard is None else targets - shard.start
         keep = any(ctx.needs_input_grad)
-        sums, kept = head_sums(hidden, weight, local, scale, tiles, kernels, products=products, keep_single=keep)
+        sums, kept = head_sums(
+            hidden, weight, local, scale, tiles, kernels, cap=cap, products=products, keep_single=keep
+        )
         if shard is not None:
             sums = shard.combined(sums)
         entropy, square = sums.entropy, sums.prob_square_sum
-        ctx.chosen = scale, products, shard, tiles, kernels
+        ctx.chosen = scale, cap, products, shard, tiles, kernels
         ctx.save_for_backward(hidden, weight, local, sums.log_normaliser, entropy, square, kept)
         ctx.set_materialize_grads(False)
         return sums.log_prob, entropy, square
@@ -108,9 +113,9 @@ class _LinearLogProb(torch.autograd.Function):
         ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, grad_square: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, local, log_normaliser, entropy, square, kept = ctx.saved_tensors
-        scale, products, shard, tiles, kernels = ctx.chosen
+        scale, cap, products, shard, tiles, kernels = ctx.chosen
         if grad_log_prob is None and grad_entropy is None and grad_square is None:
-            return (None,) * 8
+            return (None,) * 9
         pull = Pull(
             log_normaliser=log_normaliser,
             log_prob=torch.zeros_like(entropy) if grad_log_prob is None else grad_log_prob,
@@ -120,12 +125,12 @@ class _LinearLogProb(torch.autograd.Function):
         of_hidden, of_weight, *_ = ctx.needs_input_grad
         grad_hidden, grad_weight = head_gradients(
             hidden, weight, local, scale, pull, tiles, kernels,
-            need_hidden=of_hidden, need_weight=of_weight, products=products,
+            need_hidden=of_hidden, need_weight=of_weight, cap=cap, products=products,
             kept=None if kept is None else kept.clone(),
         )  # fmt: skip
         if shard is not None and grad_hidden is not None:
             grad_hidden = shard.summed(grad_hidden)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,12 +210,13 @@ def head_sums(
     tiles: Tiles,
     kernels: TileKernels,
     *,
+    cap: Tensor | None = None,
     products: torch.dtype | None = None,
     keep_single: bool = False,
 ) -> tuple[VocabularySums, Tensor | None]:
-    """Sums over the ids of `weight` [T], and the logits [T, V] if they are a single tile and `keep_single`.
+    """Sums over the ids of `weight` [T], and the (capped) logits [T, V] if they are a single tile and `keep_single`.
 
-    hidden [T, H], weight [V, H], local [T] int64: each target's row of `weight`, which may lie outside.
+    hidden [T, H], weight [V, H], local [T] int64: each target's row of `weight`, which may lie outside. cap [T].
     scale: 1 / temperature. products: dtype that both are rounded to before they are multiplied; None: as they are.
     """
     hidden = hidden.to(products or hidden.dtype)
@@ -219,7 +225,7 @@ def head_sums(
     for number, ids in enumerate(tiles.id_parts):
         head = weight[ids].to(hidden.dtype)
         for rows in tiles.row_parts:
-            logits = product(hidden[rows], head)
+            logits = capped(product(hidden[rows], head), cap, rows)
             kept = logits.clone() if keep_single and tiles.single else None
             kernels.sums(logits, local[rows] - ids.start, scale, parts.part(number).rows(rows))
             del logits  # before the next one is made
@@ -237,6 +243,7 @@ def head_gradients(
     *,
     need_hidden: bool,
     need_weight: bool,
+    cap: Tensor | None = None,
     products: torch.dtype | None = None,
     kept: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -260,9 +267,13 @@ def head_gradients(
         if grad_weight is not None:
             total_weight = grad_weight[ids] if weight.dtype == exact else torch.zeros_like(head, dtype=exact)
         for first, rows in enumerate(tiles.row_parts):
-            logits = product(states[rows], head) if kept is None else kept
+            logits = capped(product(states[rows], head), cap, rows) if kept is None else kept
+            # d(cap tanh(x / cap)) / dx
+            slope = None if cap is None else (logits / cap[rows, None]).square_().neg_().add_(1)
             tile = kernels.gradient(logits, local[rows] - ids.start, scale, pull.rows(rows), dtype)
-            del logits
+            if slope is not None:
+                tile.mul_(slope.to(tile.dtype))
+            del logits, slope
             if total_hidden is not None:
                 put_product(total_hidden[rows], tile, head, add=number > 0)
             if total_weight is not None:
@@ -272,6 +283,11 @@ def head_gradients(
             grad_weight[ids] = total_weight
         del total_weight
     return None if total_hidden is None else total_hidden.to(hidden.dtype), grad_weight
+
+
+def capped(logits: Tensor, cap: Tensor | None, rows: slice) -> Tensor:
+    """cap * tanh(logits / cap) of the logits [rows, ids] of some rows, in place; cap [T]; None: as they are."""
+    return logits if cap is None else logits.div_(cap[rows, None]).tanh_().mul_(cap[rows, None])
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:

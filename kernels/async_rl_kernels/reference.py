@@ -9,13 +9,17 @@ from torch import Tensor
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, cap: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob of `targets`, entropy, and sum of squared probabilities of softmax(hidden @ weight.T / T).
 
-    hidden [tokens, hidden], weight [vocabulary, hidden], targets [tokens] int64; returns three [tokens].
+    hidden [tokens, hidden], weight [vocabulary, hidden], targets [tokens] int64; returns three [tokens]. With a cap
+    [tokens] logits x become cap * tanh(x / cap) before they are divided by the temperature.
     """
-    logits = hidden @ weight.T / temperature  # [tokens, vocabulary]
+    logits = hidden @ weight.T  # [tokens, vocabulary]
+    if cap is not None:
+        logits = cap[:, None] * torch.tanh(logits / cap[:, None])
+    logits = logits / temperature
     log_probs = torch.log_softmax(logits, dim=-1)
     probs = log_probs.exp()
     chosen = log_probs.gather(-1, targets[:, None]).squeeze(-1)

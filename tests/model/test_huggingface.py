@@ -44,7 +44,11 @@ def foreign_folder(path: Path, kind: str, **changes: Any) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("GPTNeoXConfig", {}), ("GraniteConfig", {"num_key_value_heads": 2, "attention_multiplier": 0.5})],
+    [
+        ("GPTNeoXConfig", {}),
+        ("GraniteConfig", {"num_key_value_heads": 2, "attention_multiplier": 0.5, "logits_scaling": 2.0}),
+        ("Starcoder2Config", {"sliding_window": 6}),
+    ],
 )
 def test_packed_logits_equal_transformers_one_by_one(tmp_path: Path, kind, changes):
     from transformers import AutoModelForCausalLM
@@ -56,6 +60,8 @@ def test_packed_logits_equal_transformers_one_by_one(tmp_path: Path, kind, chang
     documents = [torch.arange(3, 12), torch.arange(20, 5, -1)]
     positions = torch.cat([torch.arange(9), torch.arange(15)])
     packed = ours(torch.cat(documents), positions, DocumentAttention([9, 15])) @ ours.head.T
+    # eager: what transformers defines; its other functions differ by rounding
+    theirs.set_attn_implementation("eager")
     alone = torch.cat([theirs(document[None]).logits[0] for document in documents])
     assert torch.allclose(packed, alone, atol=1e-5)
     packed.sum().backward()
@@ -98,10 +104,8 @@ def test_a_foreign_folder_is_saved_as_transformers_saves_it(tmp_path: Path):
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("GraniteConfig", {"logits_scaling": 2.0}, "logit scaling"),
-        ("Starcoder2Config", {"sliding_window": 16}, "sliding-window"),
-        ("BloomConfig", {}, "cannot honour"),
-        ("PhiConfig", {}, "head with bias"),
+        ("BloomConfig", {}, "positions are added to scores"),
+        ("PhiConfig", {}, "its head has a bias"),
     ],
 )
 def test_what_the_attention_has_no_word_for_is_refused(tmp_path: Path, kind, changes, message):

@@ -145,18 +145,36 @@ def test_a_head_in_another_file_is_compared_too(folder: Path):
         check_folder(folder)
 
 
-@pytest.mark.parametrize("tied", [True, {"text_config": {"tie_word_embeddings": True}}])
-def test_a_model_that_transformers_defines_is_checked_too(tmp_path: Path, tied: Any):
-    from transformers import AutoModelForCausalLM, GPT2Config
+@pytest.mark.parametrize("kind", ["GPT2", "Gemma2", "Cohere", "Phi3"])
+@pytest.mark.parametrize("silent", [False, True], ids=["said", "by default"])
+def test_a_head_of_a_model_that_transformers_defines_is_used_or_refused(
+    kind: str, silent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By the word of config.json, or by the architecture's default where it has none; never replaced."""
+    import transformers
 
     folder = qwen3_folder(tmp_path / "model")
-    config = GPT2Config(vocab_size=49, n_embd=16, n_layer=1, n_head=2, n_positions=32, tie_word_embeddings=True)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    edit_config(folder, **(tied if isinstance(tied, dict) else {"tie_word_embeddings": True}))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    word = {} if silent else {"tie_word_embeddings": True}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=62, pad_token_id=0, **sizes, **word)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    values = json.loads((folder / "config.json").read_text())
+    tied = config.tie_word_embeddings
+    if silent:
+        values.pop("tie_word_embeddings", None)
+        (folder / "config.json").write_text(json.dumps(values))
     check_folder(folder)
-    edit_weights(folder, **{"lm_head.weight": torch.ones(49, 16)})
+    head = torch.randn(62, 32)
+    edit_weights(folder, **{"lm_head.weight": head})
+    if not tied:
+        assert torch.equal(load_model(folder).head, head)
+        return
     with pytest.raises(UserError, match="another lm_head"):
         check_folder(folder)
+    # as for an architecture whose default is not known here
+    monkeypatch.setattr("async_rl.model.folder.check_tied_head", lambda *_: None)
+    with pytest.raises(UserError, match="weights hold another head"):
+        load_model(folder)
 
 
 def test_weights_are_converted_to_the_dtype_asked_for(folder: Path, tmp_path: Path):
@@ -191,10 +209,14 @@ def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sliding_window": 64}, "sliding_window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "full_attention"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window is false"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "it has chunked_attention"),
+        ({"layer_types": ["full_attention"]}, "each of 2 layers"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "rope type 'ntk'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "needs short_factor"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "short_factor has 1 numbers"),
+        ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"num_key_value_heads": 3}, "do not share"),
         ({"hidden_size": "big"}, "hidden_size"),
