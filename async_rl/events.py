@@ -504,6 +504,14 @@ class TrackerReady(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OutputLost(Event):
+    """Nothing more can be written to the standard output; the run goes on."""
+
+    event: ClassVar[str] = "output_lost"
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrackerFailed(Event):
     """A tracker failed; the run goes on without it."""
 

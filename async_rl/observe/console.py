@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +16,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from async_rl.buffer.failures import sentence
 from async_rl.config import Settings, pace_of
 from async_rl.events import (
     AlarmRaised,
@@ -37,6 +40,25 @@ CHANGE = 0.06
 """of the held-out reward, from which on it is called one: about two standard errors of an evaluation of 256 episodes"""
 
 
+class LastingConsole(RichConsole):
+    """A console that goes quiet when nothing more can be written to it, because its reader has gone or a disk is full:
+    the record of a run is in its folder, and the run goes on."""
+
+    lost: str = ""
+    """why nothing is written any more; empty: all is well"""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich, which would end the program."""
+        self.give_up("its reader has gone")
+
+    def give_up(self, reason: str) -> None:
+        """Write nothing from now on; what is still buffered must not fail again when the interpreter ends."""
+        self.lost, self.quiet = reason, True
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
 class Console:
     """Where a run shows itself. `quiet` keeps the lines of steps back, `silent` everything.
 
@@ -45,7 +67,7 @@ class Console:
     """
 
     def __init__(self, *, quiet: bool = False, silent: bool = False, out: RichConsole | None = None) -> None:
-        self._out = out or RichConsole(highlight=False, quiet=silent)
+        self._out = out or LastingConsole(highlight=False, quiet=silent)
         self._quiet = quiet
         self._progress: Progress | None = None
         self._task: Any = None
@@ -62,7 +84,17 @@ class Console:
         if self._out.is_terminal:
             text = "\n".join(_broken(line, self._out.width, indent) for line in text.split("\n"))
         self._lines += text.count("\n") + 1
-        self._out.print(text, markup=False, soft_wrap=True)
+        try:
+            self._out.print(text, markup=False, soft_wrap=True)
+        except OSError as error:
+            if not isinstance(self._out, LastingConsole):
+                raise
+            self._out.give_up(error.strerror or str(error))
+
+    @property
+    def lost(self) -> str:
+        """Why nothing is shown any more; empty: all is well."""
+        return self._out.lost if isinstance(self._out, LastingConsole) else ""
 
     def start(self, settings: Settings, folder: Path, notes: Iterable[str]) -> None:
         """Print what is run, where, and every note; begin the progress bar."""
@@ -281,7 +313,7 @@ def _metric(top: str, below: str, width: int, key: str, decimals: int = 3) -> Co
 
 
 def _staleness(slash: str) -> Callable[[Step], str]:
-    return lambda step: f"{figure(step.number('lag/mean'), 5, 2):>5}{slash}{int(step.row['lag/max']):<3d}"
+    return lambda step: f"{figure(step.number('lag/mean'), 5, 2):>5}{slash}{figure(step.number('lag/max'), 3, 0):<3}"
 
 
 def _learning_rate(width: int) -> Callable[[Step], str]:
@@ -379,17 +411,38 @@ def layout_for(width: int) -> Layout:
 def step_line(
     row: Mapping[str, Any], before: Mapping[str, Any] | None, layout: Layout = FULL, width: int | None = None
 ) -> str:
-    """One step: reward, staleness, ESS, learning-rate factor, who waits for whom, tokens/s; alarms behind them.
+    """One step: reward, staleness, ESS, learning-rate factor, who waits for whom, tokens/s; alarms and failed episodes
+    behind them.
 
-    `before`: the row of the step before; `width`: of the terminal, where alarms that do not fit are a `!`.
+    `before`: the row of the step before; `width`: of the terminal, where alarms that do not fit are a `!`, and the
+    reason of a failed episode is cut.
     """
     seconds = row["time"] - before["time"] if before else row["time/step"] + row["time/wait_for_batch"]
     line = layout.line(Step(row=row, seconds=seconds))
     alarms = [name.removeprefix("alarm/") for name, raised in row.items() if name.startswith("alarm/") and raised]
-    if not alarms:
-        return line
-    told = f"{line}  ALARM {', '.join(alarms)}"
-    return told if width is None or len(told) <= width else f"{line}{MARK}"
+    if alarms:
+        told = f"{line}  ALARM {', '.join(alarms)}"
+        line = told if width is None or len(told) <= width else f"{line}{MARK}"
+    return _with_failures(line, row, width) if row.get("episodes/failed") else line
+
+
+LEAST_REASON = 24
+"""characters of a reason that are worth showing; a terminal without room for them gets a line more"""
+
+
+def _with_failures(line: str, row: Mapping[str, Any], width: int | None) -> str:
+    """`line` and the share of the episodes that failed since the step before, with the reason of the newest."""
+    told = f"{row['episodes/failed']:.0%} failed: {row.get('episodes/failure', '')}".removesuffix(": ")
+    if width is None:
+        return f"{line}  {told}"
+    room = width - len(line) - len(GAP)
+    if room >= min(len(told), LEAST_REASON):
+        return f"{line}{GAP}{_shortened(told, room)}"
+    return f"{line}\n{GAP}{_shortened(told, width - len(GAP))}"
+
+
+def _shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def evaluation_line(event: EvaluationReported) -> str:
@@ -397,6 +450,8 @@ def evaluation_line(event: EvaluationReported) -> str:
     step, oldest, newest = event.step, event.version_min, event.version_max
     when = f"after {step} step{'s' * (step > 1)}" if step else "before training"
     weights = f"weights {oldest}" if oldest == newest else f"weights {oldest} to {newest}"
+    parts = "".join(f", {name} {value:.3f}" for name, value in event.parts.items())
+    weights = f"{weights}{parts}"
     if not event.failed:
         return f"held-out reward {event.reward:.3f} {when} ({event.trajectories} episodes, {weights})"
     failed = f"{event.failed} of {event.trajectories} episodes failed: {'; '.join(event.failures)}"
@@ -431,6 +486,7 @@ def summary_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{s['groups_admitted']} admitted, {s['groups_trained']} trained, {s['groups_refused']} refused, "
             f"{s['trajectories_failed']} trajectories failed",
         ),
+        *([("failed because", reasons)] if (reasons := sentence(s.get("failures", {}))) else []),
         *alarm_rows(s),
         ("weights", weights_checked(s["canary"])),
         ("model", str(s["model"])),

@@ -22,6 +22,7 @@ from async_rl.config.schema import to_yaml
 from async_rl.errors import RunFailed, UserError
 from async_rl.events import (
     CheckpointDamaged,
+    OutputLost,
     ProcessesLeft,
     ProcessStarted,
     RunInterrupted,
@@ -82,6 +83,8 @@ class Launcher:
     tracker: TrackerProcess = field(init=False)
     trained: bool = False
     """this launch has trained a step"""
+    output_lost: bool = False
+    """nothing is shown any more, which has been recorded"""
     goes_on: bool = False
     """this launch ends for another one to follow"""
 
@@ -352,6 +355,9 @@ class Launcher:
             if found.event is not None:
                 self.console.event(found.event)
                 self.crew.live.add_event(found.event)
+        if self.console.lost and not self.output_lost:
+            self.output_lost = True
+            self.folder.record(OutputLost(reason=self.console.lost))
 
     # -------------------------------------------------------------------- end
 

@@ -119,9 +119,9 @@ def test_children_of_a_killed_launcher_end_and_what_it_left_stops_no_later_run(
     assert "generator_died" not in again.events()
 
 
-def test_a_reader_that_goes_away_ends_the_run_quietly(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_reader_that_goes_away_is_no_failure_of_the_run(tmp_path: Path, tiny_model: Path) -> None:
     """As in `async-rl run ... | head -1`."""
-    config = write_config(tmp_path, tiny_model, "trainer.steps=100000")
+    config = write_config(tmp_path, tiny_model, "trainer.steps=10")
     command = [sys.executable, "-m", "async_rl", "run", str(config), "--run-dir", str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -129,8 +129,23 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(tmp_path: Path, tiny_model
         assert process.stdout.readline().startswith("run ")
         process.stdout.close()
         assert process.stderr.read() == ""
-        assert process.wait(60) == 1
-    assert not segment_path(tmp_path / "run").exists()
+        assert process.wait(60) == 0
+    check_finished(RunFolder(tmp_path / "run"), "its reader has gone")
+
+
+def test_an_output_that_is_full_is_no_failure_of_the_run(tmp_path: Path, tiny_model: Path) -> None:
+    config = write_config(tmp_path, tiny_model, "trainer.steps=5")
+    command = [sys.executable, "-m", "async_rl", "run", str(config), "--run-dir", str(tmp_path / "run")]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    check_finished(RunFolder(tmp_path / "run"), "No space left on device")
+
+
+def check_finished(folder: RunFolder, lost: str) -> None:
+    assert folder.summary.exists()
+    assert [row["reason"] for row in read_rows(folder.events) if row["event"] == "output_lost"] == [lost]
+    assert not segment_path(folder.path).exists()
 
 
 # ------------------------------------------------------------------------------------------- rewards
