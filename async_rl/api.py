@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from async_rl.objective.state import ObjectiveState
     from async_rl.objective.tokens import Coefficients
     from async_rl.observe.audit import Audit
-    from async_rl.task.protocol import Problem, Task
+    from async_rl.task.protocol import Task
 
 RewardFunction = Callable[..., Any]
 """takes any of completion, answer, problem, ... by name (docs/howto/rewards.md) and returns a number or named parts"""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import nan
 
 from async_rl.buffer.ledger import Group
+from async_rl.trajectory.parts import part_means
 from async_rl.trajectory.types import group_seed
 from async_rl.wire.messages import Evaluate, EvaluationResult, Permit
 
@@ -119,6 +120,7 @@ def evaluation_result(number: int, evaluation: Evaluation) -> EvaluationResult:
         finished=all(g.complete for g in evaluation.groups),
         rewards=tuple(nan if s.failed else s.reward for s in samples),
         failures=tuple(dict.fromkeys(s.reason for s in samples if s.failed))[:REASONS],
+        parts=part_means(s.parts for s in samples if s.parts and not s.failed),
         version_min=min(versions, default=-1),
         version_max=max(newest, default=-1),
         missing=sum(len(g.missing) for g in evaluation.groups),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from msgspec import Struct
@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from async_rl.buffer.staleness import Policy, Slot, SlotQueue
 from async_rl.trajectory import Split, Trajectory
+from async_rl.trajectory.parts import parts_in
 from async_rl.wire.messages import Permit
 
 MOST_REASON = 200
@@ -30,6 +31,8 @@ class SampleRecord(Struct, frozen=True, kw_only=True, gc=False):
     failed: bool
     reason: str = ""
     """of a failed one: why, as far as it fits into a line"""
+    parts: Mapping[str, float] | None = None
+    """named parts of its reward, of held-out problems only"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,6 +119,7 @@ class Group:
             policy_length=trajectory.num_policy_tokens,
             failed=trajectory.failed,
             reason=trajectory.reason[:MOST_REASON] if trajectory.failed else "",
+            parts=parts_in(trajectory.info) if self.split == "eval" else None,
         )
         return True
 

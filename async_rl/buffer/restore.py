@@ -45,6 +45,8 @@ class StoredState:
     begun: frozenset[tuple[int, int]]
     """(group, sample) of episodes of which finished turns are kept"""
     counts: Mapping[str, int]
+    failures: tuple[tuple[str, int], ...]
+    """(reason, trajectories that failed)"""
     tokens_generated: int
     """policy tokens of everything stored"""
 
@@ -75,6 +77,7 @@ def read_state(store: StoreReader) -> StoredState:
         samples={group: tuple(store.trajectories_of(group)) for group in live},
         begun=frozenset(store.begun()),
         counts=dict(tally),
+        failures=tuple(store.failures()),
         tokens_generated=tokens,
     )
 
@@ -88,6 +91,8 @@ def restore(core: Core, stored: StoredState, *, version: int) -> None:
     admission.lost_tokens = stored.tokens_generated
     ledger.published = core.consumed = version
     core.counts.update(stored.counts)
+    for reason, count in stored.failures:
+        core.failures.add(reason, count)
     admission.refill = [
         (position, attempt + 1)
         for position, attempt, why in stored.dropped

@@ -254,6 +254,15 @@ class StoreReader:
             found["trajectories_failed"] += failed
         return dict(found)
 
+    def failures(self) -> list[tuple[str, int]]:
+        """(reason, episodes) of those that failed, in the order in which the first of each reason arrived; without
+        those that a generator gave up when it was told."""
+        query = (
+            "SELECT reason, count(*) FROM trajectories WHERE ended IN ('error', 'aborted') AND reason != ? "
+            "GROUP BY reason ORDER BY min(id)"
+        )
+        return [tuple(row) for row in self._all(query, (ABANDONED,))]
+
     def batches(self) -> Iterator[BatchRow]:
         for step, groups, formed_at, trained_at in self._all("SELECT * FROM batches ORDER BY step"):
             yield BatchRow(step=step, groups=tuple(json.loads(groups)), formed_at=formed_at, trained_at=trained_at)

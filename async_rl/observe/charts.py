@@ -28,8 +28,9 @@ LEARNING, POLICY, OBJECTIVE, LEFT_OUT, FLOW, OTHER = (
     "Flow",
     "Everything else",
 )
+REWARD = Chart(section=LEARNING, title="Reward", keys=("reward/mean", "reward/eval"))
 CHARTS: tuple[Chart, ...] = (
-    Chart(section=LEARNING, title="Reward", keys=("reward/mean", "reward/eval")),
+    REWARD,
     Chart(section=LEARNING, title="Entropy", keys=("entropy",)),
     Chart(section=LEARNING, title="Gradient norm", keys=("grad/norm",), log=True),
     Chart(section=LEARNING, title="Length of answers", keys=("len/mean", "len/kept")),
@@ -57,6 +58,7 @@ CHARTS: tuple[Chart, ...] = (
     Chart(section=OBJECTIVE, title="KL regulariser", keys=("kl/regulariser", "kl/coefficient")),
     Chart(section=LEFT_OUT, title="Rejected by the objective", keys=("reject/tokens", "reject/trajectories")),
     Chart(section=LEFT_OUT, title="Groups refused by the buffer", keys=("groups/refused",)),
+    Chart(section=LEFT_OUT, title="Episodes that failed", keys=("episodes/failed",)),
     Chart(section=LEFT_OUT, title="Length of what was left out", keys=("len/refused", "len/rejected")),
     Chart(
         section=FLOW,
@@ -77,8 +79,20 @@ def charts_for(keys: Iterable[str]) -> list[Chart]:
     for chart in CHARTS:
         if kept := tuple(key for key in chart.keys if key in there):
             found.append(replace(chart, keys=kept))
-    placed = {key for chart in CHARTS for key in chart.keys}
+        if chart is REWARD:
+            found += _parts(there)
+    placed = {key for chart in (*CHARTS, *found) for key in chart.keys}
     return found + [Chart(section=OTHER, title=key, keys=(key,)) for key in sorted(there - placed)]
+
+
+def _parts(there: set[str]) -> list[Chart]:
+    """A chart for each named part of the reward, in training and held out."""
+    names = {key.split("/")[1] for key in there if key.startswith("reward/") and key.count("/") == 2}
+    return [
+        Chart(section=LEARNING, title=f"Reward: {name}", keys=tuple(key for key in pair if key in there))
+        for name in sorted(names)
+        for pair in [(f"reward/{name}/mean", f"reward/{name}/eval")]
+    ]
 
 
 MOST_POINTS = 1200

@@ -228,6 +228,17 @@ denominators is `select.denominator`.""",
                 "mean outcome on held-out problems; in no row: `report` and the trackers make it of the events "
                 "`evaluation` in `events.jsonl`",
             ),
+            Metric(
+                "reward/<part>/mean",
+                "reward",
+                "a named part of the reward: mean over the trajectories of the batch that have it, unweighted "
+                "(`task.reward_weights`); absent when none has",
+            ),
+            Metric(
+                "reward/<part>/eval",
+                "reward",
+                "the same over held-out episodes; in no row, made as `reward/eval` is",
+            ),
             Metric("advantage/mean", "", "mean of A over tokens"),
             Metric("advantage/std", "", "standard deviation of A over tokens"),
             Metric("advantage/max", "", "largest |A|"),
@@ -248,6 +259,27 @@ denominators is `select.denominator`.""",
                 "1 in the first `critic.warmup_steps` steps, which train the critic alone (`lr/effective` is 0); "
                 "absent after them",
             ),
+        ),
+    ),
+    Section(
+        title="Episodes that failed",
+        before="""\
+The task, its reward or the engine raised, or took too long. Such an episode has no reward: it is in no mean and is not
+trained. The counts include held-out episodes.""",
+        metrics=(
+            Metric(
+                "episodes/failed",
+                "share",
+                "share of the episodes that arrived since the step before; absent when none arrived",
+            ),
+            Metric(
+                "episodes/failure",
+                "text",
+                "why the newest of them failed; absent when none did. Reasons are counted in `failures` of "
+                "`summary.json`",
+            ),
+            Metric("episodes/arrived", "episodes", "all that arrived since the start of the run"),
+            Metric("episodes/failed_total", "episodes", "those of them that failed"),
         ),
     ),
     Section(

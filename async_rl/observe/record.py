@@ -29,6 +29,8 @@ from async_rl.events import (
 from async_rl.run_folder import RunFolder
 
 State = Literal["finished", "going on", "failed", "stopped", "broken off"]
+TEXTS = ("episodes/failure",)
+"""columns that hold no numbers"""
 ENDS = (ProcessFailed, RunInterrupted, ProcessStarted, RunResumed)
 """the last of these events tells how a run without a summary and without a launcher ended"""
 
@@ -77,12 +79,12 @@ class RunRecord:
         return (row.event for row in self.events if row.event is not None)
 
     def metric_keys(self) -> list[str]:
-        """Every metric that some row has, in the order of first appearance."""
+        """Every metric that some row has as a number, in the order of first appearance."""
         found: dict[str, None] = {}
         for row in self.rows:
             if not row.keys() <= found.keys():
                 found |= dict.fromkeys(row)
-        return [key for key in found if key not in ("step", "time")]
+        return [key for key in found if key not in ("step", "time", *TEXTS)]
 
     def state(self) -> tuple[State, str]:
         """How the run stands, and the same in words."""

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from async_rl.buffer.failures import Failures, most_frequent
 from async_rl.buffer.store_reader import StoreError, StoreSurvey, Surveyed
 from async_rl.errors import UserError
 from async_rl.events import EvaluationReported, RunResumed
@@ -41,6 +42,8 @@ DETAIL_TRAJECTORIES = 60_000
 """newest trajectories that are looked through for these spans"""
 MOST_EVENTS = 2_000
 MOST_INCIDENTS = 50
+MOST_FAILURES = 12
+"""reasons of failed episodes that are listed"""
 CLOCK_POINTS = 400
 """points of the curve that maps steps to time"""
 STYLES = ("uplot.css", "report.css")
@@ -129,6 +132,7 @@ def _run(record: RunRecord, with_ratios: bool) -> dict[str, Any]:
         "settings": [[s.path, s.value, s.meaning, s.unit] for s in record.setting_rows],
         "survey": None,
         "refusals": [],
+        "failures": [],
         "samples": [],
         "sample_notes": ["There is no store of trajectories here."],
         "timeline": _timeline(record, [], start, end),
@@ -138,6 +142,7 @@ def _run(record: RunRecord, with_ratios: bool) -> dict[str, Any]:
         with StoreSurvey(record.folder.store) as store:
             run["survey"] = _survey(store.spread(), store.last_id())
             run["refusals"] = list(store.refusals().items())
+            run["failures"] = list(_failures(store).items())
             run["samples"], run["sample_notes"] = samples(record, store, with_ratios=with_ratios)
             run["timeline"] = _timeline(record, store.newest(DETAIL_TRAJECTORIES), start, end)
     except (UserError, StoreError) as error:
@@ -203,6 +208,11 @@ def _curves(record: RunRecord) -> dict[str, Any]:
         drawn = curve(at[order], reward[order], absent=np.isnan(reward[order]))
         if drawn is not None:
             found["reward/eval"] = _drawn(drawn)
+        for name in dict.fromkeys(name for e in held_out for name in e.parts):
+            part = np.array([e.parts.get(name, np.nan) for e in held_out])[order]
+            drawn = curve(at[order], part, absent=np.isnan(part))
+            if drawn is not None:
+                found[f"reward/{name}/eval"] = _drawn(drawn)
     return found
 
 
@@ -303,6 +313,14 @@ def _bucket(length: int) -> int:
 
 def _counted(values: Iterable[int]) -> list[list[int]]:
     return [[value, count] for value, count in sorted(Counter(values).items())]
+
+
+def _failures(store: StoreSurvey) -> dict[str, int]:
+    """Failed episodes by reason."""
+    found = Failures()
+    for reason, count in store.failures():
+        found.add(reason, count)
+    return most_frequent(found.counts.items(), MOST_FAILURES)
 
 
 def _rejects(record: RunRecord) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from async_rl.errors import UserError
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.observe.record import RunRecord
 from async_rl.trainer.manifest import list_checkpoints, version_of
-from async_rl.trajectory import Trajectory
+from async_rl.trajectory import Trajectory, Turn
 from async_rl.trajectory.codec import WireError, unpack
+from async_rl.trajectory.parts import PREFIX
+from async_rl.trajectory.types import GREEDY
 
 STEPS_SHOWN = 14
 """steps of which one group each is shown"""
@@ -33,6 +36,8 @@ MOST_TOKENS = 40_000
 """tokens of all trajectories that are shown: about 1.5 MB of page"""
 HEAD, TAIL = 900, 300
 """tokens of a long trajectory that are shown, at its start and at its end"""
+MOST_NOTES = 12
+"""of a trajectory that are shown beside the parts of its reward"""
 NUMBER_DIGITS = 3
 """decimals of log-probs and ratios"""
 
@@ -141,7 +146,8 @@ def _plain_values(one: Chosen, tokenizer: Tokenizer | None, ratio: Ratios | None
         of_token[t.policy_positions()] = ratio.ratio
     cut = n > HEAD + TAIL
     shown = [*range(HEAD), *range(n - TAIL, n)] if cut else list(range(n))
-    text = pieces(tokenizer, t.tokens.tolist()) if n <= 4 * (HEAD + TAIL) else _ends(tokenizer, t.tokens.tolist())
+    text = pieces_of_contexts(tokenizer, t)
+    context_of = np.searchsorted(np.asarray([0, *t.contexts]), np.asarray(shown), side="right")  # from 1
     return {
         "group": t.group,
         "sample": t.sample,
@@ -155,8 +161,12 @@ def _plain_values(one: Chosen, tokenizer: Tokenizer | None, ratio: Ratios | None
         "refused": row.refused_because or "",
         "generator": t.generator or row.generator,
         "seconds": round(t.finished_at - t.started_at, 3),
-        "turns": [[turn.start, turn.length, round(turn.reward, 4)] for turn in t.turns],
-        "info": dict(list(t.info.items())[:12]),
+        "turns": [
+            [turn.start, turn.length, round(turn.reward, 4), turn.agent, temperature_shown(turn)] for turn in t.turns
+        ],
+        "contexts": 1 + len(t.contexts),
+        "context_at": [[int(k), int(context_of[k])] for k in np.flatnonzero(np.diff(context_of, prepend=1))],
+        "info": _notes(t.info),
         "length": n,
         "policy": t.num_policy_tokens,
         "cut": HEAD if cut else None,
@@ -169,10 +179,29 @@ def _plain_values(one: Chosen, tokenizer: Tokenizer | None, ratio: Ratios | None
     }
 
 
-def _ends(tokenizer: Tokenizer | None, tokens: Sequence[int]) -> list[str]:
-    """The pieces of a very long trajectory at its start and end; empty between."""
-    middle = len(tokens) - HEAD - TAIL
-    return [*pieces(tokenizer, tokens[:HEAD]), *[""] * middle, *pieces(tokenizer, tokens[-TAIL:])]
+def pieces_of_contexts(tokenizer: Tokenizer | None, trajectory: Trajectory) -> list[str]:
+    """`pieces` of each context by itself, [tokens]. Of a very long trajectory those at its start and end; empty
+    between."""
+    tokens, n = trajectory.tokens.tolist(), len(trajectory.tokens)
+    cuts = {0, n, *trajectory.contexts}
+    if left_out := n > 4 * (HEAD + TAIL):
+        cuts |= {HEAD, n - TAIL}
+    found: list[str] = []
+    for begin, end in pairwise(sorted(cuts)):
+        hidden = left_out and HEAD <= begin < n - TAIL
+        found += [""] * (end - begin) if hidden else pieces(tokenizer, tokens[begin:end])
+    return found
+
+
+def temperature_shown(turn: Turn) -> float | str | None:
+    """None: the trajectory's."""
+    return "greedy" if turn.temperature == GREEDY else turn.temperature or None
+
+
+def _notes(info: Mapping[str, float | str]) -> dict[str, float | str]:
+    """The parts of the reward, then other notes, not too many."""
+    parts = {name: value for name, value in info.items() if name.startswith(PREFIX)}
+    return parts | dict([(name, value) for name, value in info.items() if name not in parts][:MOST_NOTES])
 
 
 def _short(value: float) -> float | None:
@@ -259,7 +288,7 @@ def _compute(
             chosen = [trajectories[place] for place in places]
             packed = pack_batch(chosen, micro_batch_tokens=PORTION_TOKENS)
             with torch.no_grad():
-                now = batch_log_probs(model, packed, ModelArithmetic(temperature=chosen[0].temperature))
+                now = batch_log_probs(model, packed, ModelArithmetic(temperature=chosen[0].temperature or 1.0))
             log_ratio = (now.log_prob - packed.log_behaviour).double().clamp(-20, 20).numpy()
             ends = np.cumsum([trajectory.num_policy_tokens for trajectory in chosen])[:-1]
             for place, part in zip(places, np.split(np.exp(log_ratio), ends), strict=True):

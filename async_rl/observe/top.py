@@ -41,6 +41,8 @@ NEWEST = 2_000
 """newest trajectories, of which the staleness histograms are made"""
 SAMPLES = 6
 """trajectories of which the text is shown, each of another group"""
+FAILURES_OF = 20
+"""newest steps of which a failed episode is told"""
 SAMPLE_TOKENS = 200
 """last tokens of a trajectory that are decoded"""
 
@@ -207,7 +209,8 @@ class RunPoller:
                 except WireError:
                     continue
                 if trajectory.sample == row.sample:
-                    found.append(_sample(row, trajectory.tokens[-SAMPLE_TOKENS:].tolist(), self._tokenizer))
+                    last = trajectory.tokens[(0, *trajectory.contexts)[-1] :]
+                    found.append(_sample(row, last[-SAMPLE_TOKENS:].tolist(), self._tokenizer))
         return found
 
 
@@ -270,6 +273,7 @@ def _learning(view: RunView, width: int) -> RenderableType:
         ("gradient", record.column("grad/norm"), "yellow"),
         ("entropy", record.column("entropy"), "blue"),
         ("tokens/s", _rate(view), "white"),
+        *([("failed", failed, "red")] if np.nansum(failed := record.column("episodes/failed")) > 0 else []),
     )
     for name, values, colour in rows:
         good = values[np.isfinite(values)]
@@ -277,7 +281,13 @@ def _learning(view: RunView, width: int) -> RenderableType:
             table.add_row(name, Text(sparkline(good, size), style=colour), short(float(values[-1])))
     if not record.rows:
         return Text("no step was trained yet", style="dim")
-    return Group(table, _factors(record.rows[-1]), _slots(view, width))
+    return Group(table, _factors(record.rows[-1]), _slots(view, width), *_failure(record))
+
+
+def _failure(record: RunRecord) -> list[Text]:
+    """Why the newest failed episode failed, where the newest steps had any."""
+    told = [str(row["episodes/failure"]) for row in record.rows[-FAILURES_OF:] if row.get("episodes/failure")]
+    return [Text(f"an episode failed: {told[-1]}", style="red")] if told else []
 
 
 def _rate(view: RunView) -> NDArray[np.float64]:

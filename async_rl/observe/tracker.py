@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from async_rl.events import EvaluationReported, EventRow, TrackerFailed, read_event_rows
 from async_rl.observe.record import RunRecord, read_json, read_run
 from async_rl.run_folder import RowTail, RunFolder, replace_text
+from async_rl.trajectory.parts import PREFIX
 
 EVERY_S = 1.0
 STATE = "trackers.json"
@@ -136,7 +137,7 @@ class Series:
         done = [(row.event, row.time) for row in events if isinstance(row.event, EvaluationReported)]
         new = [(event, time) for event, time in done if event.evaluation not in self.delivered.evaluations]
         if new:
-            points = [(event.step, time, {HELD_OUT: event.reward}) for event, time in new if not isnan(event.reward)]
+            points = [(event.step, time, held_out(event)) for event, time in new if not isnan(event.reward)]
             self._send(points, (), [event.evaluation for event, _ in new], save)
 
     def _send(
@@ -243,6 +244,11 @@ def report_failure(folder: RunFolder, name: str, error: Exception) -> None:
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of a row, without step and time."""
     return {k: float(v) for k, v in row.items() if k not in ("step", "time") and isinstance(v, int | float)}
+
+
+def held_out(event: EvaluationReported) -> dict[str, float]:
+    """The held-out reward and its parts."""
+    return {HELD_OUT: event.reward, **{f"{PREFIX}{name}/eval": value for name, value in event.parts.items()}}
 
 
 def _delivered(folder: RunFolder, name: str) -> Delivered:

@@ -66,7 +66,7 @@ class Weights:
                 raise RewardError(f"a part of the reward is called {name!r:.80}; a name has 1 to 60 characters, no /")
             if value is not None:
                 parts[name] = _number(value, f"the reward's part '{name}'")
-        total = math.fsum(self.chosen.get(name, 1.0) * value for name, value in parts.items())
+        total = sum((self.chosen.get(name, 1.0) * value for name, value in parts.items()), 0.0)
         if not math.isfinite(total):
             raise RewardError(f"the weighed sum of the reward's parts is {total}")
         return Weighed(total=total, parts=parts, named=frozenset(reward), nothing=not reward)

@@ -31,16 +31,17 @@ class Totals:
     lag_max: float = 0.0
     ess: float = 0.0
     ess_steps: int = 0
-    first: Mapping[str, float] = field(default_factory=dict)
-    last: Mapping[str, float] = field(default_factory=dict)
+    first: Mapping[str, Any] = field(default_factory=dict)
+    last: Mapping[str, Any] = field(default_factory=dict)
 
-    def add(self, row: Mapping[str, float]) -> None:
+    def add(self, row: Mapping[str, Any]) -> None:
         """Add the metric row of the next step."""
         self.steps += 1
         self.training += row["time/step"]
         self.tokens += row["batch/policy_tokens"]
-        self.lag += row["lag/mean"] * row["batch/policy_tokens"]
-        self.lag_max = max(self.lag_max, row["lag/max"])
+        if "lag/mean" in row:  # absent when no trajectory of the batch has a token
+            self.lag += row["lag/mean"] * row["batch/policy_tokens"]
+            self.lag_max = max(self.lag_max, row["lag/max"])
         if "ess/ratio" in row:
             self.ess += row["ess/ratio"]
             self.ess_steps += 1
@@ -50,7 +51,7 @@ class Totals:
     @property
     def generator_busy(self) -> float:
         """Seconds inside model steps, as of the last row."""
-        return self.last.get("time/generator_busy", 0.0)
+        return float(self.last.get("time/generator_busy", 0.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +97,8 @@ class Summary:
     groups_trained: int
     groups_refused: int
     trajectories_failed: int
+    failures: Mapping[str, int]
+    """failed episodes by reason, held-out ones included; the most frequent reasons"""
     canary: CanarySummary
     alarms: tuple[Alarm, ...]
     """that stand at the end"""
@@ -152,6 +155,7 @@ def summarise(
         groups_trained=counters.groups_trained,
         groups_refused=counters.groups_refused,
         trajectories_failed=counters.trajectories_failed,
+        failures=dict(counters.failures),
         canary=canary,
         alarms=tuple(guard.watch.raised.values()),
         rollback=guard.rollback.event().detail() if guard.rollback is not None else None,

@@ -109,12 +109,13 @@
     const rows = [];
     for (const run of data.runs) {
       for (const [reason, groups] of run.refusals) rows.push([run.name, "buffer", reason, `${groups.toLocaleString("en-US")} groups`, "", ""]);
+      for (const [reason, episodes] of run.failures) rows.push([run.name, "an error", reason, `${episodes.toLocaleString("en-US")} episodes`, "", ""]);
       for (const one of run.rejects) {
         const by = Object.entries(one.buckets).map(([bucket, count]) => `${bucket.replace("_", " ")}: ${count.toLocaleString("en-US")}`).join(", ");
         rows.push([run.name, "objective", one.reason, `${one.trajectories.toLocaleString("en-US")} trajectories`, `${one.tokens.toLocaleString("en-US")} tokens`, by]);
       }
     }
-    if (!rows.length) return [el("p", { class: "count", id: "left-out" }, "Nothing was refused by the buffer or rejected by the objective.")];
+    if (!rows.length) return [el("p", { class: "count", id: "left-out" }, "No episode failed; nothing was refused by the buffer or rejected by the objective.")];
     const head = ["run", "by", "reason", "how many", "tokens", "trajectories by policy tokens"];
     return [el("article", { class: "card", id: "left-out" }, el("header", {}, el("h3", {}, "What was left out, and why")),
       el("table", {}, el("thead", {}, el("tr", {}, ...head.map(h => el("th", {}, h)))), el("tbody", {}, ...rows.map(row => el("tr", {}, ...row.map(cell => el("td", {}, cell)))))))];
