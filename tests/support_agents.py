@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ HERMES = (
     "{% if tools %}{{ '<|im_start|>system\\n# Tools <tool_call>\\n' }}{% for t in tools %}{{ t | tojson + '\\n' }}"
     "{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + (m['content'] or '') | trim }}"
-    "{% for c in m.get('tool_calls') or [] %}{{ '\\n<tool_call>\\n' + (c.function | tojson) + '\\n</tool_call>' }}"
-    "{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% for c in m.get('tool_calls') or [] %}{{ '\\n<tool_call>\\n{\"name\": \"' + c.function.name }}"
+    "{{ '\", \"arguments\": ' + (c.function.arguments | tojson) + '}\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """a chat template with tools in the Hermes format; it strips what a message holds"""
@@ -176,7 +177,7 @@ async def play(
 def contexts_of(made: Trajectory) -> list[slice]:
     """Where the contexts of a trajectory lie in its tokens."""
     edges = [0, *made.contexts, len(made.tokens)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def texts_of(made: Trajectory, tokenizer: Tokenizer) -> list[str]:

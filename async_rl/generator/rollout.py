@@ -17,8 +17,8 @@ from async_rl.trajectory import Trajectory
 from async_rl.trajectory.parts import PREFIX
 
 Result = TypeVar("Result")
-AGENTS_S = 1.0
-"""interval in which an episode that agents play is looked at"""
+LOOK_S = 1.0
+"""an episode is looked at so often"""
 
 
 async def run_episode(
@@ -50,11 +50,10 @@ async def play_episode(
     deadline = time.monotonic() + timeout_s
 
     def late() -> tuple[float, str]:
-        left = deadline - time.monotonic()
+        # an agent that plays through the endpoint may not come back from an engine that died
+        left = min(deadline - time.monotonic(), LOOK_S)
         if guard.limit_s:
             left = min(left, guard.limit_s - session.task_s)
-        if session.has_agents:  # that would not come back from an engine that died
-            left = min(left, AGENTS_S)
         return left, _lateness(session, rollout, deadline, timeout_s, guard)
 
     outcome = await outcome_of(guard, rollout, late)

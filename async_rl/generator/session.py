@@ -237,7 +237,7 @@ class EpisodeSession:
     def append(self, text: str) -> None:
         self._now.extend(self.tokenizer.encode(text, behind=True))
 
-    def append_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
+    def append_messages(self, messages: Sequence[Mapping[str, Any]], *, as_sampled: bool = False) -> None:
         context = self._now
         if context.chat is None:
             raise ValueError(
@@ -246,7 +246,7 @@ class EpisodeSession:
         turn = context.tokens[context.chat.length :]
         if not turn and not context.truncated:
             raise ValueError("no turn lies between these messages and those before; append them in one call")
-        context.extend(context.chat.follow(turn, messages))
+        context.extend(context.chat.follow(turn, messages, as_sampled=as_sampled))
 
     def start_context(self, prompt: str | Sequence[Mapping[str, Any]]) -> None:
         before, context = self._now, self.open_context()
@@ -485,11 +485,6 @@ class EpisodeSession:
     def task_s(self) -> float:
         """Seconds that the task has had the word since the last turn; 0 while the engine samples one."""
         return 0.0 if self._sampling else time.monotonic() - self._task_since
-
-    @property
-    def has_agents(self) -> bool:
-        """Agents may play the episode through the endpoint."""
-        return self._connection is not None
 
     def so_far(self) -> Trajectory:
         """The turns finished until now, from which another generator continues if this one dies. Not for training."""
