@@ -129,6 +129,6 @@ def frozen_experts(shapes: Mapping[str, Sequence[int]]) -> str:
     if not experts:
         return ""
     return (
-        f"lora: the experts get no adapter, {experts:,} of {sum(sizes.values()):,} parameters "
-        f"({experts / sum(sizes.values()):.0%}), and stay as they are; lora.rank=0 trains them"
+        f"adapters leave out the experts, {experts:,} of {sum(sizes.values()):,} parameters "
+        f"({experts / sum(sizes.values()):.0%}), which stay as they are; lora.rank=0 trains them too"
     )

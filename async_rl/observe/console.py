@@ -489,6 +489,7 @@ def summary_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
         *([("failed because", reasons)] if (reasons := sentence(s.get("failures", {}))) else []),
         *alarm_rows(s),
         ("weights", weights_checked(s["canary"])),
+        *([("not trained", left)] if (left := s.get("not_adapted")) else []),
         ("model", str(s["model"])),
     ]
 

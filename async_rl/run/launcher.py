@@ -83,6 +83,8 @@ class Launcher:
     tracker: TrackerProcess = field(init=False)
     trained: bool = False
     """this launch has trained a step"""
+    not_adapted: str = ""
+    """what adapters leave out of the model, for the user"""
     output_lost: bool = False
     """nothing is shown any more, which has been recorded"""
     goes_on: bool = False
@@ -99,7 +101,7 @@ class Launcher:
 
     def _run(self) -> dict[str, Any]:
         facts = preflight(self.settings, resumed=self.start_at is not None)
-        self.settings = facts.settings
+        self.settings, self.not_adapted = facts.settings, facts.not_adapted
         endpoint = self.endpoint()
         self.open_folder()
         self.crew = Crew(
@@ -366,6 +368,7 @@ class Launcher:
             raise RunFailed("the trainer ended without a summary; see its log")
         summary: dict[str, Any] = json.loads(self.folder.summary.read_text())
         summary["seconds_with_start"] = round(seconds, 3)
+        summary["not_adapted"] = self.not_adapted
         replace_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         return summary
 

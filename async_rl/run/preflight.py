@@ -59,6 +59,8 @@ class Facts:
     """tokens the model knows; 0: only transformers can say"""
     task_digest: str = ""
     """of the problems, for generators that join"""
+    not_adapted: str = ""
+    """what adapters leave out of the model, for the user"""
     settings: Settings
     """what all processes get: those that were checked, and what was found out for all of them"""
 
@@ -77,7 +79,7 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
     ways = ways_here(settings, placement)
     chosen = settings.trainer
     choose_backend(chosen.attention, device=chosen.device, half=chosen.dtype == "bfloat16")
-    left_out = check_lora(settings, config) if settings.lora.rank else ""
+    not_adapted = check_lora(settings, config) if settings.lora.rank else ""
     tokenizer = Tokenizer.of(settings.model)
     task = make_task(settings.task.name, settings.task.args)
     weights_of(task, settings.task.reward_weights)
@@ -93,7 +95,7 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
     settings, task, left_out = (settings, task, []) if resumed else fit_prompts(settings, task, tokenizer, context)
     dated = [f"the chat template writes a date: {settings.model.template_time} in all of this run"]
     notes = dated if tokenizer.dated and settings.model.template_time else []
-    notes += [left_out] if left_out else []
+    notes += [not_adapted] if not_adapted else []
     notes += [*task.notes, *left_out]
     notes += describe_links(ways) + check_room_here(settings) + check_fit(task, tokenizer, context)
     notes += describe_control_tokens(task, tokenizer)
@@ -121,6 +123,7 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
         ways=ways,
         vocabulary=vocabulary,
         task_digest=task_digest(task, tokenizer),
+        not_adapted=not_adapted,
         settings=settings,
     )
 
