@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from support_run import quick_settings, train
 from support_story import REFUSED, Story
 
@@ -20,6 +21,7 @@ from async_rl.model.tokenizer import Tokenizer
 from async_rl.observe.record import read_run
 from async_rl.observe.report import page, report_data, write_report
 from async_rl.observe.samples import pieces
+from async_rl.trajectory import VersionSpan
 from async_rl.trajectory.codec import unpack
 
 
@@ -170,6 +172,55 @@ def test_a_long_trajectory_is_cut_in_the_middle(tmp_path: Path, tiny_model: Path
     assert sample["length"] == 9002
     assert len(sample["text"]) == len(sample["turn"]) == 1200
     assert sample["cut"] == 900
+
+
+def test_contexts_and_agents_are_shown_where_they_begin_and_greedy_episodes_have_ratios(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    folder = train(quick_settings(tiny_model, "checkpoint.every=2"), tmp_path / "run")
+    with StoreReader(folder.store) as store:
+        blobs = store.load_batch(0)
+    assert blobs is not None
+    whole = unpack(blobs[0])
+    turn = whole.turns[0]
+    n = turn.start + turn.length
+    one = structs.replace(
+        whole,
+        tokens=whole.tokens[:n],
+        log_behaviour=whole.log_behaviour[:n],
+        turns=(turn,),
+        versions=(VersionSpan(version=0, start=0, end=n),),
+    )
+    twice = structs.replace(
+        one,
+        group=999,
+        tokens=np.concatenate([one.tokens, one.tokens]),
+        log_behaviour=np.concatenate([one.log_behaviour, one.log_behaviour]),
+        turns=(
+            structs.replace(turn, agent="solver"),
+            structs.replace(turn, start=n + turn.start, agent="critic", temperature=0.5),
+        ),
+        versions=(VersionSpan(version=0, start=0, end=2 * n),),
+        contexts=(n,),
+        split="eval",
+        temperature=0.0,
+    )
+    greedy = structs.replace(one, group=999, sample=1, split="eval", temperature=0.0)
+    assert twice.check() is None
+    with Store(folder.store, durability="process", create=False) as store:
+        store.add_group(group=999, problem=0, split="eval", admitted_version=0, admitted_at=0.0, generator="g")
+        store.add_trajectories([twice, greedy])
+        store.commit()
+    data = report_data([read_run(folder.path)])["runs"][0]
+    first, second = sorted((s for s in data["samples"] if s["group"] == 999), key=lambda s: s["sample"])
+    assert (first["contexts"], first["context_at"]) == (2, [[n, 2]])
+    assert [turn[3:] for turn in first["turns"]] == [["solver", None], ["critic", 0.5]]
+    assert first["text"][:n] == first["text"][n:] == second["text"]
+    assert (second["contexts"], second["context_at"]) == (1, [])
+    # the same tokens behind the same prompt, at temperature 1 and at 0.5
+    ratios = np.array([r for r in first["ratio"] if r is not None]).reshape(2, -1)
+    assert ratios[0] == pytest.approx([r for r in second["ratio"] if r is not None], abs=1e-3)
+    assert np.abs(ratios[0] - ratios[1]).max() > 0.01
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, tiny_model: Path) -> None:

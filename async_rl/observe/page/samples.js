@@ -26,10 +26,17 @@ const Samples = (() => {
 
   function tip(sample, i) {
     if (sample.turn[i] < 0) return "given (prompt or environment)";
-    const said = [`turn ${sample.turn[i] + 1}`, `version ${sample.version[i]}` + (sample.step == null ? "" : `, ${lag(sample, i)} steps old when trained`)];
+    const said = [spoken(sample, sample.turn[i]), `version ${sample.version[i]}` + (sample.step == null ? "" : `, ${lag(sample, i)} steps old when trained`)];
     if (sample.logp[i] != null) said.push(`log-prob when sampled ${short(sample.logp[i])}`);
     if (sample.ratio && sample.ratio[i] != null) said.push(`ratio ${short(sample.ratio[i])} to the weights of version ${sample.ratio_version}`);
     return said.join("\n");
+  }
+
+  /* Which turn, whose and how it was sampled. */
+  function spoken(sample, number) {
+    const [, , , agent, temperature] = sample.turns[number];
+    const how = temperature == null ? "" : temperature === "greedy" ? " · greedy" : ` · temperature ${short(temperature)}`;
+    return `turn ${number + 1}${agent ? ` · ${agent}` : ""}${how}`;
   }
 
   function marked(text, query) {
@@ -52,13 +59,15 @@ const Samples = (() => {
 
   function tokens(sample) {
     const box = el("div", { class: "tokens" }), found = hits(sample.whole, state.query.toLowerCase());
+    const contexts = new Map(sample.context_at);
     let place = 0, turn = -1, version = null;
     sample.text.forEach((text, i) => {
       if (sample.cut === i) box.append(el("div", { class: "count" }, `… ${sample.length - sample.text.length} tokens left out …`));
+      if (contexts.has(i)) box.append(el("div", { class: "count context" }, `context ${contexts.get(i)} of ${sample.contexts}: the model sees nothing from above`));
       const own = sample.turn[i] >= 0;
       if (own && sample.turn[i] !== turn) {
         const reward = sample.turns[sample.turn[i]][2];
-        box.append(el("span", { class: "turn" }, `turn ${sample.turn[i] + 1}${reward ? ` · ${short(reward)}` : ""}`));
+        box.append(el("span", { class: "turn" }, `${spoken(sample, sample.turn[i])}${reward ? ` · ${short(reward)}` : ""}`));
       }
       turn = sample.turn[i];
       const swapped = own && version != null && sample.version[i] !== version;
@@ -116,6 +125,7 @@ const Samples = (() => {
       ["trained in step", sample.step == null ? "–" : String(sample.step)],
       ["weights", sample.versions[0] === sample.versions[1] ? `version ${sample.versions[0]}` : `versions ${sample.versions[0]} to ${sample.versions[1]}`],
       ["length", `${sample.length} tokens, ${sample.policy} of the policy in ${sample.turns.length} turn${sample.turns.length === 1 ? "" : "s"}`],
+      ...(sample.contexts > 1 ? [["contexts", String(sample.contexts)]] : []),
       ["ended", sample.ended + (sample.reason ? `: ${sample.reason}` : "")],
       ["made by", `${sample.generator || "?"} in ${duration(sample.seconds)}`],
       ...Object.entries(sample.info).map(([name, value]) => [name, String(value)]),
