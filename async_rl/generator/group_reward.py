@@ -77,10 +77,11 @@ class GroupJudge:
         outcome = await outcome_of(self.guard, work := self._called(good), self._late(lambda: waits_in(work)))
         if isinstance(outcome, BaseException):
             reason = str(outcome) if isinstance(outcome, TaskOverrun) else describe_error(outcome)
-            made = {id(one): _failed(one.trajectory, f"the group's reward: {reason}") for one in good}
+            judged = [_failed(one.trajectory, f"the group's reward: {reason}") for one in good]
         else:
-            made = {id(one): _rewarded(one.trajectory, found) for one, found in zip(good, outcome, strict=True)}
-        return [made.get(id(one), one.trajectory) for one in played]
+            judged = [_rewarded(one.trajectory, found) for one, found in zip(good, outcome, strict=True)]
+        by_number = {trajectory.sample: trajectory for trajectory in judged}
+        return [by_number.get(one.trajectory.sample, one.trajectory) for one in played]
 
     async def _called(self, good: Sequence[Played]) -> list[Weighed]:
         """The final rewards of the episodes."""
@@ -208,7 +209,7 @@ class WaitingGroups:
 
     async def _judge(self, number: int, group: WaitingGroup) -> None:
         try:
-            made = await self.judge.judge(group.played)
+            made = await self.judge.judge(tuple(group.played))
         except asyncio.CancelledError:
             if self.waiting.get(number) is not group:  # it was given up
                 raise

@@ -295,6 +295,26 @@ def test_waiting_episodes_are_in_hand_and_their_turns_are_saved(tokenizer: Token
     asyncio.run(work())
 
 
+def test_turns_that_are_saved_while_a_group_is_judged_change_nothing(tokenizer: Tokenizer) -> None:
+    go_on = asyncio.Event()
+
+    async def judge(samples: Sequence[Sample]) -> list[float]:
+        await go_on.wait()
+        return [1.0] * len(samples)
+
+    async def work() -> list[Trajectory]:
+        played = Played(Judged(judge), tokenizer)
+        played.engine.open.set()
+        played.episodes.start(PERMIT, PERMIT.samples)
+        await played.until(lambda: played.task.seen)
+        assert len(played.episodes.take_unsent()) == 3
+        go_on.set()
+        await played.until(lambda: len(played.sent) == 3)
+        return played.sent
+
+    assert [t.reward for t in asyncio.run(work())] == [1.25] * 3
+
+
 @pytest.mark.parametrize("judging", [True, False])
 def test_a_dropped_group_is_sent_as_aborted_at_once(tokenizer: Tokenizer, judging: bool) -> None:
     async def work() -> list[Trajectory]:
