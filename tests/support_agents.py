@@ -26,7 +26,8 @@ HERMES = (
     "{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + (m['content'] or '') | trim }}"
     "{% for c in m.get('tool_calls') or [] %}{{ '\\n<tool_call>\\n{\"name\": \"' + c.function.name }}"
-    "{{ '\", \"arguments\": ' + (c.function.arguments | tojson) + '}\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{{ '\", \"arguments\": ' + (c.function.arguments | tojson) + '}\\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """a chat template with tools in the Hermes format; it strips what a message holds"""
