@@ -83,4 +83,4 @@ docs: .venv/installed-dev
 	$(BIN)/mkdocs build --quiet
 
 clean:
-	rm -rf .venv build dist site models
+	rm -rf .venv build dist site

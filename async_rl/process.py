@@ -140,6 +140,11 @@ def ignore_interrupts(*, to_the_end: bool = False) -> None:
             signal.signal(s, signal.SIG_IGN if to_the_end else _nothing)
 
 
+def ignores_interrupts() -> bool:
+    """Whether this process has been told to end, and cleans up: further signals do nothing."""
+    return signal.getsignal(signal.SIGINT) is _nothing
+
+
 def _nothing(number: int, _: FrameType | None) -> None:
     pass
 

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from async_rl.process import STACKS_SIGNAL, dump_stacks_on_signal
+from async_rl.process import STACKS_SIGNAL, dump_stacks_on_signal, ignores_interrupts
 
 WATCHED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGCHLD)
 
@@ -97,7 +97,9 @@ class ProcessState:
         return changed
 
     def _put_back(self, part: Part) -> None:
-        if threading.current_thread() is not threading.main_thread() and part.name.startswith("the handler of "):
+        if part.name.startswith("the handler of ") and (
+            threading.current_thread() is not threading.main_thread() or ignores_interrupts()
+        ):
             return
         part.write(part.value)
         if part.name not in self.reported:

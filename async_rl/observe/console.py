@@ -317,7 +317,14 @@ def _staleness(slash: str) -> Callable[[Step], str]:
 
 
 def _learning_rate(width: int) -> Callable[[Step], str]:
-    return lambda step: "no step" if step.skipped else figure(step.learning_rate_factor, width)
+    """The factor on the scheduled rate; `critic` while the critic alone is trained."""
+
+    def cell(step: Step) -> str:
+        if step.row.get("critic/warmup"):
+            return "critic"
+        return "no step" if step.skipped else figure(step.learning_rate_factor, width)
+
+    return cell
 
 
 def _gradient(width: int) -> Callable[[Step], str]:

@@ -109,6 +109,7 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
         has_critic=requirements(recipe).value,
         single_turn=task.single_turn,
     )
+    notes += describe_warmups(settings, has_critic=requirements(recipe).value)
     held_out = len(task.problems("eval"))
     if settings.evaluation.problems > held_out:
         notes.append(
@@ -126,6 +127,23 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
         not_adapted=not_adapted,
         settings=settings,
     )
+
+
+def describe_warmups(settings: Settings, *, has_critic: bool) -> list[str]:
+    """What a warm-up leaves of the run, where it leaves nothing or less than the whole learning rate."""
+    steps, notes = settings.trainer.steps, []
+    critic, optimizer = settings.critic.warmup_steps if has_critic else 0, settings.optimizer.warmup_steps
+    if critic >= steps:
+        notes.append(
+            f"critic.warmup_steps is {critic} and the run has {steps} steps: they train the critic alone, and the "
+            "policy stays as it is; lower it, or raise trainer.steps"
+        )
+    elif optimizer >= steps:
+        notes.append(
+            f"optimizer.warmup_steps is {optimizer} and the run has {steps} steps: the learning rate reaches "
+            f"{steps / (optimizer + 1):.2f} of optimizer.learning_rate; lower it, or raise trainer.steps"
+        )
+    return notes
 
 
 def with_template_time(settings: Settings) -> Settings:
