@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support_contexts import judge, meet
 from support_models import write_folder
 from support_served import CONFIG, CONTEXT, TOLERANCE, Served, ask, clean, prompt
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion
+from async_rl.model.tokenizer import Tokenizer
 from async_rl.weights.canary import fingerprint
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make vllm)")
@@ -50,6 +52,11 @@ def test_the_same_seed_gives_the_same_tokens_whatever_the_batch(served: Served) 
     alone = [served.ask([request])[0] for request in reversed(requests)][::-1]
     assert [list(done.tokens) for done in together] == [list(done.tokens) for done in alone]
     assert len({tuple(done.tokens) for done in together}) > 1
+
+
+def test_an_episode_of_several_contexts_is_what_the_trainer_computes(served: Served, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_folder(tmp_path / "m", CONFIG))
+    judge(served.run(meet(served.engine, tokenizer, number=8, max_context=CONTEXT)), served.model, TOLERANCE)
 
 
 def test_a_turn_ends_at_stop_tokens_and_strings_and_keeps_them(served: Served) -> None:

@@ -84,6 +84,8 @@ def alone(model: Decoder, trajectory: Trajectory) -> Tensor:  # [policy tokens]
     for begin, end in pairwise(bounds):
         tokens = torch.from_numpy(trajectory.tokens[begin:end].astype(np.int64))
         logits = model(tokens, torch.arange(end - begin), DocumentAttention([end - begin])) @ model.head.T
+        if model.logit_cap:
+            logits = model.logit_cap * torch.tanh(logits / model.logit_cap)
         for turn in trajectory.turns:
             if turn.length and begin <= turn.start < end:
                 rows = logits[turn.start - begin - 1 : turn.start - begin - 1 + turn.length]
@@ -227,6 +229,18 @@ def test_a_context_changes_the_log_probs_behind_it_alone() -> None:
     apart, joined = (batch_log_probs(model, pack_batch([t], micro_batch_tokens=99), ARITHMETIC) for t in (one, whole))
     assert torch.allclose(apart.log_prob[:5], joined.log_prob[:5])
     assert (apart.log_prob[5:] - joined.log_prob[5:]).abs().min() > 1e-4
+
+
+def test_capped_logits_are_those_at_the_turns_temperature() -> None:
+    model, trajectory = sample_model(), made(0, SHAPES[0])
+    with torch.no_grad():
+        plain = alone(model, trajectory)
+    model.logit_cap = 2.0
+    found = batch_log_probs(model, pack_batch([trajectory], micro_batch_tokens=99), ARITHMETIC).log_prob
+    with torch.no_grad():
+        want = alone(model, trajectory)
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+    assert (want - plain).abs().max() > 0.01
 
 
 def test_greedy_turns_and_trajectories_are_shown_at_temperature_one() -> None:
