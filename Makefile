@@ -61,7 +61,7 @@ tokenizers: $(TOKENIZERS:%=.venv/tokenizers/%) .venv/chat_templates
 		{ rm -rf $(CURDIR)/$@.partial; echo "the tokenizer of $* could not be fetched: its tests are skipped"; }
 
 models/quickstart: | .venv/installed
-	$(BIN)/async-rl init-model $@ --task guess --until 0.4
+	$(BIN)/async-rl init-model $@ --task guess --until 0.55
 
 quickstart: install models/quickstart
 	$(BIN)/async-rl run configs/quickstart.yaml

@@ -287,7 +287,7 @@ def init_model(
 
     Example:
         >>> import async_rl as ar
-        >>> ar.init_model("models/quickstart", "guess", until=0.4)  # doctest: +SKIP
+        >>> ar.init_model("models/quickstart", "guess", until=0.55)  # doctest: +SKIP
     """
     stop_import("init_model")
     name, args = task_of(task)

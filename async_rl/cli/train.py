@@ -208,7 +208,7 @@ def _add_init_model(commands: Commands) -> None:
         "make a small model that a task's demonstrations warmed up",
         about="Random weights, then supervised steps until the model succeeds often enough: something to train on a "
         "laptop, where no pretrained model is wanted.",
-        example="async-rl init-model models/quickstart --task guess --until 0.4",
+        example="async-rl init-model models/quickstart --task guess --until 0.55",
         work=_init_model,
     )
     complete(init.add_argument("path", type=Path, metavar="DIR", help="folder to make"), FOLDER)

@@ -19,10 +19,10 @@ LOWER, HIGHER, FOUND, INVALID = "<", ">", "=", "!"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuessSettings:
-    """Example: `task: {name: guess, args: {num_secrets: 32, max_turns: 5}}`."""
+    """Example: `task: {name: guess, args: {num_secrets: 32, max_turns: 6}}`."""
 
     num_secrets: int = setting(32, "secrets are 0 .. num_secrets - 1; at most 100", unit="numbers")
-    max_turns: int = setting(5, "guesses allowed", unit="turns")
+    max_turns: int = setting(6, "guesses allowed; six are enough for 32 secrets, by halving", unit="turns")
     reward_consistent: float = setting(
         0.0, "turn reward of a guess that was still possible; only recipes with turn-level credit see it"
     )

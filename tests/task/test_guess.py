@@ -24,10 +24,11 @@ def bisect(transcript: str) -> str:
     return f"{(low + high) // 2:02d}"
 
 
-def test_bisection_finds_31_of_32_secrets_in_five_turns() -> None:
-    task = Guess(GuessSettings())
+@pytest.mark.parametrize(("turns", "found"), [(4, 15), (5, 31), (6, 32)])
+def test_bisection_finds_31_of_32_secrets_in_five_turns_and_all_in_six(turns: int, found: int) -> None:
+    task = Guess(GuessSettings(max_turns=turns))
     rewards = [play(task, problem(secret), ScriptedSession(bisect)) for secret in range(32)]
-    assert sum(rewards) == 31
+    assert sum(rewards) == found
 
 
 def test_a_found_secret_ends_the_episode_with_reward_one() -> None:
@@ -40,7 +41,7 @@ def test_a_found_secret_ends_the_episode_with_reward_one() -> None:
 def test_guesses_used_up_end_at_the_turn_limit_with_reward_zero() -> None:
     session = ScriptedSession(["31"] * 9)
     assert play(Guess(GuessSettings()), problem(3), session) == 0.0
-    assert session.transcript == "?" + "31<" * 5
+    assert session.transcript == "?" + "31<" * 6
     assert session.at_turn_limit
 
 
@@ -63,7 +64,7 @@ def test_equal_knowledge_has_the_same_state_key_and_other_knowledge_another() ->
     assert len({*keys, other.turns[1].state_key}) == 4
 
 
-@given(st.lists(st.integers(0, 31), min_size=5, max_size=5), st.integers(0, 31))
+@given(st.lists(st.integers(0, 31), min_size=6, max_size=6), st.integers(0, 31))
 def test_any_play_keeps_the_session_contract(guesses: list[int], secret: int) -> None:
     session = ScriptedSession([f"{g:02d}" for g in guesses])
     reward = play(Guess(GuessSettings()), problem(secret), session)
@@ -72,7 +73,7 @@ def test_any_play_keeps_the_session_contract(guesses: list[int], secret: int) ->
 
 
 def test_a_full_context_ends_the_episode() -> None:
-    session = ScriptedSession(["31"] * 5, max_context=8)
+    session = ScriptedSession(["31"] * 6, max_context=8)
     assert play(Guess(GuessSettings()), problem(3), session) == 0.0
     assert session.turn == 3
     assert session.truncated
@@ -80,9 +81,9 @@ def test_a_full_context_ends_the_episode() -> None:
 
 
 def test_turn_rewards_go_to_guesses_that_were_still_possible() -> None:
-    session = ScriptedSession(["15", "16", "07", "07", "99"])
+    session = ScriptedSession(["15", "16", "07", "07", "99", "03"])
     play(Guess(GuessSettings(reward_consistent=0.5)), problem(3), session)
-    assert [turn.reward for turn in session.turns] == [0.5, 0.0, 0.5, 0.0, 0.0]
+    assert [turn.reward for turn in session.turns] == [0.5, 0.0, 0.5, 0.0, 0.0, 0.5]
 
 
 def test_both_splits_hold_every_secret_equally_often_in_a_mixed_order() -> None:
@@ -109,7 +110,7 @@ def test_demonstrations_leave_something_to_learn() -> None:
     task, random = Guess(GuessSettings()), Random(0)
     problems = task.problems("train")
     found = sum(task.demonstration(problems[i % 256], random)[-1].text == "=" for i in range(2000))
-    assert 0.48 < found / 2000 < 0.60  # bisection: 0.97
+    assert 0.65 < found / 2000 < 0.76  # bisection: 1
 
 
 @pytest.mark.parametrize("args", [{"num_secrets": 101}, {"num_secrets": 1}, {"max_turns": 0}, {"rounds_eval": 0}])
@@ -125,4 +126,4 @@ def test_episodes_of_one_task_run_side_by_side() -> None:
     async def all_of_them() -> list[float]:
         return await asyncio.gather(*(task.rollout(problem(s), sessions[s]) for s in range(32)))
 
-    assert sum(asyncio.run(all_of_them())) == 31
+    assert sum(asyncio.run(all_of_them())) == 32
