@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -88,7 +89,7 @@ class GroupJudge:
         first = good[0].trajectory
         problem = self.task.problems(first.split)[first.problem]
         samples = [one.sample(problem) for one in sorted(good, key=lambda one: one.trajectory.sample)]
-        rewards = self.task.reward_group(problem, samples)
+        rewards: Any = self.task.reward_group(problem, samples)
         if inspect.isawaitable(rewards):
             rewards = await rewards
         if isinstance(rewards, str | dict) or not hasattr(rewards, "__len__") or len(rewards) != len(samples):
