@@ -23,7 +23,7 @@ TEMPERATURE = 0.8
 
 
 class Meeting(Task):
-    """A solver and a critic who see different things; the solver then begins anew with the same prompt."""
+    """A solver and a critic who see different things; the solver goes on, and then begins anew with the same prompt."""
 
     name = "meeting"
 
@@ -34,11 +34,16 @@ class Meeting(Task):
         first = await session.generate(max_tokens=5, agent="solver")
         session.append("0")
         await session.generate(max_tokens=4, agent="solver", temperature=0.4)
-        session.start_context("is it " + "".join(c for c in first if c.isdigit()))
+        number = session.start_context("is it " + "".join(c for c in first if c.isdigit()))
+        assert number == 1
         await session.generate(max_tokens=6, agent="critic", temperature=1.5)
-        session.reward_turn(0.5)
-        session.start_context("3+4=")
+        session.resume_context(0)
+        session.append("1")
+        await session.generate(max_tokens=3, agent="solver")
+        session.reward_turn(0.5, agent="critic")
+        assert session.start_context("3+4=") == 2
         await session.generate(max_tokens=5, agent="solver")
+        session.reward_turn(0.25)
         return 1.0
 
 
@@ -61,9 +66,9 @@ def judge(trajectories: Sequence[Trajectory], model: Decoder, tolerance: float) 
     for t in trajectories:
         assert t.reason == ""
         assert len(t.contexts) == 2
-        assert [turn.agent for turn in t.turns] == ["solver", "solver", "critic", "solver"]
-        assert [turn.temperature for turn in t.turns] == [0.0, 0.4, 1.5, 0.0]
-        assert [turn.reward for turn in t.turns] == [0.0, 0.0, 0.5, 0.0]
+        assert [turn.agent for turn in t.turns] == ["solver", "solver", "solver", "critic", "solver"]
+        assert [turn.temperature for turn in t.turns] == [0.0, 0.4, 0.0, 1.5, 0.0]
+        assert [turn.reward for turn in t.turns] == [0.0, 0.0, 0.0, 0.5, 0.25]
         first, *_, last = t.turns
         begin = t.contexts[-1]
         assert t.tokens[: first.start].tolist() == t.tokens[begin : last.start].tolist(), "one prompt, twice"
@@ -73,4 +78,4 @@ def judge(trajectories: Sequence[Trajectory], model: Decoder, tolerance: float) 
     assert difference.max() < tolerance
     # the noise of a context is its own: two answers to one prompt are not the same
     spoken = [t.tokens[turn.start : turn.start + turn.length].tolist() for t in trajectories for turn in t.turns]
-    assert sum(spoken[4 * i] == spoken[4 * i + 3] for i in range(len(trajectories))) < len(trajectories)
+    assert sum(spoken[5 * i] == spoken[5 * i + 4] for i in range(len(trajectories))) < len(trajectories)

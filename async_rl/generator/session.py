@@ -248,7 +248,7 @@ class EpisodeSession:
             raise ValueError("no turn lies between these messages and those before; append them in one call")
         context.extend(context.chat.follow(turn, messages, as_sampled=as_sampled))
 
-    def start_context(self, prompt: str | Sequence[Mapping[str, Any]]) -> None:
+    def start_context(self, prompt: str | Sequence[Mapping[str, Any]]) -> int:
         before, context = self._now, self.open_context()
         try:
             self._append_prompt(context, prompt)
@@ -260,6 +260,14 @@ class EpisodeSession:
         self._stopped = False
         if self._ended == "length":  # of the context before
             self._ended = "finished"
+        return context.number
+
+    def resume_context(self, number: int) -> None:
+        found = next((context for context in self.contexts if context.number == number), None)
+        if found is None:
+            raise ValueError(f"there is no context {number} in this episode")
+        self._now = found
+        self._stopped = False
 
     async def score(self, text: str) -> Score:
         history, tokens = self._now.tokens, self.tokenizer.encode(text, behind=True)
@@ -296,10 +304,11 @@ class EpisodeSession:
                 self._held.remove(place)
                 place.release()
 
-    def reward_turn(self, value: float) -> None:
-        if not self._said:
-            raise ValueError("no turn has been generated yet")
-        context, number, _ = self._said[-1]
+    def reward_turn(self, value: float, *, agent: str | None = None) -> None:
+        own = [one for one in self._said if agent is None or one[2].agent == agent]
+        if not own:
+            raise ValueError("no turn has been generated yet" + (f" by {agent!r}" if agent is not None else ""))
+        context, number, _ = own[-1]
         context.turns[number] = replace(context.turns[number], reward=float(value))
 
     def end_at_turn_limit(self) -> None:
