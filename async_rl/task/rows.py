@@ -10,6 +10,8 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from async_rl.errors import UserError
 
 Values = Mapping[str, Any]
@@ -174,7 +176,7 @@ class ArrowRows(Rows):
 
     def keep(self, positions: Sequence[int]) -> None:
         super().keep(positions)
-        self._table = self._table.take(positions).combine_chunks()
+        self._table = self._table.take(np.asarray(positions)).combine_chunks()
 
 
 # ------------------------------------------------------------------------------------------------ text files

@@ -53,7 +53,7 @@ def read_splits(settings: DatasetSettings, layout: Layout) -> Splits:
         tables = (of_train, of_eval)
     if not train:
         raise UserError(f"no row of {settings.path} is left to train on; lower task.args.eval_share or add rows")
-    notes = [note for note in (source.note,) if note]
+    notes = [source.note] if source.note and not settings.eval_path else []
     notes += dict.fromkeys(note for table in tables for note in table.notes)
     found = [Problems(table, layout, numbers) for table, numbers in zip(tables, (train, evaluated), strict=True)]
     for table in tables:  # they were for the splits only
