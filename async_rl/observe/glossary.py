@@ -239,6 +239,12 @@ denominators is `select.denominator`.""",
                 "reward",
                 "the same over held-out episodes; in no row, made as `reward/eval` is",
             ),
+            Metric(
+                "note/<name>/mean",
+                "",
+                "a number that the task noted (`session.note`), or the endpoint of agents (`agent/requests`, "
+                "`agent/contexts`, ...): mean over the trajectories of the batch that have it",
+            ),
             Metric("advantage/mean", "", "mean of A over tokens"),
             Metric("advantage/std", "", "standard deviation of A over tokens"),
             Metric("advantage/max", "", "largest |A|"),

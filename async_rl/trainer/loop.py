@@ -42,7 +42,7 @@ from async_rl.trainer.team import (
     weights_hash,
 )
 from async_rl.trajectory import Trajectory
-from async_rl.trajectory.parts import PREFIX, part_means, parts_in
+from async_rl.trajectory.parts import PREFIX, notes_in, part_means, parts_in
 from async_rl.wire import messages as msg
 from async_rl.wire.heartbeat import Activity
 
@@ -444,9 +444,13 @@ def _lag_split(trajectories: Sequence[Trajectory], step: int) -> dict[str, float
 
 
 def _part_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Named parts of the rewards, each as its mean over the trajectories that have it."""
-    means = part_means(parts_in(t.info) for t in trajectories if not t.failed)
-    return {f"{PREFIX}{name}/mean": value for name, value in means.items()}
+    """Named parts of the rewards and numbers that were noted, each as its mean over the trajectories that have it."""
+    good = [t for t in trajectories if not t.failed]
+    parts, notes = part_means(parts_in(t.info) for t in good), part_means(notes_in(t.info) for t in good)
+    return {
+        **{f"{PREFIX}{name}/mean": value for name, value in parts.items()},
+        **{f"note/{name}/mean": value for name, value in notes.items()},
+    }
 
 
 def failed_since(before: Mapping[str, Any], now: msg.BufferCounters) -> dict[str, Any]:

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import islice
 
 PREFIX = "reward/"
+MOST_NOTES = 32
+"""numbers of one trajectory that become metrics"""
 
 
 def parts_in(info: Mapping[str, float | str]) -> dict[str, float]:
@@ -24,6 +27,19 @@ def parts_in(info: Mapping[str, float | str]) -> dict[str, float]:
         for name, value in info.items()
         if name.startswith(PREFIX) and not isinstance(value, str)
     }
+
+
+def notes_in(info: Mapping[str, float | str]) -> dict[str, float]:
+    """Name -> value of the other numbers among a trajectory's notes, the first `MOST_NOTES` of them.
+
+    Example:
+        >>> notes_in({"tool_calls": 2.0, "reward/format": 1.0, "level": "hard"})
+        {'tool_calls': 2.0}
+    """
+    if not info:
+        return {}
+    numbers = ((name, v) for name, v in info.items() if not isinstance(v, str) and not name.startswith(PREFIX))
+    return {name: float(value) for name, value in islice(numbers, MOST_NOTES) if math.isfinite(value)}
 
 
 def part_means(episodes: Iterable[Mapping[str, float]]) -> dict[str, float]:
