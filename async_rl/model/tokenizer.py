@@ -115,7 +115,10 @@ class Tokenizer:
         return ids
 
     def lengths(self, texts: Sequence[str], *, first: bool = False) -> list[int]:
-        """Tokens of each text, by the library's threads, without the checks of `encode`. `first`: as there."""
+        """Tokens of each text, by the library's threads, without the checks of `encode`. `first`, and errors: as
+        there."""
+        if self._alphabet is not None:
+            return [len(self.encode(text, first=first)) for text in texts]
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         before = self._first if first else []
         more = [len(before) if before and e.ids[: len(before)] != before else 0 for e in found]
