@@ -1,8 +1,8 @@
 """A model folder made from what holds a model: a GGUF file, an installed package that ships one, a Hugging Face folder,
 or a name on a Hugging Face hub.
 
-Out comes a folder that plain transformers, vLLM and this program load: config.json, safetensors, tokenizer. A GGUF file
-is de-quantised one tensor at a time by the `gguf` package and streamed to disk, so memory holds one shard. Only
+Out comes a folder that plain transformers, vLLM and this program load: config.json, safetensors, tokenizer. Weights are
+read, de-quantised and written some rows at a time, so that memory holds no tensor whole. Only
 families whose tensors the built-in decoder defines are read from GGUF, since their names and layout are checked against
 `tensor_shapes`; everything else is refused before the first tensor is read. `import.json` in the folder says where the
 weights came from and how they were quantised there.
@@ -15,24 +15,33 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from async_rl.errors import UserError
 from async_rl.model.architecture import DecoderConfig, Family, Rope, config_values, parameters, tensor_shapes
-from async_rl.model.folder import CONFIG, NOT_COPIED, check_folder, weight_files, write_weights
+from async_rl.model.folder import CONFIG, NOT_COPIED, check_folder, read_json, safetensors_header, weight_files
+from async_rl.model.gguf_file import CHUNK_ELEMENTS, GGUFFile, StoredTensor
+from async_rl.model.streaming import TensorPlan, stream_weights
+from async_rl.model.tokenizer import MORE_TEMPLATES
 
 if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGUFReader
+    from numpy.typing import NDArray
     from torch import Tensor
 
 RECORD = "import.json"
 FAMILY_OF: Mapping[str, Family] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """architecture of a GGUF file -> family here (GGUF calls Mistral `llama`, and the layers are the same)"""
 Dtype = Literal["float32", "bfloat16"]
+DTYPE_NAMES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16"}
+"""as safetensors names them"""
+FLOATS: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""safetensors' names of what is written in another dtype -> torch's"""
 
 TENSORS = {
     "token_embd": "model.embed_tokens",
@@ -104,6 +113,7 @@ def import_model(source: str, target: str | Path, *, dtype: Dtype = "float32") -
             dtype=dtype,
             seconds=round(time.monotonic() - began, 3),
         )
+        check_folder(partial)
         (partial / RECORD).write_text(json.dumps(asdict(made), indent=2) + "\n")
         if folder.is_dir():
             folder.rmdir()
@@ -119,7 +129,8 @@ def find_source(source: str) -> Path:
     path = Path(source)
     if path.exists():
         return _model_in(path, source)
-    spec = importlib.util.find_spec(source) if source.isidentifier() else None
+    module = source.replace("-", "_")  # pip's name of a package is often its module's with dashes
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is not None and spec.submodule_search_locations:
         return _model_in(Path(next(iter(spec.submodule_search_locations))), f"package {source}")
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
@@ -163,83 +174,114 @@ def _from_hub(name: str) -> Path:
 
 
 def _from_folder(source: Path, target: Path, dtype: Dtype) -> tuple[str, int, str]:
-    """Checked and copied; the weights are written anew in `dtype`, one tensor at a time."""
-    import torch
-    from safetensors import safe_open
-
+    """Checked and copied; the weights are written anew in `dtype`."""
     check_folder(source)
-    stored: Counter[str] = Counter()
-    count = 0
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        nonlocal count
-        for file in weight_files(source):
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  # it has no __iter__
-                    tensor = opened.get_tensor(name)
-                    stored[str(tensor.dtype).removeprefix("torch.")] += 1
-                    count += tensor.numel()
-                    yield name, tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
-
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(NOT_COPIED):
             shutil.copyfile(file, target / file.name)
-    write_weights(target, tensors())
+    if (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, target / MORE_TEMPLATES)
+    headers = {file: safetensors_header(file) for file in weight_files(source)}
+    entries = {name: entry for header in headers.values() for name, entry in header.items()}
+    plans = [
+        TensorPlan(
+            name=name,
+            dtype=DTYPE_NAMES[dtype] if entry["dtype"] in FLOATS else entry["dtype"],
+            shape=tuple(entry["shape"]),
+        )
+        for name, entry in entries.items()
+    ]
+    file_of = {name: file for file, header in headers.items() for name in header}
+    stream_weights(target, plans, {plan.name: _stored_parts(file_of[plan.name], plan.name, dtype) for plan in plans})
     values = json.loads((target / CONFIG).read_text())
     for key in ("torch_dtype", "dtype"):
         if key in values:
             values[key] = dtype
     (target / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-    return values.get("model_type", "unknown"), count, "" if set(stored) == {dtype} else _counted(stored)
+    stored = Counter(FLOATS.get(entry["dtype"], entry["dtype"].lower()) for entry in entries.values())
+    count = sum(prod(plan.shape) for plan in plans)
+    quantisation = "" if set(stored) == {dtype} else _counted(stored)
+    return values.get("model_type", "unknown"), count, _recorded(source) or quantisation
+
+
+def _stored_parts(file: Path, name: str, dtype: Dtype) -> Iterator[Any]:
+    """The bytes of a tensor of a safetensors file in `dtype`, some rows at a time."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        stored = opened.get_slice(name)
+        shape = stored.get_shape()
+        if not shape:
+            parts: Iterable[Tensor] = (opened.get_tensor(name),)
+        else:
+            step = max(1, CHUNK_ELEMENTS // max(1, prod(shape[1:])))
+            parts = (stored[begin : begin + step] for begin in range(0, shape[0], step))
+        for part in parts:
+            made = part.to(getattr(torch, dtype)) if part.is_floating_point() else part
+            yield made.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _recorded(source: Path) -> str:
+    """How the tensors were stored where the folder itself was imported from; "" where it was not."""
+    if not (source / RECORD).is_file():
+        return ""
+    found = read_json(source / RECORD).get("quantisation")
+    return found if isinstance(found, str) else ""
 
 
 # ---------------------------------------------------------------- a GGUF file
 
 
-def _from_gguf(file: Path, target: Path, dtype: Dtype) -> tuple[str, int, str]:
-    reader = open_gguf(file)
-    config = gguf_config(reader, file)
-    stored: Counter[str] = Counter(tensor.tensor_type.name for tensor in reader.tensors)
-    names = gguf_names(reader, config, file)
-    _write_tokenizer(file, target)
+def _from_gguf(path: Path, target: Path, dtype: Dtype) -> tuple[str, int, str]:
+    file = GGUFFile(path)
+    config = gguf_config(file, path)
+    stored: Counter[str] = Counter(file.kind(tensor) for tensor in file.tensors)
+    names = gguf_names(file, config, path)
+    _write_tokenizer(path, target)
     values = config_values(config) | {"torch_dtype": dtype}
     for name in ("bos", "eos", "padding"):
-        if (token := _field(reader, f"tokenizer.ggml.{name}_token_id")) is not None:
+        if (token := file.fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             values[f"{name.replace('padding', 'pad')}_token_id"] = int(token)
     (target / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
     generation = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in values}
     (target / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    write_weights(target, _dequantised(reader, names, config, dtype))
+    plans = [TensorPlan(name=names[t.name], dtype=DTYPE_NAMES[dtype], shape=t.shape) for t in file.tensors]
+    stream_weights(target, plans, {names[t.name]: _dequantised(file, t, config, dtype) for t in file.tensors})
     return config.family, parameters(config), _counted(stored)
 
 
-def open_gguf(file: Path) -> GGUFReader:
-    """The file, mapped: tensors are read when they are asked for. Raises UserError."""
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise UserError("to read a .gguf file, `pip install gguf` is needed") from None
-    try:
-        return GGUFReader(file)
-    except (ValueError, OSError, KeyError, IndexError) as error:
-        raise UserError(f"{file} is not a readable GGUF file ({error}); fetch it again") from None
+def _dequantised(file: GGUFFile, tensor: StoredTensor, config: DecoderConfig, dtype: Dtype) -> Iterator[Any]:
+    """The bytes of a tensor in `dtype`, some rows at a time."""
+    turned = config.family == "llama" and tensor.name.split(".")[-2] in ("attn_q", "attn_k")
+    for part in file.rows(tensor, multiple=config.head_dim if turned else 1):
+        values = halves_together(part, part.shape[0] // config.head_dim) if turned else part
+        yield np.ascontiguousarray(values) if dtype == "float32" else rounded(values)
 
 
-def gguf_config(reader: GGUFReader, file: Path) -> DecoderConfig:
+def rounded(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits of each number in bfloat16, rounded to the nearest, halves to even, as torch does; the same shape."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    nearest = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    nearest[np.isnan(values)] = 0x7FC0
+    return nearest.astype(np.uint16)
+
+
+def gguf_config(file: GGUFFile, path: Path) -> DecoderConfig:
     """The decoder that the file describes. Raises UserError for another architecture, or a rope that is not plain."""
-    architecture = _field(reader, "general.architecture")
+    architecture = file.fields.get("general.architecture")
     if architecture not in FAMILY_OF:
         raise UserError(
-            f"{file.name} holds a model of architecture {architecture!r}; from GGUF {', '.join(FAMILY_OF)} are read, "
+            f"{path.name} holds a model of architecture {architecture!r}; from GGUF {', '.join(FAMILY_OF)} are read, "
             "others from a Hugging Face folder"
         )
-    names = {tensor.name for tensor in reader.tensors}
+    names = {tensor.name for tensor in file.tensors}
 
     def value(key: str, default: Any = None) -> Any:
-        found = _field(reader, f"{architecture}.{key}")
+        found = file.fields.get(f"{architecture}.{key}")
         if found is None and default is None:
             raise UserError(
-                f"{file.name} does not say {architecture}.{key}; it is damaged, or of a format not known here"
+                f"{path.name} does not say {architecture}.{key}; it is damaged, or of a format not known here"
             )
         return default if found is None else found
 
@@ -247,15 +289,15 @@ def gguf_config(reader: GGUFReader, file: Path) -> DecoderConfig:
     if scaling != "none" or "rope_freqs.weight" in names:
         kind = scaling if scaling != "none" else "by frequency (rope_freqs)"
         raise UserError(
-            f"{file.name} has a context extension ({kind}) whose parameters GGUF does not keep as transformers needs "
+            f"{path.name} has a context extension ({kind}) whose parameters GGUF does not keep as transformers needs "
             "them; import the model from a Hugging Face folder"
         )
     if any("_exps." in name for name in names):
-        raise UserError(f"{file.name} holds a mixture of experts; import it from a Hugging Face folder")
+        raise UserError(f"{path.name} holds a mixture of experts; import it from a Hugging Face folder")
     hidden, heads = int(value("embedding_length")), int(value("attention.head_count"))
     return DecoderConfig(
         family=FAMILY_OF[architecture],
-        vocabulary=int(next(t.shape[1] for t in reader.tensors if t.name == "token_embd.weight")),
+        vocabulary=int(next((t.shape[0] for t in file.tensors if t.name == "token_embd.weight"), 0)),
         hidden=hidden,
         intermediate=int(value("feed_forward_length")),
         layers=int(value("block_count")),
@@ -273,19 +315,19 @@ def gguf_config(reader: GGUFReader, file: Path) -> DecoderConfig:
     )
 
 
-def gguf_names(reader: GGUFReader, config: DecoderConfig, file: Path) -> dict[str, str]:
+def gguf_names(file: GGUFFile, config: DecoderConfig, path: Path) -> dict[str, str]:
     """GGUF's name of each tensor -> ours, all of them. Raises UserError unless both sides have the same tensors."""
     shapes = tensor_shapes(config)
     names = {}
-    for tensor in reader.tensors:
+    for tensor in file.tensors:
         name = our_name(tensor.name)
-        want, shape = shapes.get(name), tuple(int(n) for n in reversed(tensor.shape))
+        want, shape = shapes.get(name), tensor.shape
         if want != shape:
             say = f"of shape {list(shape)} where {list(want)} is expected" if want else "which no decoder here has"
-            raise UserError(f"{file.name} holds {tensor.name} {say}; import the model from a Hugging Face folder")
+            raise UserError(f"{path.name} holds {tensor.name} {say}; import the model from a Hugging Face folder")
         names[tensor.name] = name
     if missing := shapes.keys() - names.values():
-        raise UserError(f"{file.name} lacks {len(missing)} tensors, {min(missing)} among them; fetch it again")
+        raise UserError(f"{path.name} lacks {len(missing)} tensors, {min(missing)} among them; fetch it again")
     return names
 
 
@@ -297,21 +339,6 @@ def our_name(name: str) -> str:
     *place, part, kind = name.split(".")
     ours = f"{TENSORS.get(part, part)}.{kind}"
     return f"model.layers.{place[1]}.{ours}" if place else ours
-
-
-def _dequantised(
-    reader: GGUFReader, names: Mapping[str, str], config: DecoderConfig, dtype: Dtype
-) -> Iterator[tuple[str, Tensor]]:
-    import torch
-    from gguf.quants import dequantize
-
-    interleaved = config.family == "llama"
-    for tensor in reader.tensors:
-        values: np.ndarray = dequantize(tensor.data, tensor.tensor_type)
-        kind = tensor.name.split(".")[-2]
-        if interleaved and kind in ("attn_q", "attn_k"):
-            values = halves_together(values, config.heads if kind == "attn_q" else config.kv_heads)
-        yield names[tensor.name], torch.from_numpy(values.astype("float32", copy=True)).to(getattr(torch, dtype))
 
 
 def halves_together(values: np.ndarray, heads: int) -> np.ndarray:
@@ -326,18 +353,14 @@ def halves_together(values: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _write_tokenizer(file: Path, target: Path) -> None:
-    """By transformers, whose converter knows GGUF's kinds of tokenizers."""
+    """By transformers, whose converter knows GGUF's kinds of tokenizers. Its AutoTokenizer would choose the same class
+    and import every model for it."""
     try:
-        from transformers import AutoTokenizer
+        from transformers import PreTrainedTokenizerFast
     except ImportError:
         raise UserError("to read the tokenizer of a .gguf file, `pip install transformers gguf` is needed") from None
-    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.parent), gguf_file=file.name)
     tokenizer.save_pretrained(str(target))
-
-
-def _field(reader: GGUFReader, key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
 
 
 def _short(value: float) -> float:

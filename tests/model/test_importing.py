@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+import tracemalloc
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support_models import llama_folder, qwen3_folder
 
 from async_rl.errors import UserError
+from async_rl.model import importing
 from async_rl.model.folder import load_tensors
-from async_rl.model.importing import RECORD, find_source, import_model, our_name
+from async_rl.model.gguf_file import GGUFFile
+from async_rl.model.importing import RECORD, find_source, import_model, our_name, rounded
 from async_rl.model.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -21,7 +26,7 @@ gguf = pytest.importorskip("gguf")
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 64, 96, 2, 4, 2
 HEAD_DIM = {"qwen3": 128}
 """others: 16; transformers takes a Qwen3 file's heads to be of 128 whatever the file says"""
-WORDS = ["<|unk|>", *"abcdefghijklmnopqrstuvwxyz0123456789+=?", "Ġ", "ab", "<|start|>", "<|end|>"]
+WORDS = ["<|unk|>", *"abcdefghijklmnopqrstuvwxyz0123456789+=?", "Ġ", "ab", "<|start|>", "<|end|>", "<|endoftext|>"]
 
 
 def write_gguf(path: Path, architecture: str, *, kind: Any = None, tied: bool = False, **fields: Any) -> Path:
@@ -118,8 +123,6 @@ def test_a_gguf_file_gives_the_tensors_and_logits_that_transformers_gives(
 
 def test_the_layout_of_rope_is_turned_for_llama_alone() -> None:
     """By the definition: our row i of a head is GGUF's row 2 i, our row head_dim / 2 + i is its row 2 i + 1."""
-    import numpy as np
-
     from async_rl.model.importing import halves_together
 
     rows = np.arange(2 * 8)[:, None] * np.ones((1, 3))
@@ -174,3 +177,165 @@ def test_what_cannot_be_read_is_refused_with_a_remedy_and_leaves_nothing(tmp_pat
     full = llama_folder(tmp_path / "full")
     with pytest.raises(UserError, match="exists and is not empty"):
         import_model(str(full), full)
+
+
+ROWS, WIDTH = 48, 512
+"""whole blocks of every quantisation"""
+
+
+def test_every_quantisation_that_gguf_knows_gives_the_numbers_it_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random bytes as blocks, read through our header and in parts, against gguf's own reader."""
+    monkeypatch.setattr("async_rl.model.gguf_file.CHUNK_ELEMENTS", 5 * WIDTH)
+    kinds = [gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, *gguf.quants._type_traits]
+    random = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_array("some.words", ["a", "bc", ""])
+    writer.add_array("some.numbers", [1.5, 2.5])
+    writer.add_bool("some.truth", True)
+    for kind in kinds:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        data = random.integers(0, 60, (ROWS, WIDTH // block * size), dtype=np.uint8)  # no NaN among the scales
+        values = data.view(np.float32) if kind == kinds[0] else data.view(np.float16) if kind == kinds[1] else data
+        writer.add_tensor(kind.name, values, raw_dtype=None if kind in kinds[:2] else kind)
+    writer.add_tensor("vector", random.standard_normal(WIDTH).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours, theirs = GGUFFile(tmp_path / "m.gguf"), gguf.GGUFReader(tmp_path / "m.gguf")
+    assert ours.fields["some.truth"] is True
+    assert ours.fields["general.architecture"] == "llama"
+    assert [tensor.name for tensor in ours.tensors] == [tensor.name for tensor in theirs.tensors]
+    assert len(kinds) > 15
+    for mine, its in zip(ours.tensors, theirs.tensors, strict=True):
+        want = gguf.quants.dequantize(its.data, its.tensor_type)
+        parts = list(ours.rows(mine))
+        assert len(parts) == (10 if mine.shape[0] == ROWS else 1)
+        assert np.array_equal(np.concatenate(parts), want), mine.name
+        assert ours.kind(mine) == its.tensor_type.name
+    multiples = [len(part) for part in ours.rows(ours.tensors[0], multiple=4)]
+    assert multiples == [4] * 12
+
+
+def test_numbers_are_rounded_to_bfloat16_as_torch_rounds_them() -> None:
+    bits = np.random.default_rng(0).integers(0, 1 << 32, 100_000, dtype=np.uint32)
+    edges = np.array([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7F800001, 0, 0x80000000], np.uint32)
+    values = np.concatenate((bits, edges)).view(np.float32)
+    want = torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    wrong = (rounded(values) != want) & ~np.isnan(values)
+    assert not wrong.any()
+    assert np.isnan(rounded(values).astype(np.uint32).__lshift__(16).view(np.float32)[np.isnan(values)]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["gguf", "folder"])
+def test_no_tensor_is_in_memory_whole(
+    kind: str, dtype: importing.Dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what is written at a time, and (from GGUF, whose numbers are numpy's) by what is allocated."""
+    if kind == "gguf":
+        monkeypatch.setitem(globals(), "INNER", 4096)
+        source = write_gguf(tmp_path / "m.gguf", "llama", kind=gguf.GGMLQuantizationType.Q8_0)
+    else:
+        source = llama_folder(tmp_path / "source", hidden=64, intermediate=2048)
+    elements = 4096
+    for module in ("gguf_file", "importing"):
+        monkeypatch.setattr(f"async_rl.model.{module}.CHUNK_ELEMENTS", elements)
+    sizes: list[int] = []
+    peak = 0
+
+    def stream(folder: Path, plans: Any, parts: Any) -> None:
+        nonlocal peak
+        tracemalloc.start()
+        write(folder, plans, {name: _counted(each, sizes) for name, each in parts.items()}, most_bytes=400_000)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+
+    write = importing.stream_weights
+    monkeypatch.setattr(importing, "stream_weights", stream)
+    import_model(str(source), tmp_path / "made", dtype=dtype)
+    made = load_tensors(tmp_path / "made")  # several files, with an index
+    assert len(list((tmp_path / "made").glob("model-*-of-*.safetensors"))) > 1
+    largest = max(prod(tensor.shape) for tensor in made.values())
+    assert largest >= 16 * elements
+    assert max(sizes) <= 4 * elements
+    if kind == "gguf":
+        assert peak < largest, "a quarter of the largest tensor in float32"
+        monkeypatch.undo()
+        import_model(str(source), tmp_path / "whole", dtype=dtype)
+        whole = load_tensors(tmp_path / "whole")
+    else:
+        whole = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_tensors(source).items()}
+    assert made.keys() == whole.keys()
+    assert all(torch.equal(made[name], whole[name]) for name in made)
+
+
+def _counted(parts: Any, sizes: list[int]) -> Any:
+    for part in parts:
+        sizes.append(memoryview(part).nbytes)
+        yield part
+
+
+def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_gguf(tmp_path / "m.gguf", "llama")
+    rows, asked = GGUFFile.rows, 0
+
+    def interrupted(*arguments: Any, **more: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 4:
+            assert list(tmp_path.glob(".made*/model.safetensors"))
+            raise KeyboardInterrupt
+        return rows(*arguments, **more)
+
+    monkeypatch.setattr(GGUFFile, "rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        import_model(str(source), tmp_path / "made")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    monkeypatch.undo()
+    (tmp_path / ".made.partial").mkdir()  # of one that was killed
+    (tmp_path / ".made.partial" / "rest").write_text("")
+    import_model(str(source), tmp_path / "made")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "made"]
+    assert not (tmp_path / "made" / "rest").exists()
+
+
+def test_a_folder_that_was_imported_keeps_the_quantisation_it_came_from(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "m.gguf", "qwen3", kind=gguf.GGMLQuantizationType.Q8_0, add_key_length=128)
+    first = import_model(str(source), tmp_path / "first")
+    again = import_model(str(tmp_path / "first"), tmp_path / "again", dtype="bfloat16")
+    assert again.quantisation == first.quantisation
+    assert "Q8_0" in json.loads((tmp_path / "again" / RECORD).read_text())["quantisation"]
+
+
+def test_a_package_is_found_by_the_name_pip_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shipping_package_2").mkdir()
+    file = write_gguf(tmp_path / "shipping_package_2" / "m.gguf", "llama")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert find_source("shipping-package-2") == file
+
+
+def test_a_name_on_a_hub_is_fetched_by_huggingface_hub_or_said_to_need_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    folder = llama_folder(tmp_path / "fetched")
+    asked: list[str] = []
+
+    def fetch(name: str, **_: Any) -> str:
+        asked.append(name)
+        if name == "owner/gone":
+            raise OSError("no route to the hub\nand more")
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    assert import_model("owner/model", tmp_path / "made").source == "owner/model (fetched)"
+    with pytest.raises(UserError, match=r"cannot be fetched \(no route to the hub\); name a file"):
+        import_model("owner/gone", tmp_path / "other")
+    assert asked == ["owner/model", "owner/gone"]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="`pip install huggingface_hub` is needed"):
+        import_model("owner/model", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
