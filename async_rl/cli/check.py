@@ -32,6 +32,27 @@ def add_commands(commands: Commands) -> None:
     doctor.add_argument("--json", action="store_true", help="a JSON list of findings")
     doctor.add_argument("--fake-model", action="store_true", help="look at what `run --fake-model` would do")
 
+    attempt = commands.add(
+        "try",
+        "play a few episodes of the present model and show them",
+        about="Prompts, answers in the colour of each token's log-prob, every part of the reward, how it ended; "
+        "nothing is trained. Exit code 1 when every episode failed.",
+        example="async-rl try configs/quickstart.yaml\n"
+        "async-rl try configs/quickstart.yaml --episodes 2 model.path=runs/x/checkpoints/step_000400 | less",
+        work=_try,
+    )
+    add_config(attempt)
+    attempt.add_argument("--episodes", type=int, default=8, metavar="N", help="episodes in all (default 8)")
+    attempt.add_argument(
+        "--samples", type=int, default=0, metavar="N",
+        help="episodes of each problem (default 1; a whole group where the task judges groups)",
+    )  # fmt: skip
+    attempt.add_argument(
+        "--split", choices=("train", "eval"), default="train",
+        help="problems of training, with the first of which a run begins, or held-out ones (default train)",
+    )  # fmt: skip
+    attempt.add_argument("--whole", action="store_true", help="long episodes are not cut in the middle")
+
     audit = commands.add(
         "audit",
         "was anything of a run lost, trained twice or too old?",
@@ -101,6 +122,36 @@ def _rehearsed(config: Path | None, words: Sequence[str], folder: Path) -> Path:
     settings = load_settings(config, words, needs_model=False)
     file.write_text(to_yaml(prepare_rehearsal(settings, words, folder).settings))
     return file
+
+
+def _try(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from async_rl.config import load_with_notes
+
+    for name, least in (("episodes", 1), ("samples", 0)):
+        if (given := getattr(arguments, name)) < least:
+            raise UserError(f"--{name} is {given}; it must be at least {least}")
+    loaded = load_with_notes(arguments.config, arguments.overrides)
+
+    from async_rl.observe.episode import EpisodePrinter
+    from async_rl.run.trying import plan_trial, play_trial
+
+    trial = plan_trial(loaded.settings, episodes=arguments.episodes, samples=arguments.samples, split=arguments.split)
+    printer = EpisodePrinter(
+        out=Console(highlight=False),
+        tokenizer=trial.tokenizer,
+        total=trial.episodes,
+        weights=trial.settings.task.reward_weights,
+        whole=arguments.whole,
+    )
+    for note in (*loaded.notes, *trial.notes):
+        print(f"note: {note}")
+    print(f"{trial.episodes} episodes of {trial.settings.model.path}, task {trial.settings.task.name}", flush=True)
+    printer.legend()
+    episodes = play_trial(trial, printer.show)
+    printer.end(episodes)
+    return int(all(episode.failed for episode in episodes))
 
 
 def _audit(arguments: argparse.Namespace) -> int:

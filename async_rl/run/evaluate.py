@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from async_rl.config import Settings
@@ -52,10 +52,15 @@ def limits_of(settings: Settings) -> Limits:
 
 
 async def sample_episodes(
-    engine: Engine, task: Task, tokenizer: Tokenizer, tickets: Sequence[Ticket], limits: Limits
+    engine: Engine,
+    task: Task,
+    tokenizer: Tokenizer,
+    tickets: Sequence[Ticket],
+    limits: Limits,
+    on_judged: Callable[[Sequence[Trajectory]], None] = lambda _: None,
 ) -> list[Trajectory]:
     """One trajectory for each ticket, in the tickets' order. Those of one group are judged together where the task
-    judges groups."""
+    judges groups. `on_judged`: called with the trajectories of a group as soon as they have their rewards."""
 
     async def episode(number: int, ticket: Ticket) -> Played:
         session = EpisodeSession(
@@ -73,17 +78,21 @@ async def sample_episodes(
         )
         return Played(trajectory=made, weighed=weighed, session=session)
 
+    async def group(numbers: Sequence[int]) -> dict[int, Trajectory]:
+        played = await asyncio.gather(*(episode(number, tickets[number]) for number in numbers))
+        judged = await judge.judge(played) if has_group_reward(task) else [one.trajectory for one in played]
+        on_judged(judged)
+        return dict(zip(numbers, judged, strict=True))
+
     guard, weights = TaskGuard(limit_s=limits.task_timeout_s), Weights(chosen=limits.reward_weights)
     judge = GroupJudge(task=task, weights=weights, guard=guard, timeout_s=limits.episode_timeout_s)
     facilities = Facilities(task, limits.max_sequences, limits.task_slots)
     await facilities.open(timeout_s=limits.episode_timeout_s)
+    made: dict[int, Trajectory] = {}
     try:
         with guard.alarm():
-            played = await asyncio.gather(*(episode(i, t) for i, t in enumerate(tickets)))
-            made = {number: one.trajectory for number, one in enumerate(played)}
-            if has_group_reward(task):
-                for numbers in _by_group(tickets):
-                    made |= dict(zip(numbers, await judge.judge([played[n] for n in numbers]), strict=True))
+            for found in await asyncio.gather(*(group(numbers) for numbers in _by_group(tickets))):
+                made |= found
     finally:
         await facilities.close()
     return [made[number] for number in range(len(tickets))]

@@ -87,6 +87,10 @@ class Guess(Task):
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._train if split == "train" else self._eval
 
+    @property
+    def reward_parts(self) -> Sequence[str] | None:
+        return () if type(self) is Guess else None
+
     async def rollout(self, problem: Problem, session: Session) -> float:
         secret: int = problem.data["secret"]
         known = Interval(0, self.settings.num_secrets - 1)
