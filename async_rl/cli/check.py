@@ -38,7 +38,7 @@ def add_commands(commands: Commands) -> None:
         about="Prompts, answers in the colour of each token's log-prob, every part of the reward, how it ended; "
         "nothing is trained. Exit code 1 when every episode failed.",
         example="async-rl try configs/quickstart.yaml\n"
-        "async-rl try configs/quickstart.yaml --episodes 2 model.path=runs/x/checkpoints/step_000400 | less",
+        "async-rl try configs/quickstart.yaml --episodes 2 model.path=runs/x/checkpoints/step_000400",
         work=_try,
     )
     add_config(attempt)
