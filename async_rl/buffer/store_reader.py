@@ -501,6 +501,14 @@ class StoreSurvey(StoreReader):
         query = "SELECT group_id FROM groups WHERE split = 'eval' ORDER BY group_id DESC LIMIT ?"
         return [group for (group,) in self._all(query, (most,))]
 
+    def held_out_twice(self, most: int) -> list[tuple[int, int]]:
+        """(first group, last group) of the first `most` held-out problems that were asked more than once."""
+        query = (
+            "SELECT min(group_id), max(group_id) FROM groups WHERE split = 'eval' GROUP BY problem "
+            "HAVING min(group_id) < max(group_id) ORDER BY 1 LIMIT ?"
+        )
+        return [(first, last) for first, last in self._all(query, (most,))]
+
     def group_range(self, first: int, last: int) -> tuple[int, int]:
         """(lowest, highest) number of the groups in the batches of these steps, both included; (0, -1) when none."""
         query = "SELECT coalesce(min(group_id), 0), coalesce(max(group_id), -1) FROM groups WHERE step BETWEEN ? AND ?"

@@ -31,6 +31,7 @@ from async_rl.events import (
     read_event_rows,
 )
 from async_rl.objective import own
+from async_rl.observe.answers import answers_before_and_after
 from async_rl.observe.console import Console
 from async_rl.process import Interrupted, further_signals, ignore_interrupts, interruptible, uninterrupted
 from async_rl.process_spec import BufferSpec, GeneratorSpec, Pipes, TrackerSpec, TrainerSpec, WeightServerSpec
@@ -369,6 +370,7 @@ class Launcher:
         summary: dict[str, Any] = json.loads(self.folder.summary.read_text())
         summary["seconds_with_start"] = round(seconds, 3)
         summary["not_adapted"] = self.not_adapted
+        summary["answers"] = answers_before_and_after(self.folder, self.settings)
         replace_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         return summary
 
