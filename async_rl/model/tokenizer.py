@@ -164,7 +164,7 @@ class Tokenizer:
         except UserError:  # it asks for other messages
             between = ""
         found |= {token.content: i for i, token in added.items() if token.content in between}
-        return {content: i for content, i in found.items() if content}
+        return {content: i for content, i in found.items() if content.strip()}  # Gemma's line break is none
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
