@@ -35,6 +35,7 @@ from async_rl.events import (
     TrainerAwaited,
     TrainerReady,
 )
+from async_rl.observe.answers import answer_lines
 
 CHANGE = 0.06
 """of the held-out reward, from which on it is called one: about two standard errors of an evaluation of 256 episodes"""
@@ -202,6 +203,8 @@ class Console:
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
             self.print(f"{name:<{width}}  {value}", indent=width + 2)
+        for line in answer_lines(summary.get("answers", ())):
+            self.print(line)
         self.print(conclusion(summary))
 
 
