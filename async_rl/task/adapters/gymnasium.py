@@ -27,8 +27,9 @@ ACTIONS: dict[str, tuple[str, ...]] = {
     "MountainCar": ("left", "none", "right"),
 }
 """words for the actions of well-known environments, in the order of their numbers"""
-COLOURED = re.compile(r"\x1b\[\d+m(.*?)\x1b\[0m", re.DOTALL)
-LEFT_OVER = re.compile(r"\x1b\[\d*m")
+COLOURED = re.compile(r"\x1b\[([\d;]+)m(.*?)\x1b\[0m", re.DOTALL)
+LEFT_OVER = re.compile(r"\x1b\[[\d;]*m")
+BACKGROUND = re.compile(r"\b(4|10)[0-7]\b")
 INVALID = "That is none of the actions."
 SEEN_EPISODES = 50
 """random episodes that are played to see which characters occur"""
@@ -104,7 +105,7 @@ class Gymnasium(GeneratedTask):
             if is_import(name):
                 arguments = ", ".join(kwargs)
                 return load_function(name, where=where, arguments=f"({arguments})" if kwargs else "")(**kwargs)
-            drawn = {"render_mode": "ansi"} if self.settings.tell == "render" else {}
+            drawn: dict[str, Any] = {"render_mode": "ansi"} if self.settings.tell == "render" else {}
             return gymnasium.make(name, disable_env_checker=True, **drawn, **kwargs)
         except UserError:
             raise
@@ -250,7 +251,7 @@ def plain(observation: Any) -> str:
         return observation
     if isinstance(observation, Mapping):
         return "\n".join(f"{key}: {plain(value)}" for key, value in observation.items())
-    if isinstance(observation, Sequence) or getattr(observation, "ndim", 0):
+    if isinstance(observation, Sequence) or getattr(observation, "ndim", 0) > 0:
         return ", ".join(plain(part) for part in observation)
     if isinstance(observation, bool) or observation == int(observation):
         return str(int(observation))
@@ -258,7 +259,14 @@ def plain(observation: Any) -> str:
 
 
 def pictured(drawn: Any) -> str:
-    """A text picture with what is coloured in brackets instead."""
+    """A text picture with brackets for colours: [ ] around what has a coloured background, { } around what is bold,
+    ( ) around what has another colour."""
     if not isinstance(drawn, str):
         raise ValueError("the environment draws no text (render_mode ansi); use task.args.tell=observation or your own")
-    return LEFT_OVER.sub("", COLOURED.sub(r"[\1]", drawn))
+    return LEFT_OVER.sub("", COLOURED.sub(_bracketed, drawn))
+
+
+def _bracketed(found: re.Match[str]) -> str:
+    colour, text = found.groups()
+    before, after = "[]" if BACKGROUND.search(colour) else "{}" if "1" in colour.split(";") else "()"
+    return before + text + after

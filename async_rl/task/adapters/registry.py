@@ -56,6 +56,20 @@ ADAPTERS: dict[str, Adapter] = {
         extra="gymnasium",
         summary="an environment of gymnasium with a finite number of actions, told and played in text",
     ),
+    "textarena": Adapter(
+        place="async_rl.task.adapters.textarena:TextArena",
+        module="textarena",
+        package="textarena",
+        extra="textarena",
+        summary="a game of textarena for one or more players; the policy plays one seat or all (self-play)",
+    ),
+    "verifiers": Adapter(
+        place="async_rl.task.adapters.verifiers:Verifiers",
+        module="verifiers",
+        package="verifiers",
+        extra="verifiers",
+        summary="an environment of verifiers: its own rollout, tools and rubric, one turn or several",
+    ),
 }
 
 
