@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from async_rl.objective.recipe import Recipe
     from async_rl.objective.state import ObjectiveState
     from async_rl.objective.tokens import Coefficients, Columns
-    from async_rl.task.protocol import Problem, Segment, Session, Task
+    from async_rl.task.protocol import Problem, Sample, Segment, Session, Task
     from async_rl.trajectory import Trajectory, Turn
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "Rows",
     "Run",
     "RunFailed",
+    "Sample",
     "Segment",
     "Session",
     "Settings",
@@ -67,6 +68,7 @@ _HOMES = {
     "Rows": "api",
     "Run": "api",
     "RunFailed": "errors",
+    "Sample": "task.protocol",
     "Segment": "task.protocol",
     "Session": "task.protocol",
     "Settings": "config",

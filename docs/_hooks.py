@@ -107,7 +107,7 @@ def tasks_page() -> str:
         "",
         "`task.name` chooses one, `task.args.*` are its settings. A task of your own: "
         "[own environment](../tutorial/own_environment.md). Rewards of the tasks that read a data set are `exact`, "
-        "`numeric`, `math` or `module:function`: [own data](../tutorial/own_data.md).",
+        "`numeric`, `math` or a function of your own: [rewards](../howto/rewards.md).",
         "",
     ]
     for name, task in sorted(TASKS.items()):

@@ -33,5 +33,6 @@ def next_steps(folder: Path) -> str:
         f"{folder}: a project of its own; README.md says what each file is for. Next:\n"
         f"  cd {shlex.quote(str(folder))}\n"
         "  async-rl init-model model --task my_task.py:Rhyme --until 0.3   # a small model to start from, seconds\n"
+        "  async-rl try config.yaml                                        # eight of its answers, and what they earn\n"
         "  async-rl run config.yaml                                        # train it, half a minute"
     )

@@ -36,7 +36,7 @@ def run_in(folder: Path, *words: str) -> str:
 
 def test_the_project_is_whole_and_says_what_comes_next(project: Path) -> None:
     assert {path.name for path in project.iterdir()} == {
-        "config.yaml", "my_task.py", "my_reward.py", "data.jsonl", "README.md", "test_project.py",
+        "config.yaml", "rows.yaml", "my_task.py", "my_reward.py", "data.jsonl", "README.md", "test_project.py",
     }  # fmt: skip
     assert len((project / "data.jsonl").read_text().splitlines()) == 10
     said = next_steps(Path("demo"))
@@ -49,7 +49,7 @@ def test_the_project_is_whole_and_says_what_comes_next(project: Path) -> None:
 
 def test_its_test_passes_with_pytest_and_without(project: Path) -> None:
     assert "all tests passed" in run_in(project, "test_project.py")
-    assert "3 passed" in run_in(project, "-m", "pytest", "-p", "no:cacheprovider", "test_project.py")
+    assert "4 passed" in run_in(project, "-m", "pytest", "-p", "no:cacheprovider", "test_project.py")
 
 
 def test_it_is_written_as_the_house_writes(project: Path) -> None:
@@ -70,6 +70,12 @@ def test_it_makes_its_model_and_runs_outside_the_repository(project: Path) -> No
     said = run_in(project, "-m", "async_rl", "run", "config.yaml", "--run-dir", "runs/first", *words)
     assert "recipe grpo" in said
     assert json.loads((project / "runs" / "first" / "summary.json").read_text())["steps"] == 3
+    assert ", form 0." in said
+    for config in ("config.yaml", "rows.yaml"):
+        tried = run_in(project, "-m", "async_rl", "try", config, "--episodes", "3")
+        assert "episode 3 of 3" in tried
+        assert "1 x form 0." in tried
+        assert "parts, unweighted: form 0." in tried
 
 
 def test_a_folder_that_holds_something_is_left_alone(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
