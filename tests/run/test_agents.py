@@ -145,5 +145,5 @@ def test_the_evaluation_of_a_folder_is_played_by_agents(tmp_path: Path, chat_mod
     told = json.loads(done.stdout[done.stdout.index("{") :])
     assert (told["trajectories"], set(told["parts"])) == (2, {"even", "heard"})
     wrong = run_command("eval", config, "generator.task_slots.dsk=3")
-    assert wrong.returncode == 1
+    assert wrong.returncode == 2
     assert "generator.task_slots names 'dsk', which is no slot of task 'crowd'; did you mean 'desk'?" in wrong.stderr
