@@ -18,6 +18,7 @@ LAST_LINE = {
     "04_own_data.py": r"right: \d+% before, \d+% after",
     "05_run_and_plot.py": r"curves: (curves\.png|runs/plot-.*/report\.html)",
     "06_join_generator.py": r"trajectories by generator: \{.*'generator-0': \d+.*\}",
+    "07_agent_endpoint.py": r"reward: [01]\.\d\d -> [01]\.\d\d",
 }
 """example -> the form of the last line that it prints"""
 
