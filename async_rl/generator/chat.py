@@ -9,9 +9,11 @@ from typing import Any
 from async_rl.errors import UserError
 from async_rl.model.data_text import Disguise
 from async_rl.model.tokenizer import Tokenizer, disguise_of, prompt_text, prompt_tokens
-from async_rl.task.tool_formats import FORMATS, Parsed, detect
+from async_rl.task.tool_formats import FORMATS, Parsed, call_id, detect
 
 Message = Mapping[str, Any]
+STAND_IN = "x5q7z"
+"""a turn in another's place"""
 SHOWN = 60
 """characters of a text that an error quotes"""
 REMEDY = "begin a new context (start_context) with the messages that the model is meant to see"
@@ -61,11 +63,12 @@ class Chat:
         self.length = len(tokens)
         return tokens
 
-    def follow(self, turn: Sequence[int], messages: Sequence[Message]) -> list[int]:
+    def follow(self, turn: Sequence[int], messages: Sequence[Message], *, as_sampled: bool = False) -> list[int]:
         """End the open turn and append messages: the tokens to be put behind it.
 
         Args:
             turn: tokens behind the header, as the context holds them.
+            as_sampled: what is there stays, also where the template would write it differently.
 
         Raises HistoryRewritten when the template would write what is there differently; UserError when it refuses the
         messages.
@@ -74,7 +77,12 @@ class Chat:
             said: Message = {"role": "assistant", "content": self.tokenizer.decode(turn)}
             tokens = self.tokenizer.encode("\n" + self.render(messages), behind=True)  # a line a message
         else:
-            found = self._continuation(turn, messages)
+            try:
+                found = self._continuation(turn, messages)
+            except HistoryRewritten:
+                if not as_sampled:
+                    raise
+                found = self._behind_any(turn, messages)
             said, tokens = found.said, self._encoded(found)
             if turn and tokens and tokens[0] == turn[-1] and self.tokenizer.is_added(tokens[0]):
                 tokens = tokens[1:]  # the end was sampled
@@ -116,7 +124,7 @@ class Chat:
             text = self.render([*self.messages, said, *more])
         except UserError:  # some templates want the calls that a tool's answer belongs to
             parsed = self._parsed(turn)
-            if not parsed.calls:
+            if not parsed.calls and parsed.content == turn:
                 raise
             said = parsed.message()
             text = self.render([*self.messages, said, *more])
@@ -129,6 +137,27 @@ class Chat:
                 f"the chat template writes the turn {turn[:SHOWN]!r} as {rest[:SHOWN]!r} when more follows; {REMEDY}"
             )
         return Continuation(said=said, behind=rest[end:], disguise=disguise)
+
+    def _behind_any(self, turn: Sequence[int], messages: Sequence[Message]) -> Continuation:
+        """What the template writes behind a turn, found with another one in its place."""
+        disguise = disguise_of(list(messages), self.tokenizer)
+        more = list(messages) if disguise is None else disguise.hide(list(messages))
+        parsed = self._parsed(self.tokenizer.decode(turn, behind=True))
+        name = next((call.name for call in parsed.calls if call.name), "unknown")
+        call = {"id": call_id(0), "type": "function", "function": {"name": name, "arguments": {"x": STAND_IN}}}
+        plain: Message = {"role": "assistant", "content": STAND_IN}
+        try:
+            said: Message = {"role": "assistant", "content": parsed.content or self.tokenizer.decode(turn, behind=True)}
+            text = self.render([*self.messages, plain, *more])
+        except UserError:  # some templates want the calls that a tool's answer belongs to
+            said = parsed.message()
+            text = self.render([*self.messages, {"role": "assistant", "content": "", "tool_calls": [call]}, *more])
+        behind = text.rpartition(STAND_IN)[2]
+        end = self.tokenizer.control_pattern.search(behind)
+        if end is not None:  # which another end that was sampled stands for
+            ended = bool(turn) and turn[-1] in self.tokenizer.end_ids
+            behind = behind[end.end() if ended else end.start() :]
+        return Continuation(said=said, behind=behind, disguise=disguise)
 
     def _change(self, text: str) -> str:
         """Where a text that was to begin with `self.text` differs from it."""

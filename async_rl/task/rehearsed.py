@@ -149,11 +149,14 @@ class ShortTurns:
     def append(self, text: str) -> None:
         self._inner.append(text)
 
-    def append_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        self._inner.append_messages(messages)
+    def append_messages(self, messages: Sequence[Mapping[str, Any]], *, as_sampled: bool = False) -> None:
+        self._inner.append_messages(messages, as_sampled=as_sampled)
 
-    def start_context(self, prompt: str | Sequence[Mapping[str, Any]]) -> None:
-        self._inner.start_context(prompt)
+    def start_context(self, prompt: str | Sequence[Mapping[str, Any]]) -> int:
+        return self._inner.start_context(prompt)
+
+    def resume_context(self, number: int) -> None:
+        self._inner.resume_context(number)
 
     async def score(self, text: str) -> Score:
         return await self._inner.score(text)
@@ -164,8 +167,8 @@ class ShortTurns:
     def slot(self, name: str) -> AbstractAsyncContextManager[None]:
         return self._inner.slot(name)
 
-    def reward_turn(self, value: float) -> None:
-        self._inner.reward_turn(value)
+    def reward_turn(self, value: float, *, agent: str | None = None) -> None:
+        self._inner.reward_turn(value, agent=agent)
 
     def end_at_turn_limit(self) -> None:
         self._inner.end_at_turn_limit()

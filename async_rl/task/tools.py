@@ -198,7 +198,8 @@ class _Talk:
                 [
                     {"role": "tool", "name": call.name or UNNAMED, "tool_call_id": call_id(i), "content": result}
                     for i, (call, (result, _)) in enumerate(zip(parsed.calls, results, strict=True))
-                ]
+                ],
+                as_sampled=True,  # a template that takes thoughts out of earlier turns does not see these turns
             )
             self.written += [RESULT_OPEN + result + RESULT_CLOSE for result, _ in results]
         session.end_at_turn_limit()

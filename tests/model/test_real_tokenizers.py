@@ -1,29 +1,34 @@
-"""Tokenizers of real models, token by token and template by template against plain transformers.
+"""Tokenizers and chat templates of real models, token by token against plain transformers.
 
-`make tokenizers` fetches them into .venv/tokenizers.
+`make tokenizers` fetches them. An ordinary run makes a few hundred conversations for each; `make nightly` 10,000.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import unicodedata
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from support_real_tokenizers import MORE, NAMES, TEMPLATES, ours, theirs
 
+from async_rl.errors import UserError
+from async_rl.generator.chat import Chat
 from async_rl.generator.engine import SamplingParams
 from async_rl.generator.sampling import StopRules
-from async_rl.model.tokenizer import Tokenizer
+from async_rl.model.tokenizer import Tokenizer, prompt_tokens
 
-FOLDER = Path(__file__).parents[2] / ".venv" / "tokenizers"
-NAMES = ("qwen3", "llama3_1", "gemma3", "llama2")
 MARKS = {
     "qwen3": ["<|im_start|>", "<|im_end|>", "<think>\n", "\n</think>\n\n", "<tool_call>", "</tool_call>"],
     "llama3_1": ["<|eot_id|>", "<|python_tag|>", "<|start_header_id|>"],
     "gemma3": ["<start_of_turn>", "<end_of_turn>", "<eos>"],
     "llama2": ["</s>", "<s>", "[INST]"],
+    "deepseek_v3": ["<｜User｜>", "<｜end▁of▁sentence｜>", "<｜tool▁sep｜>", "<think>"],
+    "gptoss": ["<|start|>", "<|message|>", "<|return|>", "<|call|>"],
+    "smollm2": ["<|im_start|>", "<|im_end|>", "<file_sep>"],
 }
 PIECES = [
     " ", "  ", "\n", "\n\n", "\t", "the", " the", "The", ".", "...", ",", "é", "終わり", "\U0001f600",
@@ -39,30 +44,32 @@ WEATHER = {
     },
 }
 CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Zürich"}}}
-CHECKED = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+TAKES_TOOLS = ("qwen3", "llama3_1", "gptoss")
+CONVERSATIONS = MORE or 150
+EXAMPLES = min(MORE or 60, 1000)
 
 pytestmark = pytest.mark.xdist_group("real tokenizers")
 
 
 class Both:
-    """Ours and that of transformers."""
+    """Ours, which takes control tokens in data as transformers does, and that of transformers."""
 
     def __init__(self, name: str) -> None:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
         self.name = name
-        self.ours = Tokenizer(FOLDER / name)
-        # transformers' own class for Llama 2 does not use the file's normaliser: it drops a space in front of a text,
-        # which the model's sentencepiece keeps.
-        kind = PreTrainedTokenizerFast if name == "llama2" else AutoTokenizer
-        self.theirs = kind.from_pretrained(FOLDER / name)
+        self.ours = ours(name, TEMPLATES.get(name, ""), "allow")
+        self.theirs = theirs(name)
         self.rules = StopRules(self.ours, self.ours.vocab_size)
 
     def encoded(self, text: str) -> list[int]:
         ids: list[int] = self.theirs(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    def decoded(self, ids: list[int]) -> str:
+        return str(self.theirs.decode(ids, skip_special_tokens=False))
+
+    def rendered(self, chat: list[dict[str, Any]], *, prompt: bool = True, **how: Any) -> str:
+        text = self.theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt, **how)
+        return str(text)
 
     def end_of(self, ids: list[int], *stop: str) -> int | None:
         """Number of tokens after which the embedded engine ends a turn of `ids`."""
@@ -76,14 +83,104 @@ class Both:
 
 @pytest.fixture(scope="module", params=NAMES)
 def both(request: pytest.FixtureRequest) -> Both:
-    if not (FOLDER / request.param / "tokenizer.json").is_file():
-        pytest.skip(f"the tokenizer of {request.param} is not there (make tokenizers)")
     return Both(request.param)
+
+
+# ------------------------------------------------------------------------------------------------ conversations
+
+
+def text_of(name: str, random: Random) -> str:
+    """A text of pieces that tokenizers find hard, control tokens of the model and characters from anywhere."""
+    parts = []
+    for _ in range(random.randrange(9)):
+        kind = random.random()
+        if kind < 0.7:
+            parts.append(random.choice(PIECES))
+        elif kind < 0.8:
+            parts.append(random.choice(MARKS[name]))
+        else:
+            planes = ((0x20, 0x7F), (0xA0, 0x2000), (0x2000, 0xD7FF), (0x1F300, 0x1FAFF))
+            low, high = random.choice(planes)
+            parts.append("".join(chr(random.randrange(low, high)) for _ in range(random.randrange(1, 5))))
+    return "".join(parts)
+
+
+def conversation(name: str, random: Random) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(messages, tools): several turns, some with a call of a tool."""
+    chat: list[dict[str, Any]] = []
+    if random.random() < 0.5:
+        chat.append({"role": "system", "content": text_of(name, random)})
+    tools = [WEATHER] if name in TAKES_TOOLS and random.random() < 0.5 else []
+    for _ in range(random.randrange(1, 4)):
+        chat.append({"role": "user", "content": text_of(name, random)})
+        if tools and random.random() < 0.5:
+            chat.append({"role": "assistant", "content": "", "tool_calls": [CALL]})
+            chat.append(
+                {"role": "tool", "content": text_of(name, random), "name": "get_weather", "tool_call_id": "call00000"}
+            )
+        chat.append({"role": "assistant", "content": text_of(name, random)})
+    return chat, tools
+
+
+def variables(both: Both, random: Random) -> dict[str, Any]:
+    if both.name == "gptoss":
+        return {"reasoning_effort": random.choice(["low", "high"])} if random.random() < 0.5 else {}
+    return {"enable_thinking": random.random() < 0.5} if both.ours.shows("enable_thinking") else {}
+
+
+def test_conversations_are_rendered_tokenised_and_read_as_transformers_does(both: Both) -> None:
+    for number in range(CONVERSATIONS):
+        random = Random(f"{both.name} {number}")
+        chat, tools = conversation(both.name, random)
+        given = variables(both, random)
+        text = "\n".join(message["content"] for message in chat)
+        if both.ours.has_chat_template:
+            for shown, prompt in ((chat[:-1], True), (chat, False)):
+                text = both.rendered(shown, prompt=prompt, tools=tools or None, **given)
+                made = both.ours.render(shown, tools=tools, arguments=given, add_generation_prompt=prompt)
+                assert made == text, number
+            asked = prompt_tokens(chat[:-1], both.ours, tools=tools, arguments=given)
+            assert asked == both.encoded(both.rendered(chat[:-1], tools=tools or None, **given)), number
+        ids = both.encoded(text)
+        assert both.ours.encode(text) == ids, number
+        whole = both.decoded(ids)
+        assert both.ours.decode(ids, special=True) == whole, number
+        for split in range(1, len(ids)):
+            before = both.theirs.backend_tokenizer.decode(ids[:split], skip_special_tokens=False)
+            if whole.startswith(before):  # no character is cut in two
+                behind = both.ours.decode(ids[split:], special=True, behind=True)
+                assert before + behind == whole, (number, split)
+
+
+def test_a_chat_that_goes_on_has_the_tokens_that_transformers_gives_the_whole(both: Both) -> None:
+    if not both.ours.has_chat_template or both.name == "gptoss":  # which ends a last turn with another token
+        pytest.skip("no such template")
+    end = both.decoded([both.ours.eos_id])
+    for number in range(CONVERSATIONS):
+        random = Random(f"goes on {both.name} {number}")
+        chat = [{"role": "user", "content": text_of(both.name, random)}]
+        went_on, tokens = Chat(tokenizer=both.ours), []
+        tokens = went_on.begin(chat)
+        for _ in range(2):
+            said = " ".join(text_of(both.name, random).replace("think>", "").replace(end, "").split()) or "yes"
+            turn = both.ours.encode(said + end, behind=True)
+            if both.ours.decode(turn, special=True) != said + end:
+                break  # a text that no tokens say
+            more = {"role": "user", "content": text_of(both.name, random)}
+            tokens += [*turn, *went_on.follow(turn, [more])]
+            chat += [{"role": "assistant", "content": said}, more]
+        assert tokens == both.encoded(both.rendered(chat)), number
+
+
+# ------------------------------------------------------------------------------------------------ texts
 
 
 def texts(name: str) -> st.SearchStrategy[str]:
     free = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
     return st.lists(st.sampled_from([*PIECES, *MARKS[name]]) | free, max_size=14).map("".join)
+
+
+CHECKED = settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 
 
 @CHECKED
@@ -92,43 +189,26 @@ def test_tokens_and_text_are_those_of_transformers(both: Both, data: st.DataObje
     text = data.draw(texts(both.name))
     ids = both.ours.encode(text)
     assert ids == both.encoded(text)
-    assert both.ours.decode(ids, special=True) == both.theirs.decode(ids, skip_special_tokens=False)
+    assert both.ours.decode(ids, special=True) == both.decoded(ids)
+    first = both.ours._first
+    assert prompt_tokens(text, both.ours) in (both.theirs(text)["input_ids"], ids if ids[: len(first)] == first else [])
     drawn = data.draw(st.lists(st.integers(0, both.ours.vocab_size - 1), max_size=12))
-    assert both.ours.decode(drawn, special=True) == both.theirs.decode(drawn, skip_special_tokens=False)
-
-
-def outcome(render: Any) -> str:
-    """The text, or that there is none: both refuse the same conversations."""
-    try:
-        return str(render())
-    except Exception:  # theirs are of jinja2
-        return "refused"
+    assert both.ours.decode(drawn, special=True) == both.decoded(drawn)
 
 
 @CHECKED
 @given(data=st.data())
-def test_conversations_are_rendered_as_transformers_renders_them(both: Both, data: st.DataObject) -> None:
-    if not both.ours.has_chat_template:
-        pytest.skip(f"{both.name} has no chat template")
-    said = texts(both.name)
-    chat: list[dict[str, Any]] = [{"role": "system", "content": data.draw(said)}] if data.draw(st.booleans()) else []
-    tools = [WEATHER] if data.draw(st.booleans()) and both.name != "gemma3" else []
-    for _ in range(data.draw(st.integers(1, 4))):
-        chat.append({"role": "user", "content": data.draw(said)})
-        if tools and data.draw(st.booleans()):
-            chat.append({"role": "assistant", "content": "", "tool_calls": [CALL]})
-            chat.append({"role": "tool", "content": data.draw(said), "name": "get_weather", "tool_call_id": "c1"})
-        chat.append({"role": "assistant", "content": data.draw(said)})
-    chat = chat[: len(chat) - data.draw(st.integers(0, 1))]
-    given = {"enable_thinking": data.draw(st.booleans())} if both.ours.shows("enable_thinking") else {}
-    prompt = data.draw(st.booleans())
-    theirs = outcome(
-        lambda: both.theirs.apply_chat_template(
-            chat, tools=tools or None, tokenize=False, add_generation_prompt=prompt, **given
-        )
-    )
-    assert outcome(lambda: both.ours.render(chat, tools=tools, arguments=given, add_generation_prompt=prompt)) == theirs
-    assert theirs != "refused"
+def test_text_that_is_appended_is_read_as_it_was_written(both: Both, data: st.DataObject) -> None:
+    before, text = data.draw(texts(both.name)), data.draw(texts(both.name))
+    if both.name == "llama2":  # behind its special tokens a space is written, as in training
+        for mark in MARKS["llama2"]:
+            text = text.replace(mark, "")
+    if "\ufffd" in text or (both.name != "llama2" and both.decoded(both.encoded(text)) != text):
+        return  # Qwen's tokenizer normalises, SmolLM2's has no token for some control characters
+    ids = both.ours.encode(before)
+    appended = both.ours.encode(text, behind=True)
+    assert both.ours.decode([*ids, *appended], special=True) == both.ours.decode(ids, special=True) + text
+    assert both.ours.decode(appended, special=True, behind=True) == text
 
 
 @CHECKED
@@ -148,4 +228,56 @@ def test_a_turn_stops_at_the_first_token_whose_text_holds_a_stop_string(both: Bo
 
 def test_end_tokens(both: Both) -> None:
     assert both.ours.eos_id == both.theirs.eos_token_id
-    assert both.end_of([*both.ours.encode("so it is"), both.ours.eos_id]) is not None
+    for token in both.ours.end_ids:
+        assert both.end_of([*both.ours.encode("so it is"), token]) is not None
+    if both.name == "gptoss":
+        named = {both.ours.decode([token], special=True) for token in both.ours.end_ids}
+        assert named == {"<|return|>", "<|call|>", "<|endoftext|>"}
+
+
+# ------------------------------------------------------------------------------------------------ control tokens
+
+
+@CHECKED
+@given(data=st.data())
+def test_control_tokens_in_messages_are_text_unless_allowed(both: Both, data: st.DataObject) -> None:
+    escaped = ours(both.name, TEMPLATES.get(both.name, ""), "escape")
+    refusing = ours(both.name, TEMPLATES.get(both.name, ""), "refuse")
+    control = escaped.control_tokens
+    marks = [mark for mark in control if len(mark) > 1][:40]
+    said = data.draw(st.lists(st.sampled_from([*PIECES, *marks]), max_size=8).map("".join))
+    chat = [{"role": "user", "content": said}]
+    found = [mark for mark in marks if mark in said]
+    plain = said
+    for mark in sorted(found, key=len, reverse=True):
+        plain = plain.replace(mark, "x")
+    ids = prompt_tokens(chat, escaped)
+    steering = [i for i in ids if i in control.values()]
+    assert steering == [
+        i for i in prompt_tokens([{"role": "user", "content": plain}], escaped) if i in control.values()
+    ]
+    if unicodedata.normalize("NFC", said) == said and both.ours.has_chat_template:
+        assert escaped.decode(ids, special=True) == both.ours.render(chat)
+    if not found:
+        assert ids == prompt_tokens(chat, both.ours) == prompt_tokens(chat, refusing)
+    else:
+        assert ids != prompt_tokens(chat, both.ours)
+        with pytest.raises(UserError, match=r"model\.control_tokens=escape"):
+            prompt_tokens(chat, refusing)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gemma3", "gptoss", "smollm2"])
+def test_escaped_text_has_the_tokens_that_transformers_gives_it(name: str) -> None:
+    tokenizer = ours(name, TEMPLATES.get(name, ""), "escape")
+    mark = tokenizer.decode([tokenizer.eos_id], special=True)
+    said = f"a {mark} b{mark}{mark}\nc"
+    ids = prompt_tokens([{"role": "user", "content": said}], tokenizer)
+    expected = theirs(name)(said, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    places = [i for i in range(len(ids)) if ids[i + 1 : i + len(expected)] == expected[1:]]
+    assert places, "but for its first token, which may join with what the template writes before it"
+
+
+def test_of_deepseek_the_marks_between_messages_are_control_tokens() -> None:
+    tokenizer: Tokenizer = ours("deepseek_v3", "", "escape")
+    assert {"<｜User｜>", "<｜Assistant｜>"} < set(tokenizer.control_tokens)
+    assert "<｜tool▁sep｜>" not in tokenizer.control_tokens
