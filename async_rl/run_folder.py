@@ -67,6 +67,11 @@ class RunFolder:
         return self.path / "rollback.json"
 
     @property
+    def sources(self) -> Path:
+        """the user's own files that the run was started with (config/sources.py)"""
+        return self.path / "sources.json"
+
+    @property
     def live(self) -> Path:
         """how things stand now, written anew every second while the run goes on"""
         return self.path / "live.json"
@@ -93,6 +98,10 @@ class RunFolder:
     def stacks(self, process: str) -> Path:
         """what a process did when it was ended because it was frozen: the stacks of its threads, appended"""
         return self.logs / f"{process}.stacks"
+
+    def step_mark(self, process: str) -> Path:
+        """which episode's code a generator runs now (generator/step_mark.py)"""
+        return self.logs / f"{process}.step"
 
     @classmethod
     def open(cls, path: Path) -> Self:

@@ -19,6 +19,7 @@ from async_rl.buffer.core import Core
 from async_rl.buffer.restore import read_state, restore
 from async_rl.buffer.store import Store, store_begun
 from async_rl.config import Settings
+from async_rl.config.sources import read_sources
 from async_rl.errors import RunFailed
 from async_rl.events import BufferReady, MessageRefused, PeersTurnedAway, RecordEvent
 from async_rl.run_folder import RunFolder, read_rollback
@@ -51,6 +52,7 @@ def make_welcome(folder: RunFolder, settings: Settings, *, task_digest: str, seg
         folder=os.getcwd(),
         segment=segment,
         weights=weights,
+        sources=tuple(asdict(source) for source in read_sources(folder.sources)),
     )
 
 

@@ -16,15 +16,28 @@ from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from async_rl.errors import UserError, nearest
 
+Found = TypeVar("Found")
 PLAIN_MODULE = "__main__"
 """the name of a program's own file, which no other process can import"""
 DATA_FILES = (".yaml", ".yml")
 """endings of files that a setting may name instead of an object: a recipe as data"""
-NAMING_SETTINGS = ("task.name", "task.args.reward", "task.args.group_reward", "task.args.tool", "recipe.name")
+NAMING_SETTINGS = (
+    "task.name",
+    "task.args.reward",
+    "task.args.group_reward",
+    "task.args.tool",
+    "task.args.env",
+    "task.args.environment",
+    "task.args.tell",
+    "task.args.view",
+    "task.args.opponent",
+    "recipe.name",
+)
+"""settings that may name an object of the user's own"""
 COUNTS = ("no", "one", "two", "three", "four")
 
 
@@ -110,12 +123,14 @@ def located(name: str, folder: Path) -> str:
         return name
     else:
         relative = source if source.endswith(".py") else source.replace(".", "/") + ".py"
+    here = Path.cwd()
+    if colon and source.isidentifier() and not (folder / relative).is_file() and (here / relative).is_file():
+        return f"{relative}:{path}"  # its file, since a module of that name on the path would come first
     file = (folder / relative).resolve()
     if Path(relative).is_absolute() or not file.is_file() or _on_path(relative, file):
         return name
-    here = Path.cwd()
     if file == (here / relative).resolve():
-        return name
+        return f"{relative}:{path}" if colon and source.isidentifier() else name
     found = str(file.relative_to(here) if file.is_relative_to(here) else file)
     return f"{found}:{path}" if colon else found
 
@@ -161,21 +176,46 @@ def import_name(found: Any) -> str:
     return f"{module.__name__}:{path}"
 
 
-def _from_path(source: str, where: str) -> ModuleType:
-    """The module `source`, imported with the working directory on the path."""
+def find_source(name: str, *, where: str) -> Path | None:
+    """The file in which the object `name` stands; None for one that stands in no file of Python. A module is not
+    imported, the packages around it are. Raises UserError when it is not there. `where`: as in `load_object`."""
+    source = name.rpartition(":")[0] or name
+    if source.endswith(".py"):
+        return _find_file(source, where)
+    _look_in_working_directory()
+    spec = _imported(lambda: importlib.util.find_spec(source), source, where)
+    if spec is None:
+        raise UserError(
+            f"{where}: there is no module '{source}' beside the config file, in {Path.cwd()} or on the path"
+        )
+    return Path(spec.origin) if spec.origin is not None and spec.origin.endswith(".py") else None
+
+
+def _find_file(source: str, where: str) -> Path:
+    given = Path(source).expanduser()
+    places = [Path.cwd(), *map(Path, sys.path)]
+    file = next((file for folder in places if (file := folder / given).is_file()), None)
+    if file is None:
+        raise UserError(
+            f"{where}: there is no file {given} (relative paths start at the config file, {Path.cwd()} or on sys.path)"
+        )
+    return file.resolve()
+
+
+def _look_in_working_directory() -> None:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # an installed command does not look there; last, so that it hides nothing
+
+
+def _from_path(source: str, where: str) -> ModuleType:
+    """The module `source`, imported with the working directory on the path."""
+    _look_in_working_directory()
     return _imported(lambda: importlib.import_module(source), source, where)
 
 
 def _from_file(source: str, where: str) -> ModuleType:
     """The module in the file `source`. It is imported under its plain name unless another module has that name."""
-    given = Path(source).expanduser()
-    places = [Path.cwd(), *map(Path, sys.path)]
-    file = next((file for folder in places if (file := folder / given).is_file()), None)
-    if file is None:
-        raise UserError(f"{where}: there is no file {given} (relative paths start at {Path.cwd()} or on sys.path)")
-    file = file.resolve()
+    file = _find_file(source, where)
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
 
@@ -205,7 +245,7 @@ def _from_file(source: str, where: str) -> ModuleType:
     return _imported(load, source, where)
 
 
-def _imported(load: Callable[[], ModuleType], source: str, where: str) -> ModuleType:
+def _imported(load: Callable[[], Found], source: str, where: str) -> Found:
     importlib.invalidate_caches()  # the file may have been written a moment ago
     _importing.append(source)
     arguments, sys.argv = sys.argv, [source]  # those of this process are none of the user's

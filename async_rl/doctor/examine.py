@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from async_rl.config import Settings, load_settings
+from async_rl.config.sources import sources_of
 from async_rl.doctor import machine, problems
 from async_rl.errors import UserError
 from async_rl.finding import Finding, error, ok, warning
@@ -79,6 +80,7 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
         ),
     )
     yield from guarded("attention", lambda: check_attention(settings))
+    yield from guarded("own code", lambda: [ok("own code", str(source)) for source in sources_of(settings)])
     tasks: list[Task] = []
     yield from guarded(
         "task", lambda: _keep(tasks, make_task(settings.task.name, settings.task.args), f"{settings.task.name} is made")

@@ -12,11 +12,11 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
 from async_rl.config.imports import is_import, load_object
+from async_rl.config.sources import digest_of
 from async_rl.errors import UserError, nearest
 
 FOLDER = "recipe"
@@ -130,11 +130,7 @@ def source_of(name: str) -> Source | None:
 
 
 def _source(name: str, module: str, file: Path) -> Source:
-    try:
-        digest = blake2b(file.read_bytes(), digest_size=16).hexdigest()
-    except OSError as error:
-        raise UserError(f"recipe.name '{name}': {file} cannot be read ({error.strerror})") from None
-    return Source(name=name, module=module, file=str(file), digest=digest)
+    return Source(name=name, module=module, file=str(file), digest=digest_of(file, f"recipe.name '{name}'"))
 
 
 def record(run: Path, name: str) -> None:

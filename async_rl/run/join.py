@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from async_rl.config import Settings, WireSettings, check
+from async_rl.config.imports import NAMING_SETTINGS
 from async_rl.config.schema import structured, values_of, with_overrides
+from async_rl.config.sources import Source, changed_sources, sources_of
 from async_rl.errors import RunFailed, UserError, nearest
 from async_rl.events import BufferReady, Event, ProcessStarted, StallReported, TrainerAwaited
 from async_rl.process import SIGNALS, Interrupted
@@ -202,6 +204,8 @@ def _allowed(word: str, base: Settings, values: Mapping[str, Any], here: Path) -
     name, equals, value = word.partition("=")
     if not equals or not name:
         raise UserError(f"'{word}' is not a setting; write name=value, e.g. generator.threads=2")
+    if name in NAMING_SETTINGS and ".py:" in value:
+        return _own_code(name, value, base, here)
     if name.startswith(FILES):
         return _file(name, value, base.task.args, here)
     if name in NOTHING_HERE:
@@ -227,6 +231,39 @@ def _file(name: str, value: str, args: Mapping[str, Any], here: Path) -> str:
     return f"{name}={path.resolve()}"
 
 
+def _own_code(name: str, value: str, base: Settings, here: Path) -> str:
+    """A setting that names an object may say in which file it lies on this host; which object stays the run's, and
+    `check_sources` makes sure that the file is the same."""
+    *groups, last = name.split(".")
+    told: Any = {"task": {"name": base.task.name, "args": base.task.args}, "recipe": base.recipe}
+    for group in groups:
+        told = told.get(group, {})
+    file, _, found = value.rpartition(":")
+    if not isinstance(told.get(last), str) or told[last].rpartition(":")[2] != found:
+        raise UserError(f"{name} is the run's ({told.get(last)!r}): only the file in which it lies may differ here")
+    if not (here / Path(file).expanduser()).is_file():
+        raise UserError(f"{name}: there is no file {here / file}")
+    return f"{name}={(here / Path(file).expanduser()).resolve()}:{found}"
+
+
+def check_sources(settings: Settings, welcome: msg.Welcome) -> None:
+    """Refuse to generate with other code than the run's. Raises UserError for a file of the user's own that is missing
+    here or differs."""
+    recorded = [Source(**source) for source in welcome.sources]
+    try:
+        found = sources_of(settings)
+    except UserError as error:
+        raise UserError(
+            f"{error}; the run uses it: copy it from {welcome.host}, or say where it lies here, e.g. "
+            "task.name=path/file.py:Class"
+        ) from None
+    for source in changed_sources(recorded, found):
+        raise UserError(
+            f"{source.setting} '{source.name}' differs from the run's: {source.file} on {welcome.host} has blake2b "
+            f"{source.digest[:12]}; copy that file to this host"
+        )
+
+
 # ------------------------------------------------------------------------------------------------ joining
 
 
@@ -248,6 +285,7 @@ def join_run(target: JoinTarget, name: str, words: Sequence[str], log: Callable[
     if welcome.host == this_host() and Path(welcome.folder).is_dir():
         os.chdir(welcome.folder)  # relative paths in the run's settings begin there
     check_device("generator.device", settings.generator.device)
+    check_sources(settings, welcome)
     JoinedGenerator(target, name, settings, welcome, log).run()
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from async_rl.config import Settings
 from async_rl.config.schema import to_yaml
+from async_rl.config.sources import changed_sources, read_sources, sources_of, write_sources
 from async_rl.errors import RunFailed, UserError
 from async_rl.events import (
     CheckpointDamaged,
@@ -183,9 +184,15 @@ class Launcher:
         if self.start_at is None:
             self.folder.create(self.settings)
             own.record(self.folder.path, str(self.settings.recipe["name"]))
+            sources = sources_of(self.settings)
+            write_sources(self.folder.sources, sources)
+            for source in sources:
+                self.console.print(str(source))
             self.lock = take_lock(self.folder.lock, LAST_LAUNCH_S)
             return
         start = self.start_at
+        for source in changed_sources(read_sources(self.folder.sources), sources_of(self.settings)):
+            self.console.print(f"{source.setting} '{source.name}': {source.file} is not what it was when the run began")
         for damage in start.damaged:
             self.console.print(f"{damage.path.name} is damaged and left out: {damage.reason}")
             self.folder.record(CheckpointDamaged(path=str(damage.path), reason=damage.reason))

@@ -493,6 +493,10 @@ class Gone(WireStruct, frozen=True, kw_only=True):
     pid: int
     """of the process that ended; a restarted generator has another"""
     reason: str
+    group: int = -1
+    """whose code it ran when it crashed or froze; -1: none, or its end came from outside"""
+    place: str = ""
+    """file, line and function of that code, where they are known"""
 
 
 class Shutdown(WireStruct, frozen=True, kw_only=True):
@@ -538,6 +542,8 @@ class Welcome(WireStruct, frozen=True, kw_only=True):
     """file of the weights in that host's shared memory"""
     weights: str
     """where the weight server listens; empty: there is none"""
+    sources: tuple[Detail, ...] = ()
+    """the user's own files that the run was started with (config/sources.py)"""
 
 
 # ---------------------------------------------------------------- generator of another host <-> weight server
