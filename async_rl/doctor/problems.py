@@ -51,7 +51,7 @@ def prompts_of(task: Task, tokenizer: Tokenizer) -> list[str]:
 
 def episodes_of(task: Task) -> list[list[Segment]]:
     """Some demonstrations, where the task has any."""
-    if not task.has_demonstrations():
+    if not task.demonstrates:
         return []
     problems = task.problems("train")
     shown = range(min(MOST_EPISODES, len(problems)))
@@ -144,6 +144,8 @@ class ScriptedSession:
     split: Split = "train"
     seed: int = 0
     template: str = ""
+    contexts: int = 0
+    """begun by the task"""
 
     async def generate(self, *, max_tokens: int, agent: str = "", **how: Any) -> str:
         said = self.answers[self.turn] if self.turn < len(self.answers) else ""
@@ -153,9 +155,13 @@ class ScriptedSession:
 
     def append(self, text: str) -> None: ...
 
-    def append_messages(self, messages: Sequence[Mapping[str, Any]]) -> None: ...
+    def append_messages(self, messages: Sequence[Mapping[str, Any]], *, as_sampled: bool = False) -> None: ...
 
-    def start_context(self, prompt: str | Sequence[Mapping[str, Any]]) -> None: ...
+    def start_context(self, prompt: str | Sequence[Mapping[str, Any]]) -> int:
+        self.contexts += 1
+        return self.contexts
+
+    def resume_context(self, number: int) -> None: ...
 
     async def score(self, text: str) -> Score:
         return Score(log_probs=[-1.0] * len(text), version=0)
@@ -166,7 +172,7 @@ class ScriptedSession:
     def slot(self, name: str) -> AbstractAsyncContextManager[None]:
         return nullcontext()
 
-    def reward_turn(self, value: float) -> None: ...
+    def reward_turn(self, value: float, *, agent: str | None = None) -> None: ...
 
     def end_at_turn_limit(self) -> None: ...
 
@@ -218,7 +224,7 @@ def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES, template:
 
 def answers_of(task: Task, problem: Problem, random: Random, *, right: bool) -> list[str]:
     """What the policy says in an episode."""
-    if right and task.has_demonstrations():
+    if right and task.demonstrates:
         return [segment.text for segment in task.demonstration(problem, random) if segment.policy]
     if right and "answer" in problem.data:
         answer = problem.data["answer"]

@@ -198,8 +198,11 @@ def check_effect(
     max_staleness: int,
     has_critic: bool,
     single_turn: bool,
+    credits_turns: bool = False,
 ) -> list[str]:
     """Refuse a recipe that would have no effect in this set-up; notes on what is allowed but idle.
+
+    single_turn, credits_turns: of the task.
 
     Raises UserError with the reason and the remedy.
     """
@@ -207,6 +210,11 @@ def check_effect(
         return []  # what it does with the axes is known to itself alone
     check_recipe(recipe)
     problem = _setup_problem(recipe, group_size, updates_per_batch, has_critic)
+    if not problem and credits_turns and recipe.advantage.credit == "trajectory":
+        problem = (
+            "advantage.credit=trajectory sees the reward of an episode alone, and this task gives its rewards to "
+            "turns; take a recipe with turn-level credit, e.g. turn_return, gigpo or ppo"
+        )
     if problem:
         raise UserError(f"recipe {recipe.name}: {problem}")
     return _notes(recipe, updates_per_batch, max_staleness, has_critic, single_turn)

@@ -108,7 +108,13 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
         max_staleness=settings.staleness.max_staleness,
         has_critic=requirements(recipe).value,
         single_turn=task.single_turn,
+        credits_turns=task.credits_turns,
     )
+    if task.credits_turns and settings.buffer.drop_zero_signal:
+        raise UserError(
+            f"buffer.drop_zero_signal=true would refuse every group: task '{task.name}' gives its rewards to turns, "
+            "and those of its episodes are all equal; set it to false"
+        )
     notes += describe_warmups(settings, has_critic=requirements(recipe).value)
     held_out = len(task.problems("eval"))
     if settings.evaluation.problems > held_out:
@@ -253,7 +259,7 @@ def check_fit(task: Task, tokenizer: Tokenizer, context: int) -> list[str]:
     longest = 0
     for split in SPLITS:
         longest = max(longest, _check_prompts(task, tokenizer, split, context))
-    if task.has_demonstrations():
+    if task.demonstrates:
         try:
             tokenizer.encode(task.alphabet)
         except ValueError as error:

@@ -221,21 +221,30 @@ class Session(Protocol):
         """Append environment text. These tokens carry no loss."""
         ...
 
-    def append_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
+    def append_messages(self, messages: Sequence[Mapping[str, Any]], *, as_sampled: bool = False) -> None:
         """Append chat messages (user, tool, ...) as the chat template writes them behind what is there, and the header
         of the next assistant turn. These tokens carry no loss.
 
         The sampled turn stays as it was sampled, whatever ended it: where it did not end with the end token, the
         template's end of a turn follows it. White space at its ends, which some templates strip, stays too.
 
+        Args:
+            as_sampled: the history may be another than the template would write now; it stays as it was sampled.
+
         Raises ValueError where the template would write the history before them differently (then only a new context,
         `start_context`, holds what the model is meant to see), and where the context began with text.
         """
         ...
 
-    def start_context(self, prompt: str | Sequence[Mapping[str, Any]]) -> None:
+    def start_context(self, prompt: str | Sequence[Mapping[str, Any]]) -> int:
         """Begin a new context of this episode with `prompt`, text or chat messages: what follows does not see what was
-        before. For agents that edit or summarise their history, and for several agents in one episode."""
+        before. For agents that edit or summarise their history, and for several agents in one episode. Returns its
+        number, for `resume_context`."""
+        ...
+
+    def resume_context(self, number: int) -> None:
+        """Go on in an earlier context, behind what is there; 0: the one that the episode began with. Raises ValueError
+        for a number that `start_context` did not return."""
         ...
 
     async def score(self, text: str) -> Score:
@@ -256,8 +265,9 @@ class Session(Protocol):
         Raises ValueError for a name that neither knows."""
         ...
 
-    def reward_turn(self, value: float) -> None:
-        """Reward of the turn generated last; recipes with turn-level credit use it."""
+    def reward_turn(self, value: float, *, agent: str | None = None) -> None:
+        """Reward of the turn generated last, or of the last one of this agent; recipes with turn-level credit use it.
+        Where several agents speak it is credited to that agent's turns alone (docs/algorithms.md#several-agents)."""
         ...
 
     def end_at_turn_limit(self) -> None:
@@ -320,6 +330,9 @@ class Task:
     """places that all episodes of a generator process share, by name (`Session.slot`): how many there are"""
     single_turn: bool = False
     """True when every episode is one turn. Recipes with turn-level parts, which would do nothing then, are refused."""
+    credits_turns: bool = False
+    """True when what an episode earns is given to turns alone (`Session.reward_turn`), as in a game that the policy
+    plays against itself. Recipes that see the reward of the episode alone, and would learn nothing, are refused."""
     example_call: str = ""
     """a call that the task's tool answers, for rehearsals with a model that would never write one"""
 
@@ -402,6 +415,11 @@ class Task:
     def has_demonstrations(cls) -> bool:
         """True when the class defines `demonstration`, and `async-rl init-model` can warm a model up with it."""
         return cls.demonstration is not Task.demonstration
+
+    @property
+    def demonstrates(self) -> bool:
+        """True when it can, with these settings."""
+        return self.has_demonstrations()
 
     @property
     def alphabet(self) -> str:

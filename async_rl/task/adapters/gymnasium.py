@@ -200,6 +200,10 @@ class Gymnasium(GeneratedTask):
     # ------------------------------------------------------------------ a model that is to learn it from nothing
 
     @property
+    def demonstrates(self) -> bool:
+        return self.settings.prompt == "text"
+
+    @property
     def alphabet(self) -> str:
         """What occurs in episodes of random actions, and printable ASCII."""
         seen = {chr(code) for code in range(32, 127)} | {"\n"}
