@@ -1,4 +1,6 @@
-"""Commands that look: `async-rl config | recipes | top | report | trace`. Each imports what it needs when it runs."""
+"""Commands that look: `async-rl config | recipes | tasks | top | report | trace`.
+
+Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -68,6 +70,19 @@ def add_commands(commands: Commands) -> None:
     )
     recipes.add_argument("name", nargs="?", metavar="NAME", help="a recipe; without one: the list")
     recipes.add_argument("overrides", nargs="*", metavar="AXIS=VALUE", help="changed axes, e.g. trust.cap=4")
+
+    tasks = commands.add(
+        "tasks",
+        "list the tasks and environments, or show one: settings, problems, an episode",
+        about="NAME is a task, file.py:Class of your own, or a YAML file of settings, whose task is shown. No model is "
+        "needed: a script speaks for the policy.",
+        example="async-rl tasks\nasync-rl tasks calculator digits=2\nasync-rl tasks configs/quickstart.yaml",
+        work=_tasks,
+    )
+    complete(
+        tasks.add_argument("name", nargs="?", metavar="NAME", help="a task or a config; without one: the list"), FILE
+    )
+    tasks.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="settings of the task, e.g. digits=2")
 
 
 def _top(arguments: argparse.Namespace) -> int:
@@ -144,6 +159,28 @@ def _config(arguments: argparse.Namespace) -> int:
         print(f"\n{describe_estimate(estimate(settings))}")
     elif not arguments.fake_model:
         print(f"\nplacement and memory: once the model is in {settings.model.path}")
+    return 0
+
+
+def _tasks(arguments: argparse.Namespace) -> int:
+    from async_rl.config.load import make_settings
+    from async_rl.config.schema import load_yaml, with_overrides
+    from async_rl.doctor.tasks import list_tasks, show_task
+    from async_rl.task import make_task
+
+    name, words = arguments.name, arguments.overrides
+    if name is None:
+        print("\n".join(list_tasks()))
+        return 0
+    if name.endswith((".yaml", ".yml")):
+        file = Path(name)
+        chosen = [word if word.startswith("task.") else f"task.args.{word}" for word in words]
+        task = make_settings(load_yaml(file), chosen, folder=file.parent, needs_model=False).settings.task
+        name, args = task.name, task.args
+    else:
+        args = with_overrides({}, [word.removeprefix("task.args.") for word in words])
+    for line in show_task(name, make_task(name, args)):
+        print(line)
     return 0
 
 
