@@ -95,6 +95,46 @@ def test_a_rehearsed_task_goes_its_way_and_pays_by_a_coin(data: Path) -> None:
     assert reward == play(task, problem, ScriptedSession(["aaaaaaa", "bbb", "ccccc"]))
 
 
+HERMES = "{{ tools }} <tool_call> {{ messages }}"
+"""as much of a chat template as tells the format"""
+
+
+def test_a_rehearsal_calls_in_the_format_of_the_model(data: Path) -> None:
+    args = {"path": str(data), "reward": "numeric"}
+    task = make_task("rehearsed", {"name": "tools", "args": args, "max_tokens": 4, "call": "<tool>1+2</tool>"})
+    session = ScriptedSession(["aaaaaaa", "bbb", "ccccc"], template=HERMES)
+    play(task, task.problems("train")[3], session)
+    call = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "1+2"}}\n</tool_call>'
+    assert session.transcript.endswith(f"aaaa{call}<tool>3bbb{call}<tool>3cccc")
+    assert (session.notes["tool_calls"], session.notes["tool_errors"]) == (2.0, 0.0)
+
+
+def test_the_default_system_message_is_for_tags_alone(data: Path) -> None:
+    cases: list[tuple[dict[str, Any], str, bool]] = [
+        ({}, "", True),
+        ({}, HERMES, False),
+        ({"tool_format": "tags"}, HERMES, True),
+        ({"system": "Be brief."}, HERMES, True),
+    ]
+    for args, template, there in cases:
+        problem = tools(data, **args).problems("train")[0]
+        assert problem.adapt is not None
+        shown = problem.adapt(problem, template)
+        assert (shown.prompt[0]["role"] == "system") == there
+        assert [tool["function"]["name"] for tool in shown.tools] == (
+            ["calculator"] if "tool_format" not in args and template else []
+        )
+
+
+def test_tools_are_told_of_in_a_message_where_the_template_shows_none(data: Path) -> None:
+    problem = tools(data, tool_format="deepseek", system="Be brief.").problems("train")[0]
+    assert problem.adapt is not None
+    shown = problem.adapt(problem, "{{ messages }}")
+    assert shown.tools == ()
+    assert shown.prompt[0]["content"].startswith("Be brief.\n\nYou may call these tools:\n{")
+    assert "<｜tool▁call▁begin｜>function<｜tool▁sep｜>name" in shown.prompt[0]["content"]
+
+
 def test_a_rehearsal_of_a_rehearsal_is_refused() -> None:
     with pytest.raises(UserError, match="name the task that is rehearsed"):
         make_task("rehearsed", {"name": "rehearsed"})
