@@ -280,6 +280,17 @@ class PeersTurnedAway(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProblemRefused(Event):
+    """A problem crashed or froze its generators too often (generator.max_deaths): it is not asked any more."""
+
+    event: ClassVar[str] = "problem_refused"
+    split: str
+    problem: int
+    """its index"""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchHeldUp(Event):
     """A batch could have been formed, but waited for groups that grow too old otherwise."""
 
@@ -526,10 +537,10 @@ _ALL: tuple[type[Event], ...] = (
     ProcessStarted, ProcessFailed, ProcessFrozen, ProcessKilled, ProcessesLeft, GeneratorDied, RunInterrupted,
     CheckpointDamaged, RunResumed, TrainerAwaited, StallReported, StallOver,
     BufferReady, GeneratorJoined, GeneratorLeft, GeneratorLost, MessageRefused, PeersTurnedAway, BatchHeldUp,
-    DepthChanged, GeneratorReady, GeneratorRejoined,
+    ProblemRefused, DepthChanged, GeneratorReady, GeneratorRejoined,
     TrainerReady, EvaluationReported, CheckpointSaved, StepSkipped, UpdatesStopped, MemoryRanOut, AlarmRaised,
     RunRolledBack, CanaryFailed, CanarySilent, WeightsLinkLost,
-    WeightsReady, TrackerReady, TrackerFailed,
+    WeightsReady, TrackerReady, TrackerFailed, OutputLost,
 )
 # fmt: on
 EVENTS: Mapping[str, type[Event]] = MappingProxyType({kind.event: kind for kind in _ALL})

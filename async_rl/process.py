@@ -205,6 +205,7 @@ def dump_stacks_on_signal(path: Path | None = None) -> None:
         faulthandler.unregister(STACKS_SIGNAL)
         signal.signal(STACKS_SIGNAL, signal.SIG_DFL)
         faulthandler.register(STACKS_SIGNAL, file=_stacks, all_threads=True)
+        faulthandler.enable(file=_stacks, all_threads=True)  # and when it crashes
 
 
 def is_out_of_memory(message: str) -> bool:

@@ -76,6 +76,8 @@ class Admission:
     """admitted groups whose generator was lost, ascending"""
     former: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
     """the generators lost last: what they still send does not come from a stranger"""
+    refuse: Callable[[Group], list[do.Effect]] = lambda group: []
+    """refuses a group that was just admitted where its problem may not be asked; no effects: it may"""
     lost_busy_seconds: float = 0.0
     """inside model steps, of generators that are gone"""
     lost_tokens: int = 0
@@ -211,13 +213,18 @@ class Admission:
                 self.orphans.remove(number)
                 self.counts["groups_reissued"] += 1
                 return self.ledger.groups[number]
-        if not self.ledger.may_admit(generator.version):
-            return None
-        group = self._new_group(generator.version, now)
-        self.ledger.admit(group)
-        self.counts["groups_admitted"] += 1
-        out.append(do.add_group(group, generator.name))
-        return group
+        while self.ledger.may_admit(generator.version):
+            group = self._new_group(generator.version, now)
+            self.ledger.admit(group)
+            self.counts["groups_admitted"] += 1
+            out.append(do.add_group(group, generator.name))
+            refused = self.refuse(group)
+            if not refused:
+                return group
+            out += refused
+            if any(isinstance(effect, do.EndRun) for effect in refused):
+                return None
+        return None
 
     def _new_group(self, version: int, now: float) -> Group:
         """The problem of a dropped group, if there is one, else the next of the prompt order."""

@@ -44,6 +44,7 @@ def make_core(settings: Settings, *, train_problems: int, vocabulary: int, run: 
         drop_zero_signal=settings.buffer.drop_zero_signal,
         max_failures=settings.buffer.max_failures,
         max_refusals=settings.buffer.max_refusals,
+        max_deaths=settings.generator.max_deaths,
         seed=settings.seed,
         vocabulary=vocabulary,
         max_permits=max(1, settings.generator.max_sequences // settings.batch.group_size),

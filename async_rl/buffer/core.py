@@ -23,8 +23,11 @@ from async_rl.buffer.depth import Rules
 from async_rl.buffer.evaluation import Evaluation, Evaluations, evaluation_groups, evaluation_result
 from async_rl.buffer.failures import Failures
 from async_rl.buffer.ledger import Group, Ledger
+from async_rl.buffer.poison import KEY as POISON_KEY
+from async_rl.buffer.poison import Poison, failed_trajectories
 from async_rl.buffer.presence import Attendance, Presence
 from async_rl.buffer.waits import PendingBatch, Waits
+from async_rl.events import ProblemRefused
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import Blob, WireError
 from async_rl.wire import messages as msg
@@ -46,6 +49,7 @@ class Core:
     evaluations: Evaluations = field(default_factory=Evaluations)
     refusals: Refusals = field(default_factory=Refusals)
     batching: Batching = field(init=False)
+    poison: Poison = field(init=False)
     trainer: bytes = b""
     """the peer that is the trainer, by its Hello; empty: none yet"""
     waits: Waits = field(init=False)
@@ -76,6 +80,8 @@ class Core:
             counts=self.counts,
         )
         self.batching = Batching(rules=self.rules, ledger=self.ledger, admission=self.admission, counts=self.counts)
+        self.poison = Poison(limit=self.rules.max_deaths)
+        self.admission.refuse = self._refuse_if_poisoned
         self.acceptance = Acceptance(
             rules=self.rules, ledger=self.ledger, admission=self.admission, evaluations=self.evaluations
         )
@@ -139,7 +145,7 @@ class Core:
             case msg.Leave():
                 return self.attendance.leave(peer, message) + self._grant(now)
             case msg.Gone():
-                return self.attendance.gone(message) + self._grant(now)
+                return self._gone(message, now)
             case msg.Query():
                 return self._query(peer, now)
             case msg.Join() if self.refusals.may_answer(now):
@@ -206,6 +212,38 @@ class Core:
 
     def _grant(self, now: float, only: bytes = b"") -> list[do.Effect]:
         return [] if self.ended else self.admission.grant(now, only)
+
+    def _gone(self, gone: msg.Gone, now: float) -> list[do.Effect]:
+        """A generator's process has ended; its problem is refused when that was the problem's fault too often."""
+        out = self.attendance.gone(gone)
+        group = self._group(gone.group) if gone.group >= 0 else None
+        if group is not None:
+            refused = self.poison.add(gone, group)
+            out.append(do.Remember(key=POISON_KEY, value=self.poison.remembered()))
+            if refused:
+                reason = self.poison.reason(group)
+                out.append(do.Note(event=ProblemRefused(split=group.split, problem=group.problem, reason=reason)))
+                out += self._refuse_poisoned(now)
+        return out + self._grant(now)
+
+    def _refuse_poisoned(self, now: float) -> list[do.Effect]:
+        """Refuse the unfinished groups of problems that may not be asked any more; held-out ones fail."""
+        out: list[do.Effect] = []
+        for group in [g for g in self.groups.values() if not g.complete]:
+            if reason := self.poison.reason(group):
+                out += self.batching.refuse(group.group, reason)
+        for _, group in list(self.evaluations.groups.values()):
+            reason = self.poison.reason(group)
+            if reason and not group.complete:
+                failed = failed_trajectories(group, reason, now)
+                for trajectory in failed:
+                    group.arrive(trajectory)
+                    self.counts["trajectories_eval"] += 1
+                    self.counts["trajectories_failed"] += 1
+                    self.failures.add(reason)
+                out.append(do.AddTrajectories(trajectories=failed, blobs=[]))
+                self.admission.complete(group)
+        return out + self._hopeless()
 
     # ----------------------------------------------------------- trajectories
 
@@ -325,6 +363,11 @@ class Core:
             out += self._grant(now)  # what was refused gave its slot up
         return out + self._hopeless()
 
+    def _refuse_if_poisoned(self, group: Group) -> list[do.Effect]:
+        """Refuse a group that has just been admitted, if its problem may not be asked any more."""
+        reason = self.poison.reason(group)
+        return [*self.batching.refuse(group.group, reason), *self._hopeless()] if reason else []
+
     def _hopeless(self) -> list[do.Effect]:
         """End the run when too many groups in a row were refused."""
         return self._end(self.batching.hopeless, failed=True) if self.batching.hopeless else []
@@ -355,7 +398,8 @@ class Core:
             return []
         groups = evaluation_groups(ask, seed=self.rules.seed, new_number=self.ledger.new_number, now=now)
         self.evaluations.add(ask.evaluation, Evaluation(version=ask.version, groups=groups))
-        return [*(do.add_group(group, generator="") for group in groups), *self._grant(now)]
+        added = [do.add_group(group, generator="") for group in groups]
+        return [*added, *self._refuse_poisoned(now), *self._grant(now)]
 
     def _fetch_evaluation(self, peer: bytes, ask: msg.FetchEvaluation, now: float) -> list[do.Effect]:
         found = self.evaluations.asked[ask.evaluation]

@@ -228,6 +228,8 @@ class Rules:
     """tokens are below it; 0: not known"""
     max_permits: int = 1 << 31
     """permits that one generator may have under way"""
+    max_deaths: int = 2
+    """of generators that one problem may cause before it is refused"""
     frozen_after_s: float = 15.0
     """a generator that has been silent for so long is lost"""
     stall_report_s: float = 10.0

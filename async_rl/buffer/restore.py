@@ -17,6 +17,7 @@ from typing import Any
 from async_rl.buffer.core import Core
 from async_rl.buffer.depth import KEY
 from async_rl.buffer.ledger import MOST_REASON, Group, SampleRecord
+from async_rl.buffer.poison import KEY as POISON_KEY
 from async_rl.buffer.staleness import Slot
 from async_rl.buffer.store_reader import GroupRow, StoreReader, TrajectoryRow
 from async_rl.trajectory.types import LENGTH_BUCKETS, attempt_seed
@@ -36,6 +37,8 @@ class StoredState:
     again"""
     depth: Mapping[str, Any] | None
     """state of the controller of the depth, if there was one"""
+    poison: Mapping[str, Any] | None
+    """deaths by problem, and the problems that are refused for them"""
     lengths: tuple[tuple[str, int, int, int], ...]
     """(trained, dropped or refused; length bucket; trajectories; policy tokens)"""
     order: tuple[GroupRow, ...]
@@ -72,6 +75,7 @@ def read_state(store: StoreReader) -> StoredState:
         position=store.next_position(),
         dropped=tuple(store.dropped_last()),
         depth=json.loads(depth) if (depth := store.meta(KEY)) is not None else None,
+        poison=json.loads(poison) if (poison := store.meta(POISON_KEY)) is not None else None,
         lengths=tuple(store.lengths(LENGTH_BUCKETS)),
         order=order,
         samples={group: tuple(store.trajectories_of(group)) for group in live},
@@ -98,6 +102,8 @@ def restore(core: Core, stored: StoredState, *, version: int) -> None:
         for position, attempt, why in stored.dropped
         if why == "rollback" or ledger.policy.refills
     ]
+    if stored.poison is not None:
+        core.poison.restore(stored.poison)
     if core.batching.depth is not None and stored.depth is not None:
         core.batching.depth.restore(stored.depth)
     core.batching.discarded.restore(stored.lengths)

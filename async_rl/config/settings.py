@@ -194,6 +194,15 @@ class GeneratorSettings:
         unit="restarts",
         min=0,
     )
+    max_deaths: int = setting(
+        2,
+        "a problem whose code (task, tools, reward) runs when a generator crashes or freezes so many times is refused, "
+        "with its place, and the run goes on; such a death is no restart in the sense of max_restarts as long as "
+        "trajectories arrive in between",
+        unit="deaths",
+        min=1,
+        max=1000,
+    )
     restart_window_s: float = setting(
         300.0, "time over which restarts of one generator are counted", unit="seconds", above=0
     )

@@ -24,6 +24,7 @@ async def generate(
     """Build the engine and generate until the buffer says stop. On SIGTERM, finished work is sent first."""
     from async_rl.generator.build import make_engine, make_weights
     from async_rl.generator.loop import GeneratorLoop, make_options
+    from async_rl.generator.step_mark import StepMark
     from async_rl.model.tokenizer import Tokenizer
     from async_rl.task import make_task
     from async_rl.weights.shared_memory import segment_path
@@ -51,6 +52,7 @@ async def generate(
             buffer_silent_s=lambda: heartbeat.buffer_silent_s,
             record=folder.record,
             on_stuck=lambda why: fail(spec, why),
+            mark=StepMark.create(folder.step_mark(spec.name)),
         )
         on_sigterm(lambda: loop.leave("told to end"), folder.path)
         await loop.run()

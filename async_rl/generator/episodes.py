@@ -16,6 +16,7 @@ from async_rl.generator.facilities import Facilities
 from async_rl.generator.group_reward import STRANGE_CANCEL, GroupJudge, Played, WaitingGroups
 from async_rl.generator.rollout import play_episode
 from async_rl.generator.session import EpisodeSession, Ticket, make_tickets
+from async_rl.generator.step_mark import EPISODE
 from async_rl.generator.task_code import TaskGuard, describe_error, is_ours
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task.protocol import Task
@@ -143,6 +144,7 @@ class Episodes:
     async def _run(self, episode: Episode) -> None:
         """One episode. It ends in one trajectory, or ends this generator, unless it was given up."""
         key = (episode.ticket.permit.group, episode.ticket.sample)
+        EPISODE.set(key)
         try:
             trajectory, weighed = await self._play(episode, self.recorded.pop(key, None))
         except BaseException as error:

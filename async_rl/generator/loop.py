@@ -30,6 +30,7 @@ from async_rl.generator.episodes import Episodes, Key
 from async_rl.generator.facilities import Facilities
 from async_rl.generator.outbox import RESEND_S, BufferDeadline, Outbox
 from async_rl.generator.pull import EngineWeights
+from async_rl.generator.step_mark import StepMark
 from async_rl.generator.task_code import LEFTOVER_S, TaskGuard
 from async_rl.task.protocol import Task
 from async_rl.task.weigh import Weights
@@ -133,6 +134,8 @@ class GeneratorLoop:
     """writes an event of the run"""
     on_stuck: Callable[[str], None] | None = None
     """ends this process, with the reason, because the task does not give the word back"""
+    mark: StepMark | None = None
+    """tells the launcher whose code runs"""
 
     guard: TaskGuard = field(init=False)
     facilities: Facilities = field(init=False)
@@ -159,7 +162,7 @@ class GeneratorLoop:
             o.name, o.timeout_s, StallTimer(o.stall_report_s), self.buffer_silent_s, self.record
         )
         self.weights = EngineWeights(o.name, self.engine, self.source)
-        self.guard = TaskGuard(limit_s=o.task_timeout_s, on_stuck=self.on_stuck)
+        self.guard = TaskGuard(limit_s=o.task_timeout_s, on_stuck=self.on_stuck, mark=self.mark)
         self.facilities = Facilities(self.task, o.max_sequences, o.task_slots)
         self.episodes = Episodes(
             task=self.task,

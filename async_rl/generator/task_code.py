@@ -21,6 +21,7 @@ from types import CoroutineType, FrameType
 from typing import Any, TypeVar
 
 from async_rl.generator.process_state import ProcessState
+from async_rl.generator.step_mark import StepMark
 from async_rl.process import Interrupted, Terminated
 from async_rl.wire.heartbeat import locate, place_of
 
@@ -87,6 +88,8 @@ class TaskGuard:
     """no step begins before: what this process has to send goes first"""
     on_stuck: Callable[[str], None] | None = None
     """ends this process, with the reason, when a step goes on whatever is raised in it"""
+    mark: StepMark | None = None
+    """tells others whose code runs, also when it ends this process"""
     raised: int = 0
     """times that the alarm ended the step that runs"""
     armed: bool = False
@@ -96,12 +99,16 @@ class TaskGuard:
         """A step begins."""
         self.since = time.monotonic()
         self.raised = 0
+        if self.mark is not None:
+            self.mark.set()
 
     def end(self) -> None:
         """A step has ended: put back what it changed."""
         self.since = 0.0
         if os.getpid() != self.pid:
             os._exit(0)  # a child that the task forked came back here: it must not go on as this process
+        if self.mark is not None:
+            self.mark.clear()
         if self.state.restore() and self.armed:
             self.arm()
 

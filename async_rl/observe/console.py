@@ -29,6 +29,7 @@ from async_rl.events import (
     GeneratorLeft,
     GeneratorLost,
     GeneratorRejoined,
+    ProblemRefused,
     StallReported,
     StepSkipped,
     TrackerFailed,
@@ -181,6 +182,8 @@ class Console:
                     f"step {event.step}: pipeline depth {event.old:g} -> {event.new:g}, since "
                     f"{event.reason} (smoothed {event.smoothed:.3f})"
                 )
+            case ProblemRefused():
+                self.print(f"{event.reason}; it is refused from now on")
             case AlarmRaised():
                 self.print(f"ALARM {event.signal} at step {event.step}: {event.reason}")
             case StepSkipped():

@@ -200,6 +200,14 @@ def terminate(children: Sequence[Child], within_s: float) -> list[Child]:
     return [child for child in children if not child.ended]
 
 
+def ended_from_outside(child: Child) -> bool:
+    """Whether a signal of somebody else ended it, as far as that can be known."""
+    code = child.process.returncode
+    if code == -signal.SIGKILL:
+        return describe_end(code, child.memory_kills) != KILLED_FOR_MEMORY
+    return code in (TOLD_TO_END, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+
+
 def describe_end(code: int, kills_before: int | None = None) -> str:
     """What the exit code of a process that recorded no cause means. `kills_before`: `memory_kills` when it was
     started, if known."""

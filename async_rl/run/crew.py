@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 
 from async_rl.errors import RunFailed, UserError
 from async_rl.events import GeneratorDied, ProcessFrozen, ProcessKilled, ProcessStarted
+from async_rl.generator.step_mark import marked_group
 from async_rl.process import uninterrupted
 from async_rl.process_spec import Pipes
-from async_rl.run.child import Child, Command, start_child, terminate
-from async_rl.run.liveness import LiveReport, Vitals, read_stacks
+from async_rl.run.child import Child, Command, ended_from_outside, start_child, terminate
+from async_rl.run.liveness import LiveReport, Vitals, crash_place, read_stacks
 from async_rl.run_folder import RunFolder
 from async_rl.wire.heartbeat import place_in_dump
 
@@ -77,6 +78,11 @@ class Crew:
     """by name, those that died: when they are started again (monotonic clock), and how"""
     frozen: dict[int, str] = field(default_factory=dict)
     """process number of those that were killed because they were silent, and what was known of each"""
+    places: dict[int, str] = field(default_factory=dict)
+    """process number of those, and where their code stood, if known"""
+    excused_at: int = -1
+    """trajectories that had arrived when a generator's death was last blamed on a problem, and not counted as one of
+    `generator.max_restarts`"""
 
     def launch(self, command: Command) -> None:
         """Start a child. Its own pipe for the cause is added by `start_child`."""
@@ -114,6 +120,7 @@ class Crew:
         file = self.folder.stacks(name)
         if place := place_in_dump(read_stacks(pid, file)):
             why = f"{why}; its code stands in {place} (stacks: {file})"
+            self.places[child_pid] = place
         self.vitals.remove(child_pid)
         self.frozen[child_pid] = f"{name} {why}"
         self.folder.record(ProcessFrozen(name=name, pid=pid, reason=why))
@@ -176,9 +183,12 @@ class Crew:
         cause = self.cause(child)
         if isinstance(cause, UserError):
             raise cause
-        self.live.report_gone(child.name, child.process.pid, str(cause))
+        group, place = self.blamed(child)
+        self.live.report_gone(child.name, child.process.pid, str(cause), group=group, place=place)
         budget = self.budgets[child.name]
-        pause = budget.died(str(cause), time.monotonic())
+        excused = group >= 0 and self.live.arrived > self.excused_at
+        self.excused_at = self.live.arrived if excused else self.excused_at
+        pause = FIRST_PAUSE_S if excused else budget.died(str(cause), time.monotonic())
         if pause is None:
             raise RunFailed(
                 f"{child.name} died {len(budget.causes)} times within {budget.window_s:g} s "
@@ -197,6 +207,18 @@ class Crew:
                 max_restarts=budget.max_restarts,
             )
         )
+
+    def blamed(self, child: Child) -> tuple[int, str]:
+        """(the group whose code ran when a generator crashed or froze, that code's place); (-1, "") when no code of
+        the task ran, or somebody else ended it."""
+        pid = child.process.pid
+        if ended_from_outside(child) and pid not in self.frozen:
+            return -1, ""
+        group = marked_group(self.folder.step_mark(child.name))
+        if group < 0:
+            return -1, ""
+        crashed = child.process.returncode < 0 and pid not in self.frozen
+        return group, (crash_place(self.folder.stacks(child.name)) if crashed else self.places.get(pid, ""))
 
     def restart(self) -> None:
         """Start those again whose pause is over."""

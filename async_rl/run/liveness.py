@@ -28,6 +28,7 @@ from async_rl.run_folder import RunFolder, replace_text
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout
+from async_rl.wire.heartbeat import place_in_dump
 
 START_S = 20.0
 """time a process gets until its first pulse, before it imports torch; a cold disk may hold that up"""
@@ -175,6 +176,16 @@ def read_stacks(pid: int, file: Path) -> str:
         return ""
 
 
+def crash_place(file: Path) -> str:
+    """Where a process's code stood when it crashed, from the stacks that it left in `file`; empty: not known."""
+    try:
+        text = file.read_text(errors="replace")
+    except OSError:
+        return ""
+    _, crashed, dump = text.rpartition("Fatal Python error:")
+    return place_in_dump(dump) if crashed else ""
+
+
 @dataclass(slots=True)
 class LiveReport:
     """How the run stands, asked from the buffer and written to `live.json`. Times are those of one monotonic clock,
@@ -218,9 +229,16 @@ class LiveReport:
         self.dealer.send(msg.Query())
         self.write("running", now, children)
 
-    def report_gone(self, name: str, pid: int, reason: str) -> None:
-        """Tell the buffer that a generator has ended, so that nothing waits for its next life."""
-        self.dealer.send(msg.Gone(name=name, pid=pid, reason=reason))
+    def report_gone(self, name: str, pid: int, reason: str, *, group: int = -1, place: str = "") -> None:
+        """Tell the buffer that a generator has ended, so that nothing waits for its next life; and which group's code
+        it ran then, if that may be why."""
+        self.dealer.send(msg.Gone(name=name, pid=pid, reason=reason, group=group, place=place))
+
+    @property
+    def arrived(self) -> int:
+        """Trajectories that had arrived at the buffer when it last answered."""
+        counts = self.snapshot.counts if self.snapshot is not None else {}
+        return counts.get("trajectories_train", 0) + counts.get("trajectories_eval", 0)
 
     def shut_down(self, reason: str) -> None:
         """Tell the buffer, once, that the run is over."""

@@ -1,0 +1,115 @@
+"""A problem whose code ends whoever runs it is found, named and refused; the run goes on, and so does a resumed one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from support_command import Run, run_command, write_config
+
+from async_rl.buffer.store import StoreReader
+from async_rl.events import GeneratorDied, ProblemRefused
+from async_rl.run_folder import RunFolder, read_rows
+
+LONGEST_S = 240.0
+"""each death costs a start of a process"""
+REWARDS = """
+import os, signal
+
+def crash(completion, answer, problem):
+    if answer == "3":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return float(len(completion) % 2)
+
+def leave(completion, answer, problem):
+    if answer == "3":
+        os._exit(7)
+    return float(len(completion) % 2)
+
+def freeze(completion, answer, problem):
+    if answer == "3":
+        sum(range(10**13))  # one call into C that never looks for signals
+    return float(len(completion) % 2)
+
+def always(completion, answer, problem):
+    os._exit(9)
+"""
+
+
+def begin(tmp_path: Path, model: Path, reward: str, *words: str, held_out: tuple[int, ...] = (20, 21)) -> Run:
+    (tmp_path / "poison_rewards.py").write_text(REWARDS)
+    for name, numbers in (("train", range(12)), ("eval", held_out)):
+        rows = (json.dumps({"prompt": f"{i}<", "answer": f"{i}"}) for i in numbers)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    args = {
+        "path": tmp_path / "train.jsonl", "eval_path": tmp_path / "eval.jsonl", "as_chat": "false", "max_tokens": 3,
+        "reward": f"{tmp_path}/poison_rewards.py:{reward}",
+    }  # fmt: skip
+    config = write_config(
+        tmp_path, model, "task=dataset", *(f"task.args.{name}={value}" for name, value in args.items()),
+        "wire.timeout_s=200", "evaluation.problems=2", "evaluation.samples=2", "trainer.steps=10", *words,
+    )  # fmt: skip
+    return Run(config, RunFolder(tmp_path / "run"), longest_s=LONGEST_S)
+
+
+def refused(run: Run) -> list[ProblemRefused]:
+    return [row.event for row in run.folder.read_events() if isinstance(row.event, ProblemRefused)]
+
+
+@pytest.mark.parametrize(
+    ("reward", "problems", "cause", "place"),
+    [
+        ("crash", [3], "crashed (SIGSEGV)", "in poison_rewards.py:6 crash"),
+        ("leave", [3], "ended with code 7", ""),
+        ("freeze", [3], "no sign of life", "in poison_rewards.py:16 freeze"),
+    ],
+)
+def test_it_is_refused_with_its_place_and_the_run_goes_on(
+    tmp_path: Path, tiny_model: Path, reward: str, problems: list[int], cause: str, place: str
+) -> None:
+    run = begin(tmp_path, tiny_model, reward, "wire.frozen_after_s=2", "generator.max_restarts=4")
+    said = run.said()
+    assert run.process.returncode == 0, said
+    found = sorted(refused(run), key=lambda event: event.problem)
+    assert [(event.split, event.problem) for event in found] == [("train", number) for number in problems]
+    for event in found:
+        begins = (
+            f"poison: problem {event.problem} of the train split ended its generator 2 times{place and ', ' + place}"
+        )
+        assert event.reason.startswith(f"{begins}; the last time: generator-0 "), event.reason
+        assert cause in event.reason
+        assert f"{begins}; the last time" in re.sub(r"\s+", " ", said)
+    deaths = [row.event for row in run.folder.read_events() if isinstance(row.event, GeneratorDied)]
+    assert len(deaths) == 2 * len(problems)
+    with StoreReader(run.folder.store) as store:
+        groups = [row for row in store.groups() if row.split == "train" and row.problem in problems]
+    assert groups  # each epoch asks for it again: it is refused without a generator
+    assert all(row.refused_because and row.refused_because.startswith("poison: ") for row in groups)
+
+    if reward != "leave":
+        return
+    again = run_command("run", "--resume", run.folder.path, "trainer.steps=14", timeout_s=90)
+    assert again.returncode == 0, again.stderr
+    assert sum(isinstance(row.event, GeneratorDied) for row in run.folder.read_events()) == 2
+    audit = run_command("audit", run.folder.path)
+    assert audit.returncode == 0, audit.stdout
+
+
+def test_a_held_out_problem_fails_and_is_counted_apart(tmp_path: Path, tiny_model: Path) -> None:
+    run = begin(tmp_path, tiny_model, "leave", "trainer.steps=3", held_out=(20, 3))
+    (tmp_path / "train.jsonl").write_text("".join(f'{{"prompt": "{i}<", "answer": "x"}}\n' for i in range(12)))
+    said = run.said()
+    assert run.process.returncode == 0, said
+    assert [(event.split, event.problem) for event in refused(run)] == [("eval", 1)]
+    evaluations = [row for row in read_rows(run.folder.events) if row["event"] == "evaluation"]
+    assert [(row["trajectories"], row["failed"]) for row in evaluations] == [(4, 2), (4, 2)]
+    assert evaluations[0]["failures"][0].startswith("poison: problem 1 of the eval split")
+
+
+def test_a_reward_that_ends_every_process_ends_the_run(tmp_path: Path, tiny_model: Path) -> None:
+    run = begin(tmp_path, tiny_model, "always", "generator.max_restarts=3")
+    said = run.said()
+    assert run.process.returncode == 1
+    assert "generator-0 died 4 times within 300 s (generator.max_restarts=3)" in said
