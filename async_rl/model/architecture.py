@@ -134,7 +134,7 @@ def parse_config(values: Mapping[str, Any], *, where: str) -> DecoderConfig:
         mlp_bias=bool(values.get("mlp_bias", False)) and family == "llama",
         qk_norm=family == "qwen3",
         tied=bool(values.get("tie_word_embeddings", False)),
-        windows=_windows(values, family, where),
+        windows=windows_of(values, where),
     )
     if config.heads % config.kv_heads or config.head_dim % 2:
         raise UserError(
@@ -232,8 +232,10 @@ def _refuse_unsupported(values: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: quantised weights cannot be trained; use the unquantised checkpoint")
 
 
-def _windows(values: Mapping[str, Any], family: str, where: str) -> tuple[int, ...]:
-    """Tokens that each layer attends to, as transformers reads the families' settings; () where it is all in all."""
+def windows_of(values: Mapping[str, Any], where: str) -> tuple[int, ...]:
+    """Tokens that each layer of one of `FAMILIES` attends to, as transformers reads its settings; () where it is all in
+    all. Raises UserError."""
+    family = values["model_type"]
     if family == "llama":
         return ()
     layers = _number(values, "num_hidden_layers", where)

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from async_rl.errors import UserError
-from async_rl.model.architecture import rope_context, rope_settings
+from async_rl.model.architecture import rope_context, rope_settings, windows_of
 
 STACKED = re.compile(r"\.experts\.(\d+\.)?")
 """in the stored name of a weight of an expert, which transformers holds as a part of one stacked parameter"""
@@ -34,6 +34,8 @@ REFUSED: Mapping[str, str] = {
     "rwkv": "its layers are recurrent",
 }
 """model_type -> why; what is not listed here is found out when it is loaded"""
+LANGUAGE_PARTS: Mapping[str, str] = {"gemma3": "Gemma3ForCausalLM"}
+"""model_type of models of several parts whose language model `import-model` takes out -> transformers' class of it"""
 TIED_BY_DEFAULT = (
     "bloom", "cohere", "cohere2", "ernie4_5", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode",
     "gpt_neo", "granite_swa", "lfm2", "opt", "smollm3", "starcoder2", "vaultgemma", "xglm",
@@ -50,10 +52,12 @@ def check_foreign(values: Mapping[str, Any], where: str) -> None:
     """Raise UserError for what cannot be trained. `where` names the file."""
     parts = [name for name in ("vision_config", "audio_config", "text_config") if isinstance(values.get(name), dict)]
     if parts:
+        remedy = "choose a checkpoint of a language model"
+        if values.get("model_type") in LANGUAGE_PARTS:
+            remedy = f"`async-rl import-model {where.rpartition('/')[0]} DIR` takes its language model out"
         raise UserError(
             f"{where} describes a model of several parts ({', '.join(parts)}), and only a language model alone can be "
-            "trained; load its language model with transformers' own class for it (for Gemma 3 Gemma3ForCausalLM) and "
-            "save that as a folder"
+            f"trained; {remedy}"
         )
     if reason := REFUSED.get(str(values.get("model_type"))):
         raise UserError(
@@ -90,6 +94,10 @@ def check_vllm(values: Mapping[str, Any], names: Iterable[str], where: str) -> N
                 f"{where}: of rope type {kind!r} vLLM and transformers read {', '.join(told)} differently, so "
                 f"generators would sample from another model than is trained; {remedy}, or take it out of the file"
             )
+    if values.get("model_type") in ("qwen2", "qwen3") and len(set(windows_of(values, where))) > 1:
+        raise UserError(
+            f"{where}: vLLM has no sliding window in some layers only (max_window_layers) for this family; {remedy}"
+        )
     if any(STACKED.search(name) for name in names):
         raise UserError(
             f"{where}: updated weights of a mixture of experts cannot be given to vLLM, which names them otherwise "

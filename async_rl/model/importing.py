@@ -26,6 +26,7 @@ import numpy as np
 from async_rl.errors import UserError
 from async_rl.model.architecture import DecoderConfig, Family, Rope, config_values, parameters, tensor_shapes
 from async_rl.model.folder import CONFIG, NOT_COPIED, check_folder, read_json, safetensors_header, weight_files
+from async_rl.model.foreign import LANGUAGE_PARTS
 from async_rl.model.gguf_file import CHUNK_ELEMENTS, GGUFFile, StoredTensor
 from async_rl.model.streaming import TensorPlan, stream_weights
 from async_rl.model.tokenizer import MORE_TEMPLATES
@@ -40,6 +41,8 @@ FAMILY_OF: Mapping[str, Family] = {"llama": "llama", "qwen2": "qwen2", "qwen3": 
 Dtype = Literal["float32", "bfloat16"]
 DTYPE_NAMES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16"}
 """as safetensors names them"""
+FOR_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""keys of a config.json that a model of several parts keeps outside that of its language model"""
 FLOATS: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """safetensors' names of what is written in another dtype -> torch's"""
 
@@ -174,8 +177,11 @@ def _from_hub(name: str) -> Path:
 
 
 def _from_folder(source: Path, target: Path, dtype: Dtype) -> tuple[str, int, str]:
-    """Checked and copied; the weights are written anew in `dtype`."""
-    check_folder(source)
+    """Checked and copied; the weights are written anew in `dtype`. Of a model of several parts, its language model."""
+    values = read_json(source / CONFIG)
+    several = values.get("model_type") in LANGUAGE_PARTS
+    if not several:
+        check_folder(source)
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(NOT_COPIED):
             shutil.copyfile(file, target / file.name)
@@ -183,17 +189,23 @@ def _from_folder(source: Path, target: Path, dtype: Dtype) -> tuple[str, int, st
         shutil.copytree(source / MORE_TEMPLATES, target / MORE_TEMPLATES)
     headers = {file: safetensors_header(file) for file in weight_files(source)}
     entries = {name: entry for header in headers.values() for name, entry in header.items()}
+    written = {name: language_name(name) if several else name for name in entries}
+    entries = {name: entry for name, entry in entries.items() if written[name]}
     plans = [
         TensorPlan(
-            name=name,
+            name=written[name],
             dtype=DTYPE_NAMES[dtype] if entry["dtype"] in FLOATS else entry["dtype"],
             shape=tuple(entry["shape"]),
         )
         for name, entry in entries.items()
     ]
     file_of = {name: file for file, header in headers.items() for name in header}
-    stream_weights(target, plans, {plan.name: _stored_parts(file_of[plan.name], plan.name, dtype) for plan in plans})
-    values = json.loads((target / CONFIG).read_text())
+    stream_weights(target, plans, {written[name]: _stored_parts(file_of[name], name, dtype) for name in entries})
+    if several:
+        alone = {"architectures": [LANGUAGE_PARTS[values["model_type"]]], "dtype": dtype, "torch_dtype": dtype}
+        told = {key: values[key] for key in FOR_GENERATION if key in values}
+        tied = {"tie_word_embeddings": values.get("tie_word_embeddings", True)}
+        values = told | tied | values["text_config"] | alone
     for key in ("torch_dtype", "dtype"):
         if key in values:
             values[key] = dtype
@@ -202,6 +214,17 @@ def _from_folder(source: Path, target: Path, dtype: Dtype) -> tuple[str, int, st
     count = sum(prod(plan.shape) for plan in plans)
     quantisation = "" if set(stored) == {dtype} else _counted(stored)
     return values.get("model_type", "unknown"), count, _recorded(source) or quantisation
+
+
+def language_name(name: str) -> str:
+    """A weight's name in the language model alone; "" for one of another part.
+
+    Example: "language_model.model.norm.weight" -> "model.norm.weight", as "model.language_model.norm.weight".
+    """
+    for before, behind in (("model.language_model.", "model."), ("language_model.", "")):
+        if name.startswith(before):
+            return behind + name.removeprefix(before)
+    return name if name.startswith("lm_head.") else ""
 
 
 def _stored_parts(file: Path, name: str, dtype: Dtype) -> Iterator[Any]:

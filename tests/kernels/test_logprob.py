@@ -34,6 +34,7 @@ def inputs(tokens: int, hidden: int, vocabulary: int, seed: int, dtype: torch.dt
     rows=st.sampled_from([1, 3, 64]),
     ids=st.sampled_from([1, 5, 97]),
     columns=st.sampled_from([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)]),
+    capped=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_values_and_gradients_equal_the_definition_for_any_tiling(
@@ -44,13 +45,15 @@ def test_values_and_gradients_equal_the_definition_for_any_tiling(
     rows: int,
     ids: int,
     columns: tuple[int, ...],
+    capped: bool,
     seed: int,
 ) -> None:
     h, w, y, up = inputs(tokens, hidden, vocabulary, seed)
+    cap = 0.2 + up[0].abs() if capped else None
     tiles = Tiles(tokens=tokens, vocabulary=vocabulary, rows=rows, ids=min(ids, vocabulary))
-    got = linear_logprob(h, w, y, temperature=temperature, tiles=tiles)
+    got = linear_logprob(h, w, y, temperature=temperature, cap=cap, tiles=tiles)
     got_columns = (got.log_prob, got.entropy, got.prob_square_sum)
-    want_columns = reference.linear_logprob(h, w, y, temperature=temperature)
+    want_columns = reference.linear_logprob(h, w, y, temperature=temperature, cap=cap)
     got_loss, want_loss = (
         sum((on * (column * up_).sum() for on, column, up_ in zip(columns, found, up, strict=True) if on), start=0.0)
         for found in (got_columns, want_columns)

@@ -16,7 +16,8 @@ from support_models import llama_folder, qwen3_folder
 
 from async_rl.errors import UserError
 from async_rl.model import importing
-from async_rl.model.folder import load_tensors
+from async_rl.model.attention import DocumentAttention
+from async_rl.model.folder import check_folder, load_model, load_tensors
 from async_rl.model.gguf_file import GGUFFile
 from async_rl.model.importing import RECORD, find_source, import_model, our_name, rounded
 from async_rl.model.tokenizer import Tokenizer
@@ -339,3 +340,31 @@ def test_a_name_on_a_hub_is_fetched_by_huggingface_hub_or_said_to_need_it(
     with pytest.raises(UserError, match="`pip install huggingface_hub` is needed"):
         import_model("owner/model", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("other_names", [False, True])
+def test_the_language_model_of_gemma_3_with_images_is_taken_out(other_names: bool, tmp_path: Path) -> None:
+    """Against the whole model's logits of a text; also in the names that transformers has for them itself."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+    from support_architectures import TWO_PARTS, write_architecture
+
+    source = write_architecture(tmp_path / "source", "Gemma3Config", TWO_PARTS)
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+    if other_names:
+        named = load_file(source / "model.safetensors")
+        turned = {n.replace("language_model.model.", "model.language_model."): t for n, t in named.items()}
+        assert turned.keys() != named.keys()
+        save_file(turned, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"several parts .* `async-rl import-model .*/source DIR` takes its language"):
+        check_folder(source)
+    made = import_model(str(source), tmp_path / "made")
+    assert made.family == "gemma3_text"
+    tokens = torch.arange(3, 20)
+    want = theirs(input_ids=tokens[None]).logits[0]
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype=torch.float32).eval()
+    torch.testing.assert_close(plain(tokens[None]).logits[0], want, rtol=0, atol=1e-5)
+    ours = load_model(tmp_path / "made")
+    found = ours(tokens, torch.arange(len(tokens)), DocumentAttention([len(tokens)])) @ ours.head.T
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-4)
+    assert made.parameters == sum(p.numel() for p in ours.parameters())

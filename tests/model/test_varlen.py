@@ -28,26 +28,32 @@ from async_rl.trajectory import Trajectory, Turn, VersionSpan
 HEADS, KV_HEADS, SIZE = 4, 2, 8
 
 
-def by_definition(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
-    """softmax(q k^T / sqrt(size)) v over the tokens of the own document up to the own one, token by token."""
+def by_definition(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], *, window: int = 0, cap: float = 0.0
+) -> Tensor:
+    """softmax(q k^T / sqrt(size)) v over the tokens of the own document up to the own one, or the last `window` of
+    them, token by token; with a cap scores s are cap * tanh(s / cap)."""
     share = query.shape[1] // key.shape[1]
     begin, rows = 0, []
     for length in lengths:
         for i in range(length):
             heads = []
             for head in range(query.shape[1]):
-                keys = key[begin : begin + i + 1, head // share]
-                weights = torch.softmax(keys @ query[begin + i, head] / query.shape[2] ** 0.5, 0)
-                heads.append(weights @ value[begin : begin + i + 1, head // share])
+                seen = slice(begin + (max(0, i + 1 - window) if window else 0), begin + i + 1)
+                scores = key[seen, head // share] @ query[begin + i, head] / query.shape[2] ** 0.5
+                weights = torch.softmax(cap * torch.tanh(scores / cap) if cap else scores, 0)
+                heads.append(weights @ value[seen, head // share])
             rows.append(torch.stack(heads))
         begin += length
     return torch.stack(rows)
 
 
 def checked(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[Tensor], longest: Sequence[int], *, same_heads: bool
-) -> Tensor:
-    """What a kernel gives, after everything it demands of its arguments."""
+    query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[Tensor], longest: Sequence[int], sizes: tuple[int, int],
+    *, same_heads: bool,
+) -> Tensor:  # fmt: skip
+    """What a kernel gives, after everything it demands of its arguments. sizes: tokens before and behind the own one
+    that are seen; -1: all."""
     lengths = bounds[0].diff().tolist()
     assert query.dtype == key.dtype == value.dtype
     assert query.dtype in (torch.bfloat16, torch.float16)
@@ -59,7 +65,10 @@ def checked(
     assert query.shape[1] % key.shape[1] == 0
     assert not same_heads or query.shape[1] == key.shape[1]
     assert all(t.stride(-1) == 1 for t in (query, key, value))
-    return by_definition(query.double(), key.double(), value.double(), lengths).to(query.dtype)
+    left, right = sizes
+    assert right in (0, -1)  # with `causal` both are the same
+    exact = by_definition(query.double(), key.double(), value.double(), lengths, window=left + 1)
+    return exact.to(query.dtype)
 
 
 # Signatures as published; names and order are theirs. flash-attn 2.8.3, 3 (hopper/), torch 2.11 and 2.13.
@@ -69,8 +78,8 @@ def flash_2(
     block_table=None,
 ):  # fmt: skip
     assert causal
-    assert (dropout_p, softmax_scale, window_size, softcap) == (0.0, None, (-1, -1), 0.0)
-    return checked(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), same_heads=False)
+    assert (dropout_p, softmax_scale, softcap) == (0.0, None, 0.0)
+    return checked(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), window_size, same_heads=False)
 
 
 def flash_3(
@@ -80,8 +89,8 @@ def flash_3(
     return_attn_probs=False,
 ):  # fmt: skip
     assert causal
-    assert (seqused_q, seqused_k, softmax_scale, window_size) == (None, None, None, (-1, -1))
-    return checked(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), same_heads=False)
+    assert (seqused_q, seqused_k, softmax_scale, softcap) == (None, None, None, 0.0)
+    return checked(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), window_size, same_heads=False)
 
 
 def flash_3_early(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
@@ -92,16 +101,16 @@ def flash_3_early(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
 def torch_2_11(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
 ):
-    assert (return_aux, scale, window_size) == (None, None, (-1, 0))
-    return checked(query, key, value, (cu_seq_q, cu_seq_k), (max_q, max_k), same_heads=True)
+    assert (return_aux, scale, window_size[1]) == (None, None, 0)
+    return checked(query, key, value, (cu_seq_q, cu_seq_k), (max_q, max_k), window_size, same_heads=True)
 
 
 def torch_2_13(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
     enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
 ):  # fmt: skip
-    assert (return_aux, scale, window_size, seqused_k, block_table) == (None, None, (-1, 0), None, None)
-    return checked(query, key, value, (cu_seq_q, cu_seq_k), (max_q, max_k), same_heads=not enable_gqa)
+    assert (return_aux, scale, window_size[1], seqused_k, block_table) == (None, None, 0, None, None)
+    return checked(query, key, value, (cu_seq_q, cu_seq_k), (max_q, max_k), window_size, same_heads=not enable_gqa)
 
 
 KERNELS: dict[str, Callable[[], Kernel]] = {
@@ -119,12 +128,15 @@ def tensors(lengths: Sequence[int], dtype: torch.dtype, *, kv_heads: int = KV_HE
     return [torch.randn(shape, generator=random).to(dtype).requires_grad_() for shape in shapes]
 
 
-def compare(attention: DocumentAttention, lengths: Sequence[int], dtype: torch.dtype, bound: float, **kw: Any) -> None:
-    """Values and gradients against the definition in float64."""
-    given_ = tensors(lengths, dtype, **kw)
+def compare(
+    attention: DocumentAttention, lengths: Sequence[int], dtype: torch.dtype, bound: float, *, kv_heads: int = KV_HEADS,
+    **rule: Any,
+) -> None:  # fmt: skip
+    """Values and gradients against the definition in float64. rule: window, cap."""
+    given_ = tensors(lengths, dtype, kv_heads=kv_heads)
     exact = [t.detach().double().requires_grad_() for t in given_]
     weight = torch.randn(sum(lengths), HEADS, SIZE, generator=torch.Generator().manual_seed(9)).double()
-    found, expected = attention(0, *given_), by_definition(*exact, lengths)
+    found, expected = attention(0, *given_, **rule), by_definition(*exact, lengths, **rule)
     assert found.dtype == dtype
     gradients = torch.autograd.grad((found.double() * weight).sum(), given_)
     wanted = torch.autograd.grad((expected * weight).sum(), exact)
@@ -145,13 +157,26 @@ def test_padded_sdpa_equals_the_definition(lengths: list[int]) -> None:
     compare(DocumentAttention(lengths), lengths, torch.bfloat16, 3e-2)
 
 
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 10), st.sampled_from([0.0, 0.7]))
+def test_windows_and_capped_scores_equal_the_definition(lengths: list[int], window: int, cap: float) -> None:
+    rule = {"window": window, "cap": cap}
+    compare(DocumentAttention(lengths), lengths, torch.float64, 1e-6 if cap else 1e-12, **rule)
+    compare(DocumentAttention(lengths), lengths, torch.float32, 1e-5, **rule)
+    # scores are capped in torch operations, whatever kernel is there
+    kernel = flash_kernel(flash_2)
+    compare(DocumentAttention(lengths, kernel), lengths, torch.bfloat16, 4e-2, **rule)
+
+
+@pytest.mark.parametrize("window", [0, 1, 3, 20])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("lengths", [[5, 1, 3], [7]], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_is_called_as_it_is_published_and_gives_the_definition(
-    name: str, lengths: list[int], kv_heads: int
+    name: str, lengths: list[int], kv_heads: int, window: int
 ) -> None:
-    compare(DocumentAttention(lengths, KERNELS[name]()), lengths, torch.bfloat16, 3e-2, kv_heads=kv_heads)
+    attention = DocumentAttention(lengths, KERNELS[name]())
+    compare(attention, lengths, torch.bfloat16, 3e-2, kv_heads=kv_heads, window=window)
 
 
 def test_full_precision_does_not_reach_a_kernel_that_cannot_take_it() -> None:
@@ -227,15 +252,17 @@ def test_a_kernel_for_gpus_is_refused_on_a_cpu_and_in_full_precision(asked: str,
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [0, 16])
 @pytest.mark.parametrize("lengths", [[5, 130, 64, 1], [33]], ids=str)
-def test_the_kernels_that_are_installed_equal_the_definition_on_a_gpu(lengths: list[int]) -> None:
+def test_the_kernels_that_are_installed_equal_the_definition_on_a_gpu(lengths: list[int], window: int) -> None:
     random = torch.Generator().manual_seed(0)
     for asked in ("varlen", "auto"):
         kernel = make_kernel(choose_backend(asked, device="cuda", half=True))
         shapes = [(sum(lengths), heads, 64) for heads in (4, 2, 2)]
         half = [torch.randn(s, generator=random).bfloat16().cuda().requires_grad_() for s in shapes]
         exact = [t.detach().cpu().double().requires_grad_() for t in half]
-        found, expected = DocumentAttention(lengths, kernel)(0, *half), DocumentAttention(lengths)(0, *exact)
+        found = DocumentAttention(lengths, kernel)(0, *half, window=window)
+        expected = DocumentAttention(lengths)(0, *exact, window=window)
         gradients = torch.autograd.grad(found.float().square().sum(), half)
         wanted = torch.autograd.grad(expected.square().sum(), exact)
         for got, want in zip((found, *gradients), (expected, *wanted), strict=True):
