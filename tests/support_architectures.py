@@ -1,6 +1,6 @@
 """Tiny random models of the architectures that docs/architectures.md lists, and what each can do there.
 
-The cells are claims: tests/model/test_architectures.py tries every one that it does not say "by hand" or "not tried"
+The cells are claims: tests/model/test_architectures.py tries every one that it does not say "by hand"
 of, and holds the page's table to `table()`.
 """
 
@@ -41,7 +41,7 @@ WINDOW = 8
 LENGTHS = (40, 7, 25, 47)
 """of documents; longer than windows, and up to the context before an extension"""
 
-Cell = Literal["yes", "refused", "attention only", "by hand", "not tried", "no"]
+Cell = Literal["yes", "refused", "attention only", "by hand"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ class Architecture:
     """longest sequence that a run may have, tokens"""
     lora: Cell = "yes"
     exact: Cell = "refused"
-    vllm: Cell = "not tried"
+    vllm: Cell = "by hand"
     stacked: bool = False
     """has experts in stacked parameters"""
 
@@ -78,13 +78,13 @@ LONG_PHI = {"rope_parameters": LONGROPE, "original_max_position_embeddings": ORI
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
-def built_in(name: str, config: str, *, vllm: Cell = "not tried", context: int = 128, **changes: Any) -> Architecture:
+def built_in(name: str, config: str, *, vllm: Cell = "by hand", context: int = 128, **changes: Any) -> Architecture:
     return Architecture(
         name=name, config=config, changes=changes, built_in=True, exact="yes", vllm=vllm, context=context
     )
 
 
-def foreign(name: str, config: str, *, context: int = 128, vllm: Cell = "not tried", **changes: Any) -> Architecture:
+def foreign(name: str, config: str, *, context: int = 128, vllm: Cell = "by hand", **changes: Any) -> Architecture:
     return Architecture(name=name, config=config, changes=changes, context=context, vllm=vllm)
 
 

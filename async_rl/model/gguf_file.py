@@ -1,7 +1,8 @@
 """A GGUF file: what it says of itself, and its tensors de-quantised some rows at a time.
 
 The header is read here, since the `gguf` package takes seconds for a vocabulary of 49,152 tokens; its tables of block
-sizes and its arithmetic of each quantisation are what de-quantises. Format: github.com/ggml-org/ggml/docs/gguf.md.
+sizes and its arithmetic of each quantisation are what de-quantises. Format: GGUF 2 and 3, as
+github.com/ggml-org/ggml describes it.
 """
 
 from __future__ import annotations
