@@ -26,6 +26,8 @@ from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 Measure = Callable[[Decoder], float]
 """success rate of a model on held-out problems"""
+MOST_PROBLEMS, LEAST_EPISODES = 128, 64
+"""of one measurement: a task with two held-out problems is asked each of them often, or luck would decide"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,8 +157,13 @@ def init_model(
         size = sum(p.numel() for p in model.parameters())
         say(f"{path}: {size / 1e6:.2f} M parameters, {tokenizer.vocab_size} tokens; warming up on '{task.name}'")
 
+        problems = min(MOST_PROBLEMS, len(task.problems("eval")))
+        samples = max(2, -(-LEAST_EPISODES // max(1, problems)))
+
         def measure(current: Decoder) -> float:
-            episodes = evaluate(current, task, tokenizer, problems=128, samples=2, temperature=1.0, seed=options.seed)
+            episodes = evaluate(
+                current, task, tokenizer, problems=problems, samples=samples, temperature=1.0, seed=options.seed
+            )
             success = sum(t.reward for t in episodes) / len(episodes)
             say(f"  success rate {success:.2f}")
             return success
