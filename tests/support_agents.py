@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 from support_tokenizers import ENDOFTEXT, IM_END, IM_START, byte_folder
 
 from async_rl.generator.endpoint import Endpoint
@@ -18,6 +19,7 @@ from async_rl.generator.rollout import run_episode
 from async_rl.generator.session import EpisodeSession, Slots, make_tickets
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task import Problem, Task
+from async_rl.task.protocol import Connection
 from async_rl.trajectory import Split, Trajectory
 from async_rl.wire.messages import Permit
 
@@ -147,7 +149,7 @@ async def play(
     record: Trajectory | None = None,
     max_turns: int = 20,
     timeout_s: float = 20.0,
-    slots: Mapping[str, int] | None = None,
+    slots: Mapping[str, int] | Slots | None = None,
     saved: list[Trajectory] | None = None,
 ) -> Trajectory:
     """One episode."""
@@ -163,7 +165,7 @@ async def play(
         max_turns=max_turns,
         agents=agents,
         record=record,
-        slots=Slots(slots or {}),
+        slots=slots if isinstance(slots, Slots) else Slots(slots or {}),
         on_turn=None if saved is None else lambda: saved.append(session.so_far()),
     )
     try:
@@ -210,3 +212,23 @@ def sampled_as(made: Trajectory, engine: ScriptedEngine) -> None:
     outside = np.ones(len(made.tokens), bool)
     outside[made.policy_positions()] = False
     assert not made.log_behaviour[outside].any()
+
+
+def client_of(connection: Connection, **more: Any) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=connection.base_url, api_key=connection.api_key, max_retries=0, **more)
+
+
+async def ask(client: openai.AsyncOpenAI, messages: list[Any], **more: Any) -> Any:
+    return (await client.chat.completions.create(model="policy", messages=messages, **more)).choices[0]
+
+
+def played(engine: ScriptedEngine, talk: Callable[[openai.AsyncOpenAI], Any], **more: Any) -> Trajectory:
+    """The trajectory of an episode in which `talk(client)` is the agent; its reward is what that returns, or 1."""
+
+    async def rollout(problem: Any, session: Any) -> float:
+        return float(await talk(client_of(session.openai())) or 1.0)
+
+    prompt = more.pop("prompt", ({"role": "user", "content": "a task"},))
+    made = asyncio.run(play(engine, engine.tokenizer, Played(rollout, prompt), **more))
+    sampled_as(made, engine)
+    return made

@@ -229,7 +229,7 @@ class Conversations:
             if asked.keys == keys and asked.setting == setting:
                 tokens = list(asked.context.tokens[: asked.length])
                 context = asked.context
-                free = context not in self.running and len(context.tokens) == asked.length
+                free = context not in self.running and len(context.tokens) == asked.length and not context.unwanted
                 return Place(chat=copy(asked.chat), tokens=tokens, context=context if free else None)
         return None
 
