@@ -197,7 +197,7 @@ def events_page() -> str:
 API: dict[str, tuple[str, ...]] = {
     "Train and evaluate": ("train", "evaluate", "init_model"),
     "What a run has left": ("Run", "Rows", "Evaluation", "Trajectory", "Turn"),
-    "An environment of your own": ("Task", "Problem", "Session", "Segment"),
+    "An environment of your own": ("Task", "Problem", "Session", "Sample", "Segment"),
     "An algorithm of your own": ("RecipeFunction", "needs_columns", "Columns", "Coefficients", "ObjectiveState"),
     "Errors": ("UserError", "RunFailed"),
 }
