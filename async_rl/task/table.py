@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 
 from async_rl.errors import UserError
 from async_rl.task.generated import stable_hash
-from async_rl.task.layout import Layout, Read, ends_open
+from async_rl.task.layout import Layout, ends_open
 from async_rl.task.protocol import Problem
 from async_rl.task.rows import BadRow, Rows, Values
 
@@ -99,25 +99,22 @@ class Loader:
         """One part: check its rows, keep those that count."""
         table, layout = self.table, self.layout
         kept = array("Q")
+        usual = layout.usual(rows)
         columns: Any = rows.columns
         for position, values in enumerate(rows.each(layout.columns)):
-            try:
-                if isinstance(values, BadRow):
-                    raise values
-                read = layout.read(values, rows)
-            except BadRow as bad:
-                self._refuse(rows, position, bad)
-                continue
-            key = layout.key(read)
-            if not self._counts(key, read, rows, position):
+            found = usual(values) if type(values) is dict else None
+            if found is None:
+                found = self._read(values, rows, position)
+                if found is None:
+                    continue
+            key, answer, form = found
+            if not self._counts(key, answer, rows, position):
                 continue
             number = table.count + len(kept)
             kept.append(position)
             table.hashes.append(stable_hash(key))
             table.sizes.append(len(key) if key.isascii() else len(key.encode(errors="replace")))
-            table.forms.setdefault(layout.form(read), number)
-            self._open += ends_open(read)
-            self._floats += layout.counts_floats and layout.is_whole_float(values)
+            table.forms.setdefault(form, number)
             if columns is None:
                 columns = set(values)
             elif columns != values.keys() and rows.columns is None:
@@ -131,7 +128,21 @@ class Loader:
             if len(kept) < len(rows):
                 rows.keep(kept)
 
-    def _counts(self, key: str, read: Read, rows: Rows, position: int) -> bool:
+    def _read(self, values: Values | BadRow, rows: Rows, position: int) -> tuple[str, Any, Hashable] | None:
+        """(key, answer, form) of a row; None for a bad one, which is noted."""
+        layout = self.layout
+        try:
+            if isinstance(values, BadRow):
+                raise values
+            read = layout.read(values, rows)
+        except BadRow as bad:
+            self._refuse(rows, position, bad)
+            return None
+        self._open += ends_open(read)
+        self._floats += layout.counts_floats and layout.is_whole_float(values)
+        return layout.key(read), read.answer, layout.form(read)
+
+    def _counts(self, key: str, answer: Any, rows: Rows, position: int) -> bool:
         """Whether the row is a problem of its own."""
         if key in self.held_out:
             self._left_out += 1
@@ -141,12 +152,12 @@ class Loader:
                     "remove it, or set task.args.duplicates=keep_first"
                 )
             return False
-        this = (rows, rows.numbers[position], read.answer)
+        this = (rows, rows.numbers[position], answer)
         before = self._first.setdefault(key, this)
         if before is this or self.duplicates == "keep_all":
             return True
         there = _place(before)
-        if before[2] != read.answer:
+        if before[2] != answer:
             self._refuse(
                 rows, position, BadRow(f"the prompt of {there} with another answer; mend one, or set "
                                        "task.args.duplicates=keep_all"),

@@ -14,8 +14,10 @@ from support_session import END, ScriptedSession, play
 from async_rl.errors import UserError
 from async_rl.task import Task, make_task
 from async_rl.task.chat import text_of
+from async_rl.task.dataset_settings import DatasetSettings
 from async_rl.task.fields import Field
-from async_rl.task.rows import BadRow
+from async_rl.task.layout import Layout
+from async_rl.task.rows import BadRow, Lines
 
 WEATHER = {"name": "get_weather", "description": "Weather of a city.", "parameters": {"type": "object"}}
 
@@ -223,6 +225,38 @@ def test_what_lies_at_a_path_is_found_there(steps: list[str | int], value: Any, 
     assert missing.get(row) is None
     with pytest.raises(BadRow):
         missing.of(row)
+
+
+# ---------------------------------------------------------------- the way of usual rows
+
+SAID = st.dictionaries(
+    st.sampled_from(["role", "content", "name"]),
+    st.one_of(st.sampled_from(["user", "assistant", "system", "", 'é\n"x"']), st.integers(), st.none()),
+    max_size=3,
+)
+ROW = st.fixed_dictionaries(
+    {},
+    optional={
+        "prompt": st.one_of(st.sampled_from(["", " ", "x", 'a"\\\u2028']), st.lists(SAID, max_size=2), st.integers()),
+        "answer": st.one_of(
+            st.sampled_from(["", " ", "7", "x", "٣", "1" * 200]), st.integers(), st.booleans(), st.floats(), st.none()
+        ),
+        "tools": st.sampled_from([None, [], "", "[]", [WEATHER], "x"]),
+        "chat_template_kwargs": st.sampled_from([None, {}, {"a": 1}]),
+    },
+)
+
+
+@given(ROW, st.sampled_from(["exact", "numeric", "mine.py:f"]), st.booleans())
+def test_usual_rows_are_read_as_all_others(row: dict[str, Any], reward: str, from_a_table: bool) -> None:
+    layout = Layout(DatasetSettings(reward=reward))
+    rows = Lines("x", b"")
+    rows.has_gaps = from_a_table
+    found = layout.usual(rows)(row)
+    if found is not None:
+        read = layout.read(row, rows)
+        assert found == (layout.key(read), read.answer, layout.form(read))
+        assert found[0] == json.dumps(read.prompt, ensure_ascii=False)
 
 
 # ---------------------------------------------------------------- answers
