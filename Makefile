@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install vllm triton tokenizers foreign test nightly check docs quickstart clean
+.PHONY: install vllm triton openenv tokenizers foreign test nightly check docs quickstart clean
 
 install: .venv/installed
 
@@ -42,6 +42,15 @@ foreign: .venv/installed-foreign
 .venv/installed-foreign: tests/foreign/packages.txt .venv/installed-dev
 	rm -rf .venv/foreign
 	$(BIN)/pip install --quiet --no-deps --target .venv/foreign -r tests/foreign/packages.txt
+	touch $@
+
+# OpenEnv's server classes, which the test of the task `openenv` runs in a process of their own (30 MB on disk). Without
+# their dependencies, some of which (gradio) would replace packages of ours.
+openenv: .venv/installed-openenv
+
+.venv/installed-openenv: tests/openenv.txt .venv/installed-dev
+	rm -rf .venv/openenv
+	$(BIN)/pip install --quiet --no-deps --target .venv/openenv -r tests/openenv.txt
 	touch $@
 
 # Tokenizers and chat templates of real models (Apache-2.0), for tests that compare ours with transformers on them: 120 MB

@@ -63,6 +63,13 @@ ADAPTERS: dict[str, Adapter] = {
         extra="textarena",
         summary="a game of textarena for one or more players; the policy plays one seat or all (self-play)",
     ),
+    "openenv": Adapter(
+        place="async_rl.task.adapters.openenv:OpenEnv",
+        module="aiohttp",
+        package="aiohttp",
+        extra="openenv",
+        summary="an environment server that speaks OpenEnv's protocol and runs elsewhere",
+    ),
     "verifiers": Adapter(
         place="async_rl.task.adapters.verifiers:Verifiers",
         module="verifiers",
