@@ -51,7 +51,7 @@ ONLY = {
     "zmq": r"async_rl/wire/.*",
     "triton": r"kernels/async_rl_kernels/.*",
     "vllm": r".*vllm.*",
-    "transformers": r"async_rl/model/(huggingface|importing)\.py",
+    "transformers": r"async_rl/model/(huggingface|importing|plain_tokenizer)\.py",
 }
 """packages that may be imported by some files only"""
 WITHOUT_TORCH = ("buffer", "wire", "trajectory", "task", "observe")

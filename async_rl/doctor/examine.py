@@ -102,6 +102,7 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
     if not tokenizers:
         return
     yield from guarded("tokenizer", lambda: check_tokens(tasks[0], tokenizers[0]))
+    yield from guarded("transformers", lambda: problems.judge_plain(tasks[0], tokenizers[0]))
     failed = False
     for finding in guarded("preflight", lambda: check_fit(settings)):
         failed = failed or finding.level == "error"

@@ -4,6 +4,7 @@ hold up other episodes."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import string
 import time
 import types
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, TypeVar
 
+from async_rl.errors import UserError
 from async_rl.finding import Finding, error, ok, warning
+from async_rl.model import plain_tokenizer
 from async_rl.model.tokenizer import Tokenizer, problem_text
 from async_rl.task.protocol import Connection, Problem, Score, Segment, Task, Utterance
 from async_rl.task.weigh import Weights
@@ -22,6 +25,8 @@ from async_rl.trajectory import Split
 MOST_PROMPTS = 64
 """of each split that are tokenised"""
 MOST_EPISODES = 16
+MOST_COMPARED = 16
+"""prompts of each split of which transformers makes tokens, too"""
 SHOWN = 40
 """characters of a text that a finding quotes"""
 SPLITS: tuple[Split, ...] = ("train", "eval")
@@ -86,7 +91,7 @@ def judge_growth(episodes: Sequence[Sequence[Segment]], tokenizer: Tokenizer) ->
     if not episodes:
         return ok(check, "the task shows no episodes; turns are appended as tokens, nothing is tokenised twice")
     for episode in episodes:
-        tokens = [token for segment in episode for token in tokenizer.encode(segment.text)]
+        tokens = [t for n, segment in enumerate(episode) for t in tokenizer.encode(segment.text, behind=n > 0)]
         whole = "".join(segment.text for segment in episode)
         back = tokenizer.decode(tokens, special=True)
         if back != whole:
@@ -123,6 +128,25 @@ def judge_template(tokenizer: Tokenizer) -> Iterator[Finding]:
             "model names as an end: turns go on behind it",
             f"add {end} to eos_token_id in generation_config.json",
         )  # fmt: skip
+
+
+def judge_plain(task: Task, tokenizer: Tokenizer) -> Finding:
+    """Whether transformers makes the same tokens of the task's prompts."""
+    check = "transformers"
+    if not plain_tokenizer.installed():
+        return ok(check, "not installed; its tokenizer and ours are not compared")
+    shown = [problem for split in SPLITS for problem in itertools.islice(task.problems(split), MOST_COMPARED)]
+    try:
+        found = plain_tokenizer.first_difference(shown, tokenizer)
+    except UserError as failure:
+        return ok(check, f"not compared: {failure}")
+    if found:
+        return warning(
+            check, f"it makes other tokens of a prompt: {found}",
+            "this program reads tokenizer.json as it is; where transformers is right for this model, save the "
+            "tokenizer with it (AutoTokenizer.from_pretrained(folder).save_pretrained(folder))",
+        )  # fmt: skip
+    return ok(check, f"it makes the same tokens of {len(shown)} prompts")
 
 
 # ------------------------------------------------------------------------------------------------ reward

@@ -76,7 +76,8 @@ class Tools(Dataset):
         super().__init__(settings)
         self._train.adapt = self._eval.adapt = self.adapted
         self.max_turns, self.call_reward = settings.max_turns, settings.call_reward
-        self.tool_format: str = settings.tool_format
+        self._chosen: str = settings.tool_format
+        self.tool_format = self._chosen
         """once a problem was made for a chat template: a name in FORMATS, or tags"""
         if settings.tool_format == TAGS:
             self._only_tool()
@@ -86,7 +87,7 @@ class Tools(Dataset):
     def format_for(self, template: str, *, chat: bool = True) -> str:
         """The format for a model with this chat template (empty: none): a name in FORMATS, or tags. `chat`: the prompt
         is chat messages. Raises UserError where there is none."""
-        chosen: str = self.settings.tool_format
+        chosen = self._chosen
         if chosen == "auto":
             chosen = (detect(template) if chat else "") or TAGS
             if chosen == TAGS and chat and _describes_tools(template):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +54,27 @@ def test_a_tokenizer_is_judged_by_what_comes_back(tmp_path: Path) -> None:
     found = tokens.judge_round_trip(["what? ", "What?"], lowercasing_tokenizer(tmp_path / "lower"))
     assert found.level == "warning"
     assert "...'What?' as ...'what?'" in found.said
+
+
+class Chats(Task):
+    """Two prompts."""
+
+    def problems(self, split):
+        return [Problem(index=i, prompt=[{"role": "user", "content": f" say {i}"}]) for i in range(2)]
+
+
+def test_transformers_is_asked_for_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tokens.judge_plain(Chats(), Tokenizer(byte_folder(tmp_path / "same")))
+    assert (found.level, found.said) == ("ok", "it makes the same tokens of 4 prompts")
+    other = byte_folder(tmp_path / "other", merges=[("s", "a"), ("sa", "y")], template=None)
+    values = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(values | {"tokenizer_class": "LlamaTokenizer"}))
+    found = tokens.judge_plain(Chats(), Tokenizer(other))  # whose class puts its own parts in place of the file's
+    assert found.level == "warning"
+    assert found.said.startswith("it makes other tokens of a prompt: behind '' it has the tokens")
+    monkeypatch.setattr(Tokenizer, "render", lambda *_, **__: "else")
+    found = tokens.judge_plain(Chats(), Tokenizer(byte_folder(tmp_path / "rendered")))
+    assert "the chat template writes 'else', by transformers '<|im_start|>user" in found.said
 
 
 def test_a_history_must_read_as_its_pieces(tmp_path: Path) -> None:
