@@ -49,7 +49,7 @@ def prompts_of(task: Task, tokenizer: Tokenizer) -> list[str]:
     found = []
     for split in SPLITS:
         problems = task.problems(split)
-        for number in range(0, len(problems), max(1, -(-len(problems) // MOST_PROMPTS))):
+        for number in range(0, len(problems), max(1, -(-len(problems) // min(MOST_PROMPTS, task.looked_at)))):
             found.append(problem_text(problems[number], tokenizer))
     return found
 
@@ -229,13 +229,25 @@ def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES, template:
     begun = time.perf_counter()
 
     async def play() -> None:
+        if hasattr(task, "setup"):
+            await task.setup()
+        try:
+            await play_all()
+        finally:
+            if hasattr(task, "teardown"):
+                await task.teardown()
+
+    async def play_all() -> None:
         for number in range(episodes):
             problem = problems[random.randrange(len(problems))]
             said = answers_of(task, problem, random, right=number % 2 == 0)
             session = ScriptedSession(said, template=template)
             started = time.perf_counter()
             try:
-                Weights().weigh(await stepped(task.rollout(problem, session), steps))
+                Weights().weigh(await stepped(_episode(task, problem, session), steps))
+            except NotScripted:
+                by_agent.append(True)
+                return
             except Exception as failure:  # the task is the user's code
                 failures.append(f"{type(failure).__name__}: {failure}")
             seconds.append(time.perf_counter() - started)
@@ -244,6 +256,17 @@ def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES, template:
 
     asyncio.run(play())
     return Timing(seconds=tuple(seconds), blocked_s=max(steps), failures=tuple(failures), by_agent=bool(by_agent))
+
+
+async def _episode(task: Task, problem: Problem, session: ScriptedSession) -> Any:
+    """What the task returns for an episode."""
+    try:
+        if hasattr(task, "setup_episode"):
+            await task.setup_episode(problem, session)
+        return await task.rollout(problem, session)
+    finally:
+        if hasattr(task, "teardown_episode"):
+            await task.teardown_episode(problem, session)
 
 
 def answers_of(task: Task, problem: Problem, random: Random, *, right: bool) -> list[str]:
