@@ -44,7 +44,7 @@ def test_an_episode_in_plain_text_is_a_line_a_turn() -> None:
     assert session.notes == {"steps": 6.0, "invalid_actions": 0.0}
     assert not session.at_turn_limit
     assert len({turn.state_key for turn in session.turns}) == 6
-    again = Session(said("L", "L", "D"))
+    again = Session(said("L", "D", "L"))
     play(made(**LAKE, max_turns=3), task.problems("train")[0], again)
     assert again.turns[0].state_key == again.turns[1].state_key != again.turns[2].state_key, "a key is of the state"
 
