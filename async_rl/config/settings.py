@@ -31,8 +31,9 @@ class TaskSettings:
 
     name: str = setting(
         "",
-        "the task: guess, sort, reverse, arithmetic, countdown, calculator, dataset, tools, or file.py:Class of your "
-        "own (rehearsed: what --fake-model makes of them)",
+        "the task: guess, sort, reverse, arithmetic, countdown, calculator, dataset, tools; an environment of another "
+        "package: reasoning_gym, verifiers, gymnasium, openenv, textarena; or file.py:Class of your own (rehearsed: what "
+        "--fake-model makes of them). `async-rl tasks` lists them",
     )
     args: dict[str, Any] = setting({}, "settings of that task; `async-rl config` prints them")
     reward_weights: dict[str, float] = setting(
