@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,14 @@ from async_rl.instruments.rehearsal import (
     StandIns,
     changes_table,
     family_of,
+    missing,
     prepare_rehearsal,
     shrink,
     write_tiny_model,
 )
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer, prompt_text
+from async_rl.run.preflight import preflight
 from async_rl.task import make_task
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -126,3 +130,39 @@ def test_a_rehearsal_of_a_rehearsal_is_refused(tmp_path: Path) -> None:
     rehearsal = prepare_rehearsal(load_settings(MATH), [], tmp_path / "files")
     with pytest.raises(UserError, match="leave --fake-model out"):
         prepare_rehearsal(rehearsal.settings, [], tmp_path / "again")
+
+
+@pytest.mark.parametrize("form", ["plain", "verl", "dapo", "gsm8k", "openai", "sharegpt"])
+def test_missing_data_are_made_in_the_form_that_the_config_names(tmp_path: Path, form: str) -> None:
+    (tmp_path / "c.yaml").write_text(
+        f"task: {{name: dataset, args: {{path: {tmp_path}/gone.parquet, format: {form}, reward: numeric}}}}\n"
+    )
+    settings = load_settings(tmp_path / "c.yaml", needs_model=False)
+    assert settings.model.path == "", "a rehearsal needs none"
+    rehearsal = prepare_rehearsal(settings, [], tmp_path / "files")
+    task = make_task(rehearsal.settings.task.name, rehearsal.settings.task.args)
+    problem = task.problems("train")[0]
+    left, right = re.findall(r"\d+", str(problem.prompt))[-2:]
+    assert problem.data["answer"] == str(int(left) + int(right))
+    with pytest.raises(UserError, match=r"model\.path is not set"):
+        load_settings(tmp_path / "c.yaml")
+
+
+def test_data_of_a_pattern_are_here_when_a_file_matches(tmp_path: Path) -> None:
+    (tmp_path / "train-0.jsonl").write_text('{"prompt": "x", "answer": "1"}\n')
+    assert missing({"path": f"{tmp_path}/train-*.jsonl", "eval_path": f"{tmp_path}/test-*.jsonl"}) == ["eval_path"]
+
+
+def test_prompts_that_are_too_long_in_bytes_are_shortened_in_a_rehearsal(tmp_path: Path) -> None:
+    """The model's own tokenizer would make fewer tokens of them."""
+    rows = [json.dumps({"prompt": "x" * 20_000 + f" {i}+1?", "answer": str(i + 1)}) for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    (tmp_path / "c.yaml").write_text(
+        f"task: {{name: dataset, args: {{path: {tmp_path}/a.jsonl, max_tokens: 32768}}}}\n"
+    )
+    rehearsal = prepare_rehearsal(load_settings(tmp_path / "c.yaml", needs_model=False), [], tmp_path / "files")
+    facts = preflight(rehearsal.settings)
+    task = make_task(facts.settings.task.name, facts.settings.task.args)
+    problem = task.problems("train")[0]
+    assert len(str(problem.prompt)) < 16_384
+    assert f"{int(problem.data['answer']) - 1}+1?" in str(problem.prompt)
