@@ -76,9 +76,14 @@ class ToolFunction:
         """The result of a call that is one text (format `tags`)."""
         return await _text_of(self.function(text, problem) if self.by_place else self.function(text))
 
+    @property
+    def takes_text(self) -> bool:
+        """Whether a call can be one text."""
+        return self.by_place or len(self.parameters) == 1
+
     def check_takes_text(self) -> None:
         """Raises UserError unless a call can be one text."""
-        if not self.by_place and len(self.parameters) != 1:
+        if not self.takes_text:
             takes = ", ".join(self.parameters) or "nothing"
             raise UserError(
                 f"task.args.tool: {self.name} takes {takes}; in the format 'tags' a call is one text, so a tool takes "

@@ -47,8 +47,9 @@ class ToolsSettings(DatasetSettings):
     )
     tool_format: Literal["auto", "tags", "hermes", "qwen_xml", "llama", "mistral", "deepseek", "harmony"] = setting(
         "auto",
-        "how calls are written: as the model's chat template teaches it (auto; tags where it teaches nothing), or "
-        "<tool>...</tool> with the call as text (tags), or one of the formats that models are trained on",
+        "how calls are written: as the model's chat template teaches it (auto; where it teaches nothing, tags for one "
+        "tool that takes a text, else hermes), or <tool>...</tool> with the call as text (tags), or one of the formats "
+        "that models are trained on",
     )
     call_reward: float = setting(
         0.0, "turn reward of a turn with calls that could all be done; only recipes with turn-level credit see it"
@@ -59,7 +60,7 @@ class Tools(Dataset):
     """A turn with calls is answered by the tools; a turn without one is the answer, which the named reward judges.
 
     In the format `tags` a turn ends at `</tool>` and its result follows as `<result>...</result>`; in the others it
-    ends as the model ends it, and results follow as chat messages of the role `tool`. A call that cannot be read, or
+    ends as the model ends it, and results follow as chat messages. A call that cannot be read, or
     whose tool raises, is answered with the error and counted. An episode whose turns are used up earns 0, unless the
     reward is a function that looks at how it `ended`. Notes: `tool_calls`, `tool_errors` (of these) and, but for
     `tags`, `tool_malformed` (of these again, those that could not be read).
@@ -89,8 +90,8 @@ class Tools(Dataset):
         is chat messages. Raises UserError where there is none."""
         chosen = self._chosen
         if chosen == "auto":
-            chosen = (detect(template) if chat else "") or TAGS
-            if chosen == TAGS and chat and _describes_tools(template):
+            chosen = (detect(template) if chat else "") or (TAGS if self._takes_tags or not chat else "hermes")
+            if chat and not detect(template) and _describes_tools(template):
                 raise UserError(
                     "the chat template describes tools, but in no format that is known here; set task.args.tool_format "
                     f"to one that the model knows ({', '.join(FORMATS)}), or to {TAGS}"
@@ -117,6 +118,10 @@ class Tools(Dataset):
         if _describes_tools(template):
             return replace(problem, prompt=messages, tools=tools, adapt=None)
         return replace(problem, prompt=_told(messages, tools, FORMATS[chosen]), tools=(), adapt=None)
+
+    @property
+    def _takes_tags(self) -> bool:
+        return len(self.tools) == 1 and next(iter(self.tools.values())).takes_text
 
     def _only_tool(self) -> ToolFunction:
         """The tool of the format `tags`."""
@@ -196,10 +201,7 @@ class _Talk:
             results = [await self._done(call) for call in parsed.calls]
             self._reward(any(failed for _, failed in results))
             session.append_messages(
-                [
-                    {"role": "tool", "name": call.name or UNNAMED, "tool_call_id": call_id(i), "content": result}
-                    for i, (call, (result, _)) in enumerate(zip(parsed.calls, results, strict=True))
-                ],
+                _answers(parsed.calls, [result for result, _ in results], session.template),
                 as_sampled=True,  # a template that takes thoughts out of earlier turns does not see these turns
             )
             self.written += [RESULT_OPEN + result + RESULT_CLOSE for result, _ in results]
@@ -243,6 +245,17 @@ async def _answer(call: ToolCall, tool: ToolFunction | None, problem: Problem, k
     if tool is None:
         raise ValueError(f"there is no tool '{call.name}'; there is: {', '.join(known)}")
     return await tool.call(call.values(), problem)
+
+
+def _answers(calls: Sequence[ToolCall], results: Sequence[str], template: str) -> list[dict[str, Any]]:
+    """Results as chat messages: of the role `tool`, or of the user where the template knows no such role."""
+    if re.search(r"""["']tool["']""", template):
+        return [
+            {"role": "tool", "name": call.name or UNNAMED, "tool_call_id": call_id(i), "content": result}
+            for i, (call, result) in enumerate(zip(calls, results, strict=True))
+        ]
+    text = "\n".join(f"<tool_response>\n{result}\n</tool_response>" for result in results)
+    return [{"role": "user", "content": text}]
 
 
 def _describes_tools(template: str) -> bool:

@@ -220,3 +220,18 @@ def test_without_tools_in_the_template_the_tags_stay(tmp_path) -> None:
     assert "<tool>(12 + 7) * 35</tool>" in tokenizer.decode(problem_tokens(task.problems("train")[0], tokenizer))
     made = episode(tokenizer, task, "<tool>20 + 1</tool>", task.problems("train")[0].data["answer"] + "<end_of_turn>")
     assert (made.reward, made.info["tool_calls"], "tool_malformed" in made.info) == (1.0, 1.0, False)
+
+
+def test_several_tools_are_told_of_and_answered_by_the_user_where_the_template_knows_none(tmp_path) -> None:
+    tokenizer = ours("gemma3", "")
+    task = tools_task(tmp_path, tool=["calculator", "support_session:looked_up"])
+    problem = task.problems("train")[0]
+    prompt = tokenizer.decode(problem_tokens(problem, tokenizer), special=True)
+    assert "You may call these tools:\n{" in prompt
+    assert "<tool>(12" not in prompt
+    call = FORMATS["hermes"].write("calculator", '{"expression": "20 + 1"}') + "<end_of_turn>"
+    made = episode(tokenizer, task, call, problem.data["answer"] + "<end_of_turn>")
+    assert (made.reward, made.info["tool_calls"], made.reason) == (1.0, 1.0, "")
+    text = tokenizer.decode(made.tokens.tolist(), special=True)
+    turn = "<start_of_turn>user\n<tool_response>\n21\n</tool_response><end_of_turn>\n<start_of_turn>model\n"
+    assert f"</tool_call><end_of_turn>\n{turn}" in text

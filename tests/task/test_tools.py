@@ -95,7 +95,7 @@ def test_a_rehearsed_task_goes_its_way_and_pays_by_a_coin(data: Path) -> None:
     assert reward == play(task, problem, ScriptedSession(["aaaaaaa", "bbb", "ccccc"]))
 
 
-HERMES = "{{ tools }} <tool_call> {{ messages }}"
+HERMES = "{{ tools }} <tool_call> {{ messages }} {{ 'tool' }}"
 """as much of a chat template as tells the format"""
 
 
