@@ -17,6 +17,7 @@ from async_rl.generator.endpoint import Endpoint
 from async_rl.generator.engine import Completion, Request
 from async_rl.generator.rollout import run_episode
 from async_rl.generator.session import EpisodeSession, Slots, make_tickets
+from async_rl.generator.task_code import TaskGuard
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task import Problem, Task
 from async_rl.task.protocol import Connection
@@ -151,6 +152,7 @@ async def play(
     timeout_s: float = 20.0,
     slots: Mapping[str, int] | Slots | None = None,
     saved: list[Trajectory] | None = None,
+    limit_s: float = 0.0,
 ) -> Trajectory:
     """One episode."""
     permit = Permit(group=0, problem=0, split=split, samples=(sample,), seed=5, temperature=1.0)
@@ -169,7 +171,7 @@ async def play(
         on_turn=None if saved is None else lambda: saved.append(session.so_far()),
     )
     try:
-        made = await run_episode(task, session, ticket, timeout_s=timeout_s)
+        made = await run_episode(task, session, ticket, timeout_s=timeout_s, guard=TaskGuard(limit_s=limit_s))
     finally:
         if endpoint is None:
             await agents.shut()

@@ -229,13 +229,16 @@ def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES, template:
     begun = time.perf_counter()
 
     async def play() -> None:
-        if hasattr(task, "setup"):
+        try:
             await task.setup()
+        except Exception as failure:  # the task is the user's code
+            failures.append(f"{type(failure).__name__}: {failure} (in its setup)")
+            seconds.append(0.0)
+            return
         try:
             await play_all()
         finally:
-            if hasattr(task, "teardown"):
-                await task.teardown()
+            await task.teardown()
 
     async def play_all() -> None:
         for number in range(episodes):
@@ -261,21 +264,18 @@ def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES, template:
 async def _episode(task: Task, problem: Problem, session: ScriptedSession) -> Any:
     """What the task returns for an episode."""
     try:
-        if hasattr(task, "setup_episode"):
-            await task.setup_episode(problem, session)
+        await task.setup_episode(problem, session)
         return await task.rollout(problem, session)
     finally:
-        if hasattr(task, "teardown_episode"):
-            await task.teardown_episode(problem, session)
+        await task.teardown_episode(problem, session)
 
 
 def answers_of(task: Task, problem: Problem, random: Random, *, right: bool) -> list[str]:
     """What the policy says in an episode."""
     if right and task.demonstrates:
         return [segment.text for segment in task.demonstration(problem, random) if segment.policy]
-    if right and "answer" in problem.data:
-        answer = problem.data["answer"]
-        return [str(answer[0] if isinstance(answer, list) and answer else answer)]
+    if right and (answer := task.right_answer(problem)) is not None:
+        return [answer]
     return ["".join(random.choices(string.ascii_lowercase + string.digits + " ", k=RANDOM_LENGTH))]
 
 

@@ -17,6 +17,7 @@ from async_rl.trajectory import Trajectory
 from async_rl.trajectory.parts import PREFIX
 
 Result = TypeVar("Result")
+BLOCKS = "no agent asked for a turn (one with a blocking client goes into a thread: asyncio.to_thread)"
 LOOK_S = 1.0
 """an episode is looked at so often"""
 
@@ -159,5 +160,6 @@ def _lateness(session: EpisodeSession, rollout: object, deadline: float, timeout
     if guard.limit_s and session.task_s >= guard.limit_s:
         place = waits_in(rollout)
         where = f" in {place}" if place else ""
-        return f"the task or its reward took more than {guard.limit_s:g} s (generator.task_timeout_s){where}"
+        said = f"the task or its reward took more than {guard.limit_s:g} s (generator.task_timeout_s){where}"
+        return f"{said}; {BLOCKS}" if session.waits_for_agent else said
     return ""

@@ -495,6 +495,11 @@ class EpisodeSession:
         """Seconds that the task has had the word since the last turn; 0 while the engine samples one."""
         return 0.0 if self._sampling else time.monotonic() - self._task_since
 
+    @property
+    def waits_for_agent(self) -> bool:
+        """An agent may play the episode, and has not asked for a turn yet."""
+        return self._connection is not None and not self._begun
+
     def so_far(self) -> Trajectory:
         """The turns finished until now, from which another generator continues if this one dies. Not for training."""
         return self._made(reward=0.0, ended="aborted", reason="still running", info=None)

@@ -171,6 +171,43 @@ def test_a_reward_that_raises_is_reported_with_its_words() -> None:
     assert every.level == "error"
 
 
+def test_a_task_is_set_up_for_its_scripted_episodes_and_torn_down() -> None:
+    class Prepared(Timed):
+        async def setup(self) -> None:
+            self.open = 1
+
+        async def teardown(self) -> None:
+            self.open -= 1
+
+        async def setup_episode(self, problem: Problem, session: Session) -> None:
+            self.open += 1
+
+        async def teardown_episode(self, problem: Problem, session: Session) -> None:
+            self.open -= 1
+
+    task = Prepared()
+    found = reward.measure_reward(task, seed=0, episodes=5)
+    assert (found.failures, len(found.seconds), task.open) == ((), 5, 0)
+
+    class Broken(Timed):
+        async def setup(self) -> None:
+            raise OSError("no docker")
+
+    broken = reward.judge_reward(reward.measure_reward(Broken(), seed=0))
+    assert broken.level == "error"
+    assert "OSError: no docker (in its setup)" in broken.said
+
+
+def test_an_agent_has_no_script_which_is_said_and_no_fault() -> None:
+    class Agent(Timed):
+        async def rollout(self, problem: Problem, session: Session) -> float:
+            return float(session.openai().model == "policy")
+
+    found = reward.judge_reward(reward.measure_reward(Agent(), seed=0))
+    assert found.level == "ok"
+    assert "played by an agent through the endpoint" in found.said
+
+
 @pytest.mark.parametrize("name", ["guess", "sort", "calculator"])
 def test_demonstrations_play_through_our_tasks(name: str) -> None:
     found = reward.measure_reward(make_task(name, {}), seed=1)

@@ -75,6 +75,37 @@ def test_an_agent_that_raises_when_its_turns_are_used_up_ends_the_episode_at_the
     assert (made.ended, made.reward, len(made.turns)) == ("turn_limit", 0.0, 3)
 
 
+def test_an_agent_that_never_asks_or_blocks_the_event_loop_ends_the_episode_with_a_hint(tokenizer: Tokenizer) -> None:
+    async def rollout(problem: Any, session: Any) -> float:
+        reached = session.openai()
+        client = openai.OpenAI(base_url=reached.base_url, api_key=reached.api_key, timeout=0.2, max_retries=0)
+        try:
+            client.chat.completions.create(model="policy", messages=[USER])  # type: ignore[list-item]
+        except openai.APITimeoutError:
+            await asyncio.Event().wait()
+        return 1.0
+
+    made = asyncio.run(play(ScriptedEngine(tokenizer, []), tokenizer, Played(rollout), limit_s=0.3))
+    assert (made.ended, made.turns) == ("error", ())
+    assert "goes into a thread: asyncio.to_thread" in made.reason
+
+
+def test_time_in_which_an_answer_is_sampled_is_not_the_tasks(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokenizer, ["abc", "hi"], gate=asyncio.Event())
+
+    async def rollout(problem: Any, session: Any) -> float:
+        client = client_of(session.openai())
+        asking = asyncio.ensure_future(ask(client, [USER]))
+        await asyncio.sleep(0.8)
+        assert engine.gate is not None
+        engine.gate.set()
+        await asking
+        return 1.0
+
+    made = asyncio.run(play(engine, tokenizer, Played(rollout), limit_s=0.5))
+    assert (made.ended, made.reason) == ("finished", "")
+
+
 def test_an_agents_own_error_is_the_episodes(tokenizer: Tokenizer) -> None:
     async def talk(client: openai.AsyncOpenAI) -> None:
         await ask(client, [USER])
