@@ -130,7 +130,7 @@ def show_episode(task: Task, problem: Problem) -> Iterator[str]:
     random = Random(0)
     said = answers_of(task, problem, random, right=True)
     whose = "a demonstration of the task" if task.demonstrates else "the problem's own answer"
-    if not task.demonstrates and problem.data.get("answer") is None:
+    if not task.demonstrates and task.right_answer(problem) is None:
         whose = "random letters"
     session = ShownSession(said)
 

@@ -411,6 +411,13 @@ class Task:
         `task.reward_weights` are then checked at once. None: not known. Empty: the reward is a plain number."""
         return None
 
+    def right_answer(self, problem: Problem) -> str | None:
+        """Optional: a turn that is right, for shows and rehearsals; None: none is known. Without a definition:
+        `problem.data["answer"]`."""
+        answer = problem.data.get("answer")
+        answer = answer[0] if isinstance(answer, list) and answer else answer
+        return None if answer is None else str(answer)
+
     @classmethod
     def has_demonstrations(cls) -> bool:
         """True when the class defines `demonstration`, and `async-rl init-model` can warm a model up with it."""

@@ -134,6 +134,10 @@ class ReasoningGym(GeneratedTask):
     def reward_parts(self) -> Sequence[str]:
         return ("answer", "format") if self.settings.format_part else ()
 
+    def right_answer(self, problem: Problem) -> str | None:
+        answer = problem.data["answer"]
+        return f"<answer>{answer}</answer>" if answer is not None and self.settings.answer == "tags" else answer
+
     async def rollout(self, problem: Problem, session: Session) -> Reward:
         text = await session.generate(max_tokens=self.settings.max_tokens)
         if not session.stopped:

@@ -167,6 +167,13 @@ def test_the_answer_is_looked_for_where_it_is_asked_for(place: str, said: str, r
     assert task.reward_parts == ("answer", "format")
 
 
+@pytest.mark.parametrize("place", ["tags", "last_line", "whole"])
+def test_the_right_answer_stands_where_it_is_asked_for(place: str) -> None:
+    task = chain_sum(answer=place)
+    problem = task.problems("eval")[0]
+    assert play(task, problem, ScriptedSession([f"{task.right_answer(problem)}{END}"])) == 1.0
+
+
 def test_an_answer_that_is_cut_is_recorded_as_such() -> None:
     task = chain_sum(answer="whole", max_tokens=2, format_part=True)
     problem = task.problems("eval")[0]
