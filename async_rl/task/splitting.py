@@ -23,6 +23,8 @@ TOOLS_GROW = 3
 """a template may write a tool's JSON with indentation"""
 SLACK = 64
 """bytes"""
+COUNTED = 8192
+"""prompts that are tokenised together"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +156,11 @@ def find_overlong(
     grown, around = _growth(splits.values(), measure)
     for split, problems in splits.items():
         indices = [i for i in range(len(problems)) if grown * problems.size(i) + around > limit]
-        over = {i: n for i, n in zip(indices, measure.tokens([problems[i] for i in indices]), strict=True) if n > limit}
+        over: dict[int, int] = {}
+        for start in range(0, len(indices), COUNTED):
+            some = indices[start : start + COUNTED]
+            counts = zip(some, measure.tokens([problems[i] for i in some]), strict=True)
+            over |= {index: tokens for index, tokens in counts if tokens > limit}
         places += [problems[index].data["where"] for index in over][:1]
         longest, count = max([longest, *over.values()]), count + len(over)
         if settings.overlong == "truncate_left":
