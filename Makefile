@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install vllm triton openenv tokenizers foreign test nightly check docs quickstart clean
+.PHONY: install vllm triton openenv tokenizers foreign test nightly check docs quickstart demo clean
 
 install: .venv/installed
 
