@@ -221,7 +221,7 @@ def _batch(store: StoreReader, settings: Settings, step: int) -> PackedBatch:
     blobs = store.load_batch(step)
     if blobs is None:
         raise UserError(f"{store.path}: the batch of step {step} is not in it")
-    return pack_step(settings, [unpack(blob) for blob in blobs])
+    return pack_step(settings, [unpack(blob) for blob in blobs], whole=True)  # some recipes need it
 
 
 def _flat(learner: Learner) -> Tensor:

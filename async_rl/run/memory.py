@@ -236,7 +236,7 @@ def _trainer(shape: _Shape, name: str, device: str) -> Iterator[Part]:
         sharded=shards > 1,
     )
     lower = "trainer.micro_batch_tokens"
-    if shape.context > trainer.micro_batch_tokens:  # a longer trajectory has a micro-batch of its own
+    if shape.context > trainer.micro_batch_tokens:  # a longer context has a micro-batch of its own
         lower = "generator.max_context"
     yield Part(name=f"{name}: activations of {tokens} tokens", bytes=kept, device=device, lower=lower)
     yield Part(name=f"{name}: log-probs", bytes=log_prob_bytes(config, tokens), device=device, lower=lower)

@@ -4,8 +4,9 @@ Shapes: T policy tokens, U turns, I trajectories of the whole batch, sorted by g
 are the same on every rank, micro-batches are those of this rank's share. N tokens of a micro-batch, prompts and
 environment included. The division of work (`plan`) is pure: every rank finds the same.
 
-A trajectory is one row of every column and lies in one micro-batch, however many contexts it has. For the model each
-context is a document: positions from 0, and no attention to the others.
+A trajectory is one row of every column, however many contexts it has. For the model each context is a document:
+positions from 0, and no attention to the others. So a trajectory that is longer than a micro-batch may be cut between
+contexts, except where the gradient of each trajectory is looked at by itself (`TrajectoryGradient`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from itertools import chain, pairwise
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
-from async_rl.trajectory import Trajectory
+from async_rl.objective.library import load_recipe
+from async_rl.objective.recipe import requirements
+from async_rl.trajectory import Trajectory, Turn
 
 Bins = list[list[int]]
 """indices, each once; every bin in rising order"""
@@ -47,7 +51,7 @@ class MicroBatch:
     """index of the token whose hidden state predicts the policy token (the one before it)"""
     targets: Tensor  # [t] int64, the policy tokens
     trajectories: slice
-    """which trajectories of the batch"""
+    """which trajectories of the batch (where long ones are cut: which pieces of them)"""
     policy: slice
     """which policy tokens of the batch's columns"""
     policy_lengths: tuple[int, ...]
@@ -116,8 +120,11 @@ class PackedBatch:
         return len(self.log_behaviour)
 
 
-def pack_step(settings: Settings, trajectories: Sequence[Trajectory], over: Spread | None = None) -> PackedBatch:
-    """The batch of a step as it is trained: failed trajectories are left out.
+def pack_step(
+    settings: Settings, trajectories: Sequence[Trajectory], over: Spread | None = None, *, whole: bool | None = None
+) -> PackedBatch:
+    """The batch of a step as it is trained: failed trajectories are left out. `whole`: no trajectory is cut between
+    contexts; None: as the settings' recipe needs it.
 
     Every rank gives all trajectories, and gets the columns of all and micro-batches of its own share (`over`: the
     learner's). Raises RunFailed when no trajectory is usable.
@@ -126,7 +133,10 @@ def pack_step(settings: Settings, trajectories: Sequence[Trajectory], over: Spre
     if not usable:
         raise RunFailed("the batch holds no usable trajectory")
     limit = settings.trainer.micro_batch_tokens
-    return pack_batch(usable, micro_batch_tokens=limit, device=settings.trainer.device, over=over)
+    if whole is None:
+        several = any(t.contexts for t in usable)
+        whole = not several or requirements(load_recipe(settings.recipe)).per_trajectory_norms
+    return pack_batch(usable, micro_batch_tokens=limit, device=settings.trainer.device, over=over, whole=whole)
 
 
 def pack_batch(
@@ -135,10 +145,12 @@ def pack_batch(
     micro_batch_tokens: int,
     device: str | torch.device = "cpu",
     over: Spread | None = None,
+    whole: bool = True,
 ) -> PackedBatch:
     """Sort trajectories by group and sample, and pack them into micro-batches of at most `micro_batch_tokens` tokens.
 
-    A longer trajectory gets a micro-batch of its own. `over`: ranks that share the batch.
+    A longer trajectory gets a micro-batch of its own, or without `whole` one for as many of its contexts as fit.
+    `over`: ranks that share the batch.
     """
     assert trajectories, "a batch has at least one trajectory"
     ordered = sorted(trajectories, key=lambda t: (t.group, t.sample))
@@ -156,14 +168,15 @@ def pack_batch(
         return torch.as_tensor(np.asarray(values)).to(dtype=dtype, device=device)
 
     share = None
+    pieces = ordered if whole else list(chain.from_iterable(_pieces(t, micro_batch_tokens) for t in ordered))
     if over is None:
-        parts = [list(range(first, last)) for first, last in pairwise(_cuts(ordered, micro_batch_tokens))]
+        parts = [list(range(first, last)) for first, last in pairwise(_cuts(pieces, micro_batch_tokens))]
     else:
-        made = plan(ordered, over, micro_batch_tokens)
-        share, parts = share_of(made, ordered, over, device), made[over.rank]
+        made = plan(pieces, over, micro_batch_tokens)
+        share, parts = share_of(made, pieces, over, device), made[over.rank]
     return PackedBatch(
         share=share,
-        micro_batches=tuple(_pack_parts(ordered, policy_positions, parts, device)),
+        micro_batches=tuple(_pack_parts(pieces, [t.policy_positions() for t in pieces], parts, device)),
         log_behaviour=tensor(
             np.concatenate([t.log_behaviour[w] for t, w in zip(ordered, policy_positions, strict=True)]), torch.float32
         ),
@@ -180,6 +193,30 @@ def pack_batch(
         num_tokens=sum(len(t.tokens) for t in ordered),
         num_contexts=sum(1 + len(t.contexts) for t in ordered),
     )
+
+
+def _pieces(trajectory: Trajectory, limit: int) -> list[Trajectory]:
+    """A trajectory of more than `limit` tokens as pieces of at most so many, cut between contexts; a longer context is
+    a piece of its own. Of a piece the tokens, turns and contexts count."""
+    if len(trajectory.tokens) <= limit or not trajectory.contexts:
+        return [trajectory]
+    cuts = [0]
+    for begin, end in pairwise([0, *trajectory.contexts, len(trajectory.tokens)]):
+        if end - cuts[-1] > limit and begin > cuts[-1]:
+            cuts.append(begin)
+    return [
+        replace(
+            trajectory,
+            tokens=trajectory.tokens[begin:end],
+            turns=tuple(replace(t, start=t.start - begin) for t in trajectory.turns if _within(t, begin, end)),
+            contexts=tuple(start - begin for start in trajectory.contexts if begin < start < end),
+        )
+        for begin, end in pairwise([*cuts, len(trajectory.tokens)])
+    ]
+
+
+def _within(turn: Turn, begin: int, end: int) -> bool:
+    return turn.length > 0 and begin <= turn.start < end
 
 
 def _pack_parts(

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from msgspec import structs
+from support_run import quick_settings
 from torch import Tensor, nn
 
 from async_rl.config import CriticSettings, OptimizerSettings
@@ -25,7 +27,7 @@ from async_rl.objective.library import load_recipe
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import ModelArithmetic, batch_log_probs
 from async_rl.trainer.learner import Learner, LearnerOptions
-from async_rl.trainer.packing import PackedBatch, pack_batch
+from async_rl.trainer.packing import Cost, PackedBatch, Spread, pack_batch, pack_step
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.types import GREEDY
@@ -253,6 +255,48 @@ def test_greedy_turns_and_trajectories_are_shown_at_temperature_one() -> None:
     plain = structs.replace(sampled, temperature=1.0)
     want = batch_log_probs(model, pack_batch([plain], micro_batch_tokens=99), replace(ARITHMETIC, temperature=1.0))
     torch.testing.assert_close(found, want.log_prob, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [0, 3])
+@pytest.mark.parametrize("limit", [10_000, 9, 1])
+def test_a_long_trajectory_is_cut_between_contexts_where_nothing_needs_it_whole(limit: int, size: int) -> None:
+    """size: of ranks; 0: no ranks."""
+    model, trajectories = sample_model(), batch_of()
+    want = batch_log_probs(model, pack_batch(trajectories, micro_batch_tokens=10_000), ARITHMETIC)
+    cost = Cost(per_token=100, per_policy_token=30, per_pair=3)
+    parts, rows = [], []
+    for rank in range(max(1, size)):
+        over = Spread(rank=rank, size=size, cost=cost, whole_groups=False) if size else None
+        packed = pack_batch(trajectories, micro_batch_tokens=limit, over=over, whole=False)
+        longest = max(n for t in trajectories for n in t.context_lengths())
+        assert all(len(micro.tokens) <= max(limit, longest) for micro in packed.micro_batches)
+        parts.append(batch_log_probs(model, packed, ARITHMETIC).log_prob)
+        rows.append(packed.own(torch.arange(packed.num_policy_tokens)))
+    found = torch.empty_like(want.log_prob)
+    found[torch.cat(rows)] = torch.cat(parts)
+    torch.testing.assert_close(found, want.log_prob, rtol=1e-10, atol=1e-10)
+
+
+def test_steps_of_pieces_are_steps_of_whole_trajectories() -> None:
+    after = []
+    for whole in (True, False):
+        learner = make_learner(sample_model(), "so_grpo")
+        report = learner.step(pack_batch(batch_of(), micro_batch_tokens=9, whole=whole))
+        after.append((report.metrics, learner.weights()))
+    (one, weights), (other, again) = after
+    assert other["batch/micro_batches"] > one["batch/micro_batches"]
+    assert other["grad/norm"] == pytest.approx(one["grad/norm"], rel=1e-6)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("recipe", "whole"), [("vcpo", True), ("grpo", False)])
+def test_a_step_is_packed_as_its_recipe_needs_it(recipe: str, whole: bool) -> None:
+    settings = quick_settings(Path("model"), f"recipe.name={recipe}", "trainer.micro_batch_tokens=9")
+    packed = pack_step(settings, batch_of())
+    pieces = sum(len(micro.lengths) for micro in packed.micro_batches)
+    assert (pieces == packed.num_trajectories) == whole
+    assert len(pack_step(settings, batch_of(), whole=True).micro_batches) <= len(packed.micro_batches)
 
 
 def test_a_sampled_token_that_nothing_predicts_is_never_packed() -> None:
