@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import safe_open
 
 from async_rl.errors import UserError
-from async_rl.model.architecture import FAMILIES, DecoderConfig, parse_config, tensor_shapes
+from async_rl.model.architecture import FAMILIES, DecoderConfig, parse_config, rope_settings, tensor_shapes
 from async_rl.model.foreign import check_foreign, check_vllm, foreign_context, ties_head
 from async_rl.model.tokenizer import MORE_TEMPLATES, Tokenizer
 
@@ -89,6 +89,20 @@ def context_limit(path: str | Path, config: DecoderConfig | None) -> int:
     """Most tokens of a sequence of the model in a folder; 0 where only transformers could say. `config`: as from
     `read_config`."""
     return config.max_context if config is not None else foreign_context(read_json(existing(path) / CONFIG))
+
+
+def check_context(path: str | Path, config: DecoderConfig | None, asked: int) -> int:
+    """Most tokens of a sequence of a run: `asked`, or the model's own limit where that is 0; 0: not known. Raises
+    UserError for more than the model holds."""
+    limit = context_limit(path, config)
+    if not limit or asked <= limit:
+        return asked or limit
+    kinds = [given["rope_type"] for given in rope_settings(read_json(existing(path) / CONFIG))]
+    why = ", beyond which its rope type longrope takes other frequencies" if "longrope" in kinds else ""
+    raise UserError(
+        f"generator.max_context is {asked}, but the model of {path} holds {limit} tokens{why}; set it to {limit} or "
+        "lower"
+    )
 
 
 def check_for_vllm(path: str | Path) -> None:
