@@ -4,9 +4,8 @@
     python 04_own_data.py 3            # a look at it
 
 Writes 200 words as rows, each with its letters in order as the answer, trains on nine tenths of them and measures on
-the rest. The same works for any file of rows
-(JSONL, CSV, Parquet, ...) with a real model: name its fields, its reward (`exact`, `numeric`, `math` or a function) and the
-folder of the model.
+the rest. The same works for any file of rows (JSONL, CSV, Parquet, ...) with a real model: name its fields, its reward
+(`exact`, `numeric`, `math` or a function) and the folder of the model.
 """
 
 import itertools

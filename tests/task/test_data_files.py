@@ -158,6 +158,33 @@ def test_what_hugging_faces_package_saves_is_read_without_it(tmp_path: Path, mon
     assert "state.json names data-00001-of-00003.arrow, which is not there" in refusal(tmp_path / "whole")
 
 
+def test_chats_in_parts_with_tools_and_arguments_come_back_from_hugging_faces_package(tmp_path: Path) -> None:
+    """Arrow gives every object the fields of all others; none of them may reach a chat template."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+
+    def tool(number: int) -> dict[str, Any]:
+        properties = {"x": {"type": "string"}} if number % 2 else {"y": {"type": "integer", "minimum": 0}}
+        return {"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}
+
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": [{"type": "text", "text": f"a{i}"}, {"type": "text", "text": "b"}]}],
+            "answer": ["1", "2"],
+            "tools": [tool(i)],
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+        for i in range(6)
+    ]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    task = make_task("dataset", {"path": str(tmp_path / "saved"), "eval_share": 0})
+    for row, problem in zip(rows, task.problems("train"), strict=True):
+        assert problem.prompt == row["prompt"]
+        assert list(problem.tools) == row["tools"]
+        assert problem.template_args == {"enable_thinking": False}
+        assert problem.data["answer"] == ["1", "2"]
+
+
 # ---------------------------------------------------------------- folders
 
 
