@@ -337,8 +337,8 @@ class Task:
     """a call that the task's tool answers, for rehearsals with a model that would never write one"""
 
     looked_at: int = 500
-    """problems of each split that are looked at before a run begins: their lengths, their control tokens, and the digest
-    by which hosts compare their tasks; fewer, at least 2, where making one takes long"""
+    """problems of each split that are looked at before a run begins (lengths, control tokens, the digest by which hosts
+    compare their tasks); fewer, at least 2, where making one takes long"""
 
     notes: Sequence[str] = ()
     """what a user should know of its data, e.g. rows that are left out; shown when a run begins"""
