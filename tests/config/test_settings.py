@@ -115,6 +115,7 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     "model_is_named": (("model.path=''",), "model.path is not set"),
     "template_time_is_a_time": (("model.template_time=noon",), "write it as 2026-01-31T12:00"),
     "task_is_named": (("task.name=''",), "task.name is not set"),
+    "reward_weights_are_finite": (("task.reward_weights.format=.nan",), "a weight is a finite number"),
     "temperature_is_sampled_at": (
         ("evaluation.temperature=0.001",), "engines sample at 0.01 or above, or greedily with 0",
     ),
