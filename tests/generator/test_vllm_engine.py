@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from async_rl.weights.canary import fingerprint
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make vllm)")
 pytestmark = pytest.mark.xdist_group("vllm")
+USER = {"role": "user", "content": "12"}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,37 @@ def test_the_same_seed_gives_the_same_tokens_whatever_the_batch(served: Served) 
 def test_an_episode_of_several_contexts_is_what_the_trainer_computes(served: Served, tmp_path: Path) -> None:
     tokenizer = Tokenizer(write_folder(tmp_path / "m", CONFIG))
     judge(served.run(meet(served.engine, tokenizer, number=8, max_context=CONTEXT)), served.model, TOLERANCE)
+
+
+def test_an_agent_plays_through_the_endpoint_and_texts_are_scored(served: Served, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    from support_agents import Played, client_of, contexts_of, play
+    from support_agents import ask as say
+
+    tokenizer = Tokenizer(write_folder(tmp_path / "m", CONFIG))
+    scores: list[Any] = []
+
+    async def rollout(problem: Any, session: Any) -> float:
+        client = client_of(session.openai())
+        first, second = await asyncio.gather(*(say(client, [USER], max_tokens=6) for _ in range(2)))
+        gone = asyncio.ensure_future(say(client, [USER, {"role": "user", "content": "x"}]))
+        while not served.engine.stats().running:
+            await asyncio.sleep(0.01)
+        gone.cancel()
+        await say(client, [USER, first.message, USER], max_tokens=6, temperature=0.5)
+        scores.append(await session.score("12+34"))
+        return float(first.message.content != second.message.content)
+
+    made = served.run(play(served.engine, tokenizer, Played(rollout, "12"), timeout_s=60.0))
+    for context in contexts_of(made):
+        for turn in (turn for turn in made.turns if context.start <= turn.start < context.stop):
+            expected = clean(served.model, made.tokens[context].tolist(), turn.temperature or 1.0)
+            start, recorded = turn.start - context.start, made.log_behaviour[turn.start :][: turn.length]
+            assert np.allclose(recorded, expected[start - 1 :][: turn.length], atol=TOLERANCE)
+    assert (made.ended, made.reason, made.reward) == ("finished", "", 1.0)
+    whole = tokenizer.encode("12") + tokenizer.encode("12+34")
+    assert np.allclose(scores[0].log_probs, clean(served.model, whole)[1:], atol=TOLERANCE)
+    assert scores[0].version == served.engine.version
 
 
 def test_a_turn_ends_at_stop_tokens_and_strings_and_keeps_them(served: Served) -> None:
