@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -471,15 +472,25 @@ def prompt_text(
         rendered = partial(tokenizer.render, tools=described, arguments=given)
         return left_open(chat, rendered) if go_on else rendered(chat)
 
+    def same(chat: Sequence[Mapping[str, Any]], described: Sequence[Mapping[str, Any]]) -> bool:
+        try:
+            return render(chat, described) == text
+        except UserError:  # a template that minds what is left out
+            return False
+
     text = render(messages, tools)
-    calls = [message.get("tool_calls") for message in messages if message.get("tool_calls")]
-    for name, present in (("tools", tools), ("tool_calls", calls)):
-        if present and not tokenizer.shows(name):
-            less = [{k: v for k, v in message.items() if k != name} for message in messages]
-            if render(less, () if name == "tools" else tools) == text:
-                raise UserError(
-                    f"{where}: the chat template shows no {name}; use a model that is made for tools, or leave them out"
-                )
+    without = [{**m, "tool_calls": m["tool_calls"][:-1] or None} if m.get("tool_calls") else m for m in messages]
+    without = [{k: v for k, v in m.items() if k != "tool_calls" or v} for m in without]
+    if without != messages and same(without, tools):  # DeepSeek's shows calls of messages without content
+        emptied = [{**m, "content": m.get("content") or None} if m.get("tool_calls") else m for m in messages]
+        with suppress(UserError):
+            text, messages = render(emptied, tools), emptied
+    for name, less, described in (("tools", messages, ()), ("tool_calls", without, tools)):
+        if (tools if name == "tools" else without != messages) and same(less, described):
+            raise UserError(
+                f"{where}: the chat template shows no {name}, or not all; use a model that is made for tools, or leave "
+                "them out"
+            )
     return text
 
 

@@ -14,7 +14,7 @@ from async_rl.errors import UserError
 from async_rl.generator.engine import Completion, Request
 from async_rl.generator.rollout import run_episode
 from async_rl.generator.session import EpisodeSession, make_tickets
-from async_rl.model.tokenizer import Tokenizer, problem_tokens
+from async_rl.model.tokenizer import Tokenizer, problem_tokens, prompt_text
 from async_rl.task import Task, make_task
 from async_rl.task.tool_formats import FORMATS, call_id
 from async_rl.trajectory import Trajectory
@@ -235,3 +235,29 @@ def test_several_tools_are_told_of_and_answered_by_the_user_where_the_template_k
     text = tokenizer.decode(made.tokens.tolist(), special=True)
     turn = "<start_of_turn>user\n<tool_response>\n21\n</tool_response><end_of_turn>\n<start_of_turn>model\n"
     assert f"</tool_call><end_of_turn>\n{turn}" in text
+
+
+CALLED = {"id": call_id(0), "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "1"}'}}
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_calls_of_a_row_are_shown_by_every_template_that_can(content) -> None:
+    for model in FORMAT_OF:
+        tokenizer = ours(*model)
+        chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": content, "tool_calls": [CALLED]}]
+        if content is None and model in (("qwen3", ""), ("qwen3", "qwen2_5")):
+            continue  # they ask for a text, and say so
+        if content is None and model == ("gptoss", "gptoss"):
+            with pytest.raises(UserError, match="refused the messages"):
+                prompt_text(chat, tokenizer)
+            continue
+        text = prompt_text(chat, tokenizer)
+        assert "calculator" in text, model
+        assert '\\"' not in text, "arguments are an object where the template writes JSON"
+
+
+def test_calls_that_a_template_leaves_out_are_refused() -> None:
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [CALLED, CALLED]}]
+    with pytest.raises(UserError, match="shows no tool_calls, or not all"):
+        prompt_text(chat, ours("gptoss", "gptoss"))  # which writes the first call of a message alone
+    assert prompt_text(chat, ours("qwen3", "")).count("calculator") == 2
