@@ -87,10 +87,8 @@ class GeneratedTask(Task):
         require_range("num_train", num_train, 1, 10**9)
         require_range("num_eval", num_eval, 1, 10**6)
         require_range("seed", seed, 0, 2**63 - 1)
-        self._train, self._eval = (
-            Generated(draw, num_problems=number, seed=seed, split=split, held_out_one_in=held_out_one_in)
-            for split, number in (("train", num_train), ("eval", num_eval))
-        )
+        self._train = Generated(draw, num_problems=num_train, seed=seed, split="train", held_out_one_in=held_out_one_in)
+        self._eval = Generated(draw, num_problems=num_eval, seed=seed, split="eval", held_out_one_in=held_out_one_in)
         # Where either split is impossible this raises now, not in the middle of a run.
         assert self._train[0].index == self._eval[0].index == 0
 
