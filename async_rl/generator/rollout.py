@@ -57,8 +57,10 @@ async def play_episode(
             left = min(left, guard.limit_s - session.task_s)
         return left, _lateness(session, rollout, deadline, timeout_s, guard)
 
-    outcome = await outcome_of(guard, rollout, late)
-    await _torn_down(task, session, guard, timeout_s)
+    try:
+        outcome = await outcome_of(guard, rollout, late)
+    finally:  # also when this generator gives the episode up
+        await _torn_down(task, session, guard, timeout_s)
     if session.engine_error is not None:
         outcome = session.engine_error
     if isinstance(outcome, Weighed):

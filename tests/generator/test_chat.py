@@ -354,6 +354,32 @@ def test_an_episode_is_torn_down_however_it_ends(tokenizer: Tokenizer, ends: str
     assert made.ended == ("finished" if ends == "well" else "error")
 
 
+def test_an_episode_that_the_generator_gives_up_is_torn_down(tokenizer: Tokenizer) -> None:
+    calls: list[str] = []
+
+    class Careful(Played):
+        async def teardown_episode(self, problem: Any, session: Any) -> None:
+            await asyncio.sleep(0)
+            calls.append("down")
+
+    async def main() -> None:
+        begun = asyncio.Event()
+
+        async def rollout(problem: Any, session: Any) -> float:
+            begun.set()
+            await asyncio.Event().wait()
+            return 1.0
+
+        playing = asyncio.ensure_future(play(ScriptedEngine(tokenizer, []), tokenizer, Careful(rollout)))
+        await begun.wait()
+        playing.cancel()
+        await asyncio.wait({playing})
+        assert playing.cancelled()
+
+    asyncio.run(main())
+    assert calls == ["down"]
+
+
 def test_a_session_without_an_endpoint_says_so(tokenizer: Tokenizer) -> None:
     from async_rl.generator.session import EpisodeSession, make_tickets
     from async_rl.wire.messages import Permit
