@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
         # what everything stands on, each importing only those before it
-        "version errors finding",
+        "version errors finding stall_timer",
         "trajectory",
         "config",
         "events process_spec",

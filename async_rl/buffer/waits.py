@@ -16,7 +16,8 @@ from async_rl.buffer.admission import Admission
 from async_rl.buffer.evaluation import Evaluation, Evaluations
 from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.presence import Presence
-from async_rl.events import StallOver, StallReported, StallTimer
+from async_rl.events import StallOver, StallReported
+from async_rl.stall_timer import StallTimer
 from async_rl.wire import messages as msg
 
 NOTICE_S = 2.0

@@ -32,8 +32,8 @@ class TaskSettings:
     name: str = setting(
         "",
         "the task: guess, sort, reverse, arithmetic, countdown, calculator, dataset, tools; an environment of another "
-        "package: reasoning_gym, verifiers, gymnasium, openenv, textarena; or file.py:Class of your own (rehearsed: what "
-        "--fake-model makes of them). `async-rl tasks` lists them",
+        "package: reasoning_gym, verifiers, gymnasium, openenv, textarena; or file.py:Class of your own (rehearsed: "
+        "what --fake-model makes of them). `async-rl tasks` lists them",
     )
     args: dict[str, Any] = setting({}, "settings of that task; `async-rl config` prints them")
     reward_weights: dict[str, float] = setting(
@@ -166,8 +166,8 @@ class GeneratorSettings:
     )
     task_slots: dict[str, int] = setting(
         {},
-        "places that the episodes of one generator share, by name (a task's `slots`), e.g. {sandbox: 8}: how many there "
-        "are, instead of what the task says",
+        "places that the episodes of one generator share, by name (a task's `slots`), e.g. {sandbox: 8}: how many "
+        "there are, instead of what the task says",
     )
     kv_on_update: Literal["recompute", "keep"] = setting(
         "recompute",

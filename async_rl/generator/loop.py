@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
-from async_rl.events import GeneratorRejoined, RecordEvent, StallTimer, ignore_event
+from async_rl.events import GeneratorRejoined, RecordEvent, ignore_event
 from async_rl.generator.engine import Engine
 from async_rl.generator.episodes import Episodes, Key
 from async_rl.generator.facilities import Facilities
@@ -32,6 +32,7 @@ from async_rl.generator.outbox import RESEND_S, BufferDeadline, Outbox
 from async_rl.generator.pull import EngineWeights
 from async_rl.generator.step_mark import StepMark
 from async_rl.generator.task_code import LEFTOVER_S, TaskGuard
+from async_rl.stall_timer import StallTimer
 from async_rl.task.protocol import Task
 from async_rl.task.weigh import Weights
 from async_rl.trajectory import Trajectory

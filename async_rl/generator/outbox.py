@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from async_rl.errors import RunFailed
-from async_rl.events import RecordEvent, StallReported, StallTimer, ignore_event
+from async_rl.events import RecordEvent, StallReported, ignore_event
+from async_rl.stall_timer import StallTimer
 from async_rl.trajectory import Trajectory
 
 RESEND_S = 3.0

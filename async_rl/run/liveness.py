@@ -21,10 +21,11 @@ from msgspec import to_builtins
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
-from async_rl.events import AlarmRaised, Event, RunRolledBack, StallReported, StallTimer
+from async_rl.events import AlarmRaised, Event, RunRolledBack, StallReported
 from async_rl.observe.record import active_alarms
 from async_rl.process import STACKS_SIGNAL
 from async_rl.run_folder import RunFolder, replace_text
+from async_rl.stall_timer import StallTimer
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout

@@ -6,8 +6,8 @@ import pytest
 from support_buffer import trajectory
 
 from async_rl.errors import RunFailed
-from async_rl.events import StallTimer
 from async_rl.generator.outbox import BufferDeadline, Outbox
+from async_rl.stall_timer import StallTimer
 
 
 def test_what_is_not_acknowledged_is_sent_again_after_growing_pauses() -> None:
