@@ -17,6 +17,7 @@ from async_rl.task.adapters.registry import require_package
 from async_rl.task.adapters.worker import Worker, WorkerError, WorkerLate
 from async_rl.task.generated import GeneratedTask
 from async_rl.task.protocol import Problem, Reward, Session
+from async_rl.task.reward import NUMBER
 
 LIMIT_S = 20
 """longest processor time of one problem or one score; the slowest generators take 5 s for a problem"""
@@ -27,6 +28,7 @@ TAGGED = re.compile(r"<answer>\s?(.*?)\s?</answer>", re.DOTALL)
 INSTRUCTIONS = {
     "tags": "Think step by step, then give the answer alone between <answer> and </answer>.",
     "last_line": "Think step by step, then give the answer alone on the last line.",
+    "number": "End with the answer as a number.",
     "whole": "",
 }
 OWN_INSTRUCTION = "auto"
@@ -49,10 +51,10 @@ class ReasoningGymSettings:
         "sentence put behind the question; auto: one that asks for the answer in the place that `answer` names; "
         "empty: none",
     )
-    answer: Literal["tags", "last_line", "whole"] = setting(
+    answer: Literal["tags", "last_line", "number", "whole"] = setting(
         "tags",
-        "where the answer stands: between the last <answer> and </answer>, on the last line that is not empty, or all "
-        "of the completion",
+        "where the answer stands: between the last <answer> and </answer>, on the last line that is not empty, the "
+        "last number of the completion, or all of it",
     )
     format_part: bool = setting(
         False,
@@ -175,6 +177,12 @@ def read_answer(text: str, place: str) -> tuple[str | None, bool]:
     if place == "last_line":
         lines = text.strip().splitlines()
         return (lines[-1].strip(), True) if lines else (None, False)
+    if place == "number":
+        numbers = list(NUMBER.finditer(text))
+        if not numbers:
+            return None, False
+        behind = text[numbers[-1].end() :].strip(" .\n")
+        return numbers[-1][0].replace(",", "").replace("\u2212", "-"), not behind
     found = list(TAGGED.finditer(text))
     if not found:
         return None, False

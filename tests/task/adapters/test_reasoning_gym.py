@@ -9,7 +9,7 @@ import pytest
 from support_session import END, ScriptedSession, play
 
 from async_rl.errors import UserError
-from async_rl.task import Task, make_task
+from async_rl.task import Problem, Task, make_task
 from async_rl.task.adapters.reasoning_gym import ReasoningGym, shared_worker
 
 pytest.importorskip("reasoning_gym")
@@ -36,28 +36,35 @@ def mixed(names: Any, **args: Any) -> Task:
     return make_task("reasoning_gym", {"dataset": "composite", "config": config, "size": 3000, **args})
 
 
+class Drawn(Random):
+    """Draws the numbers that it was given."""
+
+    def __init__(self, *numbers: int) -> None:
+        super().__init__()
+        self.numbers = iter(numbers)
+
+    def randrange(self, *_: Any) -> int:
+        return next(self.numbers)
+
+
 def test_the_own_answer_of_every_generator_earns_everything() -> None:
     names = generators()
     assert len(names) > 100
-    task = mixed(names, answer="whole", max_tokens=100_000, seed=1)
-    left = set(names)
-    problems = task.problems("train")
-    for index in range(2500):
-        problem = problems[index]
-        name = problem.data["source"]
-        if name not in left:
-            continue
-        left.remove(name)
-        [message] = problem.prompt
-        assert isinstance(message, dict)
-        assert message["content"].strip()
+    seed = 1
+    task = mixed(names, answer="whole", max_tokens=100_000, seed=seed)
+    assert isinstance(task, ReasoningGym)
+    first: dict[str, int] = {}
+    for number in range(3000):  # as the package mixes them
+        first.setdefault(Random(seed + number).choices(names, weights=[1.0] * len(names), k=1)[0], number)
+    assert set(first) == set(names)
+    for name, number in first.items():
+        _, prompt, data = task._draw(Drawn(number))
+        assert data["source"] == name
+        assert prompt[0]["content"].strip()
         if name not in MANY_RIGHT:
-            session = ScriptedSession([problem.data["answer"] + END])
-            assert play(task, problem, session) == 1.0, name
+            session = ScriptedSession([data["answer"] + END])
+            assert play(task, Problem(index=0, prompt=prompt, data=data), session) == 1.0, name
             assert session.notes == {"solved": 1.0}
-        if not left:
-            break
-    assert not left
 
 
 @pytest.mark.parametrize("name", sorted(MANY_RIGHT))
@@ -155,6 +162,10 @@ def test_no_held_out_question_is_trained_on() -> None:
         ("tags", "{}", 0.0, 0.0),
         ("last_line", "First 1\nthen\n {} \n\n", 1.0, 1.0),
         ("last_line", "", 0.0, 0.0),
+        ("number", "1 and 2 give\n {}.\n", 1.0, 1.0),
+        ("number", "{} apples", 1.0, 0.0),
+        ("number", "{} or 17", 0.0, 1.0),
+        ("number", "none", 0.0, 0.0),
         ("whole", " {}\n", 1.0, 1.0),
         ("whole", "  ", 0.0, 0.0),
     ],
@@ -167,7 +178,7 @@ def test_the_answer_is_looked_for_where_it_is_asked_for(place: str, said: str, r
     assert task.reward_parts == ("answer", "format")
 
 
-@pytest.mark.parametrize("place", ["tags", "last_line", "whole"])
+@pytest.mark.parametrize("place", ["tags", "last_line", "number", "whole"])
 def test_the_right_answer_stands_where_it_is_asked_for(place: str) -> None:
     task = chain_sum(answer=place)
     problem = task.problems("eval")[0]
@@ -212,14 +223,9 @@ def test_a_problem_that_the_generator_never_ends_is_left_out(monkeypatch: pytest
     monkeypatch.setattr("async_rl.task.adapters.reasoning_gym.LIMIT_S", 1)
     shared_worker.cache_clear()
 
-    class Drawn(Random):
-        def randrange(self, *_: Any) -> int:
-            return next(numbers)
-
     task = make_task("reasoning_gym", {"dataset": "number_sequence", "seed": 62, "size": 3000})
     assert isinstance(task, ReasoningGym)
-    numbers = iter([101, 7])
-    assert task._draw(Drawn())[2]["index"] == 7
+    assert task._draw(Drawn(101, 7))[2]["index"] == 7
     shared_worker.cache_clear()
 
 
@@ -232,7 +238,7 @@ def test_a_problem_that_the_generator_never_ends_is_left_out(monkeypatch: pytest
         ({"config": {"seed": 2}}, "write task.args.seed"),
         ({"dataset": "word_ladder", "size": 30_000}, "word_ladder"),
         ({"dataset": "composite"}, "at least one dataset"),
-        ({"answer": "tag"}, "choose one of tags, last_line, whole"),
+        ({"answer": "tag"}, "choose one of tags, last_line, number, whole"),
     ],
 )
 def test_what_the_package_refuses_is_said(args: dict[str, Any], message: str) -> None:
