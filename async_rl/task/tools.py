@@ -78,7 +78,7 @@ class Tools(Dataset):
         self._train.adapt = self._eval.adapt = self.adapted
         self.max_turns, self.call_reward = settings.max_turns, settings.call_reward
         self._chosen: str = settings.tool_format
-        self.tool_format = self._chosen
+        self.tool_format: str = settings.tool_format
         """once a problem was made for a chat template: a name in FORMATS, or tags"""
         if settings.tool_format == TAGS:
             self._only_tool()
