@@ -34,7 +34,7 @@ def trajectory(permit: msg.Permit, sample: int, version: int, length: int) -> Tr
         seed=sample_seed(permit.seed, sample),
         tokens=np.full(length, sample, np.int32),
         log_behaviour=np.full(length, -1.0, np.float32),
-        turns=(Turn(start=0, length=length),),
+        turns=(Turn(start=1, length=length - 1),),
         versions=(VersionSpan(version=version, start=0, end=length),),
         reward=float(sample % 2),
         ended="finished",

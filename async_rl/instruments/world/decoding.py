@@ -266,7 +266,7 @@ class SideBySide:
             pair[1],
             tokens=NO_TOKENS,
             log_behaviour=NO_LOG_PROBS,
-            turns=(Turn(start=0, length=spans[-1].end),),
+            turns=(Turn(start=1, length=spans[-1].end),),
             versions=spans,
             reward=self.reward(),
             ended=ended,
