@@ -1,6 +1,6 @@
 """Tiny random models of the architectures that docs/architectures.md lists, and what each can do there.
 
-The cells are claims: tests/model/test_architectures.py tries every one that it does not say "by hand"
+The cells are claims: tests/model/test_architectures.py tries every one that it does not say "by hand" or "not tried"
 of, and holds the page's table to `table()`.
 """
 
@@ -41,7 +41,7 @@ WINDOW = 8
 LENGTHS = (40, 7, 25, 47)
 """of documents; longer than windows, and up to the context before an extension"""
 
-Cell = Literal["yes", "refused", "attention only", "by hand"]
+Cell = Literal["yes", "refused", "attention only", "by hand", "not tried"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +112,9 @@ ROWS = (
     experts("Mixtral", "MixtralConfig", num_local_experts=4, sliding_window=None),
     foreign("Granite", "GraniteConfig", logits_scaling=2.0, attention_multiplier=0.5, **NO_HEAD_DIM),
     foreign("Cohere", "CohereConfig", logit_scale=0.5, **NO_HEAD_DIM),
-    foreign("OLMo 2", "Olmo2Config", **NO_HEAD_DIM),
-    foreign("SmolLM3", "SmolLM3Config", **NO_HEAD_DIM),
-    foreign("GPT-NeoX, Pythia", "GPTNeoXConfig", num_key_value_heads=..., **NO_HEAD_DIM),
+    foreign("OLMo 2", "Olmo2Config", vllm="not tried", **NO_HEAD_DIM),
+    foreign("SmolLM3", "SmolLM3Config", vllm="not tried", **NO_HEAD_DIM),
+    foreign("GPT-NeoX, Pythia", "GPTNeoXConfig", vllm="not tried", num_key_value_heads=..., **NO_HEAD_DIM),
 )
 
 TWO_PARTS = {

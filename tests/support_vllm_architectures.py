@@ -38,14 +38,20 @@ class Found:
     """tensors of the trainer that the canary does not find in vLLM"""
 
 
-def reference(folder: Path, document: Tensor) -> Tensor:  # [tokens, vocabulary]
+def reference(folder: Path) -> Any:
+    """Made before vLLM, whose back end for transformers' models changes their classes in this process."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return torch.log_softmax(model.eval()(document[None], use_cache=False).logits[0].detach(), -1)
+    return model.eval()
 
 
-def difference(llm: Any, folder: Path) -> float:
+def log_probs(model: Any, document: list[int]) -> Tensor:  # [tokens, vocabulary]
+    logits = model(torch.tensor(document)[None], use_cache=False).logits[0]
+    return torch.log_softmax(logits.detach(), -1)
+
+
+def difference(llm: Any, model: Any) -> float:
     """Over prompts, and over tokens that vLLM samples behind a prompt."""
     from vllm import SamplingParams
 
@@ -54,14 +60,14 @@ def difference(llm: Any, folder: Path) -> float:
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, logprobs=0, detokenize=False)
     answers = llm.generate([_prompt(t[:46]) for t in whole], params, use_tqdm=False)
     for tokens, answer in zip(whole, answers, strict=True):
-        want = reference(folder, torch.tensor(tokens[:46]))
+        want = log_probs(model, tokens[:46])
         for at, entry in enumerate(answer.prompt_logprobs[1:]):
             worst = max(worst, abs(entry[tokens[at + 1]].logprob - float(want[at, tokens[at + 1]])))
     params = SamplingParams(max_tokens=20, logprobs=0, temperature=1.0, seed=1, ignore_eos=True, detokenize=False)
     answers = llm.generate([_prompt(t[:18]) for t in whole], params, use_tqdm=False)
     for tokens, answer in zip(whole, answers, strict=True):
         history, (made,) = tokens[:18], answer.outputs
-        want = reference(folder, torch.tensor([*history, *made.token_ids]))[len(history) - 1 :]
+        want = log_probs(model, [*history, *made.token_ids])[len(history) - 1 :]
         for at, (token, entry) in enumerate(zip(made.token_ids, made.logprobs, strict=True)):
             worst = max(worst, abs(entry[token].logprob - float(want[at, token])))
     return worst
@@ -83,13 +89,14 @@ def attempt(row: Architecture, root: Path) -> Found:
         kv_on_update="recompute", kv_cache_bytes=64 << 20, memory_share=0.5, tensor_parallel=1,
         layout=read_headers(first),
     )  # fmt: skip
-    llm = LLM(**engine_arguments(options))
-    before = difference(llm, first)
+    references = reference(first), reference(second)
     trained = {name: p.detach().contiguous() for name, p in load_model(second).named_parameters()}
     save_file(trained, root / "weights.safetensors")
+    llm = LLM(**engine_arguments(options))
+    before = difference(llm, references[0])
     llm.collective_rpc("async_rl_load", args=(str(root / "weights.safetensors"),))
     llm.reset_prefix_cache()
-    after = difference(llm, second)
+    after = difference(llm, references[1])
     layout = [(name, list(tensor.shape)) for name, tensor in trained.items()]
     (shown,) = llm.collective_rpc("async_rl_fingerprint", args=(1, layout, 1))
     return Found(before=before, after=after, missing=sorted(trained.keys() - shown.keys()))

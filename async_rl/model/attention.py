@@ -122,7 +122,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, *, window: int = 0, cap: f
     `decoder.Attention`."""
     longest, groups = query.shape[1], query.shape[2] // key.shape[2]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    seen = None
+    seen: Tensor | None = None
     if cap or 0 < window < longest:
         ahead = torch.arange(longest, device=query.device)
         ahead = ahead[None, :] - ahead[:, None]  # [longest, longest]: a key's position less the query's
@@ -130,6 +130,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, *, window: int = 0, cap: f
         if window:
             seen &= ahead > -window
     if cap:
+        assert seen is not None
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         mask = torch.zeros((), dtype=query.dtype, device=query.device).where(seen, -torch.inf)
         out = capped_attention(query, key, value, mask, cap)

@@ -115,7 +115,8 @@ DIFFERENT: Mapping[str, tuple[str, ...]] = {
 def check_expert_targets(targets: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise UserError for a name in lora.targets that only experts have: they get no adapters. `shapes`: of the stored
     weights by name."""
-    inside, outside = set(), set()
+    inside: set[str] = set()
+    outside: set[str] = set()
     for name, shape in shapes.items():
         if len(shape) > 1:
             part = name.removesuffix(".weight").rpartition(".")[2]

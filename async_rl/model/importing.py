@@ -292,7 +292,7 @@ def rounded(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 def gguf_config(file: GGUFFile, path: Path) -> DecoderConfig:
     """The decoder that the file describes. Raises UserError for another architecture, or a rope that is not plain."""
-    architecture = file.fields.get("general.architecture")
+    architecture = str(file.fields.get("general.architecture"))
     if architecture not in FAMILY_OF:
         raise UserError(
             f"{path.name} holds a model of architecture {architecture!r}; from GGUF {', '.join(FAMILY_OF)} are read, "
