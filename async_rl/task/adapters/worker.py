@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-START_DEADLINE_S = 120.0
-"""time to import a package, on a machine that is busy"""
+START_DEADLINE_S = 600.0
+"""longest time to import a package, on a machine that is very busy; a child that dies meanwhile is noticed at once"""
 PATIENCE = 20
 """the child ends itself when its processor time is used up; on a busy machine that may be so many times later"""
 
