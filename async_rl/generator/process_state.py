@@ -1,4 +1,4 @@
-"""What belongs to the whole process and a task's code may change: it is put back after every step (`ProcessState`).
+"""What belongs to the whole process and a task's code may change: it is put back after every step (`KeptState`).
 
 Put back are the working directory, the locale, Python's recursion limit, torch's default dtype, default device, number
 of threads and precision of matrix products, and in the main thread the handlers of the signals that this process
@@ -26,7 +26,7 @@ WATCHED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM,
 
 
 @dataclass(slots=True, eq=False)
-class Part:
+class KeptPart:
     """One part of the state."""
 
     name: str
@@ -37,29 +37,29 @@ class Part:
 
 
 @dataclass(slots=True, eq=False)
-class ProcessState:
+class KeptState:
     """The state of the process when this was made."""
 
-    parts: list[Part] = field(default_factory=list)
+    parts: list[KeptPart] = field(default_factory=list)
     reported: set[str] = field(default_factory=set)
     """parts of which the log has been told"""
 
     def __post_init__(self) -> None:
         self.parts = [
-            Part("the working directory", _directory, _change_directory),
-            Part("the locale", lambda: _locale.setlocale(_locale.LC_ALL), _set_locale),
-            Part("Python's recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+            KeptPart("the working directory", _directory, _change_directory),
+            KeptPart("the locale", lambda: _locale.setlocale(_locale.LC_ALL), _set_locale),
+            KeptPart("Python's recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
         ]
         if (torch := sys.modules.get("torch")) is not None:  # this file is also imported where torch must not be
             self.parts += [
-                Part("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
-                Part("torch's number of threads", torch.get_num_threads, torch.set_num_threads),
-                Part(
+                KeptPart("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
+                KeptPart("torch's number of threads", torch.get_num_threads, torch.set_num_threads),
+                KeptPart(
                     "torch's precision of matrix products",
                     torch._C._get_float32_matmul_precision,
                     torch.set_float32_matmul_precision,
                 ),
-                Part(
+                KeptPart(
                     "torch's default device",
                     # get_default_device takes ten times as long; this module is only loaded when one was set
                     lambda: getattr(sys.modules.get("torch.utils._device"), "CURRENT_DEVICE", None),
@@ -75,7 +75,7 @@ class ProcessState:
         for number in WATCHED_SIGNALS:
             self.parts.append(_signal_part(number))
         self.parts.append(
-            Part(
+            KeptPart(
                 f"the handler of {STACKS_SIGNAL.name}",
                 lambda: _signal.getsignal(STACKS_SIGNAL),
                 lambda _: dump_stacks_on_signal(),
@@ -96,7 +96,7 @@ class ProcessState:
                 changed = True
         return changed
 
-    def _put_back(self, part: Part) -> None:
+    def _put_back(self, part: KeptPart) -> None:
         if part.name.startswith("the handler of ") and (
             threading.current_thread() is not threading.main_thread() or ignores_interrupts()
         ):
@@ -108,7 +108,7 @@ class ProcessState:
                 print(f"the task or its reward changed {part.name}; it was put back", file=sys.stderr)
 
 
-def _signal_part(number: signal.Signals) -> Part:
+def _signal_part(number: signal.Signals) -> KeptPart:
     def read() -> Any:
         return _signal.getsignal(number)
 
@@ -116,7 +116,7 @@ def _signal_part(number: signal.Signals) -> Part:
         if value is not None:  # else a handler that Python did not set
             signal.signal(number, value)
 
-    return Part(f"the handler of {number.name}", read, write, read())
+    return KeptPart(f"the handler of {number.name}", read, write, read())
 
 
 def _directory() -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from types import CoroutineType, FrameType
 from typing import Any, TypeVar
 
-from async_rl.generator.process_state import ProcessState
+from async_rl.generator.process_state import KeptState
 from async_rl.generator.step_mark import StepMark
 from async_rl.process import Interrupted, Terminated
 from async_rl.wire.heartbeat import locate, place_of
@@ -79,7 +79,7 @@ class TaskGuard:
 
     limit_s: float = 0.0
     """longest time of a task or its reward between two turns; 0: no limit"""
-    state: ProcessState = field(default_factory=ProcessState)
+    state: KeptState = field(default_factory=KeptState)
     since: float = 0.0
     """when the step began that runs now; 0: none runs. Monotonic clock"""
     overruns: Counter[str] = field(default_factory=Counter)

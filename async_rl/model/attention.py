@@ -32,7 +32,7 @@ class DocumentAttention:
         self.lengths = [int(length) for length in lengths]
         self.num_tokens = sum(self.lengths)
         self._kernel = kernel
-        self._buckets: list[Bucket] | None = None
+        self._buckets: list[PaddedDocuments] | None = None
         self._bounds: Tensor | None = None
 
     def __call__(
@@ -76,7 +76,7 @@ def half_precision(query: Tensor) -> torch.dtype | None:
     return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
 
-class Bucket:
+class PaddedDocuments:
     """Documents of similar length, padded together.
 
     `gather` [documents, longest] int64 indexes packed tokens, where padding repeats a document's last token. `restore`
@@ -88,7 +88,7 @@ class Bucket:
         self.restore = restore
 
 
-def make_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
+def make_buckets(lengths: Sequence[int], device: torch.device) -> list[PaddedDocuments]:
     """Sort documents by length, and start a new bucket where padding would exceed `MAX_PADDING`."""
     starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -113,7 +113,7 @@ def make_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
         gathers.append(gather)
         base += gather.numel()
     on_device = restore.to(device)
-    return [Bucket(gather.to(device), on_device) for gather in gathers]
+    return [PaddedDocuments(gather.to(device), on_device) for gather in gathers]
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, *, window: int = 0, cap: float = 0.0) -> Tensor:
