@@ -37,13 +37,13 @@ def sums(pairs: Iterable[tuple[int, int]]) -> list[ar.Problem]:
     return [ar.Problem(index=i, prompt=f"{a}+{b}=", data={"answer": a + b}) for i, (a, b) in enumerate(pairs)]
 
 
-PAIRS = [(a, b) for a in range(12) for b in range(12)]
-TRAIN = sums(pair for i, pair in enumerate(PAIRS) if i % 10)
-HELD_OUT = sums(PAIRS[::10])
+PAIRS = [(a, b) for a in range(10) for b in range(10)]
+TRAIN = sums(pair for i, pair in enumerate(PAIRS) if i % 7)
+HELD_OUT = sums(PAIRS[::7])
 
 
 class Sums(ar.Task):
-    """Sums of two numbers below 12."""
+    """Sums of two numbers below 10."""
 
     name = "sums"
 
@@ -82,9 +82,9 @@ if __name__ == "__main__":
     run = ar.train(
         {"name": "agent", "model": {"path": "models/sums"}, "recipe": "grpo"},
         task=Sums,
-        batch={"groups_per_step": 8, "group_size": 8},
+        batch={"groups_per_step": 8, "group_size": 16},
         trainer={"steps": STEPS},
-        optimizer={"learning_rate": 3e-4, "warmup_steps": 5, "schedule": "linear"},
+        optimizer={"learning_rate": 6e-4, "warmup_steps": 5, "schedule": "linear"},
         evaluation={"problems": 15, "samples": 8},
     )
     print(f"reward: {run.summary['reward_eval_first']:.2f} -> {run.summary['reward_eval_last']:.2f}")

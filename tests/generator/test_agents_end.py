@@ -300,6 +300,30 @@ def test_an_episode_goes_on_behind_the_turns_that_a_lost_generator_saved(tokeniz
     assert len(engine.asked) == len(whole.turns) - len(record.turns), "only the missing turns are sampled"
 
 
+def test_an_agent_that_asks_in_another_order_than_the_lost_one_gets_the_saved_turns_it_comes_to(
+    tokenizer: Tokenizer,
+) -> None:
+    first, second = [USER], [{"role": "user", "content": "other"}]
+
+    def agent(order: list[Any]) -> Any:
+        async def rollout(problem: Any, session: Any) -> float:
+            client = client_of(session.openai())
+            for messages in order:
+                await ask(client, messages)
+            return 1.0
+
+        return Played(rollout, "abc")
+
+    saved: list[Trajectory] = []
+    lost = ScriptedEngine(tokenizer, lambda h: f"lost {len(h)}")
+    asyncio.run(play(lost, tokenizer, agent([first, second]), saved=saved))
+    engine = ScriptedEngine(tokenizer, lambda h: f"new {len(h)}")
+    new = [{"role": "user", "content": "something new"}]
+    made = asyncio.run(play(engine, tokenizer, agent([new, second]), record=saved[-1]))
+    assert (made.ended, len(made.turns), len(engine.asked)) == ("finished", 2, 1)
+    assert ["lost" in text for text in texts_of(made, tokenizer)] == [False, True]
+
+
 def test_the_embedded_engine_keeps_what_it_sampled_for_an_agent_that_went_away(tmp_path: Path) -> None:
     from async_rl.generator.embedded import EmbeddedEngine
 
