@@ -15,6 +15,8 @@ from typing import Any
 
 START_DEADLINE_S = 600.0
 """longest time to import a package, on a machine that is very busy; a child that dies meanwhile is noticed at once"""
+PREPARE_S = 120.0
+"""processor time of what a child is to answer first"""
 PATIENCE = 20
 """the child ends itself when its processor time is used up; on a busy machine that may be so many times later"""
 
@@ -54,12 +56,12 @@ class Worker:
         WorkerLate.
 
         Args:
-            after: a question that each child is to have answered first, in as much time as it takes to start.
+            after: a question that each child is to have answered first, for which it has PREPARE_S.
         """
         with self._lock:
             child = self._running()
             if after is not None and (first := json.dumps(after)) not in self._told:
-                self._answer(child, after, START_DEADLINE_S)
+                self._answer(child, after, PREPARE_S)
                 self._told.add(first)
             return self._answer(child, question, self._limit_s)
 
