@@ -20,7 +20,7 @@ from async_rl.buffer.acceptance import LAUNCHER, Acceptance, Objection, Refusals
 from async_rl.buffer.admission import Admission
 from async_rl.buffer.batching import Batching
 from async_rl.buffer.depth import Rules
-from async_rl.buffer.evaluation import Evaluation, Evaluations, evaluation_groups, evaluation_result
+from async_rl.buffer.evaluation import Evaluations, RunningEvaluation, evaluation_groups, evaluation_result
 from async_rl.buffer.failures import Failures
 from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.poison import KEY as POISON_KEY
@@ -397,7 +397,7 @@ class Core:
         if ask.evaluation in self.evaluations.asked:
             return []
         groups = evaluation_groups(ask, seed=self.rules.seed, new_number=self.ledger.new_number, now=now)
-        self.evaluations.add(ask.evaluation, Evaluation(version=ask.version, groups=groups))
+        self.evaluations.add(ask.evaluation, RunningEvaluation(version=ask.version, groups=groups))
         added = [do.add_group(group, generator="") for group in groups]
         return [*added, *self._refuse_poisoned(now), *self._grant(now)]
 

@@ -19,7 +19,7 @@ REMEMBERED = 8
 
 
 @dataclass(slots=True, kw_only=True)
-class Evaluation:
+class RunningEvaluation:
     """One evaluation on its way."""
 
     version: int
@@ -34,14 +34,14 @@ class Evaluation:
 class Evaluations:
     """The evaluations asked for (of the recorded ones the newest), and the groups that no generator has taken yet."""
 
-    asked: dict[int, Evaluation] = field(default_factory=dict)
+    asked: dict[int, RunningEvaluation] = field(default_factory=dict)
     """by the trainer's number"""
-    groups: dict[int, tuple[Evaluation, Group]] = field(default_factory=dict)
+    groups: dict[int, tuple[RunningEvaluation, Group]] = field(default_factory=dict)
     """by group number, of those not recorded yet"""
     queue: deque[int] = field(default_factory=deque)
     """group numbers without a generator, in order"""
 
-    def add(self, number: int, evaluation: Evaluation) -> None:
+    def add(self, number: int, evaluation: RunningEvaluation) -> None:
         """Queue the groups of a new evaluation."""
         self.asked[number] = evaluation
         for group in evaluation.groups:
@@ -80,7 +80,7 @@ class Evaluations:
         if group in self.queue:
             self.queue.remove(group)
 
-    def record(self, evaluation: Evaluation) -> None:
+    def record(self, evaluation: RunningEvaluation) -> None:
         """Its result is in the store."""
         evaluation.recorded = True
         for group in evaluation.groups:
@@ -110,7 +110,7 @@ def evaluation_groups(ask: Evaluate, *, seed: int, new_number: Callable[[], int]
     ]
 
 
-def evaluation_result(number: int, evaluation: Evaluation) -> EvaluationResult:
+def evaluation_result(number: int, evaluation: RunningEvaluation) -> EvaluationResult:
     """What has arrived so far; a failed trajectory has no reward (NaN)."""
     samples = [s for g in evaluation.groups for s in g.samples.values()]
     versions = [s.version_min for s in samples if s.version_min >= 0]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.admission import Admission
-from async_rl.buffer.evaluation import Evaluation, Evaluations
+from async_rl.buffer.evaluation import Evaluations, RunningEvaluation
 from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.presence import Presence
 from async_rl.events import StallOver, StallReported
@@ -143,7 +143,7 @@ class Waits:
         text = f"{text}; no group is running, newest weights are version {self.ledger.published}, {behind}"
         return "; ".join([text, *(self.presence.describe(peer, now) for peer in generators)])
 
-    def evaluation_reason(self, evaluation: Evaluation, now: float) -> str:
+    def evaluation_reason(self, evaluation: RunningEvaluation, now: float) -> str:
         """Who an evaluation waits for, since when."""
         open_groups = [g for g in evaluation.groups if not g.complete]
         if not open_groups:

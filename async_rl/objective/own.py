@@ -100,7 +100,7 @@ def _takes_settings(function: Callable[..., Any], where: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class RecipeSource:
     """The file in which a recipe of the user's own stands."""
 
     name: str
@@ -112,7 +112,7 @@ class Source:
     """blake2b of the file's bytes, 16 bytes in hex"""
 
 
-def source_of(name: str) -> Source | None:
+def source_of(name: str) -> RecipeSource | None:
     """Where recipe `name` comes from; None for a recipe of the library. Raises UserError for one without a file."""
     if is_own_file(name):
         return _source(name, "", Path(name).resolve())
@@ -129,8 +129,8 @@ def source_of(name: str) -> Source | None:
     return _source(name, plain.__module__, Path(file).resolve())
 
 
-def _source(name: str, module: str, file: Path) -> Source:
-    return Source(name=name, module=module, file=str(file), digest=digest_of(file, f"recipe.name '{name}'"))
+def _source(name: str, module: str, file: Path) -> RecipeSource:
+    return RecipeSource(name=name, module=module, file=str(file), digest=digest_of(file, f"recipe.name '{name}'"))
 
 
 def record(run: Path, name: str) -> None:
@@ -145,10 +145,10 @@ def record(run: Path, name: str) -> None:
     (folder / RECORD).write_text(json.dumps(asdict(source), indent=1) + "\n")
 
 
-def recorded(run: Path) -> Source | None:
+def recorded(run: Path) -> RecipeSource | None:
     """What `record` wrote; None for a run with a recipe of the library."""
     file = run / FOLDER / RECORD
-    return Source(**json.loads(file.read_text())) if file.is_file() else None
+    return RecipeSource(**json.loads(file.read_text())) if file.is_file() else None
 
 
 def check_recorded(run: Path, name: str) -> None:

@@ -244,7 +244,7 @@ GAP = "  "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class StepRow:
     """One metric row, and how long its step took from the end of the one before."""
 
     row: Mapping[str, Any]
@@ -274,7 +274,7 @@ class Column:
     below: str
     """second line of the header"""
     width: int
-    cell: Callable[[Step], str]
+    cell: Callable[[StepRow], str]
     left: bool = False
     """text begins at the left edge; numbers end at the right one"""
 
@@ -300,7 +300,7 @@ class Layout:
         )
         return f"{top}\n{below}"
 
-    def line(self, step: Step) -> str:
+    def line(self, step: StepRow) -> str:
         return GAP.join(column.aligned(column.cell(step)) for column in self.columns).rstrip()
 
 
@@ -318,14 +318,14 @@ def _metric(top: str, below: str, width: int, key: str, decimals: int = 3) -> Co
     return Column(top, below, width, lambda step: figure(step.number(key), width, decimals))
 
 
-def _staleness(slash: str) -> Callable[[Step], str]:
+def _staleness(slash: str) -> Callable[[StepRow], str]:
     return lambda step: f"{figure(step.number('lag/mean'), 5, 2):>5}{slash}{figure(step.number('lag/max'), 3, 0):<3}"
 
 
-def _learning_rate(width: int) -> Callable[[Step], str]:
+def _learning_rate(width: int) -> Callable[[StepRow], str]:
     """The factor on the scheduled rate; `critic` while the critic alone is trained."""
 
-    def cell(step: Step) -> str:
+    def cell(step: StepRow) -> str:
         if step.row.get("critic/warmup"):
             return "critic"
         return "no step" if step.skipped else figure(step.learning_rate_factor, width)
@@ -333,11 +333,11 @@ def _learning_rate(width: int) -> Callable[[Step], str]:
     return cell
 
 
-def _gradient(width: int) -> Callable[[Step], str]:
+def _gradient(width: int) -> Callable[[StepRow], str]:
     return lambda step: figure(step.row.get("grad/norm", float("nan") if step.skipped else 0.0), width)
 
 
-def _waits(step: Step) -> str:
+def _waits(step: StepRow) -> str:
     """The side that stood still during this step, and for what share of it."""
     share = _trainer_waits(step)
     if share is not None:
@@ -345,23 +345,23 @@ def _waits(step: Step) -> str:
     return "generators for slots" if _slots_are_full(step) else "nobody"
 
 
-def _waits_in_short(step: Step) -> str:
+def _waits_in_short(step: StepRow) -> str:
     share = _trainer_waits(step)
     if share is not None:
         return f"trainer {share:3.0%}"
     return "generators" if _slots_are_full(step) else "nobody"
 
 
-def _trainer_waits(step: Step) -> float | None:
+def _trainer_waits(step: StepRow) -> float | None:
     waited = step.row["time/wait_for_batch"] / max(step.seconds, 1e-9)
     return min(1.0, float(waited)) if waited >= 0.02 else None
 
 
-def _slots_are_full(step: Step) -> bool:
+def _slots_are_full(step: StepRow) -> bool:
     return bool(step.row["slots/used"] >= step.row["slots/all"])
 
 
-def _tokens_per_second(step: Step) -> str:
+def _tokens_per_second(step: StepRow) -> str:
     return f"{step.row['tokens/trained'] / max(step.seconds, 1e-9):.0f}"
 
 
@@ -431,7 +431,7 @@ def step_line(
     reason of a failed episode is cut.
     """
     seconds = row["time"] - before["time"] if before else row["time/step"] + row["time/wait_for_batch"]
-    line = layout.line(Step(row=row, seconds=seconds))
+    line = layout.line(StepRow(row=row, seconds=seconds))
     alarms = [name.removeprefix("alarm/") for name, raised in row.items() if name.startswith("alarm/") and raised]
     if alarms:
         told = f"{line}  ALARM {', '.join(alarms)}"

@@ -37,7 +37,7 @@ Seen = Callable[[bytes], Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class SplitFiles:
     """Files that are read one after the other."""
 
     path: Path
@@ -65,7 +65,7 @@ class Source:
                     yield from arrow_parts(file, content)
 
 
-def find_source(path: str, split: Split, *, setting: str) -> tuple[Source, Source | None]:
+def find_source(path: str, split: Split, *, setting: str) -> tuple[SplitFiles, SplitFiles | None]:
     """The rows of `path` that `split` is made of, and, when the path itself holds both splits and `split` is train,
     those of eval. `setting`: that named the path, for messages.
 
@@ -76,11 +76,11 @@ def find_source(path: str, split: Split, *, setting: str) -> tuple[Source, Sourc
         files = [file for file in glob(named) if file.is_file()]
         if not files:
             raise UserError(f"{setting}: no file matches {path} (relative paths start at {Path.cwd()})")
-        return Source(path=named, files=_of_one_kind(named, files, setting)), None
+        return SplitFiles(path=named, files=_of_one_kind(named, files, setting)), None
     if not named.is_dir():
         if not named.is_file():
             raise UserError(f"{setting}: there is no file {named} (relative paths start at {Path.cwd()})")
-        return Source(path=named, files=((named, _kind(named, setting)),)), None
+        return SplitFiles(path=named, files=((named, _kind(named, setting)),)), None
     found = saved_splits(named) or saved(named) or of_folder(named, setting)
     if len(found) == 1:
         return next(iter(found.values())), None
@@ -93,7 +93,7 @@ def glob(pattern: Path) -> list[Path]:
     return sorted(fixed.glob(str(pattern.relative_to(fixed)) if pattern.is_absolute() else str(pattern)))
 
 
-def of_folder(folder: Path, setting: str) -> dict[str, Source]:
+def of_folder(folder: Path, setting: str) -> dict[str, SplitFiles]:
     """Files of a folder and its subfolders, sorted by name, by the split that their names (or their folder's) begin
     with. Raises UserError where some names tell and others do not."""
     files = [
@@ -115,10 +115,12 @@ def of_folder(folder: Path, setting: str) -> dict[str, Source]:
         )
     if not evaluated:
         by_split = {"": files}
-    return {word: Source(path=folder, files=_of_one_kind(folder, those, setting)) for word, those in by_split.items()}
+    return {
+        word: SplitFiles(path=folder, files=_of_one_kind(folder, those, setting)) for word, those in by_split.items()
+    }
 
 
-def saved(folder: Path) -> dict[str, Source]:
+def saved(folder: Path) -> dict[str, SplitFiles]:
     """What `Dataset.save_to_disk` wrote; nothing when the folder is none of its."""
     state = _json(folder / SAVED)
     names = state.get("_data_files")
@@ -132,10 +134,10 @@ def saved(folder: Path) -> dict[str, Source]:
     lost = next((file for file in files if not file.is_file()), None)
     if lost is not None:
         raise UserError(f"{folder}: {SAVED} names {lost.name}, which is not there; copy the whole folder")
-    return {"": Source(path=folder, files=tuple((file, "arrow") for file in files))}
+    return {"": SplitFiles(path=folder, files=tuple((file, "arrow") for file in files))}
 
 
-def saved_splits(folder: Path) -> dict[str, Source]:
+def saved_splits(folder: Path) -> dict[str, SplitFiles]:
     """What `DatasetDict.save_to_disk` wrote, by split; nothing when the folder is none of its."""
     names = _json(folder / SAVED_SPLITS).get("splits")
     if not isinstance(names, list):
@@ -143,7 +145,9 @@ def saved_splits(folder: Path) -> dict[str, Source]:
     return {str(name): source for name in names for source in saved(folder / str(name)).values()}
 
 
-def _chosen(folder: Path, found: Mapping[str, Source], split: Split, setting: str) -> tuple[Source, Source | None]:
+def _chosen(
+    folder: Path, found: Mapping[str, SplitFiles], split: Split, setting: str
+) -> tuple[SplitFiles, SplitFiles | None]:
     """Of several splits those that are used."""
     train = next((found[word] for word in TRAIN_WORDS if word in found), None)
     word = next((word for word in EVAL_WORDS if word in found), None)
@@ -156,8 +160,8 @@ def _chosen(folder: Path, found: Mapping[str, Source], split: Split, setting: st
     unused = [other for other in found if other not in (*TRAIN_WORDS, word)]
     less = f"; {', '.join(unused)} is not used" if unused else ""
     note = f"{folder} has splits: train is trained on, {word} is held out{less}"
-    evaluated = Source(path=folder, files=found[word].files)
-    return (evaluated, None) if split == "eval" else (Source(path=folder, files=train.files, note=note), evaluated)
+    evaluated = SplitFiles(path=folder, files=found[word].files)
+    return (evaluated, None) if split == "eval" else (SplitFiles(path=folder, files=train.files, note=note), evaluated)
 
 
 def _split_of(inside: Path) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from async_rl.errors import UserError
-from async_rl.task.data_files import Seen, Source, find_source
+from async_rl.task.data_files import Seen, SplitFiles, find_source
 from async_rl.task.dataset_settings import DatasetSettings
 from async_rl.task.layout import Layout
 from async_rl.task.protocol import Measure, Problem
@@ -64,7 +64,7 @@ def read_splits(settings: DatasetSettings, layout: Layout) -> Splits:
 
 
 def _load(
-    settings: DatasetSettings, layout: Layout, source: Source, seen: Seen, held_out: Table | None = None
+    settings: DatasetSettings, layout: Layout, source: SplitFiles, seen: Seen, held_out: Table | None = None
 ) -> Table:
     loader = Loader(
         layout=layout,

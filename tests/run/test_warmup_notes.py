@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support_run import quick_settings
 
-from async_rl.observe.console import FULL, NARROW, Layout, Step
+from async_rl.observe.console import FULL, NARROW, Layout, StepRow
 from async_rl.run.preflight import describe_warmups
 
 
@@ -33,5 +33,5 @@ def test_a_warmup_as_long_as_the_run_is_a_note(
 def test_the_line_of_a_step_says_that_the_critic_alone_is_trained(columns: tuple) -> None:
     row = {"lr/base": 1e-3, "lr/effective": 0.0}
     rates = next(c for c in Layout(columns).columns if c.top in ("learning", "lr x"))
-    assert rates.cell(Step(row={**row, "critic/warmup": 1.0}, seconds=1.0)) == "critic"
-    assert rates.cell(Step(row=row, seconds=1.0)) != "critic"
+    assert rates.cell(StepRow(row={**row, "critic/warmup": 1.0}, seconds=1.0)) == "critic"
+    assert rates.cell(StepRow(row=row, seconds=1.0)) != "critic"
