@@ -99,6 +99,11 @@ class RunFolder:
         """what a process did when it was ended because it was frozen: the stacks of its threads, appended"""
         return self.logs / f"{process}.stacks"
 
+    @property
+    def inputs(self) -> Path:
+        """what the run was begun with besides its settings (run/inputs.py)"""
+        return self.path / "inputs.json"
+
     def step_mark(self, process: str) -> Path:
         """which episode's code a generator runs now (generator/step_mark.py)"""
         return self.logs / f"{process}.step"

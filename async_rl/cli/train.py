@@ -48,6 +48,13 @@ def add_commands(commands: Commands) -> None:
     )
     for action in (resume, folder):
         complete(action, FOLDER)
+    run.add_argument(
+        "--accept-changed",
+        metavar="WHAT",
+        default="",
+        help="with --resume: go on although data, code, tokenizer or problems are not those the run was begun with "
+        "(several: data,code)",
+    )
     run.add_argument("--quiet", action="store_true", help="no line for every step")
     run.add_argument("--fake-model", action="store_true", help=FAKE_MODEL)
     evaluate = commands.add(
@@ -104,8 +111,11 @@ def _run(arguments: argparse.Namespace) -> int:
             from async_rl.run.launcher import resume_training
 
             path = arguments.resume
-            summary = resume_training(path, _resume_words(arguments), console=console)
+            accepted = tuple(filter(None, arguments.accept_changed.split(",")))
+            summary = resume_training(path, _resume_words(arguments), console=console, accepted=accepted)
         else:
+            if arguments.accept_changed:
+                raise UserError("--accept-changed is for --resume: a new run has nothing to differ from; leave it out")
             if arguments.config is None:
                 raise UserError("name a YAML file of settings, or --resume RUN to go on with a run")
             loaded = load_with_notes(Path(arguments.config), arguments.overrides, needs_model=not arguments.fake_model)

@@ -24,7 +24,6 @@ from async_rl.config.settings import (
     VllmSettings,
 )
 from async_rl.errors import UserError, check_trackers
-from async_rl.trajectory.types import LOWEST_TEMPERATURE
 
 Relation = Callable[[Settings], str]
 
@@ -101,6 +100,8 @@ def reward_weights_are_finite(s: Settings) -> str:
 
 
 def temperature_is_sampled_at(s: Settings) -> str:
+    from async_rl.trajectory.types import LOWEST_TEMPERATURE  # numpy with it, which the command line does without
+
     lowest, chosen = LOWEST_TEMPERATURE, s.evaluation.temperature
     if 0 < chosen < lowest:
         return f"evaluation.temperature is {chosen:g}; engines sample at {lowest:g} or above, or greedily with 0"

@@ -19,7 +19,7 @@ from typing import Any
 
 from async_rl.config import Settings
 from async_rl.config.schema import to_yaml
-from async_rl.config.sources import changed_sources, read_sources, sources_of, write_sources
+from async_rl.config.sources import read_sources, sources_of, write_sources
 from async_rl.errors import RunFailed, UserError
 from async_rl.events import (
     CheckpointDamaged,
@@ -38,6 +38,16 @@ from async_rl.process import Interrupted, further_signals, ignore_interrupts, in
 from async_rl.process_spec import BufferSpec, GeneratorSpec, Pipes, TrackerSpec, TrainerSpec, WeightServerSpec
 from async_rl.run.child import Command, describe_end, spawn
 from async_rl.run.crew import POLL_S, SETTLE_S, Crew, RestartBudget
+from async_rl.run.inputs import (
+    Inputs,
+    accept,
+    as_changes,
+    compare,
+    in_directory_of,
+    read_inputs,
+    updated,
+    write_inputs,
+)
 from async_rl.run.liveness import LiveReport, Vitals
 from async_rl.run.placement import ANYWHERE
 from async_rl.run.preflight import Facts, preflight, with_template_time
@@ -74,6 +84,8 @@ class Launcher:
     """where a resumed run goes on; None: a new run"""
     crew: Crew = field(init=False)
     """the processes"""
+    accepted: Sequence[str] = ()
+    """kinds of inputs (run/inputs.py) that a resumed run may find changed"""
     lock: int = -1
     rows: RowTail = field(init=False)
     """metric rows not shown yet"""
@@ -105,7 +117,7 @@ class Launcher:
         facts = preflight(self.settings, resumed=self.start_at is not None)
         self.settings, self.not_adapted = facts.settings, facts.not_adapted
         endpoint = self.endpoint()
-        self.open_folder()
+        self.open_folder(facts.inputs)
         self.crew = Crew(
             self.folder,
             Vitals(self.settings.wire.frozen_after_s),
@@ -179,30 +191,43 @@ class Launcher:
         self.clean(endpoint)
         self.console.stop()
 
-    def open_folder(self) -> None:
-        """Make the folder of a new run, or put that of a resumed one into the state of its start."""
+    def open_folder(self, inputs: Inputs) -> None:
+        """Make the folder of a new run, or put that of a resumed one into the state of its start. `inputs`: what this
+        launch finds. Raises UserError where a resumed run would go on with other inputs."""
         if self.start_at is None:
             self.folder.create(self.settings)
             own.record(self.folder.path, str(self.settings.recipe["name"]))
             sources = sources_of(self.settings)
             write_sources(self.folder.sources, sources)
+            write_inputs(self.folder.inputs, inputs)
             for source in sources:
                 self.console.print(str(source))
             self.lock = take_lock(self.folder.lock, LAST_LAUNCH_S)
             return
         start = self.start_at
-        for source in changed_sources(read_sources(self.folder.sources), sources_of(self.settings)):
-            self.console.print(f"{source.setting} '{source.name}': {source.file} is not what it was when the run began")
+        changes = self.check_inputs(inputs)
         for damage in start.damaged:
             self.console.print(f"{damage.path.name} is damaged and left out: {damage.reason}")
             self.folder.record(CheckpointDamaged(path=str(damage.path), reason=damage.reason))
         rewind(self.folder, start)
         new = changed(self.folder, self.settings)
         replace_text(self.folder.config, to_yaml(self.settings))
-        self.folder.record(RunResumed(version=start.version, changed=new))
+        self.folder.record(RunResumed(version=start.version, changed={**new, **as_changes(changes)}))
         self.rows.skip()  # what earlier launches wrote is not shown again
         self.events.skip()
         self.console.print(f"resuming {self.folder.path} {start.describe()}")
+
+    def check_inputs(self, inputs: Inputs) -> dict[str, tuple[str, str]]:
+        """What has changed since the run began, all of it accepted. Raises UserError."""
+        before, found = read_inputs(self.folder.inputs), sources_of(self.settings)
+        changes = compare(before, inputs, read_sources(self.folder.sources), found)
+        accept(changes, self.accepted, self.folder.path)
+        for kind, (was, now) in changes.items():
+            self.console.print(f"accepted: {kind} has changed since the run began: {was}; now {now}")
+        write_sources(self.folder.sources, found)
+        write_inputs(self.folder.inputs, updated(before, inputs))
+        self.accepted = ()  # a launch behind this one, after a rollback, finds nothing changed
+        return changes
 
     @property
     def version(self) -> int:
@@ -468,13 +493,21 @@ def run_training(settings: Settings, path: Path, *, console: Console) -> Mapping
         launcher.release()
 
 
-def resume_training(path: Path, overrides: Sequence[str], *, console: Console) -> Mapping[str, Any]:
-    """Go on with the run in `path` from its newest whole checkpoint; the summary of the whole run."""
+def resume_training(
+    path: Path, overrides: Sequence[str], *, console: Console, accepted: Sequence[str] = ()
+) -> Mapping[str, Any]:
+    """Go on with the run in `path` from its newest whole checkpoint; the summary of the whole run. `accepted`: kinds of
+    inputs that may have changed. Relative paths of its settings begin where they did when the run was made."""
     folder = RunFolder.open(path)
+    inputs = read_inputs(folder.inputs)
+    if inputs is not None and inputs.directory:
+        folder = RunFolder(path.absolute())
     lock = take_lock(folder.lock, LAST_LAUNCH_S)
     try:
-        settings = with_template_time(resumed_settings(folder, overrides))
-        return _to_the_end(Launcher(settings, folder, console, start_at=find_start(folder, settings), lock=lock))
+        with in_directory_of(inputs):
+            settings = with_template_time(resumed_settings(folder, overrides))
+            start = find_start(folder, settings)
+            return _to_the_end(Launcher(settings, folder, console, start_at=start, accepted=accepted, lock=lock))
     finally:
         os.close(lock)
 

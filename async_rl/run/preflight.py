@@ -16,13 +16,14 @@ from async_rl.config.settings import CriticSettings, OptimizerSettings
 from async_rl.errors import UserError, check_lora_package
 from async_rl.generator.facilities import slots_of
 from async_rl.model.architecture import PROJECTIONS, DecoderConfig, check_targets
-from async_rl.model.folder import check_folder, check_for_vllm, context_limit, read_headers
+from async_rl.model.folder import check_context, check_folder, check_for_vllm, read_headers
 from async_rl.model.foreign import check_expert_targets, frozen_experts
 from async_rl.model.tokenizer import Tokenizer, control_in, problem_tokens
 from async_rl.model.varlen import choose_backend
 from async_rl.objective.library import check_effect, load_recipe
 from async_rl.objective.recipe import Requirements, requirements
 from async_rl.run.fitting import fit_prompts
+from async_rl.run.inputs import Inputs, inputs_of
 from async_rl.run.memory import check_room_here
 from async_rl.run.placement import Placement, describe_links, place_here, ways_here
 from async_rl.task import Problem, Task, make_task
@@ -59,6 +60,8 @@ class Facts:
     """tokens the model knows; 0: only transformers can say"""
     task_digest: str = ""
     """of the problems, for generators that join"""
+    inputs: Inputs
+    """what the run is begun with, or goes on with"""
     not_adapted: str = ""
     """what adapters leave out of the model, for the user"""
     settings: Settings
@@ -84,13 +87,7 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
     task = make_task(settings.task.name, settings.task.args)
     weights_of(task, settings.task.reward_weights)
     slots_of(task, settings.generator.task_slots)
-    limit = context_limit(settings.model.path, config)
-    if limit and settings.generator.max_context > limit:
-        raise UserError(
-            f"generator.max_context is {settings.generator.max_context}, but the model of {settings.model.path} "
-            f"holds {limit} tokens"
-        )
-    context = settings.generator.max_context or limit
+    context = check_context(settings.model.path, config, settings.generator.max_context)
     check_message_size(context, settings.wire.max_message_mb)
     settings, task, left_out = (settings, task, []) if resumed else fit_prompts(settings, task, tokenizer, context)
     dated = [f"the chat template writes a date: {settings.model.template_time} in all of this run"]
@@ -123,13 +120,15 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
             "all of them are used"
         )
     vocabulary = config.vocabulary if config is not None else 0
+    digest = task_digest(task, tokenizer)
     return Facts(
+        inputs=inputs_of(task, tokenizer, digest),
         notes=notes,
         train_problems=len(task.problems("train")),
         placement=placement,
         ways=ways,
         vocabulary=vocabulary,
-        task_digest=task_digest(task, tokenizer),
+        task_digest=digest,
         not_adapted=not_adapted,
         settings=settings,
     )
