@@ -119,9 +119,10 @@ class Layout:
                 order, role, text = ROLE_FIRST, "user", prompt
             elif type(prompt) is list and len(prompt) == 1 and type(prompt[0]) is dict and len(prompt[0]) == 2:
                 order = tuple(prompt[0])
-                role, text = prompt[0].get("role"), prompt[0].get("content")
-                if type(role) is not str or type(text) is not str or role == "assistant":
+                said, content = prompt[0].get("role"), prompt[0].get("content")
+                if type(said) is not str or type(content) is not str or said == "assistant":
                     return None
+                role, text = said, content
             else:
                 return None
             answer = values.get(name) if whole else answer_of(values)

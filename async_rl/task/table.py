@@ -115,6 +115,7 @@ class Loader:
             table.hashes.append(stable_hash(key))
             table.sizes.append(len(key) if key.isascii() else len(key.encode(errors="replace")))
             table.forms.setdefault(form, number)
+            assert not isinstance(values, BadRow)  # of one nothing was read
             if columns is None:
                 columns = set(values)
             elif columns != values.keys() and rows.columns is None:

@@ -14,7 +14,8 @@ from async_rl.run_folder import RunFolder, append_row
 
 EXAMPLES: dict[str, Any] = {
     "int": 3, "float": 1.5, "str": "x", "tuple[int, ...]": (1, 2), "tuple[str, ...]": ("x",),
-    "Mapping[str, int]": {"x": 2}, "Mapping[str, float]": {"x": 0.5}, "Mapping[str, tuple[Any, Any]]": {"trainer.steps": (3, 4)},
+    "Mapping[str, int]": {"x": 2}, "Mapping[str, float]": {"x": 0.5},
+    "Mapping[str, tuple[Any, Any]]": {"trainer.steps": (3, 4)},
 }  # fmt: skip
 """a value of each type that events have"""
 
