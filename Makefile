@@ -103,8 +103,9 @@ PYTEST_ARGS ?= -n 2 --dist loadgroup
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# The same proofs on many more examples: 10,000 conversations for each real tokenizer (20 minutes of one core).
+# Longer proofs: tests marked `nightly`, and 10,000 conversations for each real tokenizer (20 minutes of one core).
 nightly: .venv/installed-dev tokenizers
+	OMP_NUM_THREADS=1 ASYNC_RL_NIGHTLY=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m nightly
 	OMP_NUM_THREADS=1 ASYNC_RL_CONVERSATIONS=10000 $(BIN)/python -m pytest -n 0 tests/model/test_real_tokenizers.py
 
 check: .venv/installed-dev

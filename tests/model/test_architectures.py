@@ -245,7 +245,7 @@ def test_what_adapters_leave_out_of_experts_is_said_at_the_start_and_at_the_end(
     assert said in facts.not_adapted
     assert not preflight(quick_settings(folders["Gemma 2"], *words)).not_adapted
     stored = {"Qwen3-MoE": "gate_proj", "Mixtral": "w1"}[name]
-    with pytest.raises(UserError, match=rf"lora\.targets: '{stored}' is in the experts alone .* name others \(k_proj"):
+    with pytest.raises(UserError, match=rf"lora\.targets: '{stored}' is in the experts alone, .* name others \(k_proj"):
         preflight(quick_settings(folders[name], *words, f"lora.targets=[{stored}]"))
     preflight(quick_settings(folders[name], *words, "lora.targets=[q_proj]"))
 

@@ -202,7 +202,7 @@ def test_a_missing_folder_config_weights_or_tokenizer_is_named(tmp_path: Path, f
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path):
     write_character_tokenizer(folder, "".join(chr(0x4E00 + i) for i in range(60)))
-    with pytest.raises(UserError, match="the tokenizer has 62 tokens, the model only 49"):
+    with pytest.raises(UserError, match="is token 60, and the model has embeddings for 49 tokens only"):
         check_folder(folder)
 
 

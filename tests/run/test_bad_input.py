@@ -125,7 +125,7 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_starts(refused: Refused
         ("- a\n- b\n", "must hold settings (name: value), not a list"),
         ("a: 1\na: 2\n", "found duplicate key a"),
         ("trainer:\n", "trainer is a group of settings (steps, "),
-        ("task: 3\n", "task is a group of settings (name, args), not 3"),
+        ("task: 3\n", "task is a group of settings (name, args, reward_weights), not 3"),
         ("recipe: [vcpo]\n", "recipe is a group of settings (name: value), not ['vcpo']"),
         ("model: {path: x}\ntask: guess\nrecipe: vcop\n", "recipe.name 'vcop' is not a recipe; did you mean 'vcpo'?"),
         ("name: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
@@ -160,7 +160,7 @@ def test_a_config_that_is_no_file_is_refused(refused: Refused, tmp_path: Path) -
         ('{"prompt": 3, "answer": "1"}\n', "rows.jsonl, line 1: field 'prompt' is 3; a prompt is text or a list"),
         (b'{"prompt": "\xe9", "answer": "1"}\n', "rows.jsonl, line 1: not UTF-8 text"),
         (ROWS.replace('"30<"', '"3é0<"'), "rows.jsonl, line 31: the tokenizer of "),
-        (ROWS.replace('"30<"', f'"{"3" * 9999}"'), "rows.jsonl, line 31: the prompt has 9999 tokens, the"),
+        (ROWS.replace('"30<"', f'"{"3" * 9999}"'), "(the longest 9,999; first: "),
     ],
 )
 def test_a_malformed_row_is_named_with_file_line_and_field(
@@ -175,12 +175,14 @@ def test_a_dataset_that_is_missing_or_not_usable_is_refused(refused: Refused, tm
     path = tmp_path / "rows.jsonl"
     path.write_text(ROWS)
     here = (*DATASET, f"task.args.path={path}")
-    assert "task.args.path is not set; name a .jsonl or .parquet file" in refused(*DATASET)
+    assert "task.args.path is not set; name a file with your rows, e.g. a .jsonl or .parquet file" in refused(*DATASET)
     assert "there is no file" in refused(*DATASET, f"task.args.path={tmp_path}/none.jsonl")
     assert "has no problem in its eval split" in refused(*here, "task.args.eval_share=0")
     assert "task.args.reward 'exat' is not known; did you mean 'exact'?" in refused(*here, "task.args.reward=exat")
     assert "cannot import 'no_such_module'" in refused(*here, "task.args.reward=no_such_module:f")
-    assert "it must take three arguments" in refused(*here, "task.args.reward=os:getpid")
+    assert "it takes nothing; a reward takes any of completion, answer, problem" in refused(
+        *here, "task.args.reward=os:getpid"
+    )
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -236,7 +238,7 @@ def with_more_tokens(folder: Path) -> None:
         (truncated, "model.safetensors is truncated: "),
         (of_lists, "model.safetensors is not a safetensors file; copy or download it again"),
         (configured(hidden_size="wide"), "hidden_size must be a positive whole number, it is 'wide'"),
-        (configured(vocab_size=10), "model.embed_tokens.weight has shape "),
+        (configured(vocab_size=10), "and the model has embeddings for 10 tokens only (vocab_size in config.json)"),
         (configured(num_hidden_layers=3), "the weights do not fit config.json: "),
         (configured(model_type=None), "names no model_type"),
         (with_more_tokens, "the tokenizer has 501 tokens, the model only "),

@@ -50,7 +50,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (("init-model", "m", "--heads", "3"), "--heads 3 must be a multiple of --kv-heads 2"),
         (("init-model", "m", "--hidden", "0"), "--hidden is 0; it must be at least 1"),
         (("init-model", "m", "--learning-rate", "nan"), "--learning-rate is nan; it must be above 0"),
-        (("init-model", "m", "--max-context", "8"), "takes up to 17 tokens, the context holds 8"),
+        (("init-model", "m", "--max-context", "8"), "takes up to 20 tokens, the context holds 8"),
         (("replay", "nowhere"), "nowhere is not a run folder"),
     ],
 )

@@ -61,9 +61,9 @@ def refused(run: Run) -> list[ProblemRefused]:
 @pytest.mark.parametrize(
     ("reward", "problems", "cause", "place"),
     [
-        ("crash", [3], "crashed (SIGSEGV)", "in poison_rewards.py:6 crash"),
+        pytest.param("crash", [3], "crashed (SIGSEGV)", "in poison_rewards.py:6 crash", marks=pytest.mark.nightly),
         ("leave", [3], "ended with code 7", ""),
-        ("freeze", [3], "no sign of life", "in poison_rewards.py:16 freeze"),
+        pytest.param("freeze", [3], "no sign of life", "in poison_rewards.py:16 freeze", marks=pytest.mark.nightly),
     ],
 )
 def test_it_is_refused_with_its_place_and_the_run_goes_on(
@@ -108,6 +108,7 @@ def test_a_held_out_problem_fails_and_is_counted_apart(tmp_path: Path, tiny_mode
     assert evaluations[0]["failures"][0].startswith("poison: problem 1 of the eval split")
 
 
+@pytest.mark.nightly
 def test_a_reward_that_ends_every_process_ends_the_run(tmp_path: Path, tiny_model: Path) -> None:
     run = begin(tmp_path, tiny_model, "always", "generator.max_restarts=3")
     said = run.said()

@@ -40,8 +40,13 @@ def events(run: Run, kind: type) -> list[object]:
 
 @pytest.mark.parametrize(
     ("order", "whole"),
-    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, False), (signal.SIGUSR1, True)],
-    ids=["term", "term-to-all", "hup", "usr1-to-all"],
+    [
+        pytest.param(signal.SIGTERM, True, id="term-to-all"),
+        pytest.param(signal.SIGUSR1, False, id="usr1"),
+        pytest.param(signal.SIGTERM, False, id="term", marks=pytest.mark.nightly),
+        pytest.param(signal.SIGHUP, False, id="hup", marks=pytest.mark.nightly),
+        pytest.param(signal.SIGUSR1, True, id="usr1-to-all", marks=pytest.mark.nightly),
+    ],
 )
 def test_nothing_trained_is_lost_or_trained_again(start: Start, order: signal.Signals, whole: bool) -> None:
     """`whole`: every process of the run gets the signal at once, as from a scheduler that ends a job."""
@@ -77,6 +82,7 @@ def test_without_signals_named_the_run_ends_at_once(start: Start) -> None:
     assert "goes on with it, at step 0" in said
 
 
+@pytest.mark.nightly
 def test_a_trainer_of_two_ranks_saves_too(start: Start) -> None:
     run = start("trainer.ranks=2")
     run.process.terminate()
