@@ -167,6 +167,10 @@ class FakeStore:
                 finished_at=t.finished_at,
             )
 
+    def failures(self) -> list[tuple[str, int]]:
+        failed = (t.reason for t in self.trajectories.values() if t.failed and t.reason != ABANDONED)
+        return list(Counter(failed).items())
+
     def dropped_last(self) -> list[tuple[int, int, str]]:
         newest: dict[int, GroupRow] = {}
         for row in self.rows.values():
