@@ -186,7 +186,7 @@ class Crew:
         group, place = self.blamed(child)
         self.live.report_gone(child.name, child.process.pid, str(cause), group=group, place=place)
         budget = self.budgets[child.name]
-        excused = group >= 0 and self.live.arrived > self.excused_at
+        excused = group >= 0 and budget.max_restarts > 0 and self.live.arrived > self.excused_at
         self.excused_at = self.live.arrived if excused else self.excused_at
         pause = FIRST_PAUSE_S if excused else budget.died(str(cause), time.monotonic())
         if pause is None:
