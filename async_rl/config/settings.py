@@ -198,8 +198,8 @@ class GeneratorSettings:
     max_deaths: int = setting(
         2,
         "a problem whose code (task, tools, reward) runs when a generator crashes or freezes so many times is refused, "
-        "with its place, and the run goes on; unless max_restarts is 0, such a death is no restart in its sense as long "
-        "as trajectories arrive in between",
+        "with its place, and the run goes on; unless max_restarts is 0, such a death is no restart in its sense as "
+        "long as trajectories arrive in between",
         unit="deaths",
         min=1,
         max=1000,
