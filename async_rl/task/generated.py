@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
-from typing import Any, overload
+from typing import Any
 
 from async_rl.errors import UserError
+from async_rl.task.problems import ProblemsOnDemand
 from async_rl.task.protocol import Problem, Task
 from async_rl.trajectory import Split
 
@@ -31,7 +32,7 @@ def require_range(name: str, value: float, low: float, high: float) -> None:
         raise UserError(f"task.args.{name} is {value}; it must lie between {low} and {high}")
 
 
-class Generated(Sequence[Problem]):
+class Generated(ProblemsOnDemand):
     """The problems of one split. Problem i is drawn with random numbers keyed by (seed, split, i).
 
     A hash of the problem's key, not the index, decides the split a problem belongs to: a draw that belongs
@@ -46,26 +47,11 @@ class Generated(Sequence[Problem]):
         self._num_problems = num_problems
         self._seed = seed
         self._split = split
-        self._last: Problem | None = None  # a group's samples ask for one problem, one after the other
 
     def __len__(self) -> int:
         return self._num_problems
 
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"problem {index} of {len(self)}")
-        index %= len(self)
-        if self._last is None or self._last.index != index:
-            self._last = self._drawn(index)
-        return self._last
-
-    def _drawn(self, index: int) -> Problem:
+    def make(self, index: int) -> Problem:
         random = Random(f"{self._seed}/{self._split}/{index}")
         for _ in range(MOST_DRAWS):
             key, prompt, data = self._draw(random)

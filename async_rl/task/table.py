@@ -6,11 +6,12 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from async_rl.errors import UserError
 from async_rl.task.generated import stable_hash
 from async_rl.task.layout import Layout, ends_open
+from async_rl.task.problems import ProblemsOnDemand
 from async_rl.task.protocol import Problem
 from async_rl.task.rows import BadRow, Rows, Values
 
@@ -222,7 +223,7 @@ def _place(first: FirstRow) -> str:
     return f"{rows.name}, {rows.unit} {number}"
 
 
-class Problems(Sequence[Problem]):
+class Problems(ProblemsOnDemand):
     """The problems of one split. Each is made of its row when it is asked for."""
 
     def __init__(self, table: Table, layout: Layout, numbers: Sequence[int], cuts: Mapping[int, int] | None = None):
@@ -231,27 +232,11 @@ class Problems(Sequence[Problem]):
         self._layout = layout
         self._numbers = numbers
         self._cuts = cuts or {}
-        self._last: Problem | None = None  # a group's samples ask for one problem, one after the other
         self.adapt: Callable[[Problem, str], Problem] | None = None
         """`Problem.adapt` of all of them"""
 
     def __len__(self) -> int:
         return len(self._numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"problem {index} of {len(self)}")
-        index %= len(self)
-        last = self._last
-        if last is None or last.index != index:
-            last = self._last = self._made(index)
-        return last
 
     @property
     def numbers(self) -> Sequence[int]:
@@ -280,7 +265,7 @@ class Problems(Sequence[Problem]):
         wanted = set(self._table.forms.values())
         return [index for index, number in enumerate(self._numbers) if number in wanted]
 
-    def _made(self, index: int) -> Problem:
+    def make(self, index: int) -> Problem:
         number = self._numbers[index]
         values, rows = self._table.row(number)
         read = self._layout.read(values, rows)
