@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
 import math
 import re
-import select
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -27,6 +23,7 @@ from async_rl.task.calling import (
     check_name,
     load_reward_function,
 )
+from async_rl.task.json_child import JsonChild
 from async_rl.task.protocol import Problem, Sample, Session, Utterance
 from async_rl.task.protocol import Reward as RewardValue
 from async_rl.task.weigh import RewardError
@@ -278,23 +275,22 @@ class MathJudge:
             raise UserError("the reward 'math' needs math-verify: pip install math-verify")
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
+        # -P: files beside the worker (order.py, ...) must not hide modules that math-verify imports
+        command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py")), str(deadline_s)]
+        self._child = JsonChild(command=command, start_s=START_DEADLINE_S)
 
     def score(self, completion: str, answer: str) -> float:
         """1.0 or 0.0. Raises VerdictTimeout or JudgeError. Blocks for at most `deadline_s`, and the first time while
         the child starts."""
         with self._lock:
-            child = self._running()
-            assert child.stdin is not None
+            if not self._child.start():
+                raise JudgeError("the process that runs math-verify did not start; try: python -c 'import math_verify'")
             try:
-                child.stdin.write(json.dumps({"completion": completion, "answer": answer}).encode() + b"\n")
-                child.stdin.flush()
+                question = {"completion": completion, "answer": answer}
+                verdict = self._child.ask(question, within_s=self._deadline_s + GRACE_S)
             except BrokenPipeError:
-                self._stop()
                 raise JudgeError("the process that runs math-verify has died") from None
-            verdict = self._read(child, self._deadline_s + GRACE_S)
             if verdict is None:
-                self._stop()
                 raise VerdictTimeout(f"no verdict within {self._deadline_s} s")
         if "error" in verdict:
             raise JudgeError(verdict["error"])
@@ -302,43 +298,4 @@ class MathJudge:
 
     def close(self) -> None:
         with self._lock:
-            self._stop()
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._child is not None and self._child.poll() is None:
-            return self._child
-        worker = Path(__file__).with_name("math_worker.py")
-        # -P: files beside the worker (order.py, ...) must not hide modules that math-verify imports
-        command = [sys.executable, "-P", str(worker), str(self._deadline_s)]
-        child = self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-        if self._read(child, START_DEADLINE_S) is None:
-            self._stop()
-            raise JudgeError("the process that runs math-verify did not start; try: python -c 'import math_verify'")
-        return child
-
-    def _stop(self) -> None:
-        child, self._child = self._child, None
-        if child is None:
-            return
-        child.kill()
-        for pipe in (child.stdin, child.stdout):
-            assert pipe is not None
-            pipe.close()
-        child.wait()
-
-    @staticmethod
-    def _read(child: subprocess.Popen[bytes], deadline_s: float) -> dict[str, str] | None:
-        """The child's next line; None when it died or answered nothing in time."""
-        assert child.stdout is not None
-        until = time.monotonic() + deadline_s
-        line = b""
-        while not line.endswith(b"\n"):
-            left = until - time.monotonic()
-            if left <= 0 or not select.select([child.stdout], [], [], left)[0]:
-                return None
-            read = child.stdout.read(65536)
-            if not read:
-                return None
-            line += read
-        answer: dict[str, str] = json.loads(line)
-        return answer
+            self._child.stop()

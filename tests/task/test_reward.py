@@ -222,9 +222,9 @@ def test_a_verdict_that_would_take_forever_is_given_up_and_the_next_is_given() -
 
 def test_a_judge_whose_child_died_starts_another(judge: MathJudge) -> None:
     assert judge.score("1", "1") == 1.0
-    assert judge._child is not None
-    judge._child.kill()
-    judge._child.wait()
+    assert judge._child.process is not None
+    judge._child.process.kill()
+    judge._child.process.wait()
     assert judge.score("1", "1") == 1.0
 
 
