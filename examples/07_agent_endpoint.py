@@ -1,6 +1,6 @@
 """An agent of any kind plays the episodes: it speaks to an OpenAI-compatible endpoint.
 
-    pip install 'async-rl[agents]' openai
+    pip install 'aiohttp>=3.10' openai
     python 07_agent_endpoint.py        # 60 steps, about two minutes on a laptop
     python 07_agent_endpoint.py 3      # a look at it
 

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 from async_rl.config.schema import describe
-from async_rl.doctor.problems import NotScripted, ScriptedSession, answers_of
+from async_rl.doctor.problems import NotScripted, ScriptedSession, answers_of, play_scripted
 from async_rl.errors import UserError
 from async_rl.task import Problem, Task
 from async_rl.task.adapters import ADAPTERS, adapter_class
@@ -37,7 +37,7 @@ def list_tasks() -> Iterator[str]:
     yield ""
     yield "environments of other packages"
     for name, adapter in ADAPTERS.items():
-        there = adapter.version or "installed" if adapter.installed else f"pip install 'async-rl[{adapter.extra}]'"
+        there = adapter.version or "installed" if adapter.installed else adapter.install
         yield f"  {name:<{width}}  {_default_sizes(adapter_class(name)):<18}  {adapter.summary}"
         yield f"  {'':<{width}}  {'':<18}  ({adapter.package}: {there})"
     yield ""
@@ -107,7 +107,7 @@ class ShownSession(ScriptedSession):
     notes: dict[str, float | str] = field(default_factory=dict)
 
     async def generate(self, *, max_tokens: int, agent: str = "", **how: Any) -> str:
-        # by name: with slots, `super()` alone is that of another class
+        # by its name: `slots=True` makes a new class, in which a bare `super()` fails
         said = (await ScriptedSession.generate(self, max_tokens=max_tokens, agent=agent, **how))[:max_tokens]
         self.shown.append((agent or "policy", said))
         return said
@@ -129,15 +129,16 @@ def show_episode(task: Task, problem: Problem) -> Iterator[str]:
     """One episode of `problem`, played by a script."""
     random = Random(0)
     said = answers_of(task, problem, random, right=True)
-    whose = "a demonstration of the task" if task.demonstrates else "the problem's own answer"
-    if not task.demonstrates and task.right_answer(problem) is None:
-        whose = "random letters"
+    if task.demonstrates:
+        whose = "a demonstration of the task"
+    else:
+        whose = "random letters" if task.right_answer(problem) is None else "the problem's own answer"
     session = ShownSession(said)
 
     async def play() -> Any:
         await task.setup()
         try:
-            return await task.rollout(problem, session)
+            return await play_scripted(task, problem, session)
         finally:
             await task.teardown()
 

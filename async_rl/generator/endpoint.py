@@ -1,6 +1,6 @@
 """The endpoint of agents: OpenAI's API for chat completions, over HTTP on the loopback.
 
-One server a process, in its event loop, begun when the first task asks for it. Each episode has a key of its own, so
+One server a process, in its event loop, started when the first task asks for it. Each episode has a key of its own, so
 that any number of agents play their episodes at once, in threads or in processes of their own.
 """
 
@@ -32,7 +32,7 @@ MOST_BODY_BYTES = 64 << 20
 BODY_S = 60.0
 """longest time for the body of a request to arrive"""
 ALIVE_S = 5.0
-"""a stream shows so often that it is alive, while its answer is sampled"""
+"""between two comments in a stream, which keep it alive while its answer is sampled"""
 CLOSE_S = 1.0
 """longest time for connections to end"""
 NO_RETRY = {"x-should-retry": "false"}
@@ -40,7 +40,7 @@ NO_RETRY = {"x-should-retry": "false"}
 BACKLOG = 1024
 """connections that wait to be accepted"""
 TOLD = (RequestError, TurnLimit, EpisodeAborted, RunFailed, LogitsNotFinite, ValueError, RuntimeError)
-"""what a request may raise that the agent is told"""
+"""exceptions of a request that become its answer"""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +51,7 @@ class Endpoint:
     """
 
     episodes: dict[str, tuple[str, Conversations]] = field(default_factory=dict)
-    """by the public part of the key: (the secret part, what agents say)"""
+    """public part of the key -> (secret part, chats of its agents)"""
     listening: socket.socket | None = None
     runner: web.AppRunner | None = None
     serving: asyncio.Task[None] | None = None
@@ -87,9 +87,7 @@ class Endpoint:
         try:
             from aiohttp import web
         except ImportError:
-            raise UserError(
-                "session.openai() needs the package aiohttp; install it with pip install 'async-rl[agents]'"
-            ) from None
+            raise UserError("session.openai() needs the package aiohttp: pip install 'aiohttp>=3.10'") from None
         for variable in ("NO_PROXY", "no_proxy"):  # a proxy must not be asked for the loopback
             there = os.environ.get(variable, "")
             if HOST not in there.split(","):

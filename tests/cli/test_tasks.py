@@ -70,7 +70,8 @@ def test_the_list_has_every_task_with_its_size_and_every_package(
     assert re.search(r"dataset +your data ", said)
     monkeypatch.setattr("async_rl.task.adapters.registry.find_spec", lambda name: None)
     said = printed(capsys)
-    assert all(f"pip install 'async-rl[{adapter.extra}]'" in said for adapter in ADAPTERS.values())
+    for adapter in ADAPTERS.values():
+        assert f"({adapter.package}: pip install '{adapter.package}{adapter.versions}')" in said
 
 
 def test_a_task_is_shown_with_settings_problems_and_an_episode(capsys: pytest.CaptureFixture[str]) -> None:

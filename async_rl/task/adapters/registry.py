@@ -21,8 +21,8 @@ class Adapter:
     """what the package is imported as"""
     package: str
     """its name on PyPI"""
-    extra: str
-    """of async-rl, that installs it"""
+    versions: str
+    """that the adapter works with, as pip writes them"""
     summary: str
     """one line"""
 
@@ -31,6 +31,11 @@ class Adapter:
         """Whether the package is there; a folder of its name in the working directory is none."""
         found = find_spec(self.module)
         return found is not None and found.origin is not None
+
+    @property
+    def install(self) -> str:
+        """The command that installs the package."""
+        return f"pip install '{self.package}{self.versions}'"
 
     @property
     def version(self) -> str:
@@ -46,35 +51,35 @@ ADAPTERS: dict[str, Adapter] = {
         place="async_rl.task.adapters.reasoning_gym:ReasoningGym",
         module="reasoning_gym",
         package="reasoning-gym",
-        extra="reasoning-gym",
+        versions=">=0.1.25",
         summary="a generator of reasoning-gym: made-up problems with their own scoring, one turn",
     ),
     "gymnasium": Adapter(
         place="async_rl.task.adapters.gymnasium:Gymnasium",
         module="gymnasium",
         package="gymnasium",
-        extra="gymnasium",
+        versions=">=1.1",
         summary="an environment of gymnasium with a finite number of actions, told and played in text",
     ),
     "textarena": Adapter(
         place="async_rl.task.adapters.textarena:TextArena",
         module="textarena",
         package="textarena",
-        extra="textarena",
+        versions=">=0.7.4",
         summary="a game of textarena for one or more players; the policy plays one seat or all (self-play)",
     ),
     "openenv": Adapter(
         place="async_rl.task.adapters.openenv:OpenEnv",
         module="aiohttp",
         package="aiohttp",
-        extra="openenv",
+        versions=">=3.10",
         summary="an environment server that speaks OpenEnv's protocol and runs elsewhere",
     ),
     "verifiers": Adapter(
         place="async_rl.task.adapters.verifiers:Verifiers",
         module="verifiers",
         package="verifiers",
-        extra="verifiers",
+        versions=">=0.2,<0.3",
         summary="an environment of verifiers: its own rollout, tools and rubric, one turn or several",
     ),
 }
@@ -93,6 +98,5 @@ def require_package(name: str) -> None:
     adapter = ADAPTERS[name]
     if not adapter.installed:
         raise UserError(
-            f"task.name={name} needs the package {adapter.package}, which is not installed; "
-            f"pip install 'async-rl[{adapter.extra}]'"
+            f"task.name={name} needs the package {adapter.package}, which is not installed; {adapter.install}"
         )

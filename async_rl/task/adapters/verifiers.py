@@ -13,7 +13,7 @@ from typing import Any
 from async_rl.config.imports import is_import, load_object
 from async_rl.config.schema import setting
 from async_rl.errors import UserError
-from async_rl.task.adapters.registry import require_package
+from async_rl.task.adapters.registry import ADAPTERS, require_package
 from async_rl.task.generated import stable_hash
 from async_rl.task.protocol import Connection, Problem, Reward, Session, Task
 from async_rl.trajectory import Split
@@ -169,7 +169,7 @@ def _load(name: str, args: Mapping[str, Any]) -> Any:
     if not hasattr(verifiers, "Rubric"):
         raise UserError(
             f"task.name=verifiers speaks to environments with a rubric, which verifiers {verifiers.__version__} has no "
-            "more; pip install 'async-rl[verifiers]'"
+            f"more; {ADAPTERS['verifiers'].install}"
         )
     try:
         if is_import(name):

@@ -250,5 +250,5 @@ def test_what_the_package_refuses_is_said(args: dict[str, Any], message: str) ->
 
 def test_without_the_package_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("async_rl.task.adapters.registry.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'async-rl\[reasoning-gym\]'"):
+    with pytest.raises(UserError, match=r"pip install 'reasoning-gym>=0\.1\.25'"):
         make_task("reasoning_gym", {})

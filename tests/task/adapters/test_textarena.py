@@ -34,7 +34,7 @@ from async_rl.trainer.packing import pack_batch
 from async_rl.trajectory import Split, Trajectory
 from async_rl.wire.messages import Permit
 
-pytest.importorskip("textarena", reason="textarena is not installed (pip install 'async-rl[textarena]')")
+pytest.importorskip("textarena", reason="textarena is not installed (pip install textarena)")
 
 from async_rl.task.adapters.textarena import TextArena, TextArenaSettings
 from async_rl.task.adapters.textarena_game import Game
