@@ -169,7 +169,7 @@ class ScriptedSession:
     seed: int = 0
     template: str = ""
     contexts: int = 0
-    """begun by the task"""
+    """that the task has started"""
 
     async def generate(self, *, max_tokens: int, agent: str = "", **how: Any) -> str:
         said = self.answers[self.turn] if self.turn < len(self.answers) else ""
@@ -225,7 +225,7 @@ def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES, template:
     problems = task.problems("train")
     random = Random(seed)
     seconds, failures, steps = [], [], [0.0]
-    by_agent: list[bool] = []
+    by_agent = False
     begun = time.perf_counter()
 
     async def play() -> None:
@@ -241,15 +241,16 @@ def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES, template:
             await task.teardown()
 
     async def play_all() -> None:
+        nonlocal by_agent
         for number in range(episodes):
             problem = problems[random.randrange(len(problems))]
             said = answers_of(task, problem, random, right=number % 2 == 0)
             session = ScriptedSession(said, template=template)
             started = time.perf_counter()
             try:
-                Weights().weigh(await stepped(_episode(task, problem, session), steps))
+                Weights().weigh(await stepped(play_scripted(task, problem, session), steps))
             except NotScripted:
-                by_agent.append(True)
+                by_agent = True
                 return
             except Exception as failure:  # the task is the user's code
                 failures.append(f"{type(failure).__name__}: {failure}")
@@ -258,11 +259,11 @@ def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES, template:
                 return
 
     asyncio.run(play())
-    return Timing(seconds=tuple(seconds), blocked_s=max(steps), failures=tuple(failures), by_agent=bool(by_agent))
+    return Timing(seconds=tuple(seconds), blocked_s=max(steps), failures=tuple(failures), by_agent=by_agent)
 
 
-async def _episode(task: Task, problem: Problem, session: ScriptedSession) -> Any:
-    """What the task returns for an episode."""
+async def play_scripted(task: Task, problem: Problem, session: ScriptedSession) -> Any:
+    """What the task returns for an episode, which is set up before and torn down behind."""
     try:
         await task.setup_episode(problem, session)
         return await task.rollout(problem, session)

@@ -16,6 +16,7 @@ from support_tokenizers import byte_folder
 from async_rl.doctor import machine as memory
 from async_rl.doctor import problems as reward
 from async_rl.doctor import problems as tokens
+from async_rl.doctor.tasks import show_episode
 from async_rl.instruments import agreement
 from async_rl.instruments.agreement import WeightDifference
 from async_rl.model.create import write_character_tokenizer
@@ -182,12 +183,18 @@ def test_a_task_is_set_up_for_its_scripted_episodes_and_torn_down() -> None:
         async def setup_episode(self, problem: Problem, session: Session) -> None:
             self.open += 1
 
+        async def rollout(self, problem: Problem, session: Session) -> float:
+            return float(self.open - 2)
+
         async def teardown_episode(self, problem: Problem, session: Session) -> None:
             self.open -= 1
 
     task = Prepared()
     found = reward.measure_reward(task, seed=0, episodes=5)
     assert (found.failures, len(found.seconds), task.open) == ((), 5, 0)
+
+    assert "    reward: 0.0" in list(show_episode(task, task.problems("eval")[0]))[1:]
+    assert task.open == 0
 
     class Broken(Timed):
         async def setup(self) -> None:
