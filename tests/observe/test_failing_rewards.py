@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 from rich.console import Console as RichConsole
 from support_story import Story
 
@@ -22,6 +23,7 @@ from async_rl.observe.tracker import held_out, numbers
 from async_rl.run_folder import append_row, read_rows
 from async_rl.trainer.loop import failed_since
 from async_rl.trainer.summary import Totals
+from async_rl.trajectory.codec import unpack
 from async_rl.wire.messages import BufferCounters
 
 REASON = "KeyError: 'gold' (my_rewards.py:31 judge)"
@@ -100,13 +102,10 @@ def story(tmp_path: Path, model: Path, *, summary: bool = True) -> Path:
     with Store(folder.store, durability="process", create=False) as store:
         (_, last) = store.next_numbers()
         store.add_group(group=last, problem=0, split="train", admitted_version=0, admitted_at=0.0, generator="g")
-        known = store.load_groups([0])
-        from async_rl.trajectory.codec import unpack
-
-        values = {name: getattr(unpack(known[0]), name) for name in unpack(known[0]).__struct_fields__}
-        for sample in range(3):
-            made = {**values, "group": last, "sample": sample, "ended": "error", "reason": REASON}
-            store.add_trajectories([type(unpack(known[0]))(**made)])
+        known = unpack(store.load_groups([0])[0])
+        store.add_trajectories(
+            [structs.replace(known, group=last, sample=k, ended="error", reason=REASON) for k in range(3)]
+        )
         store.commit()
     return folder.path
 
