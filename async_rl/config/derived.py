@@ -22,6 +22,11 @@ def pace_of(settings: Settings) -> tuple[float, int]:
     return depth, default_window(batch.groups_per_step, stale.max_staleness, stale.window)
 
 
+def task_limit_s(settings: Settings) -> float:
+    """Longest time of a task or reward between two turns, in seconds, with the default filled in."""
+    return settings.generator.task_timeout_s or settings.wire.timeout_s / 2
+
+
 _PART = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 
 

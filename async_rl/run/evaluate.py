@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from async_rl.config import Settings
+from async_rl.config.derived import task_limit_s
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
 from async_rl.generator.facilities import Facilities
@@ -35,7 +36,7 @@ class Limits:
     reward_weights: Mapping[str, float] = field(default_factory=dict)
     """of the named parts of a reward"""
     task_slots: Mapping[str, int] = field(default_factory=dict)
-    """places that the episodes share, over those of the task"""
+    """sizes of the shared slots by name; they override those of the task"""
 
 
 def limits_of(settings: Settings) -> Limits:
@@ -45,7 +46,7 @@ def limits_of(settings: Settings) -> Limits:
         max_sequences=chosen.max_sequences,
         max_turns=chosen.max_turns,
         episode_timeout_s=chosen.episode_timeout_s,
-        task_timeout_s=chosen.task_timeout_s or settings.wire.timeout_s / 2,
+        task_timeout_s=task_limit_s(settings),
         reward_weights=settings.task.reward_weights,
         task_slots=chosen.task_slots,
     )
@@ -106,6 +107,28 @@ def _by_group(tickets: Sequence[Ticket]) -> Iterable[list[int]]:
     return found.values()
 
 
+def play(
+    model: Decoder | HuggingFaceDecoder,
+    task: Task,
+    tokenizer: Tokenizer,
+    tickets: Sequence[Ticket],
+    limits: Limits,
+    *,
+    max_context: int | None = None,
+    on_judged: Callable[[Sequence[Trajectory]], None] = lambda _: None,
+) -> list[Trajectory]:
+    """`sample_episodes` with an embedded engine of its own, in an event loop of its own."""
+
+    async def run() -> list[Trajectory]:
+        engine = EmbeddedEngine(model, tokenizer, max_sequences=limits.max_sequences, max_context=max_context)
+        try:
+            return await sample_episodes(engine, task, tokenizer, tickets, limits, on_judged)
+        finally:
+            await engine.close()
+
+    return run_to_end(run())
+
+
 def evaluate(
     model: Decoder | HuggingFaceDecoder,
     task: Task,
@@ -119,7 +142,6 @@ def evaluate(
     max_context: int | None = None,
 ) -> list[Trajectory]:
     """Episodes on the first `problems` held-out problems, `samples` of each."""
-    limits = limits or Limits()
     held_out = task.problems("eval")
     numbers = tuple(range(samples))
     tickets = [
@@ -130,12 +152,4 @@ def evaluate(
             [(seed << 40) + (p << 12) + s for s in numbers],
         )
     ]
-
-    async def run() -> list[Trajectory]:
-        engine = EmbeddedEngine(model, tokenizer, max_sequences=limits.max_sequences, max_context=max_context)
-        try:
-            return await sample_episodes(engine, task, tokenizer, tickets, limits)
-        finally:
-            await engine.close()
-
-    return run_to_end(run())
+    return play(model, task, tokenizer, tickets, limits or Limits(), max_context=max_context)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from async_rl.config import Settings
 from async_rl.errors import UserError
-from async_rl.model.folder import check_folder, context_limit
+from async_rl.model.folder import check_context, check_folder
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.run.fitting import fit_prompts
 from async_rl.run.preflight import check_device, check_fit, with_template_time
@@ -27,9 +27,9 @@ class Trial:
     task: Task
     tokenizer: Tokenizer
     permits: tuple[Permit, ...]
-    """a problem each"""
+    """one for each problem"""
     notes: tuple[str, ...]
-    """for the user; not wrong"""
+    """remarks for the user"""
 
     @property
     def episodes(self) -> int:
@@ -52,7 +52,7 @@ def plan_trial(settings: Settings, *, episodes: int, samples: int, split: Split)
     tokenizer = Tokenizer.of(settings.model)
     task = make_task(settings.task.name, settings.task.args)
     weights_of(task, settings.task.reward_weights)
-    context = settings.generator.max_context or context_limit(settings.model.path, config)
+    context = check_context(settings.model.path, config, settings.generator.max_context)
     settings, task, left_out = fit_prompts(settings, task, tokenizer, context)
     notes = left_out + check_fit(task, tokenizer, context)
     problems = task.problems(split)
@@ -79,31 +79,19 @@ def plan_trial(settings: Settings, *, episodes: int, samples: int, split: Split)
 def play_trial(trial: Trial, on_judged: Callable[[Sequence[Trajectory]], None]) -> list[Trajectory]:
     """Play the episodes with the embedded engine. `on_judged`: called with those of a problem as soon as they have
     their rewards. Loads torch and the model."""
-    from async_rl.generator.embedded import EmbeddedEngine
     from async_rl.generator.session import make_tickets
-    from async_rl.generator.task_code import run_to_end
     from async_rl.model.decoder import DTYPES
     from async_rl.model.folder import load_model
-    from async_rl.run.evaluate import limits_of, sample_episodes
+    from async_rl.run.evaluate import limits_of, play
 
     settings, chosen = trial.settings, trial.settings.generator
     model = load_model(settings.model.path, dtype=DTYPES[chosen.dtype], device=chosen.device)
-    tickets = [ticket for permit in trial.permits for ticket in make_tickets(permit)]
-
-    async def run() -> list[Trajectory]:
-        engine = EmbeddedEngine(
-            model,
-            trial.tokenizer,
-            max_sequences=chosen.max_sequences,
-            max_context=chosen.max_context or None,
-            device=chosen.device,
-            dtype=DTYPES[chosen.dtype],
-        )
-        try:
-            return await sample_episodes(
-                engine, trial.task, trial.tokenizer, tickets, limits_of(settings), on_judged=on_judged
-            )
-        finally:
-            await engine.close()
-
-    return run_to_end(run())
+    return play(
+        model,
+        trial.task,
+        trial.tokenizer,
+        [ticket for permit in trial.permits for ticket in make_tickets(permit)],
+        limits_of(settings),
+        max_context=chosen.max_context or None,
+        on_judged=on_judged,
+    )

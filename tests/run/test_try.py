@@ -99,6 +99,7 @@ def _texts(said: str) -> list[str]:
         (["--episodes", "0"], "--episodes is 0; it must be at least 1"),
         (["task=guess", "task.reward_weights.x=1"], "task.reward_weights names 'x', but the reward of task 'guess'"),
         (["generator.device=cuda"], "generator.device"),
+        (["generator.max_context=100000"], "generator.max_context is 100000, but the model of"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
