@@ -59,9 +59,7 @@ class TextOnly:
     """
 
     def __init__(self, file: Path, control: Mapping[str, int]) -> None:
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = read_file(file)
         self._added = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
         self._control = control
         self._pattern = re.compile(f"({any_of(control).pattern})")
@@ -85,6 +83,17 @@ class TextOnly:
             if part:
                 ids += self._tokenizer.encode(disguise.show(part), add_special_tokens=False).ids
         return ids
+
+
+def read_file(file: Path) -> tokenizers.Tokenizer:
+    """A tokenizer.json that reads every text whole and always alike: truncation, padding and dropout, which a file may
+    keep from its training, are off."""
+    made = tokenizers.Tokenizer.from_file(str(file))
+    made.no_truncation()
+    made.no_padding()
+    if isinstance(made.model, tokenizers.models.BPE) and made.model.dropout:
+        made.model.dropout = None
+    return made
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
@@ -119,9 +128,7 @@ def without_leading_space(made: tokenizers.Tokenizer, file: Path) -> tokenizers.
             changed[part] = bare
     if not changed:
         return made
-    behind = tokenizers.Tokenizer.from_file(str(file))
-    behind.no_truncation()
-    behind.no_padding()
+    behind = read_file(file)
     for part, state in changed.items():
         setattr(behind, part, _from_state(part, state))
     return behind
@@ -146,14 +153,14 @@ def _bare(state: Any, part: str) -> Any:
 
 
 _PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+"""part of a tokenizer -> the key of its own parts in the state of a sequence"""
 
 
 def _from_state(part: str, state: Any) -> Any:
     """The part of a tokenizer that `state` describes; None for none."""
     if state is None:
         return None
-    kind = getattr(tokenizers, _PARTS[part].replace("pretok", "pre_tok"))
-    made = kind.Sequence([])
+    made = getattr(tokenizers, f"{part}s").Sequence([])
     whole = state if state.get("type") == "Sequence" else {"type": "Sequence", _PARTS[part]: [state]}
     made.__setstate__(json.dumps(whole).encode())
     return made

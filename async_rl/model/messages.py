@@ -39,6 +39,12 @@ def with_arguments(message: Message, *, as_text: bool) -> Message:
     return {**message, "tool_calls": [_call(call, as_text) for call in calls]}
 
 
+def without_last_call(message: Message) -> Message:
+    """The message without the last of its tool calls; without the field where there was one call."""
+    left = message["tool_calls"][:-1]
+    return {k: left if k == "tool_calls" else v for k, v in message.items() if k != "tool_calls" or left}
+
+
 def _call(call: Any, as_text: bool) -> Any:
     if not isinstance(call, Mapping):
         return call

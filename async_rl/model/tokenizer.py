@@ -21,8 +21,8 @@ import tokenizers
 
 from async_rl.errors import UserError
 from async_rl.model.chat_template import CONTINUE, compile_template, left_open
-from async_rl.model.data_text import Disguise, TextOnly, any_of, without_leading_space
-from async_rl.model.messages import plain_lines, refuse, with_arguments, with_text
+from async_rl.model.data_text import Disguise, TextOnly, any_of, read_file, without_leading_space
+from async_rl.model.messages import plain_lines, refuse, with_arguments, with_text, without_last_call
 
 if TYPE_CHECKING:
     from async_rl.config.settings import ModelSettings
@@ -60,16 +60,9 @@ class Tokenizer:
                 "(AutoTokenizer.from_pretrained(...).save_pretrained(folder))"
             )
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            self._tokenizer = read_file(file)
         except Exception as error:  # the library raises a bare Exception
             raise UserError(f"{file} cannot be read: {error}") from None
-        # what a caller before us asked for and the file kept: none of it is meant for a text that is read as it stands
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._behind: tokenizers.Tokenizer | None = None  # for text behind other text
-        self._text_only: TextOnly | None = None  # for text without control tokens
-        if isinstance(self._tokenizer.model, tokenizers.models.BPE) and self._tokenizer.model.dropout:
-            self._tokenizer.model.dropout = None  # it would split a text in another way in each process
         self._settings = self._read("tokenizer_config.json")
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
@@ -129,7 +122,7 @@ class Tokenizer:
         """Text of tokens. Special tokens are part of it: a tag that a task reads may be one. Only end tokens are left
         out, unless `special`. `behind`: the tokens stand behind others, so that a space in front is text."""
         kept = [int(i) for i in ids if special or int(i) not in self.end_ids]
-        text: str = (self._for_behind() if behind else self._tokenizer).decode(kept, skip_special_tokens=False)
+        text: str = (self._behind if behind else self._tokenizer).decode(kept, skip_special_tokens=False)
         return text
 
     def turn_text(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
@@ -146,25 +139,23 @@ class Tokenizer:
 
     def is_added(self, token: int) -> bool:
         """The token was added to the vocabulary: a mark (end of text, a tag), no piece of words."""
-        return token in self._tokenizer.get_added_tokens_decoder()
+        return token in self._added
 
     def mark_at(self, text: str) -> int | None:
         """The added token that `text` begins with."""
-        added = self._tokenizer.get_added_tokens_decoder().items()
-        return max((i for i, token in added if text.startswith(token.content)), default=None)
+        return max((i for i, token in self._added.items() if text.startswith(token.content)), default=None)
 
     @cached_property
     def control_tokens(self) -> Mapping[str, int]:
         """The tokens that steer a model, by their text: all special ones, and those that the chat template writes
         between messages (DeepSeek's are not marked as special). The setting of that name says what becomes of one that
         stands in a chat message: plain text (escape), a refusal, or the token itself (allow)."""
-        added = self._tokenizer.get_added_tokens_decoder()
-        found = {token.content: i for i, token in added.items() if token.special}
+        found = {token.content: i for i, token in self._added.items() if token.special}
         try:
             between = self.render(_PLAIN_CHAT, add_generation_prompt=False) if self.has_chat_template else ""
         except UserError:  # it asks for other messages
             between = ""
-        found |= {token.content: i for i, token in added.items() if token.content in between}
+        found |= {token.content: i for i, token in self._added.items() if token.content in between}
         return {content: i for content, i in found.items() if content.strip()}  # Gemma's line break is none
 
     @cached_property
@@ -175,8 +166,6 @@ class Tokenizer:
     def encode_disguised(self, text: str, disguise: Disguise, *, first: bool = False) -> list[int]:
         """Tokens of a text in which control tokens that are data are disguised: these become plain text, all others
         tokens. Arguments and errors are those of `encode`."""
-        if self._text_only is None:
-            self._text_only = TextOnly(self.folder / "tokenizer.json", self.control_tokens)
         ids = [*(self._first if first else ()), *self._text_only.encode(text, disguise)]
         self._check_embedded(ids)
         return ids
@@ -264,20 +253,30 @@ class Tokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _for_behind(self) -> tokenizers.Tokenizer:
-        if self._behind is None:
-            self._behind = without_leading_space(self._tokenizer, self.folder / "tokenizer.json")
-        return self._behind
+    @cached_property
+    def _added(self) -> Mapping[int, tokenizers.AddedToken]:
+        """The added tokens by number. The library makes this mapping anew each time: 18 ms for the 6,415 of Gemma 3."""
+        found: Mapping[int, tokenizers.AddedToken] = self._tokenizer.get_added_tokens_decoder()
+        return found
+
+    @cached_property
+    def _behind(self) -> tokenizers.Tokenizer:
+        """For text behind other text."""
+        return without_leading_space(self._tokenizer, self.folder / "tokenizer.json")
+
+    @cached_property
+    def _text_only(self) -> TextOnly:
+        """For text in which control tokens are text."""
+        return TextOnly(self.folder / "tokenizer.json", self.control_tokens)
 
     def _encode_behind(self, text: str) -> list[int]:
         """Up to the first special token the text continues what stands before it; from there on it is as ever."""
-        behind = self._for_behind()
-        if behind is self._tokenizer:
+        if self._behind is self._tokenizer:
             return self._plain_ids(text)
         whole = self._tokenizer.encode(text, add_special_tokens=False)
         mark = next((i for i, token in enumerate(whole.ids) if self.is_added(token)), len(whole.ids))
         begins = whole.offsets[mark][0] if mark < len(whole.ids) else len(text)
-        before = behind.encode(text[:begins], add_special_tokens=False).ids if begins else []
+        before = self._behind.encode(text[:begins], add_special_tokens=False).ids if begins else []
         return [*before, *whole.ids[mark:]]
 
     def _written_first(self) -> list[int]:
@@ -370,12 +369,12 @@ class Tokenizer:
     def _closed_alphabet(self, vocabulary: Mapping[str, int]) -> frozenset[str] | None:
         if not isinstance(self._tokenizer.model, tokenizers.models.WordLevel):
             return None
-        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        special = {token.content for token in self._added.values()}
         plain = frozenset(token for token in vocabulary if token not in special)
         return plain if all(len(token) == 1 for token in plain) else None
 
     def _outside_special(self, text: str) -> str:
-        for token in self._tokenizer.get_added_tokens_decoder().values():
+        for token in self._added.values():
             text = text.replace(token.content, "")
         return text
 
@@ -479,18 +478,19 @@ def prompt_text(
             return False
 
     text = render(messages, tools)
-    without = [{**m, "tool_calls": m["tool_calls"][:-1] or None} if m.get("tool_calls") else m for m in messages]
-    without = [{k: v for k, v in m.items() if k != "tool_calls" or v} for m in without]
-    if without != messages and same(without, tools):  # DeepSeek's shows calls of messages without content
+    fewer = [without_last_call(m) if m.get("tool_calls") else m for m in messages]
+    hides_calls = fewer != messages and same(fewer, tools)
+    if hides_calls:  # DeepSeek's shows calls of messages without content
         emptied = [{**m, "content": m.get("content") or None} if m.get("tool_calls") else m for m in messages]
         with suppress(UserError):
             text, messages = render(emptied, tools), emptied
-    for name, less, described in (("tools", messages, ()), ("tool_calls", without, tools)):
-        if (tools if name == "tools" else without != messages) and same(less, described):
-            raise UserError(
-                f"{where}: the chat template shows no {name}, or not all; use a model that is made for tools, or leave "
-                "them out"
-            )
+            hides_calls = same(fewer, tools)
+    hides_tools = bool(tools) and same(messages, ())
+    if hides_tools or hides_calls:
+        raise UserError(
+            f"{where}: the chat template shows no {'tools' if hides_tools else 'tool_calls'}, or not all; use a model "
+            "that is made for tools, or leave them out"
+        )
     return text
 
 

@@ -80,6 +80,15 @@ def test_what_a_template_would_leave_out_is_refused(tmp_path: Path, template: st
         problem_text(Problem(index=0, **given), made(tmp_path, template))
 
 
+@pytest.mark.parametrize("template", [CHAT, TOOLS, None])
+@pytest.mark.parametrize("nothing", [None, []])
+def test_a_message_whose_tool_calls_are_empty_is_one_without(tmp_path: Path, template: str, nothing: Any) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    empty = [{**message, "tool_calls": nothing} for message in chat]
+    tokenizer = made(tmp_path, template)
+    assert prompt_text(empty, tokenizer) == prompt_text(chat, tokenizer)
+
+
 @pytest.mark.parametrize("template", [CHAT, TOOLS, None, "{% for m in messages %}{{ m | tojson }}{% endfor %}"])
 def test_every_part_of_a_message_is_in_the_text(tmp_path: Path, template: str | None) -> None:
     parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "1 + 1?"}]

@@ -13,6 +13,7 @@ from support_tokenizers import byte_folder
 
 from async_rl.errors import UserError
 from async_rl.model.create import write_character_tokenizer
+from async_rl.model.data_text import Disguise
 from async_rl.model.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -155,3 +156,5 @@ def test_dropout_stored_in_the_file_changes_nothing(tmp_path: Path):
     file.write_text(json.dumps(values))
     tokenizer = Tokenizer(tmp_path)
     assert [tokenizer.encode("abcabc") for _ in range(8)] == [plain] * 8
+    nothing = Disguise(tokenizer.control_pattern, [])
+    assert [tokenizer.encode_disguised("abcabc", nothing) for _ in range(8)] == [plain] * 8
