@@ -42,7 +42,7 @@ Dtype = Literal["float32", "bfloat16"]
 DTYPE_NAMES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16"}
 """as safetensors names them"""
 FOR_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""keys of a config.json that a model of several parts keeps outside that of its language model"""
+"""keys of a config.json that generation needs; a model of several parts keeps them outside its language model's"""
 FLOATS: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """safetensors' names of what is written in another dtype -> torch's"""
 
@@ -267,7 +267,7 @@ def _from_gguf(path: Path, target: Path, dtype: Dtype) -> tuple[str, int, str]:
         if (token := file.fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             values[f"{name.replace('padding', 'pad')}_token_id"] = int(token)
     (target / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-    generation = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in values}
+    generation = {key: values[key] for key in FOR_GENERATION if key in values}
     (target / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     plans = [TensorPlan(name=names[t.name], dtype=DTYPE_NAMES[dtype], shape=t.shape) for t in file.tensors]
     stream_weights(target, plans, {names[t.name]: _dequantised(file, t, config, dtype) for t in file.tensors})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 from async_rl.errors import UserError
 from async_rl.model.tokenizer import HasPrompt, Tokenizer, adapted, problem_text
@@ -35,9 +36,7 @@ def first_difference(problems: Iterable[HasPrompt], tokenizer: Tokenizer) -> str
             return said
         ids, plain = tokenizer.encode(text), list(theirs(text, add_special_tokens=False)["input_ids"])
         if ids != plain:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(ids, plain, strict=False)) if a != b), min(len(ids), len(plain))
-            )
+            at = _place(ids, plain)
             before = tokenizer.decode(ids[:at], special=True)[-SHOWN:]
             return f"behind {before!r} it has the tokens {ids[at : at + 3]}, transformers {plain[at : at + 3]}"
     return ""
@@ -57,5 +56,11 @@ def _rendered_otherwise(problem: HasPrompt, text: str, tokenizer: Tokenizer, the
     )
     if plain == text:
         return ""
-    at = next((i for i, (a, b) in enumerate(zip(text, plain, strict=False)) if a != b), min(len(text), len(plain)))
+    at = _place(text, plain)
     return f"the chat template writes {text[at : at + SHOWN]!r}, by transformers {plain[at : at + SHOWN]!r}"
+
+
+def _place(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Where two sequences differ first; their end where one goes on behind the other's."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -260,9 +260,9 @@ def _speakers(columns: Columns, kept: Tensor) -> Speakers | None:
     agent, trajectory = columns.agent_of_turn[kept], columns.trajectory_of_turn[kept]
     if not ((agent[1:] != agent[:-1]) & (trajectory[1:] == trajectory[:-1])).any():
         return None
-    pair = trajectory * (int(agent.max()) + 1) + agent
-    speaker, of_turn = torch.unique(pair, return_inverse=True)
-    return Speakers(of_turn=of_turn, agent=agent, trajectory=speaker // (int(agent.max()) + 1))
+    agents = len(columns.agents)
+    speaker, of_turn = torch.unique(trajectory * agents + agent, return_inverse=True)
+    return Speakers(of_turn=of_turn, agent=agent, trajectory=speaker // agents)
 
 
 def _token_rewards(columns: Columns, per_turn: Tensor, trajectory: Tensor, length: Tensor, rewarded: Tensor) -> Tensor:

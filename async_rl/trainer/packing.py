@@ -156,7 +156,7 @@ def pack_batch(
     ordered = sorted(trajectories, key=lambda t: (t.group, t.sample))
     policy_positions = [t.policy_positions() for t in ordered]
     for trajectory, where in zip(ordered, policy_positions, strict=True):
-        assert not np.isin(where, (0, *trajectory.contexts)).any(), (
+        assert all((where != begin).all() for begin in (0, *trajectory.contexts)), (
             f"group {trajectory.group}: a policy token without a prompt"
         )
     turns = [(i, turn) for i, trajectory in enumerate(ordered) for turn in trajectory.turns]
@@ -168,7 +168,10 @@ def pack_batch(
         return torch.as_tensor(np.asarray(values)).to(dtype=dtype, device=device)
 
     share = None
-    pieces = ordered if whole else list(chain.from_iterable(_pieces(t, micro_batch_tokens) for t in ordered))
+    pieces, policy_of_piece = ordered, policy_positions
+    if not whole:
+        pieces = list(chain.from_iterable(_pieces(t, micro_batch_tokens) for t in ordered))
+        policy_of_piece = [t.policy_positions() for t in pieces]
     if over is None:
         parts = [list(range(first, last)) for first, last in pairwise(_cuts(pieces, micro_batch_tokens))]
     else:
@@ -176,7 +179,7 @@ def pack_batch(
         share, parts = share_of(made, pieces, over, device), made[over.rank]
     return PackedBatch(
         share=share,
-        micro_batches=tuple(_pack_parts(pieces, [t.policy_positions() for t in pieces], parts, device)),
+        micro_batches=tuple(_pack_parts(pieces, policy_of_piece, parts, device)),
         log_behaviour=tensor(
             np.concatenate([t.log_behaviour[w] for t, w in zip(ordered, policy_positions, strict=True)]), torch.float32
         ),
