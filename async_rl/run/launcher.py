@@ -52,7 +52,7 @@ from async_rl.run.liveness import LiveReport, Vitals
 from async_rl.run.placement import ANYWHERE
 from async_rl.run.preflight import Facts, preflight, with_template_time
 from async_rl.run.resume import ResumePoint, changed, find_start, resumed_settings, rewind, start_of_rollback
-from async_rl.run_folder import RowTail, RunFolder, read_rollback, read_rows, replace_text, take_lock
+from async_rl.run_folder import RowTail, RunFolder, read_rollback, replace_text, take_lock
 from async_rl.trainer.manifest import list_checkpoints, version_of
 from async_rl.weights.shared_memory import segment_path
 from async_rl.wire.channel import Dealer, Router, ipc_endpoint
@@ -95,8 +95,8 @@ class Launcher:
     held_back: list[Command] = field(default_factory=list)
     """generators that are still to be started"""
     tracker: TrackerProcess = field(init=False)
-    trained: bool = False
-    """this launch has trained a step"""
+    trained: int = 0
+    """version behind the last step that was shown in this launch; 0: none was"""
     not_adapted: str = ""
     """what adapters leave out of the model, for the user"""
     output_lost: bool = False
@@ -171,8 +171,7 @@ class Launcher:
         else started does not end with it: there the rows tell."""
         if self.settings.trainer.start == "launcher":
             return self.crew.child(TRAINER).ended
-        trained = max((int(row["step"]) for row in read_rows(self.folder.metrics)), default=-1) + 1
-        return newest_checkpoint(self.folder) == trained
+        return newest_checkpoint(self.folder) == self.trained
 
     def end(self, endpoint: str) -> None:
         """End every process and remove what they leave. May be called twice."""
@@ -226,7 +225,6 @@ class Launcher:
             self.console.print(f"accepted: {kind} has changed since the run began: {was}; now {now}")
         write_sources(self.folder.sources, found)
         write_inputs(self.folder.inputs, updated(before, inputs))
-        self.accepted = ()  # a launch behind this one, after a rollback, finds nothing changed
         return changes
 
     @property
@@ -384,7 +382,7 @@ class Launcher:
     def show(self) -> None:
         """Rows and evaluations that are new since last time."""
         for row in self.rows.new():
-            self.trained = True
+            self.trained = int(row["step"]) + 1
             self.console.step(row)
         for found in read_event_rows(self.events.new()):
             if found.event is not None:

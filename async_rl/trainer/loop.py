@@ -148,7 +148,7 @@ class TrainerLoop:
                 self.record(step)  # metric row, alarms, evaluations, checkpoint
             return self.finish()
         except Preempted:
-            self.checkpoint_before_end()
+            self.checkpoint()
             raise
 
     # The verbs of a step.
@@ -294,7 +294,8 @@ class TrainerLoop:
         return bool(every and version % every == 0) or (back is not None and version == back.to)
 
     def checkpoint(self) -> None:
-        """Save everything a step depends on, then tell the buffer that these steps are not done again."""
+        """Save everything a step depends on, unless that is saved already, then tell the buffer that these steps are
+        not done again."""
         version = self.learner.version
         if version == self.saved:
             return
@@ -324,11 +325,6 @@ class TrainerLoop:
         self.inbox.send(msg.Checkpointed(version=version, oldest=oldest))
         took = time.monotonic() - started
         self.folder.record(CheckpointSaved(version=version, path=str(path), seconds=round(took, 4)))
-
-    def checkpoint_before_end(self) -> None:
-        """Save what has been trained since the last checkpoint, if anything."""
-        if self.learner.version > self.saved:
-            self.checkpoint()
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of this loop."""
