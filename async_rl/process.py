@@ -43,7 +43,7 @@ TOLD_TO_END = 143
 STACKS_SIGNAL = signal.SIGUSR2
 """on which a child writes the stacks of its threads, even while code holds Python's lock"""
 NOTICE_S = 0.2
-"""time the launcher gets to leave its mark after a signal that came to every process of a run"""
+"""time the launcher gets to show that it waits for a last checkpoint, when a signal came to every process of a run"""
 GRACE_S = 1.0
 """time a process has to clean up after SIGTERM; what it leaves then, the launcher removes"""
 MOST_CAUSE = 5000
@@ -117,7 +117,7 @@ def uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def further_signals() -> Iterator[list[str]]:
-    """Inside, behind an Interrupted, the names of signals that come are added to the list, and do nothing else."""
+    """Signals that arrive inside, after an Interrupted, add their name to the list and do nothing else."""
     came: list[str] = []
     held = [s for s in SIGNALS if signal.getsignal(s) == _nothing]
     if threading.current_thread() is not threading.main_thread():
@@ -302,7 +302,7 @@ def _terminate_unless_ending(run: Path, *_: object) -> None:
 
 
 def _launcher_waits(run: Path) -> bool:
-    """Whether the launcher leaves its mark within NOTICE_S."""
+    """Whether the launcher shows within NOTICE_S that it waits for a last checkpoint (`RunFolder.ending`)."""
     deadline = time.monotonic() + NOTICE_S
     while not (waits := RunFolder(run).ending.exists()) and time.monotonic() < deadline:
         time.sleep(NOTICE_S / 10)

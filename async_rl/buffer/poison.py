@@ -16,9 +16,9 @@ from async_rl.trajectory.types import sample_seed
 from async_rl.wire.messages import Gone
 
 KEY = "poison"
-"""of what the store remembers"""
+"""under which the store keeps deaths and refusals"""
 POISON = "poison"
-"""how the reason of a refusal begins"""
+"""first word of the reason of such a refusal"""
 MOST_REASON = 600
 """characters kept of a cause"""
 

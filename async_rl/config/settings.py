@@ -198,8 +198,8 @@ class GeneratorSettings:
     max_deaths: int = setting(
         2,
         "a problem whose code (task, tools, reward) runs when a generator crashes or freezes so many times is refused, "
-        "with its place, and the run goes on; unless max_restarts is 0, such a death is no restart in its sense as "
-        "long as trajectories arrive in between",
+        "with its place, and the run goes on. Such a death does not count towards max_restarts (unless that is 0) when "
+        "trajectories have arrived since the one before",
         unit="deaths",
         min=1,
         max=1000,

@@ -18,7 +18,7 @@ Key = tuple[int, int]
 _MARK = struct.Struct("<qq")
 _NOTHING = bytes(_MARK.size)
 EPISODE: ContextVar[Key | None] = ContextVar("episode", default=None)
-"""of the asyncio task that runs now"""
+"""(group, sample) of the episode that the running asyncio task plays; None: it plays none"""
 
 
 @dataclass(slots=True)

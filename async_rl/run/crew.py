@@ -81,8 +81,8 @@ class Crew:
     places: dict[int, str] = field(default_factory=dict)
     """process number of those, and where their code stood, if known"""
     excused_at: int = -1
-    """trajectories that had arrived when a generator's death was last blamed on a problem, and not counted as one of
-    `generator.max_restarts`"""
+    """trajectories that had arrived when the last death was excused: blamed on a problem, and not counted towards
+    `generator.max_restarts`; -1: none was"""
 
     def launch(self, command: Command) -> None:
         """Start a child. Its own pipe for the cause is added by `start_child`."""
@@ -209,8 +209,8 @@ class Crew:
         )
 
     def blamed(self, child: Child) -> tuple[int, str]:
-        """(the group whose code ran when a generator crashed or froze, that code's place); (-1, "") when no code of
-        the task ran, or somebody else ended it."""
+        """The group whose code ran when a generator crashed or froze, and the place of that code. (-1, "") when no code
+        of the task ran, or somebody else ended the process."""
         pid = child.process.pid
         if ended_from_outside(child) and pid not in self.frozen:
             return -1, ""
