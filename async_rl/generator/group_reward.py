@@ -11,7 +11,6 @@ import asyncio
 import dataclasses
 import inspect
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +18,9 @@ from typing import Any
 from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
-from async_rl.generator.rollout import outcome_of
+from async_rl.generator.rollout import late_after, outcome_of
 from async_rl.generator.session import LONGEST_REASON, EpisodeSession
-from async_rl.generator.task_code import TaskGuard, TaskOverrun, describe_error, is_ours, waits_in
+from async_rl.generator.task_code import TaskGuard, describe_error, is_ours, reason_of, waits_in
 from async_rl.task.protocol import Problem, Reward, Sample, Task
 from async_rl.task.weigh import GROUP, RewardError, Weighed, Weights
 from async_rl.trajectory import Trajectory
@@ -75,10 +74,15 @@ class GroupJudge:
         good = [one for one in played if not one.trajectory.failed]
         if not good:
             return [one.trajectory for one in played]
-        outcome = await outcome_of(self.guard, work := self._called(good), self._late(lambda: waits_in(work)))
+        work, limit = self._called(good), min(self.guard.limit_s or self.timeout_s, self.timeout_s)
+
+        def overrun() -> str:
+            where = f" in {place}" if (place := waits_in(work)) else ""
+            return f"it took more than {limit:g} s (generator.task_timeout_s){where}"
+
+        outcome = await outcome_of(self.guard, work, late_after(limit, overrun))
         if isinstance(outcome, BaseException):
-            reason = str(outcome) if isinstance(outcome, TaskOverrun) else describe_error(outcome)
-            judged = [_failed(one.trajectory, f"the group's reward: {reason}") for one in good]
+            judged = [_failed(one.trajectory, f"the group's reward: {reason_of(outcome)}") for one in good]
         else:
             judged = [_rewarded(one.trajectory, found) for one, found in zip(good, outcome, strict=True)]
         by_number = {trajectory.sample: trajectory for trajectory in judged}
@@ -104,17 +108,6 @@ class GroupJudge:
             raise RewardError(f"the sum of the rewards of rollout and group is {found.total}")
         self.weights.check(found)
         return found
-
-    def _late(self, place: Callable[[], str]) -> Callable[[], tuple[float, str]]:
-        limit = min(self.guard.limit_s or self.timeout_s, self.timeout_s)
-        deadline = time.monotonic() + limit
-
-        def late() -> tuple[float, str]:
-            left = deadline - time.monotonic()
-            where = f" in {at}" if (at := place()) else ""
-            return left, f"it took more than {limit:g} s (generator.task_timeout_s){where}" if left <= 0 else ""
-
-        return late
 
 
 def _rewarded(trajectory: Trajectory, found: Weighed) -> Trajectory:

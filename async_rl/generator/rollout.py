@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import LogitsNotFinite
 from async_rl.generator.session import EpisodeAborted, EpisodeSession, Ticket, TurnLimit
-from async_rl.generator.task_code import TaskGuard, TaskOverrun, describe_error, is_ours, waits_in
+from async_rl.generator.task_code import TaskGuard, TaskOverrun, describe_error, is_ours, reason_of, waits_in
 from async_rl.task.protocol import Task
 from async_rl.task.weigh import ROLLOUT, Weighed, Weights, has_group_reward
 from async_rl.trajectory import Trajectory
@@ -19,7 +19,9 @@ from async_rl.trajectory.parts import PREFIX
 Result = TypeVar("Result")
 BLOCKS = "no agent asked for a turn (one with a blocking client goes into a thread: asyncio.to_thread)"
 LOOK_S = 1.0
-"""an episode is looked at so often"""
+"""between two checks of a running episode"""
+Late = Callable[[], tuple[float, str]]
+"""says (seconds until it is to be asked again, why the work is to end now; empty: it may go on)"""
 
 
 async def run_episode(
@@ -75,15 +77,10 @@ async def _torn_down(task: Task, session: EpisodeSession, guard: TaskGuard, time
     if getattr(type(task), "teardown_episode", Task.teardown_episode) is Task.teardown_episode or not session.problem:
         return
     limit = guard.limit_s or timeout_s
-    deadline = time.monotonic() + limit
-
-    def late() -> tuple[float, str]:
-        left = deadline - time.monotonic()
-        return left, f"it took more than {limit:g} s" if left <= 0 else ""
-
+    late = late_after(limit, lambda: f"it took more than {limit:g} s")
     outcome = await outcome_of(guard, task.teardown_episode(session.problem, session), late)
     if isinstance(outcome, BaseException):
-        session.note("teardown_error", str(outcome) if isinstance(outcome, TaskOverrun) else describe_error(outcome))
+        session.note("teardown_error", reason_of(outcome))
 
 
 def _ended(session: EpisodeSession, raised: BaseException) -> Trajectory:
@@ -104,12 +101,20 @@ def _ended(session: EpisodeSession, raised: BaseException) -> Trajectory:
     return session.finish(reward=0.0, failed="error", reason=describe_error(raised))
 
 
-async def outcome_of(
-    guard: TaskGuard, work: Coroutine[Any, Any, Result], late: Callable[[], tuple[float, str]]
-) -> Result | BaseException:
-    """What code of the task returns, or what it raised. `late`: (seconds until it is to be asked again, why the work is
-    to end now; empty: it may go on), which makes it end with TaskOverrun. Raises what a person or the launcher orders.
-    """
+def late_after(limit_s: float, reason: Callable[[], str]) -> Late:
+    """Work may go on until `limit_s` from now. `reason`: why it is to end then."""
+    deadline = time.monotonic() + limit_s
+
+    def late() -> tuple[float, str]:
+        left = deadline - time.monotonic()
+        return left, reason() if left <= 0 else ""
+
+    return late
+
+
+async def outcome_of(guard: TaskGuard, work: Coroutine[Any, Any, Result], late: Late) -> Result | BaseException:
+    """What code of the task returns, or what it raised: TaskOverrun when `late` says that it is to end. Raises what a
+    person or the launcher orders."""
     running = asyncio.create_task(_outcome(guard, work))
     running.add_done_callback(lambda _: work.close())  # it may have been cancelled before it began
     reason = ""

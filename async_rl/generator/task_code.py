@@ -67,6 +67,11 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}{': ' * bool(text)}{text}{f' ({place})' * bool(place)}"
 
 
+def reason_of(error: BaseException) -> str:
+    """Why code of the task ended without a result: the text of an overrun, `describe_error` of anything else."""
+    return str(error) if isinstance(error, TaskOverrun) else describe_error(error)
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class TaskGuard:
     """Watches the steps of all episodes of one event loop.
