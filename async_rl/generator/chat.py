@@ -13,7 +13,7 @@ from async_rl.task.tool_formats import FORMATS, Parsed, call_id, detect
 
 Message = Mapping[str, Any]
 STAND_IN = "x5q7z"
-"""a turn in another's place"""
+"""text of a turn that is rendered in place of the sampled one"""
 SHOWN = 60
 """characters of a text that an error quotes"""
 REMEDY = "begin a new context (start_context) with the messages that the model is meant to see"
@@ -31,8 +31,6 @@ class Continuation:
     """the turn as a message"""
     behind: str
     """what the template writes behind the turn: its end, the messages, the header of the next turn"""
-    disguise: Disguise | None
-    """of control tokens in those messages"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,7 +66,7 @@ class Chat:
 
         Args:
             turn: tokens behind the header, as the context holds them.
-            as_sampled: what is there stays, also where the template would write it differently.
+            as_sampled: keep the turn as it was sampled, even where the template would write it differently.
 
         Raises HistoryRewritten when the template would write what is there differently; UserError when it refuses the
         messages.
@@ -77,13 +75,15 @@ class Chat:
             said: Message = {"role": "assistant", "content": self.tokenizer.decode(turn)}
             tokens = self.tokenizer.encode("\n" + self.render(messages), behind=True)  # a line a message
         else:
+            disguise = disguise_of(list(messages), self.tokenizer)
+            more = messages if disguise is None else disguise.hide(list(messages))
             try:
-                found = self._continuation(turn, messages)
+                found = self._continuation(turn, more)
             except HistoryRewritten:
                 if not as_sampled:
                     raise
-                found = self._behind_any(turn, messages)
-            said, tokens = found.said, self._encoded(found)
+                found = self._behind_any(turn, more)
+            said, tokens = found.said, self._encoded(found.behind, disguise)
             if turn and tokens and tokens[0] == turn[-1] and self.tokenizer.is_added(tokens[0]):
                 tokens = tokens[1:]  # the end was sampled
         self.messages = [*self.messages, said, *messages]
@@ -91,11 +91,11 @@ class Chat:
         self.length += len(turn) + len(tokens)
         return tokens
 
-    def _encoded(self, found: Continuation) -> list[int]:
-        """What follows the turn is tokenised together with its end, as in a whole text."""
-        if found.disguise is not None:
-            return self.tokenizer.encode_disguised(found.behind, found.disguise)
-        return self.tokenizer.encode(found.behind, behind=True)
+    def _encoded(self, behind: str, disguise: Disguise | None) -> list[int]:
+        """Tokens of what follows a turn, its end included: the two are tokenised together, as in a whole text."""
+        if disguise is not None:
+            return self.tokenizer.encode_disguised(behind, disguise)
+        return self.tokenizer.encode(behind, behind=True)
 
     def _continuation(self, turn: Sequence[int], messages: Sequence[Message]) -> Continuation:
         tokenizer = self.tokenizer
@@ -116,18 +116,16 @@ class Chat:
     def _behind(self, turn: str, messages: Sequence[Message]) -> Continuation:
         """Raises HistoryRewritten unless the template writes the history and the turn as they are, white space at the
         turn's ends aside."""
-        disguise = disguise_of(list(messages), self.tokenizer)
-        more = list(messages) if disguise is None else disguise.hide(list(messages))
         said: Message = {"role": "assistant", "content": turn}
         parsed: Parsed | None = None
         try:
-            text = self.render([*self.messages, said, *more])
+            text = self.render([*self.messages, said, *messages])
         except UserError:  # some templates want the calls that a tool's answer belongs to
             parsed = self._parsed(turn)
             if not parsed.calls and parsed.content == turn:
                 raise
             said = parsed.message()
-            text = self.render([*self.messages, said, *more])
+            text = self.render([*self.messages, said, *messages])
         if not text.startswith(self.text):
             raise HistoryRewritten(f"the chat template rewrites the history when more follows: {self._change(text)}")
         rest = text[len(self.text) :]
@@ -136,28 +134,26 @@ class Chat:
             raise HistoryRewritten(
                 f"the chat template writes the turn {turn[:SHOWN]!r} as {rest[:SHOWN]!r} when more follows; {REMEDY}"
             )
-        return Continuation(said=said, behind=rest[end:], disguise=disguise)
+        return Continuation(said=said, behind=rest[end:])
 
     def _behind_any(self, turn: Sequence[int], messages: Sequence[Message]) -> Continuation:
-        """What the template writes behind a turn, found with another one in its place."""
-        disguise = disguise_of(list(messages), self.tokenizer)
-        more = list(messages) if disguise is None else disguise.hide(list(messages))
+        """What the template writes behind a turn, found by rendering `STAND_IN` in its place."""
         parsed = self._parsed(self.tokenizer.decode(turn, behind=True))
         name = next((call.name for call in parsed.calls if call.name), "unknown")
         call = {"id": call_id(0), "type": "function", "function": {"name": name, "arguments": {"x": STAND_IN}}}
         plain: Message = {"role": "assistant", "content": STAND_IN}
         try:
             said: Message = {"role": "assistant", "content": parsed.content or self.tokenizer.decode(turn, behind=True)}
-            text = self.render([*self.messages, plain, *more])
+            text = self.render([*self.messages, plain, *messages])
         except UserError:  # some templates want the calls that a tool's answer belongs to
             said = parsed.message()
-            text = self.render([*self.messages, {"role": "assistant", "content": "", "tool_calls": [call]}, *more])
+            text = self.render([*self.messages, {"role": "assistant", "content": "", "tool_calls": [call]}, *messages])
         behind = text.rpartition(STAND_IN)[2]
         end = self.tokenizer.control_pattern.search(behind)
-        if end is not None:  # which another end that was sampled stands for
+        if end is not None:  # a sampled end token takes the place of the one that the template writes
             ended = bool(turn) and turn[-1] in self.tokenizer.end_ids
             behind = behind[end.end() if ended else end.start() :]
-        return Continuation(said=said, behind=behind, disguise=disguise)
+        return Continuation(said=said, behind=behind)
 
     def _change(self, text: str) -> str:
         """Where a text that was to begin with `self.text` differs from it."""
@@ -176,14 +172,12 @@ class Chat:
         end = min((at for at in ends if at >= 0), default=-1)
         if end < 0:
             return -1
-        wrote = self._parsed(rest[:end])
-        same = [(call.name, call.values()) for call in wrote.calls] == [
-            (call.name, call.values()) for call in said.calls
-        ]
-        same = (
-            same and wrote.content.split() == said.content.split() and wrote.thinking.split() == said.thinking.split()
-        )
-        return end if same else -1
+        return end if _words_and_calls(self._parsed(rest[:end])) == _words_and_calls(said) else -1
+
+
+def _words_and_calls(turn: Parsed) -> tuple[Any, ...]:
+    """What a turn says, white space aside."""
+    return turn.content.split(), turn.thinking.split(), [(call.name, call.values()) for call in turn.calls]
 
 
 def written_until(said: str, text: str) -> int:

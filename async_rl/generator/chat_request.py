@@ -263,7 +263,7 @@ def completion(answer: Answer, request: ChatRequest, tokenizer: Tokenizer, name:
     choice: dict[str, Any] = {
         "index": 0,
         "message": {"refusal": None, **answer.message, "content": answer.message["content"] or None},
-        "logprobs": {"content": _log_probs(answer, tokenizer), "refusal": None} if request.log_probs else None,
+        "logprobs": _log_probs(answer, tokenizer) if request.log_probs else None,
         "finish_reason": answer.finish,
     }
     body = {"id": name, "object": "chat.completion", "created": int(time.time()), "model": MODEL}
@@ -284,9 +284,7 @@ def chunks(answer: Answer, request: ChatRequest, tokenizer: Tokenizer, name: str
     yield chunk({"role": "assistant", "content": ""})
     if "reasoning_content" in message:
         yield chunk({"reasoning_content": message["reasoning_content"]})
-    told: dict[str, Any] = (
-        {"logprobs": {"content": _log_probs(answer, tokenizer), "refusal": None}} if request.log_probs else {}
-    )
+    told = {"logprobs": _log_probs(answer, tokenizer)} if request.log_probs else {}
     if message["content"] or told:
         yield chunk({"content": message["content"]}, more=told)
     for index, call in enumerate(message.get("tool_calls", ())):
@@ -305,11 +303,11 @@ def _usage(answer: Answer) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
 
 
-def _log_probs(answer: Answer, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Of every sampled token, the end token included."""
+def _log_probs(answer: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The log-prob of every sampled token, the end token included."""
     found = []
     for token, log_prob in zip(answer.tokens, answer.log_probs, strict=True):
         text = tokenizer.decode([token], special=True, behind=True)
         entry = {"token": text, "logprob": log_prob, "bytes": list(text.encode("utf-8", "replace")), "top_logprobs": []}
         found.append(entry)
-    return found
+    return {"content": found, "refusal": None}
