@@ -28,14 +28,16 @@ from async_rl.generator.chat_request import Answer, ChatRequest, Message, Reques
 from async_rl.generator.contexts import Context
 from async_rl.generator.engine import Completion
 from async_rl.generator.session import EpisodeSession, TurnLimit, TurnRequest
+from async_rl.model.messages import with_text
 from async_rl.task.tool_formats import FORMATS, detect
 
 Key = tuple[Any, ...]
-"""what two messages have in common that are the same to an agent"""
+"""equal for two messages that are the same to an agent"""
 
 
 def key_of(message: Message) -> Key:
-    """White space around an answer, the order of a call's arguments and ids of calls do not matter."""
+    """The key of a message. White space around an answer, the order of a call's arguments and ids of calls are left
+    out of it."""
     if message["role"] != "assistant":
         return (message["role"], message["content"], message.get("name"))
     calls = tuple(
@@ -139,10 +141,11 @@ class Conversations:
         )
         try:
             session.check_turn(turn)
-            place = self._place(request)
-        except TurnLimit as error:
+            keys, setting = tuple(map(key_of, request.messages)), self._setting(request)
+            place = self._place(request, keys, setting)
+        except TurnLimit:
             self.refused += 1
-            raise RequestError(f"{error} (generator.max_turns)", code="turn_limit_reached") from None
+            raise
         except (UserError, ValueError) as error:
             raise RequestError(str(error)) from None
         if len(place.tokens) >= session.max_context:
@@ -163,8 +166,8 @@ class Conversations:
         asked = Asked(
             context=context,
             chat=place.chat,
-            keys=tuple(map(key_of, request.messages)),
-            setting=self._setting(request),
+            keys=keys,
+            setting=setting,
             length=len(context.tokens),
             stop=turn.stop,
         )
@@ -204,10 +207,8 @@ class Conversations:
 
     # ------------------------------------------------------------------------------------------ matching
 
-    def _place(self, request: ChatRequest) -> Place:
+    def _place(self, request: ChatRequest, keys: tuple[Key, ...], setting: str) -> Place:
         """Where the request goes on. Raises UserError, ValueError for what the chat template refuses."""
-        keys = tuple(map(key_of, request.messages))
-        setting = self._setting(request)
         for place in (self._unanswered(keys, setting), self._problem(request, keys)):
             if place is not None:
                 return place
@@ -241,9 +242,9 @@ class Conversations:
             return None
         if list(request.tools) != list(chat.tools) or self._arguments(request) != dict(chat.arguments):
             return None
-        try:
+        try:  # the problem's messages are not checked as those of a request
             same = keys == tuple(key_of(_plain(message)) for message in chat.messages)
-        except (KeyError, TypeError, AttributeError):  # the problem's messages are not checked as those of a request
+        except (UserError, KeyError, TypeError, AttributeError):
             return None
         return Place(chat=copy(chat), tokens=context.tokens, context=context) if same else None
 
@@ -315,7 +316,5 @@ class Conversations:
 
 def _plain(message: Mapping[str, Any]) -> Message:
     """A problem's message as a request has it."""
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "\n".join(part if isinstance(part, str) else part["text"] for part in content)
-    return {**message, "content": content or ""}
+    message = with_text(message, "")
+    return {**message, "content": message.get("content") or ""}
