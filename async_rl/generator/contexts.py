@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from async_rl.generator.chat import Chat
@@ -89,7 +90,7 @@ def lay_out(contexts: Sequence[Context]) -> Columns:
     for context in spoken:
         start = len(tokens)
         starts.append(start)
-        turns += [moved(turn, start) for turn in context.turns] if start else context.turns
+        turns += [replace(turn, start=turn.start + start) for turn in context.turns] if start else context.turns
         tokens += context.tokens
         log_probs += context.log_probs
         versions += context.versions
@@ -100,18 +101,6 @@ def lay_out(contexts: Sequence[Context]) -> Columns:
         versions=_spans(versions),
         contexts=tuple(starts[1:]),
         stops="".join(context.stops for context in spoken),
-    )
-
-
-def moved(turn: Turn, by: int) -> Turn:
-    """The turn `by` tokens further on."""
-    return Turn(
-        start=turn.start + by,
-        length=turn.length,
-        reward=turn.reward,
-        state_key=turn.state_key,
-        agent=turn.agent,
-        temperature=turn.temperature,
     )
 
 
@@ -129,17 +118,17 @@ def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
 
 
 class RecordedTurns:
-    """The turns that a lost generator sampled of an episode. Each is given out once, to whoever comes to the history
-    that it was sampled behind."""
+    """The turns that a lost generator sampled of an episode. Each answers one request: the first one whose history is
+    that behind which the turn was sampled."""
 
     def __init__(self, record: Trajectory) -> None:
         self._record = record
         self._stops = str(record.info.get(STOPS, ""))
         self.broken = len(self._stops) != len(record.turns)
-        """it is no record of an unfinished episode"""
+        """the record is not that of an unfinished episode"""
         starts = np.asarray([0, *record.contexts])
         begins = starts[np.searchsorted(starts, [turn.start for turn in record.turns], side="right") - 1]
-        # turn -> start of its context; one that was given up was no answer
+        # number of a turn -> start of its context. A turn that was given up was no answer
         self._left = {n: int(begin) for n, begin in enumerate(begins) if self._stops[n : n + 1] != "x"}
         versions = np.full(len(record.tokens), -1, np.int64)
         for span in record.versions:
