@@ -1,5 +1,5 @@
-"""What a process holds for all episodes of its task: what the task set up, places that they share, the way in for
-agents."""
+"""What a process holds for all episodes of its task: what the task set up, places that they share, and the endpoint
+of its agents."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Facilities:
         self.ready = True
 
     async def close(self) -> str:
-        """End the way in, and tear the task down. Returns what went wrong, empty: nothing."""
+        """Shut the endpoint and tear the task down. Returns what went wrong; empty: nothing."""
         await self.agents.shut()
         if not self.ready:
             return ""

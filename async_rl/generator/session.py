@@ -27,7 +27,7 @@ Answer = TypeVar("Answer")
 LONGEST_REASON = 4000
 """characters kept of a task's error"""
 KEYS = 1 << 40
-"""most episodes of a generator: the engine's keys of an episode's contexts lie so far apart"""
+"""distance between the engine's keys of two contexts of an episode, and so the most episodes of a generator"""
 MOST_SCORINGS = 16
 """times that a text is scored anew because the weights changed meanwhile"""
 
