@@ -44,7 +44,8 @@ class Rope:
     """Rotary position embedding, of one set of frequencies for sequences of every length.
 
     `llama3` is the scaling of Llama 3.1, `yarn` that of Peng et al. 2023, `linear` divides every frequency by `factor`.
-    `longrope` has a second set for sequences beyond the original context, which `rope_context` keeps a run within.
+    `longrope` has a second set for sequences beyond the original context; `rope_context` keeps every sequence of a run
+    within it.
     Dynamic NTK scaling begins beyond max_position_embeddings, where no run goes: it is `default`.
     """
 
@@ -233,8 +234,8 @@ def _refuse_unsupported(values: Mapping[str, Any], where: str) -> None:
 
 
 def windows_of(values: Mapping[str, Any], where: str) -> tuple[int, ...]:
-    """Tokens that each layer of one of `FAMILIES` attends to, as transformers reads its settings; () where it is all in
-    all. Raises UserError."""
+    """Tokens that each layer of one of `FAMILIES` attends to, as transformers reads its settings; () where every layer
+    attends to all. Raises UserError."""
     family = values["model_type"]
     if family == "llama":
         return ()

@@ -63,7 +63,7 @@ class TextOnly:
         self._added = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
         self._control = control
         self._pattern = re.compile(f"({any_of(control).pattern})")
-        # only those that are marked as special can be left to be text
+        # the library reads a token as text only when it is marked as special
         self._tokenizer.add_special_tokens([self._added[content] for content in control if content in self._added])
         self._tokenizer.encode_special_tokens = True
 
@@ -97,7 +97,7 @@ def read_file(file: Path) -> tokenizers.Tokenizer:
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Matches the longest of the texts at a place; nothing, where there are none."""
+    """Matches the longest of the texts that stands at a place; without texts it matches nothing."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 

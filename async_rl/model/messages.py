@@ -31,8 +31,8 @@ def text_of(part: Any, where: str) -> str:
 
 
 def with_arguments(message: Message, *, as_text: bool) -> Message:
-    """The message; the arguments of its tool calls as JSON text or as an object, whichever the template takes: a text
-    would be quoted by a template that writes objects as JSON."""
+    """The message, the arguments of its tool calls as JSON text or as an object, whichever the template takes. A
+    template that writes objects as JSON would write a text in quotes."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
         return message

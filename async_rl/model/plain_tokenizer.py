@@ -1,4 +1,4 @@
-"""The tokenizer of transformers itself, beside which ours is held."""
+"""Compares our tokenizer with that of transformers."""
 
 from __future__ import annotations
 

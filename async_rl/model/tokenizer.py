@@ -109,8 +109,8 @@ class Tokenizer:
         return ids
 
     def lengths(self, texts: Sequence[str], *, first: bool = False) -> list[int]:
-        """Tokens of each text, by the library's threads, without the checks of `encode`. `first`, and errors: as
-        there."""
+        """Tokens of each text, by the library's threads, without the checks of `encode`. `first` and errors are
+        those of `encode`."""
         if self._alphabet is not None:
             return [len(self.encode(text, first=first)) for text in texts]
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -156,7 +156,7 @@ class Tokenizer:
         except UserError:  # it asks for other messages
             between = ""
         found |= {token.content: i for i, token in self._added.items() if token.content in between}
-        return {content: i for content, i in found.items() if content.strip()}  # Gemma's line break is none
+        return {content: i for content, i in found.items() if content.strip()}  # Gemma adds line breaks too
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
@@ -360,7 +360,7 @@ class Tokenizer:
         return list(dict.fromkeys(found))
 
     def _embeddings(self) -> int:
-        """May be more than the tokenizer has."""
+        """Tokens that the model has an embedding for, which may be more than the tokenizer has; 0: not known."""
         values = self._read("config.json")
         inner = values.get("text_config")
         size = (inner if isinstance(inner, dict) else values).get("vocab_size")

@@ -200,7 +200,7 @@ def pack_batch(
 
 def _pieces(trajectory: Trajectory, limit: int) -> list[Trajectory]:
     """A trajectory of more than `limit` tokens as pieces of at most so many, cut between contexts; a longer context is
-    a piece of its own. Of a piece the tokens, turns and contexts count."""
+    a piece of its own. Tokens, turns and contexts are those of the piece, all else is that of the trajectory."""
     if len(trajectory.tokens) <= limit or not trajectory.contexts:
         return [trajectory]
     cuts = [0]

@@ -305,7 +305,7 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _said(packed: Blob, agents: bool) -> tuple[str, str, dict[str, float | str], Sequence[str]]:
-    """Reason, generator, info (a dictionary of one's own), names of agents where the text has them."""
+    """Reason, generator, info (not shared with the cache), names of agents where the text has them."""
     if len(packed) > _SHORT_TEXT:
         return _text(packed, agents)
     reason, generator, info, names = _short_text(bytes(packed), agents)
