@@ -31,7 +31,7 @@ Relation = Callable[[Settings], str]
 def check(settings: Settings, *, needs_model: bool = True) -> None:
     """Refuse values out of bounds and settings that contradict each other or would do nothing. Raises UserError.
 
-    `needs_model`: no for a rehearsal, which puts a model of its own in the place of any."""
+    `needs_model`: False for a rehearsal, which replaces the model by one of its own."""
     check_bounds(settings)
     check_trackers(settings.trackers)
     for relation in RELATIONS:

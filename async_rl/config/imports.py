@@ -125,7 +125,7 @@ def located(name: str, folder: Path) -> str:
         relative = source if source.endswith(".py") else source.replace(".", "/") + ".py"
     here = Path.cwd()
     if colon and source.isidentifier() and not (folder / relative).is_file() and (here / relative).is_file():
-        return f"{relative}:{path}"  # its file, since a module of that name on the path would come first
+        return f"{relative}:{path}"  # as a file, since an import would prefer a module of that name on the path
     file = (folder / relative).resolve()
     if Path(relative).is_absolute() or not file.is_file() or _on_path(relative, file):
         return name

@@ -17,7 +17,7 @@ from async_rl.config.settings import Settings
 from async_rl.errors import UserError
 
 REHEARSED = "rehearsed"
-"""the task whose settings hold another task's"""
+"""the name of the task that wraps another one: its `args` hold the name and the args of that one"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,9 +19,9 @@ SHOWN = 3
 WIDTH = 80
 """columns of the lines in which they are shown"""
 ROLE = re.compile(r"\s*(user|human|tool|system|developer|environment)\n", re.IGNORECASE)
-"""a chat template's name of the speaker, in front of what is said"""
+"""the line in which a chat template names the speaker of a message other than the assistant's"""
 TURN = re.compile(r"\s*(assistant|model|chatbot)\s*(\n|<|$)", re.IGNORECASE)
-"""its name of the one who is to answer"""
+"""the beginning of an assistant's message"""
 
 
 def answers_before_and_after(folder: RunFolder, settings: Settings, most: int = SHOWN) -> list[dict[str, Any]]:
@@ -29,8 +29,8 @@ def answers_before_and_after(folder: RunFolder, settings: Settings, most: int = 
 
     Each is `question` (the last message of its prompt), `before` and `after`: the first sample of the first and of the
     last evaluation, `text` (what the policy said, and what the environment answered between its turns) and `reward`.
-    All texts are one line. A problem whose episode failed is left out, and all of them are where the tokenizer or the
-    store cannot be read: they decorate the end of a run.
+    All texts are one line. A problem whose episode failed is left out. The list is empty where the tokenizer or the
+    store cannot be read, since a finished run must not fail for it.
     """
     try:
         with StoreSurvey(folder.store) as store:
@@ -70,7 +70,7 @@ def shortened(text: str, width: int) -> str:
 
 
 def _first_sample(store: StoreSurvey, group: int) -> Trajectory | None:
-    """None: it is not in the store any more, or has no reward because it failed."""
+    """The first trajectory of a group. None: the store has it no more or it is damaged, or the episode failed."""
     for blob in store.load_groups([group])[:1]:
         try:
             found = unpack(blob)

@@ -440,7 +440,7 @@ def step_line(
 
 
 LEAST_REASON = 24
-"""characters of a reason that are worth showing; a terminal without room for them gets a line more"""
+"""fewest characters of a reason behind a step; where there is no room for them, the reason gets a line of its own"""
 
 
 def _with_failures(line: str, row: Mapping[str, Any], width: int | None) -> str:
@@ -559,7 +559,7 @@ def failed_episodes(s: Mapping[str, Any]) -> str:
 
 
 def learning(s: Mapping[str, Any]) -> tuple[str, str]:
-    """(whether it learned, the interval of the gain where that does not say so)."""
+    """(whether the model learned, the interval of the gain); the latter is empty unless the interval contains 0."""
     interval = s.get("reward_eval_gain")
     if interval is None:  # a run of an earlier version
         gain = s["reward_eval_last"] - s["reward_eval_first"]

@@ -43,7 +43,7 @@ class EpisodePrinter:
     shown: int = 0
 
     def legend(self) -> None:
-        """What the colours mean; nothing where there are none."""
+        """Print what the colours mean; nothing where the output has none."""
         if not self.out.is_terminal or self.out.no_color:
             return
         scale = [(f" {value:g} ", colour_of(value)) for value in LEGEND]
@@ -107,7 +107,7 @@ class EpisodePrinter:
             yield text
 
     def end(self, episodes: Sequence[Trajectory]) -> None:
-        """What all of them came to."""
+        """Print the summary of all episodes."""
         self.print(Text())
         for line in conclusion(episodes, self.weights):
             self.print(Text(line))
@@ -161,7 +161,7 @@ def colour_of(log_prob: float) -> Style:
 
 
 def plain(text: str) -> str:
-    """`text` without what would command a terminal: control characters are shown as symbols."""
+    """`text` with its control characters as symbols, so that it cannot command a terminal."""
     if text.isprintable():
         return text
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else _symbol(c) for c in text)

@@ -30,7 +30,7 @@ from async_rl.run_folder import RunFolder
 
 State = Literal["finished", "going on", "failed", "stopped", "broken off"]
 TEXTS = ("episodes/failure",)
-"""columns that hold no numbers"""
+"""metrics whose values are texts"""
 ENDS = (ProcessFailed, RunInterrupted, ProcessStarted, RunResumed)
 """the last of these events tells how a run without a summary and without a launcher ended"""
 

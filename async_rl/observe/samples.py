@@ -37,7 +37,7 @@ MOST_TOKENS = 40_000
 HEAD, TAIL = 900, 300
 """tokens of a long trajectory that are shown, at its start and at its end"""
 MOST_NOTES = 12
-"""of a trajectory that are shown beside the parts of its reward"""
+"""notes of a trajectory that are shown, besides the parts of its reward"""
 NUMBER_DIGITS = 3
 """decimals of log-probs and ratios"""
 
@@ -180,8 +180,8 @@ def _plain_values(one: Chosen, tokenizer: Tokenizer | None, ratio: Ratios | None
 
 
 def pieces_of_contexts(tokenizer: Tokenizer | None, trajectory: Trajectory) -> list[str]:
-    """`pieces` of each context by itself, [tokens]. Of a very long trajectory those at its start and end; empty
-    between."""
+    """The text of each token, [tokens]; each context is decoded by itself. In a very long trajectory only the start and
+    the end are decoded, and the texts between are empty."""
     tokens, n = trajectory.tokens.tolist(), len(trajectory.tokens)
     cuts = {0, n, *trajectory.contexts}
     if left_out := n > 4 * (HEAD + TAIL):
@@ -194,12 +194,12 @@ def pieces_of_contexts(tokenizer: Tokenizer | None, trajectory: Trajectory) -> l
 
 
 def temperature_shown(turn: Turn) -> float | str | None:
-    """None: the trajectory's."""
+    """The temperature of a turn that has its own; None: it has the trajectory's."""
     return "greedy" if turn.temperature == GREEDY else turn.temperature or None
 
 
 def _notes(info: Mapping[str, float | str]) -> dict[str, float | str]:
-    """The parts of the reward, then other notes, not too many."""
+    """The parts of the reward, then the first MOST_NOTES other notes."""
     parts = {name: value for name, value in info.items() if name.startswith(PREFIX)}
     return parts | dict([(name, value) for name, value in info.items() if name not in parts][:MOST_NOTES])
 

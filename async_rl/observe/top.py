@@ -42,7 +42,7 @@ NEWEST = 2_000
 SAMPLES = 6
 """trajectories of which the text is shown, each of another group"""
 FAILURES_OF = 20
-"""newest steps of which a failed episode is told"""
+"""newest steps whose failed episodes are reported"""
 SAMPLE_TOKENS = 200
 """last tokens of a trajectory that are decoded"""
 

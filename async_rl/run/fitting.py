@@ -16,7 +16,7 @@ BATCH = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptMeasure:
-    """`Measure` with a tokenizer."""
+    """The `Measure` that counts with the tokenizer of the run."""
 
     tokenizer: Tokenizer
 
@@ -33,7 +33,8 @@ class PromptMeasure:
         return found
 
     def _tokens(self, problems: Sequence[Problem]) -> list[int]:
-        """The library's threads count those that hold no control tokens; the others are written as the run will."""
+        """Prompts without control tokens are counted together, by threads of the tokenizers library; the others are
+        tokenised one by one, as the run does."""
         lengths = [0] * len(problems)
         for first in (True, False):
             plain = [
@@ -51,7 +52,8 @@ class PromptMeasure:
 
 
 def fit_prompts(settings: Settings, task: Task, tokenizer: Tokenizer, context: int) -> tuple[Settings, Task, list[str]]:
-    """The settings that all processes of the run get, and the task as they make it; notes for the user.
+    """(settings, task, notes for the user): the settings with the `task.args` that leave overlong prompts out, and the
+    task made of them. Both are the given ones where every prompt fits.
 
     Args:
         context: tokens; 0: not known.

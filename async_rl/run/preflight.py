@@ -65,7 +65,7 @@ class Facts:
     not_adapted: str = ""
     """what adapters leave out of the model, for the user"""
     settings: Settings
-    """what all processes get: those that were checked, and what was found out for all of them"""
+    """the checked settings, with the `task.args` that preflight found; every process gets these"""
 
 
 def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
@@ -135,7 +135,7 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
 
 
 def describe_warmups(settings: Settings, *, has_critic: bool) -> list[str]:
-    """What a warm-up leaves of the run, where it leaves nothing or less than the whole learning rate."""
+    """A note where a warm-up lasts as long as the run: the policy, or the full learning rate, never gets its turn."""
     steps, notes = settings.trainer.steps, []
     critic, optimizer = settings.critic.warmup_steps if has_critic else 0, settings.optimizer.warmup_steps
     if critic >= steps:
@@ -184,7 +184,8 @@ def check_idle(settings: Settings) -> None:
 
 
 def check_lora(settings: Settings, config: DecoderConfig | None) -> str:
-    """What adapters leave out, for the user. Raises UserError without peft, and for a target that is not there."""
+    """A note on the weights that adapters leave out; empty where there are none. Raises UserError without peft, and
+    for a target that the model does not have."""
     check_lora_package()
     if config is not None:
         check_targets(settings.lora.targets, PROJECTIONS)
@@ -278,7 +279,7 @@ def check_fit(task: Task, tokenizer: Tokenizer, context: int) -> list[str]:
 
 
 def describe_control_tokens(task: Task, tokenizer: Tokenizer) -> list[str]:
-    """What becomes of control tokens in the data, where prompts that were looked at hold any."""
+    """A note on the control tokens in the prompts that were looked at, and what becomes of them."""
     found: dict[str, str] = {}
     for split in SPLITS:
         problems = task.problems(split)
@@ -322,7 +323,7 @@ def _check_prompts(task: Task, tokenizer: Tokenizer, split: Split, context: int)
 
 @runtime_checkable
 class HasForms(Protocol):
-    """Problems that know which of them are alike for a chat template."""
+    """Problems that list the first of each form themselves (`_one_of_each_form`)."""
 
     @property
     def one_of_each_form(self) -> list[int]: ...
