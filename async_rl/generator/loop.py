@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from async_rl.config import Settings
+from async_rl.config.derived import task_limit_s
 from async_rl.errors import RunFailed
 from async_rl.events import GeneratorRejoined, RecordEvent, ignore_event
 from async_rl.generator.engine import Engine
@@ -90,7 +91,7 @@ def make_options(settings: Settings, name: str, *, joined: bool = False) -> Gene
         group_size=settings.batch.group_size,
         max_turns=chosen.max_turns,
         episode_timeout_s=chosen.episode_timeout_s,
-        task_timeout_s=chosen.task_timeout_s or settings.wire.timeout_s / 2,
+        task_timeout_s=task_limit_s(settings),
         save_turns_after_s=chosen.save_turns_after_s,
         timeout_s=settings.wire.timeout_s,
         stall_report_s=settings.wire.stall_report_s,
