@@ -77,9 +77,9 @@ class GeneratorOptions:
     joined: bool = False
     """it joined a running run; the launcher did not start it"""
     reward_weights: Mapping[str, float] = field(default_factory=dict)
-    task_slots: Mapping[str, int] = field(default_factory=dict)
-    """places that the episodes share, over those of the task"""
     """of the named parts of a reward"""
+    task_slots: Mapping[str, int] = field(default_factory=dict)
+    """places that the episodes share; they replace those of the task"""
 
 
 def make_options(settings: Settings, name: str, *, joined: bool = False) -> GeneratorOptions:
