@@ -26,7 +26,7 @@ from async_rl.task.calling import (
 from async_rl.task.json_child import JsonChild
 from async_rl.task.protocol import Problem, Sample, Session, Utterance
 from async_rl.task.protocol import Reward as RewardValue
-from async_rl.task.weigh import RewardError
+from async_rl.task.weigh import RewardError, finite
 from async_rl.trajectory import Ended
 from async_rl.trajectory.parts import PREFIX
 
@@ -94,32 +94,21 @@ class Reward:
         return [self._value(value, note) for value, note in zip(found, notes, strict=True)]
 
     def _value(self, value: Any, note: Note) -> RewardValue:
-        convention = self.function.signature.convention
+        convention, said = self.function.signature.convention, f"reward '{self.name}' returned"
         if value is None and convention == "trl":
             note("reward_not_applicable", 1.0)
             return {}
         if isinstance(value, Mapping) and convention.startswith("verl"):
             # what stands beside the score is recorded and not added: so does verl
             if "score" not in value:
-                raise RewardError(f"reward '{self.name}' returned {dict(value)!r:.100}, without 'score'")
+                raise RewardError(f"{said} {dict(value)!r:.100}, without 'score'")
             for key, more in value.items():
                 if key != "score":
                     note(f"{PREFIX}{key}", float(more)) if is_number(more) else note(str(key), str(more))
-            return self._number(value["score"])
+            return finite(value["score"], said)
         if isinstance(value, Mapping):
-            return {key: self._number(part, f"{key}: ") for key, part in value.items()}
-        return self._number(value)
-
-    def _number(self, value: Any, part: str = "") -> Any:
-        if part and value is None:
-            return None
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise RewardError(f"reward '{self.name}' returned {part}{value!r:.100}, not a number") from None
-        if not math.isfinite(number):
-            raise RewardError(f"reward '{self.name}' returned {part}{number}")
-        return number
+            return {key: None if part is None else finite(part, f"{said} {key}:") for key, part in value.items()}
+        return finite(value, said)
 
 
 def is_number(value: Any) -> bool:

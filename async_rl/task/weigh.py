@@ -51,12 +51,14 @@ class Weights:
     chosen: Mapping[str, float] = field(default_factory=dict)
 
     def weigh(self, reward: Any, *, number: str = "") -> Weighed:
-        """The sum of weight x part, or the number itself. `number`: name of the part that a plain number is; empty: it
-        is none.
+        """The sum of weight x part, or the number itself.
+
+        Args:
+            number: name of the part that a plain number is recorded as; empty: a plain number has no parts.
 
         Raises RewardError for anything else than a finite number or a mapping of names to finite numbers and None."""
         if not isinstance(reward, Mapping):
-            value = _number(reward, "the reward")
+            value = finite(reward, "the reward is")
             return self.weigh({number: value}) if number else Weighed(total=value)
         if len(reward) > MOST_PARTS:
             raise RewardError(f"the reward has {len(reward)} parts; {MOST_PARTS} are possible")
@@ -65,7 +67,7 @@ class Weights:
             if not isinstance(name, str) or not NAME.fullmatch(name):
                 raise RewardError(f"a part of the reward is called {name!r:.80}; a name has 1 to 60 characters, no /")
             if value is not None:
-                parts[name] = _number(value, f"the reward's part '{name}'")
+                parts[name] = finite(value, f"the reward's part '{name}' is")
         total = sum((self.chosen.get(name, 1.0) * value for name, value in parts.items()), 0.0)
         if not math.isfinite(total):
             raise RewardError(f"the weighed sum of the reward's parts is {total}")
@@ -110,11 +112,12 @@ def has_group_reward(task: Task) -> bool:
     return bool(getattr(task, "has_group_reward", False))
 
 
-def _number(value: Any, what: str) -> float:
+def finite(value: Any, said: str) -> float:
+    """`value` as a number. Raises RewardError, which begins with `said`, for anything else than a finite one."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise RewardError(f"{what} is {value!r:.100}, not a number") from None
+        raise RewardError(f"{said} {value!r:.100}, not a number") from None
     if not math.isfinite(number):
-        raise RewardError(f"{what} is {number}")
+        raise RewardError(f"{said} {number}")
     return number
