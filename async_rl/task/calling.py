@@ -120,7 +120,7 @@ class RewardFunction:
         return await value if inspect.isawaitable(value) else value
 
     def _of_one(self, sample: Sample, answer_field: str) -> Mapping[str, Any] | Sequence[Any]:
-        columns = {answer_field: sample.answer, **sample.row} if answer_field else dict(sample.row)
+        columns = _columns(sample, answer_field)
         match self.signature.convention:
             case "sample":
                 return [sample]
@@ -134,7 +134,7 @@ class RewardFunction:
 
     def _of_group(self, samples: Sequence[Sample], answer_field: str, notes: Sequence[Note]) -> Any:
         first = samples[0]
-        columns = {answer_field: first.answer, **first.row} if answer_field else dict(first.row)
+        columns = _columns(first, answer_field)
         match self.signature.convention:
             case "sample":
                 return [samples]
@@ -250,6 +250,11 @@ def check_columns(found: RewardFunction, problems: Sequence[Problem], *, where: 
                 f"{where} '{found.name}' takes '{column}', and {place} has no such field; "
                 f"{nearest(column, [*found.known(), *fields])}"
             )
+
+
+def _columns(sample: Sample, answer_field: str) -> dict[str, Any]:
+    """All fields of the sample's row; `answer_field` names the one with the answer."""
+    return {answer_field: sample.answer, **sample.row} if answer_field else dict(sample.row)
 
 
 def _for_verl(sample: Sample) -> dict[str, Any]:

@@ -66,8 +66,7 @@ def text_of(said: Message) -> str:
 
 
 def tools_of(given: object, field: str, has_gaps: bool) -> list[Mapping[str, Any]]:
-    """Tools for the chat template: a list of objects, or its JSON text. A tool without its envelope
-    (`{"name": ..., "parameters": ...}`) gets it. Raises BadRow."""
+    """Tools for the chat template, from a list of objects or its JSON text. Raises BadRow."""
     found = parsed(given)
     if found is None or found == "":
         return []

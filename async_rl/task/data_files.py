@@ -99,7 +99,7 @@ def of_folder(folder: Path, setting: str) -> dict[str, SplitFiles]:
     files = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name not in ABOUT_OTHERS and _has_rows(file)
+        if file.is_file() and file.name not in ABOUT_OTHERS and _kind_by_name(file)
         and not any(part[0] in "._" for part in file.relative_to(folder).parts)
     ]  # fmt: skip
     if not files:
@@ -174,15 +174,14 @@ def _split_of(inside: Path) -> str:
     return ""
 
 
-def _has_rows(file: Path) -> bool:
-    name = file.name.lower().removesuffix(".gz")
-    return Path(name).suffix in KINDS
+def _kind_by_name(file: Path) -> str:
+    """Empty for a file that holds no rows."""
+    return KINDS.get(Path(file.name.lower().removesuffix(".gz")).suffix, "")
 
 
 def _kind(file: Path, setting: str) -> str:
-    name = file.name.lower()
-    kind = KINDS.get(Path(name.removesuffix(".gz")).suffix, "")
-    if not kind or (name.endswith(".gz") and kind not in TEXT_KINDS):
+    kind = _kind_by_name(file)
+    if not kind or (file.name.lower().endswith(".gz") and kind not in TEXT_KINDS):
         raise UserError(
             f"{setting}: {file} ends in '{file.suffix}'; it must be a {ENDINGS} file, or a folder of them (those of "
             "text may be packed: .jsonl.gz)"

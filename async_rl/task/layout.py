@@ -130,7 +130,7 @@ class Layout:
                 answer = str(answer)
             if type(answer) is not str or not answer or answer.isspace():
                 return None
-            if numeric and not (answer.isascii() and answer.isdigit() and len(answer) < MANY_DIGITS):
+            if numeric and not is_whole(answer):
                 return None
             if values.get(tools) or values.get(args):
                 return None
@@ -232,8 +232,7 @@ class Layout:
         return behind.strip()
 
     def _checked(self, answer: str, where: str) -> str:
-        plain = answer.isascii() and answer.isdigit() and len(answer) < MANY_DIGITS
-        if self._settings.reward == "numeric" and not plain and last_number(answer) is None:
+        if self._settings.reward == "numeric" and not is_whole(answer) and last_number(answer) is None:
             raise BadRow(f"{where} is {answer!r:.60}, which holds no number, as reward 'numeric' needs")
         return answer
 
@@ -271,6 +270,11 @@ class Layout:
 
 
 NO_ARGS: Mapping[str, Any] = {}
+
+
+def is_whole(answer: str) -> bool:
+    """Whether it is a whole number, known without `last_number`."""
+    return answer.isascii() and answer.isdigit() and len(answer) < MANY_DIGITS
 
 
 def is_short(read: Read) -> bool:

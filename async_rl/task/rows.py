@@ -69,7 +69,19 @@ class Rows(ABC):
         self.numbers = array("Q", (self.numbers[position] for position in positions))
 
 
-class Lines(Rows):
+class Held(Rows):
+    """Rows that lie in a list, one entry each."""
+
+    def __init__(self, name: str, numbers: Sequence[int], held: Sequence[Any]) -> None:
+        super().__init__(name, numbers)
+        self._held = held
+
+    def keep(self, positions: Sequence[int]) -> None:
+        super().keep(positions)
+        self._held = [self._held[position] for position in positions]
+
+
+class Lines(Held):
     """JSON lines: the bytes of each line."""
 
     unit = "line"
@@ -83,23 +95,23 @@ class Lines(Rows):
             numbers: Sequence[int] = range(1, len(lines) + 1 - blank[-1])
         else:
             numbers = array("Q", (number for number, empty in enumerate(blank, start=1) if not empty))
-        super().__init__(name, numbers)
-        self._lines = [line for line, empty in zip(lines, blank, strict=True) if not empty]
+        super().__init__(name, numbers, [line for line, empty in zip(lines, blank, strict=True) if not empty])
 
     def values(self, position: int) -> Values:
         try:
-            found = json.loads(self._lines[position].decode().strip())
+            found = json.loads(self._held[position].decode().strip())
         except UnicodeDecodeError as error:
             raise BadRow(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
         except (ValueError, RecursionError) as error:
             raise BadRow(f"not valid JSON ({error}); each line must hold one object") from None
-        if not isinstance(found, dict):
-            raise BadRow(f"a {type(found).__name__}, not an object with named fields")
-        return found
+        return with_fields(found)
 
-    def keep(self, positions: Sequence[int]) -> None:
-        super().keep(positions)
-        self._lines = [self._lines[position] for position in positions]
+
+def with_fields(found: Any) -> Values:
+    """A row that JSON says. Raises BadRow unless it is an object."""
+    if not isinstance(found, dict):
+        raise BadRow(f"a {type(found).__name__}, not an object with named fields")
+    return found
 
 
 def is_blank(line: bytes) -> bool:
@@ -107,45 +119,32 @@ def is_blank(line: bytes) -> bool:
     return not line or line.isspace() or (line[0] >= 0x80 and not line.decode(errors="replace").strip())
 
 
-class Entries(Rows):
+class Entries(Held):
     """Objects of a JSON list."""
 
     unit = "entry"
 
     def __init__(self, name: str, entries: Sequence[Any]) -> None:
-        super().__init__(name, range(1, len(entries) + 1))
-        self._entries = entries
+        super().__init__(name, range(1, len(entries) + 1), entries)
 
     def values(self, position: int) -> Values:
-        found = self._entries[position]
-        if not isinstance(found, dict):
-            raise BadRow(f"a {type(found).__name__}, not an object with named fields")
-        return found
-
-    def keep(self, positions: Sequence[int]) -> None:
-        super().keep(positions)
-        self._entries = [self._entries[position] for position in positions]
+        return with_fields(self._held[position])
 
 
-class Cells(Rows):
+class Cells(Held):
     """CSV: the texts of each row, beside one header. Every value is text."""
 
     unit = "line"
 
     def __init__(self, name: str, header: Sequence[str], cells: Sequence[Sequence[str]], numbers: Sequence[int]):
-        super().__init__(name, numbers)
+        super().__init__(name, numbers, cells)
         self._header = list(header)
-        self._cells = cells
 
     def values(self, position: int) -> Values:
-        cells = self._cells[position]
+        cells = self._held[position]
         if len(cells) != len(self._header):
             raise BadRow(f"{len(cells)} values, but the header names {len(self._header)} fields")
         return dict(zip(self._header, cells, strict=True))
-
-    def keep(self, positions: Sequence[int]) -> None:
-        super().keep(positions)
-        self._cells = [self._cells[position] for position in positions]
 
 
 class ArrowRows(Rows):
@@ -187,9 +186,7 @@ def json_rows(name: str, content: bytes) -> Rows:
 
     Raises UserError."""
     try:
-        found = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        found = json.loads(decoded(name, content))
     except RecursionError:
         raise UserError(f"{name}: not valid JSON (nested too deeply)") from None
     except ValueError as error:
@@ -207,6 +204,14 @@ def json_rows(name: str, content: bytes) -> Rows:
     raise UserError(f"{name}: {what}; it must hold a list of objects, or an object with one such list in it")
 
 
+def decoded(name: str, content: bytes) -> str:
+    """The text of a file. Raises UserError."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
 def is_table(value: object) -> bool:
     """A list of objects."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
@@ -216,10 +221,7 @@ def csv_rows(name: str, content: bytes, delimiter: str) -> Rows:
     """Rows of a CSV file with a header. `delimiter`: empty: a comma, or, where the header has none, `;` or a tab.
 
     Raises UserError."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    text = decoded(name, content)
     if not delimiter:
         head = text.partition("\n")[0]
         delimiter = next((mark for mark in (",", ";", "\t") if mark in head), ",")
