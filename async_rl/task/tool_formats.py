@@ -137,6 +137,13 @@ def _decoded(text: str, start: int) -> tuple[Any, int]:
     return value, end
 
 
+def _written(text: str, start: int) -> tuple[tuple[ToolCall, ...], int]:
+    """The calls that a JSON object, or a list of them, holds from `start` on, and where it ends. Raises ValueError."""
+    value, end = _decoded(text, start)
+    several = value if isinstance(value, list) else [value]
+    return tuple(_readable(one, text[start:end].strip()) for one in several), end
+
+
 def _object(name: str, text: str, start: int, stop: int) -> tuple[ToolCall, int]:
     """A call whose arguments begin at `start`; where they cannot be read, they are taken to end at `stop`."""
     if not text[start:stop].strip():
@@ -208,9 +215,7 @@ def _hermes(text: str, tools: Tools) -> Spans:
     while at >= 0:
         begin = at + len(OPEN)
         try:
-            value, end = _decoded(text, begin)
-            several = value if isinstance(value, list) else [value]
-            calls = tuple(_readable(one, text[begin:end].strip()) for one in several)
+            calls, end = _written(text, begin)
             stop = _find(text, CLOSE, end)
             if text[end : min(stop, _find(text, OPEN, end))].strip():
                 raise ValueError("more follows behind it")
@@ -358,9 +363,7 @@ def _mistral(text: str, tools: Tools) -> Spans:
             calls: tuple[ToolCall, ...] = (call,)
         else:
             try:
-                value, end = _decoded(text, begin)
-                several = value if isinstance(value, list) else [value]
-                calls = tuple(_readable(one, text[begin:end].strip()) for one in several)
+                calls, end = _written(text, begin)
             except ValueError as error:
                 end, wrong = stop, f"the calls are not valid JSON: {error}"
                 calls = (ToolCall(name="", arguments=text[begin:stop].strip(), error=wrong),)

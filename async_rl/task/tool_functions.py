@@ -165,7 +165,7 @@ def as_tool(function: Callable[..., Any], *, name: str, where: str) -> ToolFunct
         name=name,
         function=function,
         description=about,
-        parameters={p.name: _parameter(hints.get(p.name), p.default, described.get(p.name, "")) for p in shown},
+        parameters={p.name: _parameter(hints.get(p.name), described.get(p.name, "")) for p in shown},
         required=tuple(p.name for p in shown if p.default is p.empty),
         takes_problem=len(shown) < len(given),
         by_place=len([p for p in given if p.kind is p.POSITIONAL_OR_KEYWORD]) == 2
@@ -173,7 +173,7 @@ def as_tool(function: Callable[..., Any], *, name: str, where: str) -> ToolFunct
     )
 
 
-def _parameter(hint: Any, default: Any, about: str) -> dict[str, Any]:
+def _parameter(hint: Any, about: str) -> dict[str, Any]:
     made = _schema(hint)
     if about:
         made["description"] = about

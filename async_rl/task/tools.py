@@ -74,6 +74,7 @@ class Tools(Dataset):
     def __init__(self, settings: ToolsSettings) -> None:
         require_range("max_turns", settings.max_turns, 1, 1000)
         self.tools = load_tools(settings.tool)
+        self.described = [tool.describe() for tool in self.tools.values()]
         super().__init__(settings)
         self._train.adapt = self._eval.adapt = self.adapted
         self.max_turns, self.call_reward = settings.max_turns, settings.call_reward
@@ -114,7 +115,7 @@ class Tools(Dataset):
         if chosen == TAGS or isinstance(prompt, str):
             return replace(problem, adapt=None)
         messages = [m for m in prompt if m.get("content") != SYSTEM or m.get("role") != "system"]
-        tools = [*(tool.describe() for tool in self.tools.values()), *problem.tools]
+        tools = [*self.described, *problem.tools]
         if _describes_tools(template):
             return replace(problem, prompt=messages, tools=tools, adapt=None)
         return replace(problem, prompt=_told(messages, tools, FORMATS[chosen]), tools=(), adapt=None)
@@ -157,7 +158,7 @@ class Tools(Dataset):
         calls: list[str] = []
         for turn in sample.said:
             if self.tool_format in FORMATS:
-                parsed = FORMATS[self.tool_format].parse(turn.text, [t.describe() for t in self.tools.values()])
+                parsed = FORMATS[self.tool_format].parse(turn.text, self.described)
                 calls += [f"{call.name}({call.arguments})" for call in parsed.calls]
             elif (call := read_call(turn.text)) is not None:
                 calls.append(call)
@@ -191,7 +192,7 @@ class _Talk:
 
     async def with_calls(self, chosen: ToolFormat) -> str | None:
         """The same in a format of a model."""
-        session, tools = self._session, [tool.describe() for tool in self._task.tools.values()]
+        session, tools = self._session, self._task.described
         for _ in range(self._task.max_turns):
             parsed = chosen.parse(await self._turn(*chosen.stop), tools)
             if not parsed.calls:
