@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from async_rl.task.protocol import Session
+from async_rl.task.protocol import Segment, Session
 
 Style = Literal["chat", "text"]
 MARK = ">"
@@ -51,6 +51,14 @@ class Dialogue:
     def between(said: str) -> str:
         """What separates a turn in plain text from the next observation."""
         return "" if said.endswith("\n") else "\n"
+
+
+def alphabet_of(episodes: Iterable[Sequence[Segment]]) -> str:
+    """The characters of these episodes, and printable ASCII."""
+    seen = {chr(code) for code in range(32, 127)} | {"\n"}
+    for segments in episodes:
+        seen.update(*(segment.text for segment in segments))
+    return "".join(sorted(seen))
 
 
 def last_named(text: str, names: Sequence[str]) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 from async_rl.config.imports import is_import, load_function
 from async_rl.config.schema import setting
 from async_rl.errors import UserError, nearest
-from async_rl.task.adapters.dialogue import MARK, Dialogue, Style, last_named
+from async_rl.task.adapters.dialogue import MARK, Dialogue, Style, alphabet_of, last_named
 from async_rl.task.adapters.registry import require_package
 from async_rl.task.generated import GeneratedTask, stable_hash
 from async_rl.task.protocol import Problem, Segment, Session
@@ -206,13 +206,8 @@ class Gymnasium(GeneratedTask):
     @property
     def alphabet(self) -> str:
         """What occurs in episodes of random actions, and printable ASCII."""
-        seen = {chr(code) for code in range(32, 127)} | {"\n"}
-        for index in range(SEEN_EPISODES):
-            for segment in self.demonstration(
-                self.problems("train")[index % len(self.problems("train"))], Random(index)
-            ):
-                seen |= set(segment.text)
-        return "".join(sorted(seen))
+        problems = self.problems("train")
+        return alphabet_of(self.demonstration(problems[i % len(problems)], Random(i)) for i in range(SEEN_EPISODES))
 
     def demonstration(self, problem: Problem, random: Random) -> list[Segment]:
         """An episode of random actions: it shows how to play, and nothing of how to play well."""

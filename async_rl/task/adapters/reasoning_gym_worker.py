@@ -1,10 +1,11 @@
 """The child process that runs reasoning-gym. worker.py starts it as a script; it is never imported.
 
-It reads `{"generator": [...], "index": i}` a line, which may hold an `answer`, and writes the problem or the answer's
-score; without an index it makes the generator. Why a process of
-its own: some generators walk through sets of strings, whose order Python salts in every process, and some scores let
-sympy read what the policy wrote, which may take for ever. Before each answer it sets a timer of the kernel with the
-default action, so one that takes too long ends this process whatever Python is doing.
+It reads one question a line, `{"generator": [...], "index": i}`, and writes that problem; with an `answer` beside them
+it writes the score of the answer, without an `index` it only makes the generator.
+
+A process of its own has two reasons: some generators walk through sets of strings, whose order Python salts in every
+process, and some scores let sympy read what the policy wrote, which may take for ever. A timer of the kernel is set
+before each answer, so one that takes too long ends this process whatever Python is doing.
 """
 
 from __future__ import annotations

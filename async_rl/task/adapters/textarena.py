@@ -11,7 +11,7 @@ from typing import Any, Literal
 from async_rl.config.imports import is_import, load_function, load_object
 from async_rl.config.schema import setting
 from async_rl.errors import UserError, nearest
-from async_rl.task.adapters.dialogue import MARK, Dialogue, Style
+from async_rl.task.adapters.dialogue import MARK, Dialogue, Style, alphabet_of
 from async_rl.task.adapters.registry import require_package
 from async_rl.task.adapters.textarena_game import BRACKETED, Game, Message, RandomPlayer, shown
 from async_rl.task.generated import HELD_OUT_ONE_IN, GeneratedTask, stable_hash
@@ -151,8 +151,7 @@ class TextArena(GeneratedTask):
         data = {"seed": seed, "seat": seat}
         match = Match(self, data, split)
         if self._make_opponent is None:
-            while not match.done and not match.policys_turn:
-                match.random_move()
+            match.random_moves()
         told = match.see() if match.policys_turn else self._tell(seat, match.game.first_told(seat))
         return key, self.dialogue.prompt(told), data
 
@@ -246,12 +245,8 @@ class TextArena(GeneratedTask):
     @property
     def alphabet(self) -> str:
         """What occurs in games of random moves, and printable ASCII."""
-        seen = {chr(code) for code in range(32, 127)} | {"\n"}
         problems = self.problems("train")
-        for index in range(min(SEEN_GAMES, len(problems))):
-            for segment in self.demonstration(problems[index], Random(index)):
-                seen |= set(segment.text)
-        return "".join(sorted(seen))
+        return alphabet_of(self.demonstration(problems[i], Random(i)) for i in range(min(SEEN_GAMES, len(problems))))
 
     def demonstration(self, problem: Problem, random: Random) -> list[Segment]:
         """The policy's seat in a game of random moves: it shows how to play, and nothing of how to play well."""
@@ -261,8 +256,7 @@ class TextArena(GeneratedTask):
                 "view=messages or a function"
             )
         match = Match(self, problem.data, "eval")
-        while not match.done and not match.policys_turn:
-            match.random_move()
+        match.random_moves()
         text = match.see()
         segments = [Segment(text=str(self.dialogue.prompt(text)), policy=False)]
         match.reseed(random.getrandbits(63))
@@ -270,8 +264,7 @@ class TextArena(GeneratedTask):
             move = RandomPlayer.choose(match.game, match.news, match.draw)
             segments.append(Segment(text=move + "\n", policy=True))
             match.act(move)
-            while not match.done and not match.policys_turn:
-                match.random_move()
+            match.random_moves()
             if match.done:
                 return segments
             segments.append(Segment(text=match.see() + MARK, policy=False))
@@ -322,6 +315,11 @@ class Match:
 
     def random_move(self) -> None:
         self.act(RandomPlayer.choose(self.game, self.game.told(), self.draw))
+
+    def random_moves(self) -> None:
+        """Let random players move until the policy is on turn, or the game is over."""
+        while not self.done and not self.policys_turn:
+            self.random_move()
 
     async def opponents_move(self) -> None:
         """Let the others move until the policy is on turn, or the game is over."""
