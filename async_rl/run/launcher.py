@@ -148,7 +148,10 @@ class Launcher:
         """On a signal of `checkpoint.signals`: let the trainer finish its step and write a checkpoint, within
         `checkpoint.grace_s`. A further signal ends the wait."""
         chosen = self.settings.checkpoint
-        if str(order) not in chosen.signals or not self.trained:
+        self.show()  # steps may have ended since the last look
+        snapshot = self.crew.live.snapshot
+        in_hand = snapshot is not None and snapshot.step > self.version  # its first batch is with the trainer
+        if str(order) not in chosen.signals or not (self.trained or in_hand):
             return
         self.console.print(
             f"{order}: finishing the step in hand and writing a checkpoint, within {chosen.grace_s:g} s "
