@@ -116,6 +116,9 @@ class ScriptedSession:
     def note(self, key: str, value: float | str) -> None:
         self.notes[key] = value
 
+    def keep(self, value: Any) -> None:
+        self.kept = value
+
 
 def play(task: Task, problem: Problem, session: ScriptedSession) -> float:
     """The reward of one episode, the prompt put in first as the generator does."""

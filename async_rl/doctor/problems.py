@@ -170,6 +170,8 @@ class ScriptedSession:
     template: str = ""
     contexts: int = 0
     """that the task has started"""
+    kept: Any = None
+    """what the task keeps for the group's reward"""
 
     async def generate(self, *, max_tokens: int, agent: str = "", **how: Any) -> str:
         said = self.answers[self.turn] if self.turn < len(self.answers) else ""
@@ -203,6 +205,9 @@ class ScriptedSession:
     def end_at_token_limit(self) -> None: ...
 
     def note(self, key: str, value: float | str) -> None: ...
+
+    def keep(self, value: Any) -> None:
+        self.kept = value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

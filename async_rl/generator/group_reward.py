@@ -53,6 +53,7 @@ class Played:
             reward=made.reward,
             parts=parts_in(made.info),
             notes={name: value for name, value in made.info.items() if not name.startswith(PREFIX)},
+            kept=self.session.kept,
         )
 
 

@@ -158,6 +158,8 @@ class EpisodeSession:
         self._stopped = False
         self._ended: Ended = "finished"
         self._info: dict[str, float | str] = {}
+        self.kept: Any = None
+        """what the task keeps for the group's reward"""
         self._record = None if record is None else RecordedTurns(record)
         self._on_turn = on_turn
         self._agents = agents
@@ -320,6 +322,9 @@ class EpisodeSession:
     def note(self, key: str, value: float | str) -> None:
         text = value.encode("utf-8", "replace").decode() if isinstance(value, str) else float(value)
         self._info[str(key).encode("utf-8", "replace").decode()] = text
+
+    def keep(self, value: Any) -> None:
+        self.kept = value
 
     # -------------------------------------------- turns and contexts
 

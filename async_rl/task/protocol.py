@@ -98,6 +98,8 @@ class Sample:
     """of that reward (group rewards only)"""
     notes: Mapping[str, float | str] = field(default_factory=dict)
     """what `Session.note` was given (group rewards only)"""
+    kept: Any = None
+    """what `Session.keep` was given (group rewards only)"""
 
     @property
     def completion(self) -> str:
@@ -281,6 +283,11 @@ class Session(Protocol):
 
     def note(self, key: str, value: float | str) -> None:
         """Attach a number or label to the trajectory (shown in reports)."""
+        ...
+
+    def keep(self, value: Any) -> None:
+        """Keep anything of this episode for `Task.reward_group`, which sees it as `Sample.kept`: the last state of the
+        environment, say. It stays in this process and is not recorded."""
         ...
 
 

@@ -178,3 +178,6 @@ class ShortTurns:
 
     def note(self, key: str, value: float | str) -> None:
         self._inner.note(key, value)
+
+    def keep(self, value: Any) -> None:
+        self._inner.keep(value)

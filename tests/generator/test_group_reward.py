@@ -69,6 +69,7 @@ class Judged(Task):
         number, self.played = self.played, self.played + 1
         await session.generate(max_tokens=9)
         session.note("number", number)
+        session.keep([number])
         return self.own(number)
 
     async def reward_group(self, problem: Problem, samples: Sequence[Sample]) -> Any:
@@ -140,6 +141,7 @@ def test_the_reward_of_the_group_is_added_and_both_are_parts(tokenizer: Tokenize
     assert [s.total_tokens for s in seen] == lengths
     assert {s.reward for s in seen} == {0.25}
     assert sorted(s.notes["number"] for s in seen) == [0.0, 1.0, 2.0]
+    assert all(s.kept == [s.notes["number"]] for s in seen)
     assert all(s.transcript for s in seen)
 
 

@@ -79,7 +79,7 @@ ADAPTERS: dict[str, Adapter] = {
         place="async_rl.task.adapters.verifiers:Verifiers",
         module="verifiers",
         package="verifiers",
-        versions=">=0.2,<0.3",
+        versions=">=0.2,<0.4",
         summary="an environment of verifiers: its own rollout, tools and rubric, one turn or several",
     ),
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +18,7 @@ from async_rl.config.schema import setting
 from async_rl.errors import UserError
 from async_rl.task.adapters.registry import ADAPTERS, require_package
 from async_rl.task.generated import stable_hash
-from async_rl.task.protocol import Connection, Problem, Reward, Session, Task
+from async_rl.task.protocol import Connection, Problem, Reward, Sample, Session, Task
 from async_rl.trajectory import Split
 
 REWARD = "rubric"
@@ -51,8 +54,8 @@ class Verifiers(Task):
     are notes. An episode that the environment ends with an error is a failed one, not a reward of 0.
 
     The eval split is the environment's eval data, or rows held out of its data; a row whose prompt is held out is
-    never trained on. Rubrics that score a whole group at once are refused. Notes: metrics of weight 0, e.g.
-    `num_turns`; `agent/...`, see the endpoint of agents.
+    never trained on. A rubric that scores whole groups is called once all episodes of a group are played. Notes:
+    metrics of weight 0, e.g. `num_turns` (not where groups are scored); `agent/...`, see the endpoint of agents.
     """
 
     name = "verifiers"
@@ -66,12 +69,8 @@ class Verifiers(Task):
         with _own_signals(), _no_progress_bars():
             self._env = _load(settings.environment, settings.args)
             train, held_out = self._rows()
-        if self._env.requires_group_rollouts:
-            raise UserError(
-                f"task.args.environment '{settings.environment}': its rubric scores whole groups, which this task "
-                "does not; score each episode, or write a task with reward_group"
-            )
         rubric = self._env.rubric
+        _tell_errors(rubric)
         self._weights: dict[str, float] = {}
         for name, weight in zip(rubric._get_reward_func_names(), rubric._get_reward_weights(), strict=True):
             self._weights[name] = self._weights.get(name, 0.0) + float(weight)
@@ -119,28 +118,52 @@ class Verifiers(Task):
 
     # ------------------------------------------------------------------------------------------ an episode
 
+    @property
+    def has_group_reward(self) -> bool:
+        return bool(self._env.requires_group_rollouts)
+
     async def rollout(self, problem: Problem, session: Session) -> Reward:
-        client = self._client(session.openai())
+        asked = (problem.data["row"], self._client(session.openai()), "policy")
         limits = {"max_tokens": self.settings.max_tokens}
-        ended = await self._env.run_rollout(problem.data["row"], client, "policy", limits, state_columns=[])
+        if self.has_group_reward:  # what scores it needs the state itself
+            ended = await self._env.rollout(*asked, limits)
+            if ended.get("error"):
+                await self._env.rubric.cleanup(ended)
+        else:
+            with _scoring():
+                ended = await self._env.run_rollout(*asked, limits, state_columns=[])
         if ended.get("error"):
             raise RuntimeError(f"the environment ended with an error: {_reason(ended['error'])}")
         if ended.get("is_truncated"):
             session.end_at_token_limit()
         elif ended.get("stop_condition") == "max_turns_reached" and not self.single_turn:
             session.end_at_turn_limit()
-        return self._reward(float(ended["reward"]), ended.get("metrics") or {}, session)
+        if self.has_group_reward:
+            session.keep(ended)
+            return {}
+        reward, notes = self._reward(ended)
+        for name, value in notes.items():
+            session.note(name, value)
+        return reward
 
-    def _reward(self, reward: float, metrics: Mapping[str, Any], session: Session) -> Reward:
+    async def reward_group(self, problem: Problem, samples: Sequence[Sample]) -> Sequence[Reward]:
+        states, rubric = [sample.kept for sample in samples], self._env.rubric
+        try:
+            with _scoring():
+                await rubric.score_group(states)
+        finally:
+            for state in states:
+                await rubric.cleanup(state)
+        return [self._reward(state)[0] for state in states]
+
+    def _reward(self, ended: Mapping[str, Any]) -> tuple[Reward, Mapping[str, float]]:
+        """(parts of the reward, other numbers) of an episode that its rubric has scored."""
+        reward, metrics = float(ended["reward"]), ended.get("metrics") or {}
         parts = {name: weight * float(metrics.get(name, 0.0)) for name, weight in self._weights.items() if weight}
-        for name, value in metrics.items():
-            if not self._weights.get(name):
-                session.note(name, float(value))
+        notes = {name: float(value) for name, value in metrics.items() if not self._weights.get(name)}
         if abs(sum(parts.values()) - reward) > NEAR:
-            for name, value in parts.items():
-                session.note(name, value)
-            return {REWARD: reward}
-        return parts
+            return {REWARD: reward}, {**notes, **parts}
+        return parts, notes
 
     def _client(self, connection: Connection) -> Any:
         """A client of verifiers for this episode; all share one pool of connections."""
@@ -168,8 +191,8 @@ def _load(name: str, args: Mapping[str, Any]) -> Any:
 
     if not hasattr(verifiers, "Rubric"):
         raise UserError(
-            f"task.name=verifiers speaks to environments with a rubric, which verifiers {verifiers.__version__} has no "
-            f"more; {ADAPTERS['verifiers'].install}"
+            "task.name=verifiers speaks to environments with a rubric, which verifiers "
+            f"{verifiers.__version__} no longer has; {ADAPTERS['verifiers'].install}"
         )
     try:
         if is_import(name):
@@ -183,6 +206,51 @@ def _load(name: str, args: Mapping[str, Any]) -> Any:
     if not isinstance(made, verifiers.Environment):
         raise UserError(f"{where}: it returns {made!r:.60}, not an environment of verifiers")
     return made
+
+
+FAILED: ContextVar[list[tuple[str, Exception]]] = ContextVar("FAILED")
+"""functions of the rubric that raised in the scoring that goes on, and what"""
+TELLING = "async_rl_telling"
+
+
+@contextmanager
+def _scoring() -> Iterator[None]:
+    """Raises RuntimeError behind a scoring in which a function of the rubric raised: verifiers itself would log that
+    and count a 0."""
+    failed: list[tuple[str, Exception]] = []
+    before = FAILED.set(failed)
+    try:
+        yield
+    finally:
+        FAILED.reset(before)
+    for name, error in failed:
+        raise RuntimeError(f"the rubric's {name} raised {type(error).__name__}: {error}") from error
+
+
+def _tell_errors(rubric: Any) -> None:
+    """Have the functions of a rubric, and of those in it, tell `_scoring` what they raise."""
+    rubric.funcs = [_telling(func, whole_groups=rubric._is_group_func(func)) for func in rubric.funcs]
+    for inner in [*getattr(rubric, "rubrics", ()), *(env.rubric for env in getattr(rubric, "env_map", {}).values())]:
+        _tell_errors(inner)
+
+
+def _telling(func: Callable[..., Any], *, whole_groups: bool) -> Callable[..., Any]:
+    if hasattr(func, TELLING):  # of a rubric that occurs twice
+        return func
+
+    @functools.wraps(func)
+    async def telling(*args: Any, **kwargs: Any) -> Any:
+        try:
+            found = func(*args, **kwargs)
+            found = await found if inspect.isawaitable(found) else found
+            return found if whole_groups else float(found)
+        except Exception as error:
+            if (failed := FAILED.get(None)) is not None:
+                failed.append((getattr(func, "__name__", repr(func)), error))
+            raise
+
+    setattr(telling, TELLING, True)
+    return telling
 
 
 @contextmanager
@@ -235,6 +303,9 @@ def _described(tool: Any) -> Mapping[str, Any]:
 
 
 def _reason(error: Any) -> str:
+    if isinstance(error, BaseException):
+        chain = [error, *([error.__cause__] if error.__cause__ is not None else [])]
+        return ": ".join(f"{type(one).__name__}: {one}" for one in chain)
     if isinstance(error, Mapping):
         return ": ".join(
             str(error[name]) for name in ("error", "error_chain_str", "error_chain_repr") if error.get(name)

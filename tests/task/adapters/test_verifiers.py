@@ -2,7 +2,9 @@
 
 import asyncio
 import signal
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +19,11 @@ if not hasattr(vf, "Rubric"):
     pytest.skip("this release of verifiers has no rubrics", allow_module_level=True)
 
 from support_agents import ScriptedEngine, agents_tokenizer, play, sampled_as, texts_of  # noqa: E402
+
+from async_rl.generator.episodes import Episodes  # noqa: E402
+from async_rl.generator.facilities import Facilities  # noqa: E402
+from async_rl.trajectory import Trajectory  # noqa: E402
+from async_rl.wire.messages import Permit  # noqa: E402
 
 ENVIRONMENTS = Path(__file__).with_name("verifiers_environments.py")
 
@@ -89,6 +96,59 @@ def test_tools_are_called_and_their_calls_counted(tokenizer: Tokenizer) -> None:
     assert trajectory.info["total_tool_calls"] == 1.0
 
 
+def played_as_group(task: Task, tokenizer: Tokenizer, said: list[str]) -> list[Trajectory]:
+    """A group whose samples say this, as a generator plays it."""
+    engine = ScriptedEngine(tokenizer, said)
+    permit = Permit(group=4, problem=0, split="train", samples=(0, 1, 2), seed=0, temperature=1.0, size=3)
+    sent: list[Trajectory] = []
+    done = asyncio.Event()
+
+    async def play_all() -> None:
+        facilities = Facilities(task, threads=4)
+        await facilities.open(timeout_s=20.0)
+        episodes = Episodes(
+            task=task, engine=engine, tokenizer=tokenizer, generator="g", max_turns=9, timeout_s=20.0,
+            save_turns_after_s=60.0, on_finished=sent.append, on_change=done.set, facilities=facilities,
+        )  # type: ignore[arg-type]  # fmt: skip
+        episodes.start(permit, (0, 1, 2))
+        while len(sent) < 3:
+            await asyncio.wait_for(done.wait(), 20.0)
+            done.clear()
+        await facilities.close()
+
+    asyncio.run(play_all())
+    return sorted(sent, key=lambda made: made.sample)
+
+
+def test_a_rubric_of_whole_groups_scores_them(tokenizer: Tokenizer) -> None:
+    task = made("whole_groups")
+    assert task.has_group_reward
+    assert task.reward_parts == ["right", "shortest"]
+    answer = task.problems("train")[0].data["answer"]
+    sent = played_as_group(task, tokenizer, [answer, "1", "no idea"])
+    by_text = {tokenizer.turn_text(t.tokens[t.turns[0].start :].tolist(), ()): t for t in sent}
+    assert {text: (t.ended, t.reason, t.reward) for text, t in by_text.items()} == {
+        answer: ("finished", "", 1.0),
+        "1": ("finished", "", 0.5),
+        "no idea": ("finished", "", 0.0),
+    }
+    assert parts_in(by_text["1"].info) == {"right": 0.0, "shortest": 0.5}
+
+
+def test_a_judge_of_groups_that_raises_fails_them(tokenizer: Tokenizer) -> None:
+    for made_of in played_as_group(made("whole_groups", judge="spoiled"), tokenizer, ["1", "2", "3"]):
+        assert made_of.ended == "error"
+        assert "the rubric's spoiled raised ZeroDivisionError: of the judge" in made_of.reason
+        assert "verifiers_environments.py:" in made_of.reason
+
+
+@pytest.mark.parametrize(("func", "said"), [("broken", "TypeError"), ("no_number", "TypeError: float()")])
+def test_a_function_of_the_rubric_that_raises_is_no_reward_of_0(tokenizer: Tokenizer, func: str, said: str) -> None:
+    trajectory = played(made("failing", func=func), tokenizer, ["321"])
+    assert trajectory.ended == "error"
+    assert f"the rubric's {func} raised {said}" in trajectory.reason
+
+
 def test_an_error_of_the_environment_is_no_reward_of_0(tokenizer: Tokenizer) -> None:
     trajectory = played(made("guessing", num_eval=5), tokenizer, ["what?"])
     assert trajectory.ended == "error"
@@ -122,6 +182,14 @@ def test_no_held_out_prompt_is_trained_on() -> None:
     assert {len(alike.problems(split)) for split in ("train", "eval")} == {10}, "rows with one prompt stay together"
 
 
+def test_a_release_without_rubrics_is_refused_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    newer = ModuleType("verifiers")  # all that 0.4.0 has at its root
+    newer.__spec__, newer.__version__ = vf.__spec__, "0.4.0"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "verifiers", newer)
+    with pytest.raises(UserError, match=r"which verifiers 0\.4\.0 .*pip install 'verifiers>=0\.2,<0\.[34]'"):
+        made("single_turn")
+
+
 def test_an_environment_leaves_our_signals_alone() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     made("single_turn")
@@ -138,7 +206,6 @@ def test_an_installed_environment_is_found_by_its_name(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("whole_groups", {}, "scores whole groups"),
         ("none", {}, "not an environment of verifiers"),
         ("nothing", {}, "has no function 'nothing'"),
         ("single_turn", {"sistem": "x"}, "unexpected keyword argument 'sistem'"),

@@ -63,12 +63,31 @@ def tools() -> vf.Environment:
     return vf.ToolEnv(tools=[add], max_turns=5, dataset=Dataset.from_list(rows), rubric=vf.Rubric(funcs=[right]))
 
 
-def compared(completions: Any, **kwargs: Any) -> list[float]:
-    return [float(len(completion)) for completion in completions]
+def shortest(completions: Any, **kwargs: Any) -> list[float]:
+    said = [len(completion[-1]["content"]) for completion in completions]
+    return [float(length == min(said)) for length in said]
 
 
-def whole_groups() -> vf.Environment:
-    return vf.SingleTurnEnv(dataset=Dataset.from_list(ROWS), rubric=vf.Rubric(funcs=[compared]))
+async def spoiled(completions: Any) -> list[float]:
+    raise ZeroDivisionError("of the judge")
+
+
+def whole_groups(judge: str = "shortest") -> vf.Environment:
+    rubric = vf.Rubric(funcs=[right, globals()[judge], length], weights=[1.0, 0.5, 0.0])
+    return vf.SingleTurnEnv(dataset=Dataset.from_list(ROWS), rubric=rubric)
+
+
+def broken(completion: Any) -> float:
+    return completion["no"]
+
+
+def no_number() -> None:
+    """It forgot to return one."""
+
+
+def failing(func: str) -> vf.Environment:
+    rubric = vf.RubricGroup([vf.Rubric(funcs=[right]), vf.Rubric(funcs=[globals()[func]])])
+    return vf.SingleTurnEnv(dataset=Dataset.from_list(ROWS), rubric=rubric)
 
 
 def none() -> None:
