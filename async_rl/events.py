@@ -165,7 +165,7 @@ class TrainerAwaited(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StallReported(Event):
-    """A wait has lasted longer than wire.stall_report_s; reported again after twice the time."""
+    """A wait has lasted longer than wire.stall_report_s and two steps; reported again after twice the time."""
 
     event: ClassVar[str] = "stall"
     waits: str

@@ -378,6 +378,7 @@ class Core:
             return []
         steps = range(self.published, min(version, self.step))  # the messages about the versions before may be lost
         self.ledger.published = version
+        self.waits.note_publication(now)
         out: list[do.Effect] = [do.MarkTrained(step=step) for step in steps]
         for peer, generator in self.admission.generators.items():
             generator.notified = now

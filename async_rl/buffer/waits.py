@@ -1,13 +1,14 @@
 """Who waits for whom, since when, for what, and what was last received from whoever keeps it waiting.
 
 Two sides can wait: the trainer for a batch or an evaluation (then generators are behind), generators for permits
-(then the trainer is). A wait that lasts longer than `wire.stall_report_s` is reported, again after twice the time,
-and once more when it is over.
+(then the trainer is). A wait that lasts longer than `wire.stall_report_s`, and longer than PATIENCE steps of this run
+take, is reported, again after twice the time, and once more when it is over.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,10 @@ NOTICE_S = 2.0
 """seconds between two messages that tell a waiting trainer whom it waits for"""
 STOPPED_ASKING_S = 5.0
 """a trainer that waits for an evaluation asks all the time; one that has not asked for so long does not wait"""
+PATIENCE = 2
+"""in steps of training: where these take a minute, a wait of 10 s is how the run goes"""
+STEPS_SEEN = 5
+"""steps whose longest is taken"""
 SHOWN_S = 1.0
 """shorter waits are in no snapshot"""
 
@@ -78,6 +83,7 @@ class Waits:
     clock, seconds."""
 
     report_after_s: float
+    """wire.stall_report_s"""
     ledger: Ledger
     admission: Admission
     presence: Presence
@@ -89,12 +95,27 @@ class Waits:
     """the peer that is the trainer; empty: none yet"""
     stalls: dict[str, ReportedStall] = field(default_factory=dict)
     """by the key of the wait"""
+    steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS_SEEN))
+    """seconds between the last publications"""
+    published_at: float = field(default=math.nan)
+    """when weights were last published; nan: not yet"""
 
     @property
     def progress(self) -> int:
         """A number that grows with everything that generators do."""
         trajectories = self.counts["trajectories_train"] + self.counts["trajectories_eval"]
         return trajectories + self.counts["turns_saved"] + self.admission.tokens_generated
+
+    @property
+    def usual_s(self) -> float:
+        """Seconds that a wait may last without a report."""
+        return max([self.report_after_s, *(PATIENCE * seconds for seconds in self.steps_s)])
+
+    def note_publication(self, now: float) -> None:
+        """The trainer published weights: a step is over."""
+        if math.isfinite(self.published_at):
+            self.steps_s.append(now - self.published_at)
+        self.published_at = now
 
     def note_fetch(self, number: int, *, waits: bool, finished: bool, now: float) -> None:
         """The trainer asked how far an evaluation is."""
@@ -224,7 +245,7 @@ class Waits:
                 out.append(do.Note(event=StallOver(waits=known.who, what=known.what, seconds=seconds)))
         for key, wait in waits.items():
             waited = now - wait.since
-            timer = self.stalls[key].timer if key in self.stalls else StallTimer(self.report_after_s)
+            timer = self.stalls[key].timer if key in self.stalls else StallTimer(self.usual_s)
             if not timer.due(waited):
                 continue
             self.stalls[key] = ReportedStall(wait=wait, timer=timer)

@@ -501,8 +501,8 @@ class WireSettings:
     )
     stall_report_s: float = setting(
         10.0,
-        "a wait that takes longer is reported on the console and in events.jsonl: who waits for whom, since when, "
-        "for what",
+        "a wait that takes longer, and longer than two steps of the run, is reported on the console and in "
+        "events.jsonl: who waits for whom, since when, for what",
         unit="seconds",
         above=0,
     )

@@ -24,8 +24,8 @@ def core() -> Core:
     return core
 
 
-def finish(core: Core, group: int, now: float) -> None:
-    done = tuple(answer(core.groups[group].permit_missing(), sample, 0) for sample in core.groups[group].missing)
+def finish(core: Core, group: int, now: float, version: int = 0) -> None:
+    done = tuple(answer(core.groups[group].permit_missing(), sample, version) for sample in core.groups[group].missing)
     core.handle(b"generator-1", msg.Finished(trajectories=done), now)
 
 
@@ -60,6 +60,18 @@ def test_a_trainer_that_waits_long_for_a_batch_is_reported_at_growing_intervals_
     finish(core, 1, 70.0)
     over = [(event, detail) for _, event, detail in until(core, 70, 71)]
     assert over == [("stall_over", {"waits": "trainer", "for": "the batch of step 0", "seconds": 68.25})]
+
+
+def test_where_steps_take_a_minute_a_wait_of_a_minute_is_no_news(core: Core) -> None:
+    for step, now in enumerate((0.0, 60.0)):
+        for group in list(core.groups):
+            finish(core, group, now, version=step)
+        core.handle(TRAINER, msg.NextBatch(step=step), now)
+        core.handle(TRAINER, msg.Published(version=step + 1), now + 60)
+        core.handle(b"generator-1", msg.Want(limit=4, version=step + 1), now + 60)
+    core.handle(TRAINER, msg.NextBatch(step=2), 120.0)
+    found = [(at, event) for at, event, detail in until(core, 120, 500) if detail["waits"] == "trainer"]
+    assert found == [(240.0, "stall"), (360.0, "stall")]
 
 
 def test_generators_that_wait_for_a_slow_trainer_name_it_and_what_it_does(core: Core) -> None:
