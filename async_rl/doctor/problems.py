@@ -192,7 +192,7 @@ class ScriptedSession:
     async def score(self, text: str) -> Score:
         return Score(log_probs=[-1.0] * len(text), version=0)
 
-    def openai(self) -> Connection:
+    def openai(self, *, max_tokens: int | None = None) -> Connection:
         raise NotScripted("the episode is played by an agent through the endpoint")
 
     def slot(self, name: str) -> AbstractAsyncContextManager[None]:

@@ -133,7 +133,7 @@ class Conversations:
         session = self.session
         name = detect(session.tokenizer.template_text) if request.calls else ""
         turn = TurnRequest(
-            max_tokens=request.max_tokens or session.max_context,
+            max_tokens=min(request.max_tokens or session.agent_tokens, session.agent_tokens),
             stop=(*request.stop, *(FORMATS[name].stop if name else ())),
             stop_tokens=request.stop_tokens,
             temperature=request.temperature,

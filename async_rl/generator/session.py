@@ -164,6 +164,8 @@ class EpisodeSession:
         self._on_turn = on_turn
         self._agents = agents
         self._connection: Connection | None = None
+        self.agent_tokens = max_context
+        """longest turn of an agent"""
         self._slots = slots or Slots({})
         self._held: list[asyncio.Semaphore] = []
         self.abandoned = ""
@@ -285,9 +287,13 @@ class EpisodeSession:
                 return Score(log_probs=tuple(log_probs[len(history) - 1 :]) if tokens else (), version=version)
         raise RuntimeError(f"the weights changed {MOST_SCORINGS} times while a text was scored")
 
-    def openai(self) -> Connection:
+    def openai(self, *, max_tokens: int | None = None) -> Connection:
         if self._agents is None:
             raise RuntimeError("no agent can reach this session: it was made without an endpoint")
+        if max_tokens is not None:
+            if max_tokens < 1:
+                raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+            self.agent_tokens = max_tokens
         if self._connection is None:
             self._connection = self._agents.open(self)
         return self._connection

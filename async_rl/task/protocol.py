@@ -254,9 +254,13 @@ class Session(Protocol):
         stays as it is."""
         ...
 
-    def openai(self) -> Connection:
+    def openai(self, *, max_tokens: int | None = None) -> Connection:
         """Base URL and key of an OpenAI-compatible endpoint through which any agent can play this episode. What it
-        samples is recorded token by token, as by `generate`. The key is valid until the episode ends."""
+        samples is recorded token by token, as by `generate`. The key is valid until the episode ends.
+
+        Args:
+            max_tokens: of a turn, whatever the agent asks for; None: as many as it asks for and the context holds.
+        """
         ...
 
     def slot(self, name: str) -> AbstractAsyncContextManager[None]:

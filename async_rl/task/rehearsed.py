@@ -161,8 +161,9 @@ class ShortTurns:
     async def score(self, text: str) -> Score:
         return await self._inner.score(text)
 
-    def openai(self) -> Connection:
-        return self._inner.openai()
+    def openai(self, *, max_tokens: int | None = None) -> Connection:
+        most = self._settings.max_tokens
+        return self._inner.openai(max_tokens=most if max_tokens is None else min(max_tokens, most))
 
     def slot(self, name: str) -> AbstractAsyncContextManager[None]:
         return self._inner.slot(name)

@@ -30,6 +30,7 @@ from async_rl.errors import RunFailed
 from async_rl.generator.endpoint import Endpoint
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task.protocol import Connection
+from async_rl.task.rehearsed import Rehearsed, RehearsedSettings
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import pack, unpack
 
@@ -62,6 +63,32 @@ def test_an_answer_for_which_the_context_has_no_room_is_cut(tokenizer: Tokenizer
 
     made = played(ScriptedEngine(tokenizer, lambda _: "abc" * 40, max_context=100), talk)
     assert (made.ended, made.reward, len(made.tokens)) == ("length", 0.5, 100)
+
+
+async def longest_and_short(problem: Any, session: Any) -> float:
+    """One turn without a limit of the agent's, one with it."""
+    client = client_of(session.openai())
+    asked = [await ask(client, [USER]), await ask(client, [USER], max_tokens=3)]
+    assert [choice.finish_reason for choice in asked] == ["length", "length"]
+    return 1.0
+
+
+def test_turns_of_an_agent_are_no_longer_than_the_task_says(tokenizer: Tokenizer) -> None:
+    async def rollout(problem: Any, session: Any) -> float:
+        with pytest.raises(ValueError, match="max_tokens is 0"):
+            session.openai(max_tokens=0)
+        session.openai(max_tokens=7)
+        return await longest_and_short(problem, session)
+
+    made = asyncio.run(play(ScriptedEngine(tokenizer, lambda _: "abc" * 40), tokenizer, Played(rollout)))
+    assert (made.ended, made.reason, [turn.length for turn in made.turns]) == ("finished", "", [7, 3])
+
+
+def test_a_rehearsal_shortens_the_turns_of_an_agent(tokenizer: Tokenizer) -> None:
+    task = Rehearsed(RehearsedSettings(name="played", max_tokens=16), lambda *_: Played(longest_and_short))
+    made = asyncio.run(play(ScriptedEngine(tokenizer, lambda _: "abc" * 40), tokenizer, task))
+    assert (made.reason, [turn.length for turn in made.turns]) == ("", [16, 3])
+    assert made.info["true_reward"] == 1.0
 
 
 def test_an_agent_that_raises_when_its_turns_are_used_up_ends_the_episode_at_the_turn_limit(
