@@ -1,6 +1,7 @@
-"""Compile every kernel for sm_90, as it is launched on real shapes, and print what came of it as JSON. No GPU.
+"""Compile every kernel for a compute capability, as it is launched on real shapes, and print what came of it as JSON.
 
-Run by tests/kernels/test_triton.py in a process of its own.
+No GPU is needed. Run by tests/kernels/test_triton.py in a process of its own, with the capabilities as arguments
+(90: Hopper); prints {capability: {kernel: facts}}.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ ALIGNED = ("stride", "width")
 """arguments that are multiples of 16 for any usual model"""
 
 
-def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int) -> dict[str, int]:
+def compiled(
+    capability: int, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int
+) -> dict[str, int]:
     """types: of the arguments; pointers start with *, those not named are i32."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
@@ -36,7 +40,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warp
     constant_places = {(names.index(name),): value for name, value in constants.items()}
     made = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constant_places, attrs=aligned),
-        target=GPUTarget("cuda", 90, 32),
+        target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps, "num_stages": stages},
     )
     ptx = made.asm["ptx"]
@@ -66,20 +70,23 @@ def pointers(kind: str, names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), f"*{kind}")
 
 
-def every_kernel() -> dict[str, dict[str, int]]:
+def every_kernel(capability: int) -> dict[str, dict[str, int]]:
     rows = pointers("fp32", "log_normaliser of_log_prob of_entropy entropy of_square square")
     made: dict[str, dict[str, int]] = {}
     logits = pointers("fp32", "logits out") | {"local": "*i64", "scale": "fp32"}
-    made["sums"] = compiled(tile.sums_kernel, logits, {"BLOCK": tile.BLOCK}, tile.WARPS, 3)
+    made["sums"] = compiled(capability, tile.sums_kernel, logits, {"BLOCK": tile.BLOCK}, tile.WARPS, 3)
     for others in (False, True):
         constants = {"BLOCK": tile.BLOCK, "ENTROPY": others, "SQUARE": others}
         for kind in ("bf16", "fp32"):
             types = logits | rows | {"out": f"*{kind}"}
-            made[f"gradient {kind} {others}"] = compiled(tile.gradient_kernel, types, constants, tile.WARPS, 3)
+            made[f"gradient {kind} {others}"] = compiled(
+                capability, tile.gradient_kernel, types, constants, tile.WARPS, 3
+            )
     types = pointers("bf16", "activations gradients gradients_0 gradients_1 gradients_2")
     types |= pointers("i32", "uppers lowers ends starts stops finished") | pointers("fp32", "squares out")
     for layers in (1, 3):
         made[f"gram {layers}"] = compiled(
+            capability,
             gradient.gram_kernel,
             types,
             gradient.gram_constants(layers),
@@ -88,10 +95,15 @@ def every_kernel() -> dict[str, dict[str, int]]:
         )
     tile_of_norms = gradient.NORMS_TILE
     made["weight"] = compiled(
-        gradient.weight_kernel, types, gradient.weight_constants(), tile_of_norms.warps, tile_of_norms.stages
+        capability,
+        gradient.weight_kernel,
+        types,
+        gradient.weight_constants(),
+        tile_of_norms.warps,
+        tile_of_norms.stages,
     )
     return made
 
 
 if __name__ == "__main__":
-    print(json.dumps(every_kernel()))
+    print(json.dumps({capability: every_kernel(int(capability)) for capability in sys.argv[1:]}))

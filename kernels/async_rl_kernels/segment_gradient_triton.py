@@ -108,7 +108,7 @@ def gram_kernel(
         outputs = add_gram(outputs, gradients_1, upper, lower, end, width_1, stride_1, ROWS, DEPTH)
     if LAYERS > 2:
         outputs = add_gram(outputs, gradients_2, upper, lower, end, width_2, stride_2, ROWS, DEPTH)
-    value = tl.sum(tl.sum(inputs * outputs, 1), 0)
+    value = tl.sum(tl.reshape(inputs * outputs, (ROWS * ROWS,)), 0)
     tl.store(out + pair, tl.where(upper == lower, value, 2 * value))
 
 
@@ -157,7 +157,7 @@ def weight_kernel(
         current = tl.dot(tl.trans(g), a, current)
         segment = tl.load(finished + block)
         if segment >= 0:
-            square = tl.sum(tl.sum(current * current, 1), 0)
+            square = tl.sum(tl.reshape(current * current, (OUT * IN,)), 0)
             tl.store(squares + segment.to(tl.int64) * (down * across) + tile, square)
             current = tl.zeros((OUT, IN), tl.float32)
 
