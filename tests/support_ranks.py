@@ -36,9 +36,10 @@ from async_rl.trainer.build import make_learner
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import ModelArithmetic, batch_log_probs, probe_log_probs
 from async_rl.trainer.learner import Learner, LearnerOptions
-from async_rl.trainer.packing import Cost, PackedBatch, Spread, pack_batch, pack_step
+from async_rl.trainer.packing import PackedBatch, pack_batch, pack_step
 from async_rl.trainer.ranks import Ranks, full, join_ranks
 from async_rl.trainer.sharding import shard
+from async_rl.trainer.shares import Cost, Spread
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 TIED = DecoderConfig(
@@ -73,6 +74,8 @@ class Case:
     """rank of adapters; not with sharded weights"""
     contexts: bool = False
     """episodes of two contexts, agents and temperatures"""
+    prompt: int = 0
+    """tokens with which all episodes of a group begin, before those of their own; ranks compute them once"""
 
 
 EXACT = {"name": "vcpo"}
@@ -114,6 +117,8 @@ CASES = (
     Case(name="exact, adapters", recipe=EXACT, lora=2),
     Case(name="contexts", recipe={"name": "grpo"}, micro_batch_tokens=50, contexts=True, small=True),
     Case(name="exact, contexts", recipe=EXACT, micro_batch_tokens=50, contexts=True),
+    Case(name="shared prefixes", recipe={"name": "grpo"}, micro_batch_tokens=60, prompt=12, small=True),
+    Case(name="shared prefixes, contexts", recipe={"name": "gspo"}, micro_batch_tokens=50, prompt=9, contexts=True),
     Case(name="clipped norm", recipe={"name": "s_ppo", "bias": {"estimator": "exact"}}, updates=2),
     Case(
         name="clipped norm, many micro-batches", recipe={"name": "s_ppo", "bias": {"estimator": "exact"}},
@@ -122,15 +127,19 @@ CASES = (
 )  # fmt: skip
 
 
-def episodes(groups: Sequence[int], config: DecoderConfig, seed: int, *, contexts: bool = False) -> list[Trajectory]:
+def episodes(
+    groups: Sequence[int], config: DecoderConfig, seed: int, *, contexts: bool = False, prompt: int = 0
+) -> list[Trajectory]:
     """Two-turn episodes of ragged lengths in groups of these sizes, one without a policy token, sampled (as far
     as log-probs go) by slightly other weights. contexts: most have two, and an agent and a temperature for the second
-    turn."""
+    turn. prompt: tokens that are the same in a group, before the rest."""
     random = np.random.default_rng(seed)
     made = []
     for group, size in enumerate(groups):
+        same = np.random.default_rng((seed, group)).integers(0, TIED.vocabulary, prompt).astype(np.int32)
         for sample in range(size):
             start, first, second = (int(random.integers(1, most)) for most in (5, 12, 6))
+            start += prompt
             length = start + first + 2 + second
             turns = (Turn(start=start, length=first, reward=0.5), Turn(start=start + first + 2, length=second))
             if contexts and sample != 1:
@@ -144,7 +153,9 @@ def episodes(groups: Sequence[int], config: DecoderConfig, seed: int, *, context
                     problem=0,
                     split="train",
                     seed=0,
-                    tokens=random.integers(0, TIED.vocabulary, length).astype(np.int32),
+                    tokens=np.concatenate(
+                        [same, random.integers(0, TIED.vocabulary, length - prompt).astype(np.int32)]
+                    ),
                     log_behaviour=np.zeros(length, np.float32),
                     turns=turns,
                     versions=(VersionSpan(version=0, start=start, end=length),),
@@ -210,8 +221,9 @@ def pack(case: Case, ranks: Ranks, seed: int) -> PackedBatch:
     if ranks.size > 1:
         whole = requirements(load_recipe(case.recipe)).per_trajectory_norms
         over = Spread(rank=ranks.rank, size=ranks.size, cost=COST, whole_groups=whole)
-    made = episodes(case.groups, case.config, seed, contexts=case.contexts)
-    return pack_batch(made, micro_batch_tokens=case.micro_batch_tokens, over=over)
+    made = episodes(case.groups, case.config, seed, contexts=case.contexts, prompt=case.prompt)
+    shared = case.prompt > 0 and ranks.size > 1
+    return pack_batch(made, micro_batch_tokens=case.micro_batch_tokens, over=over, shared=shared)
 
 
 def outcome(case: Case, ranks: Ranks, sharding: str) -> tuple[dict[str, Tensor], list[dict[str, float]]]:

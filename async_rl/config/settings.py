@@ -277,6 +277,11 @@ class TrainerSettings:
         "attention among packed documents: flash (flash-attn), varlen (torch's own kernel), both for CUDA and "
         "bfloat16, or sdpa (documents of similar length padded together); auto takes the first there is",
     )
+    shared_prefixes: bool = setting(
+        True,
+        "compute a beginning that trajectories of a batch have in common, such as the prompt of a group, once for all "
+        "of them; off: for each anew. Results are the same but for the last bits",
+    )
     checkpoint_activations: Literal["none", "layer"] = setting(
         "none",
         "layer: keep only each layer's input and compute the rest again in the backward pass; a third more time "

@@ -43,8 +43,9 @@ class DocumentAttention:
         if query.shape[0] != self.num_tokens:
             raise ValueError(f"{query.shape[0]} tokens for documents of {self.num_tokens} tokens")
         if self._kernel is not None and not cap and (dtype := half_precision(query)) is not None:
-            bounds = self._document_bounds(query.device)
-            return self._kernel(query.to(dtype), key.to(dtype), value.to(dtype), bounds, max(self.lengths), window)
+            bounds, longest = self._document_bounds(query.device), max(self.lengths)
+            pairs = (bounds, bounds), (longest, longest)
+            return self._kernel(query.to(dtype), key.to(dtype), value.to(dtype), *pairs, window)
         if len(self.lengths) == 1:
             return causal(query[None], key[None], value[None], window=window, cap=cap)[0]
         return self._padded(query, key, value, window, cap)

@@ -63,8 +63,9 @@ class LayerExecution:
 class Decoder(nn.Module):
     """A causal language model without its last matrix product.
 
-    forward(tokens [tokens] int64, positions [tokens] int64, attention) -> hidden [tokens, hidden] after the final norm.
-    The caller, who rarely needs all logits, computes them as `hidden @ head.T`.
+    forward(tokens [tokens] int64, positions [tokens] int64, attention) -> hidden [tokens, hidden] after the final norm,
+    or with `rows` [n] int64 those of these tokens, [n, hidden]: others are not computed behind the last layer's
+    attention. The caller, who rarely needs all logits, computes them as `hidden @ head.T`.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -82,11 +83,12 @@ class Decoder(nn.Module):
     logit_cap = 0.0
     """the caller's logits stay as they are (architectures that transformers defines may cap them)"""
 
-    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention, rows: Tensor | None = None) -> Tensor:
         x = self.model.embed_tokens(tokens)  # [tokens, hidden]
         cos, sin = self.rotation(positions, x.dtype)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, attention)
+        last = len(self.model.layers) - 1
+        for number, layer in enumerate(self.model.layers):
+            x = layer(x, cos, sin, attention, rows if number == last else None)
         return self.model.norm(x)
 
     def set_execution(self, execution: LayerExecution) -> LayerExecution:
@@ -137,7 +139,8 @@ class Trunk(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer: x [tokens, hidden] -> [tokens, hidden]. `execution` says how it is computed."""
+    """One layer: x [tokens, hidden] -> [tokens, hidden], or [n, hidden] of the `rows` [n] asked for. `execution` says
+    how it is computed."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -147,19 +150,22 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None = None) -> Tensor:
         if self.execution.checkpointed and torch.is_grad_enabled():
             # nothing in a layer is random, so no random state has to be restored
             found: Tensor = checkpoint(
-                self._compute, x, cos, sin, attention, use_reentrant=False, preserve_rng_state=False
+                self._compute, x, cos, sin, attention, rows, use_reentrant=False, preserve_rng_state=False
             )
             return found
-        return self._compute(x, cos, sin, attention)
+        return self._compute(x, cos, sin, attention, rows)
 
-    def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+    def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
         before, after = compiled() if self.execution.compiled else (before_attention, after_attention)
         at = self.self_attn
-        return after(self, x, attention(at.layer, *before(self, x, cos, sin), window=at.window))
+        out = attention(at.layer, *before(self, x, cos, sin), window=at.window)
+        if rows is not None:
+            x, out = x[rows], out[rows]
+        return after(self, x, out)
 
 
 def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +175,7 @@ def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple
 
 def after_attention(layer: Layer, x: Tensor, out: Tensor) -> Tensor:
     """The part of a layer after attention: x [tokens, hidden], out [tokens, heads, head_dim] -> [tokens, hidden]."""
-    x = x + layer.self_attn.o_proj(out.reshape(x.shape[0], -1))
+    x = x + layer.self_attn.o_proj(out.flatten(1))
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 

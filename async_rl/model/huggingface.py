@@ -118,14 +118,16 @@ class HuggingFaceDecoder(nn.Module):
         """The caller's logits x become cap * tanh(x / cap); 0: they stay."""
         return self.config.logit_cap
 
-    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """tokens, positions [tokens] int64 -> hidden [tokens, hidden] after the final norm. Raises ValueError for a
-        position at which one document would change another's frequencies."""
+    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention, rows: Tensor | None = None) -> Tensor:
+        """tokens, positions [tokens] int64 -> hidden [tokens, hidden] after the final norm, or [n, hidden] of
+        the `rows` [n] int64 asked for (all are computed, as transformers' layers do). Raises ValueError for a position
+        at which one document would change another's frequencies."""
         if self.config.ends and int(positions.max()) >= self.config.max_context:
             raise ValueError(f"position {int(positions.max())} of a model that ends at {self.config.max_context}")
         with using(attention):
             out = self._causal.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
+        hidden = hidden if rows is None else hidden[rows]
         return hidden if self.config.hidden_scale == 1.0 else hidden * self.config.hidden_scale
 
     def checkpoint_layers(self, where: str) -> None:

@@ -112,10 +112,10 @@ class WithoutAdapters:
         return self._model.logit_cap
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention, rows: Tensor | None = None) -> Tensor:
         """As `Decoder.forward`."""
         with self._adapters.off():
-            hidden: Tensor = self._model(tokens, positions, attention)
+            hidden: Tensor = self._model(tokens, positions, attention, rows)
         return hidden
 
 

@@ -11,19 +11,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from async_rl.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Made = TypeVar("Made")
 Asked = Literal["auto", "flash", "varlen", "sdpa"]
 Backend = Literal["flash-attn 3", "flash-attn 2", "torch varlen", "sdpa"]
-Kernel = Callable[["Tensor", "Tensor", "Tensor", "Tensor", int, int], "Tensor"]
-"""query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim], bounds [documents + 1] int32,
-tokens of the longest document, tokens that one attends to (itself among them; 0: all before it)
--> [tokens, heads, head_dim]; causal, scaled by 1 / sqrt(head_dim)"""
+Pair = tuple[Made, Made]
+"""of queries, and of keys and values"""
+Kernel = Callable[["Tensor", "Tensor", "Tensor", Pair["Tensor"], Pair[int], int], "Tensor"]
+"""query [queries, heads, head_dim], key and value [keys, kv_heads, head_dim], bounds [documents + 1] int32, rows of the
+longest document, tokens that one attends to (itself among them; 0: all before it)
+-> [queries, heads, head_dim]; causal, scaled by 1 / sqrt(head_dim)
+
+A document may have more keys than queries: its queries are then the last of its tokens."""
 
 MODULES = {
     "flash-attn 3": "flash_attn_interface",
@@ -79,9 +84,11 @@ def make_kernel(backend: Backend) -> Kernel | None:
 def flash_kernel(function: Callable[..., Any]) -> Kernel:
     """`flash_attn_varlen_func` of flash-attn 2 or 3, which shares key-value heads as the decoder does."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, window: int) -> Tensor:
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, bounds: Pair[Tensor], longest: Pair[int], window: int
+    ) -> Tensor:
         extra = {"window_size": (window - 1, 0)} if window else {}
-        out = function(query, key, value, bounds, bounds, longest, longest, causal=True, **extra)
+        out = function(query, key, value, *bounds, *longest, causal=True, **extra)
         found: Tensor = out[0] if isinstance(out, tuple) else out  # early versions of 3 add the log-sum-exp
         return found
 
@@ -92,7 +99,9 @@ def torch_kernel(function: Callable[..., Any]) -> Kernel:
     """`torch.nn.attention.varlen.varlen_attn`. torch 2.11 has no `enable_gqa`: there the heads are repeated."""
     shares_heads = "enable_gqa" in inspect.signature(function).parameters
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, window: int) -> Tensor:
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, bounds: Pair[Tensor], longest: Pair[int], window: int
+    ) -> Tensor:
         extra: dict[str, Any] = {}
         if query.shape[1] != key.shape[1]:
             if shares_heads:
@@ -101,7 +110,7 @@ def torch_kernel(function: Callable[..., Any]) -> Kernel:
                 repeats = query.shape[1] // key.shape[1]
                 key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         sizes = (window - 1 if window else -1, 0)
-        found: Tensor = function(query, key, value, bounds, bounds, longest, longest, window_size=sizes, **extra)
+        found: Tensor = function(query, key, value, *bounds, *longest, window_size=sizes, **extra)
         return found
 
     return attend

@@ -21,9 +21,9 @@ from async_rl.objective.recipe import requirements
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import ModelArithmetic
 from async_rl.trainer.learner import Learner, LearnerOptions
-from async_rl.trainer.packing import Cost, Spread
 from async_rl.trainer.ranks import Ranks, is_sharded, one_rank
 from async_rl.trainer.sharding import load_sharded
+from async_rl.trainer.shares import Cost, Spread
 
 if TYPE_CHECKING:
     from async_rl.model.huggingface import Model

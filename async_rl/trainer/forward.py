@@ -52,8 +52,8 @@ class ModelArithmetic:
 def hidden_states(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: ModelArithmetic) -> Tensor:
     """Hidden states that predict the policy tokens, [t, H], not stretched."""
     with arithmetic.autocast(micro.tokens.device):
-        hidden = model(micro.tokens, micro.positions, DocumentAttention(micro.documents, arithmetic.kernel))
-    return hidden[micro.predictors]
+        attention = micro.attention(arithmetic.kernel)
+        return micro.of_policy(model(micro.tokens, micro.positions, attention, micro.predicting))
 
 
 def log_probs(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: ModelArithmetic) -> LogProbs:

@@ -26,7 +26,7 @@ from async_rl.objective.coefficients import finish, objective_of, opob_baselines
 from async_rl.objective.recipe import Recipe, Requirements, requirements
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import ModelArithmetic, batch_log_probs, log_probs, own_rows
-from async_rl.trainer.packing import PackedBatch, Spread
+from async_rl.trainer.packing import PackedBatch
 from async_rl.trainer.ranks import (
     Ranks,
     clip_gradient,
@@ -39,6 +39,7 @@ from async_rl.trainer.ranks import (
     total_norm,
     whole_log_probs,
 )
+from async_rl.trainer.shares import Spread
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient, add_over_ranks
 from async_rl_kernels import LogProbs
 

@@ -1,17 +1,20 @@
-"""Trajectories of one step as flat tensors, in micro-batches of whole trajectories, and how ranks share them.
+"""Trajectories of one step as flat tensors, in micro-batches of whole trajectories.
 
 Shapes: T policy tokens, U turns, I trajectories of the whole batch, sorted by group and sample; columns of the batch
-are the same on every rank, micro-batches are those of this rank's share. N tokens of a micro-batch, prompts and
-environment included. The division of work (`plan`) is pure: every rank finds the same.
+are the same on every rank, micro-batches are those of this rank's share (shares.py). N rows of a micro-batch: its
+tokens, prompts and environment included, a shared prefix once.
 
 A trajectory is one row of every column, however many contexts it has. For the model each context is a document:
 positions from 0, and no attention to the others. So a trajectory that is longer than a micro-batch may be cut between
 contexts, except where the gradient of each trajectory is looked at by itself (`TrajectoryGradient`).
+
+Documents of a micro-batch that begin alike, as the samples of a prompt do, share the rows of that beginning: they form
+a tree (model/prefix_tree.py), and the model computes, differentiates and stores each row once. A row may predict
+several tokens then, one for each document that goes on from it.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -23,14 +26,15 @@ from torch import Tensor
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
+from async_rl.model.attention import DocumentAttention
+from async_rl.model.decoder import Attention
+from async_rl.model.prefix_tree import PrefixTree, make_tree
+from async_rl.model.tree_attention import TreeAttention
+from async_rl.model.varlen import Kernel
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
+from async_rl.trainer.shares import Share, Sizes, Spread, cuts, plan, share_of
 from async_rl.trajectory import Trajectory, Turn
-
-Bins = list[list[int]]
-"""indices, each once; every bin in rising order"""
-Plan = list[list[list[int]]]
-"""for each rank, for each of its micro-batches, the trajectories: as many micro-batches on every rank, some empty"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +42,7 @@ class MicroBatch:
     """Trajectories that go through the model in one packed forward.
 
     They are consecutive in the batch or, over ranks, in the rank's share (then slices count in the share). t policy
-    tokens, N tokens.
+    tokens, N rows: without a tree those of all tokens.
     """
 
     tokens: Tensor  # [N] int64
@@ -48,7 +52,11 @@ class MicroBatch:
     documents: tuple[int, ...]
     """tokens of each document: the trajectories' contexts, which do not see each other"""
     predictors: Tensor  # [t] int64
-    """index of the token whose hidden state predicts the policy token (the one before it)"""
+    """row whose hidden state predicts the policy token (that of the token before it)"""
+    predicting: Tensor  # [p] int64
+    """the rows among them, each once"""
+    place: Tensor | None  # [t] int64
+    """index of each of `predictors` in `predicting`; None: they are equal"""
     targets: Tensor  # [t] int64, the policy tokens
     trajectories: slice
     """which trajectories of the batch (where long ones are cut: which pieces of them)"""
@@ -59,6 +67,8 @@ class MicroBatch:
     stretch: Tensor | None = None  # [t] float64
     """factor on the hidden state that predicts each token, which turns logits at the trajectory's temperature into
     those at its turn's: the first temperature / the second; None: no turn has its own"""
+    tree: PrefixTree | None = None
+    """of the documents; None: they have no beginning in common, or share none"""
     idle: bool = False
     """a stand-in of two tokens and one prediction that counts for nothing, where this rank has fewer
     micro-batches than others: a sharded model's forward needs every rank"""
@@ -66,6 +76,14 @@ class MicroBatch:
     def rows(self, column: Tensor) -> Tensor:
         """Its rows of a column of the share's policy tokens, [own T] -> [t]; [1] of 0 for a stand-in."""
         return column.new_zeros(1) if self.idle else column[self.policy]
+
+    def attention(self, kernel: Kernel | None = None) -> Attention:
+        """Attention among its rows."""
+        return DocumentAttention(self.documents, kernel) if self.tree is None else TreeAttention(self.tree, kernel)
+
+    def of_policy(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the rows `predicting`, [p, H] -> those that predict the policy tokens, [t, H]."""
+        return hidden if self.place is None else hidden[self.place]
 
     def stretched(self, hidden: Tensor) -> Tensor:
         """Hidden states that predict the policy tokens, [t, H], as the head is to see them.
@@ -132,11 +150,18 @@ def pack_step(
     usable = [t for t in trajectories if not t.failed]
     if not usable:
         raise RunFailed("the batch holds no usable trajectory")
-    limit = settings.trainer.micro_batch_tokens
+    chosen = settings.trainer
+    apart = requirements(load_recipe(settings.recipe)).per_trajectory_norms
     if whole is None:
-        several = any(t.contexts for t in usable)
-        whole = not several or requirements(load_recipe(settings.recipe)).per_trajectory_norms
-    return pack_batch(usable, micro_batch_tokens=limit, device=settings.trainer.device, over=over, whole=whole)
+        whole = apart or not any(t.contexts for t in usable)
+    return pack_batch(
+        usable,
+        micro_batch_tokens=chosen.micro_batch_tokens,
+        device=chosen.device,
+        over=over,
+        whole=whole,
+        shared=chosen.shared_prefixes and not apart,
+    )
 
 
 def pack_batch(
@@ -146,11 +171,12 @@ def pack_batch(
     device: str | torch.device = "cpu",
     over: Spread | None = None,
     whole: bool = True,
+    shared: bool = False,
 ) -> PackedBatch:
-    """Sort trajectories by group and sample, and pack them into micro-batches of at most `micro_batch_tokens` tokens.
+    """Sort trajectories by group and sample, and pack them into micro-batches of at most `micro_batch_tokens` rows.
 
     A longer trajectory gets a micro-batch of its own, or without `whole` one for as many of its contexts as fit.
-    `over`: ranks that share the batch.
+    `over`: ranks that share the batch. `shared`: beginnings that documents have in common are computed once.
     """
     assert trajectories, "a batch has at least one trajectory"
     ordered = sorted(trajectories, key=lambda t: (t.group, t.sample))
@@ -172,14 +198,15 @@ def pack_batch(
     if not whole:
         pieces = list(chain.from_iterable(_pieces(t, micro_batch_tokens) for t in ordered))
         policy_of_piece = [t.policy_positions() for t in pieces]
+    sizes = Sizes(pieces, shared=shared)
     if over is None:
-        parts = [list(range(first, last)) for first, last in pairwise(_cuts(pieces, micro_batch_tokens))]
+        parts = [list(range(first, last)) for first, last in pairwise(cuts(sizes, micro_batch_tokens))]
     else:
-        made = plan(pieces, over, micro_batch_tokens)
-        share, parts = share_of(made, pieces, over, device), made[over.rank]
+        made = plan(pieces, over, micro_batch_tokens, sizes)
+        share, parts = share_of(made, pieces, over, device, sizes), made[over.rank]
     return PackedBatch(
         share=share,
-        micro_batches=tuple(_pack_parts(pieces, policy_of_piece, parts, device)),
+        micro_batches=tuple(_pack_parts(pieces, policy_of_piece, parts, device, sizes if shared else None)),
         log_behaviour=tensor(
             np.concatenate([t.log_behaviour[w] for t, w in zip(ordered, policy_positions, strict=True)]), torch.float32
         ),
@@ -227,10 +254,12 @@ def _pack_parts(
     policy_positions: Sequence[np.ndarray],
     parts: Sequence[Sequence[int]],
     device: str | torch.device,
+    sizes: Sizes | None,
 ) -> list[MicroBatch]:
     """A micro-batch for each part (indices of trajectories), one behind the other in this order.
 
-    policy_positions: of each trajectory, where its policy tokens stand in it, [its policy tokens].
+    policy_positions: of each trajectory, where its policy tokens stand in it, [its policy tokens]. sizes: None shares
+    no prefix.
     """
     out = []
     first = policy_start = 0
@@ -242,26 +271,48 @@ def _pack_parts(
         lengths = [len(ordered[i].tokens) for i in part]
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         tokens = np.concatenate([ordered[i].tokens for i in part]).astype(np.int64)
-        documents = list(chain.from_iterable(ordered[i].context_lengths() for i in part))
+        documents = tuple(chain.from_iterable(ordered[i].context_lengths() for i in part))
         positions = np.concatenate([np.arange(n, dtype=np.int64) for n in documents])
         sampled = np.concatenate([w + s for w, s in zip(where, starts, strict=True)])
+        tree = None if sizes is None else _tree([ordered[i] for i in part], [sizes.prefix[i] for i in part])
+        predictors, targets = sampled - 1, tokens[sampled]
+        predicting, place = predictors, None
+        if tree is not None:
+            tokens, positions = tokens[tree.token_of_row], positions[tree.token_of_row]
+            predictors = tree.row_of_token[predictors]
+            predicting, place = np.unique(predictors, return_inverse=True)
         out.append(
             MicroBatch(
                 tokens=torch.from_numpy(tokens).to(device),
                 positions=torch.from_numpy(positions).to(device),
                 lengths=tuple(lengths),
-                documents=tuple(documents),
-                predictors=torch.from_numpy(sampled - 1).to(device),
-                targets=torch.from_numpy(tokens[sampled]).to(device),
+                documents=documents,
+                predictors=torch.from_numpy(predictors).to(device),
+                predicting=torch.from_numpy(predicting).to(device),
+                place=None if place is None else torch.from_numpy(place).to(device),
+                targets=torch.from_numpy(targets).to(device),
                 trajectories=slice(first, first + len(part)),
                 policy=slice(policy_start, policy_start + len(sampled)),
                 policy_lengths=tuple(len(w) for w in where),
                 stretch=_stretch([ordered[i] for i in part], device),
+                tree=tree,
             )
         )
         first += len(part)
         policy_start += len(sampled)
     return out
+
+
+def _tree(trajectories: Sequence[Trajectory], prefixes: Sequence[int]) -> PrefixTree | None:
+    """The tree of these trajectories' contexts; None where nothing is shared. prefixes: as `Sizes.prefix`."""
+    documents, groups, planned = [], [], []
+    for trajectory, prefix in zip(trajectories, prefixes, strict=True):
+        for begin, end in pairwise([0, *trajectory.contexts, len(trajectory.tokens)]):
+            documents.append(trajectory.tokens[begin:end])
+            groups.append(trajectory.group)
+            planned.append(prefix)
+    tree = make_tree(documents, groups=groups, planned=planned)
+    return tree if tree.num_rows < len(tree.row_of_token) else None
 
 
 def _stretch(trajectories: Sequence[Trajectory], device: str | torch.device) -> Tensor | None:
@@ -285,242 +336,11 @@ def _idle(first: int, policy_start: int, device: str | torch.device) -> MicroBat
         lengths=(2,),
         documents=(2,),
         predictors=zero,
+        predicting=zero,
+        place=None,
         targets=zero,
         trajectories=slice(first, first),
         policy=slice(policy_start, policy_start),
         policy_lengths=(1,),
         idle=True,
     )
-
-
-def _cuts(ordered: Sequence[Trajectory], limit: int) -> list[int]:
-    """Where micro-batches begin, and the end.
-
-    A group that fits one micro-batch is not cut: an exact baseline then needs no second gradient sum for it.
-    """
-    sizes: dict[int, int] = {}
-    for trajectory in ordered:
-        sizes[trajectory.group] = sizes.get(trajectory.group, 0) + len(trajectory.tokens)
-    cuts = [0]
-    filled = 0
-    for i, trajectory in enumerate(ordered):
-        begins = i == 0 or ordered[i - 1].group != trajectory.group
-        whole = sizes[trajectory.group] if begins else 0
-        need = whole if whole <= limit else len(trajectory.tokens)
-        if filled and filled + max(need, len(trajectory.tokens)) > limit:
-            cuts.append(i)
-            filled = 0
-        filled += len(trajectory.tokens)
-    return [*cuts, len(ordered)]
-
-
-# How ranks share a batch.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
-    """How a batch is laid over ranks."""
-
-    rank: int
-    size: int
-    cost: Cost
-    whole_groups: bool
-    """whether the trajectories of a group stay on one rank: their gradients are compared there"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Share:
-    """Which rows of a batch's columns this rank computes, and where the rows of all ranks belong.
-
-    `every_*` map rows of all ranks, one rank behind the other, to rows of the batch. Trajectories without policy tokens
-    are run by no rank.
-    """
-
-    trajectories: Tensor  # [own trajectories] int64
-    policy: Tensor  # [own policy tokens] int64
-    trajectories_of_rank: tuple[int, ...]
-    """trajectories of each rank"""
-    policy_of_rank: tuple[int, ...]
-    """policy tokens of each rank"""
-    every_trajectory: Tensor  # [trajectories of all ranks] int64
-    every_policy: Tensor  # [policy tokens] int64
-    groups_cut: bool
-    """some group, on some rank, is spread over several micro-batches or ranks"""
-    imbalance: float
-    """cost of the busiest rank as a multiple of the mean"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    """Multiplications and additions of a model's forward over one trajectory (the backward takes twice as many).
-
-    A term linear in the tokens for the matrices, and a quadratic one for attention.
-    """
-
-    per_token: int
-    """2 x elements of the layers' matrices"""
-    per_policy_token: int
-    """2 x elements of the head, which is used where a token is predicted only"""
-    per_pair: int
-    """of a token and one that it sees: 2 x layers x heads x head_dim for the score, as many for the value"""
-
-    def of(self, tokens: int, policy_tokens: int) -> int:
-        """The cost of a trajectory of one context; each token sees itself and those before it."""
-        pairs = tokens * (tokens + 1) // 2
-        return self.per_token * tokens + self.per_policy_token * policy_tokens + self.per_pair * pairs
-
-    def of_trajectory(self, trajectory: Trajectory) -> int:
-        """The cost of a trajectory; contexts do not see each other."""
-        contexts = sum(self.of(tokens, 0) for tokens in trajectory.context_lengths())
-        return contexts + self.of(0, trajectory.num_policy_tokens)
-
-
-def plan(ordered: Sequence[Trajectory], over: Spread, limit: int) -> Plan:
-    """Every trajectory that has policy tokens once, in micro-batches of at most `limit` tokens.
-
-    A longer trajectory has a micro-batch of its own. Where groups stay whole, a group that fits one is not cut.
-    """
-    sizes = [len(t.tokens) for t in ordered]
-    costs = [over.cost.of_trajectory(t) for t in ordered]
-    used = [i for i, t in enumerate(ordered) if t.num_policy_tokens]
-    units = _groups(ordered, used) if over.whole_groups else [[i] for i in used]
-    of_rank = spread([sum(costs[i] for i in unit) for unit in units], over.size)
-    pieces = [_fitting([units[u] for u in chosen], sizes, limit) for chosen in of_rank]
-    number = max(1, max(-(-sum(sizes[i] for piece in own for i in piece) // limit) for own in pieces))
-    while True:
-        filled = [
-            fill([sum(costs[i] for i in p) for p in own], [sum(sizes[i] for i in p) for p in own], number, limit)
-            for own in pieces
-        ]
-        made = [_micro_batches(f, own) for f, own in zip(filled, pieces, strict=True) if f is not None]
-        if len(made) == over.size:
-            return made
-        number += 1  # ends: at the latest each piece has a micro-batch of its own
-
-
-def share_of(made: Plan, ordered: Sequence[Trajectory], over: Spread, device: str | torch.device) -> Share:
-    """What the plan means for the columns of this rank (`over.rank`)."""
-    lengths = torch.tensor([t.num_policy_tokens for t in ordered])
-    starts = lengths.cumsum(0) - lengths
-    of_rank = [list(chain.from_iterable(micro_batches)) for micro_batches in made]
-    rows = [
-        torch.cat([torch.arange(int(starts[i]), int(starts[i] + lengths[i])) for i in own])
-        if own
-        else torch.zeros(0, dtype=torch.int64)
-        for own in of_rank
-    ]
-    work = [sum(over.cost.of_trajectory(ordered[i]) for i in own) for own in of_rank]
-    return Share(
-        trajectories=torch.tensor(of_rank[over.rank], dtype=torch.int64, device=device),
-        policy=rows[over.rank].to(device),
-        trajectories_of_rank=tuple(map(len, of_rank)),
-        policy_of_rank=tuple(map(len, rows)),
-        every_trajectory=torch.tensor(list(chain.from_iterable(of_rank)), dtype=torch.int64, device=device),
-        every_policy=torch.cat(rows).to(device),
-        groups_cut=_cuts_a_group(made, ordered),
-        imbalance=max(work) * over.size / sum(work) if sum(work) else 1.0,
-    )
-
-
-def _groups(ordered: Sequence[Trajectory], used: Sequence[int]) -> list[list[int]]:
-    """The indices `used`, group by group."""
-    found: dict[int, list[int]] = {}
-    for i in used:
-        found.setdefault(ordered[i].group, []).append(i)
-    return list(found.values())
-
-
-def _fitting(units: Sequence[list[int]], sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Units that fit a micro-batch as they are, the others trajectory by trajectory."""
-    pieces: list[list[int]] = []
-    for unit in units:
-        pieces += [unit] if sum(sizes[i] for i in unit) <= limit else [[i] for i in unit]
-    return pieces
-
-
-def _micro_batches(filled: Sequence[Sequence[int]], pieces: Sequence[list[int]]) -> list[list[int]]:
-    """Bins of pieces -> bins of trajectories."""
-    return [sorted(chain.from_iterable(pieces[p] for p in one)) for one in filled]
-
-
-def _cuts_a_group(made: Plan, ordered: Sequence[Trajectory]) -> bool:
-    """Whether some group, on some rank, is spread over several micro-batches or ranks."""
-    seen: set[int] = set()
-    for micro_batch in chain.from_iterable(made):
-        groups = {ordered[i].group for i in micro_batch}
-        if groups & seen:
-            return True
-        seen |= groups
-    return False
-
-
-# Bins of nearly equal cost. The slowest rank sets the pace, so the largest sum is made small.
-
-
-def spread(costs: Sequence[int], bins: int) -> Bins:
-    """Indices of `costs` in `bins` bins (some may stay empty) with a small largest sum.
-
-    The best of three: Karmarkar and Karp's differencing, the longest first, and each in order to the bin
-    that has least. Costs are not negative.
-    """
-    longest_first = sorted(range(len(costs)), key=lambda i: -costs[i])
-    candidates = (
-        differencing(costs, bins),
-        to_the_lightest(costs, longest_first, bins),
-        to_the_lightest(costs, range(len(costs)), bins),
-    )
-    return min(candidates, key=lambda found: largest(found, costs))
-
-
-def largest(bins: Bins, costs: Sequence[int]) -> int:
-    """The largest sum of costs in a bin."""
-    return max(sum(costs[i] for i in one) for one in bins)
-
-
-def to_the_lightest(costs: Sequence[int], order: Sequence[int], bins: int) -> Bins:
-    """Put the indices, in this order, each into the bin that has the smallest sum then."""
-    found: Bins = [[] for _ in range(bins)]
-    sums = [(0, number) for number in range(bins)]
-    for i in order:
-        total, number = sums[0]
-        found[number].append(i)
-        heapq.heapreplace(sums, (total + costs[i], number))
-    return [sorted(one) for one in found]
-
-
-def differencing(costs: Sequence[int], bins: int) -> Bins:
-    """Karmarkar and Karp (1982) for several bins: the two partial answers of the largest spread are joined,
-    the heaviest bins of one with the lightest of the other, until one is left."""
-    if not costs:
-        return [[] for _ in range(bins)]
-    heap: list[tuple[int, int, list[tuple[int, list[int]]]]] = []
-    for i, cost in enumerate(costs):
-        part: list[tuple[int, list[int]]] = [(0, []) for _ in range(bins - 1)] + [(cost, [i])]
-        heap.append((part[0][0] - cost, i, part))
-    heapq.heapify(heap)
-    while len(heap) > 1:
-        _, number, one = heapq.heappop(heap)
-        _, _, other = heapq.heappop(heap)
-        joined = [(a + b, [*left, *right]) for (a, left), (b, right) in zip(one, reversed(other), strict=True)]
-        joined.sort(key=lambda part: part[0])
-        heapq.heappush(heap, (joined[0][0] - joined[-1][0], number, joined))
-    return sorted(sorted(members) for _, members in heap[0][2])
-
-
-def fill(costs: Sequence[int], sizes: Sequence[int], bins: int, limit: int) -> Bins | None:
-    """Like `spread`, with at most `limit` of `sizes` in a bin (more where one alone is larger); heaviest bin first.
-
-    None when they do not fit, put in by falling size.
-    """
-    found: Bins = [[] for _ in range(bins)]
-    sums, filled = [0] * bins, [0] * bins
-    for i in sorted(range(len(costs)), key=lambda i: (-sizes[i], -costs[i])):
-        room = [n for n in range(bins) if not found[n] or filled[n] + sizes[i] <= limit]
-        if not room:
-            return None
-        chosen = min(room, key=lambda n: sums[n])
-        found[chosen].append(i)
-        sums[chosen] += costs[i]
-        filled[chosen] += sizes[i]
-    heaviest_first = sorted(range(bins), key=lambda n: -sums[n])
-    return [sorted(found[n]) for n in heaviest_first]

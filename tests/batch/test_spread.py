@@ -13,17 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from async_rl.model.architecture import DecoderConfig, tensor_shapes
 from async_rl.trainer.build import decoder_cost
-from async_rl.trainer.packing import (
-    Cost,
-    Spread,
-    differencing,
-    fill,
-    largest,
-    pack_batch,
-    plan,
-    spread,
-    to_the_lightest,
-)
+from async_rl.trainer.packing import pack_batch
+from async_rl.trainer.shares import Cost, Spread, differencing, fill, largest, plan, spread, to_the_lightest
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 COST = Cost(per_token=100, per_policy_token=30, per_pair=3)

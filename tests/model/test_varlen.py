@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from async_rl.errors import UserError
 from async_rl.model.attention import DocumentAttention
+from async_rl.model.prefix_tree import PrefixTree, make_tree
+from async_rl.model.tree_attention import TreeAttention
 from async_rl.model.varlen import Kernel, choose_backend, flash_kernel, make_kernel, torch_kernel
 from async_rl.trainer.forward import ModelArithmetic, log_probs
 from async_rl.trainer.packing import pack_batch
@@ -29,22 +32,25 @@ HEADS, KV_HEADS, SIZE = 4, 2, 8
 
 
 def by_definition(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], *, window: int = 0, cap: float = 0.0
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], *, window: int = 0, cap: float = 0.0,
+    keys: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
     """softmax(q k^T / sqrt(size)) v over the tokens of the own document up to the own one, or the last `window` of
-    them, token by token; with a cap scores s are cap * tanh(s / cap)."""
+    them, token by token; with a cap scores s are cap * tanh(s / cap). keys: those of each document, where it has more
+    than queries: the last of them belong to the queries."""
     share = query.shape[1] // key.shape[1]
-    begin, rows = 0, []
-    for length in lengths:
-        for i in range(length):
+    begin, row, rows = 0, 0, []
+    for length, known in zip(lengths, keys or lengths, strict=True):
+        for i in range(known - length, known):
             heads = []
             for head in range(query.shape[1]):
                 seen = slice(begin + (max(0, i + 1 - window) if window else 0), begin + i + 1)
-                scores = key[seen, head // share] @ query[begin + i, head] / query.shape[2] ** 0.5
+                scores = key[seen, head // share] @ query[row, head] / query.shape[2] ** 0.5
                 weights = torch.softmax(cap * torch.tanh(scores / cap) if cap else scores, 0)
                 heads.append(weights @ value[seen, head // share])
             rows.append(torch.stack(heads))
-        begin += length
+            row += 1
+        begin += known
     return torch.stack(rows)
 
 
@@ -54,20 +60,20 @@ def checked(
 ) -> Tensor:  # fmt: skip
     """What a kernel gives, after everything it demands of its arguments. sizes: tokens before and behind the own one
     that are seen; -1: all."""
-    lengths = bounds[0].diff().tolist()
+    lengths, keys = (b.diff().tolist() for b in bounds)
     assert query.dtype == key.dtype == value.dtype
     assert query.dtype in (torch.bfloat16, torch.float16)
     assert all(b.dtype == torch.int32 and b.dim() == 1 and b.is_contiguous() and int(b[0]) == 0 for b in bounds)
-    assert all(type(n) is int and n == max(lengths) for n in longest)
+    assert all(type(n) is int and n == max(of) for n, of in zip(longest, (lengths, keys), strict=True))
     assert query.dim() == 3
-    assert query.shape[0] == key.shape[0] == int(bounds[0][-1])
+    assert (query.shape[0], key.shape[0]) == (sum(lengths), sum(keys))
     assert key.shape == value.shape
     assert query.shape[1] % key.shape[1] == 0
     assert not same_heads or query.shape[1] == key.shape[1]
     assert all(t.stride(-1) == 1 for t in (query, key, value))
     left, right = sizes
     assert right in (0, -1)  # with `causal` both are the same
-    exact = by_definition(query.double(), key.double(), value.double(), lengths, window=left + 1)
+    exact = by_definition(query.double(), key.double(), value.double(), lengths, window=left + 1, keys=keys)
     return exact.to(query.dtype)
 
 
@@ -250,6 +256,54 @@ def test_a_kernel_for_gpus_is_refused_on_a_cpu_and_in_full_precision(asked: str,
         preflight(quick_settings(tiny_model, f"trainer.attention={asked}"))
 
 
+def tree_of(seed: int) -> PrefixTree:
+    """Documents with nested common beginnings, one within another, and one for itself."""
+    random = np.random.default_rng(seed)
+    documents = [random.integers(0, 2, int(random.integers(1, 9))).astype(np.int32) for _ in range(7)]
+    head = random.integers(0, 2, 6).astype(np.int32)
+    return make_tree([*(np.concatenate([head, d]) for d in documents), head, documents[0]], shortest=1 + seed % 3)
+
+
+def compare_tree(tree: PrefixTree, kernel: Kernel | None, dtype: torch.dtype, bound: float, **rule: Any) -> None:
+    """A tree's attention and gradients are those of its documents one by one."""
+    inputs = tensors([tree.num_rows], dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    rows = torch.from_numpy(tree.row_of_token)
+    found = TreeAttention(tree, kernel)(0, *inputs, **rule)[rows]
+    want = by_definition(*(tensor[rows] for tensor in exact), tree.documents, **rule)
+    assert found.dtype == dtype
+    weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    pairs = zip(
+        (found, *torch.autograd.grad((found.double() * weights).sum(), inputs)),
+        (want, *torch.autograd.grad((want * weights).sum(), exact)),
+        strict=True,
+    )
+    for got, wanted in pairs:
+        assert difference(got, wanted) <= bound
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("rule", [{}, {"window": 3}, {"window": 100}, {"cap": 2.0}, {"window": 2, "cap": 2.0}], ids=str)
+def test_rows_of_a_tree_attend_as_its_documents_do(seed: int, rule: dict[str, Any]) -> None:
+    tree = tree_of(seed)
+    assert tree.num_rows < sum(tree.documents)
+    compare_tree(tree, None, torch.float64, 1e-6 if "cap" in rule else 1e-12, **rule)
+    compare_tree(tree, None, torch.float32, 1e-5, **rule)
+    compare_tree(tree, None, torch.bfloat16, 6e-2, **rule)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("window", [0, 3])
+def test_kernels_take_the_runs_of_a_tree_with_all_keys_before_them(name: str, window: int) -> None:
+    compare_tree(tree_of(1), KERNELS[name](), torch.bfloat16, 6e-2, window=window)
+
+
+def test_a_tree_refuses_other_rows_than_its_own() -> None:
+    tree = tree_of(0)
+    with pytest.raises(ValueError, match=f"for a tree of {tree.num_rows} rows"):
+        TreeAttention(tree)(0, *tensors([tree.num_rows + 1], torch.float64))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("window", [0, 16])
@@ -263,6 +317,24 @@ def test_the_kernels_that_are_installed_equal_the_definition_on_a_gpu(lengths: l
         exact = [t.detach().cpu().double().requires_grad_() for t in half]
         found = DocumentAttention(lengths, kernel)(0, *half, window=window)
         expected = DocumentAttention(lengths)(0, *exact, window=window)
+        gradients = torch.autograd.grad(found.float().square().sum(), half)
+        wanted = torch.autograd.grad(expected.square().sum(), exact)
+        for got, want in zip((found, *gradients), (expected, *wanted), strict=True):
+            assert difference(got.cpu(), want) <= 4e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [0, 3])
+def test_the_kernels_that_are_installed_take_trees_on_a_gpu(window: int) -> None:
+    tree, random = tree_of(1), torch.Generator().manual_seed(0)
+    for asked in ("varlen", "auto", "sdpa"):
+        kernel = make_kernel(choose_backend(asked, device="cuda", half=True))
+        shapes = [(tree.num_rows, heads, 64) for heads in (4, 2, 2)]
+        half = [torch.randn(s, generator=random).bfloat16().cuda().requires_grad_() for s in shapes]
+        exact = [t.detach().cpu().double().requires_grad_() for t in half]
+        found = TreeAttention(tree, kernel)(0, *half, window=window)
+        expected = TreeAttention(tree)(0, *exact, window=window)
         gradients = torch.autograd.grad(found.float().square().sum(), half)
         wanted = torch.autograd.grad(expected.square().sum(), exact)
         for got, want in zip((found, *gradients), (expected, *wanted), strict=True):

@@ -16,31 +16,21 @@ import numpy as np
 import pytest
 import torch
 from msgspec import structs
+from support_definition import ARITHMETIC, TEMPERATURE, VOCABULARY, alone, make_learner, sample_model
 from support_run import quick_settings
 from torch import Tensor, nn
 
-from async_rl.config import CriticSettings, OptimizerSettings
-from async_rl.model.architecture import DecoderConfig
+from async_rl.config import CriticSettings
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
-from async_rl.objective.library import load_recipe
 from async_rl.trainer.critic import Critic
-from async_rl.trainer.forward import ModelArithmetic, batch_log_probs
-from async_rl.trainer.learner import Learner, LearnerOptions
-from async_rl.trainer.packing import Cost, PackedBatch, Spread, pack_batch, pack_step
+from async_rl.trainer.forward import batch_log_probs
+from async_rl.trainer.packing import PackedBatch, pack_batch, pack_step
+from async_rl.trainer.shares import Cost, Spread
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.types import GREEDY
 
-VOCABULARY = 19
-QWEN3 = DecoderConfig(
-    family="qwen3", vocabulary=VOCABULARY, hidden=16, intermediate=24, layers=2, heads=4, kv_heads=2, head_dim=6,
-    max_context=64, qk_norm=True, tied=True,
-)  # fmt: skip
-LLAMA = replace(QWEN3, family="llama", qk_norm=False, qkv_bias=True, output_bias=True, mlp_bias=True)
-CONFIGS = {"qwen3 tied": QWEN3, "qwen3 untied": replace(QWEN3, tied=False), "llama with every bias": LLAMA}
-TEMPERATURE = 0.8
-ARITHMETIC = ModelArithmetic(temperature=TEMPERATURE)
 # contexts of (prompt, turns of (policy tokens, environment tokens, agent, temperature)); groups of three
 SHAPES: list[list[tuple[int, list[tuple[int, int, str, float]]]]] = [
     [(4, [(5, 0, "a", 0.0)]), (2, [(3, 1, "b", 0.3), (2, 0, "b", 1.7)]), (1, [(1, 0, "a", 0.0)])],
@@ -79,24 +69,6 @@ def batch_of() -> list[Trajectory]:
     return [made(number, shape) for number, shape in enumerate(SHAPES)]
 
 
-def alone(model: Decoder, trajectory: Trajectory) -> Tensor:  # [policy tokens]
-    """Log-probs of the policy tokens by the definition, with a graph."""
-    found = []
-    bounds = [0, *trajectory.contexts, len(trajectory.tokens)]
-    for begin, end in pairwise(bounds):
-        tokens = torch.from_numpy(trajectory.tokens[begin:end].astype(np.int64))
-        logits = model(tokens, torch.arange(end - begin), DocumentAttention([end - begin])) @ model.head.T
-        if model.logit_cap:
-            logits = model.logit_cap * torch.tanh(logits / model.logit_cap)
-        for turn in trajectory.turns:
-            if turn.length and begin <= turn.start < end:
-                rows = logits[turn.start - begin - 1 : turn.start - begin - 1 + turn.length]
-                sampled = tokens[turn.start - begin : turn.start - begin + turn.length]
-                at = torch.log_softmax(rows / (turn.temperature or TEMPERATURE), -1)
-                found.append(at.gather(1, sampled[:, None]).squeeze(1))
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
-
-
 def each_gradient(model: Decoder, trajectories: Sequence[Trajectory], weights: Tensor) -> list[list[Tensor]]:
     """grad of -sum_t weights_t log pi_t of each trajectory alone. weights [policy tokens of all]."""
     parameters = list(model.parameters())
@@ -110,17 +82,6 @@ def each_gradient(model: Decoder, trajectories: Sequence[Trajectory], weights: T
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         out.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
     return out
-
-
-def sample_model(name: str = "qwen3 tied") -> Decoder:
-    model = Decoder(CONFIGS[name])
-    model.initialise(3, std=0.3)
-    random = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms and biases away from their special values
-                parameter.add_(torch.randn(parameter.shape, generator=random), alpha=0.3)
-    return model.double()
 
 
 def some_weights(batch: PackedBatch) -> Tensor:  # [policy tokens]
@@ -182,12 +143,6 @@ def test_the_gradient_of_a_step_is_the_loop_over_its_coefficients(recipe: str, m
     want = torch.cat([sum(some, torch.zeros(())).flatten() for some in zip(*each, strict=True)])
     torch.testing.assert_close(look.gradient, want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
     assert learner.step(packed).metrics["contexts/mean"] == sum(map(len, SHAPES)) / len(SHAPES)
-
-
-def make_learner(model: Decoder, recipe: str, critic: Critic | None = None) -> Learner:
-    optimizer = OptimizerSettings(learning_rate=1e-3, warmup_steps=0, clip_norm=0.0)
-    options = LearnerOptions(steps=10, updates_per_batch=1, optimizer=optimizer, arithmetic=ARITHMETIC)
-    return Learner(model, load_recipe({"name": recipe}), options, critic=critic)
 
 
 def test_the_critic_reads_the_state_within_the_context_whatever_the_temperature() -> None:
