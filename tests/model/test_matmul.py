@@ -1,4 +1,4 @@
-"""Products through oneDNN are products."""
+"""Products through either library are products."""
 
 from __future__ import annotations
 
@@ -6,11 +6,43 @@ import pytest
 import torch
 
 from async_rl.model.decoder import Linear, add_linear, linear
+from async_rl_kernels import product
+
+
+@pytest.fixture(params=["onednn", "mkl"])
+def library(request, monkeypatch):
+    """Both libraries, whatever the processor prefers."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(product, "USES_ONEDNN", request.param == "onednn")
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("vendor", "preferred"), [("GenuineIntel", torch.backends.mkl.is_available()), ("AuthenticAMD", False)]
+)
+def test_mkl_is_preferred_on_intels_processors_alone(vendor, preferred, tmp_path, monkeypatch):
+    monkeypatch.setattr(product, "CPU_INFO", tmp_path / "cpuinfo")
+    assert not product.prefers_mkl()
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    assert product.prefers_mkl() == preferred
+
+
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("rows", [3, 500])
+def test_a_product_is_put_or_added_in_place(library, rows, add):
+    generator = torch.Generator().manual_seed(rows)
+    total, left, right = (torch.randn(s, generator=generator) for s in ((64, 80), (64, rows), (rows, 80)))
+    expected = left.double() @ right.double() + (total.double() if add else 0)
+    if not add:
+        total.fill_(float("nan"))  # it is not read
+    product.put_product(total, left, right, add=add)
+    assert torch.allclose(total.double(), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 40, 400])
 @pytest.mark.parametrize("biased", [True, False])
-def test_both_ways_of_multiplying_agree_with_float64(rows, biased):
+def test_both_ways_of_multiplying_agree_with_float64(library, rows, biased):
     generator = torch.Generator().manual_seed(rows)
     x, weight, added, bias = (
         torch.randn(shape, generator=generator) for shape in ((rows, 96), (300, 96), (rows, 300), (300,))
@@ -24,7 +56,7 @@ def test_both_ways_of_multiplying_agree_with_float64(rows, biased):
 
 @pytest.mark.parametrize("rows", [2, 400])
 @pytest.mark.parametrize("frozen", ["none", "weight", "x"])
-def test_gradients_of_linear_are_those_of_torch(rows, frozen):
+def test_gradients_of_linear_are_those_of_torch(library, rows, frozen):
     generator = torch.Generator().manual_seed(rows)
     ours, theirs = Linear(96, 300), torch.nn.Linear(96, 300)
     theirs.load_state_dict(ours.state_dict())
