@@ -271,6 +271,29 @@ class ProblemRefused(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorQuarantined(Event):
+    """A generator reported what it did not do (verify.*): nothing is taken from it any more."""
+
+    event: ClassVar[str] = "generator_quarantined"
+    name: str
+    pid: int
+    """of its process; 0: it was gone already"""
+    lie: str
+    """tokens, log-probs, versions, rewards or prompts"""
+    reason: str
+    """in words and numbers"""
+    step: int
+    """of the next batch"""
+    groups_refused: int
+    """groups with trajectories of it that were not trained yet; their problems are asked again"""
+    groups_trained: int
+    """groups with trajectories of it that were trained before"""
+    first_step: int
+    """that trained one; -1: none did"""
+    last_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchHeldUp(Event):
     """A batch could have been formed, but waited for groups that grow too old otherwise."""
 
@@ -464,6 +487,32 @@ class CanarySilent(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryDoubted(Event):
+    """A trajectory that was verified is not what its generator says; the first one of each kind."""
+
+    event: ClassVar[str] = "trajectory_doubted"
+    name: str
+    """of the generator"""
+    lie: str
+    """tokens, log-probs, versions, rewards or prompts"""
+    step: int
+    group: int
+    sample: int
+    reason: str
+    """in words and numbers"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardsNotRepeatable(Event):
+    """An episode that was played again twice got two rewards: they are not compared any more in this launch."""
+
+    event: ClassVar[str] = "rewards_not_repeatable"
+    step: int
+    reason: str
+    """in words and numbers"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsLinkLost(Event):
     """A direct way of the weights to a generator was given up."""
 
@@ -517,9 +566,9 @@ _ALL: tuple[type[Event], ...] = (
     ProcessStarted, ProcessFailed, ProcessFrozen, ProcessKilled, ProcessesLeft, GeneratorDied, RunInterrupted,
     CheckpointDamaged, RunResumed, TrainerAwaited, StallReported, StallOver,
     BufferReady, GeneratorJoined, GeneratorLeft, GeneratorLost, MessageRefused, PeersTurnedAway, BatchHeldUp,
-    ProblemRefused, DepthChanged, GeneratorReady, GeneratorRejoined,
+    ProblemRefused, GeneratorQuarantined, DepthChanged, GeneratorReady, GeneratorRejoined,
     TrainerReady, EvaluationReported, CheckpointSaved, StepSkipped, UpdatesStopped, MemoryRanOut, AlarmRaised,
-    RunRolledBack, CanaryFailed, CanarySilent, WeightsLinkLost,
+    RunRolledBack, CanaryFailed, CanarySilent, TrajectoryDoubted, RewardsNotRepeatable, WeightsLinkLost,
     WeightsReady, TrackerReady, TrackerFailed, OutputLost,
 )
 # fmt: on

@@ -18,7 +18,7 @@ from async_rl.wire import messages as msg
 from async_rl.wire.frames import SCHEMA, encode
 
 KINDS: tuple[type, ...] = get_args(msg.Message)
-WITH_TRAJECTORIES = (msg.Finished, msg.Turns, msg.Batch)
+WITH_TRAJECTORIES = (msg.Finished, msg.Turns, msg.Batch, msg.Verify)
 INTEGERS = (
     0,
     1,
@@ -140,7 +140,10 @@ def some_message(random: Random, kind: type) -> Any:
     """Well formed; its values are any."""
     if kind in WITH_TRAJECTORIES:
         several = tuple(some_trajectory(random) for _ in range(random.randrange(4)))
-        return kind(trajectories=several, **({"step": random.choice(INTEGERS)} if kind is msg.Batch else {}))
+        others: dict[str, Any] = {"step": random.choice(INTEGERS)} if kind is msg.Batch else {}
+        if kind is msg.Verify:
+            others = {"name": random.choice(TEXTS), "session": random.choice(INTEGERS)}
+        return kind(trajectories=several, **others)
     hints = get_type_hints(kind)
     return kind(**{name: some_value(random, hints[name]) for name in kind.__struct_fields__})
 

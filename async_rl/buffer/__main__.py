@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from async_rl.buffer.build import make_core
 from async_rl.buffer.loop import make_welcome, run_buffer
 from async_rl.process import run_process
@@ -17,7 +19,13 @@ def main(spec: BufferSpec) -> None:
     def work() -> None:
         settings, activity = folder.settings(), Activity()
         with make_heartbeat(spec.name, "buffer", activity, settings.wire, None, pipe=spec.pipes.pulse):
-            core = make_core(settings, train_problems=spec.train_problems, vocabulary=spec.vocabulary, run=spec.run)
+            core = make_core(
+                settings,
+                train_problems=spec.train_problems,
+                vocabulary=spec.vocabulary,
+                run=spec.run,
+                secret=os.urandom(32),
+            )
             if spec.task_digest:
                 core.attendance.welcome = make_welcome(
                     folder,

@@ -17,6 +17,7 @@ from async_rl.buffer.admission import Admission
 from async_rl.buffer.depth import Rules
 from async_rl.buffer.evaluation import Evaluations
 from async_rl.buffer.ledger import Group, Ledger
+from async_rl.buffer.trust import Trust
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.types import GREEDY, LOWEST_TEMPERATURE, sample_seed
 from async_rl.version import __version__
@@ -37,11 +38,13 @@ MOST_EPISODES = 1 << 20
 LARGEST = 1 << 62
 """value of a counter: SQLite holds 63 bits"""
 OF_THE_TRAINER = (
-    msg.NextBatch, msg.Published, msg.Checkpointed, msg.Evaluate, msg.FetchEvaluation, msg.Done
+    msg.NextBatch, msg.Published, msg.Checkpointed, msg.Evaluate, msg.FetchEvaluation, msg.Done, msg.Verdict
 )  # fmt: skip
 OF_ONE_SESSION = (msg.Want, msg.Status, msg.Leave)
 """within one session of a generator: between two of its Hellos"""
 OF_GENERATORS = (*OF_ONE_SESSION, msg.Holds, msg.Canary)
+FROM_A_LIFE = (*OF_GENERATORS, msg.Finished, msg.Turns)
+"""which nobody sends who has said no Hello"""
 OF_THE_LAUNCHER = (msg.Gone, msg.Shutdown, msg.Preempt)
 OF_ANYBODY = (msg.Hello, msg.Query, msg.Pulse, msg.Join)
 TAKEN = (*OF_THE_TRAINER, *OF_GENERATORS, *OF_THE_LAUNCHER, *OF_ANYBODY, msg.Finished, msg.Turns)
@@ -71,6 +74,7 @@ class Acceptance:
     ledger: Ledger
     admission: Admission
     evaluations: Evaluations
+    trust: Trust
 
     def message(self, peer: bytes, message: msg.Message, trainer: bytes) -> Objection | None:
         """Why a message is not taken, or None. `trainer`: the peer that is the trainer; empty: none yet."""
@@ -78,6 +82,8 @@ class Acceptance:
             return Objection(kind="direction", reason="the buffer does not take this kind")
         if isinstance(message, OF_THE_TRAINER) and peer != trainer:
             return Objection(kind="stranger", reason="only the trainer may say this")
+        if isinstance(message, FROM_A_LIFE) and (why := self.trust.barred(peer)):
+            return Objection(kind="quarantine", reason=f"quarantined: {why}")
         if isinstance(message, OF_GENERATORS) and peer not in self.admission.generators:
             return Objection(kind="stranger", reason="say Hello first")
         if isinstance(message, OF_ONE_SESSION) and self.admission.known(peer, message.session) is None:
@@ -136,6 +142,8 @@ class Acceptance:
         generators = self.admission.generators
         if hello.role == "generator" and peer not in generators and len(generators) >= MOST_GENERATORS:
             return Objection(kind="crowd", reason=f"there are {len(generators)} generators already")
+        if hello.role == "generator" and (why := self.trust.quarantine.keeps_out(hello.name, hello.pid)):
+            return Objection(kind="quarantine", reason=f"quarantined: {why}")
         return self._name(peer, hello.name) if hello.role == "generator" and hello.joined else None
 
     def _joining(self, package: str) -> Objection | None:

@@ -15,6 +15,7 @@ from async_rl.buffer import effects as do
 from async_rl.buffer.depth import Rules
 from async_rl.buffer.evaluation import Evaluations
 from async_rl.buffer.ledger import Group, Ledger
+from async_rl.buffer.verification import Life
 from async_rl.trajectory.types import attempt_seed
 from async_rl.wire import messages as msg
 
@@ -74,8 +75,8 @@ class Admission:
     """by peer"""
     orphans: list[int] = field(default_factory=list)
     """admitted groups whose generator was lost, ascending"""
-    former: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
-    """the generators lost last: what they still send does not come from a stranger"""
+    former: OrderedDict[bytes, Life] = field(default_factory=OrderedDict)
+    """the generators lost last, and their last lives: what they still send does not come from a stranger"""
     refuse: Callable[[Group], list[do.Effect]] = lambda group: []
     """refuses a group that was just admitted where its problem may not be asked; no effects: it may"""
     lost_busy_seconds: float = 0.0
@@ -121,7 +122,7 @@ class Admission:
         self.counts["generators_lost"] += 1
         self.lost_busy_seconds += gone.busy_seconds
         self.lost_tokens += gone.tokens_generated
-        self.former[peer] = None
+        self.former[peer] = (gone.name, gone.session)
         if len(self.former) > MOST_FORMER:
             self.former.popitem(last=False)
         for number in gone.groups:
@@ -137,6 +138,12 @@ class Admission:
     def met(self, peer: bytes) -> bool:
         """Whether it is a generator, or was one not long ago."""
         return peer in self.generators or peer in self.former
+
+    def life(self, peer: bytes) -> Life | None:
+        """Name and session of a generator that is, or was not long ago, connected."""
+        if (generator := self.generators.get(peer)) is not None:
+            return generator.name, generator.session
+        return self.former.get(peer)
 
     def complete(self, group: Group) -> None:
         """All samples of a group have arrived, from whichever generator."""

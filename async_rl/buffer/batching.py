@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from async_rl.buffer import effects as do
@@ -140,6 +140,8 @@ class Batching:
     """of all batches since this buffer started"""
     held_up_by: Counter[str] = field(default_factory=Counter)
     """generator -> batches that waited for a group of it"""
+    on_formed: Callable[[Iterable[Group], int], None] = lambda groups, step: None
+    """called with the groups of each batch, and its step"""
     depth: DepthController | None = field(init=False, default=None)
     """what moves the depth of the pipeline, if anything does"""
 
@@ -169,8 +171,10 @@ class Batching:
         if chosen is None:
             self._note_held_up(now)
             return out, ()
-        for group in chosen:
-            self.discarded.train(self.ledger.groups[group])
+        groups = [self.ledger.groups[group] for group in chosen]
+        for group in groups:
+            self.discarded.train(group)
+        self.on_formed(groups, step)
         self.ledger.form_batch(chosen)
         self.counts["groups_trained"] += len(chosen)
         out.append(do.FormBatch(step=step, groups=tuple(chosen), formed_at=now))

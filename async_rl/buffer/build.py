@@ -32,9 +32,12 @@ def make_control(settings: Settings) -> DepthControl | None:
     return DepthControl(target=stale.target_ess, deepest=max(1.0, deepest), groups_per_step=groups)
 
 
-def make_core(settings: Settings, *, train_problems: int, vocabulary: int, run: str = "RUN") -> Core:
+def make_core(
+    settings: Settings, *, train_problems: int, vocabulary: int, run: str = "RUN", secret: bytes = b""
+) -> Core:
     """A fresh state machine for a run over `train_problems` training problems. `vocabulary`: size of the tokenizer's
-    vocabulary, 0 when it is not known; `run`: the run's folder, for messages."""
+    vocabulary, 0 when it is not known; `run`: the run's folder, for messages; `secret`: decides which trajectories are
+    verified."""
     order = PromptOrder(train_problems, settings.seed)
     rules = Rules(
         policy=make_policy(settings),
@@ -48,6 +51,8 @@ def make_core(settings: Settings, *, train_problems: int, vocabulary: int, run: 
         seed=settings.seed,
         vocabulary=vocabulary,
         max_permits=max(1, settings.generator.max_sequences // settings.batch.group_size),
+        verify_share=settings.verify.share,
+        secret=secret,
         frozen_after_s=settings.wire.frozen_after_s,
         stall_report_s=settings.wire.stall_report_s,
         how_to_join="" if settings.generator.count else f": async-rl generate --run {run}",

@@ -26,6 +26,8 @@ from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.poison import KEY as POISON_KEY
 from async_rl.buffer.poison import Poison, failed_trajectories
 from async_rl.buffer.presence import Attendance, Presence
+from async_rl.buffer.trust import Trust
+from async_rl.buffer.verification import Sampling
 from async_rl.buffer.waits import PendingBatch, Waits
 from async_rl.events import ProblemRefused
 from async_rl.trajectory import Trajectory
@@ -50,6 +52,7 @@ class Core:
     refusals: Refusals = field(default_factory=Refusals)
     batching: Batching = field(init=False)
     poison: Poison = field(init=False)
+    trust: Trust = field(init=False)
     trainer: bytes = b""
     """the peer that is the trainer, by its Hello; empty: none yet"""
     waits: Waits = field(init=False)
@@ -82,10 +85,24 @@ class Core:
         self.batching = Batching(rules=self.rules, ledger=self.ledger, admission=self.admission, counts=self.counts)
         self.poison = Poison(limit=self.rules.max_deaths)
         self.admission.refuse = self._refuse_if_poisoned
-        self.acceptance = Acceptance(
-            rules=self.rules, ledger=self.ledger, admission=self.admission, evaluations=self.evaluations
-        )
         self.attendance = Attendance(admission=self.admission, presence=self.presence)
+        self.trust = Trust(
+            sampling=Sampling(
+                share=self.rules.verify_share, group_size=self.rules.group_size, secret=self.rules.secret
+            ),
+            ledger=self.ledger,
+            admission=self.admission,
+            attendance=self.attendance,
+            batching=self.batching,
+        )
+        self.batching.on_formed = self.trust.trained
+        self.acceptance = Acceptance(
+            rules=self.rules,
+            ledger=self.ledger,
+            admission=self.admission,
+            evaluations=self.evaluations,
+            trust=self.trust,
+        )
 
     @property
     def pending(self) -> PendingBatch | None:
@@ -136,6 +153,8 @@ class Core:
                 return self._published(message, now)
             case msg.Checkpointed():
                 return self._checkpointed(message)
+            case msg.Verdict():
+                return [*self.trust.verdict(message, now), *self._hopeless(), *self._grant(now)]
             case msg.Evaluate():
                 return self._evaluate(message, now)
             case msg.FetchEvaluation():
@@ -253,6 +272,7 @@ class Core:
         blobs: list[Blob] = []
         closed: list[Group] = []
         begun: list[tuple[int, int]] = []
+        verifiable: list[tuple[Trajectory, Group]] = []
         possible, out = self._sift(peer, "Finished", finished.trajectories, now)
         for place, trajectory, group in possible:
             if self.batching.late(trajectory):
@@ -261,6 +281,10 @@ class Core:
             if group is None or not group.arrive(trajectory):
                 self.counts["trajectories_ignored"] += 1
                 continue
+            if (name := self.trust.named(peer, trajectory)) != trajectory.generator:
+                trajectory = replace(trajectory, generator=name)  # what it was sent by, not what it says
+            group.senders.add(name)
+            verifiable.append((trajectory, group))
             fresh.append(trajectory)
             blobs += finished.blobs[place : place + 1]
             if trajectory.sample in group.begun:
@@ -278,6 +302,7 @@ class Core:
         if possible:
             pairs = tuple((t.group, t.sample) for _, t, _ in possible)
             out.append(do.Send(peer=peer, message=msg.Accepted(pairs=pairs)))
+        out += self.trust.sample(peer, verifiable, self.trainer)
         for group in closed:
             self.admission.complete(group)
             if group.split == "train":
@@ -300,6 +325,7 @@ class Core:
             if group is None or group.group not in self.groups or trajectory.sample not in group.missing:
                 continue
             group.begun.add(trajectory.sample)
+            group.senders.add(self.trust.named(peer, trajectory))
             kept.append(trajectory)
         self.counts["turns_saved"] += len(kept)
         return [*out, do.SaveTurns(trajectories=kept)] if kept else out
@@ -320,6 +346,8 @@ class Core:
         out: list[do.Effect] = []
         for objection, pairs in refused.values():
             out += self._object(peer, what, objection, now, tuple(pairs))
+        if refused.keys() & {"version", "tokens"}:
+            out += self.trust.impossible(peer, now)
         return possible, out
 
     def _group(self, number: int) -> Group | None:

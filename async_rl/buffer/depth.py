@@ -230,6 +230,10 @@ class Rules:
     """permits that one generator may have under way"""
     max_deaths: int = 2
     """of generators that one problem may cause before it is refused"""
+    verify_share: float = 0.0
+    """of every generator's trajectories, which the trainer verifies"""
+    secret: bytes = b""
+    """decides which"""
     frozen_after_s: float = 15.0
     """a generator that has been silent for so long is lost"""
     stall_report_s: float = 10.0

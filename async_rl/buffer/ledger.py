@@ -57,6 +57,8 @@ class Group:
     """samples of which finished turns are saved"""
     holders: set[bytes] = field(default_factory=set)
     """every generator it was given to"""
+    senders: set[str] = field(default_factory=set)
+    """names of the generators that sent trajectories or turns of it"""
     oldest_held: int = 0
     """oldest weights of those generators when it was given to them"""
     restored: bool = False

@@ -20,6 +20,8 @@ from async_rl.buffer.ledger import MOST_REASON, Group, SampleRecord
 from async_rl.buffer.poison import KEY as POISON_KEY
 from async_rl.buffer.staleness import Slot
 from async_rl.buffer.store_reader import GroupRow, StoreReader, TrajectoryRow
+from async_rl.buffer.verification import FABRICATED
+from async_rl.buffer.verification import KEY as QUARANTINE_KEY
 from async_rl.trajectory.types import LENGTH_BUCKETS, attempt_seed
 
 
@@ -33,12 +35,14 @@ class StoredState:
     position: int
     """next one in the prompt order"""
     dropped: tuple[tuple[int, int, str], ...]
-    """(position, attempt, why) of groups refused as stale, or because the run went back, whose problem was not asked
-    again"""
+    """(position, attempt, why) of groups refused as stale, because the run went back or its generator lied, whose
+    problem was not asked again"""
     depth: Mapping[str, Any] | None
     """state of the controller of the depth, if there was one"""
     poison: Mapping[str, Any] | None
     """deaths by problem, and the problems that are refused for them"""
+    quarantine: Mapping[str, Any] | None
+    """generators that stay out"""
     lengths: tuple[tuple[str, int, int, int], ...]
     """(trained, dropped or refused; length bucket; trajectories; policy tokens)"""
     order: tuple[GroupRow, ...]
@@ -76,6 +80,7 @@ def read_state(store: StoreReader) -> StoredState:
         dropped=tuple(store.dropped_last()),
         depth=json.loads(depth) if (depth := store.meta(KEY)) is not None else None,
         poison=json.loads(poison) if (poison := store.meta(POISON_KEY)) is not None else None,
+        quarantine=json.loads(kept) if (kept := store.meta(QUARANTINE_KEY)) is not None else None,
         lengths=tuple(store.lengths(LENGTH_BUCKETS)),
         order=order,
         samples={group: tuple(store.trajectories_of(group)) for group in live},
@@ -100,10 +105,12 @@ def restore(core: Core, stored: StoredState, *, version: int) -> None:
     admission.refill = [
         (position, attempt + 1)
         for position, attempt, why in stored.dropped
-        if why == "rollback" or ledger.policy.refills
+        if why in ("rollback", FABRICATED) or ledger.policy.refills
     ]
     if stored.poison is not None:
         core.poison.restore(stored.poison)
+    if stored.quarantine is not None:
+        core.trust.quarantine.restore(stored.quarantine)
     if core.batching.depth is not None and stored.depth is not None:
         core.batching.depth.restore(stored.depth)
     core.batching.discarded.restore(stored.lengths)
@@ -116,6 +123,7 @@ def restore(core: Core, stored: StoredState, *, version: int) -> None:
         group = _group(core, row)
         for sample in stored.samples[row.group]:
             group.samples[sample.sample] = _sample(sample)
+            group.senders.add(sample.generator)
         group.begun.update(sample for number, sample in stored.begun if number == row.group)
         ledger.admit(group)
         if group.complete:

@@ -208,15 +208,15 @@ class StoreReader:
         return int(position)
 
     def dropped_last(self) -> list[tuple[int, int, str]]:
-        """(position, attempt, why) of the groups refused as stale, or because the run went back ("rollback"), whose
-        problem was not asked again since."""
+        """(position, attempt, why) of the groups refused as stale, because the run went back ("rollback") or because
+        their generator lied ("fabricated"), whose problem was not asked again since."""
         newest = (
             "SELECT position, max(attempt) AS attempt, refused_because FROM groups WHERE split = 'train' "
             "GROUP BY position"
         )
         why = "substr(refused_because, 1, instr(refused_because, ':') - 1)"
         found = (
-            f"SELECT position, attempt, {why} AS why FROM ({newest}) WHERE why IN ('stale', 'rollback') "
+            f"SELECT position, attempt, {why} AS why FROM ({newest}) WHERE why IN ('stale', 'rollback', 'fabricated') "
             "ORDER BY position"
         )
         return [tuple(row) for row in self._all(found)]

@@ -23,6 +23,7 @@ from async_rl.config.settings import (
     TrainerSettings,
     VllmSettings,
 )
+from async_rl.config.verify import VerifySettings
 from async_rl.errors import UserError, check_trackers
 
 Relation = Callable[[Settings], str]
@@ -377,7 +378,7 @@ def rollback_scale_needs_rollback(s: Settings) -> str:
 
 def rollback_needs_an_alarm(s: Settings) -> str:
     guard = s.guard
-    if guard.rollback and not any((guard.ess, guard.entropy, guard.gradient, guard.reward)):
+    if guard.rollback and not any((guard.ess, guard.reference, guard.entropy, guard.gradient, guard.reward)):
         return "guard.rollback=true, but every alarm is off (guard.ess, guard.entropy, ... are 0); set one"
     return ""
 
@@ -398,6 +399,15 @@ def rollback_needs_generators(s: Settings) -> str:
             "processes anew, and generators that joined by themselves are told to end; set generator.count=1 or more, "
             "or guard.rollback=false"
         )
+    return ""
+
+
+def what_is_verified_needs_a_share(s: Settings) -> str:
+    if s.verify.share:
+        return ""
+    for one in fields(VerifySettings):
+        if one.name != "share" and getattr(s.verify, one.name) != one.default:
+            return f"verify.{one.name} does nothing with verify.share=0; set verify.share, e.g. 0.01"
     return ""
 
 
@@ -493,6 +503,7 @@ RELATIONS: tuple[Relation, ...] = (
     rollback_needs_an_alarm,
     rollback_needs_checkpoints,
     rollback_needs_generators,
+    what_is_verified_needs_a_share,
     name_is_a_folder,
     model_is_named,
     task_is_named,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from async_rl.config.schema import setting
+from async_rl.config.verify import VerifySettings
 
 
 @dataclass(frozen=True)
@@ -426,7 +427,9 @@ class GuardSettings:
     """The watch for a collapse. Thresholds are calibrated on the lab's trainings; bench/LAB.md says what they catch."""
 
     alarms: bool = setting(
-        True, "watch ESS, entropy, gradient norm and reward for a collapse, and warn (metrics alarm/*, event `alarm`)"
+        True,
+        "watch ESS, its reference, entropy, gradient norm and reward for a collapse, and warn (metrics alarm/*, event "
+        "`alarm`)",
     )
     window: int = setting(
         10,
@@ -442,6 +445,13 @@ class GuardSettings:
         unit="share of the batch",
         min=0,
         max=0.5,
+    )
+    reference: float = setting(
+        1.0,
+        "alarm when the log-weights of fresh data spread beyond what the run's start allows, by this factor on the "
+        "variance (metric ess/noise): the reference of ess/ratio is no longer one; 0: never",
+        unit="times",
+        min=0,
     )
     entropy: float = setting(
         1.3,
@@ -564,6 +574,7 @@ class Settings:
     canary: CanarySettings = field(default_factory=CanarySettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     guard: GuardSettings = field(default_factory=GuardSettings)
+    verify: VerifySettings = field(default_factory=VerifySettings)
     wire: WireSettings = field(default_factory=WireSettings)
     weights: WeightsSettings = field(default_factory=WeightsSettings)
     pin_threads: bool = setting(

@@ -16,18 +16,12 @@ from torch import Tensor
 
 from async_rl.generator.engine import SamplingParams
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.trajectory.noise import uniforms
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+__all__ = ["StopRules", "inverse_cdf", "sample", "uniforms"]
+
 BLOCK = 1024
 """tokens of a block in the two-level search of large vocabularies"""
-
-
-def uniforms(seed: NDArray[np.uint64], position: NDArray[np.int64]) -> NDArray[np.float64]:
-    """One number in [0, 1) for each (seed, position), [rows]: SplitMix64 of both (Steele, Lea, Flood, "Fast splittable
-    pseudorandom number generators", OOPSLA 2014)."""
-    state = _mix(seed + GOLDEN) + GOLDEN * (position.astype(np.uint64) + np.uint64(1))
-    # 52 bits: u <= 1 - 2**-52, so that u * total never rounds up to total.
-    return (_mix(state) >> np.uint64(12)).astype(np.float64) * 2.0**-52
 
 
 def sample(logits: Tensor, temperature: NDArray[np.float32], uniform: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
@@ -85,13 +79,6 @@ def _exceeding(cumulative: Tensor, target: Tensor) -> Tensor:
     The clamp acts on NaN only, whose log-prob the caller refuses."""
     found = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
     return found.clamp_max(cumulative.shape[1] - 1)
-
-
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser of each number; same shape."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 MAX_RULES = 64

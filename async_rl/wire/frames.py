@@ -16,7 +16,7 @@ import msgspec
 
 from async_rl.trajectory.codec import Blob, WireError, WireKind, pack, plain, unpack
 from async_rl.trajectory.types import Trajectory
-from async_rl.wire.messages import Batch, Detail, Finished, Message, Turns
+from async_rl.wire.messages import Batch, Detail, Finished, Message, Turns, Verify
 
 SCHEMA = 1
 PORTION_BYTES = 256 << 10
@@ -38,7 +38,7 @@ _DETAILS: dict[type, tuple[str, ...]] = {
     cls: tuple(name for name, hint in get_type_hints(cls).items() if hint == Detail) for cls in get_args(Message)
 }
 """of them, those that hold plain data of any shape"""
-_CARRYING = (Finished, Turns, Batch)
+_CARRYING = (Finished, Turns, Batch, Verify)
 _MISMATCH = re.compile(r"Expected `(\w+)`.*, got `?(\w+)`? - at `\$\.(\w+)(.*)`")
 """what msgspec says of a value of the wrong type"""
 
@@ -50,7 +50,7 @@ def encode(message: Message) -> list[Blob]:
     kind = type(message)
     values: dict[str, Any] = {name: getattr(message, name) for name in _FIELDS[kind]}
     match message:
-        case Finished(trajectories=trajectories) | Turns(trajectories=trajectories):
+        case Finished(trajectories=trajectories) | Turns(trajectories=trajectories) | Verify(trajectories=trajectories):
             values["trajectories"] = _join(map(pack, trajectories), frames)
         case Batch(trajectories=trajectories, blobs=blobs):
             values["trajectories"] = _join([*map(pack, trajectories), *blobs], frames)
@@ -204,13 +204,14 @@ Impossible = Literal[
     "tokens",
     "name",
     "unlike",
+    "quarantine",
 ]
 """What is wrong with a message that was well formed: of a kind that the receiver does not take; a role that does
 not exist; from a peer that has no business with it; a second trainer beside the first; more peers or evaluations
 than are held; a number that cannot be; a batch that cannot be asked for yet; weights that cannot exist; a group
 that was not given to this peer; a trajectory that is not the one permitted (sample, problem, split, seed,
 temperature); tokens outside the vocabulary; a joining generator under a name that is another's, or with another
-version of this program."""
+version of this program; from a generator that reported what it did not do."""
 RefusalKind = WireKind | Impossible
 """A closed list, so that what strangers send cannot grow the counters."""
 

@@ -264,6 +264,20 @@ class Done(WireStruct, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class Verdict(WireStruct, frozen=True, kw_only=True):
+    """A trajectory of this generator is not what it says. Said again for each one that follows."""
+
+    name: str
+    session: int
+    """both as in Verify"""
+    lie: str
+    """what is wrong: tokens, log-probs, versions, rewards or prompts"""
+    reason: str
+    """in words and numbers"""
+    proven: bool
+    """the generator is to be quarantined; else all that it sends next is to be verified"""
+
+
 # ---------------------------------------------------------------- buffer -> trainer
 
 
@@ -385,6 +399,17 @@ class Batch(WireStruct, frozen=True, kw_only=True):
     total: int = 0
     """trajectories of the whole batch"""
     counters: BufferCounters = BufferCounters()
+
+
+class Verify(WireStruct, frozen=True, kw_only=True):
+    """Trajectories that one generator sent, of which the trainer is to find out whether they are what they say. Not
+    answered, unless there is something to say (`Verdict`)."""
+
+    name: str
+    """of the generator, as the buffer knows it"""
+    session: int
+    """of its Hello"""
+    trajectories: tuple[Trajectory, ...]
 
 
 class Waiting(WireStruct, frozen=True, kw_only=True):
@@ -638,8 +663,8 @@ Message = (
     Hello | Want | Finished | Turns | Leave | Holds | Status | Canary
     | Permits | Accepted | Refused | Abandon | NewWeights | Stop | Unknown
     | Pulse | PulseAnswer
-    | NextBatch | Published | Checkpointed | Evaluate | FetchEvaluation | Done
-    | Batch | Waiting | EvaluationResult
+    | NextBatch | Published | Checkpointed | Evaluate | FetchEvaluation | Done | Verdict
+    | Batch | Waiting | EvaluationResult | Verify
     | Query | Snapshot | Gone | Shutdown | Preempt
     | Join | Welcome
     | AskWeights | Offer | AskChunks | Chunk | Withdrawn

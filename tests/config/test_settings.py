@@ -104,10 +104,14 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     "alarm_factors_are_above_one": (("guard.entropy=0.5",), "a factor above 1, or 0 for never"),
     "rollback_scale_needs_rollback": (("guard.rollback_lr_scale=0.5",), "does nothing with guard.rollback=false"),
     "rollback_needs_an_alarm": (
-        ("guard.rollback=true", "guard.ess=0", "guard.entropy=0", "guard.gradient=0", "guard.reward=0"),
+        ("guard.rollback=true", "guard.ess=0", "guard.reference=0", "guard.entropy=0", "guard.gradient=0", "guard.reward=0"),
         "every alarm is off",
     ),
     "rollback_needs_checkpoints": (("guard.rollback=true", "checkpoint.every=0"), "no checkpoint to go back to"),
+    "what_is_verified_needs_a_share": (
+        ["verify.share=0", "verify.rewards=on"],
+        "verify.rewards does nothing with verify.share=0; set verify.share, e.g. 0.01",
+    ),
     "rollback_needs_generators": (("guard.rollback=true", "generator.count=0"), "nobody would generate behind it"),
     "checkpoint_signals_are_known": (("checkpoint.signals=[SIGKILL]",), "names 'SIGKILL'; a run can be told"),
     "grace_needs_signals": (("checkpoint.signals=[]", "checkpoint.grace_s=9"), "does nothing with checkpoint"),

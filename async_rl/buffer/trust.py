@@ -1,0 +1,120 @@
+"""What generators are believed (`Trust`): a sample of what they send goes to the trainer. One that was proven to lie
+loses its permits; what it sent and was not trained is refused, and its problems are asked again."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from async_rl.buffer import effects as do
+from async_rl.buffer.verification import FABRICATED, IMPOSSIBLE, KEY, Life, Quarantine, Sampling, Touched
+from async_rl.events import GeneratorQuarantined
+from async_rl.trajectory import Trajectory
+from async_rl.wire import messages as msg
+
+if TYPE_CHECKING:
+    from async_rl.buffer.admission import Admission
+    from async_rl.buffer.batching import Batching
+    from async_rl.buffer.ledger import Group, Ledger
+    from async_rl.buffer.presence import Attendance
+
+MOST_REASON = 500
+"""characters kept of what was found"""
+
+
+@dataclass(slots=True, kw_only=True)
+class Trust:
+    """Chooses what is verified and carries out what is proven."""
+
+    sampling: Sampling
+    ledger: Ledger
+    admission: Admission
+    attendance: Attendance
+    batching: Batching
+    quarantine: Quarantine = field(default_factory=Quarantine)
+
+    def barred(self, peer: bytes) -> str:
+        """Why nothing is taken from a generator; empty: it is."""
+        life = self.admission.life(peer)
+        return "" if life is None else self.quarantine.reason(life)
+
+    def named(self, peer: bytes, trajectory: Trajectory) -> str:
+        """The generator's name: as this buffer knows it, whatever the trajectory says."""
+        life = self.admission.life(peer)
+        return trajectory.generator if life is None else life[0]
+
+    def sample(self, peer: bytes, fresh: Sequence[tuple[Trajectory, Group]], trainer: bytes) -> list[do.Effect]:
+        """Those of the trajectories that have just arrived which the trainer is to verify. What a lost generator began
+        is no evidence against the one that ended it."""
+        life = self.admission.life(peer)
+        if life is None or not trainer:
+            return []
+        chosen = tuple(
+            trajectory
+            for trajectory, group in fresh
+            if self.sampling.choose(life, trajectory) and group.senders <= {life[0]} and not group.restored
+        )
+        if not chosen:
+            return []
+        name, session = life
+        return [do.Send(peer=trainer, message=msg.Verify(name=name, session=session, trajectories=chosen))]
+
+    def impossible(self, peer: bytes, now: float) -> list[do.Effect]:
+        """A message held trajectories with versions or tokens that cannot be."""
+        life = self.admission.life(peer)
+        if life is None or not self.sampling.share or not self.quarantine.count_impossible(life):
+            return []
+        reason = f"{IMPOSSIBLE} of its messages named weights that its permits exclude, or tokens that do not exist"
+        return self.prove(life, "versions", reason, now)
+
+    def verdict(self, verdict: msg.Verdict, now: float) -> list[do.Effect]:
+        """The trainer has found a trajectory that is not what it says."""
+        life = (verdict.name, verdict.session)
+        if self.quarantine.reason(life):
+            return []
+        if not verdict.proven:
+            self.sampling.suspect(life)
+            return []
+        return self.prove(life, verdict.lie, verdict.reason[:MOST_REASON], now)
+
+    def prove(self, life: Life, lie: str, reason: str, now: float) -> list[do.Effect]:
+        """This generator lied: it is quarantined."""
+        name = life[0]
+        peer, generator = next(
+            ((p, g) for p, g in self.admission.generators.items() if (g.name, g.session) == life), (b"", None)
+        )
+        pid = generator.pid if generator is not None else 0
+        why = f"{name} reported {lie} that are not what it did: {reason}"
+        self.quarantine.add(life, pid, why)
+        self.sampling.forget(life)
+        out: list[do.Effect] = []
+        if generator is not None:
+            self.attendance.remove(peer)
+            told = msg.Refused(what="what it sent", reason=f"quarantined: {why}", kind="quarantine")
+            out.append(do.Send(peer=peer, message=told))
+        refused = [g for g in self.ledger.groups.values() if name in g.senders]
+        for group in refused:
+            out += self.batching.refuse(group.group, f"{FABRICATED}: by {name} ({lie})")
+            insort(self.admission.refill, (group.position, group.attempt + 1))
+        touched = self.quarantine.touched.get(name, Touched())
+        self.admission.counts["generators_quarantined"] += 1
+        quarantined = GeneratorQuarantined(
+            name=name,
+            pid=pid,
+            lie=lie,
+            reason=reason,
+            step=self.ledger.step,
+            groups_refused=len(refused),
+            groups_trained=touched.groups,
+            first_step=touched.first_step,
+            last_step=touched.last_step,
+        )
+        return [*out, do.Remember(key=KEY, value=self.quarantine.remembered()), do.Note(event=quarantined)]
+
+    def trained(self, groups: Iterable[Group], step: int) -> None:
+        """These groups are the batch of `step`."""
+        for group in groups:
+            for name in group.senders:
+                self.quarantine.trained(name, step)
