@@ -75,6 +75,8 @@ class ScriptedEngine:
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
     running: dict[int, asyncio.Event] = field(default_factory=dict)
+    shown: dict[int, list[int]] = field(default_factory=dict)
+    """tokens so far of running turns"""
 
     async def generate(self, request: Request) -> Completion:
         if self.error is not None:
@@ -113,6 +115,9 @@ class ScriptedEngine:
 
     async def probe(self, tokens: Sequence[int]) -> Sequence[float]:
         return [-float(token) for token in tokens[1:]]
+
+    def sampled(self, session: int) -> Sequence[int]:
+        return self.shown.get(session, ())
 
     def release(self, session: int) -> None:
         if session in self.running:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -236,15 +236,19 @@ class Answer:
     log_probs: Sequence[float]
 
 
-def as_message(text: str, request: ChatRequest, tokenizer: Tokenizer, first_id: int) -> dict[str, Any]:
+def as_message(text: str, request: ChatRequest, tokenizer: Tokenizer, *, first_id: int, opened: bool) -> dict[str, Any]:
     """The text of a turn as a message: calls, where the request has tools, and thoughts apart.
 
-    Calls that cannot be read are left in the text. `first_id`: number of calls that the episode had before.
+    Calls that cannot be read are left in the text.
+
+    Args:
+        first_id: number of calls that the episode had before.
+        opened: the prompt ended with the opening tag of a thought.
     """
     name = detect(tokenizer.template_text)
-    parsed = FORMATS[name].parse(text, request.tools) if name else Parsed(content=text)
+    parsed = FORMATS[name].parse(text, request.tools, opened) if name else Parsed(content=text)
     if parsed.calls and (not request.calls or any(call.error for call in parsed.calls)):
-        parsed = Parsed(content=text)
+        parsed = Parsed(content=parsed.unread, thinking=parsed.thinking)
     message: dict[str, Any] = {"role": "assistant", "content": parsed.content}
     if parsed.thinking:
         message["reasoning_content"] = parsed.thinking
@@ -263,47 +267,23 @@ def completion(answer: Answer, request: ChatRequest, tokenizer: Tokenizer, name:
     choice: dict[str, Any] = {
         "index": 0,
         "message": {"refusal": None, **answer.message, "content": answer.message["content"] or None},
-        "logprobs": _log_probs(answer, tokenizer) if request.log_probs else None,
+        "logprobs": log_probs_of(answer, tokenizer) if request.log_probs else None,
         "finish_reason": answer.finish,
     }
     body = {"id": name, "object": "chat.completion", "created": int(time.time()), "model": MODEL}
     if request.token_ids:
         choice["token_ids"] = list(answer.tokens)
         body["prompt_token_ids"] = list(answer.prompt)
-    return {**body, "choices": [choice], "usage": _usage(answer)}
+    return {**body, "choices": [choice], "usage": usage(answer)}
 
 
-def chunks(answer: Answer, request: ChatRequest, tokenizer: Tokenizer, name: str) -> Iterator[dict[str, Any]]:
-    """The bodies of a streamed answer: who speaks, the text, the calls, the end."""
-    head = {"id": name, "object": "chat.completion.chunk", "created": int(time.time()), "model": MODEL}
-
-    def chunk(delta: Mapping[str, Any], finish: str | None = None, more: Any = None) -> dict[str, Any]:
-        return {**head, "choices": [{"index": 0, "delta": dict(delta), "finish_reason": finish, **(more or {})}]}
-
-    message = answer.message
-    yield chunk({"role": "assistant", "content": ""})
-    if "reasoning_content" in message:
-        yield chunk({"reasoning_content": message["reasoning_content"]})
-    told = {"logprobs": _log_probs(answer, tokenizer)} if request.log_probs else {}
-    if message["content"] or told:
-        yield chunk({"content": message["content"]}, more=told)
-    for index, call in enumerate(message.get("tool_calls", ())):
-        yield chunk({"tool_calls": [{"index": index, **call}]})
-    last = chunk({}, answer.finish)
-    if request.token_ids:
-        last["choices"][0]["token_ids"] = list(answer.tokens)
-        last["prompt_token_ids"] = list(answer.prompt)
-    yield last
-    if request.usage:
-        yield {**head, "choices": [], "usage": _usage(answer)}
-
-
-def _usage(answer: Answer) -> dict[str, int]:
+def usage(answer: Answer) -> dict[str, int]:
+    """Numbers of tokens."""
     prompt, sampled = len(answer.prompt), len(answer.tokens)
     return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
 
 
-def _log_probs(answer: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
+def log_probs_of(answer: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
     """The log-prob of every sampled token, the end token included."""
     found = []
     for token, log_prob in zip(answer.tokens, answer.log_probs, strict=True):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ from async_rl.generator.contexts import Context
 from async_rl.generator.engine import Completion
 from async_rl.generator.session import EpisodeSession, TurnLimit, TurnRequest
 from async_rl.model.messages import with_text
-from async_rl.task.tool_formats import FORMATS, detect
+from async_rl.task.tool_formats import FORMATS, THINK, detect
 
 Key = tuple[Any, ...]
 """equal for two messages that are the same to an agent"""
@@ -76,6 +76,11 @@ class Asked:
     open: bool = True
     """nothing was appended behind it"""
 
+    @property
+    def opened(self) -> bool:
+        """The template began a thought."""
+        return self.chat.text.rstrip().endswith(THINK)
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Place:
@@ -106,8 +111,11 @@ class Conversations:
     running: set[Context] = field(default_factory=set)
     """in which a turn is being sampled"""
 
-    async def answer(self, request: ChatRequest) -> Answer:
+    async def answer(self, request: ChatRequest, on_begin: Callable[[Asked], None] | None = None) -> Answer:
         """Sample the answer to a request. If the caller is cancelled, the turn ends there and is kept as it is.
+
+        Args:
+            on_begin: called when the request has found its place, before its turn is sampled.
 
         Raises RequestError, and what `EpisodeSession.take_turn` raises.
         """
@@ -116,6 +124,8 @@ class Conversations:
             asked, turn = self._begin(request)
         finally:
             self._note()
+        if on_begin is not None:
+            on_begin(asked)
         sampling = asyncio.ensure_future(self.session.take_turn(asked.context, turn))
         sampling.add_done_callback(lambda _: self.running.discard(asked.context))
         try:
@@ -183,7 +193,7 @@ class Conversations:
         text = tokenizer.turn_text(completion.tokens, asked.stop)
         for string in request.stop:
             text = text.removesuffix(string)
-        message = as_message(text, request, tokenizer, self.calls)
+        message = as_message(text, request, tokenizer, first_id=self.calls, opened=asked.opened)
         self.calls += len(message.get("tool_calls", ()))
         asked.turn = tuple(completion.tokens)
         asked.text = text

@@ -134,6 +134,12 @@ class EmbeddedEngine:
             self.release(request.session)
             raise
 
+    def sampled(self, session: int) -> Sequence[int]:
+        """Tokens so far of the turn that is being sampled for a session; none where none is."""
+        slot = self._slots.of(session)
+        found: list[int] = [] if slot is None or session not in self._answers else self._slots.new_tokens(slot).tolist()
+        return found
+
     async def load(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy `weights` into the parameters. Raises ValueError, and changes nothing, unless names and shapes are
         exactly those of the model's parameters."""

@@ -11,14 +11,16 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from async_rl.errors import RunFailed, UserError
-from async_rl.generator.chat_request import MODEL, Answer, ChatRequest, RequestError, chunks, completion, read_request
-from async_rl.generator.conversations import Conversations
+from async_rl.generator.answer_stream import AnswerStream
+from async_rl.generator.chat_request import MODEL, ChatRequest, RequestError, completion, read_request
+from async_rl.generator.conversations import Asked, Conversations
 from async_rl.generator.engine import LogitsNotFinite
 from async_rl.generator.session import EpisodeAborted, EpisodeSession, TurnLimit
 from async_rl.task.protocol import Connection
@@ -31,8 +33,10 @@ MOST_BODY_BYTES = 64 << 20
 """of one request"""
 BODY_S = 60.0
 """longest time for the body of a request to arrive"""
+PIECE_S = 0.05
+"""between two looks at what was sampled for a stream"""
 ALIVE_S = 5.0
-"""between two comments in a stream, which keep it alive while its answer is sampled"""
+"""of silence in a stream, after which a comment keeps it alive"""
 CLOSE_S = 1.0
 """longest time for connections to end"""
 NO_RETRY = {"x-should-retry": "false"}
@@ -158,36 +162,48 @@ class Endpoint:
     async def _stream(
         self, request: web.Request, episode: Conversations, asked: ChatRequest, name: str
     ) -> web.StreamResponse:
-        """The answer in pieces, once it is there: a turn is recorded as a whole. Errors come as a status, unless the
-        stream had to begin before."""
+        """The answer in pieces, as it is sampled. Errors come as a status, unless the stream had to begin before."""
         from aiohttp import web
 
+        stream = AnswerStream(name=name, request=asked, tokenizer=episode.session.tokenizer)
+        place: list[Asked] = []
+        answering = asyncio.ensure_future(episode.answer(asked, place.append))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        answering = asyncio.ensure_future(episode.answer(asked))
         try:
+            wrote = time.monotonic()
             while not answering.done():
-                await asyncio.wait({answering}, timeout=ALIVE_S)
-                if not answering.done():
+                await asyncio.wait({answering}, timeout=PIECE_S)
+                if answering.done():
+                    break
+                pieces = _said(stream, place[0], episode.session) if place else []
+                if pieces or time.monotonic() - wrote > ALIVE_S:
                     if not response.prepared:
                         await response.prepare(request)
-                    await response.write(b": sampling\n\n")
+                    await response.write(_events(pieces) or b": sampling\n\n")
+                    wrote = time.monotonic()
         except BaseException:  # the client went away
             answering.cancel()
             raise
         if not response.prepared:
             answering.result()
             await response.prepare(request)
-        pieces: list[Any]
         try:
-            answer: Answer = answering.result()
-            pieces = list(chunks(answer, asked, episode.session.tokenizer, name))
+            pieces = list(stream.rest(answering.result()))
         except TOLD as error:
             pieces = [_told(error).body]
-        for piece in pieces:
-            await response.write(f"data: {json.dumps(piece)}\n\n".encode())
-        await response.write(b"data: [DONE]\n\n")
+        await response.write(_events(pieces) + b"data: [DONE]\n\n")
         await response.write_eof()
         return response
+
+
+def _said(stream: AnswerStream, asked: Asked, session: EpisodeSession) -> list[Mapping[str, Any]]:
+    """What is new in the turn that is being sampled."""
+    stream.opened, stream.stop = asked.opened, asked.stop
+    return stream.more(session.sampled(asked.context))
+
+
+def _events(pieces: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(f"data: {json.dumps(piece)}\n\n" for piece in pieces).encode()
 
 
 Handler = Callable[["web.Request"], Awaitable["web.StreamResponse"]]

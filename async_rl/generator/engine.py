@@ -99,6 +99,10 @@ class Engine(Protocol):
         Raises LogitsNotFinite, which concerns this request alone, or RunFailed when the engine has died."""
         ...
 
+    def sampled(self, session: int) -> Sequence[int]:
+        """Tokens so far of the turn that is being sampled for a session; none where none is."""
+        ...
+
     async def load(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Replace the weights in flight. Running sequences go on; tokens sampled after the return
         carry `version`."""

@@ -403,6 +403,10 @@ class EpisodeSession:
         """Record that an agent asked for a turn for which the context has no room."""
         self.refused = self._ended = "length"
 
+    def sampled(self, context: Context) -> Sequence[int]:
+        """Tokens so far of the turn that is being sampled in a context."""
+        return self._engine.sampled(context.key) if context.busy else ()
+
     def cut(self, context: Context) -> None:
         """End the turn of a context that nobody waits for any more. What was sampled of it is kept."""
         context.unwanted = True

@@ -145,6 +145,11 @@ class VllmEngine:
             del self._requests[request.session], self._running[name]
             self._busy(now=time.perf_counter())
 
+    def sampled(self, session: int) -> Sequence[int]:
+        """Tokens so far of the turn that is being sampled for a session; none where none is."""
+        running = self._running.get(self._requests.get(session, ""))
+        return tuple(running.tokens) if running is not None else ()
+
     async def _collect(
         self, name: str, running: _RunningRequest, history: list[int], request: Request, max_tokens: int
     ) -> Completion:

@@ -19,7 +19,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 Tools = Sequence[Mapping[str, Any]]
 """descriptions of tools (JSON schema, as the chat template takes them)"""
@@ -51,6 +51,8 @@ class Parsed:
     """what the model thought before it spoke (`<think>` or the analysis channel)"""
     calls: tuple[ToolCall, ...] = ()
     """in the order in which they were written"""
+    unread: str = ""
+    """`content`, the calls left in it as they were written"""
 
     def message(self, *, first_id: int = 0) -> dict[str, Any]:
         """The turn as a chat message (OpenAI's form): role, content, `tool_calls` with arguments as JSON text.
@@ -68,6 +70,19 @@ class Parsed:
         return made
 
 
+class Parse(Protocol):
+    """Reads a turn. Never raises: a call that cannot be read has an `error`."""
+
+    def __call__(self, text: str, tools: Tools = (), opened: bool | None = None) -> Parsed:
+        """
+        Args:
+            text: of the turn.
+            tools: that the prompt described.
+            opened: the prompt ended with the opening tag of a thought; None: not known. Then a closing tag says so.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolFormat:
     """One way to write calls."""
@@ -79,9 +94,9 @@ class ToolFormat:
     """what they do not hold: marks of other formats that share `marks`"""
     stop: tuple[str, ...] = ()
     """strings that end a turn of calls, for folders that do not name these tokens as end tokens"""
-    parse: Callable[[str, Tools], Parsed]
-    """(text of a turn, tools that the prompt described) -> its parts. Never raises: a call that cannot be read has an
-    `error`."""
+    opens: tuple[str, ...] = ()
+    """what a call begins with: the first of these ends a thought that was not closed"""
+    parse: Parse
     write: Callable[[str, str], str]
     """(name, arguments as JSON text) -> the turn that a model writes to make this call"""
 
@@ -163,18 +178,19 @@ def _find(text: str, mark: str, start: int) -> int:
     return found if found >= 0 else len(text)
 
 
-def _thought(text: str, opening: str) -> tuple[str, str]:
+THINK, THOUGHT = "<think>", "</think>"
+
+
+def _thought(text: str, opening: str, opened: bool | None) -> tuple[str, str]:
     """(what was thought, the rest). A thought ends at its closing tag; a call that is opened in one that never was
     ends it too, and one that the prompt opened has no opening tag here."""
-    begin, end = "<think>", "</think>"
     body = text.lstrip()
-    opened = body.startswith(begin)
-    if opened:
-        body = body[len(begin) :]
-    closed = body.find(end)
+    if body.startswith(THINK):
+        body, opened = body[len(THINK) :], True
+    closed = body.find(THOUGHT)
     call = body.find(opening)
-    if closed >= 0 and (opened or call < 0 or closed < call):
-        return body[:closed].strip("\n"), body[closed + len(end) :].lstrip("\n")
+    if closed >= 0 and (opened or (opened is None and (call < 0 or closed < call))):
+        return body[:closed].strip("\n"), body[closed + len(THOUGHT) :].lstrip("\n")
     if opened:
         call = call if call >= 0 else len(body)
         return body[:call].strip("\n"), body[call:]
@@ -193,14 +209,15 @@ Spans = Iterator[tuple[int, int, tuple[ToolCall, ...]]]
 """(begin, end, calls in it), in order"""
 
 
-def _parser(opening: str, spans: Callable[[str, Tools], Spans]) -> Callable[[str, Tools], Parsed]:
+def _parser(opening: str, spans: Callable[[str, Tools], Spans]) -> Parse:
     """A parser for calls that stand between tags in text, perhaps behind a thought."""
 
-    def parse(text: str, tools: Tools = ()) -> Parsed:
-        thinking, rest = _thought(text, opening)
+    def parse(text: str, tools: Tools = (), opened: bool | None = None) -> Parsed:
+        thinking, rest = _thought(text, opening, opened)
         found = list(spans(rest, tools))
         content = _between(rest, [(begin, end) for begin, end, _ in found])
-        return Parsed(content=content, thinking=thinking, calls=tuple(call for _, _, calls in found for call in calls))
+        calls = tuple(call for _, _, several in found for call in several)
+        return Parsed(content=content, thinking=thinking, calls=calls, unread=rest)
 
     return parse
 
@@ -418,30 +435,54 @@ def _write_deepseek(name: str, arguments: str) -> str:
 
 # ------------------------------------------------ harmony: <|channel|>commentary to=functions.x<|message|>{...}<|call|>
 
+START, MESSAGE = "<|start|>", "<|message|>"
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
-_BODY_ENDS = re.compile(r"<\|(?:end|call|return)\|>")
+BODY_ENDS = ("<|end|>", "<|call|>", "<|return|>")
 
 
-def parse_harmony(text: str, tools: Tools = ()) -> Parsed:
+def harmony_kind(header: str) -> Literal["call", "thought", "said"]:
+    """What a message of gpt-oss with this header is."""
+    channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
+    if recipient and recipient[1] not in ("assistant", "user", "all"):
+        return "call"
+    return "thought" if channel and channel[1] == "analysis" else "said"
+
+
+def harmony_body(text: str) -> str:
+    """Up to the mark that ends a message."""
+    return text[: min(_find(text, mark, 0) for mark in BODY_ENDS)]
+
+
+def parse_harmony(text: str, tools: Tools = (), opened: bool | None = None) -> Parsed:
     """The messages of a turn of gpt-oss: `analysis` is thought, `final` and a `commentary` to nobody is said, a message
     to a function is a call. The turn begins behind `<|start|>assistant`, which the prompt ends with."""
-    if "<|message|>" not in text and "<|channel|>" not in text:
-        return Parsed(content=text)
+    if MESSAGE not in text and "<|channel|>" not in text:
+        return Parsed(content=text, unread=text)
     said: list[str] = []
+    unread: list[str] = []
     thought: list[str] = []
     calls: list[ToolCall] = []
-    for part in text.split("<|start|>"):
-        header, mark, body = part.partition("<|message|>")
-        body = _BODY_ENDS.split(body)[0]
-        channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
-        if recipient and recipient[1] not in ("assistant", "user", "all"):
-            calls.append(_harmony_call(recipient[1], body, mark))
-        elif channel and channel[1] == "analysis":
-            thought.append(body)
-        else:
-            said.append(body)
-    return Parsed(content="\n".join(filter(None, said)), thinking="\n".join(thought), calls=tuple(calls))
+    for part in text.split(START):
+        header, mark, body = part.partition(MESSAGE)
+        body = harmony_body(body)
+        match harmony_kind(header):
+            case "call":
+                recipient = _RECIPIENT.search(header)
+                assert recipient is not None
+                calls.append(_harmony_call(recipient[1], body, mark))
+                unread.append(part)
+            case "thought":
+                thought.append(body)
+            case "said":
+                said.append(body)
+                unread.append(body)
+    return Parsed(
+        content="\n".join(filter(None, said)),
+        thinking="\n".join(thought),
+        calls=tuple(calls),
+        unread="\n".join(filter(None, unread)),
+    )
 
 
 def _harmony_call(recipient: str, body: str, mark: str) -> ToolCall:
@@ -473,19 +514,28 @@ FORMATS: dict[str, ToolFormat] = {
         ToolFormat(
             name="deepseek",
             marks=(CALL_BEGIN, CALL_SEP),
+            opens=(CALL_BEGIN, CALLS_BEGIN),
             parse=_parser(CALL_BEGIN, _deepseek),
             write=_write_deepseek,
         ),
-        ToolFormat(name="mistral", marks=(TOOL_CALLS,), parse=_parser(TOOL_CALLS, _mistral), write=_write_mistral),
+        ToolFormat(
+            name="mistral",
+            marks=(TOOL_CALLS,),
+            opens=(TOOL_CALLS,),
+            parse=_parser(TOOL_CALLS, _mistral),
+            write=_write_mistral,
+        ),
         ToolFormat(
             name="qwen_xml",
             marks=(OPEN, "<function="),
+            opens=("<function=", OPEN),
             parse=_parser("<function=", _qwen_xml),
             write=_write_qwen_xml,
         ),
         ToolFormat(
             name="hermes",
             marks=(OPEN,),
+            opens=(OPEN,),
             without=("<arg_key>", "<function=", "<function "),
             parse=_parser(OPEN, _hermes),
             write=_write_hermes,
@@ -493,6 +543,7 @@ FORMATS: dict[str, ToolFormat] = {
         ToolFormat(
             name="llama",
             marks=('"parameters"', "<|start_header_id|>"),
+            opens=(PYTHON_TAG, "{"),
             stop=("<|eom_id|>",),
             parse=_parser(PYTHON_TAG, _llama),
             write=_write_llama,

@@ -237,6 +237,26 @@ def test_close_answers_everyone_with_aborted_and_the_tokens_so_far(tokenizer):
     assert [len(completion.tokens) for completion in done[2:]] == [0, 0, 0]
 
 
+def test_the_tokens_of_a_running_turn_can_be_seen(tokenizer):
+    engine = make_engine(tokenizer, max_sequences=2)
+
+    async def look() -> None:
+        running = [asyncio.create_task(engine.generate(ask(i, prompt(i, 4), 9 + i))) for i in range(3)]
+        seen: list[list[list[int]]] = [[], [], []]
+        while not all(one.done() for one in running):
+            await asyncio.sleep(0)
+            for i in range(3):
+                seen[i].append(list(engine.sampled(i)))
+        for i, one in enumerate(running):
+            whole = list(one.result().tokens)
+            assert all(found == whole[: len(found)] for found in seen[i])
+            assert {len(found) for found in seen[i]} >= set(range(1, len(whole)))
+            assert not engine.sampled(i)
+        await engine.close()
+
+    asyncio.run(look())
+
+
 def test_a_cancelled_request_frees_its_place(tokenizer):
     engine = make_engine(tokenizer, max_sequences=1)
 

@@ -22,6 +22,7 @@ from support_agents import (
     texts_of,
 )
 
+from async_rl.generator.engine import Completion, Request
 from async_rl.model.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "hi"}
@@ -282,6 +283,58 @@ def test_log_probs_and_tokens_are_those_that_were_sampled(tokenizer: Tokenizer) 
             text += "".join(choice.delta.content or "" for choice in chunk.choices)
         assert text == "aü"
         assert last.usage.completion_tokens == len(ids)
+
+    played(engine, talk)
+
+
+Pieces = list[tuple[str, str]]
+"""(what is sampled, what a stream tells of it at once)"""
+
+
+class Speaking(ScriptedEngine):
+    """Samples its turn in pieces: the next one when that before has been told."""
+
+    def say(self, pieces: Pieces) -> None:
+        self.pieces, self.told = pieces, asyncio.Semaphore(0)
+
+    async def generate(self, request: Request) -> Completion:
+        said = ""
+        for sampled, told in self.pieces:
+            said += sampled
+            self.shown[request.session] = [t for letter in said for t in self.tokenizer.encode(letter, behind=True)]
+            if told:
+                await self.told.acquire()
+        del self.shown[request.session]
+        self.script = lambda history: said
+        return await super().generate(request)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "calls"),
+    [
+        ([("It is", "It is"), (" 4 °", " 4 °"), ("C.\nUs", "C."), ("er: no", "")], 0),
+        ([("<thi", ""), ("nk>\nhm", "hm"), (" so\n</th", " so"), ("ink>\n\nIt is", "It is")], 0),
+        ([("Let me", "Let me"), (f" see.\n{CALL[:5]}", " see."), (CALL[5:], "")], 1),
+    ],
+)
+def test_a_stream_tells_each_piece_before_the_next_is_sampled(tokenizer: Tokenizer, pieces: Pieces, calls: int) -> None:
+    engine = Speaking(tokenizer, [])
+    engine.say(pieces)
+
+    async def talk(client: openai.AsyncOpenAI) -> None:
+        found, called, finish = [], 0, []
+        async for chunk in await client.chat.completions.create(
+            model="policy", messages=[USER], tools=[WEATHER], stop=["\nUser:"], stream=True
+        ):
+            (choice,) = chunk.choices
+            called += len(choice.delta.tool_calls or ())
+            finish += [choice.finish_reason] if choice.finish_reason else []
+            said = choice.delta.content or (choice.delta.model_extra or {}).get("reasoning_content")
+            if said:
+                found.append(said)
+                engine.told.release()
+        assert (found, called) == ([told for _, told in pieces if told], calls)
+        assert finish == ["tool_calls" if calls else "stop"]
 
     played(engine, talk)
 
