@@ -29,10 +29,12 @@ from async_rl.generator.engine import Completion, EngineStats, LogitsNotFinite, 
 from async_rl.generator.kv_cache import CacheAttention, Feed, KVCache, arrange
 from async_rl.generator.sampling import StopRules, sample, uniforms
 from async_rl.model.attention import DocumentAttention
-from async_rl.model.decoder import Decoder, FusedDecoder, linear
+from async_rl.model.decoder import Decoder
+from async_rl.model.fused_decoder import FusedDecoder
 from async_rl.model.huggingface import HuggingFaceDecoder, soft_cap
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.weights.canary import fingerprint
+from async_rl_kernels.product import linear
 
 PROBE_ROWS = 1024
 """tokens whose logits a probe holds at once"""

@@ -5,11 +5,6 @@ attend to which: packed documents in training, a KV cache in the engine. So both
 have Hugging Face's names; projections are `nn.Linear`, the embedding is `nn.Embedding`, norms are `RMSNorm`, all called
 as modules, so that hooks see every use of a weight.
 
-`FusedDecoder` is the same arithmetic in fewer and larger operations, for inference: a decode step of a small model
-spends most of its time between operations. Query, key and value come from one product, gate and up from another, and
-residuals are added inside a product. There is one set of weights: the decoder's parameters become views of joint
-buffers, so an in-place update of them updates these. A test holds both to the same numbers.
-
 Shapes: tokens are all tokens of a packed row; hidden, intermediate, heads, kv_heads, head_dim and vocabulary are the
 config's. dtypes are the model's unless stated.
 """
@@ -17,7 +12,7 @@ config's. dtypes are the model's unless stated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -323,104 +318,3 @@ def yarn_frequencies(rope: Rope, frequency: Tensor) -> Tensor:  # [head_dim / 2]
     width = last - first if last != first else 0.001
     divided = ((torch.arange(len(frequency), dtype=torch.float32) - first) / width).clamp(0, 1)
     return frequency / rope.factor * divided + frequency * (1 - divided)
-
-
-class FusedDecoder:
-    """The forward pass of `decoder`, without autograd. It takes over the storage of the decoder's parameters: do not
-    move or cast the decoder afterwards."""
-
-    def __init__(self, decoder: Decoder, max_context: int) -> None:
-        """`max_context`: positions are below it."""
-        self.decoder = decoder
-        config = decoder.config
-        positions = torch.arange(max_context, device=decoder.head.device)
-        self._rotation = torch.stack(decoder.rotation(positions, decoder.head.dtype), 1)  # [positions, 2, 1, head_dim]
-        self._eps = torch.tensor(config.norm_eps, device=decoder.head.device, dtype=torch.float32)
-        self._layers = [FusedLayer(layer, self._eps) for layer in decoder.model.layers if isinstance(layer, Layer)]
-
-    def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """tokens, positions [tokens] int64 -> hidden [tokens, hidden] after the final norm."""
-        x = F.embedding(tokens, self.decoder.model.embed_tokens.weight)
-        cos, sin = self._rotation.index_select(0, positions).unbind(1)
-        for layer in self._layers:
-            x = layer(x, cos, sin, attention)
-        norm = self.decoder.model.norm
-        return rms_norm(x, norm.weight, self._eps)
-
-
-class FusedLayer:
-    """One layer with joint weights for the projections that share an input: x [tokens, hidden] -> [tokens, hidden]."""
-
-    def __init__(self, layer: Layer, eps: Tensor) -> None:
-        at, mlp = layer.self_attn, layer.mlp
-        self._eps = eps
-        self._index, self._window = at.layer, at.window
-        self._head_dim = at.head_dim
-        self._heads = at.q_proj.out_features // at.head_dim
-        self._rotated = self._heads + at.k_proj.out_features // at.head_dim
-        self._first_norm, self._second_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self._qkv, self._qkv_bias = join([at.q_proj, at.k_proj, at.v_proj])
-        self._gate_up, self._gate_up_bias = join([mlp.gate_proj, mlp.up_proj])
-        self._out, self._down = at.o_proj, mlp.down_proj
-        self._norms: Tensor | None = None
-        if at.q_norm is not None and at.k_norm is not None:
-            self._norms = join_norms([at.q_norm, at.k_norm])
-            kinds = [0] * self._heads + [1] * (self._rotated - self._heads)
-            self._kind = torch.tensor(kinds, device=eps.device)
-
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-        tokens = x.shape[0]
-        normed = rms_norm(x, self._first_norm, self._eps)
-        qkv = linear(normed, self._qkv, self._qkv_bias).view(tokens, -1, self._head_dim)  # heads of all three
-        both = qkv[:, : self._rotated]  # query and key heads
-        if self._norms is not None:
-            both = rms_norm(both, self._norms.index_select(0, self._kind), self._eps)
-        both = rotate(both, cos, sin)
-        query, key, value = both[:, : self._heads], both[:, self._heads :], qkv[:, self._rotated :]
-        out = attention(self._index, query, key, value, window=self._window)
-        x = add_linear(x, out.reshape(tokens, -1), self._out.weight, self._out.bias)
-        normed = rms_norm(x, self._second_norm, self._eps)
-        gate, up = linear(normed, self._gate_up, self._gate_up_bias).chunk(2, -1)  # [tokens, intermediate] each
-        return add_linear(x, F.silu(gate).mul_(up), self._down.weight, self._down.bias)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
-    """x / rms(x) * weight over the last dimension; x [..., size] -> the same shape. In float32 the norm is one
-    operation, where F.rms_norm takes six on a CPU."""
-    if x.dtype != torch.float32 or x.is_cuda:
-        return F.rms_norm(x, x.shape[-1:], None, float(eps)) * weight
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    scale = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
-    return (x * scale).mul_(weight)
-
-
-def join(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """(weights [sum of out, in], biases [sum of out] or None), stacked; the modules' own become views of the stack."""
-    weight = stack([linear.weight for linear in linears])
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    assert len(biases) in (0, len(linears))
-    return weight, (stack(biases) if biases else None)
-
-
-def join_norms(norms: Sequence[RMSNorm]) -> Tensor:  # [norms, size]
-    return stack([norm.weight for norm in norms]).view(len(norms), -1)
-
-
-def stack(parameters: Sequence[Tensor]) -> Tensor:
-    """Concatenate parameters [out, ...] to [sum of out, ...], and make each a view of the result."""
-    with torch.no_grad():
-        joint = torch.cat([parameter.detach() for parameter in parameters])
-    begin = 0
-    for parameter in parameters:
-        parameter.data = joint[begin : begin + parameter.shape[0]]
-        begin += parameter.shape[0]
-    return joint
-
-
-def add_linear(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x + features @ weight.T + bias, without autograd. x [rows, out], features [rows, in], weight [out, in], bias
-    [out] -> [rows, out]."""
-    if worthwhile(features, weight):
-        return torch.ops.mkldnn._linear_pointwise.binary(features, x, weight, bias, "add")
-    out = torch.addmm(x, features, weight.t())
-    return out if bias is None else out.add_(bias)

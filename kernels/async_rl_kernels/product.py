@@ -70,6 +70,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def add_linear(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x + features @ weight.T + bias, without autograd. x [rows, out], features [rows, in], weight [out, in], bias
+    [out] -> [rows, out]."""
+    if worthwhile(features, weight):
+        return torch.ops.mkldnn._linear_pointwise.binary(features, x, weight, bias, "add")
+    out = torch.addmm(x, features, weight.t())
+    return out if bias is None else out.add_(bias)
+
+
 def promoted(x: Tensor) -> Tensor:
     """x in float32; float64 stays float64. Any shape."""
     return x if x.dtype == torch.float64 else x.float()

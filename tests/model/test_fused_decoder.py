@@ -9,8 +9,10 @@ import torch
 from support_models import llama_config, make_decoder, qwen2_config, qwen3_config, qwen3_folder
 
 from async_rl.model.attention import DocumentAttention
-from async_rl.model.decoder import Decoder, FusedDecoder
+from async_rl.model.decoder import Decoder
 from async_rl.model.folder import load_model, save_folder
+from async_rl.model.fused_decoder import FusedDecoder
+from async_rl_kernels import product
 
 CONFIGS = {
     "qwen3": qwen3_config(),
@@ -28,7 +30,9 @@ def hidden_of(model: Decoder | FusedDecoder) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_forwards_agree_before_and_after_an_update_in_place(name, dtype):
+@pytest.mark.parametrize("mkl", [True, False])
+def test_both_forwards_agree_before_and_after_an_update_in_place(name, dtype, mkl, monkeypatch):
+    monkeypatch.setattr(product, "PREFERS_MKL", mkl)
     plain, taken = make_decoder(CONFIGS[name]).to(dtype), make_decoder(CONFIGS[name]).to(dtype)
     fused = FusedDecoder(taken, 64)
     tolerance = 1e-5 if dtype == torch.float32 else 0.15

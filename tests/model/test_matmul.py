@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from async_rl.model.decoder import Linear, add_linear, linear
+from async_rl.model.decoder import Linear
 from async_rl_kernels import product
+from async_rl_kernels.product import add_linear, linear
 
 
 @pytest.fixture(params=["onednn", "mkl"])

@@ -1,0 +1,142 @@
+"""The decoder's forward pass in fewer and larger operations, for inference.
+
+A decode step of a small model spends most of its time between operations. Query, key and value come from one product,
+gate and up from another, and residuals are added inside a product. There is one set of weights: the decoder's
+parameters become views of joint buffers, so an in-place update of them updates these. Where MKL multiplies
+(async_rl_kernels.product) the buffers are laid [in, out], with which products of few rows are faster. A test holds both
+forwards to the same numbers.
+
+Shapes: tokens are all tokens of a step; hidden, intermediate, heads and head_dim are the config's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from async_rl.model.decoder import Attention, Decoder, Layer, RMSNorm
+from async_rl_kernels import product
+
+
+class FusedDecoder:
+    """The forward pass of `decoder`, without autograd. It takes over the storage of the decoder's parameters: do not
+    move or cast the decoder afterwards."""
+
+    def __init__(self, decoder: Decoder, max_context: int) -> None:
+        """`max_context`: positions are below it."""
+        self.decoder = decoder
+        config = decoder.config
+        positions = torch.arange(max_context, device=decoder.head.device)
+        self._rotation = torch.stack(decoder.rotation(positions, decoder.head.dtype), 1)  # [positions, 2, 1, head_dim]
+        self._eps = torch.tensor(config.norm_eps, device=decoder.head.device, dtype=torch.float32)
+        self._layers = [FusedLayer(layer, self._eps) for layer in decoder.model.layers if isinstance(layer, Layer)]
+
+    def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """tokens, positions [tokens] int64 -> hidden [tokens, hidden] after the final norm."""
+        x = F.embedding(tokens, self.decoder.model.embed_tokens.weight)
+        cos, sin = self._rotation.index_select(0, positions).unbind(1)
+        for layer in self._layers:
+            x = layer(x, cos, sin, attention)
+        norm = self.decoder.model.norm
+        return rms_norm(x, norm.weight, self._eps)
+
+
+class FusedLayer:
+    """One layer with joint weights for the projections that share an input: x [tokens, hidden], overwritten ->
+    [tokens, hidden]."""
+
+    def __init__(self, layer: Layer, eps: Tensor) -> None:
+        at, mlp = layer.self_attn, layer.mlp
+        self._eps = eps
+        self._index, self._window = at.layer, at.window
+        self._head_dim = at.head_dim
+        self._heads = at.q_proj.out_features // at.head_dim
+        self._rotated = self._heads + at.k_proj.out_features // at.head_dim
+        self._first_norm, self._second_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        self._qkv = JointProduct([at.q_proj, at.k_proj, at.v_proj])
+        self._gate_up = JointProduct([mlp.gate_proj, mlp.up_proj])
+        self._out, self._down = JointProduct([at.o_proj]), JointProduct([mlp.down_proj])
+        self._norms: Tensor | None = None
+        if at.q_norm is not None and at.k_norm is not None:
+            self._norms = join_norms([at.q_norm, at.k_norm])
+            kinds = [0] * self._heads + [1] * (self._rotated - self._heads)
+            self._kind = torch.tensor(kinds, device=eps.device)
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        tokens = x.shape[0]
+        normed = rms_norm(x, self._first_norm, self._eps)
+        qkv = self._qkv(normed).view(tokens, -1, self._head_dim)  # heads of all three
+        both = qkv[:, : self._rotated]  # query and key heads
+        if self._norms is not None:
+            both = rms_norm(both, self._norms.index_select(0, self._kind), self._eps)
+        both = rotate(both, cos, sin)
+        query, key, value = both[:, : self._heads], both[:, self._heads :], qkv[:, self._rotated :]
+        out = attention(self._index, query, key, value, window=self._window)
+        x = self._out.added_to(x, out.reshape(tokens, -1))
+        normed = rms_norm(x, self._second_norm, self._eps)
+        gate, up = self._gate_up(normed).chunk(2, -1)  # [tokens, intermediate] each
+        return self._down.added_to(x, F.silu(gate, inplace=True).mul_(up))
+
+
+class JointProduct:
+    """The product with the stacked weights of linear layers that have one input. The layers' own weights and biases
+    become views of the stack."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        weights = [linear.weight for linear in linears]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        assert len(biases) in (0, len(linears))
+        first = weights[0]
+        self._inward = product.PREFERS_MKL and first.dtype == torch.float32 and first.device.type == "cpu"
+        self._weight = stack(weights, turned=self._inward)  # [in, out] when inward, else [out, in]
+        self._bias = stack(biases) if biases else None  # [out]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [rows, in] -> x @ weight.T + bias [rows, out]."""
+        if not self._inward:
+            return product.linear(x, self._weight, self._bias)
+        return torch.mm(x, self._weight) if self._bias is None else torch.addmm(self._bias, x, self._weight)
+
+    def added_to(self, x: Tensor, features: Tensor) -> Tensor:
+        """x + features @ weight.T + bias [rows, out]; x [rows, out] may be overwritten, features [rows, in]."""
+        if not self._inward:
+            return product.add_linear(x, features, self._weight, self._bias)
+        x.addmm_(features, self._weight)
+        return x if self._bias is None else x.add_(self._bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+    """x / rms(x) * weight over the last dimension; x [..., size] -> the same shape. In float32 the norm is one
+    operation, where F.rms_norm takes six on a CPU."""
+    if x.dtype != torch.float32 or x.is_cuda:
+        return F.rms_norm(x, x.shape[-1:], None, float(eps)) * weight
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+    return (x * scale).mul_(weight)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`decoder.rotate` in fewer operations, without autograd."""
+    half = x.shape[-1] // 2
+    return (x * cos).addcmul_(torch.cat((x[..., half:], x[..., :half]), -1), sin)
+
+
+def join_norms(norms: Sequence[RMSNorm]) -> Tensor:  # [norms, size]
+    return stack([norm.weight for norm in norms]).view(len(norms), -1)
+
+
+def stack(parameters: Sequence[Tensor], *, turned: bool = False) -> Tensor:
+    """Concatenate parameters [out, ...] to [sum of out, ...], or matrices to [in, sum of out] when `turned`, and make
+    each a view of the result."""
+    with torch.no_grad():
+        joint = torch.cat([parameter.detach() for parameter in parameters])
+    if turned:
+        joint = joint.t().contiguous()
+    begin, rows = 0, joint.t() if turned else joint
+    for parameter in parameters:
+        parameter.data = rows[begin : begin + parameter.shape[0]]
+        begin += parameter.shape[0]
+    return joint
