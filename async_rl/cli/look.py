@@ -150,10 +150,11 @@ def _config(arguments: argparse.Namespace) -> int:
         print(f"    {info.meaning}")
     if Path(settings.model.path).is_dir():
         from async_rl.run.memory import describe_estimate, estimate
-        from async_rl.run.placement import place_here
+        from async_rl.run.placement import describe_threads, place_here, read_cores, threads_here
 
+        settings = threads_here(settings)
         try:
-            print(f"\nplacement: {place_here(settings).describe()}")
+            print(f"\nplacement: {place_here(settings).describe()}; {describe_threads(settings, read_cores())}")
         except UserError as error:
             print(f"\nplacement, on this machine impossible: {error}")
         print(f"\n{describe_estimate(estimate(settings))}")

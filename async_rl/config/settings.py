@@ -182,7 +182,7 @@ class GeneratorSettings:
         "vllm.tensor_parallel of them. Empty: the first ones, the trainer takes those behind",
     )
     dtype: Literal["float32", "bfloat16"] = setting("float32", "dtype of the engine's weights")
-    threads: int = setting(1, "CPU threads of one generator process", unit="threads", min=1, max=1024)
+    threads: int = setting(0, "CPU threads of a generator; 0: by cores and model", unit="threads", min=0, max=1024)
     save_turns_after_s: float = setting(
         20.0,
         "the finished turns of an episode that has run longer are kept, so that it goes on there should its "
@@ -228,6 +228,11 @@ class VllmSettings:
         unit="MB",
         min=0,
         max=100_000_000,
+    )
+    head_dtype: Literal["float32", "model"] = setting(
+        "float32",
+        "arithmetic of the logits where generator.dtype is bfloat16: `float32`, as the trainer computes them; `model` "
+        "rounds them to bfloat16",
     )
 
 
@@ -293,7 +298,7 @@ class TrainerSettings:
         "compile the layers with torch.compile; the first step then takes a minute longer, and a C++ compiler is "
         "needed",
     )
-    threads: int = setting(1, "CPU threads of each trainer process", unit="threads", min=1, max=1024)
+    threads: int = setting(0, "CPU threads of a trainer rank; 0: by cores and model", unit="threads", min=0, max=1024)
     sharding: Literal["none", "full"] = setting(
         "none",
         "over several ranks: none keeps the whole model and its optimizer on each; full splits weights, gradients "

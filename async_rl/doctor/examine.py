@@ -8,16 +8,18 @@ from typing import TypeVar
 
 from async_rl.config import Settings, load_settings
 from async_rl.config.sources import sources_of
-from async_rl.doctor import machine, problems
+from async_rl.doctor import group_reward, machine, problems
 from async_rl.errors import UserError
 from async_rl.finding import Finding, error, ok, warning
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.model.varlen import choose_backend
+from async_rl.run.fitting import fitted
 from async_rl.run.memory import Estimate, estimate, read_available
-from async_rl.run.placement import place, read_heads, read_machine
+from async_rl.run.placement import place, read_cores, read_heads, read_machine, threads_here
 from async_rl.run.preflight import preflight
 from async_rl.task import Task, has_demonstrations, make_task
+from async_rl.task.weigh import has_group_reward, weights_of
 from async_rl.wire.keys import keys_in
 
 Found = Finding | Iterable[Finding]
@@ -44,7 +46,7 @@ def examine(config: Path | None, overrides: Sequence[str], *, run_folder: Path) 
         yield from guarded("settings", lambda: _keep(settings, load_settings(config, overrides), f"{config} is read"))
     chosen = settings[0] if settings else None
     yield from guarded("software", lambda: machine.judge_software(machine.read_software()))
-    yield from guarded("cores", lambda: machine.judge_cores(machine.read_cores(), chosen))
+    yield from guarded("cores", lambda: machine.judge_cores(read_cores(), chosen))
     yield from guarded("gpu", lambda: machine.judge_gpus(machine.read_gpus(), chosen))
     if chosen is not None:
         yield from guarded("placement", lambda: check_placement(chosen))
@@ -92,6 +94,8 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
                 problems.measure_reward(tasks[0], seed=settings.seed, template=template_of(settings))
             ),
         )
+        if has_group_reward(tasks[0]):
+            yield from guarded(group_reward.NAME, lambda: check_group_reward(settings, tasks[0]))
     if found is None:
         return
     yield from guarded("memory", lambda: check_memory(found))
@@ -111,9 +115,15 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
         return
     from async_rl.instruments import agreement  # imports the trainer: some seconds
 
-    free = read_available()
-    yield from guarded("log-probs", lambda: agreement.check_log_probs(settings, tasks[0], found.parameters, free))
-    yield from guarded("max_staleness=0", lambda: agreement.check_equivalence(settings, found.parameters))
+    free, chosen = read_available(), fitted(settings)
+    task = make_task(chosen.task.name, chosen.task.args)
+    yield from guarded("log-probs", lambda: agreement.check_log_probs(chosen, task, found.parameters, free))
+    yield from guarded("max_staleness=0", lambda: agreement.check_equivalence(chosen, found.parameters))
+
+
+def check_group_reward(settings: Settings, task: Task) -> Finding:
+    weights = weights_of(task, settings.task.reward_weights)
+    return group_reward.judge_group_reward(task, seed=settings.seed, weights=weights, template=template_of(settings))
 
 
 def template_of(settings: Settings) -> str:
@@ -126,7 +136,9 @@ def template_of(settings: Settings) -> str:
 
 def check_placement(settings: Settings) -> Finding:
     """Which process sees which GPUs. A missing model is a finding of its own, made elsewhere."""
-    heads = read_heads(settings) if Path(settings.model.path).is_dir() else None
+    heads = None
+    if Path(settings.model.path).is_dir():
+        heads, settings = read_heads(settings), threads_here(settings)
     return ok("placement", place(settings, read_machine(settings), heads).describe())
 
 

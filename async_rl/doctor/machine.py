@@ -155,37 +155,27 @@ def judge_memory(found: Estimate, device: str, free_bytes: int) -> Finding:
 # ------------------------------------------------------------------------------------------------ cores
 
 
-def read_cores() -> int:
-    """Cores that this process may use: its affinity, within its container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        most, _, period = quota.read_text().strip().partition(" ")
-        if most.isdecimal() and period.isdecimal():
-            cores = min(cores, max(1, round(int(most) / int(period))))
-    return cores
-
-
 def judge_cores(cores: int, settings: Settings | None) -> Finding:
-    """Processes times threads against cores. The buffer needs little of one and is not counted."""
+    """Processes times threads against cores. The buffer needs little of one and is not counted; threads that are left
+    to the run count as one, since more are only taken where cores are free."""
     if settings is None:
         return ok("cores", f"{cores}")
     trainer, generator = settings.trainer, settings.generator
     planned, words, lower = 0, [], []
     if not trainer.device.startswith("cuda"):
-        planned += trainer.ranks * trainer.threads
+        planned += trainer.ranks * max(1, trainer.threads)
         ranks = f"{trainer.ranks} ranks x " if trainer.ranks > 1 else ""
-        words.append(f"trainer {ranks}{trainer.threads}")
-        lower += ["trainer.ranks"] * (trainer.ranks > 1) + ["trainer.threads"]
+        words.append(f"trainer {ranks}{trainer.threads or 1}")
+        lower += ["trainer.ranks"] * (trainer.ranks > 1) + ["trainer.threads"] * (trainer.threads > 1)
     if not generator.device.startswith("cuda"):
-        planned += generator.count * generator.threads
-        words.append(f"{generator.count} generators x {generator.threads} threads")
-        lower += ["generator.count", "generator.threads"]
+        planned += generator.count * max(1, generator.threads)
+        words.append(f"{generator.count} generators x {generator.threads or 1} threads")
+        lower += ["generator.count"] + ["generator.threads"] * (generator.threads > 1)
     if not words:
         return ok("cores", f"{cores}; trainer and generators work on GPUs")
     said = f"{cores} cores; {' + '.join(words)} = {planned} at work, buffer beside them"
     if planned > cores:
-        remedy = f"lower {' or '.join(lower)}: too many threads run several times slower, not a little"
+        remedy = f"lower {' or '.join(lower)}: threads that wait for a core hold up all others of their process"
         return warning("cores", said, remedy)
     return ok("cores", said)
 

@@ -89,7 +89,7 @@ def make_engine(settings: Settings, tokenizer: Tokenizer, *, way: str = "") -> E
     """The engine that `generator.engine` names, with the model of `model.path`. `way`: transport of its weights.
     Raises UserError, or RunFailed when vLLM does not start."""
     chosen = settings.generator
-    torch.set_num_threads(chosen.threads)
+    torch.set_num_threads(max(1, chosen.threads))
     if chosen.engine == "vllm":
         return _make_vllm(settings, way)
     model = load_model(Path(settings.model.path), dtype=DTYPES[chosen.dtype], device=chosen.device)
@@ -127,6 +127,7 @@ def _make_vllm(settings: Settings, way: str) -> Engine:
             kv_cache_bytes=cache,
             memory_share=vllm.memory_share,
             tensor_parallel=vllm.tensor_parallel,
+            head_dtype=vllm.head_dtype,
             layout=tensor_shapes(config) if config is not None else read_headers(Path(settings.model.path)),
             transfer=way if way in LINKS else "",
         )

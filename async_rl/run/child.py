@@ -173,12 +173,15 @@ def spawn(
 
 
 def arithmetic_environment(threads: int) -> dict[str, str]:
-    """Variables that libraries read when torch is imported."""
+    """Variables that libraries read when torch is imported. `threads`: 0 (not chosen) counts as 1."""
+    number = str(max(1, threads))
     return {
-        # two processes with a thread a core each run ten times slower
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "OPENBLAS_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": number,
+        "MKL_NUM_THREADS": number,
+        "OPENBLAS_NUM_THREADS": number,
+        # A thread without work leaves its core to others. Spinning, two processes with a thread a core each run ten
+        # times slower. Whoever has the machine for one process may choose ACTIVE.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "TOKENIZERS_PARALLELISM": "false",
         # every batch has another number of tokens: oneDNN would keep a kernel for a thousand of them (1 GB)
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",

@@ -27,6 +27,7 @@ from async_rl.errors import RunFailed, UserError, nearest
 from async_rl.events import BufferReady, Event, ProcessStarted, StallReported, TrainerAwaited
 from async_rl.process import SIGNALS, Interrupted
 from async_rl.run.child import arithmetic_environment
+from async_rl.run.placement import threads_here
 from async_rl.run.preflight import check_device, task_digest
 from async_rl.run_folder import RunFolder
 from async_rl.trajectory.codec import WireError
@@ -280,10 +281,11 @@ def join_run(target: JoinTarget, name: str, words: Sequence[str], log: Callable[
     welcome = request_join(target, name)
     keys = str(target.keys.folder) if target.keys is not None else ""
     settings = local_settings(welcome.settings, words, keys, here)
-    # torch reads these when it is imported
-    os.environ.update(arithmetic_environment(settings.generator.threads))
     if welcome.host == this_host() and Path(welcome.folder).is_dir():
         os.chdir(welcome.folder)  # relative paths in the run's settings begin there
+    settings = threads_here(settings)
+    # torch reads these when it is imported
+    os.environ.update(arithmetic_environment(settings.generator.threads))
     check_device("generator.device", settings.generator.device)
     check_sources(settings, welcome)
     JoinedGenerator(target, name, settings, welcome, log).run()

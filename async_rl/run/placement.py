@@ -3,21 +3,28 @@
 Everything but the last section is pure: what this machine has is passed in. A process sees its own GPUs only
 (CUDA_VISIBLE_DEVICES), so inside it they count from 0: a generator's first is `cuda`, rank r of the trainer's is
 `cuda:LOCAL_RANK`. With `generator.device=cuda:1` the user has placed the generators: visibility stays as it is.
+
+Threads of the CPU (`with_threads`). Every process of a run waits passively (run/child.py): a thread without work gives
+its core away at once. So trainer and generators may each have a thread for every core, and the one that has work gets
+them; where both have, the system shares. What a second thread costs is waking it for every operation: 40 % more
+processor time in a trainer's step at 0.4 M parameters, 12 % at 3 M, 7 % at 135 M; a decoding step is smaller.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from math import prod
+from pathlib import Path
 
 from async_rl.config import Settings
 from async_rl.config.checks import check_shared
 from async_rl.config.derived import generators_fit, gpus_named, shares_gpus, tensor_parallel
 from async_rl.config.settings import WeightsSettings
 from async_rl.errors import UserError
-from async_rl.model.folder import CONFIG, existing, read_json
+from async_rl.model.folder import CONFIG, existing, read_headers, read_json
 from async_rl.weights.vllm_release import IPC_WITHOUT_RAY, installed_release
 from async_rl.weights.way import LINKS, Sides, Way, choose
 
@@ -99,6 +106,8 @@ class Placement:
 
 
 ANYWHERE = "every process on the CPU, on any core"
+TRAINER_GAINS, GENERATOR_GAINS = 2_000_000, 20_000_000
+"""parameters of a model from which on a second thread is worth its waking, in a trainer and in a generator"""
 
 
 def place(settings: Settings, machine: Machine, heads: Heads | None) -> Placement:
@@ -216,7 +225,7 @@ def _cores(settings: Settings, machine: Machine, generators: int, ranks: int) ->
     """Of each generator, then of each rank; empty where threads are not bound."""
     if not settings.pin_threads:
         return [()] * (generators + ranks)
-    sizes = [settings.generator.threads] * generators + [settings.trainer.threads] * ranks
+    sizes = [max(1, settings.generator.threads)] * generators + [max(1, settings.trainer.threads)] * ranks
     if sum(sizes) > len(machine.cores):
         raise UserError(
             f"pin_threads needs a core for each thread: {generators} generators x generator.threads="
@@ -292,7 +301,61 @@ def describe_links(ways: tuple[Way, ...]) -> list[str]:
     ]
 
 
+# ------------------------------------------------------------------------------------------------ threads
+
+
+def with_threads(settings: Settings, cores: int, parameters: int) -> Settings:
+    """`settings` with a number in place of `threads=0`, for a model of so many parameters.
+
+    On a CPU a process gets its part of all cores, which processes of its kind share, if the model is large enough to
+    gain from it; with `pin_threads` its part of the cores that all share. The number goes into the run's folder: the
+    last bits of a step may depend on it, and a replay takes the same.
+    """
+    trainer, generator = settings.trainer, settings.generator
+    ranks = trainer.ranks if trainer.start == "launcher" else 1
+
+    def chosen(threads: int, device: str, alike: int, gains: int) -> int:
+        if threads:
+            return threads
+        beside = generator.count + ranks if settings.pin_threads else alike
+        return max(1, cores // max(1, beside)) if device == "cpu" and parameters >= gains else 1
+
+    return replace(
+        settings,
+        trainer=replace(trainer, threads=chosen(trainer.threads, trainer.device, ranks, TRAINER_GAINS)),
+        generator=replace(
+            generator, threads=chosen(generator.threads, generator.device, generator.count, GENERATOR_GAINS)
+        ),
+    )
+
+
+def threads_here(settings: Settings) -> Settings:
+    """The same on this machine, with the model of `model.path`. Raises UserError without one."""
+    if settings.trainer.threads and settings.generator.threads:
+        return settings
+    shapes = read_headers(Path(settings.model.path))
+    return with_threads(settings, read_cores(), sum(map(prod, shapes.values())))
+
+
+def describe_threads(settings: Settings, cores: int) -> str:
+    """Example: `threads for 2 cores: 2 of the trainer, 1 of each generator`."""
+    trainer, generator = settings.trainer, settings.generator
+    whose = "the trainer" if trainer.ranks == 1 else "each trainer rank"
+    return f"threads for {cores} cores: {trainer.threads} of {whose}, {generator.threads} of each generator"
+
+
 # ------------------------------------------------------------------------------------------------ this machine
+
+
+def read_cores() -> int:
+    """Cores that this process may use: its affinity, within its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        most, _, period = quota.read_text().strip().partition(" ")
+        if most.isdecimal() and period.isdecimal():
+            cores = min(cores, max(1, round(int(most) / int(period))))
+    return cores
 
 
 def read_machine(settings: Settings) -> Machine:
@@ -304,6 +367,7 @@ def read_machine(settings: Settings) -> Machine:
 
 def place_here(settings: Settings) -> Placement:
     """Where a run's processes are on this machine. Raises UserError when they cannot be."""
+    settings = threads_here(settings)
     return place(settings, read_machine(settings), read_heads(settings))
 
 

@@ -25,7 +25,15 @@ from async_rl.objective.recipe import Requirements, requirements
 from async_rl.run.fitting import fit_prompts
 from async_rl.run.inputs import Inputs, inputs_of
 from async_rl.run.memory import check_room_here
-from async_rl.run.placement import Placement, describe_links, place_here, ways_here
+from async_rl.run.placement import (
+    Placement,
+    describe_links,
+    describe_threads,
+    place_here,
+    read_cores,
+    threads_here,
+    ways_here,
+)
 from async_rl.task import Problem, Task, make_task
 from async_rl.task.rehearsed import Rehearsed
 from async_rl.task.weigh import weights_of
@@ -65,7 +73,7 @@ class Facts:
     not_adapted: str = ""
     """what adapters leave out of the model, for the user"""
     settings: Settings
-    """the checked settings, with the `task.args` that preflight found; every process gets these"""
+    """the checked settings, with the `task.args` and threads that preflight chose; every process gets these"""
 
 
 def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
@@ -75,6 +83,7 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
     config = check_folder(settings.model.path)
     for name in ("generator", "trainer"):
         check_device(f"{name}.device", getattr(settings, name).device, rehearsed=settings.task.name == Rehearsed.name)
+    settings = threads_here(settings)
     placement = place_here(settings)
     if settings.generator.engine == "vllm":
         installed_release()
@@ -94,6 +103,8 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
     notes = dated if tokenizer.dated and settings.model.template_time else []
     notes += [not_adapted] if not_adapted else []
     notes += [*task.notes, *left_out]
+    if max(chosen.threads, settings.generator.threads) > 1:
+        notes.append(describe_threads(settings, read_cores()))
     notes += describe_links(ways) + check_room_here(settings) + check_fit(task, tokenizer, context)
     notes += describe_control_tokens(task, tokenizer)
     recipe = load_recipe(settings.recipe)

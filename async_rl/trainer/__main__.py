@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +43,7 @@ def train(
     from async_rl.trainer.loop import TrainerLoop, follow
     from async_rl.trainer.publish import make_publisher
     from async_rl.trainer.team import Finish, Team
+    from async_rl.trainer.verifier import make_verifier
 
     activity.now("loading the model")
     begun = begin(folder, settings, spec.version, activity, ranks)
@@ -59,10 +60,23 @@ def train(
         closing(
             make_publisher(folder, settings, learner, spec.ways, folder.record, keepalive=team.keepalive)
         ) as publisher,
+        ExitStack() as stack,
     ):
         team.keepalive()
         canary = make_canary(settings, learner, task, folder.record, team)
-        inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity, team.keepalive)
+        verifier = stack.enter_context(
+            closing(
+                make_verifier(
+                    settings, learner, publisher, run=str(folder.path), send=dealer.send, record=folder.record
+                )
+            )
+        )
+
+        def while_waiting() -> None:
+            team.keepalive()
+            verifier.work()
+
+        inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity, while_waiting, verifier.receive)
         inbox.send(msg.Hello(role="trainer", name=spec.name, pid=os.getpid()))
         loop = TrainerLoop(
             settings=settings,
@@ -71,6 +85,7 @@ def train(
             inbox=inbox,
             canary=canary,
             publisher=publisher,
+            verifier=verifier,
             team=team,
             source=Path(settings.model.path),
             eval_problems=len(task.problems("eval")),
@@ -116,7 +131,7 @@ def begin(folder: RunFolder, settings: Settings, version: int, activity: Activit
     from async_rl.trainer.manifest import checkpoint_path
     from async_rl.trainer.team import Finish, Team, weights_hash
 
-    torch.set_num_threads(settings.trainer.threads)
+    torch.set_num_threads(max(1, settings.trainer.threads))
     if settings.trainer.memory_share < 1:  # generators are on the same GPU
         limit_memory(settings)
     check_recorded(folder.path, str(settings.recipe["name"]))

@@ -16,6 +16,7 @@ from async_rl.doctor.machine import DiskProbe, Gpus, Software, judge_software, j
 from async_rl.errors import UserError
 from async_rl.finding import Finding, error, ok, warning
 from async_rl.run.memory import megabytes
+from async_rl.run.placement import read_cores
 from async_rl.wire.endpoint import ZmqLibrary
 
 MB = 1 << 20
@@ -78,7 +79,7 @@ def test_more_threads_than_cores_is_a_warning(tiny_model: Path) -> None:
     assert "lower trainer.ranks" in found.remedy
     found = machine.judge_cores(1, quick_settings(tiny_model, "generator.device=cuda", "trainer.device=cuda"))
     assert (found.level, found.said) == ("ok", "1; trainer and generators work on GPUs")
-    assert 1 <= machine.read_cores() <= (os.cpu_count() or 1)
+    assert 1 <= read_cores() <= (os.cpu_count() or 1)
 
 
 def test_a_gpu_is_needed_only_by_settings_that_ask_for_one(tiny_model: Path) -> None:

@@ -57,7 +57,7 @@ def test_where_things_lie_here_may_differ_and_is_made_absolute(told: dict[str, A
         ("task.args.path=nowhere.jsonl", "there is no file "),
         ("generator.thread=3", "generator.thread is not a setting; did you mean 'generator.threads'?"),
         ("threads", "'threads' is not a setting; write name=value"),
-        ("generator.threads=0", "generator.threads is 0; it must be at least 1"),
+        ("generator.threads=-1", "generator.threads is -1; it must be at least 0"),
     ],
 )
 def test_what_would_make_it_another_run_is_refused(

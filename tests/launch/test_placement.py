@@ -12,7 +12,7 @@ from async_rl.config import Settings, check
 from async_rl.config.derived import gpus_named
 from async_rl.config.schema import structured, with_overrides
 from async_rl.errors import UserError
-from async_rl.run.placement import Heads, Machine, Placement, names_of, place, read_heads
+from async_rl.run.placement import Heads, Machine, Placement, names_of, place, read_heads, with_threads
 
 BASE = {"model": {"path": "m"}, "task": {"name": "guess"}}
 BOTH = ("generator.device=cuda", "trainer.device=cuda")
@@ -94,6 +94,31 @@ def test_threads_are_bound_to_cores_when_asked() -> None:
     assert on(0, *words, cores=2).trainer_cores() == ()
     with pytest.raises(UserError, match=r"pin_threads needs a core for each thread.*are 10, but 9 cores"):
         on(0, *words, "pin_threads=true", cores=9)
+
+
+@pytest.mark.parametrize(
+    ("words", "cores", "parameters", "trainer", "generator"),
+    [
+        ((), 2, 400_000, 1, 1),  # a second thread costs more than it brings
+        ((), 2, 3_000_000, 2, 1),
+        ((), 2, 135_000_000, 2, 2),  # whichever has work gets the cores
+        (("generator.count=3", "trainer.ranks=2"), 8, 135_000_000, 4, 2),
+        (("generator.count=4",), 2, 135_000_000, 2, 1),
+        (("trainer.threads=3",), 8, 135_000_000, 3, 8),
+        (("generator.threads=1",), 8, 135_000_000, 8, 1),
+        (BOTH, 8, 135_000_000, 1, 1),
+        (("generator.count=2", "pin_threads=true"), 9, 135_000_000, 3, 3),
+        (("trainer.start=external", "trainer.ranks=8"), 8, 135_000_000, 8, 8),
+    ],
+)
+def test_threads_are_chosen_by_cores_and_model(
+    words: tuple[str, ...], cores: int, parameters: int, trainer: int, generator: int
+) -> None:
+    chosen = with_threads(told(*words), cores, parameters)
+    assert (chosen.trainer.threads, chosen.generator.threads) == (trainer, generator)
+    assert with_threads(chosen, 64, 10**12) == chosen, "what is chosen stays"
+    if words != BOTH:
+        place(chosen, Machine(cores=tuple(range(cores))), None)
 
 
 def test_a_trainer_that_others_start_is_not_placed() -> None:
