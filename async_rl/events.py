@@ -114,6 +114,15 @@ class GeneratorDied(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorGivenUp(Event):
+    """A generator lied again after it was started anew, or may not be: the run goes on without it."""
+
+    event: ClassVar[str] = "generator_given_up"
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunInterrupted(Event):
     """A signal stopped the run."""
 
@@ -563,8 +572,8 @@ class TrackerFailed(Event):
 
 # fmt: off
 _ALL: tuple[type[Event], ...] = (
-    ProcessStarted, ProcessFailed, ProcessFrozen, ProcessKilled, ProcessesLeft, GeneratorDied, RunInterrupted,
-    CheckpointDamaged, RunResumed, TrainerAwaited, StallReported, StallOver,
+    ProcessStarted, ProcessFailed, ProcessFrozen, ProcessKilled, ProcessesLeft, GeneratorDied, GeneratorGivenUp,
+    RunInterrupted,    CheckpointDamaged, RunResumed, TrainerAwaited, StallReported, StallOver,
     BufferReady, GeneratorJoined, GeneratorLeft, GeneratorLost, MessageRefused, PeersTurnedAway, BatchHeldUp,
     ProblemRefused, GeneratorQuarantined, DepthChanged, GeneratorReady, GeneratorRejoined,
     TrainerReady, EvaluationReported, CheckpointSaved, StepSkipped, UpdatesStopped, MemoryRanOut, AlarmRaised,

@@ -95,8 +95,8 @@ class Acceptance:
                 return self._hello(peer, message, trainer)
             case msg.Pulse(doing=doing, since_s=since_s) if len(doing) > LONGEST_DOING or not 0 <= since_s < LARGEST:
                 return Objection(kind="number", reason=f"a pulse says what is done in {LONGEST_DOING} characters")
-            case msg.Join(name=name, package=package):
-                return self._joining(package) or self._name(peer, name)
+            case msg.Join(name=name, package=package, pid=pid):
+                return self._joining(package) or self._kept_out(name, pid) or self._name(peer, name)
             case msg.Want(limit=limit, version=version):
                 return self._want(peer, limit) or self._version(version, -1)
             case msg.Holds(version=version) | msg.Published(version=version) | msg.Canary(version=version):
@@ -142,9 +142,14 @@ class Acceptance:
         generators = self.admission.generators
         if hello.role == "generator" and peer not in generators and len(generators) >= MOST_GENERATORS:
             return Objection(kind="crowd", reason=f"there are {len(generators)} generators already")
-        if hello.role == "generator" and (why := self.trust.quarantine.keeps_out(hello.name, hello.pid)):
-            return Objection(kind="quarantine", reason=f"quarantined: {why}")
+        if hello.role == "generator" and (out := self._kept_out(hello.name, hello.pid)) is not None:
+            return out
         return self._name(peer, hello.name) if hello.role == "generator" and hello.joined else None
+
+    def _kept_out(self, name: str, pid: int) -> Objection | None:
+        """A process that was proven to lie may not come back."""
+        why = self.trust.quarantine.keeps_out(name, pid)
+        return Objection(kind="quarantine", reason=f"quarantined: {why}") if why else None
 
     def _joining(self, package: str) -> Objection | None:
         if package != __version__:

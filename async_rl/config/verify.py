@@ -20,11 +20,11 @@ class VerifySettings:
         min=0,
         max=1,
     )
-    rewards: Literal["auto", "on", "off"] = setting(
+    rewards: Literal["auto", "always", "prompts"] = setting(
         "auto",
-        "whether sampled episodes are also played again, to compare rewards, prompts and answers of the environment: "
-        "auto: where the task says that it is repeatable (a data set's own reward: where it is a plain function); on: "
-        "always; off: only prompts are compared",
+        "which of the sampled episodes are played again, to compare rewards and what the environment said: auto: "
+        "those of a task that says it is repeatable (a data set's own reward: where it is a plain function); always: "
+        "all; prompts: none, only their prompts are compared",
     )
     memory_mb: int = setting(
         1024,

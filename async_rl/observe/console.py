@@ -25,18 +25,23 @@ from async_rl.events import (
     EvaluationReported,
     Event,
     GeneratorDied,
+    GeneratorGivenUp,
     GeneratorJoined,
     GeneratorLeft,
     GeneratorLost,
+    GeneratorQuarantined,
     GeneratorRejoined,
     ProblemRefused,
+    RewardsNotRepeatable,
     StallReported,
     StepSkipped,
     TrackerFailed,
     TrainerAwaited,
     TrainerReady,
+    TrajectoryDoubted,
 )
 from async_rl.observe.answers import answer_lines
+from async_rl.observe.verification_lines import verification_line
 
 CHANGE = 0.06
 """of the held-out reward, from which on it is called one: about two standard errors of an evaluation of 256 episodes"""
@@ -184,6 +189,8 @@ class Console:
                 )
             case ProblemRefused():
                 self.print(f"{event.reason}; it is refused from now on")
+            case TrajectoryDoubted() | GeneratorQuarantined() | GeneratorGivenUp() | RewardsNotRepeatable():
+                self.print(verification_line(event))
             case AlarmRaised():
                 self.print(f"ALARM {event.signal} at step {event.step}: {event.reason}")
             case StepSkipped():

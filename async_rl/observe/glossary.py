@@ -55,11 +55,13 @@ SECTIONS: tuple[Section, ...] = (
         title="How far off policy the batch is",
         after="""\
 **The calibrated reference.** Engine noise alone spreads ℓ_i like √length, so even fresh data has ρ < 1. Tokens with
-v_t = v carry that noise and nothing else. Their sums per unit are kept as decayed moments (count, Σx, Σx², Σlength)
-in length buckets. With E[w] = 1 and log-normal w, a bucket has E[w²] = e^{var}, so
-ρ_ref = 1 / Σ_buckets share · e^{var}. A bucket with fewer than 8 fresh units takes the pooled variance per
-token times its mean length; before any fresh data ρ_ref = 1; ρ_ref is never below 1/U. The log-normal form is an
-assumption: heavy tails make the true ρ_ref lower and the rule stricter than intended.""",
+v_t = v carry that noise and nothing else. Their sums per unit, divided by √length, are counted by size in length
+buckets, with counts that fade; the variance per token σ²_b of a bucket is (median |x − median| / 0.6745)², which almost
+half of them cannot move far. With E[w] = 1 and log-normal w, E[w²] = e^{var}, so
+ρ_fresh = 1 / mean_u e^{σ²_b length_u}. A bucket with fewer than 8 fresh units takes the σ² of all; before any fresh
+data ρ_fresh = 1. The same of the run's first 256 fresh units is ρ_begun, and ρ_ref = max(ρ_fresh, `ess.floor` ·
+ρ_begun, 1/U). The log-normal form is an assumption: heavy tails make the true ρ_ref lower and the rule stricter than
+intended.""",
         metrics=(
             Metric(
                 "ess/ratio",
@@ -79,6 +81,19 @@ assumption: heavy tails make the true ρ_ref lower and the rule stricter than in
                 "ess/reference",
                 "share",
                 "ρ_ref: what `ess/ratio` would be on fresh data of these lengths (see below), or the number set",
+            ),
+            Metric(
+                "ess/fresh",
+                "share",
+                "ρ_fresh: the same from the newest fresh data alone; below `ess/reference` where `ess.floor` holds "
+                "that up",
+            ),
+            Metric(
+                "ess/noise",
+                "share",
+                "variance of x over this batch's fresh tokens, around that of the run's start and as a share of what "
+                "that allows: 4 times its variance, or half of its ρ. Above 1, fresh data are no longer what this "
+                "engine samples. Absent when the batch has no fresh token",
             ),
             Metric("ess/nonfinite", "units", "units of trajectories with a log-prob (or value) that is not finite"),
             Metric("ess/token", "share", "(Σ_t e^{ℓ_t})² / (N Σ_t e^{2ℓ_t})"),
@@ -298,6 +313,7 @@ Present unless `guard.alarms=false`; what raises them: [alarms and rollback](how
                 "0 or 1",
                 "1 from the step on at which the alarm on `ess/ratio` was raised, until the run goes back; else 0",
             ),
+            Metric("alarm/reference", "0 or 1", "the same for `ess/noise`"),
             Metric("alarm/entropy", "0 or 1", "the same for `entropy`"),
             Metric("alarm/gradient", "0 or 1", "the same for `grad/norm`"),
             Metric("alarm/reward", "0 or 1", "the same for `reward/mean`"),
@@ -342,6 +358,32 @@ under `canary.unchecked` the generators of which nothing was ever compared.""",
                 "s",
                 "seconds the trainer spent on making the evidence of the versions it published",
             ),
+        ),
+    ),
+    Section(
+        title="Whether generators do what they report",
+        before="""\
+A sample of every generator's trajectories (`verify.share`) is scored again by the trainer, under the versions that the
+tokens name, and played again where the task is repeatable. A trajectory's mismatch is the mean over its tokens of
+|difference| / max(1, |log-prob|) between what the generator says and what the trainer computes, times the temperature
+where that is below 1. It may reach `verify/limit`: 30 times the median of this run's trajectories, at least 2e-5
+(1e-2 for `generator.dtype=bfloat16`) and at most `canary.tolerance`. docs/explanations/verification.md says what
+is found and what follows.""",
+        metrics=(
+            Metric("verify/checked", "trajectories", "scored since the last step, at least in part"),
+            Metric(
+                "verify/skipped",
+                "trajectories",
+                "sent to be scored since the last step and not scored: the versions they name are not held any more, "
+                "or the model is sharded",
+            ),
+            Metric("verify/replayed", "trajectories", "played again to their end since the last step"),
+            Metric("verify/wrong", "findings", "what is not as its generator says, since the last step; 0 is usual"),
+            Metric(
+                "verify/mismatch", "nats", "largest mismatch of a trajectory among them; absent when there was none"
+            ),
+            Metric("verify/limit", "nats", "mismatch that is held against a trajectory"),
+            Metric("time/verify", "s", "seconds the trainer spent on it, also while it waited"),
         ),
     ),
     Section(

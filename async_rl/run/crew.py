@@ -8,16 +8,25 @@ are kept beside it.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from async_rl.buffer.verification import LIVES
 from async_rl.errors import RunFailed, UserError
-from async_rl.events import GeneratorDied, ProcessFrozen, ProcessKilled, ProcessStarted
+from async_rl.events import (
+    GeneratorDied,
+    GeneratorGivenUp,
+    GeneratorQuarantined,
+    ProcessFrozen,
+    ProcessKilled,
+    ProcessStarted,
+)
 from async_rl.generator.step_mark import marked_group
 from async_rl.process import uninterrupted
 from async_rl.process_spec import Pipes
@@ -60,6 +69,16 @@ class RestartBudget:
         return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (len(self.causes) - 1))
 
 
+class Lied(RunFailed):
+    """A generator was proven to report what it did not do."""
+
+    def __init__(self, found: GeneratorQuarantined) -> None:
+        super().__init__(
+            f"{found.name} is quarantined: it reported {found.lie} that are not what it did ({found.reason}); "
+            "what to do then is in docs/explanations/verification.md"
+        )
+
+
 @dataclass(slots=True)
 class Crew:
     """All children of one launch."""
@@ -80,6 +99,8 @@ class Crew:
     """process number of those that were killed because they were silent, and what was known of each"""
     places: dict[int, str] = field(default_factory=dict)
     """process number of those, and where their code stood, if known"""
+    lied: Counter[str] = field(default_factory=Counter)
+    """proven lies by name of the generator"""
     excused_at: int = -1
     """trajectories that had arrived when the last death was excused: blamed on a problem, and not counted towards
     `generator.max_restarts`; -1: none was"""
@@ -180,10 +201,15 @@ class Crew:
     def schedule_restart(self, child: Child) -> None:
         """A child with a budget died: it is started again after a pause, and the buffer gives its permits to others.
         Raises the cause when starting again cannot help or was done too often."""
-        cause = self.cause(child)
+        cause = self.lie(child) or self.cause(child)
         if isinstance(cause, UserError):
             raise cause
-        group, place = self.blamed(child)
+        if isinstance(cause, Lied):
+            self.lied[child.name] += 1
+            if self.lied[child.name] >= LIVES or not self.budgets[child.name].max_restarts:
+                self.give_up(child, cause)
+                return
+        group, place = (-1, "") if isinstance(cause, Lied) else self.blamed(child)
         self.live.report_gone(child.name, child.process.pid, str(cause), group=group, place=place)
         budget = self.budgets[child.name]
         excused = group >= 0 and budget.max_restarts > 0 and self.live.arrived > self.excused_at
@@ -207,6 +233,32 @@ class Crew:
                 max_restarts=budget.max_restarts,
             )
         )
+
+    def lie(self, child: Child) -> Lied | None:
+        """Why a child was quarantined; None: it was not."""
+        for row in self.folder.read_events():
+            match row.event:
+                case GeneratorQuarantined(name=child.name, pid=child.process.pid) as found:
+                    return Lied(found)
+        return None
+
+    def quarantine(self, found: GeneratorQuarantined) -> None:
+        """End a generator of this launch that was proven to lie, if it does not end by itself."""
+        for child in self.children:
+            if (child.name, child.process.pid) == (found.name, found.pid) and not child.ended:
+                child.process.kill()
+
+    def give_up(self, child: Child, cause: Lied) -> None:
+        """Go on without a generator. Raises the cause where there is no other."""
+        others = [name for name in self.budgets if name != child.name and re.fullmatch(r"generator-\d+", name)]
+        snapshot = self.live.snapshot
+        joined = [g.name for g in snapshot.generators if g.name not in self.budgets] if snapshot is not None else []
+        if not others and not joined:
+            raise cause
+        self.children.remove(child)
+        child.close()
+        del self.budgets[child.name]
+        self.folder.record(GeneratorGivenUp(name=child.name, reason=str(cause)))
 
     def blamed(self, child: Child) -> tuple[int, str]:
         """The group whose code ran when a generator crashed or froze, and the place of that code. (-1, "") when no code

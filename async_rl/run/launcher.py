@@ -23,6 +23,7 @@ from async_rl.config.sources import read_sources, sources_of, write_sources
 from async_rl.errors import RunFailed, UserError
 from async_rl.events import (
     CheckpointDamaged,
+    GeneratorQuarantined,
     OutputLost,
     ProcessesLeft,
     ProcessStarted,
@@ -391,6 +392,8 @@ class Launcher:
             if found.event is not None:
                 self.console.event(found.event)
                 self.crew.live.add_event(found.event)
+                if isinstance(found.event, GeneratorQuarantined):
+                    self.crew.quarantine(found.event)
         if self.console.lost and not self.output_lost:
             self.output_lost = True
             self.folder.record(OutputLost(reason=self.console.lost))

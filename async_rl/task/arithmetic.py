@@ -34,6 +34,7 @@ class Arithmetic(GeneratedTask):
     """`12+39=` is to be answered with `51.`, or `15.` with `reversed_answer` (`-7` is then `7-`)."""
 
     name = "arithmetic"
+    repeatable = True
     single_turn = True
     Settings = ArithmeticSettings
 

@@ -50,6 +50,7 @@ class Calculator(GeneratedTask):
     """
 
     name = "calculator"
+    repeatable = True
     Settings = CalculatorSettings
 
     def __init__(self, settings: CalculatorSettings) -> None:

@@ -85,6 +85,12 @@ class RewardFunction:
         """Whether it can tell an episode without an answer (its turns are used up) from one with an answer."""
         return self.signature.convention == "sample" or "ended" in self.signature.names
 
+    @property
+    def waits(self) -> bool:
+        """Whether it is `async def`, as what asks somebody else is."""
+        called = (self.function, type(self.function).__call__)  # a function, or an object that can be called
+        return any(inspect.iscoroutinefunction(one) for one in called)
+
     def known(self) -> tuple[str, ...]:
         """Names of parameters that its convention gives, beside fields of the row."""
         ours = OF_A_GROUP if self.whole_group else tuple(OURS)

@@ -59,6 +59,7 @@ class Countdown(GeneratedTask):
     """
 
     name = "countdown"
+    repeatable = True
     single_turn = True
     Settings = CountdownSettings
 

@@ -99,6 +99,11 @@ class Dataset(Task):
         return sample
 
     @property
+    def repeatable(self) -> bool:  # type: ignore[override]  # here it depends on the reward
+        """A built-in reward is; one's own where it is a plain function: what asks somebody else is `async def`."""
+        return self.reward.name in NAMES or not self.reward.function.waits
+
+    @property
     def has_group_reward(self) -> bool:
         return self.group_reward is not None
 

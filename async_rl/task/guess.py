@@ -62,6 +62,7 @@ class Guess(Task):
     """
 
     name = "guess"
+    repeatable = True
     Settings = GuessSettings
 
     def __init__(self, settings: GuessSettings) -> None:

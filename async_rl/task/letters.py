@@ -74,6 +74,7 @@ class Letters(GeneratedTask):
 
 class Sort(Letters):
     name = "sort"
+    repeatable = True
 
     def solve(self, letters: str) -> str:
         return "".join(sorted(letters))
@@ -81,6 +82,7 @@ class Sort(Letters):
 
 class Reverse(Letters):
     name = "reverse"
+    repeatable = True
 
     def solve(self, letters: str) -> str:
         return letters[::-1]

@@ -341,6 +341,10 @@ class Task:
     """places that all episodes of a generator process share, by name (`Session.slot`): how many there are"""
     single_turn: bool = False
     """True when every episode is one turn. Recipes with turn-level parts, which would do nothing then, are refused."""
+    repeatable: bool = False
+    """True when an episode that is played again from the turns of the policy comes to the same answers and the same
+    reward, in another process and later, too: then a sample of what generators report is checked so (verify.rewards).
+    It is believed of the class that says it, not of classes that derive from that."""
     credits_turns: bool = False
     """True when what an episode earns is given to turns alone (`Session.reward_turn`), as in a game that the policy
     plays against itself. Recipes that see the reward of the episode alone, and would learn nothing, are refused."""

@@ -67,6 +67,8 @@ class Inbox:
     activity: Activity = field(default_factory=Activity)
     keepalive: Callable[[], None] = lambda: None
     """called every few seconds while it waits"""
+    verify: Callable[[msg.Verify], None] = lambda _: None
+    """takes trajectories that are to be verified"""
     unconfirmed: dict[type, msg.Message] = field(default_factory=dict)
     """the newest message of each kind that the buffer must know, in the order in which they are repeated"""
     sent_again: float = 0.0
@@ -223,6 +225,8 @@ class Inbox:
                 self.snapshots.append(message)
             case msg.Canary():
                 self.canary.receive(message)
+            case msg.Verify():
+                self.verify(message)
             case msg.Waiting(reason=reason, progress=progress):
                 self.last_reason, self.progress = reason, progress
                 self._send_again()  # the buffer waits too, perhaps for a message of this trainer that was lost

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from async_rl.trainer.learner import Learner, StepReport
     from async_rl.trainer.packing import PackedBatch
     from async_rl.trainer.publish import Publisher
+    from async_rl.trainer.verifier import Verifier
 
 CHECKSUM_BYTES = 32 << 20
 """models up to this size have a checksum of their weights recorded every step (5 ms), all a hash at checkpoints"""
@@ -90,6 +91,7 @@ class TrainerLoop:
     inbox: Inbox
     canary: CanaryWatch
     publisher: Publisher
+    verifier: Verifier
     source: Path
     """folder of the model the run began with"""
     team: Team
@@ -162,6 +164,7 @@ class TrainerLoop:
             self.inbox.ask_batch(number + 1)
         self.canary.report_silent(number, batch.counters.held_versions)
         self.inbox.drain()
+        self.verifier.work()
         return Step(number=number, batch=batch, waited_s=waited)
 
     def pack(self, step: Step) -> PackedBatch:
@@ -272,6 +275,7 @@ class TrainerLoop:
             **failed_since(self.totals.last, batch.counters),
             "time/generator_busy": self.busy_before + batch.counters.generator_busy_seconds,
             **self.canary.row(),
+            **self.verifier.row(),
             **self.guard.columns(),
         }
         if report.skipped:
@@ -283,6 +287,7 @@ class TrainerLoop:
 
     def publish_weights(self, *, ess: float = -1.0) -> None:
         """Hand the weights over and tell the buffer; `ess`: of the batch they were trained on, if any."""
+        self.verifier.held.keep()
         self.publisher.publish(self.team.sent(self.learner), self.learner.version)
         self.inbox.send(msg.Published(version=self.learner.version, ess=ess))
         self.canary.expect()

@@ -181,6 +181,17 @@ class WeightPublisher:
         self._words[_SEQUENCE + buffer] += 1
         self._words[_NEWEST] = version
 
+    def held(self) -> dict[int, dict[str, Tensor]]:
+        """Version -> tensors by name, of the versions that the segment holds whole: views, which the next publication
+        but one overwrites."""
+        found: dict[int, dict[str, Tensor]] = {}
+        for buffer in (0, 1):
+            version = self._words[_VERSION + buffer]
+            if version != _NOTHING and self._words[_SEQUENCE + buffer] % 2 == 0:
+                names = (place.name for place in self._places)
+                found[version] = dict(zip(names, self._views[buffer], strict=True))
+        return found
+
     def close(self) -> None:
         """Remove the segment. Tensors that were read stay valid."""
         if self._file < 0:

@@ -109,8 +109,7 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "rollback_needs_checkpoints": (("guard.rollback=true", "checkpoint.every=0"), "no checkpoint to go back to"),
     "what_is_verified_needs_a_share": (
-        ["verify.share=0", "verify.rewards=on"],
-        "verify.rewards does nothing with verify.share=0; set verify.share, e.g. 0.01",
+        ("verify.share=0", "verify.rewards=always"), "verify.rewards does nothing with verify.share=0",
     ),
     "rollback_needs_generators": (("guard.rollback=true", "generator.count=0"), "nobody would generate behind it"),
     "checkpoint_signals_are_known": (("checkpoint.signals=[SIGKILL]",), "names 'SIGKILL'; a run can be told"),
@@ -135,6 +134,7 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     "vllm_settings_need_vllm": (("vllm.kv_cache_mb=9",), "vllm.* does nothing with generator.engine=embedded"),
     "vllm_chooses_its_gpu_itself": (("generator.engine=vllm", "generator.device=cuda:1"), "it is cpu or cuda"),
     "vllm_on_a_cpu_has_no_gpu_settings": (("generator.engine=vllm", "vllm.tensor_parallel=2"), "need GPUs"),
+    "head_dtype_needs_half_precision": (("generator.engine=vllm", "vllm.head_dtype=model"), "where all is float32"),
     "gpus_are_chosen_on_cuda_only": (("generator.gpus=0",), "generator.gpus does nothing with generator.device=cpu"),
     "external_trainer_is_placed_by_others": (
         ("trainer.start=external", "trainer.device=cuda", "trainer.gpus=0"), "whoever starts the trainer says where",

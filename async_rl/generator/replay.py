@@ -1,0 +1,259 @@
+"""A finished episode played again from its own turns: are prompt, environment and reward what its generator says?
+
+`python -m async_rl.generator.replay RUN` answers such questions, one JSON object a line, in a process of its own: the
+code of a task may hang, crash or change whatever it reaches. The trainer asks (trainer/replays.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from async_rl.config import Settings
+from async_rl.generator.engine import Completion, EngineStats, Request
+from async_rl.generator.rollout import run_episode
+from async_rl.generator.session import EpisodeSession, make_tickets
+from async_rl.generator.task_code import TaskGuard
+from async_rl.model.folder import check_folder, context_limit
+from async_rl.model.tokenizer import Tokenizer
+from async_rl.run_folder import RunFolder
+from async_rl.task import make_task
+from async_rl.task.dataset import Dataset
+from async_rl.task.protocol import Task
+from async_rl.task.tools import Tools
+from async_rl.task.weigh import Weights, has_group_reward
+from async_rl.trajectory import Trajectory
+from async_rl.trajectory.codec import unpack
+from async_rl.wire.messages import Permit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLOSE = 1e-6
+"""relative difference of two rewards that are equal"""
+NOTE_TIMEOUT = "reward_timeout"
+"""note of an episode whose verdict came too late: on another machine it may not"""
+
+
+class NotRecorded(Exception):
+    """The episode asks for a turn that the trajectory does not have behind that history."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """What came of it."""
+
+    lie: str = ""
+    """prompts or rewards; empty: nothing is wrong, as far as was looked"""
+    reason: str = ""
+    """what is wrong"""
+    played: bool = False
+    """the whole episode was compared, not only its prompt"""
+
+
+class RecordedEngine:
+    """An `Engine` that answers each request with the turn of a trajectory that follows its history."""
+
+    def __init__(self, trajectory: Trajectory, tokenizer: Tokenizer, max_context: int) -> None:
+        self._trajectory, self._tokenizer, self.max_context = trajectory, tokenizer, max_context
+        self._left = list(range(len(trajectory.turns)))
+        self.missed = False
+        """a turn was asked for that the trajectory does not have"""
+        starts = np.asarray([0, *trajectory.contexts])
+        begins = np.searchsorted(starts, [turn.start for turn in trajectory.turns], side="right") - 1
+        self._begins = [int(starts[begin]) for begin in begins]
+        versions = np.zeros(len(trajectory.tokens), np.int64)
+        for span in trajectory.versions:
+            versions[span.start : span.end] = span.version
+        self._versions = versions
+
+    version = 0
+
+    async def generate(self, request: Request) -> Completion:
+        """Raises NotRecorded."""
+        trajectory, params = self._trajectory, request.params
+        for number in self._left:
+            turn, begin = trajectory.turns[number], self._begins[number]
+            if trajectory.tokens[begin : turn.start].tolist() != list(request.tokens):
+                continue
+            self._left.remove(number)
+            taken = slice(turn.start, turn.start + turn.length)
+            tokens = trajectory.tokens[taken].tolist()
+            stopped = bool(tokens) and tokens[-1] in params.stop_tokens
+            if not stopped and params.stop_strings:
+                text = self._tokenizer.decode(tokens, behind=True)
+                stopped = any(stop in text for stop in params.stop_strings if stop)
+            return Completion(
+                tokens=tokens,
+                log_probs=trajectory.log_behaviour[taken].tolist(),
+                versions=self._versions[taken].tolist(),
+                finish="stop" if stopped else "length",
+            )
+        self.missed = True
+        raise NotRecorded
+
+    async def load(self, weights: Mapping[str, Tensor], version: int) -> None:
+        raise NotImplementedError
+
+    async def probe(self, tokens: Sequence[int]) -> Sequence[float]:
+        raise NotImplementedError
+
+    async def fingerprint(self) -> Mapping[str, int | None]:
+        raise NotImplementedError
+
+    def release(self, session: int) -> None:
+        pass
+
+    def stats(self) -> EngineStats:
+        return EngineStats(busy_seconds=0.0, tokens_generated=0, tokens_prefilled=0, running=0, waiting=0)
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayer:
+    """Plays episodes of one run again."""
+
+    task: Task
+    tokenizer: Tokenizer
+    max_context: int
+    max_turns: int
+    timeout_s: float
+    weights: Weights
+    whole: bool
+    """episodes are played to their end, where nothing but the policy is random in them; else prompts are compared"""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Replayer:
+        chosen = settings.generator
+        limit = chosen.max_context or context_limit(settings.model.path, check_folder(settings.model.path))
+        task = make_task(settings.task.name, settings.task.args)
+        rewards = settings.verify.rewards
+        return cls(
+            task=task,
+            tokenizer=Tokenizer.of(settings.model),
+            max_context=limit or 1 << 30,
+            max_turns=chosen.max_turns,
+            timeout_s=chosen.episode_timeout_s,
+            weights=Weights(chosen=settings.task.reward_weights),
+            whole=rewards == "always" or (rewards == "auto" and is_repeatable(task)),
+        )
+
+    def replay(self, trajectory: Trajectory) -> Replayed:
+        """Compare a trajectory with what becomes of its turns here."""
+        if wrong := self._wrong_prompt(trajectory):
+            return Replayed(lie="prompts", reason=wrong)
+        if not self.whole or has_group_reward(self.task) or NOTE_TIMEOUT in trajectory.info:
+            return Replayed()
+        engine = RecordedEngine(trajectory, self.tokenizer, self.max_context)
+        ticket = self._ticket(trajectory)
+        session = EpisodeSession(
+            engine=engine,
+            tokenizer=self.tokenizer,
+            ticket=ticket,
+            session_id=0,
+            max_context=self.max_context,
+            max_turns=self.max_turns,
+        )
+        episode = run_episode(
+            self.task, session, ticket, timeout_s=self.timeout_s, guard=TaskGuard(), weights=self.weights
+        )
+        return _compared(trajectory, asyncio.run(episode), missed=engine.missed)
+
+    def _ticket(self, t: Trajectory) -> Any:
+        permit = Permit(
+            group=t.group, problem=t.problem, split=t.split, samples=(t.sample,), seed=0, temperature=t.temperature
+        )
+        return make_tickets(permit, [t.seed])[0]
+
+    def _wrong_prompt(self, trajectory: Trajectory) -> str:
+        """What is wrong with the prompt's tokens; empty: nothing that is known."""
+        if not begins_with_its_prompt(self.task):
+            return ""
+        problem = self.task.problems(trajectory.split)[trajectory.problem]
+        session = EpisodeSession(
+            engine=RecordedEngine(trajectory, self.tokenizer, self.max_context),
+            tokenizer=self.tokenizer,
+            ticket=self._ticket(trajectory),
+            session_id=0,
+            max_context=self.max_context,
+            max_turns=self.max_turns,
+        )
+        session.begin(problem)
+        prescribed = session.contexts[0].tokens
+        found = trajectory.tokens[: len(prescribed)].tolist()
+        return "" if found == prescribed else _differing("the prompt", prescribed, found)
+
+
+def is_repeatable(task: Task) -> bool:
+    """Whether an episode played again from its turns comes to the same reward, as its own class says: a class that
+    derives from it may do anything."""
+    return "repeatable" in vars(type(task)) and bool(task.repeatable)
+
+
+def begins_with_its_prompt(task: Task) -> bool:
+    """Whether every episode's first turn follows the problem's prompt: other tasks may begin another context."""
+    return is_repeatable(task) or type(task) in (Dataset, Tools)
+
+
+def _differing(what: str, wanted: Sequence[int], found: Sequence[int]) -> str:
+    at = next((n for n, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), min(len(wanted), len(found)))
+    there = found[at] if at < len(found) else "nothing"
+    return f"token {at} of {what} is {there}, the task and the tokenizer prescribe {wanted[at]}"
+
+
+def _compared(said: Trajectory, made: Trajectory, *, missed: bool) -> Replayed:
+    """`missed`: the episode went another way."""
+    if missed or (not made.failed and made.tokens.tolist() != said.tokens.tolist()):
+        at = _first_difference(made.tokens.tolist(), said.tokens.tolist())
+        return Replayed(lie="rewards", reason=f"its environment answers otherwise from token {at} on", played=True)
+    if made.failed:
+        return Replayed()  # it needs what is not here
+    if not math.isclose(made.reward, said.reward, rel_tol=CLOSE, abs_tol=CLOSE):
+        reason = f"its reward is {said.reward:g}, played again it earns {made.reward:g}"
+        return Replayed(lie="rewards", reason=reason, played=True)
+    for number, (a, b) in enumerate(zip(said.turns, made.turns, strict=False)):
+        if not math.isclose(a.reward, b.reward, rel_tol=CLOSE, abs_tol=CLOSE):
+            reason = f"the reward of turn {number} is {a.reward:g}, played again it earns {b.reward:g}"
+            return Replayed(lie="rewards", reason=reason, played=True)
+    return Replayed(played=True)
+
+
+def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def main(run: str) -> None:
+    """Answer questions until the input ends. What the task prints goes to the standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    replayer = Replayer.of(RunFolder(Path(run)).settings())
+
+    def say(answer: Mapping[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    say({"ready": True})
+    for line in sys.stdin:
+        trajectory = unpack(base64.b64decode(json.loads(line)["trajectory"]))
+        try:
+            found = replayer.replay(trajectory)
+        except Exception as error:  # a process boundary: code of others
+            say({"lie": "", "reason": f"{type(error).__name__}: {error}"[:500], "played": False})
+            continue
+        say({"lie": found.lie, "reason": found.reason, "played": found.played})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,78 @@
+"""A generator that joins a run and reports what it did not do.
+
+`python -m async_rl.instruments.chaos.liar RUN NAME LIE [HONEST]` is `async-rl generate --run RUN --name NAME` with one
+method replaced: a finished trajectory is changed before it is sent. The first HONEST ones are left as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from msgspec.structs import replace
+
+from async_rl.generator.outbox import Outbox
+from async_rl.run.join import find_target, join_run
+from async_rl.trajectory import Trajectory, VersionSpan
+
+Lie = Literal["tokens", "log-probs", "versions", "rewards"]
+LIES: tuple[Lie, ...] = get_args(Lie)
+
+
+def tokens(trajectory: Trajectory) -> Trajectory:
+    """Every sampled token is reported as its neighbour: an engine whose record and samples got out of step."""
+    changed = trajectory.tokens.copy()
+    sampled = trajectory.policy_positions()
+    changed[sampled] = (changed[sampled] + 1) % (changed.max() + 1)
+    return replace(trajectory, tokens=changed)
+
+
+def log_probs(trajectory: Trajectory) -> Trajectory:
+    """Log-probs are halved, as those of a sampler at another temperature would be."""
+    changed = trajectory.log_behaviour.copy()
+    changed[trajectory.policy_positions()] *= np.float32(0.5)
+    return replace(trajectory, log_behaviour=changed)
+
+
+def versions(trajectory: Trajectory) -> Trajectory:
+    """What was sampled by older weights is called fresh: all tokens get the version after the newest one in them."""
+    spans = trajectory.versions
+    if not spans:
+        return trajectory
+    newest = trajectory.version_max + 1
+    return replace(trajectory, versions=(VersionSpan(version=newest, start=spans[0].start, end=spans[-1].end),))
+
+
+def rewards(trajectory: Trajectory) -> Trajectory:
+    """Every episode has earned 1, or nothing where it has."""
+    return replace(trajectory, reward=1.0 - min(1.0, max(0.0, trajectory.reward)))
+
+
+TOLD: Mapping[Lie, Callable[[Trajectory], Trajectory]] = {
+    "tokens": tokens, "log-probs": log_probs, "versions": versions, "rewards": rewards,
+}  # fmt: skip
+
+
+def lie_from_now_on(lie: Lie, honest: int) -> None:
+    """What this process reports is changed from the trajectory `honest` on."""
+    put, numbers = Outbox.put, count()
+
+    def lying(self: Outbox, trajectory: Trajectory) -> None:
+        told = trajectory.split == "train" and not trajectory.failed and next(numbers) >= honest
+        put(self, TOLD[lie](trajectory) if told else trajectory)
+
+    Outbox.put = lying  # type: ignore[method-assign]
+
+
+def main(run: str, name: str, lie: str, honest: str = "0") -> None:
+    found = next(one for one in LIES if one == lie)
+    lie_from_now_on(found, int(honest))
+    join_run(find_target(None, Path(run), None), name, (), lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
