@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from async_rl.errors import UserError
 from async_rl.finding import Finding, error, ok, warning
+from async_rl.generator.task_code import describe_error
 from async_rl.model import plain_tokenizer
 from async_rl.model.tokenizer import Tokenizer, problem_text
 from async_rl.task.protocol import Connection, Problem, Score, Segment, Task, Utterance
@@ -172,14 +173,19 @@ class ScriptedSession:
     """that the task has started"""
     kept: Any = None
     """what the task keeps for the group's reward"""
+    notes: dict[str, float | str] = field(default_factory=dict)
+    transcript: str = ""
+    """what was said and appended"""
 
     async def generate(self, *, max_tokens: int, agent: str = "", **how: Any) -> str:
         said = self.answers[self.turn] if self.turn < len(self.answers) else ""
         self.turn += 1
         self.said = [*self.said, Utterance(text=said, tokens=range(len(said)), agent=agent)]
+        self.transcript += said
         return said
 
-    def append(self, text: str) -> None: ...
+    def append(self, text: str) -> None:
+        self.transcript += text
 
     def append_messages(self, messages: Sequence[Mapping[str, Any]], *, as_sampled: bool = False) -> None: ...
 
@@ -204,7 +210,8 @@ class ScriptedSession:
 
     def end_at_token_limit(self) -> None: ...
 
-    def note(self, key: str, value: float | str) -> None: ...
+    def note(self, key: str, value: float | str) -> None:
+        self.notes[key] = value
 
     def keep(self, value: Any) -> None:
         self.kept = value
@@ -237,7 +244,7 @@ def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES, template:
         try:
             await task.setup()
         except Exception as failure:  # the task is the user's code
-            failures.append(f"{type(failure).__name__}: {failure} (in its setup)")
+            failures.append(f"in its setup: {describe_error(failure)}")
             seconds.append(0.0)
             return
         try:
@@ -258,7 +265,7 @@ def measure_reward(task: Task, *, seed: int, episodes: int = EPISODES, template:
                 by_agent = True
                 return
             except Exception as failure:  # the task is the user's code
-                failures.append(f"{type(failure).__name__}: {failure}")
+                failures.append(describe_error(failure))
             seconds.append(time.perf_counter() - started)
             if time.perf_counter() - begun > MOST_S:
                 return

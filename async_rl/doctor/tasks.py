@@ -14,12 +14,15 @@ from random import Random
 from typing import Any
 
 from async_rl.config.schema import describe
+from async_rl.doctor.group_reward import play_group
 from async_rl.doctor.problems import NotScripted, ScriptedSession, answers_of, play_scripted
 from async_rl.errors import UserError
+from async_rl.generator.task_code import describe_error
 from async_rl.task import Problem, Task
 from async_rl.task.adapters import ADAPTERS, adapter_class
 from async_rl.task.build import TASKS
 from async_rl.task.rehearsed import Rehearsed
+from async_rl.task.weigh import has_group_reward
 
 WIDTH = 100
 PROBLEMS = 3
@@ -104,7 +107,6 @@ class ShownSession(ScriptedSession):
     """A scripted session that keeps what was said, as (who, text)."""
 
     shown: list[tuple[str, str]] = field(default_factory=list)
-    notes: dict[str, float | str] = field(default_factory=dict)
 
     async def generate(self, *, max_tokens: int, agent: str = "", **how: Any) -> str:
         # by its name: `slots=True` makes a new class, in which a bare `super()` fails
@@ -120,9 +122,6 @@ class ShownSession(ScriptedSession):
 
     def reward_turn(self, value: float, *, agent: str | None = None) -> None:
         self.shown.append(("turn reward", f"{value:g}"))
-
-    def note(self, key: str, value: float | str) -> None:
-        self.notes[key] = value
 
 
 def show_episode(task: Task, problem: Problem) -> Iterator[str]:
@@ -149,12 +148,27 @@ def show_episode(task: Task, problem: Problem) -> Iterator[str]:
         yield "    it is played by an agent through an endpoint; `async-rl try CONFIG` plays it with a model"
         return
     except Exception as error:  # of the user's code, to be shown
-        reward = f"none: it raised {type(error).__name__}: {error}"
+        reward = f"none: it raised {describe_error(error)}"
     for who, text in session.shown:
         yield _indented(f"<{who}> {text}")
     yield f"    reward: {_plain(reward)}"
     for key, value in session.notes.items():
         yield f"    {key}: {_plain(value)}"
+    if has_group_reward(task):
+        yield from show_group(task, problem)
+
+
+def show_group(task: Task, problem: Problem) -> Iterator[str]:
+    """What the samples of a group get for what they are beside each other."""
+    yield "\na group of problem 0, right answers and random ones in turn, and what the group's reward gives each"
+    try:
+        found = play_group(task, problem, seed=0)
+    except Exception as error:  # of the user's code, to be shown
+        yield f"    none: it raised {describe_error(error)}"
+        return
+    for sample, reward in found:
+        yield _indented(f"<policy> {sample.completion}")
+        yield f"    reward: {_plain(reward)}"
 
 
 def _plain(value: Any) -> str:

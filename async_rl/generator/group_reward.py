@@ -57,6 +57,17 @@ class Played:
         )
 
 
+async def rewards_of(task: Task, problem: Problem, samples: Sequence[Sample]) -> Sequence[Reward]:
+    """What `Task.reward_group` gives these samples. Raises RewardError when it is not a reward for each."""
+    rewards: Any = task.reward_group(problem, samples)
+    if inspect.isawaitable(rewards):
+        rewards = await rewards
+    if isinstance(rewards, str | dict) or not hasattr(rewards, "__len__") or len(rewards) != len(samples):
+        raise RewardError(f"reward_group returned {rewards!r:.100}, not a list of {len(samples)} rewards")
+    found: Sequence[Reward] = rewards
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupJudge:
     """Calls `Task.reward_group`."""
@@ -94,11 +105,7 @@ class GroupJudge:
         first = good[0].trajectory
         problem = self.task.problems(first.split)[first.problem]
         samples = [one.sample(problem) for one in sorted(good, key=lambda one: one.trajectory.sample)]
-        rewards: Any = self.task.reward_group(problem, samples)
-        if inspect.isawaitable(rewards):
-            rewards = await rewards
-        if isinstance(rewards, str | dict) or not hasattr(rewards, "__len__") or len(rewards) != len(samples):
-            raise RewardError(f"reward_group returned {rewards!r:.100}, not a list of {len(samples)} rewards")
+        rewards = await rewards_of(self.task, problem, samples)
         by_number = {sample.number: reward for sample, reward in zip(samples, rewards, strict=True)}
         return [self._summed(one.weighed, by_number[one.trajectory.sample]) for one in good]
 

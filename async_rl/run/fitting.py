@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from async_rl.config import Settings
 from async_rl.errors import UserError
+from async_rl.model.folder import check_context, check_folder
 from async_rl.model.tokenizer import Tokenizer, control_in, problem_text, problem_tokens
 from async_rl.task import Problem, Task, make_task
 
@@ -70,3 +71,12 @@ def fit_prompts(settings: Settings, task: Task, tokenizer: Tokenizer, context: i
         return settings, task, []
     chosen = replace(settings.task, args={**settings.task.args, **found.args})
     return replace(settings, task=chosen), make_task(chosen.name, chosen.args), list(found.notes)
+
+
+def fitted(settings: Settings) -> Settings:
+    """The settings with the `task.args` that leave overlong prompts out, as a run's preflight makes them: for what
+    plays a run's problems without being one. Raises UserError for prompts that are refused."""
+    context = check_context(settings.model.path, check_folder(settings.model.path), settings.generator.max_context)
+    task = make_task(settings.task.name, settings.task.args)
+    made, _, _ = fit_prompts(settings, task, Tokenizer.of(settings.model), context)
+    return made

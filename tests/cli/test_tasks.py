@@ -32,6 +32,10 @@ class Raises(Echo):
     async def rollout(self, problem, session):
         raise KeyError("gold")
 
+class Judged(Echo):
+    def reward_group(self, problem, samples):
+        return [s.reward - s.parts["shrt"] for s in samples] if self.settings.words == 1 else [0.25] * len(samples)
+
 class ByAgent(Echo):
     async def rollout(self, problem, session):
         session.openai()
@@ -95,7 +99,10 @@ def test_ones_own_task_is_shown_by_its_name_and_by_a_config(capsys: pytest.Captu
 
 
 def test_what_an_episode_raises_is_shown(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    assert "reward: none: it raised KeyError: 'gold'" in printed(capsys, "echo_task.py:Raises")
+    raised = printed(capsys, "echo_task.py:Raises")
+    assert "reward: none: it raised KeyError: 'gold' (echo_task.py:22 rollout)" in raised
+    assert printed(capsys, "echo_task.py:Judged").count("reward: 0.25") == 4
+    assert "none: it raised KeyError: 'shrt' (echo_task.py:" in printed(capsys, "echo_task.py:Judged", "words=1")
     assert "played by an agent through an endpoint" in printed(capsys, "echo_task.py:ByAgent")
 
 

@@ -5,25 +5,34 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 from support_run import quick_settings
 from support_tokenizers import byte_folder
 
+from async_rl.config import Settings
+from async_rl.config.schema import structured
 from async_rl.doctor import machine as memory
 from async_rl.doctor import problems as reward
 from async_rl.doctor import problems as tokens
+from async_rl.doctor.examine import examine_run
+from async_rl.doctor.group_reward import judge_group_reward
 from async_rl.doctor.tasks import show_episode
+from async_rl.finding import Finding
 from async_rl.instruments import agreement
 from async_rl.instruments.agreement import WeightDifference
+from async_rl.instruments.rehearsal import write_tiny_model
 from async_rl.model.create import write_character_tokenizer
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.run.memory import Estimate, Part, describe_estimate, estimate, read_available
 from async_rl.task import Task, make_task
-from async_rl.task.protocol import Problem, Segment, Session
+from async_rl.task.protocol import Problem, Sample, Segment, Session
+from async_rl.task.weigh import Weights
 from async_rl.weights.canary import Evidence, compare
 
 # ----------------------------------------------------------------------------------------- tokenizer
@@ -202,7 +211,50 @@ def test_a_task_is_set_up_for_its_scripted_episodes_and_torn_down() -> None:
 
     broken = reward.judge_reward(reward.measure_reward(Broken(), seed=0))
     assert broken.level == "error"
-    assert "OSError: no docker (in its setup)" in broken.said
+    assert "in its setup: OSError: no docker (test_run_findings.py:" in broken.said
+
+
+class Judged(Timed):
+    """A group's samples are judged by a function."""
+
+    judge: Any = None
+
+    async def rollout(self, problem: Problem, session: Session) -> float:
+        session.keep(await session.generate(max_tokens=4))
+        return 0.5
+
+    async def reward_group(self, problem: Problem, samples: Sequence[Sample]) -> Any:
+        return self.judge(samples)
+
+
+def judged(judge: Any, **weights: float) -> Any:
+    task = Judged()
+    task.judge = judge
+    return judge_group_reward(task, seed=0, weights=Weights(chosen=weights))
+
+
+def test_a_judge_of_groups_is_called_with_a_group() -> None:
+    found = judged(lambda samples: [float(s.kept == s.completion == "7") for s in samples])
+    assert (found.level, found.check) == ("ok", "group reward")
+    assert "right answers and random ones in turn) 1.0, 0.0, 1.0, 0.0" in found.said
+
+
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        (lambda samples: [1.0], "reward_group returned [1.0], not a list of 4 rewards"),
+        (lambda samples: [float("nan")] * len(samples), "nan"),
+        (lambda samples: [s.parts["right"] for s in samples], r"KeyError: 'right' (test_run_findings.py:"),
+    ],
+)
+def test_what_a_judge_of_groups_does_wrong_is_told_with_its_place(judge: Any, said: str) -> None:
+    found = judged(judge)
+    assert found.level == "error"
+    assert said in found.said
+
+
+def test_a_weight_of_a_part_that_nobody_returns_is_told() -> None:
+    assert "'rolout', which the reward did not return" in judged(lambda s: [1.0] * len(s), rolout=2.0).said
 
 
 def test_an_agent_has_no_script_which_is_said_and_no_fault() -> None:
@@ -290,6 +342,38 @@ def test_a_model_too_large_for_memory_is_not_loaded(tiny_model: Path) -> None:
     settings = quick_settings(tiny_model)
     task = make_task(settings.task.name, settings.task.args)
     assert agreement.check_log_probs(settings, task, 10**9, 7 * 10**9).level == "warning"
+
+
+def test_what_samples_the_model_leaves_out_the_prompts_that_a_run_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_model(tmp_path / "model", "qwen3", seed=0)
+    rows = [{"prompt": "a" * (300 if i % 3 else 5) + f"{i:03d}", "answer": str(i)} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = {"path": str(tmp_path / "rows.jsonl"), "max_tokens": 8, "eval_share": 0.2, "overlong": "drop"}
+    settings = structured(
+        Settings,
+        {
+            "model": {"path": str(tmp_path / "model")},
+            "generator": {"max_context": 100},
+            "task": {"name": "dataset", "args": args},
+        },
+        where="",
+    )
+    seen: list[Task] = []
+    ok = Finding(level="ok", check="x", said="")
+
+    def look(chosen: Settings, *more: Any) -> Finding:
+        seen.append(make_task(chosen.task.name, chosen.task.args))
+        seen.extend(task for task in more if isinstance(task, Task))
+        return ok
+
+    monkeypatch.setattr(agreement, "check_log_probs", look)
+    monkeypatch.setattr(agreement, "check_equivalence", look)
+    assert not [found for found in examine_run(settings, tmp_path) if found.level == "error"]
+    assert len(seen) == 3
+    for task in seen:
+        assert {len(p.prompt[0]["content"]) for split in ("train", "eval") for p in task.problems(split)} == {8}
 
 
 def test_synchronous_equivalence_is_judged_by_how_far_training_moved(tiny_model: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import torch
 from support_run import quick_settings
 
 from async_rl.config import Settings
-from async_rl.instruments.lab.cell import run_cell, versions_to_measure
+from async_rl.config.schema import structured
+from async_rl.config.settings import TaskSettings
+from async_rl.instruments.lab.cell import measure_first, run_cell, versions_to_measure
 from async_rl.instruments.lab.exact_lag import FirstBatches, Sampled, train_with_exact_lag
+from async_rl.instruments.rehearsal import write_tiny_model
 from async_rl.instruments.synchronous import train_synchronously
 from async_rl.trainer.learner import StepReport
 
@@ -109,3 +113,21 @@ def test_what_version_0_sampled_is_kept_for_one_replicate_and_used_by_its_cells_
     assert sorted(step for begin, end in known for step in range(begin, end + 1)) == [0, 1, 2, 3]
     assert first.of(replace(settings, seed=settings.seed + 1)) == {}
     assert first.of(settings) == {}, "only the replicate at hand is kept"
+
+
+def test_overlong_prompts_are_dropped_as_in_a_run(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model", "qwen3", seed=0)
+    rows = [{"prompt": "a" * (5 if i % 8 == 0 else 300) + str(i), "answer": "1"} for i in range(64)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text("def one(completion):\n    return 1.0\n")
+    task = {
+        "name": "dataset",
+        "args": {"path": str(tmp_path / "rows.jsonl"), "max_tokens": 4, "eval_share": 0.25, "overlong": "drop",
+                 "reward": f"{tmp_path / 'mine.py'}:one"},
+    }  # fmt: skip
+    chosen = lagged(tmp_path / "model", 1, "generator.max_context=64", "batch.groups_per_step=2", "batch.group_size=2")
+    settings = replace(chosen, task=structured(TaskSettings, task, where="task"))
+    assert measure_first(settings) == 1.0, "no episode failed"
+    numbers, curves = run_cell(settings, reward_first=1.0)
+    assert set(curves.rewards) == {1.0}
+    assert numbers["reward_final"] == 1.0

@@ -11,11 +11,12 @@ from async_rl.task.tool_formats import FORMATS, Parsed
 from async_rl.task.unfinished_turn import said_so_far, settled
 
 PIECES = [
-    "a", " ", "\n", "Let me see. ", "{", '"name"', "}", '{"a": [1, 2]}', "<think>", "</think>", "<", "</", "<thi",
-    "\n\n", "<tool_call>", "</tool_call>", "<function=f>", "<parameter=a>\n1\n</parameter>", "</function>",
-    "<|python_tag|>", "[TOOL_CALLS]", "[TOOL_", "[ARGS]", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>",
-    "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<｜tool▁calls▁end｜>", "<|channel|>", "analysis", "final", "commentary", " to=functions.f",
-    " to=user", "<|message|>", "<|end|>", "<|start|>", "assistant", "<|call|>", "<|en", "é", "f",
+    "a", " ", "\n", "Let me see. ", "{", "\"name\"", "}", "{\"a\": [1, 2]}", "<think>", "</think>", "<", "</",
+    "<thi", "\n\n", "<tool_call>", "</tool_call>", "<function=f>", "<parameter=a>\n1\n</parameter>",
+    "</function>", "<|python_tag|>", "[TOOL_CALLS]", "[TOOL_", "[ARGS]", "<｜tool▁calls▁begin｜>",
+    "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<｜tool▁calls▁end｜>", "<|channel|>",
+    "analysis", "final", "commentary", " to=functions.f", " to=user", "<|message|>", "<|end|>", "<|start|>",
+    "assistant", "<|call|>", "<|en", "é", "f",
 ]  # fmt: skip
 
 
@@ -32,8 +33,7 @@ def turns(name: str, random: Random) -> list[str]:
         f"<think>\nhm < {{\n</think>\n\nGo. {written}\n",
         f"hm\n</think>\n\nGo. {written}",
         f"Go. {written} and {written} done",
-        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>It.<|return|>"
-        + written,
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>It.<|return|>" + written,
     ]
     found = list(whole)
     for text in whole * 40:

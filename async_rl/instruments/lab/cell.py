@@ -18,6 +18,7 @@ from async_rl.instruments.lab.record import STEP_CURVES, Curves, summarise
 from async_rl.model.folder import load_model
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.run.evaluate import evaluate, limits_of
+from async_rl.run.fitting import fitted
 from async_rl.task import make_task
 from async_rl.trainer.learner import StepReport
 
@@ -38,6 +39,7 @@ def run_cell(
 
     Raises RunFailed or UserError."""
     wall, processor = time.monotonic(), time.process_time()
+    settings = fitted(settings)
     torch.manual_seed(settings.seed)
     recorder = CurveRecorder()
 
@@ -65,6 +67,7 @@ def run_cell(
 
 def measure_first(settings: Settings) -> float:
     """Reward of the initial model on held-out problems, sampled as training samples."""
+    settings = fitted(settings)
     episodes = evaluate(
         load_model(Path(settings.model.path)),
         make_task(settings.task.name, settings.task.args),

@@ -11,7 +11,6 @@ import asyncio
 import json
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from torch import Tensor
 
@@ -100,7 +99,7 @@ def train_with_exact_lag(
     """
 
     async def run() -> Learner:
-        tokenizer = Tokenizer(Path(settings.model.path))
+        tokenizer = Tokenizer.of(settings.model)
         sampler = _Sampler(settings, make_engine(settings, tokenizer), tokenizer, first or FirstBatches())
         lag, steps = settings.staleness.max_staleness, settings.trainer.steps
         learner = make_learner(settings)
