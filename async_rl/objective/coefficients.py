@@ -31,6 +31,7 @@ from async_rl.objective.measures import (
     kappa_of,
     kappa_per_trajectory,
     logit_size,
+    measure_ess,
     measure_lag,
     measure_outcome,
     measure_ratios,
@@ -122,10 +123,7 @@ def coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tup
     if kappa is not None:
         factors["kappa"] = kappa
 
-    meter.put("ess/ratio", ess.ratio)
-    meter.put("ess/size", ess.size)
-    meter.put("ess/reference", ess.reference)
-    meter.put("ess/nonfinite", ess.nonfinite)
+    measure_ess(meter, ess)
     meter.put("ess/token", _token_ess(tokens))
     meter.put("lr/ess_scale", ess.scale)
     meter.put("lr/kappa", 1.0 if kappa is None else kappa)

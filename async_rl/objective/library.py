@@ -17,7 +17,7 @@ from typing import Any
 from async_rl.config.schema import load_yaml, structured
 from async_rl.errors import UserError, nearest
 from async_rl.objective.own import is_own_file, is_own_function, load_own_function, source_of
-from async_rl.objective.recipe import Recipe
+from async_rl.objective.recipe import EssSettings, Recipe
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -328,6 +328,11 @@ def _control_problem(recipe: Recipe) -> str:
         return "ess.reference must lie in (0, 1]"
     if not 0 <= ess.decay < 1 or not 0 <= bias.decay < 1:
         return "ess.decay and bias.decay must lie in [0, 1)"
+    if not 0 <= ess.floor <= 1:
+        return f"ess.floor is {ess.floor:g}; it is a share of the run's start, from 0 to 1"
+    for name in ("decay", "floor"):
+        if not isinstance(ess.reference, str) and getattr(ess, name) != getattr(EssSettings(), name):
+            return f"ess.{name} does nothing with ess.reference={ess.reference:g}; set ess.reference=calibrated"
     if bias.kappa == "none":
         return ""
     if recipe.trust.rule == "none":

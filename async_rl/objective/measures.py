@@ -13,19 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import exp, inf, isfinite, log
+from math import isfinite, log
 
 import torch
 from torch import Tensor
 
 from async_rl.objective.advantage import energy
-from async_rl.objective.recipe import BiasSettings, EssSettings, Level, Pool
-from async_rl.objective.state import FreshMoments, ObjectiveState
-from async_rl.objective.tokens import Tokens, behaviour_log_ratio, segment_max, segment_min, segment_sum
-from async_rl.objective.trust import LENGTH_BUCKETS, Selection, Trust, bucket_names, length_bucket
-
-MIN_FRESH = 8.0
-"""fresh samples in a length bucket before its own variance is believed; below, the pooled one per token"""
+from async_rl.objective.recipe import BiasSettings, EssSettings, Level
+from async_rl.objective.reference import begun_ratio, fresh_ratio, learn
+from async_rl.objective.state import ObjectiveState
+from async_rl.objective.tokens import Tokens, behaviour_log_ratio, segment_max, segment_min
+from async_rl.objective.trust import Selection, Trust, bucket_names, length_bucket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +35,11 @@ class Ess:
     size: float
     """ESS, trajectories (or turns, tokens)"""
     reference: float
-    """rho expected of fresh data of the same lengths"""
+    """rho that counts as on policy at these lengths"""
+    fresh: float
+    """rho of fresh data of these lengths, as the newest ones are; the reference, where nothing holds that up"""
+    noise: float | None
+    """variance of this batch's fresh log-weights, as a share of what the run's start allows; None without any"""
     scale: float
     """factor for this step's learning rate, in (0, 1]"""
     nonfinite: int
@@ -74,9 +76,12 @@ def effective_sample_size(tokens: Tokens, settings: EssSettings, state: Objectiv
     log_weight = total / length if settings.pool == "mean" else total
     finite = tokens.readable[trajectory]
     ratio = ess_ratio(torch.where(finite, log_weight, torch.nan))
+    noise: float | None = None
+    fresh = 1.0
     if settings.reference == "calibrated":
-        state = _calibrated(tokens, settings, state)
-        reference = _expected_ratio(length[finite], settings.pool, state)
+        noise, state = _learnt(tokens, settings, state)
+        fresh = fresh_ratio(length[finite], settings.pool, state)
+        reference = max(fresh, settings.floor * begun_ratio(length[finite], settings.pool, state))
     else:
         reference = float(settings.reference)
     units = len(log_weight)
@@ -84,83 +89,36 @@ def effective_sample_size(tokens: Tokens, settings: EssSettings, state: Objectiv
         reference = max(reference, 1 / units)
     power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[settings.scale]
     scale = min(1.0, ratio / reference) ** power if units else 1.0
-    return Ess(ratio=ratio, size=ratio * units, reference=reference, scale=scale,
+    return Ess(ratio=ratio, size=ratio * units, reference=reference, fresh=fresh, noise=noise, scale=scale,
                nonfinite=int((~finite).sum())), state  # fmt: skip
 
 
-def _calibrated(tokens: Tokens, settings: EssSettings, state: ObjectiveState) -> ObjectiveState:
-    """Add the log-weights of this batch's fresh tokens to the running moments (docs/algorithms.md#ess-reference).
+def measure_ess(meter: Meter, ess: Ess) -> None:
+    """ess/*, but for that of tokens."""
+    meter.put("ess/ratio", ess.ratio)
+    meter.put("ess/size", ess.size)
+    meter.put("ess/reference", ess.reference)
+    meter.put("ess/fresh", ess.fresh)
+    if ess.noise is not None:
+        meter.put("ess/noise", ess.noise)
+    meter.put("ess/nonfinite", ess.nonfinite)
 
-    They are added unit by unit. Fresh: sampled by the version about to be updated, so that the ratio is engine noise
-    alone; taken at the proximal policy, so that a batch's later updates do not count as noise. A unit that began under
-    older weights contributes its fresh end, at that end's length.
+
+def _learnt(tokens: Tokens, settings: EssSettings, state: ObjectiveState) -> tuple[float | None, ObjectiveState]:
+    """Noise of this batch's fresh tokens (None without any), and the state that has learnt them unit by unit.
+
+    Fresh: sampled by the version about to be updated, so that the ratio is engine noise alone; taken at the proximal
+    policy, so that a batch's later updates do not count as noise. A unit that began under older weights contributes its
+    fresh end, at that end's length.
     """
     fresh = (tokens.columns.version == tokens.columns.current_version).to(tokens.log_prob.dtype)
     noise = (tokens.log_proximal - tokens.log_behaviour) * fresh
     total, _, trajectory = unit_sums(noise, tokens, settings.level)
     length = unit_sums(fresh, tokens, settings.level)[0]
     use = (length > 0) & tokens.readable[trajectory]
-    total, length = total[use], length[use]
-    bucket = length_bucket(length)
-    buckets = len(LENGTH_BUCKETS) + 1
-    sums = torch.stack(
-        [segment_sum(x, bucket, buckets) for x in (torch.ones_like(total), total, total.square(), length)]
-    ).T.tolist()
-    old = state.fresh or (FreshMoments(),) * buckets
-    moments = []
-    for before, (count, first, second, tokens_seen) in zip(old, sums, strict=True):
-        keep = settings.decay if count > 0 else 1.0
-        moments.append(
-            FreshMoments(
-                count=keep * before.count + count,
-                total=keep * before.total + first,
-                square=keep * before.square + second,
-                length=keep * before.length + tokens_seen,
-            )
-        )
-    return replace(state, fresh=tuple(moments))
-
-
-def _expected_ratio(length: Tensor, pool: Pool, state: ObjectiveState) -> float:
-    """rho of fresh data with these unit lengths [units] (docs/algorithms.md#ess-reference).
-
-    With E[w] = 1 and log-normal w, E[w^2] = exp(var log w) in each bucket, so rho = 1 / sum_buckets share exp(var).
-    1 before any fresh data.
-    """
-    buckets = len(LENGTH_BUCKETS) + 1
-    index = length_bucket(length)
-    counts, lengths = torch.stack(
-        [segment_sum(torch.ones_like(length), index, buckets), segment_sum(length, index, buckets)]
-    ).tolist()
-    per_token = _variance_per_token(state.fresh)
-    if per_token is None or sum(counts) == 0:
-        return 1.0
-    log_terms = []
-    for count, tokens_in, moments in zip(counts, lengths, state.fresh, strict=True):
-        if count == 0:
-            continue
-        mean_length = tokens_in / count
-        variance = _variance(moments) if moments.count >= MIN_FRESH else per_token * mean_length
-        if pool == "mean":
-            variance /= mean_length**2
-        log_terms.append(log(count / sum(counts)) + variance)
-    highest = max(log_terms, default=inf)
-    return exp(-(highest + log(sum(exp(term - highest) for term in log_terms))))
-
-
-def _variance(moments: FreshMoments) -> float:
-    """Sample variance of the log-weights of a bucket, nats^2."""
-    mean = moments.total / moments.count
-    biased = max(0.0, moments.square / moments.count - mean * mean)
-    return biased * moments.count / max(moments.count - 1, 1.0)
-
-
-def _variance_per_token(fresh: tuple[FreshMoments, ...]) -> float | None:
-    """Variance of the log-weight per token, pooled over buckets; None without at least two samples."""
-    known = [m for m in fresh if m.count >= 2]
-    if not known:
-        return None
-    return sum(_variance(m) * m.count for m in known) / sum(m.length for m in known)
+    if not bool(use.any()):
+        return None, state
+    return learn(total[use], length[use], settings, state)
 
 
 # Clipping bias: the size of the gradient that the trust rule cut away, and kappa from it.

@@ -21,6 +21,7 @@ from async_rl.objective.measures import (
     effective_sample_size,
     ess_ratio,
     mean_of,
+    measure_ess,
     measure_lag,
     measure_outcome,
     measure_ratios,
@@ -166,10 +167,7 @@ def _measured(
     meter = Meter()
     if "ess/ratio" not in known:  # else the library has counted this batch already
         ess, state = effective_sample_size(tokens, recipe.ess, state)
-        meter.put("ess/ratio", ess.ratio)
-        meter.put("ess/size", ess.size)
-        meter.put("ess/reference", ess.reference)
-        meter.put("ess/nonfinite", ess.nonfinite)
+        measure_ess(meter, ess)
         readable = tokens.readable[tokens.trajectory]
         log_ratio = torch.where(readable, tokens.log_prob - tokens.log_behaviour, torch.nan)
         meter.put("ess/token", ess_ratio(log_ratio))

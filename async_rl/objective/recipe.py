@@ -231,6 +231,12 @@ class EssSettings:
         "a running value by length; long answers have rho < 1 even on policy",
     )
     decay: float = setting(0.95, "calibrated: how much of the running value stays after a step with fresh data")
+    floor: float = setting(
+        0.5,
+        "calibrated: the reference is never below this share of what the run's first fresh data would have at today's "
+        "lengths, so that corrupt data cannot teach it to give them the full learning rate; 0: no floor",
+        unit="share",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

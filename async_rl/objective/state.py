@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FreshMoments:
-    """Decayed sums over fresh samples of one length bucket: sums of log-ratios of tokens sampled by the
-    current version."""
+class FreshNoise:
+    """Noise of fresh units of one length bucket, counted by size (`reference.EDGES`): units whose tokens were sampled
+    by the current version."""
 
-    count: float = 0.0
-    total: float = 0.0
-    """sum of log-weights, nats"""
-    square: float = 0.0
-    """sum of squared log-weights"""
-    length: float = 0.0
-    """sum of lengths, tokens"""
+    bins: tuple[tuple[int, float], ...] = ()
+    """(bin, units in it), ascending, units above 0"""
+
+    @property
+    def count(self) -> float:
+        """units"""
+        return sum(many for _, many in self.bins)
+
+    def plus(self, other: FreshNoise) -> FreshNoise:
+        """The units of both."""
+        units = dict(self.bins)
+        for place, many in other.bins:
+            units[place] = units.get(place, 0.0) + many
+        return FreshNoise(bins=tuple(sorted(units.items())))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveState:
     """Start with `ObjectiveState()`; pass on what each step returns."""
 
-    fresh: tuple[FreshMoments, ...] = ()
-    """by length bucket; empty before the first fresh data (ESS reference `calibrated`)"""
+    fresh: tuple[FreshNoise, ...] = ()
+    """of the newest fresh data, by length bucket; empty before the first (ESS reference `calibrated`)"""
+    begun: tuple[FreshNoise, ...] = ()
+    """of the run's first fresh data, alike"""
     bias_size: float | None = None
     """running size of the clipping bias (kappa `guarded`); None before the first clipped token"""
     kl_coefficient: float | None = None
@@ -37,7 +46,7 @@ class ObjectiveState:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, for a JSON or msgpack checkpoint."""
         return {
-            "fresh": [[m.count, m.total, m.square, m.length] for m in self.fresh],
+            "noise": [_to_lists(self.fresh), _to_lists(self.begun)],
             "bias_size": self.bias_size,
             "kl_coefficient": self.kl_coefficient,
             **({"numbers": dict(self.numbers)} if self.numbers else {}),
@@ -45,10 +54,20 @@ class ObjectiveState:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> ObjectiveState:
-        """The inverse of `to_dict`, exactly."""
+        """The inverse of `to_dict`, exactly. Versions up to 0.3.0 kept no noise by size; the reference begins anew."""
+        fresh, begun = values.get("noise", ((), ()))
         return ObjectiveState(
-            fresh=tuple(FreshMoments(count=c, total=t, square=s, length=n) for c, t, s, n in values["fresh"]),
+            fresh=_from_lists(fresh),
+            begun=_from_lists(begun),
             bias_size=values["bias_size"],
             kl_coefficient=values["kl_coefficient"],
             numbers=values.get("numbers", {}),
         )
+
+
+def _to_lists(records: tuple[FreshNoise, ...]) -> list[list[list[float]]]:
+    return [[[place, many] for place, many in record.bins] for record in records]
+
+
+def _from_lists(records: Sequence[Sequence[Sequence[float]]]) -> tuple[FreshNoise, ...]:
+    return tuple(FreshNoise(bins=tuple((int(place), many) for place, many in record)) for record in records)

@@ -1,9 +1,9 @@
 """The watch for a collapse (`CollapseWatch`: metric rows in, alarms out), and what the trainer does about it (`Guard`).
 
-Four signals are averaged over a window of steps (the median; of the reward the mean) and compared with what the run
-itself has shown before: effective sample size, entropy, gradient norm, reward. An alarm stays raised, because some
-signals look healthy again after a collapse: a policy that always says the same has an ESS of 1. It is withdrawn when
-the watch begins anew: after a rollback, or when a resumed run goes on from before it.
+Five signals are averaged over a window of steps (the median; of the reward the mean) and compared with what the run
+itself has shown before: effective sample size, the reference that this is measured by, entropy, gradient norm, reward.
+An alarm stays raised, because some signals look healthy again after a collapse: a policy that always says the same has
+an ESS of 1. It is withdrawn when the watch begins anew: after a rollback, or when a resumed run goes on from before it.
 
 `CollapseWatch` is pure, without clock or file: its state is a function of the rows, so a resumed run rebuilds it from
 metrics.jsonl. What the thresholds catch, how early, and how often they are wrong was measured on recorded trainings:
@@ -26,10 +26,11 @@ from async_rl.events import AlarmRaised
 from async_rl.run_folder import Rollback, RunFolder, read_rollback, write_rollback
 from async_rl.trainer.manifest import damage_of, list_checkpoints, version_of
 
-Signal = Literal["ess", "entropy", "gradient", "reward"]
+Signal = Literal["ess", "reference", "entropy", "gradient", "reward"]
 SIGNALS: tuple[Signal, ...] = get_args(Signal)
 KEYS: dict[Signal, str] = {
-    "ess": "ess/ratio", "entropy": "entropy", "gradient": "grad/norm", "reward": "reward/mean"
+    "ess": "ess/ratio", "reference": "ess/noise", "entropy": "entropy", "gradient": "grad/norm",
+    "reward": "reward/mean",
 }  # fmt: skip
 
 FIRST = 3
@@ -199,6 +200,12 @@ class CollapseWatch:
         match signal:
             case "ess":
                 return self._ess(course, row)
+            case "reference":
+                return course.now / self.settings.reference, (
+                    f"ess/noise {course.now:.3g}, above {self.settings.reference:g}: log-weights of fresh data spread "
+                    "beyond what the run's start allows, so generators report what they did not sample, or their "
+                    "engine has changed"
+                )
             case "reward":
                 return self._reward(course)
             case "entropy":

@@ -31,6 +31,7 @@ def healthy(steps: int, *, seed: int = 0, batch: int = 64, noise: float = 1.0, l
             "reward/mean": float(drawn.binomial(batch, level)) / batch,
             "ess/ratio": (ess := float(np.clip(0.6 + 0.1 * noise * drawn.standard_normal(), 0.2, 1.0))),
             "ess/size": ess * batch,
+            "ess/noise": 0.2,
             "entropy": float(np.exp(0.05 * noise * drawn.standard_normal())),
             "grad/norm": float(np.exp(0.3 * noise * drawn.standard_normal())),
         }
@@ -40,7 +41,8 @@ def healthy(steps: int, *, seed: int = 0, batch: int = 64, noise: float = 1.0, l
 
 def with_end(rows: Sequence[Row], begin: int, **columns: float) -> list[Row]:
     """The same with other values from step `begin` on."""
-    names = {"reward": "reward/mean", "ess": "ess/ratio", "entropy": "entropy", "gradient": "grad/norm"}
+    names = {"reward": "reward/mean", "ess": "ess/ratio", "reference": "ess/noise", "entropy": "entropy",
+             "gradient": "grad/norm"}  # fmt: skip
     changed = {names[name]: value for name, value in columns.items()}
     if "ess" in columns:
         changed["ess/size"] = columns["ess"] * 64
@@ -73,6 +75,7 @@ def test_noise_around_a_plateau_raises_nothing(seed: int, batch: int, level: flo
     ("columns", "signal"),
     [
         ({"ess": 0.03}, "ess"),
+        ({"reference": 3.0}, "reference"),
         ({"entropy": 2.0}, "entropy"),
         ({"entropy": 0.05}, "entropy"),
         ({"gradient": 50.0}, "gradient"),
@@ -135,10 +138,22 @@ def test_a_collapse_within_the_first_window_is_seen() -> None:
 
 
 def test_a_threshold_of_zero_turns_its_alarm_off() -> None:
-    rows = with_end(healthy(100), 60, ess=0.02, entropy=3.0, gradient=100.0, reward=0.01)
+    rows = with_end(healthy(100), 60, ess=0.02, reference=5.0, entropy=3.0, gradient=100.0, reward=0.01)
     assert set(watch(GuardSettings(), rows).raised) == set(SIGNALS)
     for signal in SIGNALS:
         assert set(watch(replace(GuardSettings(), **{signal: 0.0}), rows).raised) == set(SIGNALS) - {signal}
+
+
+@pytest.mark.parametrize("spread", [0.2, 3.0])
+def test_batches_without_fresh_data_do_not_count_for_the_reference(spread: float) -> None:
+    """Most rows of a run at a large lag have no fresh token; it takes a window of those that do."""
+    rows = [
+        {key: value for key, value in row.items() if key != "ess/noise" or row["step"] % 5 == 0}
+        for row in with_end(healthy(200), 60, reference=spread)
+    ]
+    found = watch(GuardSettings(), rows).raised
+    assert set(found) == ({"reference"} if spread > 1 else set())
+    assert not found or found["reference"].step in range(60, 111)
 
 
 def test_one_would_go_back_to_a_window_before_the_first_sign() -> None:
