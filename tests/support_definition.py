@@ -3,6 +3,7 @@ the temperature of the turn. And small models in float64 for it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -18,6 +19,7 @@ from async_rl.objective.library import load_recipe
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import ModelArithmetic
 from async_rl.trainer.learner import Learner, LearnerOptions
+from async_rl.trainer.packing import PackedBatch
 from async_rl.trajectory import Trajectory
 
 VOCABULARY = 19
@@ -64,3 +66,22 @@ def make_learner(model: Decoder, recipe: str, critic: Critic | None = None) -> L
     optimizer = OptimizerSettings(learning_rate=1e-3, warmup_steps=0, clip_norm=0.0)
     options = LearnerOptions(steps=10, updates_per_batch=1, optimizer=optimizer, arithmetic=ARITHMETIC)
     return Learner(model, load_recipe({"name": recipe}), options, critic=critic)
+
+
+def each_gradient(model: Decoder, trajectories: Sequence[Trajectory], weights: Tensor) -> list[list[Tensor]]:
+    """grad of -sum_t weights_t log pi_t of each trajectory alone. weights [policy tokens of all]."""
+    parameters = list(model.parameters())
+    parts = weights.split([t.num_policy_tokens for t in trajectories])
+    out = []
+    for trajectory, part in zip(trajectories, parts, strict=True):
+        if not len(part):
+            out.append([torch.zeros_like(p) for p in parameters])
+            continue
+        loss = -(part * alone(model, trajectory)).sum()
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        out.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
+    return out
+
+
+def some_weights(batch: PackedBatch) -> Tensor:  # [policy tokens]
+    return torch.randn(batch.num_policy_tokens, generator=torch.Generator().manual_seed(7), dtype=torch.float64)

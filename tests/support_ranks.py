@@ -118,6 +118,7 @@ CASES = (
     Case(name="contexts", recipe={"name": "grpo"}, micro_batch_tokens=50, contexts=True, small=True),
     Case(name="exact, contexts", recipe=EXACT, micro_batch_tokens=50, contexts=True),
     Case(name="shared prefixes", recipe={"name": "grpo"}, micro_batch_tokens=60, prompt=12, small=True),
+    Case(name="exact, shared prefixes", recipe=EXACT, micro_batch_tokens=150, prompt=12, small=True),
     Case(name="shared prefixes, contexts", recipe={"name": "gspo"}, micro_batch_tokens=50, prompt=9, contexts=True),
     Case(name="clipped norm", recipe={"name": "s_ppo", "bias": {"estimator": "exact"}}, updates=2),
     Case(
@@ -217,13 +218,14 @@ def build(case: Case, ranks: Ranks, sharding: str) -> Learner:
 
 
 def pack(case: Case, ranks: Ranks, seed: int) -> PackedBatch:
-    over = None
+    over, whole = None, requirements(load_recipe(case.recipe)).per_trajectory_norms
     if ranks.size > 1:
-        whole = requirements(load_recipe(case.recipe)).per_trajectory_norms
         over = Spread(rank=ranks.rank, size=ranks.size, cost=COST, whole_groups=whole)
     made = episodes(case.groups, case.config, seed, contexts=case.contexts, prompt=case.prompt)
     shared = case.prompt > 0 and ranks.size > 1
-    return pack_batch(made, micro_batch_tokens=case.micro_batch_tokens, over=over, shared=shared)
+    return pack_batch(
+        made, micro_batch_tokens=case.micro_batch_tokens, over=over, shared=shared, apart=shared and whole
+    )
 
 
 def outcome(case: Case, ranks: Ranks, sharding: str) -> tuple[dict[str, Tensor], list[dict[str, float]]]:

@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from async_rl.model.architecture import DecoderConfig, Rope
+from async_rl.model.elementwise import rms_norm, rotate
+from async_rl.model.repeats import Repeats
 from async_rl_kernels.product import linear, worthwhile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -234,7 +236,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # the dtypes differ under autocast (x is bfloat16) and in a sharded model (the weight is)
         wider = torch.promote_types(x.dtype, self.weight.dtype)
-        return F.rms_norm(x.to(wider), self.weight.shape, self.weight.to(wider), self.eps)
+        return rms_norm(x.to(wider), self.weight.to(wider), self.eps)
 
 
 class Linear(nn.Linear):
@@ -243,7 +245,14 @@ class Linear(nn.Linear):
     forward: x [rows, in] -> [rows, out].
     """
 
+    repeats: Repeats | None = None
+    """tokens of which several are one row, for an input of so many: products are formed by row, and every token keeps
+    its own gradient. The weight gets none."""
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.repeats is not None and x.shape[0] == len(self.repeats.rows):
+            out: Tensor = _RepeatedProduct.apply(x, self.weight, self.bias, self.repeats)
+            return out
         # torch's compiler takes oneDNN's product with a changing weight for one with a constant weight, and fails
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not worthwhile(x, self.weight):
             return F.linear(x, self.weight, self.bias)
@@ -270,11 +279,22 @@ class _Product(torch.autograd.Function):
         )
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2021) in Hugging Face's half-split order. x [tokens, heads, head_dim], cos and sin
-    [tokens, 1, head_dim] as from `Decoder.rotation` -> the shape of x."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((x[..., half:], x[..., :half]), -1) * sin
+class _RepeatedProduct(torch.autograd.Function):
+    """The same for x [tokens, in] -> [tokens, out], whose copies of a row are equal."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, repeats: Repeats) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = x.dtype
+        rows = x.index_select(0, repeats.one)
+        rounded = torch.is_autocast_enabled(x.device.type)
+        return (F.linear(rows, weight, bias) if rounded else linear(rows, weight, bias)).index_select(0, repeats.rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        return linear(grad, weight.to(grad.dtype).t()).to(ctx.dtype), None, None, None
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:  # [head_dim / 2] float32

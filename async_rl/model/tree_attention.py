@@ -13,16 +13,14 @@ Shapes: R rows, H query heads, KV heads of keys and values, D head_dim.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from async_rl.model.attention import MAX_PADDING, DocumentAttention, half_precision, make_buckets
+from async_rl.model.attention import DocumentAttention, half_precision
+from async_rl.model.merged_attention import Blocks, RepeatedProduct, TreeParts, TreeProduct
 from async_rl.model.prefix_tree import PrefixTree, Run
+from async_rl.model.repeats import Repeats
 from async_rl.model.varlen import Kernel
 
 
@@ -34,9 +32,9 @@ class TreeAttention:
         self._kernel = kernel
         self._longest = max(tree.documents)
         self._documents = DocumentAttention(tree.documents, kernel)
-        self._parts: Parts | None = None
+        self._parts: TreeParts | None = None
         self._paths: Paths | None = None
-        self._unshared: tuple[Repeats, Tensor] | None = None
+        self._repeats: Repeats | None = None
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int = 0, cap: float = 0.0
@@ -53,19 +51,16 @@ class TreeAttention:
                 dtype = torch.get_autocast_dtype("cpu")
                 query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             if self._parts is None:
-                self._parts = Parts(self.tree)
-            out: Tensor = _Merged.apply(query, key, value, self._parts)
+                self._parts = TreeParts(self.tree)
+            out: Tensor = TreeProduct.apply(query, key, value, self._parts)
             return out
         return self._laid_out(layer, query, key, value, window, cap)
 
     def _laid_out(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int, cap: float) -> Tensor:
-        if self._unshared is None or self._unshared[1].device != query.device:
-            rows = torch.from_numpy(self.tree.row_of_token).to(query.device)
-            tokens = torch.from_numpy(self.tree.token_of_row).to(query.device)
-            self._unshared = Repeats(rows, self.tree.num_rows), tokens
-        repeats, tokens = self._unshared
-        query, key, value = (repeats.take(tensor) for tensor in (query, key, value))
-        return self._documents(layer, query, key, value, window=window, cap=cap).index_select(0, tokens)
+        if self._repeats is None or self._repeats.rows.device != query.device:
+            self._repeats = repeats_of(self.tree, query.device)
+        query, key, value = (self._repeats.take(tensor) for tensor in (query, key, value))
+        return self._documents(layer, query, key, value, window=window, cap=cap).index_select(0, self._repeats.one)
 
     def _through_kernel(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
         assert self._kernel is not None
@@ -77,40 +72,33 @@ class TreeAttention:
         return self._kernel(query, key, value, bounds, longest, window)
 
 
-class Repeats:
-    """Rows taken several times, with a gradient that adds the copies of a row in a fixed order and in float32 or
-    better."""
+class RepeatedAttention:
+    """Attention among the tokens of a tree's documents, one document behind the other, for which the forward is
+    computed by row: for gradients that each document must have for itself, through a shared beginning too."""
 
-    def __init__(self, rows: Tensor, num_rows: int) -> None:
-        """rows: [copies] int64, each row at least once."""
-        self.rows = rows
-        self.order = torch.argsort(rows, stable=True)  # [copies]: those of the first row, of the second, ...
-        counts = torch.bincount(rows, minlength=num_rows)
-        self.first = counts.cumsum(0) - counts  # [rows]
+    def __init__(self, tree: PrefixTree, repeats: Repeats, kernel: Kernel | None = None) -> None:
+        """repeats: `repeats_of(tree, device)`."""
+        self._repeats = repeats
+        self._longest = max(tree.documents)
+        self._unshared = DocumentAttention(tree.documents, kernel)
+        self._parts: tuple[TreeParts, Blocks] | None = None
+        if kernel is None and repeats.rows.device.type == "cpu":
+            self._parts = TreeParts(tree), Blocks(tree.documents)
 
-    def take(self, tensor: Tensor) -> Tensor:
-        """[rows, ...] -> [copies, ...]"""
-        out: Tensor = _Take.apply(tensor, self)
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int = 0, cap: float = 0.0
+    ) -> Tensor:
+        """query [tokens, H, D], key and value [tokens, KV, D] -> [tokens, H, D]. Windows, caps and kernels attend in
+        each document anew."""
+        if self._parts is None or cap or 0 < window < self._longest or torch.is_autocast_enabled(query.device.type):
+            return self._unshared(layer, query, key, value, window=window, cap=cap)
+        out: Tensor = RepeatedProduct.apply(query, key, value, *self._parts, self._repeats)
         return out
 
-    def sums(self, copies: Tensor) -> Tensor:
-        """Sum over the copies of each row: [copies, ...] -> [rows, ...], float32 or better."""
-        flat = copies.flatten(1)
-        flat = flat if flat.dtype == torch.float64 else flat.float()
-        found = F.embedding_bag(self.order, flat, self.first, mode="sum")
-        return found.unflatten(1, copies.shape[1:])
 
-
-class _Take(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, repeats: Repeats) -> Tensor:
-        ctx.repeats = repeats
-        return tensor.index_select(0, repeats.rows)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.repeats.sums(gradient).to(gradient.dtype), None
+def repeats_of(tree: PrefixTree, device: torch.device) -> Repeats:
+    """The tree's tokens as repeats of its rows."""
+    return Repeats(torch.from_numpy(tree.row_of_token).to(device), tree.num_rows)
 
 
 class Paths:
@@ -131,141 +119,3 @@ class Paths:
 
 def _bounds(lengths: list[int], device: torch.device) -> Tensor:  # [lengths + 1] int32
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-
-
-class Parts:
-    """What is computed for the rows of a tree on a CPU: runs for themselves, then rectangles."""
-
-    def __init__(self, tree: PrefixTree) -> None:
-        self.runs = make_buckets([run.end - run.begin for run in tree.runs], torch.device("cpu"))
-        real = torch.zeros(sum(bucket.gather.numel() for bucket in self.runs), dtype=torch.bool)
-        real[self.runs[0].restore] = True
-        sizes = [bucket.gather.numel() for bucket in self.runs]
-        self.padding = [(~part).nonzero().squeeze(-1) for part in real.split(sizes)]
-        """of each bucket, into its flattened `gather`"""
-        by_length: dict[int, list[Run]] = {}
-        for run in tree.runs:
-            if run.last > run.end:
-                by_length.setdefault(run.end - run.begin, []).append(run)
-        self.rectangles = [Rectangle(runs) for _, every in sorted(by_length.items()) for runs in _alike(every)]
-
-
-class Rectangle:
-    """n shared runs of equal length as keys, the rows behind each as queries, padded to as many (`most`)."""
-
-    def __init__(self, runs: list[Run]) -> None:
-        size = torch.tensor([run.last - run.end for run in runs])[:, None]
-        begin, behind = (torch.tensor(values)[:, None] for values in ([r.begin for r in runs], [r.end for r in runs]))
-        column = torch.arange(int(size.max()))[None, :]
-        self.keys = begin + torch.arange(runs[0].end - runs[0].begin)[None, :]  # [n, length] int64, rows
-        self.queries = behind + torch.minimum(column, size - 1)  # [n, most] int64, rows
-        self.real = (column < size).flatten().nonzero().squeeze(-1)  # [rows behind] int64, into flattened `queries`
-        self.rows = self.queries.flatten()[self.real]  # [rows behind] int64, each once
-        self.padding = (column >= size).flatten().nonzero().squeeze(-1)  # int64, into flattened `queries`
-
-    def fold(self, tensor: Tensor, kv_heads: int) -> Tensor:
-        """Rows of queries [R, H, ...] -> [n, KV, most * H / KV, ...]: heads that share keys become rows of one."""
-        return self._folded(tensor.index_select(0, self.queries.flatten()), kv_heads)
-
-    def fold_padded(self, tensor: Tensor, kv_heads: int) -> Tensor:
-        """Like `fold`, but padding is 0."""
-        return self._folded(tensor.index_select(0, self.queries.flatten()).index_fill_(0, self.padding, 0), kv_heads)
-
-    def _folded(self, taken: Tensor, kv_heads: int) -> Tensor:
-        apart = taken.unflatten(0, self.queries.shape).unflatten(2, (kv_heads, -1))  # [n, most, KV, H / KV, ...]
-        return apart.transpose(1, 2).flatten(2, 3)
-
-    def unfold(self, folded: Tensor, heads: int) -> Tensor:
-        """The inverse, without padding: [n, KV, most * H / KV, ...] -> [rows behind, H, ...], ordered as `rows`."""
-        most = self.queries.shape[1]
-        apart = folded.unflatten(2, (most, -1)).transpose(1, 2).flatten(2, 3)  # [n, most, H, ...]
-        assert apart.shape[2] == heads
-        return apart.flatten(0, 1).index_select(0, self.real) if len(self.padding) else apart.flatten(0, 1)
-
-    def take_keys(self, tensor: Tensor) -> Tensor:  # [R, KV, D] -> [n, KV, length, D]
-        return tensor.index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape).transpose(1, 2)
-
-
-def _alike(runs: list[Run]) -> list[list[Run]]:
-    """Runs by falling number of rows behind them, cut where padding would exceed a quarter. No run of a list lies
-    behind another of it, so that each row is in a list at most once."""
-    found: list[list[Run]] = []
-    filled = 0
-    for run in sorted(runs, key=lambda r: (r.end - r.last, r.begin)):
-        behind = run.last - run.end
-        place = found[-1] if found else []
-        padded = (place[0].last - place[0].end) * (len(place) + 1) if place else 0
-        nested = any(other.end <= run.begin < other.last for other in place)
-        if place and not nested and padded <= MAX_PADDING * (filled + behind):
-            place.append(run)
-            filled += behind
-        else:
-            found.append([run])
-            filled = behind
-    return found
-
-
-_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-class _Merged(torch.autograd.Function):
-    """query [R, H, D], key and value [R, KV, D] -> [R, H, D], by parts.
-
-    The gradient of each part is that of an attention with the merged output and log-sum-exp, since
-    d(score) = p (d(p) - <d(out), out>) with p = exp(score - log-sum-exp) holds whatever else the sum is over.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Tensor:
-        heads, kv_heads = query.shape[1], key.shape[1]
-        outs, logs = [], []
-        for bucket in parts.runs:
-            every = (tensor[bucket.gather].transpose(1, 2) for tensor in (query, key, value))
-            part, log = _attend(*every, 0.0, True)
-            outs.append(part.transpose(1, 2).flatten(0, 1))
-            logs.append(log.transpose(1, 2).flatten(0, 1))
-        restore = parts.runs[0].restore
-        log_sum = torch.cat(logs).index_select(0, restore)  # [R, H], float32 or better
-        out = torch.cat(outs).index_select(0, restore).to(log_sum.dtype)
-        for rectangle in parts.rectangles:
-            keys, values = rectangle.take_keys(key), rectangle.take_keys(value)
-            part, log = _attend(rectangle.fold(query, kv_heads), keys, values, 0.0, False)
-            more, more_log = rectangle.unfold(part, heads), rectangle.unfold(log, heads)
-            rows = rectangle.rows
-            before = log_sum[rows]
-            total = torch.logaddexp(before, more_log)
-            merged = out[rows] * (before - total).exp_()[..., None]
-            out[rows] = merged.add_(more * (more_log - total).exp_()[..., None])
-            log_sum[rows] = total
-        out = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, log_sum)
-        ctx.parts = parts
-        return out
-
-    @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, out, log_sum = ctx.saved_tensors
-        heads, kv_heads = query.shape[1], key.shape[1]
-        found: list[list[Tensor]] = [[], [], []]
-        for bucket, padding in zip(ctx.parts.runs, ctx.parts.padding, strict=True):
-            rows = bucket.gather
-            q, k, v, o, log = (t[rows].transpose(1, 2) for t in (query, key, value, out, log_sum))
-            part = gradient[rows]
-            part.flatten(0, 1).index_fill_(0, padding, 0)  # then no gradient passes through padding
-            for total, more in zip(
-                found, _attend_backward(part.transpose(1, 2), q, k, v, o, log.contiguous(), 0.0, True), strict=True
-            ):
-                total.append(more.transpose(1, 2).flatten(0, 1))
-        restore = ctx.parts.runs[0].restore
-        d_query, d_key, d_value = (torch.cat(part).index_select(0, restore) for part in found)
-        for rectangle in ctx.parts.rectangles:
-            q, o, log = (rectangle.fold(tensor, kv_heads) for tensor in (query, out, log_sum))
-            k, v = rectangle.take_keys(key), rectangle.take_keys(value)
-            part = rectangle.fold_padded(gradient, kv_heads)
-            of_query, of_key, of_value = _attend_backward(part, q, k, v, o, log, 0.0, False)
-            d_query[rectangle.rows] += rectangle.unfold(of_query, heads)
-            d_key[rectangle.keys] += of_key.transpose(1, 2)
-            d_value[rectangle.keys] += of_value.transpose(1, 2)
-        return d_query, d_key, d_value, None

@@ -55,6 +55,9 @@ class MicroBatch:
     """row whose hidden state predicts the policy token (that of the token before it)"""
     predicting: Tensor  # [p] int64
     """the rows among them, each once"""
+    predictor_tokens: Tensor  # [t] int64
+    """index of the token before the policy token among those of the trajectories, one behind the other; without a tree
+    `predictors`"""
     place: Tensor | None  # [t] int64
     """index of each of `predictors` in `predicting`; None: they are equal"""
     targets: Tensor  # [t] int64, the policy tokens
@@ -160,7 +163,8 @@ def pack_step(
         device=chosen.device,
         over=over,
         whole=whole,
-        shared=chosen.shared_prefixes and not apart,
+        shared=chosen.shared_prefixes,
+        apart=apart,
     )
 
 
@@ -172,11 +176,13 @@ def pack_batch(
     over: Spread | None = None,
     whole: bool = True,
     shared: bool = False,
+    apart: bool = False,
 ) -> PackedBatch:
     """Sort trajectories by group and sample, and pack them into micro-batches of at most `micro_batch_tokens` rows.
 
     A longer trajectory gets a micro-batch of its own, or without `whole` one for as many of its contexts as fit.
-    `over`: ranks that share the batch. `shared`: beginnings that documents have in common are computed once.
+    `over`: ranks that share the batch. `shared`: beginnings that documents have in common are computed once; `apart`:
+    but differentiated for each trajectory, which takes the memory of all tokens, so that all count.
     """
     assert trajectories, "a batch has at least one trajectory"
     ordered = sorted(trajectories, key=lambda t: (t.group, t.sample))
@@ -198,7 +204,7 @@ def pack_batch(
     if not whole:
         pieces = list(chain.from_iterable(_pieces(t, micro_batch_tokens) for t in ordered))
         policy_of_piece = [t.policy_positions() for t in pieces]
-    sizes = Sizes(pieces, shared=shared)
+    sizes = Sizes(pieces, shared=shared and not apart)
     if over is None:
         parts = [list(range(first, last)) for first, last in pairwise(cuts(sizes, micro_batch_tokens))]
     else:
@@ -288,6 +294,7 @@ def _pack_parts(
                 lengths=tuple(lengths),
                 documents=documents,
                 predictors=torch.from_numpy(predictors).to(device),
+                predictor_tokens=torch.from_numpy(sampled - 1).to(device),
                 predicting=torch.from_numpy(predicting).to(device),
                 place=None if place is None else torch.from_numpy(place).to(device),
                 targets=torch.from_numpy(targets).to(device),
@@ -336,6 +343,7 @@ def _idle(first: int, policy_start: int, device: str | torch.device) -> MicroBat
         lengths=(2,),
         documents=(2,),
         predictors=zero,
+        predictor_tokens=zero,
         predicting=zero,
         place=None,
         targets=zero,

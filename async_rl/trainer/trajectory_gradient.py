@@ -39,8 +39,10 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from async_rl.errors import UserError
-from async_rl.model.attention import DocumentAttention
-from async_rl.model.decoder import Decoder, LayerExecution, RMSNorm, linear
+from async_rl.model.decoder import Attention, Decoder, LayerExecution, Linear, RMSNorm, linear
+from async_rl.model.repeats import Repeats
+from async_rl.model.tree_attention import RepeatedAttention, repeats_of
+from async_rl.model.varlen import Kernel
 from async_rl.trainer.forward import ModelArithmetic
 from async_rl.trainer.packing import MicroBatch, PackedBatch
 from async_rl.trainer.ranks import (
@@ -147,10 +149,9 @@ class TrajectoryGradient:
         """Log-probs, entropies, sums of squares of the policy tokens, [t] each, detached; keeps what `backward`
         needs."""
         device = micro.tokens.device
-        segments = Segments(micro.lengths, device)
         free(self._model)  # gradients go to the sharded parameters, which are the module's now
-        record = Record(micro=micro, segments=segments, head_weight=self._model.head)
-        inputs = (micro.tokens, micro.positions, DocumentAttention(micro.documents, self._arithmetic.kernel))
+        record = Record.of(micro, self._model.head)
+        inputs = record.model_inputs(self._arithmetic.kernel)
         with torch.enable_grad(), Hooks(self._model, record), self._arithmetic.autocast(device):
             if is_sharded(self._model):  # autograd forms no gradient of a weight that it is not asked for
                 hidden = self._model(*inputs)
@@ -158,12 +159,12 @@ class TrajectoryGradient:
                 weights = {name: p.detach() for name, p in self._model.named_parameters()}
                 hidden = functional_call(self._model, weights, inputs)
         head = self._model.head
-        record.hidden = micro.stretched(hidden[micro.predictors].to(head.dtype))
+        record.hidden = micro.stretched(hidden.to(head.dtype))
         record.head = HeadGradient(
             record.hidden.detach(),
             head.detach(),
             micro.targets,
-            Segments(micro.policy_lengths, device),
+            record.policy,
             temperature=self._arithmetic.temperature,
             products=self._arithmetic.products(device),
         )
@@ -179,7 +180,7 @@ class TrajectoryGradient:
         record = self._record
         assert record is not None, "forward first"
         assert record.head is not None
-        policy, segments = record.head.segments, record.segments
+        policy, segments = record.policy, record.segments
         largest = torch.zeros(len(policy), dtype=torch.float64, device=weights.device)
         largest.scatter_reduce_(0, policy.ids, weights.abs().double(), "amax")
         record.scale = torch.where(largest > 0, largest, 1.0)
@@ -197,11 +198,12 @@ class TrajectoryGradient:
         record.hidden = None
         for shared in record.inputs:
             if shared.uses:
-                norm_squares += weight_norm_squares(shared.activations, [g for _, g in shared.uses], segments)
+                gradients, rows = [g for _, g in shared.uses], shared.rows
+                norm_squares += weight_norm_squares(shared.activations, gradients, shared.segments, rows)
         for _, each in record.vectors:
             norm_squares += torch.linalg.vecdot(each, each)
         if record.embedding_weight is not None and record.embedding_weight.requires_grad:
-            tokens = record.micro.tokens
+            tokens = record.tokens
             norm_squares += embedding_norm_squares(record.embedding_gradient, tokens, segments)
             if self._model.lm_head is None:
                 embedded = record.embedded.detach()
@@ -220,7 +222,7 @@ class TrajectoryGradient:
         assert record is not None, "forward first"
         assert record.head is not None
         assert record.scale is not None, "backward first"
-        segments, policy = record.segments, record.head.segments
+        segments, policy = record.segments, record.policy
         each = multipliers.double() * record.scale
         each[:first] = 0
         rows = slice(segments.start(first), None)
@@ -229,11 +231,9 @@ class TrajectoryGradient:
             with _summing(record.head_weight, into) as total:
                 record.head.accumulate(total, each[policy.ids], first=first)
         for shared in record.inputs:
-            if shared.uses:
-                activations = shared.activations[rows] * of_row.to(shared.activations.dtype)
-                for weight, gradient in shared.uses:
-                    with _summing(weight, into) as total:
-                        _add_product(total, gradient[rows].T, activations)
+            for weight, gradient, activations in shared.weighted(each, first):
+                with _summing(weight, into) as total:
+                    _add_product(total, gradient.T, activations)
         for vector, values in record.vectors:
             with _summing(vector, into) as total:
                 total.add_(each.to(values.dtype) @ values)
@@ -241,16 +241,39 @@ class TrajectoryGradient:
         if record.embedding_gradient is not None and embedding is not None and embedding.requires_grad:
             with _summing(embedding, into) as total:
                 values = record.embedding_gradient[rows] * of_row.to(total.dtype)
-                total.index_put_((record.micro.tokens[rows],), values.to(total.dtype), accumulate=True)
+                total.index_put_((record.tokens[rows],), values.to(total.dtype), accumulate=True)
 
 
 @dataclass(slots=True, eq=False)
 class SharedInput:
-    """The input of linear layers that read the same tensor: q, k, v; gate, up."""
+    """The input of linear layers that read the same tensor: q, k, v; gate, up. n: N, or t behind the last attention."""
 
-    activations: Tensor  # [N, in], in the dtype of the product
+    activations: Tensor  # [n, in], in the dtype of the product; with `repeats` [rows, in]
+    segments: Segments
+    """of the n rows"""
+    repeats: Repeats | None
+    """which of the N tokens are one row, and so have one activation"""
     uses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """weight [out, in] and gradient of the layer's output [N, out]"""
+    """weight [out, in] and gradient of the layer's output [n, out]"""
+
+    @property
+    def rows(self) -> Tensor | None:  # [n] int64
+        """The activation of each of the n."""
+        return None if self.repeats is None else self.repeats.rows
+
+    def weighted(self, each: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(weight, [m, out], [m, in]): the product of the two is the weight's gradient, summed with multipliers `each`
+        [i] over trajectories from `first` on (it is 0 for others)."""
+        if self.repeats is not None:
+            of_token = each[self.segments.ids]
+            for weight, gradient in self.uses:
+                yield weight, self.repeats.sums(gradient, of_token).to(self.activations.dtype), self.activations
+        elif self.uses:
+            part = slice(self.segments.start(first), None)
+            of_row = each[self.segments.ids[part], None].to(self.activations.dtype)
+            activations = self.activations[part] * of_row
+            for weight, gradient in self.uses:
+                yield weight, gradient[part], activations
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -262,8 +285,13 @@ class Record:
     """
 
     micro: MicroBatch
+    tokens: Tensor  # [N] int64
     segments: Segments
-    """its tokens, by trajectory"""
+    """the N tokens, by trajectory"""
+    policy: Segments
+    """the t policy tokens"""
+    repeats: Repeats | None
+    """which tokens are one row of the micro-batch's tree"""
     head_weight: Tensor
     embedding_weight: Tensor | None = None
     embedded: Tensor | None = None  # [N, H], leaf of the graph
@@ -274,6 +302,33 @@ class Record:
     """norm weight or bias [width] and its gradient in each trajectory [i, width]"""
     embedding_gradient: Tensor | None = None  # [N, H]
     scale: Tensor | None = None  # [i] float64, s_i
+
+    @classmethod
+    def of(cls, micro: MicroBatch, head_weight: Tensor) -> Record:
+        device = micro.tokens.device
+        repeats = None if micro.tree is None else repeats_of(micro.tree, device)
+        return cls(
+            micro=micro,
+            tokens=micro.tokens if repeats is None else micro.tokens[repeats.rows],
+            segments=Segments(micro.lengths, device),
+            policy=Segments(micro.policy_lengths, device),
+            repeats=repeats,
+            head_weight=head_weight,
+        )
+
+    def model_inputs(self, kernel: Kernel | None) -> tuple[Tensor, Tensor, Attention, Tensor]:
+        """What the model is called with: all N tokens, those of a shared beginning for each trajectory."""
+        micro = self.micro
+        if self.repeats is None:
+            return micro.tokens, micro.positions, micro.attention(kernel), micro.predictor_tokens
+        assert micro.tree is not None
+        attention = RepeatedAttention(micro.tree, self.repeats, kernel)
+        return self.tokens, micro.positions[self.repeats.rows], attention, micro.predictor_tokens
+
+    def segments_of(self, rows: int) -> Segments:
+        """Those of an input of so many rows: all tokens, or behind the last layer's attention those that predict."""
+        assert rows in (self.segments.rows, self.policy.rows)
+        return self.segments if rows == self.segments.rows else self.policy
 
 
 class Hooks:
@@ -292,6 +347,8 @@ class Hooks:
         # Parameters are taken here: during functional_call modules hold detached stand-ins.
         for module in self._model.modules():
             hook: Callable[..., Tensor | None]
+            if isinstance(module, Linear):
+                module.repeats = self._record.repeats
             match module:
                 case nn.Linear():
                     hook = partial(self._linear, module.weight, module.bias)
@@ -308,6 +365,9 @@ class Hooks:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        for module in self._model.modules():
+            if isinstance(module, Linear):
+                module.repeats = None
         self._model.set_execution(self._execution)
         self._sources.clear()
 
@@ -319,42 +379,48 @@ class Hooks:
         inputs: tuple[Tensor, ...],
         output: Tensor,
     ) -> None:
-        """Keep input [N, in] and output gradient [N, out] of a linear layer. weight [out, in], bias [out]."""
+        """Keep input [n, in] and output gradient [n, out] of a linear layer. weight [out, in], bias [out]."""
         record = self._record
         if not weight.requires_grad and (bias is None or not bias.requires_grad):
             return
         shared = self._shared(inputs[0], output.dtype)
 
-        def keep(gradient: Tensor) -> None:  # [N, out]
+        def keep(gradient: Tensor) -> None:  # [n, out]
             if weight.requires_grad:
                 shared.uses.append((weight, gradient))
             if bias is not None and bias.requires_grad:
-                record.vectors.append((bias, segment_sums(gradient, record.segments)))
+                record.vectors.append((bias, segment_sums(gradient, shared.segments)))
 
         output.register_hook(keep)
 
     def _shared(self, source: Tensor, dtype: torch.dtype) -> SharedInput:
-        """The record's entry of an input `source` [N, in]."""
+        """The record's entry of an input `source` [n, in]."""
         found = next((shared for seen, shared in self._sources if seen is source), None)
         if found is None:
-            found = SharedInput(source.detach().to(dtype))
+            segments, repeats = self._record.segments_of(source.shape[0]), self._record.repeats
+            activations = source.detach()
+            if repeats is not None and segments is self._record.segments:
+                activations = activations.index_select(0, repeats.one)
+            else:
+                repeats = None
+            found = SharedInput(activations.to(dtype), segments, repeats)
             self._record.inputs.append(found)
         others = [pair for pair in self._sources if pair[0] is not source]
         self._sources = [*others[-1:], (source, found)]
         return found
 
     def _norm(self, weight: Tensor, module: RMSNorm, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Keep the gradient of a norm's weight [width] in each trajectory, [i, width]. inputs [N, ..., width]."""
+        """Keep the gradient of a norm's weight [width] in each trajectory, [i, width]. inputs [n, ..., width]."""
         record, x = self._record, inputs[0].detach()
         if not weight.requires_grad:
             return
 
-        def keep(gradient: Tensor) -> None:  # [N, ..., width]
+        def keep(gradient: Tensor) -> None:  # [n, ..., width]
             # d(loss)/d(weight) = sum of gradient * x / rms(x), over tokens and, for q and k, heads
             rows = x.flatten(0, -2).to(weight.dtype)
             per_row = torch.rsqrt(torch.linalg.vecdot(rows, rows) / rows.shape[-1] + module.eps)
             values = gradient.flatten(0, -2) * rows
-            record.vectors.append((weight, segment_sums(values, record.segments, per_row)))
+            record.vectors.append((weight, segment_sums(values, record.segments_of(x.shape[0]), per_row)))
 
         output.register_hook(keep)
 

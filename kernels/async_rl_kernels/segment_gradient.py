@@ -48,9 +48,11 @@ class Bucket:
     longest: int
     """rows"""
 
-    def take(self, packed: Tensor) -> Tensor:
-        """The rows of its segments: [rows, ...] -> [b, longest, ...]."""
-        return packed.index_select(0, self.rows).unflatten(0, (-1, self.longest))
+    def take(self, packed: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The rows of its segments: [rows, ...] -> [b, longest, ...]. rows [rows] int64: where each lies in `packed`;
+        None: in order."""
+        chosen = self.rows if rows is None else rows[self.rows]
+        return packed.index_select(0, chosen).unflatten(0, (-1, self.longest))
 
     def take_padded(self, packed: Tensor) -> Tensor:
         """Like `take`, but padding is 0: [rows, ...] -> [b, longest, ...]."""
@@ -119,24 +121,29 @@ def _similar(lengths: Sequence[int], limit: int) -> list[list[int]]:
     return out
 
 
-def weight_norm_squares(activations: Tensor, gradients: Sequence[Tensor], segments: Segments) -> Tensor:
+def weight_norm_squares(
+    activations: Tensor, gradients: Sequence[Tensor], segments: Segments, rows: Tensor | None = None
+) -> Tensor:
     """Sum over layers of |G_i|^2, [segments] float64, for layers that share their input.
 
-    activations [rows, in], gradients [rows, out] of each layer; any float dtype, products in float32 or better.
-    Definition: reference.segmented_weight_grad.
+    activations [rows, in], gradients [rows, out] of each layer; any float dtype, products in float32 or better. rows
+    [rows] int64: the activation that belongs to each row of the gradients, where several have the same; None: they are
+    in order. Definition: reference.segmented_weight_grad.
     """
-    assert all(g.shape[0] == activations.shape[0] == segments.rows for g in gradients)
+    assert all(g.shape[0] == segments.rows for g in gradients)
+    assert len(activations if rows is None else rows) == segments.rows
     if uses_triton_products(activations):
         from async_rl_kernels.segment_gradient_triton import norm_squares
 
-        return norm_squares(activations, gradients, segments)
+        every = activations if rows is None else activations.index_select(0, rows)
+        return norm_squares(every, gradients, segments)
     result = torch.zeros(len(segments), dtype=torch.float64, device=activations.device)
     width = sum(g.shape[1] for g in gradients)
     for bucket in segments.buckets:
-        a = promoted(bucket.take(activations))
+        a = promoted(bucket.take(activations, rows))
         padded = [promoted(bucket.take_padded(g)) for g in gradients]
-        rows = bucket.longest
-        gram_cost = (rows + min(rows, GRAM_BLOCK)) / 2 * (a.shape[-1] + width)
+        longest = bucket.longest
+        gram_cost = (longest + min(longest, GRAM_BLOCK)) / 2 * (a.shape[-1] + width)
         if gram_cost <= a.shape[-1] * width:
             values = _gram(a, padded)
         else:

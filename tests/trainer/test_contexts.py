@@ -16,16 +16,24 @@ import numpy as np
 import pytest
 import torch
 from msgspec import structs
-from support_definition import ARITHMETIC, TEMPERATURE, VOCABULARY, alone, make_learner, sample_model
+from support_definition import (
+    ARITHMETIC,
+    TEMPERATURE,
+    VOCABULARY,
+    alone,
+    each_gradient,
+    make_learner,
+    sample_model,
+    some_weights,
+)
 from support_run import quick_settings
 from torch import Tensor, nn
 
 from async_rl.config import CriticSettings
 from async_rl.model.attention import DocumentAttention
-from async_rl.model.decoder import Decoder
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import batch_log_probs
-from async_rl.trainer.packing import PackedBatch, pack_batch, pack_step
+from async_rl.trainer.packing import pack_batch, pack_step
 from async_rl.trainer.shares import Cost, Spread
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
@@ -67,25 +75,6 @@ def made(number: int, shape: Sequence[tuple[int, list[tuple[int, int, str, float
 
 def batch_of() -> list[Trajectory]:
     return [made(number, shape) for number, shape in enumerate(SHAPES)]
-
-
-def each_gradient(model: Decoder, trajectories: Sequence[Trajectory], weights: Tensor) -> list[list[Tensor]]:
-    """grad of -sum_t weights_t log pi_t of each trajectory alone. weights [policy tokens of all]."""
-    parameters = list(model.parameters())
-    parts = weights.split([t.num_policy_tokens for t in trajectories])
-    out = []
-    for trajectory, part in zip(trajectories, parts, strict=True):
-        if not len(part):
-            out.append([torch.zeros_like(p) for p in parameters])
-            continue
-        loss = -(part * alone(model, trajectory)).sum()
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        out.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
-    return out
-
-
-def some_weights(batch: PackedBatch) -> Tensor:  # [policy tokens]
-    return torch.randn(batch.num_policy_tokens, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [10_000, 40, 1])

@@ -7,14 +7,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_definition import ARITHMETIC, TEMPERATURE, VOCABULARY, alone, make_learner, sample_model
+from support_definition import (
+    ARITHMETIC,
+    TEMPERATURE,
+    VOCABULARY,
+    alone,
+    each_gradient,
+    make_learner,
+    sample_model,
+    some_weights,
+)
 from support_run import quick_settings
 from torch import Tensor
 
@@ -25,6 +34,7 @@ from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import ModelArithmetic, batch_log_probs, log_probs, own_rows
 from async_rl.trainer.packing import PackedBatch, pack_batch, pack_step
 from async_rl.trainer.shares import Cost, Spread
+from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 COST = Cost(per_token=100, per_policy_token=30, per_pair=3)
@@ -96,13 +106,13 @@ def test_log_probs_and_gradients_are_those_of_every_context_alone(name: str, lim
     close(flat_gradient((weights * found).sum(), parameters), flat_gradient((weights * want).sum(), parameters))
 
 
-@pytest.mark.parametrize("recipe", ["grpo", "gspo", "so_grpo"])
+@pytest.mark.parametrize("recipe", ["grpo", "gspo", "so_grpo", "vcpo"])
 @pytest.mark.parametrize("limit", [10_000, 45])
 def test_a_step_is_that_of_a_batch_laid_out_unshared(recipe: str, limit: int) -> None:
     after = []
     for shared in (False, True):
         learner = make_learner(sample_model(), recipe)
-        report = learner.step(pack_batch(batch_of(), micro_batch_tokens=limit, shared=shared))
+        report = learner.step(pack_batch(batch_of(), micro_batch_tokens=limit, shared=shared, apart=recipe == "vcpo"))
         after.append((dict(report.metrics), learner.weights()))
     (metrics, weights), (others, again) = after
     for name in metrics.keys() - {"batch/micro_batches", "batch/shared"}:
@@ -122,6 +132,37 @@ def test_layers_that_are_computed_again_and_a_critic_read_the_same_rows() -> Non
     want = flat_gradient(through(model, plain).square().sum(), parameters)
     model.set_execution(LayerExecution(checkpointed=True))
     close(flat_gradient(through(model, shared).square().sum(), parameters), want)
+
+
+@pytest.mark.parametrize("name", ["qwen3 tied", "qwen3 untied", "llama with every bias"])
+@pytest.mark.parametrize("limit", [10_000, 100, 1])
+@pytest.mark.parametrize("scope", ["group", "batch"])
+def test_exact_norms_and_gradient_are_those_of_every_trajectory_alone(
+    name: str, limit: int, scope: Literal["group", "batch"]
+) -> None:
+    model, trajectories = sample_model(name), batch_of()
+    packed = pack_batch(trajectories, micro_batch_tokens=limit, shared=True, apart=True)
+    assert limit == 1 or any(micro.tree is not None for micro in packed.micro_batches)
+    weights = some_weights(packed)
+    each = each_gradient(model, trajectories, weights)
+    want_norms = torch.stack([sum((g.square().sum() for g in one), torch.zeros(())) for one in each])
+
+    def baselines(norms: Tensor) -> Tensor:
+        group = packed.group_of_trajectory if scope == "group" else torch.zeros_like(packed.group_of_trajectory)
+        zero = torch.zeros(packed.num_trajectories, dtype=torch.float64)
+        found = zero.index_add(0, group, norms * packed.reward) / (zero.index_add(0, group, norms) + 1e-30)
+        return found[: int(packed.group_of_trajectory.max()) + 1] if scope == "group" else found[:1].expand(6)
+
+    owner = packed.trajectory_of_turn[packed.turn_of_token]
+    model.zero_grad(set_to_none=True)
+    exact = TrajectoryGradient(model, ARITHMETIC)
+    norms = exact.add(packed, packed.reward[owner].double() * weights, weights, baselines, scope=scope)
+    close(norms, want_norms)
+    multipliers = packed.reward.double() - baselines(want_norms)[packed.group_of_trajectory]
+    for number, parameter in enumerate(model.parameters()):
+        want = sum((float(m) * one[number] for m, one in zip(multipliers, each, strict=True)), torch.zeros(()))
+        assert parameter.grad is not None
+        close(parameter.grad, want)
 
 
 @st.composite
@@ -204,21 +245,24 @@ def test_a_group_takes_the_rows_of_one_prompt_and_all_answers() -> None:
 def test_ranks_keep_a_group_together_where_that_costs_less() -> None:
     long = [trajectory(g, i, [g, *range(18), *range(g, 9), i], [(19, 10 - g)]) for g in range(4) for i in range(4)]
     for size, whole in ((2, True), (8, False)):
-        made = [
-            pack_batch(long, micro_batch_tokens=999, shared=True, over=Spread(rank=r, size=size, cost=COST, whole_groups=w))
-            for r, w in zip(range(size), [False] * size, strict=True)
-        ]  # fmt: skip
+        spreads = [Spread(rank=rank, size=size, cost=COST, whole_groups=False) for rank in range(size)]
+        made = [pack_batch(long, micro_batch_tokens=999, shared=True, over=over) for over in spreads]
         rows = [sum(len(micro.tokens) for micro in packed.micro_batches) for packed in made]
         assert made[0].share is not None
         assert made[0].share.groups_cut != whole
         assert max(rows) <= (75 if whole else 45)
 
 
-@pytest.mark.parametrize(("words", "shared"), [(("recipe.name=grpo",), True), (("recipe.name=grpo", "off"), False)])
-def test_a_step_shares_prefixes_unless_it_is_told_not_to(words: tuple[str, ...], shared: bool) -> None:
-    given = [word if word != "off" else "trainer.shared_prefixes=false" for word in words]
-    packed = pack_step(quick_settings(Path("model"), *given), batch_of())
-    assert any(micro.tree is not None for micro in packed.micro_batches) == shared
+@pytest.mark.parametrize(("recipe", "fewest"), [("grpo", 2), ("vcpo", 3)])
+def test_a_step_shares_prefixes_unless_it_is_told_not_to(recipe: str, fewest: int) -> None:
+    """fewest: micro-batches, where rows count as the recipe's gradients need them."""
+    words = (f"recipe.name={recipe}", "trainer.micro_batch_tokens=210")
+    packed = pack_step(quick_settings(Path("model"), *words), batch_of())
+    assert any(micro.tree is not None for micro in packed.micro_batches)
+    assert len(packed.micro_batches) == fewest
+    plain = pack_step(quick_settings(Path("model"), *words, "trainer.shared_prefixes=false"), batch_of())
+    assert all(micro.tree is None for micro in plain.micro_batches)
+    assert len(plain.micro_batches) == 3
 
 
 def test_bfloat16_differs_from_an_unshared_layout_by_rounding_alone() -> None:

@@ -1,0 +1,199 @@
+"""Attention on a CPU by parts whose results are merged by their log-sum-exp, forward and backward.
+
+The parts are torch's own kernel for a CPU, which returns the log-sum-exp of each query's scores. The gradient of a part
+is that of an attention with the merged output and log-sum-exp: with p = exp(score - log-sum-exp),
+d(score) = p (d(p) - <d(out), out>) holds whatever else the sum is over.
+
+Shapes: R rows, H query heads, KV heads of keys and values, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from async_rl.model.attention import MAX_PADDING, make_buckets
+from async_rl.model.prefix_tree import PrefixTree, Run
+from async_rl.model.repeats import Repeats
+
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Blocks:
+    """Consecutive rows, each block causally within itself; blocks of similar length padded together."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._buckets = make_buckets(lengths, torch.device("cpu"))
+        sizes = [bucket.gather.numel() for bucket in self._buckets]
+        real = torch.zeros(sum(sizes), dtype=torch.bool)
+        real[self._buckets[0].restore] = True
+        self._padding = [(~part).nonzero().squeeze(-1) for part in real.split(sizes)]
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """query [R, H, D], key and value [R, KV, D] -> output [R, H, D] and log-sum-exp [R, H], both float32 or
+        better."""
+        outs, logs = [], []
+        for bucket in self._buckets:
+            every = (tensor[bucket.gather].transpose(1, 2) for tensor in (query, key, value))
+            part, log = _attend(*every, 0.0, True)
+            outs.append(part.transpose(1, 2).flatten(0, 1))
+            logs.append(log.transpose(1, 2).flatten(0, 1))
+        log_sum = self._restored(logs)
+        return self._restored(outs).to(log_sum.dtype), log_sum
+
+    def backward(self, gradient: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value. saved: these, the output and the log-sum-exp."""
+        found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        for bucket, padding in zip(self._buckets, self._padding, strict=True):
+            rows = bucket.gather
+            q, k, v, out, log = (tensor[rows].transpose(1, 2) for tensor in saved)
+            part = gradient[rows]
+            part.flatten(0, 1).index_fill_(0, padding, 0)  # then no gradient passes through padding
+            of_inputs = _attend_backward(part.transpose(1, 2), q, k, v, out, log.contiguous(), 0.0, True)
+            for every, more in zip(found, of_inputs, strict=True):
+                every.append(more.transpose(1, 2).flatten(0, 1))
+        query, key, value = (self._restored(every) for every in found)
+        return query, key, value
+
+    def _restored(self, parts: list[Tensor]) -> Tensor:
+        every = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return every.index_select(0, self._buckets[0].restore)
+
+
+class TreeParts:
+    """What is computed for the rows of a tree: runs as blocks, then each shared run against all rows behind it."""
+
+    def __init__(self, tree: PrefixTree) -> None:
+        self.runs = Blocks([run.end - run.begin for run in tree.runs])
+        by_length: dict[int, list[Run]] = {}
+        for run in tree.runs:
+            if run.last > run.end:
+                by_length.setdefault(run.end - run.begin, []).append(run)
+        self.rectangles = [Rectangle(runs) for _, every in sorted(by_length.items()) for runs in _alike(every)]
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Blocks.forward`; the output has the dtype of the query."""
+        heads, kv_heads = query.shape[1], key.shape[1]
+        out, log_sum = self.runs.forward(query, key, value)
+        for rectangle in self.rectangles:
+            keys, values = rectangle.take_keys(key), rectangle.take_keys(value)
+            part, log = _attend(rectangle.fold(query, kv_heads), keys, values, 0.0, False)
+            more, more_log = rectangle.unfold(part, heads), rectangle.unfold(log, heads)
+            rows = rectangle.rows
+            before = log_sum[rows]
+            total = torch.logaddexp(before, more_log)
+            merged = out[rows] * (before - total).exp_()[..., None]
+            out[rows] = merged.add_(more * (more_log - total).exp_()[..., None])
+            log_sum[rows] = total
+        return out.to(query.dtype), log_sum
+
+    def backward(self, gradient: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Blocks.backward`."""
+        query, key, value, out, log_sum = saved
+        heads, kv_heads = query.shape[1], key.shape[1]
+        of_query, of_key, of_value = self.runs.backward(gradient, saved)
+        for rectangle in self.rectangles:
+            q, o, log = (rectangle.fold(tensor, kv_heads) for tensor in (query, out, log_sum))
+            k, v = rectangle.take_keys(key), rectangle.take_keys(value)
+            part = rectangle.fold_padded(gradient, kv_heads)
+            more, more_key, more_value = _attend_backward(part, q, k, v, o, log, 0.0, False)
+            of_query[rectangle.rows] += rectangle.unfold(more, heads)
+            of_key[rectangle.keys] += more_key.transpose(1, 2)
+            of_value[rectangle.keys] += more_value.transpose(1, 2)
+        return of_query, of_key, of_value
+
+
+class Rectangle:
+    """n shared runs of equal length as keys, the rows behind each as queries, padded to as many (`most`)."""
+
+    def __init__(self, runs: list[Run]) -> None:
+        size = torch.tensor([run.last - run.end for run in runs])[:, None]
+        begin, behind = (torch.tensor(values)[:, None] for values in ([r.begin for r in runs], [r.end for r in runs]))
+        column = torch.arange(int(size.max()))[None, :]
+        self.keys = begin + torch.arange(runs[0].end - runs[0].begin)[None, :]  # [n, length] int64, rows
+        self.queries = behind + torch.minimum(column, size - 1)  # [n, most] int64, rows
+        self.real = (column < size).flatten().nonzero().squeeze(-1)  # [rows behind] int64, into flattened `queries`
+        self.rows = self.queries.flatten()[self.real]  # [rows behind] int64, each once
+        self.padding = (column >= size).flatten().nonzero().squeeze(-1)  # int64, into flattened `queries`
+
+    def fold(self, tensor: Tensor, kv_heads: int) -> Tensor:
+        """Rows of queries [R, H, ...] -> [n, KV, most * H / KV, ...]: heads that share keys become rows of one."""
+        return self._folded(tensor.index_select(0, self.queries.flatten()), kv_heads)
+
+    def fold_padded(self, tensor: Tensor, kv_heads: int) -> Tensor:
+        """Like `fold`, but padding is 0."""
+        return self._folded(tensor.index_select(0, self.queries.flatten()).index_fill_(0, self.padding, 0), kv_heads)
+
+    def _folded(self, taken: Tensor, kv_heads: int) -> Tensor:
+        apart = taken.unflatten(0, self.queries.shape).unflatten(2, (kv_heads, -1))  # [n, most, KV, H / KV, ...]
+        return apart.transpose(1, 2).flatten(2, 3)
+
+    def unfold(self, folded: Tensor, heads: int) -> Tensor:
+        """The inverse, without padding: [n, KV, most * H / KV, ...] -> [rows behind, H, ...], ordered as `rows`."""
+        most = self.queries.shape[1]
+        apart = folded.unflatten(2, (most, -1)).transpose(1, 2).flatten(2, 3)  # [n, most, H, ...]
+        assert apart.shape[2] == heads
+        return apart.flatten(0, 1).index_select(0, self.real) if len(self.padding) else apart.flatten(0, 1)
+
+    def take_keys(self, tensor: Tensor) -> Tensor:  # [R, KV, D] -> [n, KV, length, D]
+        return tensor.index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape).transpose(1, 2)
+
+
+def _alike(runs: list[Run]) -> list[list[Run]]:
+    """Runs by falling number of rows behind them, cut where padding would exceed a quarter. No run of a list lies
+    behind another of it, so that each row is in a list at most once."""
+    found: list[list[Run]] = []
+    filled = 0
+    for run in sorted(runs, key=lambda r: (r.end - r.last, r.begin)):
+        behind = run.last - run.end
+        place = found[-1] if found else []
+        padded = (place[0].last - place[0].end) * (len(place) + 1) if place else 0
+        nested = any(other.end <= run.begin < other.last for other in place)
+        if place and not nested and padded <= MAX_PADDING * (filled + behind):
+            place.append(run)
+            filled += behind
+        else:
+            found.append([run])
+            filled = behind
+    return found
+
+
+class TreeProduct(torch.autograd.Function):
+    """query [R, H, D], key and value [R, KV, D] -> [R, H, D] among the rows of a tree."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: TreeParts) -> Tensor:
+        out, log_sum = parts.forward(query, key, value)
+        ctx.save_for_backward(query, key, value, out, log_sum)
+        ctx.parts = parts
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        return *ctx.parts.backward(gradient, ctx.saved_tensors), None
+
+
+class RepeatedProduct(torch.autograd.Function):
+    """The same for tokens of which several are one row: query, key and value of all tokens of the documents, which are
+    equal where the row is. Computed by row, differentiated by token, so that every document has its own gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: TreeParts, documents: Blocks, repeats: Repeats
+    ) -> Tensor:
+        out, log_sum = parts.forward(*(tensor.index_select(0, repeats.one) for tensor in (query, key, value)))
+        out = out.index_select(0, repeats.rows)
+        ctx.save_for_backward(query, key, value, out, log_sum.index_select(0, repeats.rows))
+        ctx.documents = documents
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        return *ctx.documents.backward(gradient, ctx.saved_tensors), None, None, None

@@ -1,0 +1,182 @@
+"""Shared prefixes: trained tokens a second with the prompt of a group computed once, against once for each sample.
+
+    python bench/prefix.py [--repeats 5] [--models small,smollm2] [--shapes 512/64/8,45/15/4,45/15/8]
+
+For each shape (prompt / answer / samples of a group) and each model: forward and backward over the same batch, laid out
+with shared prefixes and without, in turns, one thread, float32, random weights:
+- plain: log-probs of the policy tokens and the gradient of a weighted sum of them, as in recipes without exact norms;
+- exact: the same with the norm of each trajectory's gradient and the optimal baseline (exact OPOB).
+Objective and optimizer, the same for both, are left out.
+Seconds are processor time of this one-threaded process, medians; `ratio` is the median of the ratios within a round,
+which is that of trained tokens a second. `bound` is what counting the products of matrices allows: per token P and S
+of prompt and answer, a group of G takes G (P + S) rows unshared and P + G S shared, in the layers' three products
+(forward, input gradient, weight gradient); the head (policy tokens only) and attention are counted, too. With exact
+norms the input gradient needs G (P + S) rows in both layouts, since a gradient through the prefix is each trajectory's
+own, and so do the norms (not counted: they are no product of the ordinary kind). `reached` is ratio / bound.
+`peak_mb` is the most that torch held at once above what was there before.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from opob import optimal, owner_of
+from peak import peak_bytes
+from torch import Tensor
+
+from async_rl.model.architecture import DecoderConfig
+from async_rl.model.decoder import Decoder
+from async_rl.trainer.build import decoder_cost
+from async_rl.trainer.forward import ModelArithmetic, log_probs
+from async_rl.trainer.packing import PackedBatch, pack_batch
+from async_rl.trainer.trajectory_gradient import TrajectoryGradient
+from async_rl.trajectory import Trajectory, Turn, VersionSpan
+
+ARITHMETIC = ModelArithmetic(temperature=1.0)
+MODELS = {
+    "small": DecoderConfig(
+        family="qwen3", vocabulary=64, hidden=192, intermediate=512, layers=2, heads=6, kv_heads=3, head_dim=32,
+        max_context=1024, qk_norm=True, tied=True,
+    ),
+    "smollm2": DecoderConfig(
+        family="llama", vocabulary=49152, hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, head_dim=64,
+        max_context=2048, tied=True,
+    ),
+}  # fmt: skip
+GROUPS = {"small": {512: 2, 45: 16}, "smollm2": {512: 1, 45: 2}}
+"""model -> prompt -> groups of a batch"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    prompt: int
+    answer: int
+    samples: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--models", default="small,smollm2")
+    parser.add_argument("--shapes", default="512/64/8,45/15/4,45/15/8")
+    parser.add_argument("--ways", default="plain,exact")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in given.models.split(","):
+        model = Decoder(MODELS[name])
+        model.initialise(0)
+        for words in given.shapes.split(","):
+            shape = Shape(**dict(zip(("prompt", "answer", "samples"), map(int, words.split("/")), strict=True)))
+            for way in given.ways.split(","):
+                found = measure(model, shape, GROUPS[name].get(shape.prompt, 1), way, given.repeats)
+                print(json.dumps({"model": name, "shape": words, "way": way, **found}), flush=True)
+
+
+def measure(model: Decoder, shape: Shape, groups: int, way: str, repeats: int) -> dict[str, Any]:
+    made = trajectories(shape, groups, model.config.vocabulary)
+    layouts = {
+        name: pack_batch(made, micro_batch_tokens=1 << 20, shared=name == "shared") for name in ("shared", "unshared")
+    }
+    steps: dict[str, Callable[[], Tensor]] = {
+        name: lambda batch=batch: {"plain": plain, "exact": exact}[way](model, batch)  # type: ignore[misc]
+        for name, batch in layouts.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats + 1):
+        for name, step in steps.items():
+            model.zero_grad(set_to_none=True)
+            started = time.process_time()
+            step()
+            seconds[name].append(time.process_time() - started)
+    rounds = {name: values[1:] for name, values in seconds.items()}  # the first warms up
+    ratio = statistics.median(a / b for a, b in zip(rounds["unshared"], rounds["shared"], strict=True))
+    limit = bound(model, shape, exact=way == "exact")
+    trained = shape.answer * shape.samples * groups
+    middle = {name: statistics.median(values) for name, values in rounds.items()}
+    peaks = {}
+    for name, step in steps.items():
+        model.zero_grad(set_to_none=True)
+        peaks[name] = round(peak_bytes(step) / 1e6, 1)
+    return {
+        "rows": {name: len(batch.micro_batches[0].tokens) for name, batch in layouts.items()},
+        "seconds": {name: round(value, 4) for name, value in middle.items()},
+        "trained_tokens_per_s": {name: round(trained / value, 1) for name, value in middle.items()},
+        "ratio": round(ratio, 2),
+        "bound": round(limit, 2),
+        "reached": round(ratio / limit, 2),
+        "peak_mb": peaks,
+        "difference": difference(model, steps),
+    }
+
+
+def bound(model: Decoder, shape: Shape, *, exact: bool) -> float:
+    """Multiplications of a group unshared / shared."""
+    cost = decoder_cost(model.config)
+    p, s, g = shape.prompt, shape.answer, shape.samples
+    head = cost.of(0, g * s)
+    unshared = g * cost.of(p + s, 0)
+    shared = cost.of(p, 0) + g * (cost.of(p + s, 0) - cost.of(p, 0))
+    if exact:
+        return 3 * (unshared + head) / (2 * shared + unshared + 3 * head)
+    return (unshared + head) / (shared + head)
+
+
+def plain(model: Decoder, batch: PackedBatch) -> Tensor:
+    weights = coefficients(batch)
+    for micro in batch.micro_batches:
+        (-(weights[micro.policy] * log_probs(model, micro, ARITHMETIC).log_prob).sum()).backward()
+    return weights
+
+
+def exact(model: Decoder, batch: PackedBatch) -> Tensor:
+    weights = coefficients(batch).abs()
+    policy = batch.reward[owner_of(batch)] * weights
+    return TrajectoryGradient(model, ARITHMETIC).add(batch, policy, weights, lambda squares: optimal(squares, batch))
+
+
+def coefficients(batch: PackedBatch) -> Tensor:  # [policy tokens]
+    random = torch.Generator().manual_seed(0)
+    return (torch.randn(batch.num_trajectories, generator=random) / batch.num_policy_tokens)[owner_of(batch)]
+
+
+def difference(model: Decoder, steps: dict[str, Callable[[], Tensor]]) -> float:
+    """Relative difference of both gradients, in float32."""
+    found = []
+    for step in steps.values():
+        model.zero_grad(set_to_none=True)
+        step()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    return float(f"{float((found[0] - found[1]).norm() / found[1].norm()):.1e}")
+
+
+def trajectories(shape: Shape, groups: int, vocabulary: int) -> list[Trajectory]:
+    random = np.random.default_rng(0)
+    made = []
+    for group in range(groups):
+        prompt = random.integers(0, vocabulary, shape.prompt)
+        for sample in range(shape.samples):
+            tokens = np.concatenate([prompt, random.integers(0, vocabulary, shape.answer)]).astype(np.int32)
+            trajectory = Trajectory(
+                group=group, sample=sample, problem=0, split="train", seed=0, tokens=tokens,
+                log_behaviour=np.zeros(len(tokens), np.float32), turns=(Turn(start=shape.prompt, length=shape.answer),),
+                versions=(VersionSpan(version=0, start=0, end=len(tokens)),), reward=float(random.integers(0, 2)),
+                ended="finished",
+            )  # fmt: skip
+            made.append(trajectory)
+    return made
+
+
+if __name__ == "__main__":
+    main()
