@@ -57,7 +57,9 @@ def test_the_stress_is_the_eight_gpu_config_with_another_bound() -> None:
         assert getattr(math, group) == getattr(stress, group)
 
 
-@pytest.mark.parametrize("name", GPU_CONFIGS)
+@pytest.mark.parametrize(
+    "name", ["one_gpu", *(pytest.param(name, marks=pytest.mark.nightly) for name in GPU_CONFIGS[1:])]
+)
 def test_it_runs_to_its_end_with_a_fake_model(name: str, tmp_path: Path) -> None:
     words = ["trainer.steps=3", "generator.count=1", "checkpoint.every=2"]
     run = tmp_path / "run"

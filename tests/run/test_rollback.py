@@ -136,7 +136,13 @@ def gone_back_late(settings: Settings, tmp_path: Path) -> RunFolder:
     pytest.fail("none of six runs went back to a checkpoint of its own")
 
 
-@pytest.mark.parametrize("changes", [(), ("checkpoint.every=5", "checkpoint.keep=1", "guard.rollback=false")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        pytest.param(("checkpoint.every=5", "checkpoint.keep=1", "guard.rollback=false"), marks=pytest.mark.nightly),
+    ],
+)
 def test_a_damaged_checkpoint_is_trained_anew_before_the_run_goes_back(
     changes: tuple[str, ...], tmp_path: Path, tiny_model: Path
 ) -> None:

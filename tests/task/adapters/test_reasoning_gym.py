@@ -47,9 +47,11 @@ class Drawn(Random):
         return next(self.numbers)
 
 
-def test_the_own_answer_of_every_generator_earns_everything() -> None:
-    names = generators()
-    assert len(names) > 100
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.nightly), 5])
+def test_the_own_answer_of_every_generator_earns_everything(every: int) -> None:
+    """every: one in so many generators."""
+    assert len(generators()) > 100
+    names = generators()[::every]
     seed = 1
     task = mixed(names, answer="whole", max_tokens=100_000, seed=seed)
     assert isinstance(task, ReasoningGym)
