@@ -21,6 +21,7 @@ def quick_settings(model: Path, *overrides: str) -> Settings:
         "trainer": {"steps": 4},
         "optimizer": {"warmup_steps": 2, "learning_rate": 1e-3},
         "evaluation": {"problems": 4, "samples": 1},
+        "verify": {"rewards": "none"},  # no process for each of many runs
         "wire": {"timeout_s": 60},
     }
     settings = structured(Settings, with_overrides(base, overrides), where="")
