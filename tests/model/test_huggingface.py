@@ -17,6 +17,8 @@ from async_rl.model import Tokenizer, load_model, save_folder
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.create import write_character_tokenizer
 from async_rl.model.huggingface import HuggingFaceDecoder
+from async_rl.model.prefix_tree import make_tree
+from async_rl.model.tree_attention import TreeAttention
 
 SIZES = {
     "vocab_size": 40,
@@ -67,6 +69,33 @@ def test_packed_logits_equal_transformers_one_by_one(tmp_path: Path, kind, chang
     packed.sum().backward()
     assert all(p.grad is not None for p in ours.parameters())
     assert {name for name, _ in ours.named_parameters()} == {name for name, _ in theirs.named_parameters()}
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("GPTNeoXConfig", {}), ("Starcoder2Config", {"sliding_window": 6})])
+def test_documents_that_begin_alike_share_rows(tmp_path: Path, kind, changes):
+    """Logits and gradients of transformers' own layers, with a window shorter than the common beginning, too."""
+    from transformers import AutoModelForCausalLM
+
+    folder = foreign_folder(tmp_path, kind, **changes)
+    ours = load_model(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    head = np.arange(3, 14, dtype=np.int32)
+    documents = [np.append(head, rest).astype(np.int32) for rest in ([1, 2, 3], [4], [1, 5, 2, 2])]
+    tree = make_tree(documents)
+    assert tree.num_rows == 11 + 3 + 1 + 4
+    tokens = torch.from_numpy(np.concatenate(documents).astype(np.int64))
+    positions = torch.cat([torch.arange(len(document)) for document in documents])
+    one, rows = torch.from_numpy(tree.token_of_row), torch.from_numpy(tree.row_of_token)
+    hidden = ours(tokens[one], positions[one], TreeAttention(tree), rows)
+    alone = torch.cat([theirs(torch.from_numpy(document)[None].long()).logits[0] for document in documents])
+    torch.testing.assert_close(hidden @ ours.head.T, alone, rtol=0, atol=1e-5)
+    weights = torch.randn(alone.shape, generator=torch.Generator().manual_seed(0))
+    ((hidden @ ours.head.T) * weights).sum().backward()
+    (alone * weights).sum().backward()
+    wanted = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-3, atol=1e-4)
 
 
 def test_the_embedded_engine_decodes_a_foreign_model(tmp_path: Path):
