@@ -370,13 +370,13 @@ def kept_bytes(c: DecoderConfig, *, bfloat16: bool, packed: bool) -> Kept:
     documents, padded together by length (CPU)."""
     item = 2 if bfloat16 else FLOAT
     query, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    # Norms keep input, normed and scaled row in float32; under autocast each linear also keeps a cast copy.
-    norms = 4 * c.hidden * FLOAT + 5 * c.hidden * item if bfloat16 else 6 * c.hidden * FLOAT
-    head_norms = 2 * (query + kv) * FLOAT if c.qk_norm else 0
+    # Norms keep input and scaled row in float32; under autocast each linear also keeps a cast copy.
+    norms = 2 * c.hidden * FLOAT + 5 * c.hidden * item if bfloat16 else 4 * c.hidden * FLOAT
+    head_norms = (query + kv) * FLOAT if c.qk_norm else 0
     attention = (2 * query + 2 * kv + (query if packed else 0)) * item
     statistics = FLOAT * (2 + c.heads + (c.heads + c.kv_heads if c.qk_norm else 0))
     layer = norms + head_norms + attention + 4 * c.intermediate * item + statistics
-    rest = 2 * c.hidden * FLOAT + FLOAT + 2 * c.head_dim * FLOAT + 8  # last norm, positions as cos and sin, the token
+    rest = c.hidden * FLOAT + FLOAT + 2 * c.head_dim * FLOAT + 8  # last norm, positions as cos and sin, the token
     return Kept(layer=layer, boundary=c.hidden * FLOAT, rest=rest)
 
 
