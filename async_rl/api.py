@@ -19,8 +19,9 @@ import asyncio
 import dataclasses
 import functools
 import json
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ def train(
     recipe: str | Mapping[str, Any] | OwnRecipe | None = None,
     run_dir: str | Path | None = None,
     resume: str | Path | None = None,
+    accept_changed: str | Sequence[str] = (),
     quiet: bool = False,
     **overrides: Any,
 ) -> Run:
@@ -94,6 +96,8 @@ def train(
         recipe: a recipe's name, `{"name": ..., AXIS: VALUE}`, or a function that maps columns to coefficients.
         run_dir: the new folder of the run; default `runs/NAME-TIME`.
         resume: a run folder; the run in it goes on from its newest checkpoint.
+        accept_changed: with `resume`: go on although these are not what the run was begun with: data, code, tokenizer
+            or problems; one name, or several in a list.
         quiet: no line for every step.
         overrides: settings laid over the config, `trainer={"steps": 100}` or `**{"trainer.steps": 100}`.
 
@@ -115,7 +119,10 @@ def train(
     if resume is not None:
         if config is not None or run_dir is not None:
             raise UserError("resume takes settings and folder of the run it names; leave config and run_dir out")
-        return _trained(Path(resume), console, lambda path: _resume(path, words, console))
+        accepted = accept_changed.split(",") if isinstance(accept_changed, str) else accept_changed
+        return _trained(Path(resume), console, lambda path: _resume(path, words, console, [*filter(None, accepted)]))
+    if accept_changed:
+        raise UserError("accept_changed is for resume: a new run has nothing to differ from; leave it out")
     if config is None:
         raise UserError("name a config (a YAML file, a mapping or ar.Settings), or resume=RUN to go on with a run")
     settings, notes = settings_from(config, words)
@@ -146,10 +153,13 @@ def _start(settings: Settings, path: Path, console: Console) -> Mapping[str, Any
     return run_training(settings, path, console=console)
 
 
-def _resume(path: Path, words: list[str], console: Console) -> Mapping[str, Any]:
+def _resume(path: Path, words: list[str], console: Console, accepted: Sequence[str]) -> Mapping[str, Any]:
     from async_rl.run.launcher import resume_training
 
-    return resume_training(path, words, console=console)
+    try:
+        return resume_training(path, words, console=console, accepted=accepted)
+    except UserError as error:  # as a call in Python has it
+        raise UserError(re.sub(r"--accept-changed (\S+?)(?=[:\n]|$)", r'accept_changed="\1"', str(error))) from None
 
 
 # ------------------------------------------------------------------- evaluate
@@ -246,6 +256,7 @@ def evaluate_settings(settings: Settings) -> Evaluation:
         Tokenizer.of(settings.model),
         problems=chosen.problems,
         samples=chosen.samples,
+        choice=chosen.choice,
         temperature=chosen.temperature,
         seed=settings.seed,
         limits=limits_of(settings),
@@ -477,15 +488,15 @@ class Run:
         return audit_run(self._folder)
 
     @_plain_errors
-    def resume(self, *, quiet: bool = False, **overrides: Any) -> Run:
-        """Go on with the run from its newest whole checkpoint, to the end. Raises as `train` does.
+    def resume(self, *, accept_changed: str | Sequence[str] = (), quiet: bool = False, **overrides: Any) -> Run:
+        """Go on with the run from its newest whole checkpoint, to the end. Arguments and errors are those of `train`.
 
         Example:
             >>> import async_rl as ar
             >>> ar.Run("runs/mine").resume(trainer={"steps": 800})  # doctest: +SKIP
         """
         stop_import("Run.resume")
-        return train(resume=self.path, quiet=quiet, **overrides)
+        return train(resume=self.path, accept_changed=accept_changed, quiet=quiet, **overrides)
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {self.state})"

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from async_rl.config.sources import Source, changed_sources
 from async_rl.errors import UserError
@@ -23,6 +26,25 @@ from async_rl.task.protocol import Task
 
 KINDS = ("data", "code", "tokenizer", "problems")
 """what `--accept-changed` may name"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPrints:
+    """A number for each row of a table, in the rows' order."""
+
+    numbers: NDArray[np.uint64]  # [rows]
+    where: Callable[[int], str] = str
+    """file and line of a row"""
+
+    def first_change(self, now: RowPrints) -> str:
+        """The first row that is another one, or is there no more, in words; empty: there is none."""
+        both = min(len(self.numbers), len(now.numbers))
+        differ = np.flatnonzero(self.numbers[:both] != now.numbers[:both])
+        if len(differ):
+            return now.where(int(differ[0]))
+        if both < len(now.numbers):
+            return f"{now.where(both)}, which is new"
+        return f"row {both + 1} is there no more" if both < len(self.numbers) else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +61,8 @@ class Inputs:
     """of some problems of both splits, as the model and the reward get them (`preflight.task_digest`)"""
     directory: str = ""
     """in which the run was begun"""
+    prints: tuple[RowPrints, ...] = field(default=(), compare=False)
+    """of each table of rows"""
 
 
 def inputs_of(task: Task, tokenizer: Tokenizer, problems: str) -> Inputs:
@@ -50,6 +74,10 @@ def inputs_of(task: Task, tokenizer: Tokenizer, problems: str) -> Inputs:
         tokenizer=tokenizer_digest(tokenizer),
         problems=problems,
         directory=os.getcwd(),
+        prints=tuple(
+            RowPrints(numbers=np.array(table.prints, np.uint64), where=table.where)
+            for table in getattr(task, "tables", ())
+        ),
     )
 
 
@@ -61,13 +89,27 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 
 def write_inputs(path: Path, inputs: Inputs) -> None:
-    """Record them. `path`: the run's `inputs.json`."""
-    path.write_text(json.dumps(asdict(inputs), indent=1) + "\n")
+    """Record them. `path`: the run's `inputs.json`; the prints of rows stand beside it, 8 bytes a row."""
+    if inputs.prints:
+        tables = {f"table_{number}": prints.numbers for number, prints in enumerate(inputs.prints)}
+        np.savez(_prints_beside(path), **tables)  # type: ignore[arg-type]
+    values = {name: value for name, value in asdict(replace(inputs, prints=())).items() if name != "prints"}
+    path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def read_inputs(path: Path) -> Inputs | None:
     """What was recorded; None for a run of a version that recorded nothing."""
-    return Inputs(**json.loads(path.read_text())) if path.is_file() else None
+    if not path.is_file():
+        return None
+    prints: list[RowPrints] = []
+    if _prints_beside(path).is_file():
+        with np.load(_prints_beside(path)) as tables:
+            prints = [RowPrints(numbers=tables[name]) for name in sorted(tables.files)]
+    return Inputs(**json.loads(path.read_text()), prints=tuple(prints))
+
+
+def _prints_beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_rows.npz")
 
 
 def compare(
@@ -83,7 +125,7 @@ def compare(
     if before is None:
         return out
     if before.data != now.data:
-        out["data"] = (_rows(before), _rows(now))
+        out["data"] = (_rows(before), _rows(now) + _first_change(before, now))
     if before.tokenizer != now.tokenizer:
         out["tokenizer"] = (before.tokenizer[:12], now.tokenizer[:12])
     if before.problems != now.problems and not out.keys() & {"data", "tokenizer"}:
@@ -101,6 +143,15 @@ def _problems(inputs: Inputs) -> str:
 
 def _rows(inputs: Inputs) -> str:
     return f"{inputs.rows} training rows ({inputs.data[:12]})" if inputs.data else "no data set"
+
+
+def _first_change(before: Inputs, now: Inputs) -> str:
+    if not before.prints or len(before.prints) != len(now.prints):
+        return ""
+    found = [text for old, new in zip(before.prints, now.prints, strict=True) if (text := old.first_change(new))]
+    if not found:
+        return ", prompts and answers as they were: other fields differ, or how the files are written"
+    return f", the first that differs: {found[0]}"
 
 
 def accept(changes: dict[str, tuple[str, str]], accepted: Sequence[str], run: Path) -> None:

@@ -38,6 +38,8 @@ class Dataset(Task):
         splits = read_splits(settings, Layout(settings))
         self.notes = splits.notes
         self._digest = splits.digest
+        self.tables = splits.tables
+        """the rows of its files"""
         overlong = Overlong.read(settings.overlong_rows)
         self._train, self._eval = overlong.left_of(splits.train, "train"), overlong.left_of(splits.eval, "eval")
         check_rows((self.reward, self.group_reward), (self._train, self._eval))

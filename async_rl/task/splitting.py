@@ -36,6 +36,8 @@ class Splits:
     notes: tuple[str, ...]
     digest: str
     """of the files' bytes"""
+    tables: tuple[Table, ...]
+    """one, or that of the rows to train on and that of the held-out ones"""
 
 
 def read_splits(settings: DatasetSettings, layout: Layout) -> Splits:
@@ -60,7 +62,8 @@ def read_splits(settings: DatasetSettings, layout: Layout) -> Splits:
     found = [Problems(table, layout, numbers) for table, numbers in zip(tables, (train, evaluated), strict=True)]
     for table in tables:  # they were for the splits only
         table.prompts, table.hashes = {}, array("Q")
-    return Splits(train=found[0], eval=found[1], notes=tuple(notes), digest=digest.hexdigest())
+    distinct = tables if held_out is not None else tables[:1]
+    return Splits(train=found[0], eval=found[1], notes=tuple(notes), digest=digest.hexdigest(), tables=distinct)
 
 
 def _load(

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from zlib import crc32
 
 from async_rl.errors import UserError
 from async_rl.task.generated import stable_hash
@@ -37,6 +38,8 @@ class Table:
     """each prompt as text, while the splits are made"""
     hashes: array[int] = field(default_factory=lambda: array("Q"))
     """stable_hash of each prompt"""
+    prints: array[int] = field(default_factory=lambda: array("Q"))
+    """of each row's prompt and answer, by which a later launch finds the first row that has changed"""
     sizes: array[int] = field(default_factory=lambda: array("I"))
     """bytes of each prompt, tools and template arguments as JSON"""
     forms: dict[Hashable, int] = field(default_factory=dict)
@@ -113,7 +116,10 @@ class Loader:
                 continue
             number = table.count + len(kept)
             kept.append(position)
-            table.hashes.append(stable_hash(key))
+            hashed = stable_hash(key)
+            table.hashes.append(hashed)
+            said = answer if type(answer) is str else repr(answer)
+            table.prints.append(hashed ^ crc32(said.encode(errors="replace")))
             table.sizes.append(len(key) if key.isascii() else len(key.encode(errors="replace")))
             table.forms.setdefault(form, number)
             assert not isinstance(values, BadRow)  # of one nothing was read

@@ -134,7 +134,15 @@ def test_evaluation_works_where_an_event_loop_runs_already(run: ar.Run) -> None:
 
 
 def test_a_run_goes_on_where_it_ended(run: ar.Run) -> None:
-    again = run.resume(quiet=True, trainer={"steps": 4})
+    inputs = run.path / "inputs.json"
+    inputs.write_text(json.dumps(json.loads(inputs.read_text()) | {"problems": "of others"}))
+    with pytest.raises(ar.UserError, match=r'go on with it as it is now: accept_changed="problems"$'):
+        run.resume(quiet=True, trainer={"steps": 4})
+    with pytest.raises(ar.UserError, match='accept_changed="data": nothing of that has changed'):
+        run.resume(quiet=True, trainer={"steps": 4}, accept_changed=["problems", "data"])
+    with pytest.raises(ar.UserError, match="accept_changed is for resume"):
+        ar.train(QUICK, accept_changed="data")
+    again = run.resume(quiet=True, trainer={"steps": 4}, accept_changed="problems")
     assert again.path == run.path
     assert again.metrics.column("step") == [0, 1, 2, 3]
     with pytest.raises(ar.UserError, match="leave config and run_dir out"):

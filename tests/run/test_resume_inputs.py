@@ -82,11 +82,37 @@ def change_tokenizer(folder: Path) -> None:
     file.write_text(json.dumps({"eos_token_id": sorted(known.values())[:3]}))
 
 
+def change_one_answer(folder: Path) -> None:
+    text = (folder / "rows.jsonl").read_text()
+    (folder / "rows.jsonl").write_text(text.replace('"answer": "6"', '"answer": "7"'))
+
+
+def take_a_row_away(folder: Path) -> None:
+    write_rows(folder, 11)
+
+
+def add_a_field(folder: Path) -> None:
+    text = (folder / "rows.jsonl").read_text()
+    (folder / "rows.jsonl").write_text(text.replace("}", ', "more": 1}', 1))
+
+
 CHANGES: dict[Callable[[Path], None], str] = {
     change_rows: "data",
+    change_one_answer: "data",
     append_a_row: "data",
+    take_a_row_away: "data",
+    add_a_field: "data",
     change_reward: "code",
     change_tokenizer: "tokenizer",
+}
+
+
+FIRST = {
+    change_rows: "the first that differs: rows.jsonl, line 1\n",
+    change_one_answer: "the first that differs: rows.jsonl, line 7\n",
+    append_a_row: "the first that differs: rows.jsonl, line 13, which is new\n",
+    take_a_row_away: "the first that differs: row 12 is there no more\n",
+    add_a_field: "prompts and answers as they were: other fields differ, or how the files are written\n",
 }
 
 
@@ -101,6 +127,7 @@ def test_each_change_is_refused_by_name_and_goes_on_when_accepted(project: Path)
         assert "what the run was begun with has changed:" in refused.stderr
         assert f"  {kind}: " in refused.stderr
         assert f"--accept-changed {kind}\n" in refused.stderr
+        assert FIRST.get(change, "") in refused.stderr
         shutil.rmtree(project)
         shutil.move(kept, project)
 
