@@ -324,7 +324,7 @@ def fail(spec: ProcessSpec, message: str) -> NoReturn:
 def _fail(spec: ProcessSpec, kind: str, message: str) -> NoReturn:
     """Leave the cause of a bad end in every place that takes it, and exit."""
     folder = RunFolder(spec.path)
-    cause = json.dumps({"kind": kind, "message": message[:MOST_CAUSE], "time": time.time()})
+    cause = json.dumps({"kind": kind, "message": message[:MOST_CAUSE], "time": time.monotonic()})
     if spec.pipes.cause != NO_PIPE:
         with suppress(OSError):  # the pipe first: it needs no disk
             os.write(spec.pipes.cause, cause.encode() + b"\n")

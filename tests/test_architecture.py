@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
         # what everything stands on, each importing only those before it
-        "version errors finding stall_timer",
+        "version errors finding stall_timer steady_clock",
         "trajectory",
         "config",
         "events process_spec",
@@ -252,3 +252,31 @@ def test_no_path_of_a_developers_machine_is_published() -> None:
                 if re.search(r"(?<![\w.~])/(tmp|root|work|home)\b", line):
                     found.append(f"{name_of(path)}:{number}: {line.strip()}")
     assert not found, found
+
+
+WALL_CLOCK = {
+    "async_rl/steady_clock.py": "where it is read once",
+    "async_rl/run_folder.py": "events, for people",
+    "async_rl/run/liveness.py": "live.json, which another process compares with its own clock",
+    "async_rl/observe/top.py": "the same, on the other side",
+    "async_rl/observe/report.py": "when a report was made",
+    "async_rl/observe/tracker.py": "an event of a tracker",
+    "async_rl/trainer/alarm.py": "when a run went back",
+    "async_rl/generator/chat_request.py": "the date of an answer in OpenAI's form",
+    "async_rl/generator/answer_stream.py": "the same, of a piece of one",
+}
+"""files that may ask for the time on the wall, which is set back and forth. Nothing is measured with it."""
+
+
+def test_nothing_is_measured_with_the_clock_on_the_wall() -> None:
+    found = {
+        name_of(path)
+        for path in sources()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "time"
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id in ("time", "clock")
+    }
+    assert found <= WALL_CLOCK.keys()

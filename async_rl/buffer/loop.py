@@ -23,6 +23,7 @@ from async_rl.config.sources import read_sources
 from async_rl.errors import RunFailed
 from async_rl.events import BufferReady, MessageRefused, PeersTurnedAway, RecordEvent
 from async_rl.run_folder import RunFolder, read_rollback
+from async_rl.steady_clock import steady_time
 from async_rl.trajectory.codec import WireError, unpack
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import UNREAD_IN, Router
@@ -85,7 +86,7 @@ def run_buffer(
     ):
         if begun:
             activity.now("reading the store")
-            store.rewind(version=version, now=time.time())
+            store.rewind(version=version, now=steady_time())
             if (back := read_rollback(folder)) is not None and version >= back.at:
                 reason = f"rollback: begun under weights that were given up at step {back.at - 1}"
                 store.give_up(version=back.at, reason=reason)
@@ -153,14 +154,14 @@ def receive(router: Router, core: Core, most_bytes: int) -> list[do.Effect]:
             break
         peer, message = received
         if isinstance(message, WireError):
-            out += core.malformed(peer, message, time.time())
+            out += core.malformed(peer, message, steady_time())
         else:
-            out += core.handle(peer, message, time.time())
+            out += core.handle(peer, message, steady_time())
             most_bytes -= trajectory_bytes(message)
         if most_bytes <= 0:
             break
         received = router.receive(0.0)
-    return out + core.tick(time.time())
+    return out + core.tick(steady_time())
 
 
 def trajectory_bytes(message: msg.Message) -> int:
@@ -250,7 +251,7 @@ def write(effect: do.Effect, store: Store) -> bool:
         case do.FormBatch(step=step, groups=groups, formed_at=at):
             store.form_batch(step=step, groups=groups, formed_at=at)
         case do.MarkTrained(step=step):
-            store.mark_trained(step=step, trained_at=time.time())
+            store.mark_trained(step=step, trained_at=steady_time())
         case do.MarkConsumed(step=step, oldest=oldest):
             store.mark_consumed(step=step, oldest=oldest)
         case do.Remember(key=key, value=value):

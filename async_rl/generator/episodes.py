@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +18,7 @@ from async_rl.generator.session import EpisodeSession, Ticket, make_tickets
 from async_rl.generator.step_mark import EPISODE
 from async_rl.generator.task_code import TaskGuard, describe_error, is_ours
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.steady_clock import steady_time
 from async_rl.task.protocol import Task
 from async_rl.task.weigh import Weighed, Weights, has_group_reward
 from async_rl.trajectory import Trajectory
@@ -203,7 +203,7 @@ class Episodes:
         ticket = episode.ticket
 
         def on_turn() -> None:
-            if time.time() - session.started_at > self.save_turns_after_s:
+            if steady_time() - session.started_at > self.save_turns_after_s:
                 episode.unsent = session.so_far()
                 self.on_change()
 

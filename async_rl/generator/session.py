@@ -18,6 +18,7 @@ from async_rl.generator.chat import Chat
 from async_rl.generator.contexts import STOPS, Context, RecordedTurns, lay_out
 from async_rl.generator.engine import Completion, Engine, LogitsNotFinite, Request, SamplingParams
 from async_rl.model.tokenizer import Tokenizer, adapted, prompt_tokens
+from async_rl.steady_clock import steady_time
 from async_rl.task.protocol import Connection, Problem, Score, Utterance
 from async_rl.trajectory import Ended, Split, Trajectory
 from async_rl.trajectory.types import LOWEST_TEMPERATURE, group_seed, sample_seed, turn_temperature
@@ -123,7 +124,7 @@ class EpisodeSession:
         session_id: int,
         max_context: int,
         max_turns: int,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = steady_time,
         record: Trajectory | None = None,
         on_turn: Callable[[], None] | None = None,
         generator: str = "",

@@ -76,7 +76,8 @@ class Child:
 
     @property
     def failed_at(self) -> float:
-        """When it recorded its failure; 0 when something killed it before it could, or there is none."""
+        """When it recorded its failure, by the clock that all processes of a machine share (time.monotonic); 0 when
+        something killed it before it could, or there is none."""
         return float(self.failure().get("time", 0.0))
 
     def failure(self) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from async_rl.errors import RunFailed, UserError
 from async_rl.events import CheckpointSaved, EvaluationReported, MemoryRanOut, StepSkipped, UpdatesStopped
 from async_rl.process import is_out_of_memory
 from async_rl.run_folder import RunFolder, append_row, read_rows, to_disk
+from async_rl.steady_clock import steady_time
+from async_rl.task.order import choose_held_out
 from async_rl.trainer.alarm import Guard
 from async_rl.trainer.canary_watch import CanaryWatch
 from async_rl.trainer.checkpoint import Progress, save_checkpoint, save_part
@@ -262,7 +264,7 @@ class TrainerLoop:
         assert report is not None
         row: dict[str, Any] = {
             "step": step.number,
-            "time": time.time(),
+            "time": steady_time(),
             **report.metrics,
             **step.rank_waits,
             **_lag_split(batch.trajectories, step.number),
@@ -377,7 +379,7 @@ class TrainerLoop:
             msg.Evaluate(
                 evaluation=number,
                 version=self.learner.version,
-                problems=tuple(range(min(settings.problems, self.eval_problems))),
+                problems=choose_held_out(settings.problems, self.eval_problems, settings.choice),
                 samples=settings.samples,
                 temperature=settings.temperature,
             )
