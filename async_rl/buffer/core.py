@@ -96,6 +96,7 @@ class Core:
             batching=self.batching,
         )
         self.batching.on_formed = self.trust.trained
+        self.waits.quarantined = self.trust.told
         self.acceptance = Acceptance(
             rules=self.rules,
             ledger=self.ledger,

@@ -40,6 +40,11 @@ class Trust:
         life = self.admission.life(peer)
         return "" if life is None else self.quarantine.reason(life)
 
+    def told(self) -> str:
+        """Behind "no generator is connected": those that lied; empty where none did."""
+        names = dict.fromkeys(name for name, _ in self.quarantine.lives)
+        return f" ({', '.join(names)} quarantined: {next(iter(self.quarantine.lives.values()))})" if names else ""
+
     def named(self, peer: bytes, trajectory: Trajectory) -> str:
         """The generator's name: as this buffer knows it, whatever the trajectory says."""
         life = self.admission.life(peer)

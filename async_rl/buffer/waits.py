@@ -89,6 +89,8 @@ class Waits:
     presence: Presence
     evaluations: Evaluations
     counts: Counter[str]
+    quarantined: Callable[[], str] = lambda: ""
+    """names the generators that lied, behind "no generator is connected" """
     batch: PendingBatch | None = None
     evaluation: PendingEvaluation | None = None
     trainer: bytes = b""
@@ -159,7 +161,7 @@ class Waits:
         if open_groups:
             return f"{text}; {self._oldest(open_groups, now)}"
         if not generators:
-            return f"{text}; no generator is connected{self.admission.rules.how_to_join}"
+            return f"{text}; {self._nobody()}"
         behind = ", ".join(f"{g.name} holds version {g.version}" for g in generators.values())
         text = f"{text}; no group is running, newest weights are version {self.ledger.published}, {behind}"
         return "; ".join([text, *(self.presence.describe(peer, now) for peer in generators)])
@@ -171,8 +173,11 @@ class Waits:
             return "all of its episodes are there"  # the trainer has not asked since
         text = f"{sum(len(g.missing) for g in open_groups)} of its episodes are missing"
         if not self.admission.generators:
-            return f"{text}; no generator is connected{self.admission.rules.how_to_join}"
+            return f"{text}; {self._nobody()}"
         return f"{text}; {self._oldest(open_groups, now)}"
+
+    def _nobody(self) -> str:
+        return f"no generator is connected{self.quarantined()}{self.admission.rules.how_to_join}"
 
     def permit_reason(self, peer: bytes, now: float) -> str:
         """Why a generator that wants permits gets none."""
@@ -196,8 +201,9 @@ class Waits:
         oldest = min(groups, key=lambda g: g.group)
         holder = oldest.holder or b""
         generator = self.admission.generators.get(holder)
+        nobody = f"no generator{self.quarantined() if not self.admission.generators else ''}"
         text = (
-            f"oldest is group {oldest.group} on {generator.name if generator is not None else 'no generator'}, "
+            f"oldest is group {oldest.group} on {generator.name if generator is not None else nobody}, "
             f"{now - oldest.admitted_at:.1f} s, {len(oldest.samples)}/{oldest.size} samples"
         )
         return f"{text}; {self.presence.describe(holder, now)}" if generator is not None else text

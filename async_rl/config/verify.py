@@ -20,11 +20,11 @@ class VerifySettings:
         min=0,
         max=1,
     )
-    rewards: Literal["auto", "always", "prompts"] = setting(
+    rewards: Literal["auto", "always", "prompts", "none"] = setting(
         "auto",
         "which of the sampled episodes are played again, to compare rewards and what the environment said: auto: "
         "those of a task that says it is repeatable (a data set's own reward: where it is a plain function); always: "
-        "all; prompts: none, only their prompts are compared",
+        "all; prompts: none, only their prompts are compared; none: nothing is, which saves a process",
     )
     memory_mb: int = setting(
         1024,

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from async_rl.trainer.publish import Publisher
     from async_rl.trainer.replays import Played
 
+SETTLE_S = 2.0
 MOST_PENDING = 512
 """trajectories that wait to be scored; older ones are given up"""
 
@@ -159,8 +160,10 @@ class Verifier:
             self.counted.skipped += 1
 
     def work(self) -> None:
-        """Score what has come. The learner must be between two steps."""
-        for played in self.replays.take():
+        """Score what has come. The learner must be between two steps. Where somebody's rewards are in doubt it waits a
+        little for what is being played again, so that less is trained on them."""
+        doubt = any(suspicion.level > 1.5 for (_, check), suspicion in self.suspicions.items() if check == "rewards")
+        for played in self.replays.settle(SETTLE_S) if doubt else self.replays.take():
             self._judge_replay(played)
         if not self.pending:
             return
@@ -241,11 +244,12 @@ class Verifier:
         newest = self.learner.version
         if (scores.versions > newest).any():
             wrong, lie, reason = True, "versions", f"its weights of version {scores.versions.max()} do not exist yet"
-        if false_tokens:  # log-probs of other tokens differ, too
+        if false_tokens and not (wrong and lie == "versions"):  # log-probs of other tokens differ, too
             self._add(one, "tokens", "tokens", false_tokens)
             self._add(one, "log-probs", "tokens", false_tokens if wrong else "")
             return
-        self._add(one, "tokens", "tokens", "")
+        if not false_tokens:
+            self._add(one, "tokens", "tokens", "")
         self._add(one, "log-probs", lie, reason if wrong else "")
 
     def _slack(self, one: Pending, scores: Scores) -> Numbers:  # [known tokens]
@@ -361,6 +365,10 @@ def make_verifier(
 ) -> Verifier:
     """The verifier of a run. `run`: its folder."""
     chosen = settings.generator
+    replays = Replays(run)
+    if settings.verify.rewards == "none" or not settings.verify.share:
+        replays.over = True
+    replays.start()
     return Verifier(
         learner=learner,
         held=HeldVersions(
@@ -378,5 +386,5 @@ def make_verifier(
         ),
         send=send,
         record=record,
-        replays=Replays(run),
+        replays=replays,
     )

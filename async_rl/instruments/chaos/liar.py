@@ -1,23 +1,26 @@
 """A generator that joins a run and reports what it did not do.
 
 `python -m async_rl.instruments.chaos.liar RUN NAME LIE [HONEST]` is `async-rl generate --run RUN --name NAME` with one
-method replaced: a finished trajectory is changed before it is sent. The first HONEST ones are left as they are.
+method replaced: a finished trajectory is changed before it is sent, the first HONEST ones are left as they are; or the
+engine keeps its first weights (versions).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 from msgspec.structs import replace
+from torch import Tensor
 
+from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.outbox import Outbox
 from async_rl.run.join import find_target, join_run
-from async_rl.trajectory import Trajectory, VersionSpan
+from async_rl.trajectory import Trajectory
 
 Lie = Literal["tokens", "log-probs", "versions", "rewards"]
 LIES: tuple[Lie, ...] = get_args(Lie)
@@ -38,27 +41,22 @@ def log_probs(trajectory: Trajectory) -> Trajectory:
     return replace(trajectory, log_behaviour=changed)
 
 
-def versions(trajectory: Trajectory) -> Trajectory:
-    """What was sampled by older weights is called fresh: all tokens get the version after the newest one in them."""
-    spans = trajectory.versions
-    if not spans:
-        return trajectory
-    newest = trajectory.version_max + 1
-    return replace(trajectory, versions=(VersionSpan(version=newest, start=spans[0].start, end=spans[-1].end),))
-
-
 def rewards(trajectory: Trajectory) -> Trajectory:
     """Every episode has earned 1, or nothing where it has."""
     return replace(trajectory, reward=1.0 - min(1.0, max(0.0, trajectory.reward)))
 
 
 TOLD: Mapping[Lie, Callable[[Trajectory], Trajectory]] = {
-    "tokens": tokens, "log-probs": log_probs, "versions": versions, "rewards": rewards,
+    "tokens": tokens, "log-probs": log_probs, "rewards": rewards,
 }  # fmt: skip
+"""what becomes of a finished trajectory"""
 
 
 def lie_from_now_on(lie: Lie, honest: int) -> None:
     """What this process reports is changed from the trajectory `honest` on."""
+    if lie == "versions":
+        sample_from_the_first_weights()
+        return
     put, numbers = Outbox.put, count()
 
     def lying(self: Outbox, trajectory: Trajectory) -> None:
@@ -66,6 +64,34 @@ def lie_from_now_on(lie: Lie, honest: int) -> None:
         put(self, TOLD[lie](trajectory) if told else trajectory)
 
     Outbox.put = lying  # type: ignore[method-assign]
+
+
+def sample_from_the_first_weights() -> None:
+    """The engine goes on sampling from the first weights it got, and says and shows that it has the newest."""
+    load, fingerprint, probe = EmbeddedEngine.load, EmbeddedEngine.fingerprint, EmbeddedEngine.probe
+    first: dict[str, Tensor] = {}
+    newest: dict[str, Tensor] = {}
+
+    async def load_first(self: EmbeddedEngine, weights: Mapping[str, Tensor], version: int) -> None:
+        newest.update(weights)
+        first.update({} if first else {name: tensor.clone() for name, tensor in weights.items()})
+        await load(self, first, version)
+
+    async def show(self: EmbeddedEngine) -> Mapping[str, int]:
+        await load(self, newest, self.version)
+        found = await fingerprint(self)
+        await load(self, first, self.version)
+        return found
+
+    async def answer(self: EmbeddedEngine, tokens: Sequence[int]) -> Sequence[float]:
+        await load(self, newest, self.version)
+        found = await probe(self, tokens)
+        await load(self, first, self.version)
+        return found
+
+    EmbeddedEngine.load = load_first  # type: ignore[method-assign]
+    EmbeddedEngine.fingerprint = show  # type: ignore[method-assign]
+    EmbeddedEngine.probe = answer  # type: ignore[method-assign]
 
 
 def main(run: str, name: str, lie: str, honest: str = "0") -> None:
