@@ -452,6 +452,12 @@ stale data.""",
             Metric("batch/policy_tokens", "tokens", "policy tokens in the batch"),
             Metric("batch/tokens", "tokens", "all tokens, prompt and environment included"),
             Metric(
+                "batch/shared",
+                "share",
+                "of the tokens (of one rank), those that were computed once for several trajectories "
+                "(`trainer.shared_prefixes`)",
+            ),
+            Metric(
                 "contexts/mean",
                 "contexts",
                 "contexts of a trajectory, the sequences that the model saw apart; only in steps in which one has "

@@ -329,6 +329,7 @@ class Learner:
             "batch/policy_tokens": batch.num_policy_tokens,
             "batch/tokens": batch.num_tokens,
             "batch/micro_batches": len(batch.micro_batches),
+            **({"batch/shared": batch.tokens_spared} if batch.tokens_spared else {}),
             **({} if batch.share is None else {"batch/rank_imbalance": batch.share.imbalance}),
             **({"contexts/mean": batch.num_contexts / batch.num_trajectories} if batch.several_contexts else {}),
         }

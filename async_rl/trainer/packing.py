@@ -128,6 +128,12 @@ class PackedBatch:
         return column if self.share is None else column[self.share.policy]
 
     @property
+    def tokens_spared(self) -> float:
+        """Share of this rank's tokens that have no row of their own, since a shared beginning has it."""
+        tokens = sum(sum(micro.lengths) for micro in self.micro_batches)
+        return 1 - sum(len(micro.tokens) for micro in self.micro_batches) / tokens
+
+    @property
     def num_trajectories(self) -> int:
         return len(self.reward)
 

@@ -28,7 +28,7 @@ FLOAT32 = 1e-5
 BFLOAT16 = 0.05
 """where products are rounded to bfloat16 (sharded, norms' weights too): length of the difference, as a share of the
 length of the movement; 0.02 was seen sharded, 0.012 from another order of trajectories alone"""
-NOT_COMPARED = ("batch/micro_batches", "batch/rank_imbalance")
+NOT_COMPARED = ("batch/micro_batches", "batch/rank_imbalance", "batch/shared")
 """metrics that say how the work was shared"""
 ALL = [(size, key, case, sharding) for size in SIZES for key, case, sharding in support.keys(size)]
 
@@ -91,7 +91,7 @@ def compare(folder: Path, key: str, size: int, wanted: Outcome, tolerance: float
         torch.testing.assert_close(every[0][name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
     found = json.loads((folder / f"{key}.0.json").read_text())
     for row, one in zip(found, metrics, strict=True):
-        assert row.keys() - {"batch/rank_imbalance"} == one.keys()
+        assert row.keys() - {"batch/rank_imbalance", "batch/shared"} == one.keys()
         if tolerance == TOLERANCE:
             for name in one.keys() - set(NOT_COMPARED):
                 assert row[name] == pytest.approx(one[name], rel=1e-8, abs=1e-10, nan_ok=True), name
