@@ -92,7 +92,7 @@ def structured(cls: type[Made], values: Mapping[str, Any], *, where: str) -> Mad
     `where` is the path of the values in the config, for messages ("task.args"; "" at the top).
     Raises UserError for an unknown name (with the nearest known one), a wrong type or a number out of its bounds.
     """
-    values = by_name(cls, values)
+    values = _without_nulls(cls, by_name(cls, values))
     _refuse_unknown(cls, values, where, (cls, where))
     try:
         base = OmegaConf.structured(cls)
@@ -110,6 +110,19 @@ def by_name(cls: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
     assert dataclasses.is_dataclass(cls)
     groups = {f.name for f in dataclasses.fields(cls)}.intersection(NAMED)
     return {k: {"name": v} if k in groups and isinstance(v, str) else v for k, v in values.items()}
+
+
+def _without_nulls(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` without the entries that are null in mappings of names to numbers: null takes an entry out, or all."""
+    out = dict(values)
+    for name, kind in typing.get_type_hints(cls).items():
+        given = out.get(name)
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(given, Mapping):
+            out[name] = _without_nulls(kind, given)
+        elif name in out and typing.get_origin(kind) is dict and typing.get_args(kind)[1] in (int, float):
+            entries = {} if given is None else given
+            out[name] = {k: v for k, v in entries.items() if v is not None} if isinstance(entries, Mapping) else entries
+    return out
 
 
 def check_bounds(settings: object, prefix: str = "") -> None:
@@ -147,7 +160,8 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
     """`values` with `a.b=c` words laid over them.
 
     `recipe=NAME` is that recipe: the axes which `values` changed are dropped, those among `overrides` stay.
-    `task=NAME` drops what `values` say of another task.
+    `task=NAME` drops what `values` say of another task. A mapping is laid over the one that is there, `a.b={}` takes
+    all of that out.
     """
     for word in overrides:
         if "=" not in word or word.startswith("="):
@@ -158,6 +172,10 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
         given = {"name": given} if isinstance(given, str) else given
         if isinstance(given, Mapping):
             base[group] = given if group == "task" and given.get("name") == name else {}
+    for word in overrides:
+        name, value = word.split("=", 1)
+        if value.strip() == "{}":
+            _clear(base, name.split("."))
     try:
         laid = OmegaConf.from_dotlist([_named(word) for word in overrides])
         merged = OmegaConf.merge(OmegaConf.create(base), laid)
@@ -168,6 +186,17 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
         raise UserError(f"a value on the command line is not valid YAML: {' '.join(str(error).split())}") from None
     assert isinstance(plain, dict)
     return {str(k): v for k, v in plain.items()}
+
+
+def _clear(values: dict[str, Any], path: Sequence[str]) -> None:
+    """Make the mapping at `path` an empty one. The mappings around it are copied: they are the caller's."""
+    first, *rest = path
+    inner = values.get(first)
+    if rest and isinstance(inner, Mapping):
+        values[first] = dict(inner)
+        _clear(values[first], rest)
+    elif isinstance(inner, Mapping):
+        values[first] = {}
 
 
 def named_in(overrides: Sequence[str]) -> dict[str, str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from async_rl.config import load_settings, load_with_notes
+from async_rl.config import Settings, load_settings, load_with_notes
+from async_rl.config.schema import structured, with_overrides
 from async_rl.errors import UserError
 from async_rl.objective.library import load_recipe
 
@@ -69,3 +71,33 @@ def test_explicit_contradictions_are_refused(tmp_path: Path) -> None:
     text = "task: guess\nstaleness: {max_staleness: 0, pipeline_depth: 2}\n"
     with pytest.raises(UserError, match="it must lie between 1 and 1"):
         load_settings(written(tmp_path, text))
+
+
+WEIGHTS: dict[str, Any] = {"task": {"name": "guess", "args": {"num_secrets": 8}, "reward_weights": {"a": 1.5, "b": 2.0}}}
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ([], {"a": 1.5, "b": 2.0}),
+        (["task.reward_weights.a=null"], {"b": 2.0}),
+        (["task.reward_weights.a=null", "task.reward_weights.c=3"], {"b": 2.0, "c": 3.0}),
+        (["task.reward_weights=null"], {}),
+        (["task.reward_weights={}"], {}),
+        (["task.reward_weights={}", "task.reward_weights.c=3"], {"c": 3.0}),
+        (["task.reward_weights={c: 3}"], {"a": 1.5, "b": 2.0, "c": 3.0}),
+    ],
+)
+def test_entries_of_a_mapping_can_be_taken_out_on_the_command_line(words: list[str], left: dict[str, float]) -> None:
+    made = structured(Settings, with_overrides(WEIGHTS, words), where="")
+    assert made.task.reward_weights == left
+    assert made.task.args == {"num_secrets": 8}
+    assert WEIGHTS["task"]["reward_weights"] == {"a": 1.5, "b": 2.0}, "the given mapping stays"
+
+
+def test_an_empty_mapping_takes_out_what_the_file_says_and_null_of_a_task_is_its_own() -> None:
+    assert structured(Settings, with_overrides(WEIGHTS, ["task.args={}"]), where="").task.args == {}
+    of_task = structured(Settings, with_overrides(WEIGHTS, ["task.args.num_secrets=null"]), where="")
+    assert of_task.task.args == {"num_secrets": None}
+    with pytest.raises(UserError, match="reward_weights"):
+        structured(Settings, with_overrides(WEIGHTS, ["task.reward_weights=3"]), where="")
