@@ -1,19 +1,25 @@
 """Shared prefixes: trained tokens a second with the prompt of a group computed once, against once for each sample.
 
-    python bench/prefix.py [--repeats 5] [--models small,smollm2] [--shapes 512/64/8,45/15/4,45/15/8]
+    python bench/prefix.py [--repeats 5] [--models small,smollm2] [--shapes 512/64/8,45/15/4,45/15/8,45/15/4/24]
+                           [--ways plain,exact]
 
-For each shape (prompt / answer / samples of a group) and each model: forward and backward over the same batch, laid out
-with shared prefixes and without, in turns, one thread, float32, random weights:
-- plain: log-probs of the policy tokens and the gradient of a weighted sum of them, as in recipes without exact norms;
-- exact: the same with the norm of each trajectory's gradient and the optimal baseline (exact OPOB).
-Objective and optimizer, the same for both, are left out.
-Seconds are processor time of this one-threaded process, medians; `ratio` is the median of the ratios within a round,
-which is that of trained tokens a second. `bound` is what counting the products of matrices allows: per token P and S
-of prompt and answer, a group of G takes G (P + S) rows unshared and P + G S shared, in the layers' three products
-(forward, input gradient, weight gradient); the head (policy tokens only) and attention are counted, too. With exact
-norms the input gradient needs G (P + S) rows in both layouts, since a gradient through the prefix is each trajectory's
-own, and so do the norms (not counted: they are no product of the ordinary kind). `reached` is ratio / bound.
-`peak_mb` is the most that torch held at once above what was there before.
+For each shape (prompt / answer / samples of a group / tokens of the prompt that all groups have in common, as a system
+prompt) and each model, forward and backward over the same batch in three layouts, in turns, one thread, float32, random
+weights:
+- shared: as the trainer does;
+- unshared: each trajectory by itself (trainer.shared_prefixes=false);
+- full (plain only): unshared, and the last layer is computed for every row, as before it was left out where nothing is
+  predicted.
+Ways: plain is the log-probs of the policy tokens and the gradient of a weighted sum of them, as in recipes without exact
+norms; exact is that with the norm of each trajectory's gradient and the optimal baseline (exact OPOB). Objective and
+optimizer, the same for all, are left out.
+Seconds are processor time of this one-threaded process, medians. `ratio` (unshared / shared) and `ratio_full` are medians
+of the ratios within a round, which are those of trained tokens a second. `bound` and `bound_full` are what counting the
+products of matrices allows: rows x elements of each layer (what lies behind the last attention: policy tokens only), the
+head at policy tokens, and attention's pairs of tokens; forward, input gradient and weight gradient alike. With exact
+norms the input gradient takes the unshared number of rows in both layouts, since a gradient through the prefix is each
+trajectory's own, and so do the norms (not counted: they are no product of the ordinary kind). `reached` is
+ratio / bound. `peak_mb` is the most that torch held at once above what was there before.
 """
 
 from __future__ import annotations
@@ -27,7 +33,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +62,7 @@ MODELS = {
         max_context=2048, tied=True,
     ),
 }  # fmt: skip
-GROUPS = {"small": {512: 2, 45: 16}, "smollm2": {512: 1, 45: 2}}
+GROUPS = {"small": {512: 2, 45: 8}, "smollm2": {512: 1, 45: 4}}
 """model -> prompt -> groups of a batch"""
 
 
@@ -64,13 +71,14 @@ class Shape:
     prompt: int
     answer: int
     samples: int
+    common: int = 0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--models", default="small,smollm2")
-    parser.add_argument("--shapes", default="512/64/8,45/15/4,45/15/8")
+    parser.add_argument("--shapes", default="512/64/8,45/15/4,45/15/8,45/15/4/24")
     parser.add_argument("--ways", default="plain,exact")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -78,7 +86,7 @@ def main() -> None:
         model = Decoder(MODELS[name])
         model.initialise(0)
         for words in given.shapes.split(","):
-            shape = Shape(**dict(zip(("prompt", "answer", "samples"), map(int, words.split("/")), strict=True)))
+            shape = Shape(**dict(zip(("prompt", "answer", "samples", "common"), map(int, words.split("/")))))
             for way in given.ways.split(","):
                 found = measure(model, shape, GROUPS[name].get(shape.prompt, 1), way, given.repeats)
                 print(json.dumps({"model": name, "shape": words, "way": way, **found}), flush=True)
@@ -86,13 +94,10 @@ def main() -> None:
 
 def measure(model: Decoder, shape: Shape, groups: int, way: str, repeats: int) -> dict[str, Any]:
     made = trajectories(shape, groups, model.config.vocabulary)
-    layouts = {
-        name: pack_batch(made, micro_batch_tokens=1 << 20, shared=name == "shared") for name in ("shared", "unshared")
-    }
-    steps: dict[str, Callable[[], Tensor]] = {
-        name: lambda batch=batch: {"plain": plain, "exact": exact}[way](model, batch)  # type: ignore[misc]
-        for name, batch in layouts.items()
-    }
+    layouts = {name: pack_batch(made, micro_batch_tokens=1 << 20, shared=name == "shared") for name in LAYOUTS[way]}
+    steps: dict[str, Callable[[], Tensor]] = {name: partial(WAYS[way], model, batch) for name, batch in layouts.items()}
+    if "full" in layouts:
+        steps["full"] = partial(plain, model, every_row(layouts["full"]))
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats + 1):
         for name, step in steps.items():
@@ -101,36 +106,69 @@ def measure(model: Decoder, shape: Shape, groups: int, way: str, repeats: int) -
             step()
             seconds[name].append(time.process_time() - started)
     rounds = {name: values[1:] for name, values in seconds.items()}  # the first warms up
-    ratio = statistics.median(a / b for a, b in zip(rounds["unshared"], rounds["shared"], strict=True))
-    limit = bound(model, shape, exact=way == "exact")
+    ratios, bounds = {}, bound(model, shape, groups, exact=way == "exact")
+    for name in layouts.keys() - {"shared"}:
+        ratios[name] = statistics.median(a / b for a, b in zip(rounds[name], rounds["shared"], strict=True))
     trained = shape.answer * shape.samples * groups
     middle = {name: statistics.median(values) for name, values in rounds.items()}
     peaks = {}
-    for name, step in steps.items():
+    for name in ("shared", "unshared"):
         model.zero_grad(set_to_none=True)
-        peaks[name] = round(peak_bytes(step) / 1e6, 1)
+        peaks[name] = round(peak_bytes(steps[name]) / 1e6, 1)
     return {
         "rows": {name: len(batch.micro_batches[0].tokens) for name, batch in layouts.items()},
         "seconds": {name: round(value, 4) for name, value in middle.items()},
         "trained_tokens_per_s": {name: round(trained / value, 1) for name, value in middle.items()},
-        "ratio": round(ratio, 2),
-        "bound": round(limit, 2),
-        "reached": round(ratio / limit, 2),
+        "ratio": round(ratios["unshared"], 2),
+        "bound": round(bounds["unshared"], 2),
+        "reached": round(ratios["unshared"] / bounds["unshared"], 2),
+        **(
+            {}
+            if "full" not in ratios
+            else {"ratio_full": round(ratios["full"], 2), "bound_full": round(bounds["full"], 2)}
+        ),
         "peak_mb": peaks,
         "difference": difference(model, steps),
     }
 
 
-def bound(model: Decoder, shape: Shape, *, exact: bool) -> float:
-    """Multiplications of a group unshared / shared."""
-    cost = decoder_cost(model.config)
+def bound(model: Decoder, shape: Shape, groups: int, *, exact: bool) -> dict[str, float]:
+    """Multiplications of the batch in a layout as a multiple of those shared."""
+    c = model.config
     p, s, g = shape.prompt, shape.answer, shape.samples
-    head = cost.of(0, g * s)
-    unshared = g * cost.of(p + s, 0)
-    shared = cost.of(p, 0) + g * (cost.of(p + s, 0) - cost.of(p, 0))
+    cost = decoder_cost(c)
+    layer = cost.per_token // c.layers
+    behind = 2 * (c.heads * c.head_dim * c.hidden + 3 * c.hidden * c.intermediate)  # o_proj and the MLP
+
+    def products(rows: int, predicting: int, pairs: int) -> int:
+        left_out = behind * (rows - predicting)
+        return layer * c.layers * rows - left_out + cost.per_policy_token * predicting + cost.per_pair * pairs
+
+    def pairs(tokens: int) -> int:
+        return tokens * (tokens + 1) // 2
+
+    predicting, samples = groups * g * s, groups * g
+    common = (groups - 1) * shape.common  # computed once for all groups
+    full = products(samples * (p + s), samples * (p + s), samples * pairs(p + s))
+    full -= cost.per_policy_token * (samples * (p + s) - predicting)
+    unshared = products(samples * (p + s), predicting, samples * pairs(p + s))
+    rows = groups * (p + g * s) - common
+    own = pairs(p + s) - pairs(p)  # of an answer
+    shared = products(rows, predicting, groups * (pairs(p) + g * own) - (groups - 1) * pairs(shape.common))
     if exact:
-        return 3 * (unshared + head) / (2 * shared + unshared + 3 * head)
-    return (unshared + head) / (shared + head)
+        shared = (2 * shared + unshared) // 3
+    return {"unshared": unshared / shared, "full": full / shared}
+
+
+def every_row(batch: PackedBatch) -> PackedBatch:
+    """The batch with the hidden states of all rows computed to the end."""
+    return replace(
+        batch,
+        micro_batches=tuple(
+            replace(micro, predicting=torch.arange(len(micro.tokens)), place=micro.predictors)
+            for micro in batch.micro_batches
+        ),
+    )
 
 
 def plain(model: Decoder, batch: PackedBatch) -> Tensor:
@@ -144,6 +182,10 @@ def exact(model: Decoder, batch: PackedBatch) -> Tensor:
     weights = coefficients(batch).abs()
     policy = batch.reward[owner_of(batch)] * weights
     return TrajectoryGradient(model, ARITHMETIC).add(batch, policy, weights, lambda squares: optimal(squares, batch))
+
+
+WAYS: dict[str, Callable[[Decoder, PackedBatch], Tensor]] = {"plain": plain, "exact": exact}
+LAYOUTS = {"plain": ("shared", "unshared", "full"), "exact": ("shared", "unshared")}
 
 
 def coefficients(batch: PackedBatch) -> Tensor:  # [policy tokens]
@@ -163,9 +205,10 @@ def difference(model: Decoder, steps: dict[str, Callable[[], Tensor]]) -> float:
 
 def trajectories(shape: Shape, groups: int, vocabulary: int) -> list[Trajectory]:
     random = np.random.default_rng(0)
+    common = random.integers(0, vocabulary, shape.common)
     made = []
     for group in range(groups):
-        prompt = random.integers(0, vocabulary, shape.prompt)
+        prompt = np.concatenate([common, random.integers(0, vocabulary, shape.prompt - shape.common)])
         for sample in range(shape.samples):
             tokens = np.concatenate([prompt, random.integers(0, vocabulary, shape.answer)]).astype(np.int32)
             trajectory = Trajectory(

@@ -19,7 +19,7 @@ from async_rl.task import make_task
 from async_rl.task.order import PromptOrder
 from async_rl.trainer.build import make_learner
 from async_rl.trainer.learner import Learner, StepReport
-from async_rl.trainer.packing import pack_batch
+from async_rl.trainer.packing import pack_step
 from async_rl.trajectory.types import group_seed
 from async_rl.wire.messages import Permit
 
@@ -54,10 +54,7 @@ def train_synchronously(settings: Settings, each_step: Callable[[int, StepReport
         try:
             for step in range(settings.trainer.steps):
                 episodes = await sample_episodes(engine, task, tokenizer, tickets_of(settings, order, step), limits)
-                packed = pack_batch(
-                    [t for t in episodes if not t.failed], micro_batch_tokens=settings.trainer.micro_batch_tokens
-                )
-                each_step(step, learner.step(packed))
+                each_step(step, learner.step(pack_step(settings, episodes)))
                 await engine.load(learner.weights(), learner.version)
         finally:
             await engine.close()
