@@ -73,7 +73,9 @@ def test_explicit_contradictions_are_refused(tmp_path: Path) -> None:
         load_settings(written(tmp_path, text))
 
 
-WEIGHTS: dict[str, Any] = {"task": {"name": "guess", "args": {"num_secrets": 8}, "reward_weights": {"a": 1.5, "b": 2.0}}}
+WEIGHTS: dict[str, Any] = {
+    "task": {"name": "guess", "args": {"num_secrets": 8}, "reward_weights": {"a": 1.5, "b": 2.0}},
+}
 
 
 @pytest.mark.parametrize(
