@@ -263,6 +263,15 @@ class StoreReader:
         )
         return [tuple(row) for row in self._all(query, (ABANDONED,))]
 
+    def trained_of(self, generator: str, *, begun_before: float) -> list[tuple[int, int]]:
+        """(group, step) of the batches' groups that hold trajectories which this generator sent and had begun before
+        that time (seconds since the epoch)."""
+        query = (
+            "SELECT DISTINCT group_id, step FROM trajectories WHERE generator = ? AND step IS NOT NULL "
+            "AND started_at < ? ORDER BY step, group_id"
+        )
+        return [(group, step) for group, step in self._all(query, (generator, begun_before))]
+
     def batches(self) -> Iterator[BatchRow]:
         for step, groups, formed_at, trained_at in self._all("SELECT * FROM batches ORDER BY step"):
             yield BatchRow(step=step, groups=tuple(json.loads(groups)), formed_at=formed_at, trained_at=trained_at)

@@ -18,17 +18,18 @@ from typing import Literal
 from async_rl.buffer.store_reader import BatchRow, GroupRow, StoreReader
 from async_rl.config import Settings
 from async_rl.errors import UserError
-from async_rl.events import EvaluationReported, EventRow
+from async_rl.events import EvaluationReported, EventRow, GeneratorQuarantined
 from async_rl.run_folder import Rollback, RunFolder, read_rollback, read_rows
 from async_rl.task import make_task
 from async_rl.task.order import PromptOrder
 from async_rl.trainer.manifest import damage_of, list_checkpoints, version_of
 from async_rl.trajectory.codec import WireError, unpack
 
-Kind = Literal["lost", "duplicated", "stale", "order", "batch", "evaluation", "checkpoint", "record"]
+Kind = Literal["lost", "duplicated", "stale", "order", "batch", "evaluation", "checkpoint", "record", "fabricated"]
 """lost: admitted or stored, but in no batch, not refused and not to come; duplicated: in two batches, or both trained
 and refused; stale: a token beyond max_staleness; order: a gap in the prompt order; batch: not formed exactly once, or
-not of `groups_per_step` groups; the others name the thing that is not whole"""
+not of `groups_per_step` groups; fabricated: trained although its generator was known to lie; the others name the thing
+that is not whole"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,28 @@ class Promise:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Touched:
+    """What a generator that was proven to lie has left in the weights."""
+
+    name: str
+    lie: str
+    reason: str
+    trained: tuple[tuple[int, int], ...]
+    """(group, step) that held trajectories of it"""
+
+    def describe(self) -> str:
+        if not self.trained:
+            return f"{self.name} reported {self.lie} that are not what it did; nothing of it was trained"
+        steps = [step for _, step in self.trained]
+        groups = _listed(group for group, _ in self.trained[:MOST_SHOWN])
+        more = f" and {len(self.trained) - MOST_SHOWN} more" if len(self.trained) > MOST_SHOWN else ""
+        return (
+            f"{self.name} reported {self.lie} that are not what it did; {len(self.trained)} groups with trajectories "
+            f"of it were trained before that was known, in steps {min(steps)} to {max(steps)}: groups {groups}{more}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
     """What the audit of a run counted and found. A sound run has no violations."""
 
@@ -80,6 +103,8 @@ class Audit:
     violations: tuple[Violation, ...]
     went_back: str = ""
     """in words; empty when the run never went back"""
+    fabricated: tuple[Touched, ...] = ()
+    """by generators that were proven to lie"""
 
     def count(self, kind: Kind) -> int:
         return sum(1 for violation in self.violations if violation.kind == kind)
@@ -96,11 +121,14 @@ def audit_run(folder: RunFolder) -> Audit:
     promise = promise_of(settings, finished=folder.summary.exists(), back=back)
     with StoreReader(folder.store) as store:
         audit = audit_store(store, promise)
-        violations = [*audit.violations, *_check_evaluations(store, folder.read_events(), promise)]
+        events = folder.read_events()
+        violations = [*audit.violations, *_check_evaluations(store, events, promise)]
+        fabricated, known = _check_liars(store, events)
+        violations += known
     violations += _check_rows(folder, audit.steps, promise)
     violations += _check_checkpoints(folder, promise, back)
     went_back = "" if back is None else f"at step {back.at - 1} to version {back.to} ({back.reason})"
-    return dataclasses.replace(audit, violations=tuple(violations), went_back=went_back)
+    return dataclasses.replace(audit, violations=tuple(violations), went_back=went_back, fabricated=tuple(fabricated))
 
 
 def promise_of(settings: Settings, *, finished: bool, back: Rollback | None = None) -> Promise:
@@ -410,6 +438,29 @@ def _check_evaluations(store: StoreReader, events: Sequence[EventRow], promise: 
                 yield Violation(kind="evaluation", what=f"there is no evaluation {when}")
 
 
+def _check_liars(store: StoreReader, events: Sequence[EventRow]) -> tuple[list[Touched], list[Violation]]:
+    """What generators that were proven to lie have touched; nothing of it may be in a batch that was formed later."""
+    found: list[Touched] = []
+    violations: list[Violation] = []
+    for row in events:
+        if not isinstance(event := row.event, GeneratorQuarantined):
+            continue
+        trained = store.trained_of(event.name, begun_before=row.time)
+        known = {(touched.name, pair) for touched in found for pair in touched.trained}
+        fresh = tuple(pair for pair in trained if (event.name, pair) not in known)
+        found.append(Touched(name=event.name, lie=event.lie, reason=event.reason, trained=fresh))
+        violations += [
+            Violation(
+                kind="fabricated",
+                what=f"group {group} with trajectories of {event.name} is in the batch of step {step}, though the "
+                f"generator was quarantined before step {event.step}",
+            )
+            for group, step in fresh
+            if step >= event.step
+        ]
+    return found, violations
+
+
 def _check_rows(folder: RunFolder, formed: int, promise: Promise) -> Iterator[Violation]:
     """There is one metric row a step, in order, and at most one hash and one checksum a version."""
     steps = [int(row["step"]) for row in read_rows(folder.metrics)]
@@ -462,6 +513,7 @@ def audit_rows(audit: Audit) -> list[tuple[str, str]]:
         *([("went back", audit.went_back)] if audit.went_back else []),
         ("lost", str(audit.count("lost"))),
         ("duplicated", str(audit.count("duplicated"))),
+        *[("fabricated", touched.describe()) for touched in audit.fabricated],
     ]  # fmt: skip
 
 

@@ -63,6 +63,8 @@ class Replays:
     """episodes in a row that the child did not come back from"""
     pending: int = 0
     """questions that are not answered"""
+    confirming: bool = False
+    """something differs, and the second child is asked"""
     children: tuple[JsonChild, JsonChild] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -143,7 +145,9 @@ class Replays:
         self.lost = 0
         lie, reason, unlike = str(found["lie"]), str(found["reason"]), False
         if lie:
+            self.confirming = True
             again = self._ask(self.children[1], trajectory)
+            self.confirming = False
             if again is None:
                 return None
             unlike = (again["lie"], again["reason"]) != (lie, reason)

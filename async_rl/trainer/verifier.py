@@ -50,6 +50,11 @@ if TYPE_CHECKING:
     from async_rl.trainer.replays import Played
 
 SETTLE_S = 2.0
+"""longest wait for episodes that are being played again, between two steps"""
+MOST_BEHIND = 8
+"""episodes that are waited for while START_S lasts"""
+START_S = 10.0
+"""in all, of a whole run"""
 MOST_PENDING = 512
 """trajectories that wait to be scored; older ones are given up"""
 
@@ -145,6 +150,8 @@ class Verifier:
     """(split, problem) whose replay came out otherwise: it counts once"""
     random: np.random.Generator = field(default_factory=np.random.default_rng)
     counted: Counted = field(default_factory=Counted)
+    start_s: float = START_S
+    """left of START_S"""
 
     def __post_init__(self) -> None:
         self.limit = Mismatch(dtype=self.options.dtype, tolerance=self.options.tolerance)
@@ -160,10 +167,8 @@ class Verifier:
             self.counted.skipped += 1
 
     def work(self) -> None:
-        """Score what has come. The learner must be between two steps. Where somebody's rewards are in doubt it waits a
-        little for what is being played again, so that less is trained on them."""
-        doubt = any(suspicion.level > 1.5 for (_, check), suspicion in self.suspicions.items() if check == "rewards")
-        for played in self.replays.settle(SETTLE_S) if doubt else self.replays.take():
+        """Score what has come. The learner must be between two steps."""
+        for played in self.replays.settle(self._patience()):
             self._judge_replay(played)
         if not self.pending:
             return
@@ -177,6 +182,17 @@ class Verifier:
             self.counted.checked += 1
             self._judge(one, scores)
         self.counted.seconds += time.monotonic() - started
+
+    def _patience(self) -> float:
+        """Seconds to wait for episodes that are being played again: some where somebody's rewards are in doubt, so that
+        less is trained on them, and at the start, when the child is still reading its data."""
+        doubt = any(suspicion.level > 1.5 for (_, check), suspicion in self.suspicions.items() if check == "rewards")
+        if doubt or self.replays.confirming:
+            return SETTLE_S
+        if self.replays.pending < MOST_BEHIND or self.start_s <= 0:
+            return 0.0
+        self.start_s -= SETTLE_S
+        return SETTLE_S
 
     def row(self) -> dict[str, float]:
         """The columns verify/* of the step's metric row: what was verified since the last."""
