@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -68,7 +69,14 @@ class TextArenaSettings:
         -1.0, "reward of the policy's players where a game ends because a context or the turns are used up"
     )
     max_tokens: int = setting(256, "longest turn", unit="tokens", min=1, max=1_000_000)
-    max_turns: int = setting(64, "turns of one player after which a game ends", unit="turns", min=1, max=100_000)
+    max_turns: int = setting(
+        64,
+        "turns of one player after which a game ends: one of the policy's players then earns `unfinished`; where it is "
+        "another player's, the game is a draw of reward 0",
+        unit="turns",
+        min=1,
+        max=100_000,
+    )
     num_train: int = setting(10_000, "training problems: seeds of games", unit="problems", min=1, max=10**9)
     num_eval: int = setting(256, "held-out problems", unit="problems", min=1, max=10**6)
     seed: int = setting(0, "decides the problems", min=0, max=2**32 - 1)
@@ -84,7 +92,8 @@ class TextArena(GeneratedTask):
 
     A problem is a seed of the game and the policy's seat. What is random behind the policy's first turn follows from
     the episode's own seed, so the samples of a group start alike and then differ. Notes: `won`, `drawn`, `invalid` (the
-    game ended by a move of the policy's that it did not take), `moves`, and with self-play `earned/player-0`, ...
+    game ended by a move of the policy's that it did not take), `stalled` (a draw because a player that is none of the
+    policy's used its turns up), `moves`, and with self-play `earned/player-0`, ...
     """
 
     name = "textarena"
@@ -177,7 +186,8 @@ class TextArena(GeneratedTask):
         match.reseed(session.seed)
         finished = await self._play(match, problem, session)
         rewards = match.game.rewards if finished else None
-        own = {p: self.settings.unfinished if rewards is None else rewards.get(p, 0.0) for p in match.seats}
+        otherwise = 0.0 if match.stalled else self.settings.unfinished
+        own = {p: otherwise if rewards is None else rewards.get(p, 0.0) for p in match.seats}
         self._note(match, own, session, finished=rewards is not None)
         if not self.credits_turns or session.split == "eval":
             return own[match.seat]
@@ -191,6 +201,9 @@ class TextArena(GeneratedTask):
         """Play on until the game is over; False where it cannot go on."""
         chosen, contexts, said = self.settings, dict[int, int](), dict[int, str]()
         while not match.done:
+            if match.stalled:
+                session.end_at_turn_limit()
+                return False
             player, text = match.player, match.see()
             if match.turns[player] >= chosen.max_turns:
                 session.end_at_turn_limit()
@@ -225,7 +238,8 @@ class TextArena(GeneratedTask):
         best = max(rewards.values(), default=0.0)
         drawn = finished and len(set(rewards.values())) == 1
         session.note("moves", float(sum(match.turns.values())))
-        session.note("drawn", float(drawn))
+        session.note("drawn", float(drawn or match.stalled))
+        session.note("stalled", float(match.stalled))
         if len(match.seats) == 1:
             session.note("seat", float(match.seat))
             session.note("won", float(finished and not drawn and own[match.seat] == best))
@@ -265,7 +279,7 @@ class TextArena(GeneratedTask):
             segments.append(Segment(text=move + "\n", policy=True))
             match.act(move)
             match.random_moves()
-            if match.done:
+            if match.done or match.stalled or len(segments) >= 2 * self.settings.max_turns:
                 return segments
             segments.append(Segment(text=match.see() + MARK, policy=False))
 
@@ -283,6 +297,7 @@ class Match:
         self.game = task.new_game(data["seed"])
         self.draw = Random(data["seed"])
         self.turns = dict.fromkeys(self.seats, 0)
+        self._others_turns: Counter[int] = Counter()
         self.news: Sequence[Message] = ()
         """what the player on turn was told last"""
         self._opponents: dict[int, Callable[[str], Any]] = {}
@@ -298,6 +313,13 @@ class Match:
     @property
     def policys_turn(self) -> bool:
         return not self.done and self.game.player in self.seats
+
+    @property
+    def stalled(self) -> bool:
+        """The player on turn is none of the policy's, and has used its turns up: games like SpiteAndMalice let a player
+        draw for ever."""
+        others = not self.done and not self.policys_turn
+        return others and self._others_turns[self.player] >= self._task.settings.max_turns
 
     def reseed(self, seed: int) -> None:
         """Decide all that is random from now on."""
@@ -317,13 +339,15 @@ class Match:
         self.act(RandomPlayer.choose(self.game, self.game.told(), self.draw))
 
     def random_moves(self) -> None:
-        """Let random players move until the policy is on turn, or the game is over."""
-        while not self.done and not self.policys_turn:
+        """Let random players move until the policy is on turn, or the game is over or stalled."""
+        while not self.done and not self.policys_turn and not self.stalled:
+            self._others_turns[self.player] += 1
             self.random_move()
 
     async def opponents_move(self) -> None:
-        """Let the others move until the policy is on turn, or the game is over."""
-        while not self.done and not self.policys_turn:
+        """Let the others move until the policy is on turn, or the game is over or stalled."""
+        while not self.done and not self.policys_turn and not self.stalled:
+            self._others_turns[self.player] += 1
             player = self._opponents.get(self.player) or self._task.opponent()
             if player is None:
                 self.random_move()

@@ -78,7 +78,7 @@ def lowest_free(text: str) -> str:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("model") / "m"
-    return Tokenizer(write_folder(folder, qwen3_config(), alphabet=printable + "•─│"))
+    return Tokenizer(write_folder(folder, qwen3_config(), alphabet=printable + "•─│♠♥♦♣"))
 
 
 def make(**args: Any) -> TextArena:
@@ -183,6 +183,30 @@ def test_what_cannot_be_played_to_its_end_is_no_way_out(
     task = make(seat=0, unfinished=-0.75, **({"max_turns": 1} if "max_turns" in limits else {}))
     (trajectory,) = play(task, tokenizer, lowest_free, max_context=limits.get("max_context", 90_000))
     assert (trajectory.reward, trajectory.ended) == (-0.75, ended)
+
+
+def test_a_game_in_which_another_player_goes_on_for_ever_is_a_draw(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "drawer.py").write_text("class Drawer:\n    def __call__(self, told):\n        return '[draw]'\n")
+    opponent = f"{tmp_path / 'drawer.py'}:Drawer"
+    task = make(env="SpiteAndMalice-v0", seat=1, opponent=opponent, max_turns=5, num_eval=4)
+    (trajectory,) = play(task, tokenizer, lambda _: "[draw]\n")
+    assert (trajectory.ended, trajectory.reward, trajectory.reason) == ("turn_limit", 0.0, "")
+    assert {name: trajectory.info[name] for name in ("stalled", "drawn", "won", "moves")} == {
+        "stalled": 1.0, "drawn": 1.0, "won": 0.0, "moves": 0.0,
+    }  # fmt: skip
+    (own_fault,) = play(replace_settings(task, seat=0), tokenizer, lambda _: "[draw]\n")
+    assert (own_fault.ended, own_fault.reward, own_fault.info["stalled"]) == ("turn_limit", -1.0, 0.0)
+    assert own_fault.info["moves"] == 5.0
+
+
+def replace_settings(task: TextArena, **changes: Any) -> TextArena:
+    return TextArena(replace(task.settings, **changes))
+
+
+def test_a_game_of_random_moves_that_does_not_end_is_left(tokenizer: Tokenizer) -> None:
+    task = make(env="SpiteAndMalice-v0", max_turns=8, num_eval=4)
+    said = [segment for segment in task.demonstration(task.problems("train")[2], random.Random(2)) if segment.policy]
+    assert 1 <= len(said) <= 9
 
 
 # ---------------------------------------------------------------- opponents of one's own
