@@ -171,10 +171,10 @@ class Batching:
         if chosen is None:
             self._note_held_up(now)
             return out, ()
-        groups = [self.ledger.groups[group] for group in chosen]
-        for group in groups:
-            self.discarded.train(group)
-        self.on_formed(groups, step)
+        members = [self.ledger.groups[group] for group in chosen]
+        for member in members:
+            self.discarded.train(member)
+        self.on_formed(members, step)
         self.ledger.form_batch(chosen)
         self.counts["groups_trained"] += len(chosen)
         out.append(do.FormBatch(step=step, groups=tuple(chosen), formed_at=now))

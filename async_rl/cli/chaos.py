@@ -75,10 +75,16 @@ def run_chaos(
             proxy = stack.enter_context(Proxy(place / "wire.sock", target))
             words.append(f"wire.connect=ipc://{proxy.path}")
         started = time.monotonic()
+        launched = LaunchedRun(folder=folder)
         run = ChaosRun(
-            run=LaunchedRun(folder=folder),
+            run=launched,
             injector=Injector(
-                plan=plan, steps=settings.trainer.steps, proxy=proxy, record=path / "chaos.jsonl", started=started
+                plan=plan,
+                steps=settings.trainer.steps,
+                proxy=proxy,
+                record=path / "chaos.jsonl",
+                started=started,
+                start_liar=launched.start_liar,
             ),
             progress=RunProgress(folder, started),
             outcome=outcome,

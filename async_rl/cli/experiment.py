@@ -84,7 +84,7 @@ def _add_lab(commands: Commands) -> None:
 def _add_chaos(commands: Commands) -> None:
     chaos = commands.add(
         "chaos",
-        "a run whose processes are killed and frozen, then audited and replayed",
+        "a run whose processes are killed, frozen and lied to, then audited and replayed",
         example="async-rl chaos configs/quickstart.yaml trainer.steps=100 --kills 8",
         work=_chaos,
     )
@@ -92,6 +92,13 @@ def _add_chaos(commands: Commands) -> None:
     chaos.add_argument("--kills", type=int, default=8, metavar="N", help="processes killed (default 8)")
     for name in ("freezes", "slows", "disconnects"):
         chaos.add_argument(f"--{name}", type=int, metavar="N", help="default: a quarter of --kills")
+    chaos.add_argument(
+        "--lies",
+        type=int,
+        default=0,
+        metavar="N",
+        help="generators that join and report what they did not do (default 0)",
+    )
     chaos.add_argument("--seed", type=int, default=0, help="of the plan: which process, how and when (default 0)")
     folder = chaos.add_argument(
         "--run-dir", type=Path, metavar="DIR", help="folder of this run (default: runs/NAME-chaos-TIME)"
@@ -149,7 +156,9 @@ def _lab(arguments: argparse.Namespace) -> int:
 def _chaos(arguments: argparse.Namespace) -> int:
     from async_rl.cli.chaos import counts_of, run_chaos
 
-    counts = counts_of({name: getattr(arguments, name) for name in ("kills", "freezes", "slows", "disconnects")})
+    counts = counts_of(
+        {name: getattr(arguments, name) for name in ("kills", "freezes", "slows", "disconnects", "lies")}
+    )
     path = arguments.run_dir or Path("runs") / f"{arguments.config.stem}-chaos-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         outcome = run_chaos(arguments.config, arguments.overrides, path, counts, seed=arguments.seed, say=_print)

@@ -114,6 +114,9 @@ class RecordedEngine:
     def release(self, session: int) -> None:
         pass
 
+    def sampled(self, session: int) -> Sequence[int]:
+        return ()
+
     def stats(self) -> EngineStats:
         return EngineStats(busy_seconds=0.0, tokens_generated=0, tokens_prefilled=0, running=0, waiting=0)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from async_rl.events import ProcessStarted
-from async_rl.instruments.chaos.plan import LATEST, ROLES, Counts, Fault, make_plan, timetable
+from async_rl.instruments.chaos.plan import LATEST, LIES, ROLES, Counts, Fault, describe, lie_of, make_plan, timetable
 from async_rl.instruments.chaos.progress import RunProgress
 from async_rl.run_folder import RunFolder, append_row, replace_text
 
@@ -62,6 +62,15 @@ def test_whoever_is_stopped_goes_on_or_is_ended(counts: Counts, seed: int) -> No
 def test_other_seeds_give_other_plans() -> None:
     counts = Counts(kills=8, freezes=2, slows=2, disconnects=2)
     assert len({make_plan(counts, seed=seed) for seed in range(20)}) == 20
+
+
+def test_a_plan_without_lies_is_as_before_and_lies_are_of_every_kind() -> None:
+    plain = make_plan(Counts(kills=8, freezes=2, slows=2, disconnects=2), seed=5)
+    assert plain == make_plan(Counts(kills=8, freezes=2, slows=2, disconnects=2, lies=0), seed=5)
+    lies = list(make_plan(Counts(kills=0, freezes=0, slows=0, disconnects=0, lies=40), seed=5))
+    assert {lie_of(fault) for fault in lies} == set(LIES)
+    assert all(timetable(fault, patience_s=4.0) == [] and fault.role is None for fault in lies)
+    assert describe(lies[0]) == f"a generator joins that lies about {lie_of(lies[0])}"
 
 
 def test_the_watch_knows_the_longest_time_without_progress(tmp_path: Path) -> None:

@@ -60,6 +60,24 @@ def test_a_run_of_which_everything_is_killed_loses_nothing(tmp_path: Path, tiny_
     assert run.settings().wire.connect == ""  # whoever goes on with it needs no proxy
 
 
+@pytest.mark.nightly
+def test_liars_that_join_are_quarantined_and_nothing_is_trained_on_them_then(tmp_path: Path, tiny_model: Path) -> None:
+    config = write_config(
+        tmp_path, tiny_model, "trainer.steps=900", "checkpoint.every=100", "evaluation.every=0",
+        "wire.timeout_s=60", "verify.rewards=auto", "optimizer.warmup_steps=0",
+    )  # fmt: skip
+    run = RunFolder(tmp_path / "run")
+    words = ("--kills", "0", "--freezes", "0", "--slows", "0", "--disconnects", "0", "--lies", "3", "--seed", "4")
+    process = begin(config, run.path, *words)
+    said, _ = process.communicate(timeout=2 * LONGEST_S)
+    assert process.returncode == 0, said
+    result = json.loads((run.path / "chaos.json").read_text())
+    wanted = {"lies": 3, "liars_quarantined": 3, "lies_trained_on": 0, "lost": 0, "duplicated": 0, "hangs": 0}
+    assert {name: result[name] for name in wanted} == wanted, said
+    assert result["replay_identical"]
+    assert "lies trained on" in said
+
+
 def test_ctrl_c_leaves_no_process_and_says_where_the_record_is(tmp_path: Path, tiny_model: Path) -> None:
     config = write_config(tmp_path, tiny_model, "trainer.steps=100000")
     run = RunFolder(tmp_path / "run")

@@ -28,7 +28,7 @@ MOST_RESUMES_IN_VAIN = 3
 """in a row, without a step, after ends that no fault explains"""
 NOTED = (
     "started", "failed", "generator_died", "generator_rejoined", "process_frozen", "stall", "resumed",
-    "checkpoint_damaged", "ended_by_force", "still_running",
+    "checkpoint_damaged", "ended_by_force", "still_running", "trajectory_doubted", "generator_quarantined",
 )  # fmt: skip
 """events that are kept with the fault they follow"""
 
@@ -165,6 +165,7 @@ class ChaosRun:
                 self.problem(f"left over at the end: {', '.join(f'{t.name} ({t.pid})' for t in left)}")
             if undone := self.injector.undone:
                 self.problem(f"the run ended before {undone} of {len(self.injector.plan)} faults; raise trainer.steps")
+        self.injector.end_liars()
         self.run.kill_all()
         self.run.output.close()
         if self.run.folder.path.is_dir():

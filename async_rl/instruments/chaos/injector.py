@@ -6,6 +6,7 @@ the run does meanwhile counts as its consequence.
 
 from __future__ import annotations
 
+import subprocess
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 from signal import SIGCONT
 from typing import Any
 
-from async_rl.instruments.chaos.plan import Fault, describe, timetable
+from async_rl.instruments.chaos.plan import Fault, Lie, describe, lie_of, timetable
 from async_rl.instruments.chaos.proxy import Proxy
 from async_rl.instruments.chaos.target import Target
 from async_rl.run_folder import append_row
@@ -22,7 +23,7 @@ FREEZE_LIMIT_S = 4.0
 """after which its user kills a launcher that is frozen"""
 FOLLOWED_S = 3.0
 """what happens so long after a fault counts as its consequence, and until the next step"""
-COUNTERS = {"kill": "kills", "freeze": "freezes", "slow": "slows", "disconnect": "disconnects"}
+COUNTERS = {"kill": "kills", "freeze": "freezes", "slow": "slows", "disconnect": "disconnects", "lie": "lies"}
 """kind of fault -> its counter in the outcome"""
 
 
@@ -40,6 +41,8 @@ class InjectedFault:
     """(when, signal) still to come"""
     cut: Callable[[], int] | None = None
     """cuts the connections that are held"""
+    liar: subprocess.Popen[bytes] | None = None
+    """a generator that lies"""
     followed: list[str] = field(default_factory=list)
     """what the run did next"""
     next_step_s: float | None = None
@@ -56,6 +59,8 @@ class InjectedFault:
         if self.cut is not None and now >= self.began + self.fault.seconds:
             self.followed.append(f"{self.cut()} connections cut")
             self.cut = None
+        if self.liar is not None:
+            return self.liar.poll() is not None
         if self.fault.endless and self.target is not None:
             return not self.target.alive()
         return not self.ahead and self.cut is None
@@ -72,6 +77,8 @@ class Injector:
     record: Path
     """chaos.jsonl"""
     started: float
+    start_liar: Callable[[str, Lie], subprocess.Popen[bytes]]
+    """of that name, about that"""
     next: int = 0
     """place in the plan"""
     due: float | None = None
@@ -111,7 +118,12 @@ class Injector:
         """None where nobody of that role lives at the moment: the fault then comes a little later."""
         target: Target | None = None
         cut: Callable[[], int] | None = None
-        if fault.role is not None:
+        liar: subprocess.Popen[bytes] | None = None
+        if fault.kind == "lie":
+            if not any(one.role == "buffer" and one.alive() for one in living):
+                return None
+            liar = self.start_liar(f"liar-{self.next}", lie_of(fault))
+        elif fault.role is not None:
             fitting = [one for one in living if one.role == fault.role and one.alive()]
             if not fitting:
                 return None
@@ -128,6 +140,7 @@ class Injector:
             step=steps_done,
             ahead=deque((now + seconds, number) for seconds, number in timetable(fault, patience_s=FREEZE_LIMIT_S)),
             cut=cut,
+            liar=liar,
         )
         self.next += 1
         self.due = None
@@ -155,6 +168,13 @@ class Injector:
                 one.target.send(SIGCONT)
                 one.ahead.clear()
 
+    def end_liars(self) -> None:
+        """End the generators that lie, wherever they are."""
+        for one in (*self.open, *self.active):
+            if one.liar is not None:
+                one.liar.kill()
+                one.liar.wait()
+
     def close(self) -> None:
         """Record the faults that are not recorded yet."""
         for one in (*self.open, *self.active):
@@ -165,7 +185,11 @@ class Injector:
         row = {
             "fault": fault.kind,
             "what": describe(fault),
-            "target": one.target.name if one.target is not None else "connections",
+            "target": "a liar"
+            if one.liar is not None
+            else one.target.name
+            if one.target is not None
+            else "connections",
             "pid": one.target.pid if one.target is not None else None,
             "at_s": round(one.began - self.started, 3),
             "step": one.step,

@@ -47,6 +47,17 @@ class LaunchedRun:
         if (target := launcher_target(self.launcher.pid)) is not None:
             self.living["launcher"] = self.seen[target.pid] = target
 
+    def start_liar(self, name: str, lie: str) -> subprocess.Popen[bytes]:
+        """A generator that joins the run and lies; what it says goes to the run's logs."""
+        with (self.folder.logs / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "async_rl.instruments.chaos.liar", str(self.folder.path), name, lie],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
     def add(self, name: str, pid: int) -> None:
         """The run has started a process."""
         if (target := child_target(self.folder, name, pid)) is not None:

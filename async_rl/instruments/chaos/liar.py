@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 from msgspec.structs import replace
@@ -19,11 +18,9 @@ from torch import Tensor
 
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.outbox import Outbox
+from async_rl.instruments.chaos.plan import LIES, Lie
 from async_rl.run.join import find_target, join_run
 from async_rl.trajectory import Trajectory
-
-Lie = Literal["tokens", "log-probs", "versions", "rewards"]
-LIES: tuple[Lie, ...] = get_args(Lie)
 
 
 def tokens(trajectory: Trajectory) -> Trajectory:

@@ -20,6 +20,8 @@ class Outcome:
     freezes: int = 0
     slows: int = 0
     disconnects: int = 0
+    lies: int = 0
+    """generators that joined and lied"""
     resumes: int = 0
     hangs: int = 0
     seconds: float = 0.0
@@ -37,7 +39,7 @@ class Outcome:
 
     @property
     def done(self) -> int:
-        return self.kills + self.freezes + self.slows + self.disconnects
+        return self.kills + self.freezes + self.slows + self.disconnects + self.lies
 
     @property
     def clean(self) -> bool:
@@ -54,6 +56,9 @@ class Outcome:
             "freezes": self.freezes,
             "slows": self.slows,
             "disconnects": self.disconnects,
+            "lies": self.lies,
+            "liars_quarantined": len(a.fabricated) if a else None,
+            "lies_trained_on": a.count("fabricated") if a else None,
             "resumes": self.resumes,
             "groups_admitted": a.groups_admitted if a else None,
             "groups_trained": a.groups_trained if a else None,
@@ -76,13 +81,16 @@ def outcome_rows(outcome: Outcome) -> list[str]:
     """A table for the terminal."""
     rows = [
         ("faults", f"{outcome.kills} kills, {outcome.freezes} freezes, {outcome.slows} slowed, "
-                   f"{outcome.disconnects} disconnected; {outcome.done} of {outcome.planned} planned"),
+                   f"{outcome.disconnects} disconnected, {outcome.lies} lies; {outcome.done} of {outcome.planned} "
+                   "planned"),
         ("resumed", f"{outcome.resumes} times, {outcome.seconds:.0f} s in all"),
         ("hangs", str(outcome.hangs)),
         ("longest stall", f"{outcome.max_stall_seconds:.1f} s, {outcome.stalled_where}"),
     ]  # fmt: skip
     if outcome.audit is not None:
         rows += audit_rows(outcome.audit)
+        if outcome.lies:
+            rows.append(("lies trained on", f"{outcome.audit.count('fabricated')} groups after their quarantine"))
     identical = {True: "identical weights", False: "NOT identical", None: "not tried"}
     begun = f", from version {outcome.replayed_from} on" if outcome.replayed_from else ""
     rows.append(("replay", identical[outcome.replay_identical] + begun))

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal, get_args
 
-Kind = Literal["kill", "freeze", "slow", "disconnect"]
-"""SIGKILL; SIGSTOP, for a moment or for ever; stopped and continued in turn; connections cut"""
+Lie = Literal["tokens", "log-probs", "versions", "rewards"]
+LIES: tuple[Lie, ...] = get_args(Lie)
+Kind = Literal["kill", "freeze", "slow", "disconnect", "lie"]
+"""SIGKILL; SIGSTOP, for a moment or for ever; stopped and continued in turn; connections cut; a generator that reports
+what it did not do joins"""
 Role = Literal["buffer", "generator", "trainer", "launcher"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -38,13 +41,14 @@ class Counts:
     freezes: int
     slows: int
     disconnects: int
+    lies: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
     kind: Kind
     role: Role | None
-    """None: the connections of generators and trainer"""
+    """None: the connections of generators and trainer, or a generator of its own"""
     progress: float
     """share of the training steps that is done, 0 .. 1"""
     delay_s: float
@@ -54,7 +58,7 @@ class Fault:
     seconds: float
     """how long; 0: at once, or for ever"""
     pick: float
-    """0 .. 1, which of several generators or connections"""
+    """0 .. 1, which of several generators, connections or lies"""
 
     @property
     def endless(self) -> bool:
@@ -71,6 +75,7 @@ def make_plan(counts: Counts, *, seed: int) -> tuple[Fault, ...]:
     victims += [("kill", role, 0.0) for role in _roles(counts.kills, random)]
     victims += [("slow", role, random.uniform(*SLOW_S)) for role in _roles(counts.slows, random)]
     victims += [("disconnect", None, random.uniform(*HOLD_S)) for _ in range(counts.disconnects)]
+    victims += [("lie", None, 0.0) for _ in range(counts.lies)]
     random.shuffle(victims)
     moments = sorted(random.uniform(0.0, LATEST) for _ in victims)
     plan: list[Fault] = []
@@ -116,7 +121,7 @@ def timetable(fault: Fault, *, patience_s: float) -> list[tuple[float, signal.Si
             for turn in range(max(1, round(fault.seconds / cycle))):
                 found += [(turn * cycle, stop), (turn * cycle + SLOW_STOPPED_S, go_on)]
             return found
-        case "disconnect":
+        case "disconnect" | "lie":
             return []
 
 
@@ -131,3 +136,10 @@ def describe(fault: Fault) -> str:
             return f"{fault.role} is slowed for {fault.seconds:.1f} s"
         case "disconnect":
             return "connections are cut"
+        case "lie":
+            return f"a generator joins that lies about {lie_of(fault)}"
+
+
+def lie_of(fault: Fault) -> Lie:
+    """What it lies about."""
+    return LIES[int(fault.pick * len(LIES))]
