@@ -19,6 +19,7 @@ from async_rl.events import (
     AlarmRaised,
     Event,
     EventRow,
+    GeneratorQuarantined,
     ProcessFailed,
     ProcessStarted,
     RunInterrupted,
@@ -129,7 +130,7 @@ def read_run(path: Path) -> RunRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Incident:
-    """An alarm or a rollback, which every curve is marked with.
+    """An alarm, a rollback or a quarantine, which every curve is marked with.
 
     Example: `Incident(step=41, name="alarm ess", text="ess/ratio 0.02 is below 0.05")`.
     """
@@ -143,7 +144,7 @@ class Incident:
 
 
 def incidents(events: Iterable[Event | None]) -> list[Incident]:
-    """The alarms and rollbacks among `events`, in their order."""
+    """The alarms, rollbacks and quarantines among `events`, in their order."""
     found = []
     for event in events:
         match event:
@@ -151,6 +152,9 @@ def incidents(events: Iterable[Event | None]) -> list[Incident]:
                 found.append(Incident(step=step, name=f"alarm {signal}", text=reason))
             case RunRolledBack(version=version, to=to, text=text):
                 found.append(Incident(step=version, name=f"rollback to {to}", text=text))
+            case GeneratorQuarantined(step=step, name=name, lie=lie, reason=reason):
+                text = f"{name} reported {lie} that are not what it did: {reason}"
+                found.append(Incident(step=step, name=f"quarantine {name}", text=text))
             case _:
                 pass
     return found

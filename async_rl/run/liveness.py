@@ -21,7 +21,7 @@ from msgspec import to_builtins
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
-from async_rl.events import AlarmRaised, Event, RunRolledBack, StallReported
+from async_rl.events import AlarmRaised, Event, GeneratorQuarantined, RunRolledBack, StallReported
 from async_rl.observe.record import active_alarms
 from async_rl.process import STACKS_SIGNAL
 from async_rl.run_folder import RunFolder, replace_text
@@ -215,7 +215,7 @@ class LiveReport:
 
     def add_event(self, event: Event | None) -> None:
         """Take in an event of the run, in their order."""
-        if isinstance(event, AlarmRaised | RunRolledBack):
+        if isinstance(event, AlarmRaised | RunRolledBack | GeneratorQuarantined):
             self.alarms.append(event)
 
     def update(self, now: float, children: Sequence[Mapping[str, object]]) -> None:

@@ -45,16 +45,19 @@ def test_a_joined_liar_is_quarantined_within_fifty_groups_and_the_run_goes_on(
     command = [sys.executable, "-m", "async_rl.instruments.chaos.liar", str(run.folder.path), "mallory", lie]
     liar = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
     assert liar.returncode != 0
-    assert f"quarantined: mallory reported {lie} that are not what it did" in liar.stderr, liar.stderr
+    # what old weights sampled that are not held any more looks like false tokens under the version that is named
+    known = (lie, "tokens") if lie == "versions" else (lie,)
+    said = [f"quarantined: mallory reported {name} that are not what it did" for name in known]
+    assert any(words in liar.stderr for words in said), liar.stderr
     run.wait_for(lambda: quarantined(run.folder), "the quarantine")
     (found,) = quarantined(run.folder)
-    assert (found.name, found.lie) == ("mallory", lie)
+    assert found.name == "mallory"
+    assert found.lie in known
     assert found.groups_trained + found.groups_refused <= 50
     steps = found.step + 5
     run.wait_for(lambda: len((run.folder.path / "metrics.jsonl").read_text().splitlines()) > steps, "five more steps")
     run.process.terminate()
-    said = run.said()
-    assert "QUARANTINED mallory" in said
+    assert "QUARANTINED mallory" in run.said()
 
     with StoreReader(run.folder.store) as store:
         sent = {t.group for t in store.trajectories(split="train") if t.generator == "mallory"}
@@ -67,7 +70,7 @@ def test_a_joined_liar_is_quarantined_within_fifty_groups_and_the_run_goes_on(
     assert all((row.position, row.attempt + 1) in asked for row in refused)
     audit = run_command("audit", run.folder.path)
     assert audit.returncode == 0, audit.stdout
-    assert f"mallory reported {lie}" in audit.stdout
+    assert f"mallory reported {found.lie}" in audit.stdout
 
 
 class LyingLauncher(Launcher):
