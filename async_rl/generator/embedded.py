@@ -1,22 +1,21 @@
 """Continuous decoding in plain torch on the decoder the trainer uses.
 
 Every step feeds one packed row of tokens: the last token of each running turn, together with new prompts and appended
-environment text up to the prefill budget. A turn that ends leaves at once and the next request takes its slot before
-the following step; no sequence waits for the longest.
+environment text up to the prefill budget (schedule.py). A turn that ends leaves at once and the next request takes its
+slot before the following step; no sequence waits for the longest. A prompt of several sequences is fed once, and its
+blocks of the cache are shared (kv_blocks.py).
 
 One background task owns the model. It yields to the event loop after each step, so that sessions whose turn just ended
 can request their next one before the next step; without work it sleeps on an event.
 
-Shapes: rows are the sequences of one step, tokens all tokens fed in it, slots the places of the KV cache.
+Shapes: rows are the sequences of one step, tokens all tokens fed in it, slots the places of sequences.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -26,20 +25,24 @@ from torch import Tensor
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, EngineStats, LogitsNotFinite, Request
-from async_rl.generator.kv_cache import CacheAttention, Feed, KVCache, arrange
+from async_rl.generator.kv_blocks import SCRATCH, BlockTables, Ints, blocks_for
+from async_rl.generator.kv_cache import BLOCK, CacheAttention, Feed, KVCache, arrange, block_bytes
 from async_rl.generator.sampling import StopRules, sample, uniforms
+from async_rl.generator.schedule import Schedule
+from async_rl.generator.slots import CheckedRequest, Slots
+from async_rl.model.architecture import DecoderConfig
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
 from async_rl.model.fused_decoder import FusedDecoder
-from async_rl.model.huggingface import HuggingFaceDecoder, soft_cap
+from async_rl.model.huggingface import ForeignConfig, HuggingFaceDecoder, soft_cap
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.weights.canary import fingerprint
 from async_rl_kernels.product import linear
 
 PROBE_ROWS = 1024
 """tokens whose logits a probe holds at once"""
-FILLED = 0.75
-"""running sequences are compacted when they fill less than this share of the slots they span"""
+CACHE_BYTES = 2 << 30
+"""largest KV cache unless it is set; one sequence always fits"""
 
 Answer = asyncio.Future[Completion]
 
@@ -50,6 +53,9 @@ class EmbeddedEngine:
     Args:
         max_sequences: sequences with a cache (running and between turns); further requests wait in order.
         max_context: tokens of one sequence; never more than the model's own limit.
+        cache_bytes: most memory of the KV cache, which grows as it is used. When it is full, idle sessions lose theirs,
+            then the youngest running sequences, whose turn goes on later. 0: what `max_sequences` of `max_context`
+            take, at most CACHE_BYTES.
         kv_on_update: after `load`, rebuild the cache of every sequence under the new weights ("recompute"), or go on
             with the old one ("keep": cheaper, but later tokens are sampled from neither policy).
         prefill_tokens: most prompt and environment tokens in one step.
@@ -63,6 +69,7 @@ class EmbeddedEngine:
         *,
         max_sequences: int = 64,
         max_context: int | None = None,
+        cache_bytes: int = 0,
         kv_on_update: Literal["recompute", "keep"] = "recompute",
         prefill_tokens: int = 2048,
         device: torch.device | str | None = None,
@@ -83,18 +90,20 @@ class EmbeddedEngine:
         else:
             self._forward = self._model
         self._recompute = kv_on_update == "recompute"
-        self._prefill_tokens = prefill_tokens
+        config = model.config
+        blocks = cache_blocks(config, max_sequences, self._max_context, dtype.itemsize, cache_bytes)
         self._cache = KVCache(
-            layers=model.config.layers,
-            heads=model.config.heads,
-            kv_heads=model.config.kv_heads,
-            head_dim=model.config.head_dim,
-            max_slots=max_sequences,
-            max_context=self._max_context,
+            layers=config.layers,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            max_blocks=blocks,
             device=self._device,
             dtype=dtype,
         )
-        self._slots = Slots(max_sequences, self._max_context)
+        self._tables = BlockTables(slots=max_sequences, blocks=blocks, size=BLOCK)
+        self._slots = Slots(max_sequences, self._max_context, self._tables)
+        self._schedule = Schedule(self._slots, self._tables, prefill_tokens)
         self._rules = StopRules(tokenizer, model.config.vocabulary)
         self._waiting: dict[int, tuple[CheckedRequest, Answer]] = {}  # by session, in order of arrival
         self._answers: dict[int, Answer] = {}  # of running sessions
@@ -157,7 +166,8 @@ class EmbeddedEngine:
                 parameter.copy_(weights[name])
         self._version = version
         if self._recompute:
-            self._slots.cached[:] = 0
+            self._tables.clear_all()
+        self._tables.forget()
 
     async def probe(self, tokens: Sequence[int]) -> Sequence[float]:
         """Log-probs of tokens[1:] given what precedes each, at temperature 1."""
@@ -198,6 +208,7 @@ class EmbeddedEngine:
             tokens_prefilled=self._prefilled,
             running=int(self._slots.running.sum()),
             waiting=len(self._waiting),
+            cache_bytes=self._tables.touched * self._cache.block_bytes,
         )
 
     async def close(self) -> None:
@@ -276,6 +287,8 @@ class EmbeddedEngine:
         session = checked.request.session
         slot = self._slots.of(session)
         assert slot is not None
+        copy = self._tables.truncate(slot, self._slots.in_common(slot, checked.history))
+        self._cache.copy([copy] if copy is not None else [])
         self._slots.start(slot, checked)
         self._answers[session] = answer
 
@@ -283,48 +296,37 @@ class EmbeddedEngine:
     def _step(self) -> None:
         """Feed tokens, sample one token of every row whose history is complete, end turns."""
         slots = self._slots
-        rows, num_near, num_far = arrange(self._next_feed())
-        attention = CacheAttention(self._cache, rows, num_near, num_far)
+        step = self._schedule.next_step()
+        self._cache.reserve(self._tables.touched)
+        self._cache.copy(step.copies)
+        rows, order, near, far = arrange(step.feed, plain=self._cache.plain)
+        at = rows_at(step.feed, order)
+        where = self._cache.places(step.block[at], step.place[at])
+        attention = CacheAttention(self._cache, self._tables, rows, where, near, far)
         tokens = self._to_device(slots.tokens[attention.slot, attention.position].astype(np.int64))  # [tokens]
         hidden = self._forward(tokens, self._to_device(attention.position), attention)  # [tokens, hidden]
-        reached = rows.start + rows.count  # [rows]
-        slots.cached[rows.slot] = reached
-        complete = reached == slots.known[rows.slot]  # [rows]
+        self._tables.settle()
+        complete = rows.start + rows.count == slots.known[rows.slot]  # [rows]
         self._prefilled += int(rows.count.sum()) - int((rows.count == 1).sum())
         if not complete.any():
             return
         if len(tokens) > len(rows.slot) or not complete.all():
             hidden = hidden.index_select(0, self._to_device(attention.last[complete]))
-        self._sample(rows.slot[complete], hidden)
+        logits = soft_cap(linear(hidden, self._model.head), self._model.logit_cap)
+        slot = rows.slot[complete]
+        if step.twins:
+            place = np.empty(len(order), dtype=np.int64)
+            place[order[complete]] = np.arange(len(slot))
+            slot = np.concatenate((slot, [twin for twin, _ in step.twins]))
+            own = [*range(len(logits)), *(int(place[row]) for _, row in step.twins)]
+            logits = logits.index_select(0, self._to_device(np.array(own)))
+        self._sample(slot, logits)
 
-    def _next_feed(self) -> Feed:
-        """The tokens that each running row lacks: one when decoding, more within the prefill budget, oldest requests
-        first. Also keeps the running slots together and the cache large enough."""
-        slots = self._slots
-        slot = np.flatnonzero(slots.running)
-        if len(slot) < FILLED * (slot[-1] + 1):
-            self._cache.reserve(int(slot[-1]) + 1, 1)
-            first, second = slots.compaction()
-            slots.swap(first, second)
-            self._cache.swap(first, second, int(slots.cached.max()))
-            slot = np.flatnonzero(slots.running)
-        count = slots.known[slot] - slots.cached[slot]
-        if int(count.sum()) - len(slot) > self._prefill_tokens:
-            order = np.argsort(slots.arrival[slot], kind="stable")
-            extra = count[order] - 1
-            before = extra.cumsum() - extra
-            granted = np.clip(self._prefill_tokens - before, 0, extra)
-            # A row that lacks several tokens and gets no budget is left out of this step.
-            count[order] = np.where((extra > 0) & (granted == 0), 0, granted + 1)
-            slot, count = slot[count > 0], count[count > 0]
-        self._cache.reserve(int(slot[-1]) + 1, int((slots.cached[slot] + count).max()))
-        return Feed(slot=slot, start=slots.cached[slot], count=count)
-
-    def _sample(self, slot: NDArray[np.int64], hidden: Tensor) -> None:
-        """Sample one token for each of `slot` [rows] from `hidden` [rows, hidden], and end turns that are over."""
+    def _sample(self, slot: NDArray[np.int64], logits: Tensor) -> None:
+        """Sample one token for each of `slot` [rows] from `logits` [rows, vocabulary], which are overwritten, and end
+        turns that are over."""
         slots = self._slots
         at = slots.known[slot]
-        logits = soft_cap(linear(hidden, self._model.head), self._model.logit_cap)
         drawn, drawn_log_probs = sample(logits, slots.temperature[slot], uniforms(slots.seed[slot], at))  # [rows] each
         token, log_prob = drawn.cpu().numpy(), drawn_log_probs.cpu().numpy()
         finite = np.isfinite(log_prob)
@@ -348,8 +350,9 @@ class EmbeddedEngine:
         answer = self._answers.pop(self._slots.session[slot])
         if not answer.done():
             answer.set_exception(LogitsNotFinite(self._version))
+        # What blocks hold later is multiplied with what they hold now, by weight 0, and 0 times NaN is NaN.
+        self._cache.zero([SCRATCH, *self._tables.chain(slot)])
         self._slots.clear(slot)
-        self._cache.clear(slot)  # other sequences attend to it with weight 0, and 0 times NaN is NaN
 
     def _answer(self, slot: int, finish: Literal["stop", "length", "aborted"]) -> None:
         """Complete the turn of a running slot."""
@@ -379,132 +382,17 @@ class EmbeddedEngine:
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckedRequest:
-    """A request that can be sampled: its tokens as an array, and its stop rule."""
+def cache_blocks(
+    config: DecoderConfig | ForeignConfig, max_sequences: int, max_context: int, item_bytes: int, cache_bytes: int = 0
+) -> int:
+    """Blocks of an engine's KV cache, as `EmbeddedEngine` describes `cache_bytes`."""
+    each = block_bytes(config.layers, config.kv_heads, config.head_dim, item_bytes)
+    most = blocks_for(max_context, BLOCK, max_sequences)
+    return max(blocks_for(max_context, BLOCK), min(most, (cache_bytes or CACHE_BYTES) // each))
 
-    request: Request
-    history: NDArray[np.int32]  # [tokens]
-    rule: int
-    """number of its stop rule (sampling.StopRules)"""
 
-
-class Slots:
-    """Which session holds which slot of the cache, and the numbers of its turn, as arrays over slots.
-
-    A slot is free, running, or idle: between two turns of its session, kept until `release` or until a waiting request
-    needs the slot (least recently used first).
-    """
-
-    def __init__(self, max_sequences: int, max_context: int) -> None:
-        n = max_sequences
-        # [slots, max_context]; the memory is touched only as far as sequences reach
-        self.tokens = np.zeros((n, max_context), dtype=np.int32)
-        self.log_probs = np.zeros((n, max_context), dtype=np.float32)
-        self.versions = np.zeros((n, max_context), dtype=np.int32)
-        # [slots]
-        self.known = np.zeros(n, dtype=np.int64)
-        """tokens of history and turn so far"""
-        self.cached = np.zeros(n, dtype=np.int64)
-        """of these, tokens whose keys and values are in the cache"""
-        self.turn_start = np.zeros(n, dtype=np.int64)
-        self.limit = np.zeros(n, dtype=np.int64)
-        """`known` at which the turn has to end"""
-        self.temperature = np.ones(n, dtype=np.float32)
-        self.seed = np.zeros(n, dtype=np.uint64)
-        self.rule = np.zeros(n, dtype=np.int64)
-        self.arrival = np.zeros(n, dtype=np.int64)
-        self.running = np.zeros(n, dtype=bool)
-        self.session = np.full(n, -1, dtype=object)
-        self._max_context = max_context
-        self._slot_of: dict[int, int] = {}
-        self._free = list(range(n))
-        self._idle: dict[int, None] = {}  # slots, least recently used first
-        self._arrivals = 0
-
-    def of(self, session: int) -> int | None:
-        """The slot of a session, running or idle."""
-        return self._slot_of.get(session)
-
-    def take(self, session: int) -> int | None:
-        """A slot for `session`: its own, a free one, or that of the least recently used idle session.
-        None when every slot is running."""
-        slot = self._slot_of.get(session)
-        if slot is not None:
-            return slot
-        if not self._free and self._idle:
-            self.clear(next(iter(self._idle)))
-        if not self._free:
-            return None
-        slot = heapq.heappop(self._free)
-        self._slot_of[session] = slot
-        self.session[slot] = session
-        self.cached[slot] = self.known[slot] = 0
-        return slot
-
-    def start(self, slot: int, checked: CheckedRequest) -> None:
-        """Begin a turn. The cache stays valid as far as the old history agrees with the new one."""
-        request, history = checked.request, checked.history
-        n = len(history)
-        same = min(int(self.cached[slot]), n - 1)  # the last token is fed again: its logits are needed
-        differs = np.flatnonzero(self.tokens[slot, :same] != history[:same])
-        self.cached[slot] = differs[0] if len(differs) else same
-        self.tokens[slot, :n] = history
-        self.known[slot] = self.turn_start[slot] = n
-        self.limit[slot] = min(n + request.params.max_tokens, self._max_context)
-        self.temperature[slot] = request.params.temperature
-        self.seed[slot] = request.seed & 0xFFFF_FFFF_FFFF_FFFF
-        self.rule[slot] = checked.rule
-        self.arrival[slot] = self._arrivals
-        self._arrivals += 1
-        self.running[slot] = True
-        self._idle.pop(slot, None)
-
-    def end(self, slot: int) -> None:
-        """End the turn; the session keeps its slot for the next one."""
-        self.running[slot] = False
-        self._idle[slot] = None
-
-    def clear(self, slot: int) -> None:
-        """Forget the session in `slot`."""
-        self._slot_of.pop(self.session[slot])
-        self._idle.pop(slot, None)
-        self.session[slot] = -1
-        self.running[slot] = False
-        self.cached[slot] = self.known[slot] = 0
-        heapq.heappush(self._free, slot)
-
-    def new_tokens(self, slot: int) -> NDArray[np.int32]:
-        """Tokens of the turn so far, [new tokens]."""
-        return self.tokens[slot, self.turn_start[slot] : self.known[slot]]
-
-    def compaction(self) -> tuple[list[int], list[int]]:
-        """(running slots to move down, lower slots that are not running), pairwise."""
-        running = np.flatnonzero(self.running)
-        below = np.flatnonzero(~self.running[: len(running)])
-        return running[len(running) - len(below) :].tolist(), below.tolist()
-
-    def swap(self, first: Sequence[int], second: Sequence[int]) -> None:
-        """Exchange the sessions of slots `first[i]` and `second[i]`, with their arrays."""
-        here, there = [*first, *second], [*second, *first]
-        used = int(self.known[here].max())
-        for matrix in (self.tokens, self.log_probs, self.versions):
-            matrix[here, :used] = matrix[there, :used]
-        for column in (
-            self.known,
-            self.cached,
-            self.turn_start,
-            self.limit,
-            self.temperature,
-            self.seed,
-            self.rule,
-            self.arrival,
-            self.running,
-            self.session,
-        ):
-            column[here] = column[there]
-        moved = dict(zip(there, here, strict=True))
-        self._slot_of = {session: moved.get(slot, slot) for session, slot in self._slot_of.items()}
-        self._idle = {moved.get(slot, slot): None for slot in self._idle}
-        self._free = [moved.get(slot, slot) for slot in self._free]
-        heapq.heapify(self._free)
+def rows_at(feed: Feed, order: Ints) -> Ints:
+    """Indices [tokens] of the tokens of rows `order` of a feed, row by row."""
+    begin = feed.count.cumsum() - feed.count
+    count = feed.count[order]
+    return np.arange(count.sum()) + np.repeat(begin[order] - (count.cumsum() - count), count)

@@ -71,6 +71,8 @@ class EngineStats:
     """sequences being decoded now"""
     waiting: int
     """requests not yet started"""
+    cache_bytes: int = 0
+    """of the keys and values held at most until now; 0: not known"""
 
 
 class LogitsNotFinite(RuntimeError):

@@ -1,16 +1,20 @@
 """Keys and values of the engine's sequences, and attention over them.
 
-Layout: per layer [slots, kv_heads, capacity, head_dim]. A sequence lives in one slot; running sequences keep to the
-low slots, so a decode step attends over a *view* of the cache and copies nothing. Capacity and slots double when
-needed, up to the engine's limits.
+Layout: per layer, blocks of BLOCK places (kv_blocks.py says who holds which). On a CPU a decode step attends block by
+block: every block is multiplied with the queries of all tokens whose sequence holds it, where it lies, and the parts of
+one token are added up. So no key is copied, a beginning that several sequences share is read once for all of them, and
+keys lie as [head_dim, places], which is what the product wants. Elsewhere the blocks of a row are gathered first.
 
-Shapes: rows are the sequences that a step feeds, tokens all tokens fed, packed row by row; queries are the most tokens
-that one row of an attention call adds; length is the number of cache positions that the call attends to.
+Shapes: rows are the sequences that a step feeds, tokens all tokens fed, packed row by row; places those of a block;
+queries are the most tokens of one row, or of one block; length is the number of places that a row attends to; parts are
+pairs of a block and a token that attends to it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 import torch
@@ -18,24 +22,26 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from async_rl.generator.kv_blocks import SCRATCH, BlockCopy, BlockTables, Ints
 from async_rl.model.attention import DocumentAttention, capped_attention
 
-Ints = NDArray[np.int64]
-FIRST_CAPACITY, FIRST_SLOTS = 64, 16
-STRIDE = 16
-"""attention lengths are multiples of this: torch's CPU softmax is ten times slower on others"""
-SEEN, MASKED = np.float32(0), np.float32(-np.inf)
+BLOCK = 32
+"""places of a block. torch's CPU products of a few queries with so many keys are as fast as with more"""
+FIRST_BLOCKS = 64
+SEEN, MASKED = np.float32(0), np.float32(-1e30)
+"""finite, so that a block of which a token sees nothing has a softmax, whose weight is then 0"""
+LOG2_E = float(np.log2(np.e))
+"""scores are exponents of 2: torch's exp takes ten times longer where its result underflows, exp2 does not"""
 SMALL_APPEND = 8
-"""tokens: longer appends never share the decode rows' attention call"""
-GATHER_COST = 4
-"""copying a cached position costs about this many times attending to it"""
-CALL_COST = 1200
-"""one more attention call costs about as much as attending to this many positions"""
+"""tokens: longer appends never share the decode rows' attention calls"""
+DENSE = 0.66
+"""blocks are attended to where they lie, with those between them, when they are at least this share of all"""
 
 
 class KVCache:
-    """Storage [2, layers, slots, kv_heads, capacity, head_dim] that grows on demand. It is zeroed when allocated:
-    masked positions must be finite."""
+    """Storage of `max_blocks` blocks, [blocks, kv_heads, head_dim, BLOCK] for keys and [blocks, kv_heads, BLOCK,
+    head_dim] for values and, unless `plain`, for keys. It grows on demand and starts as zeros: masked places must be
+    finite."""
 
     def __init__(
         self,
@@ -44,61 +50,103 @@ class KVCache:
         heads: int,
         kv_heads: int,
         head_dim: int,
-        max_slots: int,
-        max_context: int,
+        max_blocks: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.shared_heads = heads // kv_heads
         """query heads of one key-value head"""
         self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
-        self.max_slots, self.max_context = max_slots, rounded_up(max_context)
+        self.max_blocks = max_blocks
         self.device, self.dtype = device, dtype
         self.plain = device.type == "cpu" and dtype == torch.float32
-        """near rows use two batched products, a quarter faster than SDPA's CPU kernel when queries are few"""
-        self.slots = self.capacity = 0
-        self._store = torch.empty(0)
-        self._allocate(min(FIRST_SLOTS, max_slots), min(FIRST_CAPACITY, self.max_context))
+        """few queries attend by plain products, block by block, which is faster than SDPA's CPU kernel"""
+        self.blocks = 0
+        self.key: list[Tensor] = []
+        self.value: list[Tensor] = []
+        self.reserve(min(FIRST_BLOCKS, max_blocks))
 
-    def reserve(self, slots: int, tokens: int) -> None:
-        """Make room for `slots` sequences of `tokens` tokens; the contents stay."""
-        assert slots <= self.max_slots
-        assert tokens <= self.max_context
-        if slots > self.slots or tokens > self.capacity:
-            grown_slots = self.slots if slots <= self.slots else min(self.max_slots, max(slots, 2 * self.slots))
-            grown = self.capacity
-            if tokens > grown:
-                grown = min(self.max_context, max(rounded_up(tokens), 2 * grown))
-            self._allocate(grown_slots, grown)
+    @property
+    def block_bytes(self) -> int:
+        return block_bytes(self.layers, self.kv_heads, self.head_dim, self.dtype.itemsize)
 
-    def clear(self, slot: int) -> None:
-        """Zero a slot whose contents are not finite."""
-        self._store[:, :, slot] = 0
+    def reserve(self, blocks: int) -> None:
+        """Make room for so many blocks; the contents stay."""
+        if blocks <= self.blocks:
+            return
+        assert blocks <= self.max_blocks
+        grown = min(self.max_blocks, max(blocks, 2 * self.blocks))
+        places = (BLOCK, self.head_dim)
+        for tensors, shape in ((self.key, places[::-1] if self.plain else places), (self.value, places)):
+            for layer in range(self.layers):  # one after another: the old one is freed before the next is made
+                store = self._zeros((grown, self.kv_heads, *shape))
+                if self.blocks:
+                    store[: self.blocks] = tensors[layer]
+                    tensors[layer] = store
+                else:
+                    tensors.append(store)
+        self.blocks = grown
 
-    def swap(self, first: list[int], second: list[int], tokens: int) -> None:
-        """Exchange the first `tokens` positions of slots `first[i]` and `second[i]`."""
-        here = torch.tensor(first + second, device=self.device)
-        there = torch.tensor(second + first, device=self.device)
-        part = self._store[..., :tokens, :]  # [2, layers, slots, kv_heads, tokens, head_dim]
-        part[:, :, here] = part[:, :, there]
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        if self.device.type != "cpu":
+            return torch.zeros(shape, device=self.device, dtype=self.dtype)
+        # Memory from numpy.zeros is taken as it is written.
+        flat = np.zeros(prod(shape) * self.dtype.itemsize, dtype=np.uint8)
+        return torch.from_numpy(flat).view(self.dtype).view(shape)
 
-    def _allocate(self, slots: int, capacity: int) -> None:
-        shape = (2, self.layers, slots, self.kv_heads, capacity, self.head_dim)
-        store = torch.zeros(shape, device=self.device, dtype=self.dtype)
-        if self.slots:
-            store[:, :, : self.slots, :, : self.capacity] = self._store
-        self._store = store
-        self.slots, self.capacity = slots, capacity
-        self.key = [store[0, layer] for layer in range(self.layers)]
-        self.value = [store[1, layer] for layer in range(self.layers)]
-        self.flat_key = [tensor.view(-1, self.head_dim) for tensor in self.key]
-        self.flat_value = [tensor.view(-1, self.head_dim) for tensor in self.value]
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Carry out copies, in order."""
+        for copy in copies:
+            self.reserve(max(copy.source, copy.target) + 1)
+            for key, value in zip(self.key, self.value, strict=True):
+                if self.plain:
+                    key[copy.target, :, :, : copy.tokens] = key[copy.source, :, :, : copy.tokens]
+                else:
+                    key[copy.target, :, : copy.tokens] = key[copy.source, :, : copy.tokens]
+                value[copy.target, :, : copy.tokens] = value[copy.source, :, : copy.tokens]
+
+    def zero(self, blocks: Sequence[int]) -> None:
+        """Zero blocks whose contents are not finite."""
+        for store in [*self.key, *self.value]:
+            store[list(blocks)] = 0
+
+    def write(self, layer: int, where: Tensor, key: Tensor, value: Tensor) -> None:
+        """key and value [tokens, kv_heads, head_dim] to `where` [tokens * kv_heads], as from `places`."""
+        size = self.head_dim
+        self.value[layer].view(-1, size).index_copy_(0, where, value.reshape(-1, size))
+        if self.plain:
+            turned = self.key[layer].view(-1, size, BLOCK).transpose(1, 2)  # [blocks * kv_heads, BLOCK, head_dim]
+            turned.index_put_((where // BLOCK, where % BLOCK), key.reshape(-1, size))
+        else:
+            self.key[layer].view(-1, size).index_copy_(0, where, key.reshape(-1, size))
+
+    def places(self, block: Ints, place: Ints) -> Tensor:
+        """Where tokens at `place` of `block`, both [tokens], are written: [tokens * kv_heads] int64."""
+        head = block[:, None] * self.kv_heads + np.arange(self.kv_heads)
+        return torch.from_numpy((head * BLOCK + place[:, None]).ravel()).to(self.device)
+
+    def gather(self, layer: int, blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values in `blocks` [rows * n]: [rows, kv_heads, n * BLOCK, head_dim] each."""
+        key = self.key[layer].index_select(0, blocks)
+        if self.plain:
+            key = key.transpose(2, 3)
+        value = self.value[layer].index_select(0, blocks)
+        shape = (rows, -1, self.kv_heads, BLOCK, self.head_dim)
+        return (
+            key.reshape(shape).transpose(1, 2).reshape(rows, self.kv_heads, -1, self.head_dim),
+            value.view(shape).transpose(1, 2).reshape(rows, self.kv_heads, -1, self.head_dim),
+        )
+
+
+def block_bytes(layers: int, kv_heads: int, head_dim: int, item_bytes: int) -> int:
+    """Bytes of one block's keys and values in all layers."""
+    return 2 * layers * kv_heads * head_dim * BLOCK * item_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feed:
     """The tokens that one step feeds to the model, packed row by row: row i adds `count[i]` tokens to slot `slot[i]`,
-    whose first `start[i]` positions are cached."""
+    the first of them at position `start[i]`."""
 
     slot: Ints  # [rows]
     start: Ints  # [rows]
@@ -106,69 +154,68 @@ class Feed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionCall:
-    """One attention call over the cache, for rows of consecutive packed tokens."""
+class BlockCall:
+    """Attention to blocks that about equally many tokens attend to, in plain products. The parts that it makes are
+    n * queries + query; those that stand for no token are not read."""
+
+    blocks: Tensor | None  # [n] int64; None: those from `begin` on
+    begin: int
+    n: int
+    queries: int
+    owners: Tensor | None  # [n * queries] int64: tokens; None: token i attends to block i
+    mask: Tensor  # [n * kv_heads, 1 or queries * shared heads, BLOCK]
+    seen: Ints  # [n, queries, BLOCK]: positions of places minus those of tokens
+    windowed: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowCall:
+    """Attention of rows of consecutive packed tokens to a copy of their blocks."""
 
     first: int
     last: int
     """packed tokens first <= i < last"""
-    rows: Tensor | None  # [padded rows] int64 slots; None: the view of slots 0..num_rows
-    num_rows: int
+    blocks: Tensor  # [rows * n] int64
+    rows: int
     queries: int
-    """most tokens a row adds"""
-    scatter: Tensor | None  # [last - first] int64 into [num_rows * queries]; None: one token each row
-    mask: Tensor
-    """0 or -inf, [num_rows, 1 or queries * shared heads, length]; for plain attention the rows are repeated for each
-    key-value head"""
-    position: Ints
-    """of every row of the mask in its sequence, the mask's shape without length"""
+    """most tokens of a row"""
+    scatter: Tensor | None  # [last - first] int64 into [rows * queries]; None: one token each row
+    mask: Tensor  # [rows, 1, queries * shared heads, length]
+    behind: Ints  # [rows, queries * shared heads, length]: positions of places minus those of tokens
     windowed: dict[int, Tensor] = field(default_factory=dict)
-    """window -> mask, of layers that do not attend to everything"""
-
-    def mask_for(self, window: int) -> Tensor:
-        """The mask of a layer that attends to `window` tokens back, itself among them; 0: to all."""
-        if not window or int(self.position.max()) < window:
-            return self.mask
-        if window not in self.windowed:
-            out_of_sight = np.arange(self.mask.shape[-1]) <= self.position[:, :, None] - window
-            self.windowed[window] = self.mask.masked_fill(
-                torch.from_numpy(out_of_sight).to(self.mask.device), float(MASKED)
-            )
-        return self.windowed[window]
 
 
 class CacheAttention:
     """The `Attention` of one step: writes the fed keys and values into the cache and attends over it.
 
-    There are three kinds of rows. *Near* rows (one token, or few) attend over a view of the low slots. *Far* rows
-    (many tokens, or much longer than the rest) attend over a copy of their cache. *Fresh* rows, which have nothing
-    cached, attend among their own packed tokens.
+    There are three kinds of rows. *Near* rows (one token, or few) attend block by block. *Far* rows (many tokens)
+    attend to a copy of their blocks. *Fresh* rows, which have nothing cached, attend among their own packed tokens.
     """
 
-    def __init__(self, cache: KVCache, feed: Feed, num_near: int, num_far: int) -> None:
-        """The first `num_near` rows of `feed` are near, the next `num_far` far, the others fresh."""
-        self._cache = cache
-        device = cache.device
+    def __init__(self, cache: KVCache, tables: BlockTables, feed: Feed, where: Tensor, near: int, far: int) -> None:
+        """The first `near` rows of `feed` are near, the next `far` far, the others fresh. `where`: as from
+        `KVCache.places`, of all tokens."""
+        self._cache, self._tables, self._where = cache, tables, where
         rows = np.arange(len(feed.slot))
         ends = feed.count.cumsum()
         self.last = ends - 1  # [rows]
         if len(rows) == ends[-1]:  # one token each
-            self.row, offset, self.position, self.slot = rows, np.zeros_like(rows), feed.start, feed.slot
+            self.row, offset, self.position = rows, np.zeros_like(rows), feed.start
         else:
             self.row = np.repeat(rows, feed.count)  # [tokens]
             offset = np.arange(len(self.row)) - (ends - feed.count)[self.row]
             self.position = feed.start[self.row] + offset  # [tokens]
-            self.slot = feed.slot[self.row]  # [tokens]
-        head = self.slot[:, None] * cache.kv_heads + np.arange(cache.kv_heads)
-        self._where = torch.from_numpy((head * cache.capacity + self.position[:, None]).ravel()).to(device)
-        self._calls: list[AttentionCall] = []
-        if num_near:
-            self._calls.append(self._call(feed, offset, 0, num_near, near=True))
-        first = num_near
-        for last in _pieces(feed, num_near, num_near + num_far):
-            self._calls.append(self._call(feed, offset, first, last, near=False))
+        self.slot = feed.slot[self.row]  # [tokens]
+        self._near = int(ends[near - 1]) if near else 0
+        self._block_calls: list[BlockCall] = []
+        if near:
+            self._arrange_blocks()
+        self._row_calls: list[RowCall] = []
+        first = near
+        for last in _pieces(feed, tables.length, near, near + far):
+            self._row_calls.append(self._row_call(feed, offset, first, last))
             first = last
-        fresh = feed.count[num_near + num_far :]
+        fresh = feed.count[near + far :]
         self._fresh = DocumentAttention(fresh.tolist()) if len(fresh) else None
 
     def __call__(
@@ -176,151 +223,240 @@ class CacheAttention:
     ) -> Tensor:
         """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim];
         `window` and `cap` as in `decoder.Attention`. What a window no longer reaches stays in the cache."""
-        cache = self._cache
-        cache.flat_key[layer].index_copy_(0, self._where, key.reshape(-1, cache.head_dim))
-        cache.flat_value[layer].index_copy_(0, self._where, value.reshape(-1, cache.head_dim))
-        parts = [self._attend(call, layer, query[call.first : call.last], window, cap) for call in self._calls]
+        self._cache.write(layer, self._where, key, value)
+        parts = []
+        if self._near:
+            parts.append(self._attend_blocks(layer, query[: self._near], window, cap))
+        for call in self._row_calls:
+            parts.append(self._attend_rows(call, layer, query[call.first : call.last], window, cap))
         if self._fresh is not None:
             begin = len(self.row) - self._fresh.num_tokens
             parts.append(self._fresh(layer, query[begin:], key[begin:], value[begin:], window=window, cap=cap))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _attend(self, call: AttentionCall, layer: int, query: Tensor, window: int, cap: float) -> Tensor:
+    # ---------------------------------------------------------------- block by block
+
+    def _arrange_blocks(self) -> None:
+        """Put the blocks of the near tokens into calls, by the number of tokens that attend to them."""
+        tables, tokens = self._tables, self._near
+        slot = self.slot[:tokens]
+        columns = int(tables.length[slot].max())
+        table = tables.table[slot, :columns]  # [tokens, columns]
+        token, column = np.nonzero(np.arange(columns) < tables.length[slot, None])  # [parts] each, by token
+        block = table[token, column]
+        uses = np.bincount(block)
+        kind = np.frexp(uses.astype(np.float64) - 1)[1]  # 0 for one token, 1 for two, 2 for up to four, ...
+        kind[uses == 0] = -1
+        of_part = kind[block]
+        number = np.empty(len(block), dtype=np.int64)
+        made = 0
+        for some in np.unique(of_part):
+            chosen = np.flatnonzero(of_part == some)
+            call, numbers = self._block_call(block[chosen], token[chosen])
+            number[chosen] = made + numbers
+            made += call.n * call.queries
+            self._block_calls.append(call)
+        begins = np.searchsorted(token, np.arange(tokens))
+        self._parts = torch.from_numpy(number)
+        self._begins = torch.from_numpy(begins)
+        one = len(self._block_calls) == 1 and self._block_calls[0].queries == 1 and len(block) == tokens
+        self._single = one
+        """every token attends to one block, alone"""
+        self._in_order = one and np.array_equal(number, np.arange(tokens)) and made == tokens
+
+    def _block_call(self, block: Ints, token: Ints) -> tuple[BlockCall, Ints]:
+        """(the call for parts of these blocks and tokens, their numbers in it), [parts] each."""
+        cache, tables = self._cache, self._tables
+        among, at = np.unique(block, return_inverse=True)
+        spread = int(among[-1] - among[0]) + 1
+        if len(among) >= DENSE * spread:
+            at, n, begin, blocks = block - among[0], spread, int(among[0]), None
+            among = np.arange(begin, begin + n)
+        else:
+            n, begin, blocks = len(among), 0, torch.from_numpy(among)
+        order = np.argsort(at, kind="stable")
+        held = np.bincount(at, minlength=n)
+        queries = int(held.max())
+        rank = np.empty(len(at), dtype=np.int64)
+        rank[order] = np.arange(len(at)) - (held.cumsum() - held)[at[order]]
+        owners = np.zeros((n, queries), dtype=np.int64)
+        owners[at, rank] = token
+        seen = (tables.first[among, None] + np.arange(BLOCK))[:, None, :] - self.position[owners][:, :, None]
+        hidden = (seen > 0) | (np.arange(BLOCK) >= tables.filled[among, None])[:, None, :]
+        plain = queries == 1 and n == self._near and np.array_equal(owners[:, 0], np.arange(n))
+        call = BlockCall(
+            blocks=blocks,
+            begin=begin,
+            n=n,
+            queries=queries,
+            owners=None if plain else torch.from_numpy(owners.ravel()),
+            mask=self._block_mask(hidden),
+            seen=seen,
+        )
+        assert cache.plain
+        return call, at * queries + rank
+
+    def _block_mask(self, hidden: NDArray[np.bool_]) -> Tensor:
+        """hidden [n, queries, BLOCK] -> 0 or MASKED, [n * kv_heads, 1 or queries * shared heads, BLOCK]."""
+        mask = np.where(hidden, MASKED, SEEN)
+        if mask.shape[1] > 1:
+            mask = np.repeat(mask, self._cache.shared_heads, 1)
+        return torch.from_numpy(np.repeat(mask, self._cache.kv_heads, 0))
+
+    def _attend_blocks(self, layer: int, query: Tensor, window: int, cap: float) -> Tensor:
+        """query [near tokens, heads, head_dim] -> the same shape."""
+        tokens, heads, size = query.shape
+        found = [self._scores(call, layer, query, window, cap) for call in self._block_calls]
+        if self._single:
+            weights = found[0].sub_(found[0].amax(-1, keepdim=True)).exp2_()
+            out = torch.bmm(weights, self._values(self._block_calls[0], layer)).div_(weights.sum(-1, keepdim=True))
+            out = out.view(-1, heads, size)
+            return out if self._in_order else out.index_select(0, self._parts)
+        peaks = [
+            _by_part(scores.amax(-1, keepdim=True), call, self._cache.kv_heads)
+            for scores, call in zip(found, self._block_calls, strict=True)
+        ]
+        peak = peaks[0] if len(peaks) == 1 else torch.cat(peaks)
+        peak = F.embedding_bag(self._parts, peak, self._begins, mode="max")  # [tokens, heads]
+        totals, sums = [], []
+        for scores, call in zip(found, self._block_calls, strict=True):
+            of_part = peak if call.owners is None else peak.index_select(0, call.owners)
+            weights = scores.sub_(_by_block(of_part[..., None], call, self._cache.kv_heads)).exp2_()
+            totals.append(_by_part(weights.sum(-1, keepdim=True), call, self._cache.kv_heads))
+            sums.append(_by_part(torch.bmm(weights, self._values(call, layer)), call, self._cache.kv_heads))
+        total = totals[0] if len(totals) == 1 else torch.cat(totals)
+        out = sums[0] if len(sums) == 1 else torch.cat(sums)
+        total = F.embedding_bag(self._parts, total, self._begins, mode="sum")  # [tokens, heads]
+        out = F.embedding_bag(self._parts, out, self._begins, mode="sum")  # [tokens, heads * head_dim]
+        return out.view(tokens, heads, size).div_(total[..., None])
+
+    def _scores(self, call: BlockCall, layer: int, query: Tensor, window: int, cap: float) -> Tensor:
+        """query [near tokens, heads, head_dim] -> masked scores times log2(e), [n * kv_heads, queries *
+        shared heads, BLOCK]."""
+        size = query.shape[-1]
+        key = self._of(call, self._cache.key[layer])  # [n * kv_heads, head_dim, BLOCK]
+        if call.owners is not None:
+            query = query.index_select(0, call.owners)
+        query = _by_block(query, call, self._cache.kv_heads)
+        mask = call.mask
+        if window and int(-call.seen.min()) >= window:
+            if window not in call.windowed:
+                hidden = (call.seen <= -window) | (call.seen > 0)
+                mask = torch.minimum(mask, self._block_mask(hidden))
+                call.windowed[window] = mask
+            mask = call.windowed[window]
+        if not cap:
+            return torch.baddbmm(mask, query, key, alpha=LOG2_E * size**-0.5)
+        return torch.bmm(query, key).mul_(size**-0.5 / cap).tanh_().mul_(LOG2_E * cap).add_(mask)
+
+    def _values(self, call: BlockCall, layer: int) -> Tensor:  # [n * kv_heads, BLOCK, head_dim]
+        return self._of(call, self._cache.value[layer])
+
+    @staticmethod
+    def _of(call: BlockCall, store: Tensor) -> Tensor:
+        """[blocks, kv_heads, ...] -> [n * kv_heads, ...] of a call's blocks."""
+        chosen = store[call.begin : call.begin + call.n] if call.blocks is None else store.index_select(0, call.blocks)
+        return chosen.flatten(0, 1)
+
+    # ---------------------------------------------------------------- row by row
+
+    def _attend_rows(self, call: RowCall, layer: int, query: Tensor, window: int, cap: float) -> Tensor:
         """query [tokens of the call, heads, head_dim] -> the same shape. The query heads that share a key-value head
         are laid beside each other as if they were queries, so no key is repeated."""
         _, heads, size = query.shape
-        n, kv = call.num_rows, self._cache.kv_heads
-        key, value = self._cache.key[layer], self._cache.value[layer]
+        n, kv = call.rows, self._cache.kv_heads
+        key, value = self._cache.gather(layer, call.blocks, n)
         if call.scatter is not None:
             padded = query.new_zeros((n * call.queries, heads, size))
             query = padded.index_copy_(0, call.scatter, query)
-        folded = query.view(n, call.queries, kv, heads // kv, size).transpose(1, 2)
-        folded = folded.reshape(n * kv, -1, size)  # [num_rows * kv_heads, queries * shared heads, head_dim]
-        mask = call.mask_for(window)
-        if call.rows is None and self._cache.plain:
-            out = _plain_attention(folded, key[:n].flatten(0, 1), value[:n].flatten(0, 1), mask, cap)
+        folded = query.view(n, call.queries, kv, heads // kv, size).transpose(1, 2).reshape(n, kv, -1, size)
+        mask = call.mask
+        if window and int(-call.behind.min()) >= window:
+            if window not in call.windowed:
+                out_of_sight = torch.from_numpy(call.behind <= -window).to(mask.device)[:, None]
+                call.windowed[window] = mask.masked_fill(out_of_sight, float(MASKED))
+            mask = call.windowed[window]
+        if cap:
+            out = capped_attention(folded, key, value, mask, cap)
         else:
-            length = mask.shape[-1]
-            key, value = key[:, :, :length], value[:, :, :length]
-            if call.rows is None:
-                key, value = key[:n], value[:n]
-            else:
-                key, value = key.index_select(0, call.rows), value.index_select(0, call.rows)  # a copy
-            folded, mask = folded.view(n, kv, -1, size), mask.view(n, -1, *mask.shape[1:])
-            if cap:
-                out = capped_attention(folded, key, value, mask, cap)
-            else:
-                out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask)
+            out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask)
         out = out.view(n, kv, call.queries, heads // kv, size).transpose(1, 2).reshape(-1, heads, size)
         return out if call.scatter is None else out.index_select(0, call.scatter)
 
-    def _call(self, feed: Feed, offset: Ints, first: int, last: int, *, near: bool) -> AttentionCall:
+    def _row_call(self, feed: Feed, offset: Ints, first: int, last: int) -> RowCall:
         """The attention call for rows first <= i < last of the feed; `offset` [tokens]: place of a token in its row."""
-        device, dtype = self._cache.device, self._cache.dtype
+        tables, device, dtype = self._tables, self._cache.device, self._cache.dtype
         begin = int(self.last[first] - feed.count[first] + 1)
         end = int(self.last[last - 1]) + 1
         slots = feed.slot[first:last]
-        queries = int(feed.count[first:last].max())
-        length = rounded_up(int((feed.start[first:last] + feed.count[first:last]).max()))
-        num_rows = int(slots[-1]) + 1 if near else last - first
-        dense = queries == 1 and num_rows == last - first
-        # Unused rows of the view attend to position 0, so that their softmax is finite.
-        position = np.zeros((num_rows, queries), dtype=np.int64)  # of each query, in its sequence
+        rows, queries = len(slots), int(feed.count[first:last].max())
+        columns = int(tables.length[slots].max())
+        held = np.arange(columns) < tables.length[slots, None]
+        blocks = np.where(held, tables.table[slots, :columns], SCRATCH)  # [rows, columns]
+        filled = np.where(held, tables.filled[blocks], 0)
+        # Unused queries stand at position 0, so that their softmax is finite.
+        position = np.zeros((rows, queries), dtype=np.int64)  # of each query, in its sequence
         index = None
-        if dense:
+        if queries == 1:
             position[:, 0] = self.position[begin:end]
         else:
-            at = self.slot[begin:end] if near else self.row[begin:end] - first
+            at = self.row[begin:end] - first
             position[at, offset[begin:end]] = self.position[begin:end]
             index = torch.from_numpy(at * queries + offset[begin:end]).to(device)
-        if near and self._cache.plain:
-            position = np.repeat(position, self._cache.kv_heads, 0)
-        if queries > 1:
-            position = np.repeat(position, self._cache.shared_heads, 1)
-        hidden = np.arange(length) > position[:, :, None]  # [rows, queries, length]
-        mask = torch.from_numpy(np.where(hidden, MASKED, SEEN)).to(device, dtype)
-        return AttentionCall(
+        place = (tables.first[blocks][..., None] + np.arange(BLOCK)).reshape(rows, 1, -1)
+        unused = (np.arange(BLOCK) >= filled[..., None]).reshape(rows, 1, -1)
+        behind = np.repeat(place - position[:, :, None], self._cache.shared_heads, 1)
+        hidden = (behind > 0) | unused
+        mask = torch.from_numpy(np.where(hidden, MASKED, SEEN)).to(device, dtype)[:, None]
+        return RowCall(
             first=begin,
             last=end,
-            rows=None if near else torch.from_numpy(slots).to(device),
-            num_rows=num_rows,
+            blocks=torch.from_numpy(blocks.ravel()).to(device),
+            rows=rows,
             queries=queries,
             scatter=index,
             mask=mask,
-            position=position,
+            behind=np.where(unused, 1, behind),
         )
 
 
-def rounded_up(length: int) -> int:
-    """`length` to the next multiple of STRIDE."""
-    return -(-length // STRIDE) * STRIDE
+def _by_block(parts: Tensor, call: BlockCall, kv_heads: int) -> Tensor:
+    """[n * queries, heads, size] -> [n * kv_heads, queries * shared heads, size]: the query heads that share a
+    key-value head are laid beside each other as if they were queries, so no key is repeated."""
+    size = parts.shape[-1]
+    if call.queries == 1:
+        return parts.reshape(call.n * kv_heads, -1, size)
+    return parts.view(call.n, call.queries, kv_heads, -1, size).transpose(1, 2).reshape(call.n * kv_heads, -1, size)
 
 
-def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, cap: float) -> Tensor:
-    """query [rows, queries, head_dim] over the first `length` positions of key and value [rows, capacity, head_dim],
-    with mask [rows, 1 or queries, length] -> [rows, queries, head_dim]."""
-    length = mask.shape[-1]
-    if cap:
-        return capped_attention(query, key[:, :length], value[:, :length], mask, cap)
-    scores = torch.baddbmm(mask, query, key[:, :length].transpose(1, 2), alpha=query.shape[-1] ** -0.5)
-    return torch.bmm(torch.softmax(scores, -1), value[:, :length])
+def _by_part(values: Tensor, call: BlockCall, kv_heads: int) -> Tensor:
+    """[n * kv_heads, queries * shared heads, size] -> [n * queries, heads * size]."""
+    if call.queries == 1:
+        return values.view(call.n, -1)
+    split = values.view(call.n, kv_heads, call.queries, -1, values.shape[-1])
+    return split.transpose(1, 2).reshape(call.n * call.queries, -1)
 
 
-def arrange(feed: Feed) -> tuple[Feed, int, int]:
-    """(sorted feed, number of near rows, number of far rows): sort the rows, which come by ascending slot, into near,
-    far and fresh ones, by estimated cost."""
-    length = feed.start + feed.count
-    several = feed.count > 1
-    if not several.any() and length.max() < 2 * length.min():
-        return feed, len(length), 0
-    near = ~several
-    small = several & (feed.count <= SMALL_APPEND)
-    if small.any() and _worth_sharing(feed, length, near, small):
-        near = near | small
-    near = _without_outliers(feed, length, near)
-    fresh = ~near & several & (feed.start == 0)
+def arrange(feed: Feed, *, plain: bool) -> tuple[Feed, Ints, int, int]:
+    """(sorted feed, order of its rows, number of near rows, number of far rows)."""
+    fresh = (feed.start == 0) & (feed.count > 1)
+    near = ~fresh & (feed.count <= SMALL_APPEND) if plain else np.zeros(len(fresh), dtype=bool)
+    if near.all():
+        return feed, np.arange(len(near)), len(near), 0
     far = np.flatnonzero(~near & ~fresh)
     if len(far) > 1:
-        far = far[np.lexsort((_magnitude(length[far]), _magnitude(feed.count[far])))]
+        far = far[np.lexsort((_magnitude((feed.start + feed.count)[far]), _magnitude(feed.count[far])))]
     order = np.concatenate((np.flatnonzero(near), far, np.flatnonzero(fresh)))
     sorted_feed = Feed(slot=feed.slot[order], start=feed.start[order], count=feed.count[order])
-    return sorted_feed, int(near.sum()), len(far)
+    return sorted_feed, order, int(near.sum()), len(far)
 
 
-def _worth_sharing(feed: Feed, length: Ints, near: NDArray[np.bool_], small: NDArray[np.bool_]) -> bool:
-    """Whether small appends should share the near call, which pads every row to the widest append. Masks [rows]."""
-    if not near.any():
-        return True
-    widest = int(feed.count[small].max())
-    both = near | small
-    padding = (widest - 1) * (int(feed.slot[both].max()) + 1) * int(length[both].max())
-    apart = int(length[small].sum()) * (GATHER_COST + widest) + CALL_COST
-    return padding <= apart
-
-
-def _without_outliers(feed: Feed, length: Ints, near: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """`near` [rows] without the longest rows, when attention of all others over that length costs more than a copy of
-    the longest rows' cache."""
-    rows = np.flatnonzero(near)
-    if len(rows) < 2:
-        return near
-    rows = rows[np.argsort(-length[rows], kind="stable")]
-    longest = length[rows]
-    if longest[0] < 2 * longest[-1]:
-        return near
-    viewed = int(feed.slot[rows].max()) + 1
-    taken_out = np.concatenate(([0], longest.cumsum()[:-1]))  # tokens of the rows before this one
-    cost = viewed * longest + GATHER_COST * taken_out + CALL_COST * (taken_out > 0)
-    near = near.copy()
-    near[rows[: int(cost.argmin())]] = False
-    return near
-
-
-def _pieces(feed: Feed, first: int, last: int) -> list[int]:
-    """Ends of the runs of far rows with similar count and length; each run is padded to its longest row."""
+def _pieces(feed: Feed, length: Ints, first: int, last: int) -> list[int]:
+    """Ends of the runs of far rows with similar count and chain; each run is padded to its longest row. `length`
+    [slots]: blocks of each chain."""
     if first == last:
         return []
-    kind = _magnitude(feed.count[first:last]) * 64 + _magnitude((feed.start + feed.count)[first:last])
+    kind = _magnitude(feed.count[first:last]) * 64 + _magnitude(length[feed.slot[first:last]])
     return [*(np.flatnonzero(np.diff(kind)) + first + 1).tolist(), last]
 
 

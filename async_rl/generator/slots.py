@@ -1,0 +1,127 @@
+"""The sequences of the embedded engine: which session holds which slot, and the numbers of its turn."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from async_rl.generator.engine import Request
+from async_rl.generator.kv_blocks import BlockTables, Ints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRequest:
+    """A request that can be sampled: its tokens as an array, and its stop rule."""
+
+    request: Request
+    history: NDArray[np.int32]  # [tokens]
+    rule: int
+    """number of its stop rule (sampling.StopRules)"""
+
+
+class Slots:
+    """Which session holds which slot, and the numbers of its turn, as arrays over slots.
+
+    A slot is free, running, or idle: between two turns of its session, kept until `release` or until a waiting request
+    needs the slot, or a running one its blocks of the cache (least recently used first).
+    """
+
+    def __init__(self, max_sequences: int, max_context: int, tables: BlockTables) -> None:
+        n = max_sequences
+        self.tables = tables
+        # [slots, max_context]; the memory is touched only as far as sequences reach
+        self.tokens = np.zeros((n, max_context), dtype=np.int32)
+        self.log_probs = np.zeros((n, max_context), dtype=np.float32)
+        self.versions = np.zeros((n, max_context), dtype=np.int32)
+        # [slots]
+        self.known = np.zeros(n, dtype=np.int64)
+        """tokens of history and turn so far"""
+        self.turn_start = np.zeros(n, dtype=np.int64)
+        self.limit = np.zeros(n, dtype=np.int64)
+        """`known` at which the turn has to end"""
+        self.temperature = np.ones(n, dtype=np.float32)
+        self.seed = np.zeros(n, dtype=np.uint64)
+        self.rule = np.zeros(n, dtype=np.int64)
+        self.arrival = np.zeros(n, dtype=np.int64)
+        self.running = np.zeros(n, dtype=bool)
+        self.session = np.full(n, -1, dtype=object)
+        self._max_context = max_context
+        self._slot_of: dict[int, int] = {}
+        self._free = list(range(n))
+        self._idle: dict[int, None] = {}  # slots, least recently used first
+        self._arrivals = 0
+
+    def of(self, session: int) -> int | None:
+        """The slot of a session, running or idle."""
+        return self._slot_of.get(session)
+
+    def take(self, session: int) -> int | None:
+        """A slot for `session`: its own, a free one, or that of the least recently used idle session.
+        None when every slot is running."""
+        slot = self._slot_of.get(session)
+        if slot is not None:
+            return slot
+        if not self._free:
+            self.forget_idle()
+        if not self._free:
+            return None
+        slot = heapq.heappop(self._free)
+        self._slot_of[session] = slot
+        self.session[slot] = session
+        self.known[slot] = 0
+        return slot
+
+    def start(self, slot: int, checked: CheckedRequest) -> None:
+        """Begin a turn, before which the cache is cut back to what the old history has in common with the new one."""
+        request, history = checked.request, checked.history
+        n = len(history)
+        self.tokens[slot, :n] = history
+        self.known[slot] = self.turn_start[slot] = n
+        self.limit[slot] = min(n + request.params.max_tokens, self._max_context)
+        self.temperature[slot] = request.params.temperature
+        self.seed[slot] = request.seed & 0xFFFF_FFFF_FFFF_FFFF
+        self.rule[slot] = checked.rule
+        self.arrival[slot] = self._arrivals
+        self._arrivals += 1
+        self.running[slot] = True
+        self._idle.pop(slot, None)
+
+    def in_common(self, slot: int, history: NDArray[np.int32]) -> int:
+        """How many cached tokens of a slot are the first ones of `history`."""
+        same = min(int(self.tables.cached[slot]), len(history))
+        differs = np.flatnonzero(self.tokens[slot, :same] != history[:same])
+        return int(differs[0]) if len(differs) else same
+
+    def end(self, slot: int) -> None:
+        """End the turn; the session keeps its slot for the next one."""
+        self.running[slot] = False
+        self._idle[slot] = None
+
+    def clear(self, slot: int) -> None:
+        """Forget the session in `slot`."""
+        self._slot_of.pop(self.session[slot])
+        self._idle.pop(slot, None)
+        self.session[slot] = -1
+        self.running[slot] = False
+        self.known[slot] = 0
+        self.tables.clear(slot)
+        heapq.heappush(self._free, slot)
+
+    def forget_idle(self) -> bool:
+        """Forget the least recently used idle session. False when there is none."""
+        if not self._idle:
+            return False
+        self.clear(next(iter(self._idle)))
+        return True
+
+    def new_tokens(self, slot: int) -> NDArray[np.int32]:
+        """Tokens of the turn so far, [new tokens]."""
+        return self.tokens[slot, self.turn_start[slot] : self.known[slot]]
+
+    def by_arrival(self) -> Ints:
+        """Running slots, oldest request first."""
+        slot = np.flatnonzero(self.running)
+        return slot[np.argsort(self.arrival[slot], kind="stable")]
