@@ -4,22 +4,22 @@
                            [--ways plain,exact]
 
 For each shape (prompt / answer / samples of a group / tokens of the prompt that all groups have in common, as a system
-prompt) and each model, forward and backward over the same batch in three layouts, in turns, one thread, float32, random
-weights:
+prompt) and each model, forward and backward over the same batch in three layouts, in turns, one thread, float32,
+random weights:
 - shared: as the trainer does;
 - unshared: each trajectory by itself (trainer.shared_prefixes=false);
-- full (plain only): unshared, and the last layer is computed for every row, as before it was left out where nothing is
-  predicted.
-Ways: plain is the log-probs of the policy tokens and the gradient of a weighted sum of them, as in recipes without exact
-norms; exact is that with the norm of each trajectory's gradient and the optimal baseline (exact OPOB). Objective and
-optimizer, the same for all, are left out.
-Seconds are processor time of this one-threaded process, medians. `ratio` (unshared / shared) and `ratio_full` are medians
-of the ratios within a round, which are those of trained tokens a second. `bound` and `bound_full` are what counting the
-products of matrices allows: rows x elements of each layer (what lies behind the last attention: policy tokens only), the
-head at policy tokens, and attention's pairs of tokens; forward, input gradient and weight gradient alike. With exact
-norms the input gradient takes the unshared number of rows in both layouts, since a gradient through the prefix is each
-trajectory's own, and so do the norms (not counted: they are no product of the ordinary kind). `reached` is
-ratio / bound. `peak_mb` is the most that torch held at once above what was there before.
+- full (plain only): unshared, and every row of the last layer is computed, as before those that predict nothing were
+  left out.
+Ways: plain is the log-probs of the policy tokens and the gradient of a weighted sum of them, as in recipes without
+exact norms; exact is that with the norm of each trajectory's gradient and the optimal baseline (exact OPOB). Objective
+and optimizer, the same for all, are left out.
+Seconds are processor time of this one-threaded process, medians. `ratio` (unshared / shared) and `ratio_full` are
+medians of the ratios within a round, which are those of trained tokens a second. `bound` and `bound_full` are what
+counting the products of matrices allows: rows x elements of each layer (what lies behind the last attention: rows that
+predict only), the head at policy tokens, and attention's pairs of tokens; forward, input gradient and weight gradient
+alike. With exact norms the input gradient takes the unshared number of rows in both layouts, since a gradient through
+the prefix is each trajectory's own, and so do the norms (not counted: they are no product of the ordinary kind).
+`reached` is ratio / bound. `peak_mb` is the most that torch held at once above what was there before.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def main() -> None:
         model = Decoder(MODELS[name])
         model.initialise(0)
         for words in given.shapes.split(","):
-            shape = Shape(**dict(zip(("prompt", "answer", "samples", "common"), map(int, words.split("/")))))
+            shape = Shape(
+                **dict(zip(("prompt", "answer", "samples", "common"), map(int, words.split("/")), strict=False))
+            )
             for way in given.ways.split(","):
                 found = measure(model, shape, GROUPS[name].get(shape.prompt, 1), way, given.repeats)
                 print(json.dumps({"model": name, "shape": words, "way": way, **found}), flush=True)
@@ -122,11 +124,11 @@ def measure(model: Decoder, shape: Shape, groups: int, way: str, repeats: int) -
         "ratio": round(ratios["unshared"], 2),
         "bound": round(bounds["unshared"], 2),
         "reached": round(ratios["unshared"] / bounds["unshared"], 2),
-        **(
-            {}
-            if "full" not in ratios
-            else {"ratio_full": round(ratios["full"], 2), "bound_full": round(bounds["full"], 2)}
-        ),
+        **{
+            f"{what}_full": round(of["full"], 2)
+            for what, of in (("ratio", ratios), ("bound", bounds))
+            if "full" in ratios
+        },
         "peak_mb": peaks,
         "difference": difference(model, steps),
     }

@@ -187,7 +187,7 @@ def documents(draw: st.DrawFn) -> list[Trajectory]:
 MODEL = sample_model("qwen3 untied")
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(batch=documents(), limit=st.integers(1, 70), whole=st.booleans())
 def test_any_batch_has_the_log_probs_of_its_contexts_alone_within_the_limit_of_rows(
     batch: list[Trajectory], limit: int, whole: bool
