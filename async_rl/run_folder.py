@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import time as clock
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -118,19 +119,34 @@ class RunFolder:
 
     def create(self, settings: Settings) -> None:
         """Make the folder of a new run and write its settings. Raises UserError when it is not new."""
+        with self.created(settings):
+            pass
+
+    @contextmanager
+    def created(self, settings: Settings) -> Iterator[None]:
+        """`create`; the block writes what belongs to it. Where any of it cannot be written, nothing stays behind."""
         try:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise UserError(f"{self.path} exists already; choose another --run-dir or remove it")
             for folder in (self.path, self.logs, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
             replace_text(self.config, to_yaml(settings))
+            yield
         except OSError as error:
             shutil.rmtree(self.path, ignore_errors=True)  # it was empty, or not there
-            raise UserError(f"{self.path} cannot be written: {error.strerror}; choose another --run-dir") from None
+            why = error.strerror or str(error)
+            raise UserError(f"{self.path} cannot be written: {why}; choose another --run-dir") from None
 
     def settings(self) -> Settings:
         """The settings the run was started with."""
-        return structured(Settings, load_yaml(self.config), where="")
+        return structured(Settings, self.values(), where="")
+
+    def values(self) -> dict[str, Any]:
+        """Those settings as they are written down; where the run is older than a setting, what it did then."""
+        values = load_yaml(self.config)
+        if isinstance(evaluation := values.get("evaluation"), dict):
+            evaluation.setdefault("choice", "first")
+        return values
 
     def record(self, event: Event, *, time: float | None = None) -> None:
         """Append an event to events.jsonl. `time`: when it happened, seconds since the epoch; None: now. Raises
@@ -149,11 +165,15 @@ def replace_text(path: Path, text: Iterable[str], *, durable: bool = False) -> N
     """Write a file so that a reader, or a death half-way, finds the old text or the new one. `text`: whole, or
     piece by piece. `durable`: it survives a power loss from here on."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.writelines([text] if isinstance(text, str) else text)
-    if durable:
-        to_disk(partial)
-    os.replace(partial, path)
+    try:
+        with partial.open("w") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+        if durable:
+            to_disk(partial)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # on a full disk it would be in the way
+        raise
     if durable:
         to_disk(path.parent)
 
@@ -182,9 +202,10 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         finally:
             os.close(fd)
     except OSError as error:
-        raise RunFailed(
-            f"{path} cannot be written ({error.strerror}); make room on its disk and resume the run"
-        ) from None
+        remedy = "make room on its disk"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = "raise the limit of open files (ulimit -n)"
+        raise RunFailed(f"{path} cannot be written ({error.strerror}); {remedy} and resume the run") from None
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from async_rl.generator.vllm_engine import VllmOptions, engine_arguments
 from async_rl.model.folder import check_for_vllm, load_model, read_headers
+from async_rl.weights.blocks import join
+from async_rl.weights.canary import fingerprint
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
@@ -98,8 +100,10 @@ def attempt(row: Architecture, root: Path) -> Found:
     llm.reset_prefix_cache()
     after = difference(llm, references[1])
     layout = [(name, list(tensor.shape)) for name, tensor in trained.items()]
-    (shown,) = llm.collective_rpc("async_rl_fingerprint", args=(1, layout, 1))
-    return Found(before=before, after=after, missing=sorted(trained.keys() - shown.keys()))
+    shown = llm.collective_rpc("async_rl_show", args=(1, layout, 1))
+    found = join(shown, {name: tensor.shape for name, tensor in trained.items()}, 1)
+    right = fingerprint(trained, 1)
+    return Found(before=before, after=after, missing=sorted(name for name in right if found.get(name) != right[name]))
 
 
 def main(names: list[str]) -> None:

@@ -262,6 +262,15 @@ def vllm_on_a_cpu_has_no_gpu_settings(s: Settings) -> str:
     return ""
 
 
+def head_dtype_needs_half_precision(s: Settings) -> str:
+    if s.vllm.head_dtype != VllmSettings.head_dtype and s.generator.dtype == "float32":
+        return (
+            f"vllm.head_dtype={s.vllm.head_dtype} does nothing with generator.dtype=float32, where all is float32; "
+            "leave it out"
+        )
+    return ""
+
+
 # ------------------------------------------------------------------ trainer
 
 
@@ -521,6 +530,7 @@ RELATIONS: tuple[Relation, ...] = (
     vllm_settings_need_vllm,
     vllm_chooses_its_gpu_itself,
     vllm_on_a_cpu_has_no_gpu_settings,
+    head_dtype_needs_half_precision,
     gpus_are_chosen_on_cuda_only,
     external_trainer_is_placed_by_others,
     external_trainer_is_not_started_again,

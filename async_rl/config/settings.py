@@ -376,6 +376,11 @@ class EvaluationSettings:
         min=0,
     )
     problems: int = setting(64, "held-out problems of one evaluation", unit="problems", min=1, max=1_000_000)
+    choice: Literal["spread", "first"] = setting(
+        "spread",
+        "which of them where there are more: `spread`, a fixed choice among all of them, or the `first` of the file, "
+        "as runs did that were begun before this setting existed",
+    )
     samples: int = setting(4, "trajectories per problem", unit="trajectories", min=1, max=1_000_000)
     temperature: float = setting(1.0, "sampling temperature of evaluation; 0 is greedy", min=0)
 
@@ -388,7 +393,7 @@ class CanarySettings:
         0.0,
         "mean difference between a generator's log-probs and the trainer's on a fixed probe (as a share of "
         "log-probs beyond 1 nat), at equal weights, above which the run ends; 0 takes 1e-4 for "
-        "generator.dtype=float32, 5e-2 for bfloat16",
+        "generator.dtype=float32, 5e-2 for bfloat16, or three times what the generator showed first",
         unit="nats",
         min=0,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -47,6 +47,25 @@ class TensorReader(Protocol):
 
 
 @runtime_checkable
+class PlaceReader(Protocol):
+    """A `TensorReader` that can write a version where it is wanted."""
+
+    def read_into(self, targets: Mapping[str, Tensor]) -> int:
+        """Overwrite `targets` with the newest version and return its number. Raises WeightsError, and ValueError with
+        nothing changed when names or shapes do not fit."""
+        ...
+
+
+@runtime_checkable
+class InPlace(Protocol):
+    """An engine whose weights can be overwritten where they are."""
+
+    async def load_in_place(self, read: Callable[[Mapping[str, Tensor]], int]) -> None:
+        """`Engine.load` with the version that `read` writes into the engine's tensors. Raises what it raises."""
+        ...
+
+
+@runtime_checkable
 class Linkable(Protocol):
     """An engine that takes weights from the trainer's calls: vLLM."""
 
@@ -64,12 +83,15 @@ class ReaderSource:
 
     async def pull_into(self, engine: Engine, *, first: bool) -> None:
         # Copying a large model must not stop the other coroutines.
-        version, tensors = await asyncio.to_thread(self._reader.read)
-        if version > engine.version or first:
-            try:
+        try:
+            if isinstance(self._reader, PlaceReader) and isinstance(engine, InPlace):
+                await engine.load_in_place(self._reader.read_into)
+                return
+            version, tensors = await asyncio.to_thread(self._reader.read)
+            if version > engine.version or first:
                 await engine.load(tensors, version)
-            except ValueError as error:  # the same would happen again
-                raise UserError(f"model.path: this generator's model is not the one that is trained: {error}") from None
+        except ValueError as error:  # the same would happen again
+            raise UserError(f"model.path: this generator's model is not the one that is trained: {error}") from None
 
     def close(self) -> None:
         self._reader.close()
@@ -119,6 +141,8 @@ class LinkSource:
                 raise RunFailed(f"{self._name} cannot read what the trainer sends: {error}") from None
             match message:
                 case msg.LinkCall():
+                    if message.method == "start":  # it may have waited until others had theirs
+                        deadline = max(deadline, time.monotonic() + self._timeout_s)
                     if await self._handle(engine, message, after, deadline):
                         return
                 case msg.Waiting() if self._version < 0:

@@ -4,8 +4,6 @@ Tokens in, tokens out. Log-probs are those of the distribution sampled from (`pr
 token is vLLM's own record of which weights sampled it; releases without that record get it from the number of tokens
 that had come when an update paused the engine. Weights change while the engine is paused and keeps its requests: the
 version is set before it resumes, and with `kv_on_update=recompute` the cache of running requests is rebuilt.
-
-The functions at the end need no vLLM: they find the trainer's tensors among those of vLLM's workers.
 """
 
 from __future__ import annotations
@@ -22,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, EngineStats, Request, SamplingParams
+from async_rl.generator.seats import Seats
+from async_rl.weights.blocks import join
 from async_rl.weights.shared_memory import shared_folder
 from async_rl.weights.vllm_release import SPANS, installed_release
 
@@ -29,12 +29,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-Shapes = Mapping[str, Sequence[int]]
-
 LOAD_DEADLINE_S = 600.0
 """longest time the workers may take to load weights"""
-CPU_BATCH_TOKENS = 8192
-"""tokens of one model step on a CPU"""
+BATCH_TOKENS = 8192
+"""most tokens of one model step; vLLM's own choice for a GPU, 2048, makes the rebuilding of caches slow"""
+STREAM_TOKENS = 16
+"""tokens after which vLLM hands on what it sampled, where it keeps the version of each token itself: each handing on
+costs this process 20 microseconds"""
+PROBE_FIRST = -1
+"""vLLM's priority of a probe; turns have 0, and the lowest number is served first"""
 OWNER = "ASYNC_RL_VLLM_OWNER"
 """environment variable: the process with which vLLM's processes end (vllm_worker.py)"""
 _ENVIRONMENT = {
@@ -76,6 +79,8 @@ class VllmOptions:
     """share of the GPU's memory for weights and cache together"""
     tensor_parallel: int
     """number of worker processes that the model is split over"""
+    head_dtype: Literal["float32", "model"] = "float32"
+    """of the logits: vLLM's own choice, `model`, rounds those of a bfloat16 model to bfloat16"""
     layout: Mapping[str, tuple[int, ...]]
     """shapes of the model's weights, under the trainer's names"""
     transfer: str = ""
@@ -93,6 +98,7 @@ class VllmEngine:
         self._has_spans = has_spans
         self._version = 0
         self._loading = asyncio.Lock()
+        self._seats = Seats(options.max_sequences)
         self._requests: dict[int, str] = {}  # by session
         self._running: dict[str, _RunningRequest] = {}
         self._asked = 0
@@ -140,7 +146,12 @@ class VllmEngine:
         running = self._running[name] = _RunningRequest()
         self._busy(now=time.perf_counter())
         try:
-            return await self._collect(name, running, history, request, min(request.params.max_tokens, room))
+            if not await self._seats.take(name):
+                return Completion(tokens=(), log_probs=(), versions=(), finish="aborted")
+            try:
+                return await self._collect(name, running, history, request, min(request.params.max_tokens, room))
+            finally:
+                self._seats.give_back()
         finally:
             del self._requests[request.session], self._running[name]
             self._busy(now=time.perf_counter())
@@ -159,6 +170,8 @@ class VllmEngine:
 
         prompt = TokensPrompt(prompt_token_ids=history, cache_salt=f"version {self._version}")
         params = sampling_params(request.params, turn_seed(request.seed, len(history)), max_tokens)
+        if self._has_spans:
+            params.stream_interval = STREAM_TOKENS
         output = None
         try:
             async for answer in self._llm.generate(prompt, params, name):
@@ -266,7 +279,8 @@ class VllmEngine:
         params = VllmParams(
             max_tokens=1, temperature=1.0, prompt_logprobs=0, logprobs=-1 if full else None, detokenize=False
         )
-        answer = await self._served(self._last(self._llm.generate(prompt, params, f"probe-{self._asked}")))
+        probe = self._llm.generate(prompt, params, f"probe-{self._asked}", priority=PROBE_FIRST)
+        answer = await self._served(self._last(probe))
         found: list[Any] = [*answer.prompt_logprobs, *(answer.outputs[0].logprobs if full else ())]
         return [entry[token].logprob for token, entry in zip(tokens[1:], found[1:], strict=True)]
 
@@ -278,14 +292,16 @@ class VllmEngine:
 
     async def fingerprint(self) -> Mapping[str, int | None]:
         """Checksums of the weights as vLLM's workers hold them now, under the trainer's names."""
-        layout = [(name, list(shape)) for name, shape in self._options.layout.items()]
-        workers = self._options.tensor_parallel
-        return combined_checksums(await self._ask_workers("async_rl_fingerprint", self._version, layout, workers))
+        layout = self._options.layout
+        named, workers = [(name, list(shape)) for name, shape in layout.items()], self._options.tensor_parallel
+        shown = await self._ask_workers("async_rl_show", self._version, named, workers)
+        return join(shown, layout, self._version)
 
     def release(self, session: int) -> None:
         """The episode is over: abort its turn if one runs."""
         name = self._requests.get(session)
         if name is not None:
+            self._seats.withdraw(name)
             self._aborts = asyncio.ensure_future(self._llm.abort(name))
 
     def stats(self) -> EngineStats:
@@ -301,6 +317,8 @@ class VllmEngine:
     async def close(self) -> None:
         """Abort every request with the tokens it has, and end vLLM's processes."""
         self._closed = True
+        for name in self._requests.values():
+            self._seats.withdraw(name)
         if self._requests:
             await self._llm.abort(list(self._requests.values()))
         await asyncio.to_thread(self._llm.shutdown)
@@ -332,7 +350,8 @@ def engine_arguments(options: VllmOptions) -> dict[str, Any]:
         "model": str(options.model),
         "dtype": options.dtype,
         "max_model_len": options.max_context,
-        "max_num_seqs": options.max_sequences,
+        "max_num_seqs": options.max_sequences + 1,  # for the probe
+        "scheduling_policy": "priority",  # the probe does not wait behind requests that found no room in the cache
         "tensor_parallel_size": options.tensor_parallel,
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": -1,  # for a probe as long as the context
@@ -342,14 +361,18 @@ def engine_arguments(options: VllmOptions) -> dict[str, Any]:
         "disable_log_stats": True,
         "seed": 0,
     }
+    if options.dtype == "bfloat16" and options.head_dtype == "float32":
+        chosen["hf_overrides"] = {"head_dtype": "float32"}
+    batch = max(BATCH_TOKENS, options.max_sequences + 1)
     if options.device == "cpu":
         chosen["enforce_eager"] = True
         # A request with a seed whose prompt is fed in parts crashes the worker on a CPU (its random generator has no
         # offset to return to), so every history is fed whole.
         chosen["enable_chunked_prefill"] = False
-        chosen["max_num_batched_tokens"] = max(CPU_BATCH_TOKENS, options.max_context)
+        batch = max(batch, options.max_context)
     else:
         chosen["gpu_memory_utilization"] = options.memory_share
+    chosen["max_num_batched_tokens"] = batch
     if options.transfer:
         chosen["weight_transfer_config"] = {"backend": options.transfer}
     if options.kv_cache_bytes:
@@ -387,66 +410,3 @@ def _save(weights: Mapping[str, Tensor], file: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file)
-
-
-def unpacked(
-    parameters: Mapping[str, Tensor], packing: Mapping[str, Sequence[str]], wanted: Shapes, workers: int
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The trainer's tensors among the `parameters` of one of vLLM's workers.
-
-    vLLM stacks some matrices (query, key and value; gate and up) along the first axis.
-
-    Args:
-        packing: name of a stacked matrix -> names of its parts, in order (vLLM's `packed_modules_mapping`).
-        wanted: the trainer's names and shapes.
-        workers: number of workers over which the model is split.
-
-    Returns:
-        the tensors held whole, under the trainer's names; and the names of those of which this worker holds a part
-        only (none with one worker). A tensor that is missing or has another shape is in neither.
-    """
-    held: dict[str, Tensor] = {}
-    split: list[str] = []
-    for name, shape in wanted.items():
-        found = parameters.get(name)
-        if found is None:
-            found, packed = _part(parameters, packing, wanted, name)
-        else:
-            packed = found
-            if workers == 1 and len(shape) and found.shape[0] > shape[0]:
-                found = found[: shape[0]]  # the vocabulary is padded
-        if found is not None and tuple(found.shape) == tuple(shape):
-            held[name] = found
-        elif packed is not None and workers > 1:
-            split.append(name)
-    return held, split
-
-
-def _part(
-    parameters: Mapping[str, Tensor], packing: Mapping[str, Sequence[str]], wanted: Shapes, name: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """(the tensor or None, the stacked tensor that it is part of or None); None where the stack is not whole."""
-    for packed, parts in packing.items():
-        for part in parts:
-            if f".{part}." not in name:
-                continue
-            whole = parameters.get(name.replace(f".{part}.", f".{packed}."))
-            sizes = [wanted[name.replace(f".{part}.", f".{p}.")][0] for p in parts]
-            if whole is None or whole.shape[0] != sum(sizes):
-                return None, whole
-            begin = sum(sizes[: parts.index(part)])
-            return whole[begin : begin + sizes[parts.index(part)]], whole
-    return None, None
-
-
-def combined_checksums(shown: Sequence[Mapping[str, int | None]]) -> dict[str, int | None]:
-    """Checksums of one engine from those of its workers (None: the tensor is split over them). A tensor that a worker
-    lacks, or of which workers hold different copies, is left out."""
-    agreed: dict[str, int | None] = {}
-    for name in shown[0] if shown else ():
-        if any(name not in worker for worker in shown):
-            continue
-        found = {worker[name] for worker in shown}
-        if None in found or len(found) == 1:
-            agreed[name] = None if None in found else found.pop()
-    return agreed

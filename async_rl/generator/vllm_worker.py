@@ -16,8 +16,9 @@ import torch
 import vllm._custom_ops
 from safetensors.torch import load_file
 
-from async_rl.generator.vllm_engine import OWNER, unpacked
-from async_rl.weights.canary import fingerprint
+from async_rl.generator.vllm_engine import OWNER
+from async_rl.generator.vllm_layout import find_blocks
+from async_rl.weights.blocks import Shown, show
 from async_rl.weights.vllm_links import rebuild_arguments
 
 if not torch.cuda.is_available():
@@ -56,6 +57,8 @@ class Weights:
     """of vLLM's worker"""
     update_weights: Callable[[dict[str, Any]], None]
     """of vLLM's worker, too"""
+    rank: int
+    """of this worker among those that the model is split over, likewise"""
 
     def async_rl_load(self, path: str) -> None:
         """Copy the weights of a safetensors file into the model, in place."""
@@ -71,12 +74,19 @@ class Weights:
         given = {name: update[name] for name in ("names", "dtype_names", "shapes")}
         self.update_weights({**given, "ipc_handles": [{update["gpu"]: arguments} for arguments in rebuilt]})
 
-    def async_rl_fingerprint(
+    def async_rl_show(
         self, version: int, wanted: Sequence[tuple[str, Sequence[int]]], workers: int
-    ) -> dict[str, int | None]:
-        """Checksums of the model's tensors under the trainer's names (`wanted`: name, shape). None: this worker holds a
-        part of the tensor, because the model is split over `workers` of them."""
+    ) -> dict[str, Shown | None]:
+        """Sampled elements of the model's tensors under the trainer's names (`wanted`: name, shape), as far as this one
+        of `workers` holds them. None: it holds a part and cannot say which."""
         model = self.get_model()
-        packing = getattr(model, "packed_modules_mapping", {})
-        held, split = unpacked(dict(model.named_parameters()), packing, dict(wanted), workers)
-        return {**fingerprint(held, version), **dict.fromkeys(split)}
+        vocabulary = {
+            f"{name}.weight": (rows.org_vocab_start_index, rows.org_vocab_end_index)
+            for name, module in model.named_modules()
+            if (rows := getattr(module, "shard_indices", None)) is not None
+        }
+        blocks, unclear = find_blocks(
+            dict(model.named_parameters()), getattr(model, "packed_modules_mapping", {}), dict(wanted),
+            rank=self.rank, workers=workers, vocabulary=vocabulary,
+        )  # fmt: skip
+        return {**show(blocks, version), **dict.fromkeys(unclear)}

@@ -412,6 +412,12 @@ def layer_parameters(c: DecoderConfig, *, matrices: bool = False) -> int:
     return sum(prod(shape) for shape in shapes if len(shape) > 1 or not matrices)
 
 
+def layer_width(c: DecoderConfig) -> int:
+    """Inputs and outputs of the matrices of one layer, together: numbers a token."""
+    shapes = [shape for name, shape in tensor_shapes(c).items() if name.startswith("model.layers.0.")]
+    return sum(sum(shape) for shape in shapes if len(shape) > 1)
+
+
 def parameters(c: DecoderConfig) -> int:
     """Number of parameters of the model."""
     return sum(prod(shape) for shape in tensor_shapes(c).values())

@@ -60,6 +60,24 @@ def choose_backend(asked: Asked, *, device: str, half: bool) -> Backend:
     return "torch varlen"
 
 
+def usable_backend(asked: Asked, *, device: str, half: bool) -> Backend:
+    """`choose_backend`, with the next kernel where `auto` chose one whose package cannot be imported (built for another
+    torch, say). Imports torch, as the process that trains may. Raises UserError."""
+    found = choose_backend(asked, device=device, half=half)
+    if asked != "auto" or found == "sdpa":
+        return found
+    kinds: tuple[Backend, ...] = ("flash-attn 3", "flash-attn 2", "torch varlen")
+    for backend in kinds[kinds.index(found) :]:
+        if backend == "flash-attn 2" and not _is_there("flash-attn 2"):
+            continue
+        try:
+            make_kernel(backend)
+        except UserError:
+            continue
+        return backend
+    return "sdpa"
+
+
 def make_kernel(backend: Backend) -> Kernel | None:
     """The kernel of a back end; None for SDPA. Raises UserError when its package cannot be imported."""
     if backend == "sdpa":
@@ -117,9 +135,16 @@ def torch_kernel(function: Callable[..., Any]) -> Kernel:
 
 
 def _installed_flash(device: str) -> Backend | None:
-    if find_spec(MODULES["flash-attn 3"]) is not None:
+    if _is_there("flash-attn 3"):
         import torch
 
         if torch.cuda.get_device_capability(device)[0] == HOPPER:
             return "flash-attn 3"
-    return "flash-attn 2" if find_spec(MODULES["flash-attn 2"]) is not None else None
+    return "flash-attn 2" if _is_there("flash-attn 2") else None
+
+
+def _is_there(backend: Backend) -> bool:
+    """Without an import, which the launcher must not make. flash-attn 4 brings a folder flash_attn without a module of
+    its own, and so without an origin."""
+    found = find_spec(MODULES[backend])
+    return found is not None and found.origin is not None

@@ -19,6 +19,7 @@ from async_rl.model.decoder import Decoder
 from async_rl.model.huggingface import HuggingFaceDecoder
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task import Task
+from async_rl.task.order import Choice, choose_held_out
 from async_rl.task.weigh import Weights, has_group_reward
 from async_rl.trajectory import Trajectory
 from async_rl.wire.messages import Permit
@@ -138,17 +139,17 @@ def evaluate(
     samples: int,
     temperature: float,
     seed: int,
+    choice: Choice = "spread",
     limits: Limits | None = None,
     max_context: int | None = None,
 ) -> list[Trajectory]:
-    """Episodes on the first `problems` held-out problems, `samples` of each."""
-    held_out = task.problems("eval")
+    """Episodes on `problems` of the held-out problems, `samples` of each. `choice`: of the problems."""
     numbers = tuple(range(samples))
     tickets = [
         ticket
-        for p in range(min(problems, len(held_out)))
+        for p, problem in enumerate(choose_held_out(problems, len(task.problems("eval")), choice))
         for ticket in make_tickets(
-            Permit(group=p, problem=p, split="eval", samples=numbers, seed=seed, temperature=temperature),
+            Permit(group=p, problem=problem, split="eval", samples=numbers, seed=seed, temperature=temperature),
             [(seed << 40) + (p << 12) + s for s in numbers],
         )
     ]

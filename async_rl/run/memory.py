@@ -21,6 +21,7 @@ from async_rl.model.architecture import (
     activation_bytes,
     kv_cache_bytes,
     layer_parameters,
+    layer_width,
     log_prob_bytes,
     lora_parameters,
     micro_batch_that_fits,
@@ -40,6 +41,10 @@ VLLM_PROCESS_BYTES = 1500 << 20
 CONTEXT_BYTES = 800 << 20
 """of a GPU, for CUDA's context and libraries of a process"""
 BUFFER_BYTES = 50 << 20
+LINK_BYTES = 200 << 20
+"""of the sending GPU, for NCCL's own buffers of one link into a vLLM"""
+PACKED_BYTES = 256 << 20
+"""of each of vLLM's two packing buffers (weights/vllm_links.py), of one link at a time"""
 GATHERED_LAYERS = 2
 """whole layers that a rank of a sharded trainer holds at a time: the one at work and the next"""
 MOST_IMAGINED = 1024
@@ -116,6 +121,10 @@ def estimate_of(
         sender = _device(placement.ranks[0], settings.trainer.device) if "ipc" in linked else "cpu"
         copy = BYTES[settings.generator.dtype] * parameters
         parts.append(Part(name="trainer: copy of the weights for links into vLLM", bytes=copy, device=sender))
+    if links := ways.count("nccl"):
+        sent = _sent_bytes(shape, links)
+        gpu = _device(placement.ranks[0], settings.trainer.device)
+        parts.append(Part(name="trainer rank 0: weights on their way to vLLM", bytes=sent, device=gpu))
     for number, spot in enumerate(placement.generators):
         parts += _generator(shape, f"generator-{number}", spot)
     return Estimate(parameters=parameters, context=context, parts=tuple(parts))
@@ -167,6 +176,13 @@ class _Shape:
         """ranks that share one copy of the model"""
         trainer = self.settings.trainer
         return trainer.ranks if trainer.sharding == "full" else 1
+
+
+def _sent_bytes(shape: _Shape, links: int) -> int:
+    """What the sending GPU holds: vLLM packs tensors until a buffer is full, the largest whole, from a copy on the GPU;
+    one link packs at a time (weights/link.py)."""
+    largest = shape.parameters if shape.config is None else shape.config.vocabulary * shape.config.hidden
+    return 2 * BYTES[shape.settings.generator.dtype] * largest + 2 * PACKED_BYTES + links * LINK_BYTES
 
 
 def _host(shape: _Shape, placement: Placement, ways: Sequence[Way]) -> Iterator[Part]:
@@ -224,8 +240,13 @@ def _trainer(shape: _Shape, name: str, device: str) -> Iterator[Part]:
         one = 4 * config.vocabulary * config.hidden
         yield Part(name=f"{name}: gradient of the largest weight (exact OPOB)", bytes=one, device=device)
     if shards > 1:
-        whole = GATHERED_LAYERS * layer_parameters(config) + 2 * config.vocabulary * config.hidden
-        yield Part(name=f"{name}: gathered layers", bytes=whole * BYTES[trainer.dtype], device=device)
+        whole = GATHERED_LAYERS * layer_parameters(config) * BYTES[trainer.dtype]
+        yield Part(name=f"{name}: gathered layers", bytes=whole, device=device)
+        # trainer/sharding.py: always float32, from the forward to the end of the backward pass. The head's gradient is
+        # counted with the log-probs.
+        matrix = 4 * config.vocabulary * config.hidden
+        both = matrix if config.tied else 2 * matrix
+        yield Part(name=f"{name}: embedding and head, whole", bytes=both + matrix, device=device)
     batch = settings.batch.groups_per_step * settings.batch.group_size * (shape.context or trainer.micro_batch_tokens)
     tokens = max(min(trainer.micro_batch_tokens, batch), shape.context)
     kept = activation_bytes(
@@ -239,6 +260,9 @@ def _trainer(shape: _Shape, name: str, device: str) -> Iterator[Part]:
     if shape.context > trainer.micro_batch_tokens:  # a longer context has a micro-batch of its own
         lower = "generator.max_context"
     yield Part(name=f"{name}: activations of {tokens} tokens", bytes=kept, device=device, lower=lower)
+    if needs.per_trajectory_norms:
+        seen = 4 * tokens * layer_width(config)
+        yield Part(name=f"{name}: inputs and gradients of a layer (exact OPOB)", bytes=seen, device=device, lower=lower)
     yield Part(name=f"{name}: log-probs", bytes=log_prob_bytes(config, tokens), device=device, lower=lower)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from async_rl.buffer.store import StoreReader, store_begun
 from async_rl.config import Settings, check
-from async_rl.config.schema import load_yaml, structured, values_of, with_overrides
+from async_rl.config.schema import structured, values_of, with_overrides
 from async_rl.errors import RunFailed, UserError
 from async_rl.events import AlarmRaised, EvaluationReported, RunRolledBack, StepSkipped, UpdatesStopped, read_event
 from async_rl.objective.own import check_recorded
@@ -64,7 +64,7 @@ class ResumePoint:
 
 def resumed_settings(folder: RunFolder, overrides: Sequence[str]) -> Settings:
     """The settings of the run with `overrides`, which may change some of them. Raises UserError."""
-    values = load_yaml(folder.config)
+    values = folder.values()
     before = structured(Settings, values, where="")
     settings = structured(Settings, with_overrides(values, overrides), where="")
     check(settings)

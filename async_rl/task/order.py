@@ -1,14 +1,32 @@
-"""In which order the problems are asked: a pure function, so that the position is all there is to save."""
+"""In which order the problems are asked, and which are evaluated: pure functions, so that a position is all there is to
+save."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 CACHED_EPOCHS = 2
 """permutations kept: positions asked for together may straddle the end of an epoch"""
+
+
+Choice = Literal["spread", "first"]
+
+
+def choose_held_out(count: int, num_problems: int, choice: Choice) -> tuple[int, ...]:
+    """`count` of the held-out problems, or all: those that a fixed permutation puts first (`spread`), because a file is
+    often sorted by subject, or those that the file has first. A larger choice begins with the smaller one."""
+    if count >= num_problems or choice == "first":
+        return tuple(range(min(count, num_problems)))
+    return tuple(_shuffled((num_problems,), num_problems)[:count].tolist())
+
+
+def _shuffled(key: tuple[int, ...], count: int) -> NDArray[np.int64]:  # [count]
+    """A permutation that sorts 64 raw bits each from PCG64."""
+    return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(count), kind="stable")
 
 
 class PromptOrder:
@@ -42,8 +60,7 @@ class PromptOrder:
     def _permutation(self, epoch: int) -> NDArray[np.int64]:  # [problems]
         known = self._epochs.get(epoch)
         if known is None:
-            bits = np.random.PCG64(np.random.SeedSequence((self.seed, epoch))).random_raw(self.num_problems)
-            known = self._epochs[epoch] = np.argsort(bits, kind="stable")
+            known = self._epochs[epoch] = _shuffled((self.seed, epoch), self.num_problems)
             if len(self._epochs) > CACHED_EPOCHS:
                 self._epochs.popitem(last=False)
         return known

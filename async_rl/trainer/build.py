@@ -15,7 +15,7 @@ from async_rl.model.architecture import DecoderConfig, tensor_shapes
 from async_rl.model.decoder import DTYPES, Decoder, LayerExecution
 from async_rl.model.folder import CONFIG, existing, load_model, read_config, read_json
 from async_rl.model.lora import WithoutAdapters, add_adapters
-from async_rl.model.varlen import Backend, choose_backend, make_kernel
+from async_rl.model.varlen import Backend, make_kernel, usable_backend
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.trainer.critic import Critic
@@ -108,7 +108,7 @@ def set_execution(model: Model, settings: Settings) -> None:
 def backend_of(settings: Settings) -> Backend:
     """What computes attention among packed documents. Raises UserError when `trainer.attention` is not available."""
     asked = settings.trainer
-    return choose_backend(asked.attention, device=asked.device, half=asked.dtype == "bfloat16")
+    return usable_backend(asked.attention, device=asked.device, half=asked.dtype == "bfloat16")
 
 
 def spread_over(settings: Settings, ranks: Ranks) -> Spread | None:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 REMEMBERED = 16
 """versions whose evidence is kept; what comes later for an older one is counted only"""
+WIDENED = 3.0
+"""a generator's tolerance grows to so many times its first difference: as answers get sharper, equal weights differ by
+more, and where the checksums of all tensors agree the difference is arithmetic"""
 NAMED = 8
 """tensors that a report names"""
 
@@ -42,6 +45,8 @@ class CanaryOptions:
     """of the weights in the generators"""
     tolerance: float
     """of `Comparison.mean_difference`, nats"""
+    widens: bool = False
+    """the tolerance grows with what a generator shows first; not where the user chose it"""
     silent_steps: int
     """steps after which a generator without evidence is reported; 0: never"""
 
@@ -67,6 +72,8 @@ class Watched:
     """step at which it was first seen, or sent evidence last"""
     checked: int = 0
     reported: bool = False
+    first: float = 0.0
+    """mean difference that it showed first, with every tensor compared; nats"""
     away: bool = False
     """it has left; when it comes back its time starts anew"""
 
@@ -121,7 +128,8 @@ class CanaryWatch:
             version=canary.version, digests=dict(canary.digests), split=canary.split, log_probs=canary.log_probs
         )
         comparison = compare(expected, found)
-        if comparison.wrong(self.options.tolerance):
+        watched = self.generators.setdefault(canary.name, Watched(since=self.step))
+        if comparison.wrong(max(self.options.tolerance, WIDENED * watched.first)):
             self.record(
                 CanaryFailed(
                     name=canary.name,
@@ -134,8 +142,9 @@ class CanaryWatch:
             raise RunFailed(self._explain(canary, comparison))
         self.found.append(comparison)
         self.max_difference = max(self.max_difference, comparison.max_difference)
-        watched = self.generators.setdefault(canary.name, Watched(since=self.step))
         watched.since, watched.reported = self.step, False
+        if not watched.checked and self.options.widens and not canary.split:
+            watched.first = comparison.mean_difference
         watched.checked += 1
 
     def report_silent(self, step: int, connected: Mapping[str, int]) -> None:
@@ -176,7 +185,7 @@ class CanaryWatch:
         probe = (
             f"it gives log-prob {c.worst + 1} of the probe as {c.found:.6g}, the trainer as {c.expected:.6g} "
             f"(difference {c.max_difference:.3g} nats, mean {c.mean_difference:.3g}, tolerance of the mean "
-            f"{self.options.tolerance:g})"
+            f"{max(self.options.tolerance, WIDENED * self.generators[canary.name].first):g})"
         )
         if not c.tensors:
             return (
@@ -211,6 +220,7 @@ def make_canary(settings: Settings, learner: Learner, task: Task, record: Record
         probe=probe_tokens(task, Tokenizer.of(settings.model), chosen.max_context or learner.model.config.max_context),
         dtype=getattr(torch, chosen.dtype),
         tolerance=settings.canary.tolerance or TOLERANCE[computed],
+        widens=not settings.canary.tolerance,
         silent_steps=settings.canary.silent_steps,
     )
     return CanaryWatch(learner, options, record, team, step=learner.version)

@@ -98,11 +98,16 @@ def fingerprint(tensors: Mapping[str, Tensor], version: int, dtype: torch.dtype 
     digests, start = {}, 0
     for name, part in zip(names, parts, strict=True):
         tensor = tensors[name]
-        described = f"{name} {list(tensor.shape)} {dtype or tensor.dtype} ".encode()
-        digest = hashlib.blake2b(described + content[start : start + len(part)], digest_size=8)
-        digests[name] = int.from_bytes(digest.digest(), "little")
+        made = content[start : start + len(part)]
+        digests[name] = checksum(name, tensor.shape, str(dtype or tensor.dtype), made)
         start += len(part)
     return digests
+
+
+def checksum(name: str, shape: Sequence[int], dtype: str, content: bytes) -> int:
+    """Of one tensor; `content`: its sampled elements, in order."""
+    described = f"{name} {list(shape)} {dtype} ".encode()
+    return int.from_bytes(hashlib.blake2b(described + content, digest_size=8).digest(), "little")
 
 
 def in_bunches(tensors: Iterable[tuple[str, Tensor]], most_bytes: int = BUNCH_BYTES) -> Iterator[dict[str, Tensor]]:
@@ -117,6 +122,11 @@ def in_bunches(tensors: Iterable[tuple[str, Tensor]], most_bytes: int = BUNCH_BY
             bunch, held = {}, 0
     if bunch:
         yield bunch
+
+
+def sampled_places(size: int, version: int) -> NDArray[np.int64]:  # [at most SAMPLES]
+    """Flat indices of the elements of one tensor of this size that are in its checksum."""
+    return np.arange(size) if size <= SAMPLES else sampled_elements(np.array([size]), version)[0]
 
 
 def sampled_elements(sizes: NDArray[np.int64], version: int) -> NDArray[np.int64]:  # [tensors, SAMPLES]

@@ -6,8 +6,9 @@ dies takes no other with it; when it is restarted, it gets a new link.
 
 Who waits for whom: each link waits in a thread of its own, because NCCL's waits have no timeout; the server's thread
 checks all of them. A link whose generator died, or that exceeds its deadline, is closed from outside, which ends its
-wait. Training waits for links only before it overwrites the weights that they send (`Staged`), never longer than the
-deadline, and ends with the generator's name when a link cannot be closed.
+wait. Links send one after another, which takes no longer, since they share the sender's memory and bus. Training waits
+for links only before it overwrites the weights that they send (`Staged`), never longer than the deadline, and ends with
+the generator's name when a link cannot be closed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ PING_S = 1.0
 """interval of the keep-alive call while a publication waits"""
 POLL_S = 0.002
 """poll interval of the server's thread while a transfer runs; otherwise tenfold"""
+TURN_S = 10.0
+"""longest time for which a link waits until another one has sent: each packs as much as the largest tensor takes on the
+sending GPU. One that takes longer holds nobody up further"""
 CLOSING_S = 10.0
 """longest time for which the close of a link may wait"""
 
@@ -271,6 +275,7 @@ class LinkServer:
         self._out: queue.SimpleQueue[tuple[bytes, msg.Message]] = queue.SimpleQueue()
         self._peers: dict[str, _Peer] = {}
         """by the name of the generator"""
+        self._turn = threading.Lock()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="weight-links", daemon=True)
         self._thread.start()
@@ -406,7 +411,13 @@ class LinkServer:
             if peer.lost:
                 raise LinkLost(peer.lost)
             peer.control.version = version
-            peer.link.send()
+            mine = self._turn.acquire(timeout=TURN_S)
+            peer.busy_since = time.monotonic()  # its own time begins now
+            try:
+                peer.link.send()
+            finally:
+                if mine:
+                    self._turn.release()
             peer.given = version
 
 

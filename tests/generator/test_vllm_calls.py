@@ -94,3 +94,13 @@ def test_a_worker_puts_handles_together_for_vllms_own_engine(monkeypatch: pytest
     (arguments,) = (by_gpu["GPU-7"] for by_gpu in info.ipc_handles)
     assert len(arguments) == 15
     assert arguments[5:8] == (torch.bfloat16, 0, b"hello")  # vLLM puts its own device in the sixth place
+
+
+@pytest.mark.parametrize(("dtype", "head", "wanted"), [
+    ("bfloat16", "float32", {"head_dtype": "float32"}), ("bfloat16", "model", None), ("float32", "float32", None),
+])  # fmt: skip
+def test_a_half_precision_engine_computes_its_logits_as_the_trainer_does(dtype: str, head: str, wanted: Any) -> None:
+    from async_rl.generator.vllm_engine import engine_arguments
+
+    assert engine_arguments(vllm_options(dtype=dtype, head_dtype=head)).get("hf_overrides") == wanted
+    assert vllm_options(dtype="bfloat16").head_dtype == "float32"

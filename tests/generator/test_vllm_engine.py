@@ -8,7 +8,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,46 @@ def test_the_weights_shown_are_the_weights_held(served: Served) -> None:
     served.run(served.engine.load(partial, version))
     shown, right = served.run(served.engine.fingerprint()), fingerprint(dict(served.model.named_parameters()), version)
     assert {name for name in right if shown[name] != right[name]} == {"model.layers.1.self_attn.k_proj.weight"}
+
+
+def test_a_probe_has_a_seat_while_every_sequence_is_taken(served: Served) -> None:
+    """Also where more turns wait: an episode may have several. The probe ends before any of them does."""
+    served.run(served.load(served.engine.version + 1))
+    tokens, seats = prompt(7, 60), served.engine._options.max_sequences
+    requests = [ask(i, prompt(i, 3), 120) for i in range(2 * seats)]
+
+    async def probe() -> tuple[list[int], Sequence[float], list[Completion]]:
+        turns = [asyncio.ensure_future(served.engine.generate(request)) for request in requests]
+        start = served.engine.stats().tokens_generated
+        while served.engine.stats().tokens_generated < start + 2 * seats:
+            await asyncio.sleep(0.001)
+        stats = served.engine.stats()
+        shown = await served.engine.probe(tokens)
+        assert not any(turn.done() for turn in turns)
+        return [stats.running, stats.waiting], shown, await asyncio.gather(*turns)
+
+    counts, shown, done = served.run(probe())
+    assert counts == [seats, seats]
+    assert np.allclose(shown, clean(served.model, tokens), atol=TOLERANCE)
+    assert [len(completion.tokens) for completion in done] == [120] * len(requests)
+
+
+def test_a_turn_that_waits_for_a_seat_can_be_given_up(served: Served) -> None:
+    seats = served.engine._options.max_sequences
+
+    async def give_up() -> list[Completion]:
+        turns = [asyncio.ensure_future(served.engine.generate(ask(i, prompt(i, 3), 100))) for i in range(seats + 3)]
+        await asyncio.sleep(0)
+        served.engine.release(seats + 1)
+        turns[seats + 2].cancel()
+        given_up = await turns[seats + 1]
+        assert not turns[0].done()
+        return [given_up, *await asyncio.gather(*turns[: seats + 1])]
+
+    given_up, *done = served.run(give_up())
+    assert (given_up.finish, list(given_up.tokens)) == ("aborted", [])
+    assert [len(completion.tokens) for completion in done] == [100] * (seats + 1)
+    assert served.engine._seats._free == seats
 
 
 def test_weights_of_another_model_are_refused_and_change_nothing(served: Served) -> None:

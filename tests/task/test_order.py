@@ -1,9 +1,17 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support_run import quick_settings
 
-from async_rl.task.order import PromptOrder
+from async_rl.config.schema import to_yaml
+from async_rl.run.resume import resumed_settings
+from async_rl.run_folder import RunFolder
+from async_rl.task.order import PromptOrder, choose_held_out
+
+GOLDEN = (2175, 4822, 3792, 4434, 861, 2604)
 
 
 @given(n=st.integers(1, 60), seed=st.integers(0, 2**40), epoch=st.integers(0, 5))
@@ -49,3 +57,30 @@ def test_memory_does_not_grow_with_the_epochs() -> None:
 def test_impossible_orders_are_refused(n: int, seed: int, position: int) -> None:
     with pytest.raises(ValueError):
         PromptOrder(n, seed)(position)
+
+
+def test_held_out_problems_are_spread_over_a_sorted_file_and_always_the_same() -> None:
+    """A file with five subjects one after the other, as MATH has them."""
+    chosen = choose_held_out(64, 5000, "spread")
+    assert len(set(chosen)) == 64
+    assert {number // 1000 for number in chosen} == set(range(5))
+    assert min(np.bincount([number // 1000 for number in chosen])) >= 6
+    assert choose_held_out(128, 5000, "spread")[:64] == chosen
+    assert chosen[:6] == GOLDEN
+
+
+def test_all_held_out_problems_or_the_first_ones_stay_in_order() -> None:
+    assert choose_held_out(9, 5, "spread") == (0, 1, 2, 3, 4) == choose_held_out(5, 5, "spread")
+    assert choose_held_out(3, 5, "first") == (0, 1, 2)
+    assert choose_held_out(4, 0, "spread") == ()
+
+
+def test_a_run_older_than_the_choice_goes_on_with_the_first(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    settings = quick_settings(tmp_path, "evaluation.problems=7")
+    folder.config.write_text(to_yaml(settings))
+    assert folder.settings() == settings
+    lines = [line for line in to_yaml(settings).splitlines(keepends=True) if not line.startswith("  choice:")]
+    folder.config.write_text("".join(lines))
+    assert folder.settings().evaluation.choice == "first"
+    assert resumed_settings(folder, ["trainer.steps=999"]).evaluation.choice == "first"

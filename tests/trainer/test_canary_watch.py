@@ -136,6 +136,29 @@ def test_an_engine_with_other_arithmetic_is_told_apart_from_wrong_weights(tiny_m
     assert tolerant.watch.summary().max_difference == pytest.approx(0.01, abs=1e-4)
 
 
+def test_the_tolerance_grows_with_what_a_generator_showed_first(tiny_model: Path) -> None:
+    """Where the weights are surely equal and the user chose none: equal weights differ by more as answers sharpen."""
+
+    def off(shown: msg.Canary, nats: float) -> msg.Canary:
+        scaled = tuple([value - nats * max(1.0, abs(value)) for value in shown.log_probs])
+        return replace(shown, log_probs=scaled)
+
+    for overrides, split, passes in (((), (), True), (("canary.tolerance=0.05",), (), False), ((), ("x",), False)):
+        bench = Bench(tiny_model, "generator.dtype=bfloat16", *overrides)
+        shown = replace(bench.shown(bench.step(), 1), split=split)
+        bench.watch.receive(off(shown, 0.03))
+        if passes:
+            bench.watch.receive(off(shown, 0.08))
+            with pytest.raises(RunFailed, match="computes other"):
+                bench.watch.receive(off(shown, 0.1))
+        else:
+            with pytest.raises(RunFailed, match="computes other"):
+                bench.watch.receive(off(shown, 0.08))
+    first = Bench(tiny_model, "generator.dtype=bfloat16")
+    with pytest.raises(RunFailed, match="computes other"):  # the first is not excused
+        first.watch.receive(off(first.shown(first.step(), 1), 0.06))
+
+
 def test_what_comes_for_a_forgotten_or_unknown_version_is_counted_only(tiny_model: Path) -> None:
     bench = Bench(tiny_model)
     first = bench.shown(bench.step(), 1)

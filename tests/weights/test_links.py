@@ -207,6 +207,60 @@ def test_a_generator_that_stands_still_on_the_way_is_given_up_by_the_deadline(tm
     trained.server.close()
 
 
+def test_links_send_one_after_another_and_one_that_stands_still_stops_no_other(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each packs as much as the largest tensor takes on the sending GPU."""
+    monkeypatch.setattr("async_rl.weights.link.TURN_S", 60.0)
+    sending: set[int] = set()
+    together: list[int] = []
+
+    def watch(link: FakeTrainerSide) -> None:
+        def between(number: int) -> None:
+            sending.add(id(link))
+            together.append(len(sending))
+            time.sleep(0.005)
+            if number == len(SHAPES) - 1:
+                sending.discard(id(link))
+
+        link.between = between
+
+    def pull(name: str, engine: FakeEngine) -> None:
+        async def work() -> None:
+            link = LinkSource(trained.endpoint, name, way="nccl", workers=1, first_s=20.0, timeout_s=20.0)
+            try:
+                await link.pull_into(engine, first=True)  # type: ignore[arg-type]
+            finally:
+                link.close()
+
+        asyncio.run(work())
+
+    trained.prepare = watch
+    trained.publish(1)
+    engines = [FakeEngine(tensors(99)) for _ in range(4)]
+    pulls = [threading.Thread(target=pull, args=(f"generator-{i}", engine)) for i, engine in enumerate(engines)]
+    for thread in pulls:
+        thread.start()
+    for thread in pulls:
+        thread.join(20.0)
+    assert [engine.version for engine in engines] == [1] * 4
+    assert set(together) == {1}
+
+    monkeypatch.setattr("async_rl.weights.link.TURN_S", 0.1)
+    held = threading.Event()
+    stuck = FakeEngine(tensors(99))
+    stuck.worker.between = lambda _: (held.wait(), None)[1]
+    waiting = threading.Thread(target=pull, args=("generator-4", stuck), daemon=True)
+    waiting.start()
+    wait_until(lambda: stuck.worker.calls[-1:] == ["update"])
+    other = FakeEngine(tensors(99))
+    pull("generator-5", other)
+    assert (other.version, stuck.version) == (1, 0)
+    held.set()
+    waiting.join(20.0)
+    assert stuck.version == 1
+
+
 def bring_quietly(trained: Trained, engine: FakeEngine) -> None:
     with pytest.raises(RunFailed):
         bring(trained, engine, first=True, timeout_s=2.0)

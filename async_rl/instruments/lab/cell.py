@@ -74,6 +74,7 @@ def measure_first(settings: Settings) -> float:
         Tokenizer.of(settings.model),
         problems=FIRST_PROBLEMS,
         samples=FIRST_SAMPLES,
+        choice="first",
         temperature=settings.generator.temperature,
         seed=settings.seed,
         limits=limits_of(settings),
