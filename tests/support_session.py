@@ -113,6 +113,12 @@ class ScriptedSession:
     def end_at_token_limit(self) -> None:
         self.at_token_limit = True
 
+    def note_turn(self, key: str, value: float, *, agent: str | None = None) -> None:
+        assert self.turns, "a note before the first turn"
+
+    def note_tokens(self, key: str, values: Sequence[float], *, agent: str | None = None) -> None:
+        assert self.turns, "a note before the first turn"
+
     def note(self, key: str, value: float | str) -> None:
         self.notes[key] = value
 

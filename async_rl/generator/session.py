@@ -21,6 +21,7 @@ from async_rl.model.tokenizer import Tokenizer, adapted, prompt_tokens
 from async_rl.steady_clock import steady_time
 from async_rl.task.protocol import Connection, Problem, Score, Utterance
 from async_rl.trajectory import Ended, Split, Trajectory
+from async_rl.trajectory.turn_notes import noted_tokens, noted_turn, sendable
 from async_rl.trajectory.types import LOWEST_TEMPERATURE, group_seed, sample_seed, turn_temperature
 from async_rl.wire.messages import Permit
 
@@ -314,11 +315,16 @@ class EpisodeSession:
                 place.release()
 
     def reward_turn(self, value: float, *, agent: str | None = None) -> None:
-        own = [one for one in self._said if agent is None or one[2].agent == agent]
-        if not own:
-            raise ValueError("no turn has been generated yet" + (f" by {agent!r}" if agent is not None else ""))
-        context, number, _ = own[-1]
+        context, number = self._last_turn(agent)
         context.turns[number] = replace(context.turns[number], reward=float(value))
+
+    def note_turn(self, key: str, value: float, *, agent: str | None = None) -> None:
+        context, number = self._last_turn(agent)
+        context.turns[number] = noted_turn(context.turns[number], key, value)
+
+    def note_tokens(self, key: str, values: Sequence[float], *, agent: str | None = None) -> None:
+        context, number = self._last_turn(agent)
+        context.turns[number] = noted_tokens(context.turns[number], key, values)
 
     def end_at_turn_limit(self) -> None:
         self._ended = "turn_limit"
@@ -327,13 +333,21 @@ class EpisodeSession:
         self._ended = "length"
 
     def note(self, key: str, value: float | str) -> None:
-        text = value.encode("utf-8", "replace").decode() if isinstance(value, str) else float(value)
-        self._info[str(key).encode("utf-8", "replace").decode()] = text
+        text = sendable(value) if isinstance(value, str) else float(value)
+        self._info[sendable(key)] = text
 
     def keep(self, value: Any) -> None:
         self.kept = value
 
     # -------------------------------------------- turns and contexts
+
+    def _last_turn(self, agent: str | None) -> tuple[Context, int]:
+        """Context of the turn generated last (by this agent), and which of its turns it is. Raises ValueError."""
+        own = [one for one in self._said if agent is None or one[2].agent == agent]
+        if not own:
+            raise ValueError("no turn has been generated yet" + (f" by {agent!r}" if agent is not None else ""))
+        context, number, _ = own[-1]
+        return context, number
 
     def open_context(self) -> Context:
         """A new context, empty."""

@@ -29,6 +29,7 @@ from async_rl.objective.tokens import (
     segment_min,
     segment_sum,
 )
+from async_rl.trajectory.parts import PREFIX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,9 @@ def advantage_of(tokens: Tokens, recipe: Recipe, penalty: Tensor | None) -> Adva
     returns, unit, opob = None, None, None
     match settings.credit:
         case "trajectory":
-            if settings.baseline == "opob":
+            if settings.parts == "each":
+                per_token = parts_advantage(tokens, settings)[tokens.trajectory]
+            elif settings.baseline == "opob":
                 per_trajectory, per_unit = opob_parts(tokens, reward, recipe)
                 per_token, unit = per_trajectory[tokens.trajectory], per_unit[tokens.trajectory]
                 opob = Opob(values=per_trajectory, units=per_unit)
@@ -76,6 +79,8 @@ def advantage_of(tokens: Tokens, recipe: Recipe, penalty: Tensor | None) -> Adva
             per_token = returns.advantage
     if settings.whiten:
         per_token = whitened(per_token, tokens)
+    if settings.whiten_trajectories:
+        per_token = _whitened_trajectories(tokens.mean_trajectory(per_token), tokens)[tokens.trajectory]
     per_token = torch.where(tokens.finite[tokens.trajectory], per_token, 0.0)
     return Advantage(per_token=per_token, unit=unit, opob=opob, returns=returns, zero_signal=zero_signal)
 
@@ -103,10 +108,47 @@ def group_advantage(tokens: Tokens, reward: Tensor, settings: AdvantageSettings)
     A group of equal rewards gives exactly 0 (virtual_max and no baseline excepted), and so does a group of
     one. Trajectories without a finite reward are not compared with and get 0.
     """
+    if settings.baseline == "noted":
+        reward = reward - _noted_baseline(tokens, settings.note)
     return _compare(
         reward, tokens.group_of_trajectory, tokens.num_groups, settings,
         counted=tokens.rewarded, length=tokens.length, batch_values=reward,
     )  # fmt: skip
+
+
+def parts_advantage(tokens: Tokens, settings: AdvantageSettings) -> Tensor:
+    """Each named part of the reward compared within its group by itself, then weighed and summed (GDPO). [I]
+
+    A part that an episode does not have is not compared with, and adds nothing to it.
+    """
+    noted, total = tokens.columns.noted, torch.zeros_like(tokens.reward)
+    for name, column in noted.trajectory.items():
+        if not name.startswith(PREFIX):
+            continue
+        there = tokens.rewarded & ~column.isnan()
+        values = torch.where(there, column.double(), 0.0)
+        compared = _compare(
+            values, tokens.group_of_trajectory, tokens.num_groups, settings, counted=there, length=tokens.length,
+            batch_values=values,
+        )  # fmt: skip
+        total = total + noted.weights.get(name.removeprefix(PREFIX), 1.0) * compared
+    return total
+
+
+def _whitened_trajectories(values: Tensor, tokens: Tokens) -> Tensor:
+    """Mean 0 and sample std 1 over the batch's finite trajectories with tokens. [I]"""
+    counted = tokens.finite & (tokens.length > 0)
+    known = values[counted]
+    if len(known) < 2:
+        return torch.zeros_like(values)
+    std = known.std(correction=1)
+    return torch.where(counted & (std > 0), (values - known.mean()) / (std + 1e-4), 0.0)
+
+
+def _noted_baseline(tokens: Tokens, name: str) -> Tensor:
+    """The task's note of each trajectory, 0 where there is none: `select` leaves those out. [I]"""
+    column = tokens.columns.noted.trajectory.get(name)
+    return torch.zeros_like(tokens.reward) if column is None else column.double().nan_to_num(nan=0.0)
 
 
 def _compare(
@@ -125,7 +167,7 @@ def _compare(
     if settings.baseline == "virtual_max":
         mean, size = (total + settings.reward_max) / (count + 1), count + 1
     match settings.baseline:
-        case "none":
+        case "none" | "noted":
             centred = values
         case "leave_one_out":
             others = (count - 1).clamp(min=1.0)[key]
@@ -140,7 +182,7 @@ def _compare(
     scaled = centred / _scale(values, key, num_keys, settings, weight, mean, size, batch_values)
     if settings.scale == "group_mean":
         scaled = torch.where(mean[key] > 0, scaled, 0.0)
-    if settings.baseline not in ("none", "virtual_max"):
+    if settings.baseline not in ("none", "virtual_max", "noted"):
         scaled = torch.where(_constant(values, key, num_keys, counted)[key], 0.0, scaled)
     return torch.where(counted, scaled, 0.0)
 

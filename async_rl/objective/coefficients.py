@@ -43,6 +43,8 @@ from async_rl.objective.measures import (
 )
 from async_rl.objective.own import is_own_function
 from async_rl.objective.recipe import AggregateSettings, KlSettings, Recipe, requirements
+from async_rl.objective.schedule import recipe_at
+from async_rl.objective.shaping import certain, factor, mask, shaped_advantage, shaped_reward
 from async_rl.objective.state import ObjectiveState
 from async_rl.objective.tokens import (
     LARGEST_LOG_RATIO,
@@ -102,6 +104,8 @@ def coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tup
     and ESS in here is global. Raises ValueError when a column that the recipe needs is missing.
     """
     meter = Meter()
+    need = requirements(recipe)
+    recipe = recipe_at(recipe, columns.current_version)
     surrogate = _surrogate(columns, recipe, state)
     tokens, keep = surrogate.tokens, surrogate.selection.keep
     advantage, baseline = _baselined(surrogate, recipe, meter)
@@ -137,7 +141,6 @@ def coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tup
     measure_outcome(meter, tokens)
     measure_signal(meter, tokens, advantage, surrogate.advantage.zero_signal)
 
-    need = requirements(recipe)
     dtype = columns.log_prob.dtype
     result = Coefficients(
         policy=policy.to(dtype),
@@ -160,6 +163,7 @@ def opob_baselines(norm_squares: Tensor, columns: Columns, recipe: Recipe, state
     columns. state: the one that `coefficients` was given, whose beta is in the rewards. Returns b [G]: the step's
     gradient is sum(policy * grad) - sum_groups b_g * sum(baseline * grad).
     """
+    recipe = recipe_at(recipe, columns.current_version)
     surrogate = _surrogate(columns, recipe, state)
     opob = surrogate.advantage.opob
     assert opob is not None, "the recipe has no OPOB"
@@ -192,12 +196,17 @@ def _surrogate(columns: Columns, recipe: Recipe, state: ObjectiveState) -> Surro
     tokens = tokens_of(columns, recipe, requirements(recipe))
     ratio = ratio_of(tokens, recipe.ratio)
     penalty = kl_penalty(tokens, recipe, state)
-    advantage = advantage_of(tokens, recipe, penalty)
-    rule = trust(tokens, ratio, advantage.per_token, recipe)
+    compared = replace(tokens, reward=shaped_reward(tokens, recipe.reward))
+    advantage = advantage_of(compared, recipe, penalty)
+    if recipe.shape.clarity != 0:
+        advantage = replace(advantage, per_token=shaped_advantage(tokens, advantage.per_token, recipe.shape))
+    rule = trust(compared, ratio, advantage.per_token, recipe)
     selection = select(tokens, recipe, advantage.per_token, advantage.zero_signal)
     counted = selection.keep if recipe.select.denominator == "kept" else torch.ones_like(selection.keep)
     share = shares(tokens, counted, recipe.aggregate) * selection.keep[tokens.trajectory]
-    base = share * correction_weight(tokens, recipe)
+    base = share * correction_weight(tokens, recipe) * mask(tokens, advantage.per_token, recipe.mask)
+    if recipe.shape.clarity == 0:
+        base = base * factor(tokens, recipe.shape)
     if recipe.bias.kappa == "per_trajectory":
         kappa = kappa_per_trajectory(tokens, rule.full, rule.weight, rule.advantage, recipe.bias)
         base = base * kappa[tokens.trajectory]
@@ -242,17 +251,24 @@ def _regularised(
     if recipe.positive_nll:
         correct = ((tokens.reward > 0) & surrogate.selection.keep)[tokens.trajectory].to(policy.dtype)
         policy = policy + recipe.positive_nll * correct / correct.sum().clamp(min=1.0)
-    if recipe.kl.coefficient == 0:
-        return policy, state
-    beta = coefficient_now(recipe, state)
-    value, slope = kl_loss(tokens, recipe.kl)
-    if recipe.kl.place == "loss":
-        policy = policy - surrogate.share * beta * slope
-    ok = tokens.finite[tokens.trajectory]
-    measured = float(torch.where(ok, value, 0.0).sum() / ok.sum().clamp(min=1))
-    meter.put("kl/regulariser", measured)
-    meter.put("kl/coefficient", beta)
-    return policy, adapted(measured, tokens, recipe, state)
+    for number, kl in enumerate((recipe.kl, *recipe.more_kl)):
+        if kl.coefficient == 0:
+            continue
+        beta = coefficient_now(recipe, state) if number == 0 else kl.coefficient
+        value, slope = kl_loss(tokens, kl)
+        ok = tokens.finite[tokens.trajectory]
+        measured = float(torch.where(ok, value, 0.0).sum() / ok.sum().clamp(min=1))
+        if kl.allowance > 0:
+            beta *= max(0.0, measured - kl.allowance)
+        if kl.place == "loss":
+            share = surrogate.share if kl.weighting == "policy" else ok.to(slope.dtype) / ok.sum().clamp(min=1)
+            policy = policy - share * beta * slope
+        name = "kl" if number == 0 else f"kl/more{number}"
+        meter.put(f"{name}/regulariser", measured)
+        meter.put(f"{name}/coefficient", beta)
+        if number == 0:
+            state = adapted(measured, tokens, recipe, state)
+    return policy, state
 
 
 def _free_kappa(
@@ -325,6 +341,9 @@ def shares(tokens: Tokens, counted: Tensor, settings: AggregateSettings) -> Tens
             share = (1 / sequences).expand(tokens.num_trajectories)
         case "constant":
             share = (1 / (sequences * settings.constant)).expand(tokens.num_trajectories)
+        case "group_mean_token_sum":
+            groups = (tokens.sum_group(inside.double()) > 0).sum().clamp(min=1).to(length.dtype)
+            share = (1 / groups).expand(tokens.num_trajectories)
         case "group_mean_token_mean":
             per_group = tokens.sum_group(tokens.length * inside)
             groups = (per_group > 0).sum().clamp(min=1)
@@ -371,6 +390,10 @@ def kl_estimate(x: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
         return x, torch.ones_like(x)
     if estimator == "k2":
         return 0.5 * x.square(), x
+    if estimator == "forward":
+        ratio = weight_of(x)
+        moving = x.abs() <= LARGEST_LOG_RATIO
+        return ratio - 1 - x.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO), torch.where(moving, ratio - 1, 0.0)
     bounded = x.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
     value = (-bounded).exp() + bounded - 1
     moving = (x.abs() <= LARGEST_LOG_RATIO) & (value <= LARGEST_K3)
@@ -383,6 +406,11 @@ def kl_loss(tokens: Tokens, settings: KlSettings) -> tuple[Tensor, Tensor]:
     value, slope = kl_estimate(x, settings.estimator)
     if settings.gradient == "k2":
         slope = x
+    if settings.largest_slope > 0:
+        slope = slope.clamp(max=settings.largest_slope)
+    if settings.certain_share < 1:
+        held = certain(tokens, settings.certain_share)
+        value, slope = torch.where(held, value, 0.0), torch.where(held, slope, 0.0)
     if settings.importance == "none":
         return value, slope
     log_weight = tokens.log_prob - tokens.log_behaviour
@@ -394,14 +422,19 @@ def kl_loss(tokens: Tokens, settings: KlSettings) -> tuple[Tensor, Tensor]:
 
 
 def kl_penalty(tokens: Tokens, recipe: Recipe, state: ObjectiveState) -> Tensor | None:
-    """beta * k1 of each token, [T], to be subtracted from rewards; None when the KL is not in the reward.
+    """beta * k1 of each token, [T], to be subtracted from rewards; None when no KL is in the reward.
 
-    Evaluated at the proximal policy (the current one with one update a batch), without gradient.
+    Without gradient; evaluated at the proximal policy, or with `taken_at=update` at the current one.
     """
-    if recipe.kl.coefficient == 0 or recipe.kl.place != "reward":
-        return None
-    x = log_ratio_to_target(replace(tokens, log_prob=tokens.log_proximal), recipe.kl)
-    return coefficient_now(recipe, state) * x
+    total: Tensor | None = None
+    for number, kl in enumerate((recipe.kl, *recipe.more_kl)):
+        if kl.coefficient == 0 or kl.place != "reward":
+            continue
+        taken = tokens if kl.taken_at == "update" else replace(tokens, log_prob=tokens.log_proximal)
+        beta = coefficient_now(recipe, state) if number == 0 else kl.coefficient
+        penalty = beta * log_ratio_to_target(taken, kl)
+        total = penalty if total is None else total + penalty
+    return total
 
 
 def adapted(measured: float, tokens: Tokens, recipe: Recipe, state: ObjectiveState) -> ObjectiveState:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any
 from async_rl.config.schema import load_yaml, structured
 from async_rl.errors import UserError, nearest
 from async_rl.objective.own import is_own_file, is_own_function, load_own_function, source_of
-from async_rl.objective.recipe import EssSettings, Recipe
+from async_rl.objective.recipe import EssSettings, KlSettings, Recipe, Schedule, kl_terms
+from async_rl.objective.schedule import scheduled
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -62,9 +63,21 @@ def _of_library(values_json: str) -> Recipe:
 
 def _laid_over_file(path: Path, values: Mapping[str, Any]) -> Recipe:
     laid = _laid_over(load_yaml(path), values)
-    recipe = structured(Recipe, {**laid, "name": str(values["name"])}, where="recipe")
+    recipe = _structured({**laid, "name": str(values["name"])})
     check_recipe(recipe)
     return recipe
+
+
+def _structured(values: Mapping[str, Any]) -> Recipe:
+    """The recipe of these values. Raises UserError."""
+    lists: dict[str, Any] = {}
+    for name, kind in (("more_kl", KlSettings), ("schedule", Schedule)):
+        given = values.get(name, ())
+        if not isinstance(given, list | tuple) or not all(isinstance(one, Mapping) for one in given):
+            raise UserError(f"recipe.{name} is {given!r:.80}; it must be a list of settings, each name: value")
+        lists[name] = tuple(structured(kind, one, where=f"recipe.{name}[{i}]") for i, one in enumerate(given))
+    recipe = structured(Recipe, {k: v for k, v in values.items() if k not in lists}, where="recipe")
+    return dataclasses.replace(recipe, **lists)
 
 
 def _own(name: str, values: Mapping[str, Any]) -> Recipe:
@@ -75,7 +88,7 @@ def _own(name: str, values: Mapping[str, Any]) -> Recipe:
             f"recipe {name}: recipe.{axes[0]} would do nothing, since the function takes the columns alone; leave it "
             "out, or let the function take (columns, recipe, state)"
         )
-    recipe = structured(Recipe, values, where="recipe")
+    recipe = _structured(values)
     if axes:
         check_recipe(recipe)
     return recipe
@@ -184,7 +197,11 @@ def check_recipe(recipe: Recipe) -> None:
         _bounds_problem(recipe),
         _opob_problem(recipe),
         _control_problem(recipe),
-        _regulariser_problem(recipe),
+        *(_regulariser_problem(kl) for kl in (recipe.kl, *recipe.more_kl)),
+        _more_kl_problem(recipe),
+        _reward_problem(recipe),
+        _groupwise_problem(recipe),
+        _schedule_problem(recipe),
     ):
         if problem:
             raise UserError(f"recipe {recipe.name}: {problem}")
@@ -199,10 +216,12 @@ def check_effect(
     has_critic: bool,
     single_turn: bool,
     credits_turns: bool = False,
+    noted: Sequence[str] | None = None,
+    parts: Sequence[str] | None = None,
 ) -> list[str]:
     """Refuse a recipe that would have no effect in this set-up; notes on what is allowed but idle.
 
-    single_turn, credits_turns: of the task.
+    single_turn, credits_turns, noted (names of its notes), parts (of its reward): of the task; None: not known.
 
     Raises UserError with the reason and the remedy.
     """
@@ -210,6 +229,7 @@ def check_effect(
         return []  # what it does with the axes is known to itself alone
     check_recipe(recipe)
     problem = _setup_problem(recipe, group_size, updates_per_batch, has_critic)
+    problem = problem or _names_problem(recipe, noted, parts)
     if not problem and credits_turns and recipe.advantage.credit == "trajectory":
         problem = (
             "advantage.credit=trajectory sees the reward of an episode alone, and this task gives its rewards to "
@@ -222,15 +242,21 @@ def check_effect(
 
 def _ratio_problem(recipe: Recipe) -> str:
     ratio, trust = recipe.ratio, recipe.trust
-    if ratio.level == "none" and trust.rule not in ("none", "gmpo", "dppo"):
+    if ratio.level == "none" and trust.rule not in ("none", "gmpo", "dppo", "disco"):
         return (
             f"trust.rule={trust.rule} with ratio.level=none acts on a ratio that is 1 by construction; "
             "choose ratio.level token, turn or sequence, or trust.rule=none"
         )
     if trust.rule == "kl_cov" and ratio.level != "token":
         return "trust.rule=kl_cov penalises the token's own log-ratio; it needs ratio.level=token"
-    if trust.rule in ("m2po", "m2po_all", "dppo", "gmpo") and ratio.level != "token":
+    if trust.rule in ("m2po", "m2po_all", "dppo", "gmpo", "aspo", "cpgd", "vespo") and ratio.level != "token":
         return f"trust.rule={trust.rule} is defined on token ratios; it needs ratio.level=token"
+    if trust.rule == "regress" and (ratio.level, ratio.pool) != ("sequence", "sum"):
+        return (
+            "trust.rule=regress compares log-ratios of trajectories; it needs ratio.level=sequence and ratio.pool=sum"
+        )
+    if ratio.denominator == "group_expected" and (ratio.level, ratio.pool) != ("sequence", "mean"):
+        return "ratio.denominator=group_expected is for answers; it needs ratio.level=sequence and ratio.pool=mean"
     if ratio.denominator == "mixture" and not 0 < ratio.mixture_weight < 1:
         return "ratio.mixture_weight must lie strictly between 0 and 1"
     if recipe.correction.rule != "none" and ratio.denominator not in ("proximal", "proximal_loglinear"):
@@ -244,8 +270,15 @@ def _ratio_problem(recipe: Recipe) -> str:
 
 def _bounds_problem(recipe: Recipe) -> str:
     trust, select, correction = recipe.trust, recipe.select, recipe.correction
-    if trust.rule in ("ppo", "cispo", "gmpo", "clip_cov") and min(trust.clip_low, trust.clip_high) < 0:
+    if (
+        trust.rule in ("ppo", "cispo", "gmpo", "clip_cov", "sat", "aspo", "cpgd", "gbpo")
+        and min(trust.clip_low, trust.clip_high) < 0
+    ):
         return "trust.clip_low and trust.clip_high must not be negative"
+    if trust.rule == "bapo" and not trust.low_start <= trust.low_end < 1 < trust.high_start <= trust.high_end:
+        return "bapo needs trust.low_start <= low_end < 1 < high_start <= high_end"
+    if select.group_high > 0 and select.group_low >= select.group_high:
+        return "select.group_low must lie below select.group_high; as it is every group is rejected"
     if trust.rule in ("ppo", "clip_cov") and 0 < trust.dual_clip <= 1 + trust.clip_high:
         return "trust.dual_clip must lie above 1 + trust.clip_high (published value: 3)"
     if trust.rule in ("truncate", "topr") and trust.cap <= 0:
@@ -287,6 +320,13 @@ def _opob_problem(recipe: Recipe) -> str:
         if advantage.baseline == "virtual_max" and advantage.credit != "trajectory":
             return "advantage.baseline=virtual_max compares outcomes; it needs advantage.credit=trajectory"
         return ""
+    for name, used in (
+        ("shape.clarity", recipe.shape.clarity != 0),
+        ("mask.advantage_sigma", recipe.mask.advantage_sigma > 0),
+        ("select.largest_share", recipe.select.largest_share < 1),
+    ):
+        if used:
+            return f"{name} looks at the advantage, which advantage.baseline=opob finds only afterwards"
     if advantage.credit != "trajectory" or advantage.whiten or advantage.scale == "group_mean":
         return (
             "advantage.baseline=opob needs advantage.credit=trajectory, advantage.whiten=false and "
@@ -317,7 +357,7 @@ def _opob_problem(recipe: Recipe) -> str:
 
 
 def _kl_in_loss(recipe: Recipe) -> bool:
-    return recipe.kl.coefficient != 0 and recipe.kl.place == "loss"
+    return any(kl.place == "loss" for kl in kl_terms(recipe))
 
 
 def _control_problem(recipe: Recipe) -> str:
@@ -345,8 +385,82 @@ def _control_problem(recipe: Recipe) -> str:
     return ""
 
 
-def _regulariser_problem(recipe: Recipe) -> str:
-    kl = recipe.kl
+def _reward_problem(recipe: Recipe) -> str:
+    reward, advantage = recipe.reward, recipe.advantage
+    if reward.outcome == "reward" and reward.threshold != 0:
+        return "reward.threshold does nothing with reward.outcome=reward; set reward.outcome=indicator"
+    if 0 < reward.overlong_limit < reward.overlong_buffer:
+        return "reward.overlong_buffer must not exceed reward.overlong_limit"
+    if (advantage.baseline == "noted") != bool(advantage.note):
+        return "advantage.baseline=noted and advantage.note, the name of the task's note, belong together"
+    if advantage.baseline == "noted" and (advantage.credit != "trajectory" or advantage.scale != "none"):
+        return "advantage.baseline=noted needs advantage.credit=trajectory and advantage.scale=none"
+    if advantage.parts == "each":
+        if advantage.credit != "trajectory" or advantage.baseline in ("opob", "noted", "virtual_max"):
+            return "advantage.parts=each needs advantage.credit=trajectory and a baseline of the group"
+        if reward.outcome != "reward" or reward.overlong_limit > 0:
+            return "reward.* changes the sum of the parts, which advantage.parts=each does not look at"
+        if any(kl.place == "reward" for kl in kl_terms(recipe)):
+            return "advantage.parts=each compares the parts alone; kl.place=reward would do nothing"
+    if advantage.whiten_trajectories and (advantage.credit != "trajectory" or advantage.whiten):
+        return "advantage.whiten_trajectories needs advantage.credit=trajectory, and not advantage.whiten as well"
+    return ""
+
+
+def _groupwise_problem(recipe: Recipe) -> str:
+    trust, advantage = recipe.trust, recipe.advantage
+    if trust.rule not in ("regress", "disco"):
+        return ""
+    if advantage.credit != "trajectory" or advantage.whiten:
+        return f"trust.rule={trust.rule} has one number for a trajectory; it needs advantage.credit=trajectory"
+    if trust.rule == "regress" and trust.beta <= 0:
+        return "trust.beta must be positive: with 0 there is no regression"
+    if trust.rule == "disco" and recipe.aggregate.mode != "group_mean_token_sum":
+        return "trust.rule=disco has its own denominators; it needs aggregate.mode=group_mean_token_sum"
+    if recipe.bias.kappa != "none":
+        return f"trust.rule={trust.rule} cuts nothing away that bias.kappa could measure"
+    return ""
+
+
+def _more_kl_problem(recipe: Recipe) -> str:
+    for number, kl in enumerate(recipe.more_kl):
+        if kl.coefficient == 0:
+            return f"more_kl[{number}].coefficient is 0, so the term does nothing; leave it out"
+        if kl.adaptive_target > 0:
+            return f"more_kl[{number}].adaptive_target: only recipe.kl has a coefficient that adapts"
+    return ""
+
+
+def _schedule_problem(recipe: Recipe) -> str:
+    for moves in recipe.schedule:
+        known = scheduled(recipe, moves.number)
+        if isinstance(known, bool) or not isinstance(known, float) or moves.number.startswith(("ess.", "bias.")):
+            return f"schedule: {moves.number!r} is no number of the recipe that can move with the step"
+        if moves.until <= moves.since:
+            return f"schedule of {moves.number}: until={moves.until} must lie behind since={moves.since}"
+        if moves.start == moves.end:
+            return f"schedule of {moves.number}: start and end are both {moves.start:g}; set it without a schedule"
+    return ""
+
+
+def _names_problem(recipe: Recipe, noted: Sequence[str] | None, parts: Sequence[str] | None) -> str:
+    """What the recipe reads of the task and the task is known not to give."""
+    settings = {"select.drop_flag": recipe.select.drop_flag, "advantage.note": recipe.advantage.note}
+    for name, wanted in settings.items():
+        if wanted and noted is not None and wanted not in noted:
+            if not noted:
+                return f"{name} names '{wanted}', and this task notes nothing (Session.note, Session.note_turn)"
+            return f"{name} names '{wanted}', which this task does not note; {nearest(wanted, noted)}"
+    if recipe.advantage.parts == "each" and parts is not None and not parts:
+        return "advantage.parts=each compares the named parts of rewards, and this task's reward is a plain number"
+    return ""
+
+
+def _regulariser_problem(kl: KlSettings) -> str:
+    if kl.taken_at == "update" and kl.place != "reward":
+        return "kl.taken_at is for kl.place=reward; a KL in the loss is always that of the update"
+    if kl.place == "reward" and (kl.allowance > 0 or kl.largest_slope > 0 or kl.certain_share < 1):
+        return "kl.allowance, largest_slope and certain_share are for kl.place=loss"
     if kl.coefficient == 0:
         return "" if kl.adaptive_target == 0 else "kl.adaptive_target adapts kl.coefficient, which is 0"
     if kl.place == "loss" and kl.estimator == "k1" and kl.gradient == "own" and kl.importance != "through":
@@ -367,10 +481,12 @@ def _setup_problem(recipe: Recipe, group_size: int, updates_per_batch: int, has_
         )
     if recipe.kl.coefficient and recipe.kl.target == "proximal" and updates_per_batch == 1:
         return "kl.target=proximal with one update a batch is 0 by construction; use behaviour or reference"
+    if any(kl.target == "proximal" for kl in recipe.more_kl) and updates_per_batch == 1:
+        return "a KL to the proximal policy with one update a batch is 0 by construction"
     needs_critic = advantage.credit in ("token_gae", "turn_gae")
     if needs_critic and not has_critic:
         return f"advantage.credit={advantage.credit} needs a critic; turn it on in the trainer's settings"
-    grouped = advantage.baseline != "none" or advantage.scale in ("group_std", "group_mean")
+    grouped = advantage.baseline not in ("none", "noted") or advantage.scale in ("group_std", "group_mean")
     whole_batch = advantage.baseline == "opob" and recipe.opob.scope == "batch"
     if not needs_critic and group_size == 1 and grouped and advantage.baseline != "virtual_max":
         name = f"advantage.baseline={advantage.baseline}"

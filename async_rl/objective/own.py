@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,22 +18,25 @@ from typing import Any, TypeVar
 from async_rl.config.imports import is_import, load_object
 from async_rl.config.sources import digest_of
 from async_rl.errors import UserError, nearest
+from async_rl.run_folder import replace_text
 
 FOLDER = "recipe"
 """in a run's folder: the source file as it was when the run began, and RECORD"""
 RECORD = "source.json"
 ASKED_FOR = ("log_reference", "value")
 """columns that cost a forward pass or a critic, so they are computed only for a function that names them"""
-NEEDS = "_async_rl_needs"
+NEEDS, NOTED = "_async_rl_needs", "_async_rl_noted"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def needs_columns(*names: str) -> Callable[[Function], Function]:
+def needs_columns(*names: str, noted: Sequence[str] = ()) -> Callable[[Function], Function]:
     """Decorator of a recipe function: columns that are computed only for recipes that ask.
 
     Example: `@needs_columns("log_reference")` for a KL to the initial model (one more forward pass), "value" for a
-    critic, which learns from `Coefficients.value_grad`. Raises UserError for a name that is no such column.
+    critic, which learns from `Coefficients.value_grad`. `noted`: names of the task's notes, which come as
+    `Columns.noted`; the part `format` of a reward is called "reward/format". Raises UserError for a name that is no
+    such column.
     """
     for name in names:
         if name not in ASKED_FOR:
@@ -41,6 +44,7 @@ def needs_columns(*names: str) -> Callable[[Function], Function]:
 
     def mark(function: Function) -> Function:
         setattr(function, NEEDS, frozenset(names))
+        setattr(function, NOTED, frozenset(noted))
         return function
 
     return mark
@@ -56,6 +60,8 @@ class OwnFunction:
     """called with (columns, recipe, state), else with (columns)"""
     needs: frozenset[str]
     """of ASKED_FOR"""
+    noted: frozenset[str] = frozenset()
+    """names of the task's notes"""
 
     def call(self, columns: object, recipe: object, state: object) -> Any:
         return self.function(columns, recipe, state) if self.takes_settings else self.function(columns)
@@ -82,6 +88,7 @@ def load_own_function(name: str) -> OwnFunction:
         function=function,
         takes_settings=_takes_settings(function, where),
         needs=getattr(function, NEEDS, frozenset()),
+        noted=getattr(function, NOTED, frozenset()),
     )
 
 
@@ -142,7 +149,7 @@ def record(run: Path, name: str) -> None:
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     shutil.copyfile(source.file, folder / Path(source.file).name)
-    (folder / RECORD).write_text(json.dumps(asdict(source), indent=1) + "\n")
+    replace_text(folder / RECORD, json.dumps(asdict(source), indent=1) + "\n")
 
 
 def recorded(run: Path) -> RecipeSource | None:

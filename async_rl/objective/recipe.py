@@ -18,11 +18,14 @@ Pool = Literal["mean", "sum"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatioSettings:
-    denominator: Literal["behaviour", "proximal", "proximal_loglinear", "mixture", "reference"] = setting(
-        "behaviour",
-        "policy under the ratio: behaviour (recorded per token by the generator); proximal (recomputed at "
-        "the start of the step; needs several updates a batch); proximal_loglinear (approximated from the "
-        "token's version, no forward pass); mixture (behaviour and current); reference",
+    denominator: Literal["behaviour", "proximal", "proximal_loglinear", "mixture", "reference", "group_expected"] = (
+        setting(
+            "behaviour",
+            "policy under the ratio: behaviour (recorded per token by the generator); proximal (recomputed at "
+            "the start of the step; needs several updates a batch); proximal_loglinear (approximated from the "
+            "token's version, no forward pass); mixture (behaviour and current); reference; group_expected (GEPO: the "
+            "probability that the behaviour policy expects of an answer of the group)",
+        )
     )
     level: Literal["none", "token", "turn", "sequence"] = setting(
         "token", "what shares one ratio; none is a ratio of 1 (plain REINFORCE)"
@@ -32,6 +35,9 @@ class RatioSettings:
     )
     mixture_weight: float = setting(
         0.5, "share of the current policy in the mixture denominator; bounds the ratio by 1 / share"
+    )
+    clamp: float = setting(
+        20.0, "log-ratios are clamped to plus and minus this before exp; no gradient beyond", unit="nats", above=0
     )
 
 
@@ -52,15 +58,32 @@ class TrustSettings:
         "m2po_all",
         "clip_cov",
         "kl_cov",
-    ] = setting("ppo", "what becomes of a token whose ratio is far from 1")
+        "sat",
+        "bapo",
+        "aspo",
+        "cpgd",
+        "sapo",
+        "vespo",
+        "gbpo",
+        "regress",
+        "disco",
+    ] = setting(
+        "ppo",
+        "what becomes of a token whose ratio is far from 1. Two put another objective in the place of the policy "
+        "gradient: regress, log-ratios on rewards (GVPO, CoPG, REBEL); disco, right answers against wrong ones",
+    )
     gradient: Literal["unit", "token"] = setting(
         "unit",
         "where the ratio carries the gradient (none, ppo): unit differentiates the pooled ratio (GSPO, "
         "Turn-PPO), token holds it fixed and differentiates each token (GSPO-token). The same at token level",
     )
-    clip_low: float = setting(0.2, "ppo, cispo, gmpo, clip_cov: lower bound is 1 - clip_low (gmpo: log)")
-    clip_high: float = setting(0.2, "ppo, cispo, gmpo, clip_cov: upper bound is 1 + clip_high (gmpo: log)")
-    dual_clip: float = setting(0.0, "ppo: ratio above which negative advantages stop too; 0 is off")
+    clip_low: float = setting(
+        0.2, "ppo, cispo, gmpo, clip_cov, sat, aspo, cpgd, gbpo: lower bound is 1 - clip_low (gmpo: log)"
+    )
+    clip_high: float = setting(
+        0.2, "ppo, cispo, gmpo, clip_cov, sat, aspo, cpgd, gbpo: upper bound is 1 + clip_high (gmpo: log)"
+    )
+    dual_clip: float = setting(0.0, "ppo, sat, bapo: ratio above which negative advantages stop too; 0 is off")
     cap: float = setting(8.0, "truncate: largest weight. topr: largest weight of negatives, 1 in the paper")
     low: float = setting(0.5, "interval: smallest ratio that keeps its weight")
     high: float = setting(2.0, "interval: largest ratio that keeps its weight")
@@ -83,6 +106,48 @@ class TrustSettings:
     covariance_fraction: float = setting(2e-4, "clip_cov, kl_cov: share of the tokens that is treated")
     covariance_penalty: float = setting(1.0, "kl_cov: weight of |log-ratio| on the treated tokens")
     seed: int = setting(0, "clip_cov: seed of the choice among the candidates, together with the version")
+    quantile: float = setting(
+        0.9, "sat: share of the batch's tokens, those with the smallest |log-ratio|, that keep the whole interval",
+        min=0, max=1,
+    )  # fmt: skip
+    contraction: Literal["from_gate", "from_zero"] = setting(
+        "from_gate",
+        "sat: how the bound of the other tokens contracts with q the gate: 1 / (1 + ((|d| - q) / q)^2), or "
+        "1 / (1 + (|d| / q)^2), which jumps to a half at the gate",
+    )
+    balance: float = setting(0.5, "bapo: smallest ratio of the positive to the negative tokens' loss", above=0)
+    low_start: float = setting(0.6, "bapo: lower bound of the ratio that the search begins with")
+    low_end: float = setting(0.8, "bapo: and the highest that it tries")
+    high_start: float = setting(1.2, "bapo: upper bound of the ratio that the search begins with")
+    high_end: float = setting(2.0, "bapo: and the highest that it tries")
+    bound_step: float = setting(0.05, "bapo: step of the search", above=0)
+    inverse_cap: float = setting(3.0, "aspo: largest weight, of the inverted ratio and of the ratio", above=0)
+    uncertain_share: float = setting(
+        0.0,
+        "aspo: share of a trajectory's tokens, those of the highest entropy, that have uncertain_clip",
+        min=0,
+        max=1,
+    )
+    uncertain_clip: float = setting(0.4, "aspo: clip_low and clip_high of the tokens of uncertain_share", min=0)
+    gate_positive: float = setting(1.0, "sapo, A > 0: steepness of the gate", above=0)
+    gate_negative: float = setting(1.05, "sapo, A <= 0: steepness of the gate", above=0)
+    power_positive: float = setting(2.0, "vespo, A >= 0: power of the weight")
+    decay_positive: float = setting(3.0, "vespo, A >= 0: exponential decay with the weight", min=0)
+    power_negative: float = setting(3.0, "vespo, A < 0: power of the weight")
+    decay_negative: float = setting(2.0, "vespo, A < 0: exponential decay with the weight", min=0)
+    target_temperature: float = setting(
+        1e-4, "gbpo: how gradually the target ratio goes from the lower to the upper bound with the reward", above=0
+    )
+    beta: float = setting(0.1, "regress: what log-ratios are multiplied with before they are compared with rewards")
+    regression: Literal["group", "absolute"] = setting(
+        "group",
+        "regress: group: centred log-ratios on advantages, loss_weight / 2 sum (...)^2 / (n - 1); absolute: "
+        "loss_weight / 2 (...)^2 of each trajectory (A*-PO)",
+    )
+    loss_weight: float = setting(
+        1.0, "regress: factor of the loss. In a group 1 is GVPO's; 2 is the mean over pairs (CoPG), 4 REBEL's", above=0
+    )
+    score_temperature: float = setting(10.0, "disco: tau of the soft maximum over wrong answers", above=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +181,19 @@ class SelectSettings:
         unit="nats",
     )
     drop_truncated: bool = setting(False, "reject trajectories ended by a token or turn limit")
+    drop_flag: str = setting(
+        "",
+        "reject trajectories that the task marked with a note of this name other than 0: on the episode, on any of its "
+        "turns or on a token (SimpleTIR: a void turn)",
+    )
+    drop_equal_rewards: bool = setting(
+        False, "reject groups whose rewards are all equal, as they came from the task (DAPO, Reinforce-Rej)"
+    )
+    group_low: float = setting(0.0, "reject groups whose mean reward is below, e.g. 0.2 (PRIME)")
+    group_high: float = setting(0.0, "reject groups whose mean reward is above, e.g. 0.8 (PRIME)")
+    largest_share: float = setting(
+        1.0, "share of the batch's trajectories that stay: those with the largest |advantage| (CPPO)", above=0, max=1
+    )
     drop_zero_signal: bool = setting(
         False, "reject trajectories whose advantage is 0 on every token, e.g. groups of equal rewards"
     )
@@ -123,6 +201,73 @@ class SelectSettings:
         "all",
         "tokens and trajectories counted in the loss's denominators: all (a rejected one is a zero; the step "
         "shrinks) or kept (the rest share the step)",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSettings:
+    """What becomes of an episode's reward before it is compared. Metrics and selection see it as it came."""
+
+    outcome: Literal["reward", "indicator"] = setting(
+        "reward", "the reward itself; or 1 where it is above `threshold`, else 0 (RAFT with fractional rewards)"
+    )
+    threshold: float = setting(0.0, "indicator: rewards above it count as right")
+    overlong_limit: int = setting(
+        0, "policy tokens of the longest answer (DAPO: 20480); 0 is off", unit="tokens", min=0
+    )
+    overlong_buffer: int = setting(
+        4096, "tokens before the limit over which the penalty grows from 0 to its full size", unit="tokens", min=1
+    )
+    overlong_penalty: float = setting(1.0, "subtracted from the reward of an answer at the limit or above", min=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapeSettings:
+    """Factors on the advantage of a token or turn, fixed numbers without a gradient."""
+
+    probability: float = setting(
+        0.0, "a: factor 1 - a + a pi, which damps tokens of low probability (AR-Lopti: 0.3); 0 is off", min=0, max=1
+    )
+    focal: float = setting(
+        0.0, "c: factor (1 - pi)^c, which damps tokens of high probability (RL-PLUS: 0.5); 0 is off", min=0
+    )
+    turn_entropy: float = setting(
+        0.0,
+        "k: factor exp(-k H) of a turn, divided by its mean over the batch's turns, with H the turn's mean entropy "
+        "scaled to 0..1 over the batch (EMPG); 0 is off",
+        min=0,
+    )
+    clarity: float = setting(
+        0.0, "z: z exp(-k H of the next turn) is added, then the mean over the batch's turns taken off (EMPG); 0 is off"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskSettings:
+    """Tokens or whole turns of kept trajectories without policy gradient; they stay in the denominators."""
+
+    entropy_share: float = setting(
+        1.0, "share of the tokens that is trained: those of the highest entropy (80/20: 0.2)", above=0, max=1
+    )
+    entropy_scope: Literal["batch", "trajectory"] = setting("batch", "entropy_share: among which tokens")
+    turn_entropy_share: float = setting(
+        1.0, "share of the batch's turns that is trained: those of the highest mean entropy (DART)", above=0, max=1
+    )
+    probability_below: float = setting(
+        1.0, "tokens of a probability above are left out (SPO-chain's mask); 1 is off", above=0, max=1
+    )
+    binary_kl: float = setting(
+        0.0,
+        "tokens are left out where the KL of this token or another, between the proximal policy and mu, is above in "
+        "either direction (KPop); 0 is off",
+        unit="nats",
+        min=0,
+    )
+    advantage_sigma: float = setting(
+        0.0,
+        "tokens are left out whose advantage is further from the batch's mean (StableReinforce: 3); 0 is off",
+        unit="stds",
+        min=0,
     )
 
 
@@ -136,10 +281,18 @@ class AdvantageSettings:
             "plus return against the same environment state); token_return; token_gae, turn_gae (critic)",
         )
     )
-    baseline: Literal["none", "group_mean", "leave_one_out", "length_weighted", "virtual_max", "opob"] = setting(
-        "group_mean",
-        "what is subtracted: mean of the group; mean of the others; length-weighted mean (OPO); mean with a "
-        "virtual best sample (NGRPO); off-policy optimal baseline (VCPO)",
+    baseline: Literal["none", "group_mean", "leave_one_out", "length_weighted", "virtual_max", "opob", "noted"] = (
+        setting(
+            "group_mean",
+            "what is subtracted: mean of the group; mean of the others; length-weighted mean (OPO); mean with a "
+            "virtual best sample (NGRPO); off-policy optimal baseline (VCPO); a number that the task noted (A*-PO)",
+        )
+    )
+    note: str = setting("", "baseline noted: name of the note, e.g. the value of the problem under the first model")
+    parts: Literal["sum", "each"] = setting(
+        "sum",
+        "sum: the reward as the task's parts were weighed; each: every named part is compared and scaled by itself, "
+        "then weighed by task.reward_weights (GDPO)",
     )
     scale: Literal["none", "group_std", "group_mean", "batch_std"] = setting(
         "group_std", "what divides: nothing, std of the group's rewards, their mean (MaxRL), std of the batch"
@@ -148,6 +301,9 @@ class AdvantageSettings:
     std_epsilon: float = setting(1e-6, "added to the std")
     whiten: bool = setting(
         False, "afterwards subtract the mean over the batch's tokens and divide by their std (sample)"
+    )
+    whiten_trajectories: bool = setting(
+        False, "the same over the batch's trajectories, of which each has one advantage (GDPO)"
     )
     discount: float = setting(1.0, "gamma: per turn (turn_return, gigpo, turn_gae) or token (token_*)")
     outcome_weight: float = setting(1.0, "turn_group, gigpo: weight of the outcome's group advantage")
@@ -189,7 +345,27 @@ class KlSettings:
     coefficient: float = setting(0.0, "beta; 0 is off")
     target: Literal["reference", "behaviour", "proximal"] = setting("reference", "KL of the policy to this")
     place: Literal["loss", "reward"] = setting("loss", "a term of the loss, or subtracted from rewards (k1)")
-    estimator: Literal["k1", "k2", "k3"] = setting("k3", "x = log pi - log target: x, x^2/2, e^-x + x - 1")
+    taken_at: Literal["step", "update"] = setting(
+        "step", "place=reward: under the weights at the start of the step, or at each of its updates"
+    )
+    estimator: Literal["k1", "k2", "k3", "forward"] = setting(
+        "k3", "x = log pi - log target: x, x^2/2, e^-x + x - 1, e^x - 1 - x (KL of the target to the policy)"
+    )
+    largest_slope: float = setting(
+        0.0, "bound on the derivative of a token's KL from above (CPGD: 1); 0 is off", unit="of 1 a nat", min=0
+    )
+    allowance: float = setting(
+        0.0,
+        "delta: the coefficient is times max(0, KL - delta) of the batch, so the KL below it is free (DisCO); 0 is off",
+        unit="nats",
+        min=0,
+    )
+    weighting: Literal["policy", "token_mean"] = setting(
+        "policy", "share of a token's KL in the loss: that of its policy term, or of the mean over the batch's tokens"
+    )
+    certain_share: float = setting(
+        1.0, "share of a trajectory's tokens, those of the lowest entropy, that have the KL (ASPO: 0.8)", above=0, max=1
+    )
     gradient: Literal["own", "k2"] = setting(
         "own", "gradient of the estimator itself, or k2's (the unbiased one) whatever the value shown"
     )
@@ -212,6 +388,7 @@ class AggregateSettings:
         "turn_mean",
         "seq_mean_turn_mean",
         "group_mean_token_mean",
+        "group_mean_token_sum",
     ] = setting("seq_mean_token_mean", "how token losses become one number; all counts are of the whole batch")
     constant: float = setting(
         1024.0, "constant: divisor of a trajectory's token sum (Dr. GRPO: the longest answer)", unit="tokens"
@@ -257,16 +434,33 @@ class BiasSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """A number of the recipe that moves with the step."""
+
+    number: str = setting("", "which one, e.g. kl.coefficient")
+    start: float = setting(0.0, "its value until step `since`")
+    end: float = setting(0.0, "its value from step `until` on")
+    since: int = setting(0, "step", unit="steps", min=0)
+    until: int = setting(0, "step", unit="steps", min=0)
+    course: Literal["linear", "cosine", "jump"] = setting("linear", "between the two; jump: `start` until `until`")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     name: str = setting("", "a recipe of `async-rl recipes`, file.py:function, module:function, or a YAML file of axes")
     ratio: RatioSettings = field(default_factory=RatioSettings)
     trust: TrustSettings = field(default_factory=TrustSettings)
     correction: CorrectionSettings = field(default_factory=CorrectionSettings)
     select: SelectSettings = field(default_factory=SelectSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
     advantage: AdvantageSettings = field(default_factory=AdvantageSettings)
+    shape: ShapeSettings = field(default_factory=ShapeSettings)
+    mask: MaskSettings = field(default_factory=MaskSettings)
     opob: OpobSettings = field(default_factory=OpobSettings)
     gae: GaeSettings = field(default_factory=GaeSettings)
     kl: KlSettings = field(default_factory=KlSettings)
+    more_kl: tuple[KlSettings, ...] = setting((), "further KL terms, each with the settings of recipe.kl, in a list")
+    schedule: tuple[Schedule, ...] = setting((), "numbers of the recipe that move with the step, in a list")
     entropy: float = setting(0.0, "weight of the entropy bonus; 0 is off")
     positive_nll: float = setting(
         0.0, "weight of the mean of -log pi over the tokens of trajectories with positive reward (VAPO); 0 is off"
@@ -286,29 +480,52 @@ class Requirements:
     value: bool
     entropy: bool
     """the entropy's gradient, not only its value"""
+    entropy_value: bool
+    """its value"""
     prob_square_sum: bool
     per_trajectory_norms: bool
     """squared gradient norms of the `baseline` column per trajectory (OPOB, exact)"""
     clipping_bias_norm: bool
     """gradient norms of the `clipped` and the `policy` column (kappa, exact)"""
+    noted: frozenset[str]
+    """names of the task's notes"""
+    parts: bool
+    """the named parts of the reward"""
 
 
 @lru_cache(maxsize=256)  # asked for several times a step
 def requirements(recipe: Recipe) -> Requirements:
     """What the trainer has to compute for `recipe`: what its axes need, and the columns that a function of the user's
     own asks for. Raises UserError when that function cannot be imported."""
-    asked = load_own_function(recipe.name).needs if is_own_function(recipe.name) else frozenset()
+    own = load_own_function(recipe.name) if is_own_function(recipe.name) else None
+    asked = own.needs if own is not None else frozenset()
+    noted = own.noted if own is not None else frozenset()
     opob = recipe.advantage.baseline == "opob"
-    kl = recipe.kl.coefficient != 0.0
+    kls = kl_terms(recipe)
     kappa = recipe.bias.kappa != "none"
+    trust, mask, shape = recipe.trust, recipe.mask, recipe.shape
     return Requirements(
-        proximal=recipe.ratio.denominator == "proximal" or (kl and recipe.kl.target == "proximal"),
+        proximal=recipe.ratio.denominator == "proximal" or any(kl.target == "proximal" for kl in kls),
         reference=recipe.ratio.denominator == "reference"
-        or (kl and recipe.kl.target == "reference")
+        or any(kl.target == "reference" for kl in kls)
         or "log_reference" in asked,
         value=recipe.advantage.credit in ("token_gae", "turn_gae") or "value" in asked,
-        entropy=recipe.entropy != 0.0,
+        entropy=recipe.entropy != 0.0 or any(moves.number == "entropy" for moves in recipe.schedule),
+        entropy_value=min(mask.entropy_share, mask.turn_entropy_share, *(kl.certain_share for kl in kls), 1.0) < 1
+        or shape.turn_entropy > 0
+        or shape.clarity != 0
+        or (trust.rule == "aspo" and trust.uncertain_share > 0),
         prob_square_sum=(opob and recipe.opob.norm == "logit") or (kappa and recipe.bias.estimator == "logit"),
         per_trajectory_norms=opob and recipe.opob.norm == "exact",
         clipping_bias_norm=kappa and recipe.bias.estimator == "exact",
+        noted=frozenset(noted).union(name for name in (recipe.select.drop_flag, recipe.advantage.note) if name),
+        parts=recipe.advantage.parts == "each",
+    )
+
+
+def kl_terms(recipe: Recipe) -> tuple[KlSettings, ...]:
+    """The KL terms that are, or become in the course of a schedule, other than 0."""
+    moving = any(moves.number == "kl.coefficient" for moves in recipe.schedule)
+    return tuple(
+        kl for number, kl in enumerate((recipe.kl, *recipe.more_kl)) if kl.coefficient != 0 or (number == 0 and moving)
     )

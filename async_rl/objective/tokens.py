@@ -61,6 +61,21 @@ class Columns:
     """who spoke, an index into `agents`; None: the only one"""
     agents: tuple[str, ...] = ("",)
     """names of those who speak in the batch; the empty one where a task names none"""
+    noted: Noted = field(default_factory=lambda: Noted())
+    """what the task noted, of the names that the recipe asks for"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noted:
+    """Numbers that the task gave to episodes, turns and tokens, by name: columns in the order of the batch, NaN where
+    there is none. A name is missing where no episode of the batch has it."""
+
+    trajectory: Mapping[str, Tensor] = field(default_factory=dict)  # [trajectories]
+    """also the named parts of rewards, as `reward/NAME`"""
+    turn: Mapping[str, Tensor] = field(default_factory=dict)  # [turns]
+    token: Mapping[str, Tensor] = field(default_factory=dict)  # [tokens]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """of the parts, where they are not 1 (`task.reward_weights`)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,6 +305,7 @@ def _check(columns: Columns, recipe: Recipe, need: Requirements) -> None:
         "log_reference": need.reference,
         "value": need.value,
         "prob_square_sum": need.prob_square_sum,
+        "entropy": need.entropy_value,
     }
     for name, needed in columns_needed.items():
         column = getattr(columns, name)
@@ -310,11 +326,12 @@ class Ratio:
     value: Tensor  # [T], exp of the clamped log
     level: Level | str
     pool: Pool
+    clamp: float = LARGEST_LOG_RATIO
 
     @property
     def inside(self) -> Tensor:  # [T] bool
         """Where the clamp leaves a gradient."""
-        return self.log.abs() <= LARGEST_LOG_RATIO
+        return self.log.abs() <= self.clamp
 
     def pull_back(self, per_token: Tensor, tokens: Tokens) -> Tensor:
         """d(sum_t per_token_t * log ratio_t) / d(log pi_s), [T] -> [T].
@@ -345,16 +362,17 @@ def pooled(log_ratio: Tensor, tokens: Tokens, level: Level | str, pool: Pool) ->
     return (total / length.clamp(min=1.0) if pool == "mean" else total)[unit]
 
 
-def weight_of(log_ratio: Tensor) -> Tensor:
+def weight_of(log_ratio: Tensor, clamp: float = LARGEST_LOG_RATIO) -> Tensor:
     """exp of a log-ratio [T], clamped to +-20 (docs/algorithms.md#clamps)."""
-    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+    return log_ratio.clamp(-clamp, clamp).exp()
 
 
 def ratio_of(tokens: Tokens, settings: RatioSettings) -> Ratio:
     """The recipe's ratio of the current policy to its denominator."""
     log_ratio = tokens.log_prob - log_denominator(tokens, settings)
     unit_log = pooled(log_ratio, tokens, settings.level, settings.pool)
-    return Ratio(log=unit_log, value=weight_of(unit_log), level=settings.level, pool=settings.pool)
+    value = weight_of(unit_log, settings.clamp)
+    return Ratio(log=unit_log, value=value, level=settings.level, pool=settings.pool, clamp=settings.clamp)
 
 
 def log_denominator(tokens: Tokens, settings: RatioSettings) -> Tensor:
@@ -372,6 +390,21 @@ def log_denominator(tokens: Tokens, settings: RatioSettings) -> Tensor:
         case "reference":
             assert tokens.log_reference is not None
             return tokens.log_reference
+        case "group_expected":
+            return log_group_expected(tokens)
+
+
+def log_group_expected(tokens: Tokens) -> Tensor:
+    """log of sum q^2 / sum q over the answers of the group, q = exp(mean log mu): the probability of an answer that
+    the behaviour policy expects, each taken with its geometric mean over tokens (GEPO). [T]"""
+    mean = tokens.mean_trajectory(tokens.log_behaviour)
+    counted = tokens.readable & (tokens.length > 0)
+    mean = torch.where(counted, mean, -torch.inf)
+    group = tokens.group_of_trajectory
+    once = segment_log_sum_exp(mean, group, tokens.num_groups)
+    twice = segment_log_sum_exp(2 * mean, group, tokens.num_groups)
+    expected = torch.where(torch.isfinite(once), twice - once, 0.0)
+    return expected[tokens.group]
 
 
 def log_linear_proximal(tokens: Tokens) -> Tensor:

@@ -1,8 +1,8 @@
 """Trust rules: what becomes of a token's importance weight when its ratio is far from 1; and which data are left out.
 
 Formulas, one section a rule: docs/algorithms.md#trust (#ppo-clip, #dual-clip, #truncate, #interval, #cispo, #dispo,
-#topr, #damp, #divergence-mask, #m2po, #gmpo, #covariance), #correction and #selection. Shapes: T policy tokens,
-I trajectories.
+#topr, #damp, #divergence-mask, #m2po, #gmpo, #covariance; those of gates.py and groupwise.py), #correction and
+#selection. Shapes: T policy tokens, I trajectories.
 
 A rule turns (ratio, advantage) into the weight kappa; the coefficient is share * kappa * advantage, pulled back through
 the ratio where the published surrogate differentiates it.
@@ -17,6 +17,14 @@ from math import log
 import torch
 from torch import Tensor
 
+from async_rl.objective.gates import (
+    inverted,
+    ratio_bounds,
+    sequence_gamma,
+    soft_gate,
+    towards_target,
+)
+from async_rl.objective.groupwise import discriminated, regressed
 from async_rl.objective.recipe import Recipe, TrustSettings
 from async_rl.objective.tokens import (
     LARGEST_LOG_RATIO,
@@ -51,8 +59,17 @@ class Trust:
 def trust(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
     """Apply the recipe's rule. advantage [T]. Every weight is finite."""
     match recipe.trust.rule:
-        case "ppo" | "clip_cov" | "kl_cov":
+        case "ppo" | "clip_cov" | "kl_cov" | "sat" | "bapo" | "aspo" | "cpgd":
             return _surrogate(tokens, ratio, advantage, recipe)
+        case "sapo" | "gbpo":
+            return _gated(tokens, ratio, advantage, recipe)
+        case "vespo":
+            log_ratio = tokens.log_prob - log_denominator(tokens, recipe.ratio)
+            return _detached(sequence_gamma(tokens, log_ratio, advantage, recipe.trust), advantage)
+        case "regress":
+            return _detached(torch.ones_like(advantage), regressed(tokens, ratio, advantage, recipe.trust))
+        case "disco":
+            return _detached(ratio.value * ratio.inside, discriminated(tokens, ratio, recipe.trust))
         case "none":
             return _plain(ratio, advantage, recipe)
         case "gmpo":
@@ -70,6 +87,27 @@ def trust(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Tr
                          advantage=advantage, through=False)  # fmt: skip
 
 
+def _detached(weight: Tensor, advantage: Tensor) -> Trust:
+    """A weight that cuts nothing away. weight, advantage [T]."""
+    none = torch.zeros_like(weight, dtype=torch.bool)
+    return Trust(weight=weight, full=weight, clipped=none, dual=none, advantage=advantage, through=False)
+
+
+def _gated(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
+    """SAPO, GBPO: a weight for every ratio; what it leaves of the ratio is cut away. advantage [T]."""
+    settings = recipe.trust
+    if settings.rule == "sapo":
+        weight = soft_gate(ratio, advantage, settings)
+    else:
+        weight = towards_target(tokens, ratio, advantage, settings)
+    full = ratio.value * ratio.inside
+    outside = (ratio.value < 1 - settings.clip_low) | (ratio.value > 1 + settings.clip_high)
+    clipped = outside if settings.rule == "gbpo" else torch.zeros_like(outside)
+    through = settings.gradient == "unit"
+    return Trust(weight=weight, full=full, clipped=clipped, dual=torch.zeros_like(clipped), advantage=advantage,
+                 through=through)  # fmt: skip
+
+
 def _plain(ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
     """Rule none: importance sampling without a bound; REINFORCE at ratio level none. advantage [T]."""
     through = recipe.ratio.level != "none" and recipe.trust.gradient == "unit"
@@ -79,7 +117,8 @@ def _plain(ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
 
 
 def _surrogate(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
-    """min(rA, clip(r)A), with dual clip max(., cA) for A < 0; the two covariance methods on top. advantage [T]."""
+    """min(rA, clip(r)A), with dual clip max(., cA) for A < 0; the two covariance methods on top. CPGD has log pi in the
+    place of r, ASPO 1 / r where A > 0. advantage [T]."""
     settings = recipe.trust
     value, up, down = ratio.value, advantage > 0, advantage < 0
     none = torch.zeros_like(up)
@@ -89,13 +128,18 @@ def _surrogate(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) 
         chosen = covariance_top(tokens, advantage, settings.covariance_fraction)
         extra = -settings.covariance_penalty * torch.where(chosen, ratio.log.sign(), 0.0)
     else:
-        clipped = (up & (value > 1 + settings.clip_high)) | (down & (value < 1 - settings.clip_low))
+        low, high = ratio_bounds(tokens, ratio, advantage, settings)
+        clipped = (up & (value > high)) | (down & (value < low))
         dual = (down & (value > settings.dual_clip)) if settings.dual_clip > 0 else none
         clipped = clipped | dual
         if settings.rule == "clip_cov":
             clipped = clipped | covariance_choice(tokens, advantage, ~clipped, settings)
-    through = settings.gradient == "unit"
+    through = settings.gradient == "unit" and settings.rule not in ("aspo", "cpgd")
     full = value * ratio.inside if through else value
+    if settings.rule == "cpgd":
+        full = torch.ones_like(value)
+    elif settings.rule == "aspo":
+        full = inverted(ratio, advantage, settings)
     weight = torch.where(clipped, 0.0, full)
     return Trust(weight=weight, full=full, clipped=clipped, dual=dual, advantage=advantage,
                  through=through, extra=extra)  # fmt: skip
@@ -295,6 +339,9 @@ def select(tokens: Tokens, recipe: Recipe, advantage: Tensor, zero_signal: Tenso
         rejected["opsm"] = (tokens.mean_trajectory(advantage) < 0) & (moved > settings.opsm)
     if settings.drop_truncated:
         rejected["truncated"] = tokens.columns.truncated
+    rejected.update(_by_task(tokens, recipe))
+    if settings.largest_share < 1:
+        rejected["small_advantage"] = ~_largest(tokens.mean_trajectory(advantage.abs()), settings.largest_share)
     if settings.drop_zero_signal:
         largest = segment_max(advantage.abs(), tokens.trajectory, tokens.num_trajectories, empty=0.0)
         baselined = recipe.advantage.baseline == "opob"
@@ -303,6 +350,52 @@ def select(tokens: Tokens, recipe: Recipe, advantage: Tensor, zero_signal: Tenso
     for mask in rejected.values():
         keep = keep & ~mask
     return Selection(keep=keep, rejected=rejected)
+
+
+def _by_task(tokens: Tokens, recipe: Recipe) -> dict[str, Tensor]:
+    """What is rejected for what the task noted, and for its rewards as they came: reason -> [I] bool."""
+    settings, group = recipe.select, tokens.group_of_trajectory
+    rejected: dict[str, Tensor] = {}
+    if settings.drop_flag:
+        rejected["flag"] = flagged(tokens, settings.drop_flag)
+    if recipe.advantage.note:
+        noted = tokens.columns.noted.trajectory.get(recipe.advantage.note)
+        rejected["not_noted"] = torch.ones_like(tokens.finite) if noted is None else noted.isnan()
+    if settings.drop_equal_rewards:
+        counted, reward = tokens.rewarded, tokens.reward
+        top = segment_max(torch.where(counted, reward, -torch.inf), group, tokens.num_groups, empty=-torch.inf)
+        bottom = segment_min(torch.where(counted, reward, torch.inf), group, tokens.num_groups, empty=torch.inf)
+        rejected["equal_rewards"] = ~(top > bottom)[group]
+    if settings.group_low > 0 or settings.group_high > 0:
+        counted = tokens.rewarded.double()
+        mean = (tokens.sum_group(tokens.reward * counted) / tokens.sum_group(counted).clamp(min=1.0))[group]
+        above = (mean > settings.group_high) if settings.group_high > 0 else torch.zeros_like(tokens.finite)
+        rejected["group_reward"] = (mean < settings.group_low) | above
+    return rejected
+
+
+def flagged(tokens: Tokens, name: str) -> Tensor:
+    """Trajectories that the task noted `name` of other than 0: of the episode, a turn or a token. [I] bool"""
+    noted, columns = tokens.columns.noted, tokens.columns
+    found = torch.zeros_like(tokens.finite)
+    if (own := noted.trajectory.get(name)) is not None:
+        found = found | _is_set(own)
+    if (turns := noted.turn.get(name)) is not None:
+        found = found.index_put((columns.trajectory_of_turn[_is_set(turns)],), found.new_ones(()))
+    if (each := noted.token.get(name)) is not None:
+        found = found.index_put((tokens.trajectory[_is_set(each)],), found.new_ones(()))
+    return found
+
+
+def _is_set(values: Tensor) -> Tensor:
+    """[n] -> [n] bool: there, and not 0."""
+    return ~values.isnan() & (values != 0)
+
+
+def _largest(values: Tensor, share: float) -> Tensor:
+    """The `share` of the values, rounded up, that are the largest, and what equals the smallest of them. [n] bool"""
+    number = -int(-(share * len(values) - 1e-9) // 1)
+    return values >= values.topk(min(max(number, 1), len(values))).values[-1] if len(values) else values.bool()
 
 
 def _outside(log_ratio: Tensor, low: float, high: float) -> Tensor:

@@ -162,7 +162,9 @@ intended.""",
             Metric("grad/norm_per_trajectory_median", "", "median over trajectories of ‖g_i‖ (exact OPOB)"),
             Metric("grad/norm_per_trajectory_max", "", "largest ‖g_i‖"),
             Metric("kl/regulariser", "nats", "mean of the estimator of `kl.estimator` against `kl.target`"),
-            Metric("kl/coefficient", "", "β of this step"),
+            Metric("kl/coefficient", "", "β of this step, with `kl.allowance` times what the KL is above it"),
+            Metric("kl/more<n>/regulariser", "nats", "the same of the n-th of `recipe.more_kl`, counted from 1"),
+            Metric("kl/more<n>/coefficient", "", "and its β"),
             Metric("lr/base", "", "learning rate of the schedule"),
             Metric(
                 "lr/ess_scale",
@@ -196,8 +198,10 @@ intended.""",
 `reject/<reason>/<what>` with the reasons `nonfinite` (a log-prob, value or reward is not finite), `sequence_ratio`
 (product of ratios outside `select.sequence_*`), `geometric_ratio` (geometric mean outside `select.geometric_*`), `veto`
 (one token's ratio below `select.veto`), `opsm` (negative advantage and mean log(μ/π) above `select.opsm`), `truncated`,
-`zero_signal` (no advantage on any token). A trajectory may have several. Whether the rejected stay in the loss's
-denominators is `select.denominator`.""",
+`zero_signal` (no advantage on any token), `equal_rewards` (those of its group), `group_reward` (the group's mean is
+outside `select.group_*`), `flag` (marked by the task, `select.drop_flag`), `small_advantage`
+(`select.largest_share`), `not_noted` (without the number `advantage.note`). A trajectory may have several. Whether the
+rejected stay in the loss's denominators is `select.denominator`.""",
         metrics=(
             Metric("reject/tokens", "share", "share of the tokens that was rejected for any reason"),
             Metric("reject/trajectories", "share", "share of the trajectories"),

@@ -286,7 +286,18 @@ class Session(Protocol):
         ...
 
     def note(self, key: str, value: float | str) -> None:
-        """Attach a number or label to the trajectory (shown in reports)."""
+        """Attach a number or label to the trajectory (shown in reports; recipes can read numbers by name)."""
+        ...
+
+    def note_turn(self, key: str, value: float, *, agent: str | None = None) -> None:
+        """Attach a number to the turn generated last, or to the last one of this agent, for recipes that read it by
+        name (`select.drop_flag`, `Columns.noted`)."""
+        ...
+
+    def note_tokens(self, key: str, values: Sequence[float], *, agent: str | None = None) -> None:
+        """Attach a number to each token of that turn: log-probs of a teacher, scores, ... Kept as float32.
+
+        Raises ValueError for another number of values than the turn has tokens (`Session.said[-1].tokens`)."""
         ...
 
     def keep(self, value: Any) -> None:
@@ -350,6 +361,10 @@ class Task:
     plays against itself. Recipes that see the reward of the episode alone, and would learn nothing, are refused."""
     example_call: str = ""
     """a call that the task's tool answers, for rehearsals with a model that would never write one"""
+
+    noted: Sequence[str] | None = None
+    """names that its episodes give to `Session.note`, `note_turn` and `note_tokens`; a recipe that reads another one is
+    refused when a run begins. None: not told"""
 
     looked_at: int = 500
     """problems of each split that are looked at before a run begins (lengths, control tokens, the digest by which hosts

@@ -56,6 +56,7 @@ class Rehearsed(Task):
         self.notes = self._inner.notes
         self.slots = self._inner.slots
         self.single_turn = self._inner.single_turn
+        self.noted = self._inner.noted
 
     async def setup(self) -> None:
         await self._inner.setup()
@@ -179,6 +180,12 @@ class ShortTurns:
 
     def note(self, key: str, value: float | str) -> None:
         self._inner.note(key, value)
+
+    def note_turn(self, key: str, value: float, *, agent: str | None = None) -> None:
+        self._inner.note_turn(key, value, agent=agent)
+
+    def note_tokens(self, key: str, values: Sequence[float], *, agent: str | None = None) -> None:
+        self._inner.note_tokens(key, values, agent=agent)
 
     def keep(self, value: Any) -> None:
         self._inner.keep(value)

@@ -277,6 +277,7 @@ class Learner:
             state_key=batch.state_key,
             agent_of_turn=batch.agent_of_turn,
             agents=batch.agents,
+            noted=batch.noted,
             truncated=batch.truncated,
             current_version=self.version,
             log_proximal=log_prob if start is None else start.log_prob,

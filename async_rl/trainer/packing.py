@@ -15,8 +15,8 @@ several tokens then, one for each document that goes on from it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 
 import numpy as np
@@ -32,7 +32,9 @@ from async_rl.model.prefix_tree import PrefixTree, make_tree
 from async_rl.model.tree_attention import TreeAttention
 from async_rl.model.varlen import Kernel
 from async_rl.objective.library import load_recipe
-from async_rl.objective.recipe import requirements
+from async_rl.objective.recipe import Requirements, requirements
+from async_rl.objective.tokens import Noted
+from async_rl.trainer.noted import noted_columns
 from async_rl.trainer.shares import Share, Sizes, Spread, cuts, plan, share_of
 from async_rl.trajectory import Trajectory, Turn
 
@@ -120,6 +122,8 @@ class PackedBatch:
     """of all trajectories; each has one at least"""
     agents: tuple[str, ...] = ("",)
     """names of those who speak; the empty one speaks where a task names none"""
+    noted: Noted = field(default_factory=Noted)
+    """what the tasks noted, of the names that the recipe asks for"""
     share: Share | None = None
     """None: micro-batches hold the whole batch"""
 
@@ -160,7 +164,8 @@ def pack_step(
     if not usable:
         raise RunFailed("the batch holds no usable trajectory")
     chosen = settings.trainer
-    apart = requirements(load_recipe(settings.recipe)).per_trajectory_norms
+    needs = requirements(load_recipe(settings.recipe))
+    apart = needs.per_trajectory_norms
     if whole is None:
         whole = apart or not any(t.contexts for t in usable)
     return pack_batch(
@@ -171,6 +176,8 @@ def pack_step(
         whole=whole,
         shared=chosen.shared_prefixes,
         apart=apart,
+        needs=needs,
+        reward_weights=settings.task.reward_weights,
     )
 
 
@@ -183,12 +190,15 @@ def pack_batch(
     whole: bool = True,
     shared: bool = False,
     apart: bool = False,
+    needs: Requirements | None = None,
+    reward_weights: Mapping[str, float] | None = None,
 ) -> PackedBatch:
     """Sort trajectories by group and sample, and pack them into micro-batches of at most `micro_batch_tokens` rows.
 
     A longer trajectory gets a micro-batch of its own, or without `whole` one for as many of its contexts as fit.
     `over`: ranks that share the batch. `shared`: beginnings that documents have in common are computed once; `apart`:
-    but differentiated for each trajectory, which takes the memory of all tokens, so that all count.
+    but differentiated for each trajectory, which takes the memory of all tokens, so that all count. `needs`: of the
+    recipe, whose notes become columns; `reward_weights`: of the parts of rewards among them.
     """
     assert trajectories, "a batch has at least one trajectory"
     ordered = sorted(trajectories, key=lambda t: (t.group, t.sample))
@@ -218,6 +228,7 @@ def pack_batch(
         share, parts = share_of(made, pieces, over, device, sizes), made[over.rank]
     return PackedBatch(
         share=share,
+        noted=Noted() if needs is None else noted_columns(ordered, needs, reward_weights or {}, device),
         micro_batches=tuple(_pack_parts(pieces, policy_of_piece, parts, device, sizes if shared else None)),
         log_behaviour=tensor(
             np.concatenate([t.log_behaviour[w] for t, w in zip(ordered, policy_positions, strict=True)]), torch.float32

@@ -3,12 +3,15 @@
 A blob (little endian, each column aligned to its own item size, length a multiple of 8):
 
     fixed part, 96 bytes     see `_FIXED`
-    text                     msgpack [reason, generator, info], with agents [..., names], padded to 8
+    text                     msgpack [reason, generator, info], with agents [..., names], with notes on turns or tokens
+                             [..., names, names of notes on turns, names of notes on tokens]; padded to 8
     turn_reward f8[turns]    only when a turn has a reward
     state_key   i8[turns]    only when a turn has a key
     temperature f8[turns]    only when a turn has its own
+    note        f8[turns]    for each name of a note on turns; NaN where a turn has none
     tokens      i4[tokens]
     log_behaviour f4         [tokens]; of the policy tokens only when those are few (zeros elsewhere)
+    note        f4           like log_behaviour, for each name of a note on tokens; NaN where there is none
     (start, length) i4 of each turn | (version, start, end) i4 of each span | start i4 of each further context
     agent i4[turns]          only when a turn has one: index into the names | padding to 8
 
@@ -32,6 +35,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from async_rl.trajectory.turn_notes import MOST_NAMES, Notes
 from async_rl.trajectory.types import Ended, Split, Trajectory, Turn, VersionSpan
 
 assert sys.byteorder == "little", "columns are sent as they lie in memory, which is little endian"
@@ -47,8 +51,8 @@ _MAGIC = b"TJ"
 _FIXED = struct.Struct("<2sHI qqqQ dddd IIII BBBxI")
 # magic, schema, text bytes | group, sample, problem, seed | reward, temperature, started_at, finished_at |
 # tokens, log-probs, turns, spans | split, ended, flags, contexts
-_REWARDS, _KEYS, _DENSE, _TEMPERATURES, _AGENTS, _CONTEXTS = 1, 2, 4, 8, 16, 32
-_ALL_FLAGS = _REWARDS | _KEYS | _DENSE | _TEMPERATURES | _AGENTS | _CONTEXTS
+_REWARDS, _KEYS, _DENSE, _TEMPERATURES, _AGENTS, _CONTEXTS, _NOTES = 1, 2, 4, 8, 16, 32, 64
+_ALL_FLAGS = _REWARDS | _KEYS | _DENSE | _TEMPERATURES | _AGENTS | _CONTEXTS | _NOTES
 _SPLITS = get_args(Split)
 _ENDINGS = get_args(Ended)
 _FEW = 128
@@ -60,6 +64,7 @@ _MOST_TURNS = 1 << 16
 """turns, spans of versions, or contexts"""
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 _ZEROS = bytes(8)
+_LENGTH = "a trajectory of {} bytes does not have the length its header says"
 _TURN, _SPAN = struct.Struct("<ii"), struct.Struct("<iii")
 # half a surrogate pair in an error's text must not lose the trajectory
 _pack_text = msgpack.Packer(unicode_errors="replace").pack
@@ -99,6 +104,10 @@ def pack(trajectory: Trajectory) -> bytes:
         if any(temperatures := [turn.temperature for turn in turns]):
             flags |= _TEMPERATURES
             eights += struct.pack(f"<{len(turns)}d", *temperatures)
+        noted = Notes.of(turns) if any(turn.notes or turn.token_notes for turn in turns) else None
+        if noted is not None:
+            flags |= _NOTES
+            eights += noted.of_turns(turns)
         num_other = len(tokens) - sum(integers[1::2])
         if num_other <= max(len(tokens) // 4, _FEW):
             flags |= _DENSE
@@ -107,6 +116,8 @@ def pack(trajectory: Trajectory) -> bytes:
             policy = [log_behaviour[turn.start : turn.start + turn.length].tobytes() for turn in turns]
             log_policy = b"".join(policy)
         num_log = len(log_policy) // 4
+        if noted is not None:
+            log_policy += noted.of_tokens(turns, num_log, dense=bool(flags & _DENSE))
         integers += [number for s in trajectory.versions for number in (s.version, s.start, s.end)]
         if trajectory.contexts:
             flags |= _CONTEXTS
@@ -116,22 +127,27 @@ def pack(trajectory: Trajectory) -> bytes:
             flags |= _AGENTS
             integers += [names.setdefault(agent, len(names)) for agent in agents]
         fours = struct.pack(f"<{len(integers)}i", *integers)
-        if (len(tokens) + num_log + len(integers)) % 2:
+        if (len(tokens) + len(log_policy) // 4 + len(integers)) % 2:
             fours += _ZEROS[:4]
-        head, text = _head(trajectory, num_log, flags, tuple(names))
+        head, text = _head(trajectory, num_log, flags, tuple(names), noted)
     except (OverflowError, struct.error) as error:
         raise ValueError(f"a number of the trajectory does not fit its column: {error}") from None
     padding = _ZEROS[: -len(text) % 8]
     return b"".join((head, text, padding, eights, tokens.tobytes(), log_policy, fours))
 
 
-def _head(trajectory: Trajectory, num_log: int, flags: int, names: Sequence[str]) -> tuple[bytes, bytes]:
-    """Fixed part and text. `names`: of the agents; empty: there are none."""
+def _head(
+    trajectory: Trajectory, num_log: int, flags: int, names: Sequence[str], noted: Notes | None
+) -> tuple[bytes, bytes]:
+    """Fixed part and text. `names`: of the agents; empty: there are none. `noted`: names of notes."""
     info: dict[str, float | str] = {}
     if trajectory.info:
         info = {name: v if type(v) is str else float(v) for name, v in trajectory.info.items()}
     said = (trajectory.reason, trajectory.generator, info)
-    text: bytes = _pack_text((*said, names) if names else said)
+    more: tuple[Sequence[str], ...] = (names,) if names else ()
+    if noted is not None:
+        more = (names, noted.turn_names, noted.token_names)
+    text: bytes = _pack_text((*said, *more))
     fixed = _FIXED.pack(
         _MAGIC,
         SCHEMA,
@@ -167,31 +183,32 @@ def unpack(blob: Blob) -> Trajectory:
     ) = _fixed(blob)
     # fmt: on
     offset = _FIXED.size + text_bytes + -text_bytes % 8
-    eights = num_turns * (bool(flags & _REWARDS) + bool(flags & _KEYS) + bool(flags & _TEMPERATURES))
-    fours = num_tokens + num_log + 2 * num_turns + 3 * num_spans + num_contexts + num_turns * bool(flags & _AGENTS)
+    noted = _note_names(blob, text_bytes) if flags & _NOTES else Notes()
+    by_turn = 2 + bool(flags & _AGENTS)
+    fours = num_tokens + num_log * (1 + len(noted.token_names)) + by_turn * num_turns + 3 * num_spans + num_contexts
+    eights = num_turns * (_eights(flags) + len(noted.turn_names))
     if offset + 8 * eights + 4 * (fours + fours % 2) != len(blob):
-        raise WireError(f"a trajectory of {len(blob)} bytes does not have the length its header says", "trajectory")
-    if text_bytes > _MOST_TEXT_BYTES or max(num_turns, num_spans, num_contexts) > _MOST_TURNS:
-        said = f"{text_bytes} bytes of text, {num_turns} turns, {num_spans} spans, {num_contexts + 1} contexts"
-        raise WireError(f"a trajectory of {said}", "size")
+        raise WireError(_LENGTH.format(len(blob)), "trajectory")
+    _check_sizes(text_bytes, num_turns, num_spans, num_contexts)
     if group < 0 or sample < 0 or problem < 0:
         raise WireError("a trajectory's group, sample or problem is below zero", "columns")
-    if split >= len(_SPLITS) or ended >= len(_ENDINGS) or flags > _ALL_FLAGS:
-        raise WireError("a trajectory of unknown split, ending or flags", "trajectory")
-    if bool(flags & _CONTEXTS) != bool(num_contexts):
-        raise WireError(f"a trajectory of {num_contexts + 1} contexts whose flags say otherwise", "trajectory")
-    reason, generator, info, names = _said(blob[_FIXED.size : _FIXED.size + text_bytes], bool(flags & _AGENTS))
+    _check_kinds(split, ended, flags, num_contexts)
+    reason, generator, info, names, *_ = _said(blob[_FIXED.size : _FIXED.size + text_bytes], flags)
     eight: dict[int, Sequence[Any]] = {}
     for flag, kind in ((_REWARDS, "d"), (_KEYS, "q"), (_TEMPERATURES, "d")):
         if flags & flag:
             eight[flag] = struct.unpack_from(f"<{num_turns}{kind}", blob, offset)
             offset += 8 * num_turns
+    turn_notes = [struct.unpack_from(f"<{num_turns}d", blob, offset + 8 * num_turns * i) for i in noted.range_of_turns]
+    offset += 8 * num_turns * len(turn_notes)
     tokens = np.frombuffer(blob, np.int32, num_tokens, offset)
     offset += 4 * num_tokens
     log_behaviour = np.frombuffer(blob, np.float32, num_log, offset)
     if not tokens.flags.aligned:  # a small frame lies at any offset of the socket's buffer
         tokens, log_behaviour = tokens.copy(), log_behaviour.copy()
     offset += 4 * num_log
+    token_notes = [np.frombuffer(blob, np.float32, num_log, offset + 4 * num_log * i) for i in noted.range_of_tokens]
+    offset += 4 * num_log * len(token_notes)
     # a copy: an iterator over a memoryview that stays in a traceback crashes the garbage collector of Python 3.11
     places = bytes(blob[offset:])
     middle = _TURN.size * num_turns
@@ -204,7 +221,9 @@ def unpack(blob: Blob) -> Trajectory:
         turns = _described(turns, spoken, names, eight.get(_TEMPERATURES))
     versions = tuple([VersionSpan(version=version, start=start, end=end) for version, start, end in spans])
     if not flags & _DENSE:
-        log_behaviour = _spread(log_behaviour, turns, num_tokens)
+        log_behaviour, *token_notes = [_spread(c, turns, num_tokens) for c in (log_behaviour, *token_notes)]
+    if flags & _NOTES:
+        turns = noted.put(turns, turn_notes, token_notes)
     trajectory = Trajectory(
         group=group,
         sample=sample,
@@ -225,10 +244,29 @@ def unpack(blob: Blob) -> Trajectory:
         finished_at=finished_at,
         info=info,
     )
-    wrong = trajectory.check()
-    if wrong is not None:
+    if (wrong := trajectory.check()) is not None:
         raise WireError(f"trajectory {sample} of group {group}: {wrong}", "columns")
     return trajectory
+
+
+def _check_sizes(text_bytes: int, num_turns: int, num_spans: int, num_contexts: int) -> None:
+    """Raises WireError for a trajectory that is too large."""
+    if text_bytes > _MOST_TEXT_BYTES or max(num_turns, num_spans, num_contexts) > _MOST_TURNS:
+        said = f"{text_bytes} bytes of text, {num_turns} turns, {num_spans} spans, {num_contexts + 1} contexts"
+        raise WireError(f"a trajectory of {said}", "size")
+
+
+def _check_kinds(split: int, ended: int, flags: int, num_contexts: int) -> None:
+    """Raises WireError for numbers that stand for nothing."""
+    if split >= len(_SPLITS) or ended >= len(_ENDINGS) or flags > _ALL_FLAGS:
+        raise WireError("a trajectory of unknown split, ending or flags", "trajectory")
+    if bool(flags & _CONTEXTS) != bool(num_contexts):
+        raise WireError(f"a trajectory of {num_contexts + 1} contexts whose flags say otherwise", "trajectory")
+
+
+def _eights(flags: int) -> int:
+    """Columns of 8 bytes a turn, notes aside."""
+    return bool(flags & _REWARDS) + bool(flags & _KEYS) + bool(flags & _TEMPERATURES)
 
 
 def _fixed(blob: Blob) -> list[Any]:
@@ -241,6 +279,16 @@ def _fixed(blob: Blob) -> list[Any]:
     if schema != SCHEMA:
         raise WireError(f"a trajectory of schema {schema}; this program reads {SCHEMA}", "schema")
     return numbers
+
+
+def _note_names(blob: Blob, text_bytes: int) -> Notes:
+    """The names of notes, on which the length of a blob depends."""
+    if text_bytes > _MOST_TEXT_BYTES or _FIXED.size + text_bytes > len(blob):
+        raise WireError(_LENGTH.format(len(blob)), "trajectory")
+    *_, turn_names, token_names = _said(blob[_FIXED.size : _FIXED.size + text_bytes], _NOTES)
+    if len(turn_names) + len(token_names) > MOST_NAMES:
+        raise WireError(f"a trajectory with notes of {len(turn_names) + len(token_names)} names", "size")
+    return Notes(turn_names=tuple(turn_names), token_names=tuple(token_names))
 
 
 def _turns(packed: bytes, rewards: Sequence[float] | None, keys: Sequence[int] | None) -> tuple[Turn, ...]:
@@ -304,21 +352,26 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _said(packed: Blob, agents: bool) -> tuple[str, str, dict[str, float | str], Sequence[str]]:
-    """Reason, generator, info (not shared with the cache), names of agents where the text has them."""
+Said = tuple[str, str, dict[str, float | str], Sequence[str], Sequence[str], Sequence[str]]
+"""reason, generator, info, names of agents, of notes on turns, of notes on tokens"""
+
+
+def _said(packed: Blob, flags: int) -> Said:
+    """What the text says; info is not shared with the cache."""
     if len(packed) > _SHORT_TEXT:
-        return _text(packed, agents)
-    reason, generator, info, names = _short_text(bytes(packed), agents)
-    return reason, generator, info.copy(), names
+        return _text(packed, flags)
+    reason, generator, info, *names = _short_text(bytes(packed), flags & (_AGENTS | _NOTES))
+    return reason, generator, info.copy(), names[0], names[1], names[2]
 
 
-def _text(packed: Blob, agents: bool) -> tuple[str, str, dict[str, float | str], Sequence[str]]:
-    """Reason, generator, info, names of agents."""
+def _text(packed: Blob, flags: int) -> Said:
     try:
         found = plain(packed, _MOST_TEXT_BYTES)
-        if agents:
-            return msgspec.convert(found, tuple[str, str, dict[str, float | str], list[str]])
-        return (*msgspec.convert(found, tuple[str, str, dict[str, float | str]]), ())
+        if flags & _NOTES:
+            return msgspec.convert(found, tuple[str, str, dict[str, float | str], list[str], list[str], list[str]])
+        if flags & _AGENTS:
+            return (*msgspec.convert(found, tuple[str, str, dict[str, float | str], list[str]]), (), ())
+        return (*msgspec.convert(found, tuple[str, str, dict[str, float | str]]), (), (), ())
     except msgspec.ValidationError as error:
         raise WireError(f"a trajectory's text has missing, extra or wrong-typed fields: {error}", "fields") from None
 

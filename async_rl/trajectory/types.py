@@ -46,6 +46,10 @@ class Turn(Struct, frozen=True, kw_only=True, gc=False):
     temperature: float = 0.0
     """at which it was sampled, where that is not the trajectory's; 0: the trajectory's; `GREEDY` in evaluation alone.
     Log-probs of greedy turns are those of temperature 1. `turn_temperature` gives what to record"""
+    notes: tuple[tuple[str, float], ...] = ()
+    """(name, number) that the task gave to the turn, in order of names, each once"""
+    token_notes: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    """(name, one number for each of its tokens, float32), alike; none on a turn without tokens"""
 
 
 class VersionSpan(Struct, frozen=True, kw_only=True, gc=False):
@@ -160,6 +164,8 @@ class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
                 return f"turn at {start}+{length} is out of order or outside {n} tokens"
             if not math.isfinite(turn.reward):
                 return "a turn's reward is not finite"
+            if (turn.notes or turn.token_notes) and (noted := _wrong_notes(turn)):
+                return noted
             if turn.temperature and not (0 < turn.temperature < math.inf or turn.temperature == GREEDY):
                 return f"a turn's temperature is {turn.temperature:g}"
             position = start + length
@@ -221,6 +227,21 @@ class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
                     return False
                 position = end
         return True
+
+
+def _wrong_notes(turn: Turn) -> str:
+    """What is wrong with the notes of a turn; empty: nothing."""
+    if len(dict(turn.notes)) < len(turn.notes) or len(dict(turn.token_notes)) < len(turn.token_notes):
+        return "a turn has two notes of one name"
+    if turn.token_notes and not turn.length:
+        return "a turn without tokens has notes on them"
+    if any(len(values) != turn.length for _, values in turn.token_notes):
+        return f"a note on the tokens of a turn has not its {turn.length} numbers"
+    if not all(math.isfinite(value) for _, value in turn.notes):
+        return "a turn's note is not finite"
+    if not all(math.isfinite(value) for _, values in turn.token_notes for value in values):
+        return "a token's note is not finite"
+    return ""
 
 
 def turn_temperature(asked: float | None, trajectory: float) -> float:

@@ -137,3 +137,32 @@ def test_a_malformed_record_is_dropped(tokenizer: Tokenizer, info: dict[str, flo
     _, _, saved = play(tokenizer, SeededEngine(dies_at=3))
     _, session, _ = play(tokenizer, SeededEngine(), record=replace(saved[-1], info=info))
     assert session.diverged
+
+
+@dataclass
+class Noting(Conversation):
+    """Notes every turn and its tokens; forwards what a note is refused for."""
+
+    async def rollout(self, problem: Problem, session: Session) -> float:
+        for number in range(2):
+            await session.generate(max_tokens=9)
+            session.note_turn("number", number)
+            session.note_turn("void", number)
+            session.note_turn("void", 0.5)  # the last word counts
+            session.note_tokens("teacher", [-0.5] * len(session.said[-1].tokens))
+            session.append("x")
+        with pytest.raises(ValueError, match="for a turn of"):
+            session.note_tokens("teacher", [0.0] * 99)
+        with pytest.raises(ValueError, match="must be a finite number"):
+            session.note_turn("void", float("nan"))
+        return 1.0
+
+
+def test_notes_on_turns_and_tokens_are_in_the_trajectory(tokenizer: Tokenizer) -> None:
+    session = EpisodeSession(
+        engine=SeededEngine(), tokenizer=tokenizer, ticket=TICKET, session_id=1, max_context=200, max_turns=9,  # type: ignore[arg-type]
+    )  # fmt: skip
+    found = unpack(pack(asyncio.run(run_episode(Noting(), session, TICKET, timeout_s=9.0))))
+    assert found.ended == "finished", found.reason
+    assert [turn.notes for turn in found.turns] == [(("number", n), ("void", 0.5)) for n in (0.0, 1.0)]
+    assert [turn.token_notes for turn in found.turns] == [(("teacher", (-0.5,) * t.length),) for t in found.turns]

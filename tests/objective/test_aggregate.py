@@ -75,6 +75,7 @@ def test_shares_are_means_of_means(
         "constant": loss[flat].sum() / len(sequences) / 100.0,
         "turn_mean": torch.stack([loss[t].mean() for t in turns]).mean(),
         "seq_mean_turn_mean": torch.stack([torch.stack(x).mean() for x in by_turn.values()]).mean(),
+        "group_mean_token_sum": loss[flat].sum() / len(by_group),
         "group_mean_token_mean": torch.stack([loss[t].mean() for t in by_group.values()]).mean(),
     }[mode]
     share = shares(prepared(columns), counted, AggregateSettings(mode=mode, constant=100.0))  # type: ignore[arg-type]

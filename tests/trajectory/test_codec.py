@@ -22,13 +22,22 @@ NAMES = st.text(max_size=8)
 TEMPERATURES = st.just(0.0) | st.just(GREEDY) | st.floats(0, 10, exclude_min=True)
 
 
+NOTES = st.dictionaries(NAMES, FLOATS, max_size=3).map(lambda notes: tuple(sorted(notes.items())))
+
+
+def token_notes(length: int) -> st.SearchStrategy[tuple[tuple[str, tuple[float, ...]], ...]]:
+    """Notes on the tokens of a turn."""
+    numbers = st.lists(st.floats(-100, 100, width=32), min_size=length, max_size=length).map(tuple)
+    return st.dictionaries(NAMES, numbers, max_size=2).map(lambda notes: tuple(sorted(notes.items())))
+
+
 @st.composite
 def trajectories(draw: st.DrawFn) -> Trajectory:
     turns: list[Turn] = []
     spans: list[VersionSpan] = []
     position = draw(st.integers(0, 5) | st.just(300))  # a long prompt has its zeros left out
     plain = draw(st.booleans())
-    several = draw(st.booleans())
+    several, noted = draw(st.booleans()), draw(st.booleans())
     contexts: list[int] = []
     for _ in range(draw(st.integers(0, 5))):
         length = draw(st.integers(0, 7))
@@ -37,8 +46,12 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         agent = draw(NAMES) if several else ""
         temperature = draw(TEMPERATURES) if several else 0.0
         turns.append(
-            Turn(start=position, length=length, reward=reward, state_key=key, agent=agent, temperature=temperature)
-        )
+            Turn(
+                start=position, length=length, reward=reward, state_key=key, agent=agent, temperature=temperature,
+                notes=draw(NOTES) if noted else (),
+                token_notes=draw(token_notes(length)) if noted and length else (),
+            )
+        )  # fmt: skip
         cut = draw(st.integers(0, length))
         version = draw(st.integers(0, 2**31 - 1))
         spans.append(VersionSpan(version=version, start=position, end=position + cut))
@@ -334,3 +347,49 @@ def test_a_record_is_frozen_complete_and_named() -> None:
     values = {name: getattr(given, name) for name in Trajectory.__struct_fields__}
     assert_same(Trajectory(**values), given)
     assert replace(unpack(pack(given)), sample=9).sample == 9
+
+
+def with_notes(*, prompt: int = 2, names: int = 1) -> Trajectory:
+    """Two turns; a long prompt has its zeros left out."""
+    plain = many_turns(tokens=4)
+    noted = tuple((f"n{i}", (0.5, -0.25)) for i in range(names))
+    turns = (
+        Turn(start=prompt, length=2, notes=(("void", 1.0),), token_notes=noted),
+        Turn(start=prompt + 3, length=1, notes=(("depth", 3.0), ("void", 0.0))),
+    )
+    size = prompt + 4
+    return replace(
+        plain, tokens=np.arange(size, dtype=np.int32), log_behaviour=np.zeros(size, np.float32), turns=turns,
+        versions=(VersionSpan(version=0, start=0, end=size),),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", [2, 500])
+@pytest.mark.parametrize("names", [0, 1, 3])
+def test_notes_on_turns_and_tokens_survive(prompt: int, names: int) -> None:
+    trajectory = with_notes(prompt=prompt, names=names)
+    assert trajectory.check() is None
+    assert unpack(pack(trajectory)).turns == trajectory.turns
+
+
+@pytest.mark.parametrize(
+    ("turn", "wrong"),
+    [
+        ({"notes": (("a", 1.0), ("a", 2.0))}, "two notes of one name"),
+        ({"notes": (("a", math.inf),)}, "not finite"),
+        ({"token_notes": (("a", (1.0,)),)}, "has not its 2 numbers"),
+        ({"token_notes": (("a", (1.0, math.nan)),)}, "not finite"),
+    ],
+)
+def test_notes_that_contradict_a_trajectory_are_told(turn: dict[str, object], wrong: str) -> None:
+    trajectory = with_notes()
+    first = replace(trajectory.turns[0], **{"notes": (), "token_notes": ()} | turn)
+    found = replace(trajectory, turns=(first, *trajectory.turns[1:])).check()
+    assert found is not None
+    assert wrong in found
+
+
+def test_more_names_of_notes_than_a_trajectory_may_have_are_refused() -> None:
+    with pytest.raises(WireError, match="notes of 71 names") as refused:
+        unpack(pack(with_notes(names=69)))
+    assert refused.value.kind == "size"

@@ -1,0 +1,119 @@
+"""What is done to rewards before they are compared, and to advantages afterwards: factors and masks.
+
+Formulas: docs/algorithms.md#reward-shaping, #advantage-shaping, #masks. Shapes: T policy tokens, U turns,
+I trajectories. Factors are positive numbers and masks are 0 or 1, so neither changes what a trust rule decides; both
+multiply the share of a token, and so stand in the column of an exact baseline too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from async_rl.objective.gates import highest, quantile
+from async_rl.objective.recipe import MaskSettings, RewardSettings, ShapeSettings
+from async_rl.objective.tokens import Tokens
+from async_rl.objective.trust import bernoulli_kl
+
+
+def shaped_reward(tokens: Tokens, settings: RewardSettings) -> Tensor:
+    """The outcomes that are compared, [I]."""
+    reward = tokens.reward
+    if settings.outcome == "indicator":
+        reward = ((reward > settings.threshold) & tokens.rewarded).to(reward.dtype)
+    if settings.overlong_limit > 0:
+        over = tokens.length - (settings.overlong_limit - settings.overlong_buffer)
+        reward = reward - settings.overlong_penalty * (over / settings.overlong_buffer).clamp(0.0, 1.0)
+        reward = torch.where(tokens.rewarded, reward, 0.0)
+    return reward
+
+
+def shaped_advantage(tokens: Tokens, advantage: Tensor, settings: ShapeSettings) -> Tensor:
+    """EMPG's addition: the advantage [T] with the bonus for a clear next turn, centred over the batch's turns.
+
+    It replaces the product that `factor` would give: the bonus is added behind it.
+    """
+    if settings.clarity == 0:
+        return advantage
+    kept = tokens.finite[tokens.trajectory_of_turn]
+    entropy = turn_entropy(tokens, kept)
+    follows = torch.zeros_like(kept)
+    follows[:-1] = tokens.trajectory_of_turn[1:] == tokens.trajectory_of_turn[:-1]
+    bonus = torch.zeros_like(entropy)
+    bonus[:-1] = torch.where(follows[:-1], (-_clarity_decay(settings) * entropy[1:]).exp(), 0.0)
+    per_turn = tokens.sum_turn(advantage * factor(tokens, settings)) / tokens.turn_length + settings.clarity * bonus
+    mean = (per_turn * kept).sum() / kept.sum().clamp(min=1)
+    added = settings.clarity * bonus - mean
+    return torch.where(kept[tokens.turn], advantage * factor(tokens, settings) + added[tokens.turn], 0.0)
+
+
+def _clarity_decay(settings: ShapeSettings) -> float:
+    return settings.turn_entropy or 1.0
+
+
+def factor(tokens: Tokens, settings: ShapeSettings) -> Tensor:
+    """What each token's advantage is multiplied with, [T]."""
+    result = torch.ones_like(tokens.log_prob)
+    if settings.probability > 0:
+        result = result * (1 - settings.probability + settings.probability * tokens.log_prob.exp())
+    if settings.focal > 0:
+        result = result * (-torch.expm1(tokens.log_prob.clamp(max=0.0))).pow(settings.focal)
+    if settings.turn_entropy > 0:
+        kept = tokens.finite[tokens.trajectory_of_turn]
+        weight = (-settings.turn_entropy * turn_entropy(tokens, kept)).exp()
+        mean = (weight * kept).sum() / kept.sum().clamp(min=1)
+        result = result * (weight / mean)[tokens.turn]
+    return result
+
+
+def turn_entropy(tokens: Tokens, counted: Tensor) -> Tensor:
+    """Mean entropy of each turn, scaled so that those of the counted turns span 0 to 1. counted [U] bool -> [U]"""
+    assert tokens.entropy is not None
+    entropy = tokens.sum_turn(tokens.entropy) / tokens.turn_length
+    if not bool(counted.any()):
+        return torch.zeros_like(entropy)
+    low, high = entropy[counted].min(), entropy[counted].max()
+    spread = torch.where(high > low, high - low, torch.ones_like(high))
+    return ((entropy - low) / spread).clamp(0.0, 1.0)
+
+
+def mask(tokens: Tokens, advantage: Tensor, settings: MaskSettings) -> Tensor:
+    """1 where a token is trained, else 0, [T]. advantage [T]."""
+    counted = tokens.finite[tokens.trajectory]
+    trained = torch.ones_like(counted)
+    if settings.entropy_share < 1:
+        assert tokens.entropy is not None
+        if settings.entropy_scope == "batch":
+            trained &= _top(tokens.entropy, counted, settings.entropy_share)
+        else:
+            trained &= highest(tokens.entropy, tokens.trajectory, tokens.num_trajectories, settings.entropy_share)
+    if settings.turn_entropy_share < 1:
+        assert tokens.entropy is not None
+        mean = tokens.sum_turn(tokens.entropy) / tokens.turn_length
+        trained &= _top(mean, tokens.finite[tokens.trajectory_of_turn], settings.turn_entropy_share)[tokens.turn]
+    if settings.probability_below < 1:
+        trained &= tokens.log_prob.exp() <= settings.probability_below
+    if settings.binary_kl > 0:
+        there = bernoulli_kl(tokens.log_proximal, tokens.log_behaviour)
+        back = bernoulli_kl(tokens.log_behaviour, tokens.log_proximal)
+        trained &= (there <= settings.binary_kl) & (back <= settings.binary_kl)
+    if settings.advantage_sigma > 0 and bool(counted.any()):
+        known = advantage[counted]
+        trained &= (advantage - known.mean()).abs() <= settings.advantage_sigma * known.std(correction=0)
+    return trained.to(advantage.dtype)
+
+
+def _top(values: Tensor, counted: Tensor, share: float) -> Tensor:
+    """Whether a row is among the `share` of the counted ones with the highest values: [n], [n] bool -> [n] bool.
+
+    Those that equal the quantile are in."""
+    if not bool(counted.any()):
+        return counted
+    return values >= quantile(values[counted], 1 - share)
+
+
+def certain(tokens: Tokens, share: float) -> Tensor:
+    """The `share` of each trajectory's tokens with the lowest entropy; those that `gates.most_entropy` leaves. [T]
+    bool"""
+    assert tokens.entropy is not None
+    return ~highest(tokens.entropy, tokens.trajectory, tokens.num_trajectories, 1 - share)
