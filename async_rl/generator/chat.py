@@ -31,6 +31,8 @@ class Continuation:
     """the turn as a message"""
     behind: str
     """what the template writes behind the turn: its end, the messages, the header of the next turn"""
+    text: str = ""
+    """all that the template writes; empty: not known"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,10 +57,12 @@ class Chat:
 
     def begin(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of the messages that the chat begins with. Raises UserError."""
-        tokens = prompt_tokens(messages, self.tokenizer, tools=self.tools, arguments=self.arguments)
-        self.messages = list(messages)
-        self.text = self.render(messages)
-        self.length = len(tokens)
+        text = self.render(messages)
+        if disguise_of([*messages, *self.tools], self.tokenizer) is None:
+            tokens = self.tokenizer.encode(text, first=not self.tokenizer.has_chat_template)
+        else:
+            tokens = prompt_tokens(messages, self.tokenizer, tools=self.tools, arguments=self.arguments)
+        self.messages, self.text, self.length = list(messages), text, len(tokens)
         return tokens
 
     def follow(self, turn: Sequence[int], messages: Sequence[Message], *, as_sampled: bool = False) -> list[int]:
@@ -71,6 +75,7 @@ class Chat:
         Raises HistoryRewritten when the template would write what is there differently; UserError when it refuses the
         messages.
         """
+        text = ""
         if not self.tokenizer.has_chat_template:
             said: Message = {"role": "assistant", "content": self.tokenizer.decode(turn)}
             tokens = self.tokenizer.encode("\n" + self.render(messages), behind=True)  # a line a message
@@ -84,10 +89,11 @@ class Chat:
                     raise
                 found = self._behind_any(turn, more)
             said, tokens = found.said, self._encoded(found.behind, disguise)
+            text = found.text if disguise is None else ""
             if turn and tokens and tokens[0] == turn[-1] and self.tokenizer.is_added(tokens[0]):
                 tokens = tokens[1:]  # the end was sampled
         self.messages = [*self.messages, said, *messages]
-        self.text = self.render(self.messages)
+        self.text = text or self.render(self.messages)
         self.length += len(turn) + len(tokens)
         return tokens
 
@@ -134,7 +140,7 @@ class Chat:
             raise HistoryRewritten(
                 f"the chat template writes the turn {turn[:SHOWN]!r} as {rest[:SHOWN]!r} when more follows; {REMEDY}"
             )
-        return Continuation(said=said, behind=rest[end:])
+        return Continuation(said=said, behind=rest[end:], text=text)
 
     def _behind_any(self, turn: Sequence[int], messages: Sequence[Message]) -> Continuation:
         """What the template writes behind a turn, found by rendering `STAND_IN` in its place."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import cached_property, partial
@@ -27,6 +27,7 @@ from async_rl.model.messages import plain_lines, refuse, with_arguments, with_te
 if TYPE_CHECKING:
     from async_rl.config.settings import ModelSettings
 
+CONFIG = "tokenizer_config.json"
 MORE_TEMPLATES = "additional_chat_templates"
 """folder of named chat templates, in a model folder"""
 _PLAIN_CHAT = tuple({"role": role, "content": role[0]} for role in ("user", "assistant", "user"))
@@ -63,7 +64,7 @@ class Tokenizer:
             self._tokenizer = read_file(file)
         except Exception as error:  # the library raises a bare Exception
             raise UserError(f"{file} cannot be read: {error}") from None
-        self._settings = self._read("tokenizer_config.json")
+        self._settings = self._read(CONFIG)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         """one more than the greatest token id"""
@@ -313,14 +314,7 @@ class Tokenizer:
         return self._templates[name]
 
     def _read(self, name: str) -> dict[str, Any]:
-        file = self.folder / name
-        if not file.is_file():
-            return {}
-        try:
-            values = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f"{file} is not valid JSON: {error}") from None
-        return values if isinstance(values, dict) else {}
+        return read_values(self.folder, name)
 
     def _end_of_text(self, vocabulary: Mapping[str, int]) -> int:
         content = self._special_tokens().get("eos_token", "")
@@ -393,20 +387,40 @@ class Tokenizer:
     def _sources(self) -> Mapping[str, str]:
         """The chat templates of the folder, by name; the usual one is called default."""
         if self._found is None:
-            self._found = dict(self._find_sources())
+            self._found = read_templates(self.folder, self._settings)
         return self._found
 
-    def _find_sources(self) -> Iterator[tuple[str, str]]:
-        source = self._settings.get("chat_template")
-        if isinstance(source, list):  # several named templates
-            yield from ((entry["name"], entry["template"]) for entry in source)
-        elif isinstance(source, str):
-            yield "default", source
-        file = self.folder / "chat_template.jinja"
-        if file.is_file():
-            yield "default", file.read_text()
-        for file in sorted((self.folder / MORE_TEMPLATES).glob("*.jinja")):
-            yield file.stem, file.read_text()
+
+def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates of a model folder, by name; the usual one is called default. `settings`: what its
+    tokenizer_config.json says."""
+    source = settings.get("chat_template")
+    found: dict[str, str] = {}
+    if isinstance(source, list):  # several named templates
+        found |= {entry["name"]: entry["template"] for entry in source}
+    elif isinstance(source, str):
+        found["default"] = source
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        found["default"] = file.read_text()
+    return found | {file.stem: file.read_text() for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+
+
+def asks_for_date(folder: Path) -> bool:
+    """Whether a chat template of a model folder writes the date. Raises UserError for a file that is not valid."""
+    return any("strftime_now" in source for source in read_templates(folder, read_values(folder, CONFIG)).values())
+
+
+def read_values(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of a model folder; empty where there is none. Raises UserError."""
+    file = folder / name
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from None
+    return values if isinstance(values, dict) else {}
 
 
 class HasPrompt(Protocol):

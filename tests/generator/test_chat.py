@@ -140,6 +140,20 @@ def test_a_template_that_rewrites_the_history_is_refused_and_nothing_is_appended
     ]
 
 
+def test_what_the_template_writes_is_rendered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = agents_tokenizer(tmp_path)
+    Chat(tokenizer=tokenizer).begin([USER])  # the template is looked into once
+    render, rendered = tokenizer.render, []
+    monkeypatch.setattr(tokenizer, "render", lambda *a, **how: (rendered.append(1), render(*a, **how))[1])
+    chat = Chat(tokenizer=tokenizer)
+    tokens = chat.begin([USER])
+    assert (len(rendered), tokens) == (1, tokenizer.encode(chat.text))
+    assert chat.text == render([USER])
+    chat.follow(tokenizer.encode("abc<|im_end|>"), [USER])
+    assert len(rendered) == 2
+    assert chat.text == render([USER, {"role": "assistant", "content": "abc"}, USER])
+
+
 def test_a_dated_header_is_refused(tmp_path: Path) -> None:
     dated = "{{ messages | length }}" + HERMES
     tokenizer = agents_tokenizer(tmp_path, dated)
