@@ -18,7 +18,7 @@ from async_rl.generator.facilities import slots_of
 from async_rl.model.architecture import PROJECTIONS, DecoderConfig, check_targets
 from async_rl.model.folder import check_context, check_folder, check_for_vllm, read_headers
 from async_rl.model.foreign import check_expert_targets, frozen_experts
-from async_rl.model.tokenizer import Tokenizer, control_in, problem_tokens
+from async_rl.model.tokenizer import Tokenizer, asks_for_date, control_in, problem_tokens
 from async_rl.model.varlen import choose_backend
 from async_rl.objective.library import check_effect, load_recipe
 from async_rl.objective.recipe import Requirements, requirements
@@ -166,7 +166,7 @@ def with_template_time(settings: Settings) -> Settings:
     """`settings` with the date that the chat template writes, when it asks for one: every process of the run, and of a
     resumed one, renders the same prompts."""
     try:
-        dated = not settings.model.template_time and Tokenizer.of(settings.model).dated
+        dated = not settings.model.template_time and asks_for_date(Path(settings.model.path))
     except UserError:  # preflight says it in its place
         return settings
     if not dated:

@@ -57,3 +57,8 @@ def test_a_template_without_a_date_needs_none(tiny_model: Path) -> None:
     assert with_template_time(settings) == settings
     missing = replace(settings, model=replace(settings.model, path="/nowhere"))
     assert with_template_time(missing) == missing, "preflight says what is wrong"
+
+
+def test_whether_it_is_asked_for_is_seen_without_the_tokenizer(dated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("async_rl.model.tokenizer.read_file", None)  # a large one takes a second
+    assert with_template_time(quick_settings(dated)).model.template_time
