@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -37,6 +37,7 @@ from async_rl.model.fused_decoder import FusedDecoder
 from async_rl.model.huggingface import ForeignConfig, HuggingFaceDecoder, soft_cap
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.weights.canary import fingerprint
+from async_rl.weights.shared_memory import check_fit
 from async_rl_kernels.product import linear
 
 PROBE_ROWS = 1024
@@ -109,6 +110,9 @@ class EmbeddedEngine:
         self._answers: dict[int, Answer] = {}  # of running sessions
         self._version = 0
         self._wake = asyncio.Event()
+        self._whole = asyncio.Event()
+        """the weights are those of one version"""
+        self._whole.set()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self._busy_seconds = 0.0
@@ -155,15 +159,27 @@ class EmbeddedEngine:
         """Copy `weights` into the parameters. Raises ValueError, and changes nothing, unless names and shapes are
         exactly those of the model's parameters."""
         parameters = dict(self._model.named_parameters())
-        if weights.keys() != parameters.keys():
-            odd = sorted(weights.keys() ^ parameters.keys())
-            raise ValueError(f"weights of version {version} do not fit the model: {odd[0]} and {len(odd) - 1} more")
-        for name, parameter in parameters.items():
-            if weights[name].shape != parameter.shape:
-                raise ValueError(f"{name} has shape {list(weights[name].shape)}, not {list(parameter.shape)}")
+        check_fit({name: tensor.shape for name, tensor in weights.items()}, parameters, version)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
+        self._loaded(version)
+
+    async def load_in_place(self, read: Callable[[Mapping[str, Tensor]], int]) -> None:
+        """Have `read`, in a thread, write a version into the parameters and say its number; no token is sampled
+        meanwhile. Raises ValueError when it does, which must have changed nothing. After another exception the engine
+        samples no more, because its weights may be of several versions."""
+        parameters = {name: parameter.detach() for name, parameter in self._model.named_parameters()}
+        self._whole.clear()
+        try:
+            version = await asyncio.to_thread(read, parameters)
+        except ValueError:
+            self._whole.set()
+            raise
+        self._loaded(version)
+        self._whole.set()
+
+    def _loaded(self, version: int) -> None:
         self._version = version
         if self._recompute:
             self._tables.clear_all()
@@ -267,6 +283,7 @@ class EmbeddedEngine:
             if not self._answers and not self._waiting:
                 self._wake.clear()
                 await self._wake.wait()
+            await self._whole.wait()
             self._admit()
             if self._answers:
                 begun = time.perf_counter()

@@ -32,7 +32,10 @@ class FusedDecoder:
         positions = torch.arange(max_context, device=decoder.head.device)
         self._rotation = torch.stack(decoder.rotation(positions, decoder.head.dtype), 1)  # [positions, 2, 1, head_dim]
         self._eps = torch.tensor(config.norm_eps, device=decoder.head.device, dtype=torch.float32)
-        self._layers = [FusedLayer(layer, self._eps) for layer in decoder.model.layers if isinstance(layer, Layer)]
+        layers = [layer for layer in decoder.model.layers if isinstance(layer, Layer)]
+        self._layers = [FusedLayer(layer, self._eps) for layer in layers]
+        own([decoder.model.embed_tokens.weight, decoder.model.norm.weight, decoder.head])
+        own([norm.weight for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)])
 
     def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """tokens, positions [tokens] int64 -> hidden [tokens, hidden] after the final norm."""
@@ -126,6 +129,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def join_norms(norms: Sequence[RMSNorm]) -> Tensor:  # [norms, size]
     return stack([norm.weight for norm in norms]).view(len(norms), -1)
+
+
+def own(parameters: Sequence[Tensor]) -> None:
+    """Give parameters storage of their own: else the file that they were read from stays in memory as a whole."""
+    for parameter in {id(parameter): parameter for parameter in parameters}.values():
+        parameter.data = parameter.detach().clone()
 
 
 def stack(parameters: Sequence[Tensor], *, turned: bool = False) -> Tensor:

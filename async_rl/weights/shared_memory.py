@@ -10,6 +10,7 @@ multiprocessing.shared_memory is not used because its resource tracker removes s
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -20,11 +21,11 @@ import platform
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ from async_rl.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 ALIGN = 64
 """bytes; each tensor begins at a multiple"""
 ITEM_BYTES = {
@@ -99,6 +101,16 @@ class WeightCopy:
     layout: str
     """JSON, see `layout_to_json`"""
     content: NDArray[np.uint8]  # [bytes of one buffer]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Whole:
+    """A buffer that held a whole version when it was looked at."""
+
+    version: int
+    buffer: int
+    sequence: int
+    checksum: int
 
 
 class WeightPublisher:
@@ -243,16 +255,29 @@ class WeightReader:
         Waits for the first version. Raises WeightsError after `seconds` (None: the reader's `timeout_s`)."""
         import torch
 
-        seconds = self._timeout_s if seconds is None else seconds
+        found = self._wait_for(self.copy, self._timeout_s if seconds is None else seconds)
+        whole = torch.from_numpy(found.content)
+        return found.version, {place.name: tensor_of(whole, place) for place in self._places}
+
+    def read_into(self, targets: Mapping[str, Tensor], seconds: float | None = None) -> int:
+        """Copy the newest version into `targets`, whatever their dtypes and strides, and return its number. No other
+        copy is made.
+
+        Waits for the first version. Raises WeightsError after `seconds` (None: the reader's `timeout_s`), when
+        `targets` may hold parts of several versions, and ValueError, with nothing changed, unless names and shapes are
+        those that are published."""
+        return self._wait_for(lambda: self._copy_into(targets), self._timeout_s if seconds is None else seconds)
+
+    def _wait_for(self, attempt: Callable[[], T | None], seconds: float) -> T:
+        """The first thing that `attempt`, made when there is a version, gives."""
         deadline = time.monotonic() + seconds
         overtaken = 0
         while True:
             self.latest()
             if self._map is not None and self._words[_NEWEST] >= 0:
-                found = self.copy()
+                found = attempt()
                 if found is not None:
-                    whole = torch.from_numpy(found.content)
-                    return found.version, {place.name: tensor_of(whole, place) for place in self._places}
+                    return found
                 overtaken += 1
             if time.monotonic() > deadline:
                 raise WeightsError(self._why(seconds, overtaken))
@@ -262,6 +287,39 @@ class WeightReader:
     def copy(self) -> WeightCopy | None:
         """Copy the bytes of the newest version once, without torch. None when there is no version yet, or the publisher
         wrote meanwhile."""
+        whole = self._whole_version()
+        if whole is None:
+            return None
+        copied = self._bytes(whole.buffer).copy()
+        if not self._unchanged(whole) or (whole.checksum != _NOTHING and whole.checksum != _crc(copied.data)):
+            return None
+        return WeightCopy(version=whole.version, layout=layout_to_json(self._places), content=copied)
+
+    def _copy_into(self, targets: Mapping[str, Tensor]) -> int | None:
+        """The version that `targets` hold now; None as `copy`, when they may hold anything."""
+        import torch
+
+        whole = self._whole_version()
+        if whole is None:
+            return None
+        check_fit({place.name: place.shape for place in self._places}, targets, whole.version)
+        content = self._bytes(whole.buffer)
+        if whole.checksum not in (_NOTHING, _crc(content.data)):
+            return None
+        # From its address, because torch warns of memory that cannot be written.
+        memory = (ctypes.c_char * len(content)).from_address(content.ctypes.data)
+        source = torch.frombuffer(memory, dtype=torch.uint8)
+        with torch.no_grad():
+            for place in self._places:
+                targets[place.name].copy_(tensor_of(source, place))
+        same = self._unchanged(whole) and whole.checksum in (_NOTHING, _crc(content.data))
+        del source, content
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED)  # else this process is charged for both versions
+        return whole.version if same else None
+
+    def _whole_version(self) -> _Whole | None:
+        """The buffer of the newest version, if it is whole now."""
         if self.latest() < 0 or self._map is None:
             return None
         newest = self._words[_NEWEST]
@@ -269,14 +327,15 @@ class WeightReader:
         sequence = self._words[_SEQUENCE + buffer]
         if newest < 0 or sequence % 2 or self._words[_VERSION + buffer] != newest:
             return None
-        start = self._first + buffer * self._buffer_bytes
-        copied = np.frombuffer(self._map, np.uint8, self._buffer_bytes, start).copy()
         checksum = self._words[_CHECKSUM + buffer]
-        if self._words[_SEQUENCE + buffer] != sequence:
-            return None
-        if checksum != _NOTHING and checksum != _crc(copied.data):
-            return None
-        return WeightCopy(version=newest, layout=layout_to_json(self._places), content=copied)
+        return _Whole(version=newest, buffer=buffer, sequence=sequence, checksum=checksum)
+
+    def _unchanged(self, whole: _Whole) -> bool:
+        return self._words[_SEQUENCE + whole.buffer] == whole.sequence
+
+    def _bytes(self, buffer: int) -> NDArray[np.uint8]:
+        """The bytes of a buffer, where they lie."""
+        return np.frombuffer(self._map, np.uint8, self._buffer_bytes, self._first + buffer * self._buffer_bytes)
 
     def _why(self, seconds: float, overtaken: int) -> str:
         if self._map is None:
@@ -324,6 +383,16 @@ class WeightReader:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
+
+
+def check_fit(given: Mapping[str, Sequence[int]], wanted: Mapping[str, Tensor], version: int) -> None:
+    """Raises ValueError unless the names and shapes of `given` are exactly those of `wanted`."""
+    if given.keys() != wanted.keys():
+        odd = sorted(given.keys() ^ wanted.keys())
+        raise ValueError(f"weights of version {version} do not fit the model: {odd[0]} and {len(odd) - 1} more")
+    for name, target in wanted.items():
+        if tuple(given[name]) != tuple(target.shape):
+            raise ValueError(f"{name} has shape {list(given[name])}, not {list(target.shape)}")
 
 
 def lay_out(tensors: Mapping[str, Tensor]) -> tuple[list[TensorPlace], int]:

@@ -12,8 +12,11 @@ from support_models import make_decoder, qwen3_config, write_folder
 
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Completion, Request, SamplingParams
+from async_rl.generator.pull import ReaderSource
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.weights.canary import fingerprint
+from async_rl.weights.shared_memory import WeightPublisher, WeightReader, WeightsError
 
 TOLERANCE = 1e-5
 CONFIG = qwen3_config()
@@ -154,3 +157,62 @@ def test_weights_of_another_dtype_are_converted(tokenizer):
     half = {name: p.to(torch.bfloat16) for name, p in weights_of(1).items()}
     asyncio.run(engine.load(half, 1))
     assert np.allclose(asyncio.run(engine.probe([1, 2, 3])), log_probs_under(1, [1, 2, 3]), atol=0.2)
+
+
+def test_weights_are_read_from_shared_memory_in_place_while_turns_run(tokenizer, tmp_path):
+    path = tmp_path / "weights"
+    engine = make_engine(tokenizer, "recompute")
+    held = {name: p.data_ptr() for name, p in engine._model.named_parameters()}
+
+    async def go() -> list[Completion]:
+        source = ReaderSource(WeightReader(path))
+        tasks = [asyncio.create_task(engine.generate(request(s, prompt(s)))) for s in range(8)]
+        for version, after in ((1, 60), (2, 130)):
+            while engine.stats().tokens_generated < after:
+                await asyncio.sleep(0)
+            publisher.publish(weights_of(version), version)
+            await source.pull_into(engine, first=False)
+            assert engine.version == version
+            assert await engine.fingerprint() == fingerprint(weights_of(version), version)
+        done = await asyncio.gather(*tasks)
+        await engine.close()
+        source.close()
+        return done
+
+    with WeightPublisher(path, weights_of(0)) as publisher:
+        done = asyncio.run(go())
+    assert {name: p.data_ptr() for name, p in engine._model.named_parameters()} == held
+    for session, completion in enumerate(done):
+        assert set(completion.versions) <= {0, 1, 2}
+        assert difference(prompt(session), completion).max() < TOLERANCE
+
+
+def test_nothing_is_sampled_while_weights_are_overwritten_nor_after_that_failed(tokenizer):
+    engine = make_engine(tokenizer, "recompute")
+    seen: list[int] = []
+
+    def broken(targets: Any) -> int:
+        next(iter(targets.values())).zero_()
+        seen.append(engine.stats().tokens_generated)
+        raise WeightsError("the trainer is gone")
+
+    def unfit(targets: Any) -> int:
+        raise ValueError("another model")
+
+    async def go() -> None:
+        task = asyncio.create_task(engine.generate(request(0, prompt(0), 100)))
+        while engine.stats().tokens_generated < 5:
+            await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="another model"):
+            await engine.load_in_place(unfit)
+        while engine.stats().tokens_generated < 10:
+            await asyncio.sleep(0)
+        with pytest.raises(WeightsError):
+            await engine.load_in_place(broken)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert [engine.stats().tokens_generated] == seen
+        await engine.close()
+        assert (await task).finish == "aborted"
+
+    asyncio.run(go())

@@ -53,3 +53,10 @@ def test_a_fused_decoder_can_be_saved(tmp_path: Path):
     save_folder(tmp_path / "saved", model, source=folder)
     for a, b in zip(load_model(folder).parameters(), load_model(tmp_path / "saved").parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_nothing_of_the_file_stays_in_memory(tmp_path: Path):
+    folder = qwen3_folder(tmp_path / "m")
+    model = load_model(folder)
+    FusedDecoder(model, 64)
+    assert str(folder) not in Path("/proc/self/maps").read_text()

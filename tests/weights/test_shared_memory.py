@@ -57,6 +57,51 @@ def test_what_was_read_stays_when_the_publisher_goes_on_and_closes(tmp_path: Pat
     first["embedding"] += 1  # the caller owns it
 
 
+def test_a_version_is_read_into_tensors_of_other_strides_and_dtypes(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    with WeightPublisher(path, tensors()) as publisher, WeightReader(path) as reader:
+        publisher.publish(tensors(2), 2)
+        targets = {name: torch.zeros(*t.shape, 2, dtype=torch.float64)[..., 0] for name, t in tensors().items()}
+        assert reader.read_into(targets) == 2
+        for name, tensor in tensors(2).items():
+            assert torch.equal(targets[name], tensor.double())
+        publisher.publish(tensors(5), 5)
+        assert reader.read_into(targets) == 5
+        for name, tensor in tensors(5).items():
+            assert torch.equal(targets[name], tensor.double())
+
+
+def test_tensors_that_do_not_fit_stay_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    with WeightPublisher(path, tensors()) as publisher, WeightReader(path) as reader:
+        publisher.publish(tensors(2), 2)
+        name = next(iter(tensors()))
+        targets = {other: torch.zeros(t.shape) for other, t in tensors().items()} | {name: torch.zeros(3, 7, 1)}
+        with pytest.raises(ValueError, match=name):
+            reader.read_into(targets)
+        assert all(not target.any() for target in targets.values())
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+def test_what_is_overtaken_while_it_is_read_in_place_is_read_again(tmp_path: Path, checksum: bool) -> None:
+    """The first target publishes twice while it is written: the version that was being read is gone."""
+    path = tmp_path / "weights"
+    with WeightPublisher(path, tensors(), checksum=checksum) as publisher, WeightReader(path) as reader:
+        publisher.publish(tensors(1), 1)
+        versions = iter((2, 3))
+
+        class Overtaken(torch.Tensor):
+            def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+                for version in versions:
+                    publisher.publish(tensors(version), version)
+                return super().copy_(source, non_blocking)
+
+        targets = {name: torch.zeros(t.shape).as_subclass(Overtaken) for name, t in tensors().items()}
+        assert reader.read_into(targets) == 3
+        for name, tensor in tensors(3).items():
+            assert torch.equal(targets[name].as_subclass(torch.Tensor), tensor.float())
+
+
 def test_closing_removes_the_segment_and_readers_keep_the_last_version(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     publisher = WeightPublisher(path, tensors())
