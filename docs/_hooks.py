@@ -151,6 +151,30 @@ def recipes_page() -> str:
     return "\n".join(lines)
 
 
+def methods_page() -> str:
+    """Published methods, what of them is here and what is not."""
+    from async_rl.objective.methods import counts, list_methods
+
+    lines = [
+        "# Methods",
+        "",
+        "Published methods, and what of them is here. *Works*: the published formula is a recipe, the tests compare "
+        "its coefficients with the gradient of the published loss, and it was trained (bench/METHODS.md). Core and "
+        "strong are the tiers of the project's plan. `async-rl recipes` prints the same.",
+        "",
+        *(f"- {tier}: {said}" for tier, said in counts().items()),
+        "",
+        "| method | tier | paper | state | recipes | here | not here |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in list_methods():
+        paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})" if method.paper else ""
+        recipes = ", ".join(f"[{name}](recipes.md#{name})" for name in method.recipes)
+        row = (method.name, method.tier, paper, method.state, recipes, escaped(method.here), escaped(method.missing))
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
 def commands_page() -> str:
     """The help of every command, as it prints it, in the groups of the overview."""
     from async_rl.cli.main import make_parser
@@ -327,6 +351,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/settings.md": settings_page,
     "reference/tasks.md": tasks_page,
     "reference/recipes.md": recipes_page,
+    "reference/methods.md": methods_page,
     "reference/commands.md": commands_page,
     "reference/events.md": events_page,
     "reference/api.md": api_page,

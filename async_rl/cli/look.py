@@ -192,12 +192,16 @@ def _shown(value: Any) -> str:
 def _recipes(arguments: argparse.Namespace) -> int:
     from async_rl.config.schema import with_overrides
     from async_rl.objective.library import explain, list_recipes, load_recipe
+    from async_rl.objective.methods import describe_methods
 
     if arguments.name is None:
         found = list_recipes()
         width = max(map(len, found))
         for name, line in found.items():
             print(f"{name:<{width}}  {line}")
+        print("\nPublished methods, what of them is here and what is not:")
+        for line in describe_methods():
+            print(line)
         return 0
     print(explain(load_recipe(with_overrides({"name": arguments.name}, arguments.overrides))), end="")
     return 0
