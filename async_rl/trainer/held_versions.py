@@ -48,8 +48,8 @@ class HeldVersions:
 
     def versions(self) -> frozenset[int]:
         """Those that can be put into the model now."""
-        older = {v for v in self._segment() or () if self._fits_device(1)}
-        return frozenset({self.learner.version, *self.copies, *older})
+        older = {*(self._segment() or ()), *self.copies} if self._fits_device() else set()
+        return frozenset({self.learner.version, *older})
 
     @contextmanager
     def weights(self, version: int) -> Iterator[None]:
@@ -84,7 +84,7 @@ class HeldVersions:
         if version not in self.copies and size * (len(self.copies) + 1) <= self.budget_bytes:
             self.copies[version] = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
 
-    def _fits_device(self, sets: int) -> bool:
-        """Whether so many sets of weights beside the learner's fit where it computes: to a GPU they are copied."""
+    def _fits_device(self) -> bool:
+        """Whether a second set of weights fits where the learner computes: to a GPU it is copied."""
         device = next(self.learner.model.parameters()).device
-        return device.type == "cpu" or self.learner.sent_bytes * sets <= self.budget_bytes
+        return device.type == "cpu" or self.learner.sent_bytes <= self.budget_bytes

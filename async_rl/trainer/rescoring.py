@@ -42,7 +42,7 @@ TIMES = 30
 LEAST_SEEN, MOST_SEEN = 16, 256
 """trajectories whose median it is"""
 FAR = 100
-"""times the limit: a single token beyond is enough"""
+"""times the limit: in float32 a single token beyond is enough. In bfloat16 long answers have such tokens"""
 EDGE = {"float32": 1e-3, "bfloat16": 0.1}
 """how far from its place a prescribed uniform may lie for rounding, by the engine's dtype"""
 OUTSIDE = {"float32": 0.01, "bfloat16": 0.05}

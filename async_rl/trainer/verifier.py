@@ -248,7 +248,8 @@ class Verifier:
         found = mismatch(trajectory, positions, scored.log_prob)
         slack = self._slack(one, scores)
         mean, limit = float(found.mean()), self.limit.limit
-        wrong = mean > limit + slack.mean() or bool((found > FAR * (limit + slack)).any())
+        far = self.options.dtype == "float32" and bool((found > FAR * (limit + slack)).any())
+        wrong = mean > limit + slack.mean() or far
         self.counted.mismatches.append(mean)
         if mean <= limit:
             self.limit.seen.append(mean)
@@ -390,7 +391,7 @@ def make_verifier(
         held=HeldVersions(
             learner=learner,
             publisher=publisher,
-            most=settings.staleness.max_staleness if settings.verify.share else 0,
+            most=settings.staleness.max_staleness if settings.verify.share and not is_sharded(learner.model) else 0,
             budget_bytes=settings.verify.memory_mb << 20,
         ),
         options=VerifyOptions(

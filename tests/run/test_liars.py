@@ -41,12 +41,21 @@ def test_a_joined_liar_is_quarantined_within_fifty_groups_and_the_run_goes_on(
         "optimizer.warmup_steps=0", "checkpoint.signals=[SIGTERM]",
     )  # fmt: skip
     run = Run(config, RunFolder(tmp_path / "run"), longest_s=120.0)
+    try:
+        beside_a_liar(run, lie)
+    finally:
+        if run.process.poll() is None:
+            run.process.terminate()
+            run.process.communicate()
+
+
+def beside_a_liar(run: Run, lie: str) -> None:
     run.wait_for(lambda: (run.folder.path / "metrics.jsonl").is_file(), "the first step")
     command = [sys.executable, "-m", "async_rl.instruments.chaos.liar", str(run.folder.path), "mallory", lie]
     liar = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
     assert liar.returncode != 0
-    # what old weights sampled that are not held any more looks like false tokens under the version that is named
-    known = (lie, "tokens") if lie == "versions" else (lie,)
+    # what old weights sampled that are not held any more looks like false log-probs and tokens
+    known = (lie, "log-probs", "tokens") if lie == "versions" else (lie,)
     said = [f"quarantined: mallory reported {name} that are not what it did" for name in known]
     assert any(words in liar.stderr for words in said), liar.stderr
     run.wait_for(lambda: quarantined(run.folder), "the quarantine")
