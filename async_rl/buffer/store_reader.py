@@ -420,6 +420,8 @@ def explained(path: Path, kind: type[Exception] = StoreError, *, max_bytes: int 
             "malformed": "the file is damaged; restore it from a copy (sqlite3's .recover may help)",
         }
         remedy = next((remedies[key] for key in remedies if key in said), "is its disk in order?")
+        if "disk is full" in said:
+            kind = StoreError  # nothing is wrong with what the user asked for, and the run goes on
         raise kind(f"{path}: {said}; {remedy}") from error
 
 

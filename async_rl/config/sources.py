@@ -6,6 +6,7 @@ A run keeps them in `sources.json`; a generator that joins it compares its own w
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -80,13 +81,20 @@ def _paths(task: str) -> Sequence[str]:
 
 
 def write_sources(path: Path, sources: Sequence[Source]) -> None:
-    """Record what a new run uses. `path`: its `sources.json`."""
-    path.write_text(json.dumps([asdict(source) for source in sources], indent=1) + "\n")
+    """Record what a new run uses. `path`: its `sources.json`, which is whole or not there."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps([asdict(source) for source in sources], indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def read_sources(path: Path) -> tuple[Source, ...]:
-    """What was recorded; empty for a run of a version that recorded nothing."""
-    return tuple(Source(**row) for row in json.loads(path.read_text())) if path.is_file() else ()
+    """What was recorded; empty for a run of a version that recorded nothing. Raises UserError."""
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(Source(**row) for row in json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged; remove it, and what the run uses is recorded anew") from None
 
 
 def changed_sources(recorded: Sequence[Source], found: Sequence[Source]) -> tuple[Source, ...]:

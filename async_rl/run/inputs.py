@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from async_rl.config.sources import Source, changed_sources
 from async_rl.errors import UserError
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.run_folder import replace_text
 from async_rl.task.protocol import Task
 
 KINDS = ("data", "code", "tokenizer", "problems")
@@ -92,9 +94,11 @@ def write_inputs(path: Path, inputs: Inputs) -> None:
     """Record them. `path`: the run's `inputs.json`; the prints of rows stand beside it, 8 bytes a row."""
     if inputs.prints:
         tables = {f"table_{number}": prints.numbers for number, prints in enumerate(inputs.prints)}
-        np.savez(_prints_beside(path), **tables)  # type: ignore[arg-type]
+        partial = path.with_name(f".{path.stem}.partial.npz")
+        np.savez(partial, **tables)  # type: ignore[arg-type]
+        os.replace(partial, _prints_beside(path))
     values = {name: value for name, value in asdict(replace(inputs, prints=())).items() if name != "prints"}
-    path.write_text(json.dumps(values, indent=1) + "\n")
+    replace_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def read_inputs(path: Path) -> Inputs | None:
@@ -102,10 +106,14 @@ def read_inputs(path: Path) -> Inputs | None:
     if not path.is_file():
         return None
     prints: list[RowPrints] = []
-    if _prints_beside(path).is_file():
-        with np.load(_prints_beside(path)) as tables:
-            prints = [RowPrints(numbers=tables[name]) for name in sorted(tables.files)]
-    return Inputs(**json.loads(path.read_text()), prints=tuple(prints))
+    try:
+        if _prints_beside(path).is_file():
+            with np.load(_prints_beside(path)) as tables:
+                prints = [RowPrints(numbers=tables[name]) for name in sorted(tables.files)]
+        return Inputs(**json.loads(path.read_text()), prints=tuple(prints))
+    except (ValueError, TypeError, EOFError, BadZipFile):
+        files = f"{path} and {_prints_beside(path).name}"
+        raise UserError(f"{files} are damaged; remove them, and the inputs are recorded anew") from None
 
 
 def _prints_beside(path: Path) -> Path:

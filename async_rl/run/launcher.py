@@ -198,14 +198,14 @@ class Launcher:
         """Make the folder of a new run, or put that of a resumed one into the state of its start. `inputs`: what this
         launch finds. Raises UserError where a resumed run would go on with other inputs."""
         if self.start_at is None:
-            self.folder.create(self.settings)
-            own.record(self.folder.path, str(self.settings.recipe["name"]))
-            sources = sources_of(self.settings)
-            write_sources(self.folder.sources, sources)
-            write_inputs(self.folder.inputs, inputs)
+            with self.folder.created(self.settings):
+                own.record(self.folder.path, str(self.settings.recipe["name"]))
+                sources = sources_of(self.settings)
+                write_sources(self.folder.sources, sources)
+                write_inputs(self.folder.inputs, inputs)
+                self.lock = take_lock(self.folder.lock, LAST_LAUNCH_S)
             for source in sources:
                 self.console.print(str(source))
-            self.lock = take_lock(self.folder.lock, LAST_LAUNCH_S)
             return
         start = self.start_at
         changes = self.check_inputs(inputs)
