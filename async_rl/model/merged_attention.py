@@ -192,7 +192,7 @@ class TreeProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         return *ctx.parts.backward(gradient, ctx.saved_tensors), None
 
@@ -212,6 +212,6 @@ class RepeatedProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         return *ctx.documents.backward(gradient, ctx.saved_tensors), None, None, None

@@ -44,6 +44,6 @@ class _Take(torch.autograd.Function):
         return tensor.index_select(0, repeats.rows)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.repeats.sums(gradient).to(gradient.dtype), None

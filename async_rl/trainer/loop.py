@@ -188,7 +188,7 @@ class TrainerLoop:
             step.report = self.learner.step(packed)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(f"{type(error).__name__} {error}"):
-                largest = max(len(micro.tokens) for micro in packed.micro_batches)
+                largest = max(micro.counted for micro in packed.micro_batches)
                 self.folder.record(MemoryRanOut(step=step.number, tokens=largest))
             raise
         step.rank_waits = dict(wait_metrics(self.team.ranks, step.ranks_waited_s))

@@ -72,6 +72,9 @@ class MicroBatch:
     stretch: Tensor | None = None  # [t] float64
     """factor on the hidden state that predicts each token, which turns logits at the trajectory's temperature into
     those at its turn's: the first temperature / the second; None: no turn has its own"""
+    counted: int
+    """rows that count against `trainer.micro_batch_tokens`: N, or all tokens where each trajectory is differentiated
+    by itself"""
     tree: PrefixTree | None = None
     """of the documents; None: they have no beginning in common, or share none"""
     idle: bool = False
@@ -319,6 +322,7 @@ def _pack_parts(
                 policy=slice(policy_start, policy_start + len(sampled)),
                 policy_lengths=tuple(len(w) for w in where),
                 stretch=_stretch([ordered[i] for i in part], device),
+                counted=len(tokens) if sizes is None or sizes.shared else sum(lengths),
                 tree=tree,
             )
         )
@@ -367,5 +371,6 @@ def _idle(first: int, policy_start: int, device: str | torch.device) -> MicroBat
         trajectories=slice(first, first),
         policy=slice(policy_start, policy_start),
         policy_lengths=(1,),
+        counted=2,
         idle=True,
     )

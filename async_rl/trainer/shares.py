@@ -91,6 +91,7 @@ class Sizes:
     """
 
     def __init__(self, ordered: Sequence[Trajectory], *, shared: bool = False) -> None:
+        self.shared = shared
         self.groups = [t.group for t in ordered]
         self.tokens = [len(t.tokens) for t in ordered]
         self.prefix = _prefixes(ordered) if shared else [0] * len(ordered)

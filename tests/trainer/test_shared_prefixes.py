@@ -260,6 +260,9 @@ def test_a_step_shares_prefixes_unless_it_is_told_not_to(recipe: str, fewest: in
     packed = pack_step(quick_settings(Path("model"), *words), batch_of())
     assert any(micro.tree is not None for micro in packed.micro_batches)
     assert len(packed.micro_batches) == fewest
+    counted = [sum(micro.lengths) if recipe == "vcpo" else len(micro.tokens) for micro in packed.micro_batches]
+    assert [micro.counted for micro in packed.micro_batches] == counted
+    assert max(counted) <= 210
     plain = pack_step(quick_settings(Path("model"), *words, "trainer.shared_prefixes=false"), batch_of())
     assert all(micro.tree is None for micro in plain.micro_batches)
     assert len(plain.micro_batches) == 3
