@@ -24,6 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import argparse
 import asyncio
+import gc
 import json
 import statistics
 import tempfile
@@ -222,6 +223,7 @@ async def measured(settings: Settings, place: Path, steps: int) -> dict[str, flo
         trainer.send(msg.Hello(role="trainer", name="trainer", pid=os.getpid()))
         trainer.send(msg.Published(version=0, ess=-1.0))
         generator.send(msg.Holds(version=0))
+        gc.freeze()  # as the processes of a run do
         watch(clock, stack)
         parts = Parts(
             settings=settings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -96,6 +97,7 @@ def train(
             loop.resume(begun.progress, saved=begun.saved)
         kernels, attention = backend(settings.trainer.device), backend_of(settings)
         folder.record(TrainerReady(weights_bytes=learner.sent_bytes, kernels=kernels, attention=attention))
+        gc.freeze()  # objects of imports and set-up are never garbage: later collections skip them
         try:
             summary = loop.run()
         except (RolledBack, Preempted):  # the launcher starts the run again from there, or ends it
