@@ -29,7 +29,7 @@ from async_rl.generator.contexts import Context
 from async_rl.generator.engine import Completion
 from async_rl.generator.session import EpisodeSession, TurnLimit, TurnRequest
 from async_rl.model.messages import with_text
-from async_rl.task.tool_formats import FORMATS, THINK, detect
+from async_rl.task.tool_formats import FORMATS, TAGS, detect
 
 Key = tuple[Any, ...]
 """equal for two messages that are the same to an agent"""
@@ -79,7 +79,8 @@ class Asked:
     @property
     def opened(self) -> bool:
         """The template began a thought."""
-        return self.chat.text.rstrip().endswith(THINK)
+        name = detect(self.chat.tokenizer.template_text)
+        return self.chat.text.rstrip().endswith(FORMATS[name].thinks[0] if name else TAGS[0])
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

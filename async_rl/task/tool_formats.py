@@ -70,6 +70,10 @@ class Parsed:
         return made
 
 
+TAGS = ("<think>", "</think>")
+"""around a thought"""
+
+
 class Parse(Protocol):
     """Reads a turn. Never raises: a call that cannot be read has an `error`."""
 
@@ -96,6 +100,8 @@ class ToolFormat:
     """strings that end a turn of calls, for folders that do not name these tokens as end tokens"""
     opens: tuple[str, ...] = ()
     """what a call begins with: the first of these ends a thought that was not closed"""
+    thinks: tuple[str, str] = TAGS
+    """tags around a thought"""
     parse: Parse
     write: Callable[[str, str], str]
     """(name, arguments as JSON text) -> the turn that a model writes to make this call"""
@@ -178,19 +184,17 @@ def _find(text: str, mark: str, start: int) -> int:
     return found if found >= 0 else len(text)
 
 
-THINK, THOUGHT = "<think>", "</think>"
-
-
-def _thought(text: str, opening: str, opened: bool | None) -> tuple[str, str]:
+def _thought(text: str, opening: str, opened: bool | None, tags: tuple[str, str]) -> tuple[str, str]:
     """(what was thought, the rest). A thought ends at its closing tag; a call that is opened in one that never was
     ends it too, and one that the prompt opened has no opening tag here."""
+    begin, end = tags
     body = text.lstrip()
-    if body.startswith(THINK):
-        body, opened = body[len(THINK) :], True
-    closed = body.find(THOUGHT)
+    if body.startswith(begin):
+        body, opened = body[len(begin) :], True
+    closed = body.find(end)
     call = body.find(opening)
     if closed >= 0 and (opened or (opened is None and (call < 0 or closed < call))):
-        return body[:closed].strip("\n"), body[closed + len(THOUGHT) :].lstrip("\n")
+        return body[:closed].strip("\n"), body[closed + len(end) :].lstrip("\n")
     if opened:
         call = call if call >= 0 else len(body)
         return body[:call].strip("\n"), body[call:]
@@ -209,11 +213,11 @@ Spans = Iterator[tuple[int, int, tuple[ToolCall, ...]]]
 """(begin, end, calls in it), in order"""
 
 
-def _parser(opening: str, spans: Callable[[str, Tools], Spans]) -> Parse:
+def _parser(opening: str, spans: Callable[[str, Tools], Spans], tags: tuple[str, str] = TAGS) -> Parse:
     """A parser for calls that stand between tags in text, perhaps behind a thought."""
 
     def parse(text: str, tools: Tools = (), opened: bool | None = None) -> Parsed:
-        thinking, rest = _thought(text, opening, opened)
+        thinking, rest = _thought(text, opening, opened, tags)
         found = list(spans(rest, tools))
         content = _between(rest, [(begin, end) for begin, end, _ in found])
         calls = tuple(call for _, _, several in found for call in several)
@@ -366,6 +370,7 @@ def _write_llama(name: str, arguments: str) -> str:
 # ------------------------------------------------ mistral: [TOOL_CALLS][{...}] or [TOOL_CALLS]name[ARGS]{...}
 
 TOOL_CALLS = "[TOOL_CALLS]"
+MISTRALS_TAGS = ("[THINK]", "[/THINK]")
 _NAMED = re.compile(r"\s*([^\s\[\]{}]+)\s*(?:\[CALL_ID\][^\[{]*)?\s*(?:\[ARGS\])?\s*(?=\{|\Z|\[TOOL_CALLS\])")
 
 
@@ -522,7 +527,8 @@ FORMATS: dict[str, ToolFormat] = {
             name="mistral",
             marks=(TOOL_CALLS,),
             opens=(TOOL_CALLS,),
-            parse=_parser(TOOL_CALLS, _mistral),
+            thinks=MISTRALS_TAGS,
+            parse=_parser(TOOL_CALLS, _mistral, MISTRALS_TAGS),
             write=_write_mistral,
         ),
         ToolFormat(

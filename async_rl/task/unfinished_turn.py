@@ -9,8 +9,6 @@ from async_rl.task.tool_formats import (
     FORMATS,
     MESSAGE,
     START,
-    THINK,
-    THOUGHT,
     Parsed,
     harmony_body,
     harmony_kind,
@@ -45,15 +43,16 @@ def said_so_far(name: str, text: str, *, calls: bool, opened: bool) -> Parsed:
         return Parsed(content=text)
     if name == "harmony":
         return _harmony(text)
-    opens, thinking, rest = FORMATS[name].opens, "", text
+    opens, (begin, end) = FORMATS[name].opens, FORMATS[name].thinks
+    thinking, rest = "", text
     body = text.lstrip()
-    if THINK.startswith(body):  # it may become the tag
+    if begin.startswith(body):  # it may become the tag
         return Parsed(content="")
-    if opened or body.startswith(THINK):
-        body = body.removeprefix(THINK)
-        thought, closed, rest = body.partition(THOUGHT)
+    if opened or body.startswith(begin):
+        body = body.removeprefix(begin)
+        thought, closed, rest = body.partition(end)
         if not closed:
-            return Parsed(content="", thinking=settled(body, (THOUGHT, opens[0])).strip("\n"))
+            return Parsed(content="", thinking=settled(body, (end, opens[0])).strip("\n"))
         thinking, rest = thought.strip("\n"), rest.lstrip("\n")
     if not calls:
         return Parsed(content=rest, thinking=thinking)

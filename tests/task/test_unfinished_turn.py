@@ -11,7 +11,8 @@ from async_rl.task.tool_formats import FORMATS, Parsed
 from async_rl.task.unfinished_turn import said_so_far, settled
 
 PIECES = [
-    "a", " ", "\n", "Let me see. ", "{", "\"name\"", "}", "{\"a\": [1, 2]}", "<think>", "</think>", "<", "</",
+    "a", " ", "\n", "Let me see. ", "{", "\"name\"", "}", "{\"a\": [1, 2]}", "<think>",
+    "[THINK]", "[/THINK]", "[/TH", "</think>", "<", "</",
     "<thi", "\n\n", "<tool_call>", "</tool_call>", "<function=f>", "<parameter=a>\n1\n</parameter>",
     "</function>", "<|python_tag|>", "[TOOL_CALLS]", "[TOOL_", "[ARGS]", "<｜tool▁calls▁begin｜>",
     "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<｜tool▁calls▁end｜>", "<|channel|>",
@@ -32,6 +33,7 @@ def turns(name: str, random: Random) -> list[str]:
     whole = [
         f"<think>\nhm < {{\n</think>\n\nGo. {written}\n",
         f"hm\n</think>\n\nGo. {written}",
+        f"[THINK]hm < {{[/THINK]Go. {written}\n",
         f"Go. {written} and {written} done",
         "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>It.<|return|>" + written,
     ]
