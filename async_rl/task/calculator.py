@@ -51,6 +51,7 @@ class Calculator(GeneratedTask):
 
     name = "calculator"
     repeatable = True
+    noted = ("tool_calls", "tool_errors", "void_turns", "void")
     Settings = CalculatorSettings
 
     def __init__(self, settings: CalculatorSettings) -> None:
@@ -91,6 +92,7 @@ class Calculator(GeneratedTask):
                 break  # the context is full: no further turn can be taken
             result = None if call is None else self.calculate(call)
             count["void_turns"] += call is None
+            session.note_turn("void", float(call is None))
             count["tool_calls"] += call is not None
             count["tool_errors"] += call is not None and result is None
             if result is not None and self.settings.call_reward:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 CITING = ("async_rl", "kernels", "tests", "bench", "configs", "examples", ".github")
 """folders whose files may cite pages; so may the pages of the repository's root"""
 CITED = re.compile(r"\b((?:docs|bench)/[\w/]+\.md|(?:README|CONTRIBUTING|CHANGELOG)\.md)(?:#([\w-]+(?:\.[\w-]+)*))?")
-GONE = re.compile(r"\b(?:ALGORITHMS|DESIGN|METHODS|RECIPES|FACTS|FIELD|HOUSE)\.md\b")
+GONE = re.compile(r"(?<!bench/)\b(?:ALGORITHMS|DESIGN|METHODS|RECIPES|FACTS|FIELD|HOUSE)\.md\b")
 """notes that are not in the repository"""
 
 

@@ -1,0 +1,175 @@
+"""Every method's recipe for 30 steps on a small task on which it has its point, and what came out.
+
+    async-rl init-model models/guess --task guess --until 0.5
+    async-rl init-model models/calculator --task calculator --until 0.35 --max-steps 500
+    python bench/methods.py [--only gdpo,simple_tir] [--seeds 1]
+
+One process and thread, lag 4 (every batch was sampled four versions before), 8 groups of 8, learning rate 5e-4. A row
+is a plausibility check, not a comparison: one initial model, few seeds. `reward` is the mean of the first and of the
+last five batches; GRPO on the same task stands beside. `acts` is what shows that the method did something.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+
+import argparse
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from async_rl.config import Settings
+from async_rl.config.schema import structured
+from async_rl.instruments.lab.exact_lag import Sampled, train_with_exact_lag
+from async_rl.objective.library import load_recipe
+from async_rl.objective.recipe import requirements
+from async_rl.task.guess import Guess
+from async_rl.task.protocol import Problem, Reward, Session
+from async_rl.trainer.learner import StepReport
+
+STEPS, LAG, GROUPS, SAMPLES, ENDS = 30, 4, 8, 8, 5
+HERE = f"{Path(__file__).resolve()}"
+
+
+class Parts(Guess):
+    """The game with two parts of its reward: found, and how few turns it took. The second is ten times the first."""
+
+    async def rollout(self, problem: Problem, session: Session) -> Reward:
+        found = await super().rollout(problem, session)
+        return {"found": float(found), "turns": -10.0 * session.turn / self.settings.max_turns}
+
+
+class Valued(Guess):
+    """The game with the value of its problems noted, which is the same for all of them."""
+
+    async def rollout(self, problem: Problem, session: Session) -> Reward:
+        session.note("v_star", 0.6)
+        return await super().rollout(problem, session)
+
+
+class Fractional(Guess):
+    """The game with a fractional reward: 0.1 for having played at all."""
+
+    async def rollout(self, problem: Problem, session: Session) -> Reward:
+        return 0.1 + 0.9 * float(await super().rollout(problem, session))
+
+
+GUESS, CALCULATOR = {"name": "guess"}, {"name": "calculator"}
+PARTS, VALUED, FRACTIONAL = ({"name": f"{HERE}:{name}"} for name in ("Parts", "Valued", "Fractional"))
+REJECTED = "reject/trajectories"
+CASES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
+    # recipe: task, changes, the metric that shows it
+    "grpo": (GUESS, {}, "clip/frac"),
+    "vcpo_published": (GUESS, {}, "lr/ess_scale"),
+    "dapo": (GUESS, {"reward": {"overlong_limit": 8, "overlong_buffer": 4}}, "reject/equal_rewards/trajectories"),
+    "intellect2": (GUESS, {}, "clip/dual"),
+    "gdpo": (PARTS, {}, "advantage/std"),
+    "simple_tir": (CALCULATOR, {}, "reject/flag/trajectories"),
+    "over_turn": (GUESS, {}, "reject/truncated/trajectories"),
+    "grpo_tcr": (GUESS, {"reward": {"overlong_limit": 8, "overlong_buffer": 4}}, "clip/frac"),
+    "raft": (FRACTIONAL, {"reward": {"threshold": 0.5}}, "advantage/mean"),
+    "raft_pp": (FRACTIONAL, {"reward": {"threshold": 0.5}}, "clip/frac"),
+    "reinforce_rej": (GUESS, {}, "reject/equal_rewards/trajectories"),
+    "gpg": (GUESS, {}, "reject/zero_signal/trajectories"),
+    "gvpo": (GUESS, {}, "advantage/std"),
+    "copg": (GUESS, {}, "advantage/std"),
+    "rebel": (GUESS, {}, "advantage/std"),
+    "a_star_po": (VALUED, {"trust": {"beta": 0.01}}, "advantage/mean"),
+    "disco": (GUESS, {}, "kl/coefficient"),
+    "cpgd": (GUESS, {}, "clip/frac"),
+    "gbpo": (GUESS, {}, "clip/frac"),
+    "sapo": (GUESS, {}, "clip/bias"),
+    "vespo": (GUESS, {}, "is/log_weight_std"),
+    "sat": (GUESS, {}, "clip/frac"),
+    "kpop": (GUESS, {}, "clip/frac"),
+    "aspo": (GUESS, {}, "clip/frac"),
+    "bapo": (GUESS, {}, "clip/frac"),
+    "gepo": (GUESS, {}, "clip/frac"),
+    "stable_reinforce": (GUESS, {}, "clip/frac"),
+    "vc_ppo": (GUESS, {}, "value/explained_variance"),
+    "forking_tokens": (GUESS, {}, "entropy"),
+    "entropy_turns": (GUESS, {}, "clip/frac"),
+    "reweighted_grpo": (GUESS, {}, "clip/frac"),
+    "empg": (GUESS, {}, "clip/frac"),
+    "cppo": (GUESS, {}, "reject/small_advantage/trajectories"),
+    "balanced_grpo": (GUESS, {}, "reject/group_reward/trajectories"),
+    "dro": (GUESS, {}, "kl/regulariser"),
+    "luspo": (GUESS, {}, "clip/frac"),
+    "mdpo": (GUESS, {}, "kl/regulariser"),
+}
+
+
+def settings_of(recipe: str, task: Mapping[str, Any], changes: Mapping[str, Any], seed: int) -> Settings:
+    chosen = {"name": recipe, **changes}
+    model = "calculator" if task is CALCULATOR else "guess"
+    values: dict[str, Any] = {
+        "name": "methods",
+        "seed": seed,
+        "model": {"path": f"models/{model}"},
+        "task": dict(task),
+        "recipe": chosen,
+        "staleness": {"max_staleness": LAG},
+        "batch": {"groups_per_step": GROUPS, "group_size": SAMPLES},
+        "trainer": {"steps": STEPS},
+        "optimizer": {"learning_rate": 5e-4, "warmup_steps": 5},
+    }
+    if requirements(load_recipe(chosen)).value:
+        values["critic"] = {"kind": "head", "warmup_steps": 5}
+    return structured(Settings, values, where="run")
+
+
+def train(recipe: str, task: Mapping[str, Any], changes: Mapping[str, Any], metric: str, seed: int) -> list[float]:
+    """Reward of the first and of the last batches, mean of the metric over the steps, steps skipped, seconds."""
+    rewards: list[float] = []
+    seen: list[float] = []
+    skipped = 0
+
+    def batch(sampled: Sampled) -> None:
+        earned = [t.reward for t in sampled.episodes if not t.failed]
+        rewards.append(sum(earned) / len(earned))
+
+    def step(number: int, report: StepReport) -> None:
+        nonlocal skipped
+        skipped += bool(report.skipped)
+        seen.append(report.metrics.get(metric, 0.0))
+
+    started = time.process_time()
+    torch.manual_seed(seed)
+    train_with_exact_lag(settings_of(recipe, task, changes, seed), each_batch=batch, each_step=step)
+    first, last = statistics.mean(rewards[:ENDS]), statistics.mean(rewards[-ENDS:])
+    return [first, last, statistics.mean(seen), float(skipped), time.process_time() - started]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="recipes, with commas")
+    parser.add_argument("--seeds", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| recipe | task | reward: first 5 -> last 5 | GRPO, same task | acts (mean over steps) | skipped | s |")
+    print("|---|---|---|---|---|---|---|")
+    beside: dict[str, float] = {}
+    for recipe in args.only.split(",") if args.only else CASES:
+        task, changes, metric = CASES[recipe]
+        name = str(task["name"]).rpartition(":")[2]
+        seeds = range(args.seeds)
+        if name not in beside:
+            runs = [train("grpo", task, {}, "clip/frac", seed) for seed in seeds]
+            beside[name] = statistics.mean(run[1] for run in runs)
+        found = [
+            statistics.mean(x) for x in zip(*(train(recipe, task, changes, metric, s) for s in seeds), strict=True)
+        ]
+        first, last, acts, skipped, seconds = found
+        row = (recipe, name, f"{first:.3f} -> {last:.3f}", f"{beside[name]:.3f}", f"{metric} {acts:.4g}",
+               f"{skipped:g}", f"{seconds:.1f}")  # fmt: skip
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
