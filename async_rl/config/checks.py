@@ -242,6 +242,12 @@ def vllm_settings_need_vllm(s: Settings) -> str:
     return ""
 
 
+def vllm_has_its_own_cache(s: Settings) -> str:
+    if s.generator.engine == "vllm" and s.generator.kv_cache_mb:
+        return "generator.kv_cache_mb does nothing with generator.engine=vllm; set vllm.kv_cache_mb"
+    return ""
+
+
 def vllm_chooses_its_gpu_itself(s: Settings) -> str:
     if s.generator.engine == "vllm" and s.generator.device not in ("cpu", "cuda"):
         return (
@@ -528,6 +534,7 @@ RELATIONS: tuple[Relation, ...] = (
     limits_end_before_the_timeout,
     a_group_fits_a_generator,
     vllm_settings_need_vllm,
+    vllm_has_its_own_cache,
     vllm_chooses_its_gpu_itself,
     vllm_on_a_cpu_has_no_gpu_settings,
     head_dtype_needs_half_precision,

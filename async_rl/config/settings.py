@@ -170,10 +170,11 @@ class GeneratorSettings:
         "places that the episodes of one generator share, by name (a task's `slots`), e.g. {sandbox: 8}: how many "
         "there are, instead of what the task says",
     )
+    kv_cache_mb: int = setting(
+        0, "largest KV cache of the embedded engine; 0: for all, at most 2 GB", unit="MB", min=0, max=100_000_000
+    )
     kv_on_update: Literal["recompute", "keep"] = setting(
-        "recompute",
-        "KV cache of running sequences after a weight update: rebuilt under the new weights, or kept (later "
-        "tokens are then sampled from a mixture)",
+        "recompute", "KV cache of running sequences on new weights: rebuilt under them, or kept (then a mixture samples)"
     )
     device: str = setting("cpu", "torch device of the engine: cpu, cuda (placed by `gpus`) or cuda:N")
     gpus: str = setting(

@@ -98,6 +98,7 @@ def make_engine(settings: Settings, tokenizer: Tokenizer, *, way: str = "") -> E
         tokenizer,
         max_sequences=chosen.max_sequences,
         max_context=chosen.max_context or None,
+        cache_bytes=chosen.kv_cache_mb << 20,
         kv_on_update=chosen.kv_on_update,
         device=chosen.device,
         dtype=DTYPES[chosen.dtype],

@@ -25,25 +25,22 @@ from torch import Tensor
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, EngineStats, LogitsNotFinite, Request
-from async_rl.generator.kv_blocks import SCRATCH, BlockTables, Ints, blocks_for
-from async_rl.generator.kv_cache import BLOCK, CacheAttention, Feed, KVCache, arrange, block_bytes
+from async_rl.generator.kv_blocks import BLOCK, SCRATCH, BlockTables, Ints, block_bytes, cache_blocks
+from async_rl.generator.kv_cache import CacheAttention, Feed, KVCache, arrange
 from async_rl.generator.sampling import StopRules, sample, uniforms
 from async_rl.generator.schedule import Schedule
 from async_rl.generator.slots import CheckedRequest, Slots
-from async_rl.model.architecture import DecoderConfig
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
 from async_rl.model.fused_decoder import FusedDecoder
-from async_rl.model.huggingface import ForeignConfig, HuggingFaceDecoder, soft_cap
+from async_rl.model.huggingface import HuggingFaceDecoder, soft_cap
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.weights.canary import fingerprint
-from async_rl.weights.shared_memory import check_fit
+from async_rl.weights.shared_memory import check_fit, overwrite
 from async_rl_kernels.product import linear
 
 PROBE_ROWS = 1024
 """tokens whose logits a probe holds at once"""
-CACHE_BYTES = 2 << 30
-"""largest KV cache unless it is set; one sequence always fits"""
 
 Answer = asyncio.Future[Completion]
 
@@ -56,7 +53,7 @@ class EmbeddedEngine:
         max_context: tokens of one sequence; never more than the model's own limit.
         cache_bytes: most memory of the KV cache, which grows as it is used. When it is full, idle sessions lose theirs,
             then the youngest running sequences, whose turn goes on later. 0: what `max_sequences` of `max_context`
-            take, at most CACHE_BYTES.
+            take, at most kv_blocks.CACHE_BYTES.
         kv_on_update: after `load`, rebuild the cache of every sequence under the new weights ("recompute"), or go on
             with the old one ("keep": cheaper, but later tokens are sampled from neither policy).
         prefill_tokens: most prompt and environment tokens in one step.
@@ -92,7 +89,8 @@ class EmbeddedEngine:
             self._forward = self._model
         self._recompute = kv_on_update == "recompute"
         config = model.config
-        blocks = cache_blocks(config, max_sequences, self._max_context, dtype.itemsize, cache_bytes)
+        each = block_bytes(config.layers, config.kv_heads, config.head_dim, dtype.itemsize)
+        blocks = cache_blocks(each, max_sequences, self._max_context, cache_bytes)
         self._cache = KVCache(
             layers=config.layers,
             heads=config.heads,
@@ -162,7 +160,7 @@ class EmbeddedEngine:
         check_fit({name: tensor.shape for name, tensor in weights.items()}, parameters, version)
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
+                overwrite(parameter, weights[name])
         self._loaded(version)
 
     async def load_in_place(self, read: Callable[[Mapping[str, Tensor]], int]) -> None:
@@ -397,15 +395,6 @@ class EmbeddedEngine:
     def _to_device(self, values: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(values)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
-
-
-def cache_blocks(
-    config: DecoderConfig | ForeignConfig, max_sequences: int, max_context: int, item_bytes: int, cache_bytes: int = 0
-) -> int:
-    """Blocks of an engine's KV cache, as `EmbeddedEngine` describes `cache_bytes`."""
-    each = block_bytes(config.layers, config.kv_heads, config.head_dim, item_bytes)
-    most = blocks_for(max_context, BLOCK, max_sequences)
-    return max(blocks_for(max_context, BLOCK), min(most, (cache_bytes or CACHE_BYTES) // each))
 
 
 def rows_at(feed: Feed, order: Ints) -> Ints:

@@ -21,6 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+BLOCK = 32
+"""places of a block of the engine's cache: torch's CPU products of a few queries with so many keys are as fast as with
+more"""
+CACHE_BYTES = 2 << 30
+"""largest KV cache unless it is set"""
 SCRATCH = 0
 """a block that no sequence holds: what is written there is never read"""
 ROOT = 0
@@ -253,3 +258,15 @@ def blocks_for(tokens: int, size: int, sequences: int = 1) -> int:
     """Blocks that so many sequences of so many tokens take at most when they share nothing, the scratch block among
     them."""
     return SCRATCH + 1 + sequences * -(-tokens // size)
+
+
+def block_bytes(layers: int, kv_heads: int, head_dim: int, item_bytes: int) -> int:
+    """Bytes of one block's keys and values in all layers."""
+    return 2 * layers * kv_heads * head_dim * BLOCK * item_bytes
+
+
+def cache_blocks(each: int, max_sequences: int, max_context: int, cache_bytes: int = 0) -> int:
+    """Blocks, of `each` bytes, of a cache of at most `cache_bytes` (0: CACHE_BYTES): no more than `max_sequences` of
+    `max_context` tokens take, and no fewer than one does."""
+    most = blocks_for(max_context, BLOCK, max_sequences)
+    return max(blocks_for(max_context, BLOCK), min(most, (cache_bytes or CACHE_BYTES) // each))

@@ -22,11 +22,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from async_rl.generator.kv_blocks import SCRATCH, BlockCopy, BlockTables, Ints
+from async_rl.generator.kv_blocks import BLOCK, SCRATCH, BlockCopy, BlockTables, Ints, block_bytes
 from async_rl.model.attention import DocumentAttention, capped_attention
 
-BLOCK = 32
-"""places of a block. torch's CPU products of a few queries with so many keys are as fast as with more"""
 FIRST_BLOCKS = 64
 SEEN, MASKED = np.float32(0), np.float32(-1e30)
 """finite, so that a block of which a token sees nothing has a softmax, whose weight is then 0"""
@@ -136,11 +134,6 @@ class KVCache:
             key.reshape(shape).transpose(1, 2).reshape(rows, self.kv_heads, -1, self.head_dim),
             value.view(shape).transpose(1, 2).reshape(rows, self.kv_heads, -1, self.head_dim),
         )
-
-
-def block_bytes(layers: int, kv_heads: int, head_dim: int, item_bytes: int) -> int:
-    """Bytes of one block's keys and values in all layers."""
-    return 2 * layers * kv_heads * head_dim * BLOCK * item_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

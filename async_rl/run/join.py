@@ -56,6 +56,7 @@ MAY_DIFFER = (
     "generator.device",
     "generator.threads",
     "generator.max_sequences",
+    "generator.kv_cache_mb",
     "generator.save_turns_after_s",
     "generator.episode_timeout_s",
     "generator.task_timeout_s",

@@ -16,6 +16,7 @@ from pathlib import Path
 from async_rl.config import Settings
 from async_rl.config.derived import tensor_parallel
 from async_rl.errors import UserError
+from async_rl.generator.kv_blocks import block_bytes, cache_blocks
 from async_rl.model.architecture import (
     DecoderConfig,
     activation_bytes,
@@ -126,7 +127,7 @@ def estimate_of(
         gpu = _device(placement.ranks[0], settings.trainer.device)
         parts.append(Part(name="trainer rank 0: weights on their way to vLLM", bytes=sent, device=gpu))
     for number, spot in enumerate(placement.generators):
-        parts += _generator(shape, f"generator-{number}", spot)
+        parts += _generator(shape, f"generator-{number}", spot, ways[number])
     return Estimate(parameters=parameters, context=context, parts=tuple(parts))
 
 
@@ -266,8 +267,8 @@ def _trainer(shape: _Shape, name: str, device: str) -> Iterator[Part]:
     yield Part(name=f"{name}: log-probs", bytes=log_prob_bytes(config, tokens), device=device, lower=lower)
 
 
-def _generator(shape: _Shape, name: str, spot: Spot) -> Iterator[Part]:
-    """One generator; its model may be split over several GPUs."""
+def _generator(shape: _Shape, name: str, spot: Spot, way: Way) -> Iterator[Part]:
+    """One generator, whose weights come by `way`; its model may be split over several GPUs."""
     settings, config = shape.settings, shape.config
     generator, split = settings.generator, tensor_parallel(settings)
     devices = [f"cuda:{gpu}" for gpu in spot.gpus] or [generator.device]
@@ -276,18 +277,30 @@ def _generator(shape: _Shape, name: str, spot: Spot) -> Iterator[Part]:
             yield Part(name=f"{name}: CUDA", bytes=CONTEXT_BYTES, device=device)
         yield Part(name=f"{name}: weights", bytes=BYTES[generator.dtype] * shape.parameters // split, device=device)
         if generator.engine == "embedded":
-            yield Part(name=f"{name}: new weights while they arrive", bytes=shape.weights, device=device)
+            if way != "shared_memory" or shape.adapters_alone:  # from shared memory they are written into their place
+                yield Part(name=f"{name}: new weights while they arrive", bytes=shape.weights, device=device)
             if shape.adapters_alone:
                 copy = f"{name}: copy of the model for adapters, at most"
                 yield Part(name=copy, bytes=shape.weights, device=device)
         if config is None:
             continue
-        tokens = generator.max_sequences * shape.context
-        cache = settings.vllm.kv_cache_mb << 20 or kv_cache_bytes(config, tokens, BYTES[generator.dtype]) // split
         yield Part(
             name=f"{name}: KV cache of {generator.max_sequences} x {shape.context} tokens, at most",
-            bytes=cache, device=device, lower="generator.max_sequences, generator.max_context",
+            bytes=_cache_bytes(shape, config) // split, device=device,
+            lower="generator.max_sequences, generator.max_context"
+            + (", generator.kv_cache_mb" if generator.engine == "embedded" else ""),
         )  # fmt: skip
+
+
+def _cache_bytes(shape: _Shape, config: DecoderConfig) -> int:
+    """Of the keys and values of one generator."""
+    settings, generator = shape.settings, shape.settings.generator
+    item = BYTES[generator.dtype]
+    if generator.engine == "embedded":
+        each = block_bytes(config.layers, config.kv_heads, config.head_dim, item)
+        return each * cache_blocks(each, generator.max_sequences, shape.context, generator.kv_cache_mb << 20)
+    set_by_hand = (settings.vllm.kv_cache_mb << 20) * tensor_parallel(settings)
+    return set_by_hand or kv_cache_bytes(config, generator.max_sequences * shape.context, item)
 
 
 def checkpoints_layers(settings: Settings) -> bool:

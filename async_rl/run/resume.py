@@ -37,7 +37,7 @@ MAY_CHANGE = (
 number of ranks its sums are formed in another order)"""
 SIZES = (
     "trainer.micro_batch_tokens", "trainer.checkpoint_activations",
-    "generator.max_sequences", "vllm.memory_share", "vllm.kv_cache_mb",
+    "generator.max_sequences", "generator.kv_cache_mb", "vllm.memory_share", "vllm.kv_cache_mb",
 )  # fmt: skip
 """what a run that lacked memory may be given as well: they change the order of sums, and so last bits"""
 

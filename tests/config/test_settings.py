@@ -132,6 +132,7 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     "limits_end_before_the_timeout": (("wire.frozen_after_s=90",), "a wait ends the run after wire.timeout_s=60"),
     "a_group_fits_a_generator": (("generator.max_sequences=2",), "less than one group"),
     "vllm_settings_need_vllm": (("vllm.kv_cache_mb=9",), "vllm.* does nothing with generator.engine=embedded"),
+    "vllm_has_its_own_cache": (("generator.engine=vllm", "generator.kv_cache_mb=9"), "set vllm.kv_cache_mb"),
     "vllm_chooses_its_gpu_itself": (("generator.engine=vllm", "generator.device=cuda:1"), "it is cpu or cuda"),
     "vllm_on_a_cpu_has_no_gpu_settings": (("generator.engine=vllm", "vllm.tensor_parallel=2"), "need GPUs"),
     "head_dtype_needs_half_precision": (("generator.engine=vllm", "vllm.head_dtype=model"), "where all is float32"),

@@ -12,10 +12,9 @@ import pytest
 import torch
 from support_models import make_decoder, qwen3_config, write_folder
 
-from async_rl.generator.embedded import EmbeddedEngine, cache_blocks
+from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Completion, Request, SamplingParams
-from async_rl.generator.kv_blocks import blocks_for
-from async_rl.generator.kv_cache import BLOCK, block_bytes
+from async_rl.generator.kv_blocks import BLOCK, block_bytes, blocks_for, cache_blocks
 from async_rl.model.tokenizer import Tokenizer
 
 TOLERANCE = 1e-5
@@ -182,11 +181,10 @@ def test_episodes_in_a_small_cache_lose_their_turns_cache_and_nothing_else(token
 
 
 def test_the_cache_is_bounded_whatever_the_context_and_one_sequence_always_fits():
-    most = cache_blocks(CONFIG, 10_000, 256, 4, 1 << 20)
-    assert most == (1 << 20) // BLOCK_BYTES
-    assert cache_blocks(CONFIG, 4, 256, 4, 1 << 30) == blocks_for(256, BLOCK, 4)
-    assert cache_blocks(CONFIG, 4, 256, 4, 1) == blocks_for(256, BLOCK)
-    assert cache_blocks(CONFIG, 10**6, 256, 4) * BLOCK_BYTES <= 2 << 30
+    assert cache_blocks(BLOCK_BYTES, 10_000, 256, 1 << 20) == (1 << 20) // BLOCK_BYTES
+    assert cache_blocks(BLOCK_BYTES, 4, 256, 1 << 30) == blocks_for(256, BLOCK, 4)
+    assert cache_blocks(BLOCK_BYTES, 4, 256, 1) == blocks_for(256, BLOCK)
+    assert cache_blocks(BLOCK_BYTES, 10**6, 256) * BLOCK_BYTES <= 2 << 30
 
 
 def test_a_released_leader_leaves_its_followers_alone(tokenizer):

@@ -75,9 +75,13 @@ def test_the_parts_follow_the_settings(tiny_model: Path) -> None:
     weights = 4 * estimate(quick_settings(tiny_model)).parameters
     assert plain["weights in shared memory, two versions"] == plain["trainer: optimizer (AdamW)"] == 2 * weights
     assert plain["trainer: weights"] == plain["trainer: gradients"] == weights
-    assert plain["generator-0: KV cache"] == 256 * config.max_context * 2 * 2 * 1 * 16 * 4
+    token = 2 * 2 * 1 * 16 * 4
+    assert plain["generator-0: KV cache"] == (256 * config.max_context + 32) * token  # and a block that is never used
+    assert parts("generator.kv_cache_mb=1")["generator-0: KV cache"] == 1 << 20
+    assert "generator-0: new weights while they arrive" not in plain
+    assert parts("lora.rank=2", "lora.send=adapter")["generator-0: new weights while they arrive"] == weights
     more = parts("generator.max_sequences=512", "generator.count=2", "trainer.micro_batch_tokens=2048")
-    assert more["generator-1: KV cache"] == 2 * plain["generator-0: KV cache"]
+    assert more["generator-1: KV cache"] == (512 * config.max_context + 32) * token
     assert 2 * more["trainer: activations"] == plain["trainer: activations"]  # 16 episodes have 4096 tokens at most
     assert parts("generator.engine=vllm", "vllm.kv_cache_mb=128")["generator-0: KV cache"] == 128 << 20
     half = parts("generator.dtype=bfloat16", "buffer.memory_mb=1024")
