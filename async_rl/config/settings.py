@@ -174,7 +174,7 @@ class GeneratorSettings:
         0, "largest KV cache of the embedded engine; 0: for all, at most 2 GB", unit="MB", min=0, max=100_000_000
     )
     kv_on_update: Literal["recompute", "keep"] = setting(
-        "recompute", "KV cache of running sequences on new weights: rebuilt under them, or kept (then a mixture samples)"
+        "recompute", "KV cache of running sequences on an update: rebuilt, or kept (a mixture samples later tokens)"
     )
     device: str = setting("cpu", "torch device of the engine: cpu, cuda (placed by `gpus`) or cuda:N")
     gpus: str = setting(
