@@ -28,7 +28,7 @@ def sample(logits: Tensor, temperature: NDArray[np.float32], uniform: NDArray[np
     """Sample a token of each row.
 
     Args:
-        logits: [rows, vocabulary], any float dtype.
+        logits: [rows, vocabulary], any float dtype; overwritten.
         temperature: [rows] float32; 0 takes the likeliest token and gives its log-prob at temperature 1.
         uniform: [rows] float64 in [0, 1).
 
@@ -39,39 +39,44 @@ def sample(logits: Tensor, temperature: NDArray[np.float32], uniform: NDArray[np
     greedy = temperature == 0
     if (temperature != 1).any():
         divisor = torch.from_numpy(np.where(greedy, 1, temperature).astype(np.float32))
-        logits = logits / divisor.to(logits.device)[:, None]
-    log_probs = torch.log_softmax(logits, -1)  # [rows, vocabulary]
-    if greedy.all():
-        tokens = log_probs.argmax(-1)
-    else:
-        tokens = inverse_cdf(log_probs.exp(), torch.from_numpy(uniform).to(logits.device))
-        if greedy.any():
-            at = torch.from_numpy(greedy).to(logits.device)
-            tokens = torch.where(at, log_probs.argmax(-1), tokens)
-    return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
+        logits = logits.div_(divisor.to(logits.device)[:, None])
+    likeliest = logits.argmax(-1) if greedy.any() else None
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # [rows, vocabulary]
+    tokens, total = _search(weights, torch.from_numpy(uniform).to(logits.device))
+    if likeliest is not None:
+        tokens = torch.where(torch.from_numpy(greedy).to(logits.device), likeliest, tokens)
+    weight = weights.gather(1, tokens[:, None]).squeeze(1)
+    return tokens, (weight.double().log_() - total.log()).float()
 
 
-def inverse_cdf(prob: Tensor, uniform: Tensor) -> Tensor:
-    """The first index of each row whose cumulative probability (float64) exceeds `uniform` times the row's total.
+def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The first index of each row whose cumulative weight exceeds `uniform` times the row's total.
 
-    `prob` [rows, vocabulary] float32 need not sum to 1; `uniform` [rows] float64. Returns [rows] int64; no token of
-    probability 0 is returned. Large vocabularies are searched in two levels, so that only one block a row is summed in
-    float64.
-    """
-    vocabulary = prob.shape[1]
+    `weights` [rows, vocabulary] float32 need not sum to 1; `uniform` [rows] float64. Returns [rows] int64; no token of
+    weight 0 is returned."""
+    return _search(weights, uniform)[0]
+
+
+def _search(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(`inverse_cdf`, the rows' totals [rows] float64). Sums are in float64; large vocabularies are searched in two
+    levels, where those within a block are in float32, except the one block a row that is searched."""
+    rows, vocabulary = weights.shape
     if vocabulary <= 4 * BLOCK:
-        cumulative = prob.cumsum(-1, dtype=torch.float64)
-        return _exceeding(cumulative, uniform * cumulative[:, -1])
-    padded = torch.nn.functional.pad(prob, (0, -vocabulary % BLOCK)).view(prob.shape[0], -1, BLOCK)
-    ends = padded.sum(-1, dtype=torch.float64).cumsum(-1)  # [rows, blocks]
+        cumulative = weights.cumsum(-1, dtype=torch.float64)
+        total = cumulative[:, -1]
+        return _exceeding(cumulative, uniform * total), total
+    if vocabulary % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, -vocabulary % BLOCK))
+    blocks = weights.view(rows, -1, BLOCK)
+    ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # [rows, blocks]
     target = uniform * ends[:, -1]  # [rows]
     block = _exceeding(ends, target)  # [rows]
-    rows = torch.arange(prob.shape[0], device=prob.device)
-    before = torch.where(block > 0, ends[rows, (block - 1).clamp_min(0)], 0.0)
-    inside = padded[rows, block].cumsum(-1, dtype=torch.float64)  # [rows, BLOCK]
+    row = torch.arange(rows, device=weights.device)
+    before = torch.where(block > 0, ends[row, (block - 1).clamp_min(0)], 0.0)
+    inside = blocks[row, block].cumsum(-1, dtype=torch.float64)  # [rows, BLOCK]
     # Both sums are rounded differently: the target must not lie beyond the block.
     last = torch.nextafter(inside[:, -1], torch.zeros_like(target))
-    return block * BLOCK + _exceeding(inside, torch.minimum(target - before, last))
+    return block * BLOCK + _exceeding(inside, torch.minimum(target - before, last)), ends[:, -1]
 
 
 def _exceeding(cumulative: Tensor, target: Tensor) -> Tensor:

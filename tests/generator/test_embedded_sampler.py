@@ -21,7 +21,7 @@ def draws(logits: torch.Tensor, temperature: float, count: int) -> tuple[np.ndar
     """`count` draws from one distribution, each with its own position."""
     position = np.arange(count)
     noise = uniforms(np.full(count, 77, dtype=np.uint64), position)
-    rows = logits.expand(count, -1)
+    rows = logits.repeat(count, 1)
     tokens, log_probs = sample(rows, np.full(count, temperature, dtype=np.float32), noise)
     return tokens.numpy(), log_probs.numpy()
 
@@ -39,7 +39,7 @@ def test_frequencies_fit_the_tempered_distribution(temperature):
 
 def test_temperature_zero_is_greedy_with_the_log_prob_of_temperature_one():
     logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
-    tokens, log_probs = sample(logits, np.array([0, 1, 0, 0.5, 0], dtype=np.float32), np.full(5, 0.99))
+    tokens, log_probs = sample(logits.clone(), np.array([0, 1, 0, 0.5, 0], dtype=np.float32), np.full(5, 0.99))
     greedy = [0, 2, 4]
     assert tokens[greedy].tolist() == logits[greedy].argmax(-1).tolist()
     assert torch.allclose(log_probs[greedy], torch.log_softmax(logits, -1)[greedy].amax(-1))
