@@ -77,7 +77,7 @@ def beside_a_liar(run: Run, lie: str) -> None:
     assert len(refused) == found.groups_refused
     asked = {(row.position, row.attempt) for row in groups.values()}
     assert all((row.position, row.attempt + 1) in asked for row in refused)
-    audit = run_command("audit", run.folder.path)
+    audit = run_command("audit", run.folder.path, timeout_s=200)
     assert audit.returncode == 0, audit.stdout
     assert f"mallory reported {found.lie}" in audit.stdout
 
@@ -129,5 +129,5 @@ def test_a_run_goes_on_without_a_liar_of_its_own(
     assert [event.name for event in quarantined(folder)] == ["generator-1", "generator-1"]
     (left,) = [row.event for row in folder.read_events() if isinstance(row.event, GeneratorGivenUp)]
     assert left.name == "generator-1"
-    audit = run_command("audit", folder.path)
+    audit = run_command("audit", folder.path, timeout_s=200)
     assert audit.returncode == 0, audit.stdout
