@@ -103,8 +103,12 @@ def test_a_generator_told_to_end_leaves_and_its_next_life_goes_on(start: Callabl
 
 def test_a_reward_that_blocks_is_named_and_the_run_goes_on(start: Callable[..., Run], tmp_path: Path) -> None:
     (tmp_path / "slow_rewards.py").write_text(
-        "import time\ncalls = 0\n\ndef sleepy(completion, answer, problem):\n    global calls\n    calls += 1\n"
-        "    if calls == 60:\n        time.sleep(3)\n    return float(len(completion) % 2)\n"
+        "import time\nfrom pathlib import Path\ncalls = 0\n\ndef sleepy(completion, answer, problem):\n"
+        "    global calls\n    calls += 1\n    until = time.monotonic() + 50 * (calls == 60)\n"
+        # until it was reported, however slow this machine is: a report waits for two steps of the run
+        f"    events = Path({str(tmp_path / 'run' / 'events.jsonl')!r})\n"
+        "    while time.monotonic() < until and 'slow_rewards.py' not in events.read_text():\n"
+        "        time.sleep(0.1)\n    return float(len(completion) % 2)\n"
     )
     table = "".join(json.dumps({"prompt": f"{i}<", "answer": f"{i}"}) + "\n" for i in range(40))
     (tmp_path / "rows.jsonl").write_text(table)
@@ -112,13 +116,13 @@ def test_a_reward_that_blocks_is_named_and_the_run_goes_on(start: Callable[..., 
     words = [f"task.args.{name}={value}" for name, value in args.items()]
     run = start(
         *("task=dataset", *words, "task.args.reward=slow_rewards:sleepy"),
-        *("wire.stall_report_s=1", "wire.frozen_after_s=20", "trainer.steps=10"),
+        *("wire.stall_report_s=1", "wire.frozen_after_s=40", "trainer.steps=10"),
         PYTHONPATH=os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")])),
     )
     said = run.said()
     assert run.process.returncode == 0, said
     stalls = [row["text"] for row in rows(run, "stall") if row["waits"] == "trainer"]
-    assert any("in slow_rewards.py:8 sleepy" in text for text in stalls), stalls
+    assert any("in slow_rewards.py:11 sleepy" in text for text in stalls), stalls
     assert any(text in said for text in stalls)
     assert "stall_over" in run.events()
 
