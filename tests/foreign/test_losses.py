@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import defaultdict
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -38,6 +39,7 @@ def batch_of(seed: int, spread: float = 0.5) -> tuple[Columns, Tensor]:
         state_key=torch.full((count,), -1),
         truncated=torch.zeros(count, dtype=torch.bool),
         current_version=1,
+        entropy=torch.tensor(random.gamma(1.0, 1.0, n)).float().double(),
     ), torch.arange(12) < torch.tensor(lengths).unsqueeze(1)
 
 
@@ -46,7 +48,7 @@ def padded(column: Tensor, mask: Tensor) -> Tensor:
     return torch.full(mask.shape, -1.0, dtype=torch.float64).masked_scatter(mask, column)
 
 
-def assert_same(columns: Columns, gradient: Tensor, mask: Tensor, name: str, **changes: Any) -> None:
+def assert_same(columns: Columns, gradient: Tensor, mask: Tensor, name: str, /, **changes: Any) -> None:
     """The recipe's coefficients are minus the gradient [answers, 12] of the foreign loss."""
     recipe = load_recipe({"name": name, "advantage": RAW, **changes})
     got = coefficients(columns, recipe, ObjectiveState())[0].policy
@@ -58,6 +60,8 @@ class Config(dict[str, Any]):
     """What verl's losses read of an actor's settings."""
 
     clip_ratio, clip_ratio_low, clip_ratio_high = 0.2, 0.2, 0.28
+    tau_pos, tau_neg = 1.0, 1.05
+    policy_loss = SimpleNamespace(dro_beta=0.1, tau_pos=1.0, tau_neg=1.05)
     global_batch_info: ClassVar[dict[str, Any]] = {}
 
 
@@ -81,6 +85,9 @@ VERL: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "gspo": ("gspo", "seq-mean-token-mean", "gspo_token", {"trust": CLIP}),
     "geo_mean": ("geo_mean", "token-mean", "gmpo", {"trust": CLIP}),
     "cispo": ("cispo", "token-mean", "cispo", {"trust": CLIP, "aggregate": TOKENS}),
+    "sapo": ("sapo", "seq-mean-token-mean", "sapo", {}),
+    "dro": ("dro", "token-mean", "dro", {"kl": {"coefficient": 0.1}}),
+    "gpg": ("gpg", "seq-mean-token-mean", "gpg", {"select": {"drop_zero_signal": False}}),
 }  # fmt: skip
 
 
@@ -107,7 +114,15 @@ TRL: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "dr_grpo": ("dr_grpo", "token", "dr_grpo", {"trust": CLIP, "aggregate": {"constant": 12.0}}),
     "grpo of sequences": ("grpo", "sequence", "gspo", {"trust": CLIP}),
     "cispo": ("cispo", "token", "cispo", {"trust": {"clip_low": 1.0, "clip_high": 0.28}, "aggregate": TOKENS}),
-}
+    "two-sided": (
+        "dapo", "token", "intellect2",
+        {"trust": {**CLIP, "dual_clip": 2.0}, "kl": NO_KL, "entropy": 0.0, "select": {"drop_equal_rewards": False}},
+    ),
+    "sapo": ("sapo", "token", "sapo", {}),
+    "vespo": ("vespo", "token", "vespo", {}),
+    "luspo": ("luspo", "sequence", "luspo", {"trust": CLIP}),
+    "80/20": ("dapo", "token", "forking_tokens", {"trust": CLIP, "mask": {"entropy_share": 0.3}}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", TRL)
@@ -120,6 +135,10 @@ def test_a_loss_of_trl(trl: ModuleType, case: str) -> None:
         trainer = FakeTrainer(
             log_prob, loss_type=loss_type, importance_sampling_level=level, epsilon_low=0.2, epsilon_high=high
         )
+        if case == "two-sided":
+            trainer.args.delta = 2.0
+        if case == "80/20":
+            trainer.show_entropy(trl.GRPOTrainer, columns, mask, share=0.3)
         ids = torch.zeros(mask.shape, dtype=torch.int64)
         inputs = {
             "prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask.double(),
@@ -137,9 +156,16 @@ class FakeTrainer:
     def __init__(self, log_prob: Tensor, **settings: Any) -> None:
         vars(self).update(settings)
         self._log_prob = log_prob
-        self.args = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1)
+        self.args = SimpleNamespace(
+            delta=None, use_bias_correction_kl=False, steps_per_generation=1, sapo_temperature_pos=1.0,
+            sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0,
+        )  # fmt: skip
+        self._entropy = torch.zeros_like(log_prob)
         self.model = SimpleNamespace(training=True)
-        self.accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
+        self.accelerator = SimpleNamespace(
+            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x,
+            pad_across_processes=lambda x, **_: x,
+        )  # fmt: skip
         self.current_gradient_accumulation_steps = 1
         self.max_completion_length = log_prob.shape[1]
         self.top_entropy_quantile, self.beta = 1.0, 0.0
@@ -148,4 +174,16 @@ class FakeTrainer:
         self._metrics: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def _get_per_token_logps_and_entropies(self, *_: object, **__: object) -> tuple[Tensor, Tensor, None]:
-        return self._log_prob, torch.zeros_like(self._log_prob), None
+        return self._log_prob, self._entropy, None
+
+    def show_entropy(self, trainer: type[Any], columns: Columns, mask: Tensor, *, share: float) -> None:
+        """Only tokens of the highest entropy are to be trained."""
+        assert columns.entropy is not None
+        self.top_entropy_quantile, self._entropy = share, padded(columns.entropy, mask)
+        self.get_high_entropy_mask = lambda *given: trainer.get_high_entropy_mask(self, *given)
+
+    @staticmethod
+    def get_gamma_weights(**given: Any) -> Tensor:
+        trainer: Any = importlib.import_module("trl.trainer.grpo_trainer").GRPOTrainer
+        found: Tensor = trainer.get_gamma_weights(**given)
+        return found
