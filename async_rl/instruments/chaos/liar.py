@@ -7,6 +7,7 @@ engine keeps its first weights (versions).
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
@@ -17,7 +18,9 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from async_rl.generator.embedded import EmbeddedEngine
+from async_rl.generator.engine import Engine
 from async_rl.generator.outbox import Outbox
+from async_rl.generator.pull import ReaderSource
 from async_rl.instruments.chaos.plan import LIES, Lie
 from async_rl.run.join import find_target, join_run
 from async_rl.trajectory import Trajectory
@@ -86,6 +89,11 @@ def sample_from_the_first_weights() -> None:
         await load(self, first, self.version)
         return found
 
+    async def pull_whole(self: ReaderSource, engine: Engine, *, first: bool) -> None:
+        version, tensors = await asyncio.to_thread(self._reader.read)
+        await engine.load(tensors, version)
+
+    ReaderSource.pull_into = pull_whole  # type: ignore[method-assign]  # not past `load`, into the parameters
     EmbeddedEngine.load = load_first  # type: ignore[method-assign]
     EmbeddedEngine.fingerprint = show  # type: ignore[method-assign]
     EmbeddedEngine.probe = answer  # type: ignore[method-assign]
