@@ -116,7 +116,8 @@ intended.""",
                 "kl/mismatch",
                 "nats",
                 "`kl/behaviour` over tokens with v_t = v, before any update of this batch: what engine and "
-                "trainer disagree about at equal weights. Absent when the batch has no such token",
+                "trainer disagree about at equal weights. Absent when the batch has no such token; `verify/mismatch` is "
+                "measured at every version",
             ),
             Metric("lag/mean", "steps", "mean of v − v_t, in steps"),
             Metric("lag/max", "steps", "largest v − v_t: never above `max_staleness`"),
@@ -330,9 +331,9 @@ After every load a generator shows checksums of 64 sampled elements of each tens
 log-probs of a fixed probe (64 tokens: the prompts of the task's first problems; where these have fewer than 16
 different tokens, half of it is spread over the vocabulary). The trainer knows what both must be for each version it
 published. A checksum that differs, or a mean difference of the log-probs above `canary.tolerance`, ends the run with
-both numbers and the names of the tensors. With `vllm.tensor_parallel` above 1 checksums are compared of the tensors
-that each GPU holds whole (norms); of those that are split the probe tells. Beside it stand `kl/mismatch` (engine
-against trainer on sampled tokens of equal version) and `kl/behaviour` (with lag): a canary near 0 and a high
+both numbers and the names of the tensors. With `vllm.tensor_parallel` above 1 every GPU shows the elements of its
+own parts, and together they are compared like those of a whole model. Beside it stand `kl/mismatch` (engine against
+trainer on sampled tokens of equal version) and `kl/behaviour` (with lag): a canary near 0 and a high
 `kl/mismatch` mean that the weights are right and the arithmetic of the two is not; a low `kl/mismatch` and a high
 `kl/behaviour` mean lag. Which elements are sampled changes with the version; a fault that never meets a sampled
 element, and moves the probe less than the tolerance, is not seen.""",
