@@ -1,15 +1,22 @@
-"""Everything about one GPU in one call of under 8 minutes: a table in Markdown, kept even when a part fails.
+"""Everything about one GPU, section by section: a table in Markdown, kept even when a part fails.
 
-    python bench/gpu.py [--size 0.6B] [--engine vllm] [--minutes 7.5] [--out FILE.md]
+    python bench/gpu.py --results FOLDER [--size 0.6B] [--engine vllm] [--minutes 7.5] [--only engine,trainer]
     python bench/gpu.py --fake-model          # the same on a CPU with a tiny model, in a minute: proves the script
 
-A Qwen3 of `--size` with random weights, made here (no network). vLLM and trainer share one GPU. Sections, each in a
-process of its own with a budget of seconds; what is not done by then says "not measured" and why:
+A Qwen3 of `--size` with random weights, made here (no network). vLLM and trainer share one GPU. Each section runs in
+a process of its own for at most LIMITS seconds, leaves FOLDER/SECTION.json, and prints it in one line; what is not done
+by then says "not measured" and why. Sections that have been measured are not measured again, so several short calls
+fill one table. The most worth first:
 
+kernels       the Triton kernels against their definition, forward and backward
 engine        tokens/s of the engine alone, seconds of a weight update, log-probs against the trainer's
 trainer       tokens/s of the training step alone, peak memory, beside the estimate of `async-rl config`
 asynchronous  a run of real processes: tokens/s generated and trained, weight update, waiting on each side, canary
 synchronous   the same run with max_staleness=0
+logprob       rate and memory of the fused log-probs beside three products, Liger, torch.compile and full logits
+head          log-probs of the engine whose logits are rounded to bfloat16 (vllm.head_dtype=model)
+publication   weights of 7B out of the GPU: cast there and copied into pinned memory, and as torch copies by itself
+opob          a step with exact baselines beside one with the mean of each group, 1.5B
 Without vLLM installed the embedded engine is measured on the GPU instead, and the table says so.
 """
 
@@ -43,8 +50,13 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 VOCABULARY = {"tiny": 512}
 """others have Qwen3's 151,936"""
-SHARES = {"model": 0.1, "engine": 0.24, "trainer": 0.12, "asynchronous": 0.3, "synchronous": 0.24}
-"""of the whole time; what a section leaves goes to those behind it"""
+LIMITS = {
+    "model": 40.0, "kernels": 100.0, "engine": 100.0, "trainer": 60.0, "asynchronous": 100.0, "synchronous": 80.0,
+    "logprob": 90.0, "head": 90.0, "publication": 45.0, "opob": 100.0,
+}  # fmt: skip
+"""section -> most seconds, in the order of their worth"""
+LEAST_S = 5.0
+"""with less time left no section is begun"""
 SKIPPED = 2
 """steps at the start of a run that are not counted"""
 END_S = 15.0
@@ -77,6 +89,8 @@ class Plan:
     engine: str
     recipe: str
     folder: Path
+    limit_s: float = 0.0
+    """of the section"""
 
     @property
     def shape(self) -> Shape:
@@ -127,16 +141,22 @@ def main() -> None:
         print(json.dumps(SECTIONS[arguments.section](plan)), flush=True)
         return
     end = time.monotonic() + 60 * arguments.minutes
-    table = Table(command=" ".join(["python", "bench/gpu.py", *sys.argv[1:]]), out=arguments.out)
+    only = [word for word in arguments.only.split(",") if word]
+    if unknown := set(only) - set(LIMITS):
+        sys.exit(f"there is no section {sorted(unknown)}; there are {list(LIMITS)}")
+    command = " ".join(["python", "bench/gpu.py", *sys.argv[1:]])
     with tempfile.TemporaryDirectory(prefix="async-rl-gpu-") as name:
+        table = Table(command=command, out=arguments.out, results=arguments.results or Path(name) / "results")
         plan = plan_of(arguments, Path(name), table)
         if plan is None:
             table.write()
             sys.exit("no GPU here: every row is not measured (--fake-model proves the script on a CPU)")
-        left = dict(SHARES)
-        for section in SHARES:
-            budget = (end - time.monotonic()) * left[section] / sum(left.values())
-            del left[section]
+        for section, limit in LIMITS.items():
+            if section != "model" and (table.has(section) or (only and section not in only)):
+                continue
+            budget = min(limit, end - time.monotonic())
+            if budget < LEAST_S:
+                continue
             started = time.monotonic()
             try:
                 found = measured(section, plan, budget)
@@ -154,6 +174,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--engine", choices=["vllm", "embedded"], default="vllm")
     made.add_argument("--recipe", default="grpo", help="e.g. vcpo, whose exact baseline costs more (default grpo)")
     made.add_argument("--minutes", type=float, default=7.5, help="for everything (default 7.5)")
+    made.add_argument("--only", default="", help="sections, with commas (default: all that are not measured yet)")
+    made.add_argument("--results", type=Path, help="folder of a JSON file for each section; it may have some already")
     made.add_argument("--out", type=Path, help="Markdown file that is written after each section")
     made.add_argument("--fake-model", action="store_true", help="a tiny model on CPU, one minute")
     made.add_argument("--section", help=argparse.SUPPRESS)
@@ -187,7 +209,7 @@ def measured(section: str, plan: Plan, budget: float) -> dict[str, Any]:
     """One section within `budget` seconds. Raises RuntimeError with its last words when it fails."""
     if section in ("asynchronous", "synchronous"):
         return run(section, plan, budget)
-    said = json.dumps({**plan.__dict__, "folder": str(plan.folder)})
+    said = json.dumps({**plan.__dict__, "folder": str(plan.folder), "limit_s": budget})
     command = [sys.executable, str(Path(__file__)), "--section", section, "--plan", said]
     with (plan.folder / f"{section}.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
@@ -267,13 +289,16 @@ def version(package: str) -> str:
 class Table:
     """Rows in order; written anew after each section."""
 
-    def __init__(self, command: str, out: Path | None) -> None:
+    def __init__(self, command: str, out: Path | None, results: Path) -> None:
         import torch
         from overlap import commit
 
-        self._out = out
+        self._out, self._results = out, results
+        results.mkdir(parents=True, exist_ok=True)
         self._rows: list[tuple[str, str]] = []
-        self._found: dict[str, dict[str, Any]] = {}
+        self._found: dict[str, dict[str, Any]] = {
+            file.stem: json.loads(file.read_text())["found"] for file in results.glob("*.json")
+        }
         self._head = {
             "command": f"`{command}`", "commit": commit() or "not known", "torch": torch.__version__,
             "python": platform.python_version(), "vllm": version("vllm"),
@@ -282,17 +307,25 @@ class Table:
     def say(self, name: str, value: str) -> None:
         self._head[name] = value
 
+    def has(self, section: str) -> bool:
+        """Whether it was measured, here or in an earlier call."""
+        return section in self._found and "not measured" not in self._found[section]
+
     def add(self, section: str, found: dict[str, Any], *, seconds: float) -> None:
+        if section == "model" and "not measured" not in found and self.has(section):
+            return  # it is made anew for each call
         self._found[section] = found
-        print(f"{section}: {json.dumps(found)} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+        row = json.dumps({"section": section, "seconds": round(seconds, 1), **self._head, "found": found})
+        (self._results / f"{section}.json").write_text(row + "\n")
+        print(row, file=sys.stderr, flush=True)
         if self._out is not None:
             self._out.write_text(self.text())
 
     def text(self) -> str:
         lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in self._head.items()), ""]
         lines += ["| section | what | result |", "|---|---|---|"]
-        for section in SHARES:
-            found = self._found.get(section) or {"not measured": "no GPU, or an earlier section failed"}
+        for section in LIMITS:
+            found = self._found.get(section) or {"not measured": "no GPU, no time left, or an earlier section failed"}
             for name, value in found.items():
                 lines.append(f"| {section} | {name} | {shown(value)} |")
         faster = [self._found.get(name, {}).get("seconds a step") for name in ("synchronous", "asynchronous")]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,7 +47,7 @@ def measure_engine(plan: Plan) -> dict[str, Any]:
     from async_rl.generator.build import make_engine
     from async_rl.model.folder import load_model
     from async_rl.model.tokenizer import Tokenizer
-    from async_rl.trainer.canary_watch import probe_log_probs
+    from async_rl.trainer.forward import ModelArithmetic, probe_log_probs
 
     settings = settings_of(plan)
 
@@ -73,7 +75,7 @@ def measure_engine(plan: Plan) -> dict[str, Any]:
             await engine.close()
 
     found, shown = asyncio.run(measured())
-    expected = probe_log_probs(load_model(plan.model, device=plan.device), PROBE)
+    expected = probe_log_probs(load_model(plan.model, device=plan.device), PROBE, ModelArithmetic(temperature=1.0))
     apart = [abs(a - b) for a, b in zip(shown, expected, strict=True)]
     found["log-probs against the trainer's (float32), mean"] = float(f"{statistics.fmean(apart):.3g}")
     found["the same, largest of 255"] = float(f"{max(apart):.3g}")
@@ -116,7 +118,7 @@ def measure_trainer(plan: Plan) -> dict[str, Any]:
     from async_rl.trainer.packing import pack_step
 
     settings = settings_of(plan)
-    torch.set_num_threads(settings.trainer.threads)
+    torch.set_num_threads(max(1, settings.trainer.threads))
     learner = make_learner(settings)
     batch = [made_up(plan, i) for i in range(plan.shape.groups * plan.shape.group_size)]
     took = []
@@ -217,8 +219,141 @@ def summed_up(rows: Sequence[dict[str, Any]], skipped: int) -> dict[str, Any]:
     }
 
 
+# ------------------------------------------------------------------------------------------- single parts
+
+
+def measure_kernels(plan: Plan) -> dict[str, Any]:
+    """The Triton kernels, compiled here, against their definition. Without a GPU their tests are skipped."""
+    tests = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "test_kernels_on_a_gpu.py"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rN",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "0",
+        "-o",
+        "addopts=",
+        tests,
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    said = (done.stdout + done.stderr).strip().splitlines()
+    if done.returncode:
+        raise RuntimeError(" | ".join(line for line in said if line.startswith(("E ", "FAILED", "ERROR")))[-300:])
+    return {"tests": said[-1]}
+
+
+def measure_log_probs(plan: Plan) -> dict[str, Any]:
+    import kernels_gpu
+
+    return flat(kernels_gpu.logprob(3, where(plan), budget_s=0.8 * plan.limit_s))
+
+
+def measure_opob(plan: Plan) -> dict[str, Any]:
+    import kernels_gpu
+
+    return flat(kernels_gpu.opob_step(3, where(plan), budget_s=0.7 * plan.limit_s))
+
+
+def where(plan: Plan) -> Any:
+    """The device and its sizes; small ones on a CPU."""
+    from kernels_gpu import Where
+
+    small = {
+        "device": "cpu", "head": (20, 8, 50), "layer": (60, 8, 12), "segments": 5, "copied": 960, "square": 16,
+        "layers": 1, "width": 128, "vocabulary": 50, "trajectories": 32, "answer": 6,
+    }  # fmt: skip
+    return Where() if plan.device == "cuda" else Where(**small)
+
+
+def flat(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{name} {what}".strip(): value
+        for name, row in found.items()
+        for what, value in (row.items() if isinstance(row, dict) else [("", row)])
+    }
+
+
+def measure_head(plan: Plan) -> dict[str, Any]:
+    """As `measure_engine` does, for logits that vLLM rounds to bfloat16."""
+    from dataclasses import replace
+
+    from async_rl.generator.build import make_engine
+    from async_rl.model.folder import load_model
+    from async_rl.model.tokenizer import Tokenizer
+    from async_rl.trainer.forward import ModelArithmetic, probe_log_probs
+
+    if plan.engine != "vllm":
+        return {"logits": "float32 always: the embedded engine has no other"}
+    settings = settings_of(plan)
+    settings = replace(settings, vllm=replace(settings.vllm, head_dtype="model"))
+
+    async def shown() -> list[float]:
+        engine = make_engine(settings, Tokenizer(plan.model))
+        try:
+            return [float(value) for value in await engine.probe(PROBE)]
+        finally:
+            await engine.close()
+
+    found = asyncio.run(shown())
+    expected = probe_log_probs(load_model(plan.model, device=plan.device), PROBE, ModelArithmetic(temperature=1.0))
+    apart = [abs(a - b) for a, b in zip(found, expected, strict=True)]
+    return {
+        "log-probs against the trainer's (float32), mean": float(f"{statistics.fmean(apart):.3g}"),
+        "the same, largest of 255": float(f"{max(apart):.3g}"),
+    }
+
+
+LAYERS_7B = 28
+SHAPES_7B = ((3584, 3584), (512, 3584), (512, 3584), (3584, 3584), (18_944, 3584), (18_944, 3584), (3584, 18_944))
+EMBEDDING_7B = (152_064, 3584)
+
+
+def measure_publication(plan: Plan) -> dict[str, Any]:
+    """Float32 weights on the device into the staging that links read. The layers are one layer's tensors again and
+    again: the GPU need not hold 30 GB."""
+    import torch
+
+    from async_rl.weights.link import Staged
+
+    cuda = plan.device == "cuda"
+    layers = LAYERS_7B if cuda else 2
+    layer = SHAPES_7B if cuda else tuple((rows // 64, columns // 64) for rows, columns in SHAPES_7B)
+    embedding = EMBEDDING_7B if cuda else (512, 56)
+    shapes = {f"layers.{i}.{j}": shape for i in range(layers) for j, shape in enumerate(layer)}
+    shapes |= {"embedding": embedding, "head": embedding}
+    held = {shape: torch.randn(shape, device=plan.device) for shape in set(shapes.values())}
+    started = time.perf_counter()
+    staged = Staged(shapes, torch.bfloat16, plan.device, in_main_memory=True)
+    found: dict[str, Any] = {"seconds to make the staging": round(time.perf_counter() - started, 2)}
+    took = []
+    for version in range(LOADS):
+        synchronise(plan)
+        started = time.perf_counter()
+        staged.write(((name, held[shape]) for name, shape in shapes.items()), version, 60.0)
+        took.append(time.perf_counter() - started)
+    size = sum(tensor.nbytes for _, tensor in staged.named_parameters())
+    found["GB, bfloat16"] = round(size / 1e9, 2)
+    found["seconds of a publication"] = round(min(took), 3)
+    found["GB/s"] = round(size / 1e9 / min(took), 1)
+    plain = torch.zeros(embedding, dtype=torch.bfloat16)
+    started = time.perf_counter()
+    plain.copy_(held[embedding])
+    seconds = time.perf_counter() - started
+    found["seconds as torch copies by itself, from the largest tensor"] = round(seconds * size / plain.nbytes, 3)
+    return found
+
+
 SECTIONS: dict[str, Callable[[Plan], dict[str, Any]]] = {
     "model": make_model,
+    "kernels": measure_kernels,
     "engine": measure_engine,
     "trainer": measure_trainer,
+    "logprob": measure_log_probs,
+    "head": measure_head,
+    "publication": measure_publication,
+    "opob": measure_opob,
 }

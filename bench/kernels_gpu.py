@@ -141,7 +141,7 @@ def ceilings(rounds: int, where: Where | None = None) -> dict[str, Any]:
     }
 
 
-def logprob(rounds: int, where: Where | None = None) -> dict[str, Any]:
+def logprob(rounds: int, where: Where | None = None, budget_s: float = 120) -> dict[str, Any]:
     """Forward and backward of linear_logprob. Target: rate_of_three_products >= 0.55, extra_mb <= 1000."""
     where = where or Where()
     tokens, width, vocabulary = where.head
@@ -179,7 +179,7 @@ def logprob(rounds: int, where: Where | None = None) -> dict[str, Any]:
     ways = {"ours": ours, "products": products, "liger": liger, "full": full, "compiled": compiled_definition}
     if where.device != "cuda":
         del ways["compiled"], ways["liger"]
-    found = in_turns(ways, rounds, where, 120)
+    found = in_turns(ways, rounds, where, budget_s)
     gradients = (hidden.nbytes + weight.nbytes) / 1e6
     for name, row in found.items():
         if isinstance(row, dict) and name != "products":
@@ -203,7 +203,7 @@ def norms(rounds: int, where: Where | None = None) -> dict[str, Any]:
     return found
 
 
-def opob_step(rounds: int, where: Where | None = None) -> dict[str, Any]:
+def opob_step(rounds: int, where: Where | None = None, budget_s: float = 120) -> dict[str, Any]:
     """A whole step, optimizer included, of a 1.5B Qwen-architecture model in bfloat16 over float32 weights.
     Target: exact_over_group_mean <= 1.15."""
     where = where or Where()
@@ -235,7 +235,7 @@ def opob_step(rounds: int, where: Where | None = None) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    found = in_turns({"group_mean": group_mean, "exact": exact}, rounds, where, 120)
+    found = in_turns({"group_mean": group_mean, "exact": exact}, rounds, where, budget_s)
     if isinstance(found["exact"], dict) and isinstance(found["group_mean"], dict):
         found["exact_over_group_mean"] = ratio(found["exact"], found["group_mean"])
     return found | {
@@ -282,7 +282,7 @@ def ratio(above: dict[str, Any], below: dict[str, Any]) -> float:
     return round(above["ms"] / below["ms"], 3)
 
 
-SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
+SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "ceilings": ceilings,
     "logprob": logprob,
     "norms": norms,

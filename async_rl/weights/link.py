@@ -28,6 +28,7 @@ import torch
 from async_rl.errors import RunFailed
 from async_rl.events import RecordEvent, WeightsLinkLost
 from async_rl.trajectory.codec import WireError
+from async_rl.weights import pinned
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Router
 
@@ -65,7 +66,7 @@ class Staged:
         """`shapes`: of all tensors, by name; `device`: the device that sends."""
         self.device = torch.device(device)
         if in_main_memory and self.device.type == "cuda":
-            self._tensors = {n: torch.zeros(shape, dtype=dtype, pin_memory=True) for n, shape in shapes.items()}
+            self._tensors = pinned.make_tensors(shapes, dtype, pinned.allocate_pinned)
         else:
             self._tensors = {n: torch.zeros(shape, dtype=dtype, device=self.device) for n, shape in shapes.items()}
         self._version = -1
@@ -85,7 +86,7 @@ class Staged:
     def on_device(self) -> Iterator[tuple[str, Tensor]]:
         """The same, moved one after another to the device that sends."""
         for name, tensor in self._tensors.items():
-            yield name, tensor.to(self.device)
+            yield name, tensor.to(self.device, non_blocking=True)
 
     def write(
         self,
@@ -123,12 +124,13 @@ class Staged:
                 mine = self._tensors.get(name)
                 if mine is None or mine.shape != tensor.shape:
                     raise ValueError(f"{name} {tuple(tensor.shape)} is not among the tensors announced")
-                mine.copy_(tensor)
+                pinned.copy_over(mine, tensor)
                 missing.discard(name)
         if missing:
             raise ValueError(f"other tensors than announced: {sorted(missing)[:5]} did not come")
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # other threads send on other streams
+            # The copies alone: other threads send on other streams, one of which may be stuck.
+            torch.cuda.current_stream(self.device).synchronize()
 
     @contextmanager
     def held(self, who: str, seconds: float) -> Iterator[int]:

