@@ -232,8 +232,7 @@ class TrajectoryGradient:
                 record.head.accumulate(total, each[policy.ids], first=first)
         for shared in record.inputs:
             for weight, gradient, activations in shared.weighted(each, first):
-                with _summing(weight, into) as total:
-                    _add_product(total, gradient.T, activations)
+                _add_product(weight, gradient.T, activations, into)
         for vector, values in record.vectors:
             with _summing(vector, into) as total:
                 total.add_(each.to(values.dtype) @ values)
@@ -472,12 +471,25 @@ def _summing(parameter: Tensor, into: Sums | None) -> Iterator[Tensor]:
         yield _buffer(parameter, into)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [out, in] += left [out, N] @ right [N, in]; products of a lower precision are added in that of `total`."""
-    if left.dtype == total.dtype and left.device.type != "cpu":
+def _add_product(weight: Tensor, left: Tensor, right: Tensor, into: Sums | None) -> None:
+    """Add left [out, N] @ right [N, in] to the gradient of `weight`, in its dtype.
+
+    The first product becomes the sum itself: zeros to add it to would cost two more passes over the weight.
+    """
+    total = None if isinstance(weight, DTensor) else weight.grad if into is None else into.get(weight)
+    if total is not None and left.dtype == total.dtype and left.device.type != "cpu":
         total.addmm_(left, right)
+        return
+    product = linear(left, right.T).to(weight.dtype)  # on a CPU twice as fast as addmm
+    if isinstance(weight, DTensor):
+        assert into is None, "sums by group need whole gradients"
+        add_gradient(weight, product)
+    elif total is not None:
+        total.add_(product)
+    elif into is None:
+        weight.grad = product
     else:
-        total.add_(linear(left, right.T))  # on a CPU twice as fast as addmm
+        into[weight] = product
 
 
 def add_over_ranks(
