@@ -162,7 +162,7 @@ def race(name: str, work: str, model: Path, chosen: Work, place: Path, target: f
         raise SystemExit(f"{name} ended with {process.returncode}:\n{(place / 'log').read_text()[-3000:]}")
     own = name in ("async_rl", "sync")
     steps = list(steps_of_run(place / "run")) if own else [json.loads(x) for x in out.read_text().splitlines()]
-    steady = steps[len(steps) // 3 :]
+    steady = steps[max(1, len(steps) // 3) :]
     return Result(
         step_s=statistics.median(step["seconds"] for step in steady),
         tokens_s=statistics.median(step["tokens"] / step["seconds"] for step in steady),
