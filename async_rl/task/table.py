@@ -75,6 +75,10 @@ class Loader:
     table: Table = field(init=False)
     _first: dict[str, FirstRow] = field(default_factory=dict)
     _reasons: list[str] = field(default_factory=list)
+    _reason: str = ""
+    """the first of them without its place"""
+    _kinds: set[str] = field(default_factory=set)
+    """reasons without places, while they are few"""
     _bad: int = 0
     _seen: int = 0
     _repeated: int = 0
@@ -180,6 +184,8 @@ class Loader:
 
     def _refuse(self, rows: Rows, position: int, bad: BadRow) -> None:
         self._bad += 1
+        if len(self._kinds) < 2:
+            self._kinds.add(str(bad))
         if len(self._reasons) >= MOST_NAMED:
             return
         reason = str(bad)
@@ -188,11 +194,14 @@ class Loader:
                 self.layout.read(rows.values(position), rows)
             except BadRow as whole:
                 reason = str(whole)
+        self._reason = self._reason or reason
         self._reasons.append(f"{rows.where(position)}: {reason}")
 
     def _refusal(self) -> str:
         if self._bad == 1:
             return f"{self._reasons[0]} (task.args.bad_rows=drop leaves such rows out)"
+        if self._bad == self._seen and len(self._kinds) == 1:  # a setting is wrong, not the rows
+            return f"{self.path}, all {self._seen:,} rows: {self._reason}"
         first = f", the first {MOST_NAMED}" if self._bad > MOST_NAMED else ""
         return (
             f"{self._bad:,} of {self._seen:,} rows of {self.path} cannot be used{first}:\n  "

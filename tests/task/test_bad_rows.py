@@ -48,6 +48,12 @@ def test_all_bad_rows_are_counted_and_the_first_ten_named(tmp_path: Path) -> Non
     assert few.startswith(f"3 of 43 rows of {path} cannot be used:\n")
 
 
+def test_a_field_that_no_row_has_is_told_once(tmp_path: Path) -> None:
+    path = written(tmp_path, bad=0)
+    message = refusal(path, answer_field="gold")
+    assert message == f"{path}, all 40 rows: no field 'gold' (task.args.answer_field); known: answer, prompt"
+
+
 def test_bad_rows_are_left_out_when_asked_to(tmp_path: Path) -> None:
     good = make_task("dataset", {"path": written(tmp_path, bad=0)})
     wanted = [[p.prompt for p in good.problems(split)] for split in ("train", "eval")]

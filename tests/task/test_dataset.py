@@ -209,7 +209,7 @@ def test_parquet_gives_the_same_problems_as_jsonl(tmp_path: Path) -> None:
         same = zip(one.problems(split), other.problems(split), strict=True)
         for a, b in same:
             assert (a.prompt, a.data["answer"], a.data["row"]) == (b.prompt, b.data["answer"], b.data["row"])
-    assert f"{tmp_path / 'a.parquet'}, row 1: no field 'question'" in refusal(
+    assert f"{tmp_path / 'a.parquet'}, all 40 rows: no field 'question'" in refusal(
         tmp_path / "a.parquet", prompt_field="question"
     )
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nonsense")
