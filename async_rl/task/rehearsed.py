@@ -57,6 +57,12 @@ class Rehearsed(Task):
         self.slots = self._inner.slots
         self.single_turn = self._inner.single_turn
         self.noted = self._inner.noted
+        self.tables = getattr(self._inner, "tables", ())
+
+    def digest(self) -> str:
+        """Of the rows of the task, where it reads a data set."""
+        digest = getattr(self._inner, "digest", None)
+        return str(digest()) if callable(digest) else ""
 
     async def setup(self) -> None:
         await self._inner.setup()

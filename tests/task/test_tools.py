@@ -83,6 +83,8 @@ def test_a_wrong_tool_is_refused(data: Path, tool: Any, said: str) -> None:
 def test_a_rehearsed_task_goes_its_way_and_pays_by_a_coin(data: Path) -> None:
     args = {"path": str(data), "reward": "numeric"}
     task = make_task("rehearsed", {"name": "tools", "args": args, "max_tokens": 4, "call": "<tool>1+2</tool>"})
+    assert [table.count for table in task.tables] == [len(data.read_text().splitlines())], "a resume compares the rows"
+    assert task.digest()
     problem = task.problems("train")[3]
     session = ScriptedSession(["aaaaaaa", "bbb", "ccccc"])
     reward = play(task, problem, session)
