@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support_run import quick_settings
 
 from async_rl.config import Settings, check
 from async_rl.config.derived import gpus_named
 from async_rl.config.schema import structured, with_overrides
 from async_rl.errors import UserError
+from async_rl.run.child import arithmetic_environment
 from async_rl.run.placement import Heads, Machine, Placement, names_of, place, read_heads, with_threads
+from async_rl.run.preflight import preflight
 
 BASE = {"model": {"path": "m"}, "task": {"name": "guess"}}
 BOTH = ("generator.device=cuda", "trainer.device=cuda")
@@ -119,6 +122,27 @@ def test_threads_are_chosen_by_cores_and_model(
     assert with_threads(chosen, 64, 10**12) == chosen, "what is chosen stays"
     if words != BOTH:
         place(chosen, Machine(cores=tuple(range(cores))), None)
+
+
+def test_a_run_goes_on_with_the_threads_that_were_chosen_when_it_began(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run and a replay read them from its folder: last bits of a step may depend on them."""
+    monkeypatch.setattr("async_rl.run.placement.TRAINER_GAINS", 1000)
+    monkeypatch.setattr("async_rl.run.placement.read_cores", lambda: 3)
+    first = preflight(quick_settings(tiny_model)).settings
+    assert (first.trainer.threads, first.generator.threads) == (3, 1)
+    monkeypatch.setattr("async_rl.run.placement.read_cores", lambda: 64)
+    assert preflight(first, resumed=True).settings.trainer.threads == 3
+
+
+@pytest.mark.parametrize(("threads", "number"), [(0, "1"), (1, "1"), (6, "6")])
+def test_threads_that_have_no_work_leave_their_core(threads: int, number: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    found = arithmetic_environment(threads)
+    assert (found["OMP_NUM_THREADS"], found["OMP_WAIT_POLICY"]) == (number, "PASSIVE")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert arithmetic_environment(threads)["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_a_trainer_that_others_start_is_not_placed() -> None:
