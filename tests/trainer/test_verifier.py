@@ -109,12 +109,14 @@ def claimed_as(trajectory: Trajectory, version: int) -> Trajectory:
     )
 
 
-def test_a_version_that_does_not_exist_is_a_lie(make: Make) -> None:
+def test_what_names_weights_that_do_not_exist_yet_is_scored_when_they_do(make: Make) -> None:
     bench = make()
     bench.load()
-    bench.verify([claimed_as(one, 5) for one in bench.play(1)], "liar")
-    assert not bench.events  # nothing of it can be scored
-    assert bench.verifier.row()["verify/checked"] == 0
+    bench.verify([claimed_as(one, 1) for one in bench.play(3)], "liar")
+    assert not bench.events
+    bench.step()
+    assert bench.verify([])["verify/checked"] == 3
+    assert bench.proven() == [("liar", "versions")]
 
 
 def test_what_is_not_held_is_not_scored_and_counted(make: Make) -> None:
