@@ -34,6 +34,7 @@ from async_rl.run.placement import (
     threads_here,
     ways_here,
 )
+from async_rl.run.rebuilding import describe_rebuilding
 from async_rl.task import Problem, Task, make_task
 from async_rl.task.rehearsed import Rehearsed
 from async_rl.task.weigh import weights_of
@@ -106,7 +107,7 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
     if max(chosen.threads, settings.generator.threads) > 1:
         notes.append(describe_threads(settings, read_cores()))
     notes += describe_links(ways) + check_room_here(settings) + check_fit(task, tokenizer, context)
-    notes += describe_control_tokens(task, tokenizer)
+    notes += describe_control_tokens(task, tokenizer) + describe_rebuilding(settings, context)
     recipe = load_recipe(settings.recipe)
     check_layers(settings, requirements(recipe), built_in=config is not None)
     notes += check_effect(
@@ -117,6 +118,8 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
         has_critic=requirements(recipe).value,
         single_turn=task.single_turn,
         credits_turns=task.credits_turns,
+        noted=task.noted,
+        parts=task.reward_parts,
     )
     if task.credits_turns and settings.buffer.drop_zero_signal:
         raise UserError(
