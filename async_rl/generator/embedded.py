@@ -102,6 +102,7 @@ class EmbeddedEngine:
         )
         self._tables = BlockTables(slots=max_sequences, blocks=blocks, size=BLOCK)
         self._slots = Slots(max_sequences, self._max_context, self._tables)
+        self._attention: CacheAttention | None = None  # of the last step
         self._schedule = Schedule(self._slots, self._tables, prefill_tokens)
         self._rules = StopRules(tokenizer, model.config.vocabulary)
         self._waiting: dict[int, tuple[CheckedRequest, Answer]] = {}  # by session, in order of arrival
@@ -317,7 +318,8 @@ class EmbeddedEngine:
         rows, order, near, far = arrange(step.feed, plain=self._cache.plain)
         at = rows_at(step.feed, order)
         where = self._cache.places(step.block[at], step.place[at])
-        attention = CacheAttention(self._cache, self._tables, rows, where, near, far)
+        attention = CacheAttention(self._cache, self._tables, rows, where, near, far, self._attention)
+        self._attention = attention
         tokens = self._to_device(slots.tokens[attention.slot, attention.position].astype(np.int64))  # [tokens]
         hidden = self._forward(tokens, self._to_device(attention.position), attention)  # [tokens, hidden]
         self._tables.settle()

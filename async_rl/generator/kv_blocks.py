@@ -72,6 +72,8 @@ class BlockTables:
         self._returned: list[int] = []
         self._untouched = SCRATCH + 1
         self._uses = ROOT
+        self.changes = 0
+        """how often a chain has become longer or shorter"""
 
     @property
     def free(self) -> int:
@@ -230,6 +232,7 @@ class BlockTables:
         return BlockCopy(source=source, target=block, tokens=tokens)
 
     def _attach(self, slot: int, block: int) -> None:
+        self.changes += 1
         column = int(self.length[slot])
         if column == self.table.shape[1]:
             self.table = np.concatenate((self.table, np.zeros_like(self.table)), 1)
@@ -240,6 +243,7 @@ class BlockTables:
 
     def _shorten(self, slot: int) -> None:
         """Take the last block off a chain; it is free when nobody else holds it."""
+        self.changes += 1
         self.length[slot] -= 1
         block = int(self.table[slot, self.length[slot]])
         self.cached[slot] -= self.filled[block]

@@ -13,7 +13,7 @@ pairs of a block and a token that attends to it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -32,6 +32,8 @@ LOG2_E = float(np.log2(np.e))
 """scores are exponents of 2: torch's exp takes ten times longer where its result underflows, exp2 does not"""
 SMALL_APPEND = 8
 """tokens: longer appends never share the decode rows' attention calls"""
+MANY = 32
+"""tokens that attend to one block; blocks of fewer are padded to the most of them, to save attention calls"""
 DENSE = 0.66
 """blocks are attended to where they lie, with those between them, when they are at least this share of all"""
 
@@ -185,9 +187,18 @@ class CacheAttention:
     attend to a copy of their blocks. *Fresh* rows, which have nothing cached, attend among their own packed tokens.
     """
 
-    def __init__(self, cache: KVCache, tables: BlockTables, feed: Feed, where: Tensor, near: int, far: int) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        tables: BlockTables,
+        feed: Feed,
+        where: Tensor,
+        near: int,
+        far: int,
+        before: CacheAttention | None = None,
+    ) -> None:
         """The first `near` rows of `feed` are near, the next `far` far, the others fresh. `where`: as from
-        `KVCache.places`, of all tokens."""
+        `KVCache.places`, of all tokens. `before`: of the step before this one."""
         self._cache, self._tables, self._where = cache, tables, where
         rows = np.arange(len(feed.slot))
         ends = feed.count.cumsum()
@@ -201,7 +212,11 @@ class CacheAttention:
         self.slot = feed.slot[self.row]  # [tokens]
         self._near = int(ends[near - 1]) if near else 0
         self._block_calls: list[BlockCall] = []
-        if near:
+        self._decodes = near == len(rows) == len(self.row)
+        self._changes = tables.changes
+        if before is not None and self._follows(before):
+            self._go_on(before)
+        elif near:
             self._arrange_blocks()
         self._row_calls: list[RowCall] = []
         first = near
@@ -229,6 +244,31 @@ class CacheAttention:
 
     # ---------------------------------------------------------------- block by block
 
+    def _follows(self, before: CacheAttention) -> bool:
+        """Whether this step feeds a token more to each row of the one before, and no chain has changed."""
+        return (
+            self._decodes
+            and before._decodes
+            and self._changes == before._changes
+            and np.array_equal(self.slot, before.slot)
+            and np.array_equal(self.position, before.position + 1)
+        )
+
+    def _go_on(self, before: CacheAttention) -> None:
+        """Attend as in the step before. Blocks that several tokens attend to are not written into."""
+        self._parts, self._begins = before._parts, before._begins
+        self._single, self._in_order = before._single, before._in_order
+        for call in before._block_calls:
+            mask, seen = call.mask, call.seen - 1
+            if call.queries == 1:
+                blocks = slice(call.begin, call.begin + call.n) if call.blocks is None else call.blocks.numpy()
+                mask = self._block_mask(self._hidden(seen, blocks))
+            self._block_calls.append(replace(call, mask=mask, seen=seen, windowed={}))
+
+    def _hidden(self, seen: Ints, blocks: Ints | slice) -> NDArray[np.bool_]:
+        """[n, queries, BLOCK]: places that a token does not see, or that are not in use."""
+        return (seen > 0) | (np.arange(BLOCK) >= self._tables.filled[blocks][:, None])[:, None, :]
+
     def _arrange_blocks(self) -> None:
         """Put the blocks of the near tokens into calls, by the number of tokens that attend to them."""
         tables, tokens = self._tables, self._near
@@ -237,10 +277,8 @@ class CacheAttention:
         table = tables.table[slot, :columns]  # [tokens, columns]
         token, column = np.nonzero(np.arange(columns) < tables.length[slot, None])  # [parts] each, by token
         block = table[token, column]
-        uses = np.bincount(block)
-        kind = np.frexp(uses.astype(np.float64) - 1)[1]  # 0 for one token, 1 for two, 2 for up to four, ...
-        kind[uses == 0] = -1
-        of_part = kind[block]
+        alone = np.bincount(block) == 1
+        of_part = np.where(alone[block], 0, 1 + np.bincount(block)[block] // MANY)
         number = np.empty(len(block), dtype=np.int64)
         made = 0
         for some in np.unique(of_part):
@@ -275,7 +313,7 @@ class CacheAttention:
         owners = np.zeros((n, queries), dtype=np.int64)
         owners[at, rank] = token
         seen = (tables.first[among, None] + np.arange(BLOCK))[:, None, :] - self.position[owners][:, :, None]
-        hidden = (seen > 0) | (np.arange(BLOCK) >= tables.filled[among, None])[:, None, :]
+        hidden = self._hidden(seen, among)
         plain = queries == 1 and n == self._near and np.array_equal(owners[:, 0], np.arange(n))
         call = BlockCall(
             blocks=blocks,
