@@ -468,7 +468,7 @@ def _shortened(text: str, width: int) -> str:
 def evaluation_line(event: EvaluationReported) -> str:
     """Held-out reward, and which weights sampled it (new ones may come in the middle of an evaluation)."""
     step, oldest, newest = event.step, event.version_min, event.version_max
-    when = f"after {step} step{'s' * (step > 1)}" if step else "before training"
+    when = f"after {_steps(step)}" if step else "before training"
     weights = f"weights {oldest}" if oldest == newest else f"weights {oldest} to {newest}"
     parts = "".join(f", {name} {value:.3f}" for name, value in event.parts.items())
     weights = f"{weights}{parts}"
@@ -481,6 +481,10 @@ def evaluation_line(event: EvaluationReported) -> str:
     return f"held-out reward {event.reward:.3f} {when} ({left} episodes, {weights}); {failed}"
 
 
+def _steps(number: int) -> str:
+    return f"{number} step{'s' * (number > 1)}"
+
+
 # ---------------------------------------------------------------------- the end of a run
 
 
@@ -488,7 +492,7 @@ def summary_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "held-out reward",
-            f"{s['reward_eval_first']:.3f} before, {s['reward_eval_last']:.3f} after {s['steps']} steps"
+            f"{s['reward_eval_first']:.3f} before, {s['reward_eval_last']:.3f} after {_steps(s['steps'])}"
             f"{failed_episodes(s)}",
         ),
         ("staleness", f"mean {s['lag_mean']:.2f}, max {s['lag_max']}, bound {s['max_staleness']} steps"),

@@ -131,5 +131,7 @@ def test_the_summary_says_why_episodes_failed_and_older_ones_say_nothing(tmp_pat
     summary = Story(path=tmp_path / "run", model=tmp_path, steps=3).summary() | {"dropped": {}, "held_up": {}}
     summary |= {"seconds_with_start": 1.0, "canary": {"checked": 1, "max_difference": 0.0, "unchecked": []}}
     assert "failed because" not in dict(summary_rows(summary))
+    ends = [dict(summary_rows({**summary, "steps": steps}))["held-out reward"] for steps in (1, 2)]
+    assert [" after 1 step" in ends[0] and " steps" not in ends[0], " after 2 steps" in ends[1]] == [True, True]
     told = dict(summary_rows({**summary, "failures": {REASON: 12, "the reward is nan": 2}}))
     assert told["failed because"] == f"12 x {REASON}; 2 x the reward is nan"
