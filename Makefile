@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install vllm triton openenv tokenizers foreign test nightly check docs quickstart demo clean
+.PHONY: install vllm triton openenv tokenizers foreign test nightly schedules soak check docs quickstart demo clean
 
 install: .venv/installed
 
@@ -102,6 +102,14 @@ PYTEST_ARGS ?= -n 2 --dist loadgroup
 # One BLAS thread a process: the tests start processes of their own on the same cores.
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# A million schedules of faults on simulated runs (bench/schedules.py): 7 hours of one core.
+schedules: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python bench/schedules.py
+
+# An hour of a real run under faults: does anything grow (bench/soak.py)?
+soak: .venv/installed-dev
+	$(BIN)/python bench/soak.py
 
 # Longer proofs: tests marked `nightly`, and 10,000 conversations for each real tokenizer (20 minutes of one core).
 nightly: .venv/installed-dev tokenizers

@@ -14,7 +14,8 @@ from support_world_store import FakeStore
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
 from async_rl.buffer.staleness import DropPolicy, PacePolicy, Policy, WaitPolicy
-from async_rl.events import Event
+from async_rl.buffer.verification import FABRICATED
+from async_rl.events import Event, GeneratorQuarantined, ProblemRefused
 from async_rl.instruments.world.buffer import WorldWatch
 from async_rl.instruments.world.clock import Network
 from async_rl.instruments.world.decoding import TurnByTurn
@@ -39,10 +40,12 @@ FAULTS = (
     "cut generator",
     "cut trainer",
     "slow",
+    "lie generator",
+    "poison generator",
 )
 REPAIRS = ("permits_again", "groups_reissued", "episodes_resumed", "trajectories_ignored", "refused_stale")
 """counters of the state machine that tell of a repair"""
-ASKED_AGAIN = ("stale", "rollback")
+ASKED_AGAIN = ("stale", "rollback", FABRICATED)
 """why a group is refused whose problem is asked again"""
 
 
@@ -85,7 +88,12 @@ def make_world(
 
 def fresh_core(policy: Policy, group_size: int, drop_zero_signal: bool, groups_at_once: int) -> Core:
     core = make_core(
-        policy, group_size=group_size, drop_zero_signal=drop_zero_signal, vocabulary=100, max_permits=groups_at_once
+        policy,
+        group_size=group_size,
+        drop_zero_signal=drop_zero_signal,
+        vocabulary=100,
+        max_permits=groups_at_once,
+        verify_share=0.2,
     )
     core.trainer = b""  # it comes by itself
     return core
@@ -165,6 +173,10 @@ class Invariants(WorldWatch):
     answered: dict[int, list[Any]] = field(default_factory=dict)
     """batch of each step as it was first sent"""
     stored: set[tuple[int, int]] = field(default_factory=set)
+    senders: dict[int, set[str]] = field(default_factory=dict)
+    """training group -> names of the generators whose trajectories of it are stored"""
+    poison: set[tuple[str, int]] = field(default_factory=set)
+    """(split, problem) that are refused"""
     counts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -181,6 +193,8 @@ class Invariants(WorldWatch):
                     for t in many:
                         assert (t.group, t.sample) not in self.stored, "a trajectory is stored once"
                         self.stored.add((t.group, t.sample))
+                        if t.split == "train":
+                            self.senders.setdefault(t.group, set()).add(t.generator)
                 case do.RefuseGroup(group=group, reason=reason):
                     assert group not in self.refused
                     self.refused[group] = reason
@@ -195,6 +209,12 @@ class Invariants(WorldWatch):
 
     def recorded(self, event: Event) -> None:
         self.counts[event.event] += 1
+        match event:
+            case GeneratorQuarantined(name=name):
+                kept = {group for group, names in self.senders.items() if name in names}
+                assert kept <= {*self.refused, *self.batched}, "what a liar sent and was not in a batch is refused"
+            case ProblemRefused(split=split, problem=problem):
+                self.poison.add((split, problem))
 
     def check_order(self, admitted: do.AddGroup) -> None:
         """The prompt order without gap or repeat, or what was dropped, as a further attempt."""
@@ -219,6 +239,8 @@ class Invariants(WorldWatch):
                     assert known or group in self.refused or group not in self.asked, (group, sample)
             case msg.Permits(permits=permits):
                 self.counts["permits"] += len(permits)
+                asked = {(permit.split, permit.problem) for permit in permits}
+                assert not asked & self.poison, "a problem that was refused is not asked again"
             case msg.Batch(step=step, trajectories=batch):
                 seen = [(t.group, t.sample, t.versions, t.ended) for t in batch]
                 assert self.answered.setdefault(step, seen) == seen, "a batch is answered identically whenever asked"
@@ -260,7 +282,7 @@ class Invariants(WorldWatch):
         assert not live & (batched | set(self.refused))
         self.check_prompts(core)
         refusals = core.refusals.counts
-        assert refusals.keys() <= {"group", "stranger", "number"}, refusals
+        assert refusals.keys() <= {"group", "stranger", "number", "quarantine"}, refusals
 
     def check_prompts(self, core: Core) -> None:
         """Every position of the prompt order is trained, live, waiting to be asked again, or refused for another

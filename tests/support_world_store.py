@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.buffer.store import GroupRow, Store, TrajectoryRow
+from async_rl.buffer.verification import FABRICATED
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import pack
 from async_rl.trajectory.types import bucket_of
@@ -177,7 +178,7 @@ class FakeStore:
             if row.split == "train" and row.attempt >= newest.get(row.position, row).attempt:
                 newest[row.position] = row
         why = {row.position: (row.refused_because or "").partition(":")[0] for row in newest.values()}
-        again = [row for row in newest.values() if why[row.position] in ("stale", "rollback")]
+        again = [row for row in newest.values() if why[row.position] in ("stale", "rollback", FABRICATED)]
         return sorted((row.position, row.attempt, why[row.position]) for row in again)
 
     def lengths(self, ends: Sequence[int]) -> list[tuple[str, int, int, int]]:

@@ -11,8 +11,11 @@ from support_world import FAULTS, REPAIRS, Invariants, play, some_world
 from support_world_store import TwinStore
 
 
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize(
+    "block", [*range(8), *(pytest.param(block, marks=pytest.mark.nightly) for block in range(8, 50))]
+)
 def test_two_hundred_schedules_of_losses_delays_restarts_and_reorderings(block: int) -> None:
+    """Lying and poisoned generators among them. `make schedules` plays a million."""
     for seed in range(200 * block, 200 * block + 200):
         play(some_world(seed))
 
@@ -53,10 +56,21 @@ def test_the_schedules_meet_what_they_are_about() -> None:
         met += Counter({name: world.buffer.core.counts[name] for name in REPAIRS})
         met["frozen"] += seen.counts["generator_lost"]
         met["left"] += seen.counts["generator_left"]
+        met["liars found"] += seen.counts["generator_quarantined"]
+        met["poison refused"] += seen.counts["problem_refused"]
         met.update(what.split(" ", 1)[1] for what in world.story)
     rare = {
         name: met[name]
-        for name in (*REPAIRS, *FAULTS, "launches", "messages lost", "steps trained again", "frozen")
+        for name in (
+            *REPAIRS,
+            *FAULTS,
+            "launches",
+            "messages lost",
+            "steps trained again",
+            "frozen",
+            "liars found",
+            "poison refused",
+        )
         if met[name] < 3
     }
     assert not rare, (rare, met)

@@ -17,9 +17,12 @@ from async_rl.buffer.batching import Batching
 from async_rl.buffer.core import Core
 from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.loop import execute, write
+from async_rl.buffer.poison import Poison
 from async_rl.buffer.presence import Attendance, Presence
 from async_rl.buffer.restore import restore
 from async_rl.buffer.staleness import DropPolicy, PacePolicy, WaitPolicy
+from async_rl.buffer.trust import Trust
+from async_rl.buffer.verification import Quarantine
 from async_rl.wire import messages as msg
 
 SCHEDULES = 400
@@ -190,7 +193,54 @@ def saved_turns_not_written(patch: Patch) -> None:
     )
 
 
+def deaths_not_blamed(patch: Patch) -> None:
+    patch.setattr(Poison, "add", lambda self, gone, group: False)
+
+
+def poison_forgotten_by_restore(patch: Patch) -> None:
+    patch.setattr(Poison, "restore", lambda self, remembered: None)
+
+
+def poison_asked_again(patch: Patch) -> None:
+    patch.setattr(Core, "_refuse_poisoned", lambda self, now: [])
+
+
+def lies_kept(patch: Patch) -> None:
+    """The liar is expelled, and what it sent is trained."""
+    prove = Trust.prove
+
+    def mutant(self: Trust, *given: Any) -> Any:
+        for group in self.ledger.groups.values():
+            group.senders.clear()
+        return prove(self, *given)
+
+    patch.setattr(Trust, "prove", mutant)
+
+
+def lies_not_asked_again(patch: Patch) -> None:
+    prove = Trust.prove
+
+    def mutant(self: Trust, *given: Any) -> Any:
+        before = list(self.admission.refill)
+        found = prove(self, *given)
+        self.admission.refill[:] = before
+        return found
+
+    patch.setattr(Trust, "prove", mutant)
+
+
+def lies_believed_of_the_next_life(patch: Patch) -> None:
+    """Everybody is taken for a liar whose name a liar had."""
+    patch.setattr(Quarantine, "keeps_out", lambda self, name, pid: next(iter(self.lives.values()), ""))
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
+    "deaths are not blamed on a problem": deaths_not_blamed,
+    "poison is forgotten by restore": poison_forgotten_by_restore,
+    "poison is asked again": poison_asked_again,
+    "what a liar sent is kept": lies_kept,
+    "what a liar was asked is not asked again": lies_not_asked_again,
+    "the honest are kept out with a liar": lies_believed_of_the_next_life,
     "pace admits one step too much": one_step_more(PacePolicy),
     "wait admits one step too much": one_step_more(WaitPolicy),
     "one slot more": one_slot_more,
@@ -218,6 +268,12 @@ KINDS = {
     "lost permits are not sent again": ("cut generator",),
     "lost news of weights is not sent again": ("cut generator",),
     "saved turns are not written": ("kill generator",),
+    "deaths are not blamed on a problem": ("poison generator",),
+    "poison is forgotten by restore": ("poison generator", "kill buffer"),
+    "poison is asked again": ("poison generator",),
+    "what a liar sent is kept": ("lie generator",),
+    "what a liar was asked is not asked again": ("lie generator",),
+    "the honest are kept out with a liar": ("lie generator", "kill generator"),
 }
 """what goes wrong in the schedules that are to see it; else anything"""
 

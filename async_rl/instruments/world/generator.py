@@ -90,6 +90,12 @@ class SimulatedGenerator(Process):
     recorded: dict[Pair, Trajectory] = field(default_factory=dict)
     """turns that lost generators had done, sent ahead of the permit"""
     leaving: bool = False
+    lies: bool = False
+    """what it reports is not what it did, in words that are sound"""
+    begins: Callable[[msg.Permit], None] = lambda _: None
+    """called with the permit of every episode that it starts"""
+    expelled: Callable[[], None] = lambda: None
+    """called when it is told that it was found to lie"""
     rejoined: int = 0
     reported_at: float = 0.0
 
@@ -196,6 +202,9 @@ class SimulatedGenerator(Process):
             case msg.NewWeights(version=version):
                 self.announced = max(self.announced, version)
                 self.load()
+            case msg.Refused(kind="quarantine"):
+                self.expelled()
+                return
             case msg.Refused(kind=kind, pairs=pairs):
                 assert kind in HARMLESS, f"a sound {self.name} was refused: {message}"
                 self.outbox.acknowledge(pairs)
@@ -212,6 +221,7 @@ class SimulatedGenerator(Process):
                 pair = permit.group, sample
                 if pair not in known:
                     self.decoder.start(permit, sample, self.recorded.pop(pair, None))
+                    self.begins(permit)
 
     def join_anew(self) -> None:
         """The buffer does not know this session."""

@@ -28,6 +28,8 @@ class Surroundings(Protocol):
 
     def save(self, version: int, evaluations: int) -> None: ...
 
+    def verify(self, message: msg.Verify) -> msg.Verdict | None: ...
+
     def finish(self) -> None: ...
 
 
@@ -169,6 +171,9 @@ class SimulatedTrainer(Process):
                     del self.unanswered[msg.NextBatch]
             case msg.EvaluationResult(evaluation=number):
                 self.results[number] = message
+            case msg.Verify():
+                if (verdict := self.surroundings.verify(message)) is not None:
+                    self.link.send(verdict)  # not repeated: it is said of the next trajectory again
             case msg.Refused(what=what, kind=kind) if kind in HARMLESS or what == "FetchEvaluation":
                 pass  # the Hello or the Evaluate before it was lost; both are sent again
             case msg.Refused() | msg.Stop():

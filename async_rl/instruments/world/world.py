@@ -79,6 +79,10 @@ class World:
     pids: itertools.count[int] = field(default_factory=lambda: itertools.count(101))
     sessions: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     launches: int = 0
+    poisonous: set[tuple[str, int]] = field(default_factory=set)
+    """(split, problem) whose code ends the generator that runs it"""
+    lying: set[tuple[str, int]] = field(default_factory=set)
+    """(name, session) of generators that lie"""
     done: bool = False
     failure: str = ""
     """why the buffer has ended the run"""
@@ -169,7 +173,9 @@ class World:
             name=name,
             pid=next(self.pids),
             newest=lambda: self.shared,
-            new_session=lambda: next(self.sessions),
+            new_session=lambda: self.new_session(name),
+            begins=lambda permit: self.begun(name, permit),
+            expelled=lambda: self.expel(name),
             sequences=self.plan.sequences,
             group_size=self.buffer.core.rules.group_size,
             times=self.times,
@@ -180,6 +186,13 @@ class World:
         self.generators[name] = made
         made.link = self.connect(made)
         made.begin()
+
+    def new_session(self, name: str) -> int:
+        """Of that generator, which goes on to lie if it did."""
+        session = next(self.sessions)
+        if (life := self.generators.get(name)) is not None and life.lies:
+            self.lying.add((name, session))
+        return session
 
     def connect(self, process: Process) -> Link:
         link = self.links[process.name] = Link(
@@ -218,6 +231,12 @@ class World:
     def train(self, step: int, batch: msg.Batch) -> None:
         self.watch.trained(step, batch)
         self.learned += dict.fromkeys(t.group for t in batch.trajectories)
+
+    def verify(self, message: msg.Verify) -> msg.Verdict | None:
+        """What the trainer finds out about trajectories; None: they are what they say."""
+        if (message.name, message.session) not in self.lying:
+            return None
+        return msg.Verdict(name=message.name, session=message.session, lie="tokens", reason="no", proven=True)
 
     def save(self, version: int, evaluations: int) -> None:
         self.saved.append((version, evaluations, tuple(self.learned)))
@@ -266,10 +285,43 @@ class World:
                 self.restart(name)
             case "cut generator":
                 self.links[name].cut(self.clock.about(1.0))
+            case "lie generator":
+                life.lies = True
+                self.lying.add((name, life.session))
+            case "poison generator":
+                core = self.buffer.core
+                numbers = sorted({number for number, _ in life.decoder.running})
+                known = [core.groups.get(number) or core.evaluations.group(number) for number in numbers]
+                if running := [group for group in known if group is not None]:
+                    group = self.clock.random.choice(running)
+                    self.poisonous.add((group.split, group.problem))
+                    self.poison(name, life, group.group)
             case "vanish generator":
                 self.vanish(name)
             case _:
                 raise ValueError(f"no such fault: {what}")
+
+    def begun(self, name: str, permit: msg.Permit) -> None:
+        """A generator starts an episode; a problem that is poison ends it at once."""
+        if (permit.split, permit.problem) in self.poisonous:
+            life = self.generators[name]
+            self.later(0.0, lambda: self.poison(name, life, permit.group))
+
+    def poison(self, name: str, life: SimulatedGenerator, group: int) -> None:
+        """The code of this group ends the generator, if it still runs it."""
+        if self.generators.get(name) is life and life.alive and group in {number for number, _ in life.decoder.running}:
+            life.die()
+            if self.clock.chance(0.5):
+                self.links[name].lose()
+            self.restart(name, group=group)
+
+    def expel(self, name: str) -> None:
+        """A generator was told that it lied, or that others of its name did: it ends, and an honest one comes."""
+        life, quarantine = self.generators.pop(name), self.buffer.core.trust.quarantine
+        assert life.lies or name in quarantine.names, f"a sound {name} was taken for a liar"
+        life.die()
+        other = f"generator-of-host-{next(self.pids)}"
+        self.later(self.clock.about(1.0), lambda: self.spawn(other))
 
     def be_fast_again(self) -> None:
         self.network.delay_s = self.plan.network.delay_s
@@ -281,13 +333,14 @@ class World:
         other = f"generator-of-host-{next(self.pids)}"
         self.later(self.clock.about(3.0), lambda: self.spawn(other))
 
-    def restart(self, name: str) -> None:
-        """The launcher sees a generator's end, tells the buffer, and starts another after a pause."""
+    def restart(self, name: str, *, group: int = -1) -> None:
+        """The launcher sees a generator's end, tells the buffer, and starts another after a pause. `group`: whose code
+        ran then, if that is why."""
         pid = self.generators.pop(name).pid
 
         def noticed() -> None:
             if self.buffer.alive:
-                self.links["launcher"].send(msg.Gone(name=name, pid=pid, reason="died"))
+                self.links["launcher"].send(msg.Gone(name=name, pid=pid, reason="died", group=group, place=""))
                 self.later(self.clock.about(1.0), again)
 
         def again() -> None:
