@@ -1,10 +1,9 @@
 """Every method's recipe for 30 steps on a small task on which it has its point, and what came out.
 
     async-rl init-model models/guess --task guess --until 0.5
-    async-rl init-model models/calculator --task calculator --until 0.35 --max-steps 500
     python bench/methods.py [--only gdpo,simple_tir] [--seeds 1]
 
-One process and thread, lag 4 (every batch was sampled four versions before), 8 groups of 8, learning rate 5e-4. A row
+One process and thread, lag 4 (every batch was sampled four versions before), 8 groups of 8, learning rate 1.5e-4. A row
 is a plausibility check, not a comparison: one initial model, few seeds. `reward` is the mean of the first and of the
 last five batches; GRPO on the same task stands beside. `acts` is what shows that the method did something.
 """
@@ -29,7 +28,7 @@ from async_rl.config.schema import structured
 from async_rl.instruments.lab.exact_lag import Sampled, train_with_exact_lag
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
-from async_rl.task.guess import Guess
+from async_rl.task.guess import FOUND, Guess, Interval
 from async_rl.task.protocol import Problem, Reward, Session
 from async_rl.trainer.learner import StepReport
 
@@ -60,8 +59,28 @@ class Fractional(Guess):
         return 0.1 + 0.9 * float(await super().rollout(problem, session))
 
 
-GUESS, CALCULATOR = {"name": "guess"}, {"name": "calculator"}
-PARTS, VALUED, FRACTIONAL = ({"name": f"{HERE}:{name}"} for name in ("Parts", "Valued", "Fractional"))
+class Consistent(Guess):
+    """The game in which a guess that contradicts the answers before it is a void turn."""
+
+    async def rollout(self, problem: Problem, session: Session) -> Reward:
+        secret: int = problem.data["secret"]
+        known = Interval(0, self.settings.num_secrets - 1)
+        for _ in range(self.settings.max_turns):
+            guess = self.read(await session.generate(max_tokens=self.num_digits))
+            session.note_turn("void", float(not known.allows(guess)))
+            answer = self.answer(secret, guess)
+            session.append(answer)
+            if answer == FOUND:
+                return 1.0
+            known.learn(guess, answer)
+        session.end_at_turn_limit()
+        return 0.0
+
+
+GUESS = {"name": "guess"}
+PARTS, VALUED, FRACTIONAL, CONSISTENT = (
+    {"name": f"{HERE}:{name}"} for name in ("Parts", "Valued", "Fractional", "Consistent")
+)
 REJECTED = "reject/trajectories"
 CASES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
     # recipe: task, changes, the metric that shows it
@@ -70,7 +89,7 @@ CASES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
     "dapo": (GUESS, {"reward": {"overlong_limit": 8, "overlong_buffer": 4}}, "reject/equal_rewards/trajectories"),
     "intellect2": (GUESS, {}, "clip/dual"),
     "gdpo": (PARTS, {}, "advantage/std"),
-    "simple_tir": (CALCULATOR, {}, "reject/flag/trajectories"),
+    "simple_tir": (CONSISTENT, {}, "reject/flag/trajectories"),
     "over_turn": (GUESS, {}, "reject/truncated/trajectories"),
     "grpo_tcr": (GUESS, {"reward": {"overlong_limit": 8, "overlong_buffer": 4}}, "clip/frac"),
     "raft": (FRACTIONAL, {"reward": {"threshold": 0.5}}, "advantage/mean"),
@@ -107,17 +126,16 @@ CASES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
 
 def settings_of(recipe: str, task: Mapping[str, Any], changes: Mapping[str, Any], seed: int) -> Settings:
     chosen = {"name": recipe, **changes}
-    model = "calculator" if task is CALCULATOR else "guess"
     values: dict[str, Any] = {
         "name": "methods",
         "seed": seed,
-        "model": {"path": f"models/{model}"},
+        "model": {"path": "models/guess"},
         "task": dict(task),
         "recipe": chosen,
         "staleness": {"max_staleness": LAG},
         "batch": {"groups_per_step": GROUPS, "group_size": SAMPLES},
         "trainer": {"steps": STEPS},
-        "optimizer": {"learning_rate": 5e-4, "warmup_steps": 5},
+        "optimizer": {"learning_rate": 1.5e-4, "warmup_steps": 5},
     }
     if requirements(load_recipe(chosen)).value:
         values["critic"] = {"kind": "head", "warmup_steps": 5}
