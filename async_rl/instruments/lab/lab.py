@@ -137,7 +137,8 @@ def _prepare_models(plan: LabPlan, folder: LabFolder, crew: WorkerPool, show: Sh
         if _known_start(Path(job["path"]), job["digest"]) is None:
             jobs.append(job)
     if jobs:
-        show(Progress(kind="models", text=f"{len(jobs)} initial models are made and measured"))
+        models = "1 initial model is" if len(jobs) == 1 else f"{len(jobs)} initial models are"
+        show(Progress(kind="models", text=f"{models} made and measured"))
     for answer in crew.run(jobs):
         if answer.kind == "note":
             show(Progress(kind="note", text=answer.text))
