@@ -244,7 +244,10 @@ async def _body(request: web.Request) -> Any:
     """The JSON of a request. Raises RequestError."""
     try:
         text = await asyncio.wait_for(request.read(), BODY_S)
-        return json.loads(text)
+        body = json.loads(text)
+        if b"\\u" in text:
+            json.dumps(body, ensure_ascii=False).encode()  # half of a character has no token
+        return body
     except TimeoutError:
         raise RequestError(f"the body did not arrive within {BODY_S:g} s", status=408) from None
     except (ValueError, RecursionError) as error:

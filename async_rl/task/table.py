@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from async_rl.task.rows import BadRow, Rows, Values
 
 MOST_NAMED = 10
 """bad rows that a message names"""
+_HALF = re.compile("[\ud800-\udfff]")
+"""half of a character, which JSON can hold and no tokenizer takes"""
 
 
 FirstRow = tuple[Rows, int, Any]
@@ -116,6 +119,9 @@ class Loader:
                 if found is None:
                     continue
             key, answer, form = found
+            if not key.isascii() and _HALF.search(key):
+                self._refuse(rows, position, BadRow("the prompt holds half of a character (a lone surrogate)"))
+                continue
             if not self._counts(key, answer, rows, position):
                 continue
             number = table.count + len(kept)

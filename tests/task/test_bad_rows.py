@@ -102,3 +102,13 @@ def test_those_of_the_held_out_file_are_named_too(tmp_path: Path) -> None:
     train = written(tmp_path, bad=0)
     (tmp_path / "b.jsonl").write_text("{broken\n")
     assert f"{tmp_path}/b.jsonl, line 1: not valid JSON" in refusal(train, eval_path=str(tmp_path / "b.jsonl"))
+
+
+def test_half_of_a_character_is_no_prompt(tmp_path: Path) -> None:
+    """JSON can hold it, and no tokenizer takes it."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a\\ud83d", "answer": "1"}\n{"prompt": "a\\ud83d\\ude00", "answer": "1"}\n')
+    assert "line 1: the prompt holds half of a character" in refusal(str(path))
+    whole = [f'{{"prompt": "{number}\\ud83d\\ude00", "answer": "1"}}' for number in range(40)]
+    path.write_text("\n".join(whole) + "\n")
+    assert len(make_task("dataset", {"path": str(path)}).problems("train")) > 20
