@@ -212,6 +212,10 @@ class CacheAttention:
         self.slot = feed.slot[self.row]  # [tokens]
         self._near = int(ends[near - 1]) if near else 0
         self._block_calls: list[BlockCall] = []
+        self._parts = self._begins = torch.empty(0)
+        """numbers of the parts, near token by near token, and where each token's begin; int64"""
+        self._single = self._in_order = False
+        """every near token attends to one block, alone; and these blocks come in the order of the tokens"""
         self._decodes = near == len(rows) == len(self.row)
         self._changes = tables.changes
         if before is not None and self._follows(before):
@@ -288,11 +292,9 @@ class CacheAttention:
             made += call.n * call.queries
             self._block_calls.append(call)
         begins = np.searchsorted(token, np.arange(tokens))
-        self._parts = torch.from_numpy(number)
-        self._begins = torch.from_numpy(begins)
+        self._parts, self._begins = torch.from_numpy(number), torch.from_numpy(begins)
         one = len(self._block_calls) == 1 and self._block_calls[0].queries == 1 and len(block) == tokens
         self._single = one
-        """every token attends to one block, alone"""
         self._in_order = one and np.array_equal(number, np.arange(tokens)) and made == tokens
 
     def _block_call(self, block: Ints, token: Ints) -> tuple[BlockCall, Ints]:

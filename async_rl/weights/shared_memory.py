@@ -338,6 +338,7 @@ class WeightReader:
 
     def _bytes(self, buffer: int) -> NDArray[np.uint8]:
         """The bytes of a buffer, where they lie."""
+        assert self._map is not None
         return np.frombuffer(self._map, np.uint8, self._buffer_bytes, self._first + buffer * self._buffer_bytes)
 
     def _why(self, seconds: float, overtaken: int) -> str:
