@@ -65,13 +65,10 @@ def train(
     ):
         team.keepalive()
         canary = make_canary(settings, learner, task, folder.record, team)
-        verifier = stack.enter_context(
-            closing(
-                make_verifier(
-                    settings, learner, publisher, run=str(folder.path), send=dealer.send, record=folder.record
-                )
-            )
+        verifier = make_verifier(
+            settings, learner, publisher, run=str(folder.path), send=dealer.send, record=folder.record
         )
+        stack.enter_context(closing(verifier))
 
         def while_waiting() -> None:
             team.keepalive()
