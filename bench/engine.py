@@ -13,7 +13,7 @@ groups: the same with 8 groups of 8 requests that share a prompt of 64 tokens; `
 different prompts of that length.
 episodes: 256 sessions at a time, 512 in all, five turns of 2..3 tokens with one appended token between them, 0.43 M
 parameters: the shape of the quickstart. Counted: sampled tokens.
-products: SmolLM2's shape (134.5 M parameters, random weights), 32 sequences behind prompts of 45 tokens. A decode step
+products: SmolLM2's shape (134.5 M parameters, random weights), 4 groups of 8 behind prompts of 45 tokens. A decode step
 against its matrix products alone, by torch's own F.linear on separate matrices, and as the engine forms them.
 """
 
@@ -48,7 +48,7 @@ from async_rl.model.fused_decoder import FusedDecoder
 
 NUM_REQUESTS, PROMPT_TOKENS, SHORTEST, LONGEST = 64, 16, 8, 128
 GROUP, GROUP_PROMPT_TOKENS = 8, 64
-ROWS, FEW_TOKENS, MANY_TOKENS = 32, 4, 20
+ROWS, FEW_TOKENS, MANY_TOKENS = 32, 2, 12
 SMOLLM2 = DecoderConfig(
     family="llama",
     hidden=576,
@@ -264,10 +264,11 @@ async def against_products(tokenizer: Tokenizer, repeats: int) -> dict[str, Any]
     random = np.random.default_rng(0)
 
     def requests(tokens: int) -> list[Request]:
+        prompts = random.integers(0, 49_000, (ROWS // GROUP, 45)).tolist()
         return [
             Request(
                 session=i,
-                tokens=random.integers(0, 49_000, 45).tolist(),
+                tokens=prompts[i // GROUP],
                 params=SamplingParams(max_tokens=tokens),
                 seed=i,
             )
