@@ -124,7 +124,7 @@ CASES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
 }
 
 
-def settings_of(recipe: str, task: Mapping[str, Any], changes: Mapping[str, Any], seed: int) -> Settings:
+def settings_of(recipe: str, task: Mapping[str, Any], changes: Mapping[str, Any], seed: int, rate: float) -> Settings:
     chosen = {"name": recipe, **changes}
     values: dict[str, Any] = {
         "name": "methods",
@@ -135,14 +135,16 @@ def settings_of(recipe: str, task: Mapping[str, Any], changes: Mapping[str, Any]
         "staleness": {"max_staleness": LAG},
         "batch": {"groups_per_step": GROUPS, "group_size": SAMPLES},
         "trainer": {"steps": STEPS},
-        "optimizer": {"learning_rate": 1.5e-4, "warmup_steps": 5},
+        "optimizer": {"learning_rate": rate, "warmup_steps": 5},
     }
     if requirements(load_recipe(chosen)).value:
         values["critic"] = {"kind": "head", "warmup_steps": 5}
     return structured(Settings, values, where="run")
 
 
-def train(recipe: str, task: Mapping[str, Any], changes: Mapping[str, Any], metric: str, seed: int) -> list[float]:
+def train(
+    recipe: str, task: Mapping[str, Any], changes: Mapping[str, Any], metric: str, seed: int, rate: float
+) -> list[float]:
     """Reward of the first and of the last batches, mean of the metric over the steps, steps skipped, seconds."""
     rewards: list[float] = []
     seen: list[float] = []
@@ -159,7 +161,7 @@ def train(recipe: str, task: Mapping[str, Any], changes: Mapping[str, Any], metr
 
     started = time.process_time()
     torch.manual_seed(seed)
-    train_with_exact_lag(settings_of(recipe, task, changes, seed), each_batch=batch, each_step=step)
+    train_with_exact_lag(settings_of(recipe, task, changes, seed, rate), each_batch=batch, each_step=step)
     first, last = statistics.mean(rewards[:ENDS]), statistics.mean(rewards[-ENDS:])
     return [first, last, statistics.mean(seen), float(skipped), time.process_time() - started]
 
@@ -168,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="recipes, with commas")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rate", type=float, default=1.5e-4, help="learning rate")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print("| recipe | task | reward: first 5 -> last 5 | GRPO, same task | acts (mean over steps) | skipped | s |")
@@ -178,10 +181,11 @@ def main() -> None:
         name = str(task["name"]).rpartition(":")[2]
         seeds = range(args.seeds)
         if name not in beside:
-            runs = [train("grpo", task, {}, "clip/frac", seed) for seed in seeds]
+            runs = [train("grpo", task, {}, "clip/frac", seed, args.rate) for seed in seeds]
             beside[name] = statistics.mean(run[1] for run in runs)
         found = [
-            statistics.mean(x) for x in zip(*(train(recipe, task, changes, metric, s) for s in seeds), strict=True)
+            statistics.mean(x)
+            for x in zip(*(train(recipe, task, changes, metric, s, args.rate) for s in seeds), strict=True)
         ]
         first, last, acts, skipped, seconds = found
         row = (recipe, name, f"{first:.3f} -> {last:.3f}", f"{beside[name]:.3f}", f"{metric} {acts:.4g}",
