@@ -23,6 +23,7 @@ from async_rl.instruments.chaos.outcome import Outcome, outcome_rows, problem_li
 from async_rl.instruments.chaos.plan import Counts, make_plan
 from async_rl.instruments.chaos.progress import RunProgress
 from async_rl.instruments.chaos.proxy import Proxy
+from async_rl.instruments.chaos.sabotage import NAME
 from async_rl.observe.audit import audit_run
 from async_rl.run.child import arithmetic_environment
 from async_rl.run_folder import RunFolder, replace_text
@@ -60,6 +61,7 @@ def run_chaos(
             "that one rank took"
         )
     plan = make_plan(counts, seed=seed)
+    path = path.absolute()  # as a resumed run has it: processes are known by it
     folder = RunFolder(path)
     if path.exists() and (
         not path.is_dir() or any(path.iterdir())
@@ -69,6 +71,12 @@ def run_chaos(
     with ExitStack() as stack:
         proxy: Proxy | None = None
         words = list(overrides)
+        orders: Path | None = None
+        if counts.of_the_task:
+            orders = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="async-rl-orders-")))
+            args = {"name": settings.task.name, "args": settings.task.args, "orders": str(orders)}
+            words = [word for word in words if not word.startswith("task")]
+            words += [f"task.name={NAME}", f"task.args={json.dumps(args)}"]
         if counts.disconnects:
             target = _socket_of(settings, folder)
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="async-rl-chaos-")))
@@ -85,6 +93,7 @@ def run_chaos(
                 record=path / "chaos.jsonl",
                 started=started,
                 start_liar=launched.start_liar,
+                orders=orders,
             ),
             progress=RunProgress(folder, started),
             outcome=outcome,

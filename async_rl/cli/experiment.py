@@ -92,6 +92,13 @@ def _add_chaos(commands: Commands) -> None:
     chaos.add_argument("--kills", type=int, default=8, metavar="N", help="processes killed (default 8)")
     for name in ("freezes", "slows", "disconnects"):
         chaos.add_argument(f"--{name}", type=int, metavar="N", help="default: a quarter of --kills")
+    for name, what in (
+        ("raises", "rewards that raise what is no Exception"),
+        ("cancels", "rewards that cancel whoever awaits them"),
+        ("poisons", "problems whose code crashes the generator"),
+        ("disks", "times that the disk of buffer or trainer is full"),
+    ):
+        chaos.add_argument(f"--{name}", type=int, default=0, metavar="N", help=f"{what} (default 0)")
     chaos.add_argument(
         "--lies",
         type=int,
@@ -157,7 +164,10 @@ def _chaos(arguments: argparse.Namespace) -> int:
     from async_rl.cli.chaos import counts_of, run_chaos
 
     counts = counts_of(
-        {name: getattr(arguments, name) for name in ("kills", "freezes", "slows", "disconnects", "lies")}
+        {
+            name: getattr(arguments, name)
+            for name in ("kills", "freezes", "slows", "disconnects", "lies", "raises", "cancels", "poisons", "disks")
+        }
     )
     path = arguments.run_dir or Path("runs") / f"{arguments.config.stem}-chaos-{time.strftime('%Y%m%d-%H%M%S')}"
     try:

@@ -137,7 +137,7 @@ class ChaosRun:
 
     def count(self, begun: InjectedFault) -> None:
         fault, target = begun.fault, begun.target
-        if (fault.kind == "kill" or fault.endless) and fault.role != "generator":
+        if (fault.kind in ("kill", "disk") or fault.endless) and fault.role != "generator":
             self.expected_end = describe(fault)
         counter = COUNTERS[fault.kind]
         setattr(self.outcome, counter, getattr(self.outcome, counter) + 1)

@@ -14,7 +14,7 @@ from pathlib import Path
 from signal import SIGCONT
 from typing import Any
 
-from async_rl.instruments.chaos.plan import Fault, Lie, describe, lie_of, timetable
+from async_rl.instruments.chaos.plan import OF_THE_TASK, Fault, Lie, describe, lie_of, timetable
 from async_rl.instruments.chaos.proxy import Proxy
 from async_rl.instruments.chaos.target import Target
 from async_rl.run_folder import append_row
@@ -23,7 +23,8 @@ FREEZE_LIMIT_S = 4.0
 """after which its user kills a launcher that is frozen"""
 FOLLOWED_S = 3.0
 """what happens so long after a fault counts as its consequence, and until the next step"""
-COUNTERS = {"kill": "kills", "freeze": "freezes", "slow": "slows", "disconnect": "disconnects", "lie": "lies"}
+COUNTERS = {"kill": "kills", "freeze": "freezes", "slow": "slows", "disconnect": "disconnects", "lie": "lies",
+            "raise": "raises", "cancel": "cancels", "poison": "poisons", "disk": "disks"}  # fmt: skip
 """kind of fault -> its counter in the outcome"""
 
 
@@ -43,6 +44,8 @@ class InjectedFault:
     """cuts the connections that are held"""
     liar: subprocess.Popen[bytes] | None = None
     """a generator that lies"""
+    order: Path | None = None
+    """of the task's code; gone when it is carried out"""
     followed: list[str] = field(default_factory=list)
     """what the run did next"""
     next_step_s: float | None = None
@@ -61,6 +64,10 @@ class InjectedFault:
             self.cut = None
         if self.liar is not None:
             return self.liar.poll() is not None
+        if self.order is not None:
+            return not self.order.exists()
+        if self.fault.kind == "disk" and self.target is not None:
+            return not self.target.alive()
         if self.fault.endless and self.target is not None:
             return not self.target.alive()
         return not self.ahead and self.cut is None
@@ -79,6 +86,8 @@ class Injector:
     started: float
     start_liar: Callable[[str, Lie], subprocess.Popen[bytes]]
     """of that name, about that"""
+    orders: Path | None = None
+    """folder of what the task's code is to do; None: it does nothing of the kind"""
     next: int = 0
     """place in the plan"""
     due: float | None = None
@@ -119,7 +128,12 @@ class Injector:
         target: Target | None = None
         cut: Callable[[], int] | None = None
         liar: subprocess.Popen[bytes] | None = None
-        if fault.kind == "lie":
+        order: Path | None = None
+        if fault.kind in OF_THE_TASK:
+            assert self.orders is not None
+            order = self.orders / f"{fault.kind}-{self.next}"
+            order.touch()
+        elif fault.kind == "lie":
             if not any(one.role == "buffer" and one.alive() for one in living):
                 return None
             liar = self.start_liar(f"liar-{self.next}", lie_of(fault))
@@ -141,7 +155,10 @@ class Injector:
             ahead=deque((now + seconds, number) for seconds, number in timetable(fault, patience_s=FREEZE_LIMIT_S)),
             cut=cut,
             liar=liar,
+            order=order,
         )
+        if fault.kind == "disk" and target is not None:
+            target.fill_disk()
         self.next += 1
         self.due = None
         (self.open if begun.advance(now) else self.active).append(begun)
@@ -182,14 +199,11 @@ class Injector:
 
     def _write(self, one: InjectedFault) -> None:
         fault = one.fault
+        others = {"lie": "a liar", "disconnect": "connections"}
         row = {
             "fault": fault.kind,
             "what": describe(fault),
-            "target": "a liar"
-            if one.liar is not None
-            else one.target.name
-            if one.target is not None
-            else "connections",
+            "target": one.target.name if one.target is not None else others.get(fault.kind, "the task"),
             "pid": one.target.pid if one.target is not None else None,
             "at_s": round(one.began - self.started, 3),
             "step": one.step,

@@ -22,6 +22,10 @@ class Outcome:
     disconnects: int = 0
     lies: int = 0
     """generators that joined and lied"""
+    raises: int = 0
+    cancels: int = 0
+    poisons: int = 0
+    disks: int = 0
     resumes: int = 0
     hangs: int = 0
     seconds: float = 0.0
@@ -39,7 +43,8 @@ class Outcome:
 
     @property
     def done(self) -> int:
-        return self.kills + self.freezes + self.slows + self.disconnects + self.lies
+        of_the_task = self.raises + self.cancels + self.poisons
+        return self.kills + self.freezes + self.slows + self.disconnects + self.lies + of_the_task + self.disks
 
     @property
     def clean(self) -> bool:
@@ -57,6 +62,10 @@ class Outcome:
             "slows": self.slows,
             "disconnects": self.disconnects,
             "lies": self.lies,
+            "raises": self.raises,
+            "cancels": self.cancels,
+            "poisons": self.poisons,
+            "disks": self.disks,
             "liars_quarantined": len(a.fabricated) if a else None,
             "lies_trained_on": a.count("fabricated") if a else None,
             "resumes": self.resumes,
@@ -81,8 +90,9 @@ def outcome_rows(outcome: Outcome) -> list[str]:
     """A table for the terminal."""
     rows = [
         ("faults", f"{outcome.kills} kills, {outcome.freezes} freezes, {outcome.slows} slowed, "
-                   f"{outcome.disconnects} disconnected, {outcome.lies} lies; {outcome.done} of {outcome.planned} "
-                   "planned"),
+                   f"{outcome.disconnects} disconnected, {outcome.lies} lies, {outcome.raises} raised, "
+                   f"{outcome.cancels} cancelled, {outcome.poisons} poisoned, {outcome.disks} full disks; "
+                   f"{outcome.done} of {outcome.planned} planned"),
         ("resumed", f"{outcome.resumes} times, {outcome.seconds:.0f} s in all"),
         ("hangs", str(outcome.hangs)),
         ("longest stall", f"{outcome.max_stall_seconds:.1f} s, {outcome.stalled_where}"),

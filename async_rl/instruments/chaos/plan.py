@@ -11,13 +11,18 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal, get_args
 
-Lie = Literal["tokens", "log-probs", "versions", "rewards"]
-LIES: tuple[Lie, ...] = get_args(Lie)
-Kind = Literal["kill", "freeze", "slow", "disconnect", "lie"]
-"""SIGKILL; SIGSTOP, for a moment or for ever; stopped and continued in turn; connections cut; a generator that reports
-what it did not do joins"""
 Role = Literal["buffer", "generator", "trainer", "launcher"]
 ROLES: tuple[Role, ...] = get_args(Role)
+Lie = Literal["tokens", "log-probs", "versions", "rewards"]
+LIES: tuple[Lie, ...] = get_args(Lie)
+Kind = Literal["kill", "freeze", "slow", "disconnect", "lie", "raise", "cancel", "poison", "disk"]
+"""SIGKILL; SIGSTOP, for a moment or for ever; stopped and continued in turn; connections cut; a generator that reports
+what it did not do joins; a reward raises a BaseException, or cancels whoever awaits it; a problem whose code crashes
+the generator; nothing that a process writes finds room"""
+OF_THE_TASK: tuple[Kind, ...] = ("raise", "cancel", "poison")
+"""done by the task's code (sabotage.py)"""
+WRITERS: tuple[Role, ...] = ("buffer", "trainer")
+"""whose disk can be full"""
 
 LATEST = 0.94
 """share of the steps before which every fault is due: the last ones must not come after the end"""
@@ -42,13 +47,22 @@ class Counts:
     slows: int
     disconnects: int
     lies: int = 0
+    raises: int = 0
+    cancels: int = 0
+    poisons: int = 0
+    disks: int = 0
+
+    @property
+    def of_the_task(self) -> int:
+        """Faults that the task's code commits."""
+        return self.raises + self.cancels + self.poisons
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
     kind: Kind
     role: Role | None
-    """None: the connections of generators and trainer, or a generator of its own"""
+    """None: the connections of generators and trainer, a generator of its own, or the task's code"""
     progress: float
     """share of the training steps that is done, 0 .. 1"""
     delay_s: float
@@ -76,6 +90,9 @@ def make_plan(counts: Counts, *, seed: int) -> tuple[Fault, ...]:
     victims += [("slow", role, random.uniform(*SLOW_S)) for role in _roles(counts.slows, random)]
     victims += [("disconnect", None, random.uniform(*HOLD_S)) for _ in range(counts.disconnects)]
     victims += [("lie", None, 0.0) for _ in range(counts.lies)]
+    for kind, many in zip(OF_THE_TASK, (counts.raises, counts.cancels, counts.poisons), strict=True):
+        victims += [(kind, None, 0.0)] * many
+    victims += [("disk", WRITERS[number % len(WRITERS)], 0.0) for number in range(counts.disks)]
     random.shuffle(victims)
     moments = sorted(random.uniform(0.0, LATEST) for _ in victims)
     plan: list[Fault] = []
@@ -121,7 +138,7 @@ def timetable(fault: Fault, *, patience_s: float) -> list[tuple[float, signal.Si
             for turn in range(max(1, round(fault.seconds / cycle))):
                 found += [(turn * cycle, stop), (turn * cycle + SLOW_STOPPED_S, go_on)]
             return found
-        case "disconnect" | "lie":
+        case "disconnect" | "lie" | "raise" | "cancel" | "poison" | "disk":
             return []
 
 
@@ -138,6 +155,14 @@ def describe(fault: Fault) -> str:
             return "connections are cut"
         case "lie":
             return f"a generator joins that lies about {lie_of(fault)}"
+        case "raise":
+            return "a reward raises what is no Exception"
+        case "cancel":
+            return "a reward cancels whoever awaits it"
+        case "poison":
+            return "a problem's code crashes its generator"
+        case "disk":
+            return f"the disk of the {fault.role} is full"
 
 
 def lie_of(fault: Fault) -> Lie:

@@ -7,7 +7,9 @@ its birth and its command, and is signalled through a descriptor that belongs to
 from __future__ import annotations
 
 import os
+import resource
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,12 @@ class Target:
     def stopped(self) -> bool:
         found = _status(self.pid)
         return found is not None and found[1] == self.born and found[0] == "T"
+
+    def fill_disk(self) -> None:
+        """From now on nothing that it writes finds room: no file of it may grow. Pipes and sockets go on."""
+        with suppress(ProcessLookupError):
+            _, hard = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (0, hard))
 
     def send(self, number: signal.Signals) -> bool:
         """False when it is gone; nobody else ever gets the signal."""
