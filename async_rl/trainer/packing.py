@@ -91,7 +91,7 @@ class MicroBatch:
 
     def of_policy(self, hidden: Tensor) -> Tensor:
         """Hidden states of the rows `predicting`, [p, H] -> those that predict the policy tokens, [t, H]."""
-        return hidden if self.place is None else hidden[self.place]
+        return hidden if self.place is None else hidden.index_select(0, self.place)
 
     def stretched(self, hidden: Tensor) -> Tensor:
         """Hidden states that predict the policy tokens, [t, H], as the head is to see them.

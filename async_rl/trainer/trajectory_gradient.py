@@ -240,7 +240,7 @@ class TrajectoryGradient:
         if record.embedding_gradient is not None and embedding is not None and embedding.requires_grad:
             with _summing(embedding, into) as total:
                 values = record.embedding_gradient[rows] * of_row.to(total.dtype)
-                total.index_put_((record.tokens[rows],), values.to(total.dtype), accumulate=True)
+                total.index_add_(0, record.tokens[rows], values.to(total.dtype))
 
 
 @dataclass(slots=True, eq=False)

@@ -214,7 +214,7 @@ def embedding_norm_squares(gradients: Tensor, tokens: Tensor, segments: Segments
     new[1:] = (owner[1:] != owner[:-1]) | (token[1:] != token[:-1])
     first = new.nonzero().squeeze(-1)
     sums = _bags(promoted(gradients), order, first)
-    return result.index_put_((owner[first],), torch.linalg.vecdot(sums, sums).double(), accumulate=True)
+    return result.index_add_(0, owner[first], torch.linalg.vecdot(sums, sums).double())
 
 
 def _bags(values: Tensor, rows: Tensor, first: Tensor, scale: Tensor | None = None) -> Tensor:
