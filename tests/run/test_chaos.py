@@ -78,6 +78,26 @@ def test_liars_that_join_are_quarantined_and_nothing_is_trained_on_them_then(tmp
     assert "lies trained on" in said
 
 
+@pytest.mark.nightly
+def test_code_of_the_task_that_does_what_it_must_not_and_full_disks_lose_nothing(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    config = write_config(
+        tmp_path, tiny_model, "trainer.steps=300", "checkpoint.every=50", "wire.frozen_after_s=10",
+        "task.args.num_secrets=16",
+    )  # fmt: skip
+    run = RunFolder(tmp_path / "run")
+    words = [word for name in ("kills", "freezes", "slows", "disconnects") for word in (f"--{name}", "0")]
+    words += ["--raises", "2", "--cancels", "2", "--poisons", "1", "--disks", "2", "--seed", "1"]
+    process = begin(config, run.path, *words)
+    said, _ = process.communicate(timeout=2 * LONGEST_S)
+    assert process.returncode == 0, said
+    result = json.loads((run.path / "chaos.json").read_text())
+    wanted = {"raises": 2, "cancels": 2, "poisons": 1, "disks": 2, "lost": 0, "duplicated": 0, "hangs": 0}
+    assert {name: result[name] for name in wanted} == wanted, said
+    assert result["replay_identical"]
+
+
 def test_ctrl_c_leaves_no_process_and_says_where_the_record_is(tmp_path: Path, tiny_model: Path) -> None:
     config = write_config(tmp_path, tiny_model, "trainer.steps=100000")
     run = RunFolder(tmp_path / "run")

@@ -17,7 +17,6 @@ from typing import Any
 
 from async_rl.config.schema import setting
 from async_rl.task import make_task
-from async_rl.task.generated import stable_hash
 from async_rl.task.protocol import Problem, Reward, Session, Task
 from async_rl.trajectory import Split
 
@@ -49,7 +48,7 @@ class Sabotaged(Task):
         orders = Path(settings.orders)
 
         async def rollout(self: Task, problem: Problem, session: Session) -> Reward:
-            mark = orders / f"{POISONED}-{stable_hash(repr(problem))}"
+            mark = orders / f"{POISONED}-{session.split}-{problem.index}"
             if mark.exists() or _taken(orders, "poison", mark):
                 os.kill(os.getpid(), signal.SIGSEGV)
             reward: Reward = await kind.rollout(self, problem, session)
