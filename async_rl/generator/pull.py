@@ -141,6 +141,8 @@ class LinkSource:
                 raise RunFailed(f"{self._name} cannot read what the trainer sends: {error}") from None
             match message:
                 case msg.LinkCall():
+                    if message.method == "start":  # it may have waited until others had theirs
+                        deadline = max(deadline, time.monotonic() + self._timeout_s)
                     if await self._handle(engine, message, after, deadline):
                         return
                 case msg.Waiting() if self._version < 0:
