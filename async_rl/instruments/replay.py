@@ -1,7 +1,7 @@
 """Trains again on the batches that a run stored: from the same start they must give the same weights.
 
-They do bit for bit on the same machine with the same settings and library versions; a CPU of another kind, another
-number of threads or a GPU may round differently.
+They do bit for bit on the same machine with the same settings and versions of libraries and of this program; a CPU of
+another kind, another number of threads, a GPU or sums formed in another order may round differently.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from async_rl.errors import UserError
 from async_rl.events import RunResumed
 from async_rl.instruments.retraining import Retraining
 from async_rl.objective.own import check_recorded
+from async_rl.run.inputs import read_inputs
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.trainer.build import make_learner
 from async_rl.trainer.checkpoint import load_checkpoint
@@ -26,6 +27,7 @@ from async_rl.trainer.manifest import damage_of, list_checkpoints, version_of
 from async_rl.trainer.packing import pack_step
 from async_rl.trainer.team import weights_checksum, weights_hash
 from async_rl.trajectory.codec import unpack
+from async_rl.version import __version__
 
 MICRO_BATCH = "trainer.micro_batch_tokens"
 MARKS = {"hash": weights_hash, "checksum": weights_checksum}
@@ -187,4 +189,11 @@ def describe_replay(result: Replayed, folder: RunFolder) -> str:
         where = f"the first difference arises in training step {d.version - 1}"
     else:
         where = f"the first difference arises in one of the training steps {d.last_equal} to {d.version - 1}"
-    return f"{head}\n{weights}\nNOT identical: {where}; the run recorded {d.recorded} for version {d.version}"
+    said = f"{head}\n{weights}\nNOT identical: {where}; the run recorded {d.recorded} for version {d.version}"
+    inputs = read_inputs(folder.inputs)
+    program = (inputs.program if inputs is not None else "") or "0.3.0 or older"
+    if program == __version__:
+        return said
+    return (
+        f"{said}\nthe run was begun by async_rl {program}, this is {__version__}: another version may round differently"
+    )

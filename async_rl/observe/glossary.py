@@ -116,8 +116,8 @@ intended.""",
                 "kl/mismatch",
                 "nats",
                 "`kl/behaviour` over tokens with v_t = v, before any update of this batch: what engine and "
-                "trainer disagree about at equal weights. Absent when the batch has no such token; `verify/mismatch` is "
-                "measured at every version",
+                "trainer disagree about at equal weights. Absent when the batch has no such token; `verify/mismatch` "
+                "is measured at every version",
             ),
             Metric("lag/mean", "steps", "mean of v − v_t, in steps"),
             Metric("lag/max", "steps", "largest v − v_t: never above `max_staleness`"),

@@ -25,6 +25,7 @@ from async_rl.errors import UserError
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.run_folder import replace_text
 from async_rl.task.protocol import Task
+from async_rl.version import __version__
 
 KINDS = ("data", "code", "tokenizer", "problems")
 """what `--accept-changed` may name"""
@@ -63,6 +64,8 @@ class Inputs:
     """of some problems of both splits, as the model and the reward get them (`preflight.task_digest`)"""
     directory: str = ""
     """in which the run was begun"""
+    program: str = ""
+    """version of async_rl that began the run; empty: 0.3.0 or older"""
     prints: tuple[RowPrints, ...] = field(default=(), compare=False)
     """of each table of rows"""
 
@@ -76,6 +79,7 @@ def inputs_of(task: Task, tokenizer: Tokenizer, problems: str) -> Inputs:
         tokenizer=tokenizer_digest(tokenizer),
         problems=problems,
         directory=os.getcwd(),
+        program=__version__,
         prints=tuple(
             RowPrints(numbers=np.array(table.prints, np.uint64), where=table.where)
             for table in getattr(task, "tables", ())

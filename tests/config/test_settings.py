@@ -104,7 +104,7 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     "alarm_factors_are_above_one": (("guard.entropy=0.5",), "a factor above 1, or 0 for never"),
     "rollback_scale_needs_rollback": (("guard.rollback_lr_scale=0.5",), "does nothing with guard.rollback=false"),
     "rollback_needs_an_alarm": (
-        ("guard.rollback=true", "guard.ess=0", "guard.reference=0", "guard.entropy=0", "guard.gradient=0", "guard.reward=0"),
+        ("guard.rollback=true", *(f"guard.{name}=0" for name in ("ess", "reference", "entropy", "gradient", "reward"))),
         "every alarm is off",
     ),
     "rollback_needs_checkpoints": (("guard.rollback=true", "checkpoint.every=0"), "no checkpoint to go back to"),
