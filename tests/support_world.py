@@ -169,6 +169,8 @@ class Invariants(WorldWatch):
     asked: dict[int, tuple[int, int]] = field(default_factory=dict)
     """training group -> (position, attempt)"""
     refused: dict[int, str] = field(default_factory=dict)
+    refused_now: set[int] = field(default_factory=set)
+    """groups refused in this round"""
     formed: dict[int, tuple[int, ...]] = field(default_factory=dict)
     answered: dict[int, list[Any]] = field(default_factory=dict)
     """batch of each step as it was first sent"""
@@ -185,6 +187,7 @@ class Invariants(WorldWatch):
         return [group for step in sorted(self.formed) for group in self.formed[step]]
 
     def written(self, effects: Sequence[do.Effect]) -> None:
+        self.refused_now = {effect.group for effect in effects if isinstance(effect, do.RefuseGroup)}
         for effect in effects:
             match effect:
                 case do.AddGroup(split="train"):
@@ -246,9 +249,11 @@ class Invariants(WorldWatch):
                 assert self.answered.setdefault(step, seen) == seen, "a batch is answered identically whenever asked"
 
     def loaded(self, pairs: Sequence[tuple[int, int]], found: Sequence[bytes]) -> None:
-        assert len(found) == len(pairs) or self.stored.issuperset(pairs), "turns that were begun are in the store"
+        over = {pair for pair in pairs if pair in self.stored or pair[0] in self.refused_now}
+        assert len(found) == len(pairs) or over.issuperset(pairs), "turns that were begun are in the store"
 
     def round(self, core: Core) -> None:
+        self.refused_now.clear()
         ended = len(self.refused) + len(self.batched)
         slots = self.policy.slots if self.slots < 0 else self.slots
         assert len(self.asked) - ended <= slots, "permits stay within the slots"

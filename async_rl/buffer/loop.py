@@ -191,7 +191,7 @@ def execute(effects: Sequence[do.Effect], store: Store, router: Router, record: 
             case do.SendTurns(peer=peer, pairs=pairs):
                 for pair in pairs:  # one message each: they may be long
                     found = tuple(unpack(blob) for blob in store.load_turns([pair]))
-                    if found:  # else the episode was finished in this round
+                    if found:  # else the episode was finished, or its group refused, in this round
                         router.send(peer, msg.Turns(trajectories=found))
             case do.SendBatch():
                 send_batch(effect, store, router, part_bytes)

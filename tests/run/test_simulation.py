@@ -20,6 +20,12 @@ def test_two_hundred_schedules_of_losses_delays_restarts_and_reorderings(block: 
         play(some_world(seed))
 
 
+def test_a_group_that_is_given_to_a_generator_and_refused_in_one_round_has_no_turns_left() -> None:
+    """Permit, Abandon and the deletion of its turns leave together; the generator ends what it has begun anew."""
+    seen = play(some_world(3774))
+    assert any(reason.startswith("stale") for reason in seen.refused.values())
+
+
 def test_the_real_store_does_the_same_as_the_one_the_schedules_are_played_with(tmp_path: Path) -> None:
     shared = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
     compared = launches = 0
