@@ -82,7 +82,7 @@ class Acceptance:
             return Objection(kind="direction", reason="the buffer does not take this kind")
         if isinstance(message, OF_THE_TRAINER) and peer != trainer:
             return Objection(kind="stranger", reason="only the trainer may say this")
-        if isinstance(message, FROM_A_LIFE) and (why := self.trust.barred(peer)):
+        if isinstance(message, FROM_A_LIFE) and (why := self.trust.barred(peer, message)):
             return Objection(kind="quarantine", reason=f"quarantined: {why}")
         if isinstance(message, OF_GENERATORS) and peer not in self.admission.generators:
             return Objection(kind="stranger", reason="say Hello first")
@@ -288,9 +288,17 @@ class Refusals:
         return True
 
     def refuse(
-        self, peer: bytes, what: str, objection: Objection, *, answer: bool, pairs: tuple[tuple[int, int], ...] = ()
+        self,
+        peer: bytes,
+        what: str,
+        objection: Objection,
+        *,
+        answer: bool,
+        pairs: tuple[tuple[int, int], ...] = (),
+        session: int = 0,
     ) -> list[do.Effect]:
-        """Count, record and answer. `pairs`: (group, sample) of the trajectories that are meant; each counts."""
+        """Count, record and answer. `pairs`: (group, sample) of the trajectories that are meant; each counts.
+        `session`: of the generator that is answered; 0: it is none."""
         before = self.counts[objection.kind]
         self.counts[objection.kind] += max(1, len(pairs))
         reason = objection.reason[:LONGEST_REASON]
@@ -298,6 +306,6 @@ class Refusals:
         if before < EXAMPLES:
             out.append(do.RecordRefusal(peer=peer, what=what, kind=objection.kind, reason=reason))
         if answer:
-            refused = msg.Refused(what=what, reason=reason, kind=objection.kind, pairs=pairs)
+            refused = msg.Refused(what=what, reason=reason, kind=objection.kind, pairs=pairs, session=session)
             out.append(do.Send(peer=peer, message=refused))
         return out

@@ -10,7 +10,7 @@ waits for finished groups; the buffer waits for nobody.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -179,21 +179,29 @@ class Core:
 
     def malformed(self, peer: bytes, error: WireError, now: float) -> list[do.Effect]:
         """The effects of bytes that are no message."""
-        return self._object(peer, "message", Objection(kind=error.kind, reason=str(error)), now)
+        return self._object(peer, None, Objection(kind=error.kind, reason=str(error)), now)
 
     def _refused(self, peer: bytes, message: msg.Message, objection: Objection, now: float) -> list[do.Effect]:
         """Refuse a message. A generator that this buffer does not know (any more) is told so and joins anew."""
-        out = self._object(peer, type(message).__name__, objection, now)
+        out = self._object(peer, message, objection, now)
         answered = any(isinstance(effect, do.Send) for effect in out)
         if answered and objection.kind == "stranger" and isinstance(message, msg.Want | msg.Status):
             out.append(do.Send(peer=peer, message=msg.Unknown(session=message.session)))
         return out
 
     def _object(
-        self, peer: bytes, what: str, objection: Objection, now: float, pairs: tuple[tuple[int, int], ...] = ()
+        self,
+        peer: bytes,
+        message: msg.Message | None,
+        objection: Objection,
+        now: float,
+        pairs: tuple[tuple[int, int], ...] = (),
     ) -> list[do.Effect]:
+        """`message`: None: what came is none."""
         answer = peer == self.trainer or self.refusals.may_answer(now)
-        return self.refusals.refuse(peer, what, objection, answer=answer, pairs=pairs)
+        what = "message" if message is None else type(message).__name__
+        session = self.trust.session(peer, message)
+        return self.refusals.refuse(peer, what, objection, answer=answer, pairs=pairs, session=session)
 
     def _query(self, peer: bytes, now: float) -> list[do.Effect]:
         answer = self._may_answer(peer, now)
@@ -274,7 +282,7 @@ class Core:
         closed: list[Group] = []
         begun: list[tuple[int, int]] = []
         verifiable: list[tuple[Trajectory, Group]] = []
-        possible, out = self._sift(peer, "Finished", finished.trajectories, now)
+        possible, out = self._sift(peer, finished, now)
         for place, trajectory, group in possible:
             if self.batching.late(trajectory):
                 late.append(trajectory)
@@ -303,7 +311,7 @@ class Core:
         if possible:
             pairs = tuple((t.group, t.sample) for _, t, _ in possible)
             out.append(do.Send(peer=peer, message=msg.Accepted(pairs=pairs)))
-        out += self.trust.sample(peer, verifiable, self.trainer)
+        out += self.trust.sample(peer, finished, verifiable, self.trainer)
         for group in closed:
             self.admission.complete(group)
             if group.split == "train":
@@ -321,7 +329,7 @@ class Core:
     def _turns(self, peer: bytes, turns: msg.Turns, now: float) -> list[do.Effect]:
         """Keep the finished turns of long episodes, so that long ones are not lost more often than short ones."""
         kept = []
-        possible, out = self._sift(peer, "Turns", turns.trajectories, now)
+        possible, out = self._sift(peer, turns, now)
         for _, trajectory, group in possible:
             if group is None or group.group not in self.groups or trajectory.sample not in group.missing:
                 continue
@@ -332,12 +340,12 @@ class Core:
         return [*out, do.SaveTurns(trajectories=kept)] if kept else out
 
     def _sift(
-        self, peer: bytes, what: str, trajectories: Sequence[Trajectory], now: float
+        self, peer: bytes, message: msg.Finished | msg.Turns, now: float
     ) -> tuple[list[tuple[int, Trajectory, Group | None]], list[do.Effect]]:
         """(place, trajectory, its group if that is live) of those that may be what they say; effects for the others."""
         possible: list[tuple[int, Trajectory, Group | None]] = []
         refused: dict[str, tuple[Objection, list[tuple[int, int]]]] = {}
-        for place, trajectory in enumerate(trajectories):
+        for place, trajectory in enumerate(message.trajectories):
             group = self._group(trajectory.group)
             objection = self.acceptance.trajectory(peer, trajectory, group)
             if objection is None:
@@ -346,9 +354,9 @@ class Core:
             refused.setdefault(objection.kind, (objection, []))[1].append((trajectory.group, trajectory.sample))
         out: list[do.Effect] = []
         for objection, pairs in refused.values():
-            out += self._object(peer, what, objection, now, tuple(pairs))
+            out += self._object(peer, message, objection, now, tuple(pairs))
         if refused.keys() & {"version", "tokens"}:
-            out += self.trust.impossible(peer, now)
+            out += self.trust.impossible(peer, message, now)
         return possible, out
 
     def _group(self, number: int) -> Group | None:

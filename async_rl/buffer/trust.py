@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from async_rl.buffer.ledger import Group, Ledger
     from async_rl.buffer.presence import Attendance
 
+OF_A_SESSION = (msg.Hello, msg.Want, msg.Status, msg.Leave, msg.Finished, msg.Turns)
+"""which say of which session of a generator they are"""
 MOST_REASON = 500
 """characters kept of what was found"""
 
@@ -35,10 +37,23 @@ class Trust:
     batching: Batching
     quarantine: Quarantine = field(default_factory=Quarantine)
 
-    def barred(self, peer: bytes) -> str:
-        """Why nothing is taken from a generator; empty: it is."""
-        life = self.admission.life(peer)
-        return "" if life is None else self.quarantine.reason(life)
+    def session(self, peer: bytes, message: msg.Message | None) -> int:
+        """Of the generator that has sent this: as the message says, else its last one. 0: it is no generator."""
+        if isinstance(message, OF_A_SESSION) and message.session:
+            return message.session
+        last = self.admission.life(peer)
+        return 0 if last is None else last[1]
+
+    def barred(self, peer: bytes, message: msg.Message) -> str:
+        """Why a message of a generator is not taken; empty: it is. What a liar had sent may arrive after the Hello of
+        the next process of its name, and what that sends before its own Hello."""
+        last = self.admission.life(peer)
+        if last is None:
+            return ""
+        why = self.quarantine.reason((last[0], self.session(peer, message)))
+        if not why and isinstance(message, msg.Finished | msg.Turns):
+            why = self.quarantine.reason(last)  # no life can send these under a number that it makes up
+        return why
 
     def told(self) -> str:
         """Behind "no generator is connected": those that lied; empty where none did."""
@@ -50,26 +65,33 @@ class Trust:
         life = self.admission.life(peer)
         return trajectory.generator if life is None else life[0]
 
-    def sample(self, peer: bytes, fresh: Sequence[tuple[Trajectory, Group]], trainer: bytes) -> list[do.Effect]:
-        """Those of the trajectories that have just arrived which the trainer is to verify. What a lost generator began
-        is no evidence against the one that ended it."""
-        life = self.admission.life(peer)
-        if life is None or not trainer:
+    def sample(
+        self, peer: bytes, message: msg.Message, fresh: Sequence[tuple[Trajectory, Group]], trainer: bytes
+    ) -> list[do.Effect]:
+        """Those of the trajectories that have just arrived in `message` which the trainer is to verify: also all that
+        come from an earlier life. What a lost generator began is no evidence against the one that ended it."""
+        last = self.admission.life(peer)
+        if last is None or not trainer:
             return []
+        name, session = last[0], self.session(peer, message)
         chosen = tuple(
             trajectory
             for trajectory, group in fresh
-            if self.sampling.choose(life, trajectory) and group.senders <= {life[0]} and not group.restored
+            if self.sampling.can_verify(trajectory)
+            and (session != last[1] or self.sampling.choose(last, trajectory))
+            and group.senders <= {name}
+            and not group.restored
         )
         if not chosen:
             return []
-        name, session = life
         return [do.Send(peer=trainer, message=msg.Verify(name=name, session=session, trajectories=chosen))]
 
-    def impossible(self, peer: bytes, now: float) -> list[do.Effect]:
+    def impossible(self, peer: bytes, message: msg.Message, now: float) -> list[do.Effect]:
         """A message held trajectories with versions or tokens that cannot be."""
         life = self.admission.life(peer)
-        if life is None or not self.sampling.share or not self.quarantine.count_impossible(life):
+        if life is None or life[1] != self.session(peer, message):
+            return []
+        if not self.sampling.share or not self.quarantine.count_impossible(life):
             return []
         reason = f"{IMPOSSIBLE} of its messages named weights that its permits exclude, or tokens that do not exist"
         return self.prove(life, "versions", reason, now)
@@ -87,18 +109,19 @@ class Trust:
     def prove(self, life: Life, lie: str, reason: str, now: float) -> list[do.Effect]:
         """This generator lied: it is quarantined."""
         name = life[0]
-        peer, generator = next(
-            ((p, g) for p, g in self.admission.generators.items() if (g.name, g.session) == life), (b"", None)
-        )
-        pid = generator.pid if generator is not None else 0
+        alike = [(peer, g) for peer, g in self.admission.generators.items() if g.name == name]
+        pid = next((g.pid for _, g in alike if g.session == life[1]), 0)
         why = f"{name} reported {lie} that are not what it did: {reason}"
         self.quarantine.add(life, pid, why)
         self.sampling.forget(life)
         out: list[do.Effect] = []
-        if generator is not None:
-            self.attendance.remove(peer)
-            told = msg.Refused(what="what it sent", reason=f"quarantined: {why}", kind="quarantine")
-            out.append(do.Send(peer=peer, message=told))
+        for peer, generator in alike:
+            if self.quarantine.reason((name, generator.session)):  # else it is the next process of that name
+                self.attendance.remove(peer)
+                told = msg.Refused(
+                    what="what it sent", reason=f"quarantined: {why}", kind="quarantine", session=generator.session
+                )
+                out.append(do.Send(peer=peer, message=told))
         refused = [g for g in self.ledger.groups.values() if name in g.senders]
         for group in refused:
             out += self.batching.refuse(group.group, f"{FABRICATED}: by {name} ({lie})")

@@ -51,9 +51,13 @@ class Sampling:
     suspects: dict[Life, int] = field(default_factory=dict)
     """generators under suspicion, and how many of their next trajectories are all verified"""
 
+    def can_verify(self, trajectory: Trajectory) -> bool:
+        """Whether there is something to verify."""
+        return self.share > 0 and not trajectory.failed and trajectory.num_policy_tokens > 0
+
     def choose(self, life: Life, trajectory: Trajectory) -> bool:
         """Whether this trajectory of that generator is to be verified."""
-        if not self.share or trajectory.failed or not trajectory.num_policy_tokens:
+        if not self.can_verify(trajectory):
             return False
         key = (life, trajectory.split)
         seen, chosen, end = self.stretches.get(key, (0, 0, 0))

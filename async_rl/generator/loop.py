@@ -148,6 +148,8 @@ class GeneratorLoop:
     deadline: BufferDeadline = field(init=False)
     session: int = 0
     """of the last Hello"""
+    sessions: set[int] = field(default_factory=set)
+    """of every Hello of this process"""
     started: float = 0.0
     stopped: str = ""
     """why the buffer ended the run"""
@@ -254,6 +256,8 @@ class GeneratorLoop:
                 case msg.Stop(reason=reason):
                     self.stopped = reason or "it is done"
                     return
+                case msg.Refused(session=session) if session and session not in self.sessions:
+                    pass  # the process that had this name before is meant
                 case msg.Refused(what=what, reason=reason, kind=kind, pairs=pairs):
                     if kind not in HARMLESS:
                         raise RunFailed(f"{self.options.name}: the buffer refused {what}: {reason}")
@@ -314,6 +318,7 @@ class GeneratorLoop:
 
     async def _say_hello(self) -> None:
         self.session = time.time_ns()
+        self.sessions.add(self.session)
         await self.dealer.send(
             msg.Hello(
                 role="generator",
@@ -360,11 +365,11 @@ class GeneratorLoop:
 
     async def _send_turns(self, turns: tuple[Trajectory, ...]) -> None:
         for some in portions(turns):
-            await self.dealer.send(msg.Turns(trajectories=some))
+            await self.dealer.send(msg.Turns(trajectories=some, session=self.session))
 
     async def _send_finished(self, trajectories: tuple[Trajectory, ...]) -> None:
         for some in portions(trajectories):
-            await self.dealer.send(msg.Finished(trajectories=some))
+            await self.dealer.send(msg.Finished(trajectories=some, session=self.session))
 
     async def _send_status(self) -> None:
         stats = self.engine.stats()

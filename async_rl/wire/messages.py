@@ -59,6 +59,8 @@ class Finished(WireStruct, frozen=True, kw_only=True):
     """each has passed `Trajectory.check()`, else the whole message is refused"""
     blobs: tuple[memoryview, ...] = ()
     """bytes of each trajectory as they arrived, filled in by the receiver, which stores them as they are"""
+    session: int = 0
+    """of the generator that sends it; 0: its last one"""
 
 
 class Turns(WireStruct, frozen=True, kw_only=True):
@@ -66,6 +68,8 @@ class Turns(WireStruct, frozen=True, kw_only=True):
     before. The buffer sends them before a permit: what a lost generator had done of its group."""
 
     trajectories: tuple[Trajectory, ...]
+    session: int = 0
+    """as in Finished"""
 
 
 class Leave(WireStruct, frozen=True, kw_only=True):
@@ -164,6 +168,9 @@ class Refused(WireStruct, frozen=True, kw_only=True):
     """what it was counted under: a RefusalKind of wire/frames.py"""
     pairs: tuple[tuple[int, int], ...] = ()
     """(group, sample) of the trajectories that were not taken"""
+    session: int = 0
+    """of the generator that sent the message: it may have ended, and the next process of its name is not meant. 0: no
+    generator is known"""
 
 
 class Abandon(WireStruct, frozen=True, kw_only=True):

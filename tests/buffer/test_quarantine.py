@@ -164,9 +164,73 @@ def test_a_generator_of_the_launchers_may_come_back_once_as_a_new_process() -> N
     play.say(TRAINER, lie)
     assert told(play.hello("generator-0", pid=5, session=2), msg.Refused)  # the same process
     assert not told(play.hello("generator-0", pid=6, session=3), msg.Refused)
-    assert play.core.trust.barred(b"generator-0") == ""
+    assert play.core.trust.barred(b"generator-0", msg.Want(limit=1, version=0, session=3)) == ""
     play.say(TRAINER, altered(lie, session=3))
     assert told(play.hello("generator-0", pid=7, session=4), msg.Refused)
+
+
+def test_a_liars_last_words_are_no_charge_against_the_next_process_of_its_name() -> None:
+    play = Play()
+    play.hello("generator-0", pid=5, session=1)
+    first, second = play.permits[b"generator-0"]
+    play.say(TRAINER, altered(LIE, name="generator-0"))
+    found = play.say(b"generator-0", msg.Finished(trajectories=(answer(first, 0, 0),), session=1))
+    assert [(m.kind, m.session) for m in told(found, msg.Refused)] == [("quarantine", 1)]  # it may have ended
+
+    # its Hello was lost: it is unknown, not kept out
+    found = play.say(b"generator-0", msg.Want(limit=2, version=0, session=2))
+    assert [(m.kind, m.session) for m in told(found, msg.Refused)] == [("stranger", 2)]
+    assert [m.session for m in told(found, msg.Unknown)] == [2]
+
+    play.hello("generator-0", pid=6, session=2)
+    asked_again = play.permits[b"generator-0"][2]
+    play.finish(b"generator-0", asked_again, (0,))
+    assert [sent.session for sent in play.verified] == [2]
+    late: msg.Message
+    for late in (
+        msg.Finished(trajectories=(answer(second, 1, 0),), session=1),
+        msg.Turns(trajectories=(answer(second, 1, 0),), session=1),
+        msg.Want(limit=5, version=0, session=1),
+    ):
+        found = play.say(b"generator-0", late)
+        assert [(m.kind, m.session) for m in told(found, msg.Refused)] == [("quarantine", 1)], late
+        assert not [e for e in found if isinstance(e, do.AddTrajectories | do.SaveTurns)]
+    assert play.core.admission.generators[b"generator-0"].session == 2
+
+
+def test_what_an_earlier_process_sent_is_verified_as_its_own() -> None:
+    play = Play()
+    play.core.trust.sampling.share = 1e-6
+    play.hello("generator-0", pid=5, session=1)
+    (first, _) = play.permits[b"generator-0"]
+    play.hello("generator-0", pid=6, session=2)
+    assert not told(play.say(b"generator-0", msg.Finished(trajectories=(answer(first, 0, 0),), session=1)), msg.Refused)
+    assert [(sent.session, len(sent.trajectories)) for sent in play.verified] == [(1, 1)]
+    found = play.say(TRAINER, altered(LIE, name="generator-0", session=1))
+    assert [e.group for e in found if isinstance(e, do.RefuseGroup)] == [first.group]
+    assert not told(found, msg.Refused)
+    assert play.core.admission.generators[b"generator-0"].session == 2
+    found = play.say(TRAINER, altered(LIE, name="generator-0", session=2))
+    assert [m.session for m in told(found, msg.Refused)] == [2]
+
+
+def test_a_number_of_its_own_invention_frees_no_liar() -> None:
+    play = Play()
+    play.hello("generator-0", pid=5, session=1)
+    permit = play.permits[b"generator-0"][0]
+    play.say(TRAINER, altered(LIE, name="generator-0"))
+    found = play.say(b"generator-0", msg.Finished(trajectories=(answer(permit, 0, 0),), session=77))
+    assert [m.kind for m in told(found, msg.Refused)] == ["quarantine"]
+
+    play = Play()
+    play.hello("generator-0", pid=5, session=1)
+    for made_up, permit in zip((78, 79), play.permits[b"generator-0"], strict=True):
+        play.say(b"generator-0", msg.Finished(trajectories=(answer(permit, 0, 0),), session=made_up))
+        assert play.verified[-1].session == made_up
+        found = play.say(TRAINER, altered(LIE, name="generator-0", session=made_up))
+    assert [m.session for m in told(found, msg.Refused)] == [1]  # the name stays out now, and so does this process
+    assert b"generator-0" not in play.core.admission.generators
+    assert told(play.hello("generator-0", pid=9, session=2), msg.Refused)
 
 
 def test_messages_with_impossible_versions_prove_a_lie() -> None:

@@ -26,6 +26,11 @@ def test_a_group_that_is_given_to_a_generator_and_refused_in_one_round_has_no_tu
     assert any(reason.startswith("stale") for reason in seen.refused.values())
 
 
+def test_the_answer_to_a_liars_last_words_is_not_for_the_next_process_of_its_name() -> None:
+    """The world stops where an honest generator is told that it lied."""
+    assert play(some_world(1578)).counts["generator_quarantined"]
+
+
 def test_the_real_store_does_the_same_as_the_one_the_schedules_are_played_with(tmp_path: Path) -> None:
     shared = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
     compared = launches = 0

@@ -82,6 +82,8 @@ class SimulatedGenerator(Process):
     """newest version it has been told of"""
     loading: bool = False
     session: int = 0
+    sessions: set[int] = field(default_factory=set)
+    """of every Hello of this process"""
     granted: int = 0
     """permits of this session"""
     limit: int = -1
@@ -116,6 +118,7 @@ class SimulatedGenerator(Process):
 
     def hello(self) -> None:
         self.session = self.new_session()
+        self.sessions.add(self.session)
         self.link.send(msg.Hello(role="generator", name=self.name, pid=self.pid, session=self.session))
 
     def show(self) -> None:
@@ -155,11 +158,11 @@ class SimulatedGenerator(Process):
 
     def send(self, trajectories: Sequence[Trajectory]) -> None:
         if trajectories:
-            self.link.send(msg.Finished(trajectories=tuple(trajectories)))
+            self.link.send(msg.Finished(trajectories=tuple(trajectories), session=self.session))
 
     def send_turns(self, pairs: Collection[Pair]) -> None:
         if some := self.decoder.turns(pairs):
-            self.link.send(msg.Turns(trajectories=tuple(some)))
+            self.link.send(msg.Turns(trajectories=tuple(some), session=self.session))
 
     def ended(self, trajectory: Trajectory) -> None:
         """An episode is over."""
@@ -202,6 +205,8 @@ class SimulatedGenerator(Process):
             case msg.NewWeights(version=version):
                 self.announced = max(self.announced, version)
                 self.load()
+            case msg.Refused(session=session) if session and session not in self.sessions:
+                pass  # the process that had this name before is meant
             case msg.Refused(kind="quarantine"):
                 self.expelled()
                 return
