@@ -10,8 +10,11 @@ size too.
 What is asked of each life of a process that lasts for three minutes, after its first 90 seconds: its memory changes by
 2 % at most, by the median of all slopes (Theil and Sen); its open files are as many at the end as at the beginning. Of
 the store (buffer.keep_steps): what stays of a trajectory whose tokens are deleted, its row, is 250 bytes at most. Of
-the run: no group lost, none trained twice (the audit), and a training step at least every minute. buffer.memory_mb is
-small, so that as many pages of the store as may be are in memory before the measurement begins.
+the run: no group lost, none trained twice (the audit), and a training step at least every minute.
+
+The buffer's process keeps pages of the store in memory, a quarter of buffer.memory_mb at most, here 4 MB and some 20 %
+for their bookkeeping. Until these are there it grows by some 200 bytes a trajectory, so it is looked at from when the
+store is half as large again as the cache; a soak of a few minutes does not get there and has no "buffer" in its lives.
 """
 
 from __future__ import annotations
@@ -55,6 +58,8 @@ WARM_S, LEAST_LIFE_S = 90.0, 180.0
 MOST_GROWTH = 0.02
 LEAST_GROWTH_KB = 512.0
 """less than this is a page here and there"""
+CACHE_FULL_KB = 1.5 * 4096
+"""size of the store from which on as many of its pages are in the buffer's memory as may be"""
 LONGEST_STEP_S = 60.0
 MOST_ROW_BYTES = 250.0
 """that stay in the store of a trajectory whose tokens are deleted"""
@@ -147,6 +152,8 @@ class Soak:
                 status = Path(f"/proc/{pid}/status").read_text()
                 files = len(os.listdir(f"/proc/{pid}/fd"))
             except OSError:
+                continue
+            if name == "buffer" and max(self.store_kb, default=0.0) < CACHE_FULL_KB:
                 continue
             kb = next((line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")), None)
             if kb is not None:

@@ -79,6 +79,8 @@ class Admission:
     """the generators lost last, and their last lives: what they still send does not come from a stranger"""
     refuse: Callable[[Group], list[do.Effect]] = lambda group: []
     """refuses a group that was just admitted where its problem may not be asked; no effects: it may"""
+    forgotten: Callable[[Life], None] = lambda life: None
+    """called with a life that is not remembered any longer"""
     lost_busy_seconds: float = 0.0
     """inside model steps, of generators that are gone"""
     lost_tokens: int = 0
@@ -122,9 +124,11 @@ class Admission:
         self.counts["generators_lost"] += 1
         self.lost_busy_seconds += gone.busy_seconds
         self.lost_tokens += gone.tokens_generated
-        self.former[peer] = (gone.name, gone.session)
+        before, self.former[peer] = self.former.get(peer), (gone.name, gone.session)
+        if before is not None and before != self.former[peer]:
+            self.forgotten(before)
         if len(self.former) > MOST_FORMER:
-            self.former.popitem(last=False)
+            self.forgotten(self.former.popitem(last=False)[1])
         for number in gone.groups:
             group = self.ledger.groups.get(number)
             if group is not None and group.holder == peer:

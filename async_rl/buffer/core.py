@@ -96,6 +96,7 @@ class Core:
             batching=self.batching,
         )
         self.batching.on_formed = self.trust.trained
+        self.admission.forgotten = self.trust.forget
         self.waits.quarantined = self.trust.told
         self.acceptance = Acceptance(
             rules=self.rules,

@@ -55,6 +55,11 @@ class Trust:
             why = self.quarantine.reason(last)  # no life can send these under a number that it makes up
         return why
 
+    def forget(self, life: Life) -> None:
+        """This life is over, and nothing comes of it any more. That it lied is known on."""
+        self.sampling.forget(life)
+        self.quarantine.impossible.pop(life, None)
+
     def told(self) -> str:
         """Behind "no generator is connected": those that lied; empty where none did."""
         names = dict.fromkeys(name for name, _ in self.quarantine.lives)

@@ -51,6 +51,8 @@ class Peers:
     lengths: np.random.Generator = field(default_factory=lambda: np.random.default_rng(5))
     open: list[msg.Permit] = field(default_factory=list)
     finished: int = 0
+    tokens: tuple[int, int] = (50, 4001)
+    """of a trajectory: at least, and one more than at most"""
 
     def begin(self) -> None:
         self.generator.send(msg.Hello(role="generator", name="generator-0", pid=1))
@@ -63,7 +65,7 @@ class Peers:
         while len(self.open) < wanted:
             self.hear(self.generator, msg.Permits, "permits")
         made = [
-            trajectory(permit, sample, version, int(self.lengths.integers(50, 4001)))
+            trajectory(permit, sample, version, int(self.lengths.integers(*self.tokens)))
             for permit in self.open[:wanted]
             for sample in permit.samples
         ]
@@ -149,6 +151,21 @@ def test_memory_stays_flat_over_ten_thousand_trajectories_and_batches_beyond_the
         grown.append(anonymous_mb(pid))
     assert peers.finished == 10_240
     assert grown[-1] - grown[1] < 4.0, f"after 2,560 and after 10,240 trajectories: {grown} MB"
+
+
+@pytest.mark.nightly
+def test_memory_stays_flat_over_fifty_thousand_short_trajectories_once_the_cache_is_full(
+    buffer: tuple[Peers, int],
+) -> None:
+    peers, pid = buffer
+    peers.tokens = (10, 40)
+    peers.begin()
+    grown: list[float] = []
+    for step in range(60):
+        peers.generate(step)
+        assert len(peers.train(step)) == 1280
+        grown.append(anonymous_mb(pid))
+    assert grown[-1] - grown[19] < 0.5, f"after 25,600 and after 76,800 trajectories: {grown} MB"
 
 
 def test_the_parts_of_a_budget_fit_into_it() -> None:
