@@ -49,6 +49,8 @@ WHILE_IMPORTING = """
 import signal, sys
 from async_rl.__main__ import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
+
 class Slow:
     def find_spec(self, name, *_):
         if name == "async_rl.cli.main":

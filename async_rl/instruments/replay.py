@@ -19,6 +19,7 @@ from async_rl.events import RunResumed
 from async_rl.instruments.retraining import Retraining
 from async_rl.objective.own import check_recorded
 from async_rl.run.inputs import read_inputs
+from async_rl.run.placement import threads_here
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.trainer.build import make_learner
 from async_rl.trainer.checkpoint import load_checkpoint
@@ -80,7 +81,7 @@ def replay(
     _check_ranks(folder, last)
     resumes = [row.event for row in folder.read_events() if isinstance(row.event, RunResumed)]
     started = time.monotonic()
-    torch.set_num_threads(settings.trainer.threads)
+    torch.set_num_threads(threads_here(settings).trainer.threads)
     with StoreReader(folder.store) as store:
         learner = make_learner(settings)
         begun = _begin(folder, store.first_step(), last, learner)

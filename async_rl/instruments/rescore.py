@@ -32,6 +32,7 @@ from async_rl.objective.library import check_effect, load_recipe
 from async_rl.objective.own import check_recorded
 from async_rl.objective.recipe import Recipe, requirements
 from async_rl.objective.trust import bucket_names, length_bucket
+from async_rl.run.placement import threads_here
 from async_rl.run_folder import RunFolder, read_rows, replace_text
 from async_rl.task import task_class
 from async_rl.trainer.build import make_learner
@@ -126,7 +127,7 @@ def rescore(
     trained = max((int(row["step"]) + 1 for row in read_rows(folder.metrics)), default=0)
     first, last = parse_steps(steps, trained)
     chosen = {text: _recipe(text, settings) for text in recipes}
-    torch.set_num_threads(settings.trainer.threads)
+    torch.set_num_threads(threads_here(settings).trainer.threads)
     learner = make_learner(settings)
     others = {text: _learner(text, recipe, learner, settings) for text, recipe in chosen.items()}
     scores = {text: Score(recipe=text) for text in (OWN, *others)}

@@ -120,7 +120,7 @@ def test_a_job_that_cannot_be_done_is_answered_with_its_reason_and_the_next_one_
     with WorkerPool(1, tmp_path, 60.0) as crew:
         answers = {a.name: a.failed for a in crew.run([bad, {**bad, "name": "worse", "settings": {}}])}
     assert "modell is not a setting" in answers["bad"]
-    assert "no tokenizer.json" in answers["worse"]
+    assert "no config.json" in answers["worse"]
 
 
 def test_a_job_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
