@@ -124,9 +124,11 @@ class Course:
             self.well = step
         self.worries.append(worry)
 
-    def since(self) -> int:
-        """The first step of the first window that was no longer well."""
-        return max(0, self.well + 2 - self.window)
+    def since(self, step: int = -1) -> int:
+        """The first step of the first window that was no longer well. A signal that was well when it was last judged,
+        or was not judged yet (few steps may have fresh data), shows nothing up to `step`."""
+        silent = not self.worries or self.well == self.steps[-1]
+        return max(0, (max(self.well, step) if silent else self.well) + 2 - self.window)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -142,6 +144,8 @@ class CollapseWatch:
     """lowest reward of a batch, 0 at most: what a collapse may fall to"""
     changes: deque[float] = field(init=False)
     """of the reward from one step to the next"""
+    step: int = -1
+    """newest step that was checked"""
 
     def __post_init__(self) -> None:
         # rewards are few numbers of small batches, and none of them is far off: a mean
@@ -151,7 +155,7 @@ class CollapseWatch:
 
     def check(self, row: Mapping[str, float]) -> list[Alarm]:
         """Add the next metric row; returns the alarms that it raises."""
-        step = int(row["step"])
+        step = self.step = int(row["step"])
         self._add(row, step)
         new = []
         for signal, course in self.courses.items():
@@ -173,7 +177,9 @@ class CollapseWatch:
         """The newest version that lies a window before every sign so far: the run would go back to it, should an alarm
         be raised at the next step."""
         signs = [alarm.since for alarm in self.raised.values()]
-        signs += [course.since() for signal, course in self.courses.items() if self._watched(signal) and course.steps]
+        signs += [
+            course.since(self.step) for signal, course in self.courses.items() if self._watched(signal) and course.steps
+        ]
         return max(0, min(signs, default=0) - self.settings.window)
 
     def _watched(self, signal: Signal) -> bool:

@@ -166,6 +166,14 @@ def test_one_would_go_back_to_a_window_before_the_first_sign() -> None:
     assert guard.newest_safe_version() <= before + 10
 
 
+@pytest.mark.parametrize("fresh", [5, 30])
+def test_a_signal_of_which_little_was_seen_does_not_send_the_run_back_to_its_start(fresh: int) -> None:
+    """Of fresh data, say, of which a run at a large lag has some at its start only."""
+    rows = healthy(100)
+    seen = [r if r["step"] < fresh else {k: v for k, v in r.items() if k != "ess/noise"} for r in rows]
+    assert watch(GuardSettings(), seen).newest_safe_version() == watch(GuardSettings(), rows).newest_safe_version() > 0
+
+
 def test_a_signal_that_usually_stands_half_way_does_not_send_the_run_back_to_its_start() -> None:
     rows = with_end(healthy(600), 30, ess=0.12)  # as at a large lag
     rows = [*rows[:500], *with_end(rows, 500, reward=0.05)[500:]]
