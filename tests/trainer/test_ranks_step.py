@@ -20,6 +20,7 @@ from async_rl.model.create import write_character_tokenizer
 from async_rl.model.folder import load_tensors, save_folder
 from async_rl.trainer.ranks import LAUNCHED, join_ranks, one_rank
 
+pytestmark = pytest.mark.xdist_group("ranks")  # what the ranks did takes a minute, and is made once
 SIZES = (2, 4)
 TOLERANCE = 1e-11
 """of weights around 1 in float64, behind two steps that moved them by about 0.03; sums are in another order"""

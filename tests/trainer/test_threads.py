@@ -51,7 +51,7 @@ def trajectories() -> list[Trajectory]:
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("recipe", ["grpo", "vcpo"])
+@pytest.mark.parametrize("recipe", [pytest.param("grpo", marks=pytest.mark.nightly), "vcpo"])
 def test_a_step_on_two_threads_is_repeated_bit_for_bit(tiny_model: Path, recipe: str) -> None:
     settings = quick_settings(tiny_model, f"recipe={recipe}")
     settings = replace(settings, batch=replace(settings.batch, groups_per_step=16, group_size=8))
