@@ -125,8 +125,8 @@ class Course:
         self.worries.append(worry)
 
     def since(self, step: int = -1) -> int:
-        """The first step of the first window that was no longer well. A signal without a sign of trouble (its last value
-        was well, or it has too few values to be judged) answers with the last window up to `step`."""
+        """The first step of the first window that was no longer well. A signal without a sign of trouble (its last
+        value was well, or it has too few values to be judged) answers with the last window up to `step`."""
         silent = not self.worries or self.well == self.steps[-1]
         return max(0, (max(self.well, step) if silent else self.well) + 2 - self.window)
 
