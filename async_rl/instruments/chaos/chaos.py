@@ -15,10 +15,10 @@ from pathlib import Path
 from async_rl.buffer.store import StoreReader, store_begun
 from async_rl.errors import RunFailed, UserError
 from async_rl.instruments.chaos.evidence import StoreEvidence, take_evidence
-from async_rl.instruments.chaos.injector import COUNTERS, InjectedFault, Injector
+from async_rl.instruments.chaos.injector import InjectedFault, Injector
 from async_rl.instruments.chaos.launch import POLL_S, LaunchedRun
 from async_rl.instruments.chaos.outcome import Outcome
-from async_rl.instruments.chaos.plan import describe
+from async_rl.instruments.chaos.plan import COUNTERS, describe
 from async_rl.instruments.chaos.progress import RunProgress
 from async_rl.process import ignore_interrupts, interruptible
 

@@ -23,9 +23,6 @@ FREEZE_LIMIT_S = 4.0
 """after which its user kills a launcher that is frozen"""
 FOLLOWED_S = 3.0
 """what happens so long after a fault counts as its consequence, and until the next step"""
-COUNTERS = {"kill": "kills", "freeze": "freezes", "slow": "slows", "disconnect": "disconnects", "lie": "lies",
-            "raise": "raises", "cancel": "cancels", "poison": "poisons", "disk": "disks"}  # fmt: skip
-"""kind of fault -> its counter in the outcome"""
 
 
 @dataclass(slots=True, kw_only=True)

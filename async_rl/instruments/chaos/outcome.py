@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from async_rl.instruments.chaos.plan import COUNTERS
 from async_rl.observe.audit import Audit, audit_rows, describe_violations
 
 
@@ -43,8 +44,7 @@ class Outcome:
 
     @property
     def done(self) -> int:
-        of_the_task = self.raises + self.cancels + self.poisons
-        return self.kills + self.freezes + self.slows + self.disconnects + self.lies + of_the_task + self.disks
+        return sum(getattr(self, counter) for counter in COUNTERS.values())
 
     @property
     def clean(self) -> bool:
@@ -57,15 +57,7 @@ class Outcome:
         return {
             "seed": self.seed,
             "faults_planned": self.planned,
-            "kills": self.kills,
-            "freezes": self.freezes,
-            "slows": self.slows,
-            "disconnects": self.disconnects,
-            "lies": self.lies,
-            "raises": self.raises,
-            "cancels": self.cancels,
-            "poisons": self.poisons,
-            "disks": self.disks,
+            **{counter: getattr(self, counter) for counter in COUNTERS.values()},
             "liars_quarantined": len(a.fabricated) if a else None,
             "lies_trained_on": a.count("fabricated") if a else None,
             "resumes": self.resumes,

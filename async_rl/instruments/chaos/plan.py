@@ -7,6 +7,7 @@ is. Every fourth fault follows the one before it within seconds, while the run r
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Literal, get_args
@@ -19,6 +20,8 @@ Kind = Literal["kill", "freeze", "slow", "disconnect", "lie", "raise", "cancel",
 """SIGKILL; SIGSTOP, for a moment or for ever; stopped and continued in turn; connections cut; a generator that reports
 what it did not do joins; a reward raises a BaseException, or cancels whoever awaits it; a problem whose code crashes
 the generator; nothing that a process writes finds room"""
+COUNTERS: Mapping[Kind, str] = {kind: f"{kind}s" for kind in get_args(Kind)}
+"""kind of fault -> name of its number in `Counts` and in the outcome"""
 OF_THE_TASK: tuple[Kind, ...] = ("raise", "cancel", "poison")
 """done by the task's code (sabotage.py)"""
 WRITERS: tuple[Role, ...] = ("buffer", "trainer")
@@ -55,7 +58,7 @@ class Counts:
     @property
     def of_the_task(self) -> int:
         """Faults that the task's code commits."""
-        return self.raises + self.cancels + self.poisons
+        return sum(getattr(self, COUNTERS[kind]) for kind in OF_THE_TASK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +93,8 @@ def make_plan(counts: Counts, *, seed: int) -> tuple[Fault, ...]:
     victims += [("slow", role, random.uniform(*SLOW_S)) for role in _roles(counts.slows, random)]
     victims += [("disconnect", None, random.uniform(*HOLD_S)) for _ in range(counts.disconnects)]
     victims += [("lie", None, 0.0) for _ in range(counts.lies)]
-    for kind, many in zip(OF_THE_TASK, (counts.raises, counts.cancels, counts.poisons), strict=True):
-        victims += [(kind, None, 0.0)] * many
+    for kind in OF_THE_TASK:
+        victims += [(kind, None, 0.0)] * getattr(counts, COUNTERS[kind])
     victims += [("disk", WRITERS[number % len(WRITERS)], 0.0) for number in range(counts.disks)]
     random.shuffle(victims)
     moments = sorted(random.uniform(0.0, LATEST) for _ in victims)
