@@ -114,6 +114,11 @@ class _Whole:
     buffer: int
     sequence: int
     checksum: int
+    """crc32 of its bytes; _NOTHING: none was stored"""
+
+    def has(self, content: NDArray[np.uint8]) -> bool:
+        """Whether these bytes are those of the version, as far as a checksum tells."""
+        return self.checksum == _NOTHING or self.checksum == _crc(content.data)
 
 
 class WeightPublisher:
@@ -294,7 +299,7 @@ class WeightReader:
         if whole is None:
             return None
         copied = self._bytes(whole.buffer).copy()
-        if not self._unchanged(whole) or (whole.checksum != _NOTHING and whole.checksum != _crc(copied.data)):
+        if not self._unchanged(whole) or not whole.has(copied):
             return None
         return WeightCopy(version=whole.version, layout=layout_to_json(self._places), content=copied)
 
@@ -307,7 +312,7 @@ class WeightReader:
             return None
         check_fit({place.name: place.shape for place in self._places}, targets, whole.version)
         content = self._bytes(whole.buffer)
-        if whole.checksum not in (_NOTHING, _crc(content.data)):
+        if not whole.has(content):
             return None
         # From its address, because torch warns of memory that cannot be written.
         memory = (ctypes.c_char * len(content)).from_address(content.ctypes.data)
@@ -315,7 +320,7 @@ class WeightReader:
         with torch.no_grad():
             for place in self._places:
                 overwrite(targets[place.name], tensor_of(source, place))
-        same = self._unchanged(whole) and whole.checksum in (_NOTHING, _crc(content.data))
+        same = self._unchanged(whole) and whole.has(content)
         del source, content
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)  # else this process is charged for both versions

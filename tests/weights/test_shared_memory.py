@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import struct
+import zlib
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from async_rl.errors import UserError
-from async_rl.weights import WeightPublisher, WeightReader, WeightsError, segment_path
+from async_rl.weights import WeightPublisher, WeightReader, WeightsError, segment_path, shared_memory
 
 PROCESSES = multiprocessing.get_context("spawn")
 
@@ -70,6 +71,24 @@ def test_a_version_is_read_into_tensors_of_other_strides_and_dtypes(tmp_path: Pa
         assert reader.read_into(targets) == 5
         for name, tensor in tensors(5).items():
             assert torch.equal(targets[name].double(), tensor.double())
+
+
+def test_a_reader_sums_bytes_only_where_a_checksum_was_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summed: list[int] = []
+
+    def counted(data: memoryview) -> int:
+        summed.append(len(data))
+        return zlib.crc32(data)
+
+    monkeypatch.setattr(shared_memory, "_crc", counted)
+    for checksum in (False, True):
+        path = tmp_path / f"weights-{checksum}"
+        with WeightPublisher(path, tensors(), checksum=checksum) as publisher, WeightReader(path) as reader:
+            publisher.publish(tensors(1), 1)
+            summed.clear()
+            assert reader.read_into(tensors()) == 1
+            assert reader.read(1)[0] == 1
+            assert bool(summed) == checksum
 
 
 def test_tensors_that_do_not_fit_stay_as_they_are(tmp_path: Path) -> None:
