@@ -31,7 +31,7 @@ class InjectedFault:
 
     fault: Fault
     target: Target | None
-    """None: connections"""
+    """None: connections, a liar or the task's code"""
     began: float
     step: int
     """training steps done then"""
@@ -41,8 +41,8 @@ class InjectedFault:
     """cuts the connections that are held"""
     liar: subprocess.Popen[bytes] | None = None
     """a generator that lies"""
-    order: Path | None = None
-    """of the task's code; gone when it is carried out"""
+    lasts: Callable[[], bool] | None = None
+    """whether it goes on, where others end it: the order still lies there, the process still lives"""
     followed: list[str] = field(default_factory=list)
     """what the run did next"""
     next_step_s: float | None = None
@@ -61,12 +61,8 @@ class InjectedFault:
             self.cut = None
         if self.liar is not None:
             return self.liar.poll() is not None
-        if self.order is not None:
-            return not self.order.exists()
-        if self.fault.kind == "disk" and self.target is not None:
-            return not self.target.alive()
-        if self.fault.endless and self.target is not None:
-            return not self.target.alive()
+        if self.lasts is not None:
+            return not self.lasts()
         return not self.ahead and self.cut is None
 
 
@@ -125,11 +121,12 @@ class Injector:
         target: Target | None = None
         cut: Callable[[], int] | None = None
         liar: subprocess.Popen[bytes] | None = None
-        order: Path | None = None
+        lasts: Callable[[], bool] | None = None
         if fault.kind in OF_THE_TASK:
             assert self.orders is not None
             order = self.orders / f"{fault.kind}-{self.next}"
             order.touch()
+            lasts = order.exists
         elif fault.kind == "lie":
             if not any(one.role == "buffer" and one.alive() for one in living):
                 return None
@@ -139,6 +136,10 @@ class Injector:
             if not fitting:
                 return None
             target = fitting[int(fault.pick * len(fitting))]
+            if fault.kind == "disk":
+                target.fill_disk()
+            if fault.kind == "disk" or fault.endless:
+                lasts = target.alive
         else:
             assert self.proxy is not None
             if not self.proxy.connections:
@@ -152,10 +153,8 @@ class Injector:
             ahead=deque((now + seconds, number) for seconds, number in timetable(fault, patience_s=FREEZE_LIMIT_S)),
             cut=cut,
             liar=liar,
-            order=order,
+            lasts=lasts,
         )
-        if fault.kind == "disk" and target is not None:
-            target.fill_disk()
         self.next += 1
         self.due = None
         (self.open if begun.advance(now) else self.active).append(begun)
