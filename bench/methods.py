@@ -28,12 +28,12 @@ from async_rl.config.schema import structured
 from async_rl.instruments.lab.exact_lag import Sampled, train_with_exact_lag
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
-from async_rl.task.guess import FOUND, Guess, Interval
+from async_rl.task.guess import Guess
 from async_rl.task.protocol import Problem, Reward, Session
 from async_rl.trainer.learner import StepReport
 
 STEPS, LAG, GROUPS, SAMPLES, ENDS = 30, 4, 8, 8, 5
-HERE = f"{Path(__file__).resolve()}"
+HERE = Path(__file__).resolve()
 
 
 class Parts(Guess):
@@ -62,19 +62,8 @@ class Fractional(Guess):
 class Consistent(Guess):
     """The game in which a guess that contradicts the answers before it is a void turn."""
 
-    async def rollout(self, problem: Problem, session: Session) -> Reward:
-        secret: int = problem.data["secret"]
-        known = Interval(0, self.settings.num_secrets - 1)
-        for _ in range(self.settings.max_turns):
-            guess = self.read(await session.generate(max_tokens=self.num_digits))
-            session.note_turn("void", float(not known.allows(guess)))
-            answer = self.answer(secret, guess)
-            session.append(answer)
-            if answer == FOUND:
-                return 1.0
-            known.learn(guess, answer)
-        session.end_at_turn_limit()
-        return 0.0
+    def judge(self, session: Session, *, consistent: bool) -> None:
+        session.note_turn("void", float(not consistent))
 
 
 GUESS = {"name": "guess"}
@@ -183,11 +172,8 @@ def main() -> None:
         if name not in beside:
             runs = [train("grpo", task, {}, "clip/frac", seed, args.rate) for seed in seeds]
             beside[name] = statistics.mean(run[1] for run in runs)
-        found = [
-            statistics.mean(x)
-            for x in zip(*(train(recipe, task, changes, metric, s, args.rate) for s in seeds), strict=True)
-        ]
-        first, last, acts, skipped, seconds = found
+        runs = [train(recipe, task, changes, metric, seed, args.rate) for seed in seeds]
+        first, last, acts, skipped, seconds = map(statistics.mean, zip(*runs, strict=True))
         row = (recipe, name, f"{first:.3f} -> {last:.3f}", f"{beside[name]:.3f}", f"{metric} {acts:.4g}",
                f"{skipped:g}", f"{seconds:.1f}")  # fmt: skip
         print("| " + " | ".join(row) + " |", flush=True)

@@ -100,8 +100,7 @@ class Guess(Task):
             if session.truncated and not text:
                 return 0.0  # the context is full: no further guess can be made
             guess = self.read(text)
-            if self.settings.reward_consistent and known.allows(guess):
-                session.reward_turn(self.settings.reward_consistent)
+            self.judge(session, consistent=known.allows(guess))
             answer = self.answer(secret, guess)
             session.append(answer)
             if answer == FOUND:
@@ -109,6 +108,11 @@ class Guess(Task):
             known.learn(guess, answer)
         session.end_at_turn_limit()
         return 0.0
+
+    def judge(self, session: Session, *, consistent: bool) -> None:
+        """Called behind each guess. `consistent`: the answers so far allow it."""
+        if consistent and self.settings.reward_consistent:
+            session.reward_turn(self.settings.reward_consistent)
 
     def state_key(self, known: Interval) -> int:
         """What is known of the secret as one number; after contradictory play the interval may be empty."""
