@@ -367,8 +367,10 @@ class EmbeddedEngine:
         answer = self._answers.pop(self._slots.session[slot])
         if not answer.done():
             answer.set_exception(LogitsNotFinite(self._version))
-        # What blocks hold later is multiplied with what they hold now, by weight 0, and 0 times NaN is NaN.
-        self._cache.zero([SCRATCH, *self._tables.chain(slot)])
+        # What blocks hold later is multiplied with what they hold now, by weight 0, and 0 times NaN is NaN. A block
+        # that another sequence holds, too, stays: when it is not finite, that one fails in its turn.
+        own = [block for block in self._tables.chain(slot) if self._tables.holders[block] == 1]
+        self._cache.zero([SCRATCH, *own])
         self._slots.clear(slot)
 
     def _answer(self, slot: int, finish: Literal["stop", "length", "aborted"]) -> None:

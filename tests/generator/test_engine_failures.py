@@ -88,6 +88,33 @@ def test_a_sequence_without_finite_logits_fails_alone_and_leaves_nothing_behind(
         assert str(error) == "the model's logits are not finite under weights of version 0"
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_sequence_that_fails_leaves_the_beginning_that_others_share_with_it(tokenizer: Tokenizer, count: int) -> None:
+    shared = [token % 20 for token in range(40)]
+    good = [ask(i, [*shared, i], 5) for i in range(count)]
+    bad = [ask(100 + i, [*shared, POISON, i], 5) for i in range(2)]
+    again = [ask(200, [*shared, 7], 5)]  # finds the beginning in the cache
+    expected = all_at_once(make_engine(tokenizer, max_sequences=8), [*good, *again])
+    assert not any(POISON in one.tokens for one in expected if isinstance(one, Completion))
+    engine = make_engine(tokenizer, float("nan"), max_sequences=8)
+
+    async def run() -> Answers:
+        first = [asyncio.create_task(engine.generate(request)) for request in good]
+        while engine.stats().tokens_generated < count:
+            await asyncio.sleep(0)
+        failed = await asyncio.gather(*map(engine.generate, bad), return_exceptions=True)
+        assert all(isinstance(error, LogitsNotFinite) for error in failed)
+        found: Answers = list(await asyncio.gather(*first, *map(engine.generate, again)))
+        await engine.close()
+        return found
+
+    for some, other in zip(asyncio.run(run()), expected, strict=True):
+        assert isinstance(some, Completion)
+        assert isinstance(other, Completion)
+        assert some.tokens == other.tokens
+        assert np.allclose(some.log_probs, other.log_probs, atol=1e-5)
+
+
 def broken_step() -> None:
     raise IndexError("an error of the engine")
 
