@@ -6,9 +6,9 @@ which they were opened, so a context can go on at any time, also while another o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from msgspec.structs import replace
@@ -118,8 +118,8 @@ def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
 
 
 class RecordedTurns:
-    """The turns that a lost generator sampled of an episode. Each answers one request: the first one whose history is
-    that behind which the turn was sampled."""
+    """The turns of a recorded episode: what a lost generator sampled of it, or all of it, played again. Each answers
+    one request: the first one whose history is that behind which the turn was sampled."""
 
     def __init__(self, record: Trajectory) -> None:
         self._record = record
@@ -142,19 +142,28 @@ class RecordedTurns:
     def take(self, history: Sequence[int], room: int, temperature: float) -> Completion | None:
         """The turn behind `history`, where there is one of at most `room` tokens sampled at `temperature` (as turns
         record it)."""
-        record = self._record
-        for number, begin in self._left.items():
-            turn = record.turns[number]
-            if turn.start - begin != len(history) or turn.length > room or turn.temperature != temperature:
-                continue
-            if record.tokens[begin : turn.start].tolist() != list(history):
-                continue
-            del self._left[number]
-            taken = slice(turn.start, turn.start + turn.length)
-            return Completion(
-                tokens=record.tokens[taken].tolist(),
-                log_probs=record.log_behaviour[taken].tolist(),
-                versions=self._versions[taken].tolist(),
-                finish="stop" if self._stops[number] == "1" else "length",
-            )
+        for number in self.behind(history):
+            turn = self._record.turns[number]
+            if turn.length <= room and turn.temperature == temperature:
+                return self.give(number, "stop" if self._stops[number] == "1" else "length")
         return None
+
+    def behind(self, history: Sequence[int]) -> Iterator[int]:
+        """Numbers of the turns behind `history` that answered no request yet."""
+        record, known = self._record, list(history)
+        for number, begin in self._left.items():
+            start = record.turns[number].start
+            if start - begin == len(known) and record.tokens[begin:start].tolist() == known:
+                yield number
+
+    def give(self, number: int, finish: Literal["stop", "length"]) -> Completion:
+        """The turn as an answer; it answers no other request."""
+        del self._left[number]
+        record, turn = self._record, self._record.turns[number]
+        taken = slice(turn.start, turn.start + turn.length)
+        return Completion(
+            tokens=record.tokens[taken].tolist(),
+            log_probs=record.log_behaviour[taken].tolist(),
+            versions=self._versions[taken].tolist(),
+            finish=finish,
+        )

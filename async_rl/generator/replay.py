@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from async_rl.config import Settings
+from async_rl.generator.contexts import RecordedTurns
 from async_rl.generator.engine import Completion, EngineStats, Request
 from async_rl.generator.rollout import run_episode
-from async_rl.generator.session import EpisodeSession, make_tickets
+from async_rl.generator.session import EpisodeSession, Ticket, make_tickets
 from async_rl.generator.task_code import TaskGuard
 from async_rl.model.folder import check_folder, context_limit
 from async_rl.model.tokenizer import Tokenizer
@@ -66,41 +65,25 @@ class RecordedEngine:
 
     def __init__(self, trajectory: Trajectory, tokenizer: Tokenizer, max_context: int) -> None:
         self._trajectory, self._tokenizer, self.max_context = trajectory, tokenizer, max_context
-        self._left = list(range(len(trajectory.turns)))
+        self._turns = RecordedTurns(trajectory)
         self.missed = False
         """a turn was asked for that the trajectory does not have"""
-        starts = np.asarray([0, *trajectory.contexts])
-        begins = np.searchsorted(starts, [turn.start for turn in trajectory.turns], side="right") - 1
-        self._begins = [int(starts[begin]) for begin in begins]
-        versions = np.zeros(len(trajectory.tokens), np.int64)
-        for span in trajectory.versions:
-            versions[span.start : span.end] = span.version
-        self._versions = versions
 
     version = 0
 
     async def generate(self, request: Request) -> Completion:
         """Raises NotRecorded."""
-        trajectory, params = self._trajectory, request.params
-        for number in self._left:
-            turn, begin = trajectory.turns[number], self._begins[number]
-            if trajectory.tokens[begin : turn.start].tolist() != list(request.tokens):
-                continue
-            self._left.remove(number)
-            taken = slice(turn.start, turn.start + turn.length)
-            tokens = trajectory.tokens[taken].tolist()
-            stopped = bool(tokens) and tokens[-1] in params.stop_tokens
-            if not stopped and params.stop_strings:
-                text = self._tokenizer.decode(tokens, behind=True)
-                stopped = any(stop in text for stop in params.stop_strings if stop)
-            return Completion(
-                tokens=tokens,
-                log_probs=trajectory.log_behaviour[taken].tolist(),
-                versions=self._versions[taken].tolist(),
-                finish="stop" if stopped else "length",
-            )
-        self.missed = True
-        raise NotRecorded
+        number = next(self._turns.behind(request.tokens), None)
+        if number is None:
+            self.missed = True
+            raise NotRecorded
+        turn, params = self._trajectory.turns[number], request.params
+        tokens = self._trajectory.tokens[turn.start : turn.start + turn.length].tolist()
+        stopped = bool(tokens) and tokens[-1] in params.stop_tokens
+        if not stopped and params.stop_strings:
+            text = self._tokenizer.decode(tokens, behind=True)
+            stopped = any(stop in text for stop in params.stop_strings if stop)
+        return self._turns.give(number, "stop" if stopped else "length")
 
     async def load(self, weights: Mapping[str, Tensor], version: int) -> None:
         raise NotImplementedError
@@ -161,7 +144,14 @@ class Replayer:
             return Replayed()
         engine = RecordedEngine(trajectory, self.tokenizer, self.max_context)
         ticket = self._ticket(trajectory)
-        session = EpisodeSession(
+        session = self._session(engine, ticket)
+        episode = run_episode(
+            self.task, session, ticket, timeout_s=self.timeout_s, guard=TaskGuard(), weights=self.weights
+        )
+        return _compared(trajectory, asyncio.run(episode), missed=engine.missed)
+
+    def _session(self, engine: RecordedEngine, ticket: Ticket) -> EpisodeSession:
+        return EpisodeSession(
             engine=engine,
             tokenizer=self.tokenizer,
             ticket=ticket,
@@ -169,12 +159,8 @@ class Replayer:
             max_context=self.max_context,
             max_turns=self.max_turns,
         )
-        episode = run_episode(
-            self.task, session, ticket, timeout_s=self.timeout_s, guard=TaskGuard(), weights=self.weights
-        )
-        return _compared(trajectory, asyncio.run(episode), missed=engine.missed)
 
-    def _ticket(self, t: Trajectory) -> Any:
+    def _ticket(self, t: Trajectory) -> Ticket:
         permit = Permit(
             group=t.group, problem=t.problem, split=t.split, samples=(t.sample,), seed=0, temperature=t.temperature
         )
@@ -185,14 +171,8 @@ class Replayer:
         if not begins_with_its_prompt(self.task):
             return ""
         problem = self.task.problems(trajectory.split)[trajectory.problem]
-        session = EpisodeSession(
-            engine=RecordedEngine(trajectory, self.tokenizer, self.max_context),
-            tokenizer=self.tokenizer,
-            ticket=self._ticket(trajectory),
-            session_id=0,
-            max_context=self.max_context,
-            max_turns=self.max_turns,
-        )
+        engine = RecordedEngine(trajectory, self.tokenizer, self.max_context)
+        session = self._session(engine, self._ticket(trajectory))
         session.begin(problem)
         prescribed = session.contexts[0].tokens
         found = trajectory.tokens[: len(prescribed)].tolist()
@@ -211,7 +191,7 @@ def begins_with_its_prompt(task: Task) -> bool:
 
 
 def _differing(what: str, wanted: Sequence[int], found: Sequence[int]) -> str:
-    at = next((n for n, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), min(len(wanted), len(found)))
+    at = _first_difference(wanted, found)
     there = found[at] if at < len(found) else "nothing"
     return f"token {at} of {what} is {there}, the task and the tokenizer prescribe {wanted[at]}"
 
