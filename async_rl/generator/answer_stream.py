@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from async_rl.generator.chat_request import MODEL, Answer, ChatRequest, log_probs_of, usage
@@ -30,17 +30,21 @@ class AnswerStream:
     """the prompt ended with the opening tag of a thought"""
     stop: Sequence[str] = ()
     """strings that end the turn"""
-    text: TextStream | None = None
+    text: TextStream = field(init=False)
+    format_name: str = field(init=False)
+    """of the tool calls that the chat template teaches"""
     begun: bool = False
-    told: dict[str, str] | None = None
+    told: dict[str, str] = field(default_factory=lambda: dict.fromkeys(PARTS, ""))
     """of each part of the message"""
+
+    def __post_init__(self) -> None:
+        self.text = TextStream(self.tokenizer)
+        self.format_name = detect(self.tokenizer.template_text)
 
     def more(self, turn: Sequence[int]) -> list[Body]:
         """What is new. `turn`: its tokens so far."""
-        self.text = self.text or TextStream(self.tokenizer)
         text = settled(self.text.follow(turn), self.stop)
-        format_name = detect(self.tokenizer.template_text)
-        said = said_so_far(format_name, text, calls=self.request.calls, opened=self.opened)
+        said = said_so_far(self.format_name, text, calls=self.request.calls, opened=self.opened)
         return list(self._deltas({"reasoning_content": said.thinking, "content": said.content}))
 
     def rest(self, answer: Answer) -> Iterator[Body]:
@@ -59,7 +63,7 @@ class AnswerStream:
 
     def _deltas(self, parts: Mapping[str, str], *, begin: bool = False) -> Iterator[Body]:
         """What the parts have that was not told; before the first piece, who speaks."""
-        told = self.told = self.told or dict.fromkeys(PARTS, "")
+        told = self.told
         for name, text in parts.items():
             if not text.startswith(told[name]):
                 raise RuntimeError(f"the {PARTS[name]} that was told is not that of the whole turn")

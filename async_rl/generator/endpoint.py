@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from async_rl.errors import RunFailed, UserError
 from async_rl.generator.answer_stream import AnswerStream
 from async_rl.generator.chat_request import MODEL, ChatRequest, RequestError, completion, read_request
+from async_rl.generator.contexts import Context
 from async_rl.generator.conversations import Asked, Conversations
 from async_rl.generator.engine import LogitsNotFinite
 from async_rl.generator.session import EpisodeAborted, EpisodeSession, TurnLimit
@@ -166,8 +167,13 @@ class Endpoint:
         from aiohttp import web
 
         stream = AnswerStream(name=name, request=asked, tokenizer=episode.session.tokenizer)
-        place: list[Asked] = []
-        answering = asyncio.ensure_future(episode.answer(asked, place.append))
+        contexts: list[Context] = []
+
+        def begin(found: Asked) -> None:
+            stream.opened, stream.stop = found.opened, found.stop
+            contexts.append(found.context)
+
+        answering = asyncio.ensure_future(episode.answer(asked, begin))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         try:
             wrote = time.monotonic()
@@ -175,7 +181,7 @@ class Endpoint:
                 await asyncio.wait({answering}, timeout=PIECE_S)
                 if answering.done():
                     break
-                pieces = _said(stream, place[0], episode.session) if place else []
+                pieces = stream.more(episode.session.sampled(contexts[0])) if contexts else []
                 if pieces or time.monotonic() - wrote > ALIVE_S:
                     if not response.prepared:
                         await response.prepare(request)
@@ -194,12 +200,6 @@ class Endpoint:
         await response.write(_events(pieces) + b"data: [DONE]\n\n")
         await response.write_eof()
         return response
-
-
-def _said(stream: AnswerStream, asked: Asked, session: EpisodeSession) -> list[Mapping[str, Any]]:
-    """What is new in the turn that is being sampled."""
-    stream.opened, stream.stop = asked.opened, asked.stop
-    return stream.more(session.sampled(asked.context))
 
 
 def _events(pieces: Sequence[Mapping[str, Any]]) -> bytes:
