@@ -27,7 +27,7 @@ from async_rl.model.folder import check_folder, context_limit
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.run_folder import RunFolder
 from async_rl.task import make_task
-from async_rl.task.dataset import Dataset
+from async_rl.task.dataset import TIMED_OUT, Dataset
 from async_rl.task.protocol import Task
 from async_rl.task.tools import Tools
 from async_rl.task.weigh import Weights, has_group_reward
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 CLOSE = 1e-6
 """relative difference of two rewards that are equal"""
-NOTE_TIMEOUT = "reward_timeout"
-"""note of an episode whose verdict came too late: on another machine it may not"""
 
 
 class NotRecorded(Exception):
@@ -140,8 +138,8 @@ class Replayer:
         """Compare a trajectory with what becomes of its turns here."""
         if wrong := self._wrong_prompt(trajectory):
             return Replayed(lie="prompts", reason=wrong)
-        if not self.whole or has_group_reward(self.task) or NOTE_TIMEOUT in trajectory.info:
-            return Replayed()
+        if not self.whole or has_group_reward(self.task) or TIMED_OUT in trajectory.info:
+            return Replayed()  # a verdict that came too late there may come in time here
         engine = RecordedEngine(trajectory, self.tokenizer, self.max_context)
         ticket = self._ticket(trajectory)
         session = self._session(engine, ticket)

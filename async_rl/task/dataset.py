@@ -18,6 +18,9 @@ from async_rl.trajectory import Ended, Split
 
 __all__ = ["Dataset", "DatasetSettings"]
 
+TIMED_OUT = "reward_timeout"
+"""note of an episode whose verdict came too late"""
+
 
 class Dataset(Task):
     """One turn: the prompt, the completion, the named reward of it against the row's answer.
@@ -86,7 +89,7 @@ class Dataset(Task):
             return await self.reward.judge(self.with_calls(sample), session.note)
         except VerdictTimeout:
             # not a failure of the reward function: the answer could not be confirmed, so it earns nothing
-            session.note("reward_timeout", 1.0)
+            session.note(TIMED_OUT, 1.0)
             return 0.0
 
     async def unanswered(self, problem: Problem, session: Session, *, transcript: str) -> Reward:
