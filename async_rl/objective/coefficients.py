@@ -9,7 +9,7 @@ Shapes: T policy tokens, I trajectories, G groups of the whole batch; float64 in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite, log
 
@@ -84,6 +84,9 @@ class Surrogate:
         return self.ratio.pull_back(per_token, self.tokens) if self.trust.through else per_token
 
 
+PLAIN = Recipe()
+"""the recipe whose axes all have their defaults"""
+
 Objective = Callable[[Columns, Recipe, ObjectiveState], tuple[Coefficients, ObjectiveState]]
 
 
@@ -105,7 +108,8 @@ def coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tup
     """
     meter = Meter()
     need = requirements(recipe)
-    recipe = recipe_at(recipe, columns.current_version)
+    if recipe.schedule:
+        recipe = recipe_at(recipe, columns.current_version)
     surrogate = _surrogate(columns, recipe, state)
     tokens, keep = surrogate.tokens, surrogate.selection.keep
     advantage, baseline = _baselined(surrogate, recipe, meter)
@@ -163,7 +167,8 @@ def opob_baselines(norm_squares: Tensor, columns: Columns, recipe: Recipe, state
     columns. state: the one that `coefficients` was given, whose beta is in the rewards. Returns b [G]: the step's
     gradient is sum(policy * grad) - sum_groups b_g * sum(baseline * grad).
     """
-    recipe = recipe_at(recipe, columns.current_version)
+    if recipe.schedule:
+        recipe = recipe_at(recipe, columns.current_version)
     surrogate = _surrogate(columns, recipe, state)
     opob = surrogate.advantage.opob
     assert opob is not None, "the recipe has no OPOB"
@@ -196,7 +201,9 @@ def _surrogate(columns: Columns, recipe: Recipe, state: ObjectiveState) -> Surro
     tokens = tokens_of(columns, recipe, requirements(recipe))
     ratio = ratio_of(tokens, recipe.ratio)
     penalty = kl_penalty(tokens, recipe, state)
-    compared = replace(tokens, reward=shaped_reward(tokens, recipe.reward))
+    compared = tokens
+    if recipe.reward != PLAIN.reward:
+        compared = replace(tokens, reward=shaped_reward(tokens, recipe.reward))
     advantage = advantage_of(compared, recipe, penalty)
     if recipe.shape.clarity != 0:
         advantage = replace(advantage, per_token=shaped_advantage(tokens, advantage.per_token, recipe.shape))
@@ -204,8 +211,10 @@ def _surrogate(columns: Columns, recipe: Recipe, state: ObjectiveState) -> Surro
     selection = select(tokens, recipe, advantage.per_token, advantage.zero_signal)
     counted = selection.keep if recipe.select.denominator == "kept" else torch.ones_like(selection.keep)
     share = shares(tokens, counted, recipe.aggregate) * selection.keep[tokens.trajectory]
-    base = share * correction_weight(tokens, recipe) * mask(tokens, advantage.per_token, recipe.mask)
-    if recipe.shape.clarity == 0:
+    base = share * correction_weight(tokens, recipe)
+    if recipe.mask != PLAIN.mask:
+        base = base * mask(tokens, advantage.per_token, recipe.mask)
+    if recipe.shape != PLAIN.shape and recipe.shape.clarity == 0:
         base = base * factor(tokens, recipe.shape)
     if recipe.bias.kappa == "per_trajectory":
         kappa = kappa_per_trajectory(tokens, rule.full, rule.weight, rule.advantage, recipe.bias)
@@ -251,10 +260,7 @@ def _regularised(
     if recipe.positive_nll:
         correct = ((tokens.reward > 0) & surrogate.selection.keep)[tokens.trajectory].to(policy.dtype)
         policy = policy + recipe.positive_nll * correct / correct.sum().clamp(min=1.0)
-    for number, kl in enumerate((recipe.kl, *recipe.more_kl)):
-        if kl.coefficient == 0:
-            continue
-        beta = coefficient_now(recipe, state) if number == 0 else kl.coefficient
+    for number, kl, beta in _kl_now(recipe, state):
         value, slope = kl_loss(tokens, kl)
         ok = tokens.finite[tokens.trajectory]
         measured = float(torch.where(ok, value, 0.0).sum() / ok.sum().clamp(min=1))
@@ -365,6 +371,13 @@ def shares(tokens: Tokens, counted: Tensor, settings: AggregateSettings) -> Tens
 # gradient of k2.
 
 
+def _kl_now(recipe: Recipe, state: ObjectiveState) -> Iterator[tuple[int, KlSettings, float]]:
+    """The KL terms of this step: number (0: `recipe.kl`, the only one that adapts), settings, beta."""
+    for number, kl in enumerate((recipe.kl, *recipe.more_kl)):
+        if kl.coefficient != 0:
+            yield number, kl, coefficient_now(recipe, state) if number == 0 else kl.coefficient
+
+
 def coefficient_now(recipe: Recipe, state: ObjectiveState) -> float:
     """beta, the KL's coefficient in this step."""
     if recipe.kl.adaptive_target > 0 and state.kl_coefficient is not None:
@@ -427,11 +440,10 @@ def kl_penalty(tokens: Tokens, recipe: Recipe, state: ObjectiveState) -> Tensor 
     Without gradient; evaluated at the proximal policy, or with `taken_at=update` at the current one.
     """
     total: Tensor | None = None
-    for number, kl in enumerate((recipe.kl, *recipe.more_kl)):
-        if kl.coefficient == 0 or kl.place != "reward":
+    for _, kl, beta in _kl_now(recipe, state):
+        if kl.place != "reward":
             continue
         taken = tokens if kl.taken_at == "update" else replace(tokens, log_prob=tokens.log_proximal)
-        beta = coefficient_now(recipe, state) if number == 0 else kl.coefficient
         penalty = beta * log_ratio_to_target(taken, kl)
         total = penalty if total is None else total + penalty
     return total

@@ -12,29 +12,28 @@ from torch import Tensor
 from async_rl.objective.recipe import TrustSettings
 from async_rl.objective.tokens import LARGEST_LOG_RATIO, Ratio, Tokens
 
-PPO_CLIPPED = ("ppo", "clip_cov", "sat", "bapo", "aspo", "cpgd")
-"""rules that drop a token whose ratio has left an interval in the direction of its advantage"""
+MOVING_BOUNDS = ("sat", "bapo", "aspo")
+"""rules that clip like PPO, at bounds of their own"""
 
 
-def ratio_bounds(
+def moving_bounds(
     tokens: Tokens, ratio: Ratio, advantage: Tensor, settings: TrustSettings
-) -> tuple[Tensor, Tensor]:  # two [T]
-    """The interval of each token's ratio, for the rules of PPO_CLIPPED. advantage [T]."""
-    one = torch.ones_like(ratio.value)
+) -> tuple[Tensor | float, Tensor | float]:  # [T], or one for all
+    """The interval of each token's ratio, for the rules of MOVING_BOUNDS. advantage [T]."""
     if settings.rule == "sat":
-        return _contracted(tokens, ratio, settings)
+        return contracted_bounds(tokens, ratio, settings)
     if settings.rule == "bapo":
-        low, high = balanced_bounds(ratio.value, advantage, tokens.finite[tokens.trajectory], settings)
-        return one * low, one * high
-    clip_low, clip_high = one * settings.clip_low, one * settings.clip_high
-    if settings.rule == "aspo" and settings.uncertain_share > 0:
-        uncertain = most_entropy(tokens, settings.uncertain_share)
-        clip_low = torch.where(uncertain, settings.uncertain_clip, clip_low)
-        clip_high = torch.where(uncertain, settings.uncertain_clip, clip_high)
+        return balanced_bounds(ratio.value, advantage, tokens.finite[tokens.trajectory], settings)
+    if settings.uncertain_share == 0:
+        return 1 - settings.clip_low, 1 + settings.clip_high
+    uncertain = most_entropy(tokens, settings.uncertain_share)
+    one = torch.ones_like(ratio.value)
+    clip_low = torch.where(uncertain, settings.uncertain_clip, settings.clip_low * one)
+    clip_high = torch.where(uncertain, settings.uncertain_clip, settings.clip_high * one)
     return 1 - clip_low, 1 + clip_high
 
 
-def _contracted(tokens: Tokens, ratio: Ratio, settings: TrustSettings) -> tuple[Tensor, Tensor]:
+def contracted_bounds(tokens: Tokens, ratio: Ratio, settings: TrustSettings) -> tuple[Tensor, Tensor]:
     """SAT: the interval of tokens whose |log-ratio| exceeds the gate q, a quantile over the batch, is smaller on their
     own side. Two [T]."""
     size = ratio.log.abs()

@@ -4,7 +4,6 @@ that is resumed or replayed has the same numbers."""
 from __future__ import annotations
 
 import dataclasses
-from functools import lru_cache
 from math import cos, pi
 from typing import Any
 
@@ -13,7 +12,7 @@ from async_rl.objective.recipe import Recipe, Schedule
 
 def value_at(moves: Schedule, step: int) -> float:
     """Its number in training step `step` (0-based)."""
-    if step < moves.since or moves.start == moves.end:
+    if step < moves.since:
         return moves.start
     if step >= moves.until:
         return moves.end
@@ -28,7 +27,6 @@ def value_at(moves: Schedule, step: int) -> float:
     return moves.start + share * (moves.end - moves.start)
 
 
-@lru_cache(maxsize=256)
 def recipe_at(recipe: Recipe, step: int) -> Recipe:
     """`recipe` with the numbers that it has in this step."""
     for moves in recipe.schedule:

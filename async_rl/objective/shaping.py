@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from async_rl.objective.gates import highest, quantile
+from async_rl.objective.gates import most_entropy, quantile
 from async_rl.objective.recipe import MaskSettings, RewardSettings, ShapeSettings
 from async_rl.objective.tokens import Tokens
 from async_rl.objective.trust import bernoulli_kl
@@ -33,22 +33,17 @@ def shaped_advantage(tokens: Tokens, advantage: Tensor, settings: ShapeSettings)
 
     It replaces the product that `factor` would give: the bonus is added behind it.
     """
-    if settings.clarity == 0:
-        return advantage
     kept = tokens.finite[tokens.trajectory_of_turn]
     entropy = turn_entropy(tokens, kept)
     follows = torch.zeros_like(kept)
     follows[:-1] = tokens.trajectory_of_turn[1:] == tokens.trajectory_of_turn[:-1]
     bonus = torch.zeros_like(entropy)
-    bonus[:-1] = torch.where(follows[:-1], (-_clarity_decay(settings) * entropy[1:]).exp(), 0.0)
-    per_turn = tokens.sum_turn(advantage * factor(tokens, settings)) / tokens.turn_length + settings.clarity * bonus
+    decay = settings.turn_entropy or 1.0
+    bonus[:-1] = torch.where(follows[:-1], settings.clarity * (-decay * entropy[1:]).exp(), 0.0)
+    scaled = advantage * factor(tokens, settings)
+    per_turn = tokens.sum_turn(scaled) / tokens.turn_length + bonus
     mean = (per_turn * kept).sum() / kept.sum().clamp(min=1)
-    added = settings.clarity * bonus - mean
-    return torch.where(kept[tokens.turn], advantage * factor(tokens, settings) + added[tokens.turn], 0.0)
-
-
-def _clarity_decay(settings: ShapeSettings) -> float:
-    return settings.turn_entropy or 1.0
+    return torch.where(kept[tokens.turn], scaled + (bonus - mean)[tokens.turn], 0.0)
 
 
 def factor(tokens: Tokens, settings: ShapeSettings) -> Tensor:
@@ -86,7 +81,7 @@ def mask(tokens: Tokens, advantage: Tensor, settings: MaskSettings) -> Tensor:
         if settings.entropy_scope == "batch":
             trained &= _top(tokens.entropy, counted, settings.entropy_share)
         else:
-            trained &= highest(tokens.entropy, tokens.trajectory, tokens.num_trajectories, settings.entropy_share)
+            trained &= most_entropy(tokens, settings.entropy_share)
     if settings.turn_entropy_share < 1:
         assert tokens.entropy is not None
         mean = tokens.sum_turn(tokens.entropy) / tokens.turn_length
@@ -113,7 +108,5 @@ def _top(values: Tensor, counted: Tensor, share: float) -> Tensor:
 
 
 def certain(tokens: Tokens, share: float) -> Tensor:
-    """The `share` of each trajectory's tokens with the lowest entropy; those that `gates.most_entropy` leaves. [T]
-    bool"""
-    assert tokens.entropy is not None
-    return ~highest(tokens.entropy, tokens.trajectory, tokens.num_trajectories, 1 - share)
+    """The `share` of each trajectory's tokens, rounded down, with the lowest entropy. [T] bool"""
+    return ~most_entropy(tokens, 1 - share)

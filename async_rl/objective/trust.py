@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from async_rl.objective.gates import (
+    MOVING_BOUNDS,
     inverted,
-    ratio_bounds,
+    moving_bounds,
     sequence_gamma,
     soft_gate,
     towards_target,
@@ -128,7 +129,10 @@ def _surrogate(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) 
         chosen = covariance_top(tokens, advantage, settings.covariance_fraction)
         extra = -settings.covariance_penalty * torch.where(chosen, ratio.log.sign(), 0.0)
     else:
-        low, high = ratio_bounds(tokens, ratio, advantage, settings)
+        low: Tensor | float = 1 - settings.clip_low
+        high: Tensor | float = 1 + settings.clip_high
+        if settings.rule in MOVING_BOUNDS:
+            low, high = moving_bounds(tokens, ratio, advantage, settings)
         clipped = (up & (value > high)) | (down & (value < low))
         dual = (down & (value > settings.dual_clip)) if settings.dual_clip > 0 else none
         clipped = clipped | dual
