@@ -26,7 +26,7 @@ NOTICE_S = 2.0
 STOPPED_ASKING_S = 5.0
 """a trainer that waits for an evaluation asks all the time; one that has not asked for so long does not wait"""
 PATIENCE = 2
-"""a wait is reported once it is longer than so many training steps: where one takes a minute, waits of 10 s are usual"""
+"""a wait is reported once it is longer than so many training steps: where one takes a minute, 10 s are usual"""
 STEPS_SEEN = 5
 """training steps of which the longest counts"""
 SHOWN_S = 1.0
