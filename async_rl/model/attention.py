@@ -64,9 +64,13 @@ class DocumentAttention:
 
     def _document_bounds(self, device: torch.device) -> Tensor:  # [documents + 1] int32
         if self._bounds is None or self._bounds.device != device:
-            bounds = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            self._bounds = bounds.to(device)
+            self._bounds = bounds_of(self.lengths, device)
         return self._bounds
+
+
+def bounds_of(lengths: Sequence[int], device: torch.device) -> Tensor:  # [documents + 1] int32
+    """Where each document begins among packed tokens, and where the last one ends: what a kernel asks for."""
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
 def half_precision(query: Tensor) -> torch.dtype | None:

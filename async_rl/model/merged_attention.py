@@ -159,7 +159,7 @@ class Rectangle:
             tensor.index_copy_(0, self.rows, values)
 
     def take_keys(self, tensor: Tensor) -> Tensor:  # [R, KV, D] -> [n, KV, length, D]
-        return tensor.index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape).transpose(1, 2)
+        return rows_of(tensor, self.keys).transpose(1, 2)
 
 
 def _alike(runs: list[Run]) -> list[list[Run]]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from async_rl.model.attention import DocumentAttention, half_precision
+from async_rl.model.attention import DocumentAttention, bounds_of, half_precision
 from async_rl.model.merged_attention import Blocks, RepeatedProduct, TreeParts, TreeProduct
 from async_rl.model.prefix_tree import PrefixTree, Run
 from async_rl.model.repeats import Repeats
@@ -112,10 +112,6 @@ class Paths:
             rows.append(np.concatenate([np.arange(other.begin, other.end) for other in above]))
         queries, keys = [run.end - run.begin for run in tree.runs], [len(path) for path in rows]
         self.keys = Repeats(torch.from_numpy(np.concatenate(rows)).to(device), tree.num_rows)
-        self.bounds = _bounds(queries, device)
-        self.key_bounds = _bounds(keys, device)
+        self.bounds = bounds_of(queries, device)
+        self.key_bounds = bounds_of(keys, device)
         self.longest, self.longest_key = max(queries), max(keys)
-
-
-def _bounds(lengths: list[int], device: torch.device) -> Tensor:  # [lengths + 1] int32
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
