@@ -122,7 +122,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`decoder.rotate` in fewer operations, without autograd."""
+    """`elementwise.rotate` without autograd."""
     half = x.shape[-1] // 2
     return (x * cos).addcmul_(torch.cat((x[..., half:], x[..., :half]), -1), sin)
 
