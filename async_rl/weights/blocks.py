@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from async_rl.weights.canary import checksum, sampled_places
+from async_rl.weights.canary import bytes_of, checksum, sampled_places
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,14 +45,11 @@ def show(blocks: Mapping[str, Block], version: int) -> dict[str, Shown]:
         inside = ((at >= 0) & (at < np.array(tensor.shape)[:, None])).all(0)
         local = np.ravel_multi_index(tuple(at[:, inside]), tuple(tensor.shape)) if inside.any() else np.zeros(0, int)
         places.append(np.flatnonzero(inside).tolist())
-        taken = torch.take(tensor, torch.from_numpy(np.asarray(local, np.int64)).to(tensor.device))
-        parts.append(taken.contiguous().view(torch.uint8))
-    content = torch.cat(parts).cpu().numpy().tobytes() if parts else b""  # one copy from the device
-    shown, begin = {}, 0
-    for (name, block), mine, part in zip(blocks.items(), places, parts, strict=True):
-        shown[name] = (str(block.tensor.dtype), mine, content[begin : begin + len(part)].hex())
-        begin += len(part)
-    return shown
+        parts.append(torch.take(tensor, torch.from_numpy(np.asarray(local, np.int64)).to(tensor.device)))
+    return {
+        name: (str(block.tensor.dtype), mine, content.hex())
+        for (name, block), mine, content in zip(blocks.items(), places, bytes_of(parts), strict=True)
+    }
 
 
 def join(

@@ -15,6 +15,7 @@ import hashlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,16 +93,21 @@ def fingerprint(tensors: Mapping[str, Tensor], version: int, dtype: torch.dtype 
     for name, row in zip(names, index, strict=True):
         tensor = tensors[name].detach()
         taken = tensor.reshape(-1) if tensor.numel() <= SAMPLES else torch.take(tensor, row)
-        parts.append(taken.to(dtype or tensor.dtype).contiguous().view(torch.uint8))
-    # one copy from the device, not one a tensor
-    content = torch.cat(parts).cpu().numpy().tobytes() if parts else b""
-    digests, start = {}, 0
-    for name, part in zip(names, parts, strict=True):
-        tensor = tensors[name]
-        made = content[start : start + len(part)]
-        digests[name] = checksum(name, tensor.shape, str(dtype or tensor.dtype), made)
-        start += len(part)
-    return digests
+        parts.append(taken.to(dtype or tensor.dtype))
+    return {
+        name: checksum(name, tensors[name].shape, str(part.dtype), content)
+        for name, part, content in zip(names, parts, bytes_of(parts), strict=True)
+    }
+
+
+def bytes_of(parts: Sequence[Tensor]) -> list[bytes]:
+    """The bytes of each tensor, none of them 0-dimensional. One copy from their device, not one a tensor."""
+    import torch
+
+    flat = [part.contiguous().view(torch.uint8) for part in parts]
+    content = torch.cat(flat).cpu().numpy().tobytes() if flat else b""
+    ends = list(accumulate(len(part) for part in flat))
+    return [content[begin:end] for begin, end in pairwise([0, *ends])]
 
 
 def checksum(name: str, shape: Sequence[int], dtype: str, content: bytes) -> int:
