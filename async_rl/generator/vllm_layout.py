@@ -44,8 +44,7 @@ def find_blocks(
         found, stacked = parameters.get(name), False
         if found is None:
             found, stacked = _part(parameters, packing, wanted, name, workers)
-        elif name in (vocabulary or {}) and workers > 1:
-            assert vocabulary is not None
+        elif vocabulary and name in vocabulary and workers > 1:
             begin, end = vocabulary[name]
             start = (begin, *([0] * (len(shape) - 1)))
             blocks[name] = Block(tensor=found[: end - begin], shape=tuple(shape), start=start)
