@@ -65,16 +65,13 @@ def train(
     ):
         team.keepalive()
         canary = make_canary(settings, learner, task, folder.record, team)
-        verifier = make_verifier(
-            settings, learner, publisher, run=str(folder.path), send=dealer.send, record=folder.record
-        )
-        stack.enter_context(closing(verifier))
-
-        def while_waiting() -> None:
-            team.keepalive()
-            verifier.work()
-
-        inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity, while_waiting, verifier.receive)
+        verifier = None
+        if settings.verify.share:
+            verifier = make_verifier(
+                settings, learner, publisher, run=str(folder.path), send=dealer.send, record=folder.record
+            )
+            stack.enter_context(closing(verifier))
+        inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity, team.keepalive, verifier)
         inbox.send(msg.Hello(role="trainer", name=spec.name, pid=os.getpid()))
         loop = TrainerLoop(
             settings=settings,

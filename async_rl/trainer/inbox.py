@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -21,6 +22,9 @@ from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout
 from async_rl.wire.frames import HARMLESS
 from async_rl.wire.heartbeat import Activity
+
+if TYPE_CHECKING:
+    from async_rl.trainer.verifier import Verifier
 
 POLL_EVALUATION_S = 0.05
 REPEAT_S = 3.0
@@ -67,8 +71,8 @@ class Inbox:
     activity: Activity = field(default_factory=Activity)
     keepalive: Callable[[], None] = lambda: None
     """called every few seconds while it waits"""
-    verify: Callable[[msg.Verify], None] = lambda _: None
-    """takes trajectories that are to be verified"""
+    verifier: Verifier | None = None
+    """takes trajectories that are to be verified, and scores them while the trainer waits; None: none are verified"""
     unconfirmed: dict[type, msg.Message] = field(default_factory=dict)
     """the newest message of each kind that the buffer must know, in the order in which they are repeated"""
     sent_again: float = 0.0
@@ -195,6 +199,8 @@ class Inbox:
     def _receive(self, wait_left: RemainingWait, waiting_for: str) -> None:
         """Wait for one message, REPEAT_S at most, and handle it."""
         self.keepalive()
+        if self.verifier is not None:
+            self.verifier.work()
         if wait_left.left_s <= 0:
             last = f"; last heard: {self.last_reason}" if self.last_reason else ""
             raise RunFailed(f"waited {self.timeout_s:g} s (wire.timeout_s) for {waiting_for}{last}")
@@ -225,8 +231,8 @@ class Inbox:
                 self.snapshots.append(message)
             case msg.Canary():
                 self.canary.receive(message)
-            case msg.Verify():
-                self.verify(message)
+            case msg.Verify() if self.verifier is not None:
+                self.verifier.receive(message)
             case msg.Waiting(reason=reason, progress=progress):
                 self.last_reason, self.progress = reason, progress
                 self._send_again()  # the buffer waits too, perhaps for a message of this trainer that was lost

@@ -93,7 +93,8 @@ class TrainerLoop:
     inbox: Inbox
     canary: CanaryWatch
     publisher: Publisher
-    verifier: Verifier
+    verifier: Verifier | None
+    """None: no trajectories are verified"""
     source: Path
     """folder of the model the run began with"""
     team: Team
@@ -166,7 +167,8 @@ class TrainerLoop:
             self.inbox.ask_batch(number + 1)
         self.canary.report_silent(number, batch.counters.held_versions)
         self.inbox.drain()
-        self.verifier.work()
+        if self.verifier is not None:
+            self.verifier.work()
         return Step(number=number, batch=batch, waited_s=waited)
 
     def pack(self, step: Step) -> PackedBatch:
@@ -277,7 +279,7 @@ class TrainerLoop:
             **failed_since(self.totals.last, batch.counters),
             "time/generator_busy": self.busy_before + batch.counters.generator_busy_seconds,
             **self.canary.row(),
-            **self.verifier.row(),
+            **({} if self.verifier is None else self.verifier.row()),
             **self.guard.columns(),
         }
         if report.skipped:
@@ -289,7 +291,8 @@ class TrainerLoop:
 
     def publish_weights(self, *, ess: float = -1.0) -> None:
         """Hand the weights over and tell the buffer; `ess`: of the batch they were trained on, if any."""
-        self.verifier.held.keep()
+        if self.verifier is not None:
+            self.verifier.held.keep()
         self.publisher.publish(self.team.sent(self.learner), self.learner.version)
         self.inbox.send(msg.Published(version=self.learner.version, ess=ess))
         self.canary.expect()

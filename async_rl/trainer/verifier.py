@@ -376,18 +376,16 @@ def make_verifier(
     send: Callable[[msg.Message], None],
     record: RecordEvent,
 ) -> Verifier:
-    """The verifier of a run. `run`: its folder."""
+    """The verifier of a run with a `verify.share`. `run`: its folder."""
     chosen = settings.generator
-    replays = Replays(run)
-    if settings.verify.rewards == "none" or not settings.verify.share:
-        replays.over = True
+    replays = Replays(run, over=settings.verify.rewards == "none")
     replays.start()
     return Verifier(
         learner=learner,
         held=HeldVersions(
             learner=learner,
             publisher=publisher,
-            most=settings.staleness.max_staleness if settings.verify.share and not is_sharded(learner.model) else 0,
+            most=0 if is_sharded(learner.model) else settings.staleness.max_staleness,
             budget_bytes=settings.verify.memory_mb << 20,
         ),
         options=VerifyOptions(
