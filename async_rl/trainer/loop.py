@@ -176,7 +176,7 @@ class TrainerLoop:
         self.inbox.activity.now(f"training step {step.number}")
         self.team.send(Train(step=step.number, trajectories=step.batch.trajectories))
         step.ranks_waited_s = self.team.ranks.waited_s
-        packed = pack_step(self.settings, step.batch.trajectories, self.learner.over)
+        packed = pack_step(self.settings, step.batch.trajectories, self.learner.over, needs=self.learner.needs)
         step.policy_tokens = packed.num_policy_tokens
         return packed
 
@@ -482,7 +482,7 @@ def follow(settings: Settings, learner: Learner, activity: Activity) -> None:
             case Train(step=step, trajectories=trajectories):
                 activity.now(f"training step {step}")
                 waited = ranks.waited_s
-                learner.step(pack_step(settings, trajectories, learner.over))
+                learner.step(pack_step(settings, trajectories, learner.over, needs=learner.needs))
                 wait_metrics(ranks, waited)
             case Gather():
                 activity.now(f"gathering version {learner.version}")

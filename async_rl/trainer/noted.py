@@ -24,8 +24,6 @@ def noted_columns(
     names = set(needs.noted)
     if needs.parts:
         names |= {name for t in ordered for name in t.info if name.startswith(PREFIX)}
-    if not names:
-        return Noted(weights=dict(weights) if needs.parts else {})
     trajectory, turn, token = {}, {}, {}
     for name in sorted(names):
         if any(isinstance(t.info.get(name), float | int) for t in ordered):

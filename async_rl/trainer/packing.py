@@ -155,10 +155,15 @@ class PackedBatch:
 
 
 def pack_step(
-    settings: Settings, trajectories: Sequence[Trajectory], over: Spread | None = None, *, whole: bool | None = None
+    settings: Settings,
+    trajectories: Sequence[Trajectory],
+    over: Spread | None = None,
+    *,
+    needs: Requirements | None = None,
+    whole: bool | None = None,
 ) -> PackedBatch:
-    """The batch of a step as it is trained: failed trajectories are left out. `whole`: no trajectory is cut between
-    contexts; None: as the settings' recipe needs it.
+    """The batch of a step as it is trained: failed trajectories are left out. `needs`: the learner's; None: those of
+    the settings' recipe, which is loaded. `whole`: no trajectory is cut between contexts; None: as the recipe needs it.
 
     Every rank gives all trajectories, and gets the columns of all and micro-batches of its own share (`over`: the
     learner's). Raises RunFailed when no trajectory is usable.
@@ -167,7 +172,7 @@ def pack_step(
     if not usable:
         raise RunFailed("the batch holds no usable trajectory")
     chosen = settings.trainer
-    needs = requirements(load_recipe(settings.recipe))
+    needs = requirements(load_recipe(settings.recipe)) if needs is None else needs
     apart = needs.per_trajectory_norms
     if whole is None:
         whole = apart or not any(t.contexts for t in usable)
@@ -229,9 +234,12 @@ def pack_batch(
     else:
         made = plan(pieces, over, micro_batch_tokens, sizes)
         share, parts = share_of(made, pieces, over, device, sizes), made[over.rank]
+    noted = Noted()
+    if needs is not None and (needs.noted or needs.parts):
+        noted = noted_columns(ordered, needs, reward_weights or {}, device)
     return PackedBatch(
         share=share,
-        noted=Noted() if needs is None else noted_columns(ordered, needs, reward_weights or {}, device),
+        noted=noted,
         micro_batches=tuple(_pack_parts(pieces, policy_of_piece, parts, device, sizes if shared else None)),
         log_behaviour=tensor(
             np.concatenate([t.log_behaviour[w] for t, w in zip(ordered, policy_positions, strict=True)]), torch.float32
