@@ -184,9 +184,10 @@ def unpack(blob: Blob) -> Trajectory:
     # fmt: on
     offset = _FIXED.size + text_bytes + -text_bytes % 8
     noted = _note_names(blob, text_bytes) if flags & _NOTES else Notes()
+    on_turns, on_tokens = len(noted.turn_names), len(noted.token_names)
     by_turn = 2 + bool(flags & _AGENTS)
-    fours = num_tokens + num_log * (1 + len(noted.token_names)) + by_turn * num_turns + 3 * num_spans + num_contexts
-    eights = num_turns * (_eights(flags) + len(noted.turn_names))
+    fours = num_tokens + num_log * (1 + on_tokens) + by_turn * num_turns + 3 * num_spans + num_contexts
+    eights = num_turns * (_eights(flags) + on_turns)
     if offset + 8 * eights + 4 * (fours + fours % 2) != len(blob):
         raise WireError(_LENGTH.format(len(blob)), "trajectory")
     _check_sizes(text_bytes, num_turns, num_spans, num_contexts)
@@ -199,16 +200,15 @@ def unpack(blob: Blob) -> Trajectory:
         if flags & flag:
             eight[flag] = struct.unpack_from(f"<{num_turns}{kind}", blob, offset)
             offset += 8 * num_turns
-    turn_notes = [struct.unpack_from(f"<{num_turns}d", blob, offset + 8 * num_turns * i) for i in noted.range_of_turns]
-    offset += 8 * num_turns * len(turn_notes)
+    turn_notes = [struct.unpack_from(f"<{num_turns}d", blob, offset + 8 * num_turns * i) for i in range(on_turns)]
+    offset += 8 * num_turns * on_turns
     tokens = np.frombuffer(blob, np.int32, num_tokens, offset)
     offset += 4 * num_tokens
-    log_behaviour = np.frombuffer(blob, np.float32, num_log, offset)
+    columns = [np.frombuffer(blob, np.float32, num_log, offset + 4 * num_log * i) for i in range(1 + on_tokens)]
+    log_behaviour, *token_notes = columns
+    offset += 4 * num_log * len(columns)
     if not tokens.flags.aligned:  # a small frame lies at any offset of the socket's buffer
         tokens, log_behaviour = tokens.copy(), log_behaviour.copy()
-    offset += 4 * num_log
-    token_notes = [np.frombuffer(blob, np.float32, num_log, offset + 4 * num_log * i) for i in noted.range_of_tokens]
-    offset += 4 * num_log * len(token_notes)
     # a copy: an iterator over a memoryview that stays in a traceback crashes the garbage collector of Python 3.11
     places = bytes(blob[offset:])
     middle = _TURN.size * num_turns

@@ -66,14 +66,6 @@ class Notes:
             token_names=tuple(sorted({name for turn in turns for name, _ in turn.token_notes})),
         )
 
-    @property
-    def range_of_turns(self) -> range:
-        return range(len(self.turn_names))
-
-    @property
-    def range_of_tokens(self) -> range:
-        return range(len(self.token_names))
-
     def of_turns(self, turns: Sequence[Turn]) -> bytes:
         """A column f8[turns] for each name, NaN where a turn has none."""
         found = np.full((len(self.turn_names), len(turns)), np.nan)
