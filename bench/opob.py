@@ -85,14 +85,7 @@ def measure(case: dict[str, Any], repeats: int) -> dict[str, Any]:
         "exact": lambda: exact(model, batch, weights),
         "one_by_one": lambda: one_by_one(model, single, weights),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats + 1):
-        for name, step in steps.items():
-            model.zero_grad(set_to_none=True)
-            started = time.process_time()
-            step()
-            seconds[name].append(time.process_time() - started)
-    rounds = {name: values[1:] for name, values in seconds.items()}  # the first warms up
+    rounds = seconds_in_turns(model, steps, repeats)
     memory = {name: step_peak(model, steps[name]) for name in ("group_mean", "exact")}
     copy = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
@@ -108,6 +101,18 @@ def measure(case: dict[str, Any], repeats: int) -> dict[str, Any]:
         "extra_copies": round((memory["exact"] - memory["group_mean"]) / copy, 2),
         "agreement": disagreement(model, batch, single, weights),
     }
+
+
+def seconds_in_turns(model: Decoder, steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Processor time of each step in each round; none of them finds a `.grad`."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats + 1):
+        for name, step in steps.items():
+            model.zero_grad(set_to_none=True)
+            started = time.process_time()
+            step()
+            seconds[name].append(time.process_time() - started)
+    return {name: values[1:] for name, values in seconds.items()}  # the first warms up
 
 
 def ratio(above: list[float], below: list[float]) -> float:
@@ -174,12 +179,16 @@ def disagreement(model: Decoder, batch: PackedBatch, single: PackedBatch, weight
     for step in (lambda: exact(model, batch, weights), lambda: one_by_one(model, single, weights)):
         model.zero_grad(set_to_none=True)
         squares = step()
-        found.append((squares, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        found.append((squares, gradient_of(model)))
     (squares, gradient), (squares_of_each, gradient_of_each) = found
     return {
         "norm_squares": float(((squares - squares_of_each) / squares_of_each).abs().max()),
         "gradient": float((gradient - gradient_of_each).norm() / gradient_of_each.norm()),
     }
+
+
+def gradient_of(model: Decoder) -> Tensor:  # [parameters]
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def step_peak(model: Decoder, step: Callable[[], Any]) -> int:

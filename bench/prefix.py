@@ -31,27 +31,24 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import opob
 import torch
-from opob import optimal, owner_of
-from peak import peak_bytes
+from opob import ARITHMETIC, gradient_of, owner_of, seconds_in_turns, step_peak
 from torch import Tensor
 
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.decoder import Decoder
 from async_rl.trainer.build import decoder_cost
-from async_rl.trainer.forward import ModelArithmetic, log_probs
+from async_rl.trainer.forward import log_probs
 from async_rl.trainer.packing import PackedBatch, pack_batch
-from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
-ARITHMETIC = ModelArithmetic(temperature=1.0)
 MODELS = {
     "small": DecoderConfig(
         family="qwen3", vocabulary=64, hidden=192, intermediate=512, layers=2, heads=6, kv_heads=3, head_dim=32,
@@ -102,23 +99,13 @@ def measure(model: Decoder, shape: Shape, groups: int, way: str, repeats: int) -
     steps: dict[str, Callable[[], Tensor]] = {name: partial(WAYS[way], model, batch) for name, batch in layouts.items()}
     if "full" in layouts:
         steps["full"] = partial(plain, model, every_row(layouts["full"]))
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats + 1):
-        for name, step in steps.items():
-            model.zero_grad(set_to_none=True)
-            started = time.process_time()
-            step()
-            seconds[name].append(time.process_time() - started)
-    rounds = {name: values[1:] for name, values in seconds.items()}  # the first warms up
+    rounds = seconds_in_turns(model, steps, repeats)
     ratios, bounds = {}, bound(model, shape, groups, exact=way == "exact")
     for name in layouts.keys() - {"shared"}:
         ratios[name] = statistics.median(a / b for a, b in zip(rounds[name], rounds["shared"], strict=True))
     trained = shape.answer * shape.samples * groups
     middle = {name: statistics.median(values) for name, values in rounds.items()}
-    peaks = {}
-    for name in ("shared", "unshared"):
-        model.zero_grad(set_to_none=True)
-        peaks[name] = round(peak_bytes(steps[name]) / 1e6, 1)
+    peaks = {name: round(step_peak(model, steps[name]) / 1e6, 1) for name in ("shared", "unshared")}
     return {
         "rows": {name: len(batch.micro_batches[0].tokens) for name, batch in layouts.items()},
         "seconds": {name: round(value, 4) for name, value in middle.items()},
@@ -183,9 +170,7 @@ def plain(model: Decoder, batch: PackedBatch) -> Tensor:
 
 
 def exact(model: Decoder, batch: PackedBatch) -> Tensor:
-    weights = coefficients(batch).abs()
-    policy = batch.reward[owner_of(batch)] * weights
-    return TrajectoryGradient(model, ARITHMETIC).add(batch, policy, weights, lambda squares: optimal(squares, batch))
+    return opob.exact(model, batch, coefficients(batch).abs())
 
 
 WAYS: dict[str, Callable[[Decoder, PackedBatch], Tensor]] = {"plain": plain, "exact": exact}
@@ -203,7 +188,7 @@ def difference(model: Decoder, steps: dict[str, Callable[[], Tensor]]) -> float:
     for step in steps.values():
         model.zero_grad(set_to_none=True)
         step()
-        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        found.append(gradient_of(model))
     return float(f"{float((found[0] - found[1]).norm() / found[1].norm()):.1e}")
 
 
