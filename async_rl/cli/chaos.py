@@ -14,6 +14,7 @@ from pathlib import Path
 from async_rl.buffer.store_reader import StoreReader
 from async_rl.config import Settings, load_settings
 from async_rl.config.schema import to_yaml
+from async_rl.config.settings import TaskSettings
 from async_rl.errors import RunFailed, UserError
 from async_rl.instruments.chaos.chaos import ChaosRun
 from async_rl.instruments.chaos.evidence import StoreEvidence, taken_back
@@ -74,9 +75,7 @@ def run_chaos(
         orders: Path | None = None
         if counts.of_the_task:
             orders = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="async-rl-orders-")))
-            args = {"name": settings.task.name, "args": settings.task.args, "orders": str(orders)}
-            words = [word for word in words if not word.startswith("task")]
-            words += [f"task.name={NAME}", f"task.args={json.dumps(args)}"]
+            words = sabotaged(words, settings.task, orders)
         if counts.disconnects:
             target = _socket_of(settings, folder)
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="async-rl-chaos-")))
@@ -112,6 +111,14 @@ def run_chaos(
     for line in (*outcome_rows(outcome), *problem_lines(outcome), f"The record is in {record} and chaos.jsonl."):
         say(line)
     return outcome
+
+
+def sabotaged(words: Sequence[str], task: TaskSettings, orders: Path) -> list[str]:
+    """The overrides `words` of a run of this task, with the task that obeys orders in its place."""
+    args = {"name": task.name, "args": task.args, "orders": str(orders)}
+    kept = [word for word in words if not word.startswith("task")]
+    weights = json.dumps(task.reward_weights)
+    return [*kept, f"task.name={NAME}", f"task.args={json.dumps(args)}", f"task.reward_weights={weights}"]
 
 
 def _examine(

@@ -93,19 +93,13 @@ def _add_chaos(commands: Commands) -> None:
     for name in ("freezes", "slows", "disconnects"):
         chaos.add_argument(f"--{name}", type=int, metavar="N", help="default: a quarter of --kills")
     for name, what in (
+        ("lies", "generators that join and report what they did not do"),
         ("raises", "rewards that raise what is no Exception"),
         ("cancels", "rewards that cancel whoever awaits them"),
         ("poisons", "problems whose code crashes the generator"),
         ("disks", "times that the disk of buffer or trainer is full"),
     ):
         chaos.add_argument(f"--{name}", type=int, default=0, metavar="N", help=f"{what} (default 0)")
-    chaos.add_argument(
-        "--lies",
-        type=int,
-        default=0,
-        metavar="N",
-        help="generators that join and report what they did not do (default 0)",
-    )
     chaos.add_argument("--seed", type=int, default=0, help="of the plan: which process, how and when (default 0)")
     folder = chaos.add_argument(
         "--run-dir", type=Path, metavar="DIR", help="folder of this run (default: runs/NAME-chaos-TIME)"
@@ -162,13 +156,9 @@ def _lab(arguments: argparse.Namespace) -> int:
 
 def _chaos(arguments: argparse.Namespace) -> int:
     from async_rl.cli.chaos import counts_of, run_chaos
+    from async_rl.instruments.chaos.plan import COUNTERS
 
-    counts = counts_of(
-        {
-            name: getattr(arguments, name)
-            for name in ("kills", "freezes", "slows", "disconnects", "lies", "raises", "cancels", "poisons", "disks")
-        }
-    )
+    counts = counts_of({name: getattr(arguments, name) for name in COUNTERS.values()})
     path = arguments.run_dir or Path("runs") / f"{arguments.config.stem}-chaos-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         outcome = run_chaos(arguments.config, arguments.overrides, path, counts, seed=arguments.seed, say=_print)

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from support_command import alive, descendants, wait_for, write_config
 
+from async_rl.cli.chaos import sabotaged
 from async_rl.cli.main import main
+from async_rl.config import load_settings
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.weights.shared_memory import segment_path
 
@@ -96,6 +98,18 @@ def test_code_of_the_task_that_does_what_it_must_not_and_full_disks_lose_nothing
     wanted = {"raises": 2, "cancels": 2, "poisons": 1, "disks": 2, "lost": 0, "duplicated": 0, "hangs": 0}
     assert {name: result[name] for name in wanted} == wanted, said
     assert result["replay_identical"]
+
+
+def test_a_task_that_obeys_orders_keeps_its_settings(tmp_path: Path, tiny_model: Path) -> None:
+    config, words = write_config(tmp_path, tiny_model), ["trainer.steps=3", "task.args.num_secrets=16"]
+    weights = ["task.reward_weights={form: 0.5}"]
+    asked = load_settings(config, [*words, *weights]).task
+    made = load_settings(config, sabotaged([*words, *weights], asked, tmp_path))
+    assert made.trainer.steps == 3
+    assert made.task.args == {"name": asked.name, "args": asked.args, "orders": str(tmp_path)}
+    assert made.task.reward_weights == asked.reward_weights == {"form": 0.5}
+    plain = load_settings(config, sabotaged(words, load_settings(config, words).task, tmp_path))
+    assert not plain.task.reward_weights
 
 
 def test_ctrl_c_leaves_no_process_and_says_where_the_record_is(tmp_path: Path, tiny_model: Path) -> None:
