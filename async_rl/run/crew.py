@@ -8,7 +8,6 @@ are kept beside it.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import time
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from async_rl.buffer.verification import LIVES
+from async_rl.buffer.verification import LIVES, of_the_launcher
 from async_rl.errors import RunFailed, UserError
 from async_rl.events import (
     GeneratorDied,
@@ -250,7 +249,7 @@ class Crew:
 
     def give_up(self, child: Child, cause: Lied) -> None:
         """Go on without a generator. Raises the cause where there is no other."""
-        others = [name for name in self.budgets if name != child.name and re.fullmatch(r"generator-\d+", name)]
+        others = [name for name in self.budgets if name != child.name and of_the_launcher(name)]
         snapshot = self.live.snapshot
         joined = [g.name for g in snapshot.generators if g.name not in self.budgets] if snapshot is not None else []
         if not others and not joined:
