@@ -370,12 +370,15 @@ def adapters_are_added_by_generators(s: Settings) -> str:
 
 
 def thresholds_need_alarms(s: Settings) -> str:
-    if s.guard.alarms:
-        return ""
-    for one in fields(GuardSettings):
-        if one.name != "alarms" and getattr(s.guard, one.name) != one.default:
-            return f"guard.{one.name} does nothing with guard.alarms=false; set guard.alarms=true"
+    if not s.guard.alarms and (name := _first_set(s.guard, "alarms")):
+        return f"guard.{name} does nothing with guard.alarms=false; set guard.alarms=true"
     return ""
+
+
+def _first_set(group: GuardSettings | VerifySettings, switch: str) -> str:
+    """The first setting, other than the switch of its group, that has not its default; empty: there is none."""
+    others = [one for one in fields(group) if one.name != switch]
+    return next((one.name for one in others if getattr(group, one.name) != one.default), "")
 
 
 def alarm_factors_are_above_one(s: Settings) -> str:
@@ -418,11 +421,8 @@ def rollback_needs_generators(s: Settings) -> str:
 
 
 def what_is_verified_needs_a_share(s: Settings) -> str:
-    if s.verify.share:
-        return ""
-    for one in fields(VerifySettings):
-        if one.name != "share" and getattr(s.verify, one.name) != one.default:
-            return f"verify.{one.name} does nothing with verify.share=0; set verify.share, e.g. 0.01"
+    if not s.verify.share and (name := _first_set(s.verify, "share")):
+        return f"verify.{name} does nothing with verify.share=0; set verify.share, e.g. 0.01"
     return ""
 
 
