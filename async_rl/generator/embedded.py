@@ -1,7 +1,7 @@
 """Continuous decoding in plain torch on the decoder the trainer uses.
 
 Every step feeds one packed row of tokens: the last token of each running turn, together with new prompts and appended
-environment text up to the prefill budget (schedule.py). A turn that ends leaves at once and the next request takes its
+environment text up to the prefill budget (scheduler.py). A turn that ends leaves at once and the next request takes its
 slot before the following step; no sequence waits for the longest. A prompt of several sequences is fed once, and its
 blocks of the cache are shared (kv_blocks.py).
 
@@ -28,7 +28,7 @@ from async_rl.generator.engine import Completion, EngineStats, LogitsNotFinite, 
 from async_rl.generator.kv_blocks import BLOCK, SCRATCH, BlockTables, Ints, block_bytes, cache_blocks
 from async_rl.generator.kv_cache import CacheAttention, Feed, KVCache, arrange
 from async_rl.generator.sampling import StopRules, sample, uniforms
-from async_rl.generator.schedule import Schedule
+from async_rl.generator.scheduler import Scheduler
 from async_rl.generator.slots import CheckedRequest, Slots
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
@@ -103,7 +103,7 @@ class EmbeddedEngine:
         self._tables = BlockTables(slots=max_sequences, blocks=blocks, size=BLOCK)
         self._slots = Slots(max_sequences, self._max_context, self._tables)
         self._attention: CacheAttention | None = None  # of the last step
-        self._schedule = Schedule(self._slots, self._tables, prefill_tokens)
+        self._scheduler = Scheduler(self._slots, self._tables, prefill_tokens)
         self._rules = StopRules(tokenizer, model.config.vocabulary)
         self._waiting: dict[int, tuple[CheckedRequest, Answer]] = {}  # by session, in order of arrival
         self._answers: dict[int, Answer] = {}  # of running sessions
@@ -312,7 +312,7 @@ class EmbeddedEngine:
     def _step(self) -> None:
         """Feed tokens, sample one token of every row whose history is complete, end turns."""
         slots = self._slots
-        step = self._schedule.next_step()
+        step = self._scheduler.next_step()
         self._cache.reserve(self._tables.touched)
         self._cache.copy(step.copies)
         rows, order, near, far = arrange(step.feed, plain=self._cache.plain)

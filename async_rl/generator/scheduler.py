@@ -80,7 +80,7 @@ class _Draft:
         )
 
 
-class Schedule:
+class Scheduler:
     """Makes the steps of an engine. The tables are kept up: what a step feeds is in them when it is made."""
 
     def __init__(self, slots: Slots, tables: BlockTables, prefill_tokens: int) -> None:
