@@ -51,15 +51,15 @@ def alone(model: Decoder, trajectory: Trajectory) -> Tensor:  # [policy tokens]
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
 
 
-def sample_model(name: str = "qwen3 tied") -> Decoder:
-    model = Decoder(CONFIGS[name])
+def sample_model(config: DecoderConfig = QWEN3, dtype: torch.dtype = torch.float64) -> Decoder:
+    model = Decoder(config)
     model.initialise(3, std=0.3)
     random = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases away from their special values
                 parameter.add_(torch.randn(parameter.shape, generator=random), alpha=0.3)
-    return model.double()
+    return model.to(dtype)
 
 
 def make_learner(model: Decoder, recipe: str, critic: Critic | None = None) -> Learner:

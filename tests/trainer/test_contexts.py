@@ -18,6 +18,7 @@ import torch
 from msgspec import structs
 from support_definition import (
     ARITHMETIC,
+    CONFIGS,
     TEMPERATURE,
     VOCABULARY,
     alone,
@@ -95,7 +96,7 @@ def test_log_probs_are_those_of_each_context_alone_at_each_turns_temperature(mic
 @pytest.mark.parametrize("name", ["qwen3 tied", "llama with every bias", "qwen3 untied"])
 @pytest.mark.parametrize("micro_batch_tokens", [10_000, 40, 1])
 def test_exact_norms_and_gradient_are_those_of_whole_trajectories(name: str, micro_batch_tokens: int) -> None:
-    model, trajectories = sample_model(name), batch_of()
+    model, trajectories = sample_model(CONFIGS[name]), batch_of()
     packed = pack_batch(trajectories, micro_batch_tokens=micro_batch_tokens)
     weights = some_weights(packed)
     each = each_gradient(model, trajectories, weights)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support_definition import (
     ARITHMETIC,
+    CONFIGS,
     TEMPERATURE,
     VOCABULARY,
     alone,
@@ -96,7 +97,7 @@ def close(found: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:
 @pytest.mark.parametrize("name", ["qwen3 tied", "qwen3 untied", "llama with every bias"])
 @pytest.mark.parametrize("limit", [10_000, 45, 1])
 def test_log_probs_and_gradients_are_those_of_every_context_alone(name: str, limit: int) -> None:
-    model, trajectories = sample_model(name), batch_of()
+    model, trajectories = sample_model(CONFIGS[name]), batch_of()
     packed = pack_batch(trajectories, micro_batch_tokens=limit, shared=True)
     assert limit == 1 or any(micro.tree is not None for micro in packed.micro_batches)
     want, found = torch.cat([alone(model, t) for t in trajectories]), through(model, packed)
@@ -140,7 +141,7 @@ def test_layers_that_are_computed_again_and_a_critic_read_the_same_rows() -> Non
 def test_exact_norms_and_gradient_are_those_of_every_trajectory_alone(
     name: str, limit: int, scope: Literal["group", "batch"]
 ) -> None:
-    model, trajectories = sample_model(name), batch_of()
+    model, trajectories = sample_model(CONFIGS[name]), batch_of()
     packed = pack_batch(trajectories, micro_batch_tokens=limit, shared=True, apart=True)
     assert limit == 1 or any(micro.tree is not None for micro in packed.micro_batches)
     weights = some_weights(packed)
@@ -184,7 +185,7 @@ def documents(draw: st.DrawFn) -> list[Trajectory]:
     return made
 
 
-MODEL = sample_model("qwen3 untied")
+MODEL = sample_model(CONFIGS["qwen3 untied"])
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -269,7 +270,7 @@ def test_a_step_shares_prefixes_unless_it_is_told_not_to(recipe: str, fewest: in
 
 
 def test_bfloat16_differs_from_an_unshared_layout_by_rounding_alone() -> None:
-    model = sample_model().float()
+    model = sample_model(dtype=torch.float32)
     half = ModelArithmetic(temperature=TEMPERATURE, dtype=torch.bfloat16)
     packed = [pack_batch(batch_of(), micro_batch_tokens=999, shared=s) for s in (False, True)]
     plain, shared = (batch_log_probs(model, batch, half).log_prob for batch in packed)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support_definition import QWEN3, TEMPERATURE, sample_model
 from torch import Tensor
 
 from async_rl.errors import UserError
-from async_rl.model.architecture import DecoderConfig
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
 from async_rl.trainer.forward import ModelArithmetic, log_probs
@@ -20,10 +20,6 @@ from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl_kernels import reference
 
-QWEN3 = DecoderConfig(
-    family="qwen3", vocabulary=19, hidden=16, intermediate=24, layers=2, heads=4, kv_heads=2, head_dim=6,
-    max_context=64, qk_norm=True, tied=True,
-)  # fmt: skip
 LLAMA = replace(QWEN3, family="llama", qk_norm=False, tied=False)
 CONFIGS = {
     "qwen3 tied": QWEN3,
@@ -33,7 +29,6 @@ CONFIGS = {
     "llama tied with every bias": replace(LLAMA, tied=True, qkv_bias=True, output_bias=True, mlp_bias=True),
     "qwen2": replace(LLAMA, family="qwen2", qkv_bias=True),
 }
-TEMPERATURE = 0.8
 ONE_MICRO_BATCH = 10_000
 # (prompt, turns of (policy tokens, environment tokens)); groups of three
 SHAPES: list[tuple[int, list[tuple[int, int]]]] = [
@@ -60,17 +55,6 @@ def sample_batch(micro_batch_tokens: int) -> PackedBatch:
     random = np.random.default_rng(1)
     all_of_them = [trajectory(i, *shape, random) for i, shape in enumerate(SHAPES)]
     return pack_batch(all_of_them, micro_batch_tokens=micro_batch_tokens)
-
-
-def sample_model(config: DecoderConfig, dtype: torch.dtype = torch.float64) -> Decoder:
-    model = Decoder(config)
-    model.initialise(3, std=0.3)
-    random = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms and biases away from their special values
-                parameter.add_(torch.randn(parameter.shape, generator=random), alpha=0.3)
-    return model.to(dtype)
 
 
 def sample_weights(batch: PackedBatch, dtype: torch.dtype = torch.float64) -> Tensor:  # [policy tokens]
