@@ -47,7 +47,6 @@ def measure_engine(plan: Plan) -> dict[str, Any]:
     from async_rl.generator.build import make_engine
     from async_rl.model.folder import load_model
     from async_rl.model.tokenizer import Tokenizer
-    from async_rl.trainer.forward import ModelArithmetic, probe_log_probs
 
     settings = settings_of(plan)
 
@@ -75,11 +74,21 @@ def measure_engine(plan: Plan) -> dict[str, Any]:
             await engine.close()
 
     found, shown = asyncio.run(measured())
+    found |= against_the_trainer(plan, shown)
+    return found
+
+
+def against_the_trainer(plan: Plan, shown: Sequence[float]) -> dict[str, float]:
+    """How far log-probs of PROBE are from the trainer's."""
+    from async_rl.model.folder import load_model
+    from async_rl.trainer.forward import ModelArithmetic, probe_log_probs
+
     expected = probe_log_probs(load_model(plan.model, device=plan.device), PROBE, ModelArithmetic(temperature=1.0))
     apart = [abs(a - b) for a, b in zip(shown, expected, strict=True)]
-    found["log-probs against the trainer's (float32), mean"] = float(f"{statistics.fmean(apart):.3g}")
-    found["the same, largest of 255"] = float(f"{max(apart):.3g}")
-    return found
+    return {
+        "log-probs against the trainer's (float32), mean": float(f"{statistics.fmean(apart):.3g}"),
+        "the same, largest of 255": float(f"{max(apart):.3g}"),
+    }
 
 
 PROBE = tuple(int(i) for i in np.random.default_rng(0).integers(0, 256, PROBE_TOKENS))
@@ -225,21 +234,8 @@ def summed_up(rows: Sequence[dict[str, Any]], skipped: int) -> dict[str, Any]:
 def measure_kernels(plan: Plan) -> dict[str, Any]:
     """The Triton kernels, compiled here, against their definition. Without a GPU their tests are skipped."""
     tests = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "test_kernels_on_a_gpu.py"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-rN",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        "0",
-        "-o",
-        "addopts=",
-        tests,
-    ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    words = ["-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider", "-n", "0", "-o", "addopts="]
+    done = subprocess.run([sys.executable, *words, str(tests)], capture_output=True, text=True, check=False)
     said = (done.stdout + done.stderr).strip().splitlines()
     if done.returncode:
         raise RuntimeError(" | ".join(line for line in said if line.startswith(("E ", "FAILED", "ERROR")))[-300:])
@@ -282,9 +278,7 @@ def measure_head(plan: Plan) -> dict[str, Any]:
     from dataclasses import replace
 
     from async_rl.generator.build import make_engine
-    from async_rl.model.folder import load_model
     from async_rl.model.tokenizer import Tokenizer
-    from async_rl.trainer.forward import ModelArithmetic, probe_log_probs
 
     if plan.engine != "vllm":
         return {"logits": "float32 always: the embedded engine has no other"}
@@ -298,13 +292,7 @@ def measure_head(plan: Plan) -> dict[str, Any]:
         finally:
             await engine.close()
 
-    found = asyncio.run(shown())
-    expected = probe_log_probs(load_model(plan.model, device=plan.device), PROBE, ModelArithmetic(temperature=1.0))
-    apart = [abs(a - b) for a, b in zip(found, expected, strict=True)]
-    return {
-        "log-probs against the trainer's (float32), mean": float(f"{statistics.fmean(apart):.3g}"),
-        "the same, largest of 255": float(f"{max(apart):.3g}"),
-    }
+    return against_the_trainer(plan, asyncio.run(shown()))
 
 
 LAYERS_7B = 28

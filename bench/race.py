@@ -35,7 +35,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +139,13 @@ def race(name: str, work: str, model: Path, chosen: Work, place: Path, target: f
     rows, out = place / "rows.jsonl", place / "steps.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(work)))
     environment = dict(os.environ) | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    if name in ("async_rl", "sync"):
+    own = name in ("async_rl", "sync")
+    if own:
         config = place / "config.yaml"
         config.write_text(yaml.safe_dump(settings_of(name, work, model, rows, chosen)))
         command = ["-m", "async_rl", "run", str(config), "--run-dir", str(place / "run")]
     else:
-        told = {"groups": chosen.groups, "group_size": chosen.group_size, "max_tokens": chosen.max_tokens,
-                "learning_rate": chosen.learning_rate, "steps": chosen.steps}  # fmt: skip
-        command = [str(HERE / f"race_{name}.py"), str(model), str(rows), str(out), json.dumps(told)]
+        command = [str(HERE / f"race_{name}.py"), str(model), str(rows), str(out), json.dumps(asdict(chosen))]
     with (place / "log").open("w") as log:
         process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=environment)
         watch = Watch(process.pid)
@@ -160,7 +159,6 @@ def race(name: str, work: str, model: Path, chosen: Work, place: Path, target: f
             watch.join()
     if process.returncode:
         raise SystemExit(f"{name} ended with {process.returncode}:\n{(place / 'log').read_text()[-3000:]}")
-    own = name in ("async_rl", "sync")
     steps = list(steps_of_run(place / "run")) if own else [json.loads(x) for x in out.read_text().splitlines()]
     steady = steps[max(1, len(steps) // 3) :]
     return Result(
@@ -265,10 +263,8 @@ def main() -> None:
     if arguments.passive:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     usual = WORKS[arguments.work]
-    chosen = Work(
-        groups=usual.groups,
-        group_size=usual.group_size,
-        max_tokens=usual.max_tokens,
+    chosen = replace(
+        usual,
         learning_rate=arguments.learning_rate or usual.learning_rate,
         steps=arguments.steps or usual.steps,
     )

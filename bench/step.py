@@ -56,6 +56,7 @@ from async_rl.trainer import learner as learner_module
 from async_rl.trainer.build import make_learner
 from async_rl.trainer.checkpoint import save_checkpoint
 from async_rl.trainer.learner import Learner, Pass
+from async_rl.trainer.loop import CHECKSUM_BYTES
 from async_rl.trainer.packing import pack_step
 from async_rl.trainer.team import weights_checksum
 from async_rl.weights.shared_memory import WeightPublisher, WeightReader, segment_path
@@ -157,7 +158,7 @@ class Parts:
         clock, chosen = self.clock, self.settings
         with clock.stage("send"):
             self.trainer.send(msg.NextBatch(step=number))
-        episodes, tickets = [], []
+        tickets: list[Any] = []
         while len(tickets) < chosen.batch.groups_per_step * chosen.batch.group_size:
             free = chosen.batch.groups_per_step - len(tickets) // chosen.batch.group_size
             with clock.stage("send"):
@@ -188,7 +189,7 @@ class Parts:
         with clock.stage("send"):
             self.generator.send(msg.Holds(version=self.learner.version))
         with clock.stage("metrics"):
-            if sum(p.numel() for p in self.learner.model.parameters()) * 4 <= 32 << 20:
+            if sum(p.numel() for p in self.learner.model.parameters()) * 4 <= CHECKSUM_BYTES:
                 weights_checksum(self.learner.weights())
             append_row(self.place / "metrics.jsonl", {"step": number, **report.metrics})
 
