@@ -159,7 +159,7 @@ class BlockCall:
     queries: int
     owners: Tensor | None  # [n * queries] int64: tokens; None: token i attends to block i
     mask: Tensor  # [n * kv_heads, 1 or queries * shared heads, BLOCK]
-    seen: Ints  # [n, queries, BLOCK]: positions of places minus those of tokens
+    ahead: Ints  # [n, queries, BLOCK]: positions of places minus those of tokens
     windowed: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -176,7 +176,7 @@ class RowCall:
     """most tokens of a row"""
     scatter: Tensor | None  # [last - first] int64 into [rows * queries]; None: one token each row
     mask: Tensor  # [rows, 1, queries * shared heads, length]
-    behind: Ints  # [rows, queries * shared heads, length]: positions of places minus those of tokens
+    ahead: Ints  # [rows, queries * shared heads, length]: positions of places minus those of tokens
     windowed: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -263,15 +263,15 @@ class CacheAttention:
         self._parts, self._begins = before._parts, before._begins
         self._single, self._in_order = before._single, before._in_order
         for call in before._block_calls:
-            mask, seen = call.mask, call.seen - 1
+            mask, ahead = call.mask, call.ahead - 1
             if call.queries == 1:
                 blocks = slice(call.begin, call.begin + call.n) if call.blocks is None else call.blocks.numpy()
-                mask = self._block_mask(self._hidden(seen, blocks))
-            self._block_calls.append(replace(call, mask=mask, seen=seen, windowed={}))
+                mask = self._block_mask(self._hidden(ahead, blocks))
+            self._block_calls.append(replace(call, mask=mask, ahead=ahead, windowed={}))
 
-    def _hidden(self, seen: Ints, blocks: Ints | slice) -> NDArray[np.bool_]:
+    def _hidden(self, ahead: Ints, blocks: Ints | slice) -> NDArray[np.bool_]:
         """[n, queries, BLOCK]: places that a token does not see, or that are not in use."""
-        return (seen > 0) | (np.arange(BLOCK) >= self._tables.filled[blocks][:, None])[:, None, :]
+        return (ahead > 0) | (np.arange(BLOCK) >= self._tables.filled[blocks][:, None])[:, None, :]
 
     def _arrange_blocks(self) -> None:
         """Put the blocks of the near tokens into calls, by the number of tokens that attend to them."""
@@ -281,8 +281,8 @@ class CacheAttention:
         table = tables.table[slot, :columns]  # [tokens, columns]
         token, column = np.nonzero(np.arange(columns) < tables.length[slot, None])  # [parts] each, by token
         block = table[token, column]
-        alone = np.bincount(block) == 1
-        of_part = np.where(alone[block], 0, 1 + np.bincount(block)[block] // MANY)
+        attending = np.bincount(block)[block]  # [parts]: tokens that attend to its block
+        of_part = np.where(attending == 1, 0, 1 + attending // MANY)
         number = np.empty(len(block), dtype=np.int64)
         made = 0
         for some in np.unique(of_part):
@@ -314,8 +314,8 @@ class CacheAttention:
         rank[order] = np.arange(len(at)) - (held.cumsum() - held)[at[order]]
         owners = np.zeros((n, queries), dtype=np.int64)
         owners[at, rank] = token
-        seen = (tables.first[among, None] + np.arange(BLOCK))[:, None, :] - self.position[owners][:, :, None]
-        hidden = self._hidden(seen, among)
+        ahead = (tables.first[among, None] + np.arange(BLOCK))[:, None, :] - self.position[owners][:, :, None]
+        hidden = self._hidden(ahead, among)
         plain = queries == 1 and n == self._near and np.array_equal(owners[:, 0], np.arange(n))
         call = BlockCall(
             blocks=blocks,
@@ -324,7 +324,7 @@ class CacheAttention:
             queries=queries,
             owners=None if plain else torch.from_numpy(owners.ravel()),
             mask=self._block_mask(hidden),
-            seen=seen,
+            ahead=ahead,
         )
         assert cache.plain
         return call, at * queries + rank
@@ -372,10 +372,11 @@ class CacheAttention:
             query = query.index_select(0, call.owners)
         query = _by_block(query, call, self._cache.kv_heads)
         mask = call.mask
-        if window and int(-call.seen.min()) >= window:
+        if window:
             if window not in call.windowed:
-                hidden = (call.seen <= -window) | (call.seen > 0)
-                mask = torch.minimum(mask, self._block_mask(hidden))
+                beyond = call.ahead <= -window
+                if beyond.any():
+                    mask = torch.minimum(mask, self._block_mask(beyond))
                 call.windowed[window] = mask
             mask = call.windowed[window]
         if not cap:
@@ -404,10 +405,12 @@ class CacheAttention:
             query = padded.index_copy_(0, call.scatter, query)
         folded = query.view(n, call.queries, kv, heads // kv, size).transpose(1, 2).reshape(n, kv, -1, size)
         mask = call.mask
-        if window and int(-call.behind.min()) >= window:
+        if window:
             if window not in call.windowed:
-                out_of_sight = torch.from_numpy(call.behind <= -window).to(mask.device)[:, None]
-                call.windowed[window] = mask.masked_fill(out_of_sight, float(MASKED))
+                beyond = call.ahead <= -window
+                if beyond.any():
+                    mask = mask.masked_fill(torch.from_numpy(beyond).to(mask.device)[:, None], float(MASKED))
+                call.windowed[window] = mask
             mask = call.windowed[window]
         if cap:
             out = capped_attention(folded, key, value, mask, cap)
@@ -438,8 +441,8 @@ class CacheAttention:
             index = torch.from_numpy(at * queries + offset[begin:end]).to(device)
         place = (tables.first[blocks][..., None] + np.arange(BLOCK)).reshape(rows, 1, -1)
         unused = (np.arange(BLOCK) >= filled[..., None]).reshape(rows, 1, -1)
-        behind = np.repeat(place - position[:, :, None], self._cache.shared_heads, 1)
-        hidden = (behind > 0) | unused
+        ahead = np.repeat(place - position[:, :, None], self._cache.shared_heads, 1)
+        hidden = (ahead > 0) | unused
         mask = torch.from_numpy(np.where(hidden, MASKED, SEEN)).to(device, dtype)[:, None]
         return RowCall(
             first=begin,
@@ -449,7 +452,7 @@ class CacheAttention:
             queries=queries,
             scatter=index,
             mask=mask,
-            behind=np.where(unused, 1, behind),
+            ahead=ahead,
         )
 
 
