@@ -51,23 +51,20 @@ class _Draft:
         self.whole: dict[bytes, int] = {}
         """history, as bytes -> the row that completes it"""
 
-    def put(self, slot: int, start: int, block: Ints, place: Ints, whole: bytes | None) -> None:
-        if whole is not None:
-            self.whole[whole] = len(self.slots)
-        self.slots.append(slot)
-        self.start.append(start)
-        self.count.append(len(block))
-        self.block.append(block)
-        self.place.append(place)
-        self.budget -= len(block) - 1
-
-    def put_few(self, slot: Ints, start: Ints, count: Ints, block: Ints, place: Ints) -> None:
-        self.slots += slot.tolist()
-        self.start += start.tolist()
-        self.count += count.tolist()
+    def put(self, slot: list[int], start: list[int], count: list[int], block: Ints, place: Ints) -> None:
+        """Add rows; `block` and `place` [tokens] row by row."""
+        self.slots += slot
+        self.start += start
+        self.count += count
         self.block.append(block)
         self.place.append(place)
         self.budget -= len(block) - len(slot)
+
+    def put_one(self, slot: int, start: int, block: Ints, place: Ints, whole: bytes | None) -> None:
+        """Add a row. `whole`: the history that it completes, if it does."""
+        if whole is not None:
+            self.whole[whole] = len(self.slots)
+        self.put([slot], [start], [len(block)], block, place)
 
     def step(self) -> Step:
         feed = Feed(slot=np.array(self.slots), start=np.array(self.start), count=np.array(self.count))
@@ -118,7 +115,7 @@ class Scheduler:
         row = np.repeat(np.arange(len(slot)), count)
         position = np.arange(len(row)) + (start - (count.cumsum() - count))[row]
         block, place = tables.append_few(slot, count, slots.tokens[slot[row], position])
-        draft.put_few(slot, start, count, block, place)
+        draft.put(slot.tolist(), start.tolist(), count.tolist(), block, place)
 
     def _feed(self, draft: _Draft, slot: int, younger: list[int]) -> None:
         """Add a slot to the step, as far as budget and blocks allow. `younger`: slots that may lose their blocks."""
@@ -139,7 +136,7 @@ class Scheduler:
         lacks = known - int(tables.cached[slot])
         count = min(lacks, draft.budget + 1)
         if lacks == 0:  # all of it is in blocks: the last token is fed for its logits, and written nowhere
-            draft.put(slot, known - 1, np.array([SCRATCH]), np.array([0]), key)
+            draft.put_one(slot, known - 1, np.array([SCRATCH]), np.array([0]), key)
             return
         if lacks > 1 and draft.budget <= 0:
             return
@@ -154,7 +151,7 @@ class Scheduler:
             count = min(known, draft.budget + 1)  # it is alone now, and its chain had gaps
         start = int(tables.cached[slot])
         block, place = tables.append(slot, history[start : start + count])
-        draft.put(slot, start, block, place, key if start + count == known else None)
+        draft.put_one(slot, start, block, place, key if start + count == known else None)
 
     def _make_room(self, need: int, younger: list[int]) -> bool:
         """Free blocks until `need` are free: of idle sessions first, then of `younger` slots, the youngest first."""
