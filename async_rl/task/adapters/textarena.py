@@ -315,11 +315,14 @@ class Match:
         return not self.done and self.game.player in self.seats
 
     @property
+    def others_turn(self) -> bool:
+        return not self.done and self.game.player not in self.seats
+
+    @property
     def stalled(self) -> bool:
         """The player on turn is none of the policy's, and has used its turns up: games like SpiteAndMalice let a player
         draw for ever."""
-        others = not self.done and not self.policys_turn
-        return others and self._others_turns[self.player] >= self._task.settings.max_turns
+        return self.others_turn and self._others_turns[self.player] >= self._task.settings.max_turns
 
     def reseed(self, seed: int) -> None:
         """Decide all that is random from now on."""
@@ -340,13 +343,13 @@ class Match:
 
     def random_moves(self) -> None:
         """Let random players move until the policy is on turn, or the game is over or stalled."""
-        while not self.done and not self.policys_turn and not self.stalled:
+        while self.others_turn and not self.stalled:
             self._others_turns[self.player] += 1
             self.random_move()
 
     async def opponents_move(self) -> None:
         """Let the others move until the policy is on turn, or the game is over or stalled."""
-        while not self.done and not self.policys_turn and not self.stalled:
+        while self.others_turn and not self.stalled:
             self._others_turns[self.player] += 1
             player = self._opponents.get(self.player) or self._task.opponent()
             if player is None:
