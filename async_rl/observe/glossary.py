@@ -373,7 +373,7 @@ tokens name, and played again where the task is repeatable. A trajectory's misma
 |difference| / max(1, |log-prob|) between what the generator says and what the trainer computes, times the temperature
 where that is below 1. It may reach `verify/limit`: 30 times the median of this run's trajectories, at least 2e-5
 (1e-2 for `generator.dtype=bfloat16`) and at most `canary.tolerance`. docs/explanations/verification.md says what
-is found and what follows.""",
+is found and what follows. With `verify.share=0` these columns are absent.""",
         metrics=(
             Metric("verify/checked", "trajectories", "scored since the last step, at least in part"),
             Metric(
