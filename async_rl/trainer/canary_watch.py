@@ -129,7 +129,7 @@ class CanaryWatch:
         )
         comparison = compare(expected, found)
         watched = self.generators.setdefault(canary.name, Watched(since=self.step))
-        if comparison.wrong(max(self.options.tolerance, WIDENED * watched.first)):
+        if comparison.wrong(self._tolerance(watched)):
             self.record(
                 CanaryFailed(
                     name=canary.name,
@@ -146,6 +146,10 @@ class CanaryWatch:
         if not watched.checked and self.options.widens and not canary.split:
             watched.first = comparison.mean_difference
         watched.checked += 1
+
+    def _tolerance(self, watched: Watched) -> float:
+        """Of the mean difference of this generator, nats."""
+        return max(self.options.tolerance, WIDENED * watched.first)
 
     def report_silent(self, step: int, connected: Mapping[str, int]) -> None:
         """Report the generators that have been connected for long and showed nothing. `connected`: generator ->
@@ -185,7 +189,7 @@ class CanaryWatch:
         probe = (
             f"it gives log-prob {c.worst + 1} of the probe as {c.found:.6g}, the trainer as {c.expected:.6g} "
             f"(difference {c.max_difference:.3g} nats, mean {c.mean_difference:.3g}, tolerance of the mean "
-            f"{max(self.options.tolerance, WIDENED * self.generators[canary.name].first):g})"
+            f"{self._tolerance(self.generators[canary.name]):g})"
         )
         if not c.tensors:
             return (
