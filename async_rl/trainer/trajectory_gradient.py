@@ -225,8 +225,6 @@ class TrajectoryGradient:
         segments, policy = record.segments, record.policy
         each = multipliers.double() * record.scale
         each[:first] = 0
-        rows = slice(segments.start(first), None)
-        of_row = each[segments.ids[rows], None]
         if record.head_weight.requires_grad:
             with _summing(record.head_weight, into) as total:
                 record.head.accumulate(total, each[policy.ids], first=first)
@@ -238,6 +236,8 @@ class TrajectoryGradient:
                 total.add_(each.to(values.dtype) @ values)
         embedding = record.embedding_weight
         if record.embedding_gradient is not None and embedding is not None and embedding.requires_grad:
+            rows = slice(segments.start(first), None)
+            of_row = each[segments.ids[rows], None]
             with _summing(embedding, into) as total:
                 values = record.embedding_gradient[rows] * of_row.to(total.dtype)
                 total.index_add_(0, record.tokens[rows], values.to(total.dtype))
