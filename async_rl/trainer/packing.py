@@ -264,10 +264,10 @@ def _pieces(trajectory: Trajectory, limit: int) -> list[Trajectory]:
     a piece of its own. Tokens, turns and contexts are those of the piece, all else is that of the trajectory."""
     if len(trajectory.tokens) <= limit or not trajectory.contexts:
         return [trajectory]
-    cuts = [0]
-    for begin, end in pairwise([0, *trajectory.contexts, len(trajectory.tokens)]):
-        if end - cuts[-1] > limit and begin > cuts[-1]:
-            cuts.append(begin)
+    starts = [0]
+    for begin, end in trajectory.context_bounds():
+        if end - starts[-1] > limit and begin > starts[-1]:
+            starts.append(begin)
     return [
         replace(
             trajectory,
@@ -275,7 +275,7 @@ def _pieces(trajectory: Trajectory, limit: int) -> list[Trajectory]:
             turns=tuple(replace(t, start=t.start - begin) for t in trajectory.turns if _within(t, begin, end)),
             contexts=tuple(start - begin for start in trajectory.contexts if begin < start < end),
         )
-        for begin, end in pairwise([*cuts, len(trajectory.tokens)])
+        for begin, end in pairwise([*starts, len(trajectory.tokens)])
     ]
 
 
@@ -343,7 +343,7 @@ def _tree(trajectories: Sequence[Trajectory], prefixes: Sequence[int]) -> Prefix
     """The tree of these trajectories' contexts; None where nothing is shared. prefixes: as `Sizes.prefix`."""
     documents, groups, planned = [], [], []
     for trajectory, prefix in zip(trajectories, prefixes, strict=True):
-        for begin, end in pairwise([0, *trajectory.contexts, len(trajectory.tokens)]):
+        for begin, end in trajectory.context_bounds():
             documents.append(trajectory.tokens[begin:end])
             groups.append(trajectory.group)
             planned.append(prefix)

@@ -9,7 +9,6 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -107,8 +106,7 @@ class _Document:
 def _documents(wanted: Sequence[Wanted]) -> Iterator[_Document]:
     for number, one in enumerate(wanted):
         trajectory, temperature = one.trajectory, temperatures(one.trajectory)
-        starts = [0, *trajectory.contexts, len(trajectory.tokens)]
-        for start, end in pairwise(starts):
+        for start, end in trajectory.context_bounds():
             at = one.positions[(one.positions >= start) & (one.positions < end)]
             if len(at):
                 tokens = trajectory.tokens[start : int(at[-1]) + 1]
@@ -219,9 +217,8 @@ def outside(trajectory: Trajectory, positions: NDArray[np.int64], scored: Scored
     than `edge` [t]. Contexts in which nothing was sampled have numbers, too, and are not in the trajectory: the number
     that fits best is taken."""
     found = np.zeros(len(positions), bool)
-    starts = [0, *trajectory.contexts, len(trajectory.tokens)]
     first = 0
-    for start, end in pairwise(starts):
+    for start, end in trajectory.context_bounds():
         here = np.flatnonzero((positions >= start) & (positions < end))
         if not len(here):
             continue

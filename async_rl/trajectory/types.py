@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from itertools import pairwise
 from typing import Literal
@@ -135,10 +135,13 @@ class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
             version[span.start : span.end] = span.version
         return version[self.policy_positions()]
 
+    def context_bounds(self) -> Iterator[tuple[int, int]]:
+        """Start and end of each context, the sequences that the model sees; together they are `tokens`."""
+        return pairwise((0, *self.contexts, len(self.tokens)))
+
     def context_lengths(self) -> list[int]:
-        """Tokens of each context, the sequences that the model sees; together they are `tokens`."""
-        starts = [0, *self.contexts, len(self.tokens)]
-        return [end - start for start, end in pairwise(starts)]
+        """Tokens of each context."""
+        return [end - start for start, end in self.context_bounds()]
 
     @property
     def longest_context(self) -> int:
