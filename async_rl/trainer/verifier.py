@@ -263,7 +263,7 @@ class Verifier:
             return
         if not false_tokens:
             self._add(one, "tokens", "tokens", "")
-        self._add(one, "log-probs", lie, reason if wrong else "")
+        self._add(one, "log-probs", lie, reason)
 
     def _slack(self, one: Pending, scores: Scores) -> Numbers:  # [known tokens]
         """How far tokens may be from the version they name because part of what they saw was computed under the one
