@@ -83,6 +83,7 @@ class Bench:
             temperature=self.settings.generator.temperature,
         )
         self.groups += 1
+        tickets = make_tickets(permit)
         sessions = [
             EpisodeSession(
                 engine=self.engine,
@@ -93,9 +94,8 @@ class Bench:
                 max_turns=64,
                 generator="g",
             )
-            for ticket in make_tickets(permit)
+            for ticket in tickets
         ]
-        tickets = make_tickets(permit)
         made = [
             run_episode(self.task, session, ticket, timeout_s=60.0)
             for session, ticket in zip(sessions, tickets, strict=True)
