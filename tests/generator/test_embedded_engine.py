@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support_engine import run
 from support_models import llama_config, make_decoder, qwen3_config, write_folder
 
 from async_rl.generator.embedded import EmbeddedEngine
@@ -55,15 +56,6 @@ def ask(session: int, tokens: Sequence[int], max_tokens: int = 12, **params: Any
 
 def make_engine(tokenizer: Tokenizer, seed: int = 0, config: Any = None, **options: Any) -> EmbeddedEngine:
     return EmbeddedEngine(make_decoder(config or qwen3_config(), seed), tokenizer, **options)
-
-
-def run(engine: EmbeddedEngine, requests: Sequence[Request]) -> list[Completion]:
-    async def all_at_once() -> list[Completion]:
-        done = await asyncio.gather(*(engine.generate(request) for request in requests))
-        await engine.close()
-        return done
-
-    return asyncio.run(all_at_once())
 
 
 @pytest.mark.parametrize("config", [qwen3_config(), llama_config()], ids=["qwen3", "llama"])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support_engine import run
 from support_models import make_decoder, qwen3_config, write_folder
 
 from async_rl.generator.embedded import EmbeddedEngine
@@ -47,15 +48,6 @@ def groups(count: int, size: int, length: int, max_tokens: int = 12) -> list[Req
 
 def make_engine(tokenizer: Tokenizer, **options: Any) -> EmbeddedEngine:
     return EmbeddedEngine(make_decoder(CONFIG), tokenizer, **options)
-
-
-def run(engine: EmbeddedEngine, requests: Sequence[Request]) -> list[Completion]:
-    async def all_at_once() -> list[Completion]:
-        done = await asyncio.gather(*(engine.generate(request) for request in requests))
-        await engine.close()
-        return done
-
-    return asyncio.run(all_at_once())
 
 
 def alone(tokenizer: Tokenizer, requests: Sequence[Request]) -> list[Completion]:
