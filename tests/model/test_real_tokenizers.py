@@ -199,7 +199,8 @@ def test_tokens_and_text_are_those_of_transformers(both: Both, data: st.DataObje
 @CHECKED
 @given(data=st.data())
 def test_text_that_is_appended_is_read_as_it_was_written(both: Both, data: st.DataObject) -> None:
-    before, text = data.draw(texts(both.name)), data.draw(texts(both.name))
+    before = data.draw(texts(both.name)) or "x"  # behind nothing, a first space of Llama 2's is none
+    text = data.draw(texts(both.name))
     if both.name == "llama2":  # behind its special tokens a space is written, as in training
         for mark in MARKS["llama2"]:
             text = text.replace(mark, "")
