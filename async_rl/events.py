@@ -573,7 +573,7 @@ class TrackerFailed(Event):
 # fmt: off
 _ALL: tuple[type[Event], ...] = (
     ProcessStarted, ProcessFailed, ProcessFrozen, ProcessKilled, ProcessesLeft, GeneratorDied, GeneratorGivenUp,
-    RunInterrupted,    CheckpointDamaged, RunResumed, TrainerAwaited, StallReported, StallOver,
+    RunInterrupted, CheckpointDamaged, RunResumed, TrainerAwaited, StallReported, StallOver,
     BufferReady, GeneratorJoined, GeneratorLeft, GeneratorLost, MessageRefused, PeersTurnedAway, BatchHeldUp,
     ProblemRefused, GeneratorQuarantined, DepthChanged, GeneratorReady, GeneratorRejoined,
     TrainerReady, EvaluationReported, CheckpointSaved, StepSkipped, UpdatesStopped, MemoryRanOut, AlarmRaised,

@@ -92,6 +92,16 @@ class Run:
         return found + [str(path) for path in self.folder.path.rglob("*.sock")]
 
 
+def starter(folder: Path, model: Path, *always: str) -> Callable[..., Run]:
+    """(overrides..., variables of the environment by name) -> a run with these and `always`."""
+
+    def start(*overrides: str, **environment: str) -> Run:
+        config = write_config(folder, model, *always, *overrides)
+        return Run(config, RunFolder(folder / "run"), environment=environment)
+
+    return start
+
+
 def wait_for(condition: Callable[[], object], what: str, longest_s: float = LONGEST_S) -> None:
     deadline = time.monotonic() + longest_s
     while not condition():

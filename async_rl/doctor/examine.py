@@ -14,10 +14,9 @@ from async_rl.finding import Finding, error, ok, warning
 from async_rl.model.folder import check_folder
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.model.varlen import choose_backend
-from async_rl.run.fitting import fitted
 from async_rl.run.memory import Estimate, estimate, read_available
 from async_rl.run.placement import place, read_cores, read_heads, read_machine, threads_here
-from async_rl.run.preflight import preflight
+from async_rl.run.preflight import Facts, preflight
 from async_rl.task import Task, has_demonstrations, make_task
 from async_rl.task.weigh import has_group_reward, weights_of
 from async_rl.wire.keys import keys_in
@@ -107,15 +106,13 @@ def examine_run(settings: Settings, run_folder: Path) -> Iterator[Finding]:
         return
     yield from guarded("tokenizer", lambda: check_tokens(tasks[0], tokenizers[0]))
     yield from guarded("transformers", lambda: problems.judge_plain(tasks[0], tokenizers[0]))
-    failed = False
-    for finding in guarded("preflight", lambda: check_fit(settings)):
-        failed = failed or finding.level == "error"
-        yield finding
-    if failed:  # no run could start with these settings
+    facts: list[Facts] = []
+    yield from guarded("preflight", lambda: check_fit(settings, facts))
+    if not facts:  # no run could start with these settings
         return
     from async_rl.instruments import agreement  # imports the trainer: some seconds
 
-    free, chosen = read_available(), fitted(settings)
+    free, chosen = read_available(), facts[0].settings
     task = make_task(chosen.task.name, chosen.task.args)
     yield from guarded("log-probs", lambda: agreement.check_log_probs(chosen, task, found.parameters, free))
     yield from guarded("max_staleness=0", lambda: agreement.check_equivalence(chosen, found.parameters))
@@ -195,12 +192,13 @@ def check_tokens(task: Task, tokenizer: Tokenizer) -> Iterator[Finding]:
     yield from problems.judge_template(tokenizer)
 
 
-def check_fit(settings: Settings) -> Iterator[Finding]:
-    """What a run checks before it starts."""
-    notes = preflight(settings).notes
-    for note in notes:
+def check_fit(settings: Settings, facts: list[Facts]) -> Iterator[Finding]:
+    """What a run checks before it starts; what it found out is added to `facts`."""
+    found = preflight(settings)
+    facts.append(found)
+    for note in found.notes:
         yield warning("preflight", note, "a run says the same and goes on")
-    if not notes:
+    if not found.notes:
         yield ok("preflight", "settings, model, task and recipe fit")
 
 

@@ -500,7 +500,7 @@ def _check_checkpoints(folder: RunFolder, promise: Promise, back: Rollback | Non
 # ---------------------------------------------------------------- in words
 
 MOST_SHOWN = 20
-"""violations of one kind that are printed"""
+"""violations of one kind, or groups of one liar, that are printed"""
 
 
 def audit_rows(audit: Audit) -> list[tuple[str, str]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from async_rl.events import Event, GeneratorGivenUp, GeneratorQuarantined, RewardsNotRepeatable, TrajectoryDoubted
+from async_rl.events import GeneratorGivenUp, GeneratorQuarantined, RewardsNotRepeatable, TrajectoryDoubted
 
 
-def verification_line(event: Event) -> str:
-    """A line for the terminal; empty for any other event."""
+def verification_line(
+    event: TrajectoryDoubted | GeneratorQuarantined | GeneratorGivenUp | RewardsNotRepeatable,
+) -> str:
+    """A line for the terminal."""
     match event:
         case TrajectoryDoubted():
             return (
@@ -19,7 +21,6 @@ def verification_line(event: Event) -> str:
             return f"{event.reason}\nthe run goes on without {event.name}"
         case RewardsNotRepeatable():
             return f"rewards are not verified any more: they are not repeatable ({event.reason})"
-    return ""
 
 
 def quarantine_line(event: GeneratorQuarantined) -> str:

@@ -101,7 +101,8 @@ def write_inputs(path: Path, inputs: Inputs) -> None:
         partial = path.with_name(f".{path.stem}.partial.npz")
         np.savez(partial, **tables)  # type: ignore[arg-type]
         os.replace(partial, _prints_beside(path))
-    values = {name: value for name, value in asdict(replace(inputs, prints=())).items() if name != "prints"}
+    values = asdict(replace(inputs, prints=()))
+    del values["prints"]
     replace_text(path, json.dumps(values, indent=1) + "\n")
 
 

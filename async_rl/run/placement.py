@@ -366,8 +366,8 @@ def read_machine(settings: Settings) -> Machine:
 
 
 def place_here(settings: Settings) -> Placement:
-    """Where a run's processes are on this machine. Raises UserError when they cannot be."""
-    settings = threads_here(settings)
+    """Where a run's processes are on this machine; `settings`: those of `threads_here`. Raises UserError when they
+    cannot be."""
     return place(settings, read_machine(settings), read_heads(settings))
 
 

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support_command import Run, descendants, write_config
+from support_command import Run, descendants, starter
 
 from async_rl.buffer.core import Core
 from async_rl.buffer.loop import receive
 from async_rl.buffer.store import StoreReader
 from async_rl.observe.audit import audit_run
-from async_rl.run_folder import RunFolder, read_rows
+from async_rl.run_folder import read_rows
 from async_rl.steady_clock import steady_time
 
 FROZEN_S = 3.0
@@ -35,11 +35,7 @@ time.time_ns = lambda: _time_ns() + _shift() * 10**9
 
 @pytest.fixture
 def start(tmp_path: Path, tiny_model: Path) -> Callable[..., Run]:
-    def begin(*overrides: str, **environment: str) -> Run:
-        config = write_config(tmp_path, tiny_model, f"wire.frozen_after_s={FROZEN_S}", *overrides)
-        return Run(config, RunFolder(tmp_path / "run"), environment=environment)
-
-    return begin
+    return starter(tmp_path, tiny_model, f"wire.frozen_after_s={FROZEN_S}")
 
 
 def test_a_wall_clock_that_jumps_changes_nothing(start: Callable[..., Run], tmp_path: Path) -> None:

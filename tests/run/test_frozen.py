@@ -10,20 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support_command import Run, wait_for, write_config
+from support_command import Run, starter, wait_for
 
-from async_rl.run_folder import RunFolder, read_rows
+from async_rl.run_folder import read_rows
 
 FROZEN_S = 3.0
 
 
 @pytest.fixture
 def start(tmp_path: Path, tiny_model: Path) -> Callable[..., Run]:
-    def begin(*overrides: str, **environment: str) -> Run:
-        config = write_config(tmp_path, tiny_model, f"wire.frozen_after_s={FROZEN_S}", *overrides)
-        return Run(config, RunFolder(tmp_path / "run"), environment=environment)
-
-    return begin
+    return starter(tmp_path, tiny_model, f"wire.frozen_after_s={FROZEN_S}")
 
 
 def steps(run: Run) -> int:

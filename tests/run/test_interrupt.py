@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support_command import Run, alive, wait_for, write_config
+from support_command import Run, alive, starter, wait_for, write_config
 
 from async_rl.run_folder import RunFolder, read_rows
 from async_rl.weights.shared_memory import segment_path
@@ -37,11 +37,7 @@ def never(completion, answer, problem):
 
 @pytest.fixture
 def start(tmp_path: Path, tiny_model: Path) -> Callable[..., Run]:
-    def begin(*overrides: str, **environment: str) -> Run:
-        config = write_config(tmp_path, tiny_model, "trainer.steps=100000", *overrides)
-        return Run(config, RunFolder(tmp_path / "run"), environment=environment)
-
-    return begin
+    return starter(tmp_path, tiny_model, "trainer.steps=100000")
 
 
 def test_on_ctrl_c_generators_hand_over_what_is_done_before_the_buffer_ends(start: Callable[..., Run]) -> None:
