@@ -28,7 +28,8 @@ from async_rl.config.schema import with_overrides
 from async_rl.errors import UserError
 from async_rl.instruments.retraining import Retraining
 from async_rl.model.folder import load_model
-from async_rl.objective.library import check_effect, load_recipe
+from async_rl.objective.conflicts import check_effect
+from async_rl.objective.library import load_recipe
 from async_rl.objective.own import check_recorded
 from async_rl.objective.recipe import Recipe, requirements
 from async_rl.objective.trust import bucket_names, length_bucket

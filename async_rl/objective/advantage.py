@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from async_rl.objective.recipe import AdvantageSettings, GaeSettings, Recipe
+from async_rl.objective.axes import AdvantageSettings, GaeSettings
+from async_rl.objective.recipe import Recipe
 from async_rl.objective.tokens import (
     Tokens,
     behaviour_log_ratio,

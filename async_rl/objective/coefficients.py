@@ -24,6 +24,7 @@ from async_rl.objective.advantage import (
     proxy_log_norm_square,
     value_loss,
 )
+from async_rl.objective.axes import AggregateSettings, KlSettings
 from async_rl.objective.measures import (
     Meter,
     effective_sample_size,
@@ -42,7 +43,7 @@ from async_rl.objective.measures import (
     without_empty_buckets,
 )
 from async_rl.objective.own import is_own_function
-from async_rl.objective.recipe import AggregateSettings, KlSettings, Recipe, requirements
+from async_rl.objective.recipe import Recipe, requirements
 from async_rl.objective.schedule import recipe_at
 from async_rl.objective.shaping import certain, factor, mask, shaped_advantage, shaped_reward
 from async_rl.objective.state import ObjectiveState

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from async_rl.objective.recipe import TrustSettings
+from async_rl.objective.axes import TrustSettings
 from async_rl.objective.tokens import LARGEST_LOG_RATIO, Ratio, Tokens
 
 MOVING_BOUNDS = ("sat", "bapo", "aspo")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from async_rl.objective.recipe import TrustSettings
+from async_rl.objective.axes import TrustSettings
 from async_rl.objective.tokens import Ratio, Tokens, segment_log_sum_exp
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from async_rl.objective.advantage import energy
-from async_rl.objective.recipe import BiasSettings, EssSettings, Level
+from async_rl.objective.axes import BiasSettings, EssSettings, Level
 from async_rl.objective.reference import begun_ratio, fresh_ratio, learn
 from async_rl.objective.state import ObjectiveState
 from async_rl.objective.tokens import Tokens, behaviour_log_ratio, segment_max, segment_min

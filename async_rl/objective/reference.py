@@ -22,7 +22,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from async_rl.objective.recipe import EssSettings, Pool
+from async_rl.objective.axes import EssSettings, Pool
 from async_rl.objective.state import FreshNoise, ObjectiveState
 from async_rl.objective.trust import LENGTH_BUCKETS, length_bucket
 

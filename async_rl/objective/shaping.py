@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from async_rl.objective.axes import MaskSettings, RewardSettings, ShapeSettings
 from async_rl.objective.gates import most_entropy, quantile
-from async_rl.objective.recipe import MaskSettings, RewardSettings, ShapeSettings
 from async_rl.objective.tokens import Tokens
 from async_rl.objective.trust import bernoulli_kl
 

@@ -14,7 +14,8 @@ from math import log
 import torch
 from torch import Tensor
 
-from async_rl.objective.recipe import Level, Pool, RatioSettings, Recipe, Requirements
+from async_rl.objective.axes import Level, Pool, RatioSettings
+from async_rl.objective.recipe import Recipe, Requirements
 
 LARGEST_LOG_RATIO = 20.0
 """log-ratios are clamped to this before exp wherever a weight is formed (docs/algorithms.md#clamps); never for ESS"""

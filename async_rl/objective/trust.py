@@ -17,6 +17,7 @@ from math import log
 import torch
 from torch import Tensor
 
+from async_rl.objective.axes import TrustSettings
 from async_rl.objective.gates import (
     MOVING_BOUNDS,
     inverted,
@@ -26,7 +27,7 @@ from async_rl.objective.gates import (
     towards_target,
 )
 from async_rl.objective.groupwise import discriminated, regressed
-from async_rl.objective.recipe import Recipe, TrustSettings
+from async_rl.objective.recipe import Recipe
 from async_rl.objective.tokens import (
     LARGEST_LOG_RATIO,
     Ratio,

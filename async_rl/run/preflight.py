@@ -20,7 +20,8 @@ from async_rl.model.folder import check_context, check_folder, check_for_vllm, r
 from async_rl.model.foreign import check_expert_targets, frozen_experts
 from async_rl.model.tokenizer import Tokenizer, asks_for_date, control_in, problem_tokens
 from async_rl.model.varlen import choose_backend
-from async_rl.objective.library import check_effect, load_recipe
+from async_rl.objective.conflicts import check_effect
+from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import Requirements, requirements
 from async_rl.run.fitting import fit_prompts
 from async_rl.run.inputs import Inputs, inputs_of

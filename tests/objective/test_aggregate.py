@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_rl.objective import Columns
+from async_rl.objective.axes import AggregateSettings
 from async_rl.objective.coefficients import shares
 from async_rl.objective.library import load_recipe
-from async_rl.objective.recipe import AggregateSettings, requirements
+from async_rl.objective.recipe import requirements
 from async_rl.objective.tokens import Tokens, tokens_of
 
 Lists = Callable[[Columns], list[list[int]]]

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from async_rl.objective import Columns, ObjectiveState
+from async_rl.objective.axes import BiasSettings
 from async_rl.objective.coefficients import coefficients, finish
 from async_rl.objective.library import load_recipe
-from async_rl.objective.recipe import BiasSettings, Recipe, requirements
+from async_rl.objective.recipe import Recipe, requirements
 
 
 def recipe_of(name: str = "so_grpo", **values: Any) -> Recipe:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from async_rl.errors import UserError
-from async_rl.objective.library import check_effect, explain, list_recipes, load_recipe
+from async_rl.objective.conflicts import check_effect
+from async_rl.objective.library import explain, list_recipes, load_recipe
 from async_rl.objective.recipe import requirements
 
 SETUP: dict[str, Any] = {

@@ -14,7 +14,8 @@ from async_rl.config.load import make_settings
 from async_rl.errors import UserError
 from async_rl.objective import Columns, ObjectiveState
 from async_rl.objective.coefficients import coefficients, objective_of
-from async_rl.objective.library import check_effect, explain, load_recipe
+from async_rl.objective.conflicts import check_effect
+from async_rl.objective.library import explain, load_recipe
 from async_rl.objective.own import check_recorded, needs_columns, record, recorded
 from async_rl.objective.recipe import requirements
 

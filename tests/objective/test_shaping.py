@@ -14,7 +14,8 @@ from support_methods import RAW, SUM, answers, batch, of_answer, of_group, polic
 from async_rl.errors import UserError
 from async_rl.objective import Columns, ObjectiveState
 from async_rl.objective.coefficients import coefficients
-from async_rl.objective.library import check_effect, load_recipe
+from async_rl.objective.conflicts import check_effect
+from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.objective.tokens import Noted
 

@@ -10,7 +10,8 @@ import torch
 from support_command import CONFIGS, run_command
 
 from async_rl.config import load_settings
-from async_rl.objective.library import check_effect, load_recipe
+from async_rl.objective.conflicts import check_effect
+from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.run.placement import Heads, Machine, place
 from async_rl.run_folder import RunFolder, read_rows

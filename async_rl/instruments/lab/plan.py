@@ -15,7 +15,8 @@ from async_rl.config import Settings, check
 from async_rl.config.imports import located
 from async_rl.config.schema import load_yaml, setting, structured, with_overrides
 from async_rl.errors import UserError, nearest
-from async_rl.objective.library import check_effect, load_recipe
+from async_rl.objective.conflicts import check_effect
+from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.task import make_task, task_class
 

@@ -27,7 +27,8 @@ from async_rl.generator.session import EpisodeSession, Ticket, make_tickets
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.objective import Columns
 from async_rl.objective.advantage import advantage_of
-from async_rl.objective.library import check_effect, load_recipe
+from async_rl.objective.conflicts import check_effect
+from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.objective.tokens import tokens_of
 from async_rl.trainer.packing import pack_batch
