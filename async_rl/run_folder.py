@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from async_rl.config import Settings
+from async_rl.config.renamed import renamed
 from async_rl.config.schema import load_yaml, structured, to_yaml
 from async_rl.errors import RunFailed, UserError
 from async_rl.events import Event, EventRow, RunRolledBack, read_event_rows
@@ -143,7 +144,7 @@ class RunFolder:
 
     def values(self) -> dict[str, Any]:
         """Those settings as they are written down; where the run is older than a setting, what it did then."""
-        values = load_yaml(self.config)
+        values, _ = renamed(load_yaml(self.config))
         if isinstance(evaluation := values.get("evaluation"), dict):
             evaluation.setdefault("choice", "first")
         return values

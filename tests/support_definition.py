@@ -64,7 +64,7 @@ def sample_model(config: DecoderConfig = QWEN3, dtype: torch.dtype = torch.float
 
 def make_learner(model: Decoder, recipe: str, critic: Critic | None = None) -> Learner:
     optimizer = OptimizerSettings(learning_rate=1e-3, warmup_steps=0, clip_norm=0.0)
-    options = LearnerOptions(steps=10, updates_per_batch=1, optimizer=optimizer, arithmetic=ARITHMETIC)
+    options = LearnerOptions(steps=10, optimizer=optimizer, arithmetic=ARITHMETIC)
     return Learner(model, load_recipe({"name": recipe}), options, critic=critic)
 
 

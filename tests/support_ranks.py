@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from support_run import quick_settings
 from torch import Tensor
 
-from async_rl.config import CriticSettings, OptimizerSettings
+from async_rl.config import CriticSettings, OptimizerSettings, UpdatesSettings
 from async_rl.errors import RunFailed
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.decoder import Decoder, LayerExecution
@@ -52,6 +52,7 @@ ARITHMETIC = ModelArithmetic(temperature=0.9)
 OPTIMIZER = OptimizerSettings(learning_rate=3e-2, warmup_steps=0, clip_norm=0.5, epsilon=1e-2, weight_decay=0.01)
 COST = Cost(per_token=1000, per_policy_token=100, per_pair=10)
 STEPS = 2
+TWICE = UpdatesSettings(epochs=2)
 TIMEOUT_S = 300.0
 """enough for a machine that is busy with much else"""
 
@@ -64,7 +65,7 @@ class Case:
     groups: Sequence[int] = (4, 3, 1, 5, 2)
     """trajectories of each"""
     config: DecoderConfig = TIED
-    updates: int = 1
+    updates: UpdatesSettings = UpdatesSettings()
     small: bool = False
     """run by two ranks too, not by four only"""
     critic: CriticSettings = field(default_factory=lambda: CriticSettings(warmup_steps=0))
@@ -105,11 +106,11 @@ CASES = (
     Case(name="exact, adaptive KL", recipe=ADAPTIVE),
     Case(name="exact, adaptive KL, groups cut", recipe=ADAPTIVE, micro_batch_tokens=30, small=True),
     Case(name="reference", recipe={"name": "dr_grpo", "kl": {"coefficient": 0.1}}, micro_batch_tokens=60),
-    Case(name="entropy", recipe={"name": "gspo", "entropy": 0.01}, updates=2, micro_batch_tokens=60),
-    Case(name="critic head", recipe={"name": "ppo"}, updates=2),
+    Case(name="entropy", recipe={"name": "gspo", "entropy": 0.01}, updates=TWICE, micro_batch_tokens=60),
+    Case(name="critic head", recipe={"name": "ppo"}, updates=TWICE),
     Case(name="likelihood of correct answers", recipe={"name": "vapo"}, micro_batch_tokens=60, small=True),
     Case(
-        name="critic model", recipe={"name": "ppo"}, updates=2, config=UNTIED, micro_batch_tokens=50,
+        name="critic model", recipe={"name": "ppo"}, updates=TWICE, config=UNTIED, micro_batch_tokens=50,
         critic=CriticSettings(kind="model", warmup_steps=1), small=True,
     ),
     Case(name="layers computed again", recipe={"name": "grpo"}, micro_batch_tokens=60, again=True),
@@ -120,10 +121,10 @@ CASES = (
     Case(name="shared prefixes", recipe={"name": "grpo"}, micro_batch_tokens=60, prompt=12, small=True),
     Case(name="exact, shared prefixes", recipe=EXACT, micro_batch_tokens=150, prompt=12, small=True),
     Case(name="shared prefixes, contexts", recipe={"name": "gspo"}, micro_batch_tokens=50, prompt=9, contexts=True),
-    Case(name="clipped norm", recipe={"name": "s_ppo", "bias": {"estimator": "exact"}}, updates=2),
+    Case(name="clipped norm", recipe={"name": "s_ppo", "bias": {"estimator": "exact"}}, updates=TWICE),
     Case(
         name="clipped norm, many micro-batches", recipe={"name": "s_ppo", "bias": {"estimator": "exact"}},
-        updates=2, micro_batch_tokens=50,
+        updates=TWICE, micro_batch_tokens=50,
     ),
 )  # fmt: skip
 
@@ -212,7 +213,7 @@ def build(case: Case, ranks: Ranks, sharding: str) -> Learner:
         trunk = model(1) if case.critic.kind == "model" else None
         critic = Critic(policy, case.critic, ARITHMETIC, ranks=ranks, trunk=trunk)
         critic.head.double()
-    options = LearnerOptions(steps=10, updates_per_batch=case.updates, optimizer=OPTIMIZER, arithmetic=ARITHMETIC)
+    options = LearnerOptions(steps=10, updates=case.updates, optimizer=OPTIMIZER, arithmetic=ARITHMETIC)
     reference = model(2).requires_grad_(False) if needs.reference else None
     return Learner(policy, recipe, options, critic=critic, reference=reference, ranks=ranks, adapters=adapters)
 

@@ -13,8 +13,10 @@ from async_rl.config.settings import (
     GuardSettings,
     ModelSettings,
     OptimizerSettings,
+    ReferenceSettings,
     Settings,
     StalenessSettings,
+    UpdatesSettings,
     WireSettings,
 )
 
@@ -23,8 +25,10 @@ __all__ = [
     "GuardSettings",
     "ModelSettings",
     "OptimizerSettings",
+    "ReferenceSettings",
     "Settings",
     "StalenessSettings",
+    "UpdatesSettings",
     "WireSettings",
     "check",
     "default_window",

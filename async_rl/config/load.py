@@ -9,6 +9,7 @@ from typing import Any
 
 from async_rl.config.checks import check, refuse_truncated_sampling
 from async_rl.config.imports import locate_all
+from async_rl.config.renamed import renamed
 from async_rl.config.schema import by_name, load_yaml, named_in, structured, with_overrides
 from async_rl.config.settings import Settings
 
@@ -38,9 +39,9 @@ def make_settings(
 
     `folder`: where files of the user's own are looked for besides the working directory."""
     file = by_name(Settings, given)
-    values = with_overrides(file, overrides)
+    values, notes = renamed(with_overrides(file, overrides))
     locate_all(values, folder)
-    notes = [*_replaced_recipe(file, overrides)]
+    notes += _replaced_recipe(file, overrides)
     if depth := implied_depth(file, overrides, values):
         values["staleness"]["pipeline_depth"] = 0.0
         notes.append(depth)

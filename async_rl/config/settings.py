@@ -9,6 +9,7 @@ from async_rl.config.generator import GeneratorSettings, VllmSettings
 from async_rl.config.schema import setting
 from async_rl.config.trainer import CriticSettings, LoraSettings, OptimizerSettings, TrainerSettings
 from async_rl.config.verify import VerifySettings
+from async_rl.config.updates import ReferenceSettings, UpdatesSettings
 
 
 @dataclass(frozen=True)
@@ -352,6 +353,8 @@ class Settings:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    updates: UpdatesSettings = field(default_factory=UpdatesSettings)
+    reference: ReferenceSettings = field(default_factory=ReferenceSettings)
     critic: CriticSettings = field(default_factory=CriticSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     canary: CanarySettings = field(default_factory=CanarySettings)

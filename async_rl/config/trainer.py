@@ -13,13 +13,6 @@ class TrainerSettings:
     """The processes that train."""
 
     steps: int = setting(400, "training steps (batches)", unit="steps", min=1, max=1_000_000_000)
-    updates_per_batch: int = setting(
-        1,
-        "optimizer updates on each batch; more than one makes the proximal policy meaningful",
-        unit="updates",
-        min=1,
-        max=10_000,
-    )
     micro_batch_tokens: int = setting(
         16384, "most tokens (prompt included) of one packed forward", unit="tokens", min=1
     )

@@ -421,10 +421,19 @@ class Returns:
 
 
 def token_gae(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Returns:
-    """A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t. `reward` [T]."""
-    assert tokens.value is not None
+    """A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t. `reward` [T].
+
+    V is the critic at the start of the step, so that a batch's later updates have the same advantages and targets.
+    """
+    assert tokens.value_before is not None
     advantage, target = _scan(
-        reward, tokens.value, tokens.trajectory, tokens.owner_of_token, tokens, recipe.gae, recipe.advantage.discount
+        reward,
+        tokens.value_before,
+        tokens.trajectory,
+        tokens.owner_of_token,
+        tokens,
+        recipe.gae,
+        recipe.advantage.discount,
     )
     return Returns(advantage=advantage, target=target, trained=_trained(tokens, recipe.gae)[tokens.trajectory])
 
@@ -434,10 +443,10 @@ def turn_gae(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Returns:
 
     Every token of a turn gets the turn's advantage; the critic is trained on the first.
     """
-    assert tokens.value is not None
+    assert tokens.value_before is not None
     first = tokens.turn_length.cumsum(0).long() - tokens.turn_length.long()
     advantage, target = _scan(
-        tokens.sum_turn(reward), tokens.value[first], tokens.trajectory_of_turn, tokens.owner_of_turn, tokens,
+        tokens.sum_turn(reward), tokens.value_before[first], tokens.trajectory_of_turn, tokens.owner_of_turn, tokens,
         recipe.gae, recipe.advantage.discount,
     )  # fmt: skip
     trained = torch.zeros_like(tokens.turn, dtype=torch.bool)

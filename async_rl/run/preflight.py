@@ -114,7 +114,7 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
     notes += check_effect(
         recipe,
         group_size=settings.batch.group_size,
-        updates_per_batch=settings.trainer.updates_per_batch,
+        updates_per_batch=settings.updates.epochs * settings.updates.minibatches,
         max_staleness=settings.staleness.max_staleness,
         has_critic=requirements(recipe).value,
         single_turn=task.single_turn,

@@ -60,9 +60,11 @@ def make_learner(settings: Settings, ranks: Ranks | None = None) -> Learner:
         critic = Critic(model, settings.critic, arithmetic, ranks=ranks, trunk=trunk)
     options = LearnerOptions(
         steps=settings.trainer.steps,
-        updates_per_batch=settings.trainer.updates_per_batch,
         optimizer=settings.optimizer,
         arithmetic=arithmetic,
+        updates=settings.updates,
+        reference=settings.reference,
+        seed=settings.seed,
         send_adapters=lora.send == "adapter",
     )
     return Learner(

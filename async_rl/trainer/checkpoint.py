@@ -6,7 +6,8 @@ where there is a critic (each in parts where several ranks wrote it, see rows.py
 folder's own weights then have them added) where adapters are trained, `learner.json` (version, objective's running
 state, random generators) and
 `progress.json` (what the trainer's loop remembers). The learning-rate schedule is a function of the version.
-The KL reference is the initial model: `initial_hash` says which bytes that was.
+The KL reference is the initial model (`initial_hash` says which bytes that was), or where it follows the policy in
+`reference.safetensors`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from async_rl.errors import RunFailed, UserError
 from async_rl.model.folder import save_folder
@@ -88,6 +89,8 @@ def save_part(folder: Path, learner: Learner) -> None:
             save_rows(learner.critic.state_dict(), folder, "critic", ranks)
             moments = optimizer_state(learner.critic.optimizer, _critic_names(learner))
             save_rows(moments, folder, "critic_optimizer", ranks)
+        if learner.reference_moves:
+            save_rows({n: p.detach() for n, p in _reference(learner).items()}, folder, "reference", ranks)
     except (OSError, SafetensorError) as error:
         if ranks.leads:
             raise  # the loop reports it
@@ -108,11 +111,10 @@ def load_checkpoint(path: Path, learner: Learner) -> Progress:
             load_weights(learner.model, path)
         load_optimizer(learner.optimizer, _names(learner), path, "optimizer")
         if learner.critic is not None:
-            critic = learner.critic.named_parameters()
-            with RowFiles(path, "critic") as files, torch.no_grad():
-                for name, parameter in critic.items():
-                    parameter.copy_(files.as_laid_out(name, parameter))
+            _load_rows(learner.critic.named_parameters(), path, "critic")
             load_optimizer(learner.critic.optimizer, _critic_names(learner), path, "critic_optimizer")
+        if learner.reference_moves:
+            _load_rows(_reference(learner), path, "reference")
         state = json.loads((path / "learner.json").read_text())
         learner.version = state["version"]
         learner.state = ObjectiveState.from_dict(state["objective"])
@@ -144,6 +146,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
             scalar = what == "step"
             value = files.scalar(key).to(parameter.device) if scalar else files.as_laid_out(key, parameter)
             optimizer.state[parameter][what] = value
+
+
+def _load_rows(parameters: Mapping[str, Tensor], folder: Path, stem: str) -> None:
+    """Overwrite parameters, by name, by what `save_rows` wrote. Raises KeyError for one that is not there."""
+    with RowFiles(folder, stem) as files, torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(files.as_laid_out(name, parameter))
+
+
+def _reference(learner: Learner) -> dict[str, Tensor]:
+    """Parameters of a reference that follows the policy."""
+    assert isinstance(learner.reference, nn.Module)
+    return dict(learner.reference.named_parameters())
 
 
 def _names(learner: Learner) -> dict[Tensor, str]:

@@ -12,35 +12,33 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import cos, pi
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from async_rl.config import OptimizerSettings
+from async_rl.config import OptimizerSettings, ReferenceSettings, UpdatesSettings
 from async_rl.objective import Coefficients, Columns, ObjectiveState
-from async_rl.objective.coefficients import finish, objective_of, opob_baselines
-from async_rl.objective.recipe import Recipe, Requirements, requirements
+from async_rl.objective.coefficients import finish, objective_of
+from async_rl.objective.recipe import Recipe, requirements
 from async_rl.trainer.critic import Critic
-from async_rl.trainer.forward import ModelArithmetic, batch_log_probs, log_probs, own_rows
+from async_rl.trainer.forward import ModelArithmetic, batch_log_probs
+from async_rl.trainer.gradient import Pass
+from async_rl.trainer.moving_reference import move_reference
 from async_rl.trainer.packing import PackedBatch
 from async_rl.trainer.ranks import (
     Ranks,
     clip_gradient,
     free,
     full,
-    gather_head,
-    is_sharded,
     one_rank,
-    sum_gradients,
-    total_norm,
     whole_log_probs,
 )
 from async_rl.trainer.shares import Spread
-from async_rl.trainer.trajectory_gradient import TrajectoryGradient, add_over_ranks
+from async_rl.trainer.updates import Part, Start, Taken, kl_moved, parts_of
 from async_rl_kernels import LogProbs
 
 if TYPE_CHECKING:
@@ -54,9 +52,12 @@ class LearnerOptions:
 
     steps: int
     """training steps of the whole run, for the schedule"""
-    updates_per_batch: int
     optimizer: OptimizerSettings
     arithmetic: ModelArithmetic
+    updates: UpdatesSettings = field(default_factory=UpdatesSettings)
+    reference: ReferenceSettings = field(default_factory=ReferenceSettings)
+    seed: int = 0
+    """of the minibatches"""
     send_adapters: bool = False
     """send the generators only the adapters, where there are some"""
 
@@ -134,41 +135,81 @@ class Learner:
         self.optimizer = make_optimizer(model, options.optimizer)
 
     def step(self, batch: PackedBatch) -> StepReport:
-        """Train on one batch: forward, columns, coefficients, backward, optimizer; `updates_per_batch` times.
+        """Train on one batch: for each update (`updates.parts_of`) forward, columns, coefficients, backward,
+        optimizer.
 
         The policy's weights and moments stay as they are when nothing can be learned from the batch. Of several
-        updates, those before the first that cannot be taken count.
+        updates, those before the first that cannot be taken count; a minibatch without anything to learn is left out.
         """
         started = time.perf_counter()
-        metrics: dict[str, float] = {}
-        stopped = ""
-        done, updates = 0, self.options.updates_per_batch
-        start: Columns | None = None  # under the weights before the step's first update
-        while done < updates and not stopped:
-            pass_ = self._forward(batch)
-            columns = self._columns(batch, pass_.log_probs, start)
-            start = start or columns
-            answer, state = self._agreed(*self._objective(columns, self.recipe, self.state))
-            metrics.update(answer.metrics)
-            if self.critic is not None and answer.value_grad is not None:
-                metrics["critic/grad_norm"] = self.critic.step(answer.value_grad)
-            stopped = answer.skip or self._update(pass_, columns, answer, state, metrics)
-            done += not stopped
-        if updates > 1:
-            metrics["updates/done"] = float(done)
+        plan, taken = self.options.updates, Taken()
+        start = self._start(batch) if plan.minibatches > 1 else None
+        for epoch in range(plan.epochs):
+            before = taken.done
+            for part in parts_of(batch, plan, seed=self.options.seed, step=self.version, epoch=epoch):
+                start = self._train(part, start, taken)
+                if taken.stopped:
+                    break
+            if taken.done == before and not taken.stopped:
+                taken.stopped = taken.left_out[-1]  # nothing has changed, so a further pass would find the same
+            if taken.stopped:
+                break
         free(self.model)
         self.version += 1
-        metrics.update(self._batch_metrics(batch))
+        if self.reference_moves:
+            move_reference(self.reference, self.model, self.options.reference, self.version)
         return StepReport(
             version=self.version,
-            skipped="" if done else stopped,
-            stopped=stopped if done else "",
+            skipped="" if taken.done else taken.stopped,
+            stopped=taken.stopped if taken.done else "",
             seconds=time.perf_counter() - started,
-            metrics=metrics,
+            metrics={**taken.metrics(plan), **self._batch_metrics(batch)},
         )
 
+    def _train(self, part: Part, start: Start | None, taken: Taken) -> Start:
+        """One update, unless it cannot be taken. `start`: of the whole batch; None: this is its first update. Returns
+        it."""
+        metrics: dict[str, float] = {}
+        pass_ = self._forward(part.batch)
+        columns = self._columns(part.batch, pass_.log_probs, None if start is None else start.rows(part))
+        start = start or Start.of(columns)
+        if taken.done and self._has_moved_far(columns, taken):
+            return start
+        answer, state = self._agreed(*self._objective(columns, self.recipe, self.state))
+        metrics.update(answer.metrics)
+        if self.critic is not None and answer.value_grad is not None:
+            metrics["critic/grad_norm"] = self.critic.step(answer.value_grad)
+        if answer.skip:
+            taken.left_out.append(answer.skip)
+        else:
+            taken.stopped = self._update(pass_, columns, answer, state, metrics)
+            taken.done += not taken.stopped
+        taken.add(metrics)
+        return start
+
+    def _has_moved_far(self, columns: Columns, taken: Taken) -> bool:
+        """Whether the KL that `updates.kl_stop` bounds is above it, as the leader finds."""
+        plan = self.options.updates
+        if not plan.kl_stop:
+            return False
+        mine = kl_moved(columns, plan)
+        taken.kl = mine if self.ranks.size == 1 else json.loads(self.ranks.broadcast_bytes(json.dumps(mine).encode()))
+        if not taken.kl <= plan.kl_stop:
+            whose = "policy that sampled" if plan.kl_target == "behaviour" else "policy at the start of the step"
+            taken.stopped = (
+                f"the KL of the {whose} to that after {taken.done} updates is {taken.kl:.3g}, above "
+                f"updates.kl_stop={plan.kl_stop:g}"
+            )
+        return bool(taken.stopped)
+
+    @property
+    def reference_moves(self) -> bool:
+        """Whether the reference follows the policy, so that a checkpoint holds it."""
+        moves = self.options.reference
+        return self.reference is not None and bool(moves.every or moves.average)
+
     def preview(self, batch: PackedBatch) -> Preview:
-        """The gradient that `step` would begin with; weights, moments and state stay as they are.
+        """The gradient of the whole batch that `step` would begin with; weights, moments and state stay as they are.
 
         For one rank only: studies of stored batches run in one process.
         """
@@ -251,20 +292,28 @@ class Learner:
         answer = replace(answer, skip=led["skip"], learning_rate_factors=led["factors"])
         return answer, ObjectiveState.from_dict(led["state"])
 
-    def _columns(self, batch: PackedBatch, log_probs: LogProbs, start: Columns | None) -> Columns:
-        """The batch under the current weights. `start`: its columns in the step's first update, for later ones."""
+    def _start(self, batch: PackedBatch) -> Start:
+        """The batch under the weights before the first of several minibatches."""
+        own = batch_log_probs(self.model, batch, self.options.arithmetic)
+        free(self.model)
+        return Start(
+            log_prob=whole_log_probs(own, batch, self.ranks).log_prob,
+            log_reference=self._log_reference(batch),
+            value=None if self.critic is None else self.critic.values(batch),
+        )
+
+    def _log_reference(self, batch: PackedBatch) -> Tensor | None:  # [T]
+        if not self.needs.reference:
+            return None
+        assert self.reference is not None
+        own = batch_log_probs(self.reference, batch, self.options.arithmetic)
+        free(self.reference)
+        return whole_log_probs(own, batch, self.ranks).log_prob
+
+    def _columns(self, batch: PackedBatch, log_probs: LogProbs, start: Start | None) -> Columns:
+        """The batch under the current weights. `start`: its columns at the start of the step; None: the same."""
         log_prob = log_probs.log_prob.detach()
-        reference = value = None
-        if self.needs.reference:
-            assert self.reference is not None
-            if start is None:
-                own = batch_log_probs(self.reference, batch, self.options.arithmetic)
-                free(self.reference)
-                reference = whole_log_probs(own, batch, self.ranks).log_prob
-            else:
-                reference = start.log_reference
-        if self.critic is not None:
-            value = self.critic.values(batch)
+        value = None if self.critic is None else self.critic.values(batch)
         return Columns(
             log_prob=log_prob,
             log_behaviour=batch.log_behaviour,
@@ -281,7 +330,7 @@ class Learner:
             truncated=batch.truncated,
             current_version=self.version,
             log_proximal=log_prob if start is None else start.log_prob,
-            log_reference=reference,
+            log_reference=self._log_reference(batch) if start is None else start.log_reference,
             value=value,
             value_before=value if start is None else start.value,
             entropy=log_probs.entropy.detach(),
@@ -334,137 +383,6 @@ class Learner:
             **({} if batch.share is None else {"batch/rank_imbalance": batch.share.imbalance}),
             **({"contexts/mean": batch.num_contexts / batch.num_trajectories} if batch.several_contexts else {}),
         }
-
-
-class Pass:
-    """One forward and backward pass over a batch, with the coefficients formed in between.
-
-    A batch that fits one micro-batch costs one forward: its graph is kept until the coefficients are known. A longer
-    one is run forward twice (log-probs of the whole batch first, since coefficients may depend on all of it), as
-    trainers that recompute old log-probs do anyway.
-
-    Over ranks each runs its share. Log-probs are gathered, so that every rank has the columns of the whole batch and
-    finds the same coefficients. Gradients are summed without a division: denominators are the batch's.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        batch: PackedBatch,
-        arithmetic: ModelArithmetic,
-        needs: Requirements,
-        ranks: Ranks,
-        parameters: Sequence[nn.Parameter],
-    ) -> None:
-        """Run the forward; `log_probs` [T] are the result. `parameters`: the model's, as the optimizer knows them."""
-        self._model = model
-        self._batch = batch
-        self._arithmetic = arithmetic
-        self._needs = needs
-        self._ranks = ranks
-        self._parameters = [p for p in parameters if p.requires_grad]
-        self._graph: LogProbs | None = None
-        self.group_baselines: Tensor | None = None  # [G]
-        """exact baselines, known after `backward`"""
-        self._exact = TrajectoryGradient(model, arithmetic) if needs.per_trajectory_norms else None
-        if len(batch.micro_batches) > 1:
-            own = batch_log_probs(model, batch, arithmetic)
-        elif self._exact is not None:
-            own = own_rows(self._exact.forward(batch.micro_batches[0]), batch.micro_batches[0])
-        else:
-            self._graph = log_probs(model, batch.micro_batches[0], arithmetic)
-            own = own_rows(self._graph, batch.micro_batches[0])
-        self.log_probs = whole_log_probs(own, batch, ranks)
-
-    def clipped_norm(self, answer: Coefficients) -> float | None:
-        """Gradient norm of what the trust rule cut away, where the recipe asks for it exactly; call it before
-        `backward`."""
-        if not self._needs.clipping_bias_norm or answer.clipped is None:
-            return None
-        own = self._batch.own(answer.clipped)
-        return self._norm_over_ranks(own) if self._ranks.size > 1 else self._norm_of(own)
-
-    def backward(
-        self, answer: Coefficients, columns: Columns, recipe: Recipe, state: ObjectiveState
-    ) -> dict[str, float]:
-        """Add the gradient of `answer` to the parameters' `.grad`; metrics of an exact baseline.
-
-        state: the one that `answer` was made with, not the one after it.
-        """
-        if self._exact is None or answer.baseline is None:
-            entropy = None if answer.entropy is None else self._batch.own(answer.entropy)
-            self._accumulate(self._batch.own(answer.policy), entropy)
-            self._finish()
-            return {}
-
-        def baselines(norm_squares: Tensor) -> Tensor:  # [I] -> [G]
-            return opob_baselines(norm_squares, columns, recipe, state)
-
-        scope = recipe.opob.scope
-        if self._batch.share is None:
-            norms = self._exact.add(self._batch, answer.policy, answer.baseline, baselines, scope=scope)
-        else:
-            norms = add_over_ranks(
-                self._exact, self._batch, answer.policy, answer.baseline, baselines, self._ranks, scope=scope
-            )
-        self._finish()
-        self.group_baselines = baselines(norms)
-        return {
-            "opob/baseline": self.group_baselines.mean().item(),
-            "grad/norm_per_trajectory_median": norms.sqrt().median().item(),
-            "grad/norm_per_trajectory_max": norms.sqrt().max().item(),
-        }
-
-    def _finish(self) -> None:
-        """The gradient of this rank's share becomes that of the batch."""
-        self._graph = None
-        free(self._model)
-        sum_gradients(self._parameters, self._ranks)
-
-    def _accumulate(self, policy: Tensor, entropy: Tensor | None) -> None:
-        """Add the gradient of -sum_t (policy_t log pi_t + entropy_t H_t) to `.grad`; both [own policy tokens]."""
-        for micro in self._batch.micro_batches:
-            graph = self._graph or log_probs(self._model, micro, self._arithmetic)
-            loss = -(micro.rows(policy).to(graph.log_prob.dtype) * graph.log_prob).sum()
-            if entropy is not None:
-                loss = loss - (micro.rows(entropy).to(graph.entropy.dtype) * graph.entropy).sum()
-            gather_head(self._model)
-            loss.backward()
-
-    def _norm_of(self, weights: Tensor) -> float:
-        """L2 norm of sum_t weights_t grad log pi_t over all parameters, weights [T]; `.grad` is not touched."""
-        total: list[Tensor] | None = None
-        for micro in self._batch.micro_batches:
-            part = weights[micro.policy]
-            if not part.any():
-                continue
-            graph = self._graph or log_probs(self._model, micro, self._arithmetic)
-            value = (part.to(graph.log_prob.dtype) * graph.log_prob).sum()
-            found = torch.autograd.grad(value, self._parameters, retain_graph=self._graph is not None)
-            total = list(found) if total is None else [a.add_(b) for a, b in zip(total, found, strict=True)]
-        return float(torch.nn.utils.get_total_norm(total)) if total is not None else 0.0
-
-    def _norm_over_ranks(self, weights: Tensor) -> float:
-        """The same over ranks, weights [own policy tokens], by way of `.grad`, which is empty before and after.
-
-        A kept graph serves the backward pass once more, except for a sharded model, which has freed the weights that
-        the graph refers to.
-        """
-        assert all(p.grad is None for p in self._parameters)
-        for micro in self._batch.micro_batches:
-            graph = self._graph or log_probs(self._model, micro, self._arithmetic)
-            gather_head(self._model)
-            value = (micro.rows(weights).to(graph.log_prob.dtype) * graph.log_prob).sum()
-            value.backward(retain_graph=self._graph is not None)
-        if is_sharded(self._model):
-            self._graph = None
-        free(self._model)
-        sum_gradients(self._parameters, self._ranks)
-        found = total_norm([p.grad for p in self._parameters if p.grad is not None])
-        norm = float(self._ranks.broadcast_tensor(found))
-        for parameter in self._parameters:
-            parameter.grad = None
-        return norm
 
 
 def base_learning_rate(step: int, *, steps: int, optimizer: OptimizerSettings, given_up: int = 0) -> float:

@@ -15,8 +15,9 @@ several tokens then, one for each document that goes on from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, pairwise
 
 import numpy as np
@@ -129,6 +130,8 @@ class PackedBatch:
     """what the tasks noted, of the names that the recipe asks for"""
     share: Share | None = None
     """None: micro-batches hold the whole batch"""
+    part: Callable[[Collection[int]], PackedBatch] | None = None
+    """packs these of its groups as a batch of their own, over the same ranks and within the same micro-batches"""
 
     def own(self, column: Tensor) -> Tensor:
         """The rows of a column that this rank runs: [T, ...] -> [own policy tokens, ...]."""
@@ -143,6 +146,14 @@ class PackedBatch:
     @property
     def num_trajectories(self) -> int:
         return len(self.reward)
+
+    @property
+    def num_groups(self) -> int:
+        return int(self.group_of_trajectory[-1]) + 1
+
+    @property
+    def group_of_token(self) -> Tensor:  # [T] int64
+        return self.group_of_trajectory[self.trajectory_of_turn[self.turn_of_token]]
 
     @property
     def several_contexts(self) -> bool:
@@ -237,8 +248,13 @@ def pack_batch(
     noted = Noted()
     if needs is not None and (needs.noted or needs.parts):
         noted = noted_columns(ordered, needs, reward_weights or {}, device)
+    again = partial(
+        pack_batch, micro_batch_tokens=micro_batch_tokens, device=device, over=over, whole=whole, shared=shared,
+        apart=apart, needs=needs, reward_weights=reward_weights,
+    )  # fmt: skip
     return PackedBatch(
         share=share,
+        part=partial(_part, ordered, groups.tolist(), again),
         noted=noted,
         micro_batches=tuple(_pack_parts(pieces, policy_of_piece, parts, device, sizes if shared else None)),
         log_behaviour=tensor(
@@ -257,6 +273,16 @@ def pack_batch(
         num_tokens=sum(len(t.tokens) for t in ordered),
         num_contexts=sum(1 + len(t.contexts) for t in ordered),
     )
+
+
+def _part(
+    ordered: Sequence[Trajectory],
+    groups: Sequence[int],
+    pack: Callable[[Sequence[Trajectory]], PackedBatch],
+    chosen: Collection[int],
+) -> PackedBatch:
+    """`PackedBatch.part`. groups: of each trajectory."""
+    return pack([trajectory for trajectory, group in zip(ordered, groups, strict=True) if group in chosen])
 
 
 def _pieces(trajectory: Trajectory, limit: int) -> list[Trajectory]:

@@ -11,7 +11,7 @@ import pytest
 import support_ranks as support
 from support_story import Story
 
-from async_rl.config import GuardSettings
+from async_rl.config import GuardSettings, UpdatesSettings
 from async_rl.objective.library import load_recipe
 from async_rl.observe.record import read_run
 from async_rl.trainer.alarm import CollapseWatch
@@ -52,7 +52,7 @@ def batch_of(rewards: tuple[float, ...], *, broken: int = -1) -> PackedBatch:
 
 def learner(recipe: str, updates: int = 1) -> Learner:
     options = LearnerOptions(
-        steps=10, updates_per_batch=updates, optimizer=support.OPTIMIZER, arithmetic=support.ARITHMETIC
+        steps=10, updates=UpdatesSettings(epochs=updates), optimizer=support.OPTIMIZER, arithmetic=support.ARITHMETIC
     )
     return Learner(support.make_model(support.TIED, 1), load_recipe({"name": recipe}), options)
 

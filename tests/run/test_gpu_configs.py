@@ -27,7 +27,7 @@ def test_it_loads_and_its_recipe_acts_in_it(name: str) -> None:
     check_effect(
         recipe,
         group_size=settings.batch.group_size,
-        updates_per_batch=settings.trainer.updates_per_batch,
+        updates_per_batch=settings.updates.epochs * settings.updates.minibatches,
         max_staleness=settings.staleness.max_staleness,
         has_critic=requirements(recipe).value,
         single_turn=settings.task.name == "dataset",

@@ -68,7 +68,7 @@ def train(learner: Learner, settings: Settings, steps: Sequence[int]) -> list[ob
         ("recipe=vcpo",),
         ("recipe=turn_gae_ppo", "critic.warmup_steps=1"),
         ("recipe=turn_gae_ppo", "critic.kind=model", "critic.warmup_steps=1"),
-        ("recipe=ppo", "recipe.kl.coefficient=0.1", "trainer.updates_per_batch=2", "optimizer.schedule=cosine"),
+        ("recipe=ppo", "recipe.kl.coefficient=0.1", "updates.epochs=2", "optimizer.schedule=cosine"),
     ],
     ids=" ".join,
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from msgspec import structs
 
-from async_rl.config import CriticSettings, OptimizerSettings
+from async_rl.config import CriticSettings, OptimizerSettings, UpdatesSettings
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
@@ -86,7 +86,7 @@ def make_learner(recipe: dict[str, object] | str, *, updates: int = 1, **optimiz
     model = make_model(1)
     options = LearnerOptions(
         steps=10,
-        updates_per_batch=updates,
+        updates=UpdatesSettings(epochs=updates),
         optimizer=replace(OPTIMIZER, **optimizer),  # type: ignore[arg-type]
         arithmetic=ARITHMETIC,
     )
@@ -210,7 +210,7 @@ def test_a_critic_learns_the_returns_and_leaves_the_policy_alone_while_it_warms_
     model = make_model(1, torch.float32)
     settings = CriticSettings(kind=kind, learning_rate=1e-2, warmup_steps=1000)  # type: ignore[arg-type]
     critic = Critic(model, settings, ARITHMETIC)
-    options = LearnerOptions(steps=200, updates_per_batch=1, optimizer=OPTIMIZER, arithmetic=ARITHMETIC)
+    options = LearnerOptions(steps=200, optimizer=OPTIMIZER, arithmetic=ARITHMETIC)
     learner = Learner(model, load_recipe({"name": "ppo"}), options, critic=critic)
     before = {name: p.clone() for name, p in learner.weights().items()}
     losses = [learner.step(make_batch()).metrics["value/loss"] for _ in range(60)]

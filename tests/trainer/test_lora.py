@@ -187,7 +187,7 @@ def one_backward_each(
     "overrides",
     [
         ("recipe=vcpo",),
-        ("recipe=ppo", "recipe.kl.coefficient=0.1", "trainer.updates_per_batch=2"),
+        ("recipe=ppo", "recipe.kl.coefficient=0.1", "updates.epochs=2"),
         ("recipe=turn_gae_ppo", "critic.kind=model", "critic.warmup_steps=1"),
     ],
     ids=" ".join,

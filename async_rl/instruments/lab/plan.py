@@ -20,7 +20,7 @@ from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.task import make_task, task_class
 
-RUN_GROUPS = ("batch", "generator", "trainer", "optimizer", "critic")
+RUN_GROUPS = ("batch", "generator", "trainer", "updates", "reference", "optimizer", "critic")
 """groups of a run's settings that mean something to a cell"""
 LABEL = re.compile(r"[A-Za-z0-9_.+]+")
 """labels are parts of file names"""
@@ -308,7 +308,7 @@ def _notes(
         found = check_effect(
             recipe,
             group_size=run.batch.group_size,
-            updates_per_batch=run.trainer.updates_per_batch,
+            updates_per_batch=run.updates.epochs * run.updates.minibatches,
             max_staleness=lag,
             has_critic=requirements(recipe).value,
             single_turn=task_class(tasks[label].name).single_turn,
