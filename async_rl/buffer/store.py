@@ -2,7 +2,7 @@
 
 Writes are gathered in one transaction and made durable by `commit()`; a peer that is told that something is stored is
 told after the commit. One process writes (a lock on the file sees to that); readers never block it. Payloads are blobs
-of trajectory/codec.py.
+of trajectory/codec.py; what the samples of a group begin with alike is in one of them (trajectory/beginnings.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
+from async_rl.buffer.sampler_rows import SamplerWriter
 from async_rl.buffer.store_reader import (
     APPLICATION_ID,
     PAGE_BYTES,
@@ -32,6 +33,7 @@ from async_rl.buffer.store_reader import (
     explained,
 )
 from async_rl.errors import UserError
+from async_rl.trajectory.beginnings import Beginnings
 from async_rl.trajectory.codec import Blob, pack
 from async_rl.trajectory.types import Trajectory
 
@@ -53,7 +55,7 @@ _INSERT = (
 )
 
 
-class Store(StoreReader):
+class Store(SamplerWriter, StoreReader):
     """The buffer's store. Every write belongs to the open transaction until `commit()`."""
 
     def __init__(
@@ -74,6 +76,7 @@ class Store(StoreReader):
         self.processor_seconds = 0.0
         """of them, those on a processor"""
         self.commits = 0
+        self._beginnings = Beginnings(self.load_one)
         if create and store_begun(path):
             raise UserError(f"{path}: there is a store already; choose another run folder or resume this one")
         if not create and not path.is_file():
@@ -86,6 +89,7 @@ class Store(StoreReader):
                     self._make()
                 else:
                     self.refuse_foreign()
+                    self._connection.execute(f"PRAGMA user_version = {SCHEMA}")  # of an older one, whose rows may stay
                 self._connection.execute(f"PRAGMA synchronous = {'FULL' if durability == 'power' else 'NORMAL'}")
                 self._pruned_groups = int(self.meta("pruned_groups", 0))
                 """payloads of groups with lower numbers are deleted"""
@@ -128,12 +132,13 @@ class Store(StoreReader):
                 what = (t.group, t.sample, t.split, t.problem, t.version_min, t.version_max, t.reward)
                 size = (len(t.tokens), t.num_policy_tokens, len(t.turns))
                 how = (t.ended, t.reason, t.generator, t.started_at, t.finished_at)
-                if execute(_INSERT, (*what, *size, *how)).rowcount == 0:
+                if (inserted := execute(_INSERT, (*what, *size, *how))).rowcount == 0:
                     known.append((t.group, t.sample))
                 else:
                     # the id just given; a trajectory of a pruned group is so late that its group was dropped
                     if t.group >= self._pruned_groups:
-                        execute("INSERT INTO payloads VALUES (last_insert_rowid(), ?)", (blob or pack(t),))
+                        number, payload = inserted.lastrowid, self._beginnings.cut(t, blob or pack(t))
+                        execute("INSERT INTO payloads VALUES (?, ?)", (number, payload))
         return known
 
     def save_turns(self, trajectories: Iterable[Trajectory]) -> None:

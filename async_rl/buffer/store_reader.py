@@ -10,18 +10,23 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from async_rl.buffer.sampler_rows import SamplerReader
 from async_rl.errors import RunFailed, UserError
+from async_rl.trajectory.beginnings import HEAD_BYTES, Joining, is_cut, name_of, refers_to, whole_bytes
+from async_rl.trajectory.codec import WireError
 from async_rl.wire.messages import ABANDONED
 
-SCHEMA = 2
+SCHEMA = 3
+"""2: without cut payloads (trajectory/beginnings.py), up to 0.4.0"""
+READ_SCHEMAS = (2, SCHEMA)
 APPLICATION_ID = 0x41524C31
 PAGE_BYTES = 16384
 """a commit writes whole pages: larger pages cost short trajectories more (0.5 ms instead of 0.2 a commit at 32 kB),
@@ -164,7 +169,7 @@ class EvaluationRow:
     finished_at: float
 
 
-class StoreReader:
+class StoreReader(SamplerReader):
     """Reads a store, also one that another process is writing. It sees what was committed."""
 
     def __init__(self, path: Path) -> None:
@@ -289,44 +294,82 @@ class StoreReader:
 
     def load_groups(self, groups: Sequence[int]) -> list[bytes]:
         """Blobs of these groups: group by group in the given order, sample by sample."""
-        found: list[bytes] = []
         query = f"{_PAYLOADS} WHERE group_id = ? ORDER BY sample"
-        for group in groups:
-            found += [payload for (payload,) in self._all(query, (group,))]
-        return found
+        return [blob for group in groups for blob in self._whole([p for (p,) in self._all(query, (group,))])]
+
+    def load_one(self, group: int, sample: int) -> bytes | None:
+        """Blob of one trajectory; None: it is not there, or no longer."""
+        found = self._all(f"{_PAYLOADS} WHERE group_id = ? AND sample = ?", (group, sample))
+        return self._whole([payload for (payload,) in found])[0] if found else None
 
     def load_batch(self, step: int) -> list[bytes] | None:
         """Blobs of the batch of `step`: the same ones in the same order whenever asked. None: not formed."""
         batch = self._all("SELECT groups FROM batches WHERE step = ?", (step,))
         if not batch:
             return None
-        found: list[bytes] = []
-        query = f"{_PAYLOADS} WHERE group_id = ? AND step = ? ORDER BY sample"
-        for group in json.loads(batch[0][0]):
-            found += [payload for (payload,) in self._all(query, (group, step))]
-        return found
+        of_groups = [self._stored(step, group) for group in json.loads(batch[0][0])]
+        return [blob for of_group in of_groups for blob in self._whole(of_group)]
 
     def load_part(self, step: int, *, after: int, most_bytes: int) -> tuple[int, list[bytes]] | None:
         """(trajectories of the whole batch, blobs of those behind the first `after`): as many as `most_bytes`
-        hold, one at least. So a batch is read piece by piece, whatever its size. None: not formed."""
+        hold when they are whole, one at least. So a batch is read piece by piece, whatever its size. They are cut as in
+        the store, and refer to nothing that is not among them (`beginnings.join_all`). None: not formed."""
         batch = self._all("SELECT groups FROM batches WHERE step = ?", (step,))
         if not batch:
             return None
+        groups = json.loads(batch[0][0])
         query = (
-            "SELECT id, length(payload) FROM trajectories JOIN payloads USING (id) "
-            "WHERE group_id = ? AND step = ? ORDER BY sample"
+            f"SELECT id, sample, length(payload), substr(payload, 1, {HEAD_BYTES}) "
+            "FROM trajectories JOIN payloads USING (id) WHERE group_id = ? AND step = ? ORDER BY sample"
         )
-        sizes = [row for group in json.loads(batch[0][0]) for row in self._all(query, (group, step))]
-        if after == 0 and sum(size for _, size in sizes) <= most_bytes:  # as nearly always: a query for each group
-            return len(sizes), self.load_batch(step) or []
+        sizes = [
+            (number, group, sample, whole_bytes(head, size))
+            for group in groups
+            for number, sample, size, head in self._all(query, (group, step))
+        ]
+        if after == 0 and sum(size for *_, size in sizes) <= most_bytes:  # as nearly always: a query for each group
+            return len(sizes), [blob for group in groups for blob in self._stored(step, group)]
         found: list[bytes] = []
         taken = 0
-        for number, size in sizes[after:]:
-            if found and taken + size > most_bytes:
+        there: set[tuple[int, int]] = set()
+        for _, group, sample, size in sizes[after:]:
+            if there and taken + size > most_bytes:
                 break
-            found += [payload for (payload,) in self._all("SELECT payload FROM payloads WHERE id = ?", (number,))]
+            there.add((group, sample))
             taken += size
+        for number, *_ in sizes[after : after + len(there)]:
+            ((payload,),) = self._all("SELECT payload FROM payloads WHERE id = ?", (number,))
+            found += self._whole([payload]) if is_cut(payload) and not _among(payload, there) else [payload]
         return len(sizes), found
+
+    def _stored(self, step: int, group: int) -> list[bytes]:
+        """Payloads of a group of the batch of `step`, as they are in the store."""
+        query = f"{_PAYLOADS} WHERE group_id = ? AND step = ? ORDER BY sample"
+        return [payload for (payload,) in self._all(query, (group, step))]
+
+    def _whole(self, payloads: list[bytes]) -> list[bytes]:
+        """The whole blobs of payloads of one group. One that refers to what is damaged or gone stays as it is: who
+        unpacks it is told."""
+        if not any(map(is_cut, payloads)):
+            return payloads
+        joining = Joining({})
+        waiting = list(payloads)
+        whole: list[bytes] = []
+        for payload in payloads:
+            with suppress(WireError):
+                joining.there[name_of(payload)] = payload
+        while waiting:  # what they refer to is nearly always among them
+            with suppress(WireError):
+                if is_cut(payload := waiting.pop()) and (name := refers_to(payload)) not in joining.there:
+                    for (other,) in self._all(f"{_PAYLOADS} WHERE group_id = ? AND sample = ?", name):
+                        joining.there[name] = other
+                        waiting.append(other)
+        for payload in payloads:
+            try:
+                whole.append(bytes(joining.whole(payload)))
+            except WireError:
+                whole.append(payload)
+        return whole
 
     def load_turns(self, pairs: Sequence[tuple[int, int]]) -> list[bytes]:
         """Blobs of the finished turns of these running episodes, (group, sample)."""
@@ -389,11 +432,19 @@ class StoreReader:
         (schema,) = self._connection.execute("PRAGMA user_version").fetchone()
         if application != APPLICATION_ID:
             raise UserError(f"{self.path}: this is an SQLite file, but not a store of async_rl")
-        if schema != SCHEMA:
+        if schema not in READ_SCHEMAS:
             raise UserError(
                 f"{self.path}: this store has schema {schema}, this program reads {SCHEMA}; "
                 "use the version of async_rl that wrote it"
             )
+
+
+def _among(payload: bytes, there: Container[tuple[int, int]]) -> bool:
+    """Whether a cut payload refers to one of these; also for a damaged one, which nothing makes whole."""
+    try:
+        return refers_to(payload) in there
+    except WireError:
+        return True
 
 
 def connect(path: Path, *, mode: str) -> sqlite3.Connection:

@@ -21,6 +21,7 @@ from torch import Tensor
 from async_rl.errors import RunFailed
 from async_rl.trainer.forward import probe_log_probs
 from async_rl.trainer.ranks import is_sharded
+from async_rl.trajectory.beginnings import cut_all, join_all
 from async_rl.trajectory.codec import pack, unpack
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from async_rl.trainer.ranks import Ranks
     from async_rl.trajectory import Trajectory
 
+_MOST_BATCH_BYTES = 1 << 40
+"""no limit: what came here has passed that of the wire"""
 KEEPALIVE_S = 3.0
 """between two orders of a leader that waits"""
 Weights = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -131,7 +134,8 @@ def receive_order(ranks: Ranks) -> Order:
 def encode(order: Order) -> bytes:
     match order:
         case Train(step=step, trajectories=trajectories):
-            plain: dict[str, Any] = {"do": "train", "step": step, "batch": [bytes(pack(t)) for t in trajectories]}
+            blobs = cut_all(trajectories, map(pack, trajectories), _MOST_BATCH_BYTES)
+            plain: dict[str, Any] = {"do": "train", "step": step, "batch": blobs}
         case Gather():
             plain = {"do": "gather"}
         case Probe(tokens=tokens):
@@ -150,7 +154,7 @@ def decode(payload: bytes) -> Order:
     """Raises RunFailed for what is no order: the ranks are not of one version."""
     match msgpack.unpackb(payload):
         case {"do": "train", "step": int(step), "batch": list(batch)}:
-            return Train(step=step, trajectories=[unpack(blob) for blob in batch])
+            return Train(step=step, trajectories=[unpack(blob) for blob in join_all(batch, _MOST_BATCH_BYTES)])
         case {"do": "gather"}:
             return Gather()
         case {"do": "probe", "tokens": list(tokens)}:

@@ -264,6 +264,16 @@ def _check_kinds(split: int, ended: int, flags: int, num_contexts: int) -> None:
         raise WireError(f"a trajectory of {num_contexts + 1} contexts whose flags say otherwise", "trajectory")
 
 
+def tokens_in(blob: Blob) -> tuple[int, int]:
+    """(offset, number) of the tokens in the blob of a trajectory. Raises WireError when it cannot hold them."""
+    text_bytes, *_, num_tokens, _, num_turns, _, _, _, flags, _ = _fixed(blob)
+    noted = _note_names(blob, text_bytes) if flags & _NOTES else Notes()
+    offset: int = _FIXED.size + text_bytes + -text_bytes % 8 + 8 * num_turns * (_eights(flags) + len(noted.turn_names))
+    if offset + 4 * num_tokens > len(blob):
+        raise WireError(_LENGTH.format(len(blob)), "trajectory")
+    return offset, num_tokens
+
+
 def _eights(flags: int) -> int:
     """Columns of 8 bytes a turn, notes aside."""
     return bool(flags & _REWARDS) + bool(flags & _KEYS) + bool(flags & _TEMPERATURES)

@@ -1,7 +1,8 @@
 """A message <-> frames.
 
 Frame 0 is msgpack `[schema, kind, {field: value}]`. Trajectories follow as blobs (trajectory/codec.py) joined into
-frames of some 256 kB; frame 0 says how long each blob is. `decode` returns a complete, typed message or raises
+frames of some 256 kB; frame 0 says how long each blob is. What several of a group begin with alike is in the message
+once (trajectory/beginnings.py). `decode` returns a complete, typed message or raises
 `WireError`, whatever the bytes are: msgspec checks every field against its annotation in wire/messages.py.
 """
 
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgpack
 import msgspec
 
+from async_rl.trajectory.beginnings import cut_all, join_all
 from async_rl.trajectory.codec import Blob, WireError, WireKind, pack, plain, unpack
 from async_rl.trajectory.types import Trajectory
 from async_rl.wire.messages import Batch, Detail, Finished, Message, Turns, Verify
@@ -23,6 +25,10 @@ PORTION_BYTES = 256 << 10
 """trajectories that leave in one message, where there are several"""
 _FRAME_BYTES = 256 << 10
 """blobs are joined until a frame is this long: few frames cost less, and all of them cost a copy once"""
+_MOST_WHOLE_BYTES = 16 << 20
+"""of the trajectories of a message in which some are cut, put together again: more than a generator sends at once"""
+_MOST_BATCH_BYTES = 1 << 30
+"""likewise, of a batch"""
 _MOST_HEADER_BYTES = 4 << 20
 """of frame 0; the largest is the evidence of a model with some ten thousand tensors"""
 _MOST_FRAMES = 1 << 16
@@ -51,9 +57,9 @@ def encode(message: Message) -> list[Blob]:
     values: dict[str, Any] = {name: getattr(message, name) for name in _FIELDS[kind]}
     match message:
         case Finished(trajectories=trajectories) | Turns(trajectories=trajectories) | Verify(trajectories=trajectories):
-            values["trajectories"] = _join(map(pack, trajectories), frames)
+            values["trajectories"] = _join(_packed(trajectories, _MOST_WHOLE_BYTES), frames)
         case Batch(trajectories=trajectories, blobs=blobs):
-            values["trajectories"] = _join([*map(pack, trajectories), *blobs], frames)
+            values["trajectories"] = _join([*_packed(trajectories, _MOST_BATCH_BYTES), *blobs], frames)
     try:
         frames[0] = msgpack.packb(
             [SCHEMA, kind.__name__, values], default=msgspec.structs.asdict, unicode_errors="replace"
@@ -85,7 +91,9 @@ def decode(frames: Sequence[Blob]) -> Message:
         return _checked(values, kind)
     if type(values) is not dict or "trajectories" not in values:
         raise WireError(f"{name} without trajectories", "fields")
-    blobs = tuple(_views(values["trajectories"], frames, name))
+    most = _MOST_BATCH_BYTES if kind is Batch else _MOST_WHOLE_BYTES
+    views = list(_views(values["trajectories"], frames, name))
+    blobs: tuple[memoryview, ...] = tuple([memoryview(blob) for blob in join_all(views, most)])
     values["trajectories"] = tuple(map(unpack, blobs))
     message = _checked(values, kind)
     return msgspec.structs.replace(message, blobs=blobs) if isinstance(message, Finished) else message
@@ -107,6 +115,10 @@ def portions(trajectories: Iterable[Trajectory]) -> Iterator[tuple[Trajectory, .
 
 
 # ---------------------------------------------------------------- blobs in frames
+
+
+def _packed(trajectories: Sequence[Trajectory], most_bytes: int) -> list[Blob]:
+    return cut_all(trajectories, map(pack, trajectories), most_bytes)
 
 
 def _join(blobs: Iterable[Blob], frames: list[Blob]) -> list[list[int]]:

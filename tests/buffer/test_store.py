@@ -272,7 +272,7 @@ def test_a_store_of_another_schema_is_refused(tmp_path: Path) -> None:
     other = sqlite3.connect(tmp_path / "trajectories.sqlite")
     other.execute("PRAGMA user_version = 9")
     other.close()
-    with pytest.raises(UserError, match="schema 9, this program reads 2"):
+    with pytest.raises(UserError, match="schema 9, this program reads 3"):
         StoreReader(tmp_path / "trajectories.sqlite")
 
 

@@ -16,6 +16,7 @@ from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
 from async_rl.events import Event
 from async_rl.instruments.world.clock import Link, Process
+from async_rl.trajectory.beginnings import join_all
 from async_rl.trajectory.codec import unpack
 from async_rl.wire import messages as msg
 
@@ -179,7 +180,7 @@ class Wire:
     def send(self, peer: bytes, message: msg.Message) -> bool:
         self.buffer.spend()
         if isinstance(message, msg.Batch):
-            message = replace(message, trajectories=tuple(map(unpack, message.blobs)), blobs=())
+            message = replace(message, trajectories=tuple(map(unpack, join_all(message.blobs, 1 << 30))), blobs=())
         self.buffer.watch.sent(message)
         link = self.buffer.links.get(peer)
         if link is not None:
