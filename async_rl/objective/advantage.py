@@ -64,8 +64,7 @@ def advantage_of(tokens: Tokens, recipe: Recipe, penalty: Tensor | None) -> Adva
             else:
                 per_token = group_advantage(tokens, reward, settings)[tokens.trajectory]
         case "turn_return":
-            values = turn_returns(tokens, reward, penalty, settings.discount)
-            per_token = _centre_turns(tokens, values, settings)[tokens.turn]
+            per_token = _compared_returns(tokens, reward, penalty, settings)[tokens.turn]
         case "turn_group":
             per_token = _turn_group(tokens, reward, penalty, settings)[tokens.turn]
         case "gigpo":
@@ -178,6 +177,8 @@ def _compare(
             mass = segment_sum(length * weight, key, num_keys)
             weighted = segment_sum(values * length * weight, key, num_keys)
             centred = values - torch.where(mass > 0, weighted / mass.clamp(min=1.0), mean)[key]
+        case "distinct_mean":
+            centred = values - _distinct_mean(values, key, num_keys, counted)[key]
         case _:
             centred = values - mean[key]
     scaled = centred / _scale(values, key, num_keys, settings, weight, mean, size, batch_values)
@@ -186,6 +187,15 @@ def _compare(
     if settings.baseline not in ("none", "virtual_max", "noted"):
         scaled = torch.where(_constant(values, key, num_keys, counted)[key], 0.0, scaled)
     return torch.where(counted, scaled, 0.0)
+
+
+def _distinct_mean(values: Tensor, key: Tensor, num_keys: int, counted: Tensor) -> Tensor:
+    """Mean of the values that occur under each key, each once: [n], [n] int64, [n] bool -> [keys]."""
+    pairs = torch.stack([key[counted].to(values.dtype), values[counted]], 1)
+    once = torch.unique(pairs, dim=0)
+    owner = once[:, 0].long()
+    size = torch.bincount(owner, minlength=num_keys).clamp(min=1)
+    return segment_sum(once[:, 1], owner, num_keys) / size
 
 
 def _scale(
@@ -258,9 +268,21 @@ def turn_returns(tokens: Tokens, reward: Tensor, penalty: Tensor | None, discoun
     return tokens.recur(discounted_suffix_sum, per_turn, decay, tokens.owner_of_turn)
 
 
+def _compared_returns(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: AdvantageSettings) -> Tensor:
+    """Returns of turns against those of other turns, or returns of rewards that were compared so. [U]"""
+    first = 0.0 if settings.turns == "rewards" else settings.discount
+    values = _centre_turns(tokens, turn_returns(tokens, reward, penalty, first), settings)
+    if settings.turns == "returns":
+        return values
+    decay = torch.full_like(values, settings.discount)
+    return tokens.recur(discounted_suffix_sum, values, decay, tokens.owner_of_turn)
+
+
 def _centre_turns(tokens: Tokens, values: Tensor, settings: AdvantageSettings) -> Tensor:
-    """Turns, values [U], against all turns (of the same agent) in their group. [U]"""
+    """Turns, values [U], against all turns (of the same agent) in their group or in the batch. [U]"""
     key, num_keys = tokens.group_of_trajectory[tokens.trajectory_of_turn], tokens.num_groups
+    if settings.among == "batch":
+        key, num_keys = torch.zeros_like(key), 1
     if tokens.speakers is not None:
         key, num_keys = _pairs(key, tokens.speakers.agent)
     counted = tokens.rewarded[tokens.trajectory_of_turn]

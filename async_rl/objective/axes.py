@@ -279,12 +279,21 @@ class AdvantageSettings:
             "plus return against the same environment state); token_return; token_gae, turn_gae (critic)",
         )
     )
-    baseline: Literal["none", "group_mean", "leave_one_out", "length_weighted", "virtual_max", "opob", "noted"] = (
-        setting(
-            "group_mean",
-            "what is subtracted: mean of the group; mean of the others; length-weighted mean (OPO); mean with a "
-            "virtual best sample (NGRPO); off-policy optimal baseline (VCPO); a number that the task noted (A*-PO)",
-        )
+    baseline: Literal[
+        "none", "group_mean", "leave_one_out", "length_weighted", "virtual_max", "opob", "noted", "distinct_mean"
+    ] = setting(
+        "group_mean",
+        "what is subtracted: mean of the group; mean of the others; length-weighted mean (OPO); mean with a "
+        "virtual best sample (NGRPO); off-policy optimal baseline (VCPO); a number that the task noted (A*-PO); mean "
+        "of the values that occur, each counted once (MARS)",
+    )
+    among: Literal["group", "batch"] = setting(
+        "group", "turn_return: the turns that are compared (of each agent): those of the group, or of the batch (MARS)"
+    )
+    turns: Literal["returns", "rewards"] = setting(
+        "returns",
+        "turn_return: what is compared and scaled: the returns of turns; or their rewards, of which the returns are "
+        "made afterwards (IGPO)",
     )
     note: str = setting("", "baseline noted: name of the note, e.g. the value of the problem under the first model")
     parts: Literal["sum", "each"] = setting(
@@ -341,13 +350,26 @@ class GaeSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KlSettings:
     coefficient: float = setting(0.0, "beta; 0 is off")
-    target: Literal["reference", "behaviour", "proximal"] = setting("reference", "KL of the policy to this")
+    target: Literal["reference", "behaviour", "proximal", "proxy"] = setting(
+        "reference",
+        "KL of the policy to this; proxy: the policy at the start of the step without its improbable tokens (Lp-Reg)",
+    )
+    proxy_share: float = setting(
+        0.02, "proxy: it keeps tokens of at least this share of the likeliest token's probability", above=0, below=1
+    )
+    tokens: Literal["all", "protected"] = setting(
+        "all",
+        "tokens that have the KL; protected: those of negative advantage that are among the batch's least likely "
+        "(protected_share) and likelier under the target",
+    )
+    protected_share: float = setting(0.01, "protected: share of the batch's tokens, the least likely", above=0, max=1)
     place: Literal["loss", "reward"] = setting("loss", "a term of the loss, or subtracted from rewards (k1)")
     taken_at: Literal["step", "update"] = setting(
         "step", "place=reward: under the weights at the start of the step, or at each of its updates"
     )
-    estimator: Literal["k1", "k2", "k3", "forward"] = setting(
-        "k3", "x = log pi - log target: x, x^2/2, e^-x + x - 1, e^x - 1 - x (KL of the target to the policy)"
+    estimator: Literal["k1", "k2", "k3", "forward", "chi2"] = setting(
+        "k3",
+        "x = log pi - log target: x, x^2/2, e^-x + x - 1, e^x - 1 - x (KL of the target to the policy), (e^x - 1)^2",
     )
     largest_slope: float = setting(
         0.0, "bound on the derivative of a token's KL from above (CPGD: 1); 0 is off", unit="of 1 a nat", min=0
@@ -374,6 +396,32 @@ class KlSettings:
     )
     adaptive_target: float = setting(0.0, "adapt beta so that the KL stays near this; 0 is fixed", unit="nats")
     adaptive_horizon: float = setting(10000.0, "how slowly beta adapts", unit="trajectories")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BandSettings:
+    """EPO's smoothing: a penalty on tokens whose entropy leaves a band around the mean of the steps so far, weight
+    times the square of the distance. (The released code has a constant in its place, which has no gradient.)"""
+
+    weight: float = setting(0.0, "of the penalty; 0 is off", min=0)
+    low: float = setting(0.8, "lower end of the band", unit="of the past mean", min=0, below=1)
+    high: float = setting(1.2, "upper end of the band", unit="of the past mean", above=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeachingSettings:
+    """Distillation from the run's teachers (`teachers`): their log-probs of the tokens that the policy sampled."""
+
+    coefficient: float = setting(
+        0.0, "times log q - log pi of a token, q the teacher's, is added to its advantage; 0 is off", min=0
+    )
+    largest: float = setting(0.0, "bound on |log q - log pi|; 0 is off", unit="nats", min=0)
+    discount: float = setting(
+        0.0, "a token is credited with the later ones' terms too, discounted by this", min=0, max=1
+    )
+    alone: bool = setting(
+        False, "rewards count for nothing (on-policy distillation); trajectories without a teacher are left out"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

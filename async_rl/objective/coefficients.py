@@ -9,9 +9,9 @@ Shapes: T policy tokens, I trajectories, G groups of the whole batch; float64 in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import isfinite, log
+from math import log
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from async_rl.objective.advantage import (
     proxy_log_norm_square,
     value_loss,
 )
-from async_rl.objective.axes import AggregateSettings, KlSettings
+from async_rl.objective.axes import AggregateSettings
+from async_rl.objective.kl import adapted, kl_loss, kl_now, kl_penalty
 from async_rl.objective.measures import (
     Meter,
     effective_sample_size,
@@ -32,23 +33,24 @@ from async_rl.objective.measures import (
     kappa_of,
     kappa_per_trajectory,
     logit_size,
+    mean_of,
     measure_ess,
     measure_lag,
     measure_outcome,
     measure_ratios,
     measure_selection,
     measure_signal,
+    measure_teacher,
     measure_trust,
     scalar_size,
     without_empty_buckets,
 )
 from async_rl.objective.own import is_own_function
 from async_rl.objective.recipe import Recipe, requirements
-from async_rl.objective.schedule import recipe_at
-from async_rl.objective.shaping import certain, factor, mask, shaped_advantage, shaped_reward
-from async_rl.objective.state import ObjectiveState
+from async_rl.objective.schedule import controlled, recipe_at
+from async_rl.objective.shaping import distance, factor, mask, shaped_advantage, shaped_reward, taught
+from async_rl.objective.state import ObjectiveState, Past
 from async_rl.objective.tokens import (
-    LARGEST_LOG_RATIO,
     Coefficients,
     Columns,
     Ratio,
@@ -56,14 +58,9 @@ from async_rl.objective.tokens import (
     ratio_of,
     segment_sum,
     tokens_of,
-    weight_of,
 )
 from async_rl.objective.trust import Selection, Trust, correction_weight, select, trust
-
-LARGEST_K3 = 10.0
-"""clamp of the k3 estimate, as in verl"""
-LARGEST_IMPORTANCE = 10.0
-"""cap of the detached importance weight of the KL"""
+from async_rl.objective.turn_order import updated_now, weight_of_updated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +106,9 @@ def coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tup
     """
     meter = Meter()
     need = requirements(recipe)
-    if recipe.schedule:
-        recipe = recipe_at(recipe, columns.current_version)
+    written = recipe
+    if recipe.schedule or recipe.controller:
+        recipe = recipe_at(recipe, columns.current_version, state)
     surrogate = _surrogate(columns, recipe, state)
     tokens, keep = surrogate.tokens, surrogate.selection.keep
     advantage, baseline = _baselined(surrogate, recipe, meter)
@@ -119,12 +117,17 @@ def coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tup
         policy = policy + surrogate.base * surrogate.trust.extra
     clipped = surrogate.column(surrogate.trust.full - surrogate.trust.weight, advantage)
     policy, state = _regularised(policy, surrogate, recipe, state, meter)
-    entropy = surrogate.share * recipe.entropy if recipe.entropy else None
+    entropy, state = _entropy_terms(surrogate, recipe, state, meter)
     value_grad = None
     if surrogate.advantage.returns is not None:
         value_grad, loss = value_loss(tokens, surrogate.advantage.returns, recipe.gae)
         _measure_critic(meter, surrogate, loss)
 
+    if columns.turn_pass is not None:
+        now = updated_now(tokens, recipe.turn_order, columns.turn_pass)
+        policy, clipped = policy * now, clipped * now
+        entropy = None if entropy is None else entropy * now
+        value_grad = None if value_grad is None else value_grad * now
     ess, state = effective_sample_size(tokens, recipe.ess, state)
     factors = {"ess_scale": ess.scale} if recipe.ess.scale != "none" else {}
     size = scalar_size(tokens, keep, surrogate.trust.full, surrogate.trust.weight, advantage)
@@ -145,7 +148,12 @@ def coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tup
     measure_selection(meter, tokens, surrogate.selection)
     measure_outcome(meter, tokens)
     measure_signal(meter, tokens, advantage, surrogate.advantage.zero_signal)
+    measure_teacher(meter, tokens)
 
+    metrics = without_empty_buckets(meter.read())
+    if recipe.controller:
+        state = controlled(written, state, metrics)
+        metrics |= {f"controlled/{number}": now.value for number, now in state.controlled.items()}
     dtype = columns.log_prob.dtype
     result = Coefficients(
         policy=policy.to(dtype),
@@ -155,7 +163,7 @@ def coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tup
         clipped=clipped.to(dtype) if need.clipping_bias_norm else None,
         learning_rate_factors=factors,
         skip=_nothing_left(surrogate, [policy, baseline, entropy]),
-        metrics=without_empty_buckets(meter.read()),
+        metrics=metrics,
     )
     return result, state
 
@@ -168,8 +176,8 @@ def opob_baselines(norm_squares: Tensor, columns: Columns, recipe: Recipe, state
     columns. state: the one that `coefficients` was given, whose beta is in the rewards. Returns b [G]: the step's
     gradient is sum(policy * grad) - sum_groups b_g * sum(baseline * grad).
     """
-    if recipe.schedule:
-        recipe = recipe_at(recipe, columns.current_version)
+    if recipe.schedule or recipe.controller:
+        recipe = recipe_at(recipe, columns.current_version, state)
     surrogate = _surrogate(columns, recipe, state)
     opob = surrogate.advantage.opob
     assert opob is not None, "the recipe has no OPOB"
@@ -208,6 +216,8 @@ def _surrogate(columns: Columns, recipe: Recipe, state: ObjectiveState) -> Surro
     advantage = advantage_of(compared, recipe, penalty)
     if recipe.shape.clarity != 0:
         advantage = replace(advantage, per_token=shaped_advantage(tokens, advantage.per_token, recipe.shape))
+    if recipe.teaching.coefficient > 0:
+        advantage = replace(advantage, per_token=taught(tokens, advantage.per_token, recipe.teaching))
     rule = trust(compared, ratio, advantage.per_token, recipe)
     selection = select(tokens, recipe, advantage.per_token, advantage.zero_signal)
     counted = selection.keep if recipe.select.denominator == "kept" else torch.ones_like(selection.keep)
@@ -217,6 +227,8 @@ def _surrogate(columns: Columns, recipe: Recipe, state: ObjectiveState) -> Surro
         base = base * mask(tokens, advantage.per_token, recipe.mask)
     if recipe.shape != PLAIN.shape and recipe.shape.clarity == 0:
         base = base * factor(tokens, recipe.shape)
+    if columns.turn_pass is not None:
+        base = base * weight_of_updated(tokens, ratio, recipe.turn_order, columns.turn_pass)
     if recipe.bias.kappa == "per_trajectory":
         kappa = kappa_per_trajectory(tokens, rule.full, rule.weight, rule.advantage, recipe.bias)
         base = base * kappa[tokens.trajectory]
@@ -253,6 +265,27 @@ def _policy_advantage(surrogate: Surrogate, recipe: Recipe, advantage: Tensor) -
     return advantage
 
 
+def _entropy_terms(
+    surrogate: Surrogate, recipe: Recipe, state: ObjectiveState, meter: Meter
+) -> tuple[Tensor | None, ObjectiveState]:
+    """Coefficients of the entropies, [T]: the bonus, and the pull back into the band around their past mean."""
+    tokens, share = surrogate.tokens, surrogate.share
+    bonus = share * recipe.entropy if recipe.entropy else None
+    if recipe.band.weight == 0:
+        return bonus, state
+    assert tokens.entropy is not None
+    ok = tokens.finite[tokens.trajectory]
+    if not bool(ok.any()):
+        return bonus, state
+    if state.entropy is not None:
+        outside = distance(tokens.entropy, state.entropy.mean, recipe.band)
+        meter.put("band/outside", mean_of((outside != 0).double(), ok))
+        pull = -2 * recipe.band.weight * share * outside
+        bonus = pull if bonus is None else bonus + pull
+    past = state.entropy or Past(mean=0.0, updates=0)
+    return bonus, replace(state, entropy=past.plus(float(mean_of(tokens.entropy, ok))))
+
+
 def _regularised(
     policy: Tensor, surrogate: Surrogate, recipe: Recipe, state: ObjectiveState, meter: Meter
 ) -> tuple[Tensor, ObjectiveState]:
@@ -261,8 +294,8 @@ def _regularised(
     if recipe.positive_nll:
         correct = ((tokens.reward > 0) & surrogate.selection.keep)[tokens.trajectory].to(policy.dtype)
         policy = policy + recipe.positive_nll * correct / correct.sum().clamp(min=1.0)
-    for number, kl, beta in _kl_now(recipe, state):
-        value, slope = kl_loss(tokens, kl)
+    for number, kl, beta in kl_now(recipe, state):
+        value, slope = kl_loss(tokens, kl, surrogate.advantage.per_token)
         ok = tokens.finite[tokens.trajectory]
         measured = float(torch.where(ok, value, 0.0).sum() / ok.sum().clamp(min=1))
         if kl.allowance > 0:
@@ -364,98 +397,3 @@ def shares(tokens: Tokens, counted: Tensor, settings: AggregateSettings) -> Tens
             per_turn = sequences * turns[tokens.trajectory_of_turn] * tokens.turn_length
             return (1 / per_turn)[tokens.turn]
     return share[tokens.trajectory]
-
-
-# KL to another policy, in the loss or in the reward (docs/algorithms.md#kl). x = log pi - log target of the sampled
-# token: k1 = x, k2 = x^2 / 2, k3 = e^-x + x - 1 (clamped as in verl: x to +-20, k3 to +-10, no gradient beyond). As a
-# loss k1 has zero expected gradient on policy and k3 a biased one; `gradient: k2` keeps the value shown and takes the
-# gradient of k2.
-
-
-def _kl_now(recipe: Recipe, state: ObjectiveState) -> Iterator[tuple[int, KlSettings, float]]:
-    """The KL terms of this step: number (0: `recipe.kl`, the only one that adapts), settings, beta."""
-    for number, kl in enumerate((recipe.kl, *recipe.more_kl)):
-        if kl.coefficient != 0:
-            yield number, kl, coefficient_now(recipe, state) if number == 0 else kl.coefficient
-
-
-def coefficient_now(recipe: Recipe, state: ObjectiveState) -> float:
-    """beta, the KL's coefficient in this step."""
-    if recipe.kl.adaptive_target > 0 and state.kl_coefficient is not None:
-        return state.kl_coefficient
-    return recipe.kl.coefficient
-
-
-def log_ratio_to_target(tokens: Tokens, settings: KlSettings) -> Tensor:
-    """x of every token, [T]."""
-    match settings.target:
-        case "reference":
-            assert tokens.log_reference is not None
-            return tokens.log_prob - tokens.log_reference
-        case "behaviour":
-            return tokens.log_prob - tokens.log_behaviour
-        case "proximal":
-            return tokens.log_prob - tokens.log_proximal
-
-
-def kl_estimate(x: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    """Value of the estimator and its derivative with respect to log pi: [T] -> two [T]."""
-    if estimator == "k1":
-        return x, torch.ones_like(x)
-    if estimator == "k2":
-        return 0.5 * x.square(), x
-    if estimator == "forward":
-        ratio = weight_of(x)
-        moving = x.abs() <= LARGEST_LOG_RATIO
-        return ratio - 1 - x.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO), torch.where(moving, ratio - 1, 0.0)
-    bounded = x.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-    value = (-bounded).exp() + bounded - 1
-    moving = (x.abs() <= LARGEST_LOG_RATIO) & (value <= LARGEST_K3)
-    return value.clamp(max=LARGEST_K3), torch.where(moving, 1 - (-bounded).exp(), 0.0)
-
-
-def kl_loss(tokens: Tokens, settings: KlSettings) -> tuple[Tensor, Tensor]:
-    """Per-token KL as shown, and d(KL term) / d(log pi), importance weight included. Two [T]."""
-    x = log_ratio_to_target(tokens, settings)
-    value, slope = kl_estimate(x, settings.estimator)
-    if settings.gradient == "k2":
-        slope = x
-    if settings.largest_slope > 0:
-        slope = slope.clamp(max=settings.largest_slope)
-    if settings.certain_share < 1:
-        held = certain(tokens, settings.certain_share)
-        value, slope = torch.where(held, value, 0.0), torch.where(held, slope, 0.0)
-    if settings.importance == "none":
-        return value, slope
-    log_weight = tokens.log_prob - tokens.log_behaviour
-    weight = weight_of(log_weight)
-    if settings.importance == "detached":
-        return value, weight.clamp(max=LARGEST_IMPORTANCE) * slope
-    inside = log_weight.abs() <= LARGEST_LOG_RATIO
-    return value, weight * slope + weight * inside * value
-
-
-def kl_penalty(tokens: Tokens, recipe: Recipe, state: ObjectiveState) -> Tensor | None:
-    """beta * k1 of each token, [T], to be subtracted from rewards; None when no KL is in the reward.
-
-    Without gradient; evaluated at the proximal policy, or with `taken_at=update` at the current one.
-    """
-    total: Tensor | None = None
-    for _, kl, beta in _kl_now(recipe, state):
-        if kl.place != "reward":
-            continue
-        taken = tokens if kl.taken_at == "update" else replace(tokens, log_prob=tokens.log_proximal)
-        penalty = beta * log_ratio_to_target(taken, kl)
-        total = penalty if total is None else total + penalty
-    return total
-
-
-def adapted(measured: float, tokens: Tokens, recipe: Recipe, state: ObjectiveState) -> ObjectiveState:
-    """The state with beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon), n trajectories (verl)."""
-    settings = recipe.kl
-    if settings.coefficient == 0 or settings.adaptive_target <= 0 or not isfinite(measured):
-        return state
-    error = max(-0.2, min(0.2, measured / settings.adaptive_target - 1))
-    beta = coefficient_now(recipe, state)
-    beta *= 1 + error * tokens.num_trajectories / settings.adaptive_horizon
-    return replace(state, kl_coefficient=beta)

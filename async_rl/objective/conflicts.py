@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite
+from typing import get_args
 
 from async_rl.errors import UserError, nearest
-from async_rl.objective.axes import EssSettings, KlSettings
+from async_rl.objective.axes import EssSettings, KlSettings, ShapeSettings
 from async_rl.objective.own import is_own_function
-from async_rl.objective.recipe import Recipe, kl_terms
+from async_rl.objective.recipe import Measured, Recipe, kl_terms, moving_numbers
 from async_rl.objective.schedule import scheduled
 
 SIGN_FREE = ("none", "truncate", "interval", "cispo", "damp", "m2po_all")
@@ -27,6 +28,10 @@ def check_recipe(recipe: Recipe) -> None:
         _reward_problem(recipe),
         _groupwise_problem(recipe),
         _schedule_problem(recipe),
+        _turn_order_problem(recipe),
+        _controller_problem(recipe),
+        _teaching_problem(recipe),
+        _compared_turns_problem(recipe),
     ):
         if problem:
             raise UserError(f"recipe {recipe.name}: {problem}")
@@ -55,6 +60,8 @@ def check_effect(
     check_recipe(recipe)
     problem = _setup_problem(recipe, group_size, updates_per_batch, has_critic)
     problem = problem or _names_problem(recipe, noted, parts)
+    if not problem and single_turn and recipe.turn_order != "together":
+        problem = f"turn_order={recipe.turn_order} does nothing on a task of single turns; take turn_order=together"
     if not problem and credits_turns and recipe.advantage.credit == "trajectory":
         problem = (
             "advantage.credit=trajectory sees the reward of an episode alone, and this task gives its rewards to "
@@ -173,7 +180,9 @@ def _opob_problem(recipe: Recipe) -> str:
             f"opob.weight={recipe.opob.weight} is defined for one weight per trajectory; use ratio.level=none "
             "or sequence with a token or sequence mean, or opob.weight=estimator"
         )
-    if recipe.opob.norm == "exact" and (recipe.entropy or recipe.positive_nll or _kl_in_loss(recipe)):
+    if recipe.opob.norm == "exact" and (
+        recipe.entropy or recipe.positive_nll or recipe.band.weight or _kl_in_loss(recipe)
+    ):
         return (
             "with opob.norm=exact the gradient is formed from the reward's part alone; KL, entropy and NLL "
             "terms in the loss need opob.norm=logit or length (or kl.place=reward)"
@@ -247,6 +256,19 @@ def _groupwise_problem(recipe: Recipe) -> str:
     return ""
 
 
+def _turn_order_problem(recipe: Recipe) -> str:
+    if recipe.turn_order == "together":
+        return ""
+    if recipe.ratio.level != "turn":
+        return f"turn_order={recipe.turn_order} multiplies the ratios of turns; it needs ratio.level=turn"
+    if recipe.advantage.baseline == "opob" or recipe.positive_nll or recipe.bias.kappa != "none":
+        return (
+            f"turn_order={recipe.turn_order} trains a part of each trajectory at a time, and advantage.baseline=opob, "
+            "positive_nll and bias.kappa look at whole ones"
+        )
+    return ""
+
+
 def _more_kl_problem(recipe: Recipe) -> str:
     for number, kl in enumerate(recipe.more_kl):
         if kl.coefficient == 0:
@@ -268,6 +290,56 @@ def _schedule_problem(recipe: Recipe) -> str:
     return ""
 
 
+def _controller_problem(recipe: Recipe) -> str:
+    if not recipe.controller:
+        return ""
+    numbers = [controller.number for controller in recipe.controller]
+    for controller in recipe.controller:
+        name, start = controller.number, scheduled(recipe, controller.number)
+        where = f"controller of {name}"
+        if isinstance(start, bool) or not isinstance(start, float) or name.startswith(("ess.", "bias.")):
+            return f"controller: {name!r} is no number of the recipe that can follow a metric"
+        if numbers.count(name) > 1 or any(moves.number == name for moves in recipe.schedule):
+            return f"{where}: the number has another controller or a schedule; leave one of them out"
+        if controller.metric not in get_args(Measured):
+            return f"{where}: metric is {controller.metric!r}; {nearest(controller.metric, get_args(Measured))}"
+        if controller.law == "multiply" and (controller.target == 0 or start == 0):
+            return f"{where}: law=multiply needs a target and a first value other than 0; take law=add"
+        if controller.law != "switch" and (controller.rate == 0 or controller.low >= controller.high):
+            return f"{where}: it needs a rate other than 0, and low below high, or it never moves"
+        if controller.law != "switch" and not controller.low <= start <= controller.high:
+            return (
+                f"{where}: the first value, {start:g}, must lie between low={controller.low:g} and {controller.high:g}"
+            )
+        if controller.law == "switch" and controller.then == start:
+            return f"{where}: `then` is {start:g}, the value before; the switch would do nothing"
+    if recipe.kl.adaptive_target > 0 and "kl.coefficient" in numbers:
+        return "kl.adaptive_target and a controller of kl.coefficient exclude each other; leave one of them out"
+    return ""
+
+
+def _teaching_problem(recipe: Recipe) -> str:
+    teaching = recipe.teaching
+    if teaching.coefficient == 0 and "teaching.coefficient" not in moving_numbers(recipe):
+        return "teaching.alone needs a teaching.coefficient: nothing would be learned" if teaching.alone else ""
+    if recipe.advantage.baseline == "opob" or recipe.trust.rule in ("regress", "disco"):
+        return (
+            "teaching.coefficient adds to the advantage of each token; it needs another baseline than opob, and a "
+            "trust.rule other than regress and disco"
+        )
+    if teaching.alone and recipe.shape != ShapeSettings():
+        return "shape.* changes the advantage of rewards, which teaching.alone leaves out"
+    return ""
+
+
+def _compared_turns_problem(recipe: Recipe) -> str:
+    advantage = recipe.advantage
+    changed = advantage.among != "group" or advantage.turns != "returns"
+    if changed and advantage.credit != "turn_return":
+        return "advantage.among and advantage.turns are about turns; they need advantage.credit=turn_return"
+    return ""
+
+
 def _names_problem(recipe: Recipe, noted: Sequence[str] | None, parts: Sequence[str] | None) -> str:
     """What the recipe reads of the task and the task is known not to give."""
     settings = {"select.drop_flag": recipe.select.drop_flag, "advantage.note": recipe.advantage.note}
@@ -282,6 +354,10 @@ def _names_problem(recipe: Recipe, noted: Sequence[str] | None, parts: Sequence[
 
 
 def _regulariser_problem(kl: KlSettings) -> str:
+    if (kl.target == "proxy") != (kl.tokens == "protected"):
+        return "kl.target=proxy and kl.tokens=protected belong together (Lp-Reg)"
+    if kl.target == "proxy" and kl.place == "reward":
+        return "kl.target=proxy is for kl.place=loss"
     if kl.taken_at == "update" and kl.place != "reward":
         return "kl.taken_at is for kl.place=reward; a KL in the loss is always that of the update"
     if kl.place == "reward" and (kl.allowance > 0 or kl.largest_slope > 0 or kl.certain_share < 1):

@@ -15,7 +15,7 @@ from async_rl.errors import UserError, nearest
 from async_rl.objective.axes import KlSettings
 from async_rl.objective.conflicts import check_recipe
 from async_rl.objective.own import is_own_file, is_own_function, load_own_function, source_of
-from async_rl.objective.recipe import Recipe, Schedule
+from async_rl.objective.recipe import Controller, Recipe, Schedule
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -68,7 +68,7 @@ def _laid_over_file(path: Path, values: Mapping[str, Any]) -> Recipe:
 def _structured(values: Mapping[str, Any]) -> Recipe:
     """The recipe of these values. Raises UserError."""
     lists: dict[str, Any] = {}
-    for name, kind in (("more_kl", KlSettings), ("schedule", Schedule)):
+    for name, kind in (("more_kl", KlSettings), ("schedule", Schedule), ("controller", Controller)):
         given = values.get(name, ())
         if not isinstance(given, list | tuple) or not all(isinstance(one, Mapping) for one in given):
             raise UserError(f"recipe.{name} is {given!r:.80}; it must be a list of settings, each name: value")

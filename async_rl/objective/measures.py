@@ -318,6 +318,18 @@ def measure_signal(meter: Meter, tokens: Tokens, advantage: Tensor, zero_signal:
         meter.put("entropy", mean_of(tokens.entropy, ok))
 
 
+def measure_teacher(meter: Meter, tokens: Tokens) -> None:
+    """teacher/*: reverse KL to the teachers, and the share of tokens without one."""
+    log_teacher = tokens.columns.log_teacher
+    if log_teacher is None:
+        return
+    ok = tokens.finite[tokens.trajectory]
+    known = ok & torch.isfinite(log_teacher)
+    meter.put("teacher/missing", mean_of((~known).double(), ok))
+    if bool(known.any()):
+        meter.put("teacher/kl", mean_of(tokens.log_prob - log_teacher.double(), known))
+
+
 def without_empty_buckets(metrics: Mapping[str, float]) -> dict[str, float]:
     """Leave out the per-length counts that are 0: most reasons reject nothing in most buckets."""
     buckets: Iterable[str] = bucket_names()

@@ -23,7 +23,7 @@ from async_rl.run_folder import replace_text
 FOLDER = "recipe"
 """in a run's folder: the source file as it was when the run began, and RECORD"""
 RECORD = "source.json"
-ASKED_FOR = ("log_reference", "value")
+ASKED_FOR = ("log_reference", "log_teacher", "value")
 """columns that cost a forward pass or a critic, so they are computed only for a function that names them"""
 NEEDS, NOTED = "_async_rl_needs", "_async_rl_noted"
 

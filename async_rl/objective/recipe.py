@@ -10,6 +10,7 @@ from async_rl.config.schema import setting
 from async_rl.objective.axes import (
     AdvantageSettings,
     AggregateSettings,
+    BandSettings,
     BiasSettings,
     CorrectionSettings,
     EssSettings,
@@ -21,9 +22,15 @@ from async_rl.objective.axes import (
     RewardSettings,
     SelectSettings,
     ShapeSettings,
+    TeachingSettings,
     TrustSettings,
 )
 from async_rl.objective.own import is_own_function, load_own_function
+
+Measured = Literal[
+    "entropy", "kl/behaviour", "kl/regulariser", "teacher/kl", "reward/mean", "len/mean", "ess/ratio", "clip/frac"
+]
+"""metrics of an update that a controller can follow"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +42,30 @@ class Schedule:
     end: float = setting(0.0, "its value from step `until` on")
     since: int = setting(0, "step", unit="steps", min=0)
     until: int = setting(0, "step", unit="steps", min=0)
-    course: Literal["linear", "cosine", "jump"] = setting("linear", "between the two; jump: `start` until `until`")
+    course: Literal["linear", "cosine", "exponential", "jump"] = setting(
+        "linear", "between the two; exponential: like e^(-rate x) from 0 to 1; jump: `start` until `until`"
+    )
+    rate: float = setting(3.0, "exponential: how fast it begins", above=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Controller:
+    """A number of the recipe that follows what was measured: after each update it moves, within its bounds."""
+
+    number: str = setting("", "which one, e.g. entropy; it begins with the recipe's value")
+    metric: Measured = setting("entropy", "what is measured: the metric of this name of the update")
+    target: float = setting(0.0, "where the metric should be, or what it has to pass (switch)")
+    law: Literal["multiply", "add", "switch"] = setting(
+        "multiply",
+        "multiply: times exp(rate clip((metric - target) / |target|, -1, 1)); add: plus rate (metric - target), as a "
+        "multiplier of a bound does; switch: `then` for good when the metric has passed the target",
+    )
+    rate: float = setting(0.1, "multiply, add: how fast; negative where the number should fall as the metric rises")
+    low: float = setting(0.0, "multiply, add: smallest value")
+    high: float = setting(1e9, "multiply, add: largest value")
+    then: float = setting(0.0, "switch: the value afterwards")
+    side: Literal["above", "below"] = setting("above", "switch: the side of the target that counts as passed")
+    hold: int = setting(1, "switch: updates in a row that the metric has to be there", unit="updates", min=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +84,18 @@ class Recipe:
     kl: KlSettings = field(default_factory=KlSettings)
     more_kl: tuple[KlSettings, ...] = setting((), "further KL terms, each with the settings of recipe.kl, in a list")
     schedule: tuple[Schedule, ...] = setting((), "numbers of the recipe that move with the step, in a list")
+    controller: tuple[Controller, ...] = setting((), "numbers of the recipe that follow a metric, in a list")
     entropy: float = setting(0.0, "weight of the entropy bonus; 0 is off")
+    band: BandSettings = field(default_factory=BandSettings)
+    teaching: TeachingSettings = field(default_factory=TeachingSettings)
     positive_nll: float = setting(
         0.0, "weight of the mean of -log pi over the tokens of trajectories with positive reward (VAPO); 0 is off"
+    )
+    turn_order: Literal["together", "last_first", "first_first"] = setting(
+        "together",
+        "the turns of a trajectory are updated together, or one after another, each in a pass over the minibatch of "
+        "its own: from the last to the first (SeeUPO) or from the first; the advantage is then times the ratios of "
+        "the turns updated before, and denominators are still those of all turns",
     )
     aggregate: AggregateSettings = field(default_factory=AggregateSettings)
     ess: EssSettings = field(default_factory=EssSettings)
@@ -76,6 +115,10 @@ class Requirements:
     entropy_value: bool
     """its value"""
     prob_square_sum: bool
+    teacher: bool
+    """the teachers' log-probs"""
+    proxy_share: float
+    """of the proxy distribution whose log-probs are needed (`KlSettings.proxy_share`); 0: of none"""
     per_trajectory_norms: bool
     """squared gradient norms of the `baseline` column per trajectory (OPOB, exact)"""
     clipping_bias_norm: bool
@@ -96,6 +139,7 @@ def requirements(recipe: Recipe) -> Requirements:
     opob = recipe.advantage.baseline == "opob"
     kls = kl_terms(recipe)
     kappa = recipe.bias.kappa != "none"
+    moving = moving_numbers(recipe)
     trust, mask, shape = recipe.trust, recipe.mask, recipe.shape
     return Requirements(
         proximal=recipe.ratio.denominator == "proximal" or any(kl.target == "proximal" for kl in kls),
@@ -103,12 +147,16 @@ def requirements(recipe: Recipe) -> Requirements:
         or any(kl.target == "reference" for kl in kls)
         or "log_reference" in asked,
         value=recipe.advantage.credit in ("token_gae", "turn_gae") or "value" in asked,
-        entropy=recipe.entropy != 0.0 or any(moves.number == "entropy" for moves in recipe.schedule),
+        entropy=recipe.entropy != 0.0 or recipe.band.weight > 0 or not moving.isdisjoint({"entropy", "band.weight"}),
         entropy_value=min(mask.entropy_share, mask.turn_entropy_share, *(kl.certain_share for kl in kls), 1.0) < 1
         or shape.turn_entropy > 0
         or shape.clarity != 0
+        or recipe.band.weight > 0
+        or "band.weight" in moving
         or (trust.rule == "aspo" and trust.uncertain_share > 0),
         prob_square_sum=(opob and recipe.opob.norm == "logit") or (kappa and recipe.bias.estimator == "logit"),
+        teacher=recipe.teaching.coefficient > 0 or "teaching.coefficient" in moving or "log_teacher" in asked,
+        proxy_share=next((kl.proxy_share for kl in kls if kl.target == "proxy"), 0.0),
         per_trajectory_norms=opob and recipe.opob.norm == "exact",
         clipping_bias_norm=kappa and recipe.bias.estimator == "exact",
         noted=frozenset(noted).union(name for name in (recipe.select.drop_flag, recipe.advantage.note) if name),
@@ -117,8 +165,13 @@ def requirements(recipe: Recipe) -> Requirements:
 
 
 def kl_terms(recipe: Recipe) -> tuple[KlSettings, ...]:
-    """The KL terms that are, or become in the course of a schedule, other than 0."""
-    moving = any(moves.number == "kl.coefficient" for moves in recipe.schedule)
+    """The KL terms that are, or may become in the course of the run, other than 0."""
+    moving = "kl.coefficient" in moving_numbers(recipe)
     return tuple(
         kl for number, kl in enumerate((recipe.kl, *recipe.more_kl)) if kl.coefficient != 0 or (number == 0 and moving)
     )
+
+
+def moving_numbers(recipe: Recipe) -> frozenset[str]:
+    """Names of the numbers that follow a schedule or a controller."""
+    return frozenset(moves.number for moves in (*recipe.schedule, *recipe.controller))

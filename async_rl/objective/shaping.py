@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from async_rl.objective.axes import MaskSettings, RewardSettings, ShapeSettings
+from async_rl.objective.axes import BandSettings, MaskSettings, RewardSettings, ShapeSettings, TeachingSettings
 from async_rl.objective.gates import most_entropy, quantile
-from async_rl.objective.tokens import Tokens
+from async_rl.objective.tokens import Tokens, discounted_suffix_sum
 from async_rl.objective.trust import bernoulli_kl
 
 
@@ -44,6 +44,27 @@ def shaped_advantage(tokens: Tokens, advantage: Tensor, settings: ShapeSettings)
     per_turn = tokens.sum_turn(scaled) / tokens.turn_length + bonus
     mean = (per_turn * kept).sum() / kept.sum().clamp(min=1)
     return torch.where(kept[tokens.turn], scaled + (bonus - mean)[tokens.turn], 0.0)
+
+
+def taught(tokens: Tokens, advantage: Tensor, settings: TeachingSettings) -> Tensor:
+    """The advantage [T] with coefficient (log q - log pi) added, or that alone: minus the gradient of the reverse KL to
+    the teacher, token by token. 0 where there is no teacher. [T]"""
+    assert tokens.columns.log_teacher is not None
+    log_teacher = tokens.columns.log_teacher.double()
+    gap = torch.where(torch.isfinite(log_teacher), log_teacher - tokens.log_prob, 0.0)
+    if settings.largest > 0:
+        gap = gap.clamp(-settings.largest, settings.largest)
+    if settings.discount > 0:
+        decay = torch.full_like(gap, settings.discount)
+        gap = tokens.recur(discounted_suffix_sum, gap, decay, tokens.owner_of_token)
+    gap = torch.where(tokens.finite[tokens.trajectory], settings.coefficient * gap, 0.0)
+    return gap if settings.alone else advantage + gap
+
+
+def distance(entropy: Tensor, past: float, band: BandSettings) -> Tensor:
+    """How far each entropy is above (positive) or below the band around the past mean. [T] -> [T]"""
+    above = (entropy - band.high * past).clamp(min=0.0)
+    return above - (band.low * past - entropy).clamp(min=0.0)
 
 
 def factor(tokens: Tokens, settings: ShapeSettings) -> Tensor:

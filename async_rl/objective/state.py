@@ -29,6 +29,28 @@ class FreshNoise:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Controlled:
+    """A number of the recipe that follows a metric."""
+
+    value: float
+    passed: int = 0
+    """updates in a row that the metric has passed its target"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """The mean of a metric over all updates so far."""
+
+    mean: float
+    updates: int
+
+    def plus(self, value: float) -> Past:
+        """With one more."""
+        updates = self.updates + 1
+        return Past(mean=self.mean + (value - self.mean) / updates, updates=updates)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveState:
     """Start with `ObjectiveState()`; pass on what each step returns."""
 
@@ -40,6 +62,10 @@ class ObjectiveState:
     """running size of the clipping bias (kappa `guarded`); None before the first clipped token"""
     kl_coefficient: float | None = None
     """adapted beta; None: the recipe's"""
+    entropy: Past | None = None
+    """of the policy's tokens, where the recipe has a band around it; None before the first update"""
+    controlled: Mapping[str, Controlled] = field(default_factory=dict)
+    """numbers of the recipe that follow a metric, by name"""
     numbers: Mapping[str, float] = field(default_factory=dict)
     """what a recipe function of the user's own remembers, by name"""
 
@@ -50,6 +76,8 @@ class ObjectiveState:
             "bias_size": self.bias_size,
             "kl_coefficient": self.kl_coefficient,
             **({"numbers": dict(self.numbers)} if self.numbers else {}),
+            **({"entropy": [self.entropy.mean, self.entropy.updates]} if self.entropy else {}),
+            **({"controlled": {n: [c.value, c.passed] for n, c in self.controlled.items()}} if self.controlled else {}),
         }
 
     @staticmethod
@@ -62,6 +90,8 @@ class ObjectiveState:
             bias_size=values["bias_size"],
             kl_coefficient=values["kl_coefficient"],
             numbers=values.get("numbers", {}),
+            entropy=Past(mean=values["entropy"][0], updates=values["entropy"][1]) if "entropy" in values else None,
+            controlled={n: Controlled(value=v, passed=k) for n, (v, k) in values.get("controlled", {}).items()},
         )
 
 

@@ -54,6 +54,11 @@ class Columns:
     """critic's value of the state *before* the token was sampled"""
     value_before: Tensor | None = None  # [tokens]
     """the same at the start of the step, for the clipped value loss (several updates a batch)"""
+    log_teacher: Tensor | None = None  # [tokens]
+    """log-prob under the run's teachers (the weighted mean of theirs); NaN where there is none"""
+    log_proxy: Tensor | None = None  # [tokens]
+    """log-prob under the policy at the start of the step, of which only the tokens are kept whose probability is at
+    least a share of the likeliest's; -inf where the token is not kept"""
     entropy: Tensor | None = None  # [tokens]
     """entropy of the distribution the token was sampled from, under the current weights"""
     prob_square_sum: Tensor | None = None  # [tokens]
@@ -64,6 +69,8 @@ class Columns:
     """names of those who speak in the batch; the empty one where a task names none"""
     noted: Noted = field(default_factory=lambda: Noted())
     """what the task noted, of the names that the recipe asks for"""
+    turn_pass: int | None = None
+    """which turns this update is for, where a recipe updates turns one after another (turn_order.py); None: all"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,6 +314,8 @@ def _check(columns: Columns, recipe: Recipe, need: Requirements) -> None:
         "value": need.value,
         "prob_square_sum": need.prob_square_sum,
         "entropy": need.entropy_value,
+        "log_teacher": need.teacher,
+        "log_proxy": need.proxy_share > 0,
     }
     for name, needed in columns_needed.items():
         column = getattr(columns, name)

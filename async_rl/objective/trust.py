@@ -345,6 +345,9 @@ def select(tokens: Tokens, recipe: Recipe, advantage: Tensor, zero_signal: Tenso
     if settings.drop_truncated:
         rejected["truncated"] = tokens.columns.truncated
     rejected.update(_by_task(tokens, recipe))
+    if recipe.teaching.alone and recipe.teaching.coefficient > 0 and tokens.columns.log_teacher is not None:
+        missing = (~torch.isfinite(tokens.columns.log_teacher)).double()
+        rejected["no_teacher"] = tokens.sum_trajectory(missing) > 0
     if settings.largest_share < 1:
         rejected["small_advantage"] = ~_largest(tokens.mean_trajectory(advantage.abs()), settings.largest_share)
     if settings.drop_zero_signal:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from async_rl.objective import Columns, ObjectiveState
-from async_rl.objective.coefficients import coefficients, kl_estimate
+from async_rl.objective.coefficients import coefficients
+from async_rl.objective.kl import kl_estimate
 from async_rl.objective.library import load_recipe
 
 
