@@ -13,6 +13,7 @@ from support_world_store import FakeStore
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
+from async_rl.buffer.sampler import SamplerRules
 from async_rl.buffer.staleness import DropPolicy, PacePolicy, Policy, WaitPolicy
 from async_rl.buffer.verification import FABRICATED
 from async_rl.events import Event, GeneratorQuarantined, ProblemRefused
@@ -65,6 +66,7 @@ def make_world(
     spread: float = 1.0,
     turn_s: float = 0.4,
     network: Network | None = None,
+    sampler: SamplerRules | None = None,
     **plan: Any,
 ) -> World:
     """A world around a real state machine, watched. Without `store` what is written is kept in memory."""
@@ -80,13 +82,19 @@ def make_world(
             network=network or Network(),
             **plan,
         ),
-        lambda: fresh_core(policy, group_size, drop_zero_signal, groups_at_once),
+        lambda: fresh_core(policy, group_size, drop_zero_signal, groups_at_once, sampler),
         watch=watch or Invariants(policy=policy),
         store=store if store is not None else FakeStore(),
     )
 
 
-def fresh_core(policy: Policy, group_size: int, drop_zero_signal: bool, groups_at_once: int) -> Core:
+def fresh_core(
+    policy: Policy,
+    group_size: int,
+    drop_zero_signal: bool,
+    groups_at_once: int,
+    sampler: SamplerRules | None = None,
+) -> Core:
     core = make_core(
         policy,
         group_size=group_size,
@@ -94,6 +102,7 @@ def fresh_core(policy: Policy, group_size: int, drop_zero_signal: bool, groups_a
         vocabulary=100,
         max_permits=groups_at_once,
         verify_share=0.2,
+        sampler=sampler,
     )
     core.trainer = b""  # it comes by itself
     return core
@@ -134,8 +143,8 @@ def some_policy(random: Random) -> Policy:
             return DropPolicy(groups_per_step=p, max_staleness=k, pipeline_depth=depth)
 
 
-def some_world(seed: int, kinds: Sequence[str] = FAULTS, *, store: Any = None) -> World:
-    """A schedule drawn at random. `kinds`: what may go wrong."""
+def some_world(seed: int, kinds: Sequence[str] = FAULTS, *, store: Any = None, **more: Any) -> World:
+    """A schedule drawn at random. `kinds`: what may go wrong; `more`: of `make_world`."""
     random = Random(seed)
     several = random.choice((0, 3, 6, 12))
     faults = sorted((random.uniform(0, 16), random.choice(kinds)) for _ in range(several))
@@ -156,6 +165,7 @@ def some_world(seed: int, kinds: Sequence[str] = FAULTS, *, store: Any = None) -
             delay_s=random.choice((0.01, 0.1)), loss=random.choice((0.0, 0.0, 0.0, 0.03)), ordered=random.random() < 0.8
         ),
         faults=tuple(faults),
+        **more,
     )
 
 
@@ -223,7 +233,7 @@ class Invariants(WorldWatch):
         """The prompt order without gap or repeat, or what was dropped, as a further attempt."""
         position, attempt = admitted.position, admitted.attempt
         assert admitted.group not in self.asked
-        assert admitted.problem == position
+        self.check_problem(admitted)
         assert (position, attempt) not in self.asked.values()
         if attempt == 0:
             assert position == 1 + max((p for p, _ in self.asked.values()), default=-1)
@@ -231,6 +241,9 @@ class Invariants(WorldWatch):
             before = [group for group, place in self.asked.items() if place == (position, attempt - 1)]
             assert [self.refused[group].split(":")[0] for group in before] in ([why] for why in ASKED_AGAIN)
         self.asked[admitted.group] = position, attempt
+
+    def check_problem(self, admitted: do.AddGroup) -> None:
+        assert admitted.problem == admitted.position
 
     def sent(self, message: msg.Message) -> None:
         """Nothing is acknowledged that is not in the store, unless its group is given up or of an evaluation; a batch
@@ -310,6 +323,7 @@ def durable(core: Core) -> object:
         core.admission.refill,
         (core.batching.discarded.dropped, core.batching.discarded.refused, core.batching.discarded.trained),
         {name: core.counts[name] for name in counts},
+        None if core.admission.feedback is None else core.admission.feedback.known,
     )
 
 

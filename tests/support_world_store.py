@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from async_rl.buffer.sampler import Decision
+from async_rl.buffer.sampler_feedback import StoredDecision
+from async_rl.buffer.sampler_statistics import Outcome
 from async_rl.buffer.store import GroupRow, Store, TrajectoryRow
 from async_rl.buffer.verification import FABRICATED
 from async_rl.trajectory import Trajectory
@@ -30,6 +33,8 @@ class FakeStore:
     consumed: int = -1
     evaluations: dict[int, tuple[float, ...]] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
+    decided: dict[int, tuple[Decision, bytes | None]] = field(default_factory=dict)
+    ended: dict[int, Outcome] = field(default_factory=dict)
     undo: list[Callable[[], None]] = field(default_factory=list)
     seconds_writing: float = 0.0
     processor_seconds: float = 0.0
@@ -48,6 +53,14 @@ class FakeStore:
     def add_group(self, **row: Any) -> None:
         assert row["group"] not in self.rows
         self._set(self.rows, row["group"], GroupRow(**row))
+
+    def add_decision(self, group: int, decision: Decision, start: bytes | None = None) -> None:
+        assert group in self.rows, "a decision of a group that was never admitted"
+        self._set(self.decided, group, (decision, start))
+
+    def add_outcome(self, outcome: Outcome) -> None:
+        assert outcome.number == len(self.ended), "outcomes are numbered in the order in which groups end"
+        self._set(self.ended, outcome.number, outcome)
 
     def add_trajectories(self, trajectories: Sequence[Trajectory], blobs: object = ()) -> None:
         for t in trajectories:
@@ -128,6 +141,21 @@ class FakeStore:
 
     def load_turns(self, pairs: Sequence[Pair]) -> list[bytes]:
         return [pack(self.turns[pair]) for pair in pairs if pair in self.turns]
+
+    def load_one(self, group: int, sample: int) -> bytes | None:
+        found = self.trajectories.get((group, sample))
+        return None if found is None else bytes(pack(found))
+
+    def load_start(self, group: int) -> bytes | None:
+        return self.decided[group][1] if group in self.decided else None
+
+    def decisions(self) -> Iterator[StoredDecision]:
+        for group, (decision, _) in sorted(self.decided.items()):
+            row = self.rows[group]
+            yield StoredDecision(group=group, position=row.position, attempt=row.attempt, decision=decision)
+
+    def outcomes(self) -> Iterator[Outcome]:
+        yield from (outcome for _, outcome in sorted(self.ended.items()))
 
     def first_step(self) -> int:
         return 0
@@ -277,7 +305,7 @@ class TwinStore:
 
 ANSWERS = frozenset((
     "load_part", "load_turns", "next_numbers", "next_position", "groups", "trajectories_of", "dropped_last",
-    "lengths", "begun", "meta",
+    "lengths", "begun", "meta", "decisions", "outcomes", "load_one", "load_start",
 ))  # fmt: skip
 
 

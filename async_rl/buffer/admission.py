@@ -15,6 +15,7 @@ from async_rl.buffer import effects as do
 from async_rl.buffer.depth import Rules
 from async_rl.buffer.evaluation import Evaluations
 from async_rl.buffer.ledger import Group, Ledger
+from async_rl.buffer.sampler_feedback import Feedback
 from async_rl.buffer.verification import Life
 from async_rl.trajectory.types import attempt_seed
 from async_rl.wire import messages as msg
@@ -67,6 +68,8 @@ class Admission:
     ledger: Ledger
     evaluations: Evaluations
     counts: Counter[str]
+    feedback: Feedback | None = None
+    """chooses the problems; None: the prompt order does"""
     position: int = 0
     """next position in the prompt order"""
     refill: list[tuple[int, int]] = field(default_factory=list)
@@ -229,6 +232,8 @@ class Admission:
             self.ledger.admit(group)
             self.counts["groups_admitted"] += 1
             out.append(do.add_group(group, generator.name))
+            if group.decision is not None:
+                out.append(do.AddDecision(group=group.group, decision=group.decision))
             refused = self.refuse(group)
             if not refused:
                 return group
@@ -238,13 +243,24 @@ class Admission:
         return None
 
     def _new_group(self, version: int, now: float) -> Group:
-        """The problem of a dropped group, if there is one, else the next of the prompt order."""
+        """The problem of a dropped group, if there is one, else the next one."""
         position, attempt = self.refill.pop(0) if self.refill else (self.position, 0)
         self.position = max(self.position, position + 1)
+        decision = None
+        if self.feedback is not None:
+            decision = self.feedback.decide(position, attempt, version, self.refill)
         permit = self.rules.permit(
             group=self.ledger.new_number(),
-            problem=self.problem_at(position),
+            problem=self.problem_at(position) if decision is None else decision.problem,
             # by position in the prompt order, so that evaluations in between change nothing
             seed=attempt_seed(self.rules.seed, position, attempt),
+            decision=decision,
         )
-        return Group(permit=permit, admitted_at=now, admitted_version=version, position=position, attempt=attempt)
+        return Group(
+            permit=permit,
+            admitted_at=now,
+            admitted_version=version,
+            position=position,
+            attempt=attempt,
+            decision=decision,
+        )

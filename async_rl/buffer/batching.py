@@ -153,12 +153,16 @@ class Batching:
 
     def close(self, group: Group) -> list[do.Effect]:
         """A training group is complete: it waits for a batch, or is refused now."""
+        out: list[do.Effect] = []
         reason = untrainable(group, drop_zero_signal=self.rules.drop_zero_signal)
+        if (feedback := self.admission.feedback) is not None:
+            out.append(do.AddOutcome(outcome=feedback.close(group)))
+            reason = reason or feedback.refusal(group) or None
         if reason is not None:
-            return self.refuse(group.group, reason)
+            return out + self.refuse(group.group, reason)
         self.refusals_in_row = 0
         self.ledger.finish(group.group)
-        return []
+        return out
 
     def form(self, step: int, now: float) -> tuple[list[do.Effect], tuple[int, ...]]:
         """Form the batch of `step`, if it can be filled: (effects, its groups; none: not yet)."""
@@ -175,6 +179,8 @@ class Batching:
         for member in members:
             self.discarded.train(member)
         self.on_formed(members, step)
+        if self.admission.feedback is not None:
+            self.admission.feedback.form(members)
         self.ledger.form_batch(chosen)
         self.counts["groups_trained"] += len(chosen)
         out.append(do.FormBatch(step=step, groups=tuple(chosen), formed_at=now))

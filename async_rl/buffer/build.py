@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from async_rl.buffer.core import Core
 from async_rl.buffer.depth import DepthControl, Rules
+from async_rl.buffer.sampler import SamplerRules
 from async_rl.buffer.staleness import DropPolicy, PacePolicy, Policy, WaitPolicy
 from async_rl.config import Settings, pace_of
+from async_rl.config.sampler_checks import largest_group, uses_feedback
 from async_rl.task.order import PromptOrder
 
 
@@ -32,12 +36,32 @@ def make_control(settings: Settings) -> DepthControl | None:
     return DepthControl(target=stale.target_ess, deepest=max(1.0, deepest), groups_per_step=groups)
 
 
+def make_sampler(settings: Settings, train_problems: int, sources: Sequence[int]) -> SamplerRules | None:
+    """What chooses problems and sizes of groups; None: the prompt order does."""
+    if not uses_feedback(settings.sampler):
+        return None
+    return SamplerRules(
+        chosen=settings.sampler,
+        seed=settings.seed,
+        group_size=settings.batch.group_size,
+        largest=largest_group(settings),
+        problems=train_problems,
+        sources=sources,
+    )
+
+
 def make_core(
-    settings: Settings, *, train_problems: int, vocabulary: int, run: str = "RUN", secret: bytes = b""
+    settings: Settings,
+    *,
+    train_problems: int,
+    vocabulary: int,
+    run: str = "RUN",
+    secret: bytes = b"",
+    sources: Sequence[int] = (),
 ) -> Core:
     """A fresh state machine for a run over `train_problems` training problems. `vocabulary`: size of the tokenizer's
     vocabulary, 0 when it is not known; `run`: the run's folder, for messages; `secret`: decides which trajectories are
-    verified."""
+    verified; `sources`: number of the source of each problem, where they are told apart."""
     order = PromptOrder(train_problems, settings.seed)
     rules = Rules(
         policy=make_policy(settings),
@@ -50,11 +74,12 @@ def make_core(
         max_deaths=settings.generator.max_deaths,
         seed=settings.seed,
         vocabulary=vocabulary,
-        max_permits=max(1, settings.generator.max_sequences // settings.batch.group_size),
+        max_permits=max(1, settings.generator.max_sequences // largest_group(settings)),
         verify_share=settings.verify.share,
         secret=secret,
         frozen_after_s=settings.wire.frozen_after_s,
         stall_report_s=settings.wire.stall_report_s,
+        sampler=make_sampler(settings, train_problems, sources),
         how_to_join="" if settings.generator.count else f": async-rl generate --run {run}",
     )
     return Core(rules, problem_at=order)

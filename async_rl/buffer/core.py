@@ -26,6 +26,7 @@ from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.poison import KEY as POISON_KEY
 from async_rl.buffer.poison import Poison, failed_trajectories
 from async_rl.buffer.presence import Attendance, Presence
+from async_rl.buffer.sampler_feedback import Feedback
 from async_rl.buffer.trust import Trust
 from async_rl.buffer.verification import Sampling
 from async_rl.buffer.waits import PendingBatch, Waits
@@ -74,6 +75,8 @@ class Core:
             evaluations=self.evaluations,
             counts=self.counts,
         )
+        if self.rules.sampler is not None:
+            self.admission.feedback = Feedback(rules=self.rules.sampler, ledger=self.ledger)
         self.waits = Waits(
             report_after_s=self.rules.stall_report_s,
             ledger=self.ledger,
@@ -485,6 +488,7 @@ class Core:
             held_up_seconds=batching.held_up_seconds,
             held_up_by=dict(batching.held_up_by),
             dropped=batching.discarded.counters(groups=self.counts["refused_stale"]) if policy.refills else None,
+            sampler=None if self.admission.feedback is None else self.admission.feedback.counters,
         )
 
     def oldest_live(self) -> int:

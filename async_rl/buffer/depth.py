@@ -12,8 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil, floor, inf, isfinite, nan
 from typing import Any
 
+from msgspec import structs
+
 from async_rl.buffer import effects as do
 from async_rl.buffer.ledger import Ledger
+from async_rl.buffer.sampler import Decision, SamplerRules
+from async_rl.buffer.sampler_feedback import start_in
 from async_rl.buffer.staleness import Policy
 from async_rl.events import DepthChanged
 from async_rl.wire.messages import Permit
@@ -240,14 +244,20 @@ class Rules:
     """waits that last longer are reported"""
     how_to_join: str = ""
     """what follows "no generator is connected" where the launcher starts none"""
+    sampler: SamplerRules | None = None
+    """what chooses problems and sizes of groups; None: the prompt order and `group_size`"""
 
-    def permit(self, *, group: int, problem: int, seed: int) -> Permit:
-        """The right to generate all samples of a training group. `seed`: of the group."""
-        return Permit(
+    def permit(self, *, group: int, problem: int, seed: int, decision: Decision | None = None) -> Permit:
+        """The right to generate all samples of a training group. `seed`: of the group; `decision`: of the sampler."""
+        permit = Permit(
             group=group,
             problem=problem,
             split="train",
-            samples=tuple(range(self.group_size)),
+            samples=tuple(range(self.group_size if decision is None else decision.samples)),
             seed=seed,
             temperature=self.temperature,
         )
+        if decision is None or self.sampler is None:
+            return permit
+        start = start_in(decision, self.sampler.chosen.start_field)
+        return structs.replace(permit, max_turns=decision.max_turns, start=start)

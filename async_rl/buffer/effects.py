@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from async_rl.buffer.ledger import Group
+from async_rl.buffer.sampler import Decision
+from async_rl.buffer.sampler_statistics import Outcome
 from async_rl.events import Event
 from async_rl.trajectory import Split, Trajectory
 from async_rl.trajectory.codec import Blob
@@ -27,6 +29,21 @@ class AddGroup:
     """in the prompt order; -1: none (evaluation)"""
     attempt: int
     """how often a group of this position was dropped before"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddDecision:
+    """Store what the sampler chose for a group, with the tokens that its answers start from."""
+
+    group: int
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddOutcome:
+    """Store what came of a group that the sampler had chosen."""
+
+    outcome: Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +185,7 @@ class EndRun:
 
 # fmt: off
 Write = (
-    AddGroup | AddTrajectories | AddDropped | SaveTurns | DropTurns | RefuseGroup
+    AddGroup | AddDecision | AddOutcome | AddTrajectories | AddDropped | SaveTurns | DropTurns | RefuseGroup
     | FormBatch | MarkTrained | MarkConsumed | Remember | AddEvaluation
 )
 # fmt: on

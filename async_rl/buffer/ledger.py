@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from msgspec import Struct
 from msgspec.structs import replace
 
+from async_rl.buffer.sampler import Decision
 from async_rl.buffer.staleness import Policy, Slot, SlotQueue
 from async_rl.trajectory import Split, Trajectory
 from async_rl.trajectory.parts import parts_in
@@ -29,6 +30,7 @@ class SampleRecord(Struct, frozen=True, kw_only=True, gc=False):
     policy_length: int
     """tokens sampled by the policy"""
     failed: bool
+    num_turns: int = 0
     reason: str = ""
     """of a failed one: why, as far as it fits into a line"""
     parts: Mapping[str, float] | None = None
@@ -61,6 +63,8 @@ class Group:
     """names of the generators that sent trajectories or turns of it"""
     oldest_held: int = 0
     """oldest weights of those generators when it was given to them"""
+    decision: Decision | None = None
+    """what the sampler chose; None: it asks in the prompt order"""
     restored: bool = False
     """read from the store: it is not known to whom it was given before, nor which weights those held"""
     group: int = field(init=False)
@@ -120,6 +124,7 @@ class Group:
             length=len(trajectory.tokens),
             policy_length=trajectory.num_policy_tokens,
             failed=trajectory.failed,
+            num_turns=len(trajectory.turns),
             reason=trajectory.reason[:MOST_REASON] if trajectory.failed else "",
             parts=parts_in(trajectory.info) if self.split == "eval" else None,
         )

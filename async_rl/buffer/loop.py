@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
 from async_rl.buffer.restore import read_state, restore
+from async_rl.buffer.starts import read_start, with_starts
 from async_rl.buffer.store import Store, store_begun
 from async_rl.config import Settings
 from async_rl.config.sources import read_sources
@@ -187,7 +188,7 @@ def execute(effects: Sequence[do.Effect], store: Store, router: Router, record: 
     for effect in effects:
         match effect:
             case do.Send(peer=peer, message=message):
-                router.send(peer, message)
+                router.send(peer, with_starts(message, store) if isinstance(message, msg.Permits) else message)
             case do.SendTurns(peer=peer, pairs=pairs):
                 for pair in pairs:  # one message each: they may be long
                     found = tuple(unpack(blob) for blob in store.load_turns([pair]))
@@ -238,6 +239,10 @@ def write(effect: do.Effect, store: Store) -> bool:
                 position=effect.position,
                 attempt=effect.attempt,
             )
+        case do.AddDecision(group=group, decision=decision):
+            store.add_decision(group, decision, read_start(store, decision.start))
+        case do.AddOutcome(outcome=outcome):
+            store.add_outcome(outcome)
         case do.AddTrajectories(trajectories=trajectories, blobs=blobs):
             store.add_trajectories(trajectories, blobs)
         case do.AddDropped(trajectories=trajectories):

@@ -18,6 +18,9 @@ from async_rl.buffer.core import Core
 from async_rl.buffer.depth import KEY
 from async_rl.buffer.ledger import MOST_REASON, Group, SampleRecord
 from async_rl.buffer.poison import KEY as POISON_KEY
+from async_rl.buffer.sampler import Decision
+from async_rl.buffer.sampler_feedback import StoredDecision
+from async_rl.buffer.sampler_statistics import Outcome
 from async_rl.buffer.staleness import Slot
 from async_rl.buffer.store_reader import GroupRow, StoreReader, TrajectoryRow
 from async_rl.buffer.verification import FABRICATED
@@ -56,6 +59,10 @@ class StoredState:
     """(reason, trajectories that failed)"""
     tokens_generated: int
     """policy tokens of everything stored"""
+    decided: tuple[StoredDecision, ...] = ()
+    """what the sampler chose, in order of admission"""
+    outcomes: tuple[Outcome, ...] = ()
+    """what came of it, in the order in which the groups ended"""
 
 
 def read_state(store: StoreReader) -> StoredState:
@@ -88,6 +95,8 @@ def read_state(store: StoreReader) -> StoredState:
         counts=dict(tally),
         failures=tuple(store.failures()),
         tokens_generated=tokens,
+        decided=tuple(store.decisions()),
+        outcomes=tuple(store.outcomes()),
     )
 
 
@@ -114,13 +123,14 @@ def restore(core: Core, stored: StoredState, *, version: int) -> None:
     if core.batching.depth is not None and stored.depth is not None:
         core.batching.depth.restore(stored.depth)
     core.batching.discarded.restore(stored.lengths)
+    decided = {one.group: one.decision for one in stored.decided}
     for row in stored.order:
         if row.refused_because is not None:
             continue
         if row.step is not None:
             ledger.queue.add(Slot(group=row.group, deadline=row.step, finished=True, trained=True))
             continue
-        group = _group(core, row)
+        group = _group(core, row, decided.get(row.group))
         for sample in stored.samples[row.group]:
             group.samples[sample.sample] = _sample(sample)
             group.senders.add(sample.generator)
@@ -130,18 +140,22 @@ def restore(core: Core, stored: StoredState, *, version: int) -> None:
             ledger.finish(row.group)
         else:
             admission.orphans.append(row.group)
+    if admission.feedback is not None:
+        admission.feedback.restore(stored.decided, stored.outcomes, admission.refill)
 
 
-def _group(core: Core, row: GroupRow) -> Group:
+def _group(core: Core, row: GroupRow, decision: Decision | None) -> Group:
     return Group(
         permit=core.rules.permit(
             group=row.group,
             problem=row.problem,
             seed=attempt_seed(core.rules.seed, row.position, row.attempt),
+            decision=decision,
         ),
         admitted_at=row.admitted_at,
         admitted_version=row.admitted_version,
         restored=True,
+        decision=decision,
         position=row.position,
         attempt=row.attempt,
     )
@@ -156,5 +170,6 @@ def _sample(row: TrajectoryRow) -> SampleRecord:
         length=row.length,
         policy_length=row.policy_length,
         failed=failed,
+        num_turns=row.num_turns,
         reason=row.reason[:MOST_REASON] if failed else "",
     )

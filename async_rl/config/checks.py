@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from async_rl.config.derived import generators_fit, gpus_named, shares_gpus
+from async_rl.config.sampler_checks import SAMPLER_RELATIONS, largest_group
 from async_rl.config.schema import check_bounds
 from async_rl.config.settings import (
     CheckpointSettings,
@@ -232,6 +233,11 @@ def a_group_fits_a_generator(s: Settings) -> str:
         return (
             f"generator.max_sequences is {s.generator.max_sequences}, less than one group "
             f"(batch.group_size={s.batch.group_size}); raise it"
+        )
+    if s.generator.max_sequences < (most := largest_group(s)):
+        return (
+            f"generator.max_sequences is {s.generator.max_sequences}, less than the largest group ({most} samples with "
+            f"sampler.samples={s.sampler.samples}); raise it, or lower sampler.max_samples"
         )
     return ""
 
@@ -532,6 +538,7 @@ RELATIONS: tuple[Relation, ...] = (
     window_belongs_to_pace,
     keep_steps_needs_checkpoints,
     limits_end_before_the_timeout,
+    *SAMPLER_RELATIONS,
     a_group_fits_a_generator,
     vllm_settings_need_vllm,
     vllm_has_its_own_cache,

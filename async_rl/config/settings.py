@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from async_rl.config.generator import GeneratorSettings, VllmSettings
+from async_rl.config.sampler import SamplerSettings
 from async_rl.config.schema import setting
 from async_rl.config.trainer import CriticSettings, LoraSettings, OptimizerSettings, TrainerSettings
 from async_rl.config.verify import VerifySettings
@@ -348,6 +349,7 @@ class Settings:
         "and any of its axes",
     )
     buffer: BufferSettings = field(default_factory=BufferSettings)
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
     vllm: VllmSettings = field(default_factory=VllmSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)

@@ -125,6 +125,23 @@ class Canary(WireStruct, frozen=True, kw_only=True):
 # ---------------------------------------------------------------- buffer -> generator
 
 
+class Start(WireStruct, frozen=True, kw_only=True):
+    """What the answers of a group begin with: context without loss, which nobody samples."""
+
+    source: str
+    """field: the beginning of a text in the data; success, failure: of a stored answer"""
+    share: float
+    """of the text that is given"""
+    field: str = ""
+    """with the text"""
+    tokens: bytes = b""
+    """int32, little endian: a stored answer from the begin of its prompt to where it is left"""
+    turns: tuple[tuple[int, int], ...] = ()
+    """(start, length) of its turns in `tokens`"""
+    open: bool = False
+    """the last of them was cut, and is gone on with"""
+
+
 class Permit(WireStruct, frozen=True, kw_only=True):
     """The right to generate one group."""
 
@@ -138,6 +155,10 @@ class Permit(WireStruct, frozen=True, kw_only=True):
     temperature: float
     size: int = 0
     """samples of the whole group, which a task that judges groups plays all of; 0: those of `samples`"""
+    max_turns: int = 0
+    """of an episode; 0: as many as generator.max_turns"""
+    start: Start | None = None
+    """what its answers begin with"""
 
 
 class Permits(WireStruct, frozen=True, kw_only=True):
@@ -321,6 +342,37 @@ class DroppedCounters(WireStruct, frozen=True, kw_only=True):
         }
 
 
+class SamplerCounters(WireStruct, frozen=True, kw_only=True):
+    """What the sampler had chosen for the newest batch. Means are over its groups."""
+
+    estimate: float
+    """mean of the success that was estimated of their problems when they were chosen"""
+    in_band: float
+    """share of them whose estimate lay in the band"""
+    samples: float
+    """mean size"""
+    started: float
+    """share with a start"""
+    max_turns: float
+    """mean of the limits on turns, of groups that have one; 0: none has"""
+    problems_tried: int
+    """in the whole run"""
+    by_source: Mapping[int, float] = field(default_factory=dict)
+    """source -> share of the groups"""
+
+    def metrics(self) -> dict[str, float]:
+        """Columns of the trainer's row."""
+        return {
+            "sampler/estimate": self.estimate,
+            "sampler/in_band": self.in_band,
+            "sampler/samples": self.samples,
+            "sampler/started": self.started,
+            **({"sampler/max_turns": self.max_turns} if self.max_turns else {}),
+            "sampler/problems_tried": float(self.problems_tried),
+            **{f"sampler/source/{source}": share for source, share in self.by_source.items()},
+        }
+
+
 class BufferCounters(WireStruct, frozen=True, kw_only=True):
     """The buffer's state in numbers, sent to the trainer with every batch. Counts are totals of the whole run, over
     every launch of it, unless a line says otherwise."""
@@ -362,6 +414,8 @@ class BufferCounters(WireStruct, frozen=True, kw_only=True):
     """name of a generator ("nobody": none had it) -> batches that waited for a group of it"""
     dropped: DroppedCounters | None = None
     """None: the policy drops nothing"""
+    sampler: SamplerCounters | None = None
+    """None: problems are asked in the prompt order"""
     store_seconds: float = 0.0
     """wall seconds of writes and commits, since this buffer started"""
     store_processor_seconds: float = 0.0
@@ -390,6 +444,7 @@ class BufferCounters(WireStruct, frozen=True, kw_only=True):
             **{f"held_up/by/{name}": float(count) for name, count in self.held_up_by.items()},
             "staleness/depth": self.pipeline_depth,
             **(self.dropped.metrics() if self.dropped is not None else {}),
+            **(self.sampler.metrics() if self.sampler is not None else {}),
         }
 
 
