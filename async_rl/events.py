@@ -417,7 +417,8 @@ class StepSkipped(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdatesStopped(Event):
-    """A training step ended before its last update, because the recipe's trust rule said so."""
+    """A training step ended before its last update: the KL passed updates.kl_stop, nothing was left to learn, or the
+    gradient was not finite."""
 
     event: ClassVar[str] = "updates_stopped"
     step: int

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from support_run import quick_settings
 from torch import Tensor
 
-from async_rl.config import CriticSettings, OptimizerSettings, UpdatesSettings
+from async_rl.config import CriticSettings, OptimizerSettings, ReferenceSettings, UpdatesSettings
 from async_rl.errors import RunFailed
 from async_rl.model.architecture import DecoderConfig
 from async_rl.model.decoder import Decoder, LayerExecution
@@ -53,6 +53,7 @@ OPTIMIZER = OptimizerSettings(learning_rate=3e-2, warmup_steps=0, clip_norm=0.5,
 COST = Cost(per_token=1000, per_policy_token=100, per_pair=10)
 STEPS = 2
 TWICE = UpdatesSettings(epochs=2)
+IN_PARTS = UpdatesSettings(epochs=2, minibatches=2, kl_stop=10.0)
 TIMEOUT_S = 300.0
 """enough for a machine that is busy with much else"""
 
@@ -75,6 +76,7 @@ class Case:
     """rank of adapters; not with sharded weights"""
     contexts: bool = False
     """episodes of two contexts, agents and temperatures"""
+    reference: ReferenceSettings = ReferenceSettings()
     prompt: int = 0
     """tokens with which all episodes of a group begin, before those of their own; ranks compute them once"""
 
@@ -121,6 +123,19 @@ CASES = (
     Case(name="shared prefixes", recipe={"name": "grpo"}, micro_batch_tokens=60, prompt=12, small=True),
     Case(name="exact, shared prefixes", recipe=EXACT, micro_batch_tokens=150, prompt=12, small=True),
     Case(name="shared prefixes, contexts", recipe={"name": "gspo"}, micro_batch_tokens=50, prompt=9, contexts=True),
+    Case(
+        name="minibatches, critic model", recipe={"name": "ppo"}, updates=IN_PARTS, config=UNTIED, small=True,
+        critic=CriticSettings(kind="model", warmup_steps=1), micro_batch_tokens=50,
+    ),
+    Case(
+        name="minibatches, exact, shared prefixes", recipe=EXACT, updates=IN_PARTS, micro_batch_tokens=100, prompt=12,
+        small=True,
+    ),
+    Case(
+        name="a reference that follows, turns in order", updates=TWICE, reference=ReferenceSettings(average=0.5),
+        recipe={"name": "grpo", "kl": {"coefficient": 0.1}, "ratio": {"level": "turn"}, "turn_order": "last_first"},
+        small=True,
+    ),
     Case(name="clipped norm", recipe={"name": "s_ppo", "bias": {"estimator": "exact"}}, updates=TWICE),
     Case(
         name="clipped norm, many micro-batches", recipe={"name": "s_ppo", "bias": {"estimator": "exact"}},
@@ -213,7 +228,9 @@ def build(case: Case, ranks: Ranks, sharding: str) -> Learner:
         trunk = model(1) if case.critic.kind == "model" else None
         critic = Critic(policy, case.critic, ARITHMETIC, ranks=ranks, trunk=trunk)
         critic.head.double()
-    options = LearnerOptions(steps=10, updates=case.updates, optimizer=OPTIMIZER, arithmetic=ARITHMETIC)
+    options = LearnerOptions(
+        steps=10, updates=case.updates, optimizer=OPTIMIZER, arithmetic=ARITHMETIC, reference=case.reference
+    )
     reference = model(2).requires_grad_(False) if needs.reference else None
     return Learner(policy, recipe, options, critic=critic, reference=reference, ranks=ranks, adapters=adapters)
 

@@ -25,6 +25,7 @@ from async_rl.config.settings import (
     VllmSettings,
 )
 from async_rl.config.verify import VerifySettings
+from async_rl.config.updates import ReferenceSettings, UpdatesSettings
 from async_rl.errors import UserError, check_trackers
 
 Relation = Callable[[Settings], str]
@@ -373,6 +374,43 @@ def adapters_are_added_by_generators(s: Settings) -> str:
 
 
 # ------------------------------------------------------------------ alarms and rollback
+# ------------------------------------------------------------------ updates of a batch
+
+
+def minibatches_are_whole_groups(s: Settings) -> str:
+    parts, groups = s.updates.minibatches, s.batch.groups_per_step
+    if parts > groups:
+        return (
+            f"updates.minibatches is {parts}, but a batch has {groups} groups (batch.groups_per_step), and a group is "
+            "not cut; lower it"
+        )
+    return ""
+
+
+def kl_target_needs_a_bound(s: Settings) -> str:
+    if not s.updates.kl_stop and s.updates.kl_target != UpdatesSettings.kl_target:
+        return "updates.kl_target does nothing with updates.kl_stop=0; set updates.kl_stop, e.g. 0.02"
+    return ""
+
+
+def reference_moves_one_way(s: Settings) -> str:
+    if s.reference.every and s.reference.average:
+        return (
+            f"reference.every={s.reference.every} and reference.average={s.reference.average:g} are two ways for the "
+            "reference to follow the policy; choose one"
+        )
+    return ""
+
+
+def reference_without_adapters_stays(s: Settings) -> str:
+    if s.lora.rank and s.reference != ReferenceSettings():
+        return (
+            "reference.* does nothing with lora.rank: the reference is then the model without its adapters, which "
+            "stays as it is; leave it out"
+        )
+    return ""
+
+
 
 
 def thresholds_need_alarms(s: Settings) -> str:
@@ -519,6 +557,10 @@ RELATIONS: tuple[Relation, ...] = (
     a_layer_has_one_adapter,
     adapters_are_added_by_generators,
     thresholds_need_alarms,
+    minibatches_are_whole_groups,
+    kl_target_needs_a_bound,
+    reference_moves_one_way,
+    reference_without_adapters_stays,
     alarm_factors_are_above_one,
     rollback_scale_needs_rollback,
     rollback_needs_an_alarm,

@@ -187,9 +187,17 @@ intended.""",
             Metric(
                 "updates/done",
                 "updates",
-                "updates of the weights this step took on its batch, where `trainer.updates_per_batch` is above "
-                "1; fewer than that where a later one had nothing to learn or was not finite (event "
-                "`updates_stopped`)",
+                "updates of the weights that this step took on its batch, where it may take several (`updates.*`, "
+                "`recipe.turn_order`); fewer than planned where the KL passed a bound, nothing was left to learn or a "
+                "gradient was not finite (event `updates_stopped`). Other metrics of such a step are means over its "
+                "updates",
+            ),
+            Metric("updates/left_out", "updates", "minibatches, or passes over turns, with nothing to learn; as above"),
+            Metric(
+                "updates/kl",
+                "nats per token",
+                "KL of `updates.kl_target` to the policy before the newest update, where `updates.kl_stop` is set; "
+                "above it, that update was not taken",
             ),
         ),
     ),
@@ -399,7 +407,7 @@ the batch of a step is the last that may train it. With `pace` and `wait` nothin
 wait for a running group although P others are finished (the window of `pace` ends, or the group is due); the event
 `held_up` in `events.jsonl` names step, seconds, groups and generators.""",
         after="""\
-**The depth controller** watches `ess/ratio` of each step (with several updates a batch that of the last one) as it
+**The depth controller** watches `ess/ratio` of each step (with several updates a batch their mean) as it
 stands in the row of the step. It averages at least 10 steps that were generated at the present depth, leaves the depth
 alone within a tenth of the target (less near 1), and otherwise moves it within 1 .. what the bound allows. A number
 that is not finite makes the pipeline shallower. Every recipe has an `ess/ratio`, also those that do not correct for

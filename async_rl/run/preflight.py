@@ -12,7 +12,7 @@ from random import Random
 from typing import Any, Protocol, runtime_checkable
 
 from async_rl.config import Settings
-from async_rl.config.settings import CriticSettings, OptimizerSettings
+from async_rl.config.settings import CriticSettings, OptimizerSettings, ReferenceSettings
 from async_rl.errors import UserError, check_lora_package
 from async_rl.generator.facilities import slots_of
 from async_rl.model.architecture import PROJECTIONS, DecoderConfig, check_targets
@@ -213,6 +213,17 @@ def check_lora(settings: Settings, config: DecoderConfig | None) -> str:
 def check_layers(settings: Settings, needs: Requirements, *, built_in: bool = True) -> None:
     """Raises UserError for ways to run a layer that rule out exact norms of each trajectory's gradient, and for what
     only the built-in decoder can do. `built_in`: the model is one."""
+    recipe, updates = load_recipe(settings.recipe), settings.updates
+    if updates.kl_stop and updates.epochs * updates.minibatches == 1 and recipe.turn_order == "together":
+        raise UserError(
+            "updates.kl_stop does nothing with one update a batch, which is always taken; set updates.epochs or "
+            "updates.minibatches, or leave it out"
+        )
+    if settings.reference != ReferenceSettings() and not requirements(recipe).reference:
+        raise UserError(
+            f"reference.* does nothing with recipe={recipe.name}, which has no reference policy; leave it out, or set "
+            "recipe.kl.coefficient"
+        )
     chosen = settings.trainer
     if chosen.compile and not built_in:
         raise UserError(

@@ -143,15 +143,16 @@ class Learner:
         """
         started = time.perf_counter()
         plan, taken = self.options.updates, Taken()
+        several = plan.epochs * plan.minibatches > 1 or self.recipe.turn_order != "together"
         start = self._start(batch) if plan.minibatches > 1 else None
         for epoch in range(plan.epochs):
             before = taken.done
-            for part in parts_of(batch, plan, seed=self.options.seed, step=self.version, epoch=epoch):
-                start = self._train(part, start, taken)
+            for part, turn_pass in self._updates(batch, epoch):
+                start = self._train(part, start, taken, turn_pass)
                 if taken.stopped:
                     break
-            if taken.done == before and not taken.stopped:
-                taken.stopped = taken.left_out[-1]  # nothing has changed, so a further pass would find the same
+            if taken.done == before and not taken.stopped:  # nothing has changed: a further pass would find the same
+                taken.stopped = taken.left_out[-1] if taken.left_out else "the batch has no policy token"
             if taken.stopped:
                 break
         free(self.model)
@@ -163,16 +164,27 @@ class Learner:
             skipped="" if taken.done else taken.stopped,
             stopped=taken.stopped if taken.done else "",
             seconds=time.perf_counter() - started,
-            metrics={**taken.metrics(plan), **self._batch_metrics(batch)},
+            metrics={**taken.metrics(several=several), **self._batch_metrics(batch)},
         )
 
-    def _train(self, part: Part, start: Start | None, taken: Taken) -> Start:
+    def _updates(self, batch: PackedBatch, epoch: int) -> Iterator[tuple[Part, int | None]]:
+        """The minibatches of a pass over the batch, each once, or once for each turn of its longest trajectory."""
+        for part in parts_of(batch, self.options.updates, seed=self.options.seed, step=self.version, epoch=epoch):
+            if self.recipe.turn_order == "together":
+                yield part, None
+                continue
+            sampled = part.batch.trajectory_of_turn[part.batch.turn_of_token.unique()]
+            for turn_pass in range(int(sampled.bincount().max()) if len(sampled) else 1):
+                yield part, turn_pass
+
+    def _train(self, part: Part, start: Start | None, taken: Taken, turn_pass: int | None) -> Start:
         """One update, unless it cannot be taken. `start`: of the whole batch; None: this is its first update. Returns
         it."""
         metrics: dict[str, float] = {}
         pass_ = self._forward(part.batch)
         columns = self._columns(part.batch, pass_.log_probs, None if start is None else start.rows(part))
         start = start or Start.of(columns)
+        columns = replace(columns, turn_pass=turn_pass)
         if taken.done and self._has_moved_far(columns, taken):
             return start
         answer, state = self._agreed(*self._objective(columns, self.recipe, self.state))

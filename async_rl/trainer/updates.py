@@ -78,10 +78,11 @@ class Taken:
         for name, value in metrics.items():
             self.seen[name].append(value)
 
-    def metrics(self, settings: UpdatesSettings) -> dict[str, float]:
-        """Each metric as its mean over the updates that have it, and how many updates there were."""
+    def metrics(self, *, several: bool) -> dict[str, float]:
+        """Each metric as its mean over the updates that have it, and where there may be several, how many there
+        were."""
         found = {name: values[0] if len(values) == 1 else fmean(values) for name, values in self.seen.items()}
-        if settings.epochs * settings.minibatches > 1:
+        if several:
             found["updates/done"] = float(self.done)
             found["updates/left_out"] = float(len(self.left_out))
         if self.kl is not None:

@@ -100,6 +100,12 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     "adapters_are_added_by_generators": (
         ("lora.rank=2", "lora.send=adapter", "weights.transport=ipc"), "weights go straight into the engine",
     ),
+    "minibatches_are_whole_groups": (
+        ("updates.minibatches=9", "batch.groups_per_step=8"), "a batch has 8 groups (batch.groups_per_step)",
+    ),
+    "kl_target_needs_a_bound": (("updates.kl_target=behaviour",), "does nothing with updates.kl_stop=0"),
+    "reference_moves_one_way": (("reference.every=2", "reference.average=0.9"), "choose one"),
+    "reference_without_adapters_stays": (("reference.every=2", "lora.rank=4"), "the model without its adapters"),
     "thresholds_need_alarms": (("guard.alarms=false", "guard.ess=0.1"), "does nothing with guard.alarms=false"),
     "alarm_factors_are_above_one": (("guard.entropy=0.5",), "a factor above 1, or 0 for never"),
     "rollback_scale_needs_rollback": (("guard.rollback_lr_scale=0.5",), "does nothing with guard.rollback=false"),

@@ -16,6 +16,8 @@ from async_rl.run.preflight import check_idle
     [
         (("recipe=grpo", "critic.kind=model"), r"critic\.\* does nothing with recipe=grpo.*critic\.kind=head"),
         (("optimizer.final_share=0.3",), "set optimizer.final_share=0, or"),
+        (("recipe=grpo", "updates.kl_stop=0.1"), "with one update a batch, which is always taken"),
+        (("recipe=grpo", "reference.every=5"), "recipe=grpo, which has no reference policy"),
     ],
 )
 def test_what_does_nothing_is_refused(tmp_path: Path, words: tuple[str, ...], reason: str) -> None:
@@ -26,4 +28,6 @@ def test_what_does_nothing_is_refused(tmp_path: Path, words: tuple[str, ...], re
 def test_what_does_something_is_not(tmp_path: Path) -> None:
     check_idle(quick_settings(tmp_path, "recipe=grpo"))
     check_idle(quick_settings(tmp_path, "recipe=ppo", "critic.kind=model"))
+    check_idle(quick_settings(tmp_path, "recipe=grpo", "updates.kl_stop=0.1", "updates.epochs=2"))
+    check_idle(quick_settings(tmp_path, "recipe=grpo", "recipe.kl.coefficient=0.1", "reference.average=0.9"))
     check_idle(quick_settings(tmp_path, "optimizer.schedule=linear", "optimizer.final_share=0.3"))
