@@ -35,6 +35,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def demonstrations(self) -> Path:
+        """Those of pool.file as tokens (buffer/demonstrations.py), if there are any."""
+        return self.path / "demonstrations.bin"
+
+    @property
     def metrics(self) -> Path:
         """one JSON row a step"""
         return self.path / "metrics.jsonl"

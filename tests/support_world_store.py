@@ -157,6 +157,9 @@ class FakeStore:
     def outcomes(self) -> Iterator[Outcome]:
         yield from (outcome for _, outcome in sorted(self.ended.items()))
 
+    def has_pool(self) -> bool:
+        return False
+
     def first_step(self) -> int:
         return 0
 

@@ -12,8 +12,10 @@ from async_rl.buffer import effects as do
 from async_rl.buffer.admission import Admission
 from async_rl.buffer.depth import DepthController, Rules
 from async_rl.buffer.ledger import Group, Ledger, untrainable
+from async_rl.buffer.pool import FreshGroup, Pool
 from async_rl.events import BatchHeldUp
 from async_rl.trajectory import Trajectory
+from async_rl.trajectory.reuse import Drawn
 from async_rl.trajectory.types import bucket_names, bucket_of
 from async_rl.wire import messages as msg
 from async_rl.wire.messages import ABANDONED
@@ -144,8 +146,11 @@ class Batching:
     """called with the groups of each batch, and its step"""
     depth: DepthController | None = field(init=False, default=None)
     """what moves the depth of the pipeline, if anything does"""
+    pool: Pool = field(init=False)
+    """what of earlier batches may come back"""
 
     def __post_init__(self) -> None:
+        self.pool = Pool(settings=self.rules.pool, seed=self.rules.seed)
         if (control := self.rules.control) is not None:
             start = control.start(self.ledger.policy.pipeline_depth)
             self.depth = DepthController(control=control, ledger=self.ledger, state=start)
@@ -179,12 +184,24 @@ class Batching:
         for member in members:
             self.discarded.train(member)
         self.on_formed(members, step)
+        drawn = self._draw(step, members)
         if self.admission.feedback is not None:
             self.admission.feedback.form(members)
         self.ledger.form_batch(chosen)
         self.counts["groups_trained"] += len(chosen)
-        out.append(do.FormBatch(step=step, groups=tuple(chosen), formed_at=now))
+        out.append(do.FormBatch(step=step, groups=tuple(chosen), formed_at=now, drawn=drawn))
         return [*out, *self._note_formed(step, now), *self._refuse_overdue()], tuple(chosen)
+
+    def _draw(self, step: int, members: Iterable[Group]) -> Drawn:
+        """What of earlier batches comes back in that of `step`; its own groups may from the next one on."""
+        if not self.pool.on:
+            return Drawn()
+        fresh = [FreshGroup.of(member) for member in members]
+        self.pool.expire(step)
+        drawn = self.pool.draw(step, fresh)
+        self.pool.use(drawn.rows)
+        self.pool.add(fresh)
+        return drawn
 
     def refuse(self, number: int, reason: str) -> list[do.Effect]:
         """It will not be trained; it stays in the store with the reason, and its slot is free."""

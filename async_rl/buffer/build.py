@@ -73,6 +73,7 @@ def make_core(
         max_refusals=settings.buffer.max_refusals,
         max_deaths=settings.generator.max_deaths,
         seed=settings.seed,
+        pool=settings.pool,
         vocabulary=vocabulary,
         max_permits=max(1, settings.generator.max_sequences // largest_group(settings)),
         verify_share=settings.verify.share,

@@ -291,10 +291,11 @@ class Core:
             if self.batching.late(trajectory):
                 late.append(trajectory)
                 continue
-            if group is None or not group.arrive(trajectory):
+            name = self.trust.named(peer, trajectory)
+            if group is None or not group.arrive(trajectory, name):
                 self.counts["trajectories_ignored"] += 1
                 continue
-            if (name := self.trust.named(peer, trajectory)) != trajectory.generator:
+            if name != trajectory.generator:
                 trajectory = replace(trajectory, generator=name)  # what it was sent by, not what it says
             group.senders.add(name)
             verifiable.append((trajectory, group))

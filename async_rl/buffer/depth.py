@@ -8,7 +8,7 @@ target asks for a shallower pipeline, one above it for a deeper one. The bound o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil, floor, inf, isfinite, nan
 from typing import Any
 
@@ -19,6 +19,7 @@ from async_rl.buffer.ledger import Ledger
 from async_rl.buffer.sampler import Decision, SamplerRules
 from async_rl.buffer.sampler_feedback import start_in
 from async_rl.buffer.staleness import Policy
+from async_rl.config.pool import PoolSettings
 from async_rl.events import DepthChanged
 from async_rl.wire.messages import Permit
 
@@ -228,6 +229,8 @@ class Rules:
     seed: int
     control: DepthControl | None = None
     """what moves the policy's depth during the run; None: it stays"""
+    pool: PoolSettings = field(default_factory=PoolSettings)
+    """what of earlier batches comes back"""
     vocabulary: int = 0
     """tokens are below it; 0: not known"""
     max_permits: int = 1 << 31

@@ -12,6 +12,7 @@ from async_rl.buffer.sampler_statistics import Outcome
 from async_rl.events import Event
 from async_rl.trajectory import Split, Trajectory
 from async_rl.trajectory.codec import Blob
+from async_rl.trajectory.reuse import Drawn
 from async_rl.wire.messages import BufferCounters, EvaluationResult, Message
 
 
@@ -103,6 +104,8 @@ class FormBatch:
     """in the batch's order"""
     formed_at: float
     """seconds, the buffer's clock"""
+    drawn: Drawn = Drawn()
+    """what of the pool is in it"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,8 @@ class SampleRecord(Struct, frozen=True, kw_only=True, gc=False):
     policy_length: int
     """tokens sampled by the policy"""
     failed: bool
+    generator: str = ""
+    """that sent it"""
     num_turns: int = 0
     reason: str = ""
     """of a failed one: why, as far as it fits into a line"""
@@ -113,8 +115,9 @@ class Group:
         """The right to generate the samples that have not arrived."""
         return replace(self.permit, samples=self.missing, size=self.size)
 
-    def arrive(self, trajectory: Trajectory) -> bool:
-        """Take in one trajectory; False when that sample is here already."""
+    def arrive(self, trajectory: Trajectory, sender: str = "") -> bool:
+        """Take in one trajectory; False when that sample is here already. `sender`: name of its generator, as the
+        buffer knows it; empty: as the trajectory says."""
         if trajectory.sample in self.samples:
             return False
         self.samples[trajectory.sample] = SampleRecord(
@@ -124,6 +127,7 @@ class Group:
             length=len(trajectory.tokens),
             policy_length=trajectory.num_policy_tokens,
             failed=trajectory.failed,
+            generator=sender or trajectory.generator,
             num_turns=len(trajectory.turns),
             reason=trajectory.reason[:MOST_REASON] if trajectory.failed else "",
             parts=parts_in(trajectory.info) if self.split == "eval" else None,

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
+from async_rl.buffer.pool_restore import open_pool
 from async_rl.buffer.restore import read_state, restore
 from async_rl.buffer.starts import read_start, with_starts
 from async_rl.buffer.store import Store, store_begun
@@ -85,6 +86,7 @@ def run_buffer(
         ) as router,
         farewell(core, router),
     ):
+        open_pool(store, core.batching.pool, folder.demonstrations)
         if begun:
             activity.now("reading the store")
             store.rewind(version=version, now=steady_time())
@@ -105,7 +107,9 @@ def run_buffer(
             execute(effects, store, router, folder.record, part_bytes)
             strangers.report(core, folder, time.monotonic())
             if chosen.keep_steps and (pruning or any(isinstance(effect, do.MarkConsumed) for effect in effects)):
-                pruning = store.prune(keep_steps=chosen.keep_steps, oldest_live=core.oldest_live())
+                pruning = store.prune(
+                    keep_steps=chosen.keep_steps, oldest_live=core.oldest_live(), pool=core.batching.pool.members
+                )
                 store.commit()
 
 
@@ -253,8 +257,10 @@ def write(effect: do.Effect, store: Store) -> bool:
             store.drop_turns(pairs)
         case do.RefuseGroup(group=group, reason=reason):
             store.refuse_group(group, reason)
-        case do.FormBatch(step=step, groups=groups, formed_at=at):
+        case do.FormBatch(step=step, groups=groups, formed_at=at, drawn=drawn):
             store.form_batch(step=step, groups=groups, formed_at=at)
+            if drawn:
+                store.add_reused(step, drawn)
         case do.MarkTrained(step=step):
             store.mark_trained(step=step, trained_at=steady_time())
         case do.MarkConsumed(step=step, oldest=oldest):

@@ -18,6 +18,7 @@ from async_rl.buffer.core import Core
 from async_rl.buffer.depth import KEY
 from async_rl.buffer.ledger import MOST_REASON, Group, SampleRecord
 from async_rl.buffer.poison import KEY as POISON_KEY
+from async_rl.buffer.pool_restore import StoredPool, read_pool, restore_pool
 from async_rl.buffer.sampler import Decision
 from async_rl.buffer.sampler_feedback import StoredDecision
 from async_rl.buffer.sampler_statistics import Outcome
@@ -59,6 +60,8 @@ class StoredState:
     """(reason, trajectories that failed)"""
     tokens_generated: int
     """policy tokens of everything stored"""
+    pool: StoredPool | None = None
+    """what the experience pool follows from, if there is one"""
     decided: tuple[StoredDecision, ...] = ()
     """what the sampler chose, in order of admission"""
     outcomes: tuple[Outcome, ...] = ()
@@ -95,6 +98,7 @@ def read_state(store: StoreReader) -> StoredState:
         counts=dict(tally),
         failures=tuple(store.failures()),
         tokens_generated=tokens,
+        pool=read_pool(store),
         decided=tuple(store.decisions()),
         outcomes=tuple(store.outcomes()),
     )
@@ -123,6 +127,8 @@ def restore(core: Core, stored: StoredState, *, version: int) -> None:
     if core.batching.depth is not None and stored.depth is not None:
         core.batching.depth.restore(stored.depth)
     core.batching.discarded.restore(stored.lengths)
+    if stored.pool is not None:
+        restore_pool(core.batching.pool, stored.pool)
     decided = {one.group: one.decision for one in stored.decided}
     for row in stored.order:
         if row.refused_because is not None:
@@ -170,6 +176,7 @@ def _sample(row: TrajectoryRow) -> SampleRecord:
         length=row.length,
         policy_length=row.policy_length,
         failed=failed,
+        generator=row.generator,
         num_turns=row.num_turns,
         reason=row.reason[:MOST_REASON] if failed else "",
     )

@@ -11,12 +11,13 @@ import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import repeat
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
+from async_rl.buffer.pool_store import PoolWriter
 from async_rl.buffer.sampler_rows import SamplerWriter
 from async_rl.buffer.store_reader import (
     APPLICATION_ID,
@@ -55,7 +56,7 @@ _INSERT = (
 )
 
 
-class Store(SamplerWriter, StoreReader):
+class Store(SamplerWriter, PoolWriter, StoreReader):
     """The buffer's store. Every write belongs to the open transaction until `commit()`."""
 
     def __init__(
@@ -192,11 +193,12 @@ class Store(SamplerWriter, StoreReader):
         self.set_meta("consumed_step", max(step, self.consumed_step()))
         self.set_meta("oldest_checkpoint", oldest)
 
-    def prune(self, *, keep_steps: int, oldest_live: int) -> bool:
+    def prune(self, *, keep_steps: int, oldest_live: int, pool: Collection[tuple[int, int]] = ()) -> bool:
         """Delete one portion of the payloads that nothing needs: of batches older than the newest `keep_steps`
         consumed ones and than the oldest checkpoint kept (a resume may fall back on it), and of refused and
         evaluated groups admitted before the groups of all later batches. Rows stay. `oldest_live`: lowest number
-        of a group that is not finished with. True when something was deleted: there may be more."""
+        of a group that is not finished with; `pool`: (group, sample) that may come back, whose payloads are kept. True
+        when something was deleted: there may be more."""
         first = min(self.consumed_step() + 1 - keep_steps, int(self.meta("oldest_checkpoint", 0)))
         if first <= 0:
             return False
@@ -208,6 +210,7 @@ class Store(SamplerWriter, StoreReader):
             return False
         if self.first_step() < first:  # before anything is deleted: a batch that is there is whole
             self.set_meta("first_step", first)
+        self.spare_pool(portion, pool, since=first)
         of_group = "SELECT id FROM trajectories WHERE group_id = ?"
         for group in portion:
             self._write(f"DELETE FROM payloads WHERE id IN ({of_group})", (group,))
@@ -232,6 +235,7 @@ class Store(SamplerWriter, StoreReader):
         for table in ("groups", "trajectories"):
             self._write(f"UPDATE {table} SET step = NULL WHERE step >= ?", (version,))
         self._write("DELETE FROM batches WHERE step >= ?", (version,))
+        self.forget_reused(since=version)
         self._write("DELETE FROM turns", ())
         waiting = [row.group for row in self.groups(unfinished=True) if row.split == "train"]
         for group in waiting:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from async_rl.buffer.pool_store import PoolReader
 from async_rl.buffer.sampler_rows import SamplerReader
 from async_rl.errors import RunFailed, UserError
 from async_rl.trajectory.beginnings import HEAD_BYTES, Joining, is_cut, name_of, refers_to, whole_bytes
@@ -169,7 +170,7 @@ class EvaluationRow:
     finished_at: float
 
 
-class StoreReader(SamplerReader):
+class StoreReader(SamplerReader, PoolReader):
     """Reads a store, also one that another process is writing. It sees what was committed."""
 
     def __init__(self, path: Path) -> None:
@@ -189,6 +190,11 @@ class StoreReader(SamplerReader):
         given = [value for value in (step, split) if value is not None]
         query = f"SELECT {_TRAJECTORY} FROM trajectories WHERE {where} ORDER BY id"
         return self._rows(TrajectoryRow, query, given)
+
+    def rows_in_batches(self) -> Iterator[TrajectoryRow]:
+        """Trajectories that are in a batch, in the order of arrival, without tokens."""
+        query = f"SELECT {_TRAJECTORY} FROM trajectories WHERE step IS NOT NULL ORDER BY id"
+        return self._rows(TrajectoryRow, query)
 
     def groups(self, *, unfinished: bool = False, since: int = 0) -> Iterator[GroupRow]:
         """In the order of admission, from group `since` on. `unfinished`: only those neither in a batch nor refused."""
@@ -308,7 +314,7 @@ class StoreReader(SamplerReader):
         if not batch:
             return None
         of_groups = [self._stored(step, group) for group in json.loads(batch[0][0])]
-        return [blob for of_group in of_groups for blob in self._whole(of_group)]
+        return self.with_pool(step, [blob for of_group in of_groups for blob in self._whole(of_group)])
 
     def load_part(self, step: int, *, after: int, most_bytes: int) -> tuple[int, list[bytes]] | None:
         """(trajectories of the whole batch, blobs of those behind the first `after`): as many as `most_bytes`
@@ -327,6 +333,9 @@ class StoreReader(SamplerReader):
             for group in groups
             for number, sample, size, head in self._all(query, (group, step))
         ]
+        if drawn := self.drawn(step):
+            names = [(group, sample) for _, group, sample, _ in sizes]
+            return self.part_with_pool(drawn, names, after=after, most_bytes=most_bytes)
         if after == 0 and sum(size for *_, size in sizes) <= most_bytes:  # as nearly always: a query for each group
             return len(sizes), [blob for group in groups for blob in self._stored(step, group)]
         found: list[bytes] = []

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from async_rl.buffer import effects as do
+from async_rl.buffer.pool import KEY as POOL_KEY
 from async_rl.buffer.verification import FABRICATED, IMPOSSIBLE, KEY, Life, Quarantine, Sampling, Touched
 from async_rl.events import GeneratorQuarantined
 from async_rl.trajectory import Trajectory
@@ -144,7 +145,10 @@ class Trust:
             first_step=touched.first_step,
             last_step=touched.last_step,
         )
-        return [*out, do.Remember(key=KEY, value=self.quarantine.remembered()), do.Note(event=quarantined)]
+        out.append(do.Remember(key=KEY, value=self.quarantine.remembered()))
+        if self.batching.pool.on:
+            out.append(do.Remember(key=POOL_KEY, value=self.batching.pool.forget(name, self.ledger.step)))
+        return [*out, do.Note(event=quarantined)]
 
     def trained(self, groups: Iterable[Group], step: int) -> None:
         """These groups are the batch of `step`."""

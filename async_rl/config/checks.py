@@ -14,6 +14,7 @@ from typing import Any
 
 from async_rl.config.derived import generators_fit, gpus_named, shares_gpus
 from async_rl.config.sampler_checks import SAMPLER_RELATIONS, largest_group
+from async_rl.config.pool_checks import POOL_RELATIONS
 from async_rl.config.schema import check_bounds
 from async_rl.config.settings import (
     CheckpointSettings,
@@ -580,6 +581,7 @@ RELATIONS: tuple[Relation, ...] = (
     window_belongs_to_pace,
     keep_steps_needs_checkpoints,
     limits_end_before_the_timeout,
+    *POOL_RELATIONS,
     *SAMPLER_RELATIONS,
     a_group_fits_a_generator,
     vllm_settings_need_vllm,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from async_rl.config.generator import GeneratorSettings, VllmSettings
 from async_rl.config.sampler import SamplerSettings
+from async_rl.config.pool import PoolSettings
 from async_rl.config.schema import setting
 from async_rl.config.trainer import CriticSettings, LoraSettings, OptimizerSettings, TrainerSettings
 from async_rl.config.verify import VerifySettings
@@ -349,6 +350,7 @@ class Settings:
         "and any of its axes",
     )
     buffer: BufferSettings = field(default_factory=BufferSettings)
+    pool: PoolSettings = field(default_factory=PoolSettings)
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
     vllm: VllmSettings = field(default_factory=VllmSettings)
