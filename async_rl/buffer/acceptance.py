@@ -18,6 +18,7 @@ from async_rl.buffer.depth import Rules
 from async_rl.buffer.evaluation import Evaluations
 from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.trust import Trust
+from async_rl.buffer.verification import of_the_launcher
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.types import GREEDY, LOWEST_TEMPERATURE, sample_seed
 from async_rl.version import __version__
@@ -26,10 +27,15 @@ from async_rl.wire.frames import RefusalKind
 
 ROLES = ("generator", "trainer")
 LAUNCHER = b"launcher"
+KEEPER = msg.KEEPER.encode()
 LONGEST_NAME = 200
 """characters"""
 LONGEST_DOING = 1000
 """characters"""
+LONGEST_END = 4000
+"""characters, of what the keeper of a generator tells"""
+MOST_BLAMED = 1024
+"""groups of which one was the cause of an end"""
 MOST_GENERATORS = 1 << 14
 MOST_EVALUATIONS = 64
 """evaluations that are not finished"""
@@ -88,6 +94,8 @@ class Acceptance:
             return Objection(kind="stranger", reason="say Hello first")
         if isinstance(message, OF_ONE_SESSION) and self.admission.known(peer, message.session) is None:
             return Objection(kind="stranger", reason="say Hello first: this is another life of the generator")
+        if isinstance(message, msg.Gone) and peer.endswith(KEEPER):
+            return self._told_by_keeper(peer.removesuffix(KEEPER), message)
         if isinstance(message, OF_THE_LAUNCHER) and peer != LAUNCHER:
             return Objection(kind="stranger", reason="only the launcher may say this")
         match message:
@@ -150,6 +158,18 @@ class Acceptance:
         """A process that was proven to lie may not come back."""
         why = self.trust.quarantine.keeps_out(name, pid)
         return Objection(kind="quarantine", reason=f"quarantined: {why}") if why else None
+
+    def _told_by_keeper(self, peer: bytes, gone: msg.Gone) -> Objection | None:
+        """The process beside a generator that joined speaks of that one alone, and of groups that it was given."""
+        life = self.admission.life(peer)
+        if life is None or life[0] != gone.name or of_the_launcher(gone.name):
+            return Objection(kind="stranger", reason="only the launcher may say this of another generator")
+        groups = [self.evaluations.group(number) or self.ledger.groups.get(number) for number in gone.groups]
+        if any(group is not None and not self._given(peer, group) for group in groups):
+            return Objection(kind="group", reason="a group of which it tells was not given to its generator")
+        if len(gone.groups) > MOST_BLAMED or len(gone.reason) + len(gone.place) > LONGEST_END:
+            return Objection(kind="number", reason=f"an end is told in {LONGEST_END} characters")
+        return None
 
     def _joining(self, package: str) -> Objection | None:
         if package != __version__:

@@ -217,7 +217,9 @@ class Core:
 
     def tick(self, now: float) -> list[do.Effect]:
         """Time passes: give up frozen generators, tell a waiting trainer whom it waits for."""
-        out = self.attendance.remove_frozen(now)
+        out, silent = self.attendance.remove_frozen(now)
+        for gone in silent:
+            out += self._blame(gone, now, silent=True)
         out += self._grant(now) if out else []
         return out if self.ended else out + self.waits.tick(now)
 
@@ -229,6 +231,7 @@ class Core:
 
     def _hello(self, peer: bytes, hello: msg.Hello, now: float) -> list[do.Effect]:
         if hello.role == "generator":
+            self.poison.came_back(hello.name, hello.pid)
             return [*self.attendance.hello(peer, hello, published=self.published, now=now), *self._grant(now)]
         if hello.role == "trainer":
             self.trainer = self.waits.trainer = peer
@@ -247,16 +250,20 @@ class Core:
 
     def _gone(self, gone: msg.Gone, now: float) -> list[do.Effect]:
         """A generator's process has ended; its problem is refused when that was the problem's fault too often."""
-        out = self.attendance.gone(gone)
-        group = self._group(gone.group) if gone.group >= 0 else None
-        if group is not None:
-            refused = self.poison.add(gone, group)
-            out.append(do.Remember(key=POISON_KEY, value=self.poison.remembered()))
-            if refused:
-                reason = self.poison.reason(group)
-                out.append(do.Note(event=ProblemRefused(split=group.split, problem=group.problem, reason=reason)))
-                out += self._refuse_poisoned(now)
-        return out + self._grant(now)
+        self.poison.came_back(gone.name, gone.pid)  # what its silence was taken for: now more is known
+        return [*self.attendance.gone(gone), *self._blame(gone, now), *self._grant(now)]
+
+    def _blame(self, gone: msg.Gone, now: float, *, silent: bool = False) -> list[do.Effect]:
+        """Count the end of a process against the problems whose code may have been why."""
+        groups = [group for number in gone.groups if (group := self._group(number)) is not None]
+        if not groups:
+            return []
+        refused = self.poison.add(gone, groups, silent=silent)
+        out: list[do.Effect] = [do.Remember(key=POISON_KEY, value=self.poison.remembered())]
+        for split, problem in refused:
+            reason = self.poison.refused[split, problem]
+            out.append(do.Note(event=ProblemRefused(split=split, problem=problem, reason=reason)))
+        return out + (self._refuse_poisoned(now) if refused else [])
 
     def _refuse_poisoned(self, now: float) -> list[do.Effect]:
         """Refuse the unfinished groups of problems that may not be asked any more; held-out ones fail."""

@@ -8,16 +8,21 @@ does harm, and whatever is missing is sent again.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.admission import RESEND_S, Admission
+from async_rl.buffer.verification import of_the_launcher
 from async_rl.events import GeneratorJoined, GeneratorLeft, GeneratorLost
 from async_rl.wire import messages as msg
 
 PULSE = msg.PULSE.encode()
+UNKNOWN_PLACE = "unknown place on a joined generator"
+_PLACE = re.compile(r"; held up for [\d.]+ s in (\S+\.py:\d+ \S+)")
+"""where the code stands, in the words of a pulse (wire/heartbeat.py)"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,6 +37,8 @@ class PeerState:
     """when it began that"""
     heard: float
     """when its last message of any kind came"""
+    group: int = -1
+    """whose code it ran then; -1: none, as far as is known"""
 
 
 @dataclass(slots=True)
@@ -63,7 +70,7 @@ class Presence:
             return
         state.heard = now
         if isinstance(message, msg.Pulse):
-            state.doing, state.since = message.doing, now - message.since_s
+            state.doing, state.since, state.group = message.doing, now - message.since_s, message.group
 
     def frozen(self, now: float) -> list[bytes]:
         """The peers that have been silent for too long. When the buffer itself was stopped meanwhile, it received
@@ -146,10 +153,12 @@ class Attendance:
                 self.remove(peer)
         return []
 
-    def remove_frozen(self, now: float) -> list[do.Effect]:
+    def remove_frozen(self, now: float) -> tuple[list[do.Effect], list[msg.Gone]]:
         """Give up the generators that have been silent for too long: all of them, before what they held is given to
-        others."""
+        others. Also returns those that joined by themselves and ran code of a task when they were heard last: nobody
+        else tells of them where their host is gone."""
         out: list[do.Effect] = []
+        gone: list[msg.Gone] = []
         for peer in self.presence.frozen(now):
             if (generator := self.admission.generators.get(peer)) is None:
                 continue  # without a trainer nothing goes on: the launcher sees to that
@@ -159,10 +168,18 @@ class Attendance:
                 silent_s=round(self.presence.silent_s(peer, now), 3),
                 reason=self.presence.describe(peer, now),
             )
+            state = self.presence.states[peer]
+            if state.group in generator.groups and not of_the_launcher(generator.name):
+                place = _PLACE.search(state.doing)
+                reason = f"{generator.name} fell silent; {lost.reason}"
+                told = place[1] if place is not None else UNKNOWN_PLACE
+                gone.append(
+                    msg.Gone(name=generator.name, pid=generator.pid, reason=reason, groups=(state.group,), place=told)
+                )
             self.remove(peer)
             self.admission.counts["generators_frozen"] += 1
             out.append(do.Note(event=lost))
-        return out
+        return out, gone
 
     def canary(self, peer: bytes, canary: msg.Canary, trainer: bytes) -> list[do.Effect]:
         """Pass a canary on to the trainer, which compares."""

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 from async_rl.cli import check, experiment, look, train
 from async_rl.cli.commands import CommandParser, Commands, completion_script
-from async_rl.errors import RunFailed, UserError
-from async_rl.process import Interrupted, ignore_interrupts, interruptible
+from async_rl.cli.ending import code_of
+from async_rl.process import interruptible
 from async_rl.version import __version__
 
-SIGNALLED = 128
-"""exit codes above it: stopped by a signal"""
 ABOUT = "Asynchronous, off-policy RL for language models with bounded, measured and corrected staleness."
 
 
@@ -27,22 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(commands.overview(), end="")
         sys.exit(0)
     arguments = _parsed(parser, words)
-    try:
-        with interruptible():
-            code = _work(arguments)
-    except UserError as error:
-        _complain(str(error))
-        code = 2
-    except RunFailed as error:
-        _complain(str(error))
-        code = 1
-    except BrokenPipeError:  # whoever read our output has gone
-        _drop_output()
-        code = 1
-    except OSError as error:  # a full disk
-        _drop_output()
-        _complain(str(error))
-        code = 1
+    with interruptible():
+        code = code_of(lambda: arguments.work(arguments))
     sys.exit(code)
 
 
@@ -79,20 +62,6 @@ def _parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.N
     return arguments
 
 
-def _work(arguments: argparse.Namespace) -> int:
-    """The exit code; once interrupted, nothing interrupts any more."""
-    try:
-        code: int = arguments.work(arguments)
-    except Interrupted as order:
-        _complain(f"stopped by {order}")
-        code = order.exit_code
-    if code > SIGNALLED:
-        ignore_interrupts(to_the_end=True)
-    if sys.stdout is not None:
-        sys.stdout.flush()
-    return code
-
-
 def _completion(arguments: argparse.Namespace) -> int:
     from async_rl.config import Settings
     from async_rl.config.schema import NAMED, values_of
@@ -101,12 +70,3 @@ def _completion(arguments: argparse.Namespace) -> int:
     parser, _ = make_parser()
     print(completion_script(parser, arguments.shell, [*NAMED, *(p for p in values_of(Settings()) if p not in groups)]))
     return 0
-
-
-def _drop_output() -> None:
-    """Nothing more can be written: what is still buffered must not fail again when the interpreter ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _complain(message: str) -> None:
-    print(f"async-rl: {message}", file=sys.stderr)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from async_rl.cli.commands import FOLDER, Commands, add_config, add_run, complete
+from async_rl.cli.ending import code_of
 from async_rl.errors import RunFailed, UserError
 from async_rl.process import Interrupted
 
@@ -193,10 +194,20 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     target = find_target(arguments.connect, arguments.run, arguments.keys)
 
-    from async_rl.run.join import default_name, join_run
+    from async_rl.run.join import Traces, admitted, default_name, generate_for
+    from async_rl.run.keeper import Keeper
 
-    join_run(target, arguments.name or default_name(), arguments.overrides, lambda line: print(line, flush=True))
-    return 0
+    found = admitted(target, arguments.name or default_name(), arguments.overrides)
+
+    def generate(traces: Traces) -> int:
+        def work() -> int:
+            generate_for(found, lambda line: print(line, flush=True), traces)
+            return 0
+
+        return code_of(work)
+
+    frozen_after_s = found.settings.wire.frozen_after_s
+    return Keeper(target=target, name=found.name, identity=found.identity, frozen_after_s=frozen_after_s).run(generate)
 
 
 def _train(arguments: argparse.Namespace) -> int:

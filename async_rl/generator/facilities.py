@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from async_rl.errors import RunFailed, UserError, nearest
 from async_rl.generator.endpoint import Endpoint
 from async_rl.generator.session import Slots
+from async_rl.generator.step_mark import MarkedThreads, StepMark
 from async_rl.generator.task_code import describe_error, is_ours
 from async_rl.task.protocol import Task
 
@@ -48,6 +48,8 @@ class Facilities:
     threads: int
     chosen: Mapping[str, int] = field(default_factory=dict)
     """generator.task_slots"""
+    mark: StepMark | None = None
+    """tells whose code the threads run"""
     slots: Slots = field(init=False)
     agents: Endpoint = field(default_factory=Endpoint)
     ready: bool = False
@@ -58,7 +60,7 @@ class Facilities:
     async def open(self, *, timeout_s: float) -> None:
         """Set the task up. Raises RunFailed when that fails or takes too long."""
         # asyncio's own pool has a handful of threads: so few agents would run at once
-        pool = ThreadPoolExecutor(max(LEAST_THREADS, self.threads), thread_name_prefix="task")
+        pool = MarkedThreads(max(LEAST_THREADS, self.threads), self.mark)
         asyncio.get_running_loop().set_default_executor(pool)
         if not hasattr(self.task, "setup"):
             return

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from async_rl.config import Settings
 from async_rl.config.derived import task_limit_s
+from async_rl.config.teachers import TeacherSettings, teachers_of
+from async_rl.config.sampler_checks import largest_group
 from async_rl.errors import RunFailed
 from async_rl.events import GeneratorRejoined, RecordEvent, ignore_event
 from async_rl.generator.engine import Engine
@@ -33,6 +35,7 @@ from async_rl.generator.outbox import RESEND_S, BufferDeadline, Outbox
 from async_rl.generator.pull import EngineWeights
 from async_rl.generator.step_mark import StepMark
 from async_rl.generator.task_code import LEFTOVER_S, TaskGuard
+from async_rl.generator.teachers import TeacherServers
 from async_rl.stall_timer import StallTimer
 from async_rl.task.protocol import Task
 from async_rl.task.weigh import Weights
@@ -62,7 +65,7 @@ class GeneratorOptions:
     max_sequences: int
     """most episodes at once"""
     group_size: int
-    """episodes of one permit"""
+    """most episodes of one permit"""
     max_turns: int
     """of one episode"""
     episode_timeout_s: float
@@ -80,6 +83,8 @@ class GeneratorOptions:
     """of the named parts of a reward"""
     task_slots: Mapping[str, int] = field(default_factory=dict)
     """places that the episodes share; they replace those of the task"""
+    teachers: Mapping[str, TeacherSettings] = field(default_factory=dict)
+    """whose log-probs the recipe distils"""
 
 
 def make_options(settings: Settings, name: str, *, joined: bool = False) -> GeneratorOptions:
@@ -88,7 +93,7 @@ def make_options(settings: Settings, name: str, *, joined: bool = False) -> Gene
     return GeneratorOptions(
         name=name,
         max_sequences=chosen.max_sequences,
-        group_size=settings.batch.group_size,
+        group_size=largest_group(settings),
         max_turns=chosen.max_turns,
         episode_timeout_s=chosen.episode_timeout_s,
         task_timeout_s=task_limit_s(settings),
@@ -98,6 +103,7 @@ def make_options(settings: Settings, name: str, *, joined: bool = False) -> Gene
         joined=joined,
         reward_weights=settings.task.reward_weights,
         task_slots=chosen.task_slots,
+        teachers=teachers_of(settings.teachers),
     )
 
 
@@ -167,7 +173,7 @@ class GeneratorLoop:
         )
         self.weights = EngineWeights(o.name, self.engine, self.source)
         self.guard = TaskGuard(limit_s=o.task_timeout_s, on_stuck=self.on_stuck, mark=self.mark)
-        self.facilities = Facilities(self.task, o.max_sequences, o.task_slots)
+        self.facilities = Facilities(self.task, o.max_sequences, o.task_slots, self.mark)
         self.episodes = Episodes(
             task=self.task,
             engine=self.engine,
@@ -181,6 +187,7 @@ class GeneratorLoop:
             guard=self.guard,
             weights=Weights(chosen=o.reward_weights),
             facilities=self.facilities,
+            teachers=TeacherServers.of(o.teachers, o.name) if o.teachers else None,
         )
 
     async def run(self) -> None:

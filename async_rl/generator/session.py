@@ -17,6 +17,7 @@ from async_rl.errors import RunFailed
 from async_rl.generator.chat import Chat
 from async_rl.generator.contexts import STOPS, Context, RecordedTurns, lay_out
 from async_rl.generator.engine import Completion, Engine, LogitsNotFinite, Request, SamplingParams
+from async_rl.generator.step_mark import AT_ENGINE
 from async_rl.model.tokenizer import Tokenizer, adapted, prompt_tokens
 from async_rl.steady_clock import steady_time
 from async_rl.task.protocol import Connection, Problem, Score, Utterance
@@ -459,7 +460,9 @@ class EpisodeSession:
 
     async def _untimed(self, call: Awaitable[Answer]) -> Answer:
         """What the engine answers, or a wait for other episodes: the time until then is not the task's."""
+        key = self._ticket.permit.group, self._ticket.sample
         self._sampling += 1
+        AT_ENGINE[key] += 1
         try:
             return await call
         except (RunFailed, LogitsNotFinite) as error:
@@ -467,6 +470,9 @@ class EpisodeSession:
             raise
         finally:
             self._sampling -= 1
+            AT_ENGINE[key] -= 1
+            if not AT_ENGINE[key]:
+                del AT_ENGINE[key]
             self._task_since = time.monotonic()
 
     def _recalled(self, context: Context, room: int, temperature: float) -> Completion | None:

@@ -21,7 +21,7 @@ from types import CoroutineType, FrameType
 from typing import Any, TypeVar
 
 from async_rl.generator.process_state import KeptState
-from async_rl.generator.step_mark import StepMark
+from async_rl.generator.step_mark import AT_ENGINE, EPISODE, Key, StepMark
 from async_rl.process import Interrupted, Terminated
 from async_rl.wire.heartbeat import locate, place_of
 
@@ -117,6 +117,20 @@ class TaskGuard:
         if self.state.restore() and self.armed:
             self.arm()
 
+    def wait_begins(self) -> Key | None:
+        """A step has ended with a wait. Returns the episode whose code something else may run meanwhile (a thread),
+        for `wait_ends`; None: it waits for the engine."""
+        key = EPISODE.get()
+        if self.mark is None or key is None or AT_ENGINE[key]:
+            return None
+        self.mark.hold(key)
+        return key
+
+    def wait_ends(self, key: Key) -> None:
+        """What `wait_begins` began is over."""
+        if self.mark is not None:
+            self.mark.release(key)
+
     async def steps(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """What `coroutine` returns or raises."""
         return await Steps(self, coroutine)
@@ -190,6 +204,7 @@ class Steps:
             finally:
                 guard.end()
             run, given = self.coroutine.send, None
+            waiting = guard.wait_begins()
             try:
                 given = yield waits_for
             except GeneratorExit:
@@ -197,6 +212,9 @@ class Steps:
                 raise
             except BaseException as error:
                 run, given = self.coroutine.throw, error
+            finally:
+                if waiting is not None:
+                    guard.wait_ends(waiting)
 
 
 def waits_in(coroutine: object) -> str:

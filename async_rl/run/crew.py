@@ -26,11 +26,12 @@ from async_rl.events import (
     ProcessKilled,
     ProcessStarted,
 )
-from async_rl.generator.step_mark import marked_group
+from async_rl.generator.step_mark import Marks
 from async_rl.process import uninterrupted
 from async_rl.process_spec import Pipes
+from async_rl.run.blame import Blame, blame
 from async_rl.run.child import Child, Command, ended_from_outside, start_child, terminate
-from async_rl.run.liveness import LiveReport, Vitals, crash_place, read_stacks
+from async_rl.run.liveness import LiveReport, Vitals, read_stacks, read_text
 from async_rl.run_folder import RunFolder
 from async_rl.wire.heartbeat import place_in_dump
 
@@ -96,8 +97,8 @@ class Crew:
     """by name, those that died: when they are started again (monotonic clock), and how"""
     frozen: dict[int, str] = field(default_factory=dict)
     """process number of those that were killed because they were silent, and what was known of each"""
-    places: dict[int, str] = field(default_factory=dict)
-    """process number of those, and where their code stood, if known"""
+    dumps: dict[int, str] = field(default_factory=dict)
+    """process number of those, and the stacks of their threads, as far as they could be had"""
     lied: Counter[str] = field(default_factory=Counter)
     """proven lies by name of the generator"""
     excused_at: int = -1
@@ -138,9 +139,9 @@ class Crew:
         """`pid`: the frozen process, a child or a rank that the child `child_pid` started."""
         child = next(c for c in self.children if c.process.pid == child_pid)
         file = self.folder.stacks(name)
-        if place := place_in_dump(read_stacks(pid, file)):
+        dump = self.dumps[child_pid] = read_stacks(pid, file)
+        if place := place_in_dump(dump):
             why = f"{why}; its code stands in {place} (stacks: {file})"
-            self.places[child_pid] = place
         self.vitals.remove(child_pid)
         self.frozen[child_pid] = f"{name} {why}"
         self.folder.record(ProcessFrozen(name=name, pid=pid, reason=why))
@@ -208,10 +209,10 @@ class Crew:
             if self.lied[child.name] >= LIVES or not self.budgets[child.name].max_restarts:
                 self.give_up(child, cause)
                 return
-        group, place = (-1, "") if isinstance(cause, Lied) else self.blamed(child)
-        self.live.report_gone(child.name, child.process.pid, str(cause), group=group, place=place)
+        found = Blame() if isinstance(cause, Lied) else self.blamed(child)
+        self.live.report_gone(child.name, child.process.pid, str(cause), groups=found.groups, place=found.place)
         budget = self.budgets[child.name]
-        excused = group >= 0 and budget.max_restarts > 0 and self.live.arrived > self.excused_at
+        excused = bool(found.groups) and budget.max_restarts > 0 and self.live.arrived > self.excused_at
         self.excused_at = self.live.arrived if excused else self.excused_at
         pause = FIRST_PAUSE_S if excused else budget.died(str(cause), time.monotonic())
         if pause is None:
@@ -259,17 +260,17 @@ class Crew:
         del self.budgets[child.name]
         self.folder.record(GeneratorGivenUp(name=child.name, reason=str(cause)))
 
-    def blamed(self, child: Child) -> tuple[int, str]:
-        """The group whose code ran when a generator crashed or froze, and the place of that code. (-1, "") when no code
-        of the task ran, or somebody else ended the process."""
+    def blamed(self, child: Child) -> Blame:
+        """Whose code ran when a generator crashed or froze; nobody's when somebody else ended the process."""
         pid = child.process.pid
         if ended_from_outside(child) and pid not in self.frozen:
-            return -1, ""
-        group = marked_group(self.folder.step_mark(child.name))
-        if group < 0:
-            return -1, ""
-        crashed = child.process.returncode < 0 and pid not in self.frozen
-        return group, (crash_place(self.folder.stacks(child.name)) if crashed else self.places.get(pid, ""))
+            return Blame()
+        marks = Marks.read(self.folder.step_mark(child.name))
+        if pid in self.frozen:
+            return blame(marks, frozen=self.dumps.get(pid, ""))
+        crashed = child.process.returncode < 0
+        stacks = read_text(self.folder.stacks(child.name)) if crashed else ""
+        return blame(marks, stacks=stacks, recorded=bool(child.failure()))
 
     def restart(self) -> None:
         """Start those again whose pause is over."""

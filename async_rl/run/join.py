@@ -25,7 +25,9 @@ from async_rl.config.schema import structured, values_of, with_overrides
 from async_rl.config.sources import Source, changed_sources, sources_of
 from async_rl.errors import RunFailed, UserError, nearest
 from async_rl.events import BufferReady, Event, ProcessStarted, StallReported, TrainerAwaited
-from async_rl.process import SIGNALS, Interrupted
+from async_rl.generator.step_mark import StepMark
+from async_rl.process import SIGNALS, Interrupted, dump_stacks_on_signal
+from async_rl.process_spec import NO_PIPE
 from async_rl.run.child import arithmetic_environment
 from async_rl.run.placement import threads_here
 from async_rl.run.preflight import check_device, task_digest
@@ -275,21 +277,57 @@ def default_name() -> str:
     return f"generator-{host}-{os.getpid()}"
 
 
-def join_run(target: JoinTarget, name: str, words: Sequence[str], log: Callable[[str], None]) -> None:
-    """Generate for the run at `target` until it ends. `words`: `name=value` for this host. Raises UserError when it
-    is not let in or cannot take part, RunFailed when the buffer is gone, Interrupted when told to leave."""
-    here = Path.cwd()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traces:
+    """What a generator leaves for the process beside it (run/keeper.py)."""
+
+    marks: Path
+    """file of its marks (generator/step_mark.py)"""
+    stacks: Path
+    """file of the stacks of its threads"""
+    pulse: int
+    """end of a pipe for its pulses"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """A generator that was let in."""
+
+    target: JoinTarget
+    name: str
+    identity: str
+    """of its socket: unique, whatever the name; a second socket of the same identity would be cut off"""
+    settings: Settings
+    welcome: msg.Welcome
+
+
+def admitted(target: JoinTarget, name: str, words: Sequence[str]) -> Admitted:
+    """Ask to be let into the run at `target`. `words`: `name=value` for this host. Raises UserError when it is not let
+    in or a word would make this another run, RunFailed when the buffer is gone."""
     welcome = request_join(target, name)
     keys = str(target.keys.folder) if target.keys is not None else ""
-    settings = local_settings(welcome.settings, words, keys, here)
+    settings = local_settings(welcome.settings, words, keys, Path.cwd())
+    identity = f"{name}/{uuid.uuid4().hex[:8]}"
+    return Admitted(target=target, name=name, identity=identity, settings=settings, welcome=welcome)
+
+
+def join_run(target: JoinTarget, name: str, words: Sequence[str], log: Callable[[str], None]) -> None:
+    """`admitted` and `generate_for` in this process."""
+    generate_for(admitted(target, name, words), log)
+
+
+def generate_for(found: Admitted, log: Callable[[str], None], traces: Traces | None = None) -> None:
+    """Generate until the run ends. `log`: writes a line for the user; `traces`: for the process beside this one. Raises
+    UserError when it cannot take part, RunFailed when the buffer is gone, Interrupted when told to leave."""
+    welcome = found.welcome
     if welcome.host == this_host() and Path(welcome.folder).is_dir():
         os.chdir(welcome.folder)  # relative paths in the run's settings begin there
-    settings = threads_here(settings)
+    settings = threads_here(found.settings)
     # torch reads these when it is imported
     os.environ.update(arithmetic_environment(settings.generator.threads))
     check_device("generator.device", settings.generator.device)
     check_sources(settings, welcome)
-    JoinedGenerator(target, name, settings, welcome, log).run()
+    JoinedGenerator(found.target, found.name, settings, welcome, log, found.identity, traces).run()
 
 
 def request_join(target: JoinTarget, name: str) -> msg.Welcome:
@@ -341,8 +379,11 @@ class JoinedGenerator:
     welcome: msg.Welcome
     log: Callable[[str], None]
     """writes a line for the user"""
-    identity: str = ""
+    identity: str
     """of its socket"""
+    traces: Traces | None = None
+    """for the process beside it"""
+    mark: StepMark | None = None
     interrupted_by: str = ""
     """the signal that told it to leave"""
     activity: Activity = field(default_factory=Activity)
@@ -351,12 +392,25 @@ class JoinedGenerator:
         """Generate until the run ends or a signal comes. Raises RunFailed, UserError, Interrupted."""
         from async_rl.generator.task_code import run_to_end
 
-        # unique, whatever the name: a second socket of the same identity would be cut off
-        self.identity = f"{self.name}/{uuid.uuid4().hex[:8]}"
+        if self.traces is not None:
+            self.mark = StepMark.create(self.traces.marks)
+            dump_stacks_on_signal(self.traces.stacks)
         tokenizer, task = self.same_problems()
-        wire, endpoint = self.settings.wire, self.target.endpoint
-        with make_heartbeat(self.name, "generator", self.activity, wire, endpoint, identity=self.identity) as heartbeat:
-            run_to_end(self._generate(tokenizer, task, lambda: heartbeat.buffer_silent_s))
+        with make_heartbeat(
+            self.name,
+            "generator",
+            self.activity,
+            self.settings.wire,
+            self.target.endpoint,
+            identity=self.identity,
+            pipe=NO_PIPE if self.traces is None else self.traces.pulse,
+            group=(lambda: -1) if self.mark is None else self.mark.group,
+        ) as heartbeat:
+            try:
+                run_to_end(self._generate(tokenizer, task, lambda: heartbeat.buffer_silent_s))
+            finally:
+                if self.traces is not None:
+                    self.traces.marks.unlink(missing_ok=True)  # it ends by itself: nobody is to blame
         if self.interrupted_by:
             raise Interrupted(self.interrupted_by)
 
@@ -399,6 +453,8 @@ class JoinedGenerator:
                 activity=self.activity,
                 buffer_silent_s=buffer_silent_s,
                 record=self.record,
+                on_stuck=self.give_up if self.mark is not None else None,
+                mark=self.mark,
             )
             for number in SIGNALS:
                 asyncio.get_running_loop().add_signal_handler(number, self.leave, loop, number)
@@ -426,6 +482,11 @@ class JoinedGenerator:
         if not self.interrupted_by:
             self.interrupted_by = signal.Signals(number).name
             loop.leave(f"told to end ({self.interrupted_by})")
+
+    def give_up(self, why: str) -> None:
+        """End now, because code of the task does not give the word back; the mark tells whose."""
+        self.log(f"{self.name}: {why}")
+        os._exit(1)
 
     def record(self, event: Event) -> None:
         """Show an event; generators that the launcher starts write it into events.jsonl."""

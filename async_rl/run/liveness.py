@@ -29,7 +29,6 @@ from async_rl.stall_timer import StallTimer
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout
-from async_rl.wire.heartbeat import place_in_dump
 
 START_S = 20.0
 """time a process gets until its first pulse, before it imports torch; a cold disk may hold that up"""
@@ -177,14 +176,12 @@ def read_stacks(pid: int, file: Path) -> str:
         return ""
 
 
-def crash_place(file: Path) -> str:
-    """Where a process's code stood when it crashed, from the stacks that it left in `file`; empty: not known."""
+def read_text(file: Path) -> str:
+    """What a process left in a file; empty where that cannot be read."""
     try:
-        text = file.read_text(errors="replace")
+        return file.read_text(errors="replace")
     except OSError:
         return ""
-    _, crashed, dump = text.rpartition("Fatal Python error:")
-    return place_in_dump(dump) if crashed else ""
 
 
 @dataclass(slots=True)
@@ -230,10 +227,10 @@ class LiveReport:
         self.dealer.send(msg.Query())
         self.write("running", now, children)
 
-    def report_gone(self, name: str, pid: int, reason: str, *, group: int = -1, place: str = "") -> None:
-        """Tell the buffer that a generator has ended, so that nothing waits for its next life; and which group's code
+    def report_gone(self, name: str, pid: int, reason: str, *, groups: tuple[int, ...] = (), place: str = "") -> None:
+        """Tell the buffer that a generator has ended, so that nothing waits for its next life; and which groups' code
         it ran then, if that may be why."""
-        self.dealer.send(msg.Gone(name=name, pid=pid, reason=reason, group=group, place=place))
+        self.dealer.send(msg.Gone(name=name, pid=pid, reason=reason, groups=groups, place=place))
 
     @property
     def arrived(self) -> int:

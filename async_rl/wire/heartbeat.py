@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -97,7 +97,9 @@ class Heartbeat:
         every_s: float = PULSE_S,
         pipe: int = NO_PIPE,
         agent: int = 0,
+        group: Callable[[], int] = lambda: -1,
     ) -> None:
+        self._group = group
         self._name, self._role, self._activity = name, role, activity
         self._every_s = every_s
         self._open = dealer
@@ -157,7 +159,12 @@ class Heartbeat:
         if held_up := self._activity.held_up_s():
             doing += f"; held up for {held_up:.1f} s {locate(sys._current_frames().get(self._watched))}"
         return msg.Pulse(
-            name=self._name, pid=os.getpid(), role=self._role, doing=doing[:LONGEST_DOING], since_s=seconds
+            name=self._name,
+            pid=os.getpid(),
+            role=self._role,
+            doing=doing[:LONGEST_DOING],
+            since_s=seconds,
+            group=self._group(),
         )
 
     def _send_to_launcher(self, pulse: msg.Pulse) -> None:
@@ -180,10 +187,12 @@ def make_heartbeat(
     identity: str = "",
     pipe: int = NO_PIPE,
     agent: int = 0,
+    group: Callable[[], int] = lambda: -1,
 ) -> Heartbeat:
     """The heartbeat of a process of a run. `endpoint`: where the buffer listens; None: pulses go to the launcher
     alone. `identity`: of its socket, where that is not the name. `pipe`: file descriptor to the launcher; `agent`:
-    process number of what started this rank of the trainer (see process_spec.py)."""
+    process number of what started this rank of the trainer (see process_spec.py). `group`: whose code of the task it
+    runs now."""
 
     def dealer() -> Dealer:
         assert endpoint is not None
@@ -193,7 +202,9 @@ def make_heartbeat(
     # several pulses must fit into the silence after which a process is taken for frozen
     every_s = min(PULSE_S, wire.frozen_after_s / 4)
     chosen = dealer if endpoint is not None else None
-    return Heartbeat(name=name, role=role, activity=activity, dealer=chosen, every_s=every_s, pipe=pipe, agent=agent)
+    return Heartbeat(
+        name=name, role=role, activity=activity, dealer=chosen, every_s=every_s, pipe=pipe, agent=agent, group=group
+    )
 
 
 def place_of(at: FrameType | TracebackType | None) -> str:
@@ -209,18 +220,31 @@ def place_of(at: FrameType | TracebackType | None) -> str:
     return found
 
 
-def place_in_dump(text: str) -> str:
-    """The innermost place in user code of a dump of faulthandler: of the main thread, which it has last, else of
-    another; without any, where the main thread is."""
-    threads = [
-        [(file, int(line), name) for file, line, name in _DUMPED.findall(block)] for block in _THREAD.split(text)
-    ]
-    threads.reverse()
+def place_in_dump(text: str, first: Collection[int] = ()) -> str:
+    """The innermost place in user code of a dump of faulthandler: of the threads `first`, else of the main thread,
+    which it has last, else of another; without any, where the main thread is."""
+    found = threads_in_dump(text)
+    threads = [*(found[thread] for thread in first if thread in found), *list(found.values())[::-1]]
     user = (_place(*frame) for thread in threads for frame in thread)
-    return next(filter(None, user), "") or next((_named(*frame) for frame in threads[0]), "")
+    return next(filter(None, user), "") or next((_named(*frame) for thread in threads[:1] for frame in thread), "")
 
 
-_THREAD = re.compile(r"^(?:Current thread|Thread) 0x.*$", re.MULTILINE)
+def threads_in_dump(text: str) -> dict[int, list[tuple[str, int, str]]]:
+    """Thread -> its (file, line, function), the innermost first, of a dump of faulthandler."""
+    _, *pieces = _THREAD.split(text)  # of each thread its number and its lines
+    numbers, blocks = (int(number, 16) for number in pieces[::2]), pieces[1::2]
+    return {
+        number: [(file, int(line), name) for file, line, name in _DUMPED.findall(block)]
+        for number, block in zip(numbers, blocks, strict=True)
+    }
+
+
+def is_ours(file: str) -> bool:
+    """Whether a file is of this package, and not of its tasks, which run as a user's do."""
+    return file.startswith(_OURS) and not file.startswith(f"{_OURS}/task/")
+
+
+_THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+).*$", re.MULTILINE)
 _DUMPED = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
 

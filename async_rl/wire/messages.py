@@ -17,6 +17,8 @@ Detail = Mapping[str, Any]
 """plain data: strings, numbers, booleans, None, and lists and dicts (with string keys) of these"""
 ABANDONED = "the buffer dropped its group"
 """`reason` of a trajectory that was aborted because nobody wants it any more"""
+KEEPER = "/keeper"
+"""end of the identity of the process beside a generator that joined, which tells how that ended (run/keeper.py)"""
 PULSE = "/pulse"
 """suffix of the identity of the socket that a process sends its pulses through"""
 
@@ -231,6 +233,8 @@ class Pulse(WireStruct, frozen=True, kw_only=True):
     doing: str
     since_s: float
     """seconds it has been doing that"""
+    group: int = -1
+    """of a generator: whose code of the task runs in its event loop; -1: none"""
 
 
 class PulseAnswer(WireStruct, frozen=True, kw_only=True):
@@ -580,8 +584,8 @@ class Gone(WireStruct, frozen=True, kw_only=True):
     pid: int
     """of the process that ended; a restarted generator has another"""
     reason: str
-    group: int = -1
-    """whose code it ran when it crashed or froze; -1: none, or its end came from outside"""
+    groups: tuple[int, ...] = ()
+    """whose code it ran when it crashed or froze; several: one of them; none: its end came from outside, or nobody's"""
     place: str = ""
     """file, line and function of that code, where they are known"""
 

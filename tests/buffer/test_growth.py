@@ -90,7 +90,7 @@ class Run:
         if version % RESTART_EVERY == 0:
             name = b"generator-%d" % (version // RESTART_EVERY % 2)
             pid = self.sessions[name]
-            self.say(b"launcher", msg.Gone(name=name.decode(), pid=pid, reason="died", group=-1, place=""))
+            self.say(b"launcher", msg.Gone(name=name.decode(), pid=pid, reason="died"))
             self.begin(name)
         self.say(TRAINER, msg.NextBatch(step=version))
 

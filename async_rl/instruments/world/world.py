@@ -343,7 +343,8 @@ class World:
 
         def noticed() -> None:
             if self.buffer.alive:
-                self.links["launcher"].send(msg.Gone(name=name, pid=pid, reason="died", group=group, place=""))
+                groups = (group,) if group >= 0 else ()
+                self.links["launcher"].send(msg.Gone(name=name, pid=pid, reason="died", groups=groups))
                 self.later(self.clock.about(1.0), again)
 
         def again() -> None:
