@@ -13,6 +13,9 @@ _CURRENT = re.compile(r"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
 IDLE = ("threading.py", "queue.py", "selectors.py", "concurrent/futures/thread.py")
 """ends of the files in which a thread of Python stands that waits for work"""
 
+RUNS_IT = "async_rl/generator/step_mark.py"
+"""calls code of a task in a thread (`MarkedThreads`)"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blame:
@@ -56,4 +59,5 @@ def blame(marks: Marks, *, frozen: str | None = None, stacks: str = "", recorded
 
 def _is_the_tasks(frames: list[tuple[str, int, str]]) -> bool:
     """Whether a thread with these frames, the innermost first, runs code of a task."""
-    return bool(frames) and not frames[0][0].endswith(IDLE) and not any(is_ours(file) for file, _, _ in frames)
+    ours = any(is_ours(file) and not file.endswith(RUNS_IT) for file, _, _ in frames)
+    return bool(frames) and not frames[0][0].endswith(IDLE) and not ours
