@@ -25,8 +25,8 @@ from async_rl.config.settings import (
     TrainerSettings,
     VllmSettings,
 )
-from async_rl.config.verify import VerifySettings
 from async_rl.config.updates import ReferenceSettings, UpdatesSettings
+from async_rl.config.verify import VerifySettings
 from async_rl.errors import UserError, check_trackers
 
 Relation = Callable[[Settings], str]

@@ -10,8 +10,8 @@ from async_rl.config.sampler import SamplerSettings
 from async_rl.config.pool import PoolSettings
 from async_rl.config.schema import setting
 from async_rl.config.trainer import CriticSettings, LoraSettings, OptimizerSettings, TrainerSettings
-from async_rl.config.verify import VerifySettings
 from async_rl.config.updates import ReferenceSettings, UpdatesSettings
+from async_rl.config.verify import VerifySettings
 
 
 @dataclass(frozen=True)
@@ -355,10 +355,15 @@ class Settings:
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
     vllm: VllmSettings = field(default_factory=VllmSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    lora: LoraSettings = field(default_factory=LoraSettings)
     updates: UpdatesSettings = field(default_factory=UpdatesSettings)
     reference: ReferenceSettings = field(default_factory=ReferenceSettings)
+    teachers: dict[str, Any] = setting(
+        {},
+        "name: settings of each model whose log-probs of the policy's tokens the recipe distils (recipe.teaching): "
+        "`path`, a model folder, or `address`, an OpenAI-compatible server; see docs/howto/teachers.md",
+    )
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     critic: CriticSettings = field(default_factory=CriticSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     canary: CanarySettings = field(default_factory=CanarySettings)

@@ -188,8 +188,18 @@ def check_idle(settings: Settings) -> None:
             "optimizer.final_share does nothing with optimizer.schedule=constant; set optimizer.final_share=0, or "
             "optimizer.schedule to linear or cosine"
         )
+    recipe, updates = load_recipe(settings.recipe), settings.updates
+    if updates.kl_stop and updates.epochs * updates.minibatches == 1 and recipe.turn_order == "together":
+        raise UserError(
+            "updates.kl_stop does nothing with one update a batch, which is always taken; set updates.epochs or "
+            "updates.minibatches, or leave it out"
+        )
+    if settings.reference != ReferenceSettings() and not requirements(recipe).reference:
+        raise UserError(
+            f"reference.* does nothing with recipe={recipe.name}, which has no reference policy; leave it out, or set "
+            "recipe.kl.coefficient"
+        )
     idle = [n for n in ("kind", "learning_rate", "warmup_steps") if getattr(settings.critic, n) != getattr(usual, n)]
-    recipe = load_recipe(settings.recipe)
     if idle and not requirements(recipe).value:
         remedy = " ".join(f"critic.{name}={getattr(usual, name)}" for name in idle)
         raise UserError(
@@ -213,17 +223,6 @@ def check_lora(settings: Settings, config: DecoderConfig | None) -> str:
 def check_layers(settings: Settings, needs: Requirements, *, built_in: bool = True) -> None:
     """Raises UserError for ways to run a layer that rule out exact norms of each trajectory's gradient, and for what
     only the built-in decoder can do. `built_in`: the model is one."""
-    recipe, updates = load_recipe(settings.recipe), settings.updates
-    if updates.kl_stop and updates.epochs * updates.minibatches == 1 and recipe.turn_order == "together":
-        raise UserError(
-            "updates.kl_stop does nothing with one update a batch, which is always taken; set updates.epochs or "
-            "updates.minibatches, or leave it out"
-        )
-    if settings.reference != ReferenceSettings() and not requirements(recipe).reference:
-        raise UserError(
-            f"reference.* does nothing with recipe={recipe.name}, which has no reference policy; leave it out, or set "
-            "recipe.kl.coefficient"
-        )
     chosen = settings.trainer
     if chosen.compile and not built_in:
         raise UserError(
