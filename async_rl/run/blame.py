@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from async_rl.generator.step_mark import Marks
-from async_rl.wire.heartbeat import is_ours, place_in_dump, threads_in_dump
+from async_rl.wire.heartbeat import in_user_code, is_ours, place_in_dump, threads_in_dump
 
 _CRASHED = "Fatal Python error:"
 _CURRENT = re.compile(r"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
@@ -59,5 +59,7 @@ def blame(marks: Marks, *, frozen: str | None = None, stacks: str = "", recorded
 
 def _is_the_tasks(frames: list[tuple[str, int, str]]) -> bool:
     """Whether a thread with these frames, the innermost first, runs code of a task."""
+    if any(in_user_code(*frame) for frame in frames):
+        return True
     ours = any(is_ours(file) and not file.endswith(RUNS_IT) for file, _, _ in frames)
     return bool(frames) and not frames[0][0].endswith(IDLE) and not ours

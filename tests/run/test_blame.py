@@ -16,7 +16,7 @@ PROCESS = """
 import asyncio, ctypes, faulthandler, os, signal, sys, time
 from pathlib import Path
 from async_rl.generator.step_mark import EPISODE, MarkedThreads, StepMark
-from async_rl.generator.task_code import TaskGuard
+from async_rl.generator.task_code import TaskGuard, run_to_end
 
 place, how = Path(sys.argv[1]), sys.argv[2]
 sys.path.insert(0, str(place))
@@ -37,7 +37,7 @@ async def main():
     all_of = [episode(guard, group, a_reward.waits()) for group in (4, 5)]
     await asyncio.gather(*all_of, episode(guard, 7, getattr(a_reward, how)()))
 
-asyncio.run(main())
+run_to_end(main())
 """
 REWARD = """
 import asyncio, ctypes, os, signal
@@ -71,6 +71,13 @@ def freeze(loop):
     os.kill(os.getpid(), signal.SIGUSR2)
     ctypes.PyDLL(None).sleep(60)
 
+async def callback_crashes():
+    asyncio.get_running_loop().call_later(0.1, strike)
+    await asyncio.sleep(60)
+
+def strike():
+    ctypes.string_at(0)
+
 async def loop_crashes():
     asyncio.get_running_loop().call_soon(ctypes.string_at, 0)  # nobody's: not in any episode's step
     await asyncio.sleep(60)
@@ -84,6 +91,7 @@ async def loop_crashes():
         ("thread_leaves", Blame(groups=(4, 5, 7))),
         ("thread_crashes", Blame(groups=(7,), place="a_reward.py:23 crash")),
         ("thread_freezes", Blame(groups=(7,), place="a_reward.py:31 freeze")),
+        ("callback_crashes", Blame(groups=(4, 5, 7), place="a_reward.py:38 strike")),
         ("loop_crashes", Blame()),
     ],
 )
