@@ -79,6 +79,11 @@ class RunFolder:
         return self.path / "sources.json"
 
     @property
+    def problem_sources(self) -> Path:
+        """where each training problem comes from, if the sampler chooses among sources (task/problem_fields.py)"""
+        return self.path / "problem_sources.json"
+
+    @property
     def live(self) -> Path:
         """how things stand now, written anew every second while the run goes on"""
         return self.path / "live.json"

@@ -20,6 +20,7 @@ from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.trust import Trust
 from async_rl.buffer.verification import of_the_launcher
 from async_rl.trajectory import Trajectory
+from async_rl.trajectory.given import GIVEN, wrong_given
 from async_rl.trajectory.types import GREEDY, LOWEST_TEMPERATURE, sample_seed
 from async_rl.version import __version__
 from async_rl.wire import messages as msg
@@ -281,6 +282,12 @@ def _permitted(trajectory: Trajectory, group: Group) -> Objection | None:
         said = "another seed"
     elif trajectory.temperature != permit.temperature:
         said = f"temperature {trajectory.temperature:g} instead of {permit.temperature:g}"
+    elif (permit.start is None) == (GIVEN in trajectory.info) and not trajectory.failed:
+        said = "with a start" if permit.start is not None else "without a start"
+    elif permit.start is not None and GIVEN in trajectory.info and (said := wrong_given(trajectory)):
+        pass
+    elif permit.max_turns and len(trajectory.turns) > permit.max_turns:
+        said = f"{len(trajectory.turns)} turns instead of at most {permit.max_turns}"
     else:
         return None
     return Objection(kind="permit", reason=f"group {group.group} was permitted otherwise: {said}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import accumulate
 from math import ceil, exp, inf, log, sqrt
 from random import Random
 from typing import TYPE_CHECKING, Literal
@@ -143,12 +144,9 @@ class Sampler:
         best = max(bounds)
         source = bounds.index(best)
         if temperature and best < inf:
-            weights = [exp((bound - best) / temperature) for bound in bounds]
-            left = uniform(self.rules.seed, position, "source") * sum(weights)
-            for source, weight in enumerate(weights):
-                left -= weight
-                if left < 0:
-                    break
+            weights = list(accumulate(exp((bound - best) / temperature) for bound in bounds))
+            drawn = uniform(self.rules.seed, position, "source") * weights[-1]
+            source = next(number for number, weight in enumerate(weights) if drawn < weight)
         members, order = self.of_source[source]
         return members[order(known.asked(source))]
 

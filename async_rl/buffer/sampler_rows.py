@@ -35,8 +35,8 @@ TABLES = (
 )""",
 )
 _DECISION = (
-    "SELECT group_id, position, attempt, problem, seen, estimate, samples, max_turns, source, share, of_group, of_sample "
-    "FROM decisions JOIN groups USING (group_id) ORDER BY group_id"
+    "SELECT group_id, position, attempt, problem, seen, estimate, samples, max_turns, source, share, of_group, "
+    "of_sample FROM decisions JOIN groups USING (group_id) ORDER BY group_id"
 )
 _OUTCOME = "number, group_id, problem, attempts, successes, tokens, version, started, turns, success, failure"
 

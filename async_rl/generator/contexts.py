@@ -50,6 +50,8 @@ class Context:
     """it is full"""
     unwanted: bool = False
     """nobody waits for its turn any more"""
+    given: bool = False
+    """it holds turns that were given to the episode (start.py)"""
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens that were not sampled."""
@@ -79,9 +81,9 @@ class Columns:
 
 
 def lay_out(contexts: Sequence[Context]) -> Columns:
-    """The columns of a trajectory. Contexts in which nothing was sampled are left out, unless that is all of them: then
-    the first one is kept."""
-    spoken = [context for context in contexts if context.turns] or list(contexts[:1])
+    """The columns of a trajectory. Contexts in which nothing was sampled or given are left out, unless that is all of
+    them: then the first one is kept."""
+    spoken = [context for context in contexts if context.turns or context.given] or list(contexts[:1])
     turns: list[Turn] = []
     starts: list[int] = []
     tokens: list[int] = []

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from async_rl.config import Settings
 from async_rl.config.derived import task_limit_s
+from async_rl.config.sampler_checks import largest_group
 from async_rl.config.teachers import TeacherSettings, teachers_of
 from async_rl.config.sampler_checks import largest_group
 from async_rl.errors import RunFailed

@@ -22,18 +22,21 @@ from async_rl.generator.contexts import RecordedTurns
 from async_rl.generator.engine import Completion, EngineStats, Request
 from async_rl.generator.rollout import run_episode
 from async_rl.generator.session import EpisodeSession, Ticket, make_tickets
+from async_rl.generator.start import beginning_of
 from async_rl.generator.task_code import TaskGuard
 from async_rl.model.folder import check_folder, context_limit
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.run_folder import RunFolder
 from async_rl.task import make_task
 from async_rl.task.dataset import TIMED_OUT, Dataset
+from async_rl.task.problem_fields import value_of
 from async_rl.task.protocol import Task
 from async_rl.task.tools import Tools
 from async_rl.task.weigh import Weights, has_group_reward
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import unpack
-from async_rl.wire.messages import Permit
+from async_rl.trajectory.given import given_in
+from async_rl.wire.messages import Permit, Start
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,6 +118,8 @@ class Replayer:
     max_turns: int
     timeout_s: float
     weights: Weights
+    start_field: str = ""
+    """of the data, with the text that answers may begin with; empty: with none"""
     whole: bool
     """episodes are played to their end, where nothing but the policy is random in them; else prompts are compared"""
 
@@ -131,12 +136,13 @@ class Replayer:
             max_turns=chosen.max_turns,
             timeout_s=chosen.episode_timeout_s,
             weights=Weights(chosen=settings.task.reward_weights),
+            start_field=settings.sampler.start_field,
             whole=rewards == "always" or (rewards == "auto" and is_repeatable(task)),
         )
 
     def replay(self, trajectory: Trajectory) -> Replayed:
         """Compare a trajectory with what becomes of its turns here."""
-        if wrong := self._wrong_prompt(trajectory):
+        if wrong := self._wrong_prompt(trajectory) or self._wrong_start(trajectory):
             return Replayed(lie="prompts", reason=wrong)
         if not self.whole or has_group_reward(self.task) or TIMED_OUT in trajectory.info:
             return Replayed()  # a verdict that came too late there may come in time here
@@ -160,9 +166,30 @@ class Replayer:
 
     def _ticket(self, t: Trajectory) -> Ticket:
         permit = Permit(
-            group=t.group, problem=t.problem, split=t.split, samples=(t.sample,), seed=0, temperature=t.temperature
+            group=t.group,
+            problem=t.problem,
+            split=t.split,
+            samples=(t.sample,),
+            seed=0,
+            temperature=t.temperature,
+            max_turns=turns_asked(t) if t.ended == "turn_limit" else 0,  # where the permit allowed fewer
+            start=start_of(t),
         )
         return make_tickets(permit, [t.seed])[0]
+
+    def _wrong_start(self, trajectory: Trajectory) -> str:
+        """What is wrong with the text of the data that the answer begins with; empty: nothing that is known."""
+        given = given_in(trajectory)
+        if given is None or not given.stretches or not self.start_field:
+            return ""
+        problem = self.task.problems(trajectory.split)[trajectory.problem]
+        text = value_of(problem, self.start_field)
+        prescribed = beginning_of(text, self.tokenizer, 1.0) if isinstance(text, str) else []
+        start, length = given.stretches[0]
+        found = trajectory.tokens[start : start + length].tolist()
+        if len(given.stretches) == 1 and found == prescribed[:length]:
+            return ""
+        return f"what its answer begins with is not the beginning of the text in '{self.start_field}'"
 
     def _wrong_prompt(self, trajectory: Trajectory) -> str:
         """What is wrong with the prompt's tokens; empty: nothing that is known."""
@@ -181,6 +208,22 @@ def is_repeatable(task: Task) -> bool:
     """Whether an episode played again from its turns comes to the same reward, as its own class says: a class that
     derives from it may do anything."""
     return "repeatable" in vars(type(task)) and bool(task.repeatable)
+
+
+def start_of(t: Trajectory) -> Start | None:
+    """The start from which a trajectory goes on; None: it has none."""
+    given = given_in(t)
+    if given is None or not given.stretches:
+        return None
+    last, length = given.stretches[-1]
+    tokens = t.tokens[: last + length].astype("<i4").tobytes()
+    return Start(source="recorded", share=1.0, tokens=tokens, turns=given.stretches, open=given.open)
+
+
+def turns_asked(t: Trajectory) -> int:
+    """Turns of an episode, those included that were given whole."""
+    given = given_in(t)
+    return len(t.turns) + (len(given.stretches) - given.open if given is not None else 0)
 
 
 def begins_with_its_prompt(task: Task) -> bool:

@@ -17,11 +17,13 @@ from async_rl.errors import RunFailed
 from async_rl.generator.chat import Chat
 from async_rl.generator.contexts import STOPS, Context, RecordedTurns, lay_out
 from async_rl.generator.engine import Completion, Engine, LogitsNotFinite, Request, SamplingParams
+from async_rl.generator.start import WHOLE, GivenStart
 from async_rl.generator.step_mark import AT_ENGINE
 from async_rl.model.tokenizer import Tokenizer, adapted, prompt_tokens
 from async_rl.steady_clock import steady_time
 from async_rl.task.protocol import Connection, Problem, Score, Utterance
-from async_rl.trajectory import Ended, Split, Trajectory
+from async_rl.trajectory import Ended, Split, Trajectory, Turn
+from async_rl.trajectory.given import GIVEN
 from async_rl.trajectory.turn_notes import noted_tokens, noted_turn, sendable
 from async_rl.trajectory.types import LOWEST_TEMPERATURE, group_seed, sample_seed, turn_temperature
 from async_rl.wire.messages import Permit
@@ -151,7 +153,7 @@ class EpisodeSession:
         self._ticket = ticket
         self._id = session_id
         self.max_context = max_context
-        self._max_turns = max_turns
+        self._max_turns = min(max_turns, ticket.permit.max_turns or max_turns)
         self._clock = clock
         self.problem: Problem | None = None
         self.contexts: list[Context] = []
@@ -164,6 +166,7 @@ class EpisodeSession:
         self.kept: Any = None
         """what the task keeps for the group's reward"""
         self._record = None if record is None else RecordedTurns(record)
+        self._start = None if ticket.permit.start is None else GivenStart(ticket.permit.start)
         self._on_turn = on_turn
         self._agents = agents
         self._connection: Connection | None = None
@@ -218,6 +221,8 @@ class EpisodeSession:
         """Append the prompt. Raises ValueError when it is empty or too long."""
         self.problem = adapted(problem, self.tokenizer)
         self._append_prompt(self._now, self.problem.prompt)
+        if self._start is not None:
+            self._start.begin(self.problem, self.tokenizer)
 
     async def generate(
         self,
@@ -239,7 +244,7 @@ class EpisodeSession:
         )
         completion = await self.take_turn(self._now, asked)
         self._stopped = completion.finish == "stop"
-        return self.tokenizer.turn_text(completion.tokens, stop)
+        return self.tokenizer.turn_text(self._with_given(completion), stop)
 
     def append(self, text: str) -> None:
         self._now.extend(self.tokenizer.encode(text, behind=True))
@@ -316,16 +321,13 @@ class EpisodeSession:
                 place.release()
 
     def reward_turn(self, value: float, *, agent: str | None = None) -> None:
-        context, number = self._last_turn(agent)
-        context.turns[number] = replace(context.turns[number], reward=float(value))
+        self._change_turn(agent, lambda turn: replace(turn, reward=float(value)))
 
     def note_turn(self, key: str, value: float, *, agent: str | None = None) -> None:
-        context, number = self._last_turn(agent)
-        context.turns[number] = noted_turn(context.turns[number], key, value)
+        self._change_turn(agent, lambda turn: noted_turn(turn, key, value))
 
     def note_tokens(self, key: str, values: Sequence[float], *, agent: str | None = None) -> None:
-        context, number = self._last_turn(agent)
-        context.turns[number] = noted_tokens(context.turns[number], key, values)
+        self._change_turn(agent, lambda turn: noted_tokens(turn, key, values))
 
     def end_at_turn_limit(self) -> None:
         self._ended = "turn_limit"
@@ -342,13 +344,14 @@ class EpisodeSession:
 
     # -------------------------------------------- turns and contexts
 
-    def _last_turn(self, agent: str | None) -> tuple[Context, int]:
-        """Context of the turn generated last (by this agent), and which of its turns it is. Raises ValueError."""
+    def _change_turn(self, agent: str | None, change: Callable[[Turn], Turn]) -> None:
+        """Of the turn generated last (by this agent); one that was given has no record. Raises ValueError."""
         own = [one for one in self._said if agent is None or one[2].agent == agent]
         if not own:
             raise ValueError("no turn has been generated yet" + (f" by {agent!r}" if agent is not None else ""))
         context, number, _ = own[-1]
-        return context, number
+        if number != WHOLE:
+            context.turns[number] = change(context.turns[number])
 
     def open_context(self) -> Context:
         """A new context, empty."""
@@ -395,6 +398,11 @@ class EpisodeSession:
         self.refused = ""
         if self._ended == "length":  # of another context, or of a turn before this one
             self._ended = "finished"
+        if self._start is not None and self._connection is None:  # agents have no use for half an answer
+            if (whole := self._start.give(context, room)) is not None:
+                self._say(context, WHOLE, whole, asked)
+                return whole
+            room -= len(self._start.opened)
         context.busy = True
         self._begun += 1
         try:
@@ -434,9 +442,17 @@ class EpisodeSession:
             return
         turn = {"state_key": asked.state_key, "agent": asked.agent, "temperature": temperature}
         context.add_turn(completion, turn)
-        text = self.tokenizer.turn_text(completion.tokens, asked.stop)
-        utterance = Utterance(text=text, tokens=tuple(completion.tokens), agent=asked.agent)
-        self._said.append((context, len(context.turns) - 1, utterance))
+        self._say(context, len(context.turns) - 1, completion, asked)
+
+    def _say(self, context: Context, number: int, completion: Completion, asked: TurnRequest) -> None:
+        text = self.tokenizer.turn_text(self._with_given(completion), asked.stop)
+        tokens = () if number == WHOLE else tuple(completion.tokens)
+        self._said.append((context, number, Utterance(text=text, tokens=tokens, agent=asked.agent)))
+
+    def _with_given(self, completion: Completion) -> Sequence[int]:
+        """Tokens of the turn, with those that were given of it."""
+        opened = () if self._start is None else self._start.opened
+        return [*opened, *completion.tokens] if opened else completion.tokens
 
     async def _sample(self, context: Context, room: int, temperature: float, asked: TurnRequest) -> Completion:
         """One turn by the engine. Raises LogitsNotFinite, or RunFailed when the engine has died."""
@@ -560,6 +576,7 @@ class EpisodeSession:
     def _made(self, *, reward: float, ended: Ended, reason: str, info: Mapping[str, float | str] | None) -> Trajectory:
         """`info`: None for an unfinished trajectory."""
         ticket, permit, columns = self._ticket, self._ticket.permit, lay_out(self.contexts)
+        given = {} if self._start is None else {GIVEN: self._start.given.write()}
         return Trajectory(
             group=permit.group,
             sample=ticket.sample,
@@ -578,5 +595,5 @@ class EpisodeSession:
             generator=self._generator,
             started_at=self.started_at,
             finished_at=self._clock(),
-            info={STOPS: columns.stops} if info is None else dict(info),
+            info={STOPS: columns.stops, **given} if info is None else {**info, **given},
         )

@@ -268,6 +268,8 @@ class Launcher:
             segment=str(segment_path(self.folder.path)),
             weights_endpoint=self.weights_endpoint,
         )
+        if facts.sources is not None:
+            facts.sources.write(self.folder.problem_sources)
         self.spawn(Command(module=("async_rl.buffer",), spec=buffer))
         endpoint = self.settings.wire.connect or as_reached_from_here(endpoint)
         trainer = TrainerSpec(

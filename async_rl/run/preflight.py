@@ -37,6 +37,7 @@ from async_rl.run.placement import (
 )
 from async_rl.run.rebuilding import describe_rebuilding
 from async_rl.task import Problem, Task, make_task
+from async_rl.task.problem_fields import ProblemSources, check_texts, read_sources
 from async_rl.task.rehearsed import Rehearsed
 from async_rl.task.weigh import weights_of
 from async_rl.trajectory import Split
@@ -74,6 +75,8 @@ class Facts:
     """what the run is begun with, or goes on with"""
     not_adapted: str = ""
     """what adapters leave out of the model, for the user"""
+    sources: ProblemSources | None = None
+    """of the training problems, where the sampler chooses among them"""
     settings: Settings
     """the checked settings, with the `task.args` and threads that preflight chose; every process gets these"""
 
@@ -145,8 +148,30 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
         vocabulary=vocabulary,
         task_digest=digest,
         not_adapted=not_adapted,
+        sources=check_sampler(settings, task),
         settings=settings,
     )
+
+
+def check_sampler(settings: Settings, task: Task) -> ProblemSources | None:
+    """What the sampler needs of the task, and the sources of its problems. Raises UserError for what is missing."""
+    chosen = settings.sampler
+    if chosen.turns == "adaptive" and task.single_turn:
+        raise UserError(
+            f"sampler.turns=adaptive does nothing with task '{task.name}', whose episodes are one turn; leave it out"
+        )
+    if chosen.choose in ("band", "thompson", "curriculum") and chosen.candidates > len(task.problems("train")):
+        raise UserError(
+            f"sampler.candidates is {chosen.candidates}, but task '{task.name}' has {len(task.problems('train'))} "
+            "training problems; lower it"
+        )
+    if chosen.start == "field":
+        check_texts(task, chosen.start_field)
+    if chosen.choose != "ucb":
+        return None
+    if not chosen.source_field:
+        raise UserError("sampler.choose=ucb needs sampler.source_field: the field of the data that names the source")
+    return read_sources(task, chosen.source_field)
 
 
 def describe_warmups(settings: Settings, *, has_critic: bool) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from async_rl.instruments.world.generator import Pair, SimulatedGenerator
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
+from async_rl.trajectory.given import GIVEN
 from async_rl.trajectory.types import sample_seed
 from async_rl.wire import messages as msg
 
@@ -22,6 +23,8 @@ NO_TOKENS, NO_LOG_PROBS = np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 def answer(permit: msg.Permit, sample: int, **values: Any) -> Trajectory:
     """A trajectory of a permit's group."""
+    if permit.start is not None:
+        values["info"] = {**values.get("info", {}), GIVEN: ""}  # it did not fit
     return Trajectory(
         group=permit.group,
         sample=sample,
@@ -92,7 +95,7 @@ class TurnByTurn:
     def start(self, permit: msg.Permit, sample: int, record: Trajectory | None) -> None:
         random = self.generator.clock.random
         pause_s = self.turn_s * self.spread ** random.random()
-        episode = SimulatedEpisode(permit, sample, num_turns=random.randint(1, 3), pause_s=pause_s)
+        episode = SimulatedEpisode(permit, sample, num_turns=random.randint(1, permit.max_turns or 3), pause_s=pause_s)
         if record is not None:
             episode.versions = [span.version for span in record.versions]
             episode.num_turns = max(episode.num_turns, len(episode.versions))

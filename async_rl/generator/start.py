@@ -1,0 +1,90 @@
+"""What the answers of an episode begin with (`GivenStart`): turns, or the beginning of one, that nobody samples.
+
+A whole turn answers a call of `generate` as if the policy had spoken it, so the environment goes its way; a part of one
+stands before what the policy samples, and both are the turn's text. Either way the tokens are context without loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from async_rl.generator.contexts import Context
+from async_rl.generator.engine import Completion
+from async_rl.model.tokenizer import Tokenizer
+from async_rl.task.problem_fields import value_of
+from async_rl.task.protocol import Problem
+from async_rl.trajectory.given import Given
+from async_rl.wire.messages import Start
+
+WHOLE = -1
+"""number of a given turn, which is none of its context's turns"""
+
+
+@dataclass(slots=True, eq=False)
+class GivenStart:
+    """Gives a permit's start to one episode, piece by piece."""
+
+    start: Start
+    pieces: list[tuple[list[int], list[int], bool]] = field(default_factory=list)
+    """of each: the tokens before it, its own, and whether the policy goes on within it. Before a text of the data may
+    stand anything: an empty list"""
+    stretches: list[tuple[int, int]] = field(default_factory=list)
+    """what was given, in the tokens of the context"""
+    open: bool = False
+    """the last of them was gone on with"""
+    opened: Sequence[int] = ()
+    """what was given of the turn that was asked for last"""
+
+    def __post_init__(self) -> None:
+        tokens: list[int] = np.frombuffer(self.start.tokens, "<i4").tolist()
+        last = len(self.start.turns) - 1
+        self.pieces = [
+            (tokens[:begin], tokens[begin : begin + length], self.start.open and number == last)
+            for number, (begin, length) in enumerate(self.start.turns)
+        ]
+
+    def begin(self, problem: Problem, tokenizer: Tokenizer) -> None:
+        """The episode's problem is known. Raises ValueError where the data have no such text."""
+        if not self.start.field or self.pieces:
+            return
+        text = value_of(problem, self.start.field)
+        if not isinstance(text, str):
+            raise ValueError(f"problem {problem.index} has no text in its field '{self.start.field}'")
+        tokens = beginning_of(text, tokenizer, self.start.share)
+        self.pieces = [([], tokens, True)] if tokens else []
+
+    def give(self, context: Context, room: int) -> Completion | None:
+        """The next turn of a context with room for so many tokens, where it is given whole. What is given of its
+        beginning stands in the context then, and in `opened`."""
+        self.opened = ()
+        if not self.pieces or context.number:
+            return None
+        before, tokens, is_open = self.pieces.pop(0)
+        if (before and before != context.tokens) or (not is_open and len(tokens) > room):
+            self.pieces = []  # the environment went another way: the policy goes on by itself
+            return None
+        tokens = tokens[: room - 1] if is_open else tokens  # something is left to say
+        if not tokens:
+            return None
+        self.stretches.append((len(context.tokens), len(tokens)))
+        context.given = True
+        context.extend(tokens)
+        if is_open:
+            self.opened, self.open = tokens, True
+            return None
+        return Completion(tokens=tokens, log_probs=[0.0] * len(tokens), versions=[-1] * len(tokens), finish="stop")
+
+    @property
+    def given(self) -> Given:
+        """For the record of the trajectory. Its first context comes first, so that places in one are places in the
+        other."""
+        return Given(stretches=tuple(self.stretches), open=self.open)
+
+
+def beginning_of(text: str, tokenizer: Tokenizer, share: float) -> list[int]:
+    """The first `share` of the tokens of a text that an answer begins with."""
+    tokens = tokenizer.encode(text, behind=True)
+    return tokens[: int(share * len(tokens))]
