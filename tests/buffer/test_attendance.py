@@ -180,3 +180,67 @@ def test_a_step_counts_as_trained_when_only_a_later_version_is_heard_of(core: Co
         core.handle(TRAINER, msg.NextBatch(step=step), 0.0)
     effects = core.handle(TRAINER, msg.Published(version=2), 1.0)
     assert [e.step for e in effects if isinstance(e, do.MarkTrained)] == [0, 1]
+
+
+def joined(core: Core, number: int, *, group_runs: bool, doing: str = "in tasks or rewards of 1 episodes") -> list[Any]:
+    """A guest joins, is given a group, and is heard no more; what the buffer notes."""
+    name, at = f"guest-{number}", 100.0 * number
+    peer = name.encode()
+    core.tick(at)
+    core.handle(peer, replace(hello(name, session=number, pid=number), joined=True), at)
+    (permit, *_) = permits(core.handle(peer, msg.Want(limit=1, version=0, session=number), at), peer)
+    beat = msg.Pulse(
+        name=name, pid=number, role="generator", doing=doing, since_s=1.0, group=permit if group_runs else -1
+    )
+    core.handle(peer + b"/pulse", beat, at + 1)
+    return notes(pass_time(core, at + 1, at + 2 + LIMIT_S))
+
+
+@pytest.mark.parametrize(
+    ("doing", "place"),
+    [
+        ("in tasks or rewards of 1 episodes", "unknown place on a joined generator"),
+        ("in tasks; held up for 3.2 s in my_rewards.py:31 judge", "my_rewards.py:31 judge"),
+    ],
+)
+def test_a_group_whose_code_ran_when_two_guests_fell_silent_is_refused(doing: str, place: str) -> None:
+    core = make_core(PACE, frozen_after_s=LIMIT_S, stall_report_s=1e6)
+    joined(core, 1, group_runs=True, doing=doing)
+    found = dict(joined(core, 2, group_runs=True, doing=doing))
+    assert "ended its generator 2 times, in " + place in str(found["problem_refused"])
+
+
+def test_silence_without_a_tasks_code_and_guests_that_come_back_count_against_nobody() -> None:
+    core = make_core(PACE, frozen_after_s=LIMIT_S, stall_report_s=1e6)
+    for number in range(1, 5):
+        assert "problem_refused" not in dict(joined(core, number, group_runs=False))
+    for number in range(5, 9):
+        assert "problem_refused" not in dict(joined(core, number, group_runs=True))
+        back = replace(hello(f"guest-{number}", session=100 + number, pid=number), joined=True)
+        core.handle(f"guest-{number}".encode(), back, 100.0 * number + 50)
+
+
+def test_a_keeper_speaks_of_its_own_generator_alone() -> None:
+    core = make_core(PACE, frozen_after_s=LIMIT_S, stall_report_s=1e6)
+    refused: list[Any] = []
+    for number in (1, 2):
+        name = f"guest-{number}"
+        core.handle(name.encode(), replace(hello(name, session=number, pid=number), joined=True), 1.0)
+        got = permits(core.handle(name.encode(), msg.Want(limit=1, version=0, session=number), 1.0), name.encode())
+        told = msg.Gone(name=name, pid=number, reason=f"{name} crashed", groups=tuple(got), place="r.py:3 judge")
+        for stranger in (b"guest-9/keeper", b"guest-1"):
+            answers = core.handle(stranger, told, 1.0)
+            assert not any(isinstance(effect, do.Note) for effect in answers)
+        refused += notes(core.handle(name.encode() + b"/keeper", told, 1.0))
+        assert name.encode() not in core.admission.generators
+    assert "ended its generator 2 times, in r.py:3 judge; the last time: guest-2 crashed" in str(dict(refused))
+
+
+def test_of_several_in_threads_each_counts_for_its_share() -> None:
+    core = make_core(PACE, frozen_after_s=LIMIT_S, stall_report_s=1e6)
+    core.handle(b"generator-0", hello("generator-0"), 0.0)
+    got = permits(core.handle(b"generator-0", msg.Want(limit=2, version=0, session=1), 0.0), b"generator-0")
+    for pid in range(1, 5):
+        end = msg.Gone(name="generator-0", pid=100 + pid, reason="ended with code 7", groups=tuple(got))
+        found = notes(core.handle(b"launcher", end, 1.0))
+        assert len(found) == (2 if pid == 4 else 0)

@@ -56,13 +56,13 @@ def buffer(endpoint: str, answer: Answer) -> Iterator[list[msg.Message]]:
 
 
 @pytest.fixture
-def told(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def told(tmp_path: Path, tiny_model: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Exit code and stderr of `async-rl generate ...`."""
 
     def attempt(*words: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as end:
             main(["generate", *words])
-        return int(end.value.code or 0), capsys.readouterr().err.removeprefix("async-rl: ")
+        return int(end.value.code or 0), capfd.readouterr().err.removeprefix("async-rl: ")
 
     return attempt
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support_command import Run
-from test_poison import begin, refused
+from support_poison import begin, refused
 
 THREADS = """
 import asyncio, ctypes, os, threading

@@ -28,13 +28,14 @@ def test_a_joined_generator_that_was_frozen_begins_anew_when_it_wakes(tmp_path: 
     near = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         run.wait_for(lambda: 2 in generators(), "both generators")
-        os.kill(near.pid, signal.SIGSTOP)
+        (pid,) = (row["pid"] for row in read_rows(run.folder.events) if row["event"] == "generator_joined")
+        os.kill(pid, signal.SIGSTOP)
         run.wait_for(lambda: holds("generator_lost"), "the buffer to give it up")
         steps = len(generators())
         run.wait_for(lambda: len(generators()) > steps + 3, "the run to go on without it")
         assert generators()[-1] == 1
         assert near.poll() is None, "it is not the launcher's child"
-        os.kill(near.pid, signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
         run.wait_for(lambda: generators()[-1] == 2, "it to be back")
         steps = len(generators())
         run.wait_for(lambda: len(generators()) > steps + 3, "the run to go on with it")
