@@ -258,11 +258,20 @@ class RowTail:
         self._offset += len(whole) + len(newline)
         return [row for line in whole.splitlines() if (row := _object(line)) is not None], anew
 
-    def skip(self) -> None:
-        """Leave out the rows that are there now."""
+    def skip(self, to: int | None = None) -> None:
+        """Leave out the rows that are there now, or those up to byte `to`, where a row begins."""
         with suppress(FileNotFoundError):
             stat = self.path.stat()
-            self._file, self._offset = (stat.st_dev, stat.st_ino), stat.st_size
+            self._file, self._offset = (stat.st_dev, stat.st_ino), stat.st_size if to is None else to
+
+    def unread(self) -> int:
+        """Bytes that the next call reads."""
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
+            return 0
+        same = (stat.st_dev, stat.st_ino) == self._file and stat.st_size >= self._offset
+        return stat.st_size - self._offset if same else stat.st_size
 
     def _begins_anew(self, stat: os.stat_result) -> bool:
         anew = (stat.st_dev, stat.st_ino) != self._file or stat.st_size < self._offset

@@ -27,9 +27,12 @@ from async_rl.events import (
     RunRolledBack,
     read_event_rows,
 )
+from async_rl.observe.long_files import MOST_BYTES, ReadRows, read_spread
 from async_rl.run_folder import RunFolder
 
 State = Literal["finished", "going on", "failed", "stopped", "broken off"]
+_ALL = 1 << 62
+"""bytes of events: each of them counts"""
 TEXTS = ("episodes/failure",)
 """metrics whose values are texts"""
 ENDS = (ProcessFailed, RunInterrupted, ProcessStarted, RunResumed)
@@ -52,7 +55,7 @@ class RunRecord:
 
     folder: RunFolder
     rows: tuple[Mapping[str, Any], ...]
-    """metric rows, one a step, in the order of the steps"""
+    """metric rows, one a step, in the order of the steps; of a long run, evenly spread ones (long_files.py)"""
     events: tuple[EventRow, ...]
     """in the order they were written"""
     summary: Mapping[str, Any] | None
@@ -62,6 +65,10 @@ class RunRecord:
     setting_rows: tuple[SettingRow, ...]
     notes: tuple[str, ...]
     """what could not be read, in words"""
+    share: float = 1.0
+    """of the metric rows that were read"""
+    read_to: int = 0
+    """bytes of metrics.jsonl up to the last of them"""
 
     @property
     def name(self) -> str:
@@ -73,7 +80,8 @@ class RunRecord:
 
     def column(self, key: str) -> NDArray[np.float64]:  # [rows]
         """A metric, NaN where a row lacks it."""
-        return np.array([_number(row.get(key)) for row in self.rows], np.float64)
+        found = [row.get(key) for row in self.rows]
+        return np.array([value if type(value) is float else _number(value) for value in found], np.float64)
 
     def typed_events(self) -> Iterator[Event]:
         """The events that this version of the program knows, in the order they were written."""
@@ -113,14 +121,15 @@ def read_run(path: Path) -> RunRecord:
     if not folder.metrics.is_file():  # a run that lost its settings is shown all the same
         folder = RunFolder.open(path)
     notes: list[str] = []
-    by_step = {
-        row["step"]: row for row in _read_rows(folder.metrics, notes) if isinstance(row.get("step"), int | float)
-    }
+    metrics = _read_rows(folder.metrics, notes, MOST_BYTES)
+    by_step = {row["step"]: row for row in metrics.rows if isinstance(row.get("step"), int | float)}
     settings, setting_rows = _read_settings(folder, notes)
     return RunRecord(
         folder=folder,
         rows=tuple(by_step[step] for step in sorted(by_step)),
-        events=tuple(read_event_rows(_read_rows(folder.events, notes))),
+        share=metrics.share,
+        read_to=metrics.end,
+        events=tuple(read_event_rows(_read_rows(folder.events, notes, _ALL).rows)),
         summary=read_json(folder.summary, notes),
         settings=settings,
         setting_rows=setting_rows,
@@ -194,28 +203,21 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The whole rows of a JSONL file; lines that are torn or broken are left out and noted."""
-    try:
-        text = path.read_text(errors="replace")
-    except FileNotFoundError:
-        return []
-    rows, broken = [], 0
-    lines = text.split("\n")
-    torn = lines.pop()  # without its newline: still being written, or never finished
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            broken += bool(line.strip())
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    if torn:
+def _read_rows(path: Path, notes: list[str], most_bytes: int) -> ReadRows:
+    """The whole rows of a JSONL file, evenly spread ones of one that is longer than `most_bytes`; lines that are torn
+    or broken are left out. All that is noted."""
+    found = read_spread(path, most_bytes)
+    if found.share < 1:
+        notes.append(
+            f"{path.name} is long: of about {len(found.rows) / found.share:,.0f} rows {len(found.rows):,} were read, "
+            "evenly spread; what happened between two of them does not show in the curves"
+        )
+    if found.torn:
         notes.append(f"the last line of {path.name} is not whole; it was left out")
-    if broken:
-        notes.append(f"{broken} line{'s' * (broken > 1)} of {path.name} cannot be read; left out")
-    return rows
+    if found.broken:
+        lines = f"{found.broken} line{'s' * (found.broken > 1)}"
+        notes.append(f"{lines} of {path.name} cannot be read; left out")
+    return found
 
 
 def _read_settings(folder: RunFolder, notes: list[str]) -> tuple[Settings | None, tuple[SettingRow, ...]]:

@@ -191,8 +191,11 @@ def _mean(values: NDArray[np.float64]) -> float:
 def _curves(record: RunRecord) -> dict[str, Any]:
     steps = record.steps
     found: dict[str, Any] = {}
+    everywhere = set[str]().union(*record.rows[:1]).intersection(*{tuple(row) for row in record.rows})
     for key in record.metric_keys():
-        absent = np.array([key not in row for row in record.rows])
+        absent = np.zeros(len(record.rows), np.bool_)
+        if key not in everywhere:
+            absent[:] = [key not in row for row in record.rows]
         drawn = curve(steps, record.column(key), absent=absent)
         if drawn is not None:
             found[key] = _drawn(drawn)
@@ -227,6 +230,8 @@ def _derived(record: RunRecord) -> dict[str, NDArray[np.float64]]:
     for at in resumed:
         seconds[np.searchsorted(times, at) : np.searchsorted(times, at) + 1] = np.nan
     seconds[seconds <= 0] = np.nan
+    if record.share < 1:
+        seconds[1:][np.diff(record.steps) != 1] = np.nan  # rows between the two were left out
     generated = np.append(np.nan, np.diff(record.column("tokens/generated")))
     busy = np.append(np.nan, np.diff(record.column("time/generator_busy")))
     generated[generated < 0] = np.nan  # counters that began anew
@@ -250,7 +255,15 @@ def _numbers(values: Iterable[float], *, whole: bool = False) -> list[float | in
     """Numbers rounded to DIGITS, whole ones as integers, so that they are short in JSON."""
     if whole:
         return [int(v) for v in values]
-    return [int(v) if v.is_integer() and abs(v) < 1e15 else v for v in (float(f"{x:.{DIGITS}g}") for x in values)]
+    array = np.asarray(values if isinstance(values, np.ndarray) else list(values), np.float64)
+    size = np.abs(array)
+    usual = (size > 1e-15) & (size < 1e20)  # powers of ten up to 10^22 are exact, so what is divided rounds once
+    places = DIGITS - 1 - np.floor(np.log10(np.where(usual, size, 1.0)))
+    digits, power = np.round(array * 10.0**places), 10.0 ** np.abs(places)
+    rounded = np.where(usual, np.where(places >= 0, digits / power, digits * power), array).tolist()
+    for i in np.flatnonzero(~usual & (array != 0)).tolist():
+        rounded[i] = float(f"{rounded[i]:.{DIGITS}g}")
+    return [int(v) if v.is_integer() and abs(v) < 1e15 else v for v in rounded]
 
 
 def _clock(record: RunRecord, start: float) -> dict[str, Any]:
@@ -330,7 +343,7 @@ def _rejects(record: RunRecord) -> list[dict[str, Any]]:
         parts = key.split("/")
         if len(parts) != 3 or parts[0] != "reject":
             continue
-        total = float(np.nansum(record.column(key)))
+        total = float(np.nansum(record.column(key))) / record.share
         one = found.setdefault(parts[1], {"reason": parts[1], "tokens": 0, "trajectories": 0, "buckets": {}})
         if parts[2] in ("tokens", "trajectories"):
             one[parts[2]] = total
@@ -347,7 +360,8 @@ def _timeline(record: RunRecord, newest: Sequence[Surveyed], start: float, end: 
     if end <= start:
         return {"edges": [start, start], "lanes": [], "marks": [], "detail": None}
     edges = np.linspace(start, end, timeline.BUCKETS + 1)
-    lanes = [{"name": timeline.TRAINER, "shares": _shares(timeline.trainer_spans(record), edges)}]
+    read = timeline.covered(record, edges)
+    lanes = [{"name": timeline.TRAINER, "shares": _shares(timeline.trainer_spans(record), edges, read)}]
     busy = timeline.busy_share(record, edges)
     lanes.append({"name": "generators", "shares": {"generating": [round(float(v), 3) for v in busy]}})
     alive = timeline.lives(record)
@@ -363,8 +377,13 @@ def _timeline(record: RunRecord, newest: Sequence[Surveyed], start: float, end: 
     }
 
 
-def _shares(spans: Sequence[timeline.Span], edges: NDArray[np.float64]) -> dict[str, list[float]]:
-    return {doing: [round(float(v), 3) for v in v_] for doing, v_ in timeline.shares(spans, edges).items()}
+def _shares(
+    spans: Sequence[timeline.Span], edges: NDArray[np.float64], read: NDArray[np.float64] | float = 1.0
+) -> dict[str, list[float]]:
+    """`read`: the share of each bucket of which metric rows were read."""
+    found = timeline.shares(spans, edges)
+    found |= {doing: np.minimum(found[doing] / read, 1.0) for doing in timeline.OF_ROWS if doing in found}
+    return {doing: [round(float(v), 3) for v in share] for doing, share in found.items()}
 
 
 def _detail(record: RunRecord, newest: Sequence[Surveyed], alive: Sequence[timeline.Span]) -> dict[str, Any] | None:

@@ -24,6 +24,8 @@ from async_rl.observe.record import RunRecord
 TRAINER = "trainer"
 HELD_OUT = "held-out episodes"
 """the lane of evaluation episodes, whichever generator ran them"""
+OF_ROWS = {"publishing": "time/publish", "training": "time/step", "waiting": "time/wait_for_batch"}
+"""what a metric row tells the seconds of, from its end backwards"""
 BUCKETS = 600
 """time buckets of the overview of a whole run"""
 
@@ -140,8 +142,7 @@ def trainer_spans(record: RunRecord, first: int = 0, last: int | None = None) ->
     rows = [r for r in record.rows if "time" in r and first <= r["step"] and (last is None or r["step"] <= last)]
     for row in rows:
         end, step = float(row["time"]), int(row["step"])
-        parts = (("publishing", "time/publish"), ("training", "time/step"), ("waiting", "time/wait_for_batch"))
-        for doing, key in parts:
+        for doing, key in OF_ROWS.items():
             start = end - max(0.0, float(row.get(key, 0.0)))
             if end > start:
                 found.append(Span(lane=TRAINER, doing=doing, start=start, end=end, text=f"step {step}"))
@@ -218,6 +219,18 @@ def shares(spans: Sequence[Span], edges: NDArray[np.float64]) -> dict[str, NDArr
         spent = total[before] - np.minimum(running, lengths[np.maximum(before - 1, 0)] * (before > 0))
         found[doing] = np.clip(np.diff(spent) / width, 0.0, 1.0)
     return found
+
+
+def covered(record: RunRecord, edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The share of each bucket of which metric rows were read: less than 1 for a long run, of which some were left
+    out."""
+    if record.share >= 1:
+        return np.ones(len(edges) - 1)
+    times, steps = record.column("time"), record.steps
+    pairs = zip(times[:-1].tolist(), times[1:].tolist(), np.diff(steps).tolist(), strict=True)
+    spans = [Span(lane=TRAINER, doing="read", start=a, end=b) for a, b, more in pairs if more == 1 and b > a]
+    found = shares(spans, edges).get("read", np.zeros(len(edges) - 1))
+    return np.where(found > 0, found, 1.0)
 
 
 def busy_share(record: RunRecord, edges: NDArray[np.float64]) -> NDArray[np.float64]:

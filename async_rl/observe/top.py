@@ -22,6 +22,7 @@ from async_rl.buffer.store_reader import StoreError, StoreSurvey, Surveyed
 from async_rl.errors import UserError
 from async_rl.events import EvaluationReported, EventRow, read_event_rows
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.observe.long_files import MOST_BYTES, read_spread
 from async_rl.observe.record import RunRecord, State, active_alarms, incidents, read_json, read_run
 from async_rl.observe.samples import tokenizer_of
 from async_rl.observe.timeline import Mark, marks
@@ -30,6 +31,8 @@ from async_rl.run_folder import RowTail
 from async_rl.trajectory.codec import WireError, unpack
 
 EVERY_S = 1.0
+MOST_ROWS = 40_000
+"""rows of metrics kept in memory; beyond it every other of the older half is left out"""
 WIDE = 118
 """a terminal with as many columns is divided into two halves"""
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -152,6 +155,8 @@ class RunPoller:
         if self._record is None:
             self._record = read_run(self.path)
             self._tokenizer = tokenizer_of(self._record)
+            self._rows = {int(row["step"]): row for row in self._record.rows}
+            self._metrics.skip(to=self._record.read_to)
         self._follow()
         folder = self._record.folder
         record = replace(
@@ -176,10 +181,19 @@ class RunPoller:
         )
 
     def _follow(self) -> None:
-        rows, again = self._metrics.poll()
+        if self._metrics.unread() > MOST_BYTES:  # as when a long run was resumed, which replaces the file
+            found = read_spread(self._metrics.path)
+            rows, again = found.rows, True
+            self._metrics.skip(to=found.end)
+        else:
+            rows, again = self._metrics.poll()
         if again:
             self._rows.clear()
         self._rows |= {int(row["step"]): row for row in rows if isinstance(row.get("step"), int | float)}
+        while len(self._rows) > MOST_ROWS:
+            kept = sorted(self._rows)
+            kept = [*kept[: -MOST_ROWS // 2 : 2], *kept[-MOST_ROWS // 2 :]]
+            self._rows = {step: self._rows[step] for step in kept}
         told, again = self._events.poll()
         if again:
             self._event_rows.clear()
