@@ -1,4 +1,4 @@
-"""Commands that train: `async-rl new | init-model | import-model | run | eval | generate | train`.
+"""Commands that train: `async-rl new | init-model | import-model | run | eval | generate | relay | train`.
 
 Each imports what it needs when it runs."""
 
@@ -81,6 +81,21 @@ def add_commands(commands: Commands) -> None:
     for action in (there, keys):
         complete(action, FOLDER)
     generate.add_argument("--name", help="of this generator (default: generator-HOST-PROCESS)")
+    relay = commands.add(
+        "relay",
+        "fetch weights once for this machine, and pass them on to its generators and to other relays",
+        about="Generators use it with weights.relay=tcp://HOST:PORT. Relays form a chain by themselves (a tree with "
+        "weights.fan_out of the run above 1): each is told whom to fetch from, and another one when that one is lost.",
+        example="async-rl relay --connect tcp://trainer-host:5555 --keys keys --listen tcp://0.0.0.0:6000",
+        work=_relay,
+    )
+    relay.add_argument("--connect", required=True, metavar="ENDPOINT", help="where the run's buffer listens")
+    folder = relay.add_argument("--keys", required=True, type=Path, metavar="DIR", help="folder of keys")
+    complete(folder, FOLDER)
+    relay.add_argument("--listen", required=True, metavar="ENDPOINT", help="where readers connect: tcp://HOST:PORT")
+    relay.add_argument(
+        "--reached-as", default="", metavar="ENDPOINT", help="the same, as other machines reach it (default: found out)"
+    )
     train = commands.add(
         "train",
         "a rank of the trainer of a run that waits for it, started by torchrun or srun",
@@ -208,6 +223,15 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     frozen_after_s = found.settings.wire.frozen_after_s
     return Keeper(target=target, name=found.name, identity=found.identity, frozen_after_s=frozen_after_s).run(generate)
+
+
+def _relay(arguments: argparse.Namespace) -> int:
+    from async_rl.run.join import find_target
+    from async_rl.run.join_relay import relay_for
+
+    target = find_target(arguments.connect, None, arguments.keys)
+    print(relay_for(target, arguments.listen, arguments.reached_as, lambda line: print(line, flush=True)))
+    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:

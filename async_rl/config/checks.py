@@ -204,6 +204,19 @@ def stream_needs_tcp(s: Settings) -> str:
     return ""
 
 
+def relays_need_tcp(s: Settings) -> str:
+    if s.weights.fan_out != type(s.weights)().fan_out and not _tcp(s):
+        return (
+            f"weights.fan_out is {s.weights.fan_out}, but with wire.endpoint={s.wire.endpoint} no weight server runs "
+            "that relays could fetch from; set wire.endpoint=tcp://HOST:PORT or leave weights.fan_out out"
+        )
+    if s.weights.relay and not s.weights.relay.startswith("tcp://"):
+        return f"weights.relay is {s.weights.relay}; it must be tcp://HOST:PORT, as `async-rl relay` says it"
+    if s.weights.relay and s.weights.transport not in ("auto", "stream"):
+        return f"weights.relay does nothing with weights.transport={s.weights.transport}; leave one of them out"
+    return ""
+
+
 def weight_endpoint_needs_tcp(s: Settings) -> str:
     if s.weights.endpoint == "auto":
         return ""
@@ -374,7 +387,6 @@ def adapters_are_added_by_generators(s: Settings) -> str:
     return ""
 
 
-# ------------------------------------------------------------------ alarms and rollback
 # ------------------------------------------------------------------ updates of a batch
 
 
@@ -412,6 +424,7 @@ def reference_without_adapters_stays(s: Settings) -> str:
     return ""
 
 
+# ------------------------------------------------------------------ alarms and rollback
 
 
 def thresholds_need_alarms(s: Settings) -> str:
@@ -553,15 +566,16 @@ RELATIONS: tuple[Relation, ...] = (
     keys_need_tcp,
     stream_needs_tcp,
     weight_endpoint_needs_tcp,
+    relays_need_tcp,
     connect_looks_like_the_endpoint,
     adapters_are_trained,
     a_layer_has_one_adapter,
     adapters_are_added_by_generators,
-    thresholds_need_alarms,
     minibatches_are_whole_groups,
     kl_target_needs_a_bound,
     reference_moves_one_way,
     reference_without_adapters_stays,
+    thresholds_need_alarms,
     alarm_factors_are_above_one,
     rollback_scale_needs_rollback,
     rollback_needs_an_alarm,

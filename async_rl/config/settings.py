@@ -332,6 +332,19 @@ class WeightsSettings:
         "auto",
         "where the weight server listens, tcp://HOST:PORT as for wire.endpoint; auto: a free port beside the buffer's",
     )
+    relay: str = setting(
+        "",
+        "for `async-rl generate`: the relay from which this generator gets weights, tcp://HOST:PORT; empty: the weight "
+        "server itself",
+    )
+    fan_out: int = setting(
+        1,
+        "relays (`async-rl relay`) that the weight server and each relay send to; 1: a chain, in which every machine "
+        "sends a version once",
+        unit="relays",
+        min=1,
+        max=64,
+    )
 
 
 @dataclass(frozen=True)

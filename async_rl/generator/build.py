@@ -25,7 +25,7 @@ from async_rl.model.tokenizer import Tokenizer
 from async_rl.weights.shared_memory import WeightReader
 from async_rl.weights.stream import WeightStream
 from async_rl.weights.way import LINKS
-from async_rl.wire.keys import keys_in
+from async_rl.wire.keys import RelayKeys, keys_in
 
 MOST_CPU_CACHE_BYTES = 4 << 30
 """largest KV cache of vLLM on a CPU, which would otherwise take most of the machine's memory"""
@@ -38,7 +38,7 @@ def make_weights(
 
     Args:
         segment: path of the trainer's shared memory.
-        endpoint: of the weight server; empty when there is none.
+        endpoint: of the weight server, or of the relay in `weights.relay`; empty when there is none.
         identity: name of this generator.
         here: the segment is, or will be, on this host.
         way: the transport that the launcher chose; empty for a generator that joined, which uses `weights.transport`.
@@ -66,7 +66,8 @@ def make_weights(
             "the weights of this run cannot be had here: it has no weight server, which only runs with a tcp endpoint; "
             "start the run with wire.endpoint=tcp://HOST:PORT"
         )
-    stream = WeightStream(endpoint, f"{identity}/weights", keys=keys, timeout_s=settings.wire.timeout_s)
+    shown = RelayKeys(keys.folder) if settings.weights.relay else keys
+    stream = WeightStream(endpoint, f"{identity}/weights", keys=shown, timeout_s=settings.wire.timeout_s)
     return ReaderSource(whole_weights(settings, stream))
 
 

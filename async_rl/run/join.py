@@ -67,6 +67,7 @@ MAY_DIFFER = (
     "vllm.kv_cache_mb",
     "model.path",
     "weights.transport",
+    "weights.relay",
     "wire.timeout_s",
 )
 """settings of what this host can do, and of where things lie on it; all others say what a trajectory is"""
@@ -436,8 +437,9 @@ class JoinedGenerator:
         from async_rl.generator.build import make_engine, make_weights
         from async_rl.generator.loop import GeneratorLoop, make_options
 
-        segment, server = Path(self.welcome.segment), self.weight_server()
-        here = self.welcome.host == this_host() and (segment.exists() or not server)
+        segment, server = Path(self.welcome.segment), self.settings.weights.relay or self.weight_server()
+        relayed = bool(self.settings.weights.relay)
+        here = self.welcome.host == this_host() and (segment.exists() or not server) and not relayed
         weights = make_weights(self.settings, segment, server, self.identity, here=here)
         engine = make_engine(self.settings, tokenizer)
         limit = self.settings.wire.max_message_mb << 20

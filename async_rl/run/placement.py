@@ -288,6 +288,11 @@ def choose_ways(settings: Settings, placement: Placement, *, ipc_works: bool) ->
             "weights.timeout_s does nothing here: it is for weights over nccl or ipc, and no generator of this run "
             "gets them so; leave weights.timeout_s out"
         )
+    if settings.weights.relay:
+        raise UserError(
+            "weights.relay does nothing here: the generators that the launcher starts are on the trainer's host; give it "
+            "to `async-rl generate`, and leave it out"
+        )
     return tuple(found)
 
 

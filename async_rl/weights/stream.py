@@ -28,6 +28,7 @@ from async_rl.process import run_process
 from async_rl.process_spec import WeightServerSpec, read_spec
 from async_rl.run_folder import RunFolder
 from async_rl.trajectory.codec import WireError
+from async_rl.weights.relay_tree import RelayTree
 from async_rl.weights.shared_memory import (
     TensorPlace,
     WeightCopy,
@@ -165,6 +166,8 @@ class Transfer:
     damaged: int = 0
     """chunks whose checksum was wrong"""
     restarts: int = 0
+    begun: msg.Offer | None = None
+    """a version that was withdrawn before it was whole: what has come of it stays, in case it is offered again"""
     whole: bool = False
 
     def begin(self, now: float) -> list[msg.Message]:
@@ -191,6 +194,10 @@ class Transfer:
         pause_s = RETRY_S if self.offer is not None or not self.reason else RETRY_S / 30
         if self.whole or now - self.received_at < pause_s:
             return []
+        return self.resume(now)
+
+    def resume(self, now: float) -> list[msg.Message]:
+        """Go on with another server: what to ask it."""
         self.received_at = now
         if self.offer is None:
             return [msg.AskWeights(after=self.after)]
@@ -208,6 +215,9 @@ class Transfer:
     def _accept(self, offer: msg.Offer) -> list[msg.Message]:
         if offer.num_bytes < 1 or not 1 <= offer.chunk_bytes <= MOST_CHUNK_BYTES:
             raise WeightsError(f"the weight server offers {offer.num_bytes} bytes in chunks of {offer.chunk_bytes}")
+        if offer == self.begun:
+            self.offer, self.begun = offer, None
+            return self._request_more(offer)
         try:
             self.places = layout_from_json(offer.layout, offer.num_bytes)
             self.content = np.empty(offer.num_bytes, np.uint8)
@@ -234,6 +244,7 @@ class Transfer:
             return self._request_more(offer)
         if zlib.crc32(self.content.data) != offer.checksum:
             self.damaged += 1
+            self.offer = None  # nothing of it can be used
             return self._restart()
         self.whole = True
         return []
@@ -245,7 +256,8 @@ class Transfer:
 
     def _restart(self) -> list[msg.Message]:
         self.restarts += 1
-        self.offer = None
+        self.begun, self.offer = self.offer, None
+        self.requested.clear()
         self.reason = ""
         return [msg.AskWeights(after=self.after)]
 
@@ -317,25 +329,41 @@ def serve(folder: RunFolder, settings: Settings, endpoint: str, activity: Activi
         WeightReader(segment_path(folder.path)) as reader,
     ):
         folder.record(WeightsReady(endpoint=endpoint))
-        shelf = Shelf(reader.latest, reader.copy)
+        shelf, relays = Shelf(reader.latest, reader.copy), Relays(RelayTree(settings.weights.fan_out))
         activity.looping = True
         while not folder.summary.exists():
             activity.keepalive("serving weights")
-            answer(router, shelf)
+            answer(router, shelf, relays)
             shelf.tick(time.monotonic())
+        for peer in relays.peers.values():
+            router.send(peer, msg.Stop(reason="the run has ended"))
 
 
-def answer(router: Router, shelf: Shelf) -> None:
+@dataclass(slots=True)
+class Relays:
+    """The relays that have said that they are there."""
+
+    tree: RelayTree
+    peers: dict[str, bytes] = field(default_factory=dict)
+    """endpoint -> the peer"""
+
+
+def answer(router: Router, shelf: Shelf, relays: Relays) -> None:
     """Wait a moment for a message and answer it."""
     received = router.receive(SERVE_POLL_S)
     if received is None:
         return
     peer, message = received
-    if isinstance(message, WireError):
-        router.send(peer, msg.Refused(what="message", reason=str(message)))
-        return
-    for reply in shelf.handle(peer, message, time.monotonic()):
-        router.send(peer, reply)
+    now = time.monotonic()
+    match message:
+        case WireError():
+            router.send(peer, msg.Refused(what="message", reason=str(message)))
+        case msg.AskParent(endpoint=endpoint, lost=lost):
+            relays.peers[endpoint] = peer
+            router.send(peer, msg.Parent(endpoint=relays.tree.parent_of(endpoint, now, lost)))
+        case _:
+            for reply in shelf.handle(peer, message, now):
+                router.send(peer, reply)
 
 
 def main(spec: WeightServerSpec) -> None:

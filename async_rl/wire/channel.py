@@ -12,7 +12,7 @@ import os
 import socket
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -47,6 +47,14 @@ _KEPT_BYTES = 8 * 1024 * 1024
 
 class WireTimeout(RunFailed):
     """A wait lasted longer than its deadline. The message says who waited for what and how long."""
+
+
+def wait_any(ends: Sequence[Router | Dealer], seconds: float) -> None:
+    """Wait until one of these ends has a message, at most so long."""
+    poller = zmq.Poller()
+    for end in ends:
+        poller.register(end._socket, zmq.POLLIN)
+    poller.poll(max(0, round(seconds * 1000)))
 
 
 def ipc_endpoint(run_folder: Path, name: str = "buffer") -> str:
@@ -163,6 +171,7 @@ class Dealer:
     ) -> None:
         """`identity`: unique in the run, also the name in messages about waiting. `keys`: needed for tcp."""
         self.identity = identity
+        self.endpoint = endpoint
         self._max_message_bytes = max_message_bytes
         self.reception: Reception | None = None
         """over TCP: whether this end was let in"""

@@ -98,6 +98,18 @@ class Keys:
         return public, secret
 
 
+@dataclass(frozen=True, slots=True)
+class RelayKeys(Keys):
+    """The same folder at a relay of weights, which has no server's secret: it listens with the client's pair, and who
+    connects to it expects that one."""
+
+    def server(self) -> KeyPair:
+        return self.client()
+
+    def server_public(self) -> bytes:
+        return self._read(f"{CLIENT}.key")[0]
+
+
 def keys_in(folder: str) -> Keys | None:
     """The keys a setting names; None where it is empty."""
     return Keys(Path(folder)) if folder else None

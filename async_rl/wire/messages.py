@@ -361,8 +361,8 @@ class SamplerCounters(WireStruct, frozen=True, kw_only=True):
     """mean of the limits on turns, of groups that have one; 0: none has"""
     problems_tried: int
     """in the whole run"""
-    by_source: Mapping[int, float] = field(default_factory=dict)
-    """source -> share of the groups"""
+    by_source: Mapping[str, float] = field(default_factory=dict)
+    """number of a source -> share of the groups"""
 
     def metrics(self) -> dict[str, float]:
         """Columns of the trainer's row."""
@@ -684,6 +684,22 @@ class Withdrawn(WireStruct, frozen=True, kw_only=True):
     version: int
 
 
+class AskParent(WireStruct, frozen=True, kw_only=True):
+    """A relay of weights is there, and asks the weight server whom to fetch from. Answered by `Parent`."""
+
+    endpoint: str
+    """where others reach it"""
+    lost: str = ""
+    """a parent that does not answer it any more"""
+
+
+class Parent(WireStruct, frozen=True, kw_only=True):
+    """Whom a relay fetches from."""
+
+    endpoint: str
+    """of another relay; empty: the weight server"""
+
+
 # ---------------------------------------------------------------- generator <-> trainer of one host: weights into vLLM
 
 
@@ -733,7 +749,7 @@ Message = (
     | Batch | Waiting | EvaluationResult | Verify
     | Query | Snapshot | Gone | Shutdown | Preempt
     | Join | Welcome
-    | AskWeights | Offer | AskChunks | Chunk | Withdrawn
+    | AskWeights | Offer | AskChunks | Chunk | Withdrawn | AskParent | Parent
     | AskLink | LinkCall | LinkAnswer
 )
 # fmt: on

@@ -94,6 +94,7 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     "keys_need_tcp": (("wire.keys=k",), "a Unix socket needs none"),
     "stream_needs_tcp": (("weights.transport=stream",), "no weight server runs"),
     "weight_endpoint_needs_tcp": (("weights.endpoint=tcp://:1",), "no weight server runs"),
+    "relays_need_tcp": (("weights.fan_out=2",), "no weight server runs that relays could fetch from"),
     "connect_looks_like_the_endpoint": (("wire.connect=tcp://x:1",), "it must look like ipc://PATH"),
     "adapters_are_trained": (("lora.alpha=8",), "lora.* does nothing with lora.rank=0"),
     "a_layer_has_one_adapter": (("lora.rank=2", "lora.targets=[q_proj,q_proj]"), "names a layer twice"),

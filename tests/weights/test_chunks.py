@@ -5,42 +5,15 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from support_weights import CHUNK, Segment, content
 
 from async_rl.weights import WeightsError
-from async_rl.weights.shared_memory import TensorPlace, WeightCopy, layout_to_json
 from async_rl.weights.stream import CREDIT, HOLD_S, MOST_COPIES, RETRY_S, Shelf, Transfer
 from async_rl.wire import messages as msg
-
-CHUNK = 16
-
-
-def content(version: int, size: int) -> np.ndarray:
-    return np.random.default_rng(version).integers(0, 256, size, dtype=np.uint8)
-
-
-@dataclass
-class Segment:
-    """What a trainer publishes; only the newest version can be copied, and not always."""
-
-    size: int
-    newest: int = -1
-    busy: int = 0
-    """copies that fail because the trainer writes"""
-
-    def latest(self) -> int:
-        return self.newest
-
-    def take(self) -> WeightCopy | None:
-        if self.newest < 0 or self.busy > 0:
-            self.busy -= 1
-            return None
-        layout = layout_to_json([TensorPlace(name="w", dtype="uint8", shape=(self.size,), offset=0)])
-        return WeightCopy(version=self.newest, layout=layout, content=content(self.newest, self.size))
 
 
 @dataclass

@@ -2,59 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
+from support_weights import SOON_S, same, served, tensors
 
-from async_rl.weights import WeightPublisher, WeightReader, WeightsError
-from async_rl.weights.stream import Shelf, WeightStream, answer
-from async_rl.wire.channel import Router
+from async_rl.weights import WeightPublisher, WeightsError
+from async_rl.weights.stream import WeightStream
 from async_rl.wire.keys import Keys, make_keys
-
-SOON_S = 30.0
-
-
-def tensors(seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "embedding": torch.randn(700, 300, generator=generator),
-        "norm": torch.randn(7, generator=generator).to(torch.bfloat16),
-        "empty": torch.zeros(0, 3),
-        "steps": torch.tensor([seed]),
-    }
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
-    )
-
-
-@contextmanager
-def served(path: Path, keys: Keys) -> Iterator[str]:
-    """The endpoint of a weight server on a thread."""
-    over, endpoint, ready = threading.Event(), [""], threading.Event()
-
-    def serve() -> None:
-        with Router("tcp://:*", keys=keys) as router, WeightReader(path) as reader:
-            endpoint[0] = router.endpoint
-            ready.set()
-            shelf = Shelf(reader.latest, reader.copy, chunk_bytes=100_000)
-            while not over.is_set():
-                answer(router, shelf)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        assert ready.wait(SOON_S)
-        yield endpoint[0]
-    finally:
-        over.set()
-        thread.join()
 
 
 def test_what_was_published_arrives_bit_for_bit(tmp_path: Path) -> None:
