@@ -21,6 +21,7 @@ from async_rl.buffer.trust import Trust
 from async_rl.buffer.verification import of_the_launcher
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.given import GIVEN, wrong_given
+from async_rl.trajectory.parts import POOL_PREFIX
 from async_rl.trajectory.types import GREEDY, LOWEST_TEMPERATURE, sample_seed
 from async_rl.version import __version__
 from async_rl.wire import messages as msg
@@ -137,6 +138,8 @@ class Acceptance:
             return Objection(kind="group", reason=f"group {group.group} was not given to this peer")
         if (objection := _permitted(trajectory, group)) is not None or trajectory.sample in group.samples:
             return objection  # one that comes again changes nothing
+        if trajectory.info and any(name.startswith(POOL_PREFIX) for name in trajectory.info):
+            return Objection(kind="number", reason=f"a note called {POOL_PREFIX}...: those are the buffer's own")
         return self._sampled(trajectory, group) or self._within_vocabulary(trajectory) or _trainable(trajectory)
 
     # ---------------------------------------------------------------- messages

@@ -112,7 +112,7 @@ def group_advantage(tokens: Tokens, reward: Tensor, settings: AdvantageSettings)
         reward = reward - _noted_baseline(tokens, settings.note)
     return _compare(
         reward, tokens.group_of_trajectory, tokens.num_groups, settings,
-        counted=tokens.rewarded, length=tokens.length, batch_values=reward,
+        counted=tokens.compared, length=tokens.length, batch_values=reward,
     )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def parts_advantage(tokens: Tokens, settings: AdvantageSettings) -> Tensor:
     for name, column in noted.trajectory.items():
         if not name.startswith(PREFIX):
             continue
-        there = tokens.rewarded & ~column.isnan()
+        there = tokens.compared & ~column.isnan()
         values = torch.where(there, column.double(), 0.0)
         compared = _compare(
             values, tokens.group_of_trajectory, tokens.num_groups, settings, counted=there, length=tokens.length,
@@ -230,7 +230,7 @@ def _constant(values: Tensor, key: Tensor, num_keys: int, counted: Tensor) -> Te
 
 def _equal(reward: Tensor, tokens: Tokens) -> Tensor:
     """Whether all rewards [I] of a group are equal, [G] bool."""
-    return _constant(reward, tokens.group_of_trajectory, tokens.num_groups, tokens.rewarded)
+    return _constant(reward, tokens.group_of_trajectory, tokens.num_groups, tokens.compared)
 
 
 def opob_parts(tokens: Tokens, reward: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -244,14 +244,14 @@ def opob_parts(tokens: Tokens, reward: Tensor, recipe: Recipe) -> tuple[Tensor, 
     if recipe.opob.scope == "batch":
         values = _group_mean_advantage(tokens, reward, settings)
         one = torch.zeros_like(group)
-        dead = _constant(values, one, 1, tokens.rewarded)[one]
-        alive = tokens.rewarded & ~dead
+        dead = _constant(values, one, 1, tokens.compared)[one]
+        alive = tokens.compared & ~dead
         return torch.where(alive, values, 0.0), alive.to(values.dtype)
-    weight = tokens.rewarded.to(reward.dtype)
+    weight = tokens.compared.to(reward.dtype)
     count = tokens.sum_group(weight)
     mean = tokens.sum_group(reward * weight) / count.clamp(min=1.0)
     scale = _scale(reward, group, tokens.num_groups, settings, weight, mean, count, reward)
-    alive = tokens.rewarded & ~_equal(reward, tokens)[group]
+    alive = tokens.compared & ~_equal(reward, tokens)[group]
     return torch.where(alive, reward / scale, 0.0), torch.where(alive, 1 / scale, 0.0)
 
 
@@ -285,7 +285,7 @@ def _centre_turns(tokens: Tokens, values: Tensor, settings: AdvantageSettings) -
         key, num_keys = torch.zeros_like(key), 1
     if tokens.speakers is not None:
         key, num_keys = _pairs(key, tokens.speakers.agent)
-    counted = tokens.rewarded[tokens.trajectory_of_turn]
+    counted = tokens.compared[tokens.trajectory_of_turn]
     return _compare(values, key, num_keys, settings, counted=counted, length=tokens.turn_length)
 
 
@@ -301,7 +301,7 @@ def _turn_group(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings
     if tokens.speakers is not None:
         group, _ = _pairs(group, tokens.speakers.agent)
     key, num_keys = _pairs(group, number)
-    within = _compare(own, key, num_keys, settings, counted=tokens.rewarded[trajectory],
+    within = _compare(own, key, num_keys, settings, counted=tokens.compared[trajectory],
                       length=tokens.turn_length)  # fmt: skip
     outcome = group_advantage(tokens, tokens.reward, settings)[trajectory]
     return settings.turn_weight * within + settings.outcome_weight * outcome
@@ -316,7 +316,7 @@ def _gigpo(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: Adv
     trajectory = tokens.trajectory_of_turn
     values = turn_returns(tokens, reward, penalty, settings.discount)
     key, num_keys = _pairs(tokens.group_of_trajectory[trajectory], tokens.state_key)
-    known = (tokens.state_key >= 0) & tokens.rewarded[trajectory]
+    known = (tokens.state_key >= 0) & tokens.compared[trajectory]
     step = _compare(values, key, num_keys, settings, counted=known, length=tokens.turn_length)
     earned = segment_sum(tokens.sum_turn(tokens.token_reward), tokens.owner_of_turn, tokens.num_owners)
     if (speakers := tokens.speakers) is None:
@@ -326,7 +326,7 @@ def _gigpo(tokens: Tokens, reward: Tensor, penalty: Tensor | None, settings: Adv
         key, num_keys = _pairs(tokens.group_of_trajectory[speakers.trajectory], agent)
         total = reward[speakers.trajectory] + earned
         episode = _compare(
-            total, key, num_keys, settings, counted=tokens.rewarded[speakers.trajectory],
+            total, key, num_keys, settings, counted=tokens.compared[speakers.trajectory],
             length=segment_sum(tokens.turn_length, speakers.of_turn, tokens.num_owners), batch_values=total,
         )[speakers.of_turn]  # fmt: skip
     return settings.turn_weight * step + settings.outcome_weight * episode

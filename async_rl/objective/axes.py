@@ -65,6 +65,7 @@ class TrustSettings:
         "gbpo",
         "regress",
         "disco",
+        "mix_ppo",
     ] = setting(
         "ppo",
         "what becomes of a token whose ratio is far from 1. Two put another objective in the place of the policy "
@@ -76,7 +77,9 @@ class TrustSettings:
         "Turn-PPO), token holds it fixed and differentiates each token (GSPO-token). The same at token level",
     )
     clip_low: float = setting(
-        0.2, "ppo, cispo, gmpo, clip_cov, sat, aspo, cpgd, gbpo: lower bound is 1 - clip_low (gmpo: log)"
+        0.2,
+        "ppo, cispo, gmpo, clip_cov, sat, aspo, cpgd, gbpo: lower bound is 1 - clip_low (gmpo: log; mix_ppo: that of the "
+        "policy at the start of the step, less this)",
     )
     clip_high: float = setting(
         0.2, "ppo, cispo, gmpo, clip_cov, sat, aspo, cpgd, gbpo: upper bound is 1 + clip_high (gmpo: log)"
@@ -421,6 +424,39 @@ class TeachingSettings:
     )
     alone: bool = setting(
         False, "rewards count for nothing (on-policy distillation); trajectories without a teacher are left out"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReuseSettings:
+    """What becomes of rows of the experience pool (`pool`): replayed ones, which have a behaviour policy of their own,
+    and demonstrations, which have none."""
+
+    replayed: Literal["policy", "none"] = setting(
+        "policy", "replayed rows in the policy gradient: like fresh ones, each with its own mu; or not at all"
+    )
+    weight: float = setting(1.0, "factor of their policy gradient, which a schedule may move (SPEAR)", min=0)
+    advantage: Literal["group", "stored", "recalibrated"] = setting(
+        "group",
+        "of replayed rows: within the group they are in; as it was when they were fresh (SSB); or reward less the "
+        "median of the newest groups' means, by the median of their stds unless advantage.scale=none (SPEAR)",
+    )
+    positive_only: bool = setting(False, "rows of the pool whose advantage is below 0 have 0 instead (SPEAR)")
+    statistics: Literal["all", "fresh"] = setting(
+        "all", "over which rows of a group its mean and std are taken; fresh: the pool's stand against those (RL-PLUS)"
+    )
+    demonstrations: Literal["none", "ratio", "shaped", "mixture"] = setting(
+        "none",
+        "weight of a demonstration's token in the policy gradient, never clipped: none; pi; s pi / (pi + s)^2 (LUFFY); "
+        "2 pi / (pi_old + (1 + pi_old) / 2), with pi_old at the start of the step (RL-PLUS)",
+    )
+    shape: float = setting(0.1, "demonstrations=shaped: s", above=0)
+    focal: float = setting(
+        0.0, "c: factor (1 - pi)^c on the policy gradient of demonstrations (RL-PLUS: 0.5); 0 is off", min=0
+    )
+    nll: float = setting(0.0, "weight of the mean of -log pi over the demonstrations' tokens (HPT); 0 is off", min=0)
+    self_imitation: float = setting(
+        0.0, "weight of the mean of -max(A, 0) log pi over the tokens of replayed rows; 0 is off", min=0
     )
 
 

@@ -47,6 +47,14 @@ from async_rl.objective.measures import (
 )
 from async_rl.objective.own import is_own_function
 from async_rl.objective.recipe import Recipe, requirements
+from async_rl.objective.reuse import (
+    demonstrated,
+    imitation,
+    in_policy_term,
+    policy_share,
+    reused_advantage,
+    selected,
+)
 from async_rl.objective.schedule import controlled, recipe_at
 from async_rl.objective.shaping import distance, factor, mask, shaped_advantage, shaped_reward, taught
 from async_rl.objective.state import ObjectiveState, Past
@@ -214,14 +222,24 @@ def _surrogate(columns: Columns, recipe: Recipe, state: ObjectiveState) -> Surro
     if recipe.reward != PLAIN.reward:
         compared = replace(tokens, reward=shaped_reward(tokens, recipe.reward))
     advantage = advantage_of(compared, recipe, penalty)
+    if columns.reused is not None:
+        own = reused_advantage(tokens, advantage.per_token, compared.reward, recipe)
+        advantage = replace(advantage, per_token=own)
     if recipe.shape.clarity != 0:
         advantage = replace(advantage, per_token=shaped_advantage(tokens, advantage.per_token, recipe.shape))
     if recipe.teaching.coefficient > 0:
         advantage = replace(advantage, per_token=taught(tokens, advantage.per_token, recipe.teaching))
     rule = trust(compared, ratio, advantage.per_token, recipe)
     selection = select(tokens, recipe, advantage.per_token, advantage.zero_signal)
-    counted = selection.keep if recipe.select.denominator == "kept" else torch.ones_like(selection.keep)
+    counted = torch.ones_like(selection.keep)
+    if columns.reused is not None:
+        rule, selection = demonstrated(tokens, rule, recipe.reuse), selected(selection, tokens, recipe.reuse)
+        counted = in_policy_term(columns.reused, recipe.reuse) & ~columns.reused.out
+    if recipe.select.denominator == "kept":
+        counted = counted & selection.keep
     share = shares(tokens, counted, recipe.aggregate) * selection.keep[tokens.trajectory]
+    if columns.reused is not None:
+        share = share * policy_share(tokens, recipe)
     base = share * correction_weight(tokens, recipe)
     if recipe.mask != PLAIN.mask:
         base = base * mask(tokens, advantage.per_token, recipe.mask)
@@ -294,6 +312,11 @@ def _regularised(
     if recipe.positive_nll:
         correct = ((tokens.reward > 0) & surrogate.selection.keep)[tokens.trajectory].to(policy.dtype)
         policy = policy + recipe.positive_nll * correct / correct.sum().clamp(min=1.0)
+    if tokens.columns.reused is not None:
+        added, measured_back = imitation(tokens, surrogate.advantage.per_token, recipe)
+        policy = policy + added
+        for name, of_back in measured_back.items():
+            meter.put(name, of_back)
     for number, kl, beta in kl_now(recipe, state):
         value, slope = kl_loss(tokens, kl, surrogate.advantage.per_token)
         ok = tokens.finite[tokens.trajectory]
@@ -326,7 +349,8 @@ def _free_kappa(
 def _token_ess(tokens: Tokens) -> float:
     """ESS / T with one importance weight a token."""
     ok = tokens.readable[tokens.trajectory]
-    return ess_ratio(torch.where(ok, tokens.log_prob - tokens.log_behaviour, torch.nan))
+    log_weight = torch.where(ok, tokens.log_prob - tokens.log_behaviour, torch.nan)
+    return ess_ratio(log_weight if tokens.weighted is None else log_weight[tokens.weighted[tokens.trajectory]])
 
 
 def _measure_critic(meter: Meter, surrogate: Surrogate, loss: Tensor) -> None:

@@ -10,6 +10,7 @@ from async_rl.errors import UserError, nearest
 from async_rl.objective.axes import EssSettings, KlSettings, ShapeSettings
 from async_rl.objective.own import is_own_function
 from async_rl.objective.recipe import Measured, Recipe, kl_terms, moving_numbers
+from async_rl.objective.reuse import reuse_problem
 from async_rl.objective.schedule import scheduled
 
 SIGN_FREE = ("none", "truncate", "interval", "cispo", "damp", "m2po_all")
@@ -32,6 +33,7 @@ def check_recipe(recipe: Recipe) -> None:
         _controller_problem(recipe),
         _teaching_problem(recipe),
         _compared_turns_problem(recipe),
+        reuse_problem(recipe),
     ):
         if problem:
             raise UserError(f"recipe {recipe.name}: {problem}")
@@ -103,7 +105,7 @@ def _ratio_problem(recipe: Recipe) -> str:
 def _bounds_problem(recipe: Recipe) -> str:
     trust, select, correction = recipe.trust, recipe.select, recipe.correction
     if (
-        trust.rule in ("ppo", "cispo", "gmpo", "clip_cov", "sat", "aspo", "cpgd", "gbpo")
+        trust.rule in ("ppo", "cispo", "gmpo", "clip_cov", "sat", "aspo", "cpgd", "gbpo", "mix_ppo")
         and min(trust.clip_low, trust.clip_high) < 0
     ):
         return "trust.clip_low and trust.clip_high must not be negative"
@@ -379,6 +381,11 @@ def _setup_problem(recipe: Recipe, group_size: int, updates_per_batch: int, has_
             "ratio.denominator=proximal with one update a batch makes every ratio 1 by construction, so "
             f"trust.rule={recipe.trust.rule} does nothing; use ratio.denominator=behaviour, or more updates "
             "a batch"
+        )
+    if recipe.trust.rule == "mix_ppo" and updates_per_batch == 1:
+        return (
+            "trust.rule=mix_ppo bounds the move since the start of the step, and with one update a batch there is none; "
+            "use trust.rule=ppo, or more updates a batch"
         )
     if recipe.kl.coefficient and recipe.kl.target == "proximal" and updates_per_batch == 1:
         return "kl.target=proximal with one update a batch is 0 by construction; use behaviour or reference"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from async_rl.objective.axes import TrustSettings
-from async_rl.objective.tokens import LARGEST_LOG_RATIO, Ratio, Tokens
+from async_rl.objective.tokens import LARGEST_LOG_RATIO, Ratio, Tokens, pooled, weight_of
 
-MOVING_BOUNDS = ("sat", "bapo", "aspo")
+MOVING_BOUNDS = ("sat", "bapo", "aspo", "mix_ppo")
 """rules that clip like PPO, at bounds of their own"""
 
 
@@ -22,6 +22,10 @@ def moving_bounds(
     """The interval of each token's ratio, for the rules of MOVING_BOUNDS. advantage [T]."""
     if settings.rule == "sat":
         return contracted_bounds(tokens, ratio, settings)
+    if settings.rule == "mix_ppo":
+        start = pooled(tokens.log_proximal - tokens.log_behaviour, tokens, ratio.level, ratio.pool)
+        middle = weight_of(start, ratio.clamp)
+        return middle - settings.clip_low, middle + settings.clip_high
     if settings.rule == "bapo":
         return balanced_bounds(ratio.value, advantage, tokens.finite[tokens.trajectory], settings)
     if settings.uncertain_share == 0:
@@ -109,13 +113,13 @@ def target_ratio(tokens: Tokens, settings: TrustSettings) -> Tensor:
     """GBPO: where each trajectory's ratio ought to go, between the bounds, from where its reward stands in the group.
     [I]"""
     reward, group = tokens.reward, tokens.group_of_trajectory
-    weight = tokens.rewarded.to(reward.dtype)
+    weight = tokens.compared.to(reward.dtype)
     size = tokens.sum_group(weight)
     mean = tokens.sum_group(reward * weight) / size.clamp(min=1.0)
     square = tokens.sum_group((reward - mean[group]).square() * weight)
     several = size > 1
     std = torch.where(several, (square / (size - 1).clamp(min=1.0)).sqrt(), 1.0)
-    median = torch.where(several, medians(reward, group, tokens.rewarded, tokens.num_groups), 0.0)
+    median = torch.where(several, medians(reward, group, tokens.compared, tokens.num_groups), 0.0)
     place = torch.sigmoid((reward - median[group]) / (std + 1e-6)[group] / settings.target_temperature)
     low, high = settings.clip_low, settings.clip_high
     return 1 - low + (low + high) * place

@@ -23,7 +23,7 @@ def regressed(tokens: Tokens, ratio: Ratio, advantage: Tensor, settings: TrustSe
     """
     log_ratio = tokens.mean_trajectory(ratio.log)
     target = tokens.mean_trajectory(advantage)
-    counted = tokens.finite.to(log_ratio.dtype)
+    counted = (tokens.finite & tokens.compared).to(log_ratio.dtype)
     if settings.regression == "group":
         group = tokens.group_of_trajectory
         size = tokens.sum_group(counted)
@@ -43,7 +43,7 @@ def discriminated(tokens: Tokens, ratio: Ratio, settings: TrustSettings) -> Tens
     """
     score = tokens.mean_trajectory(tokens.log_prob if ratio.level == "none" else ratio.value)
     group = tokens.group_of_trajectory
-    counted = tokens.finite & (tokens.length > 0)
+    counted = tokens.finite & tokens.compared & (tokens.length > 0)
     right, wrong = counted & (tokens.reward > 0), counted & (tokens.reward <= 0)
     rights, wrongs = tokens.sum_group(right.double()), tokens.sum_group(wrong.double())
     scaled = torch.where(wrong, score / settings.score_temperature, -torch.inf)

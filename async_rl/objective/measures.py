@@ -73,6 +73,9 @@ def unit_sums(values: Tensor, tokens: Tokens, level: Level) -> tuple[Tensor, Ten
 def effective_sample_size(tokens: Tokens, settings: EssSettings, state: ObjectiveState) -> tuple[Ess, ObjectiveState]:
     """ESS of the batch, and the state with this batch's fresh tokens in the running reference."""
     total, length, trajectory = unit_sums(behaviour_log_ratio(tokens), tokens, settings.level)
+    if tokens.weighted is not None:
+        there = tokens.weighted[trajectory]
+        total, length, trajectory = total[there], length[there], trajectory[there]
     log_weight = total / length if settings.pool == "mean" else total
     finite = tokens.readable[trajectory]
     ratio = ess_ratio(torch.where(finite, log_weight, torch.nan))
@@ -116,6 +119,8 @@ def _learnt(tokens: Tokens, settings: EssSettings, state: ObjectiveState) -> tup
     total, _, trajectory = unit_sums(noise, tokens, settings.level)
     length = unit_sums(fresh, tokens, settings.level)[0]
     use = (length > 0) & tokens.readable[trajectory]
+    if tokens.weighted is not None:
+        use = use & tokens.weighted[trajectory]
     if not bool(use.any()):
         return None, state
     return learn(total[use], length[use], settings, state)
@@ -223,7 +228,7 @@ def quantile(values: Tensor, share: float) -> Tensor:
 
 def measure_ratios(meter: Meter, tokens: Tokens, log_weight_cap: float | None) -> None:
     """is/*, kl/behaviour*, kl/mismatch and ess/ratio_clipped, over tokens of finite trajectories."""
-    ok = tokens.finite[tokens.trajectory]
+    ok = tokens.of_fresh(tokens.finite)[tokens.trajectory]
     log_ratio = tokens.log_prob - tokens.log_behaviour
     bounded = log_ratio.clamp(-20.0, 20.0)
     ratio = bounded.exp()
@@ -242,7 +247,7 @@ def measure_ratios(meter: Meter, tokens: Tokens, log_weight_cap: float | None) -
         if len(chosen):
             meter.put("is/ratio_max", chosen.max())
             meter.put("is/ratio_min", chosen.min())
-    total = tokens.sum_trajectory(log_ratio)[tokens.finite & (tokens.length > 0)]
+    total = tokens.sum_trajectory(log_ratio)[tokens.of_fresh(tokens.finite & (tokens.length > 0))]
     if len(total):
         meter.put("is/log_weight_mean", total.mean())
         meter.put("is/log_weight_std", total.std(correction=0))
@@ -259,12 +264,19 @@ def measure_lag(meter: Meter, tokens: Tokens) -> None:
     if tokens.num_tokens == 0:
         return
     lag = (tokens.columns.current_version - tokens.columns.version).double()
-    meter.put("lag/mean", lag.mean())
+    if tokens.fresh is not None:  # the pool's rows have a bound of their own
+        chosen = tokens.fresh[tokens.trajectory]
+        lag = torch.where(chosen, lag, 0.0)
+        if not bool(chosen.any()):
+            return
+        meter.put("lag/mean", mean_of(lag, chosen))
+    else:
+        meter.put("lag/mean", lag.mean())
     meter.put("lag/max", lag.max())
-    meter.put("lag/p95", quantile(lag, 0.95))
+    meter.put("lag/p95", quantile(lag if tokens.fresh is None else lag[chosen], 0.95))
     highest = segment_max(lag, tokens.trajectory, tokens.num_trajectories, empty=0.0)
     lowest = segment_min(lag, tokens.trajectory, tokens.num_trajectories, empty=0.0)
-    meter.put("lag/span", mean_of(highest - lowest, tokens.length > 0))
+    meter.put("lag/span", mean_of(highest - lowest, tokens.of_fresh(tokens.length > 0)))
 
 
 def measure_trust(meter: Meter, tokens: Tokens, trust: Trust, keep: Tensor, advantage: Tensor) -> None:
@@ -298,9 +310,10 @@ def measure_selection(meter: Meter, tokens: Tokens, selection: Selection) -> Non
 
 def measure_outcome(meter: Meter, tokens: Tokens) -> None:
     """reward/mean and len/mean, over finite trajectories. Absent where there is none: 0 would be an outcome."""
-    answered = tokens.finite & (tokens.length > 0)
-    if bool(tokens.finite.any()):
-        meter.put("reward/mean", mean_of(tokens.reward, tokens.finite))
+    finite = tokens.of_fresh(tokens.finite)
+    answered = finite & (tokens.length > 0)
+    if bool(finite.any()):
+        meter.put("reward/mean", mean_of(tokens.reward, finite))
     if bool(answered.any()):
         meter.put("len/mean", mean_of(tokens.length, answered))
 

@@ -19,6 +19,7 @@ from async_rl.objective.axes import (
     MaskSettings,
     OpobSettings,
     RatioSettings,
+    ReuseSettings,
     RewardSettings,
     SelectSettings,
     ShapeSettings,
@@ -88,6 +89,7 @@ class Recipe:
     entropy: float = setting(0.0, "weight of the entropy bonus; 0 is off")
     band: BandSettings = field(default_factory=BandSettings)
     teaching: TeachingSettings = field(default_factory=TeachingSettings)
+    reuse: ReuseSettings = field(default_factory=ReuseSettings)
     positive_nll: float = setting(
         0.0, "weight of the mean of -log pi over the tokens of trajectories with positive reward (VAPO); 0 is off"
     )
@@ -142,7 +144,7 @@ def requirements(recipe: Recipe) -> Requirements:
     moving = moving_numbers(recipe)
     trust, mask, shape = recipe.trust, recipe.mask, recipe.shape
     return Requirements(
-        proximal=recipe.ratio.denominator == "proximal" or any(kl.target == "proximal" for kl in kls),
+        proximal=recipe.ratio.denominator == "proximal" or trust.rule == "mix_ppo" or any(kl.target == "proximal" for kl in kls),
         reference=recipe.ratio.denominator == "reference"
         or any(kl.target == "reference" for kl in kls)
         or "log_reference" in asked,

@@ -69,6 +69,8 @@ class Columns:
     """names of those who speak in the batch; the empty one where a task names none"""
     noted: Noted = field(default_factory=lambda: Noted())
     """what the task noted, of the names that the recipe asks for"""
+    reused: Reused | None = None
+    """what came back from the experience pool; None: nothing did"""
     turn_pass: int | None = None
     """which turns this update is for, where a recipe updates turns one after another (turn_order.py); None: all"""
 
@@ -84,6 +86,30 @@ class Noted:
     token: Mapping[str, Tensor] = field(default_factory=dict)  # [tokens]
     weights: Mapping[str, float] = field(default_factory=dict)
     """of the parts, where they are not 1 (`task.reward_weights`)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reused:
+    """Which trajectories of a batch came back from the experience pool, and what the pool says of them."""
+
+    source: Tensor  # [trajectories] int64
+    """-1: fresh; else the query, an index into trajectory/reuse.py's SOURCES; demonstrations have a behaviour log-prob
+    of 0, which means nothing"""
+    replayed: Tensor  # [trajectories] bool
+    """sampled by an earlier policy, whose log-probs they have"""
+    demonstration: Tensor  # [trajectories] bool
+    out: Tensor  # [trajectories] bool
+    """fresh ones in whose place others are trained: they count for nothing"""
+    advantage: Tensor  # [trajectories]
+    """within their own group, when they were fresh; 0 of the others"""
+    baseline: Tensor  # [trajectories]
+    """median of the mean rewards of the newest groups"""
+    scale: Tensor  # [trajectories]
+    """median of their standard deviations"""
+
+    @property
+    def fresh(self) -> Tensor:  # [trajectories] bool
+        return self.source < 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +191,13 @@ class Tokens:
     readable: Tensor  # [I] bool: every column of its tokens is finite
     finite: Tensor  # [I] bool: and so is its reward
     rewarded: Tensor  # [I] bool: its reward is finite
+    compared: Tensor  # [I] bool: and groups' means and stds are taken over it
+    weighted: Tensor | None = None  # [I] bool: those with an importance weight in the policy term; None: all
+    fresh: Tensor | None = None  # [I] bool: those that did not come back from the pool; None: all
+
+    def of_fresh(self, chosen: Tensor) -> Tensor:
+        """The fresh ones of the chosen trajectories, [I] bool -> [I] bool."""
+        return chosen if self.fresh is None else chosen & self.fresh
 
     @property
     def num_tokens(self) -> int:
@@ -246,6 +279,13 @@ def tokens_of(columns: Columns, recipe: Recipe, need: Requirements) -> Tokens:
         assert cleaned is not None
         return cleaned
 
+    compared, weighted, fresh = rewarded, None, None
+    if (reused := columns.reused) is not None:
+        from async_rl.objective.reuse import in_policy_term, in_statistics
+
+        compared = rewarded & in_statistics(reused, recipe.reuse)
+        weighted = in_policy_term(reused, recipe.reuse) & ~reused.out & ~reused.demonstration
+        fresh = reused.fresh
     groups = int(columns.group_of_trajectory[-1]) + 1 if trajectories else 0
     proximal = columns.log_proximal if columns.log_proximal is not None else columns.log_prob
     return Tokens(
@@ -273,6 +313,9 @@ def tokens_of(columns: Columns, recipe: Recipe, need: Requirements) -> Tokens:
         readable=~broken,
         finite=finite,
         rewarded=rewarded,
+        compared=compared,
+        weighted=weighted,
+        fresh=fresh,
     )
 
 

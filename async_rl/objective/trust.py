@@ -61,7 +61,7 @@ class Trust:
 def trust(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
     """Apply the recipe's rule. advantage [T]. Every weight is finite."""
     match recipe.trust.rule:
-        case "ppo" | "clip_cov" | "kl_cov" | "sat" | "bapo" | "aspo" | "cpgd":
+        case "ppo" | "clip_cov" | "kl_cov" | "sat" | "bapo" | "aspo" | "cpgd" | "mix_ppo":
             return _surrogate(tokens, ratio, advantage, recipe)
         case "sapo" | "gbpo":
             return _gated(tokens, ratio, advantage, recipe)
@@ -370,12 +370,12 @@ def _by_task(tokens: Tokens, recipe: Recipe) -> dict[str, Tensor]:
         noted = tokens.columns.noted.trajectory.get(recipe.advantage.note)
         rejected["not_noted"] = torch.ones_like(tokens.finite) if noted is None else noted.isnan()
     if settings.drop_equal_rewards:
-        counted, reward = tokens.rewarded, tokens.reward
+        counted, reward = tokens.compared, tokens.reward
         top = segment_max(torch.where(counted, reward, -torch.inf), group, tokens.num_groups, empty=-torch.inf)
         bottom = segment_min(torch.where(counted, reward, torch.inf), group, tokens.num_groups, empty=torch.inf)
         rejected["equal_rewards"] = ~(top > bottom)[group]
     if settings.group_low > 0 or settings.group_high > 0:
-        counted = tokens.rewarded.double()
+        counted = tokens.compared.double()
         mean = (tokens.sum_group(tokens.reward * counted) / tokens.sum_group(counted).clamp(min=1.0))[group]
         above = (mean > settings.group_high) if settings.group_high > 0 else torch.zeros_like(tokens.finite)
         rejected["group_reward"] = (mean < settings.group_low) | above

@@ -339,6 +339,7 @@ class Learner:
             agent_of_turn=batch.agent_of_turn,
             agents=batch.agents,
             noted=batch.noted,
+            reused=batch.reused,
             truncated=batch.truncated,
             current_version=self.version,
             log_proximal=log_prob if start is None else start.log_prob,

@@ -29,6 +29,7 @@ from async_rl.trainer.forward import probe_log_probs
 from async_rl.trainer.inbox import Inbox, Preempted
 from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, version_of
 from async_rl.trainer.packing import pack_step
+from async_rl.trainer.reused import reuse_metrics
 from async_rl.trainer.summary import Summary, Totals, judged, mean_judged, summarise
 from async_rl.trainer.team import (
     Finish,
@@ -45,6 +46,7 @@ from async_rl.trainer.team import (
 )
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.parts import PREFIX, notes_in, part_means, parts_in
+from async_rl.trajectory.reuse import fresh_of
 from async_rl.wire import messages as msg
 from async_rl.wire.heartbeat import Activity
 
@@ -264,13 +266,15 @@ class TrainerLoop:
         """The metric row of a step; a step that was skipped is recorded as an event too."""
         report, batch = step.report, step.batch
         assert report is not None
+        fresh = fresh_of(batch.trajectories)
         row: dict[str, Any] = {
             "step": step.number,
             "time": steady_time(),
             **report.metrics,
             **step.rank_waits,
-            **_lag_split(batch.trajectories, step.number),
-            **_part_means(batch.trajectories),
+            **_lag_split(fresh, step.number),
+            **_part_means(fresh),
+            **reuse_metrics(batch.trajectories),
             "time/wait_for_batch": step.waited_s,
             "time/step": step.trained - step.started,
             "time/publish": step.published - step.trained,

@@ -34,8 +34,9 @@ from async_rl.model.tree_attention import TreeAttention
 from async_rl.model.varlen import Kernel
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import Requirements, requirements
-from async_rl.objective.tokens import Noted
+from async_rl.objective.tokens import Noted, Reused
 from async_rl.trainer.noted import noted_columns
+from async_rl.trainer.reused import reused_columns
 from async_rl.trainer.shares import Share, Sizes, Spread, cuts, plan, share_of
 from async_rl.trajectory import Trajectory, Turn
 
@@ -128,6 +129,8 @@ class PackedBatch:
     """names of those who speak; the empty one speaks where a task names none"""
     noted: Noted = field(default_factory=Noted)
     """what the tasks noted, of the names that the recipe asks for"""
+    reused: Reused | None = None
+    """what came back from the experience pool; None: nothing did"""
     share: Share | None = None
     """None: micro-batches hold the whole batch"""
     part: Callable[[Collection[int]], PackedBatch] | None = None
@@ -256,6 +259,7 @@ def pack_batch(
         share=share,
         part=partial(_part, ordered, groups.tolist(), again),
         noted=noted,
+        reused=reused_columns(ordered, device),
         micro_batches=tuple(_pack_parts(pieces, policy_of_piece, parts, device, sizes if shared else None)),
         log_behaviour=tensor(
             np.concatenate([t.log_behaviour[w] for t, w in zip(ordered, policy_positions, strict=True)]), torch.float32

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 
 PREFIX = "reward/"
+POOL_PREFIX = "pool/"
+"""of what the experience pool says of a trajectory (reuse.py)"""
 MOST_NOTES = 32
 """numbers of one trajectory that become metrics"""
 
@@ -38,7 +40,9 @@ def notes_in(info: Mapping[str, float | str]) -> dict[str, float]:
     """
     if not info:
         return {}
-    numbers = ((name, v) for name, v in info.items() if not isinstance(v, str) and not name.startswith(PREFIX))
+    numbers = (
+        (name, v) for name, v in info.items() if not isinstance(v, str) and not name.startswith((PREFIX, POOL_PREFIX))
+    )
     return {name: float(value) for name, value in islice(numbers, MOST_NOTES) if math.isfinite(value)}
 
 

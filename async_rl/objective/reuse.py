@@ -1,0 +1,180 @@
+"""Rows of a batch that came back from the experience pool: what they are compared with, and which loss they have.
+
+Formulas: docs/algorithms.md#reuse. Shapes: T policy tokens, I trajectories, G groups. A batch without such rows is
+computed as if this file did not exist.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from async_rl.objective.axes import ReuseSettings
+from async_rl.objective.recipe import Recipe
+from async_rl.objective.tokens import Reused, Tokens, segment_sum
+from async_rl.objective.trust import Selection, Trust
+
+
+def in_statistics(reused: Reused, settings: ReuseSettings) -> Tensor:
+    """Trajectories that groups' means and stds are taken over, [I] bool."""
+    if settings.statistics == "fresh":
+        return reused.fresh & ~reused.out
+    return in_policy_term(reused, settings) & ~reused.out
+
+
+def in_policy_term(reused: Reused, settings: ReuseSettings) -> Tensor:
+    """Trajectories that the policy gradient is taken of, [I] bool."""
+    found = torch.ones_like(reused.out)
+    if settings.replayed == "none":
+        found = found & ~reused.replayed
+    if settings.demonstrations == "none":
+        found = found & ~reused.demonstration
+    return found
+
+
+def reused_advantage(tokens: Tokens, per_token: Tensor, reward: Tensor, recipe: Recipe) -> Tensor:
+    """The advantage [T] with that of rows of the pool in its place. per_token [T], reward [I]."""
+    reused, settings = tokens.columns.reused, recipe.reuse
+    assert reused is not None
+    back = (~reused.fresh & tokens.finite)[tokens.trajectory]
+    own: Tensor | None = None
+    if settings.statistics == "fresh":
+        own = _against_fresh(tokens, reward, recipe)
+        per_token = torch.where(back, own[tokens.trajectory], per_token)
+    if settings.advantage == "stored":
+        own = reused.advantage.double()
+    elif settings.advantage == "recalibrated":
+        own = reward - reused.baseline.double()
+        if recipe.advantage.scale != "none":
+            own = own / reused.scale.double()
+    if own is not None and settings.advantage != "group":
+        replayed = reused.replayed[tokens.trajectory] & back
+        per_token = torch.where(replayed, own[tokens.trajectory], per_token)
+    if settings.positive_only:
+        per_token = torch.where(back, per_token.clamp(min=0.0), per_token)
+    return per_token
+
+
+def _against_fresh(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Tensor:
+    """(R - mean) / std of every trajectory against the fresh ones of its group; a std of 0 is 1 (RL-PLUS). [I]"""
+    group, num = tokens.group_of_trajectory, tokens.num_groups
+    weight = tokens.compared.to(reward.dtype)
+    count = segment_sum(weight, group, num)
+    mean = segment_sum(reward * weight, group, num) / count.clamp(min=1.0)
+    centred = reward - mean[group]
+    if recipe.advantage.scale == "none":
+        return centred
+    less = 1.0 if recipe.advantage.std == "sample" else 0.0
+    std = (segment_sum(centred.square() * weight, group, num) / (count - less).clamp(min=1.0)).sqrt()
+    return centred / (torch.where(std > 0, std, 1.0) + recipe.advantage.std_epsilon)[group]
+
+
+BY_GROUP = ("equal_rewards", "group_reward")
+"""reasons of selection that compare the rewards of a group"""
+
+
+def selected(selection: Selection, tokens: Tokens, settings: ReuseSettings) -> Selection:
+    """Fresh trajectories in whose place others are trained are left out, too; rows of the pool with an advantage of
+    their own are not compared with a group, and stay."""
+    reused = tokens.columns.reused
+    assert reused is not None
+    apart = reused.replayed if settings.advantage != "group" else torch.zeros_like(reused.out)
+    rejected = {why: mask & ~apart if why in BY_GROUP else mask for why, mask in selection.rejected.items()}
+    rejected["replaced"] = reused.out
+    keep = torch.ones_like(selection.keep)
+    for mask in rejected.values():
+        keep = keep & ~mask
+    return replace(selection, keep=keep, rejected=rejected)
+
+
+def policy_share(tokens: Tokens, recipe: Recipe) -> Tensor:
+    """What each token's policy term is multiplied with: 0 outside of it, `reuse.weight` for replayed rows. [T]"""
+    reused, settings = tokens.columns.reused, recipe.reuse
+    assert reused is not None
+    factor = in_policy_term(reused, settings).double()
+    factor = torch.where(reused.replayed, settings.weight * factor, factor)[tokens.trajectory]
+    if settings.focal > 0:
+        damped = (-torch.expm1(tokens.log_prob.clamp(max=0.0))).pow(settings.focal)
+        factor = torch.where(reused.demonstration[tokens.trajectory], factor * damped, factor)
+    return factor
+
+
+def demonstrated(tokens: Tokens, rule: Trust, settings: ReuseSettings) -> Trust:
+    """The trust rule with the weights of demonstrations: their tokens have no behaviour policy, and no clip."""
+    reused = tokens.columns.reused
+    assert reused is not None
+    if settings.demonstrations == "none" or not bool(reused.demonstration.any()):
+        return rule
+    probability = tokens.log_prob.exp()
+    match settings.demonstrations:
+        case "shaped":
+            weight = settings.shape * probability / (probability + settings.shape).square()
+        case "mixture":
+            old = tokens.log_proximal.exp()
+            weight = 2 * probability / (old + 0.5 * (old + 1))
+        case _:
+            weight = probability
+    shown = reused.demonstration[tokens.trajectory]
+    return replace(
+        rule,
+        weight=torch.where(shown, weight, rule.weight),
+        full=torch.where(shown, weight, rule.full),
+        clipped=rule.clipped & ~shown,
+        dual=rule.dual & ~shown,
+        extra=None if rule.extra is None else torch.where(shown, 0.0, rule.extra),
+    )
+
+
+def imitation(tokens: Tokens, per_token: Tensor, recipe: Recipe) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the terms of imitation add to the policy column, [T], and their metrics. per_token: advantages, [T]."""
+    reused, settings = tokens.columns.reused, recipe.reuse
+    assert reused is not None
+    ok = (tokens.finite & ~reused.out)[tokens.trajectory]
+    shown = reused.demonstration[tokens.trajectory] & ok
+    replayed = reused.replayed[tokens.trajectory] & ok
+    added = torch.zeros_like(per_token)
+    metrics: dict[str, Tensor] = {}
+    if bool(shown.any()):
+        share = shown.double() / shown.sum()
+        added = added + settings.nll * share
+        metrics["pool/nll"] = -(tokens.log_prob * share).sum()
+    if bool(replayed.any()):
+        share = replayed.double() / replayed.sum()
+        if settings.self_imitation > 0:
+            added = added + settings.self_imitation * per_token.clamp(min=0.0) * share
+        log_ratio = tokens.log_prob - tokens.log_behaviour
+        metrics["pool/advantage"] = (per_token * share).sum()
+        metrics["pool/log_ratio"] = (log_ratio * share).sum()
+        metrics["pool/log_ratio_std"] = ((log_ratio - metrics["pool/log_ratio"]).square() * share).sum().sqrt()
+    return added, metrics
+
+
+def reuse_problem(recipe: Recipe) -> str:
+    """Choices of `recipe.reuse` that exclude each other or other axes, whatever comes back; empty: none."""
+    settings, advantage = recipe.reuse, recipe.advantage
+    if settings == ReuseSettings():
+        return ""
+    if advantage.credit != "trajectory" or advantage.parts == "each":
+        if settings.advantage != "group" or settings.statistics != "all":
+            return "reuse.advantage and reuse.statistics compare outcomes; they need advantage.credit=trajectory"
+    elif settings.statistics == "fresh" and (
+        advantage.baseline != "group_mean" or advantage.scale not in ("none", "group_std")
+    ):
+        return "reuse.statistics=fresh needs advantage.baseline=group_mean and advantage.scale none or group_std"
+    if settings.advantage != "group" and advantage.baseline == "opob":
+        return f"reuse.advantage={settings.advantage} has its own baseline, which advantage.baseline=opob would find"
+    if settings.positive_only and advantage.baseline == "opob":
+        return "reuse.positive_only needs the advantage before advantage.baseline=opob is known"
+    if settings.demonstrations != "none" and recipe.correction.rule != "none":
+        return (
+            "a demonstration has no behaviour policy for correction.rule to correct from; set reuse.demonstrations=none"
+        )
+    if settings.demonstrations != "none" and recipe.ratio.level != "token":
+        return f"reuse.demonstrations={settings.demonstrations} weighs tokens; it needs ratio.level=token"
+    if settings.demonstrations == "none" and settings.focal > 0:
+        return "reuse.focal damps the policy term of demonstrations, and reuse.demonstrations=none has none"
+    if settings.replayed == "none" and settings.weight != 1.0:
+        return "reuse.weight is that of the policy term of replayed rows, and reuse.replayed=none has none"
+    return ""
