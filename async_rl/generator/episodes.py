@@ -17,6 +17,7 @@ from async_rl.generator.rollout import play_episode
 from async_rl.generator.session import EpisodeSession, Ticket, make_tickets
 from async_rl.generator.step_mark import EPISODE
 from async_rl.generator.task_code import TaskGuard, describe_error, is_ours
+from async_rl.generator.teachers import TeacherServers
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.steady_clock import steady_time
 from async_rl.task.protocol import Task
@@ -65,6 +66,8 @@ class Episodes:
     weights: Weights = field(default_factory=Weights)
     """of the named parts of a reward"""
     facilities: Facilities | None = None
+    teachers: TeacherServers | None = None
+    """servers that are asked about finished training episodes"""
 
     running: dict[Key, Episode] = field(default_factory=dict)
     recorded: dict[Key, Trajectory] = field(default_factory=dict)
@@ -147,6 +150,8 @@ class Episodes:
         EPISODE.set(key)
         try:
             trajectory, weighed = await self._play(episode, self.recorded.pop(key, None))
+            if self.teachers is not None and not episode.given_up:
+                trajectory = await self.teachers.noted(trajectory)
         except BaseException as error:
             if episode.given_up:
                 if episode.session is not None:

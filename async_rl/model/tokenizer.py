@@ -87,6 +87,16 @@ class Tokenizer:
         """The tokenizer as every process of a run uses it."""
         return cls(model.path, time=model.template_time, control_tokens=model.control_tokens)
 
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """Every token and its number, added ones included."""
+        found: Mapping[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return found
+
+    def token_text(self, token: int) -> str:
+        """A token as the vocabulary writes it; empty for a number without one."""
+        return str(self._tokenizer.id_to_token(token) or "")
+
     def encode(self, text: str, *, behind: bool = False, first: bool = False) -> list[int]:
         """Tokens of `text`. What stands in it as a special token becomes one; none is added.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from async_rl.config import Settings
 from async_rl.config.derived import task_limit_s
+from async_rl.config.teachers import TeacherSettings, teachers_of
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
 from async_rl.generator.facilities import Facilities
@@ -15,6 +16,7 @@ from async_rl.generator.group_reward import GroupJudge, Played
 from async_rl.generator.rollout import play_episode
 from async_rl.generator.session import EpisodeSession, Ticket, make_tickets
 from async_rl.generator.task_code import TaskGuard, run_to_end
+from async_rl.generator.teachers import TeacherServers
 from async_rl.model.decoder import Decoder
 from async_rl.model.huggingface import HuggingFaceDecoder
 from async_rl.model.tokenizer import Tokenizer
@@ -38,6 +40,8 @@ class Limits:
     """of the named parts of a reward"""
     task_slots: Mapping[str, int] = field(default_factory=dict)
     """sizes of the shared slots by name; they override those of the task"""
+    teachers: Mapping[str, TeacherSettings] = field(default_factory=dict)
+    """whose log-probs the recipe distils"""
 
 
 def limits_of(settings: Settings) -> Limits:
@@ -50,6 +54,7 @@ def limits_of(settings: Settings) -> Limits:
         task_timeout_s=task_limit_s(settings),
         reward_weights=settings.task.reward_weights,
         task_slots=chosen.task_slots,
+        teachers=teachers_of(settings.teachers),
     )
 
 
@@ -83,10 +88,13 @@ async def sample_episodes(
     async def group(numbers: Sequence[int]) -> dict[int, Trajectory]:
         played = await asyncio.gather(*(episode(number, tickets[number]) for number in numbers))
         judged = await judge.judge(played) if has_group_reward(task) else [one.trajectory for one in played]
+        if servers.servers:
+            judged = await asyncio.gather(*(servers.noted(trajectory) for trajectory in judged))
         on_judged(judged)
         return dict(zip(numbers, judged, strict=True))
 
     guard, weights = TaskGuard(limit_s=limits.task_timeout_s), Weights(chosen=limits.reward_weights)
+    servers = TeacherServers.of(limits.teachers)
     judge = GroupJudge(task=task, weights=weights, guard=guard, timeout_s=limits.episode_timeout_s)
     facilities = Facilities(task, limits.max_sequences, limits.task_slots)
     await facilities.open(timeout_s=limits.episode_timeout_s)

@@ -36,6 +36,7 @@ from async_rl.run.placement import (
     ways_here,
 )
 from async_rl.run.rebuilding import describe_rebuilding
+from async_rl.run.teachers import check_teachers
 from async_rl.task import Problem, Task, make_task
 from async_rl.task.problem_fields import ProblemSources, check_texts, read_sources
 from async_rl.task.rehearsed import Rehearsed
@@ -125,6 +126,7 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
         noted=task.noted,
         parts=task.reward_parts,
     )
+    notes += check_teachers(settings, recipe, tokenizer, task.noted)
     if task.credits_turns and settings.buffer.drop_zero_signal:
         raise UserError(
             f"buffer.drop_zero_signal=true would refuse every group: task '{task.name}' gives its rewards to turns, "

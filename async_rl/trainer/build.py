@@ -24,6 +24,7 @@ from async_rl.trainer.learner import Learner, LearnerOptions
 from async_rl.trainer.ranks import Ranks, is_sharded, one_rank
 from async_rl.trainer.sharding import load_sharded
 from async_rl.trainer.shares import Cost, Spread
+from async_rl.trainer.teachers import make_teachers
 
 if TYPE_CHECKING:
     from async_rl.model.huggingface import Model
@@ -58,6 +59,7 @@ def make_learner(settings: Settings, ranks: Ranks | None = None) -> Learner:
     if needs.value:
         trunk = policy_model(settings, ranks) if sharded and settings.critic.kind == "model" else None
         critic = Critic(model, settings.critic, arithmetic, ranks=ranks, trunk=trunk)
+    teachers = make_teachers(settings, arithmetic, ranks) if needs.teacher else None
     options = LearnerOptions(
         steps=settings.trainer.steps,
         optimizer=settings.optimizer,
@@ -73,6 +75,7 @@ def make_learner(settings: Settings, ranks: Ranks | None = None) -> Learner:
         options,
         reference=reference,
         critic=critic,
+        teachers=teachers,
         adapters=adapters,
         ranks=ranks,
         over=spread_over(settings, ranks),

@@ -6,7 +6,7 @@ Shapes: N tokens and t policy tokens of a micro-batch, T policy tokens of this r
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from async_rl.model.attention import DocumentAttention, Kernel
 from async_rl.trainer.packing import MicroBatch, PackedBatch
 from async_rl.trainer.ranks import free, is_sharded
-from async_rl_kernels import LogProbs, linear_logprob
+from async_rl_kernels import LogProbs, linear_logprob, min_p_log_prob
 
 if TYPE_CHECKING:
     from async_rl.model.huggingface import Model
@@ -56,17 +56,21 @@ def hidden_states(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic:
         return micro.of_policy(model(micro.tokens, micro.positions, attention, micro.predicting))
 
 
-def log_probs(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: ModelArithmetic) -> LogProbs:
-    """Log-prob, entropy and sum of squared probabilities of every policy token, [t] each."""
-    hidden, head = hidden_states(model, micro, arithmetic), model.head
-    return linear_logprob(
-        micro.stretched(hidden.to(head.dtype)),
-        head,
-        micro.targets,
-        temperature=arithmetic.temperature,
-        cap=logit_caps(model, micro),
-        products=arithmetic.products(head.device),
+def log_probs(
+    model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: ModelArithmetic, *, proxy_share: float = 0.0
+) -> LogProbs:
+    """Log-prob, entropy and sum of squared probabilities of every policy token, [t] each; with `proxy_share` the
+    log-prob under the proxy that keeps this share of the likeliest token's probability, too."""
+    hidden, head = hidden_states(model, micro, arithmetic), model.head  # a sharded head is whole behind the forward only
+    hidden = micro.stretched(hidden.to(head.dtype))
+    cap, products, temperature = logit_caps(model, micro), arithmetic.products(head.device), arithmetic.temperature
+    found = linear_logprob(hidden, head, micro.targets, temperature=temperature, cap=cap, products=products)
+    if not proxy_share:
+        return found
+    proxy = min_p_log_prob(
+        hidden, head, micro.targets, share=proxy_share, temperature=temperature, cap=cap, products=products
     )
+    return replace(found, log_proxy=proxy)
 
 
 def logit_caps(model: Model | WithoutAdapters, micro: MicroBatch) -> Tensor | None:
@@ -79,13 +83,19 @@ def logit_caps(model: Model | WithoutAdapters, micro: MicroBatch) -> Tensor | No
 
 
 @torch.no_grad()
-def batch_log_probs(model: Model | WithoutAdapters, batch: PackedBatch, arithmetic: ModelArithmetic) -> LogProbs:
+def batch_log_probs(
+    model: Model | WithoutAdapters, batch: PackedBatch, arithmetic: ModelArithmetic, *, proxy_share: float = 0.0
+) -> LogProbs:
     """The columns of this rank's share of the batch, [T] each, without gradients."""
-    parts = [own_rows(log_probs(model, micro, arithmetic), micro) for micro in batch.micro_batches]
+    parts = [
+        own_rows(log_probs(model, micro, arithmetic, proxy_share=proxy_share), micro) for micro in batch.micro_batches
+    ]
+    proxies = [p.log_proxy for p in parts if p.log_proxy is not None]
     return LogProbs(
         log_prob=torch.cat([p.log_prob for p in parts]),
         entropy=torch.cat([p.entropy for p in parts]),
         prob_square_sum=torch.cat([p.prob_square_sum for p in parts]),
+        log_proxy=torch.cat(proxies) if proxies else None,
     )
 
 
@@ -93,7 +103,13 @@ def own_rows(found: LogProbs, micro: MicroBatch) -> LogProbs:
     """The rows [t] of a micro-batch; none for a stand-in (`MicroBatch.idle`)."""
     if not micro.idle:
         return found
-    return LogProbs(log_prob=found.log_prob[:0], entropy=found.entropy[:0], prob_square_sum=found.prob_square_sum[:0])
+    proxy = None if found.log_proxy is None else found.log_proxy[:0]
+    return LogProbs(
+        log_prob=found.log_prob[:0],
+        entropy=found.entropy[:0],
+        prob_square_sum=found.prob_square_sum[:0],
+        log_proxy=proxy,
+    )
 
 
 @torch.no_grad()

@@ -55,12 +55,13 @@ class Pass:
         self.group_baselines: Tensor | None = None  # [G]
         """exact baselines, known after `backward`"""
         self._exact = TrajectoryGradient(model, arithmetic) if needs.per_trajectory_norms else None
+        share = needs.proxy_share
         if len(batch.micro_batches) > 1:
-            own = batch_log_probs(model, batch, arithmetic)
+            own = batch_log_probs(model, batch, arithmetic, proxy_share=share)
         elif self._exact is not None:
             own = own_rows(self._exact.forward(batch.micro_batches[0]), batch.micro_batches[0])
         else:
-            self._graph = log_probs(model, batch.micro_batches[0], arithmetic)
+            self._graph = log_probs(model, batch.micro_batches[0], arithmetic, proxy_share=share)
             own = own_rows(self._graph, batch.micro_batches[0])
         self.log_probs = whole_log_probs(own, batch, ranks)
 

@@ -38,6 +38,7 @@ from async_rl.trainer.ranks import (
     whole_log_probs,
 )
 from async_rl.trainer.shares import Spread
+from async_rl.trainer.teachers import Teachers
 from async_rl.trainer.updates import Part, Start, Taken, kl_moved, parts_of
 from async_rl_kernels import LogProbs
 
@@ -108,6 +109,7 @@ class Learner:
         *,
         reference: Model | WithoutAdapters | None = None,
         critic: Critic | None = None,
+        teachers: Teachers | None = None,
         adapters: Adapters | None = None,
         ranks: Ranks | None = None,
         over: Spread | None = None,
@@ -123,6 +125,7 @@ class Learner:
         self._objective = objective_of(recipe)
         self.reference = reference
         self.critic = critic
+        self.teachers = teachers
         self.adapters = adapters
         self.version = 0
         self.given_up = 0
@@ -131,6 +134,7 @@ class Learner:
         """factor on the policy's learning rate, since then"""
         self.state = ObjectiveState()
         assert reference is not None or not self.needs.reference, "this recipe needs a reference model"
+        assert teachers is not None or not self.needs.teacher, "this recipe needs teachers"
         assert critic is not None or not self.needs.value, "this recipe needs a critic"
         self.optimizer = make_optimizer(model, options.optimizer)
 
@@ -306,11 +310,14 @@ class Learner:
 
     def _start(self, batch: PackedBatch) -> Start:
         """The batch under the weights before the first of several minibatches."""
-        own = batch_log_probs(self.model, batch, self.options.arithmetic)
+        own = batch_log_probs(self.model, batch, self.options.arithmetic, proxy_share=self.needs.proxy_share)
         free(self.model)
+        whole = whole_log_probs(own, batch, self.ranks)
         return Start(
-            log_prob=whole_log_probs(own, batch, self.ranks).log_prob,
+            log_prob=whole.log_prob,
+            log_proxy=whole.log_proxy,
             log_reference=self._log_reference(batch),
+            log_teacher=self._log_teacher(batch),
             value=None if self.critic is None else self.critic.values(batch),
         )
 
@@ -321,6 +328,9 @@ class Learner:
         own = batch_log_probs(self.reference, batch, self.options.arithmetic)
         free(self.reference)
         return whole_log_probs(own, batch, self.ranks).log_prob
+
+    def _log_teacher(self, batch: PackedBatch) -> Tensor | None:  # [T]
+        return self.teachers.log_probs(batch) if self.teachers is not None and self.needs.teacher else None
 
     def _columns(self, batch: PackedBatch, log_probs: LogProbs, start: Start | None) -> Columns:
         """The batch under the current weights. `start`: its columns at the start of the step; None: the same."""
@@ -344,6 +354,8 @@ class Learner:
             current_version=self.version,
             log_proximal=log_prob if start is None else start.log_prob,
             log_reference=self._log_reference(batch) if start is None else start.log_reference,
+            log_teacher=self._log_teacher(batch) if start is None else start.log_teacher,
+            log_proxy=log_probs.log_proxy if start is None else start.log_proxy,
             value=value,
             value_before=value if start is None else start.value,
             entropy=log_probs.entropy.detach(),

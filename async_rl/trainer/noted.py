@@ -1,4 +1,4 @@
-"""What the tasks of a batch noted, as columns by name (`objective.Noted`)."""
+"""What the tasks of a batch noted, as columns by name (`objective.Noted`), and which teachers speak of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from async_rl.config.teachers import TeacherSettings
 from async_rl.objective.recipe import Requirements
 from async_rl.objective.tokens import Noted
 from async_rl.trajectory import Trajectory
@@ -33,6 +34,17 @@ def noted_columns(
         if any(name in dict(one.token_notes) for t in ordered for one in t.turns):
             token[name] = _tensor((_of_tokens(t, name) for t in ordered), device)
     return Noted(trajectory=trajectory, turn=turn, token=token, weights=dict(weights) if needs.parts else {})
+
+
+def taught(
+    trajectories: Sequence[Trajectory], teachers: Mapping[str, TeacherSettings], device: str | torch.device
+) -> dict[str, Tensor]:
+    """Name -> whether the teacher speaks of each trajectory, [I] bool; only of those that do not speak of all."""
+    return {
+        name: torch.tensor([teacher.speaks_of(t.info) for t in trajectories], dtype=torch.bool, device=device)
+        for name, teacher in teachers.items()
+        if teacher.only
+    }
 
 
 def _number(value: float | str | None) -> float:

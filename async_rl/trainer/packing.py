@@ -15,6 +15,7 @@ several tokens then, one for each document that goes on from it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from async_rl.config import Settings
+from async_rl.config.teachers import NOTE, TeacherSettings, teachers_of
 from async_rl.errors import RunFailed
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Attention
@@ -35,7 +37,7 @@ from async_rl.model.varlen import Kernel
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import Requirements, requirements
 from async_rl.objective.tokens import Noted, Reused
-from async_rl.trainer.noted import noted_columns
+from async_rl.trainer.noted import noted_columns, taught
 from async_rl.trainer.reused import reused_columns
 from async_rl.trainer.shares import Share, Sizes, Spread, cuts, plan, share_of
 from async_rl.trajectory import Trajectory, Turn
@@ -131,6 +133,8 @@ class PackedBatch:
     """what the tasks noted, of the names that the recipe asks for"""
     reused: Reused | None = None
     """what came back from the experience pool; None: nothing did"""
+    taught: Mapping[str, Tensor] = field(default_factory=dict)  # [I] bool
+    """which trajectories a teacher speaks of, for teachers that do not speak of all"""
     share: Share | None = None
     """None: micro-batches hold the whole batch"""
     part: Callable[[Collection[int]], PackedBatch] | None = None
@@ -187,6 +191,9 @@ def pack_step(
         raise RunFailed("the batch holds no usable trajectory")
     chosen = settings.trainer
     needs = requirements(load_recipe(settings.recipe)) if needs is None else needs
+    teachers = teachers_of(settings.teachers) if needs.teacher else {}
+    if asked := [NOTE + name for name, teacher in teachers.items() if teacher.address]:
+        needs = dataclasses.replace(needs, noted=needs.noted.union(asked))
     apart = needs.per_trajectory_norms
     if whole is None:
         whole = apart or not any(t.contexts for t in usable)
@@ -200,6 +207,7 @@ def pack_step(
         apart=apart,
         needs=needs,
         reward_weights=settings.task.reward_weights,
+        teachers=teachers,
     )
 
 
@@ -214,6 +222,7 @@ def pack_batch(
     apart: bool = False,
     needs: Requirements | None = None,
     reward_weights: Mapping[str, float] | None = None,
+    teachers: Mapping[str, TeacherSettings] | None = None,
 ) -> PackedBatch:
     """Sort trajectories by group and sample, and pack them into micro-batches of at most `micro_batch_tokens` rows.
 
@@ -253,13 +262,14 @@ def pack_batch(
         noted = noted_columns(ordered, needs, reward_weights or {}, device)
     again = partial(
         pack_batch, micro_batch_tokens=micro_batch_tokens, device=device, over=over, whole=whole, shared=shared,
-        apart=apart, needs=needs, reward_weights=reward_weights,
+        apart=apart, needs=needs, reward_weights=reward_weights, teachers=teachers,
     )  # fmt: skip
     return PackedBatch(
         share=share,
         part=partial(_part, ordered, groups.tolist(), again),
         noted=noted,
         reused=reused_columns(ordered, device),
+        taught=taught(ordered, teachers or {}, device),
         micro_batches=tuple(_pack_parts(pieces, policy_of_piece, parts, device, sizes if shared else None)),
         log_behaviour=tensor(
             np.concatenate([t.log_behaviour[w] for t, w in zip(ordered, policy_positions, strict=True)]), torch.float32

@@ -196,9 +196,10 @@ def whole_log_probs(own: LogProbs, batch: PackedBatch, ranks: Ranks) -> LogProbs
     """Columns [T] of the batch from those of this rank; `own` itself where this rank has the whole batch."""
     if batch.share is None:
         return own
-    rows = torch.stack([own.log_prob.detach(), own.entropy.detach(), own.prob_square_sum], 1)
-    log_prob, entropy, square = whole_column(rows, batch, ranks).T.contiguous()
-    return LogProbs(log_prob=log_prob, entropy=entropy, prob_square_sum=square)
+    columns = [own.log_prob.detach(), own.entropy.detach(), own.prob_square_sum]
+    columns += [] if own.log_proxy is None else [own.log_proxy]
+    log_prob, entropy, square, *proxy = whole_column(torch.stack(columns, 1), batch, ranks).T.contiguous()
+    return LogProbs(log_prob=log_prob, entropy=entropy, prob_square_sum=square, log_proxy=proxy[0] if proxy else None)
 
 
 def whole_trajectories(own: Tensor, batch: PackedBatch, ranks: Ranks) -> Tensor:
@@ -258,6 +259,11 @@ def clip_gradient(parameters: Sequence[nn.Parameter], limit: float, ranks: Ranks
 def full(tensor: Tensor) -> Tensor:
     """A parameter or moment as one tensor of its whole shape; a collective where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a parameter; the whole of it where it is not sharded. Writing into it changes that."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -38,11 +38,19 @@ class Start:
     log_prob: Tensor  # [T]
     log_reference: Tensor | None  # [T]
     value: Tensor | None  # [T]
+    log_teacher: Tensor | None = None  # [T]
+    log_proxy: Tensor | None = None  # [T]
 
     @staticmethod
     def of(columns: Columns) -> Start:
         """Columns of the whole batch as the first update has them."""
-        return Start(log_prob=columns.log_prob, log_reference=columns.log_reference, value=columns.value)
+        return Start(
+            log_prob=columns.log_prob,
+            log_reference=columns.log_reference,
+            value=columns.value,
+            log_teacher=columns.log_teacher,
+            log_proxy=columns.log_proxy,
+        )
 
     def rows(self, part: Part) -> Start:
         """Those of a minibatch."""
@@ -56,6 +64,8 @@ class Start:
             log_prob=self.log_prob[part.rows],
             log_reference=chosen(self.log_reference),
             value=chosen(self.value),
+            log_teacher=chosen(self.log_teacher),
+            log_proxy=chosen(self.log_proxy),
         )
 
 

@@ -7,6 +7,7 @@ says "triton".
 """
 
 from async_rl_kernels.logprob import LogProbs, linear_logprob
+from async_rl_kernels.min_p import min_p_log_prob
 from async_rl_kernels.product import backend
 
-__all__ = ["LogProbs", "backend", "linear_logprob"]
+__all__ = ["LogProbs", "backend", "linear_logprob", "min_p_log_prob"]

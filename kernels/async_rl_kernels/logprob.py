@@ -38,6 +38,7 @@ class LogProbs:
     log_prob: Tensor  # [T]
     entropy: Tensor  # [T], nats
     prob_square_sum: Tensor  # [T], sum over the vocabulary of pi^2
+    log_proxy: Tensor | None = None  # [T], of min_p.min_p_log_prob, not differentiable; None: not asked for
 
 
 def linear_logprob(

@@ -26,6 +26,18 @@ def linear_logprob(
     return chosen, -(probs * log_probs).sum(-1), probs.square().sum(-1)
 
 
+def min_p_log_prob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, share: float, temperature: float = 1.0
+) -> Tensor:
+    """Log-prob of `targets` when only tokens of at least `share` of the largest probability are kept; -inf for others.
+
+    hidden [tokens, hidden], weight [vocabulary, hidden], targets [tokens] int64; returns [tokens].
+    """
+    probs = torch.softmax(hidden @ weight.T / temperature, dim=-1)
+    kept = torch.where(probs >= share * probs.amax(-1, keepdim=True), probs, 0.0)
+    return (kept / kept.sum(-1, keepdim=True)).gather(-1, targets[:, None]).squeeze(-1).log()
+
+
 def segmented_weight_grad(
     activations: Tensor, gradients: Tensor, lengths: Sequence[int], multipliers: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
