@@ -4,7 +4,7 @@
 
 Each machine has one line, as fast in as out; a message takes its bytes over the sender's line, one after another, and
 the latency. The server (weights/stream.py `Shelf`), relays (weights/relay.py) and readers are those of the product;
-only their chunks are short, and count as 1 MB each. Printed: seconds until the last machine has the version whole, against
+only their chunks are short, and count as 1 MB each. Printed: seconds until the last machine has the version, against
 
 - one server: machines x bytes / line
 - the bound: bytes / line, plus what a chunk takes over each hop of the chain: no way of sending is faster than one copy
