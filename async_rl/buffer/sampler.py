@@ -14,15 +14,12 @@ from hashlib import blake2b
 from itertools import accumulate
 from math import ceil, exp, inf, log, sqrt
 from random import Random
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from msgspec import Struct
 
 from async_rl.config.sampler import SamplerSettings
 from async_rl.task.order import PromptOrder
-
-if TYPE_CHECKING:
-    from async_rl.buffer.sampler_statistics import Evidence, Statistics
 
 GVM_ALPHA, GVM_BETA = 1e-3, 2.0
 """of GVM-RAFT (2505.02391)"""
@@ -68,6 +65,63 @@ class SamplerRules:
     """number of the source of each problem; empty: none are told apart"""
 
 
+@dataclass(slots=True, kw_only=True)
+class Evidence:
+    """What is known of one problem. Counts are as of `version`; older ones have faded until then."""
+
+    attempts: float = 0.0
+    successes: float = 0.0
+    """of attempts without a start"""
+    tokens: float = 0.0
+    """mean policy tokens of an attempt"""
+    seen: int = 0
+    """attempts, with a start or without, that nothing faded"""
+    version: int = 0
+    """of the last attempt"""
+    turns: int = 0
+    """of the longest success"""
+    success: tuple[int, int] | None = None
+    """(group, sample) of the newest success without a start"""
+    failure: tuple[int, int] | None = None
+    """(group, sample) of the newest attempt without a start that did not succeed"""
+
+
+class Known(Protocol):
+    """All that decisions depend on, beside seed, position and version; implemented by
+    `sampler_statistics.Statistics`."""
+
+    outcomes: int
+    """groups that have ended"""
+    decided: int
+    """groups, those of further attempts left out"""
+    mean_weight: float
+    """running mean of GVM's weight over the decisions; 0: before the first"""
+
+    def evidence(self, problem: int) -> Evidence | None:
+        """Of a problem that was tried."""
+        ...
+
+    def counted(self, problem: int, version: int) -> tuple[float, float]:
+        """(attempts, successes) of a problem, as far as they count for a generator that holds `version`."""
+        ...
+
+    def beta(self, problem: int, version: int) -> tuple[float, float]:
+        """What is believed of its success: parameters of a Beta distribution."""
+        ...
+
+    def estimate(self, problem: int, version: int) -> float:
+        """Mean of that distribution."""
+        ...
+
+    def asked(self, source: int) -> int:
+        """Groups decided of a source."""
+        ...
+
+    def advantage(self, source: int) -> float:
+        """Mean |advantage| of a source's newest groups."""
+        ...
+
+
 def uniform(seed: int, position: int, what: str) -> float:
     """A number in [0, 1) that depends on these alone, in every version of every library."""
     digest = blake2b(f"{seed}:{position}:{what}".encode(), digest_size=8).digest()
@@ -91,7 +145,7 @@ class Sampler:
             members[source].append(problem)
         self.of_source = [(some, PromptOrder(len(some), rules.seed)) for some in members]
 
-    def decide(self, position: int, version: int, known: Statistics) -> Decision:
+    def decide(self, position: int, version: int, known: Known) -> Decision:
         """The group at `position`, begun by a generator that holds `version`."""
         problem = self._problem(position, version, known)
         evidence = known.evidence(problem)
@@ -107,7 +161,7 @@ class Sampler:
 
     # ------------------------------------------------------------- which problem
 
-    def _problem(self, position: int, version: int, known: Statistics) -> int:
+    def _problem(self, position: int, version: int, known: Known) -> int:
         chosen = self.rules.chosen
         match chosen.choose:
             case "order":
@@ -137,7 +191,7 @@ class Sampler:
         p = random.betavariate(a, b)
         return p * (1 - p) if self.rules.chosen.value == "variance" else p * (1 - p) ** 2
 
-    def _of_source(self, position: int, known: Statistics) -> int:
+    def _of_source(self, position: int, known: Known) -> int:
         """The next problem of a source that is drawn by its upper confidence bound."""
         bounds = [self.bound(source, known) for source in range(len(self.of_source))]
         temperature = self.rules.chosen.ucb_temperature
@@ -150,7 +204,7 @@ class Sampler:
         members, order = self.of_source[source]
         return members[order(known.asked(source))]
 
-    def bound(self, source: int, known: Statistics) -> float:
+    def bound(self, source: int, known: Known) -> float:
         """Upper confidence bound of a source's mean |advantage| (DUMP, 2504.09710). One without a finished group comes
         first, as often as another one may have been asked meanwhile."""
         asked = known.asked(source)
@@ -160,7 +214,7 @@ class Sampler:
 
     # ----------------------------------------------------- how many, how long, from where
 
-    def _samples(self, estimate: float, known: Statistics) -> int:
+    def _samples(self, estimate: float, known: Known) -> int:
         chosen, size = self.rules.chosen, self.rules.group_size
         match chosen.samples:
             case "fixed":
@@ -178,7 +232,7 @@ class Sampler:
             return 0
         return ceil(evidence.turns * self.rules.chosen.turns_slack - 1e-9)
 
-    def _start(self, position: int, problem: int, version: int, known: Statistics) -> StartChoice | None:
+    def _start(self, position: int, problem: int, version: int, known: Known) -> StartChoice | None:
         chosen, seed = self.rules.chosen, self.rules.seed
         if chosen.start == "none":
             return None

@@ -5,6 +5,7 @@ Who waits for whom: nobody. A decision is stored with its group before the permi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -109,14 +110,12 @@ class Feedback:
         for outcome in outcomes:
             self.known.add(outcome)
 
-    def _by_source(self, decided: Sequence[Decision]) -> Mapping[int, float]:
+    def _by_source(self, decided: Sequence[Decision]) -> Mapping[str, float]:
         """Share of a batch's groups that each source has; empty where sources are not told apart."""
         if not self.rules.sources:
             return {}
-        found = dict.fromkeys(range(len(self.known.sources)), 0.0)
-        for decision in decided:
-            found[self.rules.sources[decision.problem]] += 1 / len(decided)
-        return found
+        counts = Counter(self.rules.sources[decision.problem] for decision in decided)
+        return {str(source): counts[source] / len(decided) for source in range(len(self.known.sources))}
 
 
 def outcome_of(group: Group, number: int, success: float) -> Outcome:

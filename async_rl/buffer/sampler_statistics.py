@@ -12,7 +12,7 @@ from math import sqrt
 
 from msgspec import Struct
 
-from async_rl.buffer.sampler import Decision, SamplerRules, gvm_weight
+from async_rl.buffer.sampler import Decision, Evidence, SamplerRules, gvm_weight
 
 MEMORY = 0.01
 """weight of the newest decision in a running mean; a plain mean while fewer than 1 / this are in it"""
@@ -40,27 +40,6 @@ class Outcome(Struct, frozen=True, kw_only=True, gc=False):
     """the lowest sample that succeeded; -1: none"""
     failure: int = -1
     """the lowest attempt that did not; -1: none"""
-
-
-@dataclass(slots=True, kw_only=True)
-class Evidence:
-    """What is known of one problem. Counts are as of `version`; older ones have faded until then."""
-
-    attempts: float = 0.0
-    successes: float = 0.0
-    """of attempts without a start"""
-    tokens: float = 0.0
-    """mean policy tokens of an attempt"""
-    seen: int = 0
-    """attempts, with a start or without, that nothing faded"""
-    version: int = 0
-    """of the last attempt"""
-    turns: int = 0
-    """of the longest success"""
-    success: tuple[int, int] | None = None
-    """(group, sample) of the newest success without a start"""
-    failure: tuple[int, int] | None = None
-    """(group, sample) of the newest attempt without a start that did not succeed"""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -15,21 +15,27 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+from async_rl.buffer.build import make_sampler
+from async_rl.buffer.sampler import SamplerRules
 from async_rl.buffer.store_reader import BatchRow, GroupRow, StoreReader
 from async_rl.config import Settings
 from async_rl.errors import UserError
 from async_rl.events import EvaluationReported, EventRow, GeneratorQuarantined
+from async_rl.observe.audit_sampler import check_decisions
 from async_rl.run_folder import Rollback, RunFolder, read_rollback, read_rows
-from async_rl.task import make_task
+from async_rl.task import Task, make_task
 from async_rl.task.order import PromptOrder
+from async_rl.task.problem_fields import read_sources
 from async_rl.trainer.manifest import damage_of, list_checkpoints, version_of
 from async_rl.trajectory.codec import WireError, unpack
 
-Kind = Literal["lost", "duplicated", "stale", "order", "batch", "evaluation", "checkpoint", "record", "fabricated"]
+Kind = Literal[
+    "lost", "duplicated", "stale", "order", "decision", "batch", "evaluation", "checkpoint", "record", "fabricated"
+]
 """lost: admitted or stored, but in no batch, not refused and not to come; duplicated: in two batches, or both trained
-and refused; stale: a token beyond max_staleness; order: a gap in the prompt order; batch: not formed exactly once, or
-not of `groups_per_step` groups; fabricated: trained although its generator was known to lie; the others name the thing
-that is not whole"""
+and refused; stale: a token beyond max_staleness; order: a gap in the prompt order; decision: a group that the sampler
+would not have chosen; batch: not formed exactly once, or not of `groups_per_step` groups; fabricated: trained although
+its generator was known to lie; the others name the thing that is not whole"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +60,20 @@ class Promise:
     """groups that may be neither trained nor refused: as many as there are slots"""
     problem_at: Callable[[int], int]
     """the prompt order: position -> problem"""
+    sampler: SamplerRules | None = None
+    """what chooses problems and sizes in its place"""
+    sizes: Mapping[int, int] = field(default_factory=dict)
+    """group -> trajectories, where the sampler chose them"""
     steps: int | None
     """training steps of a finished run; None: the run was stopped before its end"""
     evaluation_size: int
     """trajectories of one evaluation"""
     went_back: int = 0
     """the version at which the run went back; from there on no token of an older version is trained. 0: it never did"""
+
+    def size(self, group: int) -> int:
+        """Trajectories of a group."""
+        return self.sizes.get(group, self.group_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,10 +156,16 @@ def promise_of(settings: Settings, *, finished: bool, back: Rollback | None = No
         max_staleness=settings.staleness.max_staleness,
         most_waiting=(settings.staleness.max_staleness + 1) * batch.groups_per_step,
         problem_at=PromptOrder(len(task.problems("train")), settings.seed),
+        sampler=make_sampler(settings, len(task.problems("train")), _sources(settings, task)),
         steps=settings.trainer.steps if finished else None,
         evaluation_size=problems * evaluation.samples,
         went_back=back.at if back is not None else 0,
     )
+
+
+def _sources(settings: Settings, task: Task) -> Sequence[int]:
+    """Number of the source of each training problem, where the sampler chooses among them."""
+    return read_sources(task, settings.sampler.source_field).numbers if settings.sampler.choose == "ucb" else ()
 
 
 def _refuse_running(folder: RunFolder) -> None:
@@ -163,12 +183,15 @@ def _refuse_running(folder: RunFolder) -> None:
 
 def audit_store(store: StoreReader, promise: Promise) -> Audit:
     """Check the groups, batches and tokens of a store against what was promised."""
+    decided = list(store.decisions())
+    promise = dataclasses.replace(promise, sizes={one.group: one.decision.samples for one in decided})
     rows = list(store.groups())
     batches = list(store.batches())
     groups = {row.group: row for row in rows if row.split == "train"}
     violations = [
         *_check_numbers(rows),
         *_check_order(list(groups.values()), promise),
+        *[Violation(kind="decision", what=what) for what in check_decisions(store, groups, decided, promise.sampler)],
         *_check_batches(batches, groups, promise, store.consumed_step()),
         *_check_fates(store, list(groups.values()), batches, promise),
     ]
@@ -207,7 +230,7 @@ def _check_order(rows: Sequence[GroupRow], promise: Promise) -> Iterator[Violati
     begun = 0
     last: dict[int, GroupRow] = {}
     for row in rows:
-        if row.problem != (expected := promise.problem_at(max(row.position, 0))):
+        if promise.sampler is None and row.problem != (expected := promise.problem_at(max(row.position, 0))):
             yield Violation(
                 kind="order",
                 what=f"group {row.group} has problem {row.problem}; at its position, {row.position}, the prompt order "
@@ -308,7 +331,7 @@ def _last_step_of(store: StoreReader, row: GroupRow, promise: Promise) -> int:
     known once all samples are stored; until then the version the group was admitted with stands for it."""
     found = list(store.trajectories_of(row.group))
     versions = [t.version_min for t in found if t.version_min >= 0]
-    oldest = min(versions) if versions and len(found) >= promise.group_size else row.admitted_version
+    oldest = min(versions) if versions and len(found) >= promise.size(row.group) else row.admitted_version
     return max(oldest, row.admitted_version) + promise.max_staleness
 
 
@@ -361,13 +384,13 @@ class _TokenCheck:
     ) -> Iterator[Violation]:
         """Each group of the batch has each of its samples once."""
         for group, found in samples.items():
-            missing = [sample for sample in range(promise.group_size) if not found[sample]]
+            missing = [sample for sample in range(promise.size(group)) if not found[sample]]
             if missing:
                 yield Violation(
                     kind="lost", what=f"group {group} of step {batch.step} lacks its samples {_listed(missing)}"
                 )
             for sample, times in found.items():
-                if times > 1 or sample >= promise.group_size or (group, sample) in self.seen:
+                if times > 1 or sample >= promise.size(group) or (group, sample) in self.seen:
                     yield Violation(
                         kind="duplicated",
                         what=f"sample {sample} of group {group} is trained at step {batch.step} and once more",

@@ -8,34 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One key of a metric row. Example: `Metric("lag/max", "steps", "largest v − v_t")`."""
-
-    key: str
-    """may be a pattern: `reject/<reason>/tokens`"""
-    unit: str
-    """empty: it has none"""
-    meaning: str
-    """Markdown, in the symbols of `INTRODUCTION`"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """Metrics that are explained together."""
-
-    title: str
-    before: str = ""
-    """Markdown between the title and the table"""
-    metrics: tuple[Metric, ...]
-    after: str = ""
-    """Markdown behind the table"""
-
+from async_rl.observe.glossary_sampler import SAMPLER
+from async_rl.observe.metric import Metric, Section
 
 INTRODUCTION = """\
 One row a training step in `metrics.jsonl`. Sums and means run over the policy tokens of the **whole** optimizer
@@ -458,6 +435,7 @@ stale data.""",
             Metric("drop/trained_<bucket>", "trajectories", "trained trajectories by policy tokens"),
         ),
     ),
+    SAMPLER,
     Section(
         title="Flow",
         metrics=(
