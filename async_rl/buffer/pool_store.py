@@ -16,28 +16,28 @@ from async_rl.trajectory.codec import pack, unpack
 from async_rl.trajectory.reuse import Drawn, Reuse, without_effect
 from async_rl.trajectory.types import Trajectory
 
-POOL_TABLES = """
-CREATE TABLE IF NOT EXISTS reused (
+POOL_TABLES = (
+    """CREATE TABLE IF NOT EXISTS reused (
     step INTEGER, place INTEGER,  -- order behind the fresh trajectories of the batch
     source TEXT, group_id INTEGER, sample INTEGER,  -- of the stored trajectory; of a demonstration 0 and its number
     as_group INTEGER, as_sample INTEGER,  -- in this batch
     uses INTEGER, age INTEGER,  -- with this time; steps
     advantage REAL, baseline REAL, scale REAL,
     PRIMARY KEY (step, place)
-);
-CREATE INDEX IF NOT EXISTS reused_by_group ON reused (group_id);
-CREATE TABLE IF NOT EXISTS without_effect (
+)""",
+    "CREATE INDEX IF NOT EXISTS reused_by_group ON reused (group_id)",
+    """CREATE TABLE IF NOT EXISTS without_effect (
     step INTEGER, group_id INTEGER, sample INTEGER,  -- fresh trajectories whose place rows of the pool have
     PRIMARY KEY (step, group_id, sample)
-);
-CREATE TABLE IF NOT EXISTS demonstrations (
+)""",
+    """CREATE TABLE IF NOT EXISTS demonstrations (
     number INTEGER PRIMARY KEY, problem INTEGER, reward REAL, payload BLOB
-);
-CREATE TABLE IF NOT EXISTS pool_payloads (
+)""",
+    """CREATE TABLE IF NOT EXISTS pool_payloads (
     group_id INTEGER, sample INTEGER, payload BLOB,  -- whole, where that of the batch is deleted
     PRIMARY KEY (group_id, sample)
-);
-"""
+)""",
+)
 _REUSED = "source, group_id, sample, as_group, as_sample, uses, age, advantage, baseline, scale"
 _FIELDS = ("source", "group", "sample", "as_group", "as_sample", "uses", "age", "advantage", "baseline", "scale")
 
@@ -132,9 +132,8 @@ class PoolWriter(PoolReader):
 
     def make_pool(self) -> None:
         """The tables, if they are not there."""
-        for statement in POOL_TABLES.split(";"):
-            if statement.strip():
-                self._write(statement, ())
+        for statement in POOL_TABLES:
+            self._write(statement, ())
 
     def add_reused(self, step: int, drawn: Drawn) -> None:
         """These come back in the batch of `step`, which is formed in the same commit."""

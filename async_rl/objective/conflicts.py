@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import get_args
 
+from async_rl.config.pool import PoolSettings
 from async_rl.errors import UserError, nearest
 from async_rl.objective.axes import EssSettings, KlSettings, ShapeSettings
 from async_rl.objective.own import is_own_function
 from async_rl.objective.recipe import Measured, Recipe, kl_terms, moving_numbers
-from async_rl.objective.reuse import reuse_problem
+from async_rl.objective.reuse import reuse_effect_problem, reuse_problem
 from async_rl.objective.schedule import scheduled
 
 SIGN_FREE = ("none", "truncate", "interval", "cispo", "damp", "m2po_all")
@@ -50,10 +51,12 @@ def check_effect(
     credits_turns: bool = False,
     noted: Sequence[str] | None = None,
     parts: Sequence[str] | None = None,
+    pool: PoolSettings | None = None,
 ) -> list[str]:
     """Refuse a recipe that would have no effect in this set-up; notes on what is allowed but idle.
 
-    single_turn, credits_turns, noted (names of its notes), parts (of its reward): of the task; None: not known.
+    single_turn, credits_turns, noted (names of its notes), parts (of its reward): of the task; None: not known. pool: of
+    the run; None: not known.
 
     Raises UserError with the reason and the remedy.
     """
@@ -62,6 +65,7 @@ def check_effect(
     check_recipe(recipe)
     problem = _setup_problem(recipe, group_size, updates_per_batch, has_critic)
     problem = problem or _names_problem(recipe, noted, parts)
+    problem = problem or ("" if pool is None else reuse_effect_problem(recipe, pool))
     if not problem and single_turn and recipe.turn_order != "together":
         problem = f"turn_order={recipe.turn_order} does nothing on a task of single turns; take turn_order=together"
     if not problem and credits_turns and recipe.advantage.credit == "trajectory":

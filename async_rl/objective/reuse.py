@@ -6,15 +6,20 @@ computed as if this file did not exist.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
+from async_rl.config.pool import PoolSettings
 from async_rl.objective.axes import ReuseSettings
-from async_rl.objective.recipe import Recipe
+from async_rl.objective.recipe import Recipe, moving_numbers
 from async_rl.objective.tokens import Reused, Tokens, segment_sum
 from async_rl.objective.trust import Selection, Trust
+
+OF_REPLAYED = ("replayed", "weight", "advantage", "self_imitation")
+OF_DEMONSTRATIONS = ("demonstrations", "shape", "focal", "nll")
+"""settings of recipe.reuse that are for the one and for the other"""
 
 
 def in_statistics(reused: Reused, settings: ReuseSettings) -> Tensor:
@@ -177,4 +182,34 @@ def reuse_problem(recipe: Recipe) -> str:
         return "reuse.focal damps the policy term of demonstrations, and reuse.demonstrations=none has none"
     if settings.replayed == "none" and settings.weight != 1.0:
         return "reuse.weight is that of the policy term of replayed rows, and reuse.replayed=none has none"
+    return ""
+
+
+def reuse_effect_problem(recipe: Recipe, pool: PoolSettings) -> str:
+    """Why the recipe and what the run's pool gives do not fit; empty: they do."""
+    settings, plain = recipe.reuse, ReuseSettings()
+    changed = [one.name for one in fields(ReuseSettings) if getattr(settings, one.name) != getattr(plain, one.name)]
+    moving = {name.removeprefix("reuse.") for name in moving_numbers(recipe) if name.startswith("reuse.")}
+    if pool.source == "none":
+        return f"reuse.{changed[0]} does nothing with pool.source=none; see pool.source" if changed else ""
+    shown = pool.source == "demonstrations"
+    idle = [name for name in changed if name in (OF_REPLAYED if shown else OF_DEMONSTRATIONS)]
+    if idle:
+        return f"reuse.{idle[0]} does nothing with pool.source={pool.source}; leave it out"
+    if shown and settings.demonstrations == "none" and not settings.nll and "nll" not in moving:
+        return "pool.source=demonstrations would change nothing: set reuse.nll, or reuse.demonstrations"
+    imitates = settings.self_imitation > 0 or "self_imitation" in moving
+    if not shown and settings.replayed == "none" and not imitates:
+        return f"pool.source={pool.source} would change nothing: reuse.replayed=none and reuse.self_imitation=0"
+    trained = settings.demonstrations != "none" if shown else settings.replayed != "none" or imitates
+    grouped = recipe.advantage.credit in ("trajectory", "token_return") and recipe.advantage.baseline not in (
+        "none",
+        "noted",
+    )
+    alone = pool.place in ("extra", "instead") and pool.source != "groups"
+    if trained and grouped and alone and settings.advantage == "group" and settings.statistics == "all":
+        return (
+            f"pool.place={pool.place} gives rows that are compared with nothing, so that their advantage is 0; set "
+            + ("pool.place=join, or reuse.nll alone" if shown else "reuse.advantage=stored or recalibrated")
+        )
     return ""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from async_rl.buffer.demonstrations import Shown, write_demonstrations
 from async_rl.config import Settings
 from async_rl.config.schema import to_yaml
 from async_rl.config.sources import read_sources, sources_of, write_sources
@@ -118,7 +119,7 @@ class Launcher:
         facts = preflight(self.settings, resumed=self.start_at is not None)
         self.settings, self.not_adapted = facts.settings, facts.not_adapted
         endpoint = self.endpoint()
-        self.open_folder(facts.inputs)
+        self.open_folder(facts.inputs, facts.demonstrations)
         self.crew = Crew(
             self.folder,
             Vitals(self.settings.wire.frozen_after_s),
@@ -194,7 +195,7 @@ class Launcher:
         self.clean(endpoint)
         self.console.stop()
 
-    def open_folder(self, inputs: Inputs) -> None:
+    def open_folder(self, inputs: Inputs, demonstrations: Sequence[Shown] = ()) -> None:
         """Make the folder of a new run, or put that of a resumed one into the state of its start. `inputs`: what this
         launch finds. Raises UserError where a resumed run would go on with other inputs."""
         if self.start_at is None:
@@ -203,6 +204,8 @@ class Launcher:
                 sources = sources_of(self.settings)
                 write_sources(self.folder.sources, sources)
                 write_inputs(self.folder.inputs, inputs)
+                if demonstrations:
+                    write_demonstrations(self.folder.demonstrations, demonstrations)
                 self.lock = take_lock(self.folder.lock, LAST_LAUNCH_S)
             for source in sources:
                 self.console.print(str(source))

@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol, runtime_checkable
 
+from async_rl.buffer.demonstrations import Shown
 from async_rl.config import Settings
 from async_rl.config.settings import CriticSettings, OptimizerSettings, ReferenceSettings
 from async_rl.errors import UserError, check_lora_package
@@ -23,6 +24,7 @@ from async_rl.model.varlen import choose_backend
 from async_rl.objective.conflicts import check_effect
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import Requirements, requirements
+from async_rl.run.demonstrations import demonstrations_of
 from async_rl.run.fitting import fit_prompts
 from async_rl.run.inputs import Inputs, inputs_of
 from async_rl.run.memory import check_room_here
@@ -74,6 +76,8 @@ class Facts:
     """of the problems, for generators that join"""
     inputs: Inputs
     """what the run is begun with, or goes on with"""
+    demonstrations: tuple[Shown, ...] = ()
+    """of pool.file, of a new run"""
     not_adapted: str = ""
     """what adapters leave out of the model, for the user"""
     sources: ProblemSources | None = None
@@ -125,7 +129,10 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
         credits_turns=task.credits_turns,
         noted=task.noted,
         parts=task.reward_parts,
+        pool=settings.pool,
     )
+    shown, said = ((), []) if resumed else demonstrations_of(settings, task, tokenizer, context)
+    notes += said
     notes += check_teachers(settings, recipe, tokenizer, task.noted)
     if task.credits_turns and settings.buffer.drop_zero_signal:
         raise UserError(
@@ -143,6 +150,7 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
     digest = task_digest(task, tokenizer)
     return Facts(
         inputs=inputs_of(task, tokenizer, digest),
+        demonstrations=shown,
         notes=notes,
         train_problems=len(task.problems("train")),
         placement=placement,
