@@ -18,6 +18,7 @@ from async_rl.config.pool_checks import POOL_RELATIONS
 from async_rl.config.schema import check_bounds
 from async_rl.config.settings import (
     CheckpointSettings,
+    CriticSettings,
     GuardSettings,
     LoraSettings,
     Settings,
@@ -390,6 +391,34 @@ def adapters_are_added_by_generators(s: Settings) -> str:
 # ------------------------------------------------------------------ updates of a batch
 
 
+def a_frozen_critic_comes_from_somewhere(s: Settings) -> str:
+    critic = s.critic
+    if critic.learning_rate > 0:
+        return ""
+    if not critic.path:
+        return (
+            "critic.learning_rate=0 freezes a critic that is 0 everywhere; set critic.path to a checkpoint that has one"
+        )
+    if critic.kind == "head" or critic.warmup_steps or critic.target_average or critic.epochs > 1:
+        return (
+            "critic.learning_rate=0 freezes the critic, which needs critic.kind=model (a head reads the policy's "
+            "features, which move), critic.warmup_steps=0, and neither critic.target_average nor critic.epochs"
+        )
+    return ""
+
+
+def a_distribution_has_a_range(s: Settings) -> str:
+    critic, usual = s.critic, CriticSettings()
+    if critic.loss == "squared":
+        for name in ("bins", "low", "high"):
+            if getattr(critic, name) != getattr(usual, name):
+                return f"critic.{name} does nothing with critic.loss=squared; set critic.loss=hl_gauss or two_hot"
+        return ""
+    if critic.low >= critic.high:
+        return f"critic.low={critic.low:g} must lie below critic.high={critic.high:g}: returns lie between the two"
+    return ""
+
+
 def minibatches_are_whole_groups(s: Settings) -> str:
     parts, groups = s.updates.minibatches, s.batch.groups_per_step
     if parts > groups:
@@ -571,6 +600,8 @@ RELATIONS: tuple[Relation, ...] = (
     adapters_are_trained,
     a_layer_has_one_adapter,
     adapters_are_added_by_generators,
+    a_frozen_critic_comes_from_somewhere,
+    a_distribution_has_a_range,
     minibatches_are_whole_groups,
     kl_target_needs_a_bound,
     reference_moves_one_way,

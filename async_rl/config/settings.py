@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from async_rl.config.critic import CriticSettings
 from async_rl.config.generator import GeneratorSettings, VllmSettings
 from async_rl.config.sampler import SamplerSettings
 from async_rl.config.pool import PoolSettings
 from async_rl.config.schema import setting
-from async_rl.config.trainer import CriticSettings, LoraSettings, OptimizerSettings, TrainerSettings
+from async_rl.config.trainer import LoraSettings, OptimizerSettings, TrainerSettings
 from async_rl.config.updates import ReferenceSettings, UpdatesSettings
 from async_rl.config.verify import VerifySettings
 

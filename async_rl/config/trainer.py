@@ -114,16 +114,3 @@ class LoraSettings:
         "what travels to the generators: the whole model with the adapters added, or the adapters alone, which "
         "each generator adds to its own copy of the model",
     )
-
-
-@dataclass(frozen=True)
-class CriticSettings:
-    """The value function, for recipes that have one."""
-
-    kind: Literal["head", "model"] = setting(
-        "head", "value head on the policy's last hidden state, or a separate model of the same architecture"
-    )
-    learning_rate: float = setting(1e-3, "AdamW learning rate of the critic", min=0)
-    warmup_steps: int = setting(
-        20, "first steps that train the critic alone, on returns of the frozen policy", unit="steps", min=0
-    )

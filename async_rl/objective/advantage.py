@@ -1,6 +1,7 @@
-"""Advantages: what is credited, compared with what, divided by what; OPOB's baseline; GAE with a critic.
+"""Advantages: what is credited, compared with what, divided by what; OPOB's baseline. With a
+critic: returns.py.
 
-Formulas: docs/algorithms.md#advantages, #opob, #gae. Shapes: T policy tokens, U turns, I trajectories, G groups; all
+Formulas: docs/algorithms.md#advantages, #opob. Shapes: T policy tokens, U turns, I trajectories, G groups; all
 float64.
 
 A value is given to every trajectory, turn or token, centred within a set of comparable ones (the group, the same turn
@@ -18,13 +19,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from async_rl.objective.axes import AdvantageSettings, GaeSettings
+from async_rl.objective.axes import AdvantageSettings
 from async_rl.objective.recipe import Recipe
+from async_rl.objective.returns import Returns, token_gae, turn_gae, turn_q
 from async_rl.objective.tokens import (
     Tokens,
     behaviour_log_ratio,
     discounted_suffix_sum,
-    next_in_segment,
     segment_log_sum_exp,
     segment_max,
     segment_min,
@@ -76,6 +77,9 @@ def advantage_of(tokens: Tokens, recipe: Recipe, penalty: Tensor | None) -> Adva
             per_token = returns.advantage
         case "turn_gae":
             returns = turn_gae(tokens, token_rewards(tokens, tokens.reward, penalty), recipe)
+            per_token = returns.advantage
+        case "turn_q":
+            returns = turn_q(tokens, token_rewards(tokens, tokens.reward, penalty), recipe)
             per_token = returns.advantage
     if settings.whiten:
         per_token = whitened(per_token, tokens)
@@ -427,105 +431,3 @@ def energy(tokens: Tokens, norm: str) -> Tensor:
         return torch.ones_like(tokens.log_prob)
     assert tokens.prob_square_sum is not None
     return (1 - 2 * tokens.log_prob.exp() + tokens.prob_square_sum).clamp(min=0.0)
-
-
-# Generalised advantage estimation per token and per turn, and the critic's loss (docs/algorithms.md#gae, #turn-gae,
-# #value-loss).
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Returns:
-    """Advantages from a critic, and what the critic is trained on."""
-
-    advantage: Tensor  # [T]
-    target: Tensor  # [T], of the critic
-    trained: Tensor  # [T] bool: where the critic's loss is taken
-
-
-def token_gae(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Returns:
-    """A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t. `reward` [T].
-
-    V is the critic at the start of the step, so that a batch's later updates have the same advantages and targets.
-    """
-    assert tokens.value_before is not None
-    advantage, target = _scan(
-        reward,
-        tokens.value_before,
-        tokens.trajectory,
-        tokens.owner_of_token,
-        tokens,
-        recipe.gae,
-        recipe.advantage.discount,
-    )
-    return Returns(advantage=advantage, target=target, trained=_trained(tokens, recipe.gae)[tokens.trajectory])
-
-
-def turn_gae(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Returns:
-    """The same over turns, V of a turn being the value before its first token (arXiv 2512.17008). `reward` [T].
-
-    Every token of a turn gets the turn's advantage; the critic is trained on the first.
-    """
-    assert tokens.value_before is not None
-    first = tokens.turn_length.cumsum(0).long() - tokens.turn_length.long()
-    advantage, target = _scan(
-        tokens.sum_turn(reward), tokens.value_before[first], tokens.trajectory_of_turn, tokens.owner_of_turn, tokens,
-        recipe.gae, recipe.advantage.discount,
-    )  # fmt: skip
-    trained = torch.zeros_like(tokens.turn, dtype=torch.bool)
-    trained[first] = True
-    trained &= _trained(tokens, recipe.gae)[tokens.trajectory]
-    return Returns(advantage=advantage[tokens.turn], target=target[tokens.turn], trained=trained)
-
-
-def _scan(
-    reward: Tensor, value: Tensor, trajectory: Tensor, owner: Tensor, tokens: Tokens, settings: GaeSettings,
-    discount: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Advantage with the policy's trace and target with the critic's, [rows] each, where rows are tokens or turns.
-
-    reward, value [rows]; trajectory, owner [rows] int64.
-    """
-    end = torch.zeros_like(value)
-    if settings.bootstrap_truncated:  # V after the cut is taken to be V before the last token
-        end = torch.where(tokens.columns.truncated[trajectory], value, 0.0)
-    delta = reward + discount * tokens.recur(_next, value, end, owner) - value
-    trace = torch.full_like(value, settings.trace)
-    if settings.length_adaptive > 0:
-        rows = segment_sum(torch.ones_like(value), owner, tokens.num_owners)
-        trace = (1 - 1 / (settings.length_adaptive * rows).clamp(min=1.0))[owner]
-    advantage = tokens.recur(discounted_suffix_sum, delta, discount * trace, owner)
-    critic_trace = torch.full_like(value, settings.critic_trace)
-    target = tokens.recur(discounted_suffix_sum, delta, discount * critic_trace, owner) + value
-    return advantage, target
-
-
-def _next(values: Tensor, last: Tensor, segment: Tensor) -> Tensor:
-    return next_in_segment(values, segment, last=last)
-
-
-def _trained(tokens: Tokens, settings: GaeSettings) -> Tensor:
-    """Trajectories on which the critic is trained, [I] bool."""
-    if settings.value_finished_only:
-        return tokens.finite & ~tokens.columns.truncated
-    return tokens.finite
-
-
-def value_loss(tokens: Tokens, returns: Returns, settings: GaeSettings) -> tuple[Tensor, Tensor]:
-    """Mean over trained tokens of 1/2 max((V - ret)^2, (V_before + clip(V - V_before) - ret)^2).
-
-    Returns d loss / d V [T], and the loss []. Where both branches tie the unclipped one counts.
-    """
-    value, before = tokens.value, tokens.value_before
-    assert value is not None
-    assert before is not None
-    share = returns.trained.to(value.dtype) / returns.trained.sum().clamp(min=1)
-    error = value - returns.target
-    gradient, square = error, error.square()
-    if settings.value_clip > 0:
-        step = value - before
-        bounded = before + step.clamp(-settings.value_clip, settings.value_clip) - returns.target
-        worse = bounded.square() > square
-        inside = step.abs() <= settings.value_clip
-        gradient = torch.where(worse, bounded * inside, gradient)
-        square = torch.maximum(square, bounded.square())
-    return gradient * share, 0.5 * (square * share).sum()

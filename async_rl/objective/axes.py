@@ -146,7 +146,10 @@ class TrustSettings:
         "loss_weight / 2 (...)^2 of each trajectory (A*-PO)",
     )
     loss_weight: float = setting(
-        1.0, "regress: factor of the loss. In a group 1 is GVPO's; 2 is the mean over pairs (CoPG), 4 REBEL's", above=0
+        1.0,
+        "none, regress: factor of the loss. In a group 1 is GVPO's; 2 is the mean over pairs (CoPG), 4 REBEL's; with "
+        "rule none 2 beta is OREO's",
+        above=0,
     )
     score_temperature: float = setting(10.0, "disco: tau of the soft maximum over wrong answers", above=0)
 
@@ -274,12 +277,13 @@ class MaskSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvantageSettings:
-    credit: Literal["trajectory", "turn_return", "turn_group", "gigpo", "token_return", "token_gae", "turn_gae"] = (
+    credit: Literal["trajectory", "turn_return", "turn_group", "gigpo", "token_return", "token_gae", "turn_gae", "turn_q"] = (
         setting(
             "trajectory",
             "what gets a value of its own: trajectory (the outcome); turn_return (discounted return of each "
             "turn); turn_group (turn reward against the same turn of the group, plus outcome); gigpo (outcome "
-            "plus return against the same environment state); token_return; token_gae, turn_gae (critic)",
+            "plus return against the same environment state); token_return; token_gae, turn_gae (critic); turn_q "
+            "(a critic with Q heads for turns: ArCHer)",
         )
     )
     baseline: Literal[

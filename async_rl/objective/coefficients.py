@@ -22,7 +22,6 @@ from async_rl.objective.advantage import (
     log_opob_weight,
     optimal_baseline,
     proxy_log_norm_square,
-    value_loss,
 )
 from async_rl.objective.axes import AggregateSettings
 from async_rl.objective.kl import adapted, kl_loss, kl_now, kl_penalty
@@ -47,6 +46,7 @@ from async_rl.objective.measures import (
 )
 from async_rl.objective.own import is_own_function
 from async_rl.objective.recipe import Recipe, requirements
+from async_rl.objective.returns import Returns, value_loss
 from async_rl.objective.reuse import (
     demonstrated,
     imitation,
@@ -126,16 +126,17 @@ def coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tup
     clipped = surrogate.column(surrogate.trust.full - surrogate.trust.weight, advantage)
     policy, state = _regularised(policy, surrogate, recipe, state, meter)
     entropy, state = _entropy_terms(surrogate, recipe, state, meter)
-    value_grad = None
-    if surrogate.advantage.returns is not None:
-        value_grad, loss = value_loss(tokens, surrogate.advantage.returns, recipe.gae)
-        _measure_critic(meter, surrogate, loss)
+    value_grad = value_share = None
+    if (returns := surrogate.advantage.returns) is not None:
+        value_grad, value_share, loss = value_loss(tokens, returns, recipe.gae)
+        _measure_critic(meter, returns, loss)
 
     if columns.turn_pass is not None:
         now = updated_now(tokens, recipe.turn_order, columns.turn_pass)
         policy, clipped = policy * now, clipped * now
         entropy = None if entropy is None else entropy * now
-        value_grad = None if value_grad is None else value_grad * now
+        if value_grad is not None and value_share is not None:
+            value_grad, value_share = value_grad * now, value_share * now
     ess, state = effective_sample_size(tokens, recipe.ess, state)
     factors = {"ess_scale": ess.scale} if recipe.ess.scale != "none" else {}
     size = scalar_size(tokens, keep, surrogate.trust.full, surrogate.trust.weight, advantage)
@@ -168,6 +169,8 @@ def coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tup
         baseline=None if baseline is None else baseline.to(dtype),
         entropy=None if entropy is None else entropy.to(dtype),
         value_grad=None if value_grad is None else value_grad.to(dtype),
+        value_target=None if returns is None else returns.target.to(dtype),
+        value_share=None if value_share is None else value_share.to(dtype),
         clipped=clipped.to(dtype) if need.clipping_bias_norm else None,
         learning_rate_factors=factors,
         skip=_nothing_left(surrogate, [policy, baseline, entropy]),
@@ -245,6 +248,8 @@ def _surrogate(columns: Columns, recipe: Recipe, state: ObjectiveState) -> Surro
         base = base * mask(tokens, advantage.per_token, recipe.mask)
     if recipe.shape != PLAIN.shape and recipe.shape.clarity == 0:
         base = base * factor(tokens, recipe.shape)
+    if recipe.trust.rule == "none" and recipe.trust.loss_weight != 1:
+        base = base * recipe.trust.loss_weight
     if columns.turn_pass is not None:
         base = base * weight_of_updated(tokens, ratio, recipe.turn_order, columns.turn_pass)
     if recipe.bias.kappa == "per_trajectory":
@@ -353,12 +358,9 @@ def _token_ess(tokens: Tokens) -> float:
     return ess_ratio(log_weight if tokens.weighted is None else log_weight[tokens.weighted[tokens.trajectory]])
 
 
-def _measure_critic(meter: Meter, surrogate: Surrogate, loss: Tensor) -> None:
+def _measure_critic(meter: Meter, returns: Returns, loss: Tensor) -> None:
     """value/*: loss [], mean and explained variance of the critic."""
-    returns, value = surrogate.advantage.returns, surrogate.tokens.value
-    assert returns is not None
-    assert value is not None
-    target, predicted = returns.target[returns.trained], value[returns.trained]
+    predicted, target = returns.measured
     meter.put("value/loss", loss)
     if len(target):
         meter.put("value/mean", predicted.mean())

@@ -10,7 +10,7 @@ from async_rl.config.pool import PoolSettings
 from async_rl.errors import UserError, nearest
 from async_rl.objective.axes import EssSettings, KlSettings, ShapeSettings
 from async_rl.objective.own import is_own_function
-from async_rl.objective.recipe import Measured, Recipe, kl_terms, moving_numbers
+from async_rl.objective.recipe import WITH_CRITIC, Measured, Recipe, kl_terms, moving_numbers
 from async_rl.objective.reuse import reuse_effect_problem, reuse_problem
 from async_rl.objective.schedule import scheduled
 
@@ -31,6 +31,7 @@ def check_recipe(recipe: Recipe) -> None:
         _groupwise_problem(recipe),
         _schedule_problem(recipe),
         _turn_order_problem(recipe),
+        _critic_problem(recipe),
         _controller_problem(recipe),
         _teaching_problem(recipe),
         _compared_turns_problem(recipe),
@@ -262,11 +263,24 @@ def _groupwise_problem(recipe: Recipe) -> str:
     return ""
 
 
+def _critic_problem(recipe: Recipe) -> str:
+    credit, gae = recipe.advantage.credit, recipe.gae
+    if credit == "turn_q":
+        for name in ("length_adaptive", "value_clip"):
+            if getattr(gae, name):
+                return f"gae.{name} does nothing with advantage.credit=turn_q; leave it out"
+    if recipe.trust.loss_weight != 1 and recipe.trust.rule not in ("none", "regress"):
+        return f"trust.loss_weight does nothing with trust.rule={recipe.trust.rule}; it is for none and regress"
+    return ""
+
+
 def _turn_order_problem(recipe: Recipe) -> str:
     if recipe.turn_order == "together":
         return ""
     if recipe.ratio.level != "turn":
         return f"turn_order={recipe.turn_order} multiplies the ratios of turns; it needs ratio.level=turn"
+    if recipe.advantage.credit == "turn_q":
+        return f"turn_order={recipe.turn_order} does not go with advantage.credit=turn_q, whose critic learns all turns"
     if recipe.advantage.baseline == "opob" or recipe.positive_nll or recipe.bias.kappa != "none":
         return (
             f"turn_order={recipe.turn_order} trains a part of each trajectory at a time, and advantage.baseline=opob, "
@@ -395,7 +409,7 @@ def _setup_problem(recipe: Recipe, group_size: int, updates_per_batch: int, has_
         return "kl.target=proximal with one update a batch is 0 by construction; use behaviour or reference"
     if any(kl.target == "proximal" for kl in recipe.more_kl) and updates_per_batch == 1:
         return "a KL to the proximal policy with one update a batch is 0 by construction"
-    needs_critic = advantage.credit in ("token_gae", "turn_gae")
+    needs_critic = advantage.credit in WITH_CRITIC
     if needs_critic and not has_critic:
         return f"advantage.credit={advantage.credit} needs a critic; turn it on in the trainer's settings"
     grouped = advantage.baseline not in ("none", "noted") or advantage.scale in ("group_std", "group_mean")
@@ -432,7 +446,7 @@ def _notes(
         notes.append(f"on single-turn data advantage.credit={recipe.advantage.credit} has one turn to credit")
     if recipe.advantage.credit == "gigpo":
         notes.append("gigpo needs turns with a state key; where the task gives none it is the outcome's part")
-    if has_critic and recipe.advantage.credit not in ("token_gae", "turn_gae"):
+    if has_critic and recipe.advantage.credit not in WITH_CRITIC:
         notes.append("the critic is not used by this recipe")
     if recipe.bias.kappa == "literal":
         notes.append("bias.kappa=literal raises the learning rate while the bias is below 1; for ablations")

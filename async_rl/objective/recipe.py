@@ -104,6 +104,10 @@ class Recipe:
     bias: BiasSettings = field(default_factory=BiasSettings)
 
 
+WITH_CRITIC = ("token_gae", "turn_gae", "turn_q")
+"""credits that a critic gives"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requirements:
     """Columns and passes that a recipe needs; the trainer computes no others."""
@@ -112,6 +116,9 @@ class Requirements:
     """`log_proximal`: log-probs under the weights at the start of the step"""
     reference: bool
     value: bool
+    """a critic"""
+    turn_q: bool
+    """one with Q heads"""
     entropy: bool
     """the entropy's gradient, not only its value"""
     entropy_value: bool
@@ -148,7 +155,8 @@ def requirements(recipe: Recipe) -> Requirements:
         reference=recipe.ratio.denominator == "reference"
         or any(kl.target == "reference" for kl in kls)
         or "log_reference" in asked,
-        value=recipe.advantage.credit in ("token_gae", "turn_gae") or "value" in asked,
+        value=recipe.advantage.credit in WITH_CRITIC or "value" in asked,
+        turn_q=recipe.advantage.credit == "turn_q",
         entropy=recipe.entropy != 0.0 or recipe.band.weight > 0 or not moving.isdisjoint({"entropy", "band.weight"}),
         entropy_value=min(mask.entropy_share, mask.turn_entropy_share, *(kl.certain_share for kl in kls), 1.0) < 1
         or shape.turn_entropy > 0

@@ -59,6 +59,12 @@ class Columns:
     log_proxy: Tensor | None = None  # [tokens]
     """log-prob under the policy at the start of the step, of which only the tokens are kept whose probability is at
     least a share of the likeliest's; -inf where the token is not kept"""
+    value_slow: Tensor | None = None  # [tokens]
+    """`value` by the target network, which the critic's targets are formed with; None: by the critic"""
+    turn_values: Tensor | None = None  # [tokens, 4]
+    """of a critic with Q heads: V1, V2 before the token, Q1, Q2 behind it"""
+    turn_values_slow: Tensor | None = None  # [tokens, 4]
+    """the same by the target network"""
     entropy: Tensor | None = None  # [tokens]
     """entropy of the distribution the token was sampled from, under the current weights"""
     prob_square_sum: Tensor | None = None  # [tokens]
@@ -132,6 +138,10 @@ class Coefficients:
     entropy: Tensor | None = None  # [tokens]
     value_grad: Tensor | None = None  # [tokens]
     """d(value loss)/d(V_t)"""
+    value_target: Tensor | None = None  # as `value_grad`
+    """what the critic is trained towards, for one that is a distribution"""
+    value_share: Tensor | None = None  # as `value_grad`
+    """weight of each value in the critic's loss, 0 where it is not trained; they sum to 1"""
     clipped: Tensor | None = None  # [tokens]
     """coefficients of the clipped-away part of the surrogate (ST-PPO's clipping bias)"""
     learning_rate_factors: Mapping[str, float] = field(default_factory=dict)
@@ -173,6 +183,9 @@ class Tokens:
     log_reference: Tensor | None  # [T]
     value: Tensor | None  # [T]
     value_before: Tensor | None  # [T], the critic at the start of the step
+    value_slow: Tensor | None  # [T], the target network
+    turn_values: Tensor | None  # [T, 4]
+    turn_values_slow: Tensor | None  # [T, 4]
     entropy: Tensor | None  # [T]
     prob_square_sum: Tensor | None  # [T]
     reward: Tensor  # [I], 0 where not finite
@@ -261,9 +274,10 @@ def tokens_of(columns: Columns, recipe: Recipe, need: Requirements) -> Tokens:
     trajectory = columns.trajectory_of_turn[columns.turn_of_token]
     length = torch.bincount(trajectory, minlength=trajectories)
     token_finite = torch.isfinite(columns.log_prob - columns.log_behaviour)
-    for column in (columns.log_proximal, columns.log_reference, columns.value, columns.value_before):
+    for column in (columns.log_proximal, columns.log_reference, columns.value, columns.value_before,
+                   columns.value_slow, columns.turn_values, columns.turn_values_slow):  # fmt: skip
         if column is not None:
-            token_finite &= torch.isfinite(column)
+            token_finite &= torch.isfinite(column) if column.ndim == 1 else torch.isfinite(column).all(1)
     rewarded = torch.isfinite(columns.reward)
     rewarded &= segment_sum((~torch.isfinite(columns.turn_reward)).double(), columns.trajectory_of_turn,
                             trajectories) == 0  # fmt: skip
@@ -271,8 +285,10 @@ def tokens_of(columns: Columns, recipe: Recipe, need: Requirements) -> Tokens:
     finite = rewarded & ~broken
     ok = ~broken[trajectory]
 
-    def clean(column: Tensor | None) -> Tensor | None:  # [T] -> [T]
-        return None if column is None else torch.where(ok, column.double(), 0.0).nan_to_num()
+    def clean(column: Tensor | None) -> Tensor | None:  # [T] -> [T], [T, 4] -> [T, 4]
+        if column is None:
+            return None
+        return torch.where(ok if column.ndim == 1 else ok[:, None], column.double(), 0.0).nan_to_num()
 
     def must(column: Tensor) -> Tensor:  # [T] -> [T]
         cleaned = clean(column)
@@ -296,6 +312,9 @@ def tokens_of(columns: Columns, recipe: Recipe, need: Requirements) -> Tokens:
         log_reference=clean(columns.log_reference),
         value=clean(columns.value),
         value_before=clean(columns.value_before if columns.value_before is not None else columns.value),
+        value_slow=clean(columns.value_slow),
+        turn_values=clean(columns.turn_values),
+        turn_values_slow=clean(columns.turn_values_slow),
         entropy=clean(columns.entropy),
         prob_square_sum=clean(columns.prob_square_sum),
         reward=torch.where(rewarded, columns.reward.double(), 0.0),
@@ -354,7 +373,9 @@ def _check(columns: Columns, recipe: Recipe, need: Requirements) -> None:
     columns_needed = {
         "log_proximal": need.proximal,
         "log_reference": need.reference,
-        "value": need.value,
+        "value": need.value and not need.turn_q,
+        "turn_values": need.turn_q,
+        "turn_values_slow": need.turn_q,
         "prob_square_sum": need.prob_square_sum,
         "entropy": need.entropy_value,
         "log_teacher": need.teacher,

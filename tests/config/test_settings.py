@@ -101,6 +101,8 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     "adapters_are_added_by_generators": (
         ("lora.rank=2", "lora.send=adapter", "weights.transport=ipc"), "weights go straight into the engine",
     ),
+    "a_frozen_critic_comes_from_somewhere": (("critic.learning_rate=0",), "freezes a critic that is 0 everywhere"),
+    "a_distribution_has_a_range": (("critic.bins=9",), "does nothing with critic.loss=squared"),
     "minibatches_are_whole_groups": (
         ("updates.minibatches=9", "batch.groups_per_step=8"), "a batch has 8 groups (batch.groups_per_step)",
     ),

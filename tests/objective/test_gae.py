@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from async_rl.objective import Columns, ObjectiveState
-from async_rl.objective.advantage import Returns, advantage_of
+from async_rl.objective.advantage import advantage_of
 from async_rl.objective.coefficients import coefficients
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
+from async_rl.objective.returns import Returns
 from async_rl.objective.tokens import tokens_of
 
 Lists = Callable[[Columns], list[list[int]]]
