@@ -72,8 +72,8 @@ class PoolReader(ABC):
             out=tuple((group, sample) for group, sample in out),
         )
 
-    def load_stored(self, row: Reuse) -> bytes:
-        """The blob of the trajectory that comes back, as it was stored."""
+    def load_stored(self, row: Reuse) -> bytes | None:
+        """The blob of the trajectory that comes back, as it was stored; None: it is deleted with all of its batch."""
         found: bytes | None
         if row.source == "demonstrations":
             kept = self._all("SELECT payload FROM demonstrations WHERE number = ?", (row.sample,))
@@ -84,18 +84,19 @@ class PoolReader(ABC):
                 query = "SELECT payload FROM pool_payloads WHERE group_id = ? AND sample = ?"
                 kept = self._all(query, (row.group, row.sample))
                 found = kept[0][0] if kept else None
-        assert found is not None, "what is in a batch that is whole is kept"
         return found
 
-    def load_reused(self, row: Reuse) -> bytes:
-        """The blob of a row of a batch."""
-        return pack(row.put_on(unpack(self.load_stored(row))))
+    def load_reused(self, rows: Iterable[Reuse]) -> Iterator[bytes]:
+        """The blobs of rows of a batch."""
+        for row in rows:
+            if (found := self.load_stored(row)) is not None:
+                yield pack(row.put_on(unpack(found)))
 
     def with_pool(self, step: int, fresh: list[bytes]) -> list[bytes]:
         """The batch of `step` from the whole blobs of its fresh trajectories: those in whose place others are trained
         say so, and the rows of the pool follow."""
         drawn = self.drawn(step)
-        return [*_marked(fresh, drawn), *(self.load_reused(row) for row in drawn.rows)] if drawn else fresh
+        return [*_marked(fresh, drawn), *self.load_reused(drawn.rows)] if drawn else fresh
 
     def part_with_pool(
         self, drawn: Drawn, fresh: Sequence[tuple[int, int]], *, after: int, most_bytes: int
@@ -109,7 +110,7 @@ class PoolReader(ABC):
                 assert whole is not None
                 (blob,) = _marked([whole], drawn)
             else:
-                blob = self.load_reused(drawn.rows[place - len(fresh)])
+                (blob,) = self.load_reused([drawn.rows[place - len(fresh)]])
             if found and taken + len(blob) > most_bytes:
                 break
             found.append(blob)

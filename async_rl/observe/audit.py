@@ -19,8 +19,10 @@ from async_rl.buffer.build import make_sampler
 from async_rl.buffer.sampler import SamplerRules
 from async_rl.buffer.store_reader import BatchRow, GroupRow, StoreReader
 from async_rl.config import Settings
+from async_rl.config.pool import PoolSettings
 from async_rl.errors import UserError
 from async_rl.events import EvaluationReported, EventRow, GeneratorQuarantined
+from async_rl.observe.audit_pool import audit_pool
 from async_rl.observe.audit_sampler import check_decisions
 from async_rl.run_folder import Rollback, RunFolder, read_rollback, read_rows
 from async_rl.task import Task, make_task
@@ -28,14 +30,17 @@ from async_rl.task.order import PromptOrder
 from async_rl.task.problem_fields import read_sources
 from async_rl.trainer.manifest import damage_of, list_checkpoints, version_of
 from async_rl.trajectory.codec import WireError, unpack
+from async_rl.trajectory.reuse import reuse_of
 
 Kind = Literal[
-    "lost", "duplicated", "stale", "order", "decision", "batch", "evaluation", "checkpoint", "record", "fabricated"
-]
+    "lost", "duplicated", "stale", "order", "decision", "batch", "pool", "evaluation", "checkpoint", "record",
+    "fabricated",
+]  # fmt: skip
 """lost: admitted or stored, but in no batch, not refused and not to come; duplicated: in two batches, or both trained
 and refused; stale: a token beyond max_staleness; order: a gap in the prompt order; decision: a group that the sampler
-would not have chosen; batch: not formed exactly once, or not of `groups_per_step` groups; fabricated: trained although
-its generator was known to lie; the others name the thing that is not whole"""
+would not have chosen; batch: not formed exactly once, or not of `groups_per_step` groups; pool: came back beyond its
+own bounds, changed, or otherwise than the stored batches prescribe; fabricated: trained although its generator was
+known to lie; the others name the thing that is not whole"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,9 @@ class Promise:
     """groups that may be neither trained nor refused: as many as there are slots"""
     problem_at: Callable[[int], int]
     """the prompt order: position -> problem"""
+    pool: PoolSettings = PoolSettings()
+    seed: int = 0
+    """of the run"""
     sampler: SamplerRules | None = None
     """what chooses problems and sizes in its place"""
     sizes: Mapping[int, int] = field(default_factory=dict)
@@ -115,6 +123,8 @@ class Audit:
     lag_max: int
     """the largest staleness of a trained token, in steps; 0 when none was trained"""
     violations: tuple[Violation, ...]
+    reused: str = ""
+    """what came back from the experience pool, in words; empty: nothing did"""
     went_back: str = ""
     """in words; empty when the run never went back"""
     fabricated: tuple[Touched, ...] = ()
@@ -156,6 +166,8 @@ def promise_of(settings: Settings, *, finished: bool, back: Rollback | None = No
         max_staleness=settings.staleness.max_staleness,
         most_waiting=(settings.staleness.max_staleness + 1) * batch.groups_per_step,
         problem_at=PromptOrder(len(task.problems("train")), settings.seed),
+        pool=settings.pool,
+        seed=settings.seed,
         sampler=make_sampler(settings, len(task.problems("train")), _sources(settings, task)),
         steps=settings.trainer.steps if finished else None,
         evaluation_size=problems * evaluation.samples,
@@ -198,6 +210,8 @@ def audit_store(store: StoreReader, promise: Promise) -> Audit:
     tokens = _TokenCheck()
     for batch in batches:
         violations += tokens.check(store, batch, promise)
+    reused = audit_pool(store, groups, promise.pool, promise.seed)
+    violations += [Violation(kind="pool", what=what) for what in reused.wrong]
     refused = sum(1 for row in groups.values() if row.refused_because is not None)
     trained = {group for batch in batches for group in batch.groups}
     return Audit(
@@ -209,6 +223,7 @@ def audit_store(store: StoreReader, promise: Promise) -> Audit:
         trajectories=tokens.trajectories,
         lag_max=max(tokens.lag_max, 0),
         violations=tuple(violations),
+        reused=reused.describe(),
     )
 
 
@@ -418,6 +433,8 @@ def _versions_in_bytes(store: StoreReader, step: int) -> Iterator[_Versions | Vi
         except WireError as error:
             yield Violation(kind="lost", what=f"a trajectory of step {step} cannot be read: {error}")
             continue
+        if reuse_of(t) is not None:
+            continue  # it has bounds of its own
         versions = [] if t.failed else [span.version for span in t.versions if span.end > span.start]
         oldest, newest = min(versions, default=-1), max(versions, default=-1)
         yield _Versions(group=t.group, sample=t.sample, oldest=oldest, newest=newest)
@@ -533,6 +550,7 @@ def audit_rows(audit: Audit) -> list[tuple[str, str]]:
                    f"{audit.groups_waiting} in the pipeline at the end"),
         ("batches", f"{audit.steps}, {audit.trajectories} trajectories"),
         ("staleness", f"{audit.lag_max} steps at most"),
+        *([("pool", audit.reused)] if audit.reused else []),
         *([("went back", audit.went_back)] if audit.went_back else []),
         ("lost", str(audit.count("lost"))),
         ("duplicated", str(audit.count("duplicated"))),
