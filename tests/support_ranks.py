@@ -35,9 +35,11 @@ from async_rl.objective.recipe import requirements
 from async_rl.trainer.build import make_learner
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import ModelArithmetic, batch_log_probs, probe_log_probs
+from async_rl.trainer.held_versions import HeldShards
 from async_rl.trainer.learner import Learner, LearnerOptions
 from async_rl.trainer.packing import PackedBatch, pack_batch, pack_step
 from async_rl.trainer.ranks import Ranks, full, join_ranks
+from async_rl.trainer.rescoring import Wanted
 from async_rl.trainer.sharding import shard
 from async_rl.trainer.shares import Cost, Spread
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
@@ -283,11 +285,23 @@ def run_outcome(model: Path, ranks: Ranks, sharding: str) -> tuple[dict[str, Ten
     learner = make_learner(settings, ranks)
     config = replace(TIED, vocabulary=learner.model.config.vocabulary)
     batches = [episodes(CASES[0].groups, config, seed) for seed in range(STEPS)]
+    shards = HeldShards(learner=learner)
+    wanted = [Wanted(trajectory=t, positions=t.policy_positions()) for t in batches[0] if t.num_policy_tokens]
+    shards.hold([0])
+    first = rescored(shards, 0, wanted)
     reports = [learner.step(pack_step(settings, batch, learner.over)) for batch in batches]
     assert not any(report.skipped for report in reports)
+    again, now = rescored(shards, 0, wanted), rescored(shards, learner.version, wanted)
+    assert first == again != now, "a held version is scored as it was, and the present one as it is"
     probed = probe_log_probs(learner.model, (1, 2, 3), learner.options.arithmetic)
     weights = {name: tensor.clone() for name, tensor in learner.full_weights()}
-    return weights, [{**report.metrics, "probe": sum(probed)} for report in reports]
+    found = {"probe": sum(probed), "rescored_held": again, "rescored": now}
+    return weights, [{**report.metrics, **found} for report in reports]
+
+
+def rescored(shards: HeldShards, version: int, wanted: Sequence[Wanted]) -> float:
+    """Sum of the log-probs of all policy tokens, as the verifier finds them."""
+    return float(sum(one.log_prob.sum() for one in shards.score(version, wanted, most_tokens=60)))
 
 
 def start(program: str, folder: Path, size: int, *words: str) -> None:

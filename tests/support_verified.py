@@ -20,6 +20,7 @@ from async_rl.model.tokenizer import Tokenizer
 from async_rl.task import make_task
 from async_rl.trainer.build import make_learner
 from async_rl.trainer.learner import Learner
+from async_rl.trainer.team import Team
 from async_rl.trainer.verifier import Verifier, make_verifier
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.types import group_seed
@@ -41,6 +42,7 @@ class Bench:
             self.settings,
             self.learner,
             self.publisher,
+            team=Team(self.learner.ranks),
             run=str(folder),
             send=self.verdicts.append,
             record=self.events.append,

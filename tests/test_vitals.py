@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from async_rl.run.child import describe_end, memory_kills
-from async_rl.run.liveness import START_S, Vitals
+from async_rl.run.liveness import LONGEST_START_S, START_S, Vitals, processor_s
+from async_rl.wire.heartbeat import STARTING
 
 LIMIT_S = 3.0
 
 
 @pytest.fixture
 def vitals() -> Iterator[Vitals]:
-    vitals = Vitals(LIMIT_S)
+    vitals = Vitals(LIMIT_S, ran_s=lambda _: 0.0)
     vitals.add(7, "trainer", 0.0)
     yield vitals
     vitals.close()
@@ -52,6 +57,40 @@ def test_one_that_has_not_spoken_yet_gets_time_to_start(vitals: Vitals) -> None:
     assert vitals.frozen(START_S) == []
     look(vitals, START_S, START_S + 1)
     assert "it hangs before its first line" in vitals.frozen(START_S + 1)[0][1]
+
+
+def test_one_whose_imports_are_slow_is_not_frozen_for_minutes() -> None:
+    """A real process: a busy import holds Python's lock; then one that is stopped in the middle of it."""
+    slow = "import sys\nwhile True: sum(range(10**7))"
+    with subprocess.Popen([sys.executable, "-c", slow]) as process:
+        vitals = Vitals(LIMIT_S)
+        try:
+            vitals.add(process.pid, "buffer", 0.0)
+            pulse(vitals, process.pid, STARTING)
+            for second in range(1, int(2 * START_S)):  # of the launcher's clock
+                before = processor_s(process.pid)
+                while processor_s(process.pid) <= before:
+                    assert process.poll() is None
+                vitals.poll(float(second))
+                assert vitals.frozen(float(second)) == []
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+            at = 2 * START_S
+            vitals.frozen(at)  # what it did until then
+            look(vitals, at, at + START_S + 1)
+            ((pid, why),) = vitals.frozen(at + START_S + 1)
+            assert (pid, "it hangs before its first line" in why) == (process.pid, True)
+        finally:
+            process.kill()
+            vitals.close()
+
+
+def test_one_that_starts_for_ever_is_frozen(vitals: Vitals) -> None:
+    vitals.ran_s = lambda _: time.monotonic()
+    for second in range(1, int(LONGEST_START_S + START_S) + 2):
+        vitals.poll(float(second))
+        found = vitals.frozen(float(second))
+        assert bool(found) == (second > LONGEST_START_S + START_S), second
 
 
 def test_a_launcher_that_was_away_gives_everybody_their_time_anew(vitals: Vitals) -> None:

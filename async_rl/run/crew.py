@@ -220,8 +220,7 @@ class Crew:
                 f"{child.name} died {len(budget.causes)} times within {budget.window_s:g} s "
                 f"(generator.max_restarts={budget.max_restarts}); the first cause: {budget.causes[0][1]}"
             )
-        self.children.remove(child)
-        child.close()
+        self._forget(child)
         self.folder.failure(child.name).unlink(missing_ok=True)
         self.resting[child.name] = (time.monotonic() + pause, child.command)
         self.folder.record(
@@ -233,6 +232,12 @@ class Crew:
                 max_restarts=budget.max_restarts,
             )
         )
+
+    def _forget(self, child: Child) -> None:
+        """It has ended, perhaps since the last `poll`: nothing of it is watched any more."""
+        self.children.remove(child)
+        self.vitals.remove(child.process.pid)
+        child.close()
 
     def lie(self, child: Child) -> Lied | None:
         """Why a child was quarantined; None: it was not."""
@@ -255,8 +260,7 @@ class Crew:
         joined = [g.name for g in snapshot.generators if g.name not in self.budgets] if snapshot is not None else []
         if not others and not joined:
             raise cause
-        self.children.remove(child)
-        child.close()
+        self._forget(child)
         del self.budgets[child.name]
         self.folder.record(GeneratorGivenUp(name=child.name, reason=str(cause)))
 

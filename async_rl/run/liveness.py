@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,9 +29,12 @@ from async_rl.stall_timer import StallTimer
 from async_rl.trajectory.codec import WireError
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, WireTimeout
+from async_rl.wire.heartbeat import STARTING
 
 START_S = 20.0
-"""time a process gets until its first pulse, before it imports torch; a cold disk may hold that up"""
+"""a process that starts may do nothing for so long; a cold disk may hold it up"""
+LONGEST_START_S = 600.0
+"""and may start for so long. Imports hold Python's lock, so that no pulse comes; on a busy machine they take minutes"""
 READ_BYTES = 1 << 16
 NEVER = -1.0
 QUERY_S = 1.0
@@ -53,6 +56,10 @@ class ChildState:
     """empty: no pulse has come yet"""
     since: float = 0.0
     """when it began that"""
+    began: float = 0.0
+    """when it was started, or its first pulse came"""
+    ran_s: float = 0.0
+    """processor time that it had got, or waited for, when it was looked at last; seconds"""
     of: int = 0
     """for a rank of the trainer: process number of the child that started it; 0: it is a child itself"""
 
@@ -70,6 +77,8 @@ class Vitals:
     """wire.frozen_after_s"""
     ends: tuple[int, int] = field(init=False)
     """(read, write) of the pipe: the launcher reads, children write"""
+    ran_s: Callable[[int], float] = field(default_factory=lambda: processor_s)
+    """processor time that a process has got or waited for"""
     states: dict[int, ChildState] = field(default_factory=dict)
     """by process number, so that a generator's new life is not taken for its old one"""
     _polled: float = NEVER
@@ -83,7 +92,7 @@ class Vitals:
 
     def add(self, pid: int, name: str, now: float) -> None:
         """A child was started."""
-        self.states[pid] = ChildState(name, now)
+        self.states[pid] = ChildState(name, now, began=now)
 
     def remove(self, pid: int) -> None:
         """A child has ended, and with it the processes that it started."""
@@ -111,8 +120,11 @@ class Vitals:
         """(process number, why) of those that have been silent for too long."""
         found = []
         for pid, state in self.states.items():
+            starts = state.doing in ("", STARTING)
+            if starts and now - state.began <= LONGEST_START_S and (ran_s := self.ran_s(pid)) > state.ran_s:
+                state.ran_s, state.heard = ran_s, now  # slow, not frozen
             silent = now - state.heard
-            if silent > (self.limit_s if state.doing else max(self.limit_s, START_S)):
+            if silent > (max(self.limit_s, START_S) if starts else self.limit_s):
                 found.append((pid, f"gave no sign of life for {silent:.1f} s {self._describe(state)}"))
         return found
 
@@ -138,7 +150,7 @@ class Vitals:
     def _receive(self, line: Mapping[str, object], now: float) -> None:
         match line:
             case {"pid": int(pid), "name": str(name), "of": int(of)} if of in self.states and pid not in self.states:
-                self.states[pid] = ChildState(name, now, of=of)  # the first pulse of a rank
+                self.states[pid] = ChildState(name, now, began=now, of=of)  # the first pulse of a rank
         match line:
             case {"pid": int(pid), "doing": str(doing), "since_s": int() | float() as seconds} if pid in self.states:
                 state = self.states[pid]
@@ -146,12 +158,21 @@ class Vitals:
 
     def _describe(self, state: ChildState) -> str:
         limit = f"(wire.frozen_after_s={self.limit_s:g})"
-        if not state.doing:
-            return f"{limit} since it was started: it hangs before its first line"
+        if state.doing in ("", STARTING):
+            return f"{limit} while it starts, and did nothing: it hangs before its first line"
         return (
             f"{limit}: it is frozen (stopped, or held up by code that blocks all of Python); "
             f"last heard: {state.doing}, for {state.heard - state.since:.1f} s"
         )
+
+
+def processor_s(pid: int) -> float:
+    """Seconds that the main thread of a process was computing or waiting for a core; -1 when it is gone."""
+    try:
+        computed, waited, *_ = Path(f"/proc/{pid}/schedstat").read_text().split()
+        return (int(computed) + int(waited)) / 1e9
+    except (OSError, ValueError):
+        return -1.0
 
 
 def read_stacks(pid: int, file: Path) -> str:

@@ -68,7 +68,7 @@ def train(
         verifier = None
         if settings.verify.share:
             verifier = make_verifier(
-                settings, learner, publisher, run=str(folder.path), send=dealer.send, record=folder.record
+                settings, learner, publisher, team=team, run=str(folder.path), send=dealer.send, record=folder.record
             )
             stack.enter_context(closing(verifier))
         inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity, team.keepalive, verifier)

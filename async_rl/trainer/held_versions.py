@@ -6,16 +6,105 @@ ones, and those of runs without a segment, are copied, as far as they fit into `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+
+from async_rl.trainer.ranks import free, local
+from async_rl.trainer.rescoring import Scored, Wanted, score
+from async_rl.trainer.team import Hold, Rescore, Team
 
 if TYPE_CHECKING:
     from async_rl.trainer.learner import Learner
     from async_rl.trainer.publish import Publisher
+
+
+@dataclass(slots=True, kw_only=True)
+class HeldShards:
+    """This rank's part of the last versions of a sharded model. Who leads is `HeldOverRanks`."""
+
+    learner: Learner
+    copies: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """version -> this rank's part of the trained parameters by name"""
+
+    def hold(self, versions: Collection[int]) -> None:
+        """Keep these of the versions before, and copy the present one if it is among them."""
+        for version in [v for v in self.copies if v not in versions]:
+            del self.copies[version]
+        if (newest := self.learner.version) in versions and newest not in self.copies:
+            parts = {name: local(tensor) for name, tensor in self.learner.trained().items()}
+            self.copies[newest] = {name: part.detach().to("cpu", copy=True) for name, part in parts.items()}
+
+    @property
+    def bytes(self) -> int:
+        """Of one version."""
+        return sum(p.numel() * p.element_size() for p in map(local, self.learner.trained().values()))
+
+    @contextmanager
+    def weights(self, version: int) -> Iterator[None]:
+        """Inside, this rank's part of the model is that of `version`, which is the present one or is held."""
+        if version == self.learner.version:
+            yield
+            return
+        held = self.copies[version]
+        own = {name: local(tensor) for name, tensor in self.learner.trained().items() if name in held}
+        before = {name: part.detach().clone() for name, part in own.items()}
+        try:
+            _write(own, held)
+            yield
+        finally:
+            _write(own, before)
+
+    def score(self, version: int, wanted: Sequence[Wanted], *, most_tokens: int) -> list[Scored]:
+        """`rescoring.score` under a held version. Collective: every rank scores the same tokens."""
+        model, arithmetic = self.learner.model, self.learner.options.arithmetic
+        with self.weights(version), arithmetic.autocast(model.head.device):
+            found = score(model, wanted, most_tokens=most_tokens)
+            free(model)
+        return found
+
+
+@torch.no_grad()
+def _write(parts: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, part in parts.items():
+        part.copy_(values[name])
+
+
+@dataclass(slots=True, kw_only=True)
+class HeldOverRanks:
+    """The leader's side: what `HeldVersions` does, for a model that is sharded over ranks."""
+
+    learner: Learner
+    team: Team
+    most: int
+    """versions before the newest that a trajectory may name: staleness.max_staleness"""
+    budget_bytes: int
+    """of the copies of one rank"""
+    shards: HeldShards = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shards = HeldShards(learner=self.learner)
+
+    def keep(self) -> None:
+        """Copy the present version, before the next is published."""
+        newest, room = self.learner.version, self.budget_bytes // max(1, self.shards.bytes)
+        wanted = [v for v in (*self.shards.copies, newest) if newest - self.most <= v]
+        kept = sorted(set(wanted))[-room:] if room and self.most else []
+        self.team.send(Hold(versions=tuple(kept)))
+        self.shards.hold(kept)
+
+    def versions(self) -> frozenset[int]:
+        """Those that can be scored under now."""
+        return frozenset({self.learner.version, *self.shards.copies})
+
+    def score(self, version: int, wanted: Sequence[Wanted], *, most_tokens: int) -> list[Scored]:
+        """`rescoring.score` under one of `versions()`. Nothing may be trained meanwhile."""
+        self.team.send(Rescore(version=version, most_tokens=most_tokens, wanted=wanted))
+        return self.shards.score(version, wanted, most_tokens=most_tokens)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,6 +160,11 @@ class HeldVersions:
         finally:
             for name, tensor in own.items():
                 parameters[name].data = tensor
+
+    def score(self, version: int, wanted: Sequence[Wanted], *, most_tokens: int) -> list[Scored]:
+        """`rescoring.score` under one of `versions()`. Nothing may be trained meanwhile."""
+        with self.weights(version):
+            return score(self.learner.model, wanted, most_tokens=most_tokens)
 
     def _segment(self) -> Mapping[int, Mapping[str, Tensor]] | None:
         """The versions in the segment; None where there is none, or where it holds other tensors than are trained."""

@@ -26,6 +26,7 @@ from async_rl.trainer.alarm import Guard
 from async_rl.trainer.canary_watch import CanaryWatch
 from async_rl.trainer.checkpoint import Progress, save_checkpoint, save_part
 from async_rl.trainer.forward import probe_log_probs
+from async_rl.trainer.held_versions import HeldShards
 from async_rl.trainer.inbox import Inbox, Preempted
 from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, version_of
 from async_rl.trainer.packing import pack_step
@@ -34,8 +35,10 @@ from async_rl.trainer.summary import Summary, Totals, judged, mean_judged, summa
 from async_rl.trainer.team import (
     Finish,
     Gather,
+    Hold,
     KeepAlive,
     Probe,
+    Rescore,
     Save,
     Team,
     Train,
@@ -479,7 +482,7 @@ def follow(settings: Settings, learner: Learner, activity: Activity) -> None:
     """What a rank does that does not lead: its share of whatever the leader orders, until the run is done.
 
     Raises RunFailed when the leader is gone."""
-    ranks = learner.ranks
+    ranks, shards = learner.ranks, HeldShards(learner=learner)
     activity.now(WAITING)
     while True:
         match receive_order(ranks):
@@ -494,6 +497,11 @@ def follow(settings: Settings, learner: Learner, activity: Activity) -> None:
                     pass  # they count on the leader
             case Probe(tokens=tokens):
                 probe_log_probs(learner.model, tokens, learner.options.arithmetic)
+            case Hold(versions=versions):
+                shards.hold(versions)
+            case Rescore(version=version, most_tokens=most_tokens, wanted=wanted):
+                activity.now("verifying trajectories")
+                shards.score(version, wanted, most_tokens=most_tokens)
             case Save(folder=folder):
                 activity.now(f"checkpoint {learner.version}")
                 save_part(folder, learner)

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import msgpack
+import numpy as np
 import torch
 from torch import Tensor
 
 from async_rl.errors import RunFailed
 from async_rl.trainer.forward import probe_log_probs
 from async_rl.trainer.ranks import is_sharded
+from async_rl.trainer.rescoring import Wanted
 from async_rl.trajectory.beginnings import cut_all, join_all
 from async_rl.trajectory.codec import pack, unpack
 
@@ -59,6 +61,23 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """Of the versions before, keep this rank's part of these, and of the present one if that is among them."""
+
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rescore:
+    """Score these policy tokens under a held version: a sharded model needs every rank for a forward."""
+
+    version: int
+    most_tokens: int
+    """of one forward"""
+    wanted: Sequence[Wanted]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Save:
     """Write this rank's part of a checkpoint."""
 
@@ -76,7 +95,7 @@ class Finish:
     """Stop following: the run is done, or every rank goes on by itself."""
 
 
-Order = Train | Gather | Probe | Save | KeepAlive | Finish
+Order = Train | Gather | Probe | Hold | Rescore | Save | KeepAlive | Finish
 
 
 class Team:
@@ -140,6 +159,11 @@ def encode(order: Order) -> bytes:
             plain = {"do": "gather"}
         case Probe(tokens=tokens):
             plain = {"do": "probe", "tokens": list(tokens)}
+        case Hold(versions=versions):
+            plain = {"do": "hold", "versions": list(versions)}
+        case Rescore(version=version, most_tokens=most_tokens, wanted=wanted):
+            found = [[pack(one.trajectory), one.positions.tolist()] for one in wanted]
+            plain = {"do": "rescore", "version": version, "most_tokens": most_tokens, "wanted": found}
         case Save(folder=folder):
             plain = {"do": "save", "folder": str(folder)}
         case KeepAlive():
@@ -159,6 +183,11 @@ def decode(payload: bytes) -> Order:
             return Gather()
         case {"do": "probe", "tokens": list(tokens)}:
             return Probe(tokens=tuple(tokens))
+        case {"do": "hold", "versions": list(versions)}:
+            return Hold(versions=tuple(versions))
+        case {"do": "rescore", "version": int(version), "most_tokens": int(most_tokens), "wanted": list(wanted)}:
+            found = [Wanted(trajectory=unpack(blob), positions=np.array(at, np.int64)) for blob, at in wanted]
+            return Rescore(version=version, most_tokens=most_tokens, wanted=found)
         case {"do": "save", "folder": str(folder)}:
             return Save(folder=Path(folder))
         case {"do": "still"}:

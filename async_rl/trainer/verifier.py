@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from async_rl.config import Settings
 from async_rl.events import RecordEvent, RewardsNotRepeatable, TrajectoryDoubted
-from async_rl.trainer.held_versions import HeldVersions
+from async_rl.trainer.held_versions import HeldOverRanks, HeldVersions
 from async_rl.trainer.ranks import is_sharded
 from async_rl.trainer.replays import Replays
 from async_rl.trainer.rescoring import (
@@ -37,7 +37,6 @@ from async_rl.trainer.rescoring import (
     mismatch,
     outside,
     sampled,
-    score,
     temperatures,
 )
 from async_rl.trainer.suspicion import CHECKS, Suspicion
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from async_rl.trainer.learner import Learner
     from async_rl.trainer.publish import Publisher
     from async_rl.trainer.replays import Played
+    from async_rl.trainer.team import Team
 
 SETTLE_S = 2.0
 """longest wait for episodes that are being played again, between two steps"""
@@ -133,7 +133,7 @@ class Verifier:
     """Scores what the buffer sends. One of a run, on the leader."""
 
     learner: Learner
-    held: HeldVersions
+    held: HeldVersions | HeldOverRanks
     options: VerifyOptions
     send: Callable[[msg.Message], None]
     record: RecordEvent
@@ -215,8 +215,6 @@ class Verifier:
 
     def _scored(self, taken: Sequence[Pending]) -> Iterable[Scores | None]:
         """The scores of each trajectory, as far as its versions are held."""
-        if is_sharded(self.learner.model):  # a forward would need every rank
-            return [None] * len(taken)
         found = [Scores.empty(one.trajectory) for one in taken]
         held = self.held.versions()
         of_version: dict[int, list[int]] = defaultdict(list)
@@ -235,8 +233,7 @@ class Verifier:
         return found
 
     def _under(self, version: int, wanted: Sequence[Wanted]) -> list[Scored]:
-        with self.held.weights(version):
-            return score(self.learner.model, wanted, most_tokens=self.options.most_tokens)
+        return self.held.score(version, wanted, most_tokens=self.options.most_tokens)
 
     # ------------------------------------------------------------------ judging
 
@@ -372,6 +369,7 @@ def make_verifier(
     learner: Learner,
     publisher: Publisher,
     *,
+    team: Team,
     run: str,
     send: Callable[[msg.Message], None],
     record: RecordEvent,
@@ -380,14 +378,15 @@ def make_verifier(
     chosen = settings.generator
     replays = Replays(run, over=settings.verify.rewards == "none")
     replays.start()
+    most, budget = settings.staleness.max_staleness, settings.verify.memory_mb << 20
+    held: HeldVersions | HeldOverRanks
+    if is_sharded(learner.model):
+        held = HeldOverRanks(learner=learner, team=team, most=most, budget_bytes=budget)
+    else:
+        held = HeldVersions(learner=learner, publisher=publisher, most=most, budget_bytes=budget)
     return Verifier(
         learner=learner,
-        held=HeldVersions(
-            learner=learner,
-            publisher=publisher,
-            most=0 if is_sharded(learner.model) else settings.staleness.max_staleness,
-            budget_bytes=settings.verify.memory_mb << 20,
-        ),
+        held=held,
         options=VerifyOptions(
             dtype=chosen.dtype,
             tolerance=settings.canary.tolerance or TOLERANCE[chosen.dtype],

@@ -96,7 +96,7 @@ def compare(folder: Path, key: str, size: int, wanted: Outcome, tolerance: float
         if tolerance == TOLERANCE:
             for name in one.keys() - set(NOT_COMPARED):
                 assert row[name] == pytest.approx(one[name], rel=1e-8, abs=1e-10, nan_ok=True), name
-        for name in {"grad/norm", "probe", "critic/grad_norm"} & one.keys():
+        for name in {"grad/norm", "probe", "critic/grad_norm", "rescored", "rescored_held"} & one.keys():
             assert row[name] == pytest.approx(one[name], rel=1e-4), name
 
 
