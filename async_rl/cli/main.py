@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from async_rl.cli import check, experiment, look, train
+from async_rl.cli import check, experiment, look, train, values
 from async_rl.cli.commands import CommandParser, Commands, completion_script
 from async_rl.cli.ending import code_of
 from async_rl.process import interruptible
@@ -36,6 +36,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, Commands]:
     commands = Commands(parser)
     for group in (train, look, check, experiment):
         group.add_commands(commands)
+    values.add_values(commands)
     commands.group("shell")
     completion = commands.add(
         "completion",

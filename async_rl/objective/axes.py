@@ -105,6 +105,9 @@ class TrustSettings:
     covariance_low: float = setting(1.0, "clip_cov: smallest covariance of a candidate")
     covariance_high: float = setting(5.0, "clip_cov: largest covariance of a candidate")
     covariance_fraction: float = setting(2e-4, "clip_cov, kl_cov: share of the tokens that is treated")
+    covariance_of: Literal["all", "replayed"] = setting(
+        "all", "clip_cov: which tokens are candidates; replayed: those of the experience pool's rows alone (SPEAR)"
+    )
     covariance_penalty: float = setting(1.0, "kl_cov: weight of |log-ratio| on the treated tokens")
     seed: int = setting(0, "clip_cov: seed of the choice among the candidates, together with the version")
     quantile: float = setting(
@@ -197,6 +200,9 @@ class SelectSettings:
     group_high: float = setting(0.0, "reject groups whose mean reward is above, e.g. 0.8 (PRIME)")
     largest_share: float = setting(
         1.0, "share of the batch's trajectories that stay: those with the largest |advantage| (CPPO)", above=0, max=1
+    )
+    before_forward: bool = setting(
+        False, "largest_share: the others are left out before the forward pass, which they then cost nothing of"
     )
     drop_zero_signal: bool = setting(
         False, "reject trajectories whose advantage is 0 on every token, e.g. groups of equal rewards"

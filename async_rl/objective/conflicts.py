@@ -35,6 +35,7 @@ def check_recipe(recipe: Recipe) -> None:
         _controller_problem(recipe),
         _teaching_problem(recipe),
         _compared_turns_problem(recipe),
+        _pruning_problem(recipe),
         reuse_problem(recipe),
     ):
         if problem:
@@ -349,6 +350,28 @@ def _teaching_problem(recipe: Recipe) -> str:
         )
     if teaching.alone and recipe.shape != ShapeSettings():
         return "shape.* changes the advantage of rewards, which teaching.alone leaves out"
+    return ""
+
+
+def _pruning_problem(recipe: Recipe) -> str:
+    select, advantage = recipe.select, recipe.advantage
+    if not select.before_forward:
+        return ""
+    if select.largest_share == 1:
+        return "select.before_forward leaves nothing out with select.largest_share=1"
+    if select.denominator != "kept":
+        return "select.before_forward needs select.denominator=kept: who is left out is not counted"
+    if advantage.credit != "trajectory" or advantage.baseline in ("opob", "noted") or advantage.whiten:
+        return (
+            "select.before_forward knows rewards alone; it needs advantage.credit=trajectory, a baseline of the group, "
+            "and no whitening over tokens"
+        )
+    if recipe.reward.overlong_limit > 0 or advantage.baseline == "length_weighted":
+        return "select.before_forward takes their tokens from trajectories, whose lengths the advantage looks at"
+    if any(number.startswith(("select.", "advantage.", "reward.")) for number in moving_numbers(recipe)):
+        return "select.before_forward does not know numbers of select, advantage and reward that move"
+    if any(kl.place == "reward" for kl in kl_terms(recipe)) or recipe.teaching.coefficient > 0:
+        return "select.before_forward knows rewards alone, not log-probs: no kl.place=reward and no teaching"
     return ""
 
 

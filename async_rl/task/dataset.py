@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from async_rl.task.dataset_settings import DatasetSettings
 from async_rl.task.generated import require_range
 from async_rl.task.layout import Layout
 from async_rl.task.presets import with_preset
+from async_rl.task.problem_fields import value_of
 from async_rl.task.protocol import FitPrompts, Measure, Problem, Reward, Sample, Session, Task
 from async_rl.task.reward import NAMES, VerdictTimeout, check_rows, make_rewards, sample_of
 from async_rl.task.splitting import Overlong, find_overlong, read_splits
@@ -73,8 +75,16 @@ class Dataset(Task):
         return self._train if split == "train" else self._eval
 
     async def rollout(self, problem: Problem, session: Session) -> Reward:
+        self.note_values(problem, session)
         text = await session.generate(max_tokens=self.settings.max_tokens, stop=tuple(self.settings.stop))
         return await self.judge(text, problem, session)
+
+    def note_values(self, problem: Problem, session: Session) -> None:
+        """Note the numbers of the problem's row that recipes read (`note_fields`)."""
+        for name in self.settings.note_fields:
+            number = value_of(problem, name)
+            if isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number):
+                session.note(name, number)
 
     async def judge(
         self, text: str, problem: Problem, session: Session, *, transcript: str = "", ended: Ended | None = None

@@ -61,6 +61,11 @@ class DatasetSettings:
     group_reward: str = setting(
         "", "module:function or file.py:function that sees all samples of a problem; added to `reward`; empty: none"
     )
+    note_fields: list[str] = setting(
+        [],
+        "fields with a number of each row that recipes read by name, e.g. [v_star] as `async-rl values` writes it "
+        "(recipe a_star_po); a row without one is noted without it",
+    )
     max_tokens: int = setting(512, "longest answer", unit="tokens")
     stop: list[str] = setting([], "strings that end the answer, beside the tokenizer's end of text")
     duplicates: Literal["keep_first", "keep_all", "error"] = setting(

@@ -8,6 +8,7 @@ from random import Random
 
 from async_rl.config.schema import setting
 from async_rl.task.generated import require_range
+from async_rl.task.information_gain import InformationGain
 from async_rl.task.order import PromptOrder
 from async_rl.task.protocol import Problem, Segment, Session, Task
 from async_rl.trajectory import Split
@@ -25,6 +26,11 @@ class GuessSettings:
     max_turns: int = setting(6, "guesses allowed; six are enough for 32 secrets, by halving", unit="turns")
     reward_consistent: float = setting(
         0.0, "turn reward of a guess that was still possible; only recipes with turn-level credit see it"
+    )
+    information_gain: bool = setting(
+        False,
+        "reward each guess but the last with how much it raised the policy's own probability of the secret (IGPO); for "
+        "recipes with turn-level credit",
     )
     rounds_train: int = setting(8, "how often each secret occurs in the train split", unit="rounds")
     rounds_eval: int = setting(4, "how often each secret occurs in the eval split", unit="rounds")
@@ -73,6 +79,8 @@ class Guess(Task):
         require_range("seed", settings.seed, 0, 2**63 - 1)
         self.settings: GuessSettings = settings
         self.num_digits = len(str(settings.num_secrets - 1))
+        if settings.information_gain:
+            self.repeatable = False  # its rewards depend on the weights
         order = PromptOrder(settings.num_secrets, settings.seed)
         self._train = self._make(order, range(settings.rounds_train))
         self._eval = self._make(order, range(settings.rounds_train, settings.rounds_train + settings.rounds_eval))
@@ -95,6 +103,9 @@ class Guess(Task):
     async def rollout(self, problem: Problem, session: Session) -> float:
         secret: int = problem.data["secret"]
         known = Interval(0, self.settings.num_secrets - 1)
+        gain = InformationGain(session, f"{secret:0{self.num_digits}d}")
+        if self.settings.information_gain:
+            await gain.begin()
         for _ in range(self.settings.max_turns):
             text = await session.generate(max_tokens=self.num_digits, state_key=self.state_key(known))
             if session.truncated and not text:
@@ -105,6 +116,8 @@ class Guess(Task):
             session.append(answer)
             if answer == FOUND:
                 return 1.0
+            if self.settings.information_gain and session.turn < self.settings.max_turns:
+                await gain.reward_turn()
             known.learn(guess, answer)
         session.end_at_turn_limit()
         return 0.0

@@ -269,6 +269,10 @@ class Problems(ProblemsOnDemand):
         """Fields that every row has."""
         return self._table.fields
 
+    def row(self, index: int) -> Values:
+        """A problem's row as its file has it."""
+        return self._table.row(self._numbers[index])[0]
+
     def size(self, index: int) -> int:
         """Bytes of a problem's prompt, tools and template arguments."""
         return self._table.sizes[self._numbers[index]]

@@ -144,6 +144,7 @@ class Tools(Dataset):
     async def rollout(self, problem: Problem, session: Session) -> Reward:
         chosen = self.format_for(session.template, chat=not isinstance(problem.prompt, str))
         talk = _Talk(self, problem, session)
+        self.note_values(problem, session)
         answer = await (talk.with_tags() if chosen == TAGS else talk.with_calls(FORMATS[chosen]))
         session.note("tool_calls", float(talk.calls))
         session.note("tool_errors", float(talk.errors))

@@ -61,7 +61,7 @@ def log_probs(
 ) -> LogProbs:
     """Log-prob, entropy and sum of squared probabilities of every policy token, [t] each; with `proxy_share` the
     log-prob under the proxy that keeps this share of the likeliest token's probability, too."""
-    hidden, head = hidden_states(model, micro, arithmetic), model.head  # a sharded head is whole behind the forward only
+    hidden, head = hidden_states(model, micro, arithmetic), model.head  # a sharded head is whole behind the forward
     hidden = micro.stretched(hidden.to(head.dtype))
     cap, products, temperature = logit_caps(model, micro), arithmetic.products(head.device), arithmetic.temperature
     found = linear_logprob(hidden, head, micro.targets, temperature=temperature, cap=cap, products=products)

@@ -38,6 +38,7 @@ from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import Requirements, requirements
 from async_rl.objective.tokens import Noted, Reused
 from async_rl.trainer.noted import noted_columns, taught
+from async_rl.trainer.pruning import pruned
 from async_rl.trainer.reused import reused_columns
 from async_rl.trainer.shares import Share, Sizes, Spread, cuts, plan, share_of
 from async_rl.trajectory import Trajectory, Turn
@@ -66,6 +67,8 @@ class MicroBatch:
     `predictors`"""
     place: Tensor | None  # [t] int64
     """index of each of `predictors` in `predicting`; None: they are equal"""
+    sampled: Tensor  # [t] int64
+    """row of the policy token itself"""
     targets: Tensor  # [t] int64, the policy tokens
     trajectories: slice
     """which trajectories of the batch (where long ones are cut: which pieces of them)"""
@@ -190,7 +193,10 @@ def pack_step(
     if not usable:
         raise RunFailed("the batch holds no usable trajectory")
     chosen = settings.trainer
-    needs = requirements(load_recipe(settings.recipe)) if needs is None else needs
+    recipe = load_recipe(settings.recipe)
+    needs = requirements(recipe) if needs is None else needs
+    if recipe.select.before_forward:
+        usable = pruned(usable, recipe, needs, settings.task.reward_weights)
     teachers = teachers_of(settings.teachers) if needs.teacher else {}
     if asked := [NOTE + name for name, teacher in teachers.items() if teacher.address]:
         needs = dataclasses.replace(needs, noted=needs.noted.union(asked))
@@ -349,11 +355,11 @@ def _pack_parts(
         positions = np.concatenate([np.arange(n, dtype=np.int64) for n in documents])
         sampled = np.concatenate([w + s for w, s in zip(where, starts, strict=True)])
         tree = None if sizes is None else _tree([ordered[i] for i in part], [sizes.prefix[i] for i in part])
-        predictors, targets = sampled - 1, tokens[sampled]
+        predictors, targets, rows = sampled - 1, tokens[sampled], sampled
         predicting, place = predictors, None
         if tree is not None:
             tokens, positions = tokens[tree.token_of_row], positions[tree.token_of_row]
-            predictors = tree.row_of_token[predictors]
+            predictors, rows = tree.row_of_token[predictors], tree.row_of_token[sampled]
             predicting, place = np.unique(predictors, return_inverse=True)
         out.append(
             MicroBatch(
@@ -364,6 +370,7 @@ def _pack_parts(
                 predictors=torch.from_numpy(predictors).to(device),
                 predictor_tokens=torch.from_numpy(sampled - 1).to(device),
                 predicting=torch.from_numpy(predicting).to(device),
+                sampled=torch.from_numpy(rows).to(device),
                 place=None if place is None else torch.from_numpy(place).to(device),
                 targets=torch.from_numpy(targets).to(device),
                 trajectories=slice(first, first + len(part)),
@@ -414,6 +421,7 @@ def _idle(first: int, policy_start: int, device: str | torch.device) -> MicroBat
         predictors=zero,
         predictor_tokens=zero,
         predicting=zero,
+        sampled=zero + 1,
         place=None,
         targets=zero,
         trajectories=slice(first, first),
