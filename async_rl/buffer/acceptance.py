@@ -19,6 +19,7 @@ from async_rl.buffer.evaluation import Evaluations
 from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.trust import Trust
 from async_rl.buffer.verification import of_the_launcher
+from async_rl.config.rollout import RolloutSettings, parent_of
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.given import GIVEN, wrong_given
 from async_rl.trajectory.parts import POOL_PREFIX
@@ -50,6 +51,8 @@ OF_THE_TRAINER = (
 )  # fmt: skip
 OF_ONE_SESSION = (msg.Want, msg.Status, msg.Leave)
 """within one session of a generator: between two of its Hellos"""
+OF_A_LIFE = (msg.Holds, msg.Canary)
+"""what a process holds: the next one of its name may hold less"""
 OF_GENERATORS = (*OF_ONE_SESSION, msg.Holds, msg.Canary)
 FROM_A_LIFE = (*OF_GENERATORS, msg.Finished, msg.Turns)
 """which nobody sends who has said no Hello"""
@@ -96,6 +99,8 @@ class Acceptance:
             return Objection(kind="stranger", reason="say Hello first")
         if isinstance(message, OF_ONE_SESSION) and self.admission.known(peer, message.session) is None:
             return Objection(kind="stranger", reason="say Hello first: this is another life of the generator")
+        if isinstance(message, OF_A_LIFE) and message.session and self.admission.known(peer, message.session) is None:
+            return Objection(kind="stranger", reason="another life of the generator loaded these weights")
         if isinstance(message, msg.Gone) and peer.endswith(KEEPER):
             return self._told_by_keeper(peer.removesuffix(KEEPER), message)
         if isinstance(message, OF_THE_LAUNCHER) and peer != LAUNCHER:
@@ -136,11 +141,12 @@ class Acceptance:
             return Objection(kind="group", reason=f"group {trajectory.group} was not given to this peer")
         if not self._given(peer, group):
             return Objection(kind="group", reason=f"group {group.group} was not given to this peer")
-        if (objection := _permitted(trajectory, group)) is not None or trajectory.sample in group.samples:
+        plan = self.rules.rollout
+        if (objection := _permitted(trajectory, group, plan)) is not None or trajectory.sample in group.samples:
             return objection  # one that comes again changes nothing
         if trajectory.info and any(name.startswith(POOL_PREFIX) for name in trajectory.info):
             return Objection(kind="number", reason=f"a note called {POOL_PREFIX}...: those are the buffer's own")
-        return self._sampled(trajectory, group) or self._within_vocabulary(trajectory) or _trainable(trajectory)
+        return self._sampled(trajectory, group) or self._within_vocabulary(trajectory) or _trainable(trajectory, plan)
 
     # ---------------------------------------------------------------- messages
 
@@ -206,7 +212,8 @@ class Acceptance:
 
     def _status(self, peer: bytes, status: msg.Status) -> Objection | None:
         counters = (
-            status.busy_seconds, status.wall_seconds, status.tokens_generated, status.running, status.waiting
+            status.busy_seconds, status.wall_seconds, status.task_seconds, status.tokens_generated, status.running,
+            status.waiting,
         )  # fmt: skip
         if not all(0 <= counter < LARGEST for counter in counters):
             return Objection(kind="number", reason="a counter is below zero, too large or no number")
@@ -260,23 +267,27 @@ def _goes_down(trajectory: Trajectory) -> bool:
     return any(not any(end <= start <= begin for start in trajectory.contexts) for end, begin in found)
 
 
-def _trainable(trajectory: Trajectory) -> Objection | None:
+def _trainable(trajectory: Trajectory, plan: RolloutSettings) -> Objection | None:
     """Why nothing could be learned from it by right, or None."""
     if trajectory.split != "train":
         return None
     spoken = [turn for turn in trajectory.turns if turn.length]
     if spoken and spoken[0].start == 0:
         return Objection(kind="tokens", reason="it begins with a sampled token, which nothing predicts")
+    greedy = plan.greedy and trajectory.sample == 0
     for own in (turn.temperature for turn in spoken):
-        if own and own < LOWEST_TEMPERATURE:
+        if greedy and own != GREEDY:
+            return Objection(kind="number", reason="the first sample of a group is to be greedy (rollout.greedy)")
+        if own and own < LOWEST_TEMPERATURE and not greedy:
             how = "greedily" if own == GREEDY else f"at temperature {own:g}"
             return Objection(kind="number", reason=f"a turn was sampled {how} in an episode that trains")
     return None
 
 
-def _permitted(trajectory: Trajectory, group: Group) -> Objection | None:
+def _permitted(trajectory: Trajectory, group: Group, plan: RolloutSettings) -> Objection | None:
     """Why the trajectory is not one that the permit names, or None."""
     permit = group.permit
+    fork = parent_of(trajectory.sample, plan) is not None and permit.split == "train" and permit.start is None
     if not 0 <= trajectory.sample < group.size:
         said = f"sample {trajectory.sample} of {group.size}"
     elif (trajectory.problem, trajectory.split) != (permit.problem, permit.split):
@@ -285,9 +296,9 @@ def _permitted(trajectory: Trajectory, group: Group) -> Objection | None:
         said = "another seed"
     elif trajectory.temperature != permit.temperature:
         said = f"temperature {trajectory.temperature:g} instead of {permit.temperature:g}"
-    elif (permit.start is None) == (GIVEN in trajectory.info) and not trajectory.failed:
+    elif (permit.start is None) == (GIVEN in trajectory.info) and not (trajectory.failed or fork):
         said = "with a start" if permit.start is not None else "without a start"
-    elif permit.start is not None and GIVEN in trajectory.info and (said := wrong_given(trajectory)):
+    elif GIVEN in trajectory.info and (said := wrong_given(trajectory)):
         pass
     elif permit.max_turns and len(trajectory.turns) > permit.max_turns:
         said = f"{len(trajectory.turns)} turns instead of at most {permit.max_turns}"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from async_rl.buffer.ledger import Group, Ledger
     from async_rl.buffer.presence import Attendance
 
-OF_A_SESSION = (msg.Hello, msg.Want, msg.Status, msg.Leave, msg.Finished, msg.Turns)
+OF_A_SESSION = (msg.Hello, msg.Want, msg.Status, msg.Leave, msg.Finished, msg.Turns, msg.Holds, msg.Canary)
 """which say of which session of a generator they are"""
 MOST_REASON = 500
 """characters kept of what was found"""

@@ -22,19 +22,24 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from async_rl.config import Settings
 from async_rl.config.derived import task_limit_s
 from async_rl.config.sampler_checks import largest_group
+from async_rl.config.rollout import RolloutSettings
 from async_rl.config.teachers import TeacherSettings, teachers_of
 from async_rl.errors import RunFailed
 from async_rl.events import GeneratorRejoined, RecordEvent, ignore_event
 from async_rl.generator.engine import Engine
 from async_rl.generator.episodes import Episodes, Key
 from async_rl.generator.facilities import Facilities
+from async_rl.generator.forks import forks_for
 from async_rl.generator.outbox import RESEND_S, BufferDeadline, Outbox
 from async_rl.generator.pull import EngineWeights
 from async_rl.generator.step_mark import StepMark
 from async_rl.generator.task_code import LEFTOVER_S, TaskGuard
+from async_rl.generator.task_pool import FarTask
 from async_rl.generator.teachers import TeacherServers
 from async_rl.stall_timer import StallTimer
 from async_rl.task.protocol import Task
@@ -83,6 +88,7 @@ class GeneratorOptions:
     """of the named parts of a reward"""
     task_slots: Mapping[str, int] = field(default_factory=dict)
     """places that the episodes share; they replace those of the task"""
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
     teachers: Mapping[str, TeacherSettings] = field(default_factory=dict)
     """whose log-probs the recipe distils"""
 
@@ -103,6 +109,7 @@ def make_options(settings: Settings, name: str, *, joined: bool = False) -> Gene
         joined=joined,
         reward_weights=settings.task.reward_weights,
         task_slots=chosen.task_slots,
+        rollout=settings.rollout,
         teachers=teachers_of(settings.teachers),
     )
 
@@ -188,6 +195,7 @@ class GeneratorLoop:
             weights=Weights(chosen=o.reward_weights),
             facilities=self.facilities,
             teachers=TeacherServers.of(o.teachers, o.name) if o.teachers else None,
+            forks=forks_for(o.rollout, o.group_size),
         )
 
     async def run(self) -> None:
@@ -289,7 +297,7 @@ class GeneratorLoop:
             self.weights.news.clear()
             while self.weights.behind:  # a stream may bring an older version than was announced last
                 await self._pull_weights()  # the evidence leaves before any token sampled under a permit for it
-                await self.dealer.send(msg.Holds(version=self.engine.version))
+                await self.dealer.send(msg.Holds(version=self.engine.version, session=self.session))
 
     async def _report(self) -> None:
         """Send the status at a steady pace, resend what is late, and check that the buffer lives."""
@@ -368,7 +376,7 @@ class GeneratorLoop:
     async def _pull_weights(self) -> None:
         """Load newer weights and send evidence of what the engine holds then."""
         await self.weights.pull()
-        await self.dealer.send(await self.weights.evidence())
+        await self.dealer.send(replace(await self.weights.evidence(), session=self.session))
 
     async def _send_turns(self, turns: tuple[Trajectory, ...]) -> None:
         for some in portions(turns):
@@ -389,6 +397,7 @@ class GeneratorLoop:
                 groups=tuple({group for group, _ in self._in_hand()}),
                 busy_seconds=stats.busy_seconds,
                 wall_seconds=time.monotonic() - self.started,
+                task_seconds=self.task.busy_seconds if isinstance(self.task, FarTask) else 0.0,
                 tokens_generated=stats.tokens_generated,
                 running=stats.running,
                 waiting=stats.waiting,

@@ -87,6 +87,8 @@ class Holds(WireStruct, frozen=True, kw_only=True):
 
     version: int
     """weights that sample the next token"""
+    session: int = 0
+    """in which it holds them, as in Finished"""
 
 
 class Status(WireStruct, frozen=True, kw_only=True):
@@ -103,6 +105,8 @@ class Status(WireStruct, frozen=True, kw_only=True):
     busy_seconds: float
     """inside model steps"""
     wall_seconds: float
+    task_seconds: float = 0.0
+    """in which its processes of the task ran code of it, on average of one; 0 without such processes"""
     tokens_generated: int
     running: int
     """sequences being decoded now"""
@@ -122,6 +126,8 @@ class Canary(WireStruct, frozen=True, kw_only=True):
     """tensors without a checksum: no single process of the engine (vllm.tensor_parallel) holds them whole"""
     log_probs: tuple[float, ...]
     """of the probe under these weights, nats"""
+    session: int = 0
+    """in which it loaded them, as in Finished"""
 
 
 # ---------------------------------------------------------------- buffer -> generator
@@ -393,6 +399,8 @@ class BufferCounters(WireStruct, frozen=True, kw_only=True):
     """name of each connected generator -> version of the weights it holds"""
     generator_busy_seconds: float = 0.0
     """seconds inside model steps, summed over generators, since this buffer started"""
+    task_busy_seconds: float = 0.0
+    """seconds in which processes of the task ran its code (generator.task_processes), summed over generators"""
     tokens_generated: int = 0
     """policy tokens, unfinished episodes included"""
     groups_admitted: int = 0
@@ -439,6 +447,7 @@ class BufferCounters(WireStruct, frozen=True, kw_only=True):
             "groups/refused": float(self.groups_refused),
             "generators": float(self.generators),
             "time/generator_busy": self.generator_busy_seconds,
+            "time/task_busy": self.task_busy_seconds,
             "time/store": self.store_seconds,
             "time/store_processor": self.store_processor_seconds,
             "wire/refused": float(self.messages_refused),

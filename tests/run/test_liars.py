@@ -17,10 +17,12 @@ from async_rl.buffer.store import StoreReader
 from async_rl.errors import RunFailed
 from async_rl.events import GeneratorDied, GeneratorGivenUp, GeneratorQuarantined
 from async_rl.instruments.chaos.liar import LIES
+from async_rl.model.create import create_model_folder
 from async_rl.observe.console import Console
 from async_rl.run.launcher import Launcher
 from async_rl.run.preflight import Facts
-from async_rl.run_folder import RunFolder
+from async_rl.run_folder import RunFolder, read_rows
+from async_rl.task import make_task
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -49,10 +51,51 @@ def test_a_joined_liar_is_quarantined_within_fifty_groups_and_the_run_goes_on(
             run.process.communicate()
 
 
-def beside_a_liar(run: Run, lie: str) -> None:
+@pytest.mark.nightly
+@pytest.mark.parametrize("lie", ["tokens", "log-probs"])
+def test_a_trainer_that_is_sharded_over_ranks_finds_it_too(tmp_path: Path, tiny_model: Path, lie: str) -> None:
+    """Scoring takes every rank."""
+    config = write_config(
+        tmp_path, tiny_model, "trainer.ranks=2", "trainer.sharding=full", "trainer.steps=100000", "wire.timeout_s=100",
+        "optimizer.warmup_steps=0",
+    )  # fmt: skip
+    run = Run(config, RunFolder(tmp_path / "run"), longest_s=300.0)
+    try:
+        beside_a_liar(run, lie)
+        rows = list(read_rows(run.folder.metrics))
+        assert sum(row["verify/checked"] for row in rows) > 10 * sum(row["verify/skipped"] for row in rows)
+    finally:
+        if run.process.poll() is None:
+            run.process.terminate()
+            run.process.communicate()
+
+
+@pytest.mark.nightly
+@pytest.mark.xdist_group("vllm")
+def test_false_tokens_of_vllm_are_found(tmp_path: Path) -> None:
+    """Its seeds prescribe nothing: the tokens themselves have to be implausible."""
+    pytest.importorskip("vllm", reason="vLLM is not installed (make vllm)")
+    model = tmp_path / "model"
+    create_model_folder(
+        model, alphabet=make_task("guess", {}).alphabet, hidden=64, layers=2, heads=2, kv_heads=1, head_dim=32,
+        intermediate=64, seed=3,
+    )  # fmt: skip
+    config = write_config(
+        tmp_path, model, "generator.engine=vllm", "trainer.steps=100000", "wire.timeout_s=300", "checkpoint.every=0"
+    )
+    run = Run(config, RunFolder(tmp_path / "run"), longest_s=600.0)
+    try:
+        beside_a_liar(run, "tokens", timeout_s=500)
+    finally:
+        if run.process.poll() is None:
+            run.process.terminate()
+            run.process.communicate()
+
+
+def beside_a_liar(run: Run, lie: str, *, timeout_s: float = 120) -> None:
     run.wait_for(lambda: (run.folder.path / "metrics.jsonl").is_file(), "the first step")
     command = [sys.executable, "-m", "async_rl.instruments.chaos.liar", str(run.folder.path), "mallory", lie]
-    liar = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
+    liar = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=timeout_s, check=False)
     assert liar.returncode != 0
     # what old weights sampled that are not held any more looks like false log-probs and tokens
     known = (lie, "log-probs", "tokens") if lie == "versions" else (lie,)

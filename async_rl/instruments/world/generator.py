@@ -65,6 +65,8 @@ class SimulatedGenerator(Process):
 
     newest: Callable[[], int]
     """version of the weights that can be read now"""
+    first: Callable[[], int]
+    """that of the weights that it gets first"""
     new_session: Callable[[], int]
     sequences: int
     """episodes at once"""
@@ -106,7 +108,7 @@ class SimulatedGenerator(Process):
         self.after(self.times.start(), self.first_weights)
 
     def first_weights(self) -> None:
-        self.version = self.newest()
+        self.version = self.first()
         self.decoder.swap(self.version)
         if self.reports:
             self.show()
@@ -122,7 +124,7 @@ class SimulatedGenerator(Process):
         self.link.send(msg.Hello(role="generator", name=self.name, pid=self.pid, session=self.session))
 
     def show(self) -> None:
-        self.link.send(msg.Canary(name=self.name, version=self.version, digests=(), log_probs=()))
+        self.link.send(msg.Canary(name=self.name, version=self.version, digests=(), log_probs=(), session=self.session))
 
     def ask(self) -> None:
         """Ask for as many groups as there are places for."""
@@ -249,5 +251,5 @@ class SimulatedGenerator(Process):
         self.decoder.swap(self.version)
         if self.reports:
             self.show()
-        self.link.send(msg.Holds(version=self.version))
+        self.link.send(msg.Holds(version=self.version, session=self.session))
         self.load()

@@ -45,6 +45,8 @@ class WorldPlan:
     asks_ahead: bool = False
     """generators ask for groups without regard to the places that are taken: when they get them is up to the buffer
     alone, and no later question makes up for one that it forgets"""
+    streams: bool = False
+    """weights come as streams: the first that a generator gets may be one version behind the newest"""
     save_every: int = 0
     """steps between checkpoints; 0: none but the last"""
     evaluate_every: int = 0
@@ -174,6 +176,7 @@ class World:
             name=name,
             pid=next(self.pids),
             newest=lambda: self.shared,
+            first=self.first_version,
             new_session=lambda: self.new_session(name),
             begins=lambda permit: self.begun(name, permit),
             expelled=lambda: self.expel(name),
@@ -187,6 +190,11 @@ class World:
         self.generators[name] = made
         made.link = self.connect(made)
         made.begin()
+
+    def first_version(self) -> int:
+        """Of the weights that a generator gets first."""
+        late = self.plan.streams and self.clock.random.random() < 0.5
+        return max(0, self.shared - late)
 
     def new_session(self, name: str) -> int:
         """Of that generator, which goes on to lie if it did."""
