@@ -74,6 +74,7 @@ def make_core(
         max_deaths=settings.generator.max_deaths,
         seed=settings.seed,
         pool=settings.pool,
+        rollout=settings.rollout,
         vocabulary=vocabulary,
         max_permits=max(1, settings.generator.max_sequences // largest_group(settings)),
         verify_share=settings.verify.share,

@@ -20,6 +20,7 @@ from async_rl.buffer.sampler import Decision, SamplerRules
 from async_rl.buffer.sampler_feedback import start_in
 from async_rl.buffer.staleness import Policy
 from async_rl.config.pool import PoolSettings
+from async_rl.config.rollout import RolloutSettings
 from async_rl.events import DepthChanged
 from async_rl.wire.messages import Permit
 
@@ -231,6 +232,8 @@ class Rules:
     """what moves the policy's depth during the run; None: it stays"""
     pool: PoolSettings = field(default_factory=PoolSettings)
     """what of earlier batches comes back"""
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    """how the answers of a group hang together"""
     vocabulary: int = 0
     """tokens are below it; 0: not known"""
     max_permits: int = 1 << 31

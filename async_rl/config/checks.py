@@ -13,8 +13,9 @@ from datetime import datetime
 from typing import Any
 
 from async_rl.config.derived import generators_fit, gpus_named, shares_gpus
-from async_rl.config.sampler_checks import SAMPLER_RELATIONS, largest_group
 from async_rl.config.pool_checks import POOL_RELATIONS
+from async_rl.config.rollout_checks import ROLLOUT_RELATIONS
+from async_rl.config.sampler_checks import SAMPLER_RELATIONS, largest_group
 from async_rl.config.schema import check_bounds
 from async_rl.config.settings import (
     CheckpointSettings,
@@ -628,6 +629,7 @@ RELATIONS: tuple[Relation, ...] = (
     limits_end_before_the_timeout,
     *POOL_RELATIONS,
     *SAMPLER_RELATIONS,
+    *ROLLOUT_RELATIONS,
     a_group_fits_a_generator,
     vllm_settings_need_vllm,
     vllm_has_its_own_cache,

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from async_rl.config.critic import CriticSettings
 from async_rl.config.generator import GeneratorSettings, VllmSettings
-from async_rl.config.sampler import SamplerSettings
 from async_rl.config.pool import PoolSettings
+from async_rl.config.rollout import RolloutSettings
+from async_rl.config.sampler import SamplerSettings
 from async_rl.config.schema import setting
 from async_rl.config.trainer import LoraSettings, OptimizerSettings, TrainerSettings
 from async_rl.config.updates import ReferenceSettings, UpdatesSettings
@@ -366,6 +367,7 @@ class Settings:
     buffer: BufferSettings = field(default_factory=BufferSettings)
     pool: PoolSettings = field(default_factory=PoolSettings)
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
     vllm: VllmSettings = field(default_factory=VllmSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)

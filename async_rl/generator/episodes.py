@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Engine
 from async_rl.generator.facilities import Facilities
+from async_rl.generator.forks import Forks
 from async_rl.generator.group_reward import STRANGE_CANCEL, GroupJudge, Played, WaitingGroups
 from async_rl.generator.rollout import play_episode
 from async_rl.generator.session import EpisodeSession, Ticket, make_tickets
@@ -68,6 +69,8 @@ class Episodes:
     facilities: Facilities | None = None
     teachers: TeacherServers | None = None
     """servers that are asked about finished training episodes"""
+    forks: Forks | None = None
+    """answers that go on from others of their group"""
 
     running: dict[Key, Episode] = field(default_factory=dict)
     recorded: dict[Key, Trajectory] = field(default_factory=dict)
@@ -91,7 +94,10 @@ class Episodes:
         chosen = tuple(samples)
         if has_group_reward(self.task):
             chosen = self.groups.open(permit, chosen)
+        if self.forks is not None:
+            self.forks.expect(permit.group, chosen)
         for ticket in make_tickets(replace(permit, samples=chosen)):
+            ticket = self.forks.planned(ticket) if self.forks is not None else ticket
             episode = self.running[permit.group, ticket.sample] = Episode(ticket)
             episode.task = asyncio.create_task(self._run(episode))
 
@@ -149,10 +155,16 @@ class Episodes:
         key = (episode.ticket.permit.group, episode.ticket.sample)
         EPISODE.set(key)
         try:
+            if self.forks is not None:
+                episode.ticket = await self.forks.ticket(episode.ticket)
             trajectory, weighed = await self._play(episode, self.recorded.pop(key, None))
+            if self.forks is not None:
+                trajectory = self.forks.finished(episode.ticket, trajectory)
             if self.teachers is not None and not episode.given_up:
                 trajectory = await self.teachers.noted(trajectory)
         except BaseException as error:
+            if self.forks is not None:
+                self.forks.gave_up(episode.ticket)
             if episode.given_up:
                 if episode.session is not None:
                     episode.session.abandon("given up")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -58,6 +59,8 @@ class Ticket:
     """index within the group"""
     seed: int
     """of the sample, 64 bits unsigned"""
+    greedy: bool = False
+    """sampled greedily, whatever the task asks for: a baseline that is not trained"""
 
 
 def make_tickets(permit: Permit, seeds: Sequence[int] | None = None) -> list[Ticket]:
@@ -290,7 +293,7 @@ class EpisodeSession:
             )
         for _ in range(MOST_SCORINGS):
             version = self._engine.version
-            log_probs = await self._untimed(self._engine.probe([*history, *tokens])) if tokens else ()
+            log_probs = await self.untimed(self._engine.probe([*history, *tokens])) if tokens else ()
             if self._engine.version == version:
                 return Score(log_probs=tuple(log_probs[len(history) - 1 :]) if tokens else (), version=version)
         raise RuntimeError(f"the weights changed {MOST_SCORINGS} times while a text was scored")
@@ -309,7 +312,7 @@ class EpisodeSession:
     @asynccontextmanager
     async def slot(self, name: str) -> AsyncIterator[None]:
         place = self._slots.of(name)
-        await self._untimed(place.acquire())
+        await self.untimed(place.acquire())
         self._held.append(place)
         try:
             if self.abandoned:
@@ -367,7 +370,7 @@ class EpisodeSession:
         """The temperature of a turn. Raises ValueError for one that cannot be asked, TurnLimit when the turns are used
         up."""
         temperature = self._ticket.permit.temperature if asked.temperature is None else asked.temperature
-        greedy = temperature == 0 and self.split == "eval"
+        greedy = temperature == 0 and (self.split == "eval" or self._ticket.greedy)
         if not (greedy or LOWEST_TEMPERATURE <= temperature < math.inf):
             raise ValueError(
                 f"temperature is {temperature:g}; it must be {LOWEST_TEMPERATURE:g} or more, or 0 (greedy) where the "
@@ -385,6 +388,8 @@ class EpisodeSession:
         Raises TurnLimit, EpisodeAborted (with the tokens that came kept), what the engine raises, and ValueError for
         what cannot be asked.
         """
+        if self._ticket.greedy:
+            asked = dataclasses.replace(asked, temperature=0.0)
         temperature = self.check_turn(asked)
         if context.busy:
             raise ValueError("a turn of this context is being sampled; wait for it")
@@ -467,14 +472,14 @@ class EpisodeSession:
             ),
             seed=context.seed,
         )
-        completion = await self._untimed(self._engine.generate(request))
+        completion = await self.untimed(self._engine.generate(request))
         finite = np.isfinite(completion.log_probs)
         if not finite.all():
             self.engine_error = LogitsNotFinite(completion.versions[int(finite.argmin())])
             raise self.engine_error
         return completion
 
-    async def _untimed(self, call: Awaitable[Answer]) -> Answer:
+    async def untimed(self, call: Awaitable[Answer]) -> Answer:
         """What the engine answers, or a wait for other episodes: the time until then is not the task's."""
         key = self._ticket.permit.group, self._ticket.sample
         self._sampling += 1

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 from async_rl.config import Settings
 from async_rl.config.derived import task_limit_s
+from async_rl.config.rollout import RolloutSettings
 from async_rl.config.teachers import TeacherSettings, teachers_of
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
 from async_rl.generator.facilities import Facilities
+from async_rl.generator.forks import forks_for
 from async_rl.generator.group_reward import GroupJudge, Played
 from async_rl.generator.rollout import play_episode
 from async_rl.generator.session import EpisodeSession, Ticket, make_tickets
@@ -40,6 +42,7 @@ class Limits:
     """of the named parts of a reward"""
     task_slots: Mapping[str, int] = field(default_factory=dict)
     """sizes of the shared slots by name; they override those of the task"""
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
     teachers: Mapping[str, TeacherSettings] = field(default_factory=dict)
     """whose log-probs the recipe distils"""
 
@@ -54,6 +57,7 @@ def limits_of(settings: Settings) -> Limits:
         task_timeout_s=task_limit_s(settings),
         reward_weights=settings.task.reward_weights,
         task_slots=chosen.task_slots,
+        rollout=settings.rollout,
         teachers=teachers_of(settings.teachers),
     )
 
@@ -70,6 +74,8 @@ async def sample_episodes(
     judges groups. `on_judged`: called with the trajectories of a group as soon as they have their rewards."""
 
     async def episode(number: int, ticket: Ticket) -> Played:
+        if forks is not None:
+            ticket = await forks.ticket(forks.planned(ticket))
         session = EpisodeSession(
             engine=engine,
             tokenizer=tokenizer,
@@ -83,9 +89,12 @@ async def sample_episodes(
         made, weighed = await play_episode(
             task, session, ticket, timeout_s=limits.episode_timeout_s, guard=guard, weights=weights
         )
+        made = made if forks is None else forks.finished(ticket, made)
         return Played(trajectory=made, weighed=weighed, session=session)
 
     async def group(numbers: Sequence[int]) -> dict[int, Trajectory]:
+        if forks is not None:
+            forks.expect(tickets[numbers[0]].permit.group, [tickets[number].sample for number in numbers])
         played = await asyncio.gather(*(episode(number, tickets[number]) for number in numbers))
         judged = await judge.judge(played) if has_group_reward(task) else [one.trajectory for one in played]
         if servers.servers:
@@ -94,7 +103,7 @@ async def sample_episodes(
         return dict(zip(numbers, judged, strict=True))
 
     guard, weights = TaskGuard(limit_s=limits.task_timeout_s), Weights(chosen=limits.reward_weights)
-    servers = TeacherServers.of(limits.teachers)
+    servers, forks = TeacherServers.of(limits.teachers), forks_for(limits.rollout, _largest(tickets))
     judge = GroupJudge(task=task, weights=weights, guard=guard, timeout_s=limits.episode_timeout_s)
     facilities = Facilities(task, limits.max_sequences, limits.task_slots)
     await facilities.open(timeout_s=limits.episode_timeout_s)
@@ -106,6 +115,11 @@ async def sample_episodes(
     finally:
         await facilities.close()
     return [made[number] for number in range(len(tickets))]
+
+
+def _largest(tickets: Sequence[Ticket]) -> int:
+    """Samples of a group."""
+    return max((ticket.sample for ticket in tickets), default=0) + 1
 
 
 def _by_group(tickets: Sequence[Ticket]) -> Iterable[list[int]]:

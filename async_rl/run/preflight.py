@@ -38,11 +38,12 @@ from async_rl.run.placement import (
     ways_here,
 )
 from async_rl.run.rebuilding import describe_rebuilding
+from async_rl.run.rollouts import check_rollout
 from async_rl.run.teachers import check_teachers
 from async_rl.task import Problem, Task, make_task
 from async_rl.task.problem_fields import ProblemSources, check_texts, read_sources
 from async_rl.task.rehearsed import Rehearsed
-from async_rl.task.weigh import weights_of
+from async_rl.task.weigh import has_group_reward, weights_of
 from async_rl.trajectory import Split
 from async_rl.weights.vllm_release import installed_release
 from async_rl.weights.way import Way
@@ -106,6 +107,11 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
     task = make_task(settings.task.name, settings.task.args)
     weights_of(task, settings.task.reward_weights)
     slots_of(task, settings.generator.task_slots)
+    if settings.generator.task_processes and has_group_reward(task):
+        raise UserError(
+            f"generator.task_processes: task '{task.name}' judges whole groups by what their episodes keep, which "
+            "stays in one process; leave the setting out"
+        )
     context = check_context(settings.model.path, config, settings.generator.max_context)
     check_message_size(context, settings.wire.max_message_mb)
     settings, task, left_out = (settings, task, []) if resumed else fit_prompts(settings, task, tokenizer, context)
@@ -133,7 +139,7 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
     )
     shown, said = ((), []) if resumed else demonstrations_of(settings, task, tokenizer, context)
     notes += said
-    notes += check_teachers(settings, recipe, tokenizer, task.noted)
+    notes += check_teachers(settings, recipe, tokenizer, task.noted) + check_rollout(settings, recipe)
     if task.credits_turns and settings.buffer.drop_zero_signal:
         raise UserError(
             f"buffer.drop_zero_signal=true would refuse every group: task '{task.name}' gives its rewards to turns, "
