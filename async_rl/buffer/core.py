@@ -482,6 +482,7 @@ class Core:
             generators=len(generators),
             held_versions={g.name: g.version for g in generators},
             generator_busy_seconds=self.admission.busy_seconds,
+            task_busy_seconds=self.admission.task_seconds,
             tokens_generated=self.admission.tokens_generated,
             groups_admitted=self.counts["groups_admitted"],
             groups_trained=self.counts["groups_trained"],

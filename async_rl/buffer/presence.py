@@ -200,6 +200,7 @@ class Attendance:
         self.want(peer, status)
         generator = self.admission.generators[peer]
         generator.busy_seconds = status.busy_seconds
+        generator.task_seconds = status.task_seconds
         generator.tokens_generated = status.tokens_generated
         generator.running = status.running
         out = self.admission.resend(peer, set(status.groups), now)

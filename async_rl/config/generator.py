@@ -43,6 +43,14 @@ class GeneratorSettings:
         "places that the episodes of one generator share, by name (a task's `slots`), e.g. {sandbox: 8}: how many "
         "there are, instead of what the task says",
     )
+    task_processes: int = setting(
+        0,
+        "processes beside each generator that run the code of tasks and rewards: a slow or crashing environment then "
+        "neither delays decoding nor ends the generator; 0: the generator runs it itself",
+        unit="processes",
+        min=0,
+        max=1024,
+    )
     kv_cache_mb: int = setting(
         0, "largest KV cache of the embedded engine; 0: for all, at most 2 GB", unit="MB", min=0, max=100_000_000
     )

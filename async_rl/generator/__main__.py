@@ -25,6 +25,7 @@ async def generate(
     from async_rl.generator.build import make_engine, make_weights
     from async_rl.generator.loop import GeneratorLoop, make_options
     from async_rl.generator.step_mark import StepMark
+    from async_rl.generator.task_pool import in_processes
     from async_rl.model.tokenizer import Tokenizer
     from async_rl.task import make_task
     from async_rl.weights.shared_memory import segment_path
@@ -39,7 +40,7 @@ async def generate(
     )
     folder.record(GeneratorReady(name=spec.name))
     try:
-        task = make_task(settings.task.name, settings.task.args)
+        task = in_processes(make_task(settings.task.name, settings.task.args), settings)
         gc.freeze()  # objects of imports and set-up are never garbage: later collections skip them
         loop = GeneratorLoop(
             make_options(settings, spec.name),

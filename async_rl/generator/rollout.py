@@ -11,6 +11,7 @@ from async_rl.errors import RunFailed
 from async_rl.generator.engine import LogitsNotFinite
 from async_rl.generator.session import EpisodeAborted, EpisodeSession, Ticket, TurnLimit
 from async_rl.generator.task_code import TaskGuard, TaskOverrun, describe_error, is_ours, reason_of, waits_in
+from async_rl.generator.task_wire import FarError
 from async_rl.task.protocol import Task
 from async_rl.task.weigh import ROLLOUT, Weighed, Weights, has_group_reward
 from async_rl.trajectory import Trajectory
@@ -92,7 +93,7 @@ def _ended(session: EpisodeSession, raised: BaseException) -> Trajectory:
             return session.finish(reward=0.0, failed="turn_limit")
         case EpisodeAborted():
             return session.finish(reward=0.0, failed="aborted", reason=str(raised))
-        case TaskOverrun() | LogitsNotFinite():
+        case TaskOverrun() | LogitsNotFinite() | FarError():
             return session.finish(reward=0.0, failed="error", reason=str(raised))
     if session.abandoned:  # which an agent may have told in its own words
         return session.finish(reward=0.0, failed="aborted", reason=session.abandoned)

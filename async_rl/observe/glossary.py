@@ -489,6 +489,12 @@ stale data.""",
             Metric("time/publish", "s", "seconds to hand out the new weights"),
             Metric("time/generator_busy", "s", "seconds generators decoded"),
             Metric(
+                "time/task_busy",
+                "s",
+                "seconds in which environments and rewards had work, on average over the processes that run them, "
+                "summed over generators since this launch; 0 without `generator.task_processes`",
+            ),
+            Metric(
                 "time/store",
                 "s",
                 "seconds the buffer process has spent on writes and commits to the store since this launch, "

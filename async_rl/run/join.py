@@ -58,6 +58,7 @@ MAY_DIFFER = (
     "generator.device",
     "generator.threads",
     "generator.max_sequences",
+    "generator.task_processes",
     "generator.kv_cache_mb",
     "generator.save_turns_after_s",
     "generator.episode_timeout_s",
@@ -436,6 +437,7 @@ class JoinedGenerator:
     async def _generate(self, tokenizer: Tokenizer, task: Task, buffer_silent_s: Callable[[], float]) -> None:
         from async_rl.generator.build import make_engine, make_weights
         from async_rl.generator.loop import GeneratorLoop, make_options
+        from async_rl.generator.task_pool import in_processes
 
         segment, server = Path(self.welcome.segment), self.settings.weights.relay or self.weight_server()
         relayed = bool(self.settings.weights.relay)
@@ -448,7 +450,7 @@ class JoinedGenerator:
             loop = GeneratorLoop(
                 make_options(self.settings, self.name, joined=True),
                 engine,
-                task,
+                in_processes(task, self.settings),
                 tokenizer,
                 dealer,
                 weights,

@@ -290,8 +290,8 @@ def choose_ways(settings: Settings, placement: Placement, *, ipc_works: bool) ->
         )
     if settings.weights.relay:
         raise UserError(
-            "weights.relay does nothing here: the generators that the launcher starts are on the trainer's host; give it "
-            "to `async-rl generate`, and leave it out"
+            "weights.relay does nothing here: the generators that the launcher starts are on the trainer's host; give "
+            "it to `async-rl generate`, and leave it out"
         )
     return tuple(found)
 
