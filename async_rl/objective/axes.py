@@ -108,6 +108,9 @@ class TrustSettings:
     covariance_of: Literal["all", "replayed"] = setting(
         "all", "clip_cov: which tokens are candidates; replayed: those of the experience pool's rows alone (SPEAR)"
     )
+    covariance_of: Literal["all", "replayed"] = setting(
+        "all", "clip_cov: which tokens are candidates; replayed: those of the experience pool's rows alone (SPEAR)"
+    )
     covariance_penalty: float = setting(1.0, "kl_cov: weight of |log-ratio| on the treated tokens")
     seed: int = setting(0, "clip_cov: seed of the choice among the candidates, together with the version")
     quantile: float = setting(
@@ -228,6 +231,8 @@ class RewardSettings:
     overlong_buffer: int = setting(
         4096, "tokens before the limit over which the penalty grows from 0 to its full size", unit="tokens", min=1
     )
+    bonus: float = setting(0.0, "weight of a number that the task notes, added to the reward (SPEAR: tool calls)")
+    bonus_note: str = setting("", "name of that note")
     overlong_penalty: float = setting(1.0, "subtracted from the reward of an answer at the limit or above", min=0)
 
 
@@ -376,6 +381,13 @@ class KlSettings:
         "(protected_share) and likelier under the target",
     )
     protected_share: float = setting(0.01, "protected: share of the batch's tokens, the least likely", above=0, max=1)
+    recent: float = setting(
+        0.0,
+        "share of the KL in the loss that is to the policy at the start of the step instead (ReMix); needs several "
+        "updates a batch",
+        min=0,
+        max=1,
+    )
     place: Literal["loss", "reward"] = setting("loss", "a term of the loss, or subtracted from rewards (k1)")
     taken_at: Literal["step", "update"] = setting(
         "step", "place=reward: under the weights at the start of the step, or at each of its updates"

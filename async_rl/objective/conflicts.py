@@ -231,6 +231,8 @@ def _reward_problem(recipe: Recipe) -> str:
     reward, advantage = recipe.reward, recipe.advantage
     if reward.outcome == "reward" and reward.threshold != 0:
         return "reward.threshold does nothing with reward.outcome=reward; set reward.outcome=indicator"
+    if bool(reward.bonus_note) != (reward.bonus != 0 or "reward.bonus" in moving_numbers(recipe)):
+        return "reward.bonus and reward.bonus_note, the name of the task's note, belong together"
     if 0 < reward.overlong_limit < reward.overlong_buffer:
         return "reward.overlong_buffer must not exceed reward.overlong_limit"
     if (advantage.baseline == "noted") != bool(advantage.note):
@@ -385,7 +387,11 @@ def _compared_turns_problem(recipe: Recipe) -> str:
 
 def _names_problem(recipe: Recipe, noted: Sequence[str] | None, parts: Sequence[str] | None) -> str:
     """What the recipe reads of the task and the task is known not to give."""
-    settings = {"select.drop_flag": recipe.select.drop_flag, "advantage.note": recipe.advantage.note}
+    settings = {
+        "select.drop_flag": recipe.select.drop_flag,
+        "advantage.note": recipe.advantage.note,
+        "reward.bonus_note": recipe.reward.bonus_note,
+    }
     for name, wanted in settings.items():
         if wanted and noted is not None and wanted not in noted:
             if not noted:

@@ -98,6 +98,10 @@ def kl_loss(tokens: Tokens, settings: KlSettings, advantage: Tensor) -> tuple[Te
     value, slope = kl_estimate(x, settings.estimator)
     if settings.gradient == "k2":
         slope = x
+    if settings.recent > 0:
+        near, moved = kl_estimate(tokens.log_prob - tokens.log_proximal, settings.estimator)
+        value = value + settings.recent * (near - value)
+        slope = slope + settings.recent * (moved - slope)
     if settings.largest_slope > 0:
         slope = slope.clamp(max=settings.largest_slope)
     if settings.certain_share < 1:

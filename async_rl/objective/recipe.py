@@ -47,6 +47,9 @@ class Schedule:
         "linear", "between the two; exponential: like e^(-rate x) from 0 to 1; jump: `start` until `until`"
     )
     rate: float = setting(3.0, "exponential: how fast it begins", above=0)
+    every: int = setting(
+        0, "it changes every so many steps, to what it is at the end of them; 0: every step", unit="steps", min=0
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +154,7 @@ def requirements(recipe: Recipe) -> Requirements:
     moving = moving_numbers(recipe)
     trust, mask, shape = recipe.trust, recipe.mask, recipe.shape
     return Requirements(
-        proximal=recipe.ratio.denominator == "proximal" or trust.rule == "mix_ppo" or any(kl.target == "proximal" for kl in kls),
+        proximal=recipe.ratio.denominator == "proximal" or trust.rule == "mix_ppo" or "kl.recent" in moving or any(kl.target == "proximal" for kl in kls),
         reference=recipe.ratio.denominator == "reference"
         or any(kl.target == "reference" for kl in kls)
         or "log_reference" in asked,
@@ -169,7 +172,7 @@ def requirements(recipe: Recipe) -> Requirements:
         proxy_share=next((kl.proxy_share for kl in kls if kl.target == "proxy"), 0.0),
         per_trajectory_norms=opob and recipe.opob.norm == "exact",
         clipping_bias_norm=kappa and recipe.bias.estimator == "exact",
-        noted=frozenset(noted).union(name for name in (recipe.select.drop_flag, recipe.advantage.note) if name),
+        noted=frozenset(noted).union(name for name in (recipe.select.drop_flag, recipe.advantage.note, recipe.reward.bonus_note) if name),
         parts=recipe.advantage.parts == "each",
     )
 

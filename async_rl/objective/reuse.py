@@ -159,6 +159,9 @@ def imitation(tokens: Tokens, per_token: Tensor, recipe: Recipe) -> tuple[Tensor
 def reuse_problem(recipe: Recipe) -> str:
     """Choices of `recipe.reuse` that exclude each other or other axes, whatever comes back; empty: none."""
     settings, advantage = recipe.reuse, recipe.advantage
+    recent = any(kl.recent > 0 for kl in (recipe.kl, *recipe.more_kl)) or "kl.recent" in moving_numbers(recipe)
+    if recent and (recipe.kl.place == "reward" or recipe.kl.gradient == "k2"):
+        return "kl.recent is for a KL in the loss with its own gradient (kl.place=loss, kl.gradient=own)"
     if settings == ReuseSettings():
         return ""
     if advantage.credit != "trajectory" or advantage.parts == "each":

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from math import cos, exp, expm1, isfinite, pi
+from math import ceil, cos, exp, expm1, isfinite, pi
 from typing import Any
 
 from async_rl.objective.recipe import Controller, Recipe, Schedule
@@ -17,6 +17,8 @@ def value_at(moves: Schedule, step: int) -> float:
     """Its number in training step `step` (0-based)."""
     if step < moves.since:
         return moves.start
+    if moves.every:
+        step = moves.since + ceil((step - moves.since) / moves.every) * moves.every
     if step >= moves.until:
         return moves.end
     done = (step - moves.since) / (moves.until - moves.since)

@@ -21,6 +21,10 @@ def shaped_reward(tokens: Tokens, settings: RewardSettings) -> Tensor:
     reward = tokens.reward
     if settings.outcome == "indicator":
         reward = ((reward > settings.threshold) & tokens.rewarded).to(reward.dtype)
+    if settings.bonus_note:
+        noted = tokens.columns.noted.trajectory.get(settings.bonus_note)
+        if noted is not None:
+            reward = reward + torch.where(tokens.rewarded, settings.bonus * noted.double().nan_to_num(nan=0.0), 0.0)
     if settings.overlong_limit > 0:
         over = tokens.length - (settings.overlong_limit - settings.overlong_buffer)
         reward = reward - settings.overlong_penalty * (over / settings.overlong_buffer).clamp(0.0, 1.0)

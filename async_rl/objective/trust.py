@@ -281,11 +281,16 @@ def covariance_choice(tokens: Tokens, advantage: Tensor, candidate: Tensor, sett
     cov = covariance(tokens, advantage)
     candidate = candidate & (cov > settings.covariance_low) & (cov < settings.covariance_high)
     candidate = candidate & tokens.finite[tokens.trajectory]
+    among = tokens.finite
+    if settings.covariance_of == "replayed":
+        reused = tokens.columns.reused
+        among = among & (torch.zeros_like(among) if reused is None else reused.replayed)
+        candidate = candidate & among[tokens.trajectory]
     indices = candidate.nonzero().squeeze(-1)
     generator = torch.Generator().manual_seed((settings.seed << 32) ^ tokens.columns.current_version)
     order = torch.randperm(len(indices), generator=generator).to(indices.device)
     chosen = torch.zeros_like(candidate)
-    chosen[indices[order[: _count(tokens, settings.covariance_fraction)]]] = True
+    chosen[indices[order[: _count(tokens, settings.covariance_fraction, among)]]] = True
     return chosen
 
 
@@ -293,15 +298,15 @@ def covariance_top(tokens: Tokens, advantage: Tensor, fraction: float) -> Tensor
     """KL-Cov: the covariance_fraction of all tokens with the largest covariance. [T] bool."""
     cov = torch.where(tokens.finite[tokens.trajectory], covariance(tokens, advantage), -torch.inf)
     chosen = torch.zeros_like(cov, dtype=torch.bool)
-    number = min(_count(tokens, fraction), len(cov))
+    number = min(_count(tokens, fraction, tokens.finite), len(cov))
     if number:
         chosen[cov.topk(number).indices] = True
     return chosen
 
 
-def _count(tokens: Tokens, fraction: float) -> int:
-    """How many of the batch's finite tokens `fraction` is, at least 1."""
-    return max(1, int(fraction * float(tokens.length[tokens.finite].sum())))
+def _count(tokens: Tokens, fraction: float, among: Tensor) -> int:
+    """How many of the tokens of these trajectories `fraction` is, at least 1. among [I] bool."""
+    return max(1, int(fraction * float(tokens.length[among].sum())))
 
 
 # Selection: which trajectories are left out, and why. Every rejection is counted by reason and length.
