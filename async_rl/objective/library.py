@@ -67,14 +67,20 @@ def _laid_over_file(path: Path, values: Mapping[str, Any]) -> Recipe:
 
 def _structured(values: Mapping[str, Any]) -> Recipe:
     """The recipe of these values. Raises UserError."""
+    lists = _lists(values)
+    recipe = structured(Recipe, {k: v for k, v in values.items() if k not in lists}, where="recipe")
+    return dataclasses.replace(recipe, **lists)
+
+
+def _lists(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of its settings that are lists of settings. Raises UserError."""
     lists: dict[str, Any] = {}
     for name, kind in (("more_kl", KlSettings), ("schedule", Schedule), ("controller", Controller)):
         given = values.get(name, ())
         if not isinstance(given, list | tuple) or not all(isinstance(one, Mapping) for one in given):
             raise UserError(f"recipe.{name} is {given!r:.80}; it must be a list of settings, each name: value")
         lists[name] = tuple(structured(kind, one, where=f"recipe.{name}[{i}]") for i, one in enumerate(given))
-    recipe = structured(Recipe, {k: v for k, v in values.items() if k not in lists}, where="recipe")
-    return dataclasses.replace(recipe, **lists)
+    return lists
 
 
 def _own(name: str, values: Mapping[str, Any]) -> Recipe:
@@ -115,6 +121,8 @@ def explain(recipe: Recipe) -> str:
         given = source.get(section, {})
         for name, chosen, meaning, default in value:
             where = given.get(name, default) if isinstance(given, Mapping) else given
+            if isinstance(chosen, tuple) and section in source:
+                where = _lists(source)[section]
             if chosen != where:
                 origin = f"override (recipe: {where})"
             elif (isinstance(given, Mapping) and name in given) or (section == name and section in source):
