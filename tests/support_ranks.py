@@ -130,6 +130,10 @@ CASES = (
         critic=CriticSettings(kind="model", warmup_steps=1), micro_batch_tokens=50,
     ),
     Case(
+        name="Q heads with a target network", recipe={"name": "archer"}, micro_batch_tokens=50, prompt=9, small=True,
+        critic=CriticSettings(kind="model", warmup_steps=0, epochs=2, target_average=0.8),
+    ),
+    Case(
         name="minibatches, exact, shared prefixes", recipe=EXACT, updates=IN_PARTS, micro_batch_tokens=100, prompt=12,
         small=True,
     ),
@@ -228,8 +232,11 @@ def build(case: Case, ranks: Ranks, sharding: str) -> Learner:
     critic = None
     if needs.value:
         trunk = model(1) if case.critic.kind == "model" else None
-        critic = Critic(policy, case.critic, ARITHMETIC, ranks=ranks, trunk=trunk)
-        critic.head.double()
+        slow = model(1) if case.critic.target_average else None
+        torch.manual_seed(0)
+        critic = Critic(policy, case.critic, ARITHMETIC, ranks=ranks, trunk=trunk, slow_trunk=slow, turn_q=needs.turn_q)
+        for head in (critic.head, critic._slow_head):
+            head.double()
     options = LearnerOptions(
         steps=10, updates=case.updates, optimizer=OPTIMIZER, arithmetic=ARITHMETIC, reference=case.reference
     )

@@ -232,7 +232,8 @@ def _trainer(shape: _Shape, name: str, device: str) -> Iterator[Part]:
     if needs.reference:
         yield Part(name=f"{name}: reference model", bytes=shape.weights // shards, device=device)
     if needs.value and settings.critic.kind == "model":
-        yield Part(name=f"{name}: critic with its optimizer", bytes=4 * shape.weights // shards, device=device)
+        copies = 5 if settings.critic.target_average else 4
+        yield Part(name=f"{name}: critic with its optimizer", bytes=copies * shape.weights // shards, device=device)
     if needs.per_trajectory_norms and trainer.ranks == 1:  # over ranks none is kept (trainer/exact_over_ranks.py)
         yield Part(name=f"{name}: second gradient (exact OPOB)", bytes=trained // shards, device=device)
     if config is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from random import Random
@@ -23,7 +23,8 @@ from async_rl.model.tokenizer import Tokenizer, asks_for_date, control_in, probl
 from async_rl.model.varlen import choose_backend
 from async_rl.objective.conflicts import check_effect
 from async_rl.objective.library import load_recipe
-from async_rl.objective.recipe import Requirements, requirements
+from async_rl.objective.own import is_own_function
+from async_rl.objective.recipe import Recipe, Requirements, requirements
 from async_rl.run.demonstrations import demonstrations_of
 from async_rl.run.fitting import fit_prompts
 from async_rl.run.inputs import Inputs, inputs_of
@@ -240,13 +241,34 @@ def check_idle(settings: Settings) -> None:
             f"reference.* does nothing with recipe={recipe.name}, which has no reference policy; leave it out, or set "
             "recipe.kl.coefficient"
         )
-    idle = [n for n in ("kind", "learning_rate", "warmup_steps") if getattr(settings.critic, n) != getattr(usual, n)]
+    idle = [one.name for one in fields(usual) if getattr(settings.critic, one.name) != getattr(usual, one.name)]
     if idle and not requirements(recipe).value:
         remedy = " ".join(f"critic.{name}={getattr(usual, name)}" for name in idle)
         raise UserError(
             f"critic.* does nothing with recipe={recipe.name}, which has no critic; leave it out (or set {remedy}), or "
             "choose a recipe with one (ppo, st_ppo)"
         )
+    if problem := critic_problem(settings.critic, recipe):
+        raise UserError(problem)
+
+
+def critic_problem(critic: CriticSettings, recipe: Recipe) -> str:
+    """What the recipe's critic has no use for, or an empty text."""
+    turn_q = recipe.advantage.credit == "turn_q"
+    if critic.loss != "squared":
+        if turn_q or is_own_function(recipe.name):
+            return f"critic.loss={critic.loss} is for token_gae and turn_gae; set critic.loss=squared"
+        if recipe.gae.value_clip:
+            return (
+                f"recipe.gae.value_clip bounds a squared error, which critic.loss={critic.loss} has not; set "
+                "recipe.gae.value_clip=0"
+            )
+    if critic.target_average and not turn_q and (recipe.gae.critic_trace == 1 and not recipe.gae.bootstrap_truncated):
+        return (
+            "critic.target_average does nothing with recipe.gae.critic_trace=1, whose targets are returns without any "
+            "value in them; lower recipe.gae.critic_trace, e.g. 0.95, or leave it out"
+        )
+    return ""
 
 
 def check_lora(settings: Settings, config: DecoderConfig | None) -> str:

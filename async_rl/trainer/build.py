@@ -18,6 +18,7 @@ from async_rl.model.lora import WithoutAdapters, add_adapters
 from async_rl.model.varlen import Backend, make_kernel, usable_backend
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
+from async_rl.trainer.checkpoint import load_critic
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import ModelArithmetic
 from async_rl.trainer.learner import Learner, LearnerOptions
@@ -57,8 +58,16 @@ def make_learner(settings: Settings, ranks: Ranks | None = None) -> Learner:
         reference = (policy_model(settings, ranks) if sharded else deepcopy(model)).requires_grad_(False)
     critic = None
     if needs.value:
-        trunk = policy_model(settings, ranks) if sharded and settings.critic.kind == "model" else None
-        critic = Critic(model, settings.critic, arithmetic, ranks=ranks, trunk=trunk)
+        of_its_own = sharded and settings.critic.kind == "model"
+        trunk, slow_trunk = (
+            policy_model(settings, ranks) if of_its_own and needed else None
+            for needed in (True, settings.critic.target_average)
+        )
+        critic = Critic(
+            model, settings.critic, arithmetic, ranks=ranks, trunk=trunk, slow_trunk=slow_trunk, turn_q=needs.turn_q
+        )
+        if settings.critic.path:
+            load_critic(Path(settings.critic.path), critic)
     teachers = make_teachers(settings, arithmetic, ranks) if needs.teacher else None
     options = LearnerOptions(
         steps=settings.trainer.steps,

@@ -33,6 +33,7 @@ from async_rl.trainer.sharding import RowFiles, load_weights, save_rows
 from async_rl.trainer.team import Save, Team
 
 if TYPE_CHECKING:
+    from async_rl.trainer.critic import Critic
     from async_rl.trainer.learner import Learner
 
 Weights = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -148,11 +149,28 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
             optimizer.state[parameter][what] = value
 
 
+def load_critic(path: Path, critic: Critic) -> None:
+    """The critic of a checkpoint, as the one that another run begins with. Raises UserError where there is none that
+    fits."""
+    parameters = {n: p for n, p in critic.named_parameters().items() if not n.startswith("slow_")}
+    try:
+        _load_rows(parameters, path, "critic")
+    except (OSError, KeyError, UserError, SafetensorError) as error:
+        raise UserError(
+            f"critic.path: {path} holds no critic of this kind ({error}); name a checkpoint of a run with one"
+        ) from None
+    critic.begin_target()
+
+
 def _load_rows(parameters: Mapping[str, Tensor], folder: Path, stem: str) -> None:
-    """Overwrite parameters, by name, by what `save_rows` wrote. Raises KeyError for one that is not there."""
+    """Overwrite parameters, by name, by what `save_rows` wrote. Raises KeyError for one that is not there in its
+    shape."""
     with RowFiles(folder, stem) as files, torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(files.as_laid_out(name, parameter))
+            kept = files.as_laid_out(name, parameter)
+            if kept.shape != parameter.shape:
+                raise KeyError(f"{stem}: {name} of shape {tuple(parameter.shape)}")
+            parameter.copy_(kept)
 
 
 def _reference(learner: Learner) -> dict[str, Tensor]:

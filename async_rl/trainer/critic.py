@@ -1,9 +1,10 @@
 """The critic: the value of the state before each policy token, by a head on the policy's features or a model of its
-own.
+own; with Q heads of a turn, too.
 
 It is trained on the coefficients of the value loss (`Coefficients.value_grad`; docs/algorithms.md#value-loss) with an
 optimizer of its own, so that neither learning-rate factors nor the policy's gradient clipping touch it.
-Shapes: T policy tokens of the batch, t of a micro-batch.
+Shapes: T policy tokens of the batch, t of a micro-batch; h outputs of the head: 1, the bins of a distribution, or the
+four of `returns.HEADS`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from async_rl.config import CriticSettings
-from async_rl.trainer.forward import ModelArithmetic, hidden_states
+from async_rl.objective.returns import HEADS
+from async_rl.trainer.distribution import Distribution
+from async_rl.trainer.forward import ModelArithmetic
 from async_rl.trainer.packing import MicroBatch, PackedBatch
 from async_rl.trainer.ranks import Ranks, clip_gradient, free, one_rank, sum_gradients, whole_column
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from async_rl.model.huggingface import Model
 
 CLIP_NORM = 1.0
+DOUBLED_STD = 0.02
+"""of the first weights of Q heads: two that begin alike would stay alike"""
 
 
 class Critic:
@@ -32,7 +37,7 @@ class Critic:
     `kind="head"`: a linear head on the policy's last hidden states, which it reads but does not move.
     `kind="model"`: a copy of the policy's network with such a head, trained throughout (the usual PPO
     critic; twice the memory), or where the policy has adapters, its own adapters on the same frozen
-    weights. The value of a turn is that at its first token.
+    weights. The value of a turn is that at its first token, its Q that behind its last.
 
     Over ranks each runs its share; the head is whole on every rank, the trunk as the policy is.
     """
@@ -45,18 +50,21 @@ class Critic:
         *,
         ranks: Ranks | None = None,
         trunk: Model | None = None,
+        slow_trunk: Model | None = None,
+        turn_q: bool = False,
     ) -> None:
-        """`trunk`: the network of kind="model" where the policy's cannot be copied (sharded)."""
+        """`trunk`, `slow_trunk`: the networks of kind="model", and of its target network, where the policy's cannot be
+        copied (sharded). `turn_q`: with Q heads."""
         self._ranks = ranks or one_rank()
-        self.warmup_steps = settings.warmup_steps
+        self.warmup_steps, self.epochs = settings.warmup_steps, settings.epochs
+        self.frozen = settings.learning_rate == 0
         self._arithmetic = arithmetic
         self._separate = settings.kind == "model"
+        self._turn_q = turn_q
+        self._distribution = None if settings.loss == "squared" else Distribution.of(settings)
         frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
-        self.trunk = (trunk or deepcopy(policy, frozen)) if self._separate else policy
-        width = policy.head.shape[1]
-        self.head = nn.Linear(width, 1, device=policy.head.device)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.trunk = (trunk or deepcopy(policy, dict(frozen))) if self._separate else policy
+        self.head = self._make_head(policy)
         self._parameters = list(self.head.parameters())
         groups = [list(self.head.parameters())]
         if self._separate:
@@ -68,37 +76,76 @@ class Critic:
         self.optimizer = torch.optim.AdamW(
             [{"params": group} for group in groups], lr=settings.learning_rate, weight_decay=0.0
         )
+        self._average = settings.target_average
+        self._slow_trunk, self._slow_head = self.trunk, self.head
+        if self._average:
+            self._slow_head = deepcopy(self.head).requires_grad_(False)
+            if self._separate:
+                self._slow_trunk = slow_trunk or deepcopy(self.trunk, dict(frozen))
+                self._slow_trunk.requires_grad_(False)
         self._batch: PackedBatch | None = None
 
-    @torch.no_grad()
-    def values(self, batch: PackedBatch) -> Tensor:
-        """Values of the whole batch, [T] float32, detached. `step` then trains on the same batch."""
+    def columns(self, batch: PackedBatch) -> dict[str, Tensor]:
+        """The critic's columns of the whole batch by their names in `Columns`, detached. `step` then trains on the same
+        batch."""
         self._batch = batch
-        own = torch.cat([self._forward(micro)[: 0 if micro.idle else None] for micro in batch.micro_batches])
-        self._free()
-        return whole_column(own, batch, self._ranks)
+        return {self._column: self._outputs(batch, self.trunk, self.head)}
 
-    def step(self, value_grad: Tensor) -> float:
-        """One optimizer step with d(value loss)/d(value) [T]; returns the gradient's norm."""
-        assert self._batch is not None, "values() comes first"
+    def values(self, batch: PackedBatch) -> Tensor:
+        """`columns` as one, [T] float32, or [T, 4] with Q heads."""
+        return self.columns(batch)[self._column]
+
+    def start_columns(self, batch: PackedBatch, now: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What stays as it is at the start of a step: values there, and those of the target network. `now`:
+        `columns(batch)`."""
+        held = {} if self._turn_q else {"value_before": now[self._column]}
+        if self._average:
+            slow = self._outputs(batch, self._slow_trunk, self._slow_head)
+        elif self._turn_q:
+            slow = now[self._column]
+        else:
+            return held
+        return held | {f"{self._column}_slow": slow}
+
+    def step(self, value_grad: Tensor, target: Tensor | None = None, share: Tensor | None = None) -> dict[str, float]:
+        """One optimizer step with d(value loss)/d(value), [T] or with Q heads [T, 4]; metrics.
+
+        target, share [T]: of a critic that is a distribution, which is trained on sum share * cross-entropy instead.
+        """
+        if self.frozen:
+            return {}
+        assert self._batch is not None, "columns() comes first"
+        metrics: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
-        own = self._batch.own(value_grad)
-        for micro in self._batch.micro_batches:
-            (self._forward(micro) * micro.rows(own)).sum().backward()
+        if self._distribution is None:
+            own = self._batch.own(value_grad)
+            for micro in self._batch.micro_batches:
+                (self._forward(micro, self.trunk, self.head) * micro.rows(own)).sum().backward()
+        else:
+            assert target is not None
+            assert share is not None
+            metrics["critic/outside"] = self._distribution.outside(target[share > 0])
+            target, share = self._batch.own(target), self._batch.own(share)
+            for micro in self._batch.micro_batches:
+                logits = self._logits(micro, self.trunk, self.head)
+                self._distribution.loss(logits, micro.rows(target), micro.rows(share)).backward()
         self._free()
         sum_gradients(self._parameters, self._ranks)
-        norm = clip_gradient(self._parameters, CLIP_NORM, self._ranks)
+        metrics["critic/grad_norm"] = norm = clip_gradient(self._parameters, CLIP_NORM, self._ranks)
         if math.isfinite(norm):
             self.optimizer.step()
+            self._follow(self._average)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return metrics
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The critic's own parameters by name, without the policy's."""
-        own = {f"head.{name}": p for name, p in self.head.named_parameters()}
-        if self._separate:
-            own |= {f"trunk.{name}": p for name, p in self.trunk.named_parameters() if p.requires_grad}
-        return own
+        """The critic's own parameters by name, without the policy's; those of the target network begin with `slow_`."""
+        networks = [("head", self.head), *([("trunk", self.trunk)] if self._separate else [])]
+        own = {f"{n}.{name}": p for n, net in networks for name, p in net.named_parameters() if p.requires_grad}
+        if not self._average:
+            return own
+        slow = {"head": dict(self._slow_head.named_parameters()), "trunk": dict(self._slow_trunk.named_parameters())}
+        return own | {f"slow_{path}": slow[path.partition(".")[0]][path.partition(".")[2]] for path in own}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters by name, for a checkpoint."""
@@ -110,15 +157,74 @@ class Critic:
             for name, parameter in self.named_parameters().items():
                 parameter.copy_(tensors[name])
 
+    @property
+    def _column(self) -> str:
+        return "turn_values" if self._turn_q else "value"
+
+    def _make_head(self, policy: Model) -> nn.Linear:
+        outputs = len(HEADS) if self._turn_q else 1 if self._distribution is None else self._distribution.bins
+        head = nn.Linear(policy.head.shape[1], outputs, device=policy.head.device)
+        if self._turn_q:
+            nn.init.normal_(head.weight, std=DOUBLED_STD)
+            self._ranks.broadcast_tensor(head.weight.data)
+        else:
+            nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def begin_target(self) -> None:
+        """The target network becomes the critic."""
+        self._follow(0.0)
+
+    @torch.no_grad()
+    def _follow(self, average: float) -> None:
+        """The target network is this share of itself and the rest of the critic. Elementwise, so that each rank moves
+        its part."""
+        every = self.named_parameters()
+        for name, parameter in every.items():
+            if self._average and not name.startswith("slow_"):
+                every[f"slow_{name}"].mul_(average).add_(parameter, alpha=1 - average)
+
     def _free(self) -> None:
         if self._separate:  # the policy's own may be waiting for its backward
             free(self.trunk)
+            free(self._slow_trunk)
 
-    def _forward(self, micro: MicroBatch) -> Tensor:
-        """Values of a micro-batch, [t] float32."""
-        if self._separate:
-            hidden = hidden_states(self.trunk, micro, self._arithmetic)
+    @torch.no_grad()
+    def _outputs(self, batch: PackedBatch, trunk: Model, head: nn.Linear) -> Tensor:
+        """Values of the whole batch, [T] or [T, 4] float32."""
+        own = torch.cat(
+            [self._forward(micro, trunk, head)[: 0 if micro.idle else None] for micro in batch.micro_batches]
+        )
+        self._free()
+        return whole_column(own, batch, self._ranks)
+
+    def _forward(self, micro: MicroBatch, trunk: Model, head: nn.Linear) -> Tensor:
+        """Values of a micro-batch, [t] or [t, 4] float32."""
+        outputs = self._logits(micro, trunk, head)
+        if self._distribution is not None:
+            return self._distribution.mean(outputs)
+        return outputs if self._turn_q else outputs.squeeze(-1)
+
+    def _logits(self, micro: MicroBatch, trunk: Model, head: nn.Linear) -> Tensor:
+        """What the head answers, [t, h] float32; of Q heads those of the state before a token, then those behind it."""
+        if trunk is not self.trunk or self._separate:
+            hidden = self._hidden(micro, trunk)
         else:
             with torch.no_grad():  # the head reads the policy's features and does not move them
-                hidden = hidden_states(self.trunk, micro, self._arithmetic)
-        return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+                hidden = self._hidden(micro, trunk)
+        outputs: Tensor = head(hidden.to(head.weight.dtype))
+        if not self._turn_q:
+            return outputs
+        before, behind = outputs.split(len(micro.targets))
+        return torch.cat([before[:, :2], behind[:, 2:]], 1)
+
+    def _hidden(self, micro: MicroBatch, trunk: Model) -> Tensor:
+        """Hidden states before each policy token, [t, H]; with Q heads those behind them after them, [2t, H]."""
+        with self._arithmetic.autocast(micro.tokens.device):
+            attention = micro.attention(self._arithmetic.kernel)
+            if not self._turn_q:
+                return micro.of_policy(trunk(micro.tokens, micro.positions, attention, micro.predicting))
+            rows = torch.cat([micro.predictors, micro.sampled])
+            found: Tensor = trunk(micro.tokens, micro.positions, attention, rows)
+            return found

@@ -194,7 +194,9 @@ class Learner:
         answer, state = self._agreed(*self._objective(columns, self.recipe, self.state))
         metrics.update(answer.metrics)
         if self.critic is not None and answer.value_grad is not None:
-            metrics["critic/grad_norm"] = self.critic.step(answer.value_grad)
+            columns = self._train_critic(part.batch, columns, answer, metrics)
+            if self.needs.turn_q:  # the policy is trained on what the critic says now
+                answer, state = self._agreed(*self._objective(columns, self.recipe, self.state))
         if answer.skip:
             taken.left_out.append(answer.skip)
         else:
@@ -202,6 +204,21 @@ class Learner:
             taken.done += not taken.stopped
         taken.add(metrics)
         return start
+
+    def _train_critic(
+        self, batch: PackedBatch, columns: Columns, answer: Coefficients, metrics: dict[str, float]
+    ) -> Columns:
+        """`critic.epochs` updates of the critic on a minibatch; the columns with what it says behind the last one
+        where that is looked at, else behind the last but one."""
+        assert self.critic is not None
+        for update in range(self.critic.epochs):
+            if update:
+                answer, _ = self._objective(columns, self.recipe, self.state)
+            assert answer.value_grad is not None
+            metrics.update(self.critic.step(answer.value_grad, answer.value_target, answer.value_share))
+            if update + 1 < self.critic.epochs or self.needs.turn_q:
+                columns = replace(columns, **self.critic.columns(batch))
+        return columns
 
     def _has_moved_far(self, columns: Columns, taken: Taken) -> bool:
         """Whether the KL that `updates.kl_stop` bounds is above it, as the leader finds."""
@@ -318,7 +335,7 @@ class Learner:
             log_proxy=whole.log_proxy,
             log_reference=self._log_reference(batch),
             log_teacher=self._log_teacher(batch),
-            value=None if self.critic is None else self.critic.values(batch),
+            critic={} if self.critic is None else self.critic.start_columns(batch, self.critic.columns(batch)),
         )
 
     def _log_reference(self, batch: PackedBatch) -> Tensor | None:  # [T]
@@ -335,7 +352,10 @@ class Learner:
     def _columns(self, batch: PackedBatch, log_probs: LogProbs, start: Start | None) -> Columns:
         """The batch under the current weights. `start`: its columns at the start of the step; None: the same."""
         log_prob = log_probs.log_prob.detach()
-        value = None if self.critic is None else self.critic.values(batch)
+        of_critic: dict[str, Tensor] = {}
+        if self.critic is not None:
+            of_critic = self.critic.columns(batch)
+            of_critic |= self.critic.start_columns(batch, of_critic) if start is None else start.critic
         return Columns(
             log_prob=log_prob,
             log_behaviour=batch.log_behaviour,
@@ -349,6 +369,8 @@ class Learner:
             agent_of_turn=batch.agent_of_turn,
             agents=batch.agents,
             noted=batch.noted,
+            forks=batch.forks,
+            greedy=batch.greedy,
             reused=batch.reused,
             truncated=batch.truncated,
             current_version=self.version,
@@ -356,8 +378,7 @@ class Learner:
             log_reference=self._log_reference(batch) if start is None else start.log_reference,
             log_teacher=self._log_teacher(batch) if start is None else start.log_teacher,
             log_proxy=log_probs.log_proxy if start is None else start.log_proxy,
-            value=value,
-            value_before=value if start is None else start.value,
+            **of_critic,
             entropy=log_probs.entropy.detach(),
             prob_square_sum=log_probs.prob_square_sum.detach(),
         )

@@ -38,6 +38,7 @@ from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import Requirements, requirements
 from async_rl.objective.tokens import Noted, Reused
 from async_rl.trainer.noted import noted_columns, taught
+from async_rl.trainer.plans import forks_among, greedy_among
 from async_rl.trainer.pruning import pruned
 from async_rl.trainer.reused import reused_columns
 from async_rl.trainer.shares import Share, Sizes, Spread, cuts, plan, share_of
@@ -136,6 +137,10 @@ class PackedBatch:
     """what the tasks noted, of the names that the recipe asks for"""
     reused: Reused | None = None
     """what came back from the experience pool; None: nothing did"""
+    forks: Tensor | None = None  # [I, 2] int64
+    """as `objective.Columns.forks`"""
+    greedy: Tensor | None = None  # [I] bool
+    """as `objective.Columns.greedy`"""
     taught: Mapping[str, Tensor] = field(default_factory=dict)  # [I] bool
     """which trajectories a teacher speaks of, for teachers that do not speak of all"""
     share: Share | None = None
@@ -275,6 +280,8 @@ def pack_batch(
         part=partial(_part, ordered, groups.tolist(), again),
         noted=noted,
         reused=reused_columns(ordered, device),
+        forks=forks_among(ordered, device),
+        greedy=greedy_among(ordered, device),
         taught=taught(ordered, teachers or {}, device),
         micro_batches=tuple(_pack_parts(pieces, policy_of_piece, parts, device, sizes if shared else None)),
         log_behaviour=tensor(

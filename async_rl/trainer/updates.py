@@ -21,6 +21,9 @@ from async_rl.objective import Columns
 from async_rl.objective.tokens import LARGEST_LOG_RATIO
 from async_rl.trainer.packing import PackedBatch
 
+OF_CRITIC = ("value_before", "value_slow", "turn_values_slow")
+"""columns of the critic that stay as they are at the start of a step"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
@@ -37,7 +40,8 @@ class Start:
 
     log_prob: Tensor  # [T]
     log_reference: Tensor | None  # [T]
-    value: Tensor | None  # [T]
+    critic: Mapping[str, Tensor] = field(default_factory=dict)  # [T] or [T, 4]
+    """`Critic.start_columns`"""
     log_teacher: Tensor | None = None  # [T]
     log_proxy: Tensor | None = None  # [T]
 
@@ -47,7 +51,7 @@ class Start:
         return Start(
             log_prob=columns.log_prob,
             log_reference=columns.log_reference,
-            value=columns.value,
+            critic={name: column for name in OF_CRITIC if (column := getattr(columns, name)) is not None},
             log_teacher=columns.log_teacher,
             log_proxy=columns.log_proxy,
         )
@@ -63,7 +67,7 @@ class Start:
         return Start(
             log_prob=self.log_prob[part.rows],
             log_reference=chosen(self.log_reference),
-            value=chosen(self.value),
+            critic={name: column[part.rows] for name, column in self.critic.items()},
             log_teacher=chosen(self.log_teacher),
             log_proxy=chosen(self.log_proxy),
         )

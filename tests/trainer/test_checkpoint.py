@@ -71,6 +71,7 @@ def train(learner: Learner, settings: Settings, steps: Sequence[int]) -> list[ob
         ("recipe=ppo", "recipe.kl.coefficient=0.1", "updates.epochs=2", "optimizer.schedule=cosine"),
         ("recipe=ppo", "updates.epochs=2", "updates.minibatches=2", "updates.kl_stop=0.1", "batch.groups_per_step=2"),
         ("recipe=dr_grpo", "recipe.kl.coefficient=0.1", "reference.average=0.5"),
+        ("recipe=archer", "critic.kind=model", "critic.warmup_steps=1", "critic.target_average=0.9", "critic.epochs=2"),
     ],
     ids=" ".join,
 )
