@@ -80,12 +80,13 @@ class Link:
     async def ask_later(self, episode: int, method: str, *args: Any, **named: Any) -> Any:
         """Call the session and wait for its answer, other episodes go on meanwhile."""
         self.calls += 1
-        future = self.answers[self.calls] = asyncio.get_running_loop().create_future()
+        number = self.calls
+        future = self.answers[number] = asyncio.get_running_loop().create_future()
         try:
-            self.send(Call(episode=episode, number=self.calls, method=method, args=args, named=named))
+            self.send(Call(episode=episode, number=number, method=method, args=args, named=named))
             return _value(await future)
         finally:
-            self.answers.pop(self.calls, None)
+            self.answers.pop(number, None)
 
     def take(self, frame: Frame) -> None:
         """Keep what came for later."""

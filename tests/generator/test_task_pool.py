@@ -183,6 +183,16 @@ def test_an_episode_comes_to_the_same_trajectory_there_and_here(tokenizer: Token
         assert there.reason == here.reason
 
 
+def test_many_episodes_run_at_once_in_few_processes(tokenizer: Tokenizer, name: str) -> None:
+    async def all_of_them() -> list[Trajectory]:
+        async with pool_of(name, 2) as (far, _):
+            kinds = [EVERYTHING, RAISES, TOO_MANY, REFUSED] * 60
+            return await asyncio.gather(*(played(far, tokenizer, kind, guard=TaskGuard()) for kind in kinds))
+
+    made = run(all_of_them)
+    assert [one.ended for one in made] == ["turn_limit", "error", "turn_limit", "finished"] * 60
+
+
 def test_what_the_session_refuses_is_raised_in_the_process(tokenizer: Tokenizer, name: str) -> None:
     async def one() -> Trajectory:
         async with pool_of(name, 1) as (far, _):
