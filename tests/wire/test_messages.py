@@ -67,7 +67,12 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.tuples(*(values(argument) for argument in arguments))
     if isinstance(hint, type) and issubclass(hint, msg.WireStruct):
         return messages(hint)
-    return {float: st.floats(allow_nan=False), str: st.text(max_size=8), bool: st.booleans()}[hint]
+    return {
+        float: st.floats(allow_nan=False),
+        str: st.text(max_size=8),
+        bool: st.booleans(),
+        bytes: st.binary(max_size=8),
+    }[hint]
 
 
 def messages(kind: type) -> st.SearchStrategy[Any]:
