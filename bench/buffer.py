@@ -30,8 +30,10 @@ import numpy as np
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
 from async_rl.buffer.depth import Rules
+from async_rl.buffer.sampler import SamplerRules
 from async_rl.buffer.staleness import PacePolicy
 from async_rl.config import default_window
+from async_rl.config.sampler import SamplerSettings
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.types import sample_seed
 from async_rl.wire import messages as msg
@@ -40,10 +42,18 @@ GENERATORS, GROUPS, GROUP_SIZE, MAX_STALENESS, TOKENS, PROMPT = 4, 64, 16, 4, 51
 ROUNDS = 5
 TARGET = 20_000
 TRAINER = b"trainer"
+SAMPLER = SamplerRules(
+    chosen=SamplerSettings(choose="thompson", samples="adaptive", turns="adaptive", half_life=8.0),
+    seed=0,
+    group_size=GROUP_SIZE,
+    largest=GROUP_SIZE,
+    problems=10_000,
+)
 Sent = tuple[bytes, msg.Message, float]
 
 
-def make_core() -> Core:
+def make_core(sampled: bool = False) -> Core:
+    """`sampled`: with a sampler that looks at statistics wherever it can."""
     window = default_window(GROUPS, MAX_STALENESS, 0.3)
     pace = PacePolicy(
         groups_per_step=GROUPS, max_staleness=MAX_STALENESS, pipeline_depth=MAX_STALENESS + 1.0, window=window
@@ -57,6 +67,7 @@ def make_core() -> Core:
         max_refusals=10**9,
         seed=0,
         vocabulary=1,
+        sampler=SAMPLER if sampled else None,
     )
     return Core(rules, problem_at=lambda position: position)
 
@@ -157,9 +168,9 @@ class Play:
         )
 
 
-def replay(sent: list[Sent]) -> float:
+def replay(sent: list[Sent], sampled: bool = False) -> float:
     """Processor seconds for all messages on a fresh core."""
-    core = make_core()
+    core = make_core(sampled)
     handle = core.handle
     started = time.process_time()
     for peer, message, now in sent:
@@ -205,12 +216,15 @@ def main() -> None:
     play = Play(Random(0))
     sent = play.run(arguments.messages)
     gc.freeze()  # a buffer does not keep a run's messages for the collector to look through
-    seconds = [replay(sent) for _ in range(ROUNDS)]
+    with_sampler = Play(Random(0), make_core(sampled=True)).run(arguments.messages)
+    pairs = [(replay(sent), replay(with_sampler, sampled=True)) for _ in range(ROUNDS)]
+    seconds, seconds_sampled = [list(some) for some in zip(*pairs, strict=True)]
     trajectories = sum(len(m.trajectories) for _, m, _ in sent if isinstance(m, msg.Finished))
     result: dict[str, Any] = {
         "messages_per_s": round(len(sent) / statistics.median(seconds)),
         "messages_per_s_all": [round(len(sent) / s) for s in seconds],
         "target_messages_per_s": TARGET,
+        "messages_per_s_with_sampler": round(len(with_sampler) / statistics.median(seconds_sampled)),
         "trajectories_per_s": round(trajectories / statistics.median(seconds)),
         "messages": len(sent),
         "steps": play.core.step,

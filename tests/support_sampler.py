@@ -182,7 +182,7 @@ class SampledInvariants(Invariants):
                 target = 0.8 - 0.4 * min(1.0, position / 10)
                 self.check_nearest(decision, offered, lambda p: abs(p - target), version)
             case "thompson":
-                random = Random(rules.seed * 0x9E3779B97F4A7C15 + position)
+                random = Random(rules.seed * 0x9E3779B97F4A7C15 + position & (1 << 64) - 1)
                 worth = {}
                 for problem in dict.fromkeys(offered):
                     attempts, successes = self.counted(problem, version)

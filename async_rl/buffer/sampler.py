@@ -174,7 +174,7 @@ class Sampler:
                 target = target_at(chosen, position)
                 return self._nearest(position, lambda p: abs(known.estimate(p, version) - target))
             case "thompson":
-                random = Random(self.rules.seed * 0x9E3779B97F4A7C15 + position)
+                random = Random((self.rules.seed * 0x9E3779B97F4A7C15 + position) & 0xFFFFFFFFFFFFFFFF)
                 return self._nearest(position, lambda p: -self._worth(*known.beta(p, version), random))
 
     def candidates(self, position: int) -> list[int]:

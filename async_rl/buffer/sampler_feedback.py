@@ -120,20 +120,33 @@ class Feedback:
 
 def outcome_of(group: Group, number: int, success: float) -> Outcome:
     """What came of a complete group. `success`: rewards above it are successes."""
-    tried = {place: sample for place, sample in group.samples.items() if not sample.failed}
-    good = [place for place, sample in tried.items() if sample.reward > success]
+    attempts = successes = tokens = turns = 0
+    version = first_success = first_failure = -1
+    for place in group.permit.samples:  # in one pass: it is done for every group
+        sample = group.samples[place]
+        if sample.failed:
+            continue
+        attempts += 1
+        tokens += sample.policy_length
+        version = max(version, sample.version_max)
+        if sample.reward > success:
+            successes += 1
+            turns = max(turns, sample.num_turns)
+            first_success = place if first_success < 0 else first_success
+        elif first_failure < 0:
+            first_failure = place
     return Outcome(
         number=number,
         group=group.group,
         problem=group.problem,
-        attempts=len(tried),
-        successes=len(good),
-        tokens=sum(sample.policy_length for sample in tried.values()),
-        version=max((sample.version_max for sample in tried.values()), default=-1),
+        attempts=attempts,
+        successes=successes,
+        tokens=tokens,
+        version=version,
         started=group.permit.start is not None,
-        turns=max((tried[place].num_turns for place in good), default=0),
-        success=min(good, default=-1),
-        failure=min(tried.keys() - set(good), default=-1),
+        turns=turns,
+        success=first_success,
+        failure=first_failure,
     )
 
 
