@@ -31,6 +31,7 @@ from async_rl.objective.tokens import (
     segment_min,
     segment_sum,
 )
+from async_rl.objective.tree import path_mean, segment_gain
 from async_rl.trajectory.parts import PREFIX
 
 
@@ -70,6 +71,10 @@ def advantage_of(tokens: Tokens, recipe: Recipe, penalty: Tensor | None) -> Adva
             per_token = _turn_group(tokens, reward, penalty, settings)[tokens.turn]
         case "gigpo":
             per_token = _gigpo(tokens, reward, penalty, settings)[tokens.turn]
+        case "path_mean":
+            per_token = path_mean(tokens, group_advantage(tokens, reward, settings))
+        case "segment_gain":
+            per_token = segment_gain(tokens, reward)
         case "token_return":
             per_token = _token_returns(tokens, reward, penalty, settings)
         case "token_gae":
@@ -114,6 +119,8 @@ def group_advantage(tokens: Tokens, reward: Tensor, settings: AdvantageSettings)
     """
     if settings.baseline == "noted":
         reward = reward - _noted_baseline(tokens, settings.note)
+    if settings.baseline == "greedy":
+        reward = reward - greedy_reward(tokens, reward)[tokens.group_of_trajectory].nan_to_num()
     return _compare(
         reward, tokens.group_of_trajectory, tokens.num_groups, settings,
         counted=tokens.compared, length=tokens.length, batch_values=reward,
@@ -149,6 +156,14 @@ def _whitened_trajectories(values: Tensor, tokens: Tokens) -> Tensor:
     return torch.where(counted & (std > 0), (values - known.mean()) / (std + 1e-4), 0.0)
 
 
+def greedy_reward(tokens: Tokens, reward: Tensor) -> Tensor:
+    """Reward [I] of the greedy sample of each group, NaN where there is none. [G]"""
+    greedy = tokens.columns.greedy
+    chosen = tokens.rewarded & greedy if greedy is not None else torch.zeros_like(tokens.rewarded)
+    count = tokens.sum_group(chosen.to(reward.dtype))
+    return torch.where(count > 0, tokens.sum_group(torch.where(chosen, reward, 0.0)) / count.clamp(min=1.0), torch.nan)
+
+
 def _noted_baseline(tokens: Tokens, name: str) -> Tensor:
     """The task's note of each trajectory, 0 where there is none: `select` leaves those out. [I]"""
     column = tokens.columns.noted.trajectory.get(name)
@@ -171,7 +186,7 @@ def _compare(
     if settings.baseline == "virtual_max":
         mean, size = (total + settings.reward_max) / (count + 1), count + 1
     match settings.baseline:
-        case "none" | "noted":
+        case "none" | "noted" | "greedy":
             centred = values
         case "leave_one_out":
             others = (count - 1).clamp(min=1.0)[key]
@@ -188,7 +203,7 @@ def _compare(
     scaled = centred / _scale(values, key, num_keys, settings, weight, mean, size, batch_values)
     if settings.scale == "group_mean":
         scaled = torch.where(mean[key] > 0, scaled, 0.0)
-    if settings.baseline not in ("none", "virtual_max", "noted"):
+    if settings.baseline not in ("none", "virtual_max", "noted", "greedy"):
         scaled = torch.where(_constant(values, key, num_keys, counted)[key], 0.0, scaled)
     return torch.where(counted, scaled, 0.0)
 

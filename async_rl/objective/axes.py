@@ -108,9 +108,6 @@ class TrustSettings:
     covariance_of: Literal["all", "replayed"] = setting(
         "all", "clip_cov: which tokens are candidates; replayed: those of the experience pool's rows alone (SPEAR)"
     )
-    covariance_of: Literal["all", "replayed"] = setting(
-        "all", "clip_cov: which tokens are candidates; replayed: those of the experience pool's rows alone (SPEAR)"
-    )
     covariance_penalty: float = setting(1.0, "kl_cov: weight of |log-ratio| on the treated tokens")
     seed: int = setting(0, "clip_cov: seed of the choice among the candidates, together with the version")
     quantile: float = setting(
@@ -288,22 +285,40 @@ class MaskSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvantageSettings:
-    credit: Literal["trajectory", "turn_return", "turn_group", "gigpo", "token_return", "token_gae", "turn_gae", "turn_q"] = (
-        setting(
-            "trajectory",
-            "what gets a value of its own: trajectory (the outcome); turn_return (discounted return of each "
-            "turn); turn_group (turn reward against the same turn of the group, plus outcome); gigpo (outcome "
-            "plus return against the same environment state); token_return; token_gae, turn_gae (critic); turn_q "
-            "(a critic with Q heads for turns: ArCHer)",
-        )
+    credit: Literal[
+        "trajectory",
+        "turn_return",
+        "turn_group",
+        "gigpo",
+        "token_return",
+        "token_gae",
+        "turn_gae",
+        "turn_q",
+        "path_mean",
+        "segment_gain",
+    ] = setting(
+        "trajectory",
+        "what gets a value of its own: trajectory (the outcome); turn_return (discounted return of each "
+        "turn); turn_group (turn reward against the same turn of the group, plus outcome); gigpo (outcome "
+        "plus return against the same environment state); token_return; token_gae, turn_gae (critic); turn_q "
+        "(a critic with Q heads for turns: ArCHer); path_mean, segment_gain (answers that fork from one another: mean "
+        "advantage of those that go through a token, ARPO; change of value along a segment, SPO)",
     )
     baseline: Literal[
-        "none", "group_mean", "leave_one_out", "length_weighted", "virtual_max", "opob", "noted", "distinct_mean"
+        "none",
+        "group_mean",
+        "leave_one_out",
+        "length_weighted",
+        "virtual_max",
+        "opob",
+        "noted",
+        "distinct_mean",
+        "greedy",
     ] = setting(
         "group_mean",
         "what is subtracted: mean of the group; mean of the others; length-weighted mean (OPO); mean with a "
         "virtual best sample (NGRPO); off-policy optimal baseline (VCPO); a number that the task noted (A*-PO); mean "
-        "of the values that occur, each counted once (MARS)",
+        "of the values that occur, each counted once (MARS); reward of the group's greedy sample (ReMax)",
     )
     among: Literal["group", "batch"] = setting(
         "group", "turn_return: the turns that are compared (of each agent): those of the group, or of the batch (MARS)"

@@ -36,6 +36,7 @@ def check_recipe(recipe: Recipe) -> None:
         _teaching_problem(recipe),
         _compared_turns_problem(recipe),
         _pruning_problem(recipe),
+        _forks_problem(recipe),
         reuse_problem(recipe),
     ):
         if problem:
@@ -352,6 +353,17 @@ def _teaching_problem(recipe: Recipe) -> str:
         )
     if teaching.alone and recipe.shape != ShapeSettings():
         return "shape.* changes the advantage of rewards, which teaching.alone leaves out"
+    return ""
+
+
+def _forks_problem(recipe: Recipe) -> str:
+    advantage = recipe.advantage
+    if advantage.credit == "segment_gain" and (advantage.baseline, advantage.scale) != ("none", "none"):
+        return "advantage.credit=segment_gain is a difference of values; it needs baseline=none and scale=none"
+    if advantage.baseline == "greedy" and advantage.credit not in ("trajectory", "path_mean"):
+        return "advantage.baseline=greedy compares outcomes; it needs advantage.credit=trajectory"
+    if advantage.credit in ("path_mean", "segment_gain") and advantage.baseline == "opob":
+        return "advantage.baseline=opob needs advantage.credit=trajectory"
     return ""
 
 

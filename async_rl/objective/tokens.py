@@ -65,6 +65,11 @@ class Columns:
     """of a critic with Q heads: V1, V2 before the token, Q1, Q2 behind it"""
     turn_values_slow: Tensor | None = None  # [tokens, 4]
     """the same by the target network"""
+    forks: Tensor | None = None  # [trajectories, 2] int64
+    """which trajectory of the batch each goes on from (-1: it begins with the prompt), and how many of the tokens that
+    one sampled come before the fork; None: none does"""
+    greedy: Tensor | None = None  # [trajectories] bool
+    """sampled greedily, as a baseline that is not trained; None: none was"""
     entropy: Tensor | None = None  # [tokens]
     """entropy of the distribution the token was sampled from, under the current weights"""
     prob_square_sum: Tensor | None = None  # [tokens]
@@ -136,7 +141,7 @@ class Coefficients:
     """OPOB with exact norms: the gradient is sum(policy*grad) - sum_groups b_g * sum(baseline*grad),
     where the trainer finds b_g from per-trajectory gradient norms (docs/algorithms.md#two-columns)"""
     entropy: Tensor | None = None  # [tokens]
-    value_grad: Tensor | None = None  # [tokens]
+    value_grad: Tensor | None = None  # [tokens], with Q heads [tokens, 4]
     """d(value loss)/d(V_t)"""
     value_target: Tensor | None = None  # as `value_grad`
     """what the critic is trained towards, for one that is a distribution"""

@@ -17,6 +17,7 @@ from math import log
 import torch
 from torch import Tensor
 
+from async_rl.objective.advantage import greedy_reward
 from async_rl.objective.axes import TrustSettings
 from async_rl.objective.gates import (
     MOVING_BOUNDS,
@@ -350,6 +351,10 @@ def select(tokens: Tokens, recipe: Recipe, advantage: Tensor, zero_signal: Tenso
     if settings.drop_truncated:
         rejected["truncated"] = tokens.columns.truncated
     rejected.update(_by_task(tokens, recipe))
+    if recipe.advantage.baseline == "greedy":
+        columns, group = tokens.columns, tokens.group_of_trajectory
+        rejected["greedy"] = torch.zeros_like(tokens.finite) if columns.greedy is None else columns.greedy
+        rejected["no_greedy"] = greedy_reward(tokens, tokens.reward).isnan()[group]
     if recipe.teaching.alone and recipe.teaching.coefficient > 0 and tokens.columns.log_teacher is not None:
         missing = (~torch.isfinite(tokens.columns.log_teacher)).double()
         rejected["no_teacher"] = tokens.sum_trajectory(missing) > 0
