@@ -21,7 +21,7 @@ from async_rl.buffer.trust import Trust
 from async_rl.buffer.verification import of_the_launcher
 from async_rl.config.rollout import RolloutSettings, parent_of
 from async_rl.trajectory import Trajectory
-from async_rl.trajectory.given import GIVEN, wrong_given
+from async_rl.trajectory.given import GIVEN, HINT, wrong_given
 from async_rl.trajectory.parts import POOL_PREFIX
 from async_rl.trajectory.types import GREEDY, LOWEST_TEMPERATURE, sample_seed
 from async_rl.version import __version__
@@ -267,6 +267,11 @@ def _goes_down(trajectory: Trajectory) -> bool:
     return any(not any(end <= start <= begin for start in trajectory.contexts) for end, begin in found)
 
 
+def _hint(permit: msg.Permit) -> float | None:
+    """The share of a text that its prompt holds."""
+    return permit.start.share if permit.start is not None and permit.start.in_prompt else None
+
+
 def _trainable(trajectory: Trajectory, plan: RolloutSettings) -> Objection | None:
     """Why nothing could be learned from it by right, or None."""
     if trajectory.split != "train":
@@ -298,6 +303,8 @@ def _permitted(trajectory: Trajectory, group: Group, plan: RolloutSettings) -> O
         said = f"temperature {trajectory.temperature:g} instead of {permit.temperature:g}"
     elif (permit.start is None) == (GIVEN in trajectory.info) and not (trajectory.failed or fork):
         said = "with a start" if permit.start is not None else "without a start"
+    elif (hint := trajectory.info.get(HINT)) != _hint(permit) and not trajectory.failed:
+        said = f"with {hint} of a text in its prompt"
     elif GIVEN in trajectory.info and (said := wrong_given(trajectory)):
         pass
     elif permit.max_turns and len(trajectory.turns) > permit.max_turns:

@@ -265,5 +265,5 @@ class Rules:
         )
         if decision is None or self.sampler is None:
             return permit
-        start = start_in(decision, self.sampler.chosen.start_field)
+        start = start_in(decision, self.sampler.chosen)
         return structs.replace(permit, max_turns=decision.max_turns, start=start)

@@ -14,6 +14,7 @@ from msgspec import Struct
 from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.sampler import Decision, Sampler, SamplerRules
 from async_rl.buffer.sampler_statistics import Outcome, Statistics
+from async_rl.config.sampler import SamplerSettings
 from async_rl.wire.messages import SamplerCounters, Start
 
 OUT_OF_BAND = "out_of_band"
@@ -150,10 +151,19 @@ def outcome_of(group: Group, number: int, success: float) -> Outcome:
     )
 
 
-def start_in(decision: Decision, field: str) -> Start | None:
+def start_in(decision: Decision, settings: SamplerSettings) -> Start | None:
     """What the permit of a group with this decision says of its start; tokens of a stored answer are filled in when it
-    is sent. `field`: of the data, where the start is a text."""
+    is sent."""
     chosen = decision.start
     if chosen is None:
         return None
-    return Start(source=chosen.source, share=chosen.share, field=field if chosen.source == "field" else "")
+    if chosen.source != "field":
+        return Start(source=chosen.source, share=chosen.share)
+    in_prompt = settings.start_place == "prompt"
+    return Start(
+        source="field",
+        share=chosen.share,
+        field=settings.start_field,
+        in_prompt=in_prompt,
+        instruction=settings.start_instruction if in_prompt else "",
+    )

@@ -80,6 +80,15 @@ class SamplerSettings:
         "(`start_field`); of a stored success of the problem; a stored failure up to its error",
     )
     start_field: str = setting("", "field of the rows (or of `Problem.data`) with the text that answers begin with")
+    start_place: Literal["answer", "prompt"] = setting(
+        "answer",
+        "where the beginning of the text stands (start=field): the answer goes on with it; or in the prompt, behind "
+        "`start_instruction`, and the answer begins anew",
+    )
+    start_instruction: str = setting(
+        "Here is the beginning of a right solution. Build on it:",
+        "what stands before the text in the prompt (start_place=prompt)",
+    )
     start_share: float = setting(
         1.0, "share of the groups that may have a start which get one", unit="share of groups", above=0, max=1
     )

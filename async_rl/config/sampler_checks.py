@@ -80,9 +80,11 @@ def starts_read_their_settings(s: Settings) -> str:
     chosen = s.sampler
     if chosen.start == "none":
         names = ("start_share", "start_success", "start_attempts", "start_min", "start_max")
-        return _idle(s, ("start_field", *names), "sampler.start")
+        return _idle(s, ("start_field", "start_place", "start_instruction", *names), "sampler.start")
+    if chosen.start_place != "prompt" and (problem := _idle(s, ("start_instruction",), "sampler.start_place=prompt")):
+        return problem
     if chosen.start != "field":
-        if problem := _idle(s, ("start_field",), "sampler.start=field"):
+        if problem := _idle(s, ("start_field", "start_place"), "sampler.start=field"):
             return problem
     elif not chosen.start_field:
         return (

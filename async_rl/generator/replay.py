@@ -35,7 +35,7 @@ from async_rl.task.tools import Tools
 from async_rl.task.weigh import Weights, has_group_reward
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import unpack
-from async_rl.trajectory.given import given_in
+from async_rl.trajectory.given import HINT, given_in
 from async_rl.wire.messages import Permit, Start
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ class Replayer:
     weights: Weights
     start_field: str = ""
     """of the data, with the text that answers may begin with; empty: with none"""
+    instruction: str = ""
+    """before such a text where it stands in the prompt"""
     whole: bool
     """episodes are played to their end, where nothing but the policy is random in them; else prompts are compared"""
 
@@ -137,6 +139,7 @@ class Replayer:
             timeout_s=chosen.episode_timeout_s,
             weights=Weights(chosen=settings.task.reward_weights),
             start_field=settings.sampler.start_field,
+            instruction=settings.sampler.start_instruction,
             whole=rewards == "always" or (rewards == "auto" and is_repeatable(task)),
         )
 
@@ -173,7 +176,7 @@ class Replayer:
             seed=0,
             temperature=t.temperature,
             max_turns=turns_asked(t) if t.ended == "turn_limit" else 0,  # where the permit allowed fewer
-            start=start_of(t),
+            start=start_of(t, self.start_field, self.instruction),
         )
         return make_tickets(permit, [t.seed])[0]
 
@@ -210,9 +213,11 @@ def is_repeatable(task: Task) -> bool:
     return "repeatable" in vars(type(task)) and bool(task.repeatable)
 
 
-def start_of(t: Trajectory) -> Start | None:
-    """The start from which a trajectory goes on; None: it has none."""
-    given = given_in(t)
+def start_of(t: Trajectory, field: str = "", instruction: str = "") -> Start | None:
+    """The start from which a trajectory goes on; None: it has none. `field`, `instruction`: of a text in prompts."""
+    share, given = t.info.get(HINT), given_in(t)
+    if field and isinstance(share, float):
+        return Start(source="field", share=share, field=field, in_prompt=True, instruction=instruction)
     if given is None or not given.stretches:
         return None
     last, length = given.stretches[-1]

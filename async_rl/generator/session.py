@@ -18,13 +18,12 @@ from async_rl.errors import RunFailed
 from async_rl.generator.chat import Chat
 from async_rl.generator.contexts import STOPS, Context, RecordedTurns, lay_out
 from async_rl.generator.engine import Completion, Engine, LogitsNotFinite, Request, SamplingParams
-from async_rl.generator.start import WHOLE, GivenStart
+from async_rl.generator.start import WHOLE, GivenStart, with_given
 from async_rl.generator.step_mark import AT_ENGINE
 from async_rl.model.tokenizer import Tokenizer, adapted, prompt_tokens
 from async_rl.steady_clock import steady_time
 from async_rl.task.protocol import Connection, Problem, Score, Utterance
 from async_rl.trajectory import Ended, Split, Trajectory, Turn
-from async_rl.trajectory.given import GIVEN
 from async_rl.trajectory.turn_notes import noted_tokens, noted_turn, sendable
 from async_rl.trajectory.types import LOWEST_TEMPERATURE, group_seed, sample_seed, turn_temperature
 from async_rl.wire.messages import Permit
@@ -223,9 +222,9 @@ class EpisodeSession:
     def begin(self, problem: Problem) -> None:
         """Append the prompt. Raises ValueError when it is empty or too long."""
         self.problem = adapted(problem, self.tokenizer)
-        self._append_prompt(self._now, self.problem.prompt)
         if self._start is not None:
-            self._start.begin(self.problem, self.tokenizer)
+            self.problem = self._start.begin(self.problem, self.tokenizer)
+        self._append_prompt(self._now, self.problem.prompt)
 
     async def generate(
         self,
@@ -247,7 +246,7 @@ class EpisodeSession:
         )
         completion = await self.take_turn(self._now, asked)
         self._stopped = completion.finish == "stop"
-        return self.tokenizer.turn_text(self._with_given(completion), stop)
+        return self.tokenizer.turn_text(with_given(self._start, completion.tokens), stop)
 
     def append(self, text: str) -> None:
         self._now.extend(self.tokenizer.encode(text, behind=True))
@@ -450,14 +449,9 @@ class EpisodeSession:
         self._say(context, len(context.turns) - 1, completion, asked)
 
     def _say(self, context: Context, number: int, completion: Completion, asked: TurnRequest) -> None:
-        text = self.tokenizer.turn_text(self._with_given(completion), asked.stop)
+        text = self.tokenizer.turn_text(with_given(self._start, completion.tokens), asked.stop)
         tokens = () if number == WHOLE else tuple(completion.tokens)
         self._said.append((context, number, Utterance(text=text, tokens=tokens, agent=asked.agent)))
-
-    def _with_given(self, completion: Completion) -> Sequence[int]:
-        """Tokens of the turn, with those that were given of it."""
-        opened = () if self._start is None else self._start.opened
-        return [*opened, *completion.tokens] if opened else completion.tokens
 
     async def _sample(self, context: Context, room: int, temperature: float, asked: TurnRequest) -> Completion:
         """One turn by the engine. Raises LogitsNotFinite, or RunFailed when the engine has died."""
@@ -581,7 +575,7 @@ class EpisodeSession:
     def _made(self, *, reward: float, ended: Ended, reason: str, info: Mapping[str, float | str] | None) -> Trajectory:
         """`info`: None for an unfinished trajectory."""
         ticket, permit, columns = self._ticket, self._ticket.permit, lay_out(self.contexts)
-        given = {} if self._start is None else {GIVEN: self._start.given.write()}
+        given = {} if self._start is None else self._start.record()
         return Trajectory(
             group=permit.group,
             sample=ticket.sample,

@@ -6,8 +6,9 @@ stands before what the policy samples, and both are the turn's text. Either way 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from async_rl.generator.engine import Completion
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task.problem_fields import value_of
 from async_rl.task.protocol import Problem
-from async_rl.trajectory.given import Given
+from async_rl.trajectory.given import GIVEN, HINT, Given
 from async_rl.wire.messages import Start
 
 WHOLE = -1
@@ -46,15 +47,19 @@ class GivenStart:
             for number, (begin, length) in enumerate(self.start.turns)
         ]
 
-    def begin(self, problem: Problem, tokenizer: Tokenizer) -> None:
-        """The episode's problem is known. Raises ValueError where the data have no such text."""
+    def begin(self, problem: Problem, tokenizer: Tokenizer) -> Problem:
+        """The episode's problem is known; returns it, with the text in its prompt where that is its place. Raises
+        ValueError where the data have no such text."""
         if not self.start.field or self.pieces:
-            return
+            return problem
         text = value_of(problem, self.start.field)
         if not isinstance(text, str):
             raise ValueError(f"problem {problem.index} has no text in its field '{self.start.field}'")
+        if self.start.in_prompt:
+            return replace(problem, prompt=with_hint(problem.prompt, self.start, text))
         tokens = beginning_of(text, tokenizer, self.start.share)
         self.pieces = [([], tokens, True)] if tokens else []
+        return problem
 
     def give(self, context: Context, room: int) -> Completion | None:
         """The next turn of a context with room for so many tokens, where it is given whole. What is given of its
@@ -77,11 +82,30 @@ class GivenStart:
             return None
         return Completion(tokens=tokens, log_probs=[0.0] * len(tokens), versions=[-1] * len(tokens), finish="stop")
 
-    @property
-    def given(self) -> Given:
-        """For the record of the trajectory. Its first context comes first, so that places in one are places in the
-        other."""
-        return Given(stretches=tuple(self.stretches), open=self.open)
+    def record(self) -> Mapping[str, float | str]:
+        """Notes of the trajectory. Its first context comes first, so that places in one are places in the other."""
+        given = Given(stretches=tuple(self.stretches), open=self.open).write()
+        return {GIVEN: given, HINT: self.start.share} if self.start.in_prompt else {GIVEN: given}
+
+
+def with_given(start: GivenStart | None, sampled: Sequence[int]) -> Sequence[int]:
+    """Tokens of the turn that was asked for last, with those that were given of it."""
+    return [*start.opened, *sampled] if start is not None and start.opened else sampled
+
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+def with_hint(prompt: Prompt, start: Start, text: str) -> Prompt:
+    """A prompt that ends with the instruction and the beginning of the text, cut between characters."""
+    begun = text[: int(start.share * len(text))]
+    if isinstance(prompt, str):
+        return f"{prompt}{start.instruction}{begun}"
+    last = prompt[-1]
+    if not isinstance(last.get("content"), str):
+        raise ValueError("the last message of the prompt is no text, behind which a hint could stand")
+    said = [part for part in (last["content"], start.instruction, begun) if part]
+    return [*prompt[:-1], {**last, "content": "\n\n".join(said)}]
 
 
 def beginning_of(text: str, tokenizer: Tokenizer, share: float) -> list[int]:

@@ -13,6 +13,8 @@ from async_rl.trajectory.types import Trajectory
 
 GIVEN = "start/given"
 """key of `Trajectory.info`, there where the permit has a start: the stretches, and ~ where the last is open"""
+HINT = "start/hint"
+"""key of `Trajectory.info`, there where the beginning of a text stands in the prompt instead: the share of it"""
 _STRETCH = re.compile(r"(\d{1,9})\+(\d{1,9})")
 
 

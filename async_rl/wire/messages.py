@@ -142,6 +142,9 @@ class Start(WireStruct, frozen=True, kw_only=True):
     """of the text that is given"""
     field: str = ""
     """with the text"""
+    in_prompt: bool = False
+    """the text stands in the prompt, behind the instruction, and answers begin anew"""
+    instruction: str = ""
     tokens: bytes = b""
     """int32, little endian: a stored answer from the begin of its prompt to where it is left"""
     turns: tuple[tuple[int, int], ...] = ()

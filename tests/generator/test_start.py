@@ -17,11 +17,12 @@ from async_rl.generator.engine import Completion, Request
 from async_rl.generator.replay import Replayer
 from async_rl.generator.rollout import run_episode
 from async_rl.generator.session import EpisodeSession, Ticket
+from async_rl.generator.start import with_hint
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task.protocol import Problem, Session, Split
 from async_rl.task.weigh import Weights
 from async_rl.trajectory import Trajectory
-from async_rl.trajectory.given import Given, given_in, wrong_given
+from async_rl.trajectory.given import GIVEN, HINT, Given, given_in, wrong_given
 from async_rl.wire.messages import Permit, Start
 
 PERMIT = Permit(group=4, problem=0, split="train", samples=(1,), seed=0, temperature=1.0)
@@ -180,6 +181,20 @@ def test_a_text_of_the_data_is_given_in_part(tokenizer: Tokenizer) -> None:
     assert engine.asked[0] == made.turns[0].start
 
 
+def test_a_text_may_stand_in_the_prompt_instead(tokenizer: Tokenizer) -> None:
+    start = Start(source="field", share=0.5, field="solution", in_prompt=True, instruction="ab")
+    talk = Talk()
+    made, _, _ = play(tokenizer, talk, start)
+    prompt = tokenizer.encode("abc" + "ab" + "abcdefg")
+    assert made.tokens[: len(prompt)].tolist() == prompt
+    assert made.turns[0].start == len(prompt)
+    assert (made.info[GIVEN], made.info[HINT]) == ("", 0.5)
+    again = replayer(tokenizer, Talk(), "solution", "ab").replay(made)
+    assert (again.lie, again.played) == ("", True)
+    said = with_hint([{"role": "user", "content": "what?"}], start, "0123456789")
+    assert said == [{"role": "user", "content": "what?\n\nab\n\n01234"}]
+
+
 def test_a_problem_without_the_text_fails_with_the_reason(tokenizer: Tokenizer) -> None:
     ticket = Ticket(permit=replace(PERMIT, start=Start(source="field", share=0.5, field="nothing")), sample=1, seed=7)
     session = EpisodeSession(
@@ -196,10 +211,10 @@ def test_a_permit_may_allow_fewer_turns(tokenizer: Tokenizer) -> None:
     assert made.reward == 0.0
 
 
-def replayer(tokenizer: Tokenizer, talk: Talk, start_field: str = "") -> Replayer:
+def replayer(tokenizer: Tokenizer, talk: Talk, start_field: str = "", instruction: str = "") -> Replayer:
     return Replayer(
         task=talk, tokenizer=tokenizer, max_context=200, max_turns=9, timeout_s=9.0, weights=Weights(),  # type: ignore[arg-type]
-        whole=True, start_field=start_field,
+        whole=True, start_field=start_field, instruction=instruction,
     )  # fmt: skip
 
 
