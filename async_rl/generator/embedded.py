@@ -26,7 +26,7 @@ from torch import Tensor
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, EngineStats, LogitsNotFinite, Request
 from async_rl.generator.kv_blocks import BLOCK, SCRATCH, BlockTables, Ints, block_bytes, cache_blocks
-from async_rl.generator.kv_cache import CacheAttention, Feed, KVCache, arrange
+from async_rl.generator.kv_cache import CacheAttention, Feed, KVCache, Places, arrange
 from async_rl.generator.sampling import StopRules, sample, uniforms
 from async_rl.generator.scheduler import Scheduler
 from async_rl.generator.slots import CheckedRequest, Slots
@@ -317,7 +317,7 @@ class EmbeddedEngine:
         self._cache.copy(step.copies)
         rows, order, near, far = arrange(step.feed, plain=self._cache.plain)
         at = rows_at(step.feed, order)
-        where = self._cache.places(step.block[at], step.place[at])
+        where = Places(step.block[at], step.place[at])
         attention = CacheAttention(self._cache, self._tables, rows, where, near, far, self._attention)
         self._attention = attention
         tokens = self._to_device(slots.tokens[attention.slot, attention.position].astype(np.int64))  # [tokens]

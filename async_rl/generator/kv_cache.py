@@ -1,9 +1,10 @@
 """Keys and values of the engine's sequences, and attention over them.
 
 Layout: per layer, blocks of BLOCK places (kv_blocks.py says who holds which). On a CPU a decode step attends block by
-block: every block is multiplied with the queries of all tokens whose sequence holds it, where it lies, and the parts of
-one token are added up. So no key is copied, a beginning that several sequences share is read once for all of them, and
-keys lie as [head_dim, places], which is what the product wants. Elsewhere the blocks of a row are gathered first.
+block, by a compiled function (async_rl_kernels.native) or, where there is no compiler, by torch's products: every block
+is multiplied with the queries of all tokens whose sequence holds it, where it lies, and the parts of one token are
+added up. So no key is copied, a beginning that several sequences share is read once for all of them, and keys lie as
+[head_dim, places], which is what the product wants. Elsewhere the blocks of a row are gathered first.
 
 Shapes: rows are the sequences that a step feeds, tokens all tokens fed, packed row by row; places those of a block;
 queries are the most tokens of one row, or of one block; length is the number of places that a row attends to; parts are
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from async_rl.generator.kv_blocks import BLOCK, SCRATCH, BlockCopy, BlockTables, Ints, block_bytes
 from async_rl.model.attention import DocumentAttention, capped_attention
+from async_rl_kernels import native
 
 FIRST_BLOCKS = 64
 SEEN, MASKED = np.float32(0), np.float32(-1e30)
@@ -61,6 +63,8 @@ class KVCache:
         self.device, self.dtype = device, dtype
         self.plain = device.type == "cpu" and dtype == torch.float32
         """few queries attend by plain products, block by block, which is faster than SDPA's CPU kernel"""
+        self.compiled = native.library() if self.plain and head_dim in native.HEAD_SIZES else None
+        """the functions by which they do and the cache is written; None: torch's operations"""
         self.blocks = 0
         self.key: list[Tensor] = []
         self.value: list[Tensor] = []
@@ -110,8 +114,20 @@ class KVCache:
         for store in [*self.key, *self.value]:
             store[list(blocks)] = 0
 
-    def write(self, layer: int, where: Tensor, key: Tensor, value: Tensor) -> None:
-        """key and value [tokens, kv_heads, head_dim] to `where` [tokens * kv_heads], as from `places`."""
+    def write(self, layer: int, where: Places, key: Tensor, value: Tensor) -> None:
+        """key and value [tokens, kv_heads, head_dim] to `where`."""
+        size = self.head_dim
+        if self.compiled is not None:
+            if key.stride() != value.stride() or key.stride()[1:] != (size, 1):
+                key, value = key.contiguous(), value.contiguous()
+            self.compiled.write_cache(
+                key.data_ptr(), value.data_ptr(), key.stride(0), self.key[layer].data_ptr(),
+                self.value[layer].data_ptr(), *where.addresses, len(key), self.kv_heads, size,
+            )  # fmt: skip
+            return
+        self._write(layer, where.rows(self), key, value)
+
+    def _write(self, layer: int, where: Tensor, key: Tensor, value: Tensor) -> None:  # where [tokens * kv_heads] int64
         size = self.head_dim
         self.value[layer].view(-1, size).index_copy_(0, where, value.reshape(-1, size))
         if self.plain:
@@ -119,11 +135,6 @@ class KVCache:
             turned.index_put_((where // BLOCK, where % BLOCK), key.reshape(-1, size))
         else:
             self.key[layer].view(-1, size).index_copy_(0, where, key.reshape(-1, size))
-
-    def places(self, block: Ints, place: Ints) -> Tensor:
-        """Where tokens at `place` of `block`, both [tokens], are written: [tokens * kv_heads] int64."""
-        head = block[:, None] * self.kv_heads + np.arange(self.kv_heads)
-        return torch.from_numpy((head * BLOCK + place[:, None]).ravel()).to(self.device)
 
     def gather(self, layer: int, blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values in `blocks` [rows * n]: [rows, kv_heads, n * BLOCK, head_dim] each."""
@@ -136,6 +147,28 @@ class KVCache:
             key.reshape(shape).transpose(1, 2).reshape(rows, self.kv_heads, -1, self.head_dim),
             value.view(shape).transpose(1, 2).reshape(rows, self.kv_heads, -1, self.head_dim),
         )
+
+
+class Places:
+    """Where a step's tokens are written: at `place` of `block`, both [tokens]."""
+
+    def __init__(self, block: Ints, place: Ints) -> None:
+        self._block, self._place = np.ascontiguousarray(block), np.ascontiguousarray(place)
+        self.addresses = address(self._block), address(self._place)
+        self._rows: Tensor | None = None
+
+    def rows(self, cache: KVCache) -> Tensor:
+        """Their rows in a store of [blocks * kv_heads * BLOCK, head_dim], [tokens * kv_heads] int64."""
+        if self._rows is None:
+            head = self._block[:, None] * cache.kv_heads + np.arange(cache.kv_heads)
+            self._rows = torch.from_numpy((head * BLOCK + self._place[:, None]).ravel()).to(cache.device)
+        return self._rows
+
+
+def address(array: Ints) -> int:
+    """Of the first element of a contiguous array, for compiled functions."""
+    found: int = array.__array_interface__["data"][0]
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,13 +225,13 @@ class CacheAttention:
         cache: KVCache,
         tables: BlockTables,
         feed: Feed,
-        where: Tensor,
+        where: Places,
         near: int,
         far: int,
         before: CacheAttention | None = None,
     ) -> None:
-        """The first `near` rows of `feed` are near, the next `far` far, the others fresh. `where`: as from
-        `KVCache.places`, of all tokens. `before`: of the step before this one."""
+        """The first `near` rows of `feed` are near, the next `far` far, the others fresh. `where`: of all tokens.
+        `before`: of the step before this one."""
         self._cache, self._tables, self._where = cache, tables, where
         rows = np.arange(len(feed.slot))
         ends = feed.count.cumsum()
@@ -218,7 +251,11 @@ class CacheAttention:
         """every near token attends to one block, alone; and these blocks come in the order of the tokens"""
         self._decodes = near == len(rows) == len(self.row)
         self._changes = tables.changes
-        if before is not None and self._follows(before):
+        self._arranged = False
+        self._compiled: native.Attention | None = None
+        if cache.compiled is not None and near:
+            self._compiled = self._arguments()
+        elif before is not None and self._follows(before):
             self._go_on(before)
         elif near:
             self._arrange_blocks()
@@ -253,6 +290,7 @@ class CacheAttention:
         return (
             self._decodes
             and before._decodes
+            and before._arranged
             and self._changes == before._changes
             and np.array_equal(self.slot, before.slot)
             and np.array_equal(self.position, before.position + 1)
@@ -260,6 +298,7 @@ class CacheAttention:
 
     def _go_on(self, before: CacheAttention) -> None:
         """Attend as in the step before. Blocks that several tokens attend to are not written into."""
+        self._arranged = True
         self._parts, self._begins = before._parts, before._begins
         self._single, self._in_order = before._single, before._in_order
         for call in before._block_calls:
@@ -275,6 +314,7 @@ class CacheAttention:
 
     def _arrange_blocks(self) -> None:
         """Put the blocks of the near tokens into calls, by the number of tokens that attend to them."""
+        self._arranged = True
         tables, tokens = self._tables, self._near
         slot = self.slot[:tokens]
         columns = int(tables.length[slot].max())
@@ -338,6 +378,10 @@ class CacheAttention:
 
     def _attend_blocks(self, layer: int, query: Tensor, window: int, cap: float) -> Tensor:
         """query [near tokens, heads, head_dim] -> the same shape."""
+        if self._compiled is not None and not cap:
+            return self._attend_compiled(self._compiled, layer, query, window)
+        if not self._arranged:
+            self._arrange_blocks()
         tokens, heads, size = query.shape
         found = [self._scores(call, layer, query, window, cap) for call in self._block_calls]
         if self._single:
@@ -391,6 +435,39 @@ class CacheAttention:
         """[blocks, kv_heads, ...] -> [n * kv_heads, ...] of a call's blocks."""
         chosen = store[call.begin : call.begin + call.n] if call.blocks is None else store.index_select(0, call.blocks)
         return chosen.flatten(0, 1)
+
+    def _arguments(self) -> native.Attention:
+        """What all layers of this step call the compiled function with."""
+        tables, cache = self._tables, self._cache
+        self._kept = (np.ascontiguousarray(self.slot[: self._near]), np.ascontiguousarray(self.position[: self._near]))
+        slot, position = map(address, self._kept)
+        return native.Attention(
+            table=address(tables.table),
+            columns=tables.table.shape[1],
+            length=address(tables.length),
+            filled=address(tables.filled),
+            first=address(tables.first),
+            slot=slot,
+            position=position,
+            tokens=self._near,
+            heads=cache.shared_heads * cache.kv_heads,
+            kv_heads=cache.kv_heads,
+            size=cache.head_dim,
+            threads=torch.get_num_threads(),
+            scale=cache.head_dim**-0.5,
+        )
+
+    def _attend_compiled(self, chosen: native.Attention, layer: int, query: Tensor, window: int) -> Tensor:
+        cache = self._cache
+        assert cache.compiled is not None
+        if query.stride()[1:] != (cache.head_dim, 1):
+            query = query.contiguous()
+        out = query.new_empty(query.shape)
+        chosen.query, chosen.stride, chosen.window = query.data_ptr(), query.stride(0), window
+        chosen.keys, chosen.values = cache.key[layer].data_ptr(), cache.value[layer].data_ptr()
+        chosen.out = out.data_ptr()
+        cache.compiled.attend(chosen)
+        return out
 
     # ---------------------------------------------------------------- row by row
 

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from async_rl.model.architecture import DecoderConfig, Rope
-from async_rl.model.elementwise import rms_norm, rotate
+from async_rl.model.elementwise import rms_norm, rotate, swiglu
 from async_rl.model.repeats import Repeats
 from async_rl_kernels.product import linear, worthwhile
 
@@ -221,7 +221,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate, config.hidden, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # inside: [tokens, intermediate]
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # inside: [tokens, intermediate]
 
 
 class RMSNorm(nn.Module):

@@ -3,8 +3,9 @@
 A decode step of a small model spends most of its time between operations. Query, key and value come from one product,
 gate and up from another, and residuals are added inside a product. There is one set of weights: the decoder's
 parameters become views of joint buffers, so an in-place update of them updates these. Where MKL multiplies
-(async_rl_kernels.product) the buffers are laid [in, out], with which products of few rows are faster. A test holds both
-forwards to the same numbers.
+(async_rl_kernels.product) the buffers are laid [in, out], with which products of few rows are faster. What lies between
+products is one C function each where there is a compiler (async_rl_kernels.native), else torch's operations. A test
+holds all forwards to the same numbers.
 
 Shapes: tokens are all tokens of a step; hidden, intermediate, heads and head_dim are the config's.
 """
@@ -12,13 +13,14 @@ Shapes: tokens are all tokens of a step; hidden, intermediate, heads and head_di
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from async_rl.model.decoder import Attention, Decoder, Layer, RMSNorm
-from async_rl_kernels import product
+from async_rl_kernels import native, product
 
 
 class FusedDecoder:
@@ -30,30 +32,32 @@ class FusedDecoder:
         self.decoder = decoder
         config = decoder.config
         positions = torch.arange(max_context, device=decoder.head.device)
-        self._rotation = torch.stack(decoder.rotation(positions, decoder.head.dtype), 1)  # [positions, 2, 1, head_dim]
-        self._eps = torch.tensor(config.norm_eps, device=decoder.head.device, dtype=torch.float32)
+        rotation = torch.stack(decoder.rotation(positions, decoder.head.dtype), 1)  # [positions, 2, 1, head_dim]
+        eps = torch.tensor(config.norm_eps, device=decoder.head.device, dtype=torch.float32)
+        fits = max(config.hidden, config.head_dim) <= native.MOST
+        compiled = native.usable(decoder.head) and native.usable(rotation) and fits
+        self._between = (CompiledBetween if compiled else TorchBetween)(eps, rotation)
         layers = [layer for layer in decoder.model.layers if isinstance(layer, Layer)]
-        self._layers = [FusedLayer(layer, self._eps) for layer in layers]
+        self._layers = [FusedLayer(layer, self._between) for layer in layers]
         own([decoder.model.embed_tokens.weight, decoder.model.norm.weight, decoder.head])
         own([norm.weight for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)])
 
     def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """tokens, positions [tokens] int64 -> hidden [tokens, hidden] after the final norm."""
         x = F.embedding(tokens, self.decoder.model.embed_tokens.weight)
-        cos, sin = self._rotation.index_select(0, positions).unbind(1)
+        turn = self._between.turn(positions)
         for layer in self._layers:
-            x = layer(x, cos, sin, attention)
-        norm = self.decoder.model.norm
-        return rms_norm(x, norm.weight, self._eps)
+            x = layer(x, turn, attention)
+        return self._between.norm(x, self.decoder.model.norm.weight)
 
 
 class FusedLayer:
     """One layer with joint weights for the projections that share an input: x [tokens, hidden], overwritten ->
     [tokens, hidden]."""
 
-    def __init__(self, layer: Layer, eps: Tensor) -> None:
+    def __init__(self, layer: Layer, between: Between) -> None:
         at, mlp = layer.self_attn, layer.mlp
-        self._eps = eps
+        self._between = between
         self._index, self._window = at.layer, at.window
         self._head_dim = at.head_dim
         self._heads = at.q_proj.out_features // at.head_dim
@@ -65,23 +69,115 @@ class FusedLayer:
         self._norms: Tensor | None = None
         if at.q_norm is not None and at.k_norm is not None:
             self._norms = join_norms([at.q_norm, at.k_norm])
-            kinds = [0] * self._heads + [1] * (self._rotated - self._heads)
-            self._kind = torch.tensor(kinds, device=eps.device)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-        tokens = x.shape[0]
-        normed = rms_norm(x, self._first_norm, self._eps)
-        qkv = self._qkv(normed).view(tokens, -1, self._head_dim)  # heads of all three
-        both = qkv[:, : self._rotated]  # query and key heads
-        if self._norms is not None:
-            both = rms_norm(both, self._norms.index_select(0, self._kind), self._eps)
-        both = rotate(both, cos, sin)
+    def __call__(self, x: Tensor, turn: Turn, attention: Attention) -> Tensor:
+        tokens, between = x.shape[0], self._between
+        qkv = self._qkv(between.norm(x, self._first_norm)).view(tokens, -1, self._head_dim)  # heads of all three
+        both = between.turned(qkv[:, : self._rotated], self._norms, self._heads, turn)  # query and key heads
         query, key, value = both[:, : self._heads], both[:, self._heads :], qkv[:, self._rotated :]
         out = attention(self._index, query, key, value, window=self._window)
         x = self._out.added_to(x, out.reshape(tokens, -1))
-        normed = rms_norm(x, self._second_norm, self._eps)
-        gate, up = self._gate_up(normed).chunk(2, -1)  # [tokens, intermediate] each
-        return self._down.added_to(x, F.silu(gate, inplace=True).mul_(up))
+        gate_up = self._gate_up(between.norm(x, self._second_norm))  # [tokens, 2 * intermediate]
+        return self._down.added_to(x, between.gated(gate_up))
+
+
+Turn = tuple[Tensor, Tensor]
+"""of a step's tokens, as `Between.turn` made it"""
+
+
+class Between(Protocol):
+    """What is computed between products and attention."""
+
+    def turn(self, positions: Tensor) -> Turn:
+        """positions [tokens] int64 -> what `turned` takes."""
+        ...
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x / rms(x) * weight; x [tokens, size], weight [size] -> [tokens, size]."""
+        ...
+
+    def turned(self, both: Tensor, norms: Tensor | None, queries: int, turn: Turn) -> Tensor:
+        """Query and key heads `both` [tokens, heads, head_dim], of which `queries` are the former, normed with `norms`
+        [2, head_dim] where there are some, and rotated; may be overwritten."""
+        ...
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up: [tokens, 2 * intermediate], may be overwritten -> [tokens, intermediate]."""
+        ...
+
+
+class TorchBetween:
+    """`Between` of torch's operations, on any device."""
+
+    def __init__(self, eps: Tensor, rotation: Tensor) -> None:
+        """rotation: [positions, 2, 1, head_dim], cos and sin as from `Decoder.rotation`."""
+        self._eps, self._rotation = eps, rotation
+
+    def turn(self, positions: Tensor) -> Turn:
+        cos, sin = self._rotation.index_select(0, positions).unbind(1)
+        return cos, sin
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self._eps)
+
+    def turned(self, both: Tensor, norms: Tensor | None, queries: int, turn: Turn) -> Tensor:
+        if norms is not None:
+            kinds = [queries, both.shape[1] - queries]
+            both = rms_norm(both, torch.cat([n.expand(k, -1) for n, k in zip(norms, kinds, strict=True)]), self._eps)
+        return rotate(both, *turn)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate, inplace=True).mul_(up)
+
+
+class CompiledBetween:
+    """`Between` of compiled functions, for float32 on a CPU."""
+
+    def __init__(self, eps: Tensor, rotation: Tensor) -> None:
+        """As `TorchBetween`."""
+        library = native.library()
+        assert library is not None
+        self._library, self._eps, self._rotation = library, float(eps), rotation.contiguous()
+        self._threads = torch.get_num_threads()
+
+    def turn(self, positions: Tensor) -> Turn:
+        return positions, self._rotation
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        rows, size = x.shape
+        out = torch.empty_like(x)
+        self._library.rms_norm(
+            x.data_ptr(),
+            x.stride(0),
+            weight.data_ptr(),
+            self._eps,
+            out.data_ptr(),
+            size,
+            None,
+            rows,
+            size,
+            self._threads,
+        )
+        return out
+
+    def turned(self, both: Tensor, norms: Tensor | None, queries: int, turn: Turn) -> Tensor:
+        positions, rotation = turn
+        tokens, heads, size = both.shape
+        at, cos = both.data_ptr(), rotation.data_ptr()
+        norm = None if norms is None else norms.data_ptr()
+        self._library.turn_heads(
+            at, both.stride(0), norm, None if norm is None else norm + 4 * size, queries, self._eps,
+            cos, cos + 4 * size, 2 * size, positions.data_ptr(), at, both.stride(0), tokens, heads, size, self._threads,
+        )  # fmt: skip
+        return both
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, size)
+        at = gate_up.data_ptr()
+        self._library.swiglu(at, 2 * size, at + 4 * size, 2 * size, out.data_ptr(), size, rows, size, self._threads)
+        return out
 
 
 class JointProduct:

@@ -1,16 +1,18 @@
-"""Attention on a CPU by parts whose results are merged by their log-sum-exp, forward and backward.
+"""Attention among the rows of a tree on a CPU, forward and backward.
 
-The parts are torch's own kernel for a CPU, which returns the log-sum-exp of each query's scores. The gradient of a part
-is that of an attention with the merged output and log-sum-exp: with p = exp(score - log-sum-exp),
-d(score) = p (d(p) - <d(out), out>) holds whatever else the sum is over.
+Where there is a compiler one C function does it, run by run (`CompiledParts`). Else it is computed by parts whose
+results are merged by their log-sum-exp. The parts are torch's own kernel for a CPU, which returns the log-sum-exp of
+each query's scores. The gradient of a part is that of an attention with the merged output and log-sum-exp: with
+p = exp(score - log-sum-exp), d(score) = p (d(p) - <d(out), out>) holds whatever else the sum is over.
 
 Shapes: R rows, H query heads, KV heads of keys and values, D head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +21,146 @@ from torch.autograd.function import once_differentiable
 from async_rl.model.attention import MAX_PADDING, make_buckets
 from async_rl.model.prefix_tree import PrefixTree, Run
 from async_rl.model.repeats import Repeats
+from async_rl_kernels import native
 
+WIDTH = native.WIDTH
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+MOST_KEYS = 1024
+"""of a row: with more, torch's products of whole blocks are the faster way"""
+
+
+class Parts(Protocol):
+    """Attention among rows, each of which sees certain others."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """query [R, H, D], key and value [R, KV, D] -> output [R, H, D] and log-sum-exp [R, H]."""
+        ...
+
+    def backward(self, gradient: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value. saved: these, the output and the log-sum-exp."""
+        ...
+
+
+def parts_of(tree: PrefixTree) -> Parts:
+    """Attention among the rows of a tree."""
+    return EitherParts(compiled=CompiledParts.of_tree(tree), torchs=lambda: TreeParts(tree))
+
+
+def documents_of(tree: PrefixTree) -> Parts:
+    """Attention among the tokens of a tree's documents, one behind the other."""
+    return EitherParts(compiled=CompiledParts.of_documents(tree.documents), torchs=lambda: Blocks(tree.documents))
+
+
+class EitherParts:
+    """Compiled functions where they take these tensors, else torch's."""
+
+    def __init__(self, *, compiled: CompiledParts | None, torchs: Callable[[], Parts]) -> None:
+        self._compiled, self._make = compiled, torchs
+        self._made: Parts | None = None
+
+    def _parts(self, query: Tensor, *others: Tensor) -> Parts:
+        if self._compiled is not None and query.shape[-1] in native.HEAD_SIZES and native.usable(query, *others):
+            return self._compiled
+        self._made = self._made or self._make()
+        return self._made
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self._parts(query, key, value).forward(query, key, value)
+
+    def backward(self, gradient: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return self._parts(*saved[:3]).backward(gradient, saved)
+
+
+class CompiledParts:
+    """`Parts` of compiled functions, for float32 on a CPU and heads of native.HEAD_SIZES."""
+
+    def __init__(self, runs: list[tuple[int, int, int]], longest: int) -> None:
+        """runs: (begin, end, number of the run above or -1), each behind the one above it. longest: most keys of a
+        row, each run's rounded up to native.WIDTH."""
+        self._runs = torch.tensor(runs, dtype=torch.int64)
+        self._longest = longest
+
+    @classmethod
+    def of_tree(cls, tree: PrefixTree) -> CompiledParts | None:
+        """None where chains of runs are too long or deep."""
+        above: list[int] = []
+        runs: list[tuple[int, int, int]] = []
+        longest = deepest = 0
+        for number, run in enumerate(tree.runs):
+            while above and run.begin >= tree.runs[above[-1]].last:
+                above.pop()
+            runs.append((run.begin, run.end, above[-1] if above else -1))
+            above.append(number)
+            longest = max(longest, sum(-(-(tree.runs[n].end - tree.runs[n].begin) // WIDTH) * WIDTH for n in above))
+            deepest = max(deepest, len(above))
+        return cls(runs, longest) if longest <= MOST_KEYS and deepest <= native.DEPTH else None
+
+    @classmethod
+    def of_documents(cls, lengths: Sequence[int]) -> CompiledParts | None:
+        """None where one is too long."""
+        ends = list(accumulate(lengths))
+        longest = -(-max(lengths) // WIDTH) * WIDTH
+        runs = [(end - length, end, -1) for end, length in zip(ends, lengths, strict=True)]
+        return cls(runs, longest) if longest <= MOST_KEYS else None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        out, log_sum = query.new_empty(query.shape), query.new_empty(query.shape[:2])
+        inputs, arguments = self._arguments(query, key, value, out, log_sum)
+        self._call("tree_forward", arguments)
+        del inputs
+        return out, log_sum
+
+    def backward(self, gradient: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, out, log_sum = saved
+        found = query.new_empty(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
+        inputs, arguments = self._arguments(query, key, value, out, log_sum)
+        gradient = _heads_in_rows(gradient)
+        arguments.gradient, arguments.gradient_stride = gradient.data_ptr(), gradient.stride(0)
+        arguments.of_query, arguments.of_key, arguments.of_value = (tensor.data_ptr() for tensor in found)
+        self._call("tree_backward", arguments)
+        del inputs
+        return found
+
+    def _arguments(
+        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum: Tensor
+    ) -> tuple[tuple[Tensor, ...], native.Tree]:
+        """(tensors that must live as long, the argument)"""
+        query, key, value = inputs = tuple(map(_heads_in_rows, (query, key, value)))
+        rows, heads, size = query.shape
+        return inputs, native.Tree(
+            query=query.data_ptr(),
+            key=key.data_ptr(),
+            value=value.data_ptr(),
+            query_stride=query.stride(0),
+            key_stride=key.stride(0),
+            value_stride=value.stride(0),
+            runs=self._runs.data_ptr(),
+            count=len(self._runs),
+            rows=rows,
+            heads=heads,
+            kv_heads=key.shape[1],
+            size=size,
+            longest=self._longest,
+            scale=size**-0.5,
+            threads=torch.get_num_threads(),
+            out=out.data_ptr(),
+            log_sum=log_sum.data_ptr(),
+        )
+
+    @staticmethod
+    def _call(name: str, arguments: native.Tree) -> None:
+        library = native.library()
+        assert library is not None
+        if getattr(library, name)(arguments):
+            raise MemoryError(f"attention of {arguments.rows} rows finds no memory")
+
+
+def _heads_in_rows(tensor: Tensor) -> Tensor:
+    """[R, heads, D], the elements of a row contiguous."""
+    return tensor if tensor.stride()[1:] == (tensor.shape[2], 1) else tensor.contiguous()
 
 
 class Blocks:
@@ -185,7 +324,7 @@ class TreeProduct(torch.autograd.Function):
     """query [R, H, D], key and value [R, KV, D] -> [R, H, D] among the rows of a tree."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: TreeParts) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Parts) -> Tensor:
         out, log_sum = parts.forward(query, key, value)
         ctx.save_for_backward(query, key, value, out, log_sum)
         ctx.parts = parts
@@ -203,7 +342,7 @@ class RepeatedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: TreeParts, documents: Blocks, repeats: Repeats
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Parts, documents: Parts, repeats: Repeats
     ) -> Tensor:
         out, log_sum = parts.forward(*(tensor.index_select(0, repeats.one) for tensor in (query, key, value)))
         out = out.index_select(0, repeats.rows)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from async_rl.model.attention import DocumentAttention, bounds_of, half_precision
-from async_rl.model.merged_attention import Blocks, RepeatedProduct, TreeParts, TreeProduct
+from async_rl.model.merged_attention import Parts, RepeatedProduct, TreeProduct, documents_of, parts_of
 from async_rl.model.prefix_tree import PrefixTree, Run
 from async_rl.model.repeats import Repeats
 from async_rl.model.varlen import Kernel
@@ -32,7 +32,7 @@ class TreeAttention:
         self._kernel = kernel
         self._longest = max(tree.documents)
         self._documents = DocumentAttention(tree.documents, kernel)
-        self._parts: TreeParts | None = None
+        self._parts: Parts | None = None
         self._paths: Paths | None = None
         self._repeats: Repeats | None = None
 
@@ -51,7 +51,7 @@ class TreeAttention:
                 dtype = torch.get_autocast_dtype("cpu")
                 query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             if self._parts is None:
-                self._parts = TreeParts(self.tree)
+                self._parts = parts_of(self.tree)
             out: Tensor = TreeProduct.apply(query, key, value, self._parts)
             return out
         return self._laid_out(layer, query, key, value, window, cap)
@@ -81,9 +81,9 @@ class RepeatedAttention:
         self._repeats = repeats
         self._longest = max(tree.documents)
         self._unshared = DocumentAttention(tree.documents, kernel)
-        self._parts: tuple[TreeParts, Blocks] | None = None
+        self._parts: tuple[Parts, Parts] | None = None
         if kernel is None and repeats.rows.device.type == "cpu":
-            self._parts = TreeParts(tree), Blocks(tree.documents)
+            self._parts = parts_of(tree), documents_of(tree)
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int = 0, cap: float = 0.0

@@ -1,0 +1,721 @@
+// Operations between matrix products, float32, each in one pass over memory. native.py compiles and calls them; what
+// they compute is defined by torch's operations in model/elementwise.py, model/fused_decoder.py and
+// generator/kv_cache.py, with which tests compare them.
+//
+// Rows lie `stride` floats apart; their elements are contiguous. NaN and infinity reach the result, as in torch.
+// `threads` share the rows where there are enough of them, each a run of its own, so sums are the same every time.
+
+#include <stdint.h>
+#include <stdlib.h>
+
+typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
+#define WIDTH 16
+#define BLOCK 32 // places of a block of the cache: generator/kv_blocks.py
+#define MOST 16384 // elements of a row whose gradient is summed here: native.py
+
+#define ENOUGH 65536 // elements from which on several threads share them
+#define PRAGMA(words) _Pragma(#words)
+#define SHARED_ROWS(elements)                                                                                           \
+    PRAGMA(omp parallel for num_threads(threads) schedule(static) if (threads > 1 && (elements) >= ENOUGH))
+
+static inline vec load(const float *from) { return *(const vec *)from; }
+static inline void store(float *to, vec value) { *(vec *)to = value; }
+static inline vec all(float value) { return (vec){} + value; }
+
+static inline vec choose(ivec where, vec yes, vec no) {
+    return (vec)((where & (ivec)yes) | (~where & (ivec)no));
+}
+
+// Halves are put together, so that a compiler needs few instructions.
+typedef float vec8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef union {
+    vec whole;
+    vec8 halves[2];
+    vec4 quarters[4];
+} Parts;
+
+static inline float sum_of(vec v) {
+    Parts p = {v};
+    p.halves[0] += p.halves[1];
+    vec4 q = p.quarters[0] + p.quarters[1];
+    return q[0] + q[2] + (q[1] + q[3]);
+}
+
+static inline float peak_of(vec v) { // of numbers; NaN may be lost
+    Parts p = {v};
+    vec4 q = p.quarters[0], others[] = {p.quarters[1], p.quarters[2], p.quarters[3]};
+    for (int i = 0; i < 3; i++) {
+        vec4 more = others[i];
+        typedef int32_t ivec4 __attribute__((vector_size(16), may_alias));
+        ivec4 larger = more > q;
+        q = (vec4)((larger & (ivec4)more) | (~larger & (ivec4)q));
+    }
+    float a = q[0] > q[1] ? q[0] : q[1], b = q[2] > q[3] ? q[2] : q[3];
+    return a > b ? a : b;
+}
+
+// e^x; below -87 the smallest normal number instead of less
+static inline vec exponential(vec x) {
+    x = choose(x < -87.0f, all(-87.0f), x);
+    x = choose(x > 88.0f, all(88.0f), x);
+    vec magic = all(12582912.0f);
+    vec shifted = x * 1.44269504089f + magic;
+    vec n = shifted - magic;
+    vec r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vec p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    ivec power = ((ivec)shifted - 0x4B400000 + 127) << 23;
+    return p * (vec)power; // a product: the sum of the bits would lose NaN
+}
+
+static inline float root(float x) { return __builtin_sqrtf(x); }
+
+static inline float square_sum(const float *x, long n) {
+    vec a = {}, b = {};
+    long i = 0;
+    for (; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
+        vec u = load(x + i), v = load(x + i + WIDTH);
+        a += u * u;
+        b += v * v;
+    }
+    float rest = 0;
+    for (; i < n; i++) rest += x[i] * x[i];
+    return sum_of(a + b) + rest;
+}
+
+// ---------------------------------------------------------------- norms
+
+// out = x / rms(x) * weight; scale [rows] = 1 / rms(x) unless it is null
+void rms_norm(const float *x, long x_stride, const float *weight, float eps, float *out, long out_stride, float *scale,
+              long rows, long n, int threads) {
+    SHARED_ROWS(rows * n)
+    for (long row = 0; row < rows; row++) {
+        const float *from = x + row * x_stride;
+        float *to = out + row * out_stride;
+        float s = 1.0f / root(square_sum(from, n) / n + eps);
+        if (scale) scale[row] = s;
+        for (long i = 0; i < n; i++) to[i] = from[i] * s * weight[i];
+    }
+}
+
+// One row: of_x = s (g w - x s^2 mean(g w x)), and of_weight += g x s unless it is null.
+static inline void norm_backward(const float *g, const float *x, const float *w, float s, float *of_x, float *of_weight,
+                                 long n) {
+    vec total = {};
+    long i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) total += load(g + i) * load(w + i) * load(x + i);
+    float rest = 0;
+    for (; i < n; i++) rest += g[i] * w[i] * x[i];
+    float pull = (sum_of(total) + rest) * s * s / n;
+    if (of_weight)
+        for (long j = 0; j < n; j++) of_weight[j] += g[j] * x[j] * s;
+    for (long j = 0; j < n; j++) of_x[j] = s * (g[j] * w[j] - x[j] * pull);
+}
+
+static inline void flush(float *part, float *total, long n) {
+    for (long i = 0; i < n; i++) {
+        total[i] += part[i];
+        part[i] = 0;
+    }
+}
+
+#define TOGETHER 64 // rows summed by themselves: rounding grows with them and with their number, not with the product
+
+// The gradients of the inputs of rows begin <= row < end; that of the weight is added to of_weight [n] unless null.
+static void norms_backward(const float *g, long g_stride, const float *x, long x_stride, const float *weight,
+                           const float *scale, float *of_x, long of_stride, float *of_weight, long begin, long end,
+                           long n) {
+    float part[MOST];
+    if (of_weight)
+        for (long i = 0; i < n; i++) part[i] = 0;
+    for (long row = begin; row < end; row++) {
+        norm_backward(g + row * g_stride, x + row * x_stride, weight, scale[row], of_x + row * of_stride,
+                      of_weight ? part : 0, n);
+        if (of_weight && ((row - begin) % TOGETHER == TOGETHER - 1 || row == end - 1)) flush(part, of_weight, n);
+    }
+}
+
+// of_weight: null, or [runs, n] of zeros, `runs` of rows whose sums are the caller's to add up.
+void rms_norm_backward(const float *g, long g_stride, const float *x, long x_stride, const float *weight,
+                       const float *scale, float *of_x, long of_stride, float *of_weight, long rows, long n, long runs,
+                       int threads) {
+    long each = (rows + runs - 1) / runs;
+    SHARED_ROWS(rows * n)
+    for (long run = 0; run < runs; run++) {
+        long end = (run + 1) * each < rows ? (run + 1) * each : rows;
+        norms_backward(g, g_stride, x, x_stride, weight, scale, of_x, of_stride, of_weight ? of_weight + run * n : 0,
+                       run * each, end, n);
+    }
+}
+
+// ---------------------------------------------------------------- heads: norm, then rotation
+
+// x [tokens, heads, size] -> out; weight null: no norm. heads from `kind` on have the second weight (engine: keys).
+// cos, sin: of token t at `position[t]` rows of `turn` floats (position null: t); sin is negative in its first half.
+void turn_heads(const float *x, long x_stride, const float *weight, const float *second, long kind, float eps,
+                const float *cos, const float *sin, long turn, const int64_t *position, float *out, long out_stride,
+                long tokens, long heads, long size, int threads) {
+    long half = size / 2;
+    SHARED_ROWS(tokens * heads * size)
+    for (long t = 0; t < tokens; t++) {
+        float normed[size];
+        long at = (position ? position[t] : t) * turn;
+        const float *c = cos + at, *s = sin + at;
+        for (long h = 0; h < heads; h++) {
+            const float *from = x + t * x_stride + h * size;
+            float *to = out + t * out_stride + h * size;
+            const float *w = h < kind ? weight : second;
+            float by = 1.0f;
+            if (w) {
+                by = 1.0f / root(square_sum(from, size) / size + eps);
+                for (long i = 0; i < size; i++) normed[i] = from[i] * by * w[i];
+            } else
+                for (long i = 0; i < size; i++) normed[i] = from[i];
+            for (long i = 0; i < half; i++) {
+                float a = normed[i], b = normed[i + half];
+                to[i] = a * c[i] + b * s[i];
+                to[i + half] = b * c[i + half] + a * s[i + half];
+            }
+        }
+    }
+}
+
+// The inverse rotation: the gradient of the rotated heads g -> of_x.
+void turn_heads_back(const float *g, long g_stride, const float *cos, const float *sin, float *of_x, long of_stride,
+                     long tokens, long heads, long size, int threads) {
+    long half = size / 2;
+    SHARED_ROWS(tokens * heads * size)
+    for (long t = 0; t < tokens; t++) {
+        const float *c = cos + t * size, *s = sin + t * size;
+        for (long h = 0; h < heads; h++) {
+            const float *from = g + t * g_stride + h * size;
+            float *to = of_x + t * of_stride + h * size;
+            for (long i = 0; i < half; i++) {
+                float a = from[i], b = from[i + half];
+                to[i] = a * c[i] + b * s[i + half];
+                to[i + half] = b * c[i + half] + a * s[i];
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------- silu(gate) * up
+
+void swiglu(const float *gate, long gate_stride, const float *up, long up_stride, float *out, long out_stride, long rows,
+            long n, int threads) {
+    SHARED_ROWS(rows * n)
+    for (long row = 0; row < rows; row++) {
+        const float *a = gate + row * gate_stride, *b = up + row * up_stride;
+        float *to = out + row * out_stride;
+        long i = 0;
+        for (; i + WIDTH <= n; i += WIDTH) {
+            vec x = load(a + i);
+            store(to + i, x / (1.0f + exponential(-x)) * load(b + i));
+        }
+        for (; i < n; i++) {
+            vec x = all(a[i]);
+            to[i] = (x / (1.0f + exponential(-x)))[0] * b[i];
+        }
+    }
+}
+
+static inline void swiglu_slope(vec g, vec x, vec up, vec *of_gate, vec *of_up) {
+    vec s = 1.0f / (1.0f + exponential(-x));
+    *of_up = g * x * s;
+    *of_gate = g * up * s * (1.0f + x * (1.0f - s));
+}
+
+void swiglu_backward(const float *g, long g_stride, const float *gate, long gate_stride, const float *up,
+                     long up_stride, float *of_gate, float *of_up, long of_stride, long rows, long n,
+                     int threads) {
+    SHARED_ROWS(rows * n)
+    for (long row = 0; row < rows; row++) {
+        const float *a = g + row * g_stride, *b = gate + row * gate_stride, *c = up + row * up_stride;
+        float *p = of_gate + row * of_stride, *q = of_up + row * of_stride;
+        vec first, second;
+        long i = 0;
+        for (; i + WIDTH <= n; i += WIDTH) {
+            swiglu_slope(load(a + i), load(b + i), load(c + i), &first, &second);
+            store(p + i, first);
+            store(q + i, second);
+        }
+        for (; i < n; i++) {
+            swiglu_slope(all(a[i]), all(b[i]), all(c[i]), &first, &second);
+            p[i] = first[0];
+            q[i] = second[0];
+        }
+    }
+}
+
+// ---------------------------------------------------------------- the engine's cache
+
+// key, value [tokens, kv_heads, size] to `place` of `block` of stores [blocks, kv_heads, size, BLOCK] and
+// [blocks, kv_heads, BLOCK, size]
+void write_cache(const float *key, const float *value, long stride, float *keys, float *values, const int64_t *block,
+                 const int64_t *place, long tokens, long kv_heads, long size) {
+    for (long t = 0; t < tokens; t++) {
+        float *to_key = keys + block[t] * kv_heads * size * BLOCK + place[t];
+        float *to_value = values + (block[t] * kv_heads * BLOCK + place[t]) * size;
+        for (long h = 0; h < kv_heads; h++) {
+            const float *k = key + t * stride + h * size, *v = value + t * stride + h * size;
+            for (long i = 0; i < size; i++) to_key[(h * size + i) * BLOCK] = k[i];
+            for (long i = 0; i < size; i++) to_value[h * BLOCK * size + i] = v[i];
+        }
+    }
+}
+
+typedef struct {
+    const float *query; // [tokens, heads, size]
+    long stride;
+    const float *keys, *values;
+    const int64_t *table; // [slots, columns]
+    long columns;
+    const int64_t *length;        // [slots]
+    const int64_t *filled, *first; // [blocks]
+    const int64_t *slot, *position; // [tokens]
+    long tokens, heads, kv_heads, size, window, threads;
+    float scale;
+    float *out; // [tokens, heads, size]
+} Attention;
+
+#define HERE static inline __attribute__((always_inline))
+
+// G query heads of one key-value head, from `head` on, of one token. D and G are constants once this is inlined.
+HERE void attend_heads(const Attention *a, long token, long head, long kv, const int D, const int G) {
+    const float *query = a->query + token * a->stride + head * D;
+    long slot = a->slot[token], position = a->position[token];
+    vec sum[G][D / WIDTH];
+    float peak[G], total[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) {
+        peak[g] = -1e30f;
+        total[g] = 0;
+#pragma GCC unroll 8
+        for (int i = 0; i < D / WIDTH; i++) sum[g][i] = (vec){};
+    }
+    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (long column = 0; column < a->length[slot]; column++) {
+        long block = a->table[slot * a->columns + column];
+        long first = a->first[block];
+        long high = position - first + 1;
+        if (high > a->filled[block]) high = a->filled[block];
+        long low = a->window ? position - a->window + 1 - first : 0;
+        if (low < 0) low = 0;
+        if (low >= high) continue;
+        const float *key = a->keys + (block * a->kv_heads + kv) * D * BLOCK;
+        const float *value = a->values + (block * a->kv_heads + kv) * D * BLOCK;
+        vec near[G], far[G];
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) near[g] = far[g] = (vec){};
+        if (high > WIDTH)
+            for (int d = 0; d < D; d++) {
+                vec u = load(key + d * BLOCK), v = load(key + d * BLOCK + WIDTH);
+#pragma GCC unroll 8
+                for (int g = 0; g < G; g++) {
+                    near[g] += query[g * D + d] * u;
+                    far[g] += query[g * D + d] * v;
+                }
+            }
+        else
+            for (int d = 0; d < D; d++) {
+                vec u = load(key + d * BLOCK);
+#pragma GCC unroll 8
+                for (int g = 0; g < G; g++) near[g] += query[g * D + d] * u;
+            }
+        ivec seen_near = (lane >= (int)low) & (lane < (int)high);
+        ivec seen_far = (lane + WIDTH >= (int)low) & (lane + WIDTH < (int)high);
+        float weight[G][BLOCK];
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) {
+            vec u = choose(seen_near, near[g] * a->scale, all(-1e30f));
+            vec v = choose(seen_far, far[g] * a->scale, all(-1e30f));
+            vec more = choose(u > v, u, v);
+            float most = peak[g];
+            float here = peak_of(more);
+            most = here > most ? here : most;
+            vec p = (vec)((ivec)exponential(u - most) & seen_near), q = (vec)((ivec)exponential(v - most) & seen_far);
+            store(weight[g], p);
+            store(weight[g] + WIDTH, q);
+            float before = exponential(all(peak[g] - most))[0];
+            total[g] = total[g] * before + sum_of(p + q);
+            peak[g] = most;
+#pragma GCC unroll 8
+            for (int i = 0; i < D / WIDTH; i++) sum[g][i] *= before;
+        }
+        for (long j = low; j < high; j++) {
+#pragma GCC unroll 8
+            for (int i = 0; i < D / WIDTH; i++) {
+                vec v = load(value + j * D + i * WIDTH);
+#pragma GCC unroll 8
+                for (int g = 0; g < G; g++) sum[g][i] += weight[g][j] * v;
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++)
+#pragma GCC unroll 8
+        for (int i = 0; i < D / WIDTH; i++)
+            store(a->out + (token * a->heads + head + g) * D + i * WIDTH, sum[g][i] / total[g]);
+}
+
+#define OF_SIZE(D)                                                                                                      \
+    case D:                                                                                                             \
+        for (; left >= 4; left -= 4, head += 4) attend_heads(a, token, head, kv, D, 4);                                 \
+        if (left == 3) attend_heads(a, token, head, kv, D, 3);                                                          \
+        if (left == 2) attend_heads(a, token, head, kv, D, 2);                                                          \
+        if (left == 1) attend_heads(a, token, head, kv, D, 1);                                                          \
+        break;
+
+// Tokens of `slot` at `position` attend to what its chain holds up to there. size is 16, 32, 64, 96 or 128.
+void attend(const Attention *a) {
+    long shared = a->heads / a->kv_heads, threads = a->threads;
+    // keys of one head that several tokens share stay in the first-level cache
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static) if (threads > 1 && a->tokens * a->heads > 64)
+    for (long kv = 0; kv < a->kv_heads; kv++)
+        for (long token = 0; token < a->tokens; token++) {
+            long head = kv * shared, left = shared;
+            switch (a->size) {
+                OF_SIZE(16)
+                OF_SIZE(32)
+                OF_SIZE(64)
+                OF_SIZE(96)
+                OF_SIZE(128)
+            }
+        }
+}
+
+// ---------------------------------------------------------------- attention in training: merged_attention.py
+
+// Rows of a run attend to themselves up to their own place and to all rows of the runs above it (`parent`, -1: none).
+typedef struct {
+    const float *query, *key, *value; // [rows, heads, size] and [rows, kv_heads, size]
+    long query_stride, key_stride, value_stride;
+    const int64_t *runs; // [runs, 3]: begin, end, parent
+    long count, rows, heads, kv_heads, size;
+    long longest; // most keys of a row, each run's rounded up to WIDTH
+    float scale;
+    int threads;
+    float *out, *log_sum; // [rows, heads, size], [rows, heads]
+    const float *gradient; // of out
+    long gradient_stride;
+    float *of_query, *of_key, *of_value; // gradients; those of keys and values begin as zeros
+} Tree;
+
+#define QUERIES 4 // attend together
+#define DEPTH 64  // runs above each other: merged_attention.py
+
+typedef struct {
+    const float *query[QUERIES];
+    long index[QUERIES]; // row * heads + head
+    long row[QUERIES];
+    long real;        // of them; the others repeat the last
+    long number;      // of pieces
+    long begin[DEPTH], length[DEPTH], at[DEPTH]; // pieces of keys: rows, and their first place among the scores
+    long above;       // places of the runs above
+    long places;      // scores of a query
+} Together;
+
+static long padded(long n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
+
+// Rows begin <= row < end of [rows, .., D] as [D, padded length] from `to` on.
+static void turn_rows(const float *from, long stride, long begin, long end, float *to, int D) {
+    long width = padded(end - begin);
+    for (long j = begin; j < end; j++)
+        for (int d = 0; d < D; d++) to[d * width + j - begin] = from[j * stride + d];
+    for (int d = 0; d < D; d++)
+        for (long j = end - begin; j < width; j++) to[d * width + j] = 0;
+}
+
+// The places of each run among turned rows [.. * D]
+static long run_places(const Tree *a, long *place) {
+    long total = 0;
+    for (long r = 0; r < a->count; r++) {
+        place[r] = total;
+        total += padded(a->runs[3 * r + 1] - a->runs[3 * r]);
+    }
+    return total;
+}
+
+static void pieces_of(const Tree *a, long run, Together *b) {
+    b->number = b->above = 0;
+    for (long r = run; r >= 0; r = a->runs[3 * r + 2]) {
+        b->begin[b->number] = a->runs[3 * r];
+        b->length[b->number] = a->runs[3 * r + 1] - a->runs[3 * r];
+        b->at[b->number] = b->above;
+        if (b->number++) b->above += padded(a->runs[3 * r + 1] - a->runs[3 * r]);
+    }
+    b->at[0] = b->above; // the run itself is last, since these see a part of it
+}
+
+// products [QUERIES, width] of vectors [D] and turned rows [D, stride]
+HERE void products(const float *const *vectors, const float *turned, long stride, long width, float *to, long to_stride,
+                   int D) {
+    long j = 0;
+    for (; j + 2 * WIDTH <= width; j += 2 * WIDTH) {
+        vec sum[QUERIES] = {}, more[QUERIES] = {};
+        for (int d = 0; d < D; d++) {
+            vec k = load(turned + d * stride + j), l = load(turned + d * stride + j + WIDTH);
+#pragma GCC unroll 4
+            for (int i = 0; i < QUERIES; i++) {
+                sum[i] += vectors[i][d] * k;
+                more[i] += vectors[i][d] * l;
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < QUERIES; i++) {
+            store(to + i * to_stride + j, sum[i]);
+            store(to + i * to_stride + j + WIDTH, more[i]);
+        }
+    }
+    if (j == width) return;
+    vec sum[QUERIES] = {};
+    for (int d = 0; d < D; d++) {
+        vec k = load(turned + d * stride + j);
+#pragma GCC unroll 4
+        for (int i = 0; i < QUERIES; i++) sum[i] += vectors[i][d] * k;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < QUERIES; i++) store(to + i * to_stride + j, sum[i]);
+}
+
+// sum [QUERIES][D / WIDTH] += weights [QUERIES, ..] of rows [length, D]. The sums of a few columns are kept in registers,
+// which a compiler does where every index is a constant.
+#define COLUMNS 4
+HERE void add_columns(vec (*sum)[8], const float *weights, long weights_stride, const float *rows, long stride,
+                      long length, const int first, const int columns) {
+    vec here[QUERIES][COLUMNS];
+#pragma GCC unroll 4
+    for (int i = 0; i < QUERIES; i++)
+#pragma GCC unroll 4
+        for (int c = 0; c < columns; c++) here[i][c] = sum[i][first + c];
+    for (long j = 0; j < length; j++)
+#pragma GCC unroll 4
+        for (int c = 0; c < columns; c++) {
+            vec v = load(rows + j * stride + (first + c) * WIDTH);
+#pragma GCC unroll 4
+            for (int i = 0; i < QUERIES; i++) here[i][c] += weights[i * weights_stride + j] * v;
+        }
+#pragma GCC unroll 4
+    for (int i = 0; i < QUERIES; i++)
+#pragma GCC unroll 4
+        for (int c = 0; c < columns; c++) sum[i][first + c] = here[i][c];
+}
+
+HERE void add_rows(vec (*sum)[8], const float *weights, long weights_stride, const float *rows, long stride, long length,
+                   const int D) {
+    const int columns = D / WIDTH < COLUMNS ? D / WIDTH : COLUMNS;
+    add_columns(sum, weights, weights_stride, rows, stride, length, 0, columns);
+    if (D / WIDTH > COLUMNS)
+        add_columns(sum, weights, weights_stride, rows, stride, length, COLUMNS, D / WIDTH - COLUMNS);
+}
+
+// rows [length, D] += weights^T of vectors [QUERIES][D]
+HERE void add_to_rows(float *rows, long stride, const float *weights, long weights_stride, const float *const *vectors,
+                      long length, int D) {
+    for (int c = 0; c < D / WIDTH; c++) {
+        vec v[QUERIES];
+#pragma GCC unroll 4
+        for (int i = 0; i < QUERIES; i++) v[i] = load(vectors[i] + c * WIDTH);
+        for (long j = 0; j < length; j++) {
+            vec sum = load(rows + j * stride + c * WIDTH);
+#pragma GCC unroll 4
+            for (int i = 0; i < QUERIES; i++) sum += weights[i * weights_stride + j] * v[i];
+            store(rows + j * stride + c * WIDTH, sum);
+        }
+    }
+}
+
+// Scores of these queries; those of rows that they do not see are -1e30.
+HERE void scores_of(const Tree *a, Together *b, const float *keys, const long *place, long run, float *scores,
+                    int D) {
+    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    long r = run;
+    for (long piece = 0; piece < b->number; piece++, r = a->runs[3 * r + 2]) {
+        long stride = padded(b->length[piece]), width = stride;
+        if (!piece) width = padded(b->row[b->real - 1] - b->begin[0] + 1);
+        float *to = scores + b->at[piece];
+        products(b->query, keys + place[r] * D, stride, width, to, a->longest, D);
+        if (!piece) b->places = b->above + width;
+        else if (b->length[piece] == width) {
+            for (int i = 0; i < QUERIES; i++)
+                for (long j = 0; j < width; j += WIDTH)
+                    store(to + i * a->longest + j, load(to + i * a->longest + j) * a->scale);
+            continue;
+        }
+        for (int i = 0; i < QUERIES; i++) {
+            long seen = piece ? b->length[piece] : b->row[i] - b->begin[0] + 1;
+            for (long j = 0; j < width; j += WIDTH) {
+                vec s = load(to + i * a->longest + j) * a->scale;
+                store(to + i * a->longest + j, choose(lane + (int)j < (int)seen, s, all(-1e30f)));
+            }
+        }
+    }
+}
+
+HERE vec weight_of(vec score, float peak) {
+    return (vec)((ivec)exponential(score - peak) & ~(score <= -1e29f));
+}
+
+HERE void tree_forward_head(const Tree *a, long kv, const float *keys, const long *place, float *scores, const int D) {
+    long shared = a->heads / a->kv_heads;
+    Together b;
+    for (long run = 0; run < a->count; run++) {
+        pieces_of(a, run, &b);
+        long begin = a->runs[3 * run], queries = (a->runs[3 * run + 1] - begin) * shared;
+        for (long first = 0; first < queries; first += QUERIES) {
+            b.real = queries - first < QUERIES ? queries - first : QUERIES;
+            for (int i = 0; i < QUERIES; i++) {
+                long n = first + (i < b.real ? i : b.real - 1);
+                b.row[i] = begin + n / shared;
+                b.index[i] = b.row[i] * a->heads + kv * shared + n % shared;
+                b.query[i] = a->query + b.row[i] * a->query_stride + (kv * shared + n % shared) * D;
+            }
+            scores_of(a, &b, keys, place, run, scores, D);
+            float total[QUERIES];
+            for (int i = 0; i < QUERIES; i++) {
+                float *s = scores + i * a->longest;
+                vec peaks = all(-1e30f), sum = {};
+                for (long j = 0; j < b.places; j += WIDTH) {
+                    vec v = load(s + j);
+                    peaks = choose(v > peaks, v, peaks);
+                }
+                float peak = peak_of(peaks);
+                for (long j = 0; j < b.places; j += WIDTH) {
+                    vec p = weight_of(load(s + j), peak);
+                    sum += p;
+                    store(s + j, p);
+                }
+                total[i] = sum_of(sum);
+                if (i < b.real) a->log_sum[b.index[i]] = peak + __builtin_logf(total[i]);
+            }
+            vec sum[QUERIES][8] = {};
+            for (long piece = 0; piece < b.number; piece++) {
+                long length = piece ? b.length[piece] : b.row[b.real - 1] - begin + 1;
+                add_rows(sum, scores + b.at[piece], a->longest, a->value + b.begin[piece] * a->value_stride + kv * D,
+                         a->value_stride, length, D);
+            }
+            for (int i = 0; i < b.real; i++)
+                for (int c = 0; c < D / WIDTH; c++)
+                    store(a->out + b.index[i] * D + c * WIDTH, sum[i][c] / total[i]);
+        }
+    }
+}
+
+HERE void tree_backward_head(const Tree *a, long kv, const float *keys, const float *values, const long *place,
+                             float *scores, float *slopes, const int D) {
+    long shared = a->heads / a->kv_heads, step = a->kv_heads * D;
+    Together b;
+    const float *gradient[QUERIES];
+    for (long run = 0; run < a->count; run++) {
+        pieces_of(a, run, &b);
+        long begin = a->runs[3 * run], queries = (a->runs[3 * run + 1] - begin) * shared;
+        for (long first = 0; first < queries; first += QUERIES) {
+            b.real = queries - first < QUERIES ? queries - first : QUERIES;
+            float pull[QUERIES];
+            for (int i = 0; i < QUERIES; i++) {
+                long n = first + (i < b.real ? i : b.real - 1), head = kv * shared + n % shared;
+                b.row[i] = begin + n / shared;
+                b.index[i] = b.row[i] * a->heads + head;
+                b.query[i] = a->query + b.row[i] * a->query_stride + head * D;
+                gradient[i] = a->gradient + b.row[i] * a->gradient_stride + head * D;
+                vec sum = {};
+                for (int c = 0; c < D / WIDTH; c++)
+                    sum += load(gradient[i] + c * WIDTH) * load(a->out + b.index[i] * D + c * WIDTH);
+                pull[i] = sum_of(sum);
+            }
+            scores_of(a, &b, keys, place, run, scores, D);
+            long r = run;
+            for (long piece = 0; piece < b.number; piece++, r = a->runs[3 * r + 2])
+                products(gradient, values + place[r] * D, padded(b.length[piece]),
+                         piece ? padded(b.length[piece]) : b.places - b.above, slopes + b.at[piece], a->longest, D);
+            for (int i = 0; i < QUERIES; i++) {
+                float *s = scores + i * a->longest, *t = slopes + i * a->longest;
+                float log_sum = a->log_sum[b.index[i]];
+                for (long j = 0; j < b.places; j += WIDTH) {
+                    vec p = i < b.real ? weight_of(load(s + j), log_sum) : all(0);
+                    vec slope = p * (load(t + j) - pull[i]) * a->scale;
+                    store(s + j, p);
+                    store(t + j, i < b.real ? slope : all(0));
+                }
+            }
+            vec sum[QUERIES][8] = {};
+            for (long piece = 0; piece < b.number; piece++) {
+                long length = piece ? b.length[piece] : b.row[b.real - 1] - begin + 1, row = b.begin[piece];
+                float *s = scores + b.at[piece], *t = slopes + b.at[piece];
+                add_rows(sum, t, a->longest, a->key + row * a->key_stride + kv * D, a->key_stride, length, D);
+                add_to_rows(a->of_key + row * step + kv * D, step, t, a->longest, b.query, length, D);
+                add_to_rows(a->of_value + row * step + kv * D, step, s, a->longest, gradient, length, D);
+            }
+            for (int i = 0; i < b.real; i++)
+                for (int c = 0; c < D / WIDTH; c++) store(a->of_query + b.index[i] * D + c * WIDTH, sum[i][c]);
+        }
+    }
+}
+
+#define EACH_SIZE(call)                                                                                                \
+    switch (a->size) {                                                                                                 \
+        case 16: call(16); break;                                                                                      \
+        case 32: call(32); break;                                                                                      \
+        case 64: call(64); break;                                                                                      \
+        case 96: call(96); break;                                                                                      \
+        case 128: call(128); break;                                                                                    \
+    }
+
+// Both return 0, or 1 where memory ran out. Heads are shared by threads, so every sum has one order.
+int tree_forward(const Tree *a) {
+    long *place = malloc(a->count * sizeof(long));
+    if (!place) return 1;
+    long places = run_places(a, place), threads = a->threads;
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) if (threads > 1) reduction(| : failed)
+    for (long kv = 0; kv < a->kv_heads; kv++) {
+        float *keys = malloc((places + QUERIES * a->longest / a->size + 1) * a->size * sizeof(float));
+        if (!keys) {
+            failed = 1;
+            continue;
+        }
+        for (long r = 0; r < a->count; r++)
+            turn_rows(a->key + kv * a->size, a->key_stride, a->runs[3 * r], a->runs[3 * r + 1],
+                      keys + place[r] * a->size, a->size);
+#define FORWARD(D) tree_forward_head(a, kv, keys, place, keys + places * a->size, D)
+        EACH_SIZE(FORWARD)
+        free(keys);
+    }
+    free(place);
+    return failed;
+}
+
+int tree_backward(const Tree *a) {
+    long *place = malloc(a->count * sizeof(long));
+    if (!place) return 1;
+    long places = run_places(a, place), threads = a->threads;
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) if (threads > 1) reduction(| : failed)
+    for (long kv = 0; kv < a->kv_heads; kv++) {
+        long turned = places * a->size, rest = QUERIES * a->longest;
+        float *keys = malloc(2 * (turned + rest) * sizeof(float)), *values = keys + turned;
+        if (!keys) {
+            failed = 1;
+            continue;
+        }
+        for (long r = 0; r < a->count; r++) {
+            turn_rows(a->key + kv * a->size, a->key_stride, a->runs[3 * r], a->runs[3 * r + 1],
+                      keys + place[r] * a->size, a->size);
+            turn_rows(a->value + kv * a->size, a->value_stride, a->runs[3 * r], a->runs[3 * r + 1],
+                      values + place[r] * a->size, a->size);
+        }
+#define BACKWARD(D) tree_backward_head(a, kv, keys, values, place, values + turned, values + turned + rest, D)
+        EACH_SIZE(BACKWARD)
+        free(keys);
+    }
+    free(place);
+    return failed;
+}
