@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from async_rl.generator.step_mark import Marks
 from async_rl.process import SIGNALS
@@ -84,7 +85,7 @@ class Keeper:
             self.vitals.close()
             shutil.rmtree(self.place, ignore_errors=True)
 
-    def _fork(self, work: Callable[[], int]) -> dict[int, object]:
+    def _fork(self, work: Callable[[], int]) -> dict[int, Any]:
         """Start the process. Returns the handlers of the signals that this one passes on from now on."""
         held = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]  # nohup: outlives its terminal
         here = os.getpid()
@@ -102,7 +103,7 @@ class Keeper:
                 with suppress(OSError):
                     stream.flush()
             os._exit(code)
-        before: dict[int, object] = {s: signal.signal(s, self._pass_on) for s in held}
+        before: dict[int, Any] = {s: signal.signal(s, self._pass_on) for s in held}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
         return before
 

@@ -59,12 +59,13 @@ def join(run: Run, name: str) -> tuple[int, str]:
     return ended.returncode, ended.stdout
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("reward", "cause", "place"),
     [
         ("leave", "ended with code 7", ""),
-        pytest.param("crash", "crashed (SIGSEGV)", "in poison_rewards.py:6 crash", marks=pytest.mark.nightly),
-        pytest.param("freeze", "no sign of life", "in poison_rewards.py:16 freeze", marks=pytest.mark.nightly),
+        ("crash", "crashed (SIGSEGV)", "in poison_rewards.py:6 crash"),
+        ("freeze", "no sign of life", "in poison_rewards.py:16 freeze"),
     ],
 )
 def test_two_joined_generators_die_of_it_and_the_third_trains_on(
