@@ -110,6 +110,16 @@ CASES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
     "dro": (GUESS, {}, "kl/regulariser"),
     "luspo": (GUESS, {}, "clip/frac"),
     "mdpo": (GUESS, {}, "kl/regulariser"),
+    "ppo": (GUESS, {}, "updates/done"),
+    "see_upo": (GUESS, {}, "updates/done"),
+    "archer": (GUESS, {}, "value/explained_variance"),
+    "oreo": (GUESS, {}, "value/explained_variance"),
+}
+OF_RUN: dict[str, Mapping[str, Any]] = {
+    # recipe: settings of its run besides the recipe's own
+    "ppo": {"updates": {"epochs": 4, "minibatches": 4, "kl_stop": 0.05}, "optimizer": {"learning_rate": 4e-5}},
+    "see_upo": {"optimizer": {"learning_rate": 4e-5}},
+    "archer": {"critic": {"epochs": 3, "target_average": 0.9}, "optimizer": {"learning_rate": 4e-5}},
 }
 
 
@@ -128,6 +138,8 @@ def settings_of(recipe: str, task: Mapping[str, Any], changes: Mapping[str, Any]
     }
     if requirements(load_recipe(chosen)).value:
         values["critic"] = {"kind": "head", "warmup_steps": 5}
+    for group, given in OF_RUN.get(recipe, {}).items():
+        values[group] = {**values.get(group, {}), **given}
     return structured(Settings, values, where="run")
 
 

@@ -257,17 +257,12 @@ def pack_batch(
     def tensor(values: object, dtype: torch.dtype) -> Tensor:  # [n]
         return torch.as_tensor(np.asarray(values)).to(dtype=dtype, device=device)
 
-    share = None
     pieces, policy_of_piece = ordered, policy_positions
     if not whole:
         pieces = list(chain.from_iterable(_pieces(t, micro_batch_tokens) for t in ordered))
         policy_of_piece = [t.policy_positions() for t in pieces]
     sizes = Sizes(pieces, shared=shared and not apart)
-    if over is None:
-        parts = [list(range(first, last)) for first, last in pairwise(cuts(sizes, micro_batch_tokens))]
-    else:
-        made = plan(pieces, over, micro_batch_tokens, sizes)
-        share, parts = share_of(made, pieces, over, device, sizes), made[over.rank]
+    share, parts = _divided(pieces, sizes, micro_batch_tokens, over, device)
     noted = Noted()
     if needs is not None and (needs.noted or needs.parts):
         noted = noted_columns(ordered, needs, reward_weights or {}, device)
@@ -300,6 +295,16 @@ def pack_batch(
         num_tokens=sum(len(t.tokens) for t in ordered),
         num_contexts=sum(1 + len(t.contexts) for t in ordered),
     )
+
+
+def _divided(
+    pieces: Sequence[Trajectory], sizes: Sizes, limit: int, over: Spread | None, device: str | torch.device
+) -> tuple[Share | None, Sequence[Sequence[int]]]:
+    """This rank's share, None where it has all, and its micro-batches as indices of `pieces`."""
+    if over is None:
+        return None, [list(range(first, last)) for first, last in pairwise(cuts(sizes, limit))]
+    made = plan(pieces, over, limit, sizes)
+    return share_of(made, pieces, over, device, sizes), made[over.rank]
 
 
 def _part(
