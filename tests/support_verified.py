@@ -20,6 +20,7 @@ from async_rl.model.tokenizer import Tokenizer
 from async_rl.task import make_task
 from async_rl.trainer.build import make_learner
 from async_rl.trainer.learner import Learner
+from async_rl.trainer.publish import segment_dtype
 from async_rl.trainer.team import Team
 from async_rl.trainer.verifier import Verifier, make_verifier
 from async_rl.trajectory import Trajectory
@@ -34,7 +35,9 @@ class Bench:
     def __init__(self, model: Path, folder: Path, *overrides: str, size: float = 0.05) -> None:
         self.settings: Settings = quick_settings(model, *overrides)
         self.learner: Learner = make_learner(self.settings)
-        self.publisher = WeightPublisher(folder / "segment", self.learner.sent())
+        self.publisher = WeightPublisher(
+            folder / "segment", self.learner.sent(), dtype=segment_dtype(self.settings, self.learner)
+        )
         self.verdicts: list[msg.Message] = []
         self.events: list[Event] = []
         self.size = size

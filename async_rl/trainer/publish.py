@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from async_rl.config import Settings
 from async_rl.events import RecordEvent
-from async_rl.model.decoder import DTYPES
+from async_rl.model.decoder import DTYPES, Decoder
 from async_rl.run_folder import RunFolder
 from async_rl.trainer.learner import Learner
 from async_rl.weights.link import Control, LinkServer, MakeLink, Staged, WeightLink
@@ -22,6 +22,7 @@ from async_rl.wire.channel import ipc_endpoint
 from async_rl.wire.endpoint import is_tcp
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -80,7 +81,7 @@ def make_publisher(
     linked = ways & set(LINKS)
     sent = learner.sent()
     if not linked:
-        return WeightPublisher(segment_path(folder.path), sent)
+        return WeightPublisher(segment_path(folder.path), sent, dtype=segment_dtype(settings, learner))
     shapes = {name: tuple(tensor.shape) for name, tensor in sent.items()}
     device = next(iter(sent.values())).device
     staged = Staged(shapes, DTYPES[settings.generator.dtype], device, in_main_memory="ipc" not in linked)
@@ -95,6 +96,18 @@ def make_publisher(
     if not needs_segment(ways, tcp=is_tcp(settings.wire.endpoint)):
         return links
     return Both(links, staged, WeightPublisher(segment_path(folder.path), dict(staged.named_parameters())), keepalive)
+
+
+def segment_dtype(settings: Settings, learner: Learner) -> torch.dtype | None:
+    """The dtype of the weights in shared memory: that of the embedded engine, which casts them to it anyway, so half of
+    the bytes of float32 travel. None: the trainer's own, where something else reads them: adapters, which are added to
+    the base in float32; another engine or model, which may keep some in float32."""
+    chosen = settings.generator
+    alone = learner.adapters is not None and learner.options.send_adapters
+    own = chosen.engine == "embedded" and isinstance(learner.model, Decoder)
+    if alone or not own:
+        return None
+    return DTYPES[chosen.dtype]
 
 
 def links_by_release(release: Release) -> Callable[[Staged], MakeLink]:

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from async_rl.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ ITEM_BYTES = {
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
 
-PANEL = 32
+PANEL = 64
 """rows"""
 
 _MAGIC = b"ARLWGHT1"
@@ -124,18 +125,27 @@ class _Whole:
 class WeightPublisher:
     """The trainer's end. It owns the file: creates it, and removes it in `close()`."""
 
-    def __init__(self, path: Path, layout: Mapping[str, Tensor], *, checksum: bool | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        layout: Mapping[str, Tensor],
+        *,
+        checksum: bool | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Replace the segment of a dead publisher at `path`, or make a new one.
 
         Args:
             layout: tensors with the names, dtypes and shapes that will be published; their values are not used.
             checksum: store a crc32 (3 GB/s); None: only where the processor may reorder stores.
+            dtype: that tensors are cast to on their way, where every reader computes in it; None: their own.
 
         Raises UserError when the publisher at `path` is alive, or the memory is too small.
         """
         self.path = path
         self._checksum = not _STORES_IN_ORDER if checksum is None else checksum
-        self._places, self._buffer_bytes = lay_out(layout)
+        self._places, self._buffer_bytes = lay_out(layout, dtype)
+        self._dtypes = {name: tensor.dtype for name, tensor in layout.items()}
         described = layout_to_json(self._places).encode()
         self._first = aligned(_LAYOUT_AT + len(described), _LAYOUT_AT)
         _retire(path)
@@ -188,9 +198,11 @@ class WeightPublisher:
             view = missing.pop(name, None)
             if view is None:
                 raise ValueError(f"other tensors than announced: {name}")
-            if given.shape != view.shape or given.dtype != view.dtype:
-                raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}, not {view.dtype} {tuple(view.shape)}")
-            view.copy_(given.detach())
+            if given.shape != view.shape or given.dtype != self._dtypes[name]:
+                announced = f"{self._dtypes[name]} {tuple(view.shape)}"
+                raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}, not {announced}")
+            on_gpu = given.device.type != "cpu"  # cast there, so that no more travels than must
+            view.copy_(given.detach().to(view.dtype) if on_gpu else given.detach())
         if missing:
             raise ValueError(f"other tensors than announced: {sorted(missing)[:5]} did not come")
         start = self._first + buffer * self._buffer_bytes
@@ -320,11 +332,8 @@ class WeightReader:
         with torch.no_grad():
             for place in self._places:
                 overwrite(targets[place.name], tensor_of(source, place))
-        same = self._unchanged(whole) and whole.has(content)
-        del source, content
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)  # else this process is charged for both versions
-        return whole.version if same else None
+        # The pages, which are the publisher's, stay mapped: to map them anew would cost most of a copy.
+        return whole.version if self._unchanged(whole) and whole.has(content) else None
 
     def _whole_version(self) -> _Whole | None:
         """The buffer of the newest version, if it is whole now."""
@@ -414,14 +423,15 @@ def check_fit(given: Mapping[str, Sequence[int]], wanted: Mapping[str, Tensor], 
             raise ValueError(f"{name} has shape {list(given[name])}, not {list(target.shape)}")
 
 
-def lay_out(tensors: Mapping[str, Tensor]) -> tuple[list[TensorPlace], int]:
-    """(places, bytes of one buffer) for these tensors. Raises ValueError for a dtype that cannot be sent."""
+def lay_out(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> tuple[list[TensorPlace], int]:
+    """(places, bytes of one buffer) for these tensors, in `dtype` unless it is None. Raises ValueError for a dtype that
+    cannot be sent."""
     places, end = [], 1
     for name, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in ITEM_BYTES:
-            raise ValueError(f"{name}: weights of dtype {dtype} cannot be published")
-        place = TensorPlace(name=name, dtype=dtype, shape=tuple(tensor.shape), offset=aligned(end, ALIGN))
+        named = str(dtype or tensor.dtype).removeprefix("torch.")
+        if named not in ITEM_BYTES:
+            raise ValueError(f"{name}: weights of dtype {named} cannot be published")
+        place = TensorPlace(name=name, dtype=named, shape=tuple(tensor.shape), offset=aligned(end, ALIGN))
         places.append(place)
         end = place.end
     return places, aligned(end, mmap.PAGESIZE)

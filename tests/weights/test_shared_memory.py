@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import struct
 import zlib
@@ -71,6 +72,40 @@ def test_a_version_is_read_into_tensors_of_other_strides_and_dtypes(tmp_path: Pa
         assert reader.read_into(targets) == 5
         for name, tensor in tensors(5).items():
             assert torch.equal(targets[name].double(), tensor.double())
+
+
+def test_weights_travel_in_the_dtype_that_they_are_computed_in(tmp_path: Path) -> None:
+    """What arrives is what a cast of the trainer's weights gives, to the bit, in half of the bytes."""
+    path, random = tmp_path / "weights", torch.Generator().manual_seed(0)
+    mine = {"a": torch.randn(300, 70, generator=random), "b": torch.randn(5, generator=random)}
+    with WeightPublisher(path, mine, dtype=torch.bfloat16) as publisher, WeightReader(path) as reader:
+        publisher.publish(mine, 1)
+        _, weights = reader.read(1)
+        assert {name: t.dtype for name, t in weights.items()} == dict.fromkeys(mine, torch.bfloat16)
+        for dtype in (torch.bfloat16, torch.float32):
+            targets = {"a": torch.zeros(70, 300, dtype=dtype).t(), "b": torch.zeros(5, dtype=dtype)}
+            assert reader.read_into(targets) == 1
+            for name, tensor in mine.items():
+                assert torch.equal(targets[name], tensor.to(torch.bfloat16).to(dtype))
+        with pytest.raises(ValueError, match=r"a is torch.bfloat16 \(300, 70\), not torch.float32"):
+            publisher.publish({name: t.bfloat16() for name, t in mine.items()}, 2)
+        halved = path.stat().st_size
+    with WeightPublisher(path, mine):
+        assert path.stat().st_size > 1.8 * halved - 8192
+
+
+def test_a_second_load_maps_no_page_anew(tmp_path: Path) -> None:
+    """A fault for each page of both ends would cost most of a copy."""
+    path, large = tmp_path / "weights", {"a": torch.zeros(4_000_000)}
+    with WeightPublisher(path, large) as publisher, WeightReader(path) as reader:
+        targets = {"a": torch.ones(4_000_000)}
+        faults = []
+        for version in range(6):
+            publisher.publish(large, version)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            reader.read_into(targets)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert max(faults[2:]) < 50 < max(faults[:2])
 
 
 def test_a_reader_sums_bytes_only_where_a_checksum_was_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
