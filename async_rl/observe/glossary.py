@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from functools import cache
 from types import MappingProxyType
 
+from async_rl.observe.glossary_methods import METHODS
+from async_rl.observe.glossary_pool import POOL
 from async_rl.observe.glossary_sampler import SAMPLER
 from async_rl.observe.metric import Metric, Section
 
@@ -185,7 +187,9 @@ intended.""",
 (product of ratios outside `select.sequence_*`), `geometric_ratio` (geometric mean outside `select.geometric_*`), `veto`
 (one token's ratio below `select.veto`), `opsm` (negative advantage and mean log(μ/π) above `select.opsm`), `truncated`,
 `zero_signal` (no advantage on any token), `equal_rewards` (those of its group), `group_reward` (the group's mean is
-outside `select.group_*`), `flag` (marked by the task, `select.drop_flag`), `small_advantage`
+outside `select.group_*`), `flag` (marked by the task, `select.drop_flag`), `no_teacher` (distillation
+alone, and no teacher spoke), `greedy` (sampled greedily, as a baseline), `no_greedy` (of a group without one),
+`small_advantage`
 (`select.largest_share`), `not_noted` (without the number `advantage.note`). A trajectory may have several. Whether the
 rejected stay in the loss's denominators is `select.denominator`.""",
         metrics=(
@@ -435,6 +439,8 @@ stale data.""",
             Metric("drop/trained_<bucket>", "trajectories", "trained trajectories by policy tokens"),
         ),
     ),
+    METHODS,
+    POOL,
     SAMPLER,
     Section(
         title="Flow",
