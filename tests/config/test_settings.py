@@ -138,6 +138,19 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "window_belongs_to_pace": (("staleness.policy=wait", "staleness.window=0.5"), "has no window"),
     "keep_steps_needs_checkpoints": (("buffer.keep_steps=3", "checkpoint.every=0"), "deletes nothing before"),
+    "the_pool_has_a_source": (("pool.max_uses=3",), "pool.max_uses does nothing with pool.source=none"),
+    "demonstrations_come_from_a_file": (("pool.source=demonstrations",), "needs pool.file"),
+    "the_pool_gives_what_its_place_takes": (
+        ("pool.source=successes", "pool.place=replace"), "would take the place of every fresh group",
+    ),
+    "the_pool_keeps_by_what_it_draws_by": (
+        ("pool.source=best", "pool.priority=reward"), "pool.priority does nothing with pool.source=best",
+    ),
+    "the_pool_has_one_amount": (("pool.source=successes", "pool.share=0.5", "pool.rows=2"), "leave one of them out"),
+    "the_pool_holds_a_group": (("pool.source=groups", "pool.size=2"), "less than one group"),
+    "the_depth_follows_fresh_data": (
+        ("pool.source=groups", "staleness.target_ess=0.5"), "which the pool's old rows lower",
+    ),
     "limits_end_before_the_timeout": (("wire.frozen_after_s=90",), "a wait ends the run after wire.timeout_s=60"),
     "a_group_fits_a_generator": (("generator.max_sequences=2",), "less than one group"),
     "vllm_settings_need_vllm": (("vllm.kv_cache_mb=9",), "vllm.* does nothing with generator.engine=embedded"),
@@ -177,3 +190,34 @@ def test_every_relation_is_refused_with_its_sentence(tmp_path: Path, name: str) 
     with pytest.raises(UserError) as refused:
         quick_settings(tmp_path, *words)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("pool.source=successes", "pool.file=x.jsonl"), "pool.file does nothing with pool.source=successes"),
+        (
+            ("pool.source=demonstrations", "pool.file=x", "pool.max_age=3"),
+            "pool.max_age does nothing with pool.source=demonstrations",
+        ),
+        (("pool.source=successes", "pool.gate=1"), "pool.gate does nothing with pool.place=extra"),
+        (("pool.source=successes", "pool.place=join", "pool.share=0.5"), "it is for pool.place=extra"),
+        (("pool.source=groups", "pool.place=join"), "pool.source=groups needs pool.place=extra"),
+        (("pool.source=successes", "pool.place=join", "pool.gate=1"), "pool.gate does nothing with pool.when=always"),
+        (
+            ("pool.source=successes", "pool.place=replace", "pool.when=failed", "pool.rows=9"),
+            "4 samples that could be replaced",
+        ),
+        (("pool.source=groups", "pool.above=1"), "pool.above does nothing with pool.source=groups"),
+        (("pool.source=priority", "pool.above=-1"), "must be above 0"),
+        (("pool.source=groups", "pool.per_problem=2"), "pool.per_problem does nothing with pool.source=groups"),
+        (("pool.source=successes", "pool.flush_at=9"), "set pool.max_uses=1"),
+        (("pool.source=successes", "pool.flush_at=9", "pool.max_uses=1", "pool.size=4"), "it is never reached"),
+        (("pool.source=successes", "pool.flush_at=9", "pool.max_uses=1", "pool.rows=4"), "all rows back at once"),
+    ],
+)
+def test_settings_of_the_pool_that_would_do_nothing_are_refused(
+    tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        quick_settings(tmp_path, *words)
