@@ -267,6 +267,12 @@ rejected stay in the loss's denominators is `select.denominator`.""",
             Metric("value/loss", "", "mean over trained tokens of ½ max((V − ret)², (V_clipped − ret)²)"),
             Metric("value/mean", "", "mean V"),
             Metric("value/explained_variance", "share", "1 − var(ret − V) / var(ret)"),
+            Metric(
+                "critic/outside",
+                "share",
+                "share of the critic's targets outside `critic.low`..`critic.high`; where "
+                "`critic.loss` is a cross-entropy",
+            ),
             Metric("critic/grad_norm", "", "gradient norm of the critic"),
             Metric(
                 "critic/warmup",

@@ -258,12 +258,10 @@ def ordered() -> Iterator[Trajectory]:
 
 @pytest.mark.parametrize("order", ["last_first", "first_first"])
 def test_turns_are_updated_one_after_another_with_the_ratios_of_those_before(order: str) -> None:
-    """Each pass: -mean over answers and tokens of min(r A M, clip(r) A M) on its turn alone, M the product of ratios
-    of the turns already updated, A the group's."""
-    recipe = {
-        "name": "grpo", "turn_order": order, "ratio": {"level": "turn", "pool": "sum"}, "kl": {"coefficient": 0.0},
-        "aggregate": {"mode": "seq_mean_token_mean"}, "trust": {"rule": "ppo", "clip_low": 0.3, "clip_high": 0.3},
-    }  # fmt: skip
+    """Each pass: -mean over answers and turns of min(r A M, clip(r) A M) on its turn alone, r its product of ratios, M
+    the product of those of the turns already updated, A the group's."""
+    trust = {"rule": "ppo", "clip_low": 0.3, "clip_high": 0.3}
+    recipe = {"name": "see_upo", "turn_order": order, "kl": {"coefficient": 0.0}, "trust": trust}
     learner = make(recipe, UpdatesSettings(epochs=2))
     report = train(learner, 1)[0]
     assert report.metrics["updates/done"] == 4
@@ -291,7 +289,7 @@ def test_turns_are_updated_one_after_another_with_the_ratios_of_those_before(ord
                 mine = per_turn[turn_pass]
                 ratio = mine.sum().exp()
                 least = torch.minimum(ratio * weight, ratio.clamp(0.7, 1.3) * weight)
-                losses.append(-least * len(mine) / len(log_ratio))
+                losses.append(-least / len(t.turns))
             optimizer.zero_grad()
             (sum(losses) / len(answers)).backward()  # type: ignore[union-attr]
             nn.utils.clip_grad_norm_(list(policy.parameters()), 0.7)
