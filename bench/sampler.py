@@ -51,6 +51,10 @@ class Mixed(Guess):
             Problem(index=p.index, prompt=p.prompt, data={**p.data, "kind": KINDS[p.index % len(KINDS)]}) for p in made
         ]
 
+    def judge(self, session: Session, *, consistent: bool) -> None:
+        """A guess that contradicts the answers before it is an error."""
+        session.note_turn("error", float(not consistent))
+
     async def rollout(self, problem: Problem, session: Session) -> float:
         found = await super().rollout(problem, session)
         kind = problem.data["kind"]
@@ -100,7 +104,8 @@ CASES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], 
     "pope": (
         LOCK, GRPO, {**STARTS, "start_success": 0.0, "start_attempts": 8, "start_share": 0.5}, "sampler/started",
     ),
-    "own successes": (LOCK, GRPO, {**STARTS, "start": "success", "start_field": ""}, "sampler/started"),
+    "own successes": (MIXED, GRPO, {"start": "success"}, "sampler/started"),
+    "own failures": (MIXED, GRPO, {"start": "failure"}, "sampler/started"),
 }  # fmt: skip
 
 

@@ -112,11 +112,11 @@ class Feedback:
             self.known.add(outcome)
 
     def _by_source(self, decided: Sequence[Decision]) -> Mapping[str, float]:
-        """Share of a batch's groups that each source has; empty where sources are not told apart."""
+        """Source -> share of a batch's groups, of those that have any; empty where sources are not told apart."""
         if not self.rules.sources:
             return {}
         counts = Counter(self.rules.sources[decision.problem] for decision in decided)
-        return {str(source): counts[source] / len(decided) for source in range(len(self.known.sources))}
+        return {str(source): count / len(decided) for source, count in sorted(counts.items())}
 
 
 def outcome_of(group: Group, number: int, success: float) -> Outcome:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import exp, log, sqrt
 from random import Random
 from statistics import fmean
@@ -20,6 +20,7 @@ from async_rl.buffer import effects as do
 from async_rl.buffer.build import make_core
 from async_rl.buffer.core import Core
 from async_rl.config import Settings
+from async_rl.config.sampler import SamplerSettings
 from async_rl.errors import RunFailed
 from async_rl.instruments.world.buffer import WorldWatch
 from async_rl.instruments.world.clock import Network
@@ -199,11 +200,12 @@ class Simulation:
             network=Network(delay_s=self.work.message_s, exact=True),
             reports=False,
         )
+        plain = replace(self.settings, sampler=SamplerSettings())  # here no problem is harder than another
         self.tally = Tally(int(self.steps * SETTLING), self.settings.batch.group_size, self._clocks)
         self.world = World(
             plan,
             # which problem stands at a position says nothing here, and to shuffle them would take the most time
-            lambda: Core(make_core(self.settings, train_problems=1, vocabulary=0).rules, problem_at=int),
+            lambda: Core(make_core(plain, train_problems=1, vocabulary=0).rules, problem_at=int),
             watch=self.tally,
             new_times=lambda clock: WorkTimes(self.work, self.random),
         )

@@ -82,7 +82,7 @@ def check_texts(task: Task, name: str) -> None:
     for index in range(min(LOOKED_AT, len(problems))):
         value = value_of(problems[index], name)
         if not isinstance(value, str) or not value:
-            said = "an empty text" if value == "" else "no text" if value is None else f"a {type(value).__name__}"
+            said = "an empty text" if value == "" else "no text" if value is None else f"no text ({value!r:.40})"
             raise UserError(
                 f"sampler.start_field is '{name}', but training problem {index} has {said} there"
                 f"{_known(problems[index])}"

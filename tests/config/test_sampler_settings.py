@@ -108,7 +108,7 @@ def test_fields_of_the_problems_are_looked_for_before_a_run(tmp_path: Path) -> N
     check_texts(task, "one")
     with pytest.raises(UserError, match="training problem 3 has an empty text there"):
         check_texts(task, "text")
-    with pytest.raises(UserError, match="training problem 0 has a int there"):
+    with pytest.raises(UserError, match=r"training problem 0 has no text \(0\) there"):
         check_texts(task, "kind")
 
 
