@@ -32,8 +32,7 @@ known when each of them was admitted; absent for a batch that an earlier launch 
         Metric(
             "sampler/source/<number>",
             "share of groups",
-            "those of this source of the data; absent when 0 (ucb only; `problem_sources.json` in the run's folder has the "
-            "names)",
+            "those of this source of the data (ucb only); the run's `problem_sources.json` has its name; absent when 0",
         ),
     ),
 )
