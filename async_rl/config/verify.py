@@ -28,8 +28,8 @@ class VerifySettings:
     )
     memory_mb: int = setting(
         1024,
-        "memory for weights of earlier versions, beyond the two that shared memory holds; tokens of versions that "
-        "are not held are not scored",
+        "memory for weights of earlier versions, beyond the two that shared memory holds (of each rank, where the "
+        "trainer is sharded); tokens of versions that are not held are not scored",
         unit="MB",
         min=0,
         max=100_000_000,

@@ -374,8 +374,7 @@ is found and what follows. With `verify.share=0` these columns are absent.""",
             Metric(
                 "verify/skipped",
                 "trajectories",
-                "sent to be scored since the last step and not scored: the versions they name are not held any more, "
-                "or the model is sharded",
+                "sent to be scored since the last step and not scored: the versions they name are not held any more",
             ),
             Metric("verify/replayed", "trajectories", "played again to their end since the last step"),
             Metric("verify/wrong", "findings", "what is not as its generator says, since the last step; 0 is usual"),
