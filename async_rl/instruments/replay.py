@@ -7,10 +7,11 @@ another kind, another number of threads, a GPU or sums formed in another order m
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from async_rl.buffer.store import StoreReader
 from async_rl.config import Settings
@@ -31,7 +32,10 @@ from async_rl.trajectory.codec import unpack
 from async_rl.version import __version__
 
 MICRO_BATCH = "trainer.micro_batch_tokens"
-MARKS = {"hash": weights_hash, "checksum": weights_checksum}
+MARKS: dict[str, Callable[[Mapping[str, Tensor], str], str]] = {
+    "hash": weights_hash,
+    "checksum": lambda weights, _: weights_checksum(weights),
+}
 """what a run records of its weights: the hash at checkpoints, after each step of a small model a checksum"""
 
 
@@ -99,7 +103,7 @@ def replay(
                 weights = learner.weights()
                 marks = recorded.get(version, {})
                 compared += bool(marks)
-                found = {kind: MARKS[kind](weights) for kind in marks}
+                found = {kind: MARKS[kind](weights, mark) for kind, mark in marks.items()}
                 different = next((kind for kind in MARKS if marks.get(kind) != found.get(kind)), None)
                 if different is not None:
                     difference = Divergence(

@@ -125,7 +125,7 @@ def begin(folder: RunFolder, settings: Settings, version: int, activity: Activit
     from async_rl.trainer.checkpoint import load_checkpoint
     from async_rl.trainer.loop import follow
     from async_rl.trainer.manifest import checkpoint_path
-    from async_rl.trainer.team import Finish, Team, weights_hash
+    from async_rl.trainer.team import Finish, Team, recorded_hash, weights_hash
 
     torch.set_num_threads(max(1, settings.trainer.threads))
     if settings.trainer.memory_share < 1:  # generators are on the same GPU
@@ -135,7 +135,7 @@ def begin(folder: RunFolder, settings: Settings, version: int, activity: Activit
     initial_hash = ""
     if learner.ranks.leads:
         team = Team(learner.ranks)
-        initial_hash = weights_hash(team.weights(learner))
+        initial_hash = weights_hash(team.weights(learner), like=recorded_hash(folder, 0))
         team.send(Finish())
     else:
         follow(settings, learner, activity)

@@ -43,6 +43,7 @@ from async_rl.trainer.team import (
     Team,
     Train,
     receive_order,
+    recorded_hash,
     wait_metrics,
     weights_checksum,
     weights_hash,
@@ -355,8 +356,8 @@ class TrainerLoop:
 
     def check_initial(self) -> None:
         """The model the run began with, known by its hash, is also its reference and where a replay begins."""
-        known = next((row["hash"] for row in read_rows(self.folder.weights) if row["version"] == 0), None)
-        if known is None:
+        known = recorded_hash(self.folder, 0)
+        if not known:
             self.record_weights("hash", self.initial_hash)
         elif known != self.initial_hash:
             raise UserError(

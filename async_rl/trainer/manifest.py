@@ -8,16 +8,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
 
 from async_rl.run_folder import to_disk
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 4 << 20
+_FILES_AT_ONCE = 4
+"""read and summed side by side; each in a thread, since neither holds the interpreter"""
+_KEEPALIVE_S = 1.0
+_HASHES: Mapping[str, Callable[[], Any]] = {"blake3": blake3, "blake2b": lambda: blake2b(digest_size=16)}
+"""by the name that a manifest gives its sums; blake2b up to 0.4.0, at a sixth of the speed"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +58,14 @@ def write_whole(final: Path, write: Callable[[Path], None], keepalive: Callable[
     partial.mkdir(parents=True)
     write(partial)
     inside = sorted(partial.rglob("*"))
-    files = {
-        p.relative_to(partial).as_posix(): {"bytes": p.stat().st_size, "blake2b": _digest(p, keepalive)}
-        for p in inside
-        if p.is_file()
+    files = [path for path in inside if path.is_file()]
+    sums = _digests(files, "blake3", keepalive, durable=True)
+    entries = {
+        path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "blake3": digest}
+        for path, digest in zip(files, sums, strict=True)
     }
-    (partial / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=1) + "\n")
-    for path in (*inside, partial / MANIFEST, partial):
+    (partial / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "files": entries}, indent=1) + "\n")
+    for path in (*(path for path in inside if path.is_dir()), partial / MANIFEST, partial):
         keepalive()
         to_disk(path)
     # An older folder of this name belongs to a life of the run that was given up.
@@ -77,8 +87,11 @@ def damage_of(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-            if _digest(file) != entry["blake2b"]:
-                return f"{name} is not what was written (checksum)"
+        for kind in _HASHES:
+            names = [name for name, entry in expected.items() if _kind(entry) == kind]
+            for name, digest in zip(names, _digests([path / name for name in names], kind), strict=True):
+                if digest != expected[name][kind]:
+                    return f"{name} is not what was written (checksum)"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except OSError as error:
@@ -105,13 +118,46 @@ def version_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _digest(path: Path, keepalive: Callable[[], None] = lambda: None) -> str:
-    digest = blake2b(digest_size=16)
+def _kind(entry: Mapping[str, Any]) -> str:
+    """Which hash an entry has. Raises KeyError when it has none that is known."""
+    for kind in _HASHES:
+        if kind in entry:
+            return kind
+    raise KeyError("hash")
+
+
+def _digests(
+    files: Iterable[Path], kind: str, keepalive: Callable[[], None] = lambda: None, *, durable: bool = False
+) -> list[str]:
+    """The sums of files, some of them side by side. `durable`: each is on the disk then. Raises OSError."""
+
+    def digest(path: Path) -> str:
+        found = _digest(path, kind)
+        if durable:
+            to_disk(path)
+        return found
+
+    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="checksums") as pool:
+        running = [pool.submit(digest, path) for path in files]
+        try:
+            while (left := wait(running, _KEEPALIVE_S, FIRST_EXCEPTION)).not_done:
+                keepalive()
+                if any(future.exception() is not None for future in left.done):
+                    break
+            keepalive()
+            return [future.result() for future in running]
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def _digest(path: Path, kind: str) -> str:
+    digest = _HASHES[kind]()
     with path.open("rb") as file:
         for chunk in _chunks(file.read):
             digest.update(chunk)
-            keepalive()
-    return digest.hexdigest()
+    found: str = digest.hexdigest()
+    return found
 
 
 def _chunks(read: Callable[[int], bytes]) -> Iterator[bytes]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import random
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from support_run import quick_settings
 
 from async_rl.config import Settings
 from async_rl.errors import UserError
 from async_rl.objective import ObjectiveState
+from async_rl.trainer import manifest as manifest_module
 from async_rl.trainer.build import make_learner
 from async_rl.trainer.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from async_rl.trainer.learner import Learner
@@ -163,6 +167,67 @@ def test_every_kind_of_damage_is_found_and_the_checkpoint_before_is_used(tmp_pat
         assert damage.path == path
         assert damage.reason == damage_of(path)
         assert re.search(expected, damage.reason), damage.reason
+
+
+def test_a_checkpoint_of_an_older_version_is_checked_by_its_own_sums(tmp_path: Path) -> None:
+    """Up to 0.4.0 they were BLAKE2b's."""
+    path = some_checkpoint(tmp_path, 2)
+    manifest = json.loads((path / MANIFEST).read_text())
+    for name, entry in manifest["files"].items():
+        assert entry.pop("blake3")
+        entry["blake2b"] = blake2b((path / name).read_bytes(), digest_size=16).hexdigest()
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    assert damage_of(path) is None
+    (path / "learner.json").write_text("[]")
+    assert damage_of(path) == "learner.json is not what was written (checksum)"
+    del manifest["files"]["learner.json"]["blake2b"]
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    assert damage_of(path) == f"{MANIFEST} is damaged", "one without a sum proves nothing"
+
+
+def test_files_of_a_checkpoint_are_summed_side_by_side_while_the_ranks_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, whole = threading.Barrier(4), manifest_module._digest
+
+    def digest(path: Path, kind: str) -> str:
+        together.wait(20)  # all four are under way at once, or this fails
+        return whole(path, kind)
+
+    monkeypatch.setattr(manifest_module, "_digest", digest)
+    told: list[int] = []
+    path = checkpoint_path(tmp_path, 1)
+
+    def write(into: Path) -> None:
+        for i in range(4):
+            (into / f"{i}.bin").write_bytes(bytes([i]) * 9)
+
+    write_whole(path, write, keepalive=lambda: told.append(1))
+    assert told
+    entries = json.loads((path / MANIFEST).read_text())["files"]
+    assert {name: entry["blake3"] for name, entry in entries.items()} == {
+        f"{i}.bin": blake3(bytes([i]) * 9).hexdigest() for i in range(4)
+    }
+
+
+def test_a_file_that_cannot_be_summed_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifest_module, "to_disk", full)
+    with pytest.raises(OSError, match="No space left"):
+        some_checkpoint(tmp_path, 1)
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_a_hash_is_compared_in_the_form_it_was_written_in() -> None:
+    weights = {"a": torch.arange(5.0), "b": torch.ones(2, dtype=torch.bfloat16)}
+    said = b"a torch.float32 (5,)\n" + torch.arange(5.0).numpy().tobytes()
+    said += b"b torch.bfloat16 (2,)\n\x80\x3f\x80\x3f"
+    old = blake2b(said, digest_size=16).hexdigest()
+    assert weights_hash(weights, like=old) == old
+    new = f"blake3:{blake3(said).hexdigest(16)}"
+    assert weights_hash(weights) == weights_hash(weights, like=new) == new
 
 
 def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path) -> None:
