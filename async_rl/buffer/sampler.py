@@ -180,7 +180,7 @@ class Sampler:
     def candidates(self, position: int) -> list[int]:
         """The problems offered at a position: the next ones in the prompt order, each once."""
         many = self.rules.chosen.candidates
-        return list(dict.fromkeys(self.order(position * many + place) for place in range(many)))
+        return list(dict.fromkeys(self.order.stretch(position * many, many)))
 
     def _nearest(self, position: int, distance: Callable[[int], float]) -> int:
         """The candidate with the least distance; the first of several."""

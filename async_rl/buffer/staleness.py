@@ -124,7 +124,8 @@ class Policy(ABC):
     """Who may start a group, what is trained, what is refused. No I/O, no clock, no state.
 
     In every question, `version` is that of the weights a generator holds: a group it starts has tokens of that
-    version or later ones. `step` is the step of the next batch, `published` the newest version there is.
+    version or later ones. `step` is the step of the next batch, `published` the newest version there is. Everything is
+    counted in groups, so that nothing here depends on their sizes, which may differ (`sampler.samples`).
     """
 
     refills: ClassVar[bool]

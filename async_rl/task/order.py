@@ -53,6 +53,12 @@ class PromptOrder:
         epoch, offset = divmod(position, self.num_problems)
         return int(self._permutation(epoch)[offset])
 
+    def stretch(self, position: int, count: int) -> list[int]:
+        """The problems at `position` >= 0 and behind it, `count` in all."""
+        epoch, offset = divmod(position, self.num_problems)
+        found: list[int] = self._permutation(epoch)[offset : offset + count].tolist()
+        return found if len(found) == count else found + self.stretch(position + len(found), count - len(found))
+
     def epoch(self, position: int) -> int:
         """How often every problem has been asked before `position`."""
         return position // self.num_problems

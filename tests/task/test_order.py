@@ -28,6 +28,7 @@ def test_a_position_means_the_same_problem_whatever_was_asked_before(positions: 
 
 def test_epochs_and_seeds_differ() -> None:
     order, other = PromptOrder(100, 0), PromptOrder(100, 1)
+    assert order.stretch(90, 215) == [order(position) for position in range(90, 305)]
     first = [order(i) for i in range(100)]
     assert first != [order(100 + i) for i in range(100)]
     assert first != [other(i) for i in range(100)]
