@@ -28,9 +28,9 @@ def generator(end: Callable[[], None], *, in_task: bool) -> Callable[[Traces], i
     def generate(traces: Traces) -> int:
         mark = StepMark.create(traces.marks)
         dump_stacks_on_signal(traces.stacks)
-        with Heartbeat(
-            name="guest", role="generator", activity=Activity(), dealer=None, every_s=0.05, pipe=traces.pulse
-        ):
+        activity = Activity()
+        activity.now("in tasks")
+        with Heartbeat(name="guest", role="generator", activity=activity, dealer=None, every_s=0.05, pipe=traces.pulse):
             if in_task:
                 EPISODE.set((7, 2))
                 mark.set()
