@@ -192,7 +192,8 @@ def execute(effects: Sequence[do.Effect], store: Store, router: Router, record: 
     for effect in effects:
         match effect:
             case do.Send(peer=peer, message=message):
-                router.send(peer, with_starts(message, store) if isinstance(message, msg.Permits) else message)
+                for part in with_starts(message, store) if isinstance(message, msg.Permits) else (message,):
+                    router.send(peer, part)
             case do.SendTurns(peer=peer, pairs=pairs):
                 for pair in pairs:  # one message each: they may be long
                     found = tuple(unpack(blob) for blob in store.load_turns([pair]))

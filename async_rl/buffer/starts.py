@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import msgpack
-import numpy as np
 from msgspec.structs import replace
 
 from async_rl.buffer.sampler import StartChoice
@@ -18,6 +17,8 @@ from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import unpack
 from async_rl.wire import messages as msg
 
+MOST_BYTES = 1 << 20
+"""of the starts in one message, if they are several"""
 ERROR = "error"
 """note of the turn in which a failed episode went wrong"""
 
@@ -81,11 +82,22 @@ def given_tokens(stored: bytes) -> tuple[bytes, tuple[tuple[int, int], ...], boo
     return tokens, tuple((start, length) for start, length in turns), is_open
 
 
-def with_starts(permits: msg.Permits, store: StartReader) -> msg.Permits:
-    """The permits with the tokens of stored answers that their groups start from."""
+def with_starts(permits: msg.Permits, store: StartReader) -> list[msg.Permits]:
+    """The permits with the tokens of stored answers that their groups start from; in several messages where those are
+    long."""
     if all(permit.start is None or permit.start.field for permit in permits.permits):
-        return permits
-    return replace(permits, permits=tuple(_filled(permit, store) for permit in permits.permits))
+        return [permits]
+    parts: list[list[msg.Permit]] = []
+    room = 0
+    for permit in permits.permits:
+        filled = _filled(permit, store)
+        size = len(filled.start.tokens) if filled.start is not None else 0
+        if not parts or size > room:
+            parts.append([])
+            room = MOST_BYTES
+        room -= size
+        parts[-1].append(filled)
+    return [replace(permits, permits=tuple(part)) for part in parts]
 
 
 def _filled(permit: msg.Permit, store: StartReader) -> msg.Permit:
@@ -93,9 +105,3 @@ def _filled(permit: msg.Permit, store: StartReader) -> msg.Permit:
         return permit
     tokens, turns, is_open = given_tokens(stored)
     return replace(permit, start=replace(permit.start, tokens=tokens, turns=turns, open=is_open))
-
-
-def as_tokens(packed: bytes) -> list[int]:
-    """Token ids of `Start.tokens`."""
-    found: list[int] = np.frombuffer(packed, "<i4").tolist()
-    return found

@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgpack
 import numpy as np
 import pytest
 from msgspec.structs import replace
 from support_models import qwen3_config, write_folder
 
 from async_rl.buffer.sampler import StartChoice
-from async_rl.buffer.starts import start_from
+from async_rl.buffer.starts import MOST_BYTES, given_tokens, read_start, start_from, with_starts
 from async_rl.generator.engine import Completion, Request
 from async_rl.generator.replay import Replayer
 from async_rl.generator.rollout import run_episode
@@ -22,8 +23,9 @@ from async_rl.model.tokenizer import Tokenizer
 from async_rl.task.protocol import Problem, Session, Split
 from async_rl.task.weigh import Weights
 from async_rl.trajectory import Trajectory
+from async_rl.trajectory.codec import pack
 from async_rl.trajectory.given import GIVEN, HINT, Given, given_in, wrong_given
-from async_rl.wire.messages import Permit, Start
+from async_rl.wire.messages import Permit, Permits, Start
 
 PERMIT = Permit(group=4, problem=0, split="train", samples=(1,), seed=0, temperature=1.0)
 
@@ -237,6 +239,32 @@ def test_what_began_with_a_start_is_played_again_to_the_same_reward(tokenizer: T
             assert found.reason == "what its answer begins with is not the beginning of the text in 'solution'"
     cut, _, _ = play(tokenizer, Talk(), max_turns=2)
     assert replayer(tokenizer, Talk()).replay(cut).lie == ""
+
+
+def test_long_starts_go_in_several_messages(tokenizer: Tokenizer) -> None:
+    first, _, _ = play(tokenizer, Talk())
+
+    class Stored:
+        def load_one(self, group: int, sample: int) -> bytes | None:
+            return None if group == 9 else bytes(pack(first))
+
+        def load_start(self, group: int) -> bytes | None:
+            chosen = StartChoice(source="success", share=0.5, group=group, sample=1)
+            stored = read_start(self, chosen)
+            assert stored is not None
+            tokens, turns, is_open = given_tokens(stored)
+            return bytes(msgpack.packb([tokens + bytes(MOST_BYTES // 2), turns, is_open])) if group == 7 else stored
+
+    start = Start(source="success", share=0.5)
+    permits = tuple(replace(PERMIT, group=group, start=start) for group in (4, 7, 7, 9, 7))
+    parts = with_starts(Permits(permits=permits, granted=5), Stored())
+    assert [[permit.group for permit in part.permits] for part in parts] == [[4, 7], [7, 9], [7]]
+    assert {part.granted for part in parts} == {5}
+    filled = {permit.group: permit.start for part in parts for permit in part.permits}
+    assert filled[4] == start_from(first, StartChoice(source="success", share=0.5))
+    assert filled[9] == start  # what is not there any more gives nothing
+    plain = Permits(permits=(PERMIT,), granted=1)
+    assert with_starts(plain, Stored()) == [plain]
 
 
 def test_what_was_given_is_written_and_read() -> None:
