@@ -125,7 +125,8 @@ class PoolInvariants(Invariants):
         for t, row in zip(back, drawn.rows, strict=True):
             stored = self.kept[row.group, row.sample]
             before = [s for s, groups in self.formed.items() if row.group in groups]
-            assert before and before[0] < step, "nothing comes back before it was trained"
+            assert before[:1] < [step], "nothing comes back before it was trained"
+            assert before
             assert t.tokens.tolist() == stored.tokens.tolist()
             assert t.log_behaviour.tolist() == stored.log_behaviour.tolist(), "the old log-probs stay"
             assert (t.versions, t.reward) == (stored.versions, stored.reward)

@@ -68,6 +68,7 @@ def state(core: Core) -> Any:
 
 
 IMPOSSIBLE: list[tuple[str, dict[str, Any]]] = [
+    ("number", {"info": {"pool/source": "best"}}),
     ("group", {"group": 77}),
     ("group", {"group": 2**62}),
     ("permit", {"sample": 2}),

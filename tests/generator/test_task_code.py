@@ -514,6 +514,12 @@ def test_a_note_or_a_reward_of_a_turn_that_cannot_be_sent_is_the_tasks_error(tok
 
     assert "TypeError" in play(tokenizer, Bare(nothing)).reason
 
+    async def of_the_pool(session: Session) -> float:
+        session.note("pool/source", "best")
+        return 1.0
+
+    assert "is what the experience pool notes" in play(tokenizer, Bare(of_the_pool)).reason
+
 
 def test_outside_the_main_thread_episodes_run_unwatched(tokenizer: Tokenizer) -> None:
     found: list[Trajectory] = []

@@ -84,8 +84,15 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> No
         time.sleep(0.01)
 
 
-def test_a_run_that_is_killed_in_turn_gives_back_what_was_stored_and_keeps_what_may_come_back(
-    sort_model: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "kills",
+    [
+        (("buffer", 4),),
+        pytest.param((("buffer", 4), ("trainer", 7), ("launcher", 9)), marks=pytest.mark.nightly),
+    ],
+)
+def test_a_run_that_is_killed_gives_back_what_was_stored_and_keeps_what_may_come_back(
+    sort_model: Path, tmp_path: Path, kills: tuple[tuple[str, int], ...]
 ) -> None:
     """Payloads of old batches are deleted (buffer.keep_steps); those of the pool's members are spared."""
     settings = sort_settings(
@@ -95,7 +102,7 @@ def test_a_run_that_is_killed_in_turn_gives_back_what_was_stored_and_keeps_what_
     (tmp_path / "config.yaml").write_text(to_yaml(settings))
     folder = RunFolder(tmp_path / "run")
     process = launched("run", str(tmp_path / "config.yaml"), "--run-dir", str(folder.path))
-    for victim, step in (("buffer", 4), ("trainer", 7), ("launcher", 9)):
+    for victim, step in kills:
         kill_at(folder, process, victim, step)
         process = launched("run", "--resume", str(folder.path))
     said, _ = process.communicate(timeout=LONGEST_S)
@@ -208,6 +215,7 @@ def test_a_row_that_cannot_be_used_is_named(sort_model: Path, tmp_path: Path, ro
     assert "shown.jsonl, " in str(refused.value)
 
 
+@pytest.mark.nightly
 def test_a_run_learns_from_demonstrations_that_join_their_groups(sort_model: Path, tmp_path: Path) -> None:
     task = make_task("sort", {"length": 3, "alphabet_size": 4, "num_train": 6})
     rows = [{"problem": p.index, "answer": p.data["answer"] + ".", "end": False} for p in task.problems("train")]
