@@ -7,7 +7,9 @@ Everything but the last section is pure: what this machine has is passed in. A p
 Threads of the CPU (`with_threads`). Every process of a run waits passively (run/child.py): a thread without work gives
 its core away at once. So trainer and generators may each have a thread for every core, and the one that has work gets
 them; where both have, the system shares. What a second thread costs is waking it for every operation: 40 % more
-processor time in a trainer's step at 0.4 M parameters, 12 % at 3 M, 7 % at 135 M; a decoding step is smaller.
+processor time in a trainer's step at 0.4 M parameters, 12 % at 3 M, 7 % at 135 M; a decoding step is smaller. The
+trainer of a small model therefore computes parts of the batch side by side, in lanes (trainer/lanes.py), which cost 6 %
+at 0.9 M and are woken twice a step.
 """
 
 from __future__ import annotations
@@ -108,6 +110,8 @@ class Placement:
 ANYWHERE = "every process on the CPU, on any core"
 TRAINER_GAINS, GENERATOR_GAINS = 2_000_000, 20_000_000
 """parameters of a model from which on a second thread is worth its waking, in a trainer and in a generator"""
+MOST_LANES = 4
+"""of the trainer of a smaller model: with more, Python's lock holds them up"""
 
 
 def place(settings: Settings, machine: Machine, heads: Heads | None) -> Placement:
@@ -225,7 +229,9 @@ def _cores(settings: Settings, machine: Machine, generators: int, ranks: int) ->
     """Of each generator, then of each rank; empty where threads are not bound."""
     if not settings.pin_threads:
         return [()] * (generators + ranks)
-    sizes = [max(1, settings.generator.threads)] * generators + [max(1, settings.trainer.threads)] * ranks
+    sizes = [max(1, settings.generator.threads)] * generators + [
+        max(1, settings.trainer.threads) * max(1, settings.trainer.lanes)
+    ] * ranks
     if sum(sizes) > len(machine.cores):
         raise UserError(
             f"pin_threads needs a core for each thread: {generators} generators x generator.threads="
@@ -310,7 +316,7 @@ def describe_links(ways: tuple[Way, ...]) -> list[str]:
 
 
 def with_threads(settings: Settings, cores: int, parameters: int) -> Settings:
-    """`settings` with a number in place of `threads=0`, for a model of so many parameters.
+    """`settings` with a number in place of `threads=0` and `lanes=0`, for a model of so many parameters.
 
     On a CPU a process gets its part of all cores, which processes of its kind share, if the model is large enough to
     gain from it; with `pin_threads` its part of the cores that all share. The number goes into the run's folder: the
@@ -325,9 +331,13 @@ def with_threads(settings: Settings, cores: int, parameters: int) -> Settings:
         beside = generator.count + ranks if settings.pin_threads else alike
         return max(1, cores // max(1, beside)) if device == "cpu" and parameters >= gains else 1
 
+    lanes = trainer.lanes or 1
+    if not trainer.lanes and not trainer.threads and trainer.device == "cpu" and parameters < TRAINER_GAINS:
+        lanes = 1 if settings.pin_threads else max(1, min(MOST_LANES, cores // max(1, ranks)))
+    threads = chosen(trainer.threads, trainer.device, ranks, TRAINER_GAINS)
     return replace(
         settings,
-        trainer=replace(trainer, threads=chosen(trainer.threads, trainer.device, ranks, TRAINER_GAINS)),
+        trainer=replace(trainer, threads=threads, lanes=lanes),
         generator=replace(
             generator, threads=chosen(generator.threads, generator.device, generator.count, GENERATOR_GAINS)
         ),
@@ -335,9 +345,15 @@ def with_threads(settings: Settings, cores: int, parameters: int) -> Settings:
 
 
 def threads_here(settings: Settings) -> Settings:
-    """The same on this machine, with the model of `model.path`. Raises UserError without one."""
+    """The same on this machine, with the model of `model.path`. Raises UserError without one, and for lanes on a
+    GPU."""
+    if settings.trainer.lanes > 1 and settings.trainer.device != "cpu":
+        raise UserError(
+            f"trainer.lanes is {settings.trainer.lanes}, but lanes are threads of a CPU and trainer.device is "
+            f"{settings.trainer.device}; leave trainer.lanes out"
+        )
     if settings.trainer.threads and settings.generator.threads:
-        return settings
+        return with_threads(settings, 1, 0)  # there is nothing left to choose
     shapes = read_headers(Path(settings.model.path))
     return with_threads(settings, read_cores(), sum(map(prod, shapes.values())))
 
@@ -346,7 +362,8 @@ def describe_threads(settings: Settings, cores: int) -> str:
     """Example: `threads for 2 cores: 2 of the trainer, 1 of each generator`."""
     trainer, generator = settings.trainer, settings.generator
     whose = "the trainer" if trainer.ranks == 1 else "each trainer rank"
-    return f"threads for {cores} cores: {trainer.threads} of {whose}, {generator.threads} of each generator"
+    lanes = f" in {trainer.lanes} lanes" if trainer.lanes > 1 else ""
+    return f"threads for {cores} cores: {trainer.threads} of {whose}{lanes}, {generator.threads} of each generator"
 
 
 # ------------------------------------------------------------------------------------------------ this machine

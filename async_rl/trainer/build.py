@@ -41,7 +41,10 @@ def make_learner(settings: Settings, ranks: Ranks | None = None) -> Learner:
     needs = requirements(recipe)
     dtype = DTYPES[settings.trainer.dtype]
     arithmetic = ModelArithmetic(
-        temperature=settings.generator.temperature, dtype=dtype, kernel=make_kernel(backend_of(settings))
+        temperature=settings.generator.temperature,
+        dtype=dtype,
+        kernel=make_kernel(backend_of(settings)),
+        lanes=max(1, settings.trainer.lanes),
     )
     torch.manual_seed(settings.seed)
     lora = settings.lora

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from async_rl.model.attention import DocumentAttention, Kernel
+from async_rl.trainer.lanes import side_by_side
 from async_rl.trainer.packing import MicroBatch, PackedBatch
 from async_rl.trainer.ranks import free, is_sharded
 from async_rl_kernels import LogProbs, linear_logprob, min_p_log_prob
@@ -33,6 +34,8 @@ class ModelArithmetic:
     """bfloat16 runs the model under autocast; weights stay as they are"""
     kernel: Kernel | None = None
     """computes attention among packed documents; None: SDPA"""
+    lanes: int = 1
+    """parts of a micro-batch that are computed side by side"""
 
     def products(self, device: torch.device) -> torch.dtype | None:
         """The dtype that the head's inputs are rounded to; None: as they are.
@@ -51,6 +54,8 @@ class ModelArithmetic:
 
 def hidden_states(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: ModelArithmetic) -> Tensor:
     """Hidden states that predict the policy tokens, [t, H], not stretched."""
+    if (found := side_by_side(model, micro, arithmetic)) is not None:
+        return micro.of_policy(found)
     with arithmetic.autocast(micro.tokens.device):
         attention = micro.attention(arithmetic.kernel)
         return micro.of_policy(model(micro.tokens, micro.positions, attention, micro.predicting))

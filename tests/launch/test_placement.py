@@ -14,7 +14,7 @@ from async_rl.config.derived import gpus_named
 from async_rl.config.schema import structured, with_overrides
 from async_rl.errors import UserError
 from async_rl.run.child import arithmetic_environment
-from async_rl.run.placement import Heads, Machine, Placement, names_of, place, read_heads, with_threads
+from async_rl.run.placement import Heads, Machine, Placement, names_of, place, read_heads, threads_here, with_threads
 from async_rl.run.preflight import preflight
 
 BASE = {"model": {"path": "m"}, "task": {"name": "guess"}}
@@ -122,6 +122,32 @@ def test_threads_are_chosen_by_cores_and_model(
     assert with_threads(chosen, 64, 10**12) == chosen, "what is chosen stays"
     if words != BOTH:
         place(chosen, Machine(cores=tuple(range(cores))), None)
+
+
+@pytest.mark.parametrize(
+    ("words", "cores", "parameters", "lanes"),
+    [
+        ((), 2, 400_000, 2),
+        ((), 16, 400_000, 4),
+        ((), 1, 400_000, 1),
+        ((), 2, 3_000_000, 1),  # threads share every operation there
+        (("trainer.ranks=2",), 4, 400_000, 2),
+        (("trainer.threads=1",), 2, 400_000, 1),  # as in the folder of a run that began before there were lanes
+        (("trainer.threads=1", "trainer.lanes=3"), 2, 400_000, 3),
+        (("pin_threads=true",), 4, 400_000, 1),
+        (BOTH, 8, 400_000, 1),
+    ],
+)
+def test_a_small_model_is_trained_in_lanes(words: tuple[str, ...], cores: int, parameters: int, lanes: int) -> None:
+    chosen = with_threads(told(*words), cores, parameters)
+    assert chosen.trainer.lanes == lanes
+    assert with_threads(chosen, 64, 100) == chosen, "what is chosen stays"
+
+
+def test_lanes_are_for_a_cpu(tiny_model: Path) -> None:
+    settings = told(f"model.path={tiny_model}", "trainer.device=cuda", "trainer.lanes=2")
+    with pytest.raises(UserError, match=r"trainer\.lanes is 2, but lanes are threads of a CPU"):
+        threads_here(settings)
 
 
 def test_a_run_goes_on_with_the_threads_that_were_chosen_when_it_began(
