@@ -5,8 +5,8 @@
 
 Real runs (`async-rl run`), each audited and replayed: 24 problems of the task `sort`, of which the model solves about
 one in twenty, so that a group of four mostly has four zeros. `reward` is that of fresh episodes, the mean over the
-first and the last five steps; `held-out` that of 64 held-out episodes before and after. One model, one seed: a row says that
-the method trains, acts and keeps its bounds here.
+first and the last five steps; `held-out` that of 64 held-out episodes before and after. One model, one seed: a row says
+that the method trains, acts and keeps its bounds here.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ from async_rl.events import (
     TrajectoryDoubted,
 )
 from async_rl.observe.answers import answer_lines
+from async_rl.observe.pool_lines import pool_rows
 from async_rl.observe.verification_lines import verification_line
 
 CHANGE = 0.06
@@ -496,6 +497,7 @@ def summary_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{failed_episodes(s)}",
         ),
         ("staleness", f"mean {s['lag_mean']:.2f}, max {s['lag_max']}, bound {s['max_staleness']} steps"),
+        *pool_rows(s),
         *staleness_rows(s),
         ("effective sample size", f"{s['ess_mean']:.3f} of the batch on average"),
         (

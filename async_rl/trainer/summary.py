@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isnan, nan
@@ -31,6 +32,8 @@ class Totals:
     lag_max: float = 0.0
     ess: float = 0.0
     ess_steps: int = 0
+    pool: Counter[str] = field(default_factory=Counter)
+    """what came back from the experience pool: rows by source, fresh trajectories replaced, the largest age in steps"""
     first: Mapping[str, Any] = field(default_factory=dict)
     last: Mapping[str, Any] = field(default_factory=dict)
 
@@ -42,6 +45,12 @@ class Totals:
         if "lag/mean" in row:  # absent when no trajectory of the batch has a token
             self.lag += row["lag/mean"] * row["batch/policy_tokens"]
             self.lag_max = max(self.lag_max, row["lag/max"])
+        if "pool/rows" in row:
+            for key, value in row.items():
+                if key.startswith("pool/rows/"):
+                    self.pool[key.removeprefix("pool/rows/")] += int(value)
+            self.pool["replaced"] += int(row["pool/replaced"])
+            self.pool["age_max"] = max(self.pool["age_max"], int(row.get("pool/age_max", 0)))
         if "ess/ratio" in row:
             self.ess += row["ess/ratio"]
             self.ess_steps += 1
@@ -81,6 +90,9 @@ class Summary:
     dropped: Mapping[str, float]
     """policy drop: groups, trajectories and tokens dropped as stale, mean policy lengths of dropped and trained
     trajectories, their quotient len_bias, and both counted by length; else empty"""
+    pool: Mapping[str, int]
+    """what came back from the experience pool: rows by source, fresh trajectories replaced, and age_max in steps; empty:
+    nothing did"""
     ess_mean: float
     """mean effective sample size as a share of the batch"""
     seconds: float
@@ -144,6 +156,7 @@ def summarise(
         depth=counters.pipeline_depth,
         held_up=_below("held_up/", columns),
         dropped=_below("drop/", columns),
+        pool=dict(totals.pool),
         ess_mean=totals.ess / max(1, totals.ess_steps),
         seconds=seconds,
         seconds_training=training,
