@@ -34,7 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "generator trainer",
         "observe",
         # what starts them, and instruments that study them
-        "run",
+        "run cluster",
         "instruments",
         "doctor",
         "api",
