@@ -54,6 +54,8 @@ class Discarded:
     trained: Lengths = field(default_factory=Lengths)
     running: OrderedDict[int, Group] = field(default_factory=OrderedDict)
     """groups dropped while they ran: a generator will still send what there is of their missing samples"""
+    for_age: set[int] = field(default_factory=set)
+    """of them, those dropped for their age"""
 
     def train(self, group: Group) -> None:
         """It is in a batch."""
@@ -69,18 +71,22 @@ class Discarded:
                 lengths.add(sample.policy_length)
         if owed and group.missing:
             self.running[group.group] = group
+            if stale:
+                self.for_age.add(group.group)
             if len(self.running) > MOST_RUNNING:
-                self.running.popitem(last=False)
+                self.for_age.discard(self.running.popitem(last=False)[0])
 
     def late(self, trajectory: Trajectory) -> bool:
         """Count a trajectory of a group in `running`. False when that sample is here already."""
         group = self.running[trajectory.group]
         if not group.arrive(trajectory):
             return False
+        stale = group.group in self.for_age
         if group.complete:
             del self.running[group.group]
-        if trajectory.num_policy_tokens and (not trajectory.failed or trajectory.reason == ABANDONED):
-            self.dropped.add(trajectory.num_policy_tokens)
+            self.for_age.discard(group.group)
+        if trajectory.num_policy_tokens and (not trajectory.failed or (stale and trajectory.reason == ABANDONED)):
+            (self.dropped if stale else self.refused).add(trajectory.num_policy_tokens)
         return True
 
     def restore(self, lengths: Iterable[tuple[str, int, int, int]]) -> None:
