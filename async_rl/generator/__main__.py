@@ -41,6 +41,8 @@ async def generate(
     folder.record(GeneratorReady(name=spec.name))
     try:
         task = in_processes(make_task(settings.task.name, settings.task.args), settings)
+        mark = StepMark.create(folder.step_mark(spec.name))
+        mark.watch_exit()
         gc.freeze()  # objects of imports and set-up are never garbage: later collections skip them
         loop = GeneratorLoop(
             make_options(settings, spec.name),
@@ -53,7 +55,7 @@ async def generate(
             buffer_silent_s=lambda: heartbeat.buffer_silent_s,
             record=folder.record,
             on_stuck=lambda why: fail(spec, why),
-            mark=StepMark.create(folder.step_mark(spec.name)),
+            mark=mark,
         )
         on_sigterm(lambda: loop.leave("told to end"), folder.path)
         await loop.run()

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 Key = tuple[int, int]
 """(group, sample)"""
@@ -52,6 +52,17 @@ class StepMark:
             return cls(mmap.mmap(file, _MARK.size * (1 + MOST_HELD)))
         finally:
             os.close(file)
+
+    def watch_exit(self) -> None:
+        """From now on `os._exit` in code of an episode, in a thread too, leaves that episode's mark."""
+        leave, pid = os._exit, os.getpid()
+
+        def marked(status: int) -> NoReturn:
+            if os.getpid() == pid:  # else it is a child that the task forked
+                self.set()
+            leave(status)
+
+        os._exit = marked
 
     def set(self) -> None:
         """Code of the task begins to run for the episode of this asyncio task, if it is one."""

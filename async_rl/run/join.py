@@ -396,6 +396,7 @@ class JoinedGenerator:
 
         if self.traces is not None:
             self.mark = StepMark.create(self.traces.marks)
+            self.mark.watch_exit()
             dump_stacks_on_signal(self.traces.stacks)
         tokenizer, task = self.same_problems()
         with make_heartbeat(

@@ -23,6 +23,7 @@ sys.path.insert(0, str(place))
 import a_reward
 
 mark = StepMark.create(place / "marks")
+mark.watch_exit()
 stacks = open(place / "stacks", "ab")
 faulthandler.enable(file=stacks)
 faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
@@ -40,7 +41,7 @@ async def main():
 run_to_end(main())
 """
 REWARD = """
-import asyncio, ctypes, os, signal
+import asyncio, ctypes, os, signal, threading
 
 async def waits():
     await asyncio.sleep(60)
@@ -56,6 +57,17 @@ def leave(loop):
     asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()  # its step is over, all others wait
     os._exit(3)
 
+async def own_thread_leaves():
+    threading.Thread(target=leave, args=(asyncio.get_running_loop(),)).start()
+    await asyncio.sleep(60)
+
+async def forked_child_leaves():
+    if os.fork() == 0:
+        os._exit(0)
+    os.wait()
+    asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), 11)
+    await asyncio.sleep(60)
+
 async def thread_crashes():
     await asyncio.to_thread(crash, asyncio.get_running_loop())
 
@@ -68,8 +80,7 @@ async def thread_freezes():
 
 def freeze(loop):
     asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()
-    os.kill(os.getpid(), signal.SIGUSR2)
-    ctypes.PyDLL(None).sleep(60)
+    os.kill(os.getpid(), signal.SIGUSR2); ctypes.PyDLL(None).sleep(60)
 
 async def callback_crashes():
     asyncio.get_running_loop().call_later(0.1, strike)
@@ -88,10 +99,12 @@ async def loop_crashes():
     ("how", "wanted"),
     [
         ("step", Blame(groups=(7,))),
-        ("thread_leaves", Blame(groups=(4, 5, 7))),
-        ("thread_crashes", Blame(groups=(7,), place="a_reward.py:23 crash")),
-        ("thread_freezes", Blame(groups=(7,), place="a_reward.py:31 freeze")),
-        ("callback_crashes", Blame(groups=(4, 5, 7), place="a_reward.py:38 strike")),
+        ("thread_leaves", Blame(groups=(7,))),
+        ("own_thread_leaves", Blame(groups=(4, 5, 7))),
+        ("forked_child_leaves", Blame(groups=())),
+        ("thread_crashes", Blame(groups=(7,), place="a_reward.py:34 crash")),
+        ("thread_freezes", Blame(groups=(7,), place="a_reward.py:41 freeze")),
+        ("callback_crashes", Blame(groups=(4, 5, 7), place="a_reward.py:48 strike")),
         ("loop_crashes", Blame()),
     ],
 )
@@ -113,5 +126,5 @@ def test_marks_and_stacks_name_the_group(tmp_path: Path, how: str, wanted: Blame
     stacks = (tmp_path / "stacks").read_text()
     marks = Marks.read(tmp_path / "marks")
     assert blame(marks, frozen=frozen, stacks=stacks if frozen is None else "") == wanted
-    if how == "thread_leaves":
+    if how == "own_thread_leaves":
         assert blame(marks, recorded=True) == Blame()  # our own code ended it, and said why
