@@ -404,10 +404,21 @@ class WeightReader:
 
 
 def overwrite(target: Tensor, source: Tensor) -> None:
-    """Copy `source` to `target`, of the same shape. A matrix whose columns lie one after another takes some rows at a
-    time, so that what is read of the source stays in the cache: a quarter faster."""
-    if target.dim() != 2 or target.stride(0) != 1:
+    """Copy `source` to `target`, of the same shape. A matrix whose columns lie one after another is turned tile by tile
+    where there is a compiler; in torch some rows at a time, so that what is read of the source stays in the cache."""
+    if target.dim() != 2 or target.stride(0) != 1 or len(target) == 1:
         target.copy_(source)
+        return
+    import torch
+
+    from async_rl_kernels import native
+
+    if target.dtype == source.dtype and source.is_contiguous() and native.usable(source, target.t()):
+        rows, columns = source.shape
+        threads = torch.get_num_threads()
+        native.library().turn_matrix(  # type: ignore[union-attr]
+            source.data_ptr(), rows, columns, target.data_ptr(), target.stride(1), threads
+        )
         return
     for begin in range(0, len(target), PANEL):
         target[begin : begin + PANEL].copy_(source[begin : begin + PANEL])

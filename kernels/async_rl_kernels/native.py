@@ -100,6 +100,7 @@ SIGNATURES = {
     "swiglu_backward": (P, N, P, N, P, N, P, P, N, N, N, T),
     "write_cache": (P, P, N, P, P, P, P, N, N, N),
     "attend": (POINTER(Attention),),
+    "turn_matrix": (P, N, N, P, N, T),
     "tree_forward": (POINTER(Tree),),
     "tree_backward": (POINTER(Tree),),
 }

@@ -14,6 +14,7 @@ import torch
 
 from async_rl.errors import UserError
 from async_rl.weights import WeightPublisher, WeightReader, WeightsError, segment_path, shared_memory
+from async_rl_kernels import native
 
 PROCESSES = multiprocessing.get_context("spawn")
 
@@ -92,6 +93,28 @@ def test_weights_travel_in_the_dtype_that_they_are_computed_in(tmp_path: Path) -
         halved = path.stat().st_size
     with WeightPublisher(path, mine):
         assert path.stat().st_size > 1.8 * halved - 8192
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "columns", "before", "behind"),
+    [(64, 64, 0, 0), (33, 70, 8, 3), (192, 576, 576, 192), (7, 9, 1, 0), (1, 5, 2, 2), (16, 1, 0, 5), (130, 8, 16, 0)],
+)
+def test_a_matrix_is_turned_bit_by_bit_and_nothing_beside_it_changes(
+    rows: int, columns: int, before: int, behind: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a part of a joint matrix, at any place in it."""
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no C compiler")
+    bits = torch.randint(-(2**31), 2**31, (rows, columns), generator=torch.Generator().manual_seed(rows))
+    source = bits.to(torch.int32).view(torch.float32)  # NaN of every kind among them, and -0
+    joint = torch.full((columns, before + rows + behind), 0.5)
+    shared_memory.overwrite(joint.t()[before : before + rows], source)
+    assert torch.equal(joint.t()[before : before + rows].view(torch.int32), source.view(torch.int32))
+    assert (joint[:, :before] == 0.5).all()
+    assert (joint[:, before + rows :] == 0.5).all()
 
 
 def test_a_second_load_maps_no_page_anew(tmp_path: Path) -> None:
