@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import cos, pi
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -217,7 +217,8 @@ class Learner:
             assert answer.value_grad is not None
             metrics.update(self.critic.step(answer.value_grad, answer.value_target, answer.value_share))
             if update + 1 < self.critic.epochs or self.needs.turn_q:
-                columns = replace(columns, **self.critic.columns(batch))
+                said: dict[str, Any] = self.critic.columns(batch)
+                columns = replace(columns, **said)
         return columns
 
     def _has_moved_far(self, columns: Columns, taken: Taken) -> bool:
@@ -352,7 +353,7 @@ class Learner:
     def _columns(self, batch: PackedBatch, log_probs: LogProbs, start: Start | None) -> Columns:
         """The batch under the current weights. `start`: its columns at the start of the step; None: the same."""
         log_prob = log_probs.log_prob.detach()
-        of_critic: dict[str, Tensor] = {}
+        of_critic: dict[str, Any] = {}
         if self.critic is not None:
             of_critic = self.critic.columns(batch)
             of_critic |= self.critic.start_columns(batch, of_critic) if start is None else start.critic
