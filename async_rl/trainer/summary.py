@@ -91,8 +91,8 @@ class Summary:
     """policy drop: groups, trajectories and tokens dropped as stale, mean policy lengths of dropped and trained
     trajectories, their quotient len_bias, and both counted by length; else empty"""
     pool: Mapping[str, int]
-    """what came back from the experience pool: rows by source, fresh trajectories replaced, and age_max in steps; empty:
-    nothing did"""
+    """what came back from the experience pool: rows by source, fresh trajectories replaced, and age_max in steps;
+    empty: nothing did"""
     ess_mean: float
     """mean effective sample size as a share of the batch"""
     seconds: float
