@@ -261,6 +261,34 @@ def test_links_send_one_after_another_and_one_that_stands_still_stops_no_other(
     assert stuck.version == 1
 
 
+def test_a_link_that_stands_still_while_it_connects_holds_up_neither_others_nor_publications(tmp_path: Path) -> None:
+    """Nor can it be closed: its thread is left behind."""
+    trained, for_ever, stuck = Trained(tmp_path, timeout_s=0.5), threading.Event(), []
+
+    def prepare(link: FakeTrainerSide) -> None:
+        if not stuck:
+            stuck.append(link)
+            link.offer = lambda: (for_ever.wait(), None)[1]  # type: ignore[method-assign]
+            link.close = lambda: (for_ever.wait(), None)[1]  # type: ignore[method-assign]
+
+    trained.prepare = prepare
+    trained.publish(1)
+    waiting = threading.Thread(target=bring_quietly, args=(trained, FakeEngine(tensors(99))), daemon=True)
+    waiting.start()
+    wait_until(lambda: bool(stuck))
+    began = time.monotonic()
+    trained.publish(2)
+    assert trained.lost() == "generator-0 did not take weights version -1 over nccl within 0.5 s (weights.timeout_s)"
+    waiting.join(20.0)
+    engine = FakeEngine(tensors(99))
+    bring(trained, engine, first=True)
+    trained.publish(3)
+    assert engine.version == 2
+    trained.server.close()
+    assert time.monotonic() - began < 15.0
+    for_ever.set()
+
+
 def bring_quietly(trained: Trained, engine: FakeEngine) -> None:
     with pytest.raises(RunFailed):
         bring(trained, engine, first=True, timeout_s=2.0)
