@@ -186,7 +186,7 @@ class SampledInvariants(Invariants):
                 worth = {}
                 for problem in dict.fromkeys(offered):
                     attempts, successes = self.counted(problem, version)
-                    p = random.betavariate(1 + successes, 1 + attempts - successes)
+                    p = random.betavariate(1 + successes, 1 + (attempts - successes))
                     worth[problem] = p * (1 - p) if chosen.value == "variance" else p * (1 - p) * (1 - p)
                 assert worth[decision.problem] > max(worth.values()) - 1e-6
             case "ucb":

@@ -135,7 +135,7 @@ class Statistics:
     def beta(self, problem: int, version: int) -> tuple[float, float]:
         """What is believed of its success: a Beta distribution that was uniform before the first attempt."""
         attempts, successes = self.counted(problem, version)
-        return 1 + successes, 1 + attempts - successes
+        return 1 + successes, 1 + (attempts - successes)
 
     def estimate(self, problem: int, version: int) -> float:
         """Mean of that distribution."""
