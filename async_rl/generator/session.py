@@ -24,8 +24,7 @@ from async_rl.model.tokenizer import Tokenizer, adapted, prompt_tokens
 from async_rl.steady_clock import steady_time
 from async_rl.task.protocol import Connection, Problem, Score, Utterance
 from async_rl.trajectory import Ended, Split, Trajectory, Turn
-from async_rl.trajectory.parts import POOL_PREFIX
-from async_rl.trajectory.turn_notes import noted_tokens, noted_turn, sendable
+from async_rl.trajectory.turn_notes import note_name, noted_tokens, noted_turn, sendable
 from async_rl.trajectory.types import LOWEST_TEMPERATURE, group_seed, sample_seed, turn_temperature
 from async_rl.wire.messages import Permit
 
@@ -339,10 +338,8 @@ class EpisodeSession:
         self._ended = "length"
 
     def note(self, key: str, value: float | str) -> None:
-        if key.startswith(POOL_PREFIX):
-            raise ValueError(f"a note cannot be called {key!r}: {POOL_PREFIX}... is what the experience pool notes")
         text = sendable(value) if isinstance(value, str) else float(value)
-        self._info[sendable(key)] = text
+        self._info[note_name(key)] = text
 
     def keep(self, value: Any) -> None:
         self.kept = value

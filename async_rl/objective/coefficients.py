@@ -50,7 +50,6 @@ from async_rl.objective.returns import Returns, value_loss
 from async_rl.objective.reuse import (
     demonstrated,
     imitation,
-    in_policy_term,
     policy_share,
     reused_advantage,
     selected,
@@ -237,7 +236,7 @@ def _surrogate(columns: Columns, recipe: Recipe, state: ObjectiveState) -> Surro
     counted = torch.ones_like(selection.keep)
     if columns.reused is not None:
         rule, selection = demonstrated(tokens, rule, recipe.reuse), selected(selection, tokens, recipe.reuse)
-        counted = in_policy_term(columns.reused, recipe.reuse) & ~columns.reused.out
+        counted = columns.reused.in_policy_term(recipe.reuse) & ~columns.reused.out
     if recipe.select.denominator == "kept":
         counted = counted & selection.keep
     share = shares(tokens, counted, recipe.aggregate) * selection.keep[tokens.trajectory]

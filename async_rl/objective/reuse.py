@@ -14,29 +14,12 @@ from torch import Tensor
 from async_rl.config.pool import PoolSettings
 from async_rl.objective.axes import ReuseSettings
 from async_rl.objective.recipe import Recipe, moving_numbers
-from async_rl.objective.tokens import Reused, Tokens, segment_sum
+from async_rl.objective.tokens import Tokens, segment_sum
 from async_rl.objective.trust import Selection, Trust
 
 OF_REPLAYED = ("replayed", "weight", "advantage", "self_imitation")
 OF_DEMONSTRATIONS = ("demonstrations", "shape", "focal", "nll")
 """settings of recipe.reuse that are for the one and for the other"""
-
-
-def in_statistics(reused: Reused, settings: ReuseSettings) -> Tensor:
-    """Trajectories that groups' means and stds are taken over, [I] bool."""
-    if settings.statistics == "fresh":
-        return reused.fresh & ~reused.out
-    return in_policy_term(reused, settings) & ~reused.out
-
-
-def in_policy_term(reused: Reused, settings: ReuseSettings) -> Tensor:
-    """Trajectories that the policy gradient is taken of, [I] bool."""
-    found = torch.ones_like(reused.out)
-    if settings.replayed == "none":
-        found = found & ~reused.replayed
-    if settings.demonstrations == "none":
-        found = found & ~reused.demonstration
-    return found
 
 
 def reused_advantage(tokens: Tokens, per_token: Tensor, reward: Tensor, recipe: Recipe) -> Tensor:
@@ -98,7 +81,7 @@ def policy_share(tokens: Tokens, recipe: Recipe) -> Tensor:
     """What each token's policy term is multiplied with: 0 outside of it, `reuse.weight` for replayed rows. [T]"""
     reused, settings = tokens.columns.reused, recipe.reuse
     assert reused is not None
-    factor = in_policy_term(reused, settings).double()
+    factor = reused.in_policy_term(settings).double()
     factor = torch.where(reused.replayed, settings.weight * factor, factor)[tokens.trajectory]
     if settings.focal > 0:
         damped = (-torch.expm1(tokens.log_prob.clamp(max=0.0))).pow(settings.focal)

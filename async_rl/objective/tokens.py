@@ -14,7 +14,7 @@ from math import log
 import torch
 from torch import Tensor
 
-from async_rl.objective.axes import Level, Pool, RatioSettings
+from async_rl.objective.axes import Level, Pool, RatioSettings, ReuseSettings
 from async_rl.objective.recipe import Recipe, Requirements
 
 LARGEST_LOG_RATIO = 20.0
@@ -121,6 +121,19 @@ class Reused:
     @property
     def fresh(self) -> Tensor:  # [trajectories] bool
         return self.source < 0
+
+    def in_policy_term(self, settings: ReuseSettings) -> Tensor:  # [trajectories] bool
+        """Those that the policy gradient is taken of, or whose place they have."""
+        found = torch.ones_like(self.out)
+        if settings.replayed == "none":
+            found = found & ~self.replayed
+        if settings.demonstrations == "none":
+            found = found & ~self.demonstration
+        return found
+
+    def in_statistics(self, settings: ReuseSettings) -> Tensor:  # [trajectories] bool
+        """Those that groups' means and stds are taken over."""
+        return (self.fresh if settings.statistics == "fresh" else self.in_policy_term(settings)) & ~self.out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,10 +315,8 @@ def tokens_of(columns: Columns, recipe: Recipe, need: Requirements) -> Tokens:
 
     compared, weighted, fresh = rewarded, None, None
     if (reused := columns.reused) is not None:
-        from async_rl.objective.reuse import in_policy_term, in_statistics
-
-        compared = rewarded & in_statistics(reused, recipe.reuse)
-        weighted = in_policy_term(reused, recipe.reuse) & ~reused.out & ~reused.demonstration
+        compared = rewarded & reused.in_statistics(recipe.reuse)
+        weighted = reused.in_policy_term(recipe.reuse) & ~reused.out & ~reused.demonstration
         fresh = reused.fresh
     groups = int(columns.group_of_trajectory[-1]) + 1 if trajectories else 0
     proximal = columns.log_proximal if columns.log_proximal is not None else columns.log_prob

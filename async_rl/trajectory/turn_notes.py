@@ -9,6 +9,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from async_rl.trajectory.parts import POOL_PREFIX
 from async_rl.trajectory.types import Turn
 
 LARGEST = 3e38
@@ -37,6 +38,13 @@ def noted_tokens(turn: Turn, key: str, values: Sequence[float]) -> Turn:
 def sendable(text: str) -> str:
     """`text` without half surrogate pairs, which no message can carry."""
     return str(text).encode("utf-8", "replace").decode()
+
+
+def note_name(key: str) -> str:
+    """The name of a note on an episode. Raises ValueError for what the experience pool notes itself."""
+    if key.startswith(POOL_PREFIX):
+        raise ValueError(f"a note cannot be called {key!r}: {POOL_PREFIX}... is what the experience pool notes")
+    return sendable(key)
 
 
 def _finite(key: str, value: float) -> float:
