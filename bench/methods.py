@@ -15,6 +15,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import argparse
+import shutil
 import statistics
 import time
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ import torch
 from async_rl.config import Settings
 from async_rl.config.schema import structured
 from async_rl.instruments.lab.exact_lag import Sampled, train_with_exact_lag
+from async_rl.model.decoder import Decoder
+from async_rl.model.folder import load_model, save_folder
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.task.guess import Guess
@@ -66,7 +69,11 @@ class Consistent(Guess):
         session.note_turn("void", float(not consistent))
 
 
-GUESS = {"name": "guess"}
+GUESS: dict[str, Any] = {"name": "guess"}
+GAINING = {"name": "guess", "args": {"information_gain": True}}
+REWARDED = {"name": "guess", "args": {"reward_consistent": 0.1}}
+NOISY = "models/guess_noisy"
+"""models/guess with noise on its weights, for a policy to be taught by what it was"""
 PARTS, VALUED, FRACTIONAL, CONSISTENT = (
     {"name": f"{HERE}:{name}"} for name in ("Parts", "Valued", "Fractional", "Consistent")
 )
@@ -114,12 +121,26 @@ CASES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
     "see_upo": (GUESS, {}, "updates/done"),
     "archer": (GUESS, {}, "value/explained_variance"),
     "oreo": (GUESS, {}, "value/explained_variance"),
+    "bpo": (GUESS, {}, "value/explained_variance"),
+    "on_policy_distillation": (GUESS, {}, "teacher/kl"),
+    "lp_reg": (GUESS, {"kl": {"proxy_share": 0.3, "protected_share": 0.1}}, "kl/regulariser"),
+    "epo": (GUESS, {}, "band/outside"),
+    "igpo": (GAINING, {}, "advantage/std"),
+    "mars": (REWARDED, {}, "advantage/std"),
+    "r2vpo": (GUESS, {}, "kl/coefficient"),
+    "arpo": (GUESS, {}, "batch/shared"),
+    "spo": (GUESS, {}, "batch/shared"),
+    "remax": (GUESS, {}, "reject/greedy/trajectories"),
 }
 OF_RUN: dict[str, Mapping[str, Any]] = {
     # recipe: settings of its run besides the recipe's own
     "ppo": {"updates": {"epochs": 4, "minibatches": 4, "kl_stop": 0.05}, "optimizer": {"learning_rate": 4e-5}},
     "see_upo": {"optimizer": {"learning_rate": 4e-5}},
     "archer": {"critic": {"epochs": 3, "target_average": 0.9}, "optimizer": {"learning_rate": 4e-5}},
+    "on_policy_distillation": {"model": {"path": NOISY}, "teachers": {"before": {"path": "models/guess"}}},
+    "arpo": {"rollout": {"roots": 4}},
+    "spo": {"rollout": {"roots": 1, "fork": "improbable_token", "per_cut": 2}},
+    "remax": {"rollout": {"greedy": True}},
 }
 
 
@@ -141,6 +162,20 @@ def settings_of(recipe: str, task: Mapping[str, Any], changes: Mapping[str, Any]
     for group, given in OF_RUN.get(recipe, {}).items():
         values[group] = {**values.get(group, {}), **given}
     return structured(Settings, values, where="run")
+
+
+def make_noisy(std: float = 0.03) -> None:
+    """Write NOISY, unless it is there."""
+    if Path(NOISY).exists():
+        return
+    model = load_model("models/guess")
+    assert isinstance(model, Decoder)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += std * torch.randn(parameter.shape, generator=random)
+    shutil.copytree("models/guess", NOISY)
+    save_folder(Path(NOISY), model, source=Path("models/guess"))
 
 
 def train(
@@ -174,12 +209,13 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.5e-4, help="learning rate")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    make_noisy()
     print("| recipe | task | reward: first 5 -> last 5 | GRPO, same task | acts (mean over steps) | skipped | s |")
     print("|---|---|---|---|---|---|---|")
     beside: dict[str, float] = {}
     for recipe in args.only.split(",") if args.only else CASES:
         task, changes, metric = CASES[recipe]
-        name = str(task["name"]).rpartition(":")[2]
+        name = str(task["name"]).rpartition(":")[2] + "".join(f", {arg}" for arg in task.get("args", {}))
         seeds = range(args.seeds)
         if name not in beside:
             runs = [train("grpo", task, {}, "clip/frac", seed, args.rate) for seed in seeds]

@@ -63,6 +63,7 @@ class TrustSettings:
         "sapo",
         "vespo",
         "gbpo",
+        "bpo",
         "regress",
         "disco",
         "mix_ppo",
@@ -140,7 +141,7 @@ class TrustSettings:
     power_negative: float = setting(3.0, "vespo, A < 0: power of the weight")
     decay_negative: float = setting(2.0, "vespo, A < 0: exponential decay with the weight", min=0)
     target_temperature: float = setting(
-        1e-4, "gbpo: how gradually the target ratio goes from the lower to the upper bound with the reward", above=0
+        1e-4, "gbpo, bpo: how gradually the target ratio goes from the lower to the upper bound", above=0
     )
     beta: float = setting(0.1, "regress: what log-ratios are multiplied with before they are compared with rewards")
     regression: Literal["group", "absolute"] = setting(

@@ -46,7 +46,7 @@ from async_rl.objective.measures import (
 )
 from async_rl.objective.own import is_own_function
 from async_rl.objective.recipe import Recipe, requirements
-from async_rl.objective.returns import Returns, value_loss
+from async_rl.objective.returns import Returns, value_loss, with_median
 from async_rl.objective.reuse import (
     demonstrated,
     imitation,
@@ -128,6 +128,8 @@ def coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tup
     value_grad = value_share = None
     if (returns := surrogate.advantage.returns) is not None:
         value_grad, value_share, loss = value_loss(tokens, returns, recipe.gae)
+        if need.median:
+            value_grad = with_median(tokens, returns, value_grad, value_share)
         _measure_critic(meter, returns, loss)
 
     if columns.turn_pass is not None:

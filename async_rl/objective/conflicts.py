@@ -37,6 +37,7 @@ def check_recipe(recipe: Recipe) -> None:
         _compared_turns_problem(recipe),
         _pruning_problem(recipe),
         _forks_problem(recipe),
+        _median_problem(recipe),
         reuse_problem(recipe),
     ):
         if problem:
@@ -112,7 +113,7 @@ def _ratio_problem(recipe: Recipe) -> str:
 def _bounds_problem(recipe: Recipe) -> str:
     trust, select, correction = recipe.trust, recipe.select, recipe.correction
     if (
-        trust.rule in ("ppo", "cispo", "gmpo", "clip_cov", "sat", "aspo", "cpgd", "gbpo", "mix_ppo")
+        trust.rule in ("ppo", "cispo", "gmpo", "clip_cov", "sat", "aspo", "cpgd", "gbpo", "bpo", "mix_ppo")
         and min(trust.clip_low, trust.clip_high) < 0
     ):
         return "trust.clip_low and trust.clip_high must not be negative"
@@ -353,6 +354,17 @@ def _teaching_problem(recipe: Recipe) -> str:
         )
     if teaching.alone and recipe.shape != ShapeSettings():
         return "shape.* changes the advantage of rewards, which teaching.alone leaves out"
+    return ""
+
+
+def _median_problem(recipe: Recipe) -> str:
+    if recipe.trust.rule != "bpo":
+        return ""
+    if recipe.advantage.credit != "token_gae" or recipe.advantage.whiten or recipe.turn_order != "together":
+        return (
+            "trust.rule=bpo compares returns with their median; it needs advantage.credit=token_gae, whiten=false and "
+            "turn_order=together"
+        )
     return ""
 
 

@@ -125,6 +125,17 @@ def target_ratio(tokens: Tokens, settings: TrustSettings) -> Tensor:
     return 1 - low + (low + high) * place
 
 
+def target_ratio_of_median(tokens: Tokens, advantage: Tensor, settings: TrustSettings) -> Tensor:
+    """BPO: where each token's ratio ought to go, from where the return q = A + V that the critic expects behind it
+    stands to the median of returns. advantage [T] -> [T]."""
+    assert tokens.value_before is not None
+    assert tokens.columns.median is not None
+    median = torch.where(tokens.finite[tokens.trajectory], tokens.columns.median.double(), 0.0)
+    place = torch.sigmoid((advantage + tokens.value_before - median) / settings.target_temperature)
+    low, high = settings.clip_low, settings.clip_high
+    return 1 - low + (low + high) * place
+
+
 def medians(values: Tensor, segment: Tensor, counted: Tensor, num_segments: int) -> Tensor:
     """Median of the counted values of each segment, the mean of the two in the middle; [n] -> [segments].
 
@@ -144,8 +155,11 @@ def medians(values: Tensor, segment: Tensor, counted: Tensor, num_segments: int)
 
 
 def towards_target(tokens: Tokens, ratio: Ratio, advantage: Tensor, settings: TrustSettings) -> Tensor:
-    """GBPO: kappa of the loss |A| |r - r*|, -sign(A) sign(r - r*) r. advantage [T] -> [T]."""
-    target = target_ratio(tokens, settings)[tokens.trajectory]
+    """GBPO, BPO: kappa of the loss |A| |r - r*|, -sign(A) sign(r - r*) r. advantage [T] -> [T]."""
+    if settings.rule == "bpo":
+        target = target_ratio_of_median(tokens, advantage, settings)
+    else:
+        target = target_ratio(tokens, settings)[tokens.trajectory]
     return -advantage.sign() * (ratio.value - target).sign() * ratio.value * ratio.inside
 
 

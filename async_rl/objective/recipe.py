@@ -120,6 +120,8 @@ class Requirements:
     reference: bool
     value: bool
     """a critic"""
+    median: bool
+    """the median of the return, a second head of the critic"""
     turn_q: bool
     """one with Q heads"""
     entropy: bool
@@ -159,6 +161,7 @@ def requirements(recipe: Recipe) -> Requirements:
         or any(kl.target == "reference" for kl in kls)
         or "log_reference" in asked,
         value=recipe.advantage.credit in WITH_CRITIC or "value" in asked,
+        median=trust.rule == "bpo",
         turn_q=recipe.advantage.credit == "turn_q",
         entropy=recipe.entropy != 0.0 or recipe.band.weight > 0 or not moving.isdisjoint({"entropy", "band.weight"}),
         entropy_value=min(mask.entropy_share, mask.turn_entropy_share, *(kl.certain_share for kl in kls), 1.0) < 1

@@ -149,6 +149,15 @@ def _trained(tokens: Tokens, settings: GaeSettings) -> Tensor:
     return tokens.finite
 
 
+def with_median(tokens: Tokens, returns: Returns, gradient: Tensor, share: Tensor) -> Tensor:
+    """The gradient of the value loss with that of the median's beside it: of softplus(q - u) - (q - u) / 2 with the
+    return q = A + V that the policy is told of (BPO). gradient, share [T] -> [T, 2]."""
+    assert tokens.columns.median is not None
+    assert tokens.value_before is not None
+    above = returns.advantage + tokens.value_before - tokens.columns.median.double()
+    return torch.stack([gradient, share * (0.5 - torch.sigmoid(above)).nan_to_num()], 1)
+
+
 def value_loss(tokens: Tokens, returns: Returns, settings: GaeSettings) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over trained tokens of 1/2 max((V - ret)^2, (V_before + clip(V - V_before) - ret)^2); with Q heads the sum
     of such means without a bound.

@@ -50,6 +50,8 @@ class Columns:
     log_proximal: Tensor | None = None  # [tokens]
     """log-prob under the weights at the start of the step (several updates a batch)"""
     log_reference: Tensor | None = None  # [tokens]
+    median: Tensor | None = None  # [tokens]
+    """critic's median of the return from the state before the token (BPO)"""
     value: Tensor | None = None  # [tokens]
     """critic's value of the state *before* the token was sampled"""
     value_before: Tensor | None = None  # [tokens]
@@ -154,7 +156,7 @@ class Coefficients:
     """OPOB with exact norms: the gradient is sum(policy*grad) - sum_groups b_g * sum(baseline*grad),
     where the trainer finds b_g from per-trajectory gradient norms (docs/algorithms.md#two-columns)"""
     entropy: Tensor | None = None  # [tokens]
-    value_grad: Tensor | None = None  # [tokens], with Q heads [tokens, 4]
+    value_grad: Tensor | None = None  # [tokens], with Q heads [tokens, 4], with a median [tokens, 2]
     """d(value loss)/d(V_t)"""
     value_target: Tensor | None = None  # as `value_grad`
     """what the critic is trained towards, for one that is a distribution"""
@@ -395,6 +397,7 @@ def _check(columns: Columns, recipe: Recipe, need: Requirements) -> None:
         "prob_square_sum": need.prob_square_sum,
         "entropy": need.entropy_value,
         "log_teacher": need.teacher,
+        "median": need.median,
         "log_proxy": need.proxy_share > 0,
     }
     for name, needed in columns_needed.items():

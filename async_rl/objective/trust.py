@@ -64,7 +64,7 @@ def trust(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Tr
     match recipe.trust.rule:
         case "ppo" | "clip_cov" | "kl_cov" | "sat" | "bapo" | "aspo" | "cpgd" | "mix_ppo":
             return _surrogate(tokens, ratio, advantage, recipe)
-        case "sapo" | "gbpo":
+        case "sapo" | "gbpo" | "bpo":
             return _gated(tokens, ratio, advantage, recipe)
         case "vespo":
             log_ratio = tokens.log_prob - log_denominator(tokens, recipe.ratio)
@@ -97,7 +97,7 @@ def _detached(weight: Tensor, advantage: Tensor) -> Trust:
 
 
 def _gated(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
-    """SAPO, GBPO: a weight for every ratio; what it leaves of the ratio is cut away. advantage [T]."""
+    """SAPO, GBPO, BPO: a weight for every ratio; what it leaves of the ratio is cut away. advantage [T]."""
     settings = recipe.trust
     if settings.rule == "sapo":
         weight = soft_gate(ratio, advantage, settings)
@@ -105,7 +105,7 @@ def _gated(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> T
         weight = towards_target(tokens, ratio, advantage, settings)
     full = ratio.value * ratio.inside
     outside = (ratio.value < 1 - settings.clip_low) | (ratio.value > 1 + settings.clip_high)
-    clipped = outside if settings.rule == "gbpo" else torch.zeros_like(outside)
+    clipped = torch.zeros_like(outside) if settings.rule == "sapo" else outside
     through = settings.gradient == "unit"
     return Trust(weight=weight, full=full, clipped=clipped, dual=torch.zeros_like(clipped), advantage=advantage,
                  through=through)  # fmt: skip

@@ -67,7 +67,14 @@ def make_learner(settings: Settings, ranks: Ranks | None = None) -> Learner:
             for needed in (True, settings.critic.target_average)
         )
         critic = Critic(
-            model, settings.critic, arithmetic, ranks=ranks, trunk=trunk, slow_trunk=slow_trunk, turn_q=needs.turn_q
+            model,
+            settings.critic,
+            arithmetic,
+            ranks=ranks,
+            trunk=trunk,
+            slow_trunk=slow_trunk,
+            turn_q=needs.turn_q,
+            median=needs.median,
         )
         if settings.critic.path:
             load_critic(Path(settings.critic.path), critic)

@@ -52,15 +52,16 @@ class Critic:
         trunk: Model | None = None,
         slow_trunk: Model | None = None,
         turn_q: bool = False,
+        median: bool = False,
     ) -> None:
         """`trunk`, `slow_trunk`: the networks of kind="model", and of its target network, where the policy's cannot be
-        copied (sharded). `turn_q`: with Q heads."""
+        copied (sharded). `turn_q`: with Q heads. `median`: with one for the median of the return beside the value."""
         self._ranks = ranks or one_rank()
         self.warmup_steps, self.epochs = settings.warmup_steps, settings.epochs
         self.frozen = settings.learning_rate == 0
         self._arithmetic = arithmetic
         self._separate = settings.kind == "model"
-        self._turn_q = turn_q
+        self._turn_q, self._median = turn_q, median
         self._distribution = None if settings.loss == "squared" else Distribution.of(settings)
         frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
         self.trunk = (trunk or deepcopy(policy, dict(frozen))) if self._separate else policy
@@ -89,7 +90,10 @@ class Critic:
         """The critic's columns of the whole batch by their names in `Columns`, detached. `step` then trains on the same
         batch."""
         self._batch = batch
-        return {self._column: self._outputs(batch, self.trunk, self.head)}
+        found = self._outputs(batch, self.trunk, self.head)
+        if self._median:
+            return {"value": found[:, 0].contiguous(), "median": found[:, 1].contiguous()}
+        return {self._column: found}
 
     def values(self, batch: PackedBatch) -> Tensor:
         """`columns` as one, [T] float32, or [T, 4] with Q heads."""
@@ -101,6 +105,7 @@ class Critic:
         held = {} if self._turn_q else {"value_before": now[self._column]}
         if self._average:
             slow = self._outputs(batch, self._slow_trunk, self._slow_head)
+            slow = slow[:, 0].contiguous() if self._median else slow
         elif self._turn_q:
             slow = now[self._column]
         else:
@@ -108,7 +113,7 @@ class Critic:
         return held | {f"{self._column}_slow": slow}
 
     def step(self, value_grad: Tensor, target: Tensor | None = None, share: Tensor | None = None) -> dict[str, float]:
-        """One optimizer step with d(value loss)/d(value), [T] or with Q heads [T, 4]; metrics.
+        """One optimizer step with d(value loss)/d(value), [T], with Q heads [T, 4], with a median [T, 2]; metrics.
 
         target, share [T]: of a critic that is a distribution, which is trained on sum share * cross-entropy instead.
         """
@@ -163,6 +168,7 @@ class Critic:
 
     def _make_head(self, policy: Model) -> nn.Linear:
         outputs = len(HEADS) if self._turn_q else 1 if self._distribution is None else self._distribution.bins
+        outputs = 2 if self._median else outputs
         head = nn.Linear(policy.head.shape[1], outputs, device=policy.head.device)
         if self._turn_q:
             nn.init.normal_(head.weight, std=DOUBLED_STD)
@@ -204,7 +210,7 @@ class Critic:
         outputs = self._logits(micro, trunk, head)
         if self._distribution is not None:
             return self._distribution.mean(outputs)
-        return outputs if self._turn_q else outputs.squeeze(-1)
+        return outputs if self._turn_q or self._median else outputs.squeeze(-1)
 
     def _logits(self, micro: MicroBatch, trunk: Model, head: nn.Linear) -> Tensor:
         """What the head answers, [t, h] float32; of Q heads those of the state before a token, then those behind it."""

@@ -74,6 +74,7 @@ def _make_columns(
         prob_square_sum=real(rng.uniform(0.3, 1.0, n)),
         log_teacher=real(log_prob + rng.normal(0.0, 0.5, n)),
         log_proxy=real(log_prob + rng.uniform(0.0, 0.3, n)),
+        median=real(rng.normal(size=n)),
         turn_values=real(rng.normal(size=(n, 4))),
         turn_values_slow=real(rng.normal(size=(n, 4))),
     )

@@ -36,7 +36,7 @@ def reinforce(recipe: Recipe) -> Recipe:
     )
 
 
-ANOTHER_OBJECTIVE = ("a_star_po", "copg", "disco", "gbpo", "gepo", "gvpo", "rebel")
+ANOTHER_OBJECTIVE = ("a_star_po", "bpo", "copg", "disco", "gbpo", "gepo", "gvpo", "rebel")
 """not REINFORCE even on policy: regressions, a discrimination, a target ratio, a ratio that is not 1"""
 
 
