@@ -12,7 +12,7 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
-from async_rl.config.derived import generators_fit, gpus_named, shares_gpus
+from async_rl.config.gpu_checks import GPU_RELATIONS
 from async_rl.config.pool_checks import POOL_RELATIONS
 from async_rl.config.rollout_checks import ROLLOUT_RELATIONS
 from async_rl.config.sampler_checks import SAMPLER_RELATIONS, largest_group
@@ -514,82 +514,6 @@ def what_is_verified_needs_a_share(s: Settings) -> str:
     return ""
 
 
-# ------------------------------------------------------------------ GPUs
-
-
-def gpus_are_chosen_on_cuda_only(s: Settings) -> str:
-    for name, gpus, device in (
-        ("generator", _generator_gpus(s), s.generator.device),
-        ("trainer", _trainer_gpus(s), s.trainer.device),
-    ):
-        if gpus and device != "cuda":
-            why = "has its number in it already" if device.startswith("cuda") else "uses none"
-            return f"{name}.gpus does nothing with {name}.device={device}, which {why}; set {name}.device=cuda"
-    return ""
-
-
-def a_rank_has_one_gpu(s: Settings) -> str:
-    gpus = _trainer_gpus(s)
-    if gpus and len(gpus) != s.trainer.ranks:
-        return (
-            f"trainer.gpus names {len(gpus)} GPUs ('{s.trainer.gpus}'), but trainer.ranks is {s.trainer.ranks}: each "
-            "rank has one GPU; change one of the two"
-        )
-    return ""
-
-
-def gpus_are_for_generators_of_the_run(s: Settings) -> str:
-    if _generator_gpus(s) and s.generator.count == 0:
-        return "generator.gpus does nothing with generator.count=0: joining generators name their own device"
-    return ""
-
-
-def generators_fit_their_gpus(s: Settings) -> str:
-    gpus = _generator_gpus(s)
-    if gpus and (problem := generators_fit(s, len(gpus))):
-        return f"generator.gpus is '{s.generator.gpus}', but {problem}"
-    return ""
-
-
-def chosen_gpus_are_shared_by_agreement(s: Settings) -> str:
-    return sharing_problem(s, _generator_gpus(s), _trainer_gpus(s))
-
-
-def sharing_problem(s: Settings, generators: tuple[int, ...], ranks: tuple[int, ...]) -> str:
-    """Why a GPU cannot hold both a generator and the trainer, or an empty text: their shares of its memory decide."""
-    both = sorted(set(generators) & set(ranks))
-    if not both:
-        return ""
-    share = s.trainer.memory_share
-    named = ",".join(map(str, both))
-    if not shares_gpus(s):
-        return (
-            f"GPU {named} would hold both a generator and the trainer, but trainer.memory_share is 1: all of it; "
-            "choose other GPUs (generator.gpus, trainer.gpus), or set trainer.memory_share=0.5"
-            + (" and vllm.memory_share=0.4" if s.generator.engine == "vllm" else "")
-        )
-    if s.generator.engine == "vllm" and s.vllm.memory_share + share > 1:
-        return (
-            f"vllm.memory_share={s.vllm.memory_share:g} and trainer.memory_share={share:g} are more than GPU {named} "
-            "has; lower one, e.g. vllm.memory_share=0.4 trainer.memory_share=0.5"
-        )
-    return ""
-
-
-def check_shared(s: Settings, generators: tuple[int, ...], ranks: tuple[int, ...]) -> None:
-    """Raises UserError when generators and trainer cannot share the GPUs they have in common."""
-    if problem := sharing_problem(s, generators, ranks):
-        raise UserError(problem)
-
-
-def _generator_gpus(s: Settings) -> tuple[int, ...]:
-    return gpus_named(s.generator.gpus, "generator.gpus")
-
-
-def _trainer_gpus(s: Settings) -> tuple[int, ...]:
-    return gpus_named(s.trainer.gpus, "trainer.gpus")
-
-
 RELATIONS: tuple[Relation, ...] = (
     template_time_is_a_time,
     tcp_is_served_with_keys,
@@ -636,17 +560,13 @@ RELATIONS: tuple[Relation, ...] = (
     vllm_chooses_its_gpu_itself,
     vllm_on_a_cpu_has_no_gpu_settings,
     head_dtype_needs_half_precision,
-    gpus_are_chosen_on_cuda_only,
+    *GPU_RELATIONS,
     external_trainer_is_placed_by_others,
     external_trainer_is_not_started_again,
     start_timeout_needs_an_external_trainer,
-    a_rank_has_one_gpu,
     one_cuda_device_holds_one_rank,
     sharding_needs_ranks,
     sharding_excludes_adapters,
     memory_share_needs_a_gpu,
-    gpus_are_for_generators_of_the_run,
-    generators_fit_their_gpus,
-    chosen_gpus_are_shared_by_agreement,
 )
 """In the order they are reported in: the first that is broken is the one the user reads."""

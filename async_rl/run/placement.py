@@ -22,8 +22,8 @@ from math import prod
 from pathlib import Path
 
 from async_rl.config import Settings
-from async_rl.config.checks import check_shared
 from async_rl.config.derived import generators_fit, gpus_named, shares_gpus, tensor_parallel
+from async_rl.config.gpu_checks import check_shared
 from async_rl.config.settings import WeightsSettings
 from async_rl.errors import UserError
 from async_rl.model.folder import CONFIG, existing, read_headers, read_json

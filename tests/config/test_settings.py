@@ -138,6 +138,13 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "window_belongs_to_pace": (("staleness.policy=wait", "staleness.window=0.5"), "has no window"),
     "keep_steps_needs_checkpoints": (("buffer.keep_steps=3", "checkpoint.every=0"), "deletes nothing before"),
+    "the_choice_reads_its_settings": (("sampler.candidates=4",), "sampler.candidates does nothing without"),
+    "a_band_is_read": (("sampler.choose=band", "sampler.low=0.9"), "low must be below high"),
+    "a_band_of_groups_has_groups": (("sampler.refuse_outside=true", "batch.group_size=1"), "always lies outside"),
+    "samples_read_their_settings": (("sampler.min_samples=3",), "sampler.min_samples does nothing without"),
+    "turns_read_their_settings": (("sampler.turns_slack=2",), "sampler.turns_slack does nothing without"),
+    "starts_read_their_settings": (("sampler.start=field",), "needs sampler.start_field"),
+    "what_is_forgotten_is_used": (("sampler.half_life=3",), "sampler.half_life does nothing without"),
     "the_pool_has_a_source": (("pool.max_uses=3",), "pool.max_uses does nothing with pool.source=none"),
     "demonstrations_come_from_a_file": (("pool.source=demonstrations",), "needs pool.file"),
     "the_pool_gives_what_its_place_takes": (
