@@ -57,7 +57,7 @@ async def play_episode(
         # an agent that plays through the endpoint may not come back from an engine that died
         left = min(deadline - time.monotonic(), LOOK_S)
         if guard.limit_s:
-            left = min(left, guard.limit_s - session.task_s)
+            left = min(left, guard.limit_s - _task_s(session, guard))
         return left, _lateness(session, rollout, deadline, timeout_s, guard)
 
     try:
@@ -159,13 +159,18 @@ async def _outcome(guard: TaskGuard, work: Coroutine[Any, Any, Result]) -> Resul
         return error
 
 
+def _task_s(session: EpisodeSession, guard: TaskGuard) -> float:
+    """Seconds since the engine gave this episode's code the word; those do not count in which another held up all."""
+    return session.task_s - guard.stood_s(session.task_s)
+
+
 def _lateness(session: EpisodeSession, rollout: object, deadline: float, timeout_s: float, guard: TaskGuard) -> str:
     """Why the episode is to end now; empty: it may go on."""
     if session.engine_error is not None:
         return "the engine gave it up"
     if time.monotonic() >= deadline:
         return f"the episode took more than {timeout_s:g} s"
-    if guard.limit_s and session.task_s >= guard.limit_s:
+    if guard.limit_s and _task_s(session, guard) >= guard.limit_s:
         place = waits_in(rollout)
         where = f" in {place}" if place else ""
         said = f"the task or its reward took more than {guard.limit_s:g} s (generator.task_timeout_s){where}"

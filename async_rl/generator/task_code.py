@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,6 +32,8 @@ LEAST_S, LESS = 1.0, 4
 """each further time that a function holds up the process it gets a fourth of the time before, and at least so long"""
 QUIET_S = 0.3
 """time for this process's own messages between two steps that hold it up"""
+MOST_STOOD = 64
+"""steps that held up the process that are remembered"""
 MOST_RAISED = 5
 """times that a step may swallow TaskOverrun before the process ends"""
 LEFTOVER_S = 0.5
@@ -95,6 +97,8 @@ class TaskGuard:
     """ends this process, with the reason, when a step goes on whatever is raised in it"""
     mark: StepMark | None = None
     """tells others whose code runs, also when it ends this process"""
+    stood: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=MOST_STOOD))
+    """(end, seconds) of the last steps that held up all episodes; monotonic clock"""
     raised: int = 0
     """times that the alarm ended the step that runs"""
     armed: bool = False
@@ -109,6 +113,9 @@ class TaskGuard:
 
     def end(self) -> None:
         """A step has ended: put back what it changed."""
+        now = time.monotonic()
+        if now - self.since > ALARM_S:
+            self.stood.append((now, now - self.since))
         self.since = 0.0
         if os.getpid() != self.pid:
             os._exit(0)  # a child that the task forked came back here: it must not go on as this process
@@ -116,6 +123,11 @@ class TaskGuard:
             self.mark.clear()
         if self.state.restore() and self.armed:
             self.arm()
+
+    def stood_s(self, last_s: float) -> float:
+        """Seconds of the last `last_s` in which a step held up all episodes: they are nobody else's."""
+        began = time.monotonic() - last_s
+        return sum(max(0.0, end - max(end - took, began)) for end, took in self.stood)
 
     def wait_begins(self) -> Key | None:
         """A step has ended with a wait. Returns the episode whose code something else may run meanwhile (a thread),

@@ -527,3 +527,36 @@ def test_outside_the_main_thread_episodes_run_unwatched(tokenizer: Tokenizer) ->
     thread.start()
     thread.join(SOON_S)
     assert found[0].reward == 1.0
+
+
+def test_what_one_held_up_is_not_held_against_the_others(tokenizer: Tokenizer) -> None:
+    """Three episodes wait for something short while a fourth holds up everything beyond the limit."""
+
+    async def waits(session: Session) -> float:
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        return 1.0
+
+    async def holds_up(session: Session) -> float:
+        await asyncio.sleep(0)
+        return loops()
+
+    async def run() -> list[Trajectory]:
+        guard = TaskGuard(limit_s=1.5)
+        with guard.alarm():
+            tasks = [Bare(waits), Bare(holds_up), Bare(waits), Bare(waits)]
+            engine = ConstantEngine()
+            sessions = [
+                EpisodeSession(
+                    engine=engine, tokenizer=tokenizer, ticket=TICKET, session_id=n, max_context=200, max_turns=9  # type: ignore[arg-type]
+                )
+                for n in range(4)
+            ]  # fmt: skip
+            played = (
+                run_episode(task, session, TICKET, timeout_s=60.0, guard=guard)
+                for task, session in zip(tasks, sessions, strict=True)
+            )
+            return list(await asyncio.gather(*played))
+
+    made = run_to_end(run())
+    assert [one.ended for one in made] == ["finished", "error", "finished", "finished"], [one.reason for one in made]
