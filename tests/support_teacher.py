@@ -40,9 +40,11 @@ class TeacherModel:
 
 
 @contextmanager
-def teacher_server(folder: Path, *, faults: list[str] | None = None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def teacher_server(
+    folder: Path, *, faults: list[str] | None = None, port: int = 0
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Base URL, and the completions that were asked for. `faults`: what becomes of the first requests: `500`, `silent`
-    (no answer for a second), `short`, `nan`, `text` (no JSON), or `` (a right answer)."""
+    (no answer for a second), `short`, `nan`, `text` (no JSON), or `` (a right answer). `port`: 0 takes a free one."""
     model, waiting, asked = TeacherModel(folder), list(faults or []), []
 
     class Handler(BaseHTTPRequestHandler):
@@ -78,7 +80,7 @@ def teacher_server(folder: Path, *, faults: list[str] | None = None) -> Iterator
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

@@ -257,7 +257,7 @@ def critic_problem(critic: CriticSettings, recipe: Recipe) -> str:
     turn_q = recipe.advantage.credit == "turn_q"
     if critic.loss != "squared":
         if turn_q or recipe.trust.rule == "bpo" or is_own_function(recipe.name):
-            return f"critic.loss={critic.loss} is for a critic of one head, that of token_gae and turn_gae; set squared"
+            return f"critic.loss={critic.loss} is for token_gae and turn_gae with one head; set critic.loss=squared"
         if recipe.gae.value_clip:
             return (
                 f"recipe.gae.value_clip bounds a squared error, which critic.loss={critic.loss} has not; set "
