@@ -53,7 +53,7 @@ CASES: dict[str, tuple[str, Sequence[str]]] = {
     "SPEAR": (
         "spear",
         (
-            "pool.source=priority", "pool.priority=advantage", "pool.above=1", "pool.max_age=10", "pool.flush_at=4",
+            "pool.source=priority", "pool.priority=advantage", "pool.above=1", "pool.max_age=10", "pool.flush_at=2",
             "pool.max_uses=1", "recipe.schedule=[{number: reuse.weight, start: 0, end: 1, until: 20, course: cosine}]",
         ),
     ),

@@ -73,7 +73,7 @@ def reuse_of(trajectory: Trajectory) -> Reuse | None:
         return float(info.get(name, 0.0))
 
     return Reuse(
-        source=source,  # type: ignore[arg-type]  # it is one of them
+        source=source,
         group=int(number(_GROUP)),
         sample=int(number(_SAMPLE)),
         as_group=trajectory.group,

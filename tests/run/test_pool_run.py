@@ -36,7 +36,7 @@ def sort_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from async_rl.model.create import create_model_folder
 
     path = tmp_path_factory.mktemp("models") / "sort"
-    alphabet = make_task("sort", {"alphabet_size": 4}).alphabet  # type: ignore[attr-defined]
+    alphabet = make_task("sort", {"alphabet_size": 4}).alphabet
     create_model_folder(
         path, alphabet=alphabet, hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=64, seed=3
     )
