@@ -11,7 +11,7 @@ from typing import Any
 
 from async_rl.buffer.demonstrations import read_demonstrations
 from async_rl.buffer.ledger import SampleRecord
-from async_rl.buffer.pool import KEY, Member, FreshGroup, Pool
+from async_rl.buffer.pool import KEY, FreshGroup, Member, Pool
 from async_rl.buffer.store import Store
 from async_rl.buffer.store_reader import StoreReader, TrajectoryRow
 from async_rl.trajectory.reuse import Drawn
