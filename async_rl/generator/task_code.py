@@ -102,7 +102,14 @@ class TaskGuard:
     raised: int = 0
     """times that the alarm ended the step that runs"""
     armed: bool = False
+    sentinel: tuple[int, int] = (-1, -1)
+    """a file that is kept open, and its device: code that closes what is not its own closes it, too"""
     pid: int = field(default_factory=os.getpid)
+
+    def __post_init__(self) -> None:
+        if self.on_stuck is not None:
+            file = os.open(os.devnull, os.O_RDONLY)
+            self.sentinel = file, os.fstat(file).st_rdev
 
     def begin(self) -> None:
         """A step begins."""
@@ -119,10 +126,19 @@ class TaskGuard:
         self.since = 0.0
         if os.getpid() != self.pid:
             os._exit(0)  # a child that the task forked came back here: it must not go on as this process
+        if self.on_stuck is not None and not self._files_are_open():
+            self.on_stuck("the task or its reward closed files of this process that are not its own")
         if self.mark is not None:
             self.mark.clear()
         if self.state.restore() and self.armed:
             self.arm()
+
+    def _files_are_open(self) -> bool:
+        file, device = self.sentinel
+        try:
+            return os.fstat(file).st_rdev == device
+        except OSError:
+            return False
 
     def stood_s(self, last_s: float) -> float:
         """Seconds of the last `last_s` in which a step held up all episodes: they are nobody else's."""

@@ -560,3 +560,15 @@ def test_what_one_held_up_is_not_held_against_the_others(tokenizer: Tokenizer) -
 
     made = run_to_end(run())
     assert [one.ended for one in made] == ["finished", "error", "finished", "finished"], [one.reason for one in made]
+
+
+def test_one_that_closes_files_of_the_process_ends_it() -> None:
+    """Sockets, store and stacks may be among them: nothing that this process does from then on can be relied on."""
+    told: list[str] = []
+    guard = TaskGuard(on_stuck=told.append)
+
+    async def closes() -> None:
+        os.close(guard.sentinel[0])
+
+    run_to_end(guard.steps(closes()))
+    assert told == ["the task or its reward closed files of this process that are not its own"]
