@@ -160,7 +160,23 @@ def make_columns(batch: PackedBatch) -> Columns:
         value=torch.randn(n, generator=random),
         entropy=-log_prob,
         prob_square_sum=log_prob.exp(),
+        log_teacher=near(0.5),
+        log_proxy=near(0.1),
+        median=torch.randn(n, generator=random),
+        turn_values=torch.randn(n, 4, generator=random),
+        turn_values_slow=torch.randn(n, 4, generator=random),
+        forks=forks_of(batch),
+        greedy=torch.arange(batch.num_trajectories) % GROUP_SIZE == 0,
     )
+
+
+def forks_of(batch: PackedBatch) -> torch.Tensor:
+    """Half of each group goes on from the other half, behind the first tokens."""
+    place = torch.arange(batch.num_trajectories)
+    within = place % GROUP_SIZE
+    fork = within >= GROUP_SIZE // 2
+    parent = torch.where(fork, place - GROUP_SIZE // 2, -1)
+    return torch.stack([parent, fork.long() * 3], 1)
 
 
 def only_needed(columns: Columns, recipe: Recipe) -> Columns:
@@ -170,6 +186,8 @@ def only_needed(columns: Columns, recipe: Recipe) -> Columns:
         columns,
         log_reference=columns.log_reference if need.reference else None,
         value=columns.value if need.value else None,
+        log_teacher=columns.log_teacher if need.teacher else None,
+        log_proxy=columns.log_proxy if need.proxy_share else None,
         prob_square_sum=columns.prob_square_sum if need.prob_square_sum else None,
     )
 
