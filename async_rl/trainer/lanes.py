@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from async_rl.model.attention import DocumentAttention
@@ -57,7 +57,7 @@ class Part:
         return DocumentAttention(self.documents) if self.tree is None else TreeAttention(self.tree)
 
 
-def side_by_side(model: nn.Module, micro: MicroBatch, arithmetic: ModelArithmetic) -> Tensor | None:
+def side_by_side(model: object, micro: MicroBatch, arithmetic: ModelArithmetic) -> Tensor | None:
     """Hidden states [p, H] of the rows `micro.predicting`; None where lanes do not serve: one lane, another device,
     another model than the built-in decoder, too few rows, or none to divide them at."""
     if arithmetic.lanes < 2 or micro.tokens.device.type != "cpu" or not isinstance(model, Decoder) or is_sharded(model):
