@@ -124,29 +124,9 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
         notes.append(describe_threads(settings, read_cores()))
     notes += describe_links(ways) + check_room_here(settings) + check_fit(task, tokenizer, context)
     notes += describe_control_tokens(task, tokenizer) + describe_rebuilding(settings, context)
-    recipe = load_recipe(settings.recipe)
-    check_layers(settings, requirements(recipe), built_in=config is not None)
-    notes += check_effect(
-        recipe,
-        group_size=settings.batch.group_size,
-        updates_per_batch=settings.updates.epochs * settings.updates.minibatches,
-        max_staleness=settings.staleness.max_staleness,
-        has_critic=requirements(recipe).value,
-        single_turn=task.single_turn,
-        credits_turns=task.credits_turns,
-        noted=task.noted,
-        parts=task.reward_parts,
-        pool=settings.pool,
-    )
+    notes += check_recipe(settings, task, tokenizer, built_in=config is not None)
     shown, said = ((), []) if resumed else demonstrations_of(settings, task, tokenizer, context)
     notes += said
-    notes += check_teachers(settings, recipe, tokenizer, task.noted) + check_rollout(settings, recipe)
-    if task.credits_turns and settings.buffer.drop_zero_signal:
-        raise UserError(
-            f"buffer.drop_zero_signal=true would refuse every group: task '{task.name}' gives its rewards to turns, "
-            "and those of its episodes are all equal; set it to false"
-        )
-    notes += describe_warmups(settings, has_critic=requirements(recipe).value)
     held_out = len(task.problems("eval"))
     if settings.evaluation.problems > held_out:
         notes.append(
@@ -168,6 +148,33 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
         sources=check_sampler(settings, task),
         settings=settings,
     )
+
+
+def check_recipe(settings: Settings, task: Task, tokenizer: Tokenizer, *, built_in: bool) -> list[str]:
+    """Check that the recipe has an effect with this task, these teachers and this rollout plan. Returns notes; raises
+    UserError. `built_in`: the model is the built-in decoder."""
+    recipe = load_recipe(settings.recipe)
+    needs = requirements(recipe)
+    check_layers(settings, needs, built_in=built_in)
+    notes = check_effect(
+        recipe,
+        group_size=settings.batch.group_size,
+        updates_per_batch=settings.updates.epochs * settings.updates.minibatches,
+        max_staleness=settings.staleness.max_staleness,
+        has_critic=needs.value,
+        single_turn=task.single_turn,
+        credits_turns=task.credits_turns,
+        noted=task.noted,
+        parts=task.reward_parts,
+        pool=settings.pool,
+    )
+    notes += check_teachers(settings, recipe, tokenizer, task.noted) + check_rollout(settings, recipe)
+    if task.credits_turns and settings.buffer.drop_zero_signal:
+        raise UserError(
+            f"buffer.drop_zero_signal=true would refuse every group: task '{task.name}' gives its rewards to turns, "
+            "and those of its episodes are all equal; set it to false"
+        )
+    return notes + describe_warmups(settings, has_critic=needs.value)
 
 
 def check_sampler(settings: Settings, task: Task) -> ProblemSources | None:
