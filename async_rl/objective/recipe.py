@@ -155,8 +155,12 @@ def requirements(recipe: Recipe) -> Requirements:
     kappa = recipe.bias.kappa != "none"
     moving = moving_numbers(recipe)
     trust, mask, shape = recipe.trust, recipe.mask, recipe.shape
+    read = (recipe.select.drop_flag, recipe.advantage.note, recipe.reward.bonus_note)
     return Requirements(
-        proximal=recipe.ratio.denominator == "proximal" or trust.rule == "mix_ppo" or "kl.recent" in moving or any(kl.target == "proximal" for kl in kls),
+        proximal=recipe.ratio.denominator == "proximal"
+        or trust.rule == "mix_ppo"
+        or "kl.recent" in moving
+        or any(kl.target == "proximal" for kl in kls),
         reference=recipe.ratio.denominator == "reference"
         or any(kl.target == "reference" for kl in kls)
         or "log_reference" in asked,
@@ -175,7 +179,7 @@ def requirements(recipe: Recipe) -> Requirements:
         proxy_share=next((kl.proxy_share for kl in kls if kl.target == "proxy"), 0.0),
         per_trajectory_norms=opob and recipe.opob.norm == "exact",
         clipping_bias_norm=kappa and recipe.bias.estimator == "exact",
-        noted=frozenset(noted).union(name for name in (recipe.select.drop_flag, recipe.advantage.note, recipe.reward.bonus_note) if name),
+        noted=frozenset(noted).union(filter(None, read)),
         parts=recipe.advantage.parts == "each",
     )
 
@@ -190,4 +194,5 @@ def kl_terms(recipe: Recipe) -> tuple[KlSettings, ...]:
 
 def moving_numbers(recipe: Recipe) -> frozenset[str]:
     """Names of the numbers that follow a schedule or a controller."""
-    return frozenset(moves.number for moves in (*recipe.schedule, *recipe.controller))
+    followed = [schedule.number for schedule in recipe.schedule]
+    return frozenset([*followed, *(controller.number for controller in recipe.controller)])
