@@ -1,4 +1,4 @@
-"""Demonstrations as tokens, in a file of the run's folder: written before the run begins, read when its store is made."""
+"""Demonstrations as tokens, in a file of the run's folder: written before it begins, read when its store is made."""
 
 from __future__ import annotations
 

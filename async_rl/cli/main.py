@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from async_rl.cli import check, experiment, launch, look, train, values
+from async_rl.cli import check, experiment, joining, launch, look, train, values
 from async_rl.cli.commands import CommandParser, Commands, completion_script
 from async_rl.cli.ending import code_of
 from async_rl.process import interruptible
@@ -34,7 +34,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, Commands]:
     parser = CommandParser(prog="async-rl", description=ABOUT)
     parser.add_argument("--version", action="version", version=f"async-rl {__version__}")
     commands = Commands(parser)
-    for group in (train, launch, look, check, experiment):
+    for group in (train, joining, launch, look, check, experiment):
         group.add_commands(commands)
     values.add_values(commands)
     commands.group("shell")

@@ -26,8 +26,8 @@ from msgspec.structs import replace
 
 from async_rl.config import Settings
 from async_rl.config.derived import task_limit_s
-from async_rl.config.sampler_checks import largest_group
 from async_rl.config.rollout import RolloutSettings
+from async_rl.config.sampler_checks import largest_group
 from async_rl.config.teachers import TeacherSettings, teachers_of
 from async_rl.errors import RunFailed
 from async_rl.events import GeneratorRejoined, RecordEvent, ignore_event

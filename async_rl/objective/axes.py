@@ -79,8 +79,8 @@ class TrustSettings:
     )
     clip_low: float = setting(
         0.2,
-        "ppo, cispo, gmpo, clip_cov, sat, aspo, cpgd, gbpo: lower bound is 1 - clip_low (gmpo: log; mix_ppo: that of the "
-        "policy at the start of the step, less this)",
+        "ppo, cispo, gmpo, clip_cov, sat, aspo, cpgd, gbpo: lower bound is 1 - clip_low (gmpo: log; mix_ppo: that of "
+        "the policy at the start of the step, less this)",
     )
     clip_high: float = setting(
         0.2, "ppo, cispo, gmpo, clip_cov, sat, aspo, cpgd, gbpo: upper bound is 1 + clip_high (gmpo: log)"

@@ -59,8 +59,8 @@ def check_effect(
 ) -> list[str]:
     """Refuse a recipe that would have no effect in this set-up; notes on what is allowed but idle.
 
-    single_turn, credits_turns, noted (names of its notes), parts (of its reward): of the task; None: not known. pool: of
-    the run; None: not known.
+    single_turn, credits_turns, noted (names of its notes), parts (of its reward): of the task; None: not known. pool:
+    of the run; None: not known.
 
     Raises UserError with the reason and the remedy.
     """
@@ -455,8 +455,8 @@ def _setup_problem(recipe: Recipe, group_size: int, updates_per_batch: int, has_
         )
     if recipe.trust.rule == "mix_ppo" and updates_per_batch == 1:
         return (
-            "trust.rule=mix_ppo bounds the move since the start of the step, and with one update a batch there is none; "
-            "use trust.rule=ppo, or more updates a batch"
+            "trust.rule=mix_ppo bounds the move since the start of the step, and with one update a batch there is "
+            "none; use trust.rule=ppo, or more updates a batch"
         )
     if recipe.kl.coefficient and recipe.kl.target == "proximal" and updates_per_batch == 1:
         return "kl.target=proximal with one update a batch is 0 by construction; use behaviour or reference"

@@ -7,9 +7,9 @@ from async_rl.observe.metric import Metric, Section
 POOL = Section(
     title="What came back",
     before="""\
-Only where the experience pool is on (`pool.*`) and something of it is in the step's batch. What the other sections count
-of a batch (`reward/mean`, `len/mean`, `lag/*`, `is/*`, `kl/behaviour*`) is that of fresh trajectories alone; `ess/*`
-counts every row that has an importance weight in the policy gradient.""",
+Only where the experience pool is on (`pool.*`) and something of it is in the step's batch. What the other sections
+count of a batch (`reward/mean`, `len/mean`, `lag/*`, `is/*`, `kl/behaviour*`) is that of fresh trajectories alone;
+`ess/*` counts every row that has an importance weight in the policy gradient.""",
     metrics=(
         Metric("pool/rows", "trajectories", "rows of the batch that come from the pool"),
         Metric("pool/rows/<source>", "trajectories", "those of this source (`pool.source`)"),

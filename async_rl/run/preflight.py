@@ -108,11 +108,7 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
     task = make_task(settings.task.name, settings.task.args)
     weights_of(task, settings.task.reward_weights)
     slots_of(task, settings.generator.task_slots)
-    if settings.generator.task_processes and has_group_reward(task):
-        raise UserError(
-            f"generator.task_processes: task '{task.name}' judges whole groups by what their episodes keep, which "
-            "stays in one process; leave the setting out"
-        )
+    check_task_processes(settings, task)
     context = check_context(settings.model.path, config, settings.generator.max_context)
     check_message_size(context, settings.wire.max_message_mb)
     settings, task, left_out = (settings, task, []) if resumed else fit_prompts(settings, task, tokenizer, context)
@@ -150,6 +146,24 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
     )
 
 
+def check_task_processes(settings: Settings, task: Task) -> None:
+    """Refuse processes of their own for a task that judges whole groups. Raises UserError."""
+    if settings.generator.task_processes and has_group_reward(task):
+        raise UserError(
+            f"generator.task_processes: task '{task.name}' judges whole groups by what their episodes keep, which "
+            "stays in one process; leave the setting out"
+        )
+
+
+def check_signal(settings: Settings, task: Task) -> None:
+    """Refuse to drop groups of equal rewards where all rewards are equal by design. Raises UserError."""
+    if task.credits_turns and settings.buffer.drop_zero_signal:
+        raise UserError(
+            f"buffer.drop_zero_signal=true would refuse every group: task '{task.name}' gives its rewards to turns, "
+            "and those of its episodes are all equal; set it to false"
+        )
+
+
 def check_recipe(settings: Settings, task: Task, tokenizer: Tokenizer, *, built_in: bool) -> list[str]:
     """Check that the recipe has an effect with this task, these teachers and this rollout plan. Returns notes; raises
     UserError. `built_in`: the model is the built-in decoder."""
@@ -169,11 +183,7 @@ def check_recipe(settings: Settings, task: Task, tokenizer: Tokenizer, *, built_
         pool=settings.pool,
     )
     notes += check_teachers(settings, recipe, tokenizer, task.noted) + check_rollout(settings, recipe)
-    if task.credits_turns and settings.buffer.drop_zero_signal:
-        raise UserError(
-            f"buffer.drop_zero_signal=true would refuse every group: task '{task.name}' gives its rewards to turns, "
-            "and those of its episodes are all equal; set it to false"
-        )
+    check_signal(settings, task)
     return notes + describe_warmups(settings, has_critic=needs.value)
 
 

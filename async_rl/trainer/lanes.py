@@ -26,12 +26,12 @@ from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Attention, Decoder
 from async_rl.model.prefix_tree import PrefixTree, Run
 from async_rl.model.tree_attention import TreeAttention
+from async_rl.trainer.arithmetic import ModelArithmetic
 from async_rl.trainer.ranks import is_sharded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from async_rl.trainer.forward import ModelArithmetic
     from async_rl.trainer.packing import MicroBatch
 
 Made = TypeVar("Made")

@@ -94,6 +94,8 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     "keys_need_tcp": (("wire.keys=k",), "a Unix socket needs none"),
     "stream_needs_tcp": (("weights.transport=stream",), "no weight server runs"),
     "weight_endpoint_needs_tcp": (("weights.endpoint=tcp://:1",), "no weight server runs"),
+    "forks_have_parents_and_groups": (("rollout.children=3",), "does nothing with rollout.roots=0"),
+    "a_greedy_answer_is_beside_others": (("rollout.greedy=true", "batch.group_size=1"), "needs batch.group_size=2"),
     "relays_need_tcp": (("weights.fan_out=2",), "no weight server runs that relays could fetch from"),
     "connect_looks_like_the_endpoint": (("wire.connect=tcp://x:1",), "it must look like ipc://PATH"),
     "adapters_are_trained": (("lora.alpha=8",), "lora.* does nothing with lora.rank=0"),
