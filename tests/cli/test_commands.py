@@ -109,7 +109,7 @@ def completed(script: str, *words: str) -> list[str]:
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_completes_commands_options_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
     script = printed(capsys, "completion", "bash")
-    assert completed(script, "async-rl", "re") == ["report", "recipes", "replay", "rescore"]
+    assert completed(script, "async-rl", "re") == ["relay", "report", "recipes", "replay", "rescore"]
     assert completed(script, "async-rl", "run", "x.yaml", "trainer.st") == [
         "trainer.steps=", "trainer.start=", "trainer.start_timeout_s=",
     ]  # fmt: skip
