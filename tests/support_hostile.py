@@ -118,7 +118,7 @@ def some_value(random: Random, hint: Any) -> Any:
         return random.random() < 0.5
     if hint == Split:
         return random.choice(arguments)
-    if hint is memoryview:
+    if hint in (memoryview, bytes):
         return random.randbytes(random.randrange(30))
     if get_origin(hint) is UnionType:
         return some_value(random, random.choice(arguments))
