@@ -1,11 +1,13 @@
 """Every method with an experience pool for 30 steps, on a task on which nearly all groups fail, and what came out.
 
     async-rl init-model models/sort --task sort --until 0.02
-    python bench/pool.py [--model models/sort] [--only luffy,hpt] [--steps 30]
+    async-rl init-model models/quickstart --task guess --until 0.55
+    python bench/pool.py [--model models/sort] [--guess-model models/quickstart] [--only LUFFY,HPT] [--steps 30]
 
 Real runs (`async-rl run`), each audited and replayed: 24 problems of the task `sort`, of which the model solves about
-one in twenty, so that a group of four mostly has four zeros. `reward` is that of fresh episodes, the mean over the
-first and the last five steps; `held-out` that of 64 held-out episodes before and after. One model, one seed: a row says
+one in twenty, so that a group of four mostly has four zeros. Cases "on guess" play the game of the quickstart, which
+its model wins half of the time: there is something to keep. `reward` is that of fresh episodes, the mean over the first
+and the last five steps; `held-out` that of 64 held-out episodes before and after. One model, one seed: a row says
 that the method trains, acts and keeps its bounds here.
 """
 
@@ -34,6 +36,12 @@ BASE = {
     "verify": {"rewards": "none"},
     "guard": {"alarms": False},
 }
+GUESS = {
+    **BASE,
+    "task": {"name": "guess", "args": {"rounds_train": 1}},
+    "batch": {"groups_per_step": 8, "group_size": 8},
+}
+ON_GUESS = " on guess"
 SHOWN = ("pool.source=demonstrations", "pool.file=shown.jsonl")
 SHORT = "recipe.aggregate.constant=7"
 CASES: dict[str, tuple[str, Sequence[str]]] = {
@@ -62,6 +70,23 @@ CASES: dict[str, tuple[str, Sequence[str]]] = {
     ),
     "RL-PLUS": ("rl_plus", (*SHOWN, "pool.place=join")),
     "LUFFY": ("luffy", (*SHOWN, "pool.place=join", SHORT)),
+    "no pool on guess": ("grpo", ()),
+    "RLinf-USER on guess": ("vcpo", ("pool.source=groups", "pool.share=0.4", "pool.max_uses=4")),
+    "SPEAR on guess": (
+        "spear",
+        (
+            "pool.source=priority", "pool.priority=advantage", "pool.above=1", "pool.max_age=10", "pool.flush_at=16",
+            "pool.max_uses=1", "recipe.schedule=[{number: reuse.weight, start: 0, end: 1, until: 20, course: cosine}]",
+        ),
+    ),
+    "DART on guess": (
+        "entropy_turns",
+        (
+            "pool.source=successes", "pool.place=replace", "pool.when=failed", "pool.gate=0.2",
+            "sampler.samples=adaptive", "sampler.turns=adaptive", "generator.task_processes=2",
+            "optimizer.learning_rate=5e-5",
+        ),
+    ),
     "HPT": ("hpt", (*SHOWN, "pool.place=instead", "pool.when=failed", SHORT)),
 }  # fmt: skip
 
@@ -84,13 +109,15 @@ def write_demonstrations(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def play(name: str, model: str, steps: int) -> str:
-    """One run; its row of the table."""
+def play(name: str, models: tuple[str, str], steps: int) -> str:
+    """One run; its row of the table. `models`: for the sorting task, for the game."""
     recipe, changes = CASES[name]
-    folder = Path(f"run_{recipe}")
+    folder = Path(f"run_{name.replace(' ', '_')}")
+    guessed = name.endswith(ON_GUESS)
+    base, model = ("guess.yaml", models[1]) if guessed else ("base.yaml", models[0])
     started = time.monotonic()
     command(
-        "run", "base.yaml", f"name={recipe}", f"model.path={model}", f"trainer.steps={steps}", f"recipe={recipe}",
+        "run", base, f"name={recipe}", f"model.path={model}", f"trainer.steps={steps}", f"recipe={recipe}",
         *changes, "--run-dir", str(folder), "--quiet",
     )  # fmt: skip
     seconds = time.monotonic() - started
@@ -112,21 +139,23 @@ def play(name: str, model: str, steps: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="models/sort")
+    parser.add_argument("--guess-model", default="models/quickstart")
     parser.add_argument("--only", default="", help="methods, with commas")
     parser.add_argument("--steps", type=int, default=30)
     chosen = parser.parse_args()
-    model = str(Path(chosen.model).resolve())
+    models = str(Path(chosen.model).resolve()), str(Path(chosen.guess_model).resolve())
     names = [name for name in CASES if not chosen.only or name in chosen.only.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         Path("base.yaml").write_text(json.dumps(BASE))  # which is YAML
+        Path("guess.yaml").write_text(json.dumps(GUESS))
         write_demonstrations(Path("shown.jsonl"))
         print(
             "| method | recipe | reward: first 5 -> last 5 | held-out | what came back | skipped | audit, replay | s |"
         )
         print("|---|---|---|---|---|---|---|---|")
         for name in names:
-            print(play(name, model, chosen.steps), flush=True)
+            print(play(name, models, chosen.steps), flush=True)
 
 
 if __name__ == "__main__":
