@@ -34,9 +34,16 @@ def end(number, frame):
         except ProcessLookupError:
             pass
 signal.signal(signal.SIGTERM, end)
-sys.exit(max(abs(task.wait()) for task in tasks))
+codes = [abs(task.wait()) for task in tasks]
+for task in tasks:
+    try:
+        os.killpg(task.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+sys.exit(max(codes))
 """
-"""as srun does: every task is the same command, told apart by variables; SIGTERM to srun ends all of them"""
+"""as srun does: every task is the same command, told apart by variables; SIGTERM to srun ends all of them, and when all
+have ended, what they have left behind is killed"""
 
 
 class FakeSlurm:

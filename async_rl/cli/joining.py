@@ -30,7 +30,7 @@ def add_commands(commands: Commands) -> None:
     generate.add_argument("--name", help="of this generator (default: generator-HOST-PROCESS)")
     relay = commands.add(
         "relay",
-        "fetch weights once for this machine, and pass them on to its generators and to other relays",
+        "fetch weights once for this machine, and pass them on to generators and other relays",
         about="Generators use it with weights.relay=tcp://HOST:PORT. Relays form a chain by themselves (a tree with "
         "weights.fan_out of the run above 1): each is told whom to fetch from, and another one when that one is lost.",
         example="async-rl relay --connect tcp://trainer-host:5555 --keys keys --listen tcp://0.0.0.0:6000",
