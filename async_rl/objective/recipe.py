@@ -141,6 +141,10 @@ class Requirements:
     """names of the task's notes"""
     parts: bool
     """the named parts of the reward"""
+    before_forward: bool
+    """trajectories are left out before the forward pass"""
+    kl: bool
+    """KL terms"""
 
 
 @lru_cache(maxsize=256)  # asked for several times a step
@@ -181,6 +185,8 @@ def requirements(recipe: Recipe) -> Requirements:
         clipping_bias_norm=kappa and recipe.bias.estimator == "exact",
         noted=frozenset(noted).union(filter(None, read)),
         parts=recipe.advantage.parts == "each",
+        before_forward=recipe.select.before_forward,
+        kl=bool(kl_terms(recipe)),
     )
 
 

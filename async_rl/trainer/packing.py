@@ -43,6 +43,9 @@ from async_rl.trainer.pruning import pruned
 from async_rl.trainer.reused import reused_columns
 from async_rl.trainer.shares import Share, Sizes, Spread, cuts, plan, share_of
 from async_rl.trajectory import Trajectory, Turn
+from async_rl.trajectory.forks import FORK
+from async_rl.trajectory.reuse import SOURCE
+from async_rl.trajectory.types import GREEDY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,10 +201,9 @@ def pack_step(
     if not usable:
         raise RunFailed("the batch holds no usable trajectory")
     chosen = settings.trainer
-    recipe = load_recipe(settings.recipe)
-    needs = requirements(recipe) if needs is None else needs
-    if recipe.select.before_forward:
-        usable = pruned(usable, recipe, needs, settings.task.reward_weights)
+    needs = requirements(load_recipe(settings.recipe)) if needs is None else needs
+    if needs.before_forward:
+        usable = pruned(usable, load_recipe(settings.recipe), needs, settings.task.reward_weights)
     teachers = teachers_of(settings.teachers) if needs.teacher else {}
     if asked := [NOTE + name for name, teacher in teachers.items() if teacher.address]:
         needs = dataclasses.replace(needs, noted=needs.noted.union(asked))
@@ -274,10 +276,10 @@ def pack_batch(
         share=share,
         part=partial(_part, ordered, groups.tolist(), again),
         noted=noted,
-        reused=reused_columns(ordered, device),
-        forks=forks_among(ordered, device),
-        greedy=greedy_among(ordered, device),
-        taught=taught(ordered, teachers or {}, device),
+        reused=reused_columns(ordered, device) if any(SOURCE in t.info for t in ordered) else None,
+        forks=forks_among(ordered, device) if any(FORK in t.info for t in ordered) else None,
+        greedy=greedy_among(ordered, device) if any(turn.temperature == GREEDY for _, turn in turns) else None,
+        taught=taught(ordered, teachers, device) if teachers else {},
         micro_batches=tuple(_pack_parts(pieces, policy_of_piece, parts, device, sizes if shared else None)),
         log_behaviour=tensor(
             np.concatenate([t.log_behaviour[w] for t, w in zip(ordered, policy_positions, strict=True)]), torch.float32

@@ -19,7 +19,7 @@ Source = Literal["groups", "successes", "best", "priority", "demonstrations"]
 SOURCES: tuple[Source, ...] = ("groups", "successes", "best", "priority", "demonstrations")
 POOL_GROUPS = 1 << 40
 """groups that rows of the pool have to themselves have numbers from here on, which no fresh group reaches"""
-_SOURCE, _OUT = "pool/source", "pool/out"
+SOURCE, _OUT = "pool/source", "pool/out"
 _GROUP, _SAMPLE, _USES, _AGE = "pool/group", "pool/sample", "pool/uses", "pool/age"
 _ADVANTAGE, _BASELINE, _SCALE = "pool/advantage", "pool/baseline", "pool/scale"
 
@@ -50,7 +50,7 @@ class Reuse:
     def put_on(self, trajectory: Trajectory) -> Trajectory:
         """The stored trajectory as a row of the batch."""
         said = {
-            _SOURCE: self.source,
+            SOURCE: self.source,
             _GROUP: float(self.group),
             _SAMPLE: float(self.sample),
             _USES: float(self.uses),
@@ -65,7 +65,7 @@ class Reuse:
 def reuse_of(trajectory: Trajectory) -> Reuse | None:
     """What its `info` says; None for a fresh trajectory."""
     info = trajectory.info
-    source = info.get(_SOURCE)
+    source = info.get(SOURCE)
     if source not in SOURCES:
         return None
 
@@ -99,7 +99,7 @@ def has_no_effect(trajectory: Trajectory) -> bool:
 
 def fresh_of(trajectories: Iterable[Trajectory]) -> list[Trajectory]:
     """Those that did not come from the pool."""
-    return [t for t in trajectories if _SOURCE not in t.info]
+    return [t for t in trajectories if SOURCE not in t.info]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
