@@ -77,8 +77,8 @@ class Beginnings:
 
     load: Load
     """of those that were given before"""
-    known: OrderedDict[int, dict[bytes, list[int]]] = field(default_factory=OrderedDict)
-    """group -> first tokens -> samples that begin with them"""
+    known: OrderedDict[int, dict[int, list[int]]] = field(default_factory=OrderedDict)
+    """group -> crc32 of the first tokens -> samples that begin with them"""
 
     def cut(self, trajectory: Trajectory, blob: Blob) -> Blob:
         """The blob of this trajectory without what another sample of its group begins with; as it is when that is
@@ -86,7 +86,7 @@ class Beginnings:
         if len(trajectory.tokens) < FEWEST:
             return blob
         at, _ = tokens_in(blob)
-        samples = self._alike(trajectory.group, bytes(blob[at : at + 4 * FEWEST]))
+        samples = self._alike(trajectory.group, crc32(blob[at : at + 4 * FEWEST]))
         beginning = next((turn.start for turn in trajectory.turns if turn.length), len(trajectory.tokens))
         found = None
         if samples and 4 * beginning * _LEAST_SHARE >= len(blob):
@@ -100,8 +100,8 @@ class Beginnings:
         head = _HEAD.pack(_MAGIC, _SCHEMA, at, alike, crc32(blob[at:end]), sample)
         return b"".join((head, blob[:at], blob[end:]))
 
-    def _alike(self, group: int, first: bytes) -> list[int]:
-        """Samples of the group whose first tokens are these."""
+    def _alike(self, group: int, first: int) -> list[int]:
+        """Samples of the group whose first tokens have this sum; whether they are the same is looked at later."""
         if (of_group := self.known.get(group)) is None:
             self.known[group] = of_group = {}
             if len(self.known) > _MOST_GROUPS:
