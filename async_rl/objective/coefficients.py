@@ -45,7 +45,7 @@ from async_rl.objective.measures import (
     without_empty_buckets,
 )
 from async_rl.objective.own import is_own_function
-from async_rl.objective.recipe import Recipe, requirements
+from async_rl.objective.recipe import Recipe, has_kl, requirements
 from async_rl.objective.returns import Returns, value_loss, with_median
 from async_rl.objective.reuse import (
     demonstrated,
@@ -221,7 +221,7 @@ def _surrogate(columns: Columns, recipe: Recipe, state: ObjectiveState) -> Surro
     """Clean, ratio, advantage, trust rule, selection, shares."""
     tokens = tokens_of(columns, recipe, requirements(recipe))
     ratio = ratio_of(tokens, recipe.ratio)
-    penalty = kl_penalty(tokens, recipe, state) if requirements(recipe).kl else None
+    penalty = kl_penalty(tokens, recipe, state) if has_kl(recipe) else None
     compared = tokens
     if recipe.reward != PLAIN.reward:
         compared = replace(tokens, reward=shaped_reward(tokens, recipe.reward))
@@ -323,7 +323,7 @@ def _regularised(
         policy = policy + added
         for name, of_back in measured_back.items():
             meter.put(name, of_back)
-    for number, kl, beta in kl_now(recipe, state) if requirements(recipe).kl else ():
+    for number, kl, beta in kl_now(recipe, state) if has_kl(recipe) else ():
         value, slope = kl_loss(tokens, kl, surrogate.advantage.per_token)
         ok = tokens.finite[tokens.trajectory]
         measured = float(torch.where(ok, value, 0.0).sum() / ok.sum().clamp(min=1))

@@ -194,7 +194,7 @@ def _without_broken(columns: Columns, tokens: Tokens) -> Columns:
     }
     for name, column in _tensors(columns):
         if name not in changes and column.is_floating_point():
-            changes[name] = torch.where(of_token, column, 0.0)
+            changes[name] = torch.where(of_token.view(-1, *[1] * (column.dim() - 1)), column, 0.0)
     return replace(columns, **changes)
 
 

@@ -143,8 +143,6 @@ class Requirements:
     """the named parts of the reward"""
     before_forward: bool
     """trajectories are left out before the forward pass"""
-    kl: bool
-    """KL terms"""
 
 
 @lru_cache(maxsize=256)  # asked for several times a step
@@ -186,7 +184,6 @@ def requirements(recipe: Recipe) -> Requirements:
         noted=frozenset(noted).union(filter(None, read)),
         parts=recipe.advantage.parts == "each",
         before_forward=recipe.select.before_forward,
-        kl=bool(kl_terms(recipe)),
     )
 
 
@@ -196,6 +193,12 @@ def kl_terms(recipe: Recipe) -> tuple[KlSettings, ...]:
     return tuple(
         kl for number, kl in enumerate((recipe.kl, *recipe.more_kl)) if kl.coefficient != 0 or (number == 0 and moving)
     )
+
+
+@lru_cache(maxsize=256)
+def has_kl(recipe: Recipe) -> bool:
+    """Whether it has a KL term, or may get one in the course of the run."""
+    return bool(kl_terms(recipe))
 
 
 def moving_numbers(recipe: Recipe) -> frozenset[str]:

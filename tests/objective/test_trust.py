@@ -370,7 +370,8 @@ def test_cispo_keeps_a_bounded_gradient_where_ppo_has_none(make_columns: Callabl
         version=torch.tensor([7]), turn_of_token=torch.tensor([0]), trajectory_of_turn=torch.tensor([0]),
         group_of_trajectory=torch.tensor([0]), reward=torch.ones(1, dtype=torch.float64),
         turn_reward=torch.zeros(1, dtype=torch.float64), state_key=torch.tensor([-1]),
-        truncated=torch.tensor([False]), log_proximal=None, log_reference=None, value=None, entropy=None,
+        truncated=torch.tensor([False]), log_proximal=None, log_reference=None, value=None, entropy=None, median=None,
+        log_teacher=None, log_proxy=None, turn_values=None, turn_values_slow=None,
         prob_square_sum=None,
     )  # fmt: skip
     raw = {"baseline": "none", "scale": "none"}
