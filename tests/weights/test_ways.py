@@ -262,7 +262,10 @@ def test_handles_are_sent_a_thousand_at_a_time_within_one_update() -> None:
 
 
 class Learner:
-    """What a publisher sees of the learner."""
+    """What a publisher sees of the learner: a model that is not the built-in decoder, without adapters."""
+
+    adapters = None
+    model = None
 
     def sent(self) -> dict[str, torch.Tensor]:
         return {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}
