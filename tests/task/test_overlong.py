@@ -174,7 +174,7 @@ def test_before_a_run_and_in_doctor_but_not_for_a_resumed_run(tmp_path: Path, ti
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": "1" * (20 + i), "answer": "1"}) + "\n" for i in range(40)))
     args = f"{{path: {path}, max_tokens: 16, as_chat: false}}"
-    threads = ("trainer.threads=1", "generator.threads=1")  # else a start chooses them
+    threads = ("trainer.threads=1", "trainer.lanes=1", "generator.threads=1")  # else a start chooses them
     settings = quick_settings(tiny_model, "task=dataset", f"task.args={args}", "generator.max_context=64", *threads)
     with pytest.raises(UserError, match="prompts have more than 48 tokens"):
         preflight(settings)
