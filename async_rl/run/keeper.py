@@ -91,9 +91,13 @@ class Keeper:
         here = os.getpid()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
+        # before the fork: the mask holds for this thread alone, and others would take a signal for the end
+        before: dict[int, Any] = {s: signal.signal(s, self._pass_on) for s in held}
         signal.pthread_sigmask(signal.SIG_BLOCK, held)
         self.pid = os.fork()
         if self.pid == 0:
+            for number, handler in before.items():
+                signal.signal(number, handler)
             ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
             if os.getppid() != here:
                 os._exit(1)
@@ -103,13 +107,13 @@ class Keeper:
                 with suppress(OSError):
                     stream.flush()
             os._exit(code)
-        before: dict[int, Any] = {s: signal.signal(s, self._pass_on) for s in held}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
         return before
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
         with suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+            if self.pid > 0:
+                os.kill(self.pid, number)
 
     def _wait(self, traces: Traces) -> int:
         """Its exit code; below zero: the signal that ended it."""
