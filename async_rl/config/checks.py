@@ -26,6 +26,7 @@ from async_rl.config.settings import (
     StalenessSettings,
     TrainerSettings,
     VllmSettings,
+    WeightsSettings,
 )
 from async_rl.config.updates import ReferenceSettings, UpdatesSettings
 from async_rl.config.verify import VerifySettings
@@ -207,7 +208,7 @@ def stream_needs_tcp(s: Settings) -> str:
 
 
 def relays_need_tcp(s: Settings) -> str:
-    if s.weights.fan_out != type(s.weights)().fan_out and not _tcp(s):
+    if s.weights.fan_out != WeightsSettings.fan_out and not _tcp(s):
         return (
             f"weights.fan_out is {s.weights.fan_out}, but with wire.endpoint={s.wire.endpoint} no weight server runs "
             "that relays could fetch from; set wire.endpoint=tcp://HOST:PORT or leave weights.fan_out out"

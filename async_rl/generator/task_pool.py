@@ -311,7 +311,7 @@ class TaskPool:
                 if frame.method in LATER:
                     self._later(self._answer_later(worker, place, frame))
                 else:
-                    self._send(worker, _answered(frame, lambda: _at_once(place, frame)))
+                    self._send(worker, _answered(place, frame))
             case Call():
                 aborted = Answer(number=frame.number, raised="EpisodeAborted", text="the episode is over")
                 self._send(worker, aborted)
@@ -355,9 +355,9 @@ class TaskPool:
             worker.busy_since = 0.0
 
 
-def _answered(call: Call, work: Any) -> Answer:
+def _answered(place: Place, call: Call) -> Answer:
     try:
-        return Answer(number=call.number, value=work())
+        return Answer(number=call.number, value=_at_once(place, call))
     except Exception as error:
         return Answer(number=call.number, raised=type(error).__name__, text=str(error))
 

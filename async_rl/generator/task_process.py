@@ -17,6 +17,8 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from msgspec.structs import replace
+
 from async_rl.generator.session import EpisodeAborted, TurnLimit
 from async_rl.generator.task_code import describe_error
 from async_rl.generator.task_wire import (
@@ -255,7 +257,7 @@ class TaskProcess:
             self.link.send(Ended(episode=begin.episode, raised=OTHER, text=text))
 
     async def _played(self, begin: Begin, session: FarSession) -> Ended:
-        problem, teardown_error = None, ""
+        problem = None
         try:
             problem = self.task.problems(session.split)[begin.problem]
             await self.task.setup_episode(problem, cast(Session, session))
@@ -269,12 +271,8 @@ class TaskProcess:
             try:
                 await asyncio.wait_for(self.task.teardown_episode(problem, cast(Session, session)), TEAR_DOWN_S)
             except BaseException as error:
-                teardown_error = describe_error(error)
-        return ended if not teardown_error else _with_teardown(ended, teardown_error)
-
-
-def _with_teardown(ended: Ended, text: str) -> Ended:
-    return Ended(episode=ended.episode, reward=ended.reward, raised=ended.raised, text=ended.text, teardown_error=text)
+                ended = replace(ended, teardown_error=describe_error(error))
+        return ended
 
 
 def _plain(reward: Reward) -> float | dict[str, float | None]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import time
 import uuid
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from dataclasses import dataclass, field
 from async_rl.errors import RunFailed
 from async_rl.trajectory.codec import WireError
 from async_rl.weights.shared_memory import WeightsError
-from async_rl.weights.stream import CREDIT, HOLD_S, Transfer
+from async_rl.weights.stream import HeldCopy, Transfer
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, Router, WireTimeout, wait_any
 from async_rl.wire.keys import Keys, RelayKeys
@@ -45,21 +44,13 @@ POLL_S = 0.2
 
 
 @dataclass(slots=True, kw_only=True)
-class Held:
+class Held(HeldCopy):
     """A version that readers fetch, whole or on its way."""
 
-    offer: msg.Offer
     transfer: Transfer
-    readers: dict[bytes, float] = field(default_factory=dict)
-    """peer -> time of its last request"""
 
     def has(self, index: int) -> bool:
         return self.transfer.whole or index not in self.transfer.missing
-
-    def chunk(self, index: int) -> msg.Chunk:
-        size = self.offer.chunk_bytes
-        part = self.transfer.content[index * size : (index + 1) * size].data
-        return msg.Chunk(version=self.offer.version, index=index, checksum=zlib.crc32(part), content=part)
 
 
 @dataclass(slots=True)
@@ -144,8 +135,7 @@ class Relay:
                 notice = msg.Waiting(what="chunks", reason="they are on their way to the relay", seconds=0.0)
                 self.to_readers.append((peer, notice))
         for held in self.held.values():
-            for peer in [peer for peer, asked_at in held.readers.items() if now - asked_at > HOLD_S]:
-                del held.readers[peer]
+            held.forget_silent(now)
         newest = max(self.held, default=-1)
         for version in [v for v, held in self.held.items() if held.transfer.whole and not held.readers and v != newest]:
             del self.held[version]
@@ -165,17 +155,15 @@ class Relay:
         while len(self.held) >= MOST_HELD:
             whole = [version for version, held in self.held.items() if held.transfer.whole]
             self._withdraw(min(whole, key=lambda version: (len(self.held[version].readers) > 0, version)))
-        self.held[offer.version] = Held(offer=offer, transfer=transfer)
+        self.held[offer.version] = Held(offer=offer, content=transfer.content, transfer=transfer)
 
     def _give(self, peer: bytes, version: int, chunks: tuple[int, ...], now: float) -> None:
         held = self.held.get(version)
         if held is None:
             self.to_readers.append((peer, msg.Withdrawn(version=version)))
             return
-        count = -(-held.offer.num_bytes // held.offer.chunk_bytes)
-        if len(chunks) > CREDIT or not all(0 <= index < count for index in chunks):
-            reason = f"at most {CREDIT} chunks at once, each below {count}"
-            self.to_readers.append((peer, msg.Refused(what=f"AskChunks({version})", reason=reason)))
+        if (refused := held.refusal(chunks)) is not None:
+            self.to_readers.append((peer, refused))
             return
         held.readers[peer] = now
         for index in chunks:

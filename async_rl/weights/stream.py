@@ -63,14 +63,41 @@ READ_POLL_S = 0.1
 """longest wait of a reader for one message"""
 
 
+def count_chunks(offer: msg.Offer) -> int:
+    """Chunks that a version consists of."""
+    return -(-offer.num_bytes // offer.chunk_bytes)
+
+
 @dataclass(slots=True, kw_only=True)
 class HeldCopy:
     """One version that readers fetch."""
 
-    copied: WeightCopy
-    checksum: int
+    offer: msg.Offer
+    content: NDArray[np.uint8]  # [bytes offered]
+    sums: dict[int, int] = field(default_factory=dict)
+    """crc32 of the chunks that were fetched"""
     readers: dict[bytes, float] = field(default_factory=dict)
     """peer -> time of its last request"""
+
+    def refusal(self, chunks: tuple[int, ...]) -> msg.Refused | None:
+        """Why these chunks cannot be asked for; None: they can."""
+        count = count_chunks(self.offer)
+        if len(chunks) <= CREDIT and all(0 <= index < count for index in chunks):
+            return None
+        reason = f"at most {CREDIT} chunks at once, each below {count}"
+        return msg.Refused(what=f"AskChunks({self.offer.version})", reason=reason)
+
+    def chunk(self, index: int) -> msg.Chunk:
+        size = self.offer.chunk_bytes
+        part = self.content[index * size : (index + 1) * size].data
+        if index not in self.sums:
+            self.sums[index] = zlib.crc32(part)
+        return msg.Chunk(version=self.offer.version, index=index, checksum=self.sums[index], content=part)
+
+    def forget_silent(self, now: float) -> None:
+        """Forget readers that have asked for nothing for HOLD_S."""
+        for peer in [peer for peer, asked_at in self.readers.items() if now - asked_at > HOLD_S]:
+            del self.readers[peer]
 
 
 @dataclass(slots=True)
@@ -98,10 +125,8 @@ class Shelf:
     def tick(self, now: float) -> None:
         """Drop versions that no reader fetches any more."""
         for version in list(self.copies):
-            readers = self.copies[version].readers
-            for peer in [peer for peer, asked_at in readers.items() if now - asked_at > HOLD_S]:
-                del readers[peer]
-            if not readers:
+            self.copies[version].forget_silent(now)
+            if not self.copies[version].readers:
                 del self.copies[version]
 
     def _offer(self, peer: bytes, after: int, now: float) -> msg.Message:
@@ -112,36 +137,33 @@ class Shelf:
             self.tick(now)
             copied = self.take() if len(self.copies) < MOST_COPIES else None
             if copied is not None and copied.version not in self.copies:
-                self.copies[copied.version] = HeldCopy(copied=copied, checksum=zlib.crc32(copied.content.data))
+                self.copies[copied.version] = self._held(copied)
         best = max(self.copies, default=-1)
         if not self.copies or best <= after:
             reason = f"the newest weights are version {newest}" if newest >= 0 else "the trainer has published nothing"
             return msg.Waiting(what=f"weights after version {after}", reason=reason, seconds=0.0)
         copy = self.copies[best]
         copy.readers[peer] = now
-        return msg.Offer(
-            version=best,
-            num_bytes=len(copy.copied.content),
+        return copy.offer
+
+    def _held(self, copied: WeightCopy) -> HeldCopy:
+        offer = msg.Offer(
+            version=copied.version,
+            num_bytes=len(copied.content),
             chunk_bytes=self.chunk_bytes,
-            checksum=copy.checksum,
-            layout=copy.copied.layout,
+            checksum=zlib.crc32(copied.content.data),
+            layout=copied.layout,
         )
+        return HeldCopy(offer=offer, content=copied.content)
 
     def _chunks(self, peer: bytes, version: int, chunks: tuple[int, ...], now: float) -> list[msg.Message]:
         copy = self.copies.get(version)
         if copy is None:
             return [msg.Withdrawn(version=version)]
-        content = copy.copied.content
-        count = -(-len(content) // self.chunk_bytes)
-        if len(chunks) > CREDIT or not all(0 <= index < count for index in chunks):
-            reason = f"at most {CREDIT} chunks at once, each below {count}"
-            return [msg.Refused(what=f"AskChunks({version})", reason=reason)]
+        if (refused := copy.refusal(chunks)) is not None:
+            return [refused]
         copy.readers[peer] = now
-        return [self._chunk(version, index, content) for index in chunks]
-
-    def _chunk(self, version: int, index: int, content: NDArray[np.uint8]) -> msg.Chunk:
-        part = content[index * self.chunk_bytes : (index + 1) * self.chunk_bytes].data
-        return msg.Chunk(version=version, index=index, checksum=zlib.crc32(part), content=part)
+        return [copy.chunk(index) for index in chunks]
 
 
 @dataclass(slots=True)
@@ -209,8 +231,7 @@ class Transfer:
         """What is missing, for messages."""
         if self.offer is None:
             return f"weights newer than version {self.after}" + (f" ({self.reason})" if self.reason else "")
-        count = -(-self.offer.num_bytes // self.offer.chunk_bytes)
-        return f"{len(self.missing)} of {count} chunks of version {self.offer.version}"
+        return f"{len(self.missing)} of {count_chunks(self.offer)} chunks of version {self.offer.version}"
 
     def _accept(self, offer: msg.Offer) -> list[msg.Message]:
         if offer.num_bytes < 1 or not 1 <= offer.chunk_bytes <= MOST_CHUNK_BYTES:
@@ -224,7 +245,7 @@ class Transfer:
         except (ValueError, MemoryError) as error:
             raise WeightsError(f"the weights offered cannot be taken: their layout is {error}") from None
         self.offer = offer
-        self.missing = dict.fromkeys(range(-(-offer.num_bytes // offer.chunk_bytes)))
+        self.missing = dict.fromkeys(range(count_chunks(offer)))
         self.requested.clear()
         return self._request_more(offer)
 
