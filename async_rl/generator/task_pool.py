@@ -91,7 +91,7 @@ class Worker:
     at_engine: int = 0
     """episodes that wait for the policy"""
     busy_since: float = 0.0
-    """since when one of its episodes has the word; 0: none has"""
+    """since when an episode of it waits for the task's code and not for the policy; 0: none does"""
     busy_s: float = 0.0
 
 
@@ -143,7 +143,7 @@ class TaskPool:
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds in which an episode had the word, summed over processes, on average of one process."""
+        """Seconds in which the task's code had something to do, on average over the processes."""
         now = time.monotonic()
         open_s = sum(worker.busy_s + (now - worker.busy_since if worker.busy_since else 0.0) for worker in self.workers)
         return (self.ended_busy_s + open_s) / self.count
@@ -346,7 +346,7 @@ class TaskPool:
         self._send(worker, answer)
 
     def _count(self, worker: Worker) -> None:
-        """Note whether an episode of the process has the word."""
+        """Note whether the task's code has something to do in this process."""
         busy, now = len(worker.places) > worker.at_engine, time.monotonic()
         if busy and not worker.busy_since:
             worker.busy_since = now

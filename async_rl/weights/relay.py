@@ -55,7 +55,8 @@ class Held(HeldCopy):
 
 @dataclass(slots=True)
 class Relay:
-    """What came is in `held`; send what gathers in `to_readers` and `to_parent`."""
+    """The state of a relay. Its methods take what arrives; the caller then sends `to_readers` and `to_parent`, and
+    clears them."""
 
     held: dict[int, Held] = field(default_factory=dict)
     transfer: Transfer | None = None

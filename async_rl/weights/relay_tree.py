@@ -15,10 +15,11 @@ GONE_S = 20.0
 
 @dataclass(slots=True)
 class RelayTree:
-    """Relays in the order of a heap: the first `fan_out` fetch from the server, each further one from one before it.
+    """Says for each relay whom it fetches from: the first `fan_out` relays fetch from the server, each further
+    one from a relay that came before it.
 
-    With the default of 1 they are a chain, in which every machine sends a version once and receives it once, all at the
-    same time: the time to the last is that of one copy, and a chunk more for each link.
+    With `fan_out` 1 the relays are a chain. Every machine receives a version once and sends it once, and all do so at
+    the same time: the last one has it after the time of one copy and of one more chunk for each link.
     """
 
     fan_out: int = 1

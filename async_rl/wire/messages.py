@@ -106,7 +106,7 @@ class Status(WireStruct, frozen=True, kw_only=True):
     """inside model steps"""
     wall_seconds: float
     task_seconds: float = 0.0
-    """in which its processes of the task ran code of it, on average of one; 0 without such processes"""
+    """in which the task's code had something to do, on average over its processes (generator.task_processes)"""
     tokens_generated: int
     running: int
     """sequences being decoded now"""

@@ -31,11 +31,11 @@ from async_rl.trajectory.types import GREEDY
 from async_rl.wire.messages import Permit
 
 
-def group(settings: Settings, *, seed: int = 3) -> list[Trajectory]:
-    """One group of the settings' task."""
+def group(settings: Settings, *, seed: int = 3, samples: tuple[int, ...] = ()) -> list[Trajectory]:
+    """One group of the settings' task. `samples`: those that are played; empty: all."""
     tokenizer, task = Tokenizer.of(settings.model), make_task(settings.task.name, settings.task.args)
     permit = Permit(
-        group=0, problem=5, split="train", samples=tuple(range(settings.batch.group_size)), seed=seed,
+        group=0, problem=5, split="train", samples=samples or tuple(range(settings.batch.group_size)), seed=seed,
         temperature=settings.generator.temperature,
     )  # fmt: skip
 
@@ -98,17 +98,7 @@ def test_a_fork_goes_on_from_its_parent_with_other_numbers(
 def test_a_group_of_other_samples_than_parents_begins_with_the_prompt(tiny_model: Path) -> None:
     """As when another generator has delivered the parents."""
     settings = settings_of(tiny_model, roots=3)
-    tokenizer, task = Tokenizer.of(settings.model), make_task("guess", settings.task.args)
-    permit = Permit(group=0, problem=5, split="train", samples=(4, 6), seed=3, temperature=1.0)
-
-    async def run() -> list[Trajectory]:
-        engine = make_engine(settings, tokenizer)
-        try:
-            return await sample_episodes(engine, task, tokenizer, make_tickets(permit), limits_of(settings))
-        finally:
-            await engine.close()
-
-    made = asyncio.run(run())
+    made = group(settings, samples=(4, 6))
     assert [fork_in(t) for t in made] == [None, None]
     assert not any(t.failed for t in made)
 
