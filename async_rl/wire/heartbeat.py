@@ -50,11 +50,15 @@ class Activity:
         self._round = clock()
         self.looping = False
         """the main thread is a loop that calls `now` or `keepalive` all the time: when it does not, it is held up"""
+        self.woken = threading.Event()
+        """the next pulse is sent at once"""
 
     def now(self, doing: str) -> None:
         """The main thread begins to do this."""
-        self._round = self._clock()
+        starts, self._round = self._state[0] == STARTING, self._clock()
         self._state = (doing, self._round)
+        if starts:  # a process that starts may be silent for longer: the launcher must know at once that it has
+            self.woken.set()
 
     def keepalive(self, doing: str) -> None:
         """The main thread goes on with what it does, described in these words now."""
@@ -105,7 +109,7 @@ class Heartbeat:
         self._open = dealer
         self._pipe, self._of = pipe, agent
         self._watched = threading.get_ident()
-        self._end = threading.Event()
+        self._ended = False
         self._heard = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -115,7 +119,8 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._end.set()
+        self._ended = True
+        self._activity.woken.set()
         self._thread.join(2 * PULSE_S)
 
     @property
@@ -133,7 +138,9 @@ class Heartbeat:
                 if dealer is not None:
                     dealer.send(pulse)
                     self._receive(dealer)
-                if self._end.wait(self._every_s):
+                self._activity.woken.wait(self._every_s)
+                self._activity.woken.clear()
+                if self._ended:
                     return
                 now = time.monotonic()
                 if now - before > 4 * self._every_s:  # this process was stopped: it could receive nothing

@@ -75,3 +75,17 @@ def test_a_thread_tells_buffer_and_launcher_what_a_blocked_main_thread_does(tmp_
     assert "decoding 3 sequences" in {line["doing"] for line in lines}
     os.close(read)
     os.close(write)
+
+
+def test_the_launcher_hears_at_once_that_a_process_has_started() -> None:
+    """One that starts may be silent for much longer, and what it was stopped in would be told wrongly."""
+    read, write = os.pipe()
+    activity = Activity()
+    with (
+        os.fdopen(read) as lines,
+        Heartbeat(name="trainer", role="trainer", activity=activity, dealer=None, every_s=3600.0, pipe=write),
+    ):
+        assert json.loads(lines.readline())["doing"] == STARTING
+        activity.now("training step 1")
+        assert json.loads(lines.readline())["doing"] == "training step 1"
+    os.close(write)
