@@ -23,7 +23,13 @@ LAST_LINE = {
 """example -> the form of the last line that it prints"""
 
 
-@pytest.mark.parametrize("name", LAST_LINE)
+MORE = ("02_own_task.py", "04_own_data.py", "06_join_generator.py")
+"""of which the other examples and tests of the same doors show enough in an ordinary run"""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly) if name in MORE else name for name in LAST_LINE]
+)
 def test_the_example_runs(name: str, tmp_path: Path) -> None:
     steps = "200" if name == "06_join_generator.py" else "2"  # a run lasts until a process that starts has joined it
     words = [sys.executable, str(EXAMPLES / name), steps]

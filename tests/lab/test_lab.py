@@ -52,6 +52,7 @@ def run(plan: LabPlan, folder: Path, see: Callable[[Progress], None] = lambda _:
     return started
 
 
+@pytest.mark.nightly
 def test_a_lab_whose_worker_is_killed_loses_one_cell_and_the_next_call_runs_that_one_only(
     tiny_model: Path, tmp_path: Path
 ) -> None:

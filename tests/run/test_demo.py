@@ -37,7 +37,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", DEMOS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly) if name == "demo_lora" else name for name in DEMOS]
+)
 def test_it_runs_and_ends_with_answers_before_and_after(name: str, model: Path, tmp_path: Path) -> None:
     if name != "demo_tools" and importlib.util.find_spec("reasoning_gym") is None:
         pytest.skip("reasoning-gym is not installed")

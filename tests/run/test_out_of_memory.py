@@ -77,6 +77,7 @@ def test_a_trainer_without_memory_says_what_to_lower_and_the_run_goes_on_with_it
     assert resume["changed"] == {"trainer.micro_batch_tokens": [16384, proposed]}
 
 
+@pytest.mark.nightly
 def test_a_run_replays_to_the_bit_when_its_micro_batches_were_made_smaller_on_the_way(
     tmp_path: Path, tiny_model: Path
 ) -> None:
