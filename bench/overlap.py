@@ -8,7 +8,7 @@ are balanced in this process: the sequences decoded at once are chosen such that
 long as training on it. The learning rate is so small that episodes keep their lengths.
 
 Targets: asynchronous time a step <= 1.1 x max(generating, training), and >= 1.6 x faster than synchronous.
-Seconds generating are those inside the engine's model steps; the first steps of each run are left out.
+Seconds generating are those with sequences in hand; the first steps of each run are left out.
 """
 
 from __future__ import annotations

@@ -283,12 +283,12 @@ class EmbeddedEngine:
                 self._wake.clear()
                 await self._wake.wait()
             await self._whole.wait()
+            begun = time.perf_counter()
             self._admit()
             if self._answers:
-                begun = time.perf_counter()
                 self._step()
-                self._busy_seconds += time.perf_counter() - begun
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # what sessions do for these sequences is part of generating
+            self._busy_seconds += time.perf_counter() - begun
 
     def _admit(self) -> None:
         """Give waiting requests a slot, in order."""

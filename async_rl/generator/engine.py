@@ -64,7 +64,7 @@ class EngineStats:
     """Counters since the engine was made."""
 
     busy_seconds: float
-    """wall time inside model steps"""
+    """wall time in which it had sequences in hand"""
     tokens_generated: int
     tokens_prefilled: int
     running: int
