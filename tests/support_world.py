@@ -267,7 +267,7 @@ class Invariants(WorldWatch):
 
     def round(self, core: Core) -> None:
         self.refused_now.clear()
-        ended = len(self.refused) + len(self.batched)
+        ended = len(self.refused) + sum(map(len, self.formed.values()))
         slots = self.policy.slots if self.slots < 0 else self.slots
         assert len(self.asked) - ended <= slots, "permits stay within the slots"
         held = [group for g in core.admission.generators.values() for group in g.groups]

@@ -46,19 +46,19 @@ MOST_EPISODES = 1 << 20
 """episodes of one evaluation"""
 LARGEST = 1 << 62
 """value of a counter: SQLite holds 63 bits"""
-OF_THE_TRAINER = (
+OF_THE_TRAINER = frozenset((
     msg.NextBatch, msg.Published, msg.Checkpointed, msg.Evaluate, msg.FetchEvaluation, msg.Done, msg.Verdict
-)  # fmt: skip
-OF_ONE_SESSION = (msg.Want, msg.Status, msg.Leave)
+))  # fmt: skip
+OF_ONE_SESSION = frozenset((msg.Want, msg.Status, msg.Leave))
 """within one session of a generator: between two of its Hellos"""
-OF_A_LIFE = (msg.Holds, msg.Canary)
+OF_A_LIFE = frozenset((msg.Holds, msg.Canary))
 """what a process holds: the next one of its name may hold less"""
-OF_GENERATORS = (*OF_ONE_SESSION, msg.Holds, msg.Canary)
-FROM_A_LIFE = (*OF_GENERATORS, msg.Finished, msg.Turns)
+OF_GENERATORS = OF_ONE_SESSION | OF_A_LIFE
+FROM_A_LIFE = OF_GENERATORS | {msg.Finished, msg.Turns}
 """which nobody sends who has said no Hello"""
-OF_THE_LAUNCHER = (msg.Gone, msg.Shutdown, msg.Preempt)
-OF_ANYBODY = (msg.Hello, msg.Query, msg.Pulse, msg.Join)
-TAKEN = (*OF_THE_TRAINER, *OF_GENERATORS, *OF_THE_LAUNCHER, *OF_ANYBODY, msg.Finished, msg.Turns)
+OF_THE_LAUNCHER = frozenset((msg.Gone, msg.Shutdown, msg.Preempt))
+OF_ANYBODY = frozenset((msg.Hello, msg.Query, msg.Pulse, msg.Join))
+TAKEN = OF_THE_TRAINER | FROM_A_LIFE | OF_THE_LAUNCHER | OF_ANYBODY
 """of Finished and Turns, each trajectory is checked by itself"""
 EXAMPLES = 3
 """of each kind of refusal that go into events.jsonl"""
@@ -89,23 +89,26 @@ class Acceptance:
 
     def message(self, peer: bytes, message: msg.Message, trainer: bytes) -> Objection | None:
         """Why a message is not taken, or None. `trainer`: the peer that is the trainer; empty: none yet."""
-        if not isinstance(message, TAKEN):
+        kind = type(message)
+        if kind not in TAKEN:
             return Objection(kind="direction", reason="the buffer does not take this kind")
-        if isinstance(message, OF_THE_TRAINER) and peer != trainer:
+        if kind in OF_THE_TRAINER and peer != trainer:
             return Objection(kind="stranger", reason="only the trainer may say this")
-        if isinstance(message, FROM_A_LIFE) and (why := self.trust.barred(peer, message)):
+        if kind in FROM_A_LIFE and (why := self.trust.barred(peer, message)):
             return Objection(kind="quarantine", reason=f"quarantined: {why}")
-        if isinstance(message, OF_GENERATORS) and peer not in self.admission.generators:
+        if kind in OF_GENERATORS and peer not in self.admission.generators:
             return Objection(kind="stranger", reason="say Hello first")
-        if isinstance(message, OF_ONE_SESSION) and self.admission.known(peer, message.session) is None:
+        if kind in OF_ONE_SESSION and self.admission.known(peer, message.session) is None:
             return Objection(kind="stranger", reason="say Hello first: this is another life of the generator")
-        if isinstance(message, OF_A_LIFE) and message.session and self.admission.known(peer, message.session) is None:
+        if kind in OF_A_LIFE and message.session and self.admission.known(peer, message.session) is None:
             return Objection(kind="stranger", reason="another life of the generator loaded these weights")
         if isinstance(message, msg.Gone) and peer.endswith(KEEPER):
             return self._told_by_keeper(peer.removesuffix(KEEPER), message)
-        if isinstance(message, OF_THE_LAUNCHER) and peer != LAUNCHER:
+        if kind in OF_THE_LAUNCHER and peer != LAUNCHER:
             return Objection(kind="stranger", reason="only the launcher may say this")
         match message:
+            case msg.Status():  # first: most messages are one
+                return self._status(peer, message) or self._version(message.version, -1)
             case msg.Hello():
                 return self._hello(peer, message, trainer)
             case msg.Pulse(doing=doing, since_s=since_s) if len(doing) > LONGEST_DOING or not 0 <= since_s < LARGEST:
@@ -120,8 +123,6 @@ class Acceptance:
                 return Objection(kind="number", reason=f"the oldest checkpoint cannot be of version {oldest}")
             case msg.Checkpointed(version=version):
                 return self._version(version, 1)
-            case msg.Status():
-                return self._status(peer, message) or self._version(message.version, -1)
             case msg.NextBatch(step=step) if not 0 <= step <= self.ledger.step:
                 return Objection(kind="step", reason=f"the next batch is that of step {self.ledger.step}")
             case msg.NextBatch(after=after) if after < 0:

@@ -240,8 +240,16 @@ class Waits:
             elif generator.idle_since is None:
                 generator.idle_since = now
 
+    def _longest(self, now: float) -> float:
+        """Seconds of the longest wait of those that `_open` tells of, or of one that is over."""
+        since = [g.idle_since for g in self.admission.generators.values() if g.idle_since is not None]
+        since += [pending.since for pending in (self.batch, self.evaluation) if pending is not None]
+        return now - min(since, default=now)
+
     def _report(self, now: float) -> list[do.Effect]:
         out: list[do.Effect] = []
+        if not self.stalls and self._longest(now) < self.report_after_s:
+            return out  # as nearly always
         waits = {wait.key: wait for wait in self._open(now)}
         for key, stall in list(self.stalls.items()):
             known, wait = stall.wait, waits.get(key)

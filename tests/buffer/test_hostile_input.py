@@ -278,13 +278,14 @@ def test_the_process_around_it_records_a_few_examples_answers_and_lives_on(tmp_p
     """Real sockets: what a stranger sends, and what a monitor is told of it."""
     random, events = Random(5), list[dict[str, object]]()
     core = make_core(PACE, vocabulary=VOCABULARY)
-    context = zmq.Context()
     with (
         Store(tmp_path / "trajectories.sqlite", durability="process", create=True) as store,
         Router(f"ipc://{tmp_path}/buffer.sock") as router,
         Dealer(router.endpoint, "monitor") as monitor,
+        zmq.Context() as context,
+        context.socket(zmq.DEALER) as stranger,
     ):
-        stranger = context.socket(zmq.DEALER)
+        stranger.linger = 0  # else what it could not send holds up whoever closes it
         stranger.connect(router.endpoint)
         for _ in range(500):
             stranger.send_multipart(some_frames(random, [frames_of(msg.Query())]) or [b""])
@@ -297,7 +298,6 @@ def test_the_process_around_it_records_a_few_examples_answers_and_lives_on(tmp_p
                 monitor.send(msg.Query())
             with suppress(WireTimeout):
                 snapshot = monitor.receive(0.0, "the snapshot")
-        context.destroy(linger=0)
     assert isinstance(snapshot, msg.Snapshot)
     assert sum(snapshot.refused.values()) > 200
     examples = Counter(str(row["kind"]) for row in events)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, get_args
 
 from msgspec.structs import replace
 
@@ -22,6 +23,7 @@ from async_rl.wire import messages as msg
 
 TICK_S = 1.0
 GATHER_S = 0.002
+WRITES = frozenset(get_args(do.Write))
 
 
 class WorldWatch:
@@ -40,13 +42,20 @@ class WorldWatch:
         """Saved turns of these (group, sample) were read from the store."""
 
     def round(self, core: Core) -> None:
-        """A round is over (with a store only)."""
+        """A round is over in which something was decided (with a store only)."""
 
     def trained(self, step: int, batch: msg.Batch) -> None:
         """The trainer has taken a step."""
 
     def restored(self, core: Core, before: Core | None) -> None:
         """A new buffer has read the store. `before`: the state machine that wrote it, when all was committed."""
+
+
+@cache
+def _execute() -> Callable[..., None]:
+    from async_rl.buffer.loop import execute  # sockets and SQLite, for those who have a store only
+
+    return execute
 
 
 class Killed(Exception):
@@ -125,14 +134,14 @@ class SimulatedBuffer(Process):
                     self.failed(reason)
 
     def _store_and_answer(self, effects: Sequence[do.Effect]) -> None:
-        from async_rl.buffer import loop  # sockets and SQLite, for those who have a store only
-
-        self.writes = [effect for effect in effects if isinstance(effect, do.Write)]
+        if not effects:
+            return
+        self.writes = [effect for effect in effects if type(effect) in WRITES]
         self.committed = not self.writes
         if self.doomed and self.writes:
             self.left = self.clock.random.randint(0, len(effects) + 2)
         try:
-            loop.execute(effects, Disk(self), Wire(self), self.watch.recorded, part_bytes=1 << 30)  # type: ignore[arg-type]
+            _execute()(effects, Disk(self), Wire(self), self.watch.recorded, 1 << 30)
         except Killed:
             self.killed(self.core if self.committed else None)
             return

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from heapq import heappop, heappush
+from math import log
 from random import Random
 
 from async_rl.wire import messages as msg
@@ -31,18 +33,18 @@ class Clock:
 
     def when(self, time: float, action: Action) -> None:
         """Run `action` at `time`."""
-        heapq.heappush(self.events, (time, next(self.count), action))
+        heappush(self.events, (time, next(self.count), action))
 
     def about(self, mean: float) -> float:
         """A random time with this mean, seconds, exponentially distributed."""
-        return self.random.expovariate(1 / mean)
+        return -log(1.0 - self.random.random()) / (1 / mean)
 
     def chance(self, probability: float) -> bool:
         return self.random.random() < probability
 
     def step(self) -> None:
         """Run the next action."""
-        self.now, _, action = heapq.heappop(self.events)
+        self.now, _, action = heappop(self.events)
         self.happened += 1
         action()
 
@@ -58,14 +60,15 @@ class Process:
     frozen_until: float = 0.0
 
     def after(self, delay: float, action: Action) -> None:
-        self.clock.at(delay, lambda: self.when_awake(action))
+        clock = self.clock
+        heappush(clock.events, (clock.now + delay, next(clock.count), partial(self.when_awake, action)))
 
     def when_awake(self, action: Action) -> None:
         """Run `action` now, at the end of the freeze, or never."""
         if not self.alive:
             return
         if self.clock.now < self.frozen_until:
-            self.clock.when(self.frozen_until, lambda: self.when_awake(action))
+            self.clock.when(self.frozen_until, partial(self.when_awake, action))
         else:
             action()
 
@@ -125,7 +128,7 @@ class Link:
         incarnation = self.incarnation
         for _ in range(self._copies()):
             at = self.last_there = self._arrival(self.last_there)
-            self.clock.when(at, lambda: self._arrive(message, incarnation))
+            self.clock.when(at, partial(self._arrive, message, incarnation))
 
     def answer(self, message: msg.Message) -> None:
         """Send from the buffer."""
@@ -135,7 +138,7 @@ class Link:
         incarnation = self.incarnation
         for _ in range(self._copies()):
             at = self.last_back = self._arrival(self.last_back)
-            self.clock.when(at, lambda: self._come_back(message, incarnation))
+            self.clock.when(at, partial(self._come_back, message, incarnation))
 
     def lose(self) -> None:
         """Lose everything that is under way."""
@@ -177,6 +180,6 @@ class Link:
 
     def _come_back(self, message: msg.Message, incarnation: int) -> None:
         if incarnation == self.incarnation:
-            self.owner.when_awake(lambda: self.owner.receive(message))
+            self.owner.when_awake(partial(self.owner.receive, message))
         else:
             self.lost += 1
