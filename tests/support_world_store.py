@@ -212,6 +212,19 @@ class FakeStore:
         again = [row for row in newest.values() if why[row.position] in ("stale", "rollback", FABRICATED)]
         return sorted((row.position, row.attempt, why[row.position]) for row in again)
 
+    def cut_last(self) -> list[tuple[int, int, int, int, str]]:
+        newest: dict[int, GroupRow] = {}
+        for row in self.groups():
+            if row.split == "train":
+                newest[row.position] = row
+        return sorted(
+            (row.group, row.position, row.attempt, row.problem, t.generator)
+            for row in newest.values()
+            if row.refused_because is None
+            for t in self.trajectories_of(row.group)
+            if t.ended == "window"
+        )
+
     def lengths(self, ends: Sequence[int]) -> list[tuple[str, int, int, int]]:
         found: dict[tuple[str, int], list[int]] = {}
         for t in self.trajectories.values():
@@ -307,7 +320,7 @@ class TwinStore:
 
 
 ANSWERS = frozenset((
-    "load_part", "load_turns", "next_numbers", "next_position", "groups", "trajectories_of", "dropped_last",
+    "load_part", "load_turns", "next_numbers", "next_position", "groups", "trajectories_of", "dropped_last", "cut_last",
     "lengths", "begun", "meta", "decisions", "outcomes", "load_one", "load_start",
 ))  # fmt: skip
 

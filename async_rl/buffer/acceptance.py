@@ -21,7 +21,7 @@ from async_rl.buffer.trust import Trust
 from async_rl.buffer.verification import of_the_launcher
 from async_rl.config.rollout import RolloutSettings, parent_of
 from async_rl.trajectory import Trajectory
-from async_rl.trajectory.given import GIVEN, HINT, wrong_given
+from async_rl.trajectory.given import GIVEN, HINT, OPEN, wrong_given
 from async_rl.trajectory.parts import POOL_PREFIX
 from async_rl.trajectory.types import GREEDY, LOWEST_TEMPERATURE, sample_seed
 from async_rl.version import __version__
@@ -306,13 +306,30 @@ def _permitted(trajectory: Trajectory, group: Group, plan: RolloutSettings) -> O
         said = "with a start" if permit.start is not None else "without a start"
     elif (hint := trajectory.info.get(HINT)) != _hint(permit) and not trajectory.failed:
         said = f"with {hint} of a text in its prompt"
-    elif GIVEN in trajectory.info and (said := wrong_given(trajectory)):
+    elif said := _wrong_cut(trajectory, plan):
         pass
     elif permit.max_turns and len(trajectory.turns) > permit.max_turns:
         said = f"{len(trajectory.turns)} turns instead of at most {permit.max_turns}"
     else:
         return None
     return Objection(kind="permit", reason=f"group {group.group} was permitted otherwise: {said}")
+
+
+def _wrong_cut(trajectory: Trajectory, plan: RolloutSettings) -> str:
+    """Why it cannot begin, or end, as it says; empty: it can."""
+    wrong = wrong_given(trajectory) if GIVEN in trajectory.info else ""
+    return wrong or (_wrong_piece(trajectory, plan) if trajectory.ended == "window" else "")
+
+
+def _wrong_piece(trajectory: Trajectory, plan: RolloutSettings) -> str:
+    """Why it cannot be a piece of an episode that goes on; empty: it can."""
+    if not plan.window or trajectory.split != "train":
+        return "cut, where episodes are whole"
+    if trajectory.num_policy_tokens != plan.window:
+        return f"cut behind {trajectory.num_policy_tokens} tokens instead of {plan.window}"
+    if trajectory.contexts or trajectory.reward or trajectory.info.get(OPEN) not in (0.0, 1.0):
+        return "cut with several contexts, with a reward, or without saying where"
+    return ""
 
 
 @dataclass(slots=True)

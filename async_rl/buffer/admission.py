@@ -1,11 +1,12 @@
 """Who may generate: the connected generators and the permits they get (`Admission`).
 
 Evaluation comes first, then the groups of lost generators (at no new charge), then new groups as the staleness policy
-allows: first the problems of groups that were dropped, then the prompt order.
+allows: first the problems of groups that were dropped, then episodes that were cut, then the prompt order.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from async_rl.buffer.evaluation import Evaluations
 from async_rl.buffer.ledger import Group, Ledger
 from async_rl.buffer.sampler_feedback import Feedback
 from async_rl.buffer.verification import Life
+from async_rl.buffer.windows import Windows
 from async_rl.trajectory.types import attempt_seed
 from async_rl.wire import messages as msg
 
@@ -76,6 +78,8 @@ class Admission:
     """next position in the prompt order"""
     refill: list[tuple[int, int]] = field(default_factory=list)
     """(position, attempt) of dropped groups that are to be asked again, ascending"""
+    windows: Windows = field(default_factory=Windows)
+    """pieces of episodes that wait to go on"""
     generators: dict[bytes, ConnectedGenerator] = field(default_factory=dict)
     """by peer"""
     orphans: list[int] = field(default_factory=list)
@@ -237,7 +241,7 @@ class Admission:
                 self.counts["groups_reissued"] += 1
                 return self.ledger.groups[number]
         while self.ledger.may_admit(generator.version):
-            group = self._new_group(generator.version, now)
+            group = self._new_group(generator, now)
             self.ledger.admit(group)
             self.counts["groups_admitted"] += 1
             out.append(do.add_group(group, generator.name))
@@ -251,11 +255,19 @@ class Admission:
                 return None
         return None
 
-    def _new_group(self, version: int, now: float) -> Group:
-        """The problem of a dropped group, if there is one, else the next one."""
-        position, attempt = self.refill.pop(0) if self.refill else (self.position, 0)
+    def ask_again(self, group: Group) -> None:
+        """The problem of a refused group, as a further attempt; unless its episode goes on in another group."""
+        if not group.cut or self.windows.withdraw(group.group):
+            insort(self.refill, (group.position, group.attempt + 1))
+
+    def _new_group(self, generator: ConnectedGenerator, now: float) -> Group:
+        """The problem of a dropped group, if there is one, else an episode that goes on, else the next problem."""
+        decision, version = None, generator.version
+        if not self.refill and (piece := self.windows.take(generator.name)) is not None:
+            position, attempt, decision = piece.position, piece.attempt, piece.decision()
+        else:
+            position, attempt = self.refill.pop(0) if self.refill else (self.position, 0)
         self.position = max(self.position, position + 1)
-        decision = None
         if self.feedback is not None:
             decision = self.feedback.decide(position, attempt, version, self.refill)
         permit = self.rules.permit(

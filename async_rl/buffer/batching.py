@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -173,6 +172,7 @@ class Batching:
             return out + self.refuse(group.group, reason)
         self.refusals_in_row = 0
         self.ledger.finish(group.group)
+        self.admission.windows.add(group)
         return out
 
     def form(self, step: int, now: float) -> tuple[list[do.Effect], tuple[int, ...]]:
@@ -225,7 +225,7 @@ class Batching:
             owed = False
         self.discarded.refuse(group, stale=stale, owed=owed)
         if stale and self.ledger.policy.refills:
-            insort(self.admission.refill, (group.position, group.attempt + 1))
+            self.admission.ask_again(group)
         self.ledger.refuse(number)
         self.counts["groups_refused"] += 1
         self.counts[f"refused_{reason.split(':')[0]}"] += 1

@@ -501,8 +501,11 @@ class Core:
         )
 
     def oldest_live(self) -> int:
-        """Lowest number of a group that is in no batch yet, or of an evaluation under way."""
-        return min([*self.groups, *self.evaluations.groups], default=self.ledger.next_group)
+        """Lowest number of a group that is in no batch yet or has not gone on, or of an evaluation under way."""
+        live = [*self.groups, *self.evaluations.groups]
+        if (cut := self.admission.windows.oldest) is not None:
+            live.append(cut)  # its tokens are still to be given to the group in which it goes on
+        return min(live, default=self.ledger.next_group)
 
     def snapshot(self, now: float) -> msg.Snapshot:
         """The buffer's state, for a person or a monitor."""

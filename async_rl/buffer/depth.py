@@ -254,7 +254,8 @@ class Rules:
     """what chooses problems and sizes of groups; None: the prompt order and `group_size`"""
 
     def permit(self, *, group: int, problem: int, seed: int, decision: Decision | None = None) -> Permit:
-        """The right to generate all samples of a training group. `seed`: of the group; `decision`: of the sampler."""
+        """The right to generate all samples of a training group. `seed`: of the group; `decision`: of the sampler,
+        or that an episode goes on."""
         permit = Permit(
             group=group,
             problem=problem,
@@ -263,7 +264,7 @@ class Rules:
             seed=seed,
             temperature=self.temperature,
         )
-        if decision is None or self.sampler is None:
+        if decision is None:
             return permit
-        start = start_in(decision, self.sampler.chosen)
+        start = start_in(decision, None if self.sampler is None else self.sampler.chosen)
         return structs.replace(permit, max_turns=decision.max_turns, start=start)

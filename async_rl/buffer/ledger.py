@@ -37,6 +37,8 @@ class SampleRecord(Struct, frozen=True, kw_only=True, gc=False):
     """of a failed one: why, as far as it fits into a line"""
     parts: Mapping[str, float] | None = None
     """named parts of its reward, of held-out problems only"""
+    cut: bool = False
+    """it is a piece of an episode that goes on"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,6 +97,11 @@ class Group:
         return len(self.samples) == self.size
 
     @property
+    def cut(self) -> bool:
+        """Whether it is a piece of an episode that goes on in another group."""
+        return any(sample.cut for sample in self.samples.values())
+
+    @property
     def usable(self) -> list[SampleRecord]:
         """Samples that did not fail."""
         return [s for s in self.samples.values() if not s.failed]
@@ -131,6 +138,7 @@ class Group:
             num_turns=len(trajectory.turns),
             reason=trajectory.reason[:MOST_REASON] if trajectory.failed else "",
             parts=parts_in(trajectory.info) if self.split == "eval" else None,
+            cut=trajectory.ended == "window",
         )
         return True
 

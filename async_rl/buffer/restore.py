@@ -26,6 +26,7 @@ from async_rl.buffer.staleness import Slot
 from async_rl.buffer.store_reader import GroupRow, StoreReader, TrajectoryRow
 from async_rl.buffer.verification import FABRICATED
 from async_rl.buffer.verification import KEY as QUARANTINE_KEY
+from async_rl.buffer.windows import Piece
 from async_rl.trajectory.types import LENGTH_BUCKETS, attempt_seed
 
 
@@ -66,6 +67,8 @@ class StoredState:
     """what the sampler chose, in order of admission"""
     outcomes: tuple[Outcome, ...] = ()
     """what came of it, in the order in which the groups ended"""
+    pieces: tuple[Piece, ...] = ()
+    """of episodes that wait to go on"""
 
 
 def read_state(store: StoreReader) -> StoredState:
@@ -101,6 +104,7 @@ def read_state(store: StoreReader) -> StoredState:
         pool=read_pool(store),
         decided=tuple(store.decisions()),
         outcomes=tuple(store.outcomes()),
+        pieces=tuple(_piece(*row) for row in store.cut_last()),
     )
 
 
@@ -120,6 +124,7 @@ def restore(core: Core, stored: StoredState, *, version: int) -> None:
         for position, attempt, why in stored.dropped
         if why in ("rollback", FABRICATED) or ledger.policy.refills
     ]
+    admission.windows.waiting = list(stored.pieces)
     if stored.poison is not None:
         core.poison.restore(stored.poison)
     if stored.quarantine is not None:
@@ -148,6 +153,10 @@ def restore(core: Core, stored: StoredState, *, version: int) -> None:
             admission.orphans.append(row.group)
     if admission.feedback is not None:
         admission.feedback.restore(stored.decided, stored.outcomes, admission.refill)
+
+
+def _piece(group: int, position: int, attempt: int, problem: int, generator: str) -> Piece:
+    return Piece(group=group, position=position, attempt=attempt, problem=problem, generator=generator)
 
 
 def _group(core: Core, row: GroupRow, decision: Decision | None) -> Group:
@@ -179,4 +188,5 @@ def _sample(row: TrajectoryRow) -> SampleRecord:
         generator=row.generator,
         num_turns=row.num_turns,
         reason=row.reason[:MOST_REASON] if failed else "",
+        cut=row.ended == "window",
     )

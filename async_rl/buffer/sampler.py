@@ -28,7 +28,8 @@ GVM_ALPHA, GVM_BETA = 1e-3, 2.0
 class StartChoice(Struct, frozen=True, kw_only=True, gc=False):
     """From where the answers of a group start."""
 
-    source: Literal["field", "success", "failure"]
+    source: Literal["field", "success", "failure", "window"]
+    """window: an earlier piece of the episode (buffer/windows.py)"""
     share: float
     """of the text, or of the stored answer, that is given; a failure with a noted error is given up to that"""
     group: int = -1

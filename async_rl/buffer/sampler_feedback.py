@@ -151,14 +151,15 @@ def outcome_of(group: Group, number: int, success: float) -> Outcome:
     )
 
 
-def start_in(decision: Decision, settings: SamplerSettings) -> Start | None:
+def start_in(decision: Decision, settings: SamplerSettings | None) -> Start | None:
     """What the permit of a group with this decision says of its start; tokens of a stored answer are filled in when it
-    is sent."""
+    is sent. `settings`: None where there is no sampler, and starts are earlier pieces."""
     chosen = decision.start
     if chosen is None:
         return None
     if chosen.source != "field":
-        return Start(source=chosen.source, share=chosen.share)
+        return Start(source=chosen.source, share=chosen.share, group=chosen.group)
+    assert settings is not None
     in_prompt = settings.start_place == "prompt"
     return Start(
         source="field",

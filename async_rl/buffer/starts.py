@@ -1,8 +1,9 @@
 """Stored answers as beginnings of others: from a trajectory to what a permit says of it (`start_from`).
 
 A success is given up to a share of its tokens, a failure up to its error: the first turn that the task noted with a
-positive `error` (`Session.note_turn`), that turn included; without such a note it is treated as a success. Only whole
-turns are followed by what the environment says, which the environment itself says again.
+positive `error` (`Session.note_turn`), that turn included; without such a note it is treated as a success. A piece of
+an episode that goes on is given whole, with what was given to it. Only whole turns are followed by what the environment
+says, which the environment itself says again.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import msgpack
 from msgspec.structs import replace
 
 from async_rl.buffer.sampler import StartChoice
+from async_rl.buffer.windows import SOURCE
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import unpack
+from async_rl.trajectory.given import OPEN, given_in
 from async_rl.wire import messages as msg
 
 MOST_BYTES = 1 << 20
@@ -37,6 +40,8 @@ class StartReader(Protocol):
 
 def start_from(trajectory: Trajectory, chosen: StartChoice) -> msg.Start:
     """What a permit says of an answer that others are to begin with."""
+    if chosen.source == SOURCE:
+        return _piece(trajectory, chosen)
     end = trajectory.contexts[0] if trajectory.contexts else len(trajectory.tokens)
     turns = [(turn.start, turn.length) for turn in trajectory.turns if turn.length and turn.start < end]
     given: list[tuple[int, int]] = []
@@ -55,6 +60,26 @@ def start_from(trajectory: Trajectory, chosen: StartChoice) -> msg.Start:
     cut = given[-1][0] + given[-1][1] if given else 0
     tokens = trajectory.tokens[:cut].astype("<i4").tobytes()
     return msg.Start(source=chosen.source, share=chosen.share, tokens=tokens, turns=tuple(given), open=is_open)
+
+
+def _piece(trajectory: Trajectory, chosen: StartChoice) -> msg.Start:
+    """All turns of an episode that was cut: those given to its last piece, and those that it sampled."""
+    given = given_in(trajectory)
+    turns = [] if given is None else list(given.stretches)
+    sampled = [(turn.start, turn.length) for turn in trajectory.turns if turn.length]
+    if given is not None and given.open and sampled:  # it went on within the last turn that was given
+        (start, length), (_, more) = turns.pop(), sampled.pop(0)
+        turns.append((start, length + more))
+    turns += sampled
+    end = sum(turns[-1])
+    return msg.Start(
+        source=chosen.source,
+        share=chosen.share,
+        group=chosen.group,
+        tokens=trajectory.tokens[:end].astype("<i4").tobytes(),
+        turns=tuple(turns),
+        open=trajectory.info.get(OPEN) == 1.0,
+    )
 
 
 def _error(trajectory: Trajectory) -> int | None:

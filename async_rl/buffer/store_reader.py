@@ -222,7 +222,7 @@ class StoreReader(SamplerReader, PoolReader):
         """(position, attempt, why) of the groups refused as stale, because the run went back ("rollback") or because
         their generator lied ("fabricated"), whose problem was not asked again since."""
         newest = (
-            "SELECT position, max(attempt) AS attempt, refused_because FROM groups WHERE split = 'train' "
+            "SELECT position, attempt, refused_because, max(group_id) FROM groups WHERE split = 'train' "
             "GROUP BY position"
         )
         why = "substr(refused_because, 1, instr(refused_because, ':') - 1)"
@@ -231,6 +231,17 @@ class StoreReader(SamplerReader, PoolReader):
             "ORDER BY position"
         )
         return [tuple(row) for row in self._all(found)]
+
+    def cut_last(self) -> list[tuple[int, int, int, int, str]]:
+        """(group, position, attempt, problem, generator) of the pieces that have not gone on and are not refused, in
+        the order of admission (buffer/windows.py)."""
+        newest = "SELECT max(group_id) AS group_id FROM groups WHERE split = 'train' GROUP BY position"
+        query = (
+            f"SELECT group_id, position, attempt, g.problem, t.generator FROM ({newest}) "
+            "JOIN groups g USING (group_id) JOIN trajectories t USING (group_id) "
+            "WHERE t.ended = 'window' AND g.refused_because IS NULL ORDER BY group_id"
+        )
+        return [tuple(row) for row in self._all(query)]
 
     def lengths(self, ends: Sequence[int]) -> list[tuple[str, int, int, int]]:
         """(trained, dropped or refused; bucket; trajectories; policy tokens) of training trajectories that are in a

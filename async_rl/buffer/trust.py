@@ -3,7 +3,6 @@ loses its permits; what it sent and was not trained is refused, and its problems
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -131,7 +130,7 @@ class Trust:
         refused = [g for g in self.ledger.groups.values() if name in g.senders]
         for group in refused:
             out += self.batching.refuse(group.group, f"{FABRICATED}: by {name} ({lie})")
-            insort(self.admission.refill, (group.position, group.attempt + 1))
+            self.admission.ask_again(group)
         touched = self.quarantine.touched.get(name, Touched())
         self.admission.counts["generators_quarantined"] += 1
         quarantined = GeneratorQuarantined(

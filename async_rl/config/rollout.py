@@ -39,6 +39,15 @@ class RolloutSettings:
         False,
         "the first answer of each group is sampled greedily and not trained: a baseline (ReMax, recipe remax)",
     )
+    window: int = setting(
+        0,
+        "an episode that has sampled so many tokens is cut there and goes on in a later permit; each piece is trained "
+        "by itself, with the critic's value at the cut in place of what is to come (T-PPO, recipe t_ppo); 0: episodes "
+        "are trained whole",
+        unit="tokens",
+        min=0,
+        max=1_000_000_000,
+    )
 
 
 def parent_of(sample: int, plan: RolloutSettings) -> tuple[int, int] | None:

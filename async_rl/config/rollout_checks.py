@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from async_rl.config.rollout import RolloutSettings
+from async_rl.config.sampler import SamplerSettings
 from async_rl.config.settings import Settings
 
 
@@ -48,4 +49,25 @@ def _reads(plan: RolloutSettings, name: str) -> bool:
             return plan.fork != "uncertain_turn"
 
 
-ROLLOUT_RELATIONS = (forks_have_parents_and_groups, a_greedy_answer_is_beside_others)
+def pieces_go_on_alone(s: Settings) -> str:
+    if not s.rollout.window:
+        return ""
+    why = "an episode's pieces are trained before its reward is known"
+    if s.batch.group_size > 1:
+        return (
+            f"rollout.window needs batch.group_size=1 (now {s.batch.group_size}): {why}, so answers of a group cannot "
+            "be compared; ask more problems with batch.groups_per_step"
+        )
+    if s.sampler != SamplerSettings():
+        return f"rollout.window and sampler.* exclude each other: {why}; leave sampler.* out, or set rollout.window=0"
+    if s.pool.source != "none":
+        return f"rollout.window and pool.source={s.pool.source} exclude each other: {why}, and pieces do not come back"
+    if s.verify.share:
+        return (
+            "rollout.window and verify.share exclude each other: a verifier plays whole episodes; set verify.share=0, "
+            "or rollout.window=0"
+        )
+    return ""
+
+
+ROLLOUT_RELATIONS = (forks_have_parents_and_groups, a_greedy_answer_is_beside_others, pieces_go_on_alone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,8 @@ from async_rl.task.weigh import Weighed, Weights, has_group_reward
 from async_rl.trajectory import Trajectory
 from async_rl.wire import messages as msg
 
+MOST_KEPT = 4096
+"""pieces whose session is remembered"""
 Key = tuple[int, int]
 """(group, sample)"""
 
@@ -71,12 +74,16 @@ class Episodes:
     """servers that are asked about finished training episodes"""
     forks: Forks | None = None
     """answers that go on from others of their group"""
+    window: int = 0
+    """tokens that a training episode samples before it is cut; 0: it is whole"""
 
     running: dict[Key, Episode] = field(default_factory=dict)
     recorded: dict[Key, Trajectory] = field(default_factory=dict)
     """finished turns of episodes of a lost generator, which will be started here"""
     records_dropped: int = 0
     """of them, those whose environment answered otherwise this time"""
+    kept: OrderedDict[Key, int] = field(default_factory=OrderedDict)
+    """number of the session of each piece that was cut here lately: the engine may still have its cache"""
     started: int = 0
     """number of sessions opened, which also numbers them for the engine"""
     failure: RunFailed | None = None
@@ -173,6 +180,10 @@ class Episodes:
             if is_ours(error):
                 raise
             return
+        if trajectory.ended == "window" and episode.session is not None:
+            self.kept[key] = episode.session.session_id
+            if len(self.kept) > MOST_KEPT:
+                self.kept.popitem(last=False)
         waits = False
         if not episode.given_up and episode.session is not None:
             played = Played(trajectory=trajectory, weighed=weighed, session=episode.session, unsent=episode.unsent)
@@ -218,6 +229,8 @@ class Episodes:
     def _open(self, episode: Episode, record: Trajectory | None) -> EpisodeSession:
         self.started += 1
         ticket = episode.ticket
+        start = ticket.permit.start
+        before = None if start is None else self.kept.pop((start.group, 0), None)
 
         def on_turn() -> None:
             if steady_time() - session.started_at > self.save_turns_after_s:
@@ -228,11 +241,12 @@ class Episodes:
             engine=self.engine,
             tokenizer=self.tokenizer,
             ticket=ticket,
-            session_id=self.started,
+            session_id=self.started if before is None else before,
             max_context=self.engine.max_context,
             max_turns=self.max_turns,
             record=record,
             generator=self.generator,
+            window=self.window,
             on_turn=on_turn if ticket.permit.split == "train" else None,
             agents=self.facilities.agents if self.facilities is not None else None,
             slots=self.facilities.slots if self.facilities is not None else None,

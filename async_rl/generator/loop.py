@@ -196,6 +196,7 @@ class GeneratorLoop:
             facilities=self.facilities,
             teachers=TeacherServers.of(o.teachers, o.name) if o.teachers else None,
             forks=forks_for(o.rollout, o.group_size),
+            window=o.rollout.window,
         )
 
     async def run(self) -> None:

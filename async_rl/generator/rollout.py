@@ -66,6 +66,8 @@ async def play_episode(
         await _torn_down(task, session, guard, timeout_s)
     if session.engine_error is not None:
         outcome = session.engine_error
+    elif session.cut and not session.abandoned:  # whatever the task made of that
+        return session.finish(reward=0.0, failed="window"), Weighed(total=0.0, nothing=True)
     if isinstance(outcome, Weighed):
         for name, value in outcome.parts.items():
             session.note(f"{PREFIX}{name}", value)

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 import numpy as np
 from msgspec.structs import replace
@@ -18,12 +18,13 @@ from async_rl.errors import RunFailed
 from async_rl.generator.chat import Chat
 from async_rl.generator.contexts import STOPS, Context, RecordedTurns, lay_out
 from async_rl.generator.engine import Completion, Engine, LogitsNotFinite, Request, SamplingParams
-from async_rl.generator.start import WHOLE, GivenStart, with_given
+from async_rl.generator.start import OTHER_WAY, WHOLE, GivenStart, with_given
 from async_rl.generator.step_mark import AT_ENGINE
 from async_rl.model.tokenizer import Tokenizer, adapted, prompt_tokens
 from async_rl.steady_clock import steady_time
 from async_rl.task.protocol import Connection, Problem, Score, Utterance
 from async_rl.trajectory import Ended, Split, Trajectory, Turn
+from async_rl.trajectory.given import OPEN
 from async_rl.trajectory.turn_notes import note_name, noted_tokens, noted_turn, sendable
 from async_rl.trajectory.types import LOWEST_TEMPERATURE, group_seed, sample_seed, turn_temperature
 from async_rl.wire.messages import Permit
@@ -136,6 +137,7 @@ class EpisodeSession:
         generator: str = "",
         agents: AgentDoor | None = None,
         slots: Slots | None = None,
+        window: int = 0,
     ) -> None:
         """
         Args:
@@ -147,13 +149,14 @@ class EpisodeSession:
             generator: name of this generator.
             agents: where agents reach the episodes of this process.
             slots: places that they share.
+            window: tokens that a training episode samples before it is cut; 0: it is whole.
         """
         assert 0 <= session_id < KEYS
         self._generator = generator
         self._engine = engine
         self.tokenizer = tokenizer
         self._ticket = ticket
-        self._id = session_id
+        self.session_id = session_id
         self.max_context = max_context
         self._max_turns = min(max_turns, ticket.permit.max_turns or max_turns)
         self._clock = clock
@@ -169,6 +172,7 @@ class EpisodeSession:
         """what the task keeps for the group's reward"""
         self._record = None if record is None else RecordedTurns(record)
         self._start = None if ticket.permit.start is None else GivenStart(ticket.permit.start)
+        self._window = window if ticket.permit.split == "train" else 0
         self._on_turn = on_turn
         self._agents = agents
         self._connection: Connection | None = None
@@ -185,6 +189,8 @@ class EpisodeSession:
         """why the engine gave up a turn, whatever the task makes of that"""
         self.refused: Literal["", "length", "turn_limit"] = ""
         """what was used up when a turn was asked for last; empty: nothing"""
+        self.cut: Literal["", "turn", "between"] = ""
+        """the episode goes on in another permit: it was cut within a turn, or behind one; empty: it is not cut"""
         self.diverged = False
         """the record did not fit; the episode has to be run again without it"""
         self.started_at = clock() if record is None else record.started_at
@@ -360,7 +366,7 @@ class EpisodeSession:
         number, seed = len(self.contexts), self._ticket.seed
         # the noise of a token depends on seed and position: two answers to one prompt must not be the same
         context = Context(
-            number=number, key=self._id + number * KEYS, seed=group_seed(seed, number) if number else seed
+            number=number, key=self.session_id + number * KEYS, seed=group_seed(seed, number) if number else seed
         )
         self.contexts.append(context)
         return context
@@ -407,6 +413,8 @@ class EpisodeSession:
                 self._say(context, WHOLE, whole, asked)
                 return whole
             room -= len(self._start.opened)
+        left = self._left(room)
+        room, free = min(room, left), room
         context.busy = True
         self._begun += 1
         try:
@@ -420,12 +428,29 @@ class EpisodeSession:
             self._begun = len(self._said) + sum(other.busy for other in self.contexts)
         if completion.finish == "aborted":  # the trajectory keeps the tokens that came
             raise EpisodeAborted(self.abandoned or "the engine gave the request up")
+        if completion.finish != "stop" and room < free:
+            self._cut("turn")
         if self._on_turn is not None and recalled is None:
             self._on_turn()
-        if completion.finish != "stop" and room < asked.max_tokens:
+        if completion.finish != "stop" and room + len(with_given(self._start, ())) < asked.max_tokens:
             context.truncated = True
             self._ended = "length"
         return completion
+
+    def _left(self, room: int) -> int:
+        """Tokens that the episode may still sample before it is cut, or `room` where it is not. An episode of several
+        contexts, or one that an agent plays, is whole from there on: nothing could give it back what it said."""
+        if not self._window or len(self.contexts) > 1 or self._connection is not None:
+            return room
+        left = self._window - sum(turn.length for turn in self._now.turns)
+        if left < 1:
+            self._cut("between")
+        return left
+
+    def _cut(self, where: Literal["turn", "between"]) -> NoReturn:
+        """End this piece of the episode."""
+        self.cut = self.cut or where
+        raise EpisodeAborted("the window of the episode is full; it goes on in another permit")
 
     def refuse_length(self) -> None:
         """Record that an agent asked for a turn for which the context has no room."""
@@ -559,11 +584,16 @@ class EpisodeSession:
         """The trajectory that this episode became; `failed` overrides how it ended."""
         self._over = True
         self.abandoned = self.abandoned or "the episode is over"  # what the task left running gets no more turns
-        self._release()
+        if failed == "window":
+            self._info[OPEN] = float(self.cut == "turn")
+        else:  # a piece keeps its cache: the episode may go on here
+            self._release()
         if self._agents is not None and self._connection is not None:
             self._agents.close(self._connection)
         while self._held:
             self._held.pop().release()
+        if self._start is not None and self._start.is_left_behind and failed not in ("error", "aborted"):
+            failed, reason, reward = "error", OTHER_WAY, 0.0
         made = self._made(reward=reward, ended=failed or self._ended, reason=reason, info=self._info)
         broken = made.check()
         if broken is None:

@@ -20,8 +20,15 @@ from async_rl.task.protocol import Problem
 from async_rl.trajectory.given import GIVEN, HINT, Given
 from async_rl.wire.messages import Start
 
+PIECE = "window"
+"""source of a start that is an earlier piece of the same episode"""
+OTHER_WAY = "the environment answered otherwise than in the episode's earlier piece, so the episode cannot go on"
 WHOLE = -1
 """number of a given turn, which is none of its context's turns"""
+
+
+class OtherWay(ValueError):
+    """What an episode goes on from does not fit it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -67,7 +74,10 @@ class GivenStart:
         self.opened = ()
         if not self.pieces or context.number:
             return None
-        before, tokens, is_open = self.pieces.pop(0)
+        before, tokens, is_open = self.pieces[0]
+        if self.start.source == PIECE and (before != context.tokens or len(tokens) + is_open > room):
+            raise OtherWay(OTHER_WAY)
+        del self.pieces[0]
         if (before and before != context.tokens) or (not is_open and len(tokens) > room):
             self.pieces = []  # the environment went another way: the policy goes on by itself
             return None
@@ -81,6 +91,11 @@ class GivenStart:
             self.opened, self.open = tokens, True
             return None
         return Completion(tokens=tokens, log_probs=[0.0] * len(tokens), versions=[-1] * len(tokens), finish="stop")
+
+    @property
+    def is_left_behind(self) -> bool:
+        """Whether the episode did not come to where its earlier piece was cut."""
+        return self.start.source == PIECE and bool(self.pieces)
 
     def record(self) -> Mapping[str, float | str]:
         """Notes of the trajectory. Its first context comes first, so that places in one are places in the other."""

@@ -11,6 +11,36 @@ CREDITS = ("path_mean", "segment_gain")
 """kinds of advantage.credit that are about forks"""
 
 
+def check_windows(settings: Settings, recipe: Recipe, *, judges_groups: bool) -> None:
+    """Refuse what has no meaning for episodes that are trained in pieces. `judges_groups`: the task does. Raises
+    UserError."""
+    if not settings.rollout.window:
+        if recipe.gae.value_earlier:
+            raise UserError(
+                f"recipe {recipe.name}: gae.value_earlier is about episodes that are trained in pieces, and "
+                "rollout.window=0 has them whole; set rollout.window, or recipe.gae.value_earlier=false"
+            )
+        return
+    if judges_groups:
+        raise UserError(f"rollout.window: task '{settings.task.name}' judges whole groups; leave rollout.window out")
+    if is_own_function(recipe.name) or recipe.advantage.credit != "token_gae":
+        raise UserError(
+            f"rollout.window needs a recipe with advantage.credit=token_gae (recipe=t_ppo), which says what a piece is "
+            f"worth before its episode is over; recipe {recipe.name} does not"
+        )
+    whole = {
+        "recipe.gae.length_adaptive": recipe.gae.length_adaptive,
+        "recipe.reward.overlong_limit": recipe.reward.overlong_limit,
+        "recipe.reward.bonus": recipe.reward.bonus,
+        "recipe.positive_nll": recipe.positive_nll,
+    }
+    if asked := [name for name, value in whole.items() if value]:
+        raise UserError(
+            f"{asked[0]} looks at whole answers, and rollout.window={settings.rollout.window} trains them in pieces; "
+            f"set {asked[0]}=0"
+        )
+
+
 def check_rollout(settings: Settings, recipe: Recipe) -> list[str]:
     """Refuse a recipe about forks or a greedy answer where there are none; notes for the user. Raises UserError."""
     if is_own_function(recipe.name):

@@ -15,6 +15,8 @@ GIVEN = "start/given"
 """key of `Trajectory.info`, there where the permit has a start: the stretches, and ~ where the last is open"""
 HINT = "start/hint"
 """key of `Trajectory.info`, there where the beginning of a text stands in the prompt instead: the share of it"""
+OPEN = "window/open"
+"""key of `Trajectory.info` of a piece of an episode (ended "window"): 1 where it was cut within a turn, 0 behind one"""
 _STRETCH = re.compile(r"(\d{1,9})\+(\d{1,9})")
 
 

@@ -17,9 +17,10 @@ from msgspec import Struct, field
 from numpy.typing import NDArray
 
 Split = Literal["train", "eval"]
-Ended = Literal["finished", "length", "turn_limit", "error", "aborted"]
+Ended = Literal["finished", "length", "turn_limit", "error", "aborted", "window"]
 """How an episode ended: by itself; at the token limit; at the turn limit; because the task or the reward raised or
-returned NaN; because the engine gave the request up."""
+returned NaN; because the engine gave the request up. "window": it did not end; this piece of it did
+(`rollout.window`), and another trajectory goes on where it was cut."""
 GREEDY = -1.0
 """`Turn.temperature` of a turn that took the likeliest tokens in an episode that otherwise samples"""
 LOWEST_TEMPERATURE = 0.01

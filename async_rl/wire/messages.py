@@ -137,7 +137,8 @@ class Start(WireStruct, frozen=True, kw_only=True):
     """What the answers of a group begin with: context without loss, which nobody samples."""
 
     source: str
-    """field: the beginning of a text in the data; success, failure: of a stored answer"""
+    """field: the beginning of a text in the data; success, failure: of a stored answer; window: all that the episode said
+    in earlier pieces, behind which it goes on"""
     share: float
     """of the text that is given"""
     field: str = ""
@@ -151,6 +152,8 @@ class Start(WireStruct, frozen=True, kw_only=True):
     """(start, length) of its turns in `tokens`"""
     open: bool = False
     """the last of them was cut, and is gone on with"""
+    group: int = -1
+    """of the stored answer; -1: the text of a field"""
 
 
 class Permit(WireStruct, frozen=True, kw_only=True):

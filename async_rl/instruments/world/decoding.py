@@ -14,7 +14,7 @@ import numpy as np
 
 from async_rl.instruments.world.generator import Pair, SimulatedGenerator
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
-from async_rl.trajectory.given import GIVEN
+from async_rl.trajectory.given import GIVEN, OPEN, Given
 from async_rl.trajectory.types import sample_seed
 from async_rl.wire import messages as msg
 
@@ -24,7 +24,7 @@ NO_TOKENS, NO_LOG_PROBS = np.zeros(0, np.int32), np.zeros(0, np.float32)
 def answer(permit: msg.Permit, sample: int, **values: Any) -> Trajectory:
     """A trajectory of a permit's group."""
     if permit.start is not None:
-        values["info"] = {**values.get("info", {}), GIVEN: ""}  # it did not fit
+        values["info"] = {GIVEN: "", **values.get("info", {})}  # it did not fit
     return Trajectory(
         group=permit.group,
         sample=sample,
@@ -54,18 +54,27 @@ class SimulatedEpisode:
     version: int = 0
     """of the turn that is sampled: the weights at its begin"""
 
+    @property
+    def given(self) -> tuple[tuple[int, int], ...]:
+        """Turns of its earlier pieces."""
+        start = self.permit.start
+        return start.turns if start is not None and start.source == "window" else ()
+
     def trajectory(self, **end: Any) -> Trajectory:
-        many = len(self.versions)
+        many, first = len(self.versions), 1 + len(self.given)
+        if self.given:
+            end["info"] = {**end.get("info", {}), GIVEN: Given(stretches=self.given).write()}
         reward = (31 * self.permit.group + self.sample) * 0x9E3779B9 >> 16 & 1
         return answer(
             self.permit,
             self.sample,
-            tokens=np.arange(many + 1, dtype=np.int32),
-            log_behaviour=np.array([0.0, *(-1.0 for _ in range(many))], np.float32),
-            turns=tuple(Turn(start=1 + i, length=1) for i in range(many)),
-            versions=tuple(VersionSpan(version=v, start=1 + i, end=2 + i) for i, v in enumerate(self.versions)),
-            reward=float(reward),
-            **end,
+            tokens=np.arange(many + first, dtype=np.int32),
+            log_behaviour=np.array([0.0] * first + [-1.0] * many, np.float32),
+            turns=tuple(Turn(start=first + i, length=1) for i in range(many)),
+            versions=tuple(
+                VersionSpan(version=v, start=first + i, end=first + 1 + i) for i, v in enumerate(self.versions)
+            ),
+            **{"reward": float(reward), **end},
         )
 
 
@@ -82,6 +91,8 @@ class TurnByTurn:
     """chance that an episode fails"""
     saving: float
     """chance that a turn is saved before the next one begins"""
+    window: int = 0
+    """turns behind which an episode is cut; 0: it is whole"""
     episodes: dict[Pair, SimulatedEpisode] = field(default_factory=dict)
 
     @property
@@ -95,12 +106,19 @@ class TurnByTurn:
     def start(self, permit: msg.Permit, sample: int, record: Trajectory | None) -> None:
         random = self.generator.clock.random
         pause_s = self.turn_s * self.spread ** random.random()
-        episode = SimulatedEpisode(permit, sample, num_turns=random.randint(1, permit.max_turns or 3), pause_s=pause_s)
+        episode = SimulatedEpisode(permit, sample, num_turns=random.randint(1, self._longest(permit)), pause_s=pause_s)
         if record is not None:
             episode.versions = [span.version for span in record.versions]
             episode.num_turns = max(episode.num_turns, len(episode.versions))
         self.episodes[permit.group, sample] = episode
         self._go_on(episode)
+
+    def _is_cut(self, episode: SimulatedEpisode) -> bool:
+        return episode.permit.split == "train" and len(episode.versions) == self.window > 0
+
+    def _longest(self, permit: msg.Permit) -> int:
+        """Turns of the longest episode, or piece of one."""
+        return self.window if self.window and permit.split == "train" else permit.max_turns or 3
 
     def swap(self, version: int) -> None:
         pass
@@ -139,6 +157,8 @@ class TurnByTurn:
             if clock.chance(self.saving):
                 self.generator.send_turns([pair])
             self._go_on(episode)
+        elif self._is_cut(episode) and clock.chance(0.7):
+            self._end(pair, ended="window", reward=0.0, info={OPEN: 0.0})
         elif clock.chance(self.failure):
             self._end(pair, ended="error", reason="RewardError: no")
         else:
