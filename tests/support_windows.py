@@ -87,7 +87,8 @@ class WindowInvariants(Invariants):
         piece = self.arrived[earlier]
         said = [(turn.start, turn.length) for turn in piece.turns]
         assert given is not None
-        assert given.stretches == ((earlier_given := given_in(piece)) and earlier_given.stretches or ()) + tuple(said)
+        before = given_in(piece)
+        assert given.stretches == (*(before.stretches if before is not None else ()), *said)
         assert t.turns[0].start == piece.turns[-1].start + 1
         self.seen["continued"] += 1
 

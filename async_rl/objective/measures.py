@@ -309,11 +309,16 @@ def measure_selection(meter: Meter, tokens: Tokens, selection: Selection) -> Non
 
 
 def measure_outcome(meter: Meter, tokens: Tokens) -> None:
-    """reward/mean and len/mean, over finite trajectories. Absent where there is none: 0 would be an outcome."""
+    """reward/mean (of episodes that are over), len/mean and window/cut, over finite trajectories. Absent where there is
+    none: 0 would be an outcome."""
     finite = tokens.of_fresh(tokens.finite)
     answered = finite & (tokens.length > 0)
-    if bool(finite.any()):
-        meter.put("reward/mean", mean_of(tokens.reward, finite))
+    over = finite
+    if (cut := tokens.columns.cut) is not None:
+        over = finite & ~cut
+        meter.put("window/cut", mean_of(cut.double(), finite))
+    if bool(over.any()):
+        meter.put("reward/mean", mean_of(tokens.reward, over))
     if bool(answered.any()):
         meter.put("len/mean", mean_of(tokens.length, answered))
 

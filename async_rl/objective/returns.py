@@ -100,11 +100,12 @@ def _ends(tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 
 def _behind(value: Tensor, trajectory: Tensor, tokens: Tokens, settings: GaeSettings) -> Tensor:
-    """Value behind the last row of a trajectory: 0, or where it was cut that of the row. value [rows]; trajectory
-    [rows] int64."""
-    if not settings.bootstrap_truncated:
-        return torch.zeros_like(value)
-    return torch.where(tokens.columns.truncated[trajectory], value, 0.0)
+    """Value behind the last row of a trajectory: 0, or where it goes on or counts as if it did, that of the row (EGAE).
+    value [rows]; trajectory [rows] int64."""
+    goes_on = tokens.columns.truncated if settings.bootstrap_truncated else None
+    if (cut := tokens.columns.cut) is not None:
+        goes_on = cut if goes_on is None else goes_on | cut
+    return torch.zeros_like(value) if goes_on is None else torch.where(goes_on[trajectory], value, 0.0)
 
 
 def _scan(
@@ -143,10 +144,10 @@ def _next(values: Tensor, last: Tensor, segment: Tensor) -> Tensor:
 
 
 def _trained(tokens: Tokens, settings: GaeSettings) -> Tensor:
-    """Trajectories on which the critic is trained, [I] bool."""
-    if settings.value_finished_only:
-        return tokens.finite & ~tokens.columns.truncated
-    return tokens.finite
+    """Trajectories on which the critic is trained, [I] bool: not on pieces of episodes that go on, whose return is not
+    known."""
+    known = tokens.finite if tokens.columns.cut is None else tokens.finite & ~tokens.columns.cut
+    return known & ~tokens.columns.truncated if settings.value_finished_only else known
 
 
 def with_median(tokens: Tokens, returns: Returns, gradient: Tensor, share: Tensor) -> Tensor:

@@ -70,6 +70,8 @@ class Columns:
     forks: Tensor | None = None  # [trajectories, 2] int64
     """which trajectory of the batch each goes on from (-1: it begins with the prompt), and how many of the tokens that
     one sampled come before the fork; None: none does"""
+    cut: Tensor | None = None  # [trajectories] bool
+    """pieces of episodes that go on, whose reward is not known (`rollout.window`); None: all are over"""
     greedy: Tensor | None = None  # [trajectories] bool
     """sampled greedily, as a baseline that is not trained; None: none was"""
     entropy: Tensor | None = None  # [tokens]

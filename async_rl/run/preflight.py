@@ -39,7 +39,7 @@ from async_rl.run.placement import (
     ways_here,
 )
 from async_rl.run.rebuilding import describe_rebuilding
-from async_rl.run.rollouts import check_rollout
+from async_rl.run.rollouts import check_rollout, check_windows
 from async_rl.run.teachers import check_teachers
 from async_rl.task import Problem, Task, make_task
 from async_rl.task.problem_fields import ProblemSources, check_texts, read_sources
@@ -93,7 +93,7 @@ def preflight(settings: Settings, *, resumed: bool = False) -> Facts:
 
     `resumed`: the run keeps the prompts that it began with."""
     config = check_folder(settings.model.path)
-    for name in ("generator", "trainer"):
+    for name in ("generator", "trainer") if settings.generator.count else ("trainer",):  # who joins looks for itself
         check_device(f"{name}.device", getattr(settings, name).device, rehearsed=settings.task.name == Rehearsed.name)
     settings = threads_here(settings)
     placement = place_here(settings)
@@ -183,6 +183,7 @@ def check_recipe(settings: Settings, task: Task, tokenizer: Tokenizer, *, built_
         pool=settings.pool,
     )
     notes += check_teachers(settings, recipe, tokenizer, task.noted) + check_rollout(settings, recipe)
+    check_windows(settings, recipe, judges_groups=has_group_reward(task))
     check_signal(settings, task)
     return notes + describe_warmups(settings, has_critic=needs.value)
 

@@ -112,16 +112,29 @@ class Critic:
             return held
         return held | {f"{self._column}_slow": slow}
 
-    def step(self, value_grad: Tensor, target: Tensor | None = None, share: Tensor | None = None) -> dict[str, float]:
+    def step(
+        self,
+        value_grad: Tensor,
+        target: Tensor | None = None,
+        share: Tensor | None = None,
+        earlier: tuple[PackedBatch, Tensor] | None = None,
+    ) -> dict[str, float]:
         """One optimizer step with d(value loss)/d(value), [T], with Q heads [T, 4], with a median [T, 2]; metrics.
 
         target, share [T]: of a critic that is a distribution, which is trained on sum share * cross-entropy instead.
+        earlier: a further batch, with the targets [E] of its tokens, which count in the mean as the batch's own do.
         """
         if self.frozen:
             return {}
         assert self._batch is not None, "columns() comes first"
         metrics: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
+        if earlier is not None:
+            assert share is not None
+            own, more = int((share > 0).sum()), len(earlier[1])
+            value_grad, share = value_grad * (own / (own + more)), share * (own / (own + more))
+            self._train_on(*earlier, 1 / (own + more))
+            metrics["critic/earlier"] = more / (own + more)
         if self._distribution is None:
             own = self._batch.own(value_grad)
             for micro in self._batch.micro_batches:
@@ -142,6 +155,17 @@ class Critic:
             self._follow(self._average)
         self.optimizer.zero_grad(set_to_none=True)
         return metrics
+
+    def _train_on(self, batch: PackedBatch, target: Tensor, share: float) -> None:
+        """Add the gradient of the loss of these tokens, each with this share in the mean. target [E]."""
+        target = batch.own(target)
+        for micro in batch.micro_batches:
+            wanted, weight = micro.rows(target), torch.full_like(micro.rows(target), 0.0 if micro.idle else share)
+            logits = self._logits(micro, self.trunk, self.head)
+            if self._distribution is not None:
+                self._distribution.loss(logits, wanted, weight).backward()
+            else:
+                (0.5 * weight * (logits.squeeze(-1) - wanted).square()).sum().backward()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The critic's own parameters by name, without the policy's; those of the target network begin with `slow_`."""

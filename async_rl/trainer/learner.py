@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import cos, pi
 from typing import TYPE_CHECKING, Any
@@ -132,6 +132,8 @@ class Learner:
         """steps by which the version runs ahead of what these weights were trained, since the run went back"""
         self.rate_scale = 1.0
         """factor on the policy's learning rate, since then"""
+        self.before_write: Callable[[], None] = lambda: None
+        """called before the policy's weights change: they may still be copied (trainer/publication.py)"""
         self.state = ObjectiveState()
         assert reference is not None or not self.needs.reference, "this recipe needs a reference model"
         assert teachers is not None or not self.needs.teacher, "this recipe needs teachers"
@@ -215,7 +217,12 @@ class Learner:
             if update:
                 answer, _ = self._objective(columns, self.recipe, self.state)
             assert answer.value_grad is not None
-            metrics.update(self.critic.step(answer.value_grad, answer.value_target, answer.value_share))
+            earlier = None
+            if batch.earlier is not None:
+                assert answer.value_target is not None
+                of_earlier = batch.earlier.targets(answer.value_target, self.recipe.advantage.discount)
+                earlier = batch.earlier.batch, of_earlier
+            metrics.update(self.critic.step(answer.value_grad, answer.value_target, answer.value_share, earlier))
             if update + 1 < self.critic.epochs or self.needs.turn_q:
                 said: dict[str, Any] = self.critic.columns(batch)
                 columns = replace(columns, **said)
@@ -374,6 +381,7 @@ class Learner:
             greedy=batch.greedy,
             reused=batch.reused,
             truncated=batch.truncated,
+            cut=batch.cut,
             current_version=self.version,
             log_proximal=log_prob if start is None else start.log_prob,
             log_reference=self._log_reference(batch) if start is None else start.log_reference,
@@ -415,6 +423,7 @@ class Learner:
         if not math.isfinite(norm) or not math.isfinite(factor):
             self.optimizer.zero_grad(set_to_none=True)
             return f"gradient norm {norm} or learning-rate factor {factor} is not finite"
+        self.before_write()
         step_with(self.optimizer, base * factor)
         self.state = state
         metrics |= {"lr/base": base, "lr/effective": base * factor}

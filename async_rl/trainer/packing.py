@@ -38,6 +38,7 @@ from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import Requirements, requirements
 from async_rl.objective.tokens import Noted, Reused
 from async_rl.trainer.noted import noted_columns, taught
+from async_rl.trainer.pieces import Earlier, earlier_of
 from async_rl.trainer.plans import forks_among, greedy_among
 from async_rl.trainer.pruning import pruned
 from async_rl.trainer.reused import reused_columns
@@ -96,6 +97,11 @@ class MicroBatch:
         """Its rows of a column of the share's policy tokens, [own T] -> [t]; [1] of 0 for a stand-in."""
         return column.new_zeros(1) if self.idle else column[self.policy]
 
+    def owners(self) -> Tensor:  # [t] int64
+        """The trajectory of each policy token, counted from 0 in the micro-batch."""
+        lengths = torch.tensor(self.policy_lengths)
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(self.tokens.device)
+
     def attention(self, kernel: Kernel | None = None) -> Attention:
         """Attention among its rows."""
         return DocumentAttention(self.documents, kernel) if self.tree is None else TreeAttention(self.tree, kernel)
@@ -140,6 +146,10 @@ class PackedBatch:
     """what the tasks noted, of the names that the recipe asks for"""
     reused: Reused | None = None
     """what came back from the experience pool; None: nothing did"""
+    cut: Tensor | None = None  # [I] bool
+    """as `objective.Columns.cut`"""
+    earlier: Earlier | None = None
+    """tokens on which the critic alone is trained; None: there are none"""
     forks: Tensor | None = None  # [I, 2] int64
     """as `objective.Columns.forks`"""
     greedy: Tensor | None = None  # [I] bool
@@ -265,6 +275,7 @@ def pack_batch(
         policy_of_piece = [t.policy_positions() for t in pieces]
     sizes = Sizes(pieces, shared=shared and not apart)
     share, parts = _divided(pieces, sizes, micro_batch_tokens, over, device)
+    cut = [t.ended == "window" for t in ordered]
     noted = Noted()
     if needs is not None and (needs.noted or needs.parts):
         noted = noted_columns(ordered, needs, reward_weights or {}, device)
@@ -278,6 +289,8 @@ def pack_batch(
         noted=noted,
         reused=reused_columns(ordered, device) if any(SOURCE in t.info for t in ordered) else None,
         forks=forks_among(ordered, device) if any(FORK in t.info for t in ordered) else None,
+        cut=tensor(cut, torch.bool) if any(cut) else None,
+        earlier=earlier_of(ordered, partial(again, needs=None)) if needs is not None and needs.earlier else None,
         greedy=greedy_among(ordered, device) if any(turn.temperature == GREEDY for _, turn in turns) else None,
         taught=taught(ordered, teachers, device) if teachers else {},
         micro_batches=tuple(_pack_parts(pieces, policy_of_piece, parts, device, sizes if shared else None)),

@@ -1,4 +1,4 @@
-"""Episodes that are trained in pieces: each goes on once, each token is trained once, each piece within its own bound."""
+"""Episodes that are trained in pieces: each goes on once, each token is trained once, each piece has its own bound."""
 
 from __future__ import annotations
 
