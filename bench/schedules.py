@@ -4,8 +4,8 @@
 
 Each is tests/support_world.py's: policy, sizes, losses, delays, deaths, freezes, partitions, lying and poisoned
 generators, all drawn from its number. What must never happen is watched in every one. A schedule that fails is printed
-with its number, which plays it again, and the exit code is 1. One takes some 15 ms of a core (the last line says how much
-it was), so that a million fit into a night on two cores.
+with its number, which plays it again, and the exit code is 1. One takes some 15 ms of a core (the last line says how
+much it was), so that a million fit into a night on two cores.
 """
 
 from __future__ import annotations
