@@ -263,7 +263,8 @@ class Admission:
     def _new_group(self, generator: ConnectedGenerator, now: float) -> Group:
         """The problem of a dropped group, if there is one, else an episode that goes on, else the next problem."""
         decision, version = None, generator.version
-        if not self.refill and (piece := self.windows.take(generator.name)) is not None:
+        piece = None if self.refill else self.windows.take(generator.name)
+        if piece is not None:
             position, attempt, decision = piece.position, piece.attempt, piece.decision()
         else:
             position, attempt = self.refill.pop(0) if self.refill else (self.position, 0)
@@ -284,4 +285,5 @@ class Admission:
             position=position,
             attempt=attempt,
             decision=decision,
+            senders=set(piece.senders) if piece is not None else set(),
         )

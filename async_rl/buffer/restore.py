@@ -156,7 +156,14 @@ def restore(core: Core, stored: StoredState, *, version: int) -> None:
 
 
 def _piece(group: int, position: int, attempt: int, problem: int, generator: str) -> Piece:
-    return Piece(group=group, position=position, attempt=attempt, problem=problem, generator=generator)
+    return Piece(
+        group=group,
+        position=position,
+        attempt=attempt,
+        problem=problem,
+        generator=generator,
+        senders=(generator,),
+    )
 
 
 def _group(core: Core, row: GroupRow, decision: Decision | None) -> Group:

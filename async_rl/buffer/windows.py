@@ -31,6 +31,8 @@ class Piece:
     problem: int
     generator: str = ""
     """that sent it, and may still have its cache"""
+    senders: tuple[str, ...] = ()
+    """of it and of what came before it"""
 
     def decision(self) -> Decision:
         """What the group asks in which it goes on."""
@@ -56,6 +58,7 @@ class Windows:
                     attempt=group.attempt,
                     problem=group.problem,
                     generator=sender,
+                    senders=tuple(sorted(group.senders)),
                 ),
             )
 

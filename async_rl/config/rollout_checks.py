@@ -62,11 +62,6 @@ def pieces_go_on_alone(s: Settings) -> str:
         return f"rollout.window and sampler.* exclude each other: {why}; leave sampler.* out, or set rollout.window=0"
     if s.pool.source != "none":
         return f"rollout.window and pool.source={s.pool.source} exclude each other: {why}, and pieces do not come back"
-    if s.verify.share:
-        return (
-            "rollout.window and verify.share exclude each other: a verifier plays whole episodes; set verify.share=0, "
-            "or rollout.window=0"
-        )
     return ""
 
 

@@ -122,6 +122,8 @@ class Replayer:
     """of the data, with the text that answers may begin with; empty: with none"""
     instruction: str = ""
     """before such a text where it stands in the prompt"""
+    window: int = 0
+    """tokens behind which training episodes are cut; 0: they are whole"""
     whole: bool
     """episodes are played to their end, where nothing but the policy is random in them; else prompts are compared"""
 
@@ -140,6 +142,7 @@ class Replayer:
             weights=Weights(chosen=settings.task.reward_weights),
             start_field=settings.sampler.start_field,
             instruction=settings.sampler.start_instruction,
+            window=settings.rollout.window,
             whole=rewards == "always" or (rewards == "auto" and is_repeatable(task)),
         )
 
@@ -165,6 +168,7 @@ class Replayer:
             session_id=0,
             max_context=self.max_context,
             max_turns=self.max_turns,
+            window=self.window,
         )
 
     def _ticket(self, t: Trajectory) -> Ticket:

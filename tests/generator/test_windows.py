@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from async_rl.config import Settings
 from async_rl.generator.build import make_engine
 from async_rl.generator.engine import Engine
 from async_rl.generator.episodes import Episodes
+from async_rl.generator.replay import Replayed, Replayer
 from async_rl.generator.start import OTHER_WAY
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task import make_task
@@ -100,6 +102,11 @@ def follow(piece: Trajectory) -> Permit:
     return replace(PERMIT, group=piece.group + 1, start=start)
 
 
+def windowed(model: Path, window: int) -> Settings:
+    words = ["task.args.max_turns=12", "batch.group_size=1", f"rollout.window={window}", "recipe=t_ppo"]
+    return quick_settings(model, *words)
+
+
 def player(model: Path, window: int, task: Task | None = None) -> Player:
     settings = quick_settings(model, "task.args.max_turns=12", "batch.group_size=1")
     return Player(settings, task or make_task(settings.task.name, settings.task.args), window)
@@ -123,6 +130,9 @@ def test_the_pieces_of_an_episode_say_what_the_whole_episode_says(tiny_model: Pa
                 assert not wrong_given(piece)
                 places = [p for start, length in given.stretches for p in range(start, start + length)]
                 assert places + own.tolist() == sampled[: len(places) + len(own)]
+        replayer = dataclasses.replace(Replayer.of(windowed(tiny_model, window)), whole=True)
+        for piece in pieces:
+            assert replayer.replay(piece) == Replayed(played=True)  # what verifies it finds nothing wrong
         for piece in pieces[:-1]:
             assert (piece.ended, piece.reward, piece.num_policy_tokens) == ("window", 0.0, window)
         if engines == 1:  # its cache was kept: nothing but the environment's answers is fed again
