@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from async_rl.objective.axes import AdvantageSettings
+from async_rl.objective.bilevel import bilevel_gae
+from async_rl.objective.modulation import with_equal_groups
 from async_rl.objective.recipe import Recipe
 from async_rl.objective.returns import Returns, token_gae, turn_gae, turn_q
 from async_rl.objective.tokens import (
@@ -31,7 +33,7 @@ from async_rl.objective.tokens import (
     segment_min,
     segment_sum,
 )
-from async_rl.objective.tree import path_mean, segment_gain
+from async_rl.objective.tree import path_mean, root_of, segment_gain, tree_gain
 from async_rl.trajectory.parts import PREFIX
 
 
@@ -72,9 +74,18 @@ def advantage_of(tokens: Tokens, recipe: Recipe, penalty: Tensor | None) -> Adva
         case "gigpo":
             per_token = _gigpo(tokens, reward, penalty, settings)[tokens.turn]
         case "path_mean":
-            per_token = path_mean(tokens, group_advantage(tokens, reward, settings))
+            compared = group_advantage(tokens, reward, settings)
+            if settings.trees == "both":
+                root = root_of(tokens)
+                compared = compared + _compare(
+                    reward, root, int(root.max()) + 1 if len(root) else 0, settings, counted=tokens.compared,
+                    length=tokens.length, batch_values=reward,
+                )  # fmt: skip
+            per_token = path_mean(tokens, compared)
         case "segment_gain":
             per_token = segment_gain(tokens, reward)
+        case "tree_gain":
+            per_token = tree_gain(tokens, reward)
         case "token_return":
             per_token = _token_returns(tokens, reward, penalty, settings)
         case "token_gae":
@@ -83,9 +94,14 @@ def advantage_of(tokens: Tokens, recipe: Recipe, penalty: Tensor | None) -> Adva
         case "turn_gae":
             returns = turn_gae(tokens, token_rewards(tokens, tokens.reward, penalty), recipe)
             per_token = returns.advantage
+        case "bilevel_gae":
+            returns = bilevel_gae(tokens, token_rewards(tokens, tokens.reward, penalty), recipe)
+            per_token = returns.advantage
         case "turn_q":
             returns = turn_q(tokens, token_rewards(tokens, tokens.reward, penalty), recipe)
             per_token = returns.advantage
+    if settings.equal != "nothing":
+        per_token = with_equal_groups(tokens, per_token, zero_signal, settings)
     if settings.whiten:
         per_token = whitened(per_token, tokens)
     if settings.whiten_trajectories:
@@ -121,10 +137,13 @@ def group_advantage(tokens: Tokens, reward: Tensor, settings: AdvantageSettings)
         reward = reward - _noted_baseline(tokens, settings.note)
     if settings.baseline == "greedy":
         reward = reward - greedy_reward(tokens, reward)[tokens.group_of_trajectory].nan_to_num()
-    return _compare(
+    advantage = _compare(
         reward, tokens.group_of_trajectory, tokens.num_groups, settings,
         counted=tokens.compared, length=tokens.length, batch_values=reward,
     )  # fmt: skip
+    if settings.baseline_shift != 0:
+        return torch.where(tokens.compared, advantage - settings.baseline_shift, 0.0)
+    return advantage
 
 
 def parts_advantage(tokens: Tokens, settings: AdvantageSettings) -> Tensor:
@@ -198,6 +217,12 @@ def _compare(
             centred = values - torch.where(mass > 0, weighted / mass.clamp(min=1.0), mean)[key]
         case "distinct_mean":
             centred = values - _distinct_mean(values, key, num_keys, counted)[key]
+        case "quantile":
+            centred = values - _quantile(values, key, num_keys, counted, settings.quantile)[key]
+        case "soft_mean":
+            tilted = torch.where(counted, values / settings.soft_temperature, -torch.inf)
+            total = segment_log_sum_exp(tilted, key, num_keys) - safe.log()
+            centred = values - settings.soft_temperature * torch.where(count > 0, total, 0.0)[key]
         case _:
             centred = values - mean[key]
     scaled = centred / _scale(values, key, num_keys, settings, weight, mean, size, batch_values)
@@ -206,6 +231,19 @@ def _compare(
     if settings.baseline not in ("none", "virtual_max", "noted", "greedy"):
         scaled = torch.where(_constant(values, key, num_keys, counted)[key], 0.0, scaled)
     return torch.where(counted, scaled, 0.0)
+
+
+def _quantile(values: Tensor, key: Tensor, num_keys: int, counted: Tensor, share: float) -> Tensor:
+    """The smallest of the counted values under each key that at least `share` of them do not exceed: [n], [n] int64,
+    [n] bool -> [keys]"""
+    chosen, owner = values[counted], key[counted]
+    order = torch.argsort(chosen, stable=True)
+    order = order[torch.argsort(owner[order], stable=True)]
+    size = torch.bincount(owner, minlength=num_keys)
+    if len(order) == 0:
+        return values.new_zeros(num_keys)
+    place = (size.double() * share - 1e-9).ceil().long().clamp(min=1) - 1 + size.cumsum(0) - size
+    return torch.where(size > 0, chosen[order[place.clamp(max=len(order) - 1)]], 0.0)
 
 
 def _distinct_mean(values: Tensor, key: Tensor, num_keys: int, counted: Tensor) -> Tensor:
@@ -233,11 +271,37 @@ def _scale(
         batch_mean = (values * weight).sum() / total
         variance = ((values - batch_mean).square() * weight).sum() / (total - less).clamp(min=1.0)
         return (variance.sqrt() + settings.std_epsilon).expand_as(values)
+    if settings.scale == "beta":
+        return _beta_density(mean, segment_sum(weight, key, num_keys) > 0)[key]
     square = segment_sum((values - mean[key]).square() * weight, key, num_keys)
     if settings.baseline == "virtual_max":
         square = square + (settings.reward_max - mean).square()
-    std = (square / (size - less).clamp(min=1.0)).sqrt()
-    return (std + settings.std_epsilon)[key]
+    std = (square / (size - less).clamp(min=1.0)).sqrt() + settings.std_epsilon
+    if settings.scale == "mixed":
+        right = segment_sum(weight * (values > 0), key, num_keys) / segment_sum(weight, key, num_keys).clamp(min=1.0)
+        unsure = 4 * right * (1 - right)
+        by_mean = torch.where(mean > 0, (1 - unsure) / torch.where(mean > 0, mean, 1.0), 0.0)
+        return 1 / (unsure / std + by_mean).clamp(min=torch.finfo(std.dtype).tiny)[key]
+    return std[key]
+
+
+def _beta_density(mean: Tensor, counted: Tensor) -> Tensor:
+    """BNPO: density at each mean of Beta(1 + a / 3, 1 + b / 3), with Beta(a, b) having the mean and variance of the
+    counted ones; 1 where there is no such distribution. [keys], [keys] bool -> [keys]"""
+    known = mean[counted]
+    one = torch.ones_like(mean)
+    if len(known) == 0:
+        return one
+    middle, variance = known.mean(), known.var(correction=0)
+    if not 0 < float(variance) < float(middle * (1 - middle)):
+        return one
+    both = middle * (1 - middle) / variance - 1
+    alpha, beta = 1 + middle * both / 3, 1 + (1 - middle) * both / 3
+    inside = (mean > 0) & (mean < 1)
+    at = torch.where(inside, mean, 0.5)
+    log_density = (alpha - 1) * at.log() + (beta - 1) * (1 - at).log()
+    log_density = log_density + torch.lgamma(alpha + beta) - torch.lgamma(alpha) - torch.lgamma(beta)
+    return torch.where(inside, log_density.exp(), 1.0)
 
 
 def _constant(values: Tensor, key: Tensor, num_keys: int, counted: Tensor) -> Tensor:

@@ -67,10 +67,13 @@ class TrustSettings:
         "regress",
         "disco",
         "mix_ppo",
+        "dcpo",
+        "real",
     ] = setting(
         "ppo",
-        "what becomes of a token whose ratio is far from 1. Two put another objective in the place of the policy "
-        "gradient: regress, log-ratios on rewards (GVPO, CoPG, REBEL); disco, right answers against wrong ones",
+        "what becomes of a token whose ratio is far from 1. Three put another objective in the place of the policy "
+        "gradient: regress, log-ratios on rewards (GVPO, CoPG, REBEL); disco, right answers against wrong ones; real, "
+        "log-ratios that tell right answers from wrong ones (REAL)",
     )
     gradient: Literal["unit", "token"] = setting(
         "unit",
@@ -84,6 +87,12 @@ class TrustSettings:
     )
     clip_high: float = setting(
         0.2, "ppo, cispo, gmpo, clip_cov, sat, aspo, cpgd, gbpo: upper bound is 1 + clip_high (gmpo: log)"
+    )
+    beyond_low: float = setting(
+        0.0, "ppo, A < 0: share of the lower bound that a token below it keeps as its weight (CE-GPPO: 0.75)", min=0
+    )
+    beyond_high: float = setting(
+        0.0, "ppo, A > 0: share of the upper bound that a token above it keeps as its weight (CE-GPPO: 1)", min=0
     )
     dual_clip: float = setting(0.0, "ppo, sat, bapo: ratio above which negative advantages stop too; 0 is off")
     cap: float = setting(8.0, "truncate: largest weight. topr: largest weight of negatives, 1 in the paper")
@@ -129,11 +138,11 @@ class TrustSettings:
     inverse_cap: float = setting(3.0, "aspo: largest weight, of the inverted ratio and of the ratio", above=0)
     uncertain_share: float = setting(
         0.0,
-        "aspo: share of a trajectory's tokens, those of the highest entropy, that have uncertain_clip",
+        "ppo, aspo: share of a trajectory's tokens, those of the highest entropy, that have uncertain_clip",
         min=0,
         max=1,
     )
-    uncertain_clip: float = setting(0.4, "aspo: clip_low and clip_high of the tokens of uncertain_share", min=0)
+    uncertain_clip: float = setting(0.4, "ppo, aspo: clip_low and clip_high of the tokens of uncertain_share", min=0)
     gate_positive: float = setting(1.0, "sapo, A > 0: steepness of the gate", above=0)
     gate_negative: float = setting(1.05, "sapo, A <= 0: steepness of the gate", above=0)
     power_positive: float = setting(2.0, "vespo, A >= 0: power of the weight")
@@ -155,7 +164,9 @@ class TrustSettings:
         "rule none 2 beta is OREO's",
         above=0,
     )
-    score_temperature: float = setting(10.0, "disco: tau of the soft maximum over wrong answers", above=0)
+    score_temperature: float = setting(
+        10.0, "disco: tau of the soft maximum over wrong answers. real: what mean log-ratios are divided by", above=0
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,8 +213,22 @@ class SelectSettings:
     largest_share: float = setting(
         1.0, "share of the batch's trajectories that stay: those with the largest |advantage| (CPPO)", above=0, max=1
     )
+    keep_in_group: int = setting(
+        0, "trajectories of each group that stay; means and stds are taken over those alone; 0: all",
+        unit="trajectories", min=0,
+    )  # fmt: skip
+    keep_by: Literal["shortest", "efficient", "variance"] = setting(
+        "shortest",
+        "keep_in_group: the shortest; those with the largest reward per token (GFPO); or the highest and lowest "
+        "rewards, as many of each as gives the largest variance (PODS)",
+    )
+    deviating_share: float = setting(
+        1.0, "share of the groups that stay: those with the largest std of rewards (StarPO-S: 0.25)", above=0, max=1
+    )
     before_forward: bool = setting(
-        False, "largest_share: the others are left out before the forward pass, which they then cost nothing of"
+        False,
+        "largest_share, keep_in_group: the others are left out before the forward pass, which they then cost nothing "
+        "of",
     )
     drop_zero_signal: bool = setting(
         False, "reject trajectories whose advantage is 0 on every token, e.g. groups of equal rewards"
@@ -212,75 +237,6 @@ class SelectSettings:
         "all",
         "tokens and trajectories counted in the loss's denominators: all (a rejected one is a zero; the step "
         "shrinks) or kept (the rest share the step)",
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardSettings:
-    """What becomes of an episode's reward before it is compared. Metrics and selection see it as it came."""
-
-    outcome: Literal["reward", "indicator"] = setting(
-        "reward", "the reward itself; or 1 where it is above `threshold`, else 0 (RAFT with fractional rewards)"
-    )
-    threshold: float = setting(0.0, "indicator: rewards above it count as right")
-    overlong_limit: int = setting(
-        0, "policy tokens of the longest answer (DAPO: 20480); 0 is off", unit="tokens", min=0
-    )
-    overlong_buffer: int = setting(
-        4096, "tokens before the limit over which the penalty grows from 0 to its full size", unit="tokens", min=1
-    )
-    bonus: float = setting(0.0, "weight of a number that the task notes, added to the reward (SPEAR: tool calls)")
-    bonus_note: str = setting("", "name of that note")
-    overlong_penalty: float = setting(1.0, "subtracted from the reward of an answer at the limit or above", min=0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShapeSettings:
-    """Factors on the advantage of a token or turn, fixed numbers without a gradient."""
-
-    probability: float = setting(
-        0.0, "a: factor 1 - a + a pi, which damps tokens of low probability (AR-Lopti: 0.3); 0 is off", min=0, max=1
-    )
-    focal: float = setting(
-        0.0, "c: factor (1 - pi)^c, which damps tokens of high probability (RL-PLUS: 0.5); 0 is off", min=0
-    )
-    turn_entropy: float = setting(
-        0.0,
-        "k: factor exp(-k H) of a turn, divided by its mean over the batch's turns, with H the turn's mean entropy "
-        "scaled to 0..1 over the batch (EMPG); 0 is off",
-        min=0,
-    )
-    clarity: float = setting(
-        0.0, "z: z exp(-k H of the next turn) is added, then the mean over the batch's turns taken off (EMPG); 0 is off"
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MaskSettings:
-    """Tokens or whole turns of kept trajectories without policy gradient; they stay in the denominators."""
-
-    entropy_share: float = setting(
-        1.0, "share of the tokens that is trained: those of the highest entropy (80/20: 0.2)", above=0, max=1
-    )
-    entropy_scope: Literal["batch", "trajectory"] = setting("batch", "entropy_share: among which tokens")
-    turn_entropy_share: float = setting(
-        1.0, "share of the batch's turns that is trained: those of the highest mean entropy (DART)", above=0, max=1
-    )
-    probability_below: float = setting(
-        1.0, "tokens of a probability above are left out (SPO-chain's mask); 1 is off", above=0, max=1
-    )
-    binary_kl: float = setting(
-        0.0,
-        "tokens are left out where the KL of this token or another, between the proximal policy and mu, is above in "
-        "either direction (KPop); 0 is off",
-        unit="nats",
-        min=0,
-    )
-    advantage_sigma: float = setting(
-        0.0,
-        "tokens are left out whose advantage is further from the batch's mean (StableReinforce: 3); 0 is off",
-        unit="stds",
-        min=0,
     )
 
 
@@ -297,13 +253,17 @@ class AdvantageSettings:
         "turn_q",
         "path_mean",
         "segment_gain",
+        "tree_gain",
+        "bilevel_gae",
     ] = setting(
         "trajectory",
-        "what gets a value of its own: trajectory (the outcome); turn_return (discounted return of each "
-        "turn); turn_group (turn reward against the same turn of the group, plus outcome); gigpo (outcome "
-        "plus return against the same environment state); token_return; token_gae, turn_gae (critic); turn_q "
-        "(a critic with Q heads for turns: ArCHer); path_mean, segment_gain (answers that fork from one another: mean "
-        "advantage of those that go through a token, ARPO; change of value along a segment, SPO)",
+        "what gets a value of its own: trajectory (the outcome); turn_return (discounted return of each turn); "
+        "turn_group (turn reward against the same turn of the group, plus outcome); gigpo (outcome plus return "
+        "against the same environment state); token_return; token_gae, turn_gae (critic); turn_q (a critic with Q "
+        "heads for turns: ArCHer); path_mean, segment_gain (answers that fork from one another: mean advantage of "
+        "those that go through a token, ARPO; change of value along a segment, SPO; that and the change since the "
+        "prompt, by the root of the answers ahead, TreeRL); bilevel_gae (critic: over turns, and from each turn's end "
+        "back over its tokens: VAGEN)",
     )
     baseline: Literal[
         "none",
@@ -315,12 +275,31 @@ class AdvantageSettings:
         "noted",
         "distinct_mean",
         "greedy",
+        "quantile",
+        "soft_mean",
     ] = setting(
         "group_mean",
         "what is subtracted: mean of the group; mean of the others; length-weighted mean (OPO); mean with a "
         "virtual best sample (NGRPO); off-policy optimal baseline (VCPO); a number that the task noted (A*-PO); mean "
-        "of the values that occur, each counted once (MARS); reward of the group's greedy sample (ReMax)",
+        "of the values that occur, each counted once (MARS); reward of the group's greedy sample (ReMax); "
+        "a quantile of the group (QAE); t log mean exp(R / t) (OAPL)",
     )
+    quantile: float = setting(
+        0.4, "baseline quantile: the smallest reward that this share of the group does not exceed", above=0, max=1
+    )
+    soft_temperature: float = setting(1.0, "baseline soft_mean: t", above=0)
+    baseline_shift: float = setting(0.0, "added to the baseline; below 0 right answers weigh more (AsymRE: -0.1)")
+    trees: Literal["together", "both"] = setting(
+        "together",
+        "path_mean: answers are compared within their group; or the advantage among those that begin with the same "
+        "root is added (Tree-GRPO)",
+    )
+    equal: Literal["nothing", "sign", "entropy"] = setting(
+        "nothing",
+        "advantage in groups of equal rewards: nothing; sign: equal_weight where the reward is positive, else its "
+        "negative (AGPO); entropy: equal_weight times H of the token, else H less the answer's largest (RL-ZVP)",
+    )
+    equal_weight: float = setting(0.1, "equal: size", above=0)
     among: Literal["group", "batch"] = setting(
         "group", "turn_return: the turns that are compared (of each agent): those of the group, or of the batch (MARS)"
     )
@@ -335,8 +314,10 @@ class AdvantageSettings:
         "sum: the reward as the task's parts were weighed; each: every named part is compared and scaled by itself, "
         "then weighed by task.reward_weights (GDPO)",
     )
-    scale: Literal["none", "group_std", "group_mean", "batch_std"] = setting(
-        "group_std", "what divides: nothing, std of the group's rewards, their mean (MaxRL), std of the batch"
+    scale: Literal["none", "group_std", "group_mean", "batch_std", "mixed", "beta"] = setting(
+        "group_std",
+        "what divides: nothing, std of the group's rewards, their mean (MaxRL), std of the batch; mixed: std and "
+        "mean, the mean the more the surer the group (MAPO); beta: density of a Beta distribution at their mean (BNPO)",
     )
     std: Literal["sample", "population"] = setting("sample", "divisor of the variance: n - 1 or n")
     std_epsilon: float = setting(1e-6, "added to the std")
@@ -374,11 +355,17 @@ class GaeSettings:
     trace: float = setting(0.95, "lambda of the policy's advantage")
     critic_trace: float = setting(1.0, "lambda of the critic's target (1: Monte-Carlo return)")
     length_adaptive: float = setting(0.0, "alpha: lambda = 1 - 1 / max(1, alpha * length) (VAPO); 0 is off")
+    turn_discount: float = setting(1.0, "bilevel_gae: gamma from turn to turn", above=0, max=1)
     bootstrap_truncated: bool = setting(
         False, "a truncated trajectory goes on with its last value instead of ending at 0 (T-PPO)"
     )
     value_clip: float = setting(0.0, "bound on the value's move in one step in the loss; 0 is off")
     value_finished_only: bool = setting(False, "no value loss on truncated trajectories (T-PPO)")
+    value_earlier: bool = setting(
+        False,
+        "with rollout.window: the last piece of an episode trains the critic on the tokens of the earlier pieces, too "
+        "(T-PPO)",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -440,16 +427,6 @@ class KlSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BandSettings:
-    """EPO's smoothing: a penalty on tokens whose entropy leaves a band around the mean of the steps so far, weight
-    times the square of the distance. (The released code has a constant in its place, which has no gradient.)"""
-
-    weight: float = setting(0.0, "of the penalty; 0 is off", min=0)
-    low: float = setting(0.8, "lower end of the band", unit="of the past mean", min=0, below=1)
-    high: float = setting(1.2, "upper end of the band", unit="of the past mean", above=1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TeachingSettings:
     """Distillation from the run's teachers (`teachers`): their log-probs of the tokens that the policy sampled."""
 
@@ -493,6 +470,16 @@ class ReuseSettings:
         0.0, "c: factor (1 - pi)^c on the policy gradient of demonstrations (RL-PLUS: 0.5); 0 is off", min=0
     )
     nll: float = setting(0.0, "weight of the mean of -log pi over the demonstrations' tokens (HPT); 0 is off", min=0)
+    nll_weight: Literal["equal", "certainty", "uncertainty", "probability"] = setting(
+        "equal",
+        "nll: weight of a token: 1; exp of minus the mean entropy of the demonstrations' tokens (SRFT); pi (1 - pi) "
+        "(CHORD); pi (DFT)",
+    )
+    demonstration_advantage: Literal["own", "standardised"] = setting(
+        "own",
+        "of demonstrations: as that of fresh rows is formed; or their reward standardised among all of their group "
+        "(SRFT)",
+    )
     self_imitation: float = setting(
         0.0, "weight of the mean of -max(A, 0) log pi over the tokens of replayed rows; 0 is off", min=0
     )

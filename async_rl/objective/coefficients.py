@@ -24,6 +24,7 @@ from async_rl.objective.advantage import (
     proxy_log_norm_square,
 )
 from async_rl.objective.axes import AggregateSettings
+from async_rl.objective.group_filter import kept_in_groups
 from async_rl.objective.kl import adapted, kl_loss, kl_now, kl_penalty
 from async_rl.objective.measures import (
     Meter,
@@ -44,6 +45,7 @@ from async_rl.objective.measures import (
     scalar_size,
     without_empty_buckets,
 )
+from async_rl.objective.modulation import modulated
 from async_rl.objective.own import is_own_function
 from async_rl.objective.recipe import Recipe, has_kl, requirements
 from async_rl.objective.returns import Returns, value_loss, with_median
@@ -54,8 +56,9 @@ from async_rl.objective.reuse import (
     reused_advantage,
     selected,
 )
+from async_rl.objective.rewards import shaped_reward
 from async_rl.objective.schedule import controlled, recipe_at
-from async_rl.objective.shaping import distance, factor, mask, shaped_advantage, shaped_reward, taught
+from async_rl.objective.shaping import distance, factor, mask, shaped_advantage, taught
 from async_rl.objective.state import ObjectiveState, Past
 from async_rl.objective.tokens import (
     Coefficients,
@@ -225,16 +228,24 @@ def _surrogate(columns: Columns, recipe: Recipe, state: ObjectiveState) -> Surro
     compared = tokens
     if recipe.reward != PLAIN.reward:
         compared = replace(tokens, reward=shaped_reward(tokens, recipe.reward))
+    surplus: Tensor | None = None
+    if recipe.select.keep_in_group > 0:
+        surplus = ~kept_in_groups(compared, compared.reward, recipe.select)
+        compared = replace(compared, compared=compared.compared & ~surplus)
     advantage = advantage_of(compared, recipe, penalty)
     if columns.reused is not None:
         own = reused_advantage(tokens, advantage.per_token, compared.reward, recipe)
         advantage = replace(advantage, per_token=own)
     if recipe.shape.clarity != 0:
         advantage = replace(advantage, per_token=shaped_advantage(tokens, advantage.per_token, recipe.shape))
+    if recipe.shape != PLAIN.shape:
+        advantage = replace(advantage, per_token=modulated(tokens, ratio, advantage.per_token, recipe.shape))
     if recipe.teaching.coefficient > 0:
         advantage = replace(advantage, per_token=taught(tokens, advantage.per_token, recipe.teaching))
     rule = trust(compared, ratio, advantage.per_token, recipe)
     selection = select(tokens, recipe, advantage.per_token, advantage.zero_signal)
+    if surplus is not None:
+        selection = selection.without("surplus", surplus)
     counted = torch.ones_like(selection.keep)
     if columns.reused is not None:
         rule, selection = demonstrated(tokens, rule, recipe.reuse), selected(selection, tokens, recipe.reuse)
@@ -245,6 +256,8 @@ def _surrogate(columns: Columns, recipe: Recipe, state: ObjectiveState) -> Surro
     if columns.reused is not None:
         share = share * policy_share(tokens, recipe)
     base = share * correction_weight(tokens, recipe)
+    if recipe.policy_weight != 1:
+        base = base * recipe.policy_weight
     if recipe.mask != PLAIN.mask:
         base = base * mask(tokens, advantage.per_token, recipe.mask)
     if recipe.shape != PLAIN.shape and recipe.shape.clarity == 0:

@@ -8,11 +8,12 @@ from typing import get_args
 
 from async_rl.config.pool import PoolSettings
 from async_rl.errors import UserError, nearest
-from async_rl.objective.axes import EssSettings, KlSettings, ShapeSettings
+from async_rl.objective.axes import EssSettings, KlSettings
 from async_rl.objective.own import is_own_function
 from async_rl.objective.recipe import WITH_CRITIC, Measured, Recipe, kl_terms, moving_numbers
 from async_rl.objective.reuse import reuse_effect_problem, reuse_problem
 from async_rl.objective.schedule import scheduled
+from async_rl.objective.shaping_axes import ShapeSettings
 
 SIGN_FREE = ("none", "truncate", "interval", "cispo", "damp", "m2po_all")
 """rules that do not look at the advantage, hence usable with a baseline found after the backward pass"""
@@ -274,6 +275,12 @@ def _critic_problem(recipe: Recipe) -> str:
         for name in ("length_adaptive", "value_clip"):
             if getattr(gae, name):
                 return f"gae.{name} does nothing with advantage.credit=turn_q; leave it out"
+    plain = credit == "token_gae" and gae.critic_trace == 1 and not gae.value_clip and recipe.trust.rule != "bpo"
+    if gae.value_earlier and not plain:
+        return (
+            "gae.value_earlier trains the critic on returns of earlier tokens; it needs advantage.credit=token_gae, "
+            "gae.critic_trace=1, gae.value_clip=0 and another trust.rule than bpo"
+        )
     if recipe.trust.loss_weight != 1 and recipe.trust.rule not in ("none", "regress"):
         return f"trust.loss_weight does nothing with trust.rule={recipe.trust.rule}; it is for none and regress"
     return ""

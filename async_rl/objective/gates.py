@@ -12,14 +12,16 @@ from torch import Tensor
 from async_rl.objective.axes import TrustSettings
 from async_rl.objective.tokens import LARGEST_LOG_RATIO, Ratio, Tokens, pooled, weight_of
 
-MOVING_BOUNDS = ("sat", "bapo", "aspo", "mix_ppo")
+MOVING_BOUNDS = ("sat", "bapo", "aspo", "mix_ppo", "dcpo")
 """rules that clip like PPO, at bounds of their own"""
 
 
 def moving_bounds(
     tokens: Tokens, ratio: Ratio, advantage: Tensor, settings: TrustSettings
 ) -> tuple[Tensor | float, Tensor | float]:  # [T], or one for all
-    """The interval of each token's ratio, for the rules of MOVING_BOUNDS. advantage [T]."""
+    """The interval of each token's ratio, for the rules of MOVING_BOUNDS, and for ppo. advantage [T]."""
+    if settings.rule == "dcpo":
+        return bounds_of_probability(tokens.log_prob - ratio.log, settings)
     if settings.rule == "sat":
         return contracted_bounds(tokens, ratio, settings)
     if settings.rule == "mix_ppo":
@@ -35,6 +37,15 @@ def moving_bounds(
     clip_low = torch.where(uncertain, settings.uncertain_clip, settings.clip_low * one)
     clip_high = torch.where(uncertain, settings.uncertain_clip, settings.clip_high * one)
     return 1 - clip_low, 1 + clip_high
+
+
+def bounds_of_probability(log_old: Tensor, settings: TrustSettings) -> tuple[Tensor, Tensor]:
+    """DCPO: where r |r - 1| q meets the clip, q the old probability, so that improbable tokens may move further; at
+    most 10. log_old [T] -> two [T]."""
+    old = log_old.exp().clamp(min=1e-12)
+    low = 0.5 + 0.5 * (1 - 4 * settings.clip_low / old).clamp(min=0.0).sqrt()
+    high = 0.5 + 0.5 * (1 + 4 * settings.clip_high / old).sqrt()
+    return low, high.clamp(max=10.0)
 
 
 def contracted_bounds(tokens: Tokens, ratio: Ratio, settings: TrustSettings) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """Objectives of a whole group in the place of the policy gradient: log-ratios regressed on rewards, right answers
-against wrong ones.
+against wrong ones, log-ratios that tell the one from the other.
 
-Formulas: docs/algorithms.md#regression, #discrimination. Shapes: T policy tokens, I trajectories, G groups. Each gives
-the number that stands for the advantage: what multiplies the gradient of log pi of every token of a trajectory, before
-the share of its group.
+Formulas: docs/algorithms.md#regression, #discrimination, #classification. Shapes: T policy tokens, I trajectories, G
+groups. Each gives the number that stands for the advantage: what multiplies the gradient of log pi of every token of a
+trajectory, before the share of its group.
 """
 
 from __future__ import annotations
@@ -52,3 +52,21 @@ def discriminated(tokens: Tokens, ratio: Ratio, settings: TrustSettings) -> Tens
     mixed = (rights > 0) & (wrongs > 0)
     value = torch.where(right, 1 / rights.clamp(min=1.0)[group], -softmax)
     return (torch.where(mixed[group], value, 0.0) / tokens.length.clamp(min=1.0))[tokens.trajectory]
+
+
+def classified(tokens: Tokens, ratio: Ratio, settings: TrustSettings) -> Tensor:
+    """REAL: minus the gradient of log(1 + sum over right e^(-s / tau)) + log(1 + sum over wrong e^(s / tau)), with s
+    the mean log-ratio of an answer, divided by its length. ratio: of tokens. [T]
+
+    Right is a reward above 0.
+    """
+    score = tokens.mean_trajectory(ratio.log) / settings.score_temperature
+    group = tokens.group_of_trajectory
+    counted = tokens.finite & tokens.compared & (tokens.length > 0)
+    right = tokens.reward > 0
+    value = torch.zeros_like(score)
+    for chosen, sign in ((counted & right, 1.0), (counted & ~right, -1.0)):
+        scaled = torch.where(chosen, -sign * score, -torch.inf)
+        total = torch.logaddexp(segment_log_sum_exp(scaled, group, tokens.num_groups), torch.zeros_like(score[:1]))
+        value = value + sign * torch.where(chosen, (scaled - total[group]).exp(), 0.0)
+    return (value / settings.score_temperature / tokens.length.clamp(min=1.0))[tokens.trajectory]

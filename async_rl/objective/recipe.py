@@ -10,23 +10,21 @@ from async_rl.config.schema import setting
 from async_rl.objective.axes import (
     AdvantageSettings,
     AggregateSettings,
-    BandSettings,
     BiasSettings,
     CorrectionSettings,
     EssSettings,
     GaeSettings,
     KlSettings,
-    MaskSettings,
     OpobSettings,
     RatioSettings,
     ReuseSettings,
-    RewardSettings,
     SelectSettings,
-    ShapeSettings,
     TeachingSettings,
     TrustSettings,
 )
 from async_rl.objective.own import is_own_function, load_own_function
+from async_rl.objective.reward_axes import RewardSettings
+from async_rl.objective.shaping_axes import BandSettings, MaskSettings, ShapeSettings
 
 Measured = Literal[
     "entropy", "kl/behaviour", "kl/regulariser", "teacher/kl", "reward/mean", "len/mean", "ess/ratio", "clip/frac"
@@ -59,14 +57,17 @@ class Controller:
     number: str = setting("", "which one, e.g. entropy; it begins with the recipe's value")
     metric: Measured = setting("entropy", "what is measured: the metric of this name of the update")
     target: float = setting(0.0, "where the metric should be, or what it has to pass (switch)")
-    law: Literal["multiply", "add", "switch"] = setting(
+    law: Literal["multiply", "add", "switch", "step"] = setting(
         "multiply",
         "multiply: times exp(rate clip((metric - target) / |target|, -1, 1)); add: plus rate (metric - target), as a "
-        "multiplier of a bound does; switch: `then` for good when the metric has passed the target",
+        "multiplier of a bound does; switch: `then` for good when the metric has passed the target; step: plus rate "
+        "where the metric is at most the target, else minus rate, and 0 while it is above (Skywork-OR1)",
     )
-    rate: float = setting(0.1, "multiply, add: how fast; negative where the number should fall as the metric rises")
-    low: float = setting(0.0, "multiply, add: smallest value")
-    high: float = setting(1e9, "multiply, add: largest value")
+    rate: float = setting(
+        0.1, "multiply, add, step: how fast; negative where the number should fall as the metric rises"
+    )
+    low: float = setting(0.0, "multiply, add, step: smallest value")
+    high: float = setting(1e9, "multiply, add, step: largest value")
     then: float = setting(0.0, "switch: the value afterwards")
     side: Literal["above", "below"] = setting("above", "switch: the side of the target that counts as passed")
     hold: int = setting(1, "switch: updates in a row that the metric has to be there", unit="updates", min=1)
@@ -90,6 +91,7 @@ class Recipe:
     schedule: tuple[Schedule, ...] = setting((), "numbers of the recipe that move with the step, in a list")
     controller: tuple[Controller, ...] = setting((), "numbers of the recipe that follow a metric, in a list")
     entropy: float = setting(0.0, "weight of the entropy bonus; 0 is off")
+    policy_weight: float = setting(1.0, "weight of the policy gradient beside the other terms (CHORD: 1 - mu)", min=0)
     band: BandSettings = field(default_factory=BandSettings)
     teaching: TeachingSettings = field(default_factory=TeachingSettings)
     reuse: ReuseSettings = field(default_factory=ReuseSettings)
@@ -107,7 +109,7 @@ class Recipe:
     bias: BiasSettings = field(default_factory=BiasSettings)
 
 
-WITH_CRITIC = ("token_gae", "turn_gae", "turn_q")
+WITH_CRITIC = ("token_gae", "turn_gae", "turn_q", "bilevel_gae")
 """credits that a critic gives"""
 
 
@@ -143,6 +145,8 @@ class Requirements:
     """the named parts of the reward"""
     before_forward: bool
     """trajectories are left out before the forward pass"""
+    earlier: bool
+    """the critic's rows of earlier pieces of the episodes that end"""
 
 
 @lru_cache(maxsize=256)  # asked for several times a step
@@ -157,7 +161,9 @@ def requirements(recipe: Recipe) -> Requirements:
     kappa = recipe.bias.kappa != "none"
     moving = moving_numbers(recipe)
     trust, mask, shape = recipe.trust, recipe.mask, recipe.shape
-    read = (recipe.select.drop_flag, recipe.advantage.note, recipe.reward.bonus_note)
+    reward = recipe.reward
+    read = (recipe.select.drop_flag, recipe.advantage.note, reward.bonus_note, reward.answer_note,
+            reward.length_target_note)  # fmt: skip
     return Requirements(
         proximal=recipe.ratio.denominator == "proximal"
         or trust.rule == "mix_ppo"
@@ -173,9 +179,14 @@ def requirements(recipe: Recipe) -> Requirements:
         entropy_value=min(mask.entropy_share, mask.turn_entropy_share, *(kl.certain_share for kl in kls), 1.0) < 1
         or shape.turn_entropy > 0
         or shape.clarity != 0
+        or shape.entropy_bonus > 0
+        or shape.positive_entropy
+        or recipe.reward.outcome == "certainty"
+        or recipe.advantage.equal == "entropy"
+        or recipe.reuse.nll_weight == "certainty"
         or recipe.band.weight > 0
         or "band.weight" in moving
-        or (trust.rule == "aspo" and trust.uncertain_share > 0),
+        or (trust.rule in ("ppo", "aspo") and trust.uncertain_share > 0),
         prob_square_sum=(opob and recipe.opob.norm == "logit") or (kappa and recipe.bias.estimator == "logit"),
         teacher=recipe.teaching.coefficient > 0 or "teaching.coefficient" in moving or "log_teacher" in asked,
         proxy_share=next((kl.proxy_share for kl in kls if kl.target == "proxy"), 0.0),
@@ -184,6 +195,7 @@ def requirements(recipe: Recipe) -> Requirements:
         noted=frozenset(noted).union(filter(None, read)),
         parts=recipe.advantage.parts == "each",
         before_forward=recipe.select.before_forward,
+        earlier=recipe.gae.value_earlier,
     )
 
 

@@ -18,7 +18,7 @@ from async_rl.objective.tokens import Tokens, segment_sum
 from async_rl.objective.trust import Selection, Trust
 
 OF_REPLAYED = ("replayed", "weight", "advantage", "self_imitation")
-OF_DEMONSTRATIONS = ("demonstrations", "shape", "focal", "nll")
+OF_DEMONSTRATIONS = ("demonstrations", "shape", "focal", "nll", "nll_weight", "demonstration_advantage")
 """settings of recipe.reuse that are for the one and for the other"""
 
 
@@ -37,6 +37,10 @@ def reused_advantage(tokens: Tokens, per_token: Tensor, reward: Tensor, recipe: 
         own = reward - reused.baseline.double()
         if recipe.advantage.scale != "none":
             own = own / reused.scale.double()
+    if settings.demonstration_advantage == "standardised":
+        shown = reused.demonstration[tokens.trajectory] & back
+        among_all = _against_fresh(tokens, tokens.reward, recipe, always=True)
+        per_token = torch.where(shown, among_all[tokens.trajectory], per_token)
     if own is not None and settings.advantage != "group":
         replayed = reused.replayed[tokens.trajectory] & back
         per_token = torch.where(replayed, own[tokens.trajectory], per_token)
@@ -45,14 +49,16 @@ def reused_advantage(tokens: Tokens, per_token: Tensor, reward: Tensor, recipe: 
     return per_token
 
 
-def _against_fresh(tokens: Tokens, reward: Tensor, recipe: Recipe) -> Tensor:
-    """(R - mean) / std of every trajectory against the fresh ones of its group; a std of 0 is 1 (RL-PLUS). [I]"""
+def _against_fresh(tokens: Tokens, reward: Tensor, recipe: Recipe, *, always: bool = False) -> Tensor:
+    """(R - mean) / std of every trajectory against those of its group that are compared; a std of 0 is 1 (RL-PLUS). [I]
+
+    always: whatever `advantage.scale` says."""
     group, num = tokens.group_of_trajectory, tokens.num_groups
     weight = tokens.compared.to(reward.dtype)
     count = segment_sum(weight, group, num)
     mean = segment_sum(reward * weight, group, num) / count.clamp(min=1.0)
     centred = reward - mean[group]
-    if recipe.advantage.scale == "none":
+    if recipe.advantage.scale == "none" and not always:
         return centred
     less = 1.0 if recipe.advantage.std == "sample" else 0.0
     std = (segment_sum(centred.square() * weight, group, num) / (count - less).clamp(min=1.0)).sqrt()
@@ -126,7 +132,7 @@ def imitation(tokens: Tokens, per_token: Tensor, recipe: Recipe) -> tuple[Tensor
     metrics: dict[str, Tensor] = {}
     if bool(shown.any()):
         share = shown.double() / shown.sum()
-        added = added + settings.nll * share
+        added = added + settings.nll * share * _nll_weight(tokens, shown, settings)
         metrics["pool/nll"] = -(tokens.log_prob * share).sum()
     if bool(replayed.any()):
         share = replayed.double() / replayed.sum()
@@ -137,6 +143,21 @@ def imitation(tokens: Tokens, per_token: Tensor, recipe: Recipe) -> tuple[Tensor
         metrics["pool/log_ratio"] = (log_ratio * share).sum()
         metrics["pool/log_ratio_std"] = ((log_ratio - metrics["pool/log_ratio"]).square() * share).sum().sqrt()
     return added, metrics
+
+
+def _nll_weight(tokens: Tokens, shown: Tensor, settings: ReuseSettings) -> Tensor | float:
+    """Weight of the likelihood of each token of a demonstration. shown [T] bool -> [T], or one for all."""
+    probability = tokens.log_prob.exp()
+    match settings.nll_weight:
+        case "certainty":
+            assert tokens.entropy is not None
+            return float((-(tokens.entropy * shown).sum() / shown.sum()).exp())
+        case "uncertainty":
+            return probability * (1 - probability)
+        case "probability":
+            return probability
+        case _:
+            return 1.0
 
 
 def reuse_problem(recipe: Recipe) -> str:

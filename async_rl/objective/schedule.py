@@ -65,6 +65,10 @@ def _moved(controller: Controller, now: Controlled, metric: float) -> Controlled
         count = now.passed + 1 if passed or now.passed >= controller.hold else 0
         return Controlled(value=controller.then if count >= controller.hold else now.value, passed=count)
     error = metric - controller.target
+    if controller.law == "step":
+        held = (now.value if now.held is None else now.held) + (controller.rate if error <= 0 else -controller.rate)
+        held = max(controller.low, min(controller.high, held))
+        return Controlled(value=held if error <= 0 else 0.0, held=held)
     if controller.law == "add":
         value = now.value + controller.rate * error
     else:

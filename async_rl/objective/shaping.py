@@ -1,6 +1,6 @@
-"""What is done to rewards before they are compared, and to advantages afterwards: factors and masks.
+"""What is done to advantages after rewards were compared: factors and masks.
 
-Formulas: docs/algorithms.md#reward-shaping, #advantage-shaping, #masks. Shapes: T policy tokens, U turns,
+Formulas: docs/algorithms.md#advantage-shaping, #masks. Shapes: T policy tokens, U turns,
 I trajectories. Factors are positive numbers and masks are 0 or 1, so neither changes what a trust rule decides; both
 multiply the share of a token, and so stand in the column of an exact baseline too.
 """
@@ -10,26 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from async_rl.objective.axes import BandSettings, MaskSettings, RewardSettings, ShapeSettings, TeachingSettings
+from async_rl.objective.axes import TeachingSettings
 from async_rl.objective.gates import most_entropy, quantile
+from async_rl.objective.shaping_axes import BandSettings, MaskSettings, ShapeSettings
 from async_rl.objective.tokens import Tokens, discounted_suffix_sum
 from async_rl.objective.trust import bernoulli_kl
-
-
-def shaped_reward(tokens: Tokens, settings: RewardSettings) -> Tensor:
-    """The outcomes that are compared, [I]."""
-    reward = tokens.reward
-    if settings.outcome == "indicator":
-        reward = ((reward > settings.threshold) & tokens.rewarded).to(reward.dtype)
-    if settings.bonus_note:
-        noted = tokens.columns.noted.trajectory.get(settings.bonus_note)
-        if noted is not None:
-            reward = reward + torch.where(tokens.rewarded, settings.bonus * noted.double().nan_to_num(nan=0.0), 0.0)
-    if settings.overlong_limit > 0:
-        over = tokens.length - (settings.overlong_limit - settings.overlong_buffer)
-        reward = reward - settings.overlong_penalty * (over / settings.overlong_buffer).clamp(0.0, 1.0)
-        reward = torch.where(tokens.rewarded, reward, 0.0)
-    return reward
 
 
 def shaped_advantage(tokens: Tokens, advantage: Tensor, settings: ShapeSettings) -> Tensor:

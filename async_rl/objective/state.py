@@ -35,6 +35,16 @@ class Controlled:
     value: float
     passed: int = 0
     """updates in a row that the metric has passed its target"""
+    held: float | None = None
+    """the value behind one that is 0 for now (law step)"""
+
+    def to_list(self) -> list[float]:
+        return [self.value, self.passed] if self.held is None else [self.value, self.passed, self.held]
+
+    @staticmethod
+    def from_list(numbers: Sequence[float]) -> Controlled:
+        held = numbers[2] if len(numbers) > 2 else None
+        return Controlled(value=numbers[0], passed=int(numbers[1]), held=held)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +87,7 @@ class ObjectiveState:
             "kl_coefficient": self.kl_coefficient,
             **({"numbers": dict(self.numbers)} if self.numbers else {}),
             **({"entropy": [self.entropy.mean, self.entropy.updates]} if self.entropy else {}),
-            **({"controlled": {n: [c.value, c.passed] for n, c in self.controlled.items()}} if self.controlled else {}),
+            **({"controlled": {n: c.to_list() for n, c in self.controlled.items()}} if self.controlled else {}),
         }
 
     @staticmethod
@@ -91,7 +101,7 @@ class ObjectiveState:
             kl_coefficient=values["kl_coefficient"],
             numbers=values.get("numbers", {}),
             entropy=Past(mean=values["entropy"][0], updates=values["entropy"][1]) if "entropy" in values else None,
-            controlled={n: Controlled(value=v, passed=k) for n, (v, k) in values.get("controlled", {}).items()},
+            controlled={n: Controlled.from_list(c) for n, c in values.get("controlled", {}).items()},
         )
 
 

@@ -56,11 +56,27 @@ class _Answer:
     """own tokens before a fork -> the answers that fork there"""
     values: list[tuple[int, float]] = field(default_factory=list)
     """(own tokens before the cut, value there), rising"""
+    ends: int = 0
+    """answers that go through its first token and count"""
 
     @property
     def first(self) -> float:
         """Value at the end of its first segment."""
         return self.values[0][1] if self.values else self.reward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Segment:
+    """A piece of an answer between two forks, as it has it for itself."""
+
+    tokens: int
+    before: float
+    """value where it begins"""
+    behind: float
+    begin: float
+    """value of the prompt"""
+    ends: int
+    """answers that go through it and count"""
 
 
 def segment_gain(tokens: Tokens, reward: Tensor) -> Tensor:
@@ -70,6 +86,33 @@ def segment_gain(tokens: Tokens, reward: Tensor) -> Tensor:
     there, each with the value at the end of its next segment; the value of the prompt is that mean over the answers
     that begin with it; the value of an end is its reward. Answers that do not count are in no mean.
     """
+    found = [s.behind - s.before for s in _segments(tokens, reward) for _ in range(s.tokens)]
+    return torch.where(tokens.finite[tokens.trajectory], reward.new_tensor(found), 0.0)
+
+
+def tree_gain(tokens: Tokens, reward: Tensor) -> Tensor:
+    """TreeRL: the value behind a token's segment less that before it, plus the same less that of the prompt, both
+    divided by the root of the number of answers that go through it. reward [I] -> [T]"""
+    found = [
+        (2 * s.behind - s.before - s.begin) / max(s.ends, 1) ** 0.5
+        for s in _segments(tokens, reward)
+        for _ in range(s.tokens)
+    ]
+    return torch.where(tokens.finite[tokens.trajectory], reward.new_tensor(found), 0.0)
+
+
+def root_of(tokens: Tokens) -> Tensor:
+    """The answer from the prompt that each answer goes back to, its number in the batch: [I] int64."""
+    forks = _forks_of(tokens)
+    found = list(range(tokens.num_trajectories))
+    for number, (parent, _) in enumerate(forks or []):
+        if parent >= 0:
+            found[number] = found[parent]
+    return torch.tensor(found, dtype=torch.int64, device=tokens.group_of_trajectory.device)
+
+
+def _segments(tokens: Tokens, reward: Tensor) -> list[_Segment]:
+    """Those of every answer, in the order of its own tokens. reward [I]."""
     forks = _forks_of(tokens) or [(-1, 0)] * tokens.num_trajectories
     of_each = zip(reward.tolist(), tokens.finite.tolist(), strict=True)
     answers = [_Answer(reward=r, counted=ok) for r, ok in of_each]
@@ -81,21 +124,24 @@ def segment_gain(tokens: Tokens, reward: Tensor) -> Tensor:
         else:
             roots.setdefault(group[number], []).append(number)
     for answer in reversed(answers):
-        ahead = answer.reward
+        ahead, answer.ends = answer.reward, int(answer.counted)
         for cut in sorted(answer.cuts, reverse=True):
             ahead = _mean([ahead] * answer.counted + [answers[c].first for c in answer.cuts[cut] if answers[c].counted])
             answer.values.insert(0, (cut, ahead))
+            answer.ends += sum(answers[c].ends for c in answer.cuts[cut])
     begins = {g: _mean([answers[i].first for i in every if answers[i].counted]) for g, every in roots.items()}
     lengths = tokens.length.long().tolist()
-    found: list[float] = []
+    found: list[_Segment] = []
     for number, answer in enumerate(answers):
         parent, shared = forks[number]
-        before = begins.get(group[number], 0.0) if parent < 0 else dict(answers[parent].values)[shared]
-        at = 0
+        begin = begins.get(group[number], 0.0)
+        before = begin if parent < 0 else dict(answers[parent].values)[shared]
+        at, ends = 0, answer.ends
         for cut, value in [*answer.values, (lengths[number], answer.reward)]:
-            found += [value - before] * (cut - at)
+            found.append(_Segment(tokens=cut - at, before=before, behind=value, begin=begin, ends=ends))
+            ends -= sum(answers[c].ends for c in answer.cuts.get(cut, []))
             before, at = value, cut
-    return torch.where(tokens.finite[tokens.trajectory], reward.new_tensor(found), 0.0)
+    return found
 
 
 def _mean(values: list[float]) -> float:

@@ -27,7 +27,8 @@ from async_rl.objective.gates import (
     soft_gate,
     towards_target,
 )
-from async_rl.objective.groupwise import discriminated, regressed
+from async_rl.objective.group_filter import deviating
+from async_rl.objective.groupwise import classified, discriminated, regressed
 from async_rl.objective.recipe import Recipe
 from async_rl.objective.tokens import (
     LARGEST_LOG_RATIO,
@@ -62,7 +63,7 @@ class Trust:
 def trust(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Trust:
     """Apply the recipe's rule. advantage [T]. Every weight is finite."""
     match recipe.trust.rule:
-        case "ppo" | "clip_cov" | "kl_cov" | "sat" | "bapo" | "aspo" | "cpgd" | "mix_ppo":
+        case "ppo" | "clip_cov" | "kl_cov" | "sat" | "bapo" | "aspo" | "cpgd" | "mix_ppo" | "dcpo":
             return _surrogate(tokens, ratio, advantage, recipe)
         case "sapo" | "gbpo" | "bpo":
             return _gated(tokens, ratio, advantage, recipe)
@@ -73,6 +74,8 @@ def trust(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) -> Tr
             return _detached(torch.ones_like(advantage), regressed(tokens, ratio, advantage, recipe.trust))
         case "disco":
             return _detached(ratio.value * ratio.inside, discriminated(tokens, ratio, recipe.trust))
+        case "real":
+            return _detached(torch.ones_like(advantage), classified(tokens, ratio, recipe.trust))
         case "none":
             return _plain(ratio, advantage, recipe)
         case "gmpo":
@@ -126,14 +129,14 @@ def _surrogate(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) 
     value, up, down = ratio.value, advantage > 0, advantage < 0
     none = torch.zeros_like(up)
     extra = None
+    low: Tensor | float = 1 - settings.clip_low
+    high: Tensor | float = 1 + settings.clip_high
     if settings.rule == "kl_cov":  # unclipped surrogate plus a penalty on few tokens
         clipped = dual = none
         chosen = covariance_top(tokens, advantage, settings.covariance_fraction)
         extra = -settings.covariance_penalty * torch.where(chosen, ratio.log.sign(), 0.0)
     else:
-        low: Tensor | float = 1 - settings.clip_low
-        high: Tensor | float = 1 + settings.clip_high
-        if settings.rule in MOVING_BOUNDS:
+        if settings.rule in MOVING_BOUNDS or settings.uncertain_share > 0:
             low, high = moving_bounds(tokens, ratio, advantage, settings)
         clipped = (up & (value > high)) | (down & (value < low))
         dual = (down & (value > settings.dual_clip)) if settings.dual_clip > 0 else none
@@ -147,6 +150,10 @@ def _surrogate(tokens: Tokens, ratio: Ratio, advantage: Tensor, recipe: Recipe) 
     elif settings.rule == "aspo":
         full = inverted(ratio, advantage, settings)
     weight = torch.where(clipped, 0.0, full)
+    if settings.beyond_low > 0:
+        weight = torch.where(down & (value < low), settings.beyond_low * low, weight)
+    if settings.beyond_high > 0:
+        weight = torch.where(up & (value > high), settings.beyond_high * high, weight)
     return Trust(weight=weight, full=full, clipped=clipped, dual=dual, advantage=advantage,
                  through=through, extra=extra)  # fmt: skip
 
@@ -321,6 +328,10 @@ class Selection:
     rejected: Mapping[str, Tensor]
     """reason -> [I] bool; a trajectory may have several"""
 
+    def without(self, why: str, left_out: Tensor) -> Selection:
+        """With these left out as well, [I] bool."""
+        return Selection(keep=self.keep & ~left_out, rejected={**self.rejected, why: left_out})
+
 
 def length_bucket(length: Tensor) -> Tensor:
     """Bucket index of each length, [n] -> [n] int64; the buckets are those of `bucket_names`."""
@@ -384,6 +395,8 @@ def _by_task(tokens: Tokens, recipe: Recipe) -> dict[str, Tensor]:
         top = segment_max(torch.where(counted, reward, -torch.inf), group, tokens.num_groups, empty=-torch.inf)
         bottom = segment_min(torch.where(counted, reward, torch.inf), group, tokens.num_groups, empty=torch.inf)
         rejected["equal_rewards"] = ~(top > bottom)[group]
+    if settings.deviating_share < 1:
+        rejected["small_deviation"] = ~deviating(tokens, tokens.reward, settings.deviating_share)
     if settings.group_low > 0 or settings.group_high > 0:
         counted = tokens.compared.double()
         mean = (tokens.sum_group(tokens.reward * counted) / tokens.sum_group(counted).clamp(min=1.0))[group]
