@@ -24,13 +24,13 @@ from async_rl.errors import UserError
 from async_rl.events import EvaluationReported, EventRow, GeneratorQuarantined
 from async_rl.observe.audit_pool import audit_pool
 from async_rl.observe.audit_sampler import check_decisions
+from async_rl.observe.audit_versions import Versions, versions_by_step
+from async_rl.observe.audit_windows import audit_pieces
 from async_rl.run_folder import Rollback, RunFolder, read_rollback, read_rows
 from async_rl.task import Task, make_task
 from async_rl.task.order import PromptOrder
 from async_rl.task.problem_fields import read_sources
 from async_rl.trainer.manifest import damage_of, list_checkpoints, version_of
-from async_rl.trajectory.codec import WireError, unpack
-from async_rl.trajectory.reuse import reuse_of
 
 Kind = Literal[
     "lost", "duplicated", "stale", "order", "decision", "batch", "pool", "evaluation", "checkpoint", "record",
@@ -70,6 +70,8 @@ class Promise:
     """of the run"""
     sampler: SamplerRules | None = None
     """what chooses problems and sizes in its place"""
+    window: int = 0
+    """tokens behind which episodes are cut; 0: they are whole"""
     sizes: Mapping[int, int] = field(default_factory=dict)
     """group -> trajectories, where the sampler chose them"""
     steps: int | None
@@ -123,6 +125,8 @@ class Audit:
     lag_max: int
     """the largest staleness of a trained token, in steps; 0 when none was trained"""
     violations: tuple[Violation, ...]
+    pieces: str = ""
+    """of episodes that were trained in pieces, in words; empty: none was"""
     reused: str = ""
     """what came back from the experience pool, in words; empty: nothing did"""
     went_back: str = ""
@@ -169,6 +173,7 @@ def promise_of(settings: Settings, *, finished: bool, back: Rollback | None = No
         pool=settings.pool,
         seed=settings.seed,
         sampler=make_sampler(settings, len(task.problems("train")), _sources(settings, task)),
+        window=settings.rollout.window,
         steps=settings.trainer.steps if finished else None,
         evaluation_size=problems * evaluation.samples,
         went_back=back.at if back is not None else 0,
@@ -200,16 +205,19 @@ def audit_store(store: StoreReader, promise: Promise) -> Audit:
     rows = list(store.groups())
     batches = list(store.batches())
     groups = {row.group: row for row in rows if row.split == "train"}
+    pieces = audit_pieces(store, groups, decided, promise.window)
+    chosen = pieces.wrong if promise.window else check_decisions(store, groups, decided, promise.sampler)
     violations = [
         *_check_numbers(rows),
-        *_check_order(list(groups.values()), promise),
-        *[Violation(kind="decision", what=what) for what in check_decisions(store, groups, decided, promise.sampler)],
+        *_check_order(list(groups.values()), promise, pieces.before),
+        *[Violation(kind="decision", what=what) for what in chosen],
         *_check_batches(batches, groups, promise, store.consumed_step()),
         *_check_fates(store, list(groups.values()), batches, promise),
     ]
     tokens = _TokenCheck()
-    for batch in batches:
-        violations += tokens.check(store, batch, promise)
+    with versions_by_step(store) as stored:
+        for batch in batches:
+            violations += tokens.check(stored(batch.step), batch, promise)
     reused = audit_pool(store, groups, promise.pool, promise.seed)
     violations += [Violation(kind="pool", what=what) for what in reused.wrong]
     refused = sum(1 for row in groups.values() if row.refused_because is not None)
@@ -224,6 +232,7 @@ def audit_store(store: StoreReader, promise: Promise) -> Audit:
         lag_max=max(tokens.lag_max, 0),
         violations=tuple(violations),
         reused=reused.describe(),
+        pieces=pieces.describe(),
     )
 
 
@@ -239,9 +248,9 @@ def _check_numbers(rows: Sequence[GroupRow]) -> Iterator[Violation]:
         expected = row.group + 1
 
 
-def _check_order(rows: Sequence[GroupRow], promise: Promise) -> Iterator[Violation]:
+def _check_order(rows: Sequence[GroupRow], promise: Promise, goes_on: Mapping[int, int]) -> Iterator[Violation]:
     """First attempts are a gapless prefix of the prompt order, and a problem is asked again only after its group was
-    refused. The check stops at the first gap, because everything behind it is shifted."""
+    refused, or as an episode that goes on (`goes_on`: from which group). The check stops at the first gap, because everything behind it is shifted."""
     begun = 0
     last: dict[int, GroupRow] = {}
     for row in rows:
@@ -256,7 +265,8 @@ def _check_order(rows: Sequence[GroupRow], promise: Promise) -> Iterator[Violati
             what = f"group {row.group} is attempt {row.attempt} at position {row.position} of the prompt order"
             yield Violation(kind="order", what=f"{what}; attempt 0 at position {begun} is next")
             return
-        if before is not None and (before.refused_because is None or row.attempt != before.attempt + 1):
+        on = before is not None and goes_on.get(row.group) == before.group
+        if before is not None and not on and (before.refused_because is None or row.attempt != before.attempt + 1):
             yield Violation(
                 kind="duplicated",
                 what=f"groups {before.group} and {row.group} both are attempt {row.attempt} at position {row.position} "
@@ -362,15 +372,12 @@ class _TokenCheck:
     seen: set[tuple[int, int]] = field(default_factory=set)
     """(group, sample)"""
 
-    def check(self, store: StoreReader, batch: BatchRow, promise: Promise) -> Iterator[Violation]:
-        """Check one batch, from the stored bytes that a trainer is answered, or from the columns beside them where the
-        bytes are deleted (buffer.keep_steps)."""
+    def check(self, stored: Iterable[Versions | str], batch: BatchRow, promise: Promise) -> Iterator[Violation]:
+        """Check one batch. `stored`: its trajectories; a text: one that cannot be read."""
         samples: dict[int, Counter[int]] = {group: Counter() for group in batch.groups}
-        stored: Iterable[_Versions | Violation]
-        stored = (_versions_in_bytes if batch.step >= store.first_step() else _versions_in_columns)(store, batch.step)
         for one in stored:
-            if isinstance(one, Violation):
-                yield one
+            if isinstance(one, str):
+                yield Violation(kind="lost", what=one)
                 continue
             self.trajectories += 1
             samples.setdefault(one.group, Counter())[one.sample] += 1
@@ -411,41 +418,6 @@ class _TokenCheck:
                         what=f"sample {sample} of group {group} is trained at step {batch.step} and once more",
                     )
                 self.seen.add((group, sample))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Versions:
-    """The versions of one trajectory."""
-
-    group: int
-    sample: int
-    oldest: int
-    """version of its oldest policy token; -1 when no token of it is trained"""
-    newest: int
-    """version of its newest policy token, or -1"""
-
-
-def _versions_in_bytes(store: StoreReader, step: int) -> Iterator[_Versions | Violation]:
-    """The versions of a batch's tokens, whatever the columns beside the bytes say."""
-    for blob in store.load_batch(step) or ():
-        try:
-            t = unpack(blob)
-        except WireError as error:
-            yield Violation(kind="lost", what=f"a trajectory of step {step} cannot be read: {error}")
-            continue
-        if reuse_of(t) is not None:
-            continue  # it has bounds of its own
-        versions = [] if t.failed else [span.version for span in t.versions if span.end > span.start]
-        oldest, newest = min(versions, default=-1), max(versions, default=-1)
-        yield _Versions(group=t.group, sample=t.sample, oldest=oldest, newest=newest)
-
-
-def _versions_in_columns(store: StoreReader, step: int) -> Iterator[_Versions]:
-    """The versions that the columns tell."""
-    for t in store.trajectories(step=step):
-        trained = t.ended not in ("error", "aborted")
-        oldest, newest = (t.version_min, t.version_max) if trained else (-1, -1)
-        yield _Versions(group=t.group, sample=t.sample, oldest=oldest, newest=newest)
 
 
 def _listed(numbers: Iterable[int]) -> str:
@@ -550,6 +522,7 @@ def audit_rows(audit: Audit) -> list[tuple[str, str]]:
                    f"{audit.groups_waiting} in the pipeline at the end"),
         ("batches", f"{audit.steps}, {audit.trajectories} trajectories"),
         ("staleness", f"{audit.lag_max} steps at most"),
+        *([("pieces", audit.pieces)] if audit.pieces else []),
         *([("pool", audit.reused)] if audit.reused else []),
         *([("went back", audit.went_back)] if audit.went_back else []),
         ("lost", str(audit.count("lost"))),
