@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from async_rl.objective import Coefficients, Columns, ObjectiveState
 from async_rl.objective.coefficients import opob_baselines
 from async_rl.objective.recipe import Recipe, Requirements
+from async_rl.trainer.exact_over_ranks import add_over_ranks
 from async_rl.trainer.forward import ModelArithmetic, batch_log_probs, log_probs, own_rows
 from async_rl.trainer.packing import PackedBatch
 from async_rl.trainer.ranks import Ranks, free, gather_head, is_sharded, sum_gradients, total_norm, whole_log_probs
-from async_rl.trainer.trajectory_gradient import TrajectoryGradient, add_over_ranks
+from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl_kernels import LogProbs
 
 if TYPE_CHECKING:

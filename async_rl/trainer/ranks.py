@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 
 from async_rl.errors import RunFailed, UserError
 from async_rl.process import MISSED
@@ -306,14 +306,3 @@ def keep_head_after_backward(model: object) -> None:
     """Keep the head gathered after a backward, for gradients that are formed from it later; then call `free`."""
     if isinstance(model, FSDPModule):
         model.set_reshard_after_backward(False, recurse=False)
-
-
-def add_gradient(parameter: DTensor, gradient: Tensor) -> None:
-    """Sum this rank's `gradient`, of the shape of the whole parameter, over ranks; each adds its rows to `.grad`.
-    Collective."""
-    parts = DTensor.from_local(gradient, parameter.device_mesh, [Partial("sum")], run_check=False)
-    rows = parts.redistribute(placements=parameter.placements)
-    if parameter.grad is None:
-        parameter.grad = rows
-    else:
-        parameter.grad += rows

@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ Bins = list[list[int]]
 """indices, each once; every bin in rising order"""
 Plan = list[list[list[int]]]
 """for each rank, for each of its micro-batches, the trajectories: as many micro-batches on every rank, some empty"""
+Reach = Literal["micro_batch", "round", "rounds"]
+"""how far a group reaches: one micro-batch has all of it; those of one number, of all ranks, together have; or more"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +36,8 @@ class Spread:
     size: int
     cost: Cost
     whole_groups: bool
-    """whether the trajectories of a group stay on one rank: their gradients are compared there"""
+    """whether the trajectories of a group stay together, as their gradients are compared: on one rank or, where a group
+    is longer than a micro-batch, in micro-batches that the ranks run at the same time"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,10 +56,15 @@ class Share:
     """policy tokens of each rank"""
     every_trajectory: Tensor  # [trajectories of all ranks] int64
     every_policy: Tensor  # [policy tokens] int64
-    groups_cut: bool
-    """some group, on some rank, is spread over several micro-batches or ranks"""
+    reach: tuple[Reach, ...]
+    """of the groups in the micro-batches of each number: the farthest"""
     imbalance: float
     """cost of the busiest rank as a multiple of the mean"""
+
+    @property
+    def groups_cut(self) -> bool:
+        """Whether some group is spread over several micro-batches or ranks."""
+        return any(reach != "micro_batch" for reach in self.reach)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +133,9 @@ def _prefixes(ordered: Sequence[Trajectory]) -> list[int]:
 def plan(ordered: Sequence[Trajectory], over: Spread, limit: int, sizes: Sizes | None = None) -> Plan:
     """Every trajectory that has policy tokens once, in micro-batches of at most `limit` rows.
 
-    A longer trajectory has a micro-batch of its own. Where groups stay whole, a group that fits one is not cut. Where a
-    prefix is shared, groups are cut into as many parts as make the busiest rank's work least, since each part computes
-    the prefix. `sizes`: None counts every token.
+    A longer trajectory has a micro-batch of its own. Where groups stay whole, each is in one micro-batch if all fit
+    one, else in one round (`_in_rounds`). Where a prefix is shared, groups are cut into as many parts as make the
+    busiest rank's work least, since each part computes the prefix. `sizes`: None counts every token.
     """
     sizes = sizes or Sizes(ordered)
     used = [i for i, t in enumerate(ordered) if t.num_policy_tokens]
@@ -138,6 +147,8 @@ def plan(ordered: Sequence[Trajectory], over: Spread, limit: int, sizes: Sizes |
         if best is None or busiest < best[0]:
             best = busiest, [[units[u] for u in chosen] for chosen in of_rank]
     assert best is not None
+    if over.whole_groups and any(sizes.rows(unit) > limit and len(unit) > 1 for own in best[1] for unit in own):
+        return _in_rounds(list(chain.from_iterable(best[1])), sizes, over, limit)
     pieces = [_fitting(units, sizes, limit) for units in best[1]]
     rows = [[sizes.rows(piece) for piece in own] for own in pieces]
     costs_of = [[sizes.cost(piece, over.cost) for piece in own] for own in pieces]
@@ -195,7 +206,7 @@ def share_of(
         policy_of_rank=tuple(map(len, rows)),
         every_trajectory=torch.tensor(list(chain.from_iterable(of_rank)), dtype=torch.int64, device=device),
         every_policy=torch.cat(rows).to(device),
-        groups_cut=_cuts_a_group(made, ordered),
+        reach=reaches(made, [t.group for t in ordered]),
         imbalance=max(work) * over.size / sum(work) if sum(work) else 1.0,
     )
 
@@ -238,15 +249,76 @@ def _micro_batches(filled: Sequence[Sequence[int]], pieces: Sequence[list[int]])
     return [sorted(chain.from_iterable(pieces[p] for p in one)) for one in filled]
 
 
-def _cuts_a_group(made: Plan, ordered: Sequence[Trajectory]) -> bool:
-    """Whether some group, on some rank, is spread over several micro-batches or ranks."""
-    seen: set[int] = set()
-    for micro_batch in chain.from_iterable(made):
-        groups = {ordered[i].group for i in micro_batch}
-        if groups & seen:
-            return True
-        seen |= groups
-    return False
+def reaches(made: Plan, groups: Sequence[int]) -> tuple[Reach, ...]:
+    """`Share.reach` of a plan. groups: of each trajectory."""
+    places: dict[int, set[tuple[int, int]]] = {}
+    for rank, micro_batches in enumerate(made):
+        for number, one in enumerate(micro_batches):
+            for i in one:
+                places.setdefault(groups[i], set()).add((number, rank))
+    found: list[Reach] = ["micro_batch"] * len(made[0])
+    for held in places.values():
+        numbers = {number for number, _ in held}
+        if len(numbers) > 1:
+            for number in numbers:
+                found[number] = "rounds"
+        elif len(held) > 1 and found[min(numbers)] == "micro_batch":
+            found[min(numbers)] = "round"
+    return tuple(found)
+
+
+# Rounds: one micro-batch of each rank, run at the same time.
+
+
+def _in_rounds(groups: Sequence[list[int]], sizes: Sizes, over: Spread, limit: int) -> Plan:
+    """Micro-batches so that each of `groups` that fits one round is in one: what is found of its trajectories on all
+    ranks is then known at the end of the round. The trajectories of longer groups have the last rounds to themselves.
+    """
+    costs = {i: sizes.cost([i], over.cost) for group in groups for i in group}
+    fitting = [_round(group, costs, sizes, over.size, limit) is not None for group in groups]
+    units = [group for group, fits in zip(groups, fitting, strict=True) if fits]
+    longer = [i for group, fits in zip(groups, fitting, strict=True) if not fits for i in group]
+    rounds = _rounds_of(units, costs, sizes, over.size, limit)
+    if longer:
+        rows, number = [sizes.rows([i]) for i in longer], 1
+        while (bins := fill([costs[i] for i in longer], rows, number * over.size, limit)) is None:
+            number += 1
+        of_bins = [[longer[i] for i in one] for one in bins]
+        rounds += [of_bins[at : at + over.size] for at in range(0, len(of_bins), over.size)]
+    made: Plan = [[] for _ in range(over.size)]
+    done = [0] * over.size
+    for one in rounds:  # the heaviest to the rank that had least so far
+        heaviest_first = sorted(one, key=lambda chosen: -sum(costs[i] for i in chosen))
+        for rank, chosen in zip(sorted(range(over.size), key=lambda r: done[r]), heaviest_first, strict=True):
+            made[rank].append(sorted(chosen))
+            done[rank] += sum(costs[i] for i in chosen)
+    return made
+
+
+def _rounds_of(
+    units: Sequence[list[int]], costs: dict[int, int], sizes: Sizes, ranks: int, limit: int
+) -> list[list[list[int]]]:
+    """Rounds of whole units, each of which fits a round: for each round, for each rank, the trajectories."""
+    if not units:
+        return []
+    rows = [sum(sizes.rows([i]) for i in unit) for unit in units]
+    work = [sum(costs[i] for i in unit) for unit in units]
+    for number in range(max(1, -(-sum(rows) // (ranks * limit))), len(units)):
+        filled = fill(work, rows, number, ranks * limit) or []
+        laid = [_round([i for u in one for i in units[u]], costs, sizes, ranks, limit) for one in filled]
+        made = [one for one in laid if one is not None]
+        if len(made) == number:
+            return made
+    laid = [_round(unit, costs, sizes, ranks, limit) for unit in units]
+    return [one for one in laid if one is not None]
+
+
+def _round(
+    chosen: Sequence[int], costs: dict[int, int], sizes: Sizes, ranks: int, limit: int
+) -> list[list[int]] | None:
+    """The trajectories `chosen` laid over the ranks, a micro-batch each; None when they do not fit."""
+    filled = fill([costs[i] for i in chosen], [sizes.rows([i]) for i in chosen], ranks, limit)
+    return None if filled is None else [[chosen[i] for i in one] for one in filled]
 
 
 # Bins of nearly equal cost. The slowest rank sets the pace, so the largest sum is made small.

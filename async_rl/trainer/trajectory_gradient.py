@@ -17,12 +17,9 @@ micro-batches. Its two sums are formed instead, sum R_i G_i in `.grad` and sum G
 and b is subtracted when its last trajectory has been seen. One baseline for the whole batch is treated alike. Norms
 first and a second pass over the batch would save that copy for a third more time.
 
-Over ranks (`add_over_ranks`) the norm of a trajectory is found on the rank that runs it. Where every group lies in one
-micro-batch, its baseline is known there and each micro-batch is finished at once. Otherwise norms come first and every
-micro-batch is run a second time: the extra copy would be one more gradient on every rank and, with sharded weights,
-could not be kept apart by group. Weight gradients that are formed from hooks are not seen by FSDP: each is formed
-whole, one weight at a time, and summed over the ranks into their rows of `.grad` before the next. The largest, of the
-embedding or the head, needs the most memory: vocabulary x hidden x 4 bytes.
+Over ranks: exact_over_ranks.py. Weight gradients that are formed from hooks are not seen by FSDP: each is formed whole
+and summed over the ranks into their rows of `.grad` while the next is formed. The largest, of the embedding or the
+head, needs the most memory: vocabulary x hidden x 4 bytes.
 """
 
 from __future__ import annotations
@@ -43,23 +40,16 @@ from async_rl.model.decoder import Attention, Decoder, LayerExecution, Linear, R
 from async_rl.model.repeats import Repeats
 from async_rl.model.tree_attention import RepeatedAttention, repeats_of
 from async_rl.model.varlen import Kernel
-from async_rl.trainer.forward import ModelArithmetic
+from async_rl.trainer.forward import ModelArithmetic, log_probs
 from async_rl.trainer.packing import MicroBatch, PackedBatch
-from async_rl.trainer.ranks import (
-    add_gradient,
-    free,
-    gather_head,
-    is_sharded,
-    keep_head_after_backward,
-    whole_trajectories,
-)
+from async_rl.trainer.ranks import free, gather_head, is_sharded, keep_head_after_backward
+from async_rl.trainer.reduction import Reduction
 from async_rl_kernels import LogProbs
 from async_rl_kernels.head_gradient import HeadGradient
 from async_rl_kernels.segment_gradient import Segments, embedding_norm_squares, segment_sums, weight_norm_squares
 
 if TYPE_CHECKING:
     from async_rl.model.huggingface import Model
-    from async_rl.trainer.ranks import Ranks
 
 
 Sums = dict[Tensor, Tensor]
@@ -133,6 +123,14 @@ class TrajectoryGradient:
                 self.accumulate(torch.ones_like(multipliers), first=cut - part.start, into=carried)
             self.forget()
         return norm_squares
+
+    def add_known(self, micro: MicroBatch, coefficients: Tensor) -> None:
+        """Add the gradient of -sum_t coefficients_t log pi_t to `.grad`, [t]: an ordinary step, without norms."""
+        found = log_probs(self._model, micro, self._arithmetic).log_prob
+        loss = -(coefficients.to(found.dtype) * found).sum()
+        gather_head(self._model)
+        loss.backward()
+        free(self._model)
 
     def norms(self, micro: MicroBatch, weights: Tensor) -> Tensor:
         """`backward` of weights [t], after `forward` where this micro-batch was not the last to be run: [i] float64."""
@@ -225,22 +223,24 @@ class TrajectoryGradient:
         segments, policy = record.segments, record.policy
         each = multipliers.double() * record.scale
         each[:first] = 0
+        reduction = Reduction()
         if record.head_weight.requires_grad:
-            with _summing(record.head_weight, into) as total:
+            with _summing(record.head_weight, into, reduction) as total:
                 record.head.accumulate(total, each[policy.ids], first=first)
         for shared in record.inputs:
             for weight, gradient, activations in shared.weighted(each, first):
-                _add_product(weight, gradient.T, activations, into)
+                _add_product(weight, gradient.T, activations, into, reduction)
         for vector, values in record.vectors:
-            with _summing(vector, into) as total:
+            with _summing(vector, into, reduction) as total:
                 total.add_(each.to(values.dtype) @ values)
         embedding = record.embedding_weight
         if record.embedding_gradient is not None and embedding is not None and embedding.requires_grad:
             rows = slice(segments.start(first), None)
             of_row = each[segments.ids[rows], None]
-            with _summing(embedding, into) as total:
+            with _summing(embedding, into, reduction) as total:
                 values = record.embedding_gradient[rows] * of_row.to(total.dtype)
                 total.index_add_(0, record.tokens[rows], values.to(total.dtype))
+        reduction.finish()
 
 
 @dataclass(slots=True, eq=False)
@@ -457,21 +457,21 @@ def _buffer(parameter: Tensor, into: Sums | None) -> Tensor:
 
 
 @contextmanager
-def _summing(parameter: Tensor, into: Sums | None) -> Iterator[Tensor]:
+def _summing(parameter: Tensor, into: Sums | None, reduction: Reduction) -> Iterator[Tensor]:
     """The tensor to add the gradient of `parameter` to, of the whole parameter's shape.
 
-    For a sharded parameter it is summed over ranks at the end, and each adds its rows to `.grad`: a collective.
+    For a sharded parameter it is given to `reduction` at the end.
     """
     if isinstance(parameter, DTensor):
         assert into is None, "sums by group need whole gradients"
         total = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
         yield total
-        add_gradient(parameter, total)
+        reduction.add(parameter, total)
     else:
         yield _buffer(parameter, into)
 
 
-def _add_product(weight: Tensor, left: Tensor, right: Tensor, into: Sums | None) -> None:
+def _add_product(weight: Tensor, left: Tensor, right: Tensor, into: Sums | None, reduction: Reduction) -> None:
     """Add left [out, N] @ right [N, in] to the gradient of `weight`, in its dtype.
 
     The first product becomes the sum itself: zeros to add it to would cost two more passes over the weight.
@@ -483,56 +483,10 @@ def _add_product(weight: Tensor, left: Tensor, right: Tensor, into: Sums | None)
     product = linear(left, right.T).to(weight.dtype)  # on a CPU twice as fast as addmm
     if isinstance(weight, DTensor):
         assert into is None, "sums by group need whole gradients"
-        add_gradient(weight, product)
+        reduction.add(weight, product)
     elif total is not None:
         total.add_(product)
     elif into is None:
         weight.grad = product
     else:
         into[weight] = product
-
-
-def add_over_ranks(
-    exact: TrajectoryGradient,
-    batch: PackedBatch,
-    policy: Tensor,
-    baseline: Tensor,
-    baselines: Callable[[Tensor], Tensor],
-    ranks: Ranks,
-    *,
-    scope: Literal["group", "batch"],
-) -> Tensor:
-    """`TrajectoryGradient.add` for this rank's share; arguments [T] and result [I] are of the whole batch. Collective.
-
-    With whole weights on every rank `.grad` is that of the share, not yet summed over ranks; with sharded weights it is
-    that of the batch.
-    """
-    share = batch.share
-    assert share is not None
-    baseline = batch.own(baseline)
-    reward = proportion(batch.own(policy), baseline, batch)
-    group = batch.group_of_trajectory[share.trajectories]
-    own = torch.zeros(len(group), dtype=torch.float64, device=reward.device)
-
-    def multipliers(micro: MicroBatch, whole: Tensor) -> Tensor:  # [I of the batch] -> [i]
-        if micro.idle:
-            return reward.new_zeros(1)
-        return (reward - baselines(whole)[group].to(reward))[micro.trajectories]
-
-    at_once = scope == "group" and not share.groups_cut
-    for micro in batch.micro_batches:
-        found = exact.norms(micro, micro.rows(baseline))
-        if not micro.idle:
-            own[micro.trajectories] = found
-        if at_once:
-            whole = own.new_zeros(batch.num_trajectories).index_copy_(0, share.trajectories, own)
-            exact.accumulate(multipliers(micro, whole))
-            exact.forget()
-    whole = whole_trajectories(own, batch, ranks)
-    if not at_once:
-        for micro in batch.micro_batches:
-            if len(batch.micro_batches) > 1:
-                exact.norms(micro, micro.rows(baseline))
-            exact.accumulate(multipliers(micro, whole))
-            exact.forget()
-    return whole

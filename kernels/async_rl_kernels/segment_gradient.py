@@ -33,6 +33,8 @@ GRAM_BLOCK = 32
 """rows of a Gram matrix formed at a time; only blocks on and below the diagonal are"""
 DIRECT_TILE = 1 << 18
 """elements of the G_i formed at a time"""
+PIECE_ROWS = 64
+"""rows of a segment that one thread of a GPU adds up"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -89,6 +91,19 @@ class Segments:
     def start(self, segment: int) -> int:
         """First row of `segment`; the number of rows for segment == len(self)."""
         return sum(self.lengths[:segment])
+
+    @property
+    def pieces(self) -> tuple[Tensor, Tensor]:
+        """Every segment in pieces of at most PIECE_ROWS rows: [pieces] int64, first row of each; [segments] int64, the
+        first piece of each segment."""
+
+        def cut() -> tuple[Tensor, Tensor]:
+            counts = torch.tensor([-(-n // PIECE_ROWS) for n in self.lengths], dtype=torch.int64)
+            first = counts.cumsum(0) - counts
+            starts = torch.repeat_interleave(self.starts.cpu() - PIECE_ROWS * first, counts)
+            return (starts + PIECE_ROWS * torch.arange(len(starts))).to(self.device), first.to(self.device)
+
+        return self.cached(("pieces", PIECE_ROWS), cut)
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -194,8 +209,14 @@ def segment_sums(values: Tensor, segments: Segments, scale: Tensor | None = None
     """
     repeats = values.shape[0] // max(1, segments.rows)
     assert values.shape[0] == repeats * segments.rows
-    every = torch.arange(values.shape[0], device=values.device)
-    return _bags(promoted(values), every, segments.starts * repeats, scale)
+    values = promoted(values)
+    if repeats > 1:
+        values = values if scale is None else values * scale.to(values.dtype)[:, None]
+        values, scale = values.unflatten(0, (-1, repeats)).sum(1), None
+    # In two steps: on CUDA one thread adds up a bag, which for a long answer would be thousands of rows.
+    starts, first = segments.pieces
+    sums = _bags(values, torch.arange(len(values), device=values.device), starts, scale)
+    return _bags(sums, torch.arange(len(sums), device=values.device), first)
 
 
 def embedding_norm_squares(gradients: Tensor, tokens: Tensor, segments: Segments) -> Tensor:
@@ -210,6 +231,7 @@ def embedding_norm_squares(gradients: Tensor, tokens: Tensor, segments: Segments
     order = torch.argsort(tokens, stable=True)
     order = order[torch.argsort(segments.ids[order], stable=True)]
     owner, token = segments.ids[order], tokens[order]
+    # a bag is as long as an id is frequent in a segment: some hundred rows in the longest answers
     new = torch.ones_like(owner, dtype=torch.bool)
     new[1:] = (owner[1:] != owner[:-1]) | (token[1:] != token[:-1])
     first = new.nonzero().squeeze(-1)

@@ -14,7 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from async_rl.model.architecture import DecoderConfig, tensor_shapes
 from async_rl.trainer.build import decoder_cost
 from async_rl.trainer.packing import pack_batch
-from async_rl.trainer.shares import Cost, Spread, differencing, fill, largest, plan, spread, to_the_lightest
+from async_rl.trainer.shares import (
+    Cost,
+    Spread,
+    differencing,
+    fill,
+    largest,
+    plan,
+    reaches,
+    spread,
+    to_the_lightest,
+)
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 COST = Cost(per_token=100, per_policy_token=30, per_pair=3)
@@ -41,6 +51,14 @@ def batches(draw: st.DrawFn) -> list[Trajectory]:
                 )
             )  # fmt: skip
     return made
+
+
+def trajectory(group: int, sample: int, tokens: int) -> Trajectory:
+    return Trajectory(
+        group=group, sample=sample, problem=0, split="train", seed=0, tokens=np.zeros(tokens, np.int32),
+        log_behaviour=np.zeros(tokens, np.float32), turns=(Turn(start=1, length=tokens - 1),),
+        versions=(VersionSpan(version=0, start=1, end=tokens),), reward=1.0, ended="finished",
+    )  # fmt: skip
 
 
 @given(COSTS, BINS)
@@ -97,12 +115,38 @@ def test_ranks_have_every_trajectory_once_and_groups_whole(
     assert sorted(flat) == [i for i, t in enumerate(batch) if t.num_policy_tokens]
     for one in chain.from_iterable(made):
         assert sum(len(batch[i].tokens) for i in one) <= limit or len(one) == 1
-    if whole:
-        ranks_of: dict[int, set[int]] = {}
-        for rank, micro_batches in enumerate(made):
-            for i in chain.from_iterable(micro_batches):
-                ranks_of.setdefault(batch[i].group, set()).add(rank)
-        assert all(len(ranks) == 1 for ranks in ranks_of.values())
+    if not whole:
+        return
+    places: dict[int, set[tuple[int, int]]] = {}
+    for rank, micro_batches in enumerate(made):
+        for number, one in enumerate(micro_batches):
+            for i in one:
+                places.setdefault(batch[i].group, set()).add((number, rank))
+    tokens = {g: [len(t.tokens) for t in batch if t.group == g and t.num_policy_tokens] for g in places}
+    if all(sum(of) <= limit or len(of) == 1 for of in tokens.values()):
+        assert all(len(held) == 1 for held in places.values()), "groups that fit a micro-batch are in one"
+    for group, held in places.items():
+        fits = fill([1] * len(tokens[group]), tokens[group], size, limit) is not None
+        assert not fits or len({number for number, _ in held}) == 1, "a group that fits a round is in one"
+
+
+def test_a_group_longer_than_a_micro_batch_is_run_by_all_ranks_at_once() -> None:
+    batch = [trajectory(group, sample, 10) for group in range(6) for sample in range(4)]
+    for size, limit, wanted in (
+        (2, 40, ["micro_batch"] * 3), (2, 20, ["round"] * 6), (2, 30, ["round"] * 6), (4, 20, ["round"] * 3),
+        (2, 10, ["rounds"] * 12), (3, 10, ["rounds"] * 8), (4, 10, ["round"] * 6),
+    ):  # fmt: skip
+        over = Spread(rank=0, size=size, cost=COST, whole_groups=True)
+        made = plan(batch, over, limit)
+        assert list(reaches(made, [t.group for t in batch])) == wanted, (size, limit)
+        work = [sum(len(one) for one in micro_batches) for micro_batches in made]
+        assert max(work) - min(work) <= 1 + (size == 3), "the ranks have as much to do"
+
+
+def test_what_fits_a_round_does_not_wait_for_what_does_not() -> None:
+    batch = [trajectory(0, sample, 10) for sample in range(5)] + [trajectory(1, sample, 10) for sample in range(4)]
+    made = plan(batch, Spread(rank=0, size=2, cost=COST, whole_groups=True), 20)
+    assert reaches(made, [t.group for t in batch]) == ("round", "rounds", "rounds")
 
 
 @settings(max_examples=40)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,6 +79,32 @@ def test_sums_of_segments_count_every_head(lengths: list[int], repeats: int, see
     close(segment_sums(values, Segments(lengths)), torch.stack([part.sum(0) for part in values.split(cuts)]))
     scaled = (scale[:, None] * values).split(cuts)
     close(segment_sums(values, Segments(lengths), scale), torch.stack([part.sum(0) for part in scaled]))
+
+
+def test_sums_of_long_segments_are_added_up_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA one thread adds up a bag: none may be as long as an answer times its heads."""
+    bags: list[int] = []
+
+    def counted(rows: torch.Tensor, values: torch.Tensor, first: torch.Tensor, **words: Any) -> torch.Tensor:
+        bags.append(int(torch.cat([first, torch.tensor([len(rows)])]).diff().max()))
+        return sums(rows, values, first, **words)
+
+    sums = F.embedding_bag
+    monkeypatch.setattr(F, "embedding_bag", counted)
+    lengths, heads = [5000, 0, 1, 64, 65, 3000, 0], 3
+    values = torch.randn(sum(lengths) * heads, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scale = torch.arange(len(values)) % 7 - 3.5
+    want = torch.stack([part.sum(0) for part in (scale[:, None] * values).split([n * heads for n in lengths])])
+    close(segment_sums(values, Segments(lengths), scale), want)
+    assert max(bags) <= 80
+
+
+def test_a_nan_stays_within_the_sums_of_its_segment() -> None:
+    values = torch.ones(2 * 300, 3)
+    values[2 * 200] = torch.nan
+    found = segment_sums(values, Segments([150, 0, 100, 50]), torch.full((len(values),), 0.5))
+    assert found[[0, 1, 3], 0].tolist() == [150.0, 0.0, 50.0]
+    assert found[2].isnan().all()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
