@@ -146,18 +146,18 @@ def _trained(path: Path, console: Console, work: Callable[[Path], Mapping[str, A
 
 
 def _start(settings: Settings, path: Path, console: Console) -> Mapping[str, Any]:
-    from async_rl.run.launcher import run_training
+    from async_rl.cluster.engines import train
     from async_rl.run.preflight import check_idle
 
     check_idle(settings)
-    return run_training(settings, path, console=console)
+    return train(settings, path, console=console)
 
 
 def _resume(path: Path, words: list[str], console: Console, accepted: Sequence[str]) -> Mapping[str, Any]:
-    from async_rl.run.launcher import resume_training
+    from async_rl.cluster.engines import resume
 
     try:
-        return resume_training(path, words, console=console, accepted=accepted)
+        return resume(path, words, console=console, accepted=accepted)
     except UserError as error:  # as a call in Python has it
         raise UserError(re.sub(r"--accept-changed (\S+?)(?=[:\n]|$)", r'accept_changed="\1"', str(error))) from None
 

@@ -116,6 +116,23 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
+def noted_signals() -> Iterator[list[str]]:
+    """Inside, a signal adds its name to the list and raises nothing: for code that must not be cut short, or that
+    would turn Interrupted into something else, and that looks at the list often."""
+    came: list[str] = []
+    held = [s for s in SIGNALS if signal.getsignal(s) == _interrupt]
+    if threading.current_thread() is not threading.main_thread():
+        held = []
+    for s in held:
+        signal.signal(s, lambda number, _: came.append(signal.Signals(number).name))
+    try:
+        yield came
+    finally:
+        for s in held:
+            signal.signal(s, _interrupt)
+
+
+@contextmanager
 def further_signals() -> Iterator[list[str]]:
     """Signals that arrive inside, after an Interrupted, add their name to the list and do nothing else."""
     came: list[str] = []

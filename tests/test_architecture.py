@@ -34,7 +34,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "generator trainer",
         "observe",
         # what starts them, and instruments that study them
-        "run cluster",
+        "run",
+        "cluster",
         "instruments",
         "doctor",
         "api",
@@ -51,6 +52,7 @@ ONLY = {
     "zmq": r"async_rl/wire/.*",
     "triton": r"kernels/async_rl_kernels/.*",
     "vllm": r".*vllm.*",
+    "ray": r"async_rl/cluster/ray_(cluster|actors)\.py",
     "transformers": r"async_rl/model/(huggingface|importing|plain_tokenizer)\.py",
 }
 """packages that may be imported by some files only"""

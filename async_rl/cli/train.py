@@ -84,11 +84,12 @@ def _run(arguments: argparse.Namespace) -> int:
     path: Path | None = None
     try:
         if arguments.resume is not None:
-            from async_rl.run.launcher import resume_training
+            from async_rl.cluster.engines import resume
 
             path = arguments.resume
             accepted = tuple(filter(None, arguments.accept_changed.split(",")))
-            summary = resume_training(path, _resume_words(arguments), console=console, accepted=accepted)
+            words = _resume_words(arguments)
+            summary = resume(path, words, console=console, accepted=accepted, quiet=arguments.quiet)
         else:
             if arguments.accept_changed:
                 raise UserError("--accept-changed is for --resume: a new run has nothing to differ from; leave it out")
@@ -96,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 raise UserError("name a YAML file of settings, or --resume RUN to go on with a run")
             loaded = load_with_notes(Path(arguments.config), arguments.overrides, needs_model=not arguments.fake_model)
             settings = loaded.settings
-            from async_rl.run.launcher import run_training  # after the settings: a misspelt one is said at once
+            from async_rl.cluster.engines import train  # after the settings: a misspelt one is said at once
             from async_rl.run.preflight import check_idle
 
             check_idle(settings)
@@ -111,7 +112,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 settings = rehearsal.settings
             for note in loaded.notes:
                 console.print(f"note: {note}")
-            summary = run_training(settings, path, console=console)
+            summary = train(settings, path, console=console, quiet=arguments.quiet)
     except Interrupted as order:
         if path is None or not RunFolder(path).config.is_file():
             raise  # before anything was there

@@ -190,7 +190,7 @@ def _trainer(run: Demand) -> Iterator[str]:
     yield (
         f"srun --het-group=0 --nodes={run.asked.trainer_nodes} --ntasks={run.settings.trainer.ranks} "
         f"--ntasks-per-node={run.ranks_per_node} --cpus-per-task={per_task}{gpus} --kill-on-bad-exit=1 "
-        '--label async-rl train "$run" &'
+        '--label async-rl train "$run" --connect "$connect" --keys "$keys" &'
     )
     yield "ranks=$!"
     yield ""

@@ -12,7 +12,9 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
+from async_rl.config.cluster_checks import CLUSTER_RELATIONS
 from async_rl.config.gpu_checks import GPU_RELATIONS
+from async_rl.config.node_checks import NODE_RELATIONS
 from async_rl.config.pool_checks import POOL_RELATIONS
 from async_rl.config.rollout_checks import ROLLOUT_RELATIONS
 from async_rl.config.sampler_checks import SAMPLER_RELATIONS, largest_group
@@ -30,6 +32,7 @@ from async_rl.config.settings import (
 )
 from async_rl.config.updates import ReferenceSettings, UpdatesSettings
 from async_rl.config.verify import VerifySettings
+from async_rl.config.vllm_checks import VLLM_RELATIONS
 from async_rl.errors import UserError, check_trackers
 
 Relation = Callable[[Settings], str]
@@ -560,11 +563,14 @@ RELATIONS: tuple[Relation, ...] = (
     vllm_has_its_own_cache,
     vllm_chooses_its_gpu_itself,
     vllm_on_a_cpu_has_no_gpu_settings,
+    *VLLM_RELATIONS,
     head_dtype_needs_half_precision,
     *GPU_RELATIONS,
+    *CLUSTER_RELATIONS,
     external_trainer_is_placed_by_others,
     external_trainer_is_not_started_again,
     start_timeout_needs_an_external_trainer,
+    *NODE_RELATIONS,
     one_cuda_device_holds_one_rank,
     sharding_needs_ranks,
     sharding_excludes_adapters,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from async_rl.config.cluster import ClusterSettings
 from async_rl.config.critic import CriticSettings
 from async_rl.config.generator import GeneratorSettings, VllmSettings
 from async_rl.config.pool import PoolSettings
@@ -262,6 +263,14 @@ class GuardSettings:
         min=0,
         below=1,
     )
+    mismatch: float = setting(
+        0.5,
+        "say once what to change when engine and trainer disagree so much at equal weights (kl/mismatch) that ratios "
+        "spread by more than this share of the recipe's bounds on them (event `mismatch`); 0: never",
+        unit="share of the bounds",
+        min=0,
+        max=100,
+    )
     rollback: bool = setting(
         False,
         "at the first alarm go back, once, to the newest checkpoint from before its first sign, with a lower "
@@ -388,6 +397,7 @@ class Settings:
     verify: VerifySettings = field(default_factory=VerifySettings)
     wire: WireSettings = field(default_factory=WireSettings)
     weights: WeightsSettings = field(default_factory=WeightsSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
     pin_threads: bool = setting(
         False,
         "bind each generator and trainer rank to `threads` cores of its own, so that none moves or meets another; "

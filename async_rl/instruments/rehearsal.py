@@ -238,7 +238,7 @@ RULES: dict[str, Rule] = {
     "trackers": (always([]), "nothing to keep"),
 }
 """setting -> rule; None is the setting's default"""
-DEFAULTS = {"vllm.": "embedded engine", "generator.gpus": NO_GPU, "trainer.gpus": NO_GPU}
+DEFAULTS = {"vllm.": "embedded engine", "generator.gpus": NO_GPU, "trainer.gpus": NO_GPU, "cluster.": HERE}
 """settings, or beginnings of their names, that go back to their defaults"""
 NOT_BY_HAND = ("model.", "task.", *DEFAULTS)
 """what words on the command line cannot put back: it is not here, or would be refused"""

@@ -22,7 +22,15 @@ from async_rl.buffer.store import StoreReader, store_begun
 from async_rl.config import Settings, check
 from async_rl.config.schema import structured, values_of, with_overrides
 from async_rl.errors import RunFailed, UserError
-from async_rl.events import AlarmRaised, EvaluationReported, RunRolledBack, StepSkipped, UpdatesStopped, read_event
+from async_rl.events import (
+    AlarmRaised,
+    EvaluationReported,
+    MismatchFound,
+    RunRolledBack,
+    StepSkipped,
+    UpdatesStopped,
+    read_event,
+)
 from async_rl.objective.own import check_recorded
 from async_rl.run_folder import Rollback, RunFolder, read_rollback, read_rows, replace_text
 from async_rl.trainer.manifest import Damage, list_checkpoints, newest_whole, version_of
@@ -31,7 +39,8 @@ MAY_CHANGE = (
     "trainer.steps", "checkpoint.", "wire.", "weights.", "trackers", "guard.",
     "generator.count", "generator.max_restarts", "generator.restart", "generator.gpus", "pin_threads",
     "trainer.ranks", "trainer.gpus", "trainer.sharding", "trainer.memory_share", "trainer.start",
-    "buffer.memory_mb", "buffer.max_store_mb", "buffer.keep_steps",
+    "trainer.nodes", "trainer.network",
+    "buffer.memory_mb", "buffer.max_store_mb", "buffer.keep_steps", "cluster.",
 )  # fmt: skip
 """settings that a resumed run may be given anew: none of them changes what a stored batch or a step is (over another
 number of ranks its sums are formed in another order)"""
@@ -164,7 +173,9 @@ def rewind(folder: RunFolder, start: ResumePoint) -> None:
         match read_event(row):
             case EvaluationReported(evaluation=number):
                 return number < reported
-            case StepSkipped(step=step) | UpdatesStopped(step=step) | AlarmRaised(step=step):
+            case StepSkipped(step=step) | UpdatesStopped(step=step):
+                return step < version
+            case AlarmRaised(step=step) | MismatchFound(step=step):
                 return step < version
             case _:
                 return True

@@ -125,6 +125,11 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     "rollback_needs_generators": (("guard.rollback=true", "generator.count=0"), "nobody would generate behind it"),
     "checkpoint_signals_are_known": (("checkpoint.signals=[SIGKILL]",), "names 'SIGKILL'; a run can be told"),
     "grace_needs_signals": (("checkpoint.signals=[]", "checkpoint.grace_s=9"), "does nothing with checkpoint"),
+    "quantized_rollouts_need_vllm_on_a_gpu": (("generator.quantization=fp8",), "is done by vLLM"),
+    "guessed_tokens_are_samples": (
+        ("generator.engine=vllm", "vllm.speculative={method: ngram, rejection_sample_method: synthetic}"),
+        "keeps tokens that are no samples of the model",
+    ),
     "name_is_a_folder": (("name=a/b",), "it names a folder"),
     "model_is_named": (("model.path=''",), "model.path is not set"),
     "template_time_is_a_time": (("model.template_time=noon",), "write it as 2026-01-31T12:00"),
@@ -182,6 +187,16 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     "memory_share_needs_a_gpu": (("trainer.memory_share=0.5",), "it is about a GPU's memory"),
     "gpus_are_for_generators_of_the_run": (
         ("generator.device=cuda", "generator.gpus=0", "generator.count=0"), "joining generators name their own device",
+    ),
+    "cluster_settings_need_ray": (("cluster.generators=4",), "does nothing with cluster.engine=local"),
+    "ray_takes_the_place_of_settings": (
+        ("cluster.engine=ray", "guard.rollback=true"), "whose ranks are actors of Ray with cluster.engine=ray",
+    ),
+    "generators_on_ray_have_a_number": (
+        ("cluster.engine=ray", "cluster.generators=8..4"), "write it as FEWEST..MOST",
+    ),
+    "resources_of_ray_can_be_used": (
+        ("cluster.engine=ray", "cluster.generator_gpus=1"), "does nothing with generator.device=cpu",
     ),
     "generators_fit_their_gpus": (
         ("generator.device=cuda", "generator.gpus=0-1", "generator.count=3"), "cannot be spread evenly over 2 GPUs",
