@@ -453,6 +453,22 @@ class AlarmRaised(Event):
 class RunRolledBack(Event):
     """The run went back to an earlier checkpoint after an alarm."""
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MismatchFound(Event):
+    """Engine and trainer disagree more at equal weights than the recipe bears; once in a run (guard.mismatch)."""
+
+    event: ClassVar[str] = "mismatch"
+    step: int
+    mismatch: float
+    """kl/mismatch, median over guard.window steps; nats"""
+    level: float
+    """above which it is said; nats"""
+    reason: str
+    """in words and numbers"""
+    remedy: str
+    """settings to change"""
+
+
     event: ClassVar[str] = "rollback"
     version: int
     """that the weights gone back to have from then on"""
@@ -578,7 +594,7 @@ _ALL: tuple[type[Event], ...] = (
     BufferReady, GeneratorJoined, GeneratorLeft, GeneratorLost, MessageRefused, PeersTurnedAway, BatchHeldUp,
     ProblemRefused, GeneratorQuarantined, DepthChanged, GeneratorReady, GeneratorRejoined,
     TrainerReady, EvaluationReported, CheckpointSaved, StepSkipped, UpdatesStopped, MemoryRanOut, AlarmRaised,
-    RunRolledBack, CanaryFailed, CanarySilent, TrajectoryDoubted, RewardsNotRepeatable, WeightsLinkLost,
+    MismatchFound, RunRolledBack, CanaryFailed, CanarySilent, TrajectoryDoubted, RewardsNotRepeatable, WeightsLinkLost,
     WeightsReady, TrackerReady, TrackerFailed, OutputLost,
 )
 # fmt: on

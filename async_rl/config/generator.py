@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from async_rl.config.schema import setting
 
@@ -64,6 +64,11 @@ class GeneratorSettings:
         "vllm.tensor_parallel of them. Empty: the first ones, the trainer takes those behind",
     )
     dtype: Literal["float32", "bfloat16"] = setting("float32", "dtype of the engine's weights")
+    quantization: Literal["none", "fp8"] = setting(
+        "none",
+        "what the engine keeps its layers' matrices in: `fp8` (vLLM on a GPU) halves their memory and traffic; what "
+        "its log-probs differ by from the trainer's is measured (kl/mismatch) and stands in every ratio",
+    )
     threads: int = setting(0, "CPU threads of a generator; 0: by cores and model", unit="threads", min=0, max=1024)
     save_turns_after_s: float = setting(
         20.0,
@@ -115,4 +120,10 @@ class VllmSettings:
         "float32",
         "arithmetic of the logits where generator.dtype is bfloat16: `float32`, as the trainer computes them; `model` "
         "rounds them to bfloat16",
+    )
+    speculative: dict[str, Any] = setting(
+        {},
+        "vLLM's own speculative_config, handed on as it is, e.g. {method: ngram, num_speculative_tokens: 4, "
+        "prompt_lookup_max: 4}: tokens are guessed, and kept with the probability that makes them samples of the "
+        "model; empty: off",
     )

@@ -130,6 +130,8 @@ def _make_vllm(settings: Settings, way: str) -> Engine:
             memory_share=vllm.memory_share,
             tensor_parallel=vllm.tensor_parallel,
             head_dtype=vllm.head_dtype,
+            quantization=chosen.quantization,
+            speculative=vllm.speculative,
             layout=tensor_shapes(config) if config is not None else read_headers(Path(settings.model.path)),
             transfer=way if way in LINKS else "",
         )

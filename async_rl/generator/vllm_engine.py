@@ -81,6 +81,10 @@ class VllmOptions:
     """number of worker processes that the model is split over"""
     head_dtype: Literal["float32", "model"] = "float32"
     """of the logits: vLLM's own choice, `model`, rounds those of a bfloat16 model to bfloat16"""
+    quantization: Literal["none", "fp8"] = "none"
+    """of the layers' matrices, made by vLLM from each version of the weights"""
+    speculative: Mapping[str, Any] = field(default_factory=dict)
+    """vLLM's speculative_config; empty: none"""
     layout: Mapping[str, tuple[int, ...]]
     """shapes of the model's weights, under the trainer's names"""
     transfer: str = ""
@@ -373,6 +377,10 @@ def engine_arguments(options: VllmOptions) -> dict[str, Any]:
     else:
         chosen["gpu_memory_utilization"] = options.memory_share
     chosen["max_num_batched_tokens"] = batch
+    if options.quantization != "none":
+        chosen["quantization"] = options.quantization
+    if options.speculative:
+        chosen["speculative_config"] = dict(options.speculative)
     if options.transfer:
         chosen["weight_transfer_config"] = {"backend": options.transfer}
     if options.kv_cache_bytes:

@@ -4,6 +4,7 @@ training."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,12 +20,14 @@ from async_rl.instruments.synchronous import train_synchronously
 from async_rl.model.decoder import DTYPES
 from async_rl.model.folder import load_model, load_tensors
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.objective.mismatch import remedy_of
 from async_rl.observe.console import Console
 from async_rl.run.evaluate import limits_of, sample_episodes
 from async_rl.run.launcher import run_training
 from async_rl.run_folder import RunFolder
 from async_rl.task import Task
 from async_rl.trainer.forward import ModelArithmetic, batch_log_probs, probe_log_probs
+from async_rl.trainer.mismatch_watch import explain, make_mismatch_watch
 from async_rl.trainer.packing import pack_batch
 from async_rl.trajectory import Trajectory
 from async_rl.weights.canary import TOLERANCE, Comparison, Evidence, compare, probe_tokens
@@ -56,9 +59,20 @@ class WeightDifference:
         return self.apart / self.moved if self.moved else 0.0
 
 
-def measure_log_probs(settings: Settings, task: Task, *, parameters: int) -> tuple[Comparison, str]:
-    """Compare the log-probs of engine and trainer at equal weights; also returns what they were compared on: sampled
-    episodes, or a fixed probe for large models."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What log-probs were compared on: episodes that the engine sampled, or a fixed probe for large models."""
+
+    text: str
+    """in words"""
+    mismatch: float
+    """kl/mismatch on them, nats"""
+    length: float
+    """policy tokens of a trajectory"""
+
+
+def measure_log_probs(settings: Settings, task: Task, *, parameters: int) -> tuple[Comparison, Sampled]:
+    """Compare the log-probs of engine and trainer at equal weights; also returns what they were compared on."""
     trainer = load_model(Path(settings.model.path), device=settings.trainer.device)
     tokenizer = Tokenizer.of(settings.model)
 
@@ -76,23 +90,35 @@ def measure_log_probs(settings: Settings, task: Task, *, parameters: int) -> tup
     episodes, probe, shown = asyncio.run(ask())
     if probe:
         expected = probe_log_probs(trainer, probe, ModelArithmetic(temperature=1.0))
-        return _compared(expected, shown), f"{len(probe)} tokens of a probe"
+        return _compared(expected, shown), _sampled(f"{len(probe)} tokens of a probe", expected, shown, 1)
     usable = [t for t in episodes if not t.failed and t.num_policy_tokens]
     if not usable:
         raise UserError(f"no episode could be sampled: {episodes[0].reason}")
     packed = pack_batch(usable, micro_batch_tokens=settings.trainer.micro_batch_tokens, device=settings.trainer.device)
     arithmetic = ModelArithmetic(temperature=settings.generator.temperature, dtype=DTYPES[settings.trainer.dtype])
     found = batch_log_probs(trainer, packed, arithmetic).log_prob
-    comparison = _compared(found.tolist(), packed.log_behaviour.tolist())
-    return comparison, f"{packed.num_policy_tokens} tokens of {len(usable)} episodes"
+    expected, shown = found.tolist(), packed.log_behaviour.tolist()
+    on = _sampled(f"{packed.num_policy_tokens} tokens of {len(usable)} episodes", expected, shown, len(usable))
+    return _compared(expected, shown), on
 
 
-def judge_log_probs(found: Comparison, on: str, settings: Settings) -> Finding:
+def _sampled(text: str, expected: Sequence[float], shown: Sequence[float], trajectories: int) -> Sampled:
+    """expected, shown: log-probs of the same tokens by the trainer and by the engine."""
+    apart = torch.tensor(expected, dtype=torch.float64) - torch.tensor(list(shown), dtype=torch.float64)
+    apart = apart.clamp(-20.0, 20.0)
+    return Sampled(
+        text=text, mismatch=float((apart.exp() - 1 - apart).mean()), length=max(1.0, len(expected) / trajectories)
+    )
+
+
+def judge_log_probs(found: Comparison, on: Sampled, settings: Settings) -> Finding:
+    """Raises nothing: engines that differ by more than arithmetic explains are an error, by more than the recipe bears
+    a warning with the setting to change."""
     check = "log-probs"
     tolerance = settings.canary.tolerance or TOLERANCE[settings.generator.dtype]
     said = (
         f"engine and trainer differ by {found.max_difference:.1e} nats at most, {found.mean_difference:.1e} in the "
-        f"mean (tolerance of the mean {tolerance:g}), on {on}"
+        f"mean (tolerance of the mean {tolerance:g}), on {on.text}"
     )
     if found.wrong(tolerance):
         return error(
@@ -100,6 +126,14 @@ def judge_log_probs(found: Comparison, on: str, settings: Settings) -> Finding:
             "ratios would be wrong from the first step: is generator.dtype what the model bears? If its arithmetic "
             "explains the difference, raise canary.tolerance",
         )  # fmt: skip
+    watch = make_mismatch_watch(settings)
+    level = watch.bounds.level(watch.share, on.length)
+    if watch.share and on.mismatch > level:
+        return warning(
+            check,
+            f"{said}; {explain(on.mismatch, level, watch.bounds, on.length)}",
+            remedy_of(watch.recipe, watch.engine, on.mismatch, updates=watch.updates),
+        )
     return ok(check, said)
 
 

@@ -31,6 +31,7 @@ from async_rl.events import (
     GeneratorLost,
     GeneratorQuarantined,
     GeneratorRejoined,
+    MismatchFound,
     ProblemRefused,
     RewardsNotRepeatable,
     StallReported,
@@ -194,6 +195,8 @@ class Console:
                 self.print(verification_line(event))
             case AlarmRaised():
                 self.print(f"ALARM {event.signal} at step {event.step}: {event.reason}")
+            case MismatchFound():
+                self.print(f"step {event.step}: {event.reason}; {event.remedy}")
             case StepSkipped():
                 kind = re.sub(r"[\d.]+", "N", event.reason)
                 self._skipped[kind] += 1

@@ -20,6 +20,7 @@ from async_rl.events import (
     Event,
     EventRow,
     GeneratorQuarantined,
+    MismatchFound,
     ProcessFailed,
     ProcessStarted,
     RunInterrupted,
@@ -139,7 +140,7 @@ def read_run(path: Path) -> RunRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Incident:
-    """An alarm, a rollback or a quarantine, which every curve is marked with.
+    """An alarm, a rollback, a quarantine or a mismatch, which every curve is marked with.
 
     Example: `Incident(step=41, name="alarm ess", text="ess/ratio 0.02 is below 0.05")`.
     """
@@ -153,12 +154,14 @@ class Incident:
 
 
 def incidents(events: Iterable[Event | None]) -> list[Incident]:
-    """The alarms, rollbacks and quarantines among `events`, in their order."""
+    """The alarms, rollbacks, quarantines and mismatches among `events`, in their order."""
     found = []
     for event in events:
         match event:
             case AlarmRaised(step=step, signal=signal, reason=reason):
                 found.append(Incident(step=step, name=f"alarm {signal}", text=reason))
+            case MismatchFound(step=step, reason=reason, remedy=remedy):
+                found.append(Incident(step=step, name="mismatch", text=f"{reason}; {remedy}"))
             case RunRolledBack(version=version, to=to, text=text):
                 found.append(Incident(step=version, name=f"rollback to {to}", text=text))
             case GeneratorQuarantined(step=step, name=name, lie=lie, reason=reason):
@@ -175,7 +178,7 @@ def active_alarms(events: Iterable[Event | None]) -> list[Incident]:
     for incident in incidents(events):
         if incident.name.startswith("rollback"):
             found.clear()
-        else:
+        elif incident.name != "mismatch":  # nothing has collapsed
             found.append(incident)
     return found
 

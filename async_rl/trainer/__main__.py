@@ -42,7 +42,8 @@ def train(
     from async_rl.trainer.canary_watch import make_canary
     from async_rl.trainer.inbox import Inbox, Preempted
     from async_rl.trainer.loop import TrainerLoop, follow
-    from async_rl.trainer.publish import make_publisher
+    from async_rl.trainer.mismatch_watch import make_mismatch_watch
+    from async_rl.trainer.publication import make_publication
     from async_rl.trainer.team import Finish, Team
     from async_rl.trainer.verifier import make_verifier
 
@@ -97,6 +98,7 @@ def train(
         except (RolledBack, Preempted):  # the launcher starts the run again from there, or ends it
             team.send(Finish())
             return
+            mismatch=make_mismatch_watch(settings),
         team.send(Finish())
         replace_text(folder.summary, json.dumps(summary.to_dict(), indent=2) + "\n")
         dealer.send(msg.Done())

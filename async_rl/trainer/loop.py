@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from async_rl.trainer.learner import Learner, StepReport
     from async_rl.trainer.packing import PackedBatch
     from async_rl.trainer.publish import Publisher
+    from async_rl.trainer.mismatch_watch import MismatchWatch
     from async_rl.trainer.verifier import Verifier
 
 CHECKSUM_BYTES = 32 << 20
@@ -112,6 +113,7 @@ class TrainerLoop:
     guard: Guard
     totals: Totals = field(default_factory=Totals)
     """of the metric rows so far"""
+    mismatch: MismatchWatch
     evaluations_asked: int = 0
     pending_evaluation: tuple[int, int] | None = None
     """(number, step) of an evaluation that runs beside training"""
@@ -138,6 +140,7 @@ class TrainerLoop:
         if progress["pending_evaluation"] is not None:
             # under the same number, but by the weights there are now
             self.pending_evaluation = (progress["pending_evaluation"][0], version)
+        self.mismatch.rebuild(row for row in read_rows(self.folder.metrics) if row["step"] < version)
         self.reward_first = progress["reward_first"]
         self.rewards_first = progress.get("rewards_first", ())
         self.seconds_before = progress["seconds"]
@@ -228,6 +231,8 @@ class TrainerLoop:
         self.watch_evaluation(step.number)
         if step.number + 1 < self.settings.trainer.steps and self.checkpoint_due(step.number + 1):
             self.checkpoint()
+        if (found := self.mismatch.check(row)) is not None:
+            self.folder.record(found)
 
     # Before the first step and after the last.
 

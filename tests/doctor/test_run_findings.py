@@ -325,17 +325,22 @@ def test_log_probs_are_judged_by_the_canarys_tolerance(tiny_model: Path) -> None
 
     def judged(difference: float, *words: str) -> str:
         expected, found = (Evidence(version=0, digests={}, log_probs=[-1.0 + d] * 4) for d in (0.0, difference))
-        return agreement.judge_log_probs(compare(expected, found), "it", quick_settings(tiny_model, *words)).level
+        on = agreement.Sampled(text="it", mismatch=difference**2 / 2, length=4.0)
+        return agreement.judge_log_probs(compare(expected, found), on, quick_settings(tiny_model, *words)).level
 
     assert judged(1e-6) == "ok"
     assert judged(1e-3) == "error"
     assert judged(1e-3, "canary.tolerance=0.01") == "ok"
     assert judged(1e-3, "generator.dtype=bfloat16") == "ok"
+    bears_more = ("canary.tolerance=1", "generator.dtype=bfloat16", "recipe=grpo")
+    assert (judged(0.05, *bears_more), judged(0.15, *bears_more)) == ("ok", "warning")
+    assert judged(0.15, *bears_more, "guard.mismatch=0") == "ok"
     task = make_task(settings.task.name, settings.task.args)
     for parameters in (1000, agreement.SMALL_PARAMETERS + 1):  # sampled episodes; the probe
         comparison, on = agreement.measure_log_probs(settings, task, parameters=parameters)
         assert comparison.max_difference < 1e-4
-        assert ("episodes" in on) == (parameters == 1000)
+        assert ("episodes" in on.text) == (parameters == 1000)
+        assert 0 <= on.mismatch < 1e-8
 
 
 def test_a_model_too_large_for_memory_is_not_loaded(tiny_model: Path) -> None:
