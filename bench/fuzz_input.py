@@ -1,6 +1,8 @@
-"""Fuzzing of what people and their agents give: requests to the endpoint, the text of answers, rows of data, settings.
+"""Fuzzing of what people, their agents and other processes give: requests to the endpoint, the text of answers, rows of
+data, settings; and what fuzz_arrivals.py describes: blobs, messages, conversations of agents.
 
-    python bench/fuzz_input.py [--target request|answer|rows|settings|all] [--inputs N] [--seed S]
+    python bench/fuzz_input.py [--target request|answer|rows|settings|blobs|messages|agents|all] [--inputs N] [--seed S]
+                               [--seconds S]
 
 Each input is grown from known names and values, or bent from one that is right. There is one exception each target may
 raise, which names what is wrong; any other is printed with the input that raised it, and the exit code is 1. Coverage
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -20,6 +23,9 @@ from dataclasses import fields
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from fuzz_arrivals import CALLS
+from fuzz_arrivals import TARGETS as ARRIVALS
 
 from async_rl.config import Settings, check
 from async_rl.config.schema import load_yaml, structured
@@ -132,22 +138,25 @@ def settings_of_a_run(random: Random, place: Path) -> object:
 
 
 TARGETS: dict[str, Callable[[Random, Path], object]] = {
-    "request": a_request, "answer": an_answer, "rows": rows_of_data, "settings": settings_of_a_run,
+    "request": a_request, "answer": an_answer, "rows": rows_of_data, "settings": settings_of_a_run, **ARRIVALS,
 }  # fmt: skip
 
 
-def play(name: str, inputs: int, seed: int, place: Path) -> list[str]:
-    """The inputs of one target that raised what they may not; the first few."""
+def play(name: str, inputs: int, seed: int, place: Path, seconds: float = math.inf) -> tuple[int, list[str]]:
+    """(inputs played, those that raised what they may not; the first of each kind), for so many `seconds` at most."""
     wrong: dict[str, str] = {}
-    for number in range(inputs):
-        random = Random(f"{name} {seed} {number}")
+    calls, each = 0, CALLS.get(name, 1)
+    end = time.monotonic() + seconds
+    while calls * each < inputs and time.monotonic() < end:
+        random = Random(f"{name} {seed} {calls}")
         try:
             TARGETS[name](random, place)
         except Exception as error:
             wrong.setdefault(
-                f"{type(error).__name__}: {error}"[:120], f"{name} --seed {seed}, input {number}: {error!r}"[:500]
+                f"{type(error).__name__}: {error}"[:120], f"{name} --seed {seed}, call {calls}: {error!r}"[:500]
             )
-    return list(wrong.values())
+        calls += 1
+    return calls * each, list(wrong.values())
 
 
 def main() -> None:
@@ -155,14 +164,15 @@ def main() -> None:
     parser.add_argument("--target", choices=(*TARGETS, "all"), default="all")
     parser.add_argument("--inputs", type=int, default=100_000, help="of each target")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="longest time for each target")
     args = parser.parse_args()
     failed = 0
     with tempfile.TemporaryDirectory() as place:
         for name in TARGETS if args.target == "all" else (args.target,):
             began = time.monotonic()
-            wrong = play(name, args.inputs, args.seed, Path(place))
+            played, wrong = play(name, args.inputs, args.seed, Path(place), args.seconds)
             failed += len(wrong)
-            print(f"{name}: {args.inputs} inputs in {time.monotonic() - began:.0f} s, {len(wrong)} kinds of error")
+            print(f"{name}: {played} inputs in {time.monotonic() - began:.0f} s, {len(wrong)} kinds of error")
             print(*wrong, sep="\n", end="\n" if wrong else "", flush=True)
     sys.exit(1 if failed else 0)
 

@@ -12,6 +12,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 from fuzz_input import play
 
 
-@pytest.mark.parametrize(("target", "inputs"), [("request", 1000), ("answer", 1000), ("rows", 40), ("settings", 40)])
+@pytest.mark.parametrize(
+    ("target", "inputs"),
+    [
+        ("request", 1000),
+        ("answer", 1000),
+        ("rows", 40),
+        ("settings", 40),
+        ("blobs", 300),
+        ("messages", 1000),
+        ("agents", 120),
+    ],
+)
 def test_bent_input_raises_nothing_else(target: str, inputs: int, tmp_path: Path) -> None:
-    assert play(target, inputs, 1, tmp_path) == []
+    assert play(target, inputs, 1, tmp_path) == (inputs, [])

@@ -84,6 +84,64 @@ def test_a_lie_is_named_and_proven_within_three_trajectories(make: Make, lie: st
     assert {name for name, _ in bench.proven()} == {"liar"}
 
 
+def shifted(played: list[Trajectory], old: list[Trajectory]) -> list[Trajectory]:
+    """Every log-prob by a thousandth of a nat."""
+    return [replace(t, log_behaviour=np.where(t.log_behaviour < 0, t.log_behaviour - 1e-3, 0)) for t in played]
+
+
+def swapped(played: list[Trajectory], old: list[Trajectory]) -> list[Trajectory]:
+    """Each sample of a group reports what the next one did, with its log-probs."""
+    around = [*played[1:], played[0]]
+    return [replace(other, sample=t.sample, seed=t.seed) for t, other in zip(played, around, strict=True)]
+
+
+def repeated(played: list[Trajectory], old: list[Trajectory]) -> list[Trajectory]:
+    """An episode of another group, played before under the same weights, is reported for this one."""
+    names = ("group", "sample", "seed", "problem")
+    return [
+        replace(before, **{name: getattr(t, name) for name in names}) for t, before in zip(played, old, strict=True)
+    ]
+
+
+def of_another_prompt(played: list[Trajectory], old: list[Trajectory]) -> list[Trajectory]:
+    """One token of the prompt is another."""
+    return [replace(t, tokens=np.concatenate((t.tokens[:1], (t.tokens[1:2] + 1) % 10, t.tokens[2:]))) for t in played]
+
+
+def one_token_in_ten(played: list[Trajectory], old: list[Trajectory]) -> list[Trajectory]:
+    """Is another than was sampled."""
+    found = []
+    for t in played:
+        tokens = t.tokens.copy()
+        chosen = t.policy_positions()[::10]
+        tokens[chosen] = (tokens[chosen] + 1) % (tokens.max() + 1)
+        found.append(replace(t, tokens=tokens))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("tell", "lies"),
+    [
+        (shifted, {"log-probs"}),
+        (swapped, {"tokens"}),
+        (repeated, {"tokens"}),
+        (of_another_prompt, {"log-probs", "tokens"}),
+        (one_token_in_ten, {"tokens", "log-probs"}),
+    ],
+)
+def test_other_ways_to_tell_the_same_lies_are_proven(
+    make: Make, tell: Callable[..., list[Trajectory]], lies: set[str]
+) -> None:
+    bench = make("staleness.max_staleness=2")
+    bench.step()
+    bench.load()
+    old = bench.play(8)
+    bench.verify(tell(bench.play(8), old), "liar")
+    assert {lie for _, lie in bench.proven()} <= lies
+    assert bench.proven()
+    assert not bench.verify(bench.play(4), "honest").get("verify/wrong")
+
+
 def claimed(trajectory: Trajectory, lag: int) -> Trajectory:
     """Sampled by version 2, said to be of version 1 (a permit may allow that) or of the newest."""
     version = 1 if lag == 0 else 3
