@@ -327,7 +327,7 @@ def _wrong_piece(trajectory: Trajectory, plan: RolloutSettings) -> str:
         return "cut, where episodes are whole"
     if trajectory.num_policy_tokens != plan.window:
         return f"cut behind {trajectory.num_policy_tokens} tokens instead of {plan.window}"
-    if trajectory.contexts or trajectory.reward or trajectory.info.get(OPEN) not in (0.0, 1.0):
+    if trajectory.contexts or trajectory.reward or trajectory.info.get(OPEN) not in ("turn", "between"):
         return "cut with several contexts, with a reward, or without saying where"
     return ""
 

@@ -78,7 +78,7 @@ def _piece(trajectory: Trajectory, chosen: StartChoice) -> msg.Start:
         group=chosen.group,
         tokens=trajectory.tokens[:end].astype("<i4").tobytes(),
         turns=tuple(turns),
-        open=trajectory.info.get(OPEN) == 1.0,
+        open=trajectory.info.get(OPEN) == "turn",
     )
 
 

@@ -585,7 +585,7 @@ class EpisodeSession:
         self._over = True
         self.abandoned = self.abandoned or "the episode is over"  # what the task left running gets no more turns
         if failed == "window":
-            self._info[OPEN] = float(self.cut == "turn")
+            self._info[OPEN] = self.cut
         else:  # a piece keeps its cache: the episode may go on here
             self._release()
         if self._agents is not None and self._connection is not None:

@@ -206,11 +206,11 @@ def audit_store(store: StoreReader, promise: Promise) -> Audit:
     batches = list(store.batches())
     groups = {row.group: row for row in rows if row.split == "train"}
     pieces = audit_pieces(store, groups, decided, promise.window)
-    chosen = pieces.wrong if promise.window else check_decisions(store, groups, decided, promise.sampler)
+    other = () if promise.window else check_decisions(store, groups, decided, promise.sampler)
     violations = [
         *_check_numbers(rows),
         *_check_order(list(groups.values()), promise, pieces.before),
-        *[Violation(kind="decision", what=what) for what in chosen],
+        *[Violation(kind="decision", what=what) for what in (*pieces.wrong, *other)],
         *_check_batches(batches, groups, promise, store.consumed_step()),
         *_check_fates(store, list(groups.values()), batches, promise),
     ]
@@ -250,7 +250,8 @@ def _check_numbers(rows: Sequence[GroupRow]) -> Iterator[Violation]:
 
 def _check_order(rows: Sequence[GroupRow], promise: Promise, goes_on: Mapping[int, int]) -> Iterator[Violation]:
     """First attempts are a gapless prefix of the prompt order, and a problem is asked again only after its group was
-    refused, or as an episode that goes on (`goes_on`: from which group). The check stops at the first gap, because everything behind it is shifted."""
+    refused, or where its episode goes on (`goes_on`: from which group). The check stops at the first gap, because
+    everything behind it is shifted."""
     begun = 0
     last: dict[int, GroupRow] = {}
     for row in rows:

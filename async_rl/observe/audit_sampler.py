@@ -46,7 +46,7 @@ def check_decisions(
             return  # everything behind it would be wrong
         ended.append(stored)
     yield from _decided(groups, decided, ended, rules)
-    yield from _started(store, groups, decided)
+    yield from check_starts(store, groups, decided)
 
 
 def _decided(
@@ -100,7 +100,9 @@ def _reward(row: TrajectoryRow) -> float:
     return float("-inf") if row.reward is None else row.reward
 
 
-def _started(store: StoreReader, groups: Mapping[int, GroupRow], decided: Sequence[StoredDecision]) -> Iterator[str]:
+def check_starts(
+    store: StoreReader, groups: Mapping[int, GroupRow], decided: Sequence[StoredDecision]
+) -> Iterator[str]:
     """Whether trained answers begin with what was stored for them, token by token; where the bytes are still there."""
     for one in decided:
         start = one.decision.start

@@ -16,7 +16,8 @@ GIVEN = "start/given"
 HINT = "start/hint"
 """key of `Trajectory.info`, there where the beginning of a text stands in the prompt instead: the share of it"""
 OPEN = "window/open"
-"""key of `Trajectory.info` of a piece of an episode (ended "window"): 1 where it was cut within a turn, 0 behind one"""
+"""key of `Trajectory.info` of a piece of an episode (ended "window"): "turn" where it was cut within a turn,
+"between" where behind one"""
 _STRETCH = re.compile(r"(\d{1,9})\+(\d{1,9})")
 
 

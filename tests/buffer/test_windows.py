@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import tempfile
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,14 @@ from hypothesis import strategies as st
 from support_buffer import answer, make_core
 from support_windows import WindowInvariants, window_world
 from support_world import play
-from support_world_store import TwinStore
+from support_world_store import RealStore, TwinStore
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
 from async_rl.buffer.staleness import PacePolicy
+from async_rl.buffer.store import StoreReader
 from async_rl.config.rollout import RolloutSettings
+from async_rl.observe.audit_windows import Pieces, audit_pieces
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.given import GIVEN, OPEN
 from async_rl.wire import messages as msg
@@ -25,7 +29,7 @@ from async_rl.wire import messages as msg
 POLICY = PacePolicy(groups_per_step=2, max_staleness=1, pipeline_depth=1, window=1)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(seed=st.integers(0, 1_000_000))
 def test_each_token_is_trained_once_within_its_own_bound_whatever_dies(seed: int) -> None:
     play(window_world(seed))
@@ -80,7 +84,7 @@ def piece(permit: msg.Permit, length: int = 3, **changes: object) -> Trajectory:
             "versions": (VersionSpan(version=0, start=1, end=1 + length),),
             "reward": 0.0,
             "ended": "window",
-            "info": {OPEN: 1.0},
+            "info": {OPEN: "turn"},
             **changes,
         }  # type: ignore[arg-type]
     )
@@ -109,7 +113,7 @@ def test_what_goes_on_is_stored_behind_its_group_and_before_its_permit() -> None
         ({"length": 2}, "cut behind 2 tokens instead of 3"),
         ({"reward": 1.0}, "with a reward"),
         ({"info": {}}, "without saying where"),
-        ({"info": {OPEN: 1.0, GIVEN: "1+1"}}, "without a start"),
+        ({"info": {OPEN: "turn", GIVEN: "1+1"}}, "without a start"),
     ],
 )
 def test_what_is_no_piece_is_refused(changes: dict[str, object], said: str) -> None:
@@ -146,3 +150,58 @@ def test_payloads_of_what_waits_to_go_on_are_kept() -> None:
     core.handle(b"a", msg.Finished(trajectories=(piece(first), answer(second, 0, 0))), 1.0)
     core.handle(b"trainer", msg.NextBatch(step=0), 1.0)
     assert core.oldest_live() == first.group
+
+
+# ---------------------------------------------------------------- the audit
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a run in which generators and the buffer died."""
+    path = tmp_path_factory.mktemp("audit") / "trajectories.sqlite"
+    store = RealStore(path)
+    play(window_world(29, store=store))
+    store.close()
+    return path
+
+
+def wrong_in(path: Path, statement: str = "", window: int = 0) -> tuple[Pieces, int]:
+    """What the audit finds in a copy of the store after a statement; the window of the run."""
+    reader = StoreReader(path)
+    longest = max(row.policy_length for row in reader.trajectories(split="train") if row.ended == "window")
+    if statement:
+        copy = path.with_name("copy.sqlite")
+        copy.unlink(missing_ok=True)
+        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
+            target.execute(statement)
+            target.commit()
+        reader = StoreReader(copy)
+    groups = {row.group: row for row in reader.groups() if row.split == "train"}
+    return audit_pieces(reader, groups, list(reader.decisions()), window or longest), longest
+
+
+def test_a_sound_record_has_every_piece_once(audited: Path) -> None:
+    found, window = wrong_in(audited)
+    assert not found.wrong
+    assert len(found.before) > 3
+    assert "pieces at most" in found.describe()
+    assert wrong_in(audited, window=window + 1)[0].wrong
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("UPDATE decisions SET of_group = (SELECT min(of_group) FROM decisions)", "and in group"),
+        ("UPDATE trajectories SET ended = 'finished' WHERE ended = 'window'", "which was not cut"),
+        (
+            "UPDATE groups SET problem = 99 WHERE group_id IN (SELECT group_id FROM decisions)",
+            "something else",
+        ),
+        ("UPDATE decisions SET start = NULL", "other turns than its permit said"),
+        ("UPDATE decisions SET source = 'success'", "chosen by a sampler"),
+    ],
+)
+def test_a_defect_is_found(audited: Path, statement: str, said: str) -> None:
+    found, _ = wrong_in(audited, statement)
+    assert any(said in what for what in found.wrong), found.wrong

@@ -158,7 +158,7 @@ class TurnByTurn:
                 self.generator.send_turns([pair])
             self._go_on(episode)
         elif self._is_cut(episode) and clock.chance(0.7):
-            self._end(pair, ended="window", reward=0.0, info={OPEN: 0.0})
+            self._end(pair, ended="window", reward=0.0, info={OPEN: "between"})
         elif clock.chance(self.failure):
             self._end(pair, ended="error", reason="RewardError: no")
         else:
