@@ -169,7 +169,9 @@ class TrainerAwaited(Event):
     """working directory in which relative paths of the settings begin"""
     ranks: int
     command: str
-    """that starts the trainer on one host"""
+    """that starts the trainer, on each of its machines"""
+    weights: str = ""
+    """where the weight server listens, for rank 0 on another machine; empty: there is none"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,6 +78,10 @@ class TrainerSpec(ProcessSpec, frozen=True, kw_only=True, forbid_unknown_fields=
     """that weights take to the run's own generators; empty: not known"""
     agent: int = 0
     """process number of the agent that started this rank; 0: there is none"""
+    weights_endpoint: str = ""
+    """of the weight server, which rank 0 sends its weights to where it is on another machine than the run; else empty"""
+    keys: str = ""
+    """folder of this machine's keys; empty: wire.keys"""
 
 
 class GeneratorSpec(ProcessSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -115,14 +115,15 @@ def run_buffer(
 
 @contextmanager
 def farewell(core: Core, router: Router) -> Iterator[None]:
-    """When this process ends before the run does, tell the generators: nobody else tells those that joined by
-    themselves."""
+    """When this process ends before the run does, tell the generators, and the ranks on other machines: nobody else
+    tells those that were started from outside."""
     try:
         yield
     finally:
         if not core.ended:
-            for peer in core.admission.generators:
-                router.send(peer, msg.Stop(reason="its launcher or its buffer was stopped"))
+            stop = msg.Stop(reason="its launcher or its buffer was stopped")
+            for peer in [*core.admission.generators, *core.presence.started_outside()]:
+                router.send(peer, stop)
 
 
 @dataclass(slots=True)

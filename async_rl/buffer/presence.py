@@ -21,8 +21,12 @@ from async_rl.wire import messages as msg
 
 PULSE = msg.PULSE.encode()
 UNKNOWN_PLACE = "unknown place on a joined generator"
+LONGEST_HOST = 200
+"""characters"""
 _PLACE = re.compile(r"; held up for [\d.]+ s in (\S+\.py:\d+ \S+)")
 """where the code stands, in the words of a pulse (wire/heartbeat.py)"""
+_RANK = re.compile(r"trainer-rank-[1-9]\d{0,3}")
+"""1,024 ranks at most (trainer.ranks): so many states there can be"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,11 +43,13 @@ class PeerState:
     """when its last message of any kind came"""
     group: int = -1
     """whose code it ran then; -1: none, as far as is known"""
+    host: str = ""
+    """name of its machine, where it was started from outside"""
 
 
 @dataclass(slots=True)
 class Presence:
-    """The generators and the trainer, by their peer; other processes are not kept."""
+    """The generators, the trainer and its ranks on other machines, by their peer; other processes are not kept."""
 
     limit_s: float
     """wire.frozen_after_s: silence after which a process is taken for frozen"""
@@ -67,10 +73,17 @@ class Presence:
         """Any message shows that its sender lives; a pulse says what the process does."""
         state = self.states.get(peer.removesuffix(PULSE))
         if state is None:
-            return
+            if not isinstance(message, msg.Pulse) or not _is_rank(peer, message):
+                return
+            state = self.states[peer.removesuffix(PULSE)] = PeerState(
+                name=message.name, role=msg.RANK, pid=message.pid, doing="", since=now, heard=now
+            )
         state.heard = now
         if isinstance(message, msg.Pulse):
             state.doing, state.since, state.group = message.doing, now - message.since_s, message.group
+            state.host = message.host[:LONGEST_HOST]
+            if state.role == msg.RANK:
+                state.pid = message.pid
 
     def frozen(self, now: float) -> list[bytes]:
         """The peers that have been silent for too long. When the buffer itself was stopped meanwhile, it received
@@ -80,6 +93,10 @@ class Presence:
                 state.heard = now
         self.checked = now
         return [peer for peer, state in self.states.items() if now - state.heard > self.limit_s]
+
+    def started_outside(self) -> list[bytes]:
+        """Sockets for pulses of the trainer's ranks that somebody else than the launcher has started."""
+        return [peer + PULSE for peer, state in self.states.items() if state.host]
 
     def silent_s(self, peer: bytes, now: float) -> float:
         """Seconds since the peer's last message."""
@@ -105,9 +122,16 @@ class Presence:
                 doing=s.doing,
                 since_s=round(now - s.since, 3),
                 silent_s=round(now - s.heard, 3),
+                host=s.host,
             )
             for s in self.states.values()
         ]
+
+
+def _is_rank(peer: bytes, pulse: msg.Pulse) -> bool:
+    """Whether a follower among the trainer's ranks sends this. Ranks say no Hello: rank 0 speaks for all."""
+    named = _RANK.fullmatch(pulse.name)
+    return pulse.role == msg.RANK and named is not None and peer == pulse.name.encode() + PULSE
 
 
 @dataclass(slots=True, kw_only=True)

@@ -47,11 +47,18 @@ def add_commands(commands: Commands) -> None:
         "train",
         "a rank of the trainer of a run that waits for it, started by torchrun or srun",
         about="The run has trainer.start=external and says which command to give.",
-        example="torchrun --nproc-per-node 4 -m async_rl train runs/x",
+        example="torchrun --standalone --nproc-per-node 4 -m async_rl train runs/x\n"
+        "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint first-node:29400 -m async_rl train "
+        "runs/x",
         work=_train,
     )
     # not an option: torchrun would take `--run` for one of its own
     add_run(train, "folder of the run (trainer.start=external)")
+    train.add_argument(
+        "--connect", default="", metavar="ENDPOINT", help="where this machine reaches the run's buffer: tcp://HOST:PORT"
+    )
+    own = train.add_argument("--keys", type=Path, metavar="DIR", help="folder of keys on this machine")
+    complete(own, FOLDER)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -87,5 +94,5 @@ def _relay(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from async_rl.run.join_trainer import train_for
 
-    train_for(arguments.run)
+    train_for(arguments.run, arguments.connect, arguments.keys)
     return 0

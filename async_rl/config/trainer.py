@@ -37,6 +37,20 @@ class TrainerSettings:
         "who starts the trainer: the run itself, or somebody else (torchrun, a cluster's scheduler) with "
         "`async-rl train RUN`, which the run waits for",
     )
+    nodes: int = setting(
+        1,
+        "machines that the ranks are on, equally many on each, where somebody else starts them: torchrun is given on "
+        "each of them",
+        unit="machines",
+        min=1,
+        max=1024,
+    )
+    network: str = setting(
+        "",
+        "what ranks on several machines talk over: a network, e.g. 10.0.0.0/8, of which each machine takes its own "
+        "interface, or names of interfaces in order of preference, e.g. ib0,eth0; empty: that of the machine's name. "
+        "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in the environment come first",
+    )
     start_timeout_s: float = setting(
         600.0, "longest wait for a trainer that is started by somebody else", unit="seconds", above=0, max=1_000_000
     )

@@ -7,15 +7,19 @@ summary is there, or with the trainer's cause; a trainer that is silent for `wir
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from async_rl.config import Settings
 from async_rl.errors import RunFailed
 from async_rl.events import TrainerAwaited
-from async_rl.process import run_process
+from async_rl.process import MISSED, run_process
 from async_rl.process_spec import TrainerSpec, read_spec
 from async_rl.run_folder import RunFolder
 from async_rl.trajectory.codec import WireError
@@ -30,6 +34,9 @@ QUERY_S = 0.5
 """between two questions to the buffer"""
 SETTLE_S = 2.0
 """time its ranks get to record why they ended"""
+MEETING_PORT = 29_400
+"""where torchruns of several machines meet: torch's own default"""
+RANK_FAILURES = "trainer-rank-*.failure.json"
 
 
 @dataclass(slots=True)
@@ -42,12 +49,13 @@ class StandIn:
     activity: Activity
     trainer: msg.ProcessState | None = None
     """what the buffer last knew of the trainer; None before it came"""
+    ranks: dict[str, msg.ProcessState] = field(default_factory=dict)
+    """what it last knew of each rank that it hears, rank 0 included, by name"""
 
     def run(self) -> None:
         """Wait until the trainer is done. Raises RunFailed when it does not come, fails or is silent."""
-        ranks = self.settings.trainer.ranks
         limit_s = self.settings.trainer.start_timeout_s
-        command = start_command(self.folder.path, ranks)
+        command = start_command(self.folder.path, self.settings)
         self.activity.now(f"waiting for somebody to start the trainer: {command}")
         deadline = time.monotonic() + limit_s
         while not self.folder.summary.exists():
@@ -59,7 +67,9 @@ class StandIn:
                     f"`{command}` while the run waits"
                 )
             if self.trainer is not None:
-                self.check_silence(self.trainer)
+                self.activity.keepalive(f"process {self.trainer.pid}: {self.trainer.doing}")
+            for rank in self.ranks.values():
+                self.check_silence(rank)
             time.sleep(QUERY_S)
 
     def query(self) -> None:
@@ -70,39 +80,79 @@ class StandIn:
         except (WireTimeout, WireError):
             return  # it is busy, or gone, which is for the launcher to find
         if isinstance(answer, msg.Snapshot):
-            found = [process for process in answer.processes if process.role == "trainer"]
-            self.trainer = found[0] if found else self.trainer
+            found = {p.name: p for p in answer.processes if p.role in ("trainer", msg.RANK)}
+            self.ranks |= found
+            self.trainer = found.get("trainer", self.trainer)
 
-    def check_silence(self, trainer: msg.ProcessState) -> None:
-        """Raises RunFailed when nothing has been heard of the trainer for too long."""
+    def check_silence(self, rank: msg.ProcessState) -> None:
+        """Raises RunFailed when nothing has been heard of a rank for too long."""
         limit = self.settings.wire.frozen_after_s
-        self.activity.keepalive(f"process {trainer.pid}: {trainer.doing}")
-        if trainer.silent_s > limit:
-            self.check_failure(settle=True)
-            raise RunFailed(
-                f"the trainer that was started from outside (process {trainer.pid}) gave no sign of life for "
-                f"{trainer.silent_s:.1f} s (wire.frozen_after_s={limit:g}): it has died or is frozen; last heard: "
-                f"{trainer.doing}; its log is where it was started"
-            )
+        if rank.silent_s <= limit or self.folder.summary.exists():
+            return
+        self.check_failure(settle=True)
+        named = "the trainer that was" if rank.name == "trainer" else f"{rank.name}, which was"
+        raise RunFailed(
+            f"{named} started from outside (process {rank.pid}{_on(rank)}) gave no sign of life for "
+            f"{rank.silent_s:.1f} s (wire.frozen_after_s={limit:g}): it has died, is frozen, or cannot be reached any "
+            f"more; last heard: {rank.doing}; its log is where it was started"
+        )
 
     def check_failure(self, *, settle: bool = False) -> None:
-        """Raises RunFailed, or SystemExit for the leader, when a rank has recorded a failure. `settle`: wait a little
-        for that."""
-        deadline = time.monotonic() + (SETTLE_S if settle else 0.0)
-        while True:
-            if self.folder.failure("trainer").exists():
-                raise SystemExit(1)  # the launcher reads it there
-            others = sorted(self.folder.logs.glob("trainer-rank-*.failure.json"))
-            if time.monotonic() >= deadline:
-                break
+        """Raises RunFailed, or SystemExit where the launcher finds the cause, when a rank has recorded a failure.
+        `settle`: wait a little for that."""
+        if not settle and not self.failures():
+            return
+        deadline = time.monotonic() + SETTLE_S
+        while time.monotonic() < deadline:  # of those that fail together the cause may come last
+            self.query()
             time.sleep(QUERY_S)
-        if others and (settle or self.trainer is None):
-            raise RunFailed(f"{others[0].name.partition('.')[0]} failed: {others[0].read_text()}")
+        if failures := self.failures():
+            raise first_cause(failures, self.ranks)
+
+    def failures(self) -> dict[str, dict[str, Any]]:
+        """What ranks have recorded about their end, by name."""
+        found = {}
+        for name in ("trainer", *(path.name.partition(".")[0] for path in self.folder.logs.glob(RANK_FAILURES))):
+            with suppress(OSError, ValueError):  # not there, or being written
+                found[name] = dict(json.loads(self.folder.failure(name).read_text()))
+        return found
 
 
-def start_command(run: Path, ranks: int) -> str:
-    """The command that starts the trainer of this run on one host."""
-    return f"torchrun --standalone --nproc-per-node {ranks} -m async_rl train {run}"
+def first_cause(failures: Mapping[str, Mapping[str, Any]], ranks: Mapping[str, msg.ProcessState]) -> Exception:
+    """Why the trainer has ended, from what its ranks have recorded, and what was last heard of each: a machine that
+    left no record is the cause where the others only missed its ranks."""
+    told = {name: str(record.get("message", "")) for name, record in failures.items()}
+    own = [name for name, message in told.items() if MISSED not in message]
+    if own and "trainer" not in own:
+        return RunFailed(f"{own[0]} failed: {told[own[0]]}{_on(ranks.get(own[0]))}; its log is where it was started")
+    alive = {ranks[name].host for name in told if name in ranks}
+    gone = [rank for rank in ranks.values() if rank.host and rank.host not in alive]
+    if not own and gone:
+        names = ", ".join(sorted(rank.name for rank in gone))
+        hosts = " and ".join(sorted({rank.host for rank in gone}))
+        heard = min(gone, key=lambda rank: rank.silent_s)
+        return RunFailed(
+            f"{hosts} has died or cannot be reached: its part of the trainer ({names}) is gone without a word, last "
+            f"heard {heard.silent_s:.1f} s ago: {heard.doing}. The others: {next(iter(told.values()))}"
+        )
+    if "trainer" in told:
+        return SystemExit(1)  # the launcher reads it there
+    return RunFailed(f"{next(iter(told))} failed: {next(iter(told.values()))}; its log is where it was started")
+
+
+def _on(rank: msg.ProcessState | None) -> str:
+    return f" on {rank.host}" if rank is not None and rank.host else ""
+
+
+def start_command(run: Path, settings: Settings) -> str:
+    """The command that starts the trainer of this run; with several machines on each of them."""
+    chosen = settings.trainer
+    if chosen.nodes == 1:
+        return f"torchrun --standalone --nproc-per-node {chosen.ranks} -m async_rl train {run}"
+    return (
+        f"torchrun --nnodes {chosen.nodes} --nproc-per-node {chosen.ranks // chosen.nodes} --rdzv-backend c10d "
+        f"--rdzv-id {run.name} --rdzv-endpoint FIRST-MACHINE:{MEETING_PORT} -m async_rl train {run}"
+    )
 
 
 def main(spec: TrainerSpec) -> None:
@@ -123,7 +173,8 @@ def main(spec: TrainerSpec) -> None:
                     host=this_host(),
                     folder=str(Path.cwd()),
                     ranks=settings.trainer.ranks,
-                    command=start_command(folder.path, settings.trainer.ranks),
+                    command=start_command(folder.path, settings),
+                    weights=spec.weights_endpoint,
                 )
             )
             StandIn(settings, folder, dealer, activity).run()

@@ -282,6 +282,7 @@ class Launcher:
             endpoint=endpoint,
             version=self.version,
             ways=tuple(sorted(set(facts.ways))),
+            weights_endpoint=self.weights_endpoint if self.settings.trainer.start == "external" else "",
         )
         self.spawn(
             Command(

@@ -315,6 +315,15 @@ class WeightReader:
             return None
         return WeightCopy(version=whole.version, layout=layout_to_json(self._places), content=copied)
 
+    def view(self) -> WeightCopy | None:
+        """`copy` without copying, for a reader whose publisher waits for it: the next publication but one overwrites
+        the bytes."""
+        whole = self._whole_version()
+        if whole is None:
+            return None
+        content = self._bytes(whole.buffer)
+        return WeightCopy(version=whole.version, layout=layout_to_json(self._places), content=content)
+
     def _copy_into(self, targets: Mapping[str, Tensor]) -> int | None:
         """The version that `targets` hold now; None as `copy`, when they may hold anything."""
         import torch

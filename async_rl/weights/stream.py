@@ -16,6 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from async_rl.config import Settings
+from async_rl.errors import UserError
 from async_rl.events import WeightsReady
 from async_rl.process import run_process
 from async_rl.process_spec import WeightServerSpec, read_spec
@@ -32,6 +34,7 @@ from async_rl.weights.relay_tree import RelayTree
 from async_rl.weights.shared_memory import (
     TensorPlace,
     WeightCopy,
+    WeightPublisher,
     WeightReader,
     WeightsError,
     layout_from_json,
@@ -342,6 +345,84 @@ class WeightStream:
         self.close()
 
 
+@dataclass(slots=True)
+class Intake:
+    """The server's end of what rank 0 of a trainer on another machine sends (weights/upload.py)."""
+
+    publish: Callable[[Transfer], None]
+    """a version is whole"""
+    held: int = -1
+    """the newest version that was published here"""
+    peer: bytes = b""
+    """the trainer; empty: none has come"""
+    transfer: Transfer | None = None
+    """the version that is being fetched"""
+
+    def handle(self, peer: bytes, message: msg.Message, now: float) -> list[msg.Message]:
+        """The answers to one message."""
+        if self.peer not in (b"", peer):
+            return [msg.Refused(what=type(message).__name__, reason="there is a trainer already")]
+        match message:
+            case msg.Upload(version=version):
+                self.peer = peer
+                if version <= self.held:
+                    return [msg.Holds(version=self.held)]
+                if self.transfer is not None:
+                    return self.transfer.resume(now)  # it asks again because nothing came
+                self.transfer = Transfer(self.held)
+                return self.transfer.begin(now)
+            case msg.Offer() | msg.Chunk() if self.transfer is not None:
+                try:
+                    return self._receive(message, self.transfer, now)
+                except (WeightsError, UserError) as error:
+                    self.transfer = None
+                    return [msg.Refused(what="Upload", reason=str(error))]
+        return []
+
+    def _receive(self, message: msg.Message, transfer: Transfer, now: float) -> list[msg.Message]:
+        asks = transfer.receive(message, now)
+        if not transfer.whole or transfer.offer is None:
+            return asks
+        self.publish(transfer)
+        self.held, self.transfer = transfer.offer.version, None
+        return [msg.Holds(version=self.held)]
+
+    def tick(self, now: float) -> list[msg.Message]:
+        """Repeat, to `peer`, what was not answered."""
+        return [] if self.transfer is None else self.transfer.tick(now)
+
+
+@dataclass(slots=True)
+class SegmentOfIntake:
+    """The run's shared memory, written by the weight server."""
+
+    path: Path
+    made: list[WeightPublisher] = field(default_factory=list)
+    """one, from the first version on"""
+
+    def publish(self, transfer: Transfer) -> None:
+        import torch
+
+        assert transfer.offer is not None
+        whole = torch.from_numpy(transfer.content)
+        tensors = {place.name: tensor_of(whole, place) for place in transfer.places}
+        if not self.made:
+            self.made.append(WeightPublisher(self.path, tensors))
+        self.made[0].publish(tensors, transfer.offer.version)
+
+
+def make_intake(folder: RunFolder, settings: Settings, reader: WeightReader) -> Intake | None:
+    """Of the run's weight server; None where the run starts its trainer itself, beside it. `reader`: of the run's
+    segment."""
+    if settings.trainer.start != "external":
+        return None
+    try:
+        held = reader.latest()  # of a server before this one
+    except WeightsError:
+        held = -1
+    return Intake(SegmentOfIntake(segment_path(folder.path)).publish, held=held)
+
+
 def serve(folder: RunFolder, settings: Settings, endpoint: str, activity: Activity) -> None:
     """Serve until the run has its summary; the launcher may end the process before."""
     limit = settings.wire.max_message_mb << 20
@@ -351,10 +432,11 @@ def serve(folder: RunFolder, settings: Settings, endpoint: str, activity: Activi
     ):
         folder.record(WeightsReady(endpoint=endpoint))
         shelf, relays = Shelf(reader.latest, reader.copy), Relays(RelayTree(settings.weights.fan_out))
+        intake = make_intake(folder, settings, reader)
         activity.looping = True
         while not folder.summary.exists():
             activity.keepalive("serving weights")
-            answer(router, shelf, relays)
+            answer(router, shelf, relays, intake)
             shelf.tick(time.monotonic())
         for peer in relays.peers.values():
             router.send(peer, msg.Stop(reason="the run has ended"))
@@ -369,14 +451,20 @@ class Relays:
     """endpoint -> the peer"""
 
 
-def answer(router: Router, shelf: Shelf, relays: Relays) -> None:
-    """Wait a moment for a message and answer it."""
+def answer(router: Router, shelf: Shelf, relays: Relays, intake: Intake | None = None) -> None:
+    """Wait a moment for a message and answer it. `intake`: takes what a trainer on another machine sends."""
     received = router.receive(SERVE_POLL_S)
+    now = time.monotonic()
+    if intake is not None:
+        for ask in intake.tick(now):
+            router.send(intake.peer, ask)
     if received is None:
         return
     peer, message = received
-    now = time.monotonic()
     match message:
+        case msg.Upload() | msg.Offer() | msg.Chunk() if intake is not None:
+            for reply in intake.handle(peer, message, now):
+                router.send(peer, reply)
         case WireError():
             router.send(peer, msg.Refused(what="message", reason=str(message)))
         case msg.AskParent(endpoint=endpoint, lost=lost):

@@ -45,6 +45,12 @@ def tcp_address(endpoint: str) -> tuple[str, str]:
     return {"": LOOPBACK, "*": EVERYWHERE}.get(host, host), port
 
 
+def is_loopback(endpoint: str) -> bool:
+    """Whether a tcp endpoint is reached from its own machine alone."""
+    host = tcp_address(endpoint)[0]
+    return host == "localhost" or host.startswith("127.") or host in ("[::1]", "::1")
+
+
 def as_bound(endpoint: str) -> str:
     """The endpoint that a listening socket is given."""
     if not is_tcp(endpoint):

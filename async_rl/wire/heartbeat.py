@@ -102,8 +102,12 @@ class Heartbeat:
         pipe: int = NO_PIPE,
         agent: int = 0,
         group: Callable[[], int] = lambda: -1,
+        host: str = "",
+        on_lost: Callable[[str], None] | None = None,
+        lost_after_s: float = 0.0,
     ) -> None:
-        self._group = group
+        self._group, self._host, self._on_lost, self._lost_after_s = group, host, on_lost, lost_after_s
+        self._answered = False
         self._name, self._role, self._activity = name, role, activity
         self._every_s = every_s
         self._open = dealer
@@ -138,6 +142,11 @@ class Heartbeat:
                 if dealer is not None:
                     dealer.send(pulse)
                     self._receive(dealer)
+                    if self._on_lost is not None and self._answered and self.buffer_silent_s > self._lost_after_s:
+                        self._on_lost(
+                            f"has not answered for {self.buffer_silent_s:.0f} s (wire.timeout_s="
+                            f"{self._lost_after_s:g}): the run has ended, or cannot be reached from here"
+                        )
                 self._activity.woken.wait(self._every_s)
                 self._activity.woken.clear()
                 if self._ended:
@@ -154,12 +163,14 @@ class Heartbeat:
         """Take in the buffer's answers."""
         while True:
             try:
-                dealer.receive(0.0, "the buffer's answer to a pulse")
+                message = dealer.receive(0.0, "the buffer's answer to a pulse")
             except WireTimeout:
                 return
             except WireError:
                 continue
-            self._heard = time.monotonic()
+            self._heard, self._answered = time.monotonic(), True
+            if isinstance(message, msg.Stop) and self._on_lost is not None:
+                self._on_lost(f"has ended: {message.reason}")
 
     def _pulse(self) -> msg.Pulse:
         doing, seconds = self._activity.state()
@@ -172,6 +183,7 @@ class Heartbeat:
             doing=doing[:LONGEST_DOING],
             since_s=seconds,
             group=self._group(),
+            host=self._host,
         )
 
     def _send_to_launcher(self, pulse: msg.Pulse) -> None:
@@ -195,11 +207,14 @@ def make_heartbeat(
     pipe: int = NO_PIPE,
     agent: int = 0,
     group: Callable[[], int] = lambda: -1,
+    host: str = "",
+    on_lost: Callable[[str], None] | None = None,
 ) -> Heartbeat:
     """The heartbeat of a process of a run. `endpoint`: where the buffer listens; None: pulses go to the launcher
     alone. `identity`: of its socket, where that is not the name. `pipe`: file descriptor to the launcher; `agent`:
     process number of what started this rank of the trainer (see process_spec.py). `group`: whose code of the task it
-    runs now."""
+    runs now. `host`: name of this machine, for one that somebody else started; `on_lost`: called in the heartbeat's
+    thread, in words, when the buffer says over this socket that it ends, or has not answered for wire.timeout_s."""
 
     def dealer() -> Dealer:
         assert endpoint is not None
@@ -210,7 +225,17 @@ def make_heartbeat(
     every_s = min(PULSE_S, wire.frozen_after_s / 4)
     chosen = dealer if endpoint is not None else None
     return Heartbeat(
-        name=name, role=role, activity=activity, dealer=chosen, every_s=every_s, pipe=pipe, agent=agent, group=group
+        name=name,
+        role=role,
+        activity=activity,
+        dealer=chosen,
+        every_s=every_s,
+        pipe=pipe,
+        agent=agent,
+        group=group,
+        host=host,
+        on_lost=on_lost,
+        lost_after_s=wire.timeout_s,
     )
 
 

@@ -19,6 +19,8 @@ ABANDONED = "the buffer dropped its group"
 """`reason` of a trajectory that was aborted because nobody wants it any more"""
 KEEPER = "/keeper"
 """end of the identity of the process beside a generator that joined, which tells how that ended (run/keeper.py)"""
+RANK = "rank"
+"""role in the pulses of a follower among the trainer's ranks, where somebody else has started them"""
 PULSE = "/pulse"
 """suffix of the identity of the socket that a process sends its pulses through"""
 
@@ -247,6 +249,8 @@ class Pulse(WireStruct, frozen=True, kw_only=True):
     """seconds it has been doing that"""
     group: int = -1
     """of a generator: whose code of the task runs in its event loop; -1: none"""
+    host: str = ""
+    """name of its machine; empty: it is one that the launcher started"""
 
 
 class PulseAnswer(WireStruct, frozen=True, kw_only=True):
@@ -568,6 +572,8 @@ class ProcessState(WireStruct, frozen=True, kw_only=True):
     """seconds it has been doing that"""
     silent_s: float
     """seconds since its last message"""
+    host: str = ""
+    """as in Pulse"""
 
 
 class Snapshot(WireStruct, frozen=True, kw_only=True):
@@ -699,6 +705,14 @@ class Withdrawn(WireStruct, frozen=True, kw_only=True):
     version: int
 
 
+class Upload(WireStruct, frozen=True, kw_only=True):
+    """The trainer, which is on another machine than the run, has a version of the weights for the weight server, which
+    fetches it over the same connection: by `AskWeights` and `AskChunks`, and at last `Holds`. Repeating it changes
+    nothing."""
+
+    version: int
+
+
 class AskParent(WireStruct, frozen=True, kw_only=True):
     """A relay of weights is there, and asks the weight server whom to fetch from. Answered by `Parent`."""
 
@@ -764,7 +778,7 @@ Message = (
     | Batch | Waiting | EvaluationResult | Verify
     | Query | Snapshot | Gone | Shutdown | Preempt
     | Join | Welcome
-    | AskWeights | Offer | AskChunks | Chunk | Withdrawn | AskParent | Parent
+    | AskWeights | Offer | AskChunks | Chunk | Withdrawn | Upload | AskParent | Parent
     | AskLink | LinkCall | LinkAnswer
 )
 # fmt: on

@@ -11,7 +11,7 @@ from async_rl.config import Settings
 from async_rl.config.schema import structured
 from async_rl.errors import UserError
 from async_rl.events import TrainerAwaited
-from async_rl.run.join_trainer import check_fit, first_node, rank_environment
+from async_rl.run.join_trainer import check_fit, first_node, rank_environment, reached_from_here
 from async_rl.version import __version__
 from async_rl.wire.endpoint import this_host
 
@@ -61,5 +61,30 @@ def test_only_the_ranks_that_a_run_waits_for_are_let_in(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="both need the same"):
         check_fit(replace(wanted, package="0.0.1"), settings, TORCHRUN)
     check_fit(replace(wanted, host="another"), settings, TORCHRUN)
-    with pytest.raises(UserError, match="rank 0 of the trainer must run on the run's host"):
-        check_fit(replace(wanted, host="another"), settings, TORCHRUN | {"RANK": "0"})
+
+
+ELSEWHERE = TrainerAwaited(
+    endpoint="tcp://10.0.0.1:5555", version=0, package=__version__, host="another", folder="", ranks=4, command="",
+    weights="tcp://0.0.0.0:7000",
+)  # fmt: skip
+
+
+def test_rank_0_elsewhere_reaches_the_buffer_and_the_weight_server_by_the_runs_address() -> None:
+    assert reached_from_here(ELSEWHERE, 0) == ("tcp://10.0.0.1:5555", "tcp://10.0.0.1:7000")
+    assert reached_from_here(ELSEWHERE, 3) == ("tcp://10.0.0.1:5555", "")  # a follower has no weights to send
+    beside = replace(ELSEWHERE, host=this_host())
+    assert reached_from_here(beside, 0) == ("tcp://10.0.0.1:5555", "")  # it shares the run's memory
+    assert reached_from_here(replace(beside, endpoint="ipc://x"), 0) == ("ipc://x", "")
+
+
+def test_a_buffer_on_every_interface_has_the_address_that_the_user_gives() -> None:
+    everywhere = replace(ELSEWHERE, endpoint="tcp://127.0.0.1:5555")  # as the run itself reaches it
+    with pytest.raises(UserError, match=r"wire.endpoint=tcp://ADDRESS:PORT .* --connect tcp://ADDRESS:PORT"):
+        reached_from_here(everywhere, 0)
+    assert reached_from_here(everywhere, 1) == ("", "")  # it says nothing to the buffer
+    connect = "tcp://10.0.0.9:5555"
+    assert reached_from_here(everywhere, 0, connect) == (connect, "tcp://10.0.0.9:7000")
+    with pytest.raises(UserError, match="no weight server"):
+        reached_from_here(replace(everywhere, weights=""), 0, connect)
+    with pytest.raises(UserError, match="on another machine than the run, whose buffer listens at ipc://x"):
+        reached_from_here(replace(ELSEWHERE, endpoint="ipc://x"), 0)
