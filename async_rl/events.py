@@ -405,7 +405,9 @@ class CheckpointSaved(Event):
     version: int
     path: str
     seconds: float
-    """that saving took"""
+    """that training stood still for it"""
+    beside: float = 0.0
+    """seconds from then until this was noted, while training went on"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -170,6 +170,9 @@ class LinkSource:
         try:
             self._check(call, after)
             left = max(0.0, deadline - time.monotonic())
+            if call.method == "ready":  # to be here is all that is asked
+                await self._answer(call)
+                return False
             await asyncio.wait_for(engine.handle_call(call.method, call.version, call.detail), left)
         except TimeoutError:
             reason = f"its part of '{call.method}' did not come from the trainer within {self._timeout_s:g} s"
@@ -183,7 +186,7 @@ class LinkSource:
 
     def _check(self, call: msg.LinkCall, after: int) -> None:
         """Raises RunFailed for a version other than that of the running transfer, or an old one."""
-        if call.method == "init":
+        if call.method in ("ready", "init"):
             return
         if call.method == "start":
             self._version = call.version

@@ -497,7 +497,14 @@ stale data.""",
             Metric("slots/all", "permits", "permits there are"),
             Metric("time/wait_for_batch", "s", "seconds the trainer waited for data"),
             Metric("time/step", "s", "seconds of the step itself"),
-            Metric("time/publish", "s", "seconds to hand out the new weights"),
+            Metric("time/publish", "s", "seconds that training stood still for the new weights to be handed out"),
+            Metric(
+                "time/publish_beside",
+                "s",
+                "seconds that handing out the version before took beside this step: the copy, and with links the wait "
+                "for a transfer of an older one",
+            ),
+            Metric("time/publish_wait", "s", "of the step, seconds that the optimizer waited for that copy"),
             Metric("time/generator_busy", "s", "seconds generators decoded"),
             Metric(
                 "time/task_busy",

@@ -163,9 +163,9 @@ def _beside_steps(record: RunRecord) -> list[Span]:
         if math.isnan(at):
             continue
         match row.event:
-            case CheckpointSaved(seconds=seconds, version=version):
-                text = f"version {version}"
-                found.append(Span(lane=TRAINER, doing="checkpoint", start=at - seconds, end=at, text=text))
+            case CheckpointSaved(seconds=seconds, beside=beside, version=version):
+                text, end = f"version {version}", at - beside
+                found.append(Span(lane=TRAINER, doing="checkpoint", start=end - seconds, end=end, text=text))
             case EvaluationReported(version_min=oldest, version_max=newest, reward=reward) if oldest == newest:
                 # weights stood still: the trainer waited for it, from its last row or its start
                 before = [*times[times <= at][-1:], *[r for r in ready if r <= at][-1:]]

@@ -60,8 +60,8 @@ def train(
     with (
         Dealer(spec.endpoint, spec.name, max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as dealer,
         closing(
-            make_publisher(folder, settings, learner, spec.ways, folder.record, keepalive=team.keepalive)
-        ) as publisher,
+            make_publication(folder, settings, learner, spec.ways, folder.record, keepalive=team.keepalive)
+        ) as publication,
         ExitStack() as stack,
     ):
         team.keepalive()
@@ -69,7 +69,7 @@ def train(
         verifier = None
         if settings.verify.share:
             verifier = make_verifier(
-                settings, learner, publisher, team=team, run=str(folder.path), send=dealer.send, record=folder.record
+                settings, learner, publication, team=team, run=str(folder.path), send=dealer.send, record=folder.record
             )
             stack.enter_context(closing(verifier))
         inbox = Inbox(dealer, settings.wire.timeout_s, canary, activity, team.keepalive, verifier)
@@ -80,13 +80,14 @@ def train(
             learner=learner,
             inbox=inbox,
             canary=canary,
-            publisher=publisher,
+            publication=publication,
             verifier=verifier,
             team=team,
             source=Path(settings.model.path),
             eval_problems=len(task.problems("eval")),
             initial_hash=begun.initial_hash,
             guard=Guard(settings.guard, folder),
+            mismatch=make_mismatch_watch(settings),
         )
         if begun.progress is not None:
             loop.resume(begun.progress, saved=begun.saved)
@@ -98,7 +99,6 @@ def train(
         except (RolledBack, Preempted):  # the launcher starts the run again from there, or ends it
             team.send(Finish())
             return
-            mismatch=make_mismatch_watch(settings),
         team.send(Finish())
         replace_text(folder.summary, json.dumps(summary.to_dict(), indent=2) + "\n")
         dealer.send(msg.Done())

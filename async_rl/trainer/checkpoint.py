@@ -28,7 +28,7 @@ from async_rl.errors import RunFailed, UserError
 from async_rl.model.folder import save_folder
 from async_rl.model.lora import read_adapters
 from async_rl.objective import ObjectiveState
-from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, write_whole
+from async_rl.trainer.manifest import Partial, checkpoint_path, list_checkpoints, write_partial
 from async_rl.trainer.sharding import RowFiles, load_weights, save_rows
 from async_rl.trainer.team import Save, Team
 
@@ -55,11 +55,21 @@ def save_checkpoint(
 ) -> Path:
     """Write the learner's state as a whole, durable folder; keep the newest `keep` folders, and `spared`.
 
-    The leader calls it, and orders every other rank to write its part (`save_part`). `source` gives config and
-    tokenizer. Raises OSError or SafetensorError when the folder cannot be written.
+    As `write_checkpoint`. Raises OSError or SafetensorError when the folder cannot be written.
     """
-    final = checkpoint_path(folder, learner.version)
     team = team or Team(learner.ranks)
+    partial = write_checkpoint(folder, learner, progress, source=source, team=team)
+    partial.finish(team.keepalive)
+    delete_old(folder, keep=keep, spared=spared)
+    return partial.final
+
+
+def write_checkpoint(folder: Path, learner: Learner, progress: Progress, *, source: Path, team: Team) -> Partial:
+    """Write the learner's state into files that are not a checkpoint before `Partial.finish`; the learner may go on.
+
+    The leader calls it, and orders every other rank to write its part (`save_part`). `source` gives config and
+    tokenizer. Raises OSError or SafetensorError when the files cannot be written.
+    """
 
     def write(into: Path) -> None:
         save_folder(into, learner.model, source=source, weights=team.weights(learner))
@@ -71,11 +81,14 @@ def save_checkpoint(
         (into / "learner.json").write_text(json.dumps(state) + "\n")
         (into / "progress.json").write_text(json.dumps(dict(progress)) + "\n")
 
-    write_whole(final, write, keepalive=team.keepalive)
+    return write_partial(checkpoint_path(folder, learner.version), write)
+
+
+def delete_old(folder: Path, *, keep: int, spared: Path | None) -> None:
+    """Delete all checkpoints but the newest `keep`, and `spared`."""
     for old in list_checkpoints(folder)[:-keep]:
         if old != spared:
             shutil.rmtree(old)
-    return final
 
 
 def save_part(folder: Path, learner: Learner) -> None:

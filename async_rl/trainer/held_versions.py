@@ -20,6 +20,7 @@ from async_rl.trainer.team import Hold, Rescore, Team
 
 if TYPE_CHECKING:
     from async_rl.trainer.learner import Learner
+    from async_rl.trainer.publication import Publication
     from async_rl.trainer.publish import Publisher
 
 
@@ -112,7 +113,7 @@ class HeldVersions:
     """The versions that a trajectory may name."""
 
     learner: Learner
-    publisher: Publisher
+    publisher: Publisher | Publication
     most: int
     """versions before the newest that a trajectory may name: staleness.max_staleness"""
     budget_bytes: int

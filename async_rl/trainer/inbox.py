@@ -99,7 +99,7 @@ class Inbox:
             raise Preempted(self.preempted)
 
     def send(self, message: msg.Message) -> None:
-        """Send the buffer something that it must know, and repeat it while waiting."""
+        """Send the buffer something that it must know, and repeat it while waiting. May be called in any thread."""
         self.unconfirmed[type(message)] = message
         self.dealer.send(message)
 
@@ -108,6 +108,12 @@ class Inbox:
         if step > self.asked:
             self.asked = step
             self.send(msg.NextBatch(step=step))
+
+    def has_come(self, step: int) -> bool:
+        """Whether the batch of `step` is here, or something that ends the wait for it; without waiting."""
+        self.ask_batch(step)
+        self.drain()
+        return step in self.batches or bool(self.preempted)
 
     def receive_batch(self, step: int) -> msg.Batch:
         """Wait for the batch of `step`. Raises RunFailed that names who was waited for."""
@@ -218,7 +224,7 @@ class Inbox:
         now = time.monotonic()
         if now - self.sent_again >= REPEAT_S:
             self.sent_again = now
-            for message in self.unconfirmed.values():
+            for message in list(self.unconfirmed.values()):  # another thread may add the newest version
                 self.dealer.send(message)
 
     def _handle(self, message: msg.Message) -> None:

@@ -24,13 +24,15 @@ from async_rl.steady_clock import steady_time
 from async_rl.task.order import choose_held_out
 from async_rl.trainer.alarm import Guard
 from async_rl.trainer.canary_watch import CanaryWatch
-from async_rl.trainer.checkpoint import Progress, save_checkpoint, save_part
+from async_rl.trainer.checkpoint import Progress, delete_old, save_part, write_checkpoint
 from async_rl.trainer.forward import probe_log_probs
 from async_rl.trainer.held_versions import HeldShards
 from async_rl.trainer.inbox import Inbox, Preempted
 from async_rl.trainer.manifest import checkpoint_path, list_checkpoints, version_of
 from async_rl.trainer.packing import pack_step
+from async_rl.trainer.publication import lies_here
 from async_rl.trainer.reused import reuse_metrics
+from async_rl.trainer.saving import Saving
 from async_rl.trainer.summary import Summary, Totals, judged, mean_judged, summarise
 from async_rl.trainer.team import (
     Finish,
@@ -59,9 +61,9 @@ if TYPE_CHECKING:
 
     from async_rl.trainer.alarm import Alarm
     from async_rl.trainer.learner import Learner, StepReport
-    from async_rl.trainer.packing import PackedBatch
-    from async_rl.trainer.publish import Publisher
     from async_rl.trainer.mismatch_watch import MismatchWatch
+    from async_rl.trainer.packing import PackedBatch
+    from async_rl.trainer.publication import Publication
     from async_rl.trainer.verifier import Verifier
 
 CHECKSUM_BYTES = 32 << 20
@@ -99,7 +101,7 @@ class TrainerLoop:
     learner: Learner
     inbox: Inbox
     canary: CanaryWatch
-    publisher: Publisher
+    publication: Publication
     verifier: Verifier | None
     """None: no trajectories are verified"""
     source: Path
@@ -111,9 +113,9 @@ class TrainerLoop:
     initial_hash: str
     """of the model the run began with"""
     guard: Guard
+    mismatch: MismatchWatch
     totals: Totals = field(default_factory=Totals)
     """of the metric rows so far"""
-    mismatch: MismatchWatch
     evaluations_asked: int = 0
     pending_evaluation: tuple[int, int] | None = None
     """(number, step) of an evaluation that runs beside training"""
@@ -127,7 +129,9 @@ class TrainerLoop:
     """seconds inside model steps in earlier lives (generators count from their start)"""
     started: float = 0.0
     saved: int = 0
-    """newest version that is in a checkpoint"""
+    """newest version that is in a checkpoint, or in one that is being finished"""
+    saving: Saving | None = None
+    """the checkpoint that is being finished"""
 
     def resume(self, progress: Progress, *, saved: int) -> None:
         """Go on behind a checkpoint, of version `saved`, that was loaded into the learner."""
@@ -136,11 +140,11 @@ class TrainerLoop:
             if row["step"] < version:
                 self.totals.add(row)
         self.guard.rebuild(read_rows(self.folder.metrics), version)
+        self.mismatch.rebuild(row for row in read_rows(self.folder.metrics) if row["step"] < version)
         self.evaluations_asked = progress["evaluations_asked"]
         if progress["pending_evaluation"] is not None:
             # under the same number, but by the weights there are now
             self.pending_evaluation = (progress["pending_evaluation"][0], version)
-        self.mismatch.rebuild(row for row in read_rows(self.folder.metrics) if row["step"] < version)
         self.reward_first = progress["reward_first"]
         self.rewards_first = progress.get("rewards_first", ())
         self.seconds_before = progress["seconds"]
@@ -163,6 +167,7 @@ class TrainerLoop:
             return self.finish()
         except Preempted:
             self.checkpoint()
+            self.finish_checkpoint()
             raise
 
     # The verbs of a step.
@@ -170,6 +175,7 @@ class TrainerLoop:
     def receive(self, number: int) -> Step:
         """Wait for the batch of a step, and ask for the next one."""
         began = time.monotonic()
+        self.publication.wait(unless=lambda: self.inbox.has_come(number))
         batch = self.inbox.receive_batch(number)
         waited = time.monotonic() - began
         if number + 1 < self.settings.trainer.steps:
@@ -208,7 +214,7 @@ class TrainerLoop:
         step.alarms = self.guard.check({"step": step.number, **step.report.metrics})
 
     def publish(self, step: Step) -> None:
-        """Hand the new weights to the generators, unless the run gives them up and goes back."""
+        """Hand the new weights to the generators, beside the next step, unless the run gives them up and goes back."""
         assert step.report is not None
         if not self.guard.gives_up(step.alarms, step.number):
             self.inbox.activity.now(f"publishing version {step.number + 1}")
@@ -225,21 +231,26 @@ class TrainerLoop:
         self.totals.add(row)
         append_row(self.folder.metrics, row)
         self.guard.report(step.alarms)
-        if gives_up:
-            to_disk(self.folder.metrics)
-            raise self.guard.roll_back(step.alarms, step.number, self.progress())
-        self.watch_evaluation(step.number)
-        if step.number + 1 < self.settings.trainer.steps and self.checkpoint_due(step.number + 1):
-            self.checkpoint()
         if (found := self.mismatch.check(row)) is not None:
             self.folder.record(found)
+        if gives_up:
+            to_disk(self.folder.metrics)
+            self.finish_checkpoint()
+            raise self.guard.roll_back(step.alarms, step.number, self.progress())
+        self.watch_evaluation(step.number)
+        if self.saving is not None and self.saving.is_done:
+            self.finish_checkpoint()
+        if step.number + 1 < self.settings.trainer.steps and self.checkpoint_due(step.number + 1):
+            self.checkpoint()
 
     # Before the first step and after the last.
 
     def begin(self) -> None:
         """Publish the first weights and evaluate them."""
         self.check_initial()
+        self.learner.before_write = self.before_write
         self.publish_weights()
+        self.publication.wait()
         if self.reward_first is None:
             result = self.evaluate_and_wait(step=self.learner.version)
             check_judged(result)
@@ -251,10 +262,12 @@ class TrainerLoop:
     def finish(self) -> Summary:
         """Evaluate and save the last weights; what the run came to."""
         assert self.reward_first is not None
+        self.publication.wait()
         seconds, steps = self.seconds(), self.settings.trainer.steps
         self.collect_evaluation(wait=True)  # what was asked for is reported, also when training ends before it
         last = self.evaluate_and_wait(step=steps)
         self.checkpoint()
+        self.finish_checkpoint()
         check_judged(last)
         return summarise(
             totals=self.totals,
@@ -291,6 +304,7 @@ class TrainerLoop:
             **batch.counters.metrics(),
             **failed_since(self.totals.last, batch.counters),
             "time/generator_busy": self.busy_before + batch.counters.generator_busy_seconds,
+            **self.publication.row(),
             **self.canary.row(),
             **({} if self.verifier is None else self.verifier.row()),
             **self.guard.columns(),
@@ -303,11 +317,12 @@ class TrainerLoop:
         return row
 
     def publish_weights(self, *, ess: float = -1.0) -> None:
-        """Hand the weights over and tell the buffer; `ess`: of the batch they were trained on, if any."""
+        """Begin to hand the weights out; the buffer is told when they are. `ess`: of the batch they were trained on, if
+        any."""
         if self.verifier is not None:
             self.verifier.held.keep()
-        self.publisher.publish(self.team.sent(self.learner), self.learner.version)
-        self.inbox.send(msg.Published(version=self.learner.version, ess=ess))
+        message = msg.Published(version=self.learner.version, ess=ess)
+        self.publication.begin(self.team.sent(self.learner), message.version, lambda: self.inbox.send(message))
         self.canary.expect()
 
     def checkpoint_due(self, version: int) -> bool:
@@ -316,38 +331,73 @@ class TrainerLoop:
         every, back = self.settings.checkpoint.every, self.guard.rollback
         return bool(every and version % every == 0) or (back is not None and version == back.to)
 
+    def before_write(self) -> None:
+        """Wait until nobody reads the weights any more."""
+        self.publication.before_write()
+        if self.saving is not None:
+            self.saving.before_write()
+
     def checkpoint(self) -> None:
-        """Save everything a step depends on, unless that is saved already, then tell the buffer that these steps are
-        not done again."""
+        """Begin to save everything a step depends on, unless that is saved already; `finish_checkpoint` ends it."""
         version = self.learner.version
         if version == self.saved:
             return
+        self.finish_checkpoint()
         started = time.monotonic()
         self.inbox.activity.now(f"checkpoint {version}")
-        self.record_weights("hash", weights_hash(self.team.weights(self.learner)))
+        here = lies_here(self.learner)
+        if not here:
+            self.record_weights("hash", weights_hash(self.team.weights(self.learner)))
         for rows in (self.folder.metrics, self.folder.weights):
             to_disk(rows)  # the rows of a checkpoint's steps must not be missing behind it
         keep, spared = self.settings.checkpoint.keep, self.guard.protected_checkpoint()
         try:
-            path = save_checkpoint(
-                self.folder.checkpoints,
-                self.learner,
-                self.progress(),
-                source=self.source,
-                keep=keep,
-                spared=spared,
-                team=self.team,
+            partial = write_checkpoint(
+                self.folder.checkpoints, self.learner, self.progress(), source=self.source, team=self.team
             )
         except (OSError, SafetensorError) as error:
-            raise RunFailed(
-                f"the checkpoint of version {version} cannot be written to {self.folder.checkpoints} "
-                f"({getattr(error, 'strerror', None) or error}); make room there and resume the run"
-            ) from None
+            raise self.not_written(version, error) from None
         self.saved = version
+
+        def record_hash(value: str) -> None:
+            self.record_weights("hash", value, version)
+            to_disk(self.folder.weights)
+
+        self.saving = Saving(
+            partial=partial,
+            version=version,
+            stood_still_s=time.monotonic() - started,
+            weights=list(self.learner.full_weights()) if here else (),
+            record_hash=record_hash,
+            tidy=lambda: delete_old(self.folder.checkpoints, keep=keep, spared=spared),
+        ).begin()
+
+    def finish_checkpoint(self) -> None:
+        """Wait for the checkpoint that is being finished, if any, then tell the buffer that its steps are not done
+        again."""
+        saving, self.saving = self.saving, None
+        if saving is None:
+            return
+        try:
+            saving.wait(self.team.keepalive)
+        except (OSError, SafetensorError) as error:
+            raise self.not_written(saving.version, error) from None
         oldest = version_of(list_checkpoints(self.folder.checkpoints)[0])
-        self.inbox.send(msg.Checkpointed(version=version, oldest=oldest))
-        took = time.monotonic() - started
-        self.folder.record(CheckpointSaved(version=version, path=str(path), seconds=round(took, 4)))
+        self.inbox.send(msg.Checkpointed(version=saving.version, oldest=oldest))
+        self.folder.record(
+            CheckpointSaved(
+                version=saving.version,
+                path=str(saving.partial.final),
+                seconds=round(saving.stood_still_s, 4),
+                beside=round(time.monotonic() - saving.began, 4),
+            )
+        )
+
+    def not_written(self, version: int, error: Exception) -> RunFailed:
+        return RunFailed(
+            f"the checkpoint of version {version} cannot be written to {self.folder.checkpoints} "
+            f"({getattr(error, 'strerror', None) or error}); make room there and resume the run"
+        )
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of this loop."""
@@ -370,9 +420,10 @@ class TrainerLoop:
                 f"a new run from a checkpoint of this one (model.path={self.folder.checkpoints}/step_...)"
             )
 
-    def record_weights(self, kind: str, value: str) -> None:
-        """So that a replay finds the step at which it differs. `kind`: "hash" or "checksum"."""
-        append_row(self.folder.weights, {"version": self.learner.version, kind: value})
+    def record_weights(self, kind: str, value: str, version: int | None = None) -> None:
+        """So that a replay finds the step at which it differs. `kind`: "hash" or "checksum"; `version`: None: the
+        learner's."""
+        append_row(self.folder.weights, {"version": self.learner.version if version is None else version, kind: value})
 
     @property
     def size_bytes(self) -> int:

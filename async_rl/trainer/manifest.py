@@ -46,32 +46,51 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step_*") if p.is_dir()), key=lambda p: (len(p.name), p.name))
 
 
-def write_whole(final: Path, write: Callable[[Path], None], keepalive: Callable[[], None] = lambda: None) -> None:
-    """Let `write` fill a folder; it appears at `final` with all its bytes on the disk, or not at all.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partial:
+    """A folder whose files are written, under a name that nobody takes for a checkpoint."""
 
-    `keepalive` is called often while files are read back and made durable.
+    folder: Path
+    final: Path
 
-    Raises OSError, for example when the disk is full."""
+    def finish(self, keepalive: Callable[[], None] = lambda: None) -> None:
+        """Make it appear at `final` with all its bytes on the disk, and their sums. Until then the checkpoint before is
+        the newest. May be called in any thread.
+
+        `keepalive` is called often while files are read back and made durable. Raises OSError."""
+        inside = sorted(self.folder.rglob("*"))
+        files = [path for path in inside if path.is_file()]
+        sums = _digests(files, "blake3", keepalive, durable=True)
+        entries = {
+            path.relative_to(self.folder).as_posix(): {"bytes": path.stat().st_size, "blake3": digest}
+            for path, digest in zip(files, sums, strict=True)
+        }
+        (self.folder / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "files": entries}, indent=1) + "\n")
+        for path in (*(path for path in inside if path.is_dir()), self.folder / MANIFEST, self.folder):
+            keepalive()
+            to_disk(path)
+        # An older folder of this name belongs to a life of the run that was given up.
+        shutil.rmtree(self.final, ignore_errors=True)
+        os.replace(self.folder, self.final)
+        to_disk(self.final.parent)
+
+
+def write_partial(final: Path, write: Callable[[Path], None]) -> Partial:
+    """Let `write` fill a folder that is to be `final`. One at a time. Raises OSError, for example when the disk is
+    full."""
     partial = final.parent / f".{final.name}.partial"
     for left in final.parent.glob(".*.partial"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     write(partial)
-    inside = sorted(partial.rglob("*"))
-    files = [path for path in inside if path.is_file()]
-    sums = _digests(files, "blake3", keepalive, durable=True)
-    entries = {
-        path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "blake3": digest}
-        for path, digest in zip(files, sums, strict=True)
-    }
-    (partial / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "files": entries}, indent=1) + "\n")
-    for path in (*(path for path in inside if path.is_dir()), partial / MANIFEST, partial):
-        keepalive()
-        to_disk(path)
-    # An older folder of this name belongs to a life of the run that was given up.
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    to_disk(final.parent)
+    return Partial(folder=partial, final=final)
+
+
+def write_whole(final: Path, write: Callable[[Path], None], keepalive: Callable[[], None] = lambda: None) -> None:
+    """Let `write` fill a folder; it appears at `final` with all its bytes on the disk, or not at all.
+
+    `keepalive` is called often while files are read back and made durable. Raises OSError."""
+    write_partial(final, write).finish(keepalive)
 
 
 def damage_of(path: Path) -> str | None:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+COPIES = 2
+"""most versions that are staged in main memory: the newest, and one that a frozen generator holds"""
+
+
 class Publisher(Protocol):
     def publish(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int) -> None:
         """Let generators have this version from now on. Raises RunFailed when it cannot."""
@@ -84,7 +88,8 @@ def make_publisher(
         return WeightPublisher(segment_path(folder.path), sent, dtype=segment_dtype(settings, learner))
     shapes = {name: tuple(tensor.shape) for name, tensor in sent.items()}
     device = next(iter(sent.values())).device
-    staged = Staged(shapes, DTYPES[settings.generator.dtype], device, in_main_memory="ipc" not in linked)
+    main = "ipc" not in linked  # a second copy, if it comes to that, is for main memory
+    staged = Staged(shapes, DTYPES[settings.generator.dtype], device, in_main_memory=main, copies=COPIES if main else 1)
     links = LinkServer(
         ipc_endpoint(folder.path, "weights"),
         staged,

@@ -41,11 +41,12 @@ from async_rl.trainer.rescoring import (
 )
 from async_rl.trainer.suspicion import CHECKS, Suspicion
 from async_rl.trajectory import Trajectory
-from async_rl.weights.canary import TOLERANCE
+from async_rl.weights.canary import tolerance_of
 from async_rl.wire import messages as msg
 
 if TYPE_CHECKING:
     from async_rl.trainer.learner import Learner
+    from async_rl.trainer.publication import Publication
     from async_rl.trainer.publish import Publisher
     from async_rl.trainer.replays import Played
     from async_rl.trainer.team import Team
@@ -367,7 +368,7 @@ def _spans(versions: NDArray[np.int64]) -> str:
 def make_verifier(
     settings: Settings,
     learner: Learner,
-    publisher: Publisher,
+    publisher: Publisher | Publication,
     *,
     team: Team,
     run: str,
@@ -389,7 +390,7 @@ def make_verifier(
         held=held,
         options=VerifyOptions(
             dtype=chosen.dtype,
-            tolerance=settings.canary.tolerance or TOLERANCE[chosen.dtype],
+            tolerance=settings.canary.tolerance or tolerance_of(chosen.dtype, chosen.quantization),
             seeded=chosen.engine == "embedded",
             mixes=chosen.kv_on_update == "keep",
             most_tokens=settings.trainer.micro_batch_tokens,

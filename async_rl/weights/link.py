@@ -6,9 +6,11 @@ dies takes no other with it; when it is restarted, it gets a new link.
 
 Who waits for whom: each link waits in a thread of its own, because NCCL's waits have no timeout; the server's thread
 checks all of them. A link whose generator died, or that exceeds its deadline, is closed from outside, which ends its
-wait. Links send one after another, which takes no longer, since they share the sender's memory and bus. Training waits
-for links only before it overwrites the weights that they send (`Staged`), never longer than the deadline, and ends with
-the generator's name when a link cannot be closed.
+wait. Links send one after another, which takes no longer, since they share the sender's memory and bus; one that makes
+no progress loses its turn. A generator must answer before anything is kept for it, so that one that is frozen holds
+nothing. One that freezes while it is sent to holds the copy of its version; the next version goes into a second copy,
+where there may be one (`Staged`), so nobody waits for it. Else a publication waits for links, never longer than the
+deadline, and ends with the generator's name when a link cannot be closed.
 """
 
 from __future__ import annotations
@@ -40,19 +42,29 @@ PING_S = 1.0
 """interval of the keep-alive call while a publication waits"""
 POLL_S = 0.002
 """poll interval of the server's thread while a transfer runs; otherwise tenfold"""
-TURN_S = 10.0
-"""longest time for which a link waits until another one has sent: each packs as much as the largest tensor takes on the
-sending GPU. One that takes longer holds nobody up further"""
+TURN_S = 1.0
+"""a link that sends and makes no progress for so long holds the others up no further. They send one after another,
+since each packs as much as the largest tensor takes on the sending GPU"""
 CLOSING_S = 10.0
 """longest time for which the close of a link may wait"""
 
 
-class Staged:
-    """One version of the weights, unchanged while it is sent: a copy in the generators' dtype, in the sender's memory
-    or, where only the tensors being sent must be there, in pinned main memory.
+@dataclass(slots=True, kw_only=True)
+class _Copy:
+    """The weights of one version."""
 
-    Any number of transfers read at once. The trainer waits for them before it writes the next version, with a
-    deadline, and names the generator that holds it up. The copy costs the size of the model once.
+    tensors: dict[str, Tensor]
+    version: int = -1
+    readers: list[str] = field(default_factory=list)
+
+
+class Staged:
+    """The newest version of the weights, unchanged while it is sent: a copy in the generators' dtype, in the sender's
+    memory or, where only the tensors being sent must be there, in pinned main memory.
+
+    Any number of transfers read at once. The trainer writes the next version into a copy that no transfer reads. Where
+    all are read it makes another one, up to `copies`; else it waits, with a deadline, and names the generator that
+    holds it up. Usually there is one copy, of the size of the model.
     """
 
     def __init__(
@@ -62,30 +74,43 @@ class Staged:
         device: str | torch.device,
         *,
         in_main_memory: bool = False,
+        copies: int = 1,
     ) -> None:
-        """`shapes`: of all tensors, by name; `device`: the device that sends."""
+        """`shapes`: of all tensors, by name; `device`: the device that sends; `copies`: most of them at once."""
         self.device = torch.device(device)
-        if in_main_memory and self.device.type == "cuda":
-            self._tensors = pinned.make_tensors(shapes, dtype, pinned.allocate_pinned)
-        else:
-            self._tensors = {n: torch.zeros(shape, dtype=dtype, device=self.device) for n, shape in shapes.items()}
-        self._version = -1
+        self._shapes, self._dtype, self._most = dict(shapes), dtype, copies
+        self._pinned = in_main_memory and self.device.type == "cuda"
+        self._copies = [self._make()]
+        self._newest = self._copies[0]
         self._changed = threading.Condition()
-        self._readers: list[str] = []
-        self._writing = False
+        self._written: _Copy | None = None
+        self._mine = threading.local()
+        """the copy that a thread reads, inside `held`"""
+
+    def _make(self) -> _Copy:
+        if self._pinned:
+            return _Copy(tensors=pinned.make_tensors(self._shapes, self._dtype, pinned.allocate_pinned))
+        device, dtype = self.device, self._dtype
+        return _Copy(tensors={n: torch.zeros(shape, dtype=dtype, device=device) for n, shape in self._shapes.items()})
 
     @property
     def version(self) -> int:
-        """The version held; -1 before the first."""
-        return self._version
+        """The newest version held; -1 before the first."""
+        return self._newest.version
+
+    @property
+    def readers(self) -> list[str]:
+        """Transfers that read now."""
+        return [who for copy in self._copies for who in copy.readers]
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) as of a module, in an order that never changes; to be used only inside `held`."""
-        yield from self._tensors.items()
+        """(name, tensor) as of a module, in an order that never changes. Their values: inside `held`, of the version
+        held; in the thread that writes, of the newest."""
+        yield from getattr(self._mine, "copy", self._newest).tensors.items()
 
     def on_device(self) -> Iterator[tuple[str, Tensor]]:
         """The same, moved one after another to the device that sends."""
-        for name, tensor in self._tensors.items():
+        for name, tensor in self.named_parameters():
             yield name, tensor.to(self.device, non_blocking=True)
 
     def write(
@@ -95,33 +120,47 @@ class Staged:
         seconds: float,
         keepalive: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy a newer version. `keepalive` is called every `PING_S` while transfers hold the old one. Raises
-        RunFailed when they hold it for longer than `seconds`, ValueError for tensors other than announced."""
+        """Copy a newer version. `keepalive` is called every `PING_S` while transfers hold all copies. Raises
+        RunFailed when they hold them for longer than `seconds`, ValueError for tensors other than announced."""
+        if version <= self.version:
+            raise ValueError(f"version {version} is not newer than {self.version}")
         with self._changed:
-            if version <= self._version:
-                raise ValueError(f"version {version} is not newer than {self._version}")
-            self._writing = True
-            try:
-                deadline = time.monotonic() + seconds
-                while self._readers and (left := deadline - time.monotonic()) > 0:
-                    keepalive()
-                    self._changed.wait_for(lambda: not self._readers, min(left, PING_S))
-                if self._readers:
-                    raise RunFailed(
-                        f"trainer waited {seconds:g} s for {', '.join(self._readers)} to take weights version "
-                        f"{self._version}, and the transfer cannot be ended; resume the run"
-                    )
-                self._copy(tensors)
-                self._version = version
-            finally:
-                self._writing = False
+            copy = self._written = self._free_copy(seconds, keepalive)
+            copy.version = -1
+        try:
+            self._fill(copy, tensors)
+        finally:
+            with self._changed:
+                self._written = None
                 self._changed.notify_all()
+        with self._changed:
+            copy.version, self._newest = version, copy
+            self._changed.notify_all()
 
-    def _copy(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        missing = set(self._tensors)
+    def _free_copy(self, seconds: float, keepalive: Callable[[], None]) -> _Copy:
+        """One that no transfer reads; not the newest where there is a choice, so that transfers may go on from that."""
+        deadline = time.monotonic() + seconds
+        while True:
+            free = [copy for copy in self._copies if not copy.readers]
+            if free:
+                return next((copy for copy in free if copy is not self._newest), free[0])
+            if len(self._copies) < self._most:
+                self._copies.append(self._make())
+                return self._copies[-1]
+            if (left := deadline - time.monotonic()) <= 0:
+                versions = sorted({copy.version for copy in self._copies})
+                raise RunFailed(
+                    f"trainer waited {seconds:g} s for {', '.join(self.readers)} to take weights version "
+                    f"{', '.join(map(str, versions))}, and the transfer cannot be ended; resume the run"
+                )
+            keepalive()
+            self._changed.wait_for(lambda: any(not copy.readers for copy in self._copies), min(left, PING_S))
+
+    def _fill(self, copy: _Copy, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        missing = set(copy.tensors)
         with torch.no_grad():
             for name, tensor in tensors:
-                mine = self._tensors.get(name)
+                mine = copy.tensors.get(name)
                 if mine is None or mine.shape != tensor.shape:
                     raise ValueError(f"{name} {tuple(tensor.shape)} is not among the tensors announced")
                 pinned.copy_over(mine, tensor)
@@ -129,22 +168,27 @@ class Staged:
         if missing:
             raise ValueError(f"other tensors than announced: {sorted(missing)[:5]} did not come")
         if self.device.type == "cuda":
-            # The copies alone: other threads send on other streams, one of which may be stuck.
-            torch.cuda.current_stream(self.device).synchronize()
+            # The copies alone: this stream may be given more, and other threads send on others, one of which may be
+            # stuck.
+            torch.cuda.current_stream(self.device).record_event().synchronize()
 
     @contextmanager
     def held(self, who: str, seconds: float) -> Iterator[int]:
-        """Keep the present version, which is the value, until the block ends. Raises RunFailed after `seconds`."""
+        """Keep the newest version, which is the value, until the block ends; for the thread that calls. Raises
+        RunFailed after `seconds`."""
         with self._changed:
             began = time.monotonic()
-            if not self._changed.wait_for(lambda: not self._writing, seconds):
+            if not self._changed.wait_for(lambda: self._newest is not self._written, seconds):
                 raise RunFailed(f"{who} waited {time.monotonic() - began:.0f} s for the trainer to copy its weights")
-            self._readers.append(who)
+            copy = self._newest
+            copy.readers.append(who)
+        self._mine.copy = copy
         try:
-            yield self._version
+            yield copy.version
         finally:
+            del self._mine.copy
             with self._changed:
-                self._readers.remove(who)
+                copy.readers.remove(who)
                 self._changed.notify_all()
 
 
@@ -173,6 +217,9 @@ class Control:
 
     Each call returns when the generator has executed it, or raises LinkLost."""
 
+    progressed: Callable[[], None]
+    """to be called when something has been sent"""
+
     def __init__(self, peer: str, send: Callable[[msg.Message], None], timeout_s: float) -> None:
         self.version = -1
         """of the weights that are being sent"""
@@ -180,6 +227,11 @@ class Control:
         self._number = 0
         self._answers: queue.SimpleQueue[msg.LinkAnswer | None] = queue.SimpleQueue()
         self._lost = ""
+        self.progressed = lambda: None
+
+    def ready(self) -> None:
+        """The generator is there and waits for weights."""
+        self._call("ready", {}, -1)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._call("init", init_info, -1)
@@ -219,7 +271,37 @@ class Control:
             if answer.number == self._number:
                 if answer.error:
                     raise LinkLost(f"{self._peer} could not do '{method}': {answer.error}")
+                self.progressed()
                 return
+
+
+class Turns:
+    """One link sends at a time, as long as it makes progress."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._sends = ""
+        self._progress_at = 0.0
+
+    @contextmanager
+    def of(self, who: str) -> Iterator[None]:
+        """In the block it is the turn of `who`."""
+        with self._changed:
+            while self._sends and (left := self._progress_at + TURN_S - time.monotonic()) > 0:
+                self._changed.wait(left)
+            self._sends, self._progress_at = who, time.monotonic()
+        try:
+            yield
+        finally:
+            with self._changed:
+                if self._sends == who:
+                    self._sends = ""
+                self._changed.notify_all()
+
+    def progressed(self, who: str) -> None:
+        with self._changed:
+            if self._sends == who:
+                self._progress_at = time.monotonic()
 
 
 MakeLink = Callable[[msg.AskLink, Control], WeightLink]
@@ -277,7 +359,7 @@ class LinkServer:
         self._out: queue.SimpleQueue[tuple[bytes, msg.Message]] = queue.SimpleQueue()
         self._peers: dict[str, _Peer] = {}
         """by the name of the generator"""
-        self._turn = threading.Lock()
+        self._turns = Turns()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="weight-links", daemon=True)
         self._thread.start()
@@ -353,6 +435,7 @@ class LinkServer:
             self._router.send(address, msg.Refused(what="AskLink", reason=reason))
             return
         control = Control(ask.name, lambda message: self._out.put((address, message)), self._timeout_s)
+        control.progressed = lambda: self._turns.progressed(f"{ask.name} {ask.session}")
         peer = self._peers[ask.name] = _Peer(address=address, ask=ask, control=control, process=process)
         threading.Thread(target=self._run, args=(peer,), name=f"link {ask.name}", daemon=True).start()
         peer.asks.put(ask)
@@ -406,6 +489,7 @@ class LinkServer:
         if self._staged.version <= ask.after:
             self._out.put((peer.address, _none_newer(ask.after, self._staged.version)))
             return
+        peer.control.ready()  # nothing is kept, and no group is opened, for one that is frozen
         if peer.link is None:
             peer.link = self._make_link(ask, peer.control)
             peer.link.offer()
@@ -413,13 +497,9 @@ class LinkServer:
             if peer.lost:
                 raise LinkLost(peer.lost)
             peer.control.version = version
-            mine = self._turn.acquire(timeout=TURN_S)
-            peer.busy_since = time.monotonic()  # its own time begins now
-            try:
+            with self._turns.of(f"{ask.name} {ask.session}"):
+                peer.busy_since = time.monotonic()  # its own time begins now
                 peer.link.send()
-            finally:
-                if mine:
-                    self._turn.release()
             peer.given = version
 
 

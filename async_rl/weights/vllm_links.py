@@ -4,9 +4,9 @@ Both need GPUs and have not run yet. Their control flow was run with gloo in NCC
 (tests/generator/test_vllm_link.py: vLLM's `send_weights` and worker engine around a process group of the test), and the
 code around IPC handles with invented handles.
 
-NCCL: vLLM's own trainer side sends. It connects over a TCPStore of its own, on the loopback and a port that is used
-once, which carries a pickled NCCL id: on a machine whose other users are not trusted, choose
-weights.transport=shared_memory.
+NCCL: vLLM's own trainer side sends, for each link in a thread and on streams of its own. It connects over a TCPStore of
+its own, on the loopback and a port that is used once, which carries a pickled NCCL id: on a machine whose other users
+are not trusted, choose weights.transport=shared_memory.
 
 IPC: the workers map the staged tensors and copy from there. vLLM's own client pickles the handles
 (VLLM_ALLOW_INSECURE_SERIALIZATION). Ours splits them into plain numbers and bytes, which cross the run's Unix socket as
@@ -91,17 +91,20 @@ class NcclLink:
             world_size=1 + self._workers,
             packed_buffer_size_bytes=BUFFER_BYTES,
         )
-        staged = self._staged
+        staged, sent = self._staged, self._sent
 
         class Source(ModuleSource):  # names and shapes as staged, tensors on the device that sends
             def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-                return staged.on_device()
+                return sent()
 
             def iter_full(self) -> Iterator[tuple[str, Tensor]]:  # vLLM's name for it since 0.33
-                return staged.on_device()
+                return sent()
 
         source = Source(module=_AsModule(staged))
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._control, source=source)
+
+    def _sent(self) -> Iterator[tuple[str, Tensor]]:
+        return _watched(self._staged, self._control)
 
     def send(self) -> None:
         self._engine.send_weights()
@@ -143,7 +146,7 @@ class OldNcclLink:
         self._control.start_weight_update()
         received = _Concurrent(lambda: self._control.update_weights(update))
         arguments = NCCLTrainerSendWeightsArgs(group=self._group, packed=True, packed_buffer_size_bytes=BUFFER_BYTES)
-        NCCLWeightTransferEngine.trainer_send_weights(self._staged.on_device(), arguments)
+        NCCLWeightTransferEngine.trainer_send_weights(_watched(self._staged, self._control), arguments)
         received.done()
         self._control.finish_weight_update()
 
@@ -272,10 +275,45 @@ class _Concurrent:
             raise self._error
 
 
+def _watched(staged: Staged, control: Control) -> Iterator[tuple[str, Tensor]]:
+    """The tensors to send, each of which is progress."""
+    for pair in staged.on_device():
+        control.progressed()
+        yield pair
+
+
 def _on_device(staged: Staged) -> None:
-    """Select the sending device for this thread: vLLM takes the thread's current device."""
+    """Select the sending device for this thread: vLLM takes the thread's current device; and streams of its own, so
+    that a link that stands still stands in nobody's way."""
+    own_streams()
     if staged.device.type == "cuda":
         torch.cuda.set_device(staged.device)
+        torch.cuda.set_stream(torch.cuda.Stream(staged.device))
+
+
+def own_streams() -> None:
+    """vLLM (since 0.32) keeps the streams of its packing for the whole process, where the transfers of all links would
+    queue behind the one that stands still. Each thread, that is each link, gets its own."""
+    from vllm.distributed.weight_transfer import packed_tensor
+
+    shared = getattr(packed_tensor, "_get_streams", None)
+    if hasattr(shared, "__wrapped__"):
+        packed_tensor._get_streams = _PerThread(shared.__wrapped__)
+
+
+class _PerThread:
+    """A function whose results each thread keeps for itself."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+        self._kept = threading.local()
+
+    def __call__(self, *given: Any) -> Any:
+        kept: dict[Any, Any] = self._kept.__dict__
+        key = str(given)
+        if key not in kept:
+            kept[key] = self._make(*given)
+        return kept[key]
 
 
 def _abort(group: Any) -> None:

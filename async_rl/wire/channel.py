@@ -1,6 +1,7 @@
 """Sockets that carry messages: `Router` in the buffer, `Dealer` and `AsyncDealer` everywhere else.
 
-Who blocks whom: see `async_rl.wire`. A socket belongs to one thread (or one event loop).
+Who blocks whom: see `async_rl.wire`. A socket belongs to one thread (or one event loop), but
+for `Dealer.send`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import os
 import socket
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -159,7 +161,8 @@ class Router:
 
 
 class Dealer:
-    """The end of the trainer and the launcher: sends to the buffer, waits for its answers until a deadline."""
+    """The end of the trainer and the launcher: sends to the buffer, waits for its answers until a deadline. One thread
+    receives; others may send, which waits while that one does."""
 
     def __init__(
         self,
@@ -173,6 +176,7 @@ class Dealer:
         self.identity = identity
         self.endpoint = endpoint
         self._max_message_bytes = max_message_bytes
+        self._used = threading.RLock()  # a socket is for one thread at a time
         self.reception: Reception | None = None
         """over TCP: whether this end was let in"""
         self._context: zmq.Context = zmq.Context()
@@ -185,7 +189,8 @@ class Dealer:
         """Returns at once; the message leaves when the buffer is there. Raises UserError for a message larger than the
         limit, WireTimeout when the buffer takes nothing any more."""
         try:
-            _send(self._socket, _within(encode(message), message, self._max_message_bytes))
+            with self._used:
+                _send(self._socket, _within(encode(message), message, self._max_message_bytes))
         except zmq.Again:
             raise WireTimeout(
                 f"{self.identity}: {QUEUED_MESSAGES} messages wait for the buffer, which takes none"
@@ -195,9 +200,11 @@ class Dealer:
         """The next message. Example: `receive(30, "the buffer's batch of step 3")`.
 
         Raises WireTimeout, and WireError for what cannot be decoded (it is consumed)."""
-        if not self._socket.poll(max(0, round(seconds * 1000))):
-            raise WireTimeout(_waited(self.identity, seconds, waiting_for))
-        return decode(_buffers(self._socket.recv_multipart(copy=False)))
+        with self._used:
+            if not self._socket.poll(max(0, round(seconds * 1000))):
+                raise WireTimeout(_waited(self.identity, seconds, waiting_for))
+            received = self._socket.recv_multipart(copy=False)
+        return decode(_buffers(received))
 
     def close(self, *, linger_s: float = LINGER_S) -> None:
         """`linger_s`: seconds that what was sent has to leave."""

@@ -37,11 +37,11 @@ def tensors(version: int) -> dict[str, torch.Tensor]:
 class Trained:
     """The trainer's side."""
 
-    def __init__(self, folder: Path, timeout_s: float = 20.0) -> None:
+    def __init__(self, folder: Path, timeout_s: float = 20.0, copies: int = 1) -> None:
         self.events: list[dict[str, Any]] = []
         self.links: list[FakeTrainerSide] = []
         self.prepare: Callable[[FakeTrainerSide], None] = lambda _: None
-        self.staged = Staged(SHAPES, torch.float32, "cpu")
+        self.staged = Staged(SHAPES, torch.float32, "cpu", copies=copies)
         self.endpoint = f"ipc://{folder}/links.sock"
         self.server = LinkServer(
             self.endpoint,
@@ -190,6 +190,84 @@ def test_a_generator_that_dies_on_the_way_holds_nobody_up_and_its_next_life_meet
     assert len(trained.links) == 2
 
 
+FREEZES = """
+import asyncio, os, signal, sys
+from support_gloo import FakeEngine
+from async_rl.generator.pull import LinkSource
+import torch
+
+endpoint, name, freeze = sys.argv[1:]
+engine = FakeEngine({name: torch.zeros(shape) for name, shape in SHAPES.items()})
+
+def stop():
+    print("frozen", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+if freeze == "midway":
+    engine.worker.between = lambda number: stop() if number == 2 else None
+
+async def work():
+    link = LinkSource(endpoint, name, way="nccl", workers=1, first_s=60.0, timeout_s=60.0)
+    if freeze == "asked":
+        ask = link._ask
+        async def asked(after):
+            await ask(after)
+            await asyncio.sleep(0.05)  # its socket's thread has sent it
+            stop()
+        link._ask = asked
+    held = -1
+    while True:
+        await link.pull_into(engine, first=held < 0)
+        if engine.version != held or held < 0:
+            held = engine.version
+            print("holds", held, *sorted((await engine.fingerprint()).values()), flush=True)
+        await asyncio.sleep(0.01)
+
+asyncio.run(work())
+"""
+
+
+@pytest.mark.parametrize("freeze", ["midway", pytest.param("asked", marks=pytest.mark.nightly)])
+def test_of_three_generators_one_is_frozen_and_the_others_get_every_version_at_once(
+    tmp_path: Path, freeze: str
+) -> None:
+    """Real processes over gloo. The frozen one holds one copy of the weights at most, and a link that can be closed."""
+    trained = Trained(tmp_path, timeout_s=8.0, copies=2)
+    path = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
+    words = [sys.executable, "-c", f"SHAPES = {SHAPES!r}\n{FREEZES}", trained.endpoint]
+    processes = [
+        subprocess.Popen(
+            [*words, f"generator-{number}", freeze if number == 0 else ""],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        for number in range(3)
+    ]
+    try:
+        trained.publish(1)
+        assert said(processes[0]) == ["frozen"]
+        frozen_at = time.monotonic()
+        for version in (1, 2, 3, 4):
+            if version > 1:
+                trained.publish(version)
+            expected = ["holds", str(version), *map(str, sorted(fingerprint(tensors(version), version).values()))]
+            for process in processes[1:]:
+                assert said(process) == expected
+        assert time.monotonic() - frozen_at < 6.0, "not after the deadline of the frozen one"
+        assert not trained.events, "it has time left"
+        assert trained.staged.readers == (["generator-0"] if freeze == "midway" else [])
+        assert len(trained.staged._copies) == (2 if freeze == "midway" else 1)
+        assert "generator-0" in trained.lost()
+        wait_until(lambda: not any(thread.name == "link generator-0" for thread in threading.enumerate()))
+        wait_until(lambda: not trained.staged.readers)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        trained.server.close()
+
+
 def test_a_generator_that_stands_still_on_the_way_is_given_up_by_the_deadline(tmp_path: Path) -> None:
     trained = Trained(tmp_path, timeout_s=1.0)
     held = threading.Event()
@@ -306,7 +384,7 @@ def test_a_link_that_cannot_be_ended_ends_the_trainer_by_name(tmp_path: Path) ->
     trained.publish(1)
     stuck = threading.Thread(target=bring_quietly, args=(trained, FakeEngine(tensors(99))), daemon=True)
     stuck.start()
-    wait_until(lambda: bool(trained.links) and bool(trained.staged._readers))
+    wait_until(lambda: bool(trained.links) and bool(trained.staged.readers))
     with pytest.raises(RunFailed, match=r"waited 1 s for generator-0 to take weights version 1.*resume the run"):
         trained.publish(2)
     for_ever.set()

@@ -47,7 +47,8 @@ def test_tensors_from_a_gpu_are_cast_there_and_copied_without_waiting() -> None:
 def test_staged_weights_wait_for_the_gpu_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the last tensor, before anybody may read."""
     monkeypatch.setattr("async_rl.weights.pinned.allocate_pinned", lambda size: torch.zeros(size, dtype=torch.uint8))
-    stream = SimpleNamespace(synchronize=lambda: DONE.append(("waited", None)))
+    copied = SimpleNamespace(synchronize=lambda: DONE.append(("waited", None)))
+    stream = SimpleNamespace(record_event=lambda: copied)  # not the stream, which may be given more meanwhile
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     shapes = {"a": (3, 5), "b": (700,), "c": ()}
     staged = Staged(shapes, torch.bfloat16, "cuda", in_main_memory=True)
