@@ -221,6 +221,10 @@ def make_model(case: dict[str, Any]) -> Decoder:
 
 
 def make_batch(case: dict[str, Any], micro_batch_tokens: int, device: str = "cpu") -> PackedBatch:
+    return pack_batch(trajectories_of(case), micro_batch_tokens=micro_batch_tokens, device=device)
+
+
+def trajectories_of(case: dict[str, Any]) -> list[Trajectory]:
     random = np.random.default_rng(0)
     made = []
     for i in range(case["trajectories"]):
@@ -243,7 +247,7 @@ def make_batch(case: dict[str, Any], micro_batch_tokens: int, device: str = "cpu
                 ended="finished",
             )
         )
-    return pack_batch(made, micro_batch_tokens=micro_batch_tokens, device=device)
+    return made
 
 
 def make_weights(batch: PackedBatch) -> Tensor:  # [policy tokens]

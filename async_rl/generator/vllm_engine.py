@@ -225,7 +225,7 @@ class VllmEngine:
                 file = Path(folder) / "weights.safetensors"
                 await asyncio.to_thread(_save, weights, file)
                 await self._pause()
-                await self._ask_workers("async_rl_load", str(file))
+                await self._ask_workers("async_rl_load", str(file), version)
                 await self._resume(version)
 
     async def handle_call(self, method: str, version: int, detail: Mapping[str, Any]) -> None:

@@ -18,8 +18,11 @@ from safetensors.torch import load_file
 
 from async_rl.generator.vllm_engine import OWNER
 from async_rl.generator.vllm_layout import find_blocks
-from async_rl.weights.blocks import Shown, show
+from async_rl.weights.blocks import Block, Shown, show
 from async_rl.weights.vllm_links import rebuild_arguments
+
+WHOLE = (torch.float32, torch.bfloat16, torch.float16)
+"""dtypes of parameters that hold what the trainer sent"""
 
 if not torch.cuda.is_available():
     # On CPU vLLM packs linear layers for oneDNN and frees their weights, which then can neither be loaded in
@@ -60,9 +63,23 @@ class Weights:
     rank: int
     """of this worker among those that the model is split over, likewise"""
 
-    def async_rl_load(self, path: str) -> None:
-        """Copy the weights of a safetensors file into the model, in place."""
-        self.get_model().load_weights(load_file(path).items())
+    reload_weights: Callable[..., None]
+    """likewise: layer by layer, each quantized anew"""
+    model_config: Any
+    """likewise"""
+    _given: dict[str, Shown] | None = None
+    """of a quantized model: what the newest file had at the sampled places, in the place of what is held"""
+    _given_version: int = -1
+
+    def async_rl_load(self, path: str, version: int) -> None:
+        """Copy the weights of a safetensors file into the model, in place. A quantized model is made anew from them."""
+        tensors = load_file(path)
+        if self.model_config.quantization is None:
+            self.get_model().load_weights(tensors.items())
+        else:
+            whole = {n: Block(tensor=t, shape=tuple(t.shape), start=(0,) * t.dim()) for n, t in tensors.items()}
+            self._given, self._given_version = show(whole, version), version
+            self.reload_weights(weights_iterator=iter(tensors.items()))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
@@ -78,15 +95,24 @@ class Weights:
         self, version: int, wanted: Sequence[tuple[str, Sequence[int]]], workers: int
     ) -> dict[str, Shown | None]:
         """Sampled elements of the model's tensors under the trainer's names (`wanted`: name, shape), as far as this one
-        of `workers` holds them. None: it holds a part and cannot say which."""
+        of `workers` holds them. None: it holds a part and cannot say which, or holds it quantized. Of the latter what
+        it was made from is shown, where a file was loaded."""
         model = self.get_model()
         vocabulary = {
             f"{name}.weight": (rows.org_vocab_start_index, rows.org_vocab_end_index)
             for name, module in model.named_modules()
             if (rows := getattr(module, "shard_indices", None)) is not None
         }
+        parameters = dict(model.named_parameters())
+        quantized = self.model_config.quantization is not None
+        if quantized:
+            parameters = {name: p for name, p in parameters.items() if p.dtype in WHOLE}
         blocks, unclear = find_blocks(
-            dict(model.named_parameters()), getattr(model, "packed_modules_mapping", {}), dict(wanted),
+            parameters, getattr(model, "packed_modules_mapping", {}), dict(wanted),
             rank=self.rank, workers=workers, vocabulary=vocabulary,
         )  # fmt: skip
-        return {**show(blocks, version), **dict.fromkeys(unclear)}
+        if quantized:
+            unclear += [name for name, _ in wanted if name not in blocks]
+        given = self._given or {}
+        made_from = {name: given[name] for name in unclear if name in given and version == self._given_version}
+        return {**dict.fromkeys(unclear), **made_from, **show(blocks, version)}

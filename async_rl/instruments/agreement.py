@@ -30,7 +30,7 @@ from async_rl.trainer.forward import ModelArithmetic, batch_log_probs, probe_log
 from async_rl.trainer.mismatch_watch import explain, make_mismatch_watch
 from async_rl.trainer.packing import pack_batch
 from async_rl.trajectory import Trajectory
-from async_rl.weights.canary import TOLERANCE, Comparison, Evidence, compare, probe_tokens
+from async_rl.weights.canary import Comparison, Evidence, compare, probe_tokens, tolerance_of
 from async_rl.wire.messages import Permit
 
 SMALL_PARAMETERS = 20_000_000
@@ -115,7 +115,7 @@ def judge_log_probs(found: Comparison, on: Sampled, settings: Settings) -> Findi
     """Raises nothing: engines that differ by more than arithmetic explains are an error, by more than the recipe bears
     a warning with the setting to change."""
     check = "log-probs"
-    tolerance = settings.canary.tolerance or TOLERANCE[settings.generator.dtype]
+    tolerance = settings.canary.tolerance or tolerance_of(settings.generator.dtype, settings.generator.quantization)
     said = (
         f"engine and trainer differ by {found.max_difference:.1e} nats at most, {found.mean_difference:.1e} in the "
         f"mean (tolerance of the mean {tolerance:g}), on {on.text}"

@@ -19,7 +19,7 @@ from async_rl.events import CanaryFailed, CanarySilent, RecordEvent
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.trainer.ranks import is_sharded
 from async_rl.trainer.team import Team
-from async_rl.weights.canary import TOLERANCE, Comparison, Evidence, compare, fingerprint, in_bunches, probe_tokens
+from async_rl.weights.canary import Comparison, Evidence, compare, fingerprint, in_bunches, probe_tokens, tolerance_of
 from async_rl.wire import messages as msg
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def make_canary(settings: Settings, learner: Learner, task: Task, record: Record
     options = CanaryOptions(
         probe=probe_tokens(task, Tokenizer.of(settings.model), chosen.max_context or learner.model.config.max_context),
         dtype=getattr(torch, chosen.dtype),
-        tolerance=settings.canary.tolerance or TOLERANCE[computed],
+        tolerance=settings.canary.tolerance or tolerance_of(computed, chosen.quantization),
         widens=not settings.canary.tolerance,
         silent_steps=settings.canary.silent_steps,
     )

@@ -41,7 +41,7 @@ from async_rl.trainer.rescoring import (
 )
 from async_rl.trainer.suspicion import CHECKS, Suspicion
 from async_rl.trajectory import Trajectory
-from async_rl.weights.canary import TOLERANCE
+from async_rl.weights.canary import tolerance_of
 from async_rl.wire import messages as msg
 
 if TYPE_CHECKING:
@@ -390,7 +390,7 @@ def make_verifier(
         held=held,
         options=VerifyOptions(
             dtype=chosen.dtype,
-            tolerance=settings.canary.tolerance or TOLERANCE[chosen.dtype],
+            tolerance=settings.canary.tolerance or tolerance_of(chosen.dtype, chosen.quantization),
             seeded=chosen.engine == "embedded",
             mixes=chosen.kv_on_update == "keep",
             most_tokens=settings.trainer.micro_batch_tokens,
