@@ -128,7 +128,7 @@ def _laid(asked: Asked, here: Settings) -> tuple[list[str], list[str]]:
                 f"{name}.device=cuda"
             )
         if gpus:
-            words.append(f"{name}.gpus=")
+            words.append(f"{name}.gpus=''")
             notes.append(f"{name}.gpus={gpus} is left out: the scheduler chooses GPUs")
     if shares_gpus(here):
         words.append("trainer.memory_share=1")

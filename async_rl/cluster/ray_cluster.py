@@ -85,6 +85,7 @@ class RayCluster:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)  # Ray puts its own in their place
+        _keep_quiet()
         return cls(ray)
 
     # ------------------------------------------------------------------ nodes
@@ -194,6 +195,14 @@ def reach(address: str) -> None:
         socket.create_connection((host, int(port)), REACH_S).close()
     except OSError as error:
         raise UserError(f"{_no_cluster(given)} ({error.strerror or error})") from None
+
+
+def _keep_quiet() -> None:
+    """Ray's daemons write their own long accounts of every death to the terminal; we say it in a line."""
+    with suppress(Exception):  # not part of Ray's interface: where it is not there, they are heard
+        from ray._private import worker
+
+        worker.print_to_stdstream = lambda *_, **__: None
 
 
 def _folder_of(package: str) -> str:

@@ -136,7 +136,7 @@ def spread_words(settings: Settings, *, resumed: bool) -> tuple[list[str], list[
     words, notes = ["generator.count=0", f"cluster.generators={number}", "trainer.start=external"], []
     for name in ("generator", "trainer"):
         if gpus := getattr(settings, name).gpus:
-            words.append(f"{name}.gpus=")
+            words.append(f"{name}.gpus=''")
             notes.append(f"{name}.gpus={gpus} is left out: Ray chooses GPUs")
     if shares_gpus(settings):
         words.append("trainer.memory_share=1")
@@ -170,14 +170,14 @@ def back_to_local(recorded: Settings, words: Sequence[str]) -> list[str]:
         f"generator.count={fewest}",
         "trainer.start=launcher",
         "wire.endpoint=auto",
-        "wire.keys=",
+        "wire.keys=''",
         "weights.endpoint=auto",
         "weights.transport=auto",
     ]
     for name in ("generator_resources", "trainer_resources"):
         back += [f"cluster.{name}={{}}"] if getattr(recorded.cluster, name) else []
     for name in ("address", "generators", "scale_s", "generator_gpus", "generator_cpus", "generator_memory_gb"):
-        back.append(f"cluster.{name}={getattr(usual, name)}")
+        back.append(f"cluster.{name}={getattr(usual, name)!r}")
     back += ["cluster.trainer_cpus=0", "cluster.ranks_per_node=0", "cluster.run_on=here", "cluster.grows=false"]
     return [*back, "cluster.ship=[]", *words]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.cluster.ray_actors import Buffer, Generator, TrainerRank
-from async_rl.cluster.ray_cluster import Placed, RayCluster
+from async_rl.cluster.ray_cluster import End, Placed, RayCluster
 from async_rl.cluster.ray_plan import (
     RayPlan,
     Reading,
@@ -70,7 +70,11 @@ class Seat:
     actor: Any = None
     """None: Ray has not placed it yet"""
     end: Any = None
-    """of its actor: how it ends"""
+    """of its actor: how it ends; None while Ray starts it"""
+    probe: Any = None
+    """a question to an actor that Ray starts, which it answers when it is there"""
+    node: str = ""
+    """address of its node"""
     asked: float = 0.0
     told: bool = False
     """the user knows that it waits for room"""
@@ -282,25 +286,33 @@ class RayRun:
                 list(order.words),
                 max_restarts=restarts(self.settings),
             )
-            seat.end = seat.actor.ended.remote()
+            seat.probe = seat.actor.where.remote()
 
     def look_after(self) -> None:
         """Take note of generators that ended. Raises UserError or RunFailed where the run cannot go on."""
         for seat in list(self.seats.values()):
-            if seat.end is not None and self.cluster.is_ready(seat.end):
-                found = self.cluster.how_it_ended(seat.end)
-                if found.restarted and not seat.leaving:
-                    seat.deaths += 1
-                    self.console.print(
-                        f"{seat.name} ended: {found.reason}; Ray starts it again (death {seat.deaths}; "
-                        f"{restarts(self.settings)} restarts are allowed)"
-                    )
-                    seat.end = seat.actor.ended.remote()
-                    continue
-                self.retire(seat)
-                self.judge(seat, found.answer, found.reason)
+            waited_for = seat.probe if seat.probe is not None else seat.end
+            if waited_for is not None and self.cluster.is_ready(waited_for):
+                self.take_in(seat, self.cluster.how_it_ended(waited_for))
             elif seat.leaving and time.monotonic() - seat.leaving > LEAVE_S:
                 self.retire(seat)
+
+    def take_in(self, seat: Seat, found: End) -> None:
+        """What a generator's actor answered, or that it is gone."""
+        if found.restarted and not seat.leaving:
+            if seat.probe is None:
+                seat.deaths += 1
+                self.console.print(
+                    f"{seat.name} on {seat.node} is gone (its process, or its node); Ray starts it again (death "
+                    f"{seat.deaths}; {restarts(self.settings)} restarts are allowed)"
+                )
+            seat.probe = seat.actor.where.remote()
+            return
+        if seat.probe is not None and found.answer is not None:
+            seat.node, seat.probe, seat.end = found.answer["ip"], None, seat.actor.ended.remote()
+            return
+        self.retire(seat)
+        self.judge(seat, found.answer, found.reason)
 
     def judge(self, seat: Seat, answer: Mapping[str, Any] | None, reason: str) -> None:
         """What the end of a generator means that is not started again."""
