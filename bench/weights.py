@@ -1,6 +1,7 @@
 """What it costs to publish and to load a version of the weights, beside a copy of as many bytes. Prints a JSON object.
 
     python bench/weights.py [--size small|large ...] [--rounds N]
+    python bench/weights.py --beside [--tokens N] [--rounds N]
 
 small: the tensors of SmolLM2 (134.5 M parameters), large: 1.0 B parameters (12 GB of memory). float32, one thread,
 made-up values. Each round copies and publishes, or copies and loads; figures are medians, as shares of the copy's rate:
@@ -11,6 +12,11 @@ publish       WeightPublisher.publish into shared memory
 load          WeightReader.read_into parameters that lie as the trainer's do
 load_engine   WeightReader.read_into the embedded engine's parameters (model/fused_decoder.py)
 publish_bf16, load_engine_bf16   the same for an engine that computes in bfloat16
+
+--beside: steps of SmolLM2's shape (forward, backward and AdamW over N tokens), each behind a publication into shared
+memory: before the step (as with weights that have to be formed first), and beside it (trainer/publication.py). Both in
+turn, and which of them comes first too. Seconds a step: wall, processor, and those in which training stood still.
+`full` is an optimizer that steps at once, without a forward in between: there the copy is waited for.
 """
 
 from __future__ import annotations
@@ -30,7 +36,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor
 
+from async_rl.model.architecture import DecoderConfig
+from async_rl.model.attention import DocumentAttention
+from async_rl.model.decoder import Decoder
 from async_rl.model.fused_decoder import stack
+from async_rl.trainer.publication import Publication
 from async_rl.weights.shared_memory import TensorPlace, WeightPublisher, WeightReader, lay_out, shared_folder
 from async_rl_kernels import product
 
@@ -129,14 +139,103 @@ def measure(size: str, rounds: int, folder: Path) -> dict[str, object]:
     }
 
 
+class Step:
+    """Steps of a model of SmolLM2's shape on made-up tokens."""
+
+    def __init__(self, size: str, tokens: int, path: Path) -> None:
+        hidden, inner, layers, query, key, vocabulary = SHAPES[size]
+        self.model = Decoder(
+            DecoderConfig(
+                family="llama",
+                vocabulary=vocabulary,
+                hidden=hidden,
+                intermediate=inner,
+                layers=layers,
+                heads=query // 64 or 1,
+                kv_heads=key // 64 or 1,
+                head_dim=min(64, query),
+                max_context=4096,
+                tied=True,
+            )
+        )
+        self.model.initialise(0)
+        self.tokens = torch.randint(vocabulary, (tokens,))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
+        given = {name: p.detach() for name, p in self.model.named_parameters()}
+        self.publications = {
+            kind: Publication(WeightPublisher(path.with_name(f"{path.name}-{kind}"), given), beside=kind == "beside")
+            for kind in ("before", "beside")
+        }
+        self.version = 0
+
+    def take(self, kind: str, *, forward: bool) -> float:
+        """One step; seconds in which nothing was computed for it."""
+        publication = self.publications[kind]
+        began = time.perf_counter()
+        given = sorted((name, p.detach()) for name, p in self.model.named_parameters())
+        publication.begin(given, self.version, lambda: None)
+        still = time.perf_counter() - began
+        self.version += 1
+        if forward:
+            hidden = self.model(self.tokens, torch.arange(len(self.tokens)), DocumentAttention([len(self.tokens)]))
+            (hidden @ self.model.head.t()).logsumexp(-1).mean().backward()
+        else:
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        began = time.perf_counter()
+        publication.before_write()
+        still += time.perf_counter() - began
+        self.optimizer.step()
+        return still
+
+    def close(self) -> None:
+        for publication in self.publications.values():
+            publication.close()
+
+
+def measure_beside(size: str, tokens: int, rounds: int, folder: Path) -> dict[str, object]:
+    step = Step(size, tokens, folder / f"bench-weights-{os.getpid()}")
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for turn in range(rounds + 1):
+        for forward in (True, False):
+            kinds = ("before", "beside") if turn % 2 else ("beside", "before")
+            for kind in kinds:
+                still = [0.0]
+
+                def one(kind: str = kind, forward: bool = forward, still: list[float] = still) -> None:
+                    still[0] = step.take(kind, forward=forward)
+
+                wall, processor = seconds(one)
+                if turn:
+                    name = f"{kind}{'' if forward else ', full'}"
+                    found.setdefault(name, []).append((wall, processor, still[0]))
+    step.close()
+    return {
+        kind: dict(
+            zip(
+                ("wall", "processor", "still"),
+                (round(statistics.median(v), 3) for v in zip(*values, strict=True)),
+                strict=True,
+            )
+        )
+        for kind, values in sorted(found.items())
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=SHAPES, default=["small"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--beside", action="store_true")
+    parser.add_argument("--tokens", type=int, default=128)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
         folder = shared_folder() or Path(made)
+        if arguments.beside:
+            size, tokens, rounds = arguments.size[0], arguments.tokens, arguments.rounds
+            print(json.dumps(measure_beside(size, tokens, rounds, folder), indent=1))
+            return
         print(json.dumps({size: measure(size, arguments.rounds, folder) for size in arguments.size}, indent=1))
 
 

@@ -168,9 +168,7 @@ class Staged:
         if missing:
             raise ValueError(f"other tensors than announced: {sorted(missing)[:5]} did not come")
         if self.device.type == "cuda":
-            # The copies alone: this stream may be given more, and other threads send on others, one of which may be
-            # stuck.
-            torch.cuda.current_stream(self.device).record_event().synchronize()
+            pinned.wait_for_copies(self.device)
 
     @contextmanager
     def held(self, who: str, seconds: float) -> Iterator[int]:

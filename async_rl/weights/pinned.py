@@ -60,6 +60,30 @@ def plan_blocks(sizes: Sequence[int], block: int = BLOCK_BYTES) -> list[list[int
     return blocks
 
 
+def pin(address: int, size: int) -> bool:
+    """Pin memory that is there already, so that a GPU writes into it without staging. False where CUDA does not do it;
+    copies are then as they were. Not run on a GPU."""
+    import torch
+
+    portable = 1
+    return int(torch.cuda.cudart().cudaHostRegister(address, size, portable)) == 0
+
+
+def unpin(address: int) -> None:
+    """Before the memory that `pin` pinned is given back."""
+    import torch
+
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def wait_for_copies(device: torch.device) -> None:
+    """Wait for what the current stream of this GPU has been given until now: the copies alone, since the stream may be
+    given more meanwhile, and other threads send on others, one of which may be stuck."""
+    import torch
+
+    torch.cuda.current_stream(device).record_event().synchronize()
+
+
 def copy_over(target: Tensor, source: Tensor) -> None:
     """Copy `source` into a tensor of another dtype or device. From a GPU: cast there, so that no more travels than
     must, and not waited for; the caller synchronises once, behind the last tensor."""

@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from async_rl.errors import UserError
+from async_rl.weights import pinned
 
 if TYPE_CHECKING:
     import torch
@@ -146,6 +147,9 @@ class WeightPublisher:
         self._checksum = not _STORES_IN_ORDER if checksum is None else checksum
         self._places, self._buffer_bytes = lay_out(layout, dtype)
         self._dtypes = {name: tensor.dtype for name, tensor in layout.items()}
+        self._gpu = next((tensor.device for tensor in layout.values() if tensor.device.type == "cuda"), None)
+        self._pinned = 0
+        """address of the memory that is pinned for a GPU; 0: none is"""
         described = layout_to_json(self._places).encode()
         self._first = aligned(_LAYOUT_AT + len(described), _LAYOUT_AT)
         _retire(path)
@@ -176,6 +180,10 @@ class WeightPublisher:
         self._map[_LAYOUT_AT : _LAYOUT_AT + len(described)] = described
         self._map[: _PREFIX.size] = _PREFIX.pack(_MAGIC, _SCHEMA, len(described), self._buffer_bytes)
         self._views = [self._view(buffer) for buffer in (0, 1)]
+        if self._gpu is not None:
+            # In whole pages: the first buffer begins at one.
+            address = ctypes.addressof(ctypes.c_char.from_buffer(self._map, self._first))
+            self._pinned = address if pinned.pin(address, 2 * self._buffer_bytes) else 0
         return file
 
     def _view(self, buffer: int) -> list[Tensor]:
@@ -201,8 +209,12 @@ class WeightPublisher:
             if given.shape != view.shape or given.dtype != self._dtypes[name]:
                 announced = f"{self._dtypes[name]} {tuple(view.shape)}"
                 raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}, not {announced}")
-            on_gpu = given.device.type != "cpu"  # cast there, so that no more travels than must
-            view.copy_(given.detach().to(view.dtype) if on_gpu else given.detach())
+            if given.device.type == "cpu":
+                view.copy_(given.detach())
+            else:
+                pinned.copy_over(view, given)
+        if self._gpu is not None:
+            pinned.wait_for_copies(self._gpu)
         if missing:
             raise ValueError(f"other tensors than announced: {sorted(missing)[:5]} did not come")
         start = self._first + buffer * self._buffer_bytes
@@ -230,6 +242,8 @@ class WeightPublisher:
             return
         self._words[_NEWEST] = _CLOSED
         self.path.unlink(missing_ok=True)
+        if self._pinned:
+            pinned.unpin(self._pinned)
         self._views.clear()
         self._words.release()
         self._map.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from async_rl.weights.link import Staged
 from async_rl.weights.pinned import copy_over, make_tensors, plan_blocks
+from async_rl.weights.shared_memory import WeightPublisher, WeightReader
 
 DONE: list[tuple[str, Any]] = []
 
@@ -58,6 +61,32 @@ def test_staged_weights_wait_for_the_gpu_once(monkeypatch: pytest.MonkeyPatch) -
     assert [what for what, _ in DONE] == ["cast on the GPU", "copied"] * 3 + ["waited"]
     assert all(torch.equal(t, given[name].to(torch.bfloat16)) for name, t in staged.named_parameters())
     assert [name for name, _ in staged.named_parameters()] == list(shapes)
+
+
+def test_shared_memory_is_pinned_for_a_gpu_and_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors go from the GPU straight into the segment, in the dtype of the engine, and are announced behind the last
+    copy."""
+    copied = SimpleNamespace(synchronize=lambda: DONE.append(("waited", reader.latest())))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(record_event=lambda: copied))
+
+    def register(address: int, size: int, flags: int) -> int:
+        DONE.append(("pinned", (address % mmap.PAGESIZE, size % mmap.PAGESIZE)))
+        return 0
+
+    unregister = lambda address: DONE.append(("unpinned", None))  # noqa: E731
+    library = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: library)
+    given = {name: torch.randn(shape) for name, shape in {"a": (3, 5), "b": (700,)}.items()}
+    on_gpu = {name: tensor.as_subclass(OnGpu) for name, tensor in given.items()}
+    DONE.clear()
+    path = tmp_path / "segment"
+    with WeightPublisher(path, on_gpu, dtype=torch.bfloat16) as publisher, WeightReader(path) as reader:
+        publisher.publish(on_gpu, 7)
+        version, found = reader.read(1)
+    assert version == 7
+    assert all(torch.equal(found[name], tensor.to(torch.bfloat16)) for name, tensor in given.items())
+    each = [("cast on the GPU", torch.bfloat16), ("copied", True)]
+    assert [("pinned", (0, 0)), *each, *each, ("waited", -1), ("unpinned", None)] == DONE
 
 
 def test_blocks_waste_little_although_each_is_rounded_to_a_power_of_two() -> None:
