@@ -1,9 +1,9 @@
 """What belongs to the whole process and a task's code may change: it is put back after every step (`KeptState`).
 
-Put back are the working directory, the locale, Python's recursion limit, torch's default dtype, default device, number
-of threads and precision of matrix products, and in the main thread the handlers of the signals that this process
-needs. The states of the random generators of Python, numpy and torch are left as the task makes them: nothing is
-sampled from them here (generator/sampling.py).
+Put back are the working directory, the locale, the soft limits on memory, files and processor time, Python's recursion
+limit, torch's default dtype, default device, number of threads and precision of matrix products, and in the main thread
+the handlers of the signals that this process needs. The states of the random generators of Python, numpy and torch are
+left as the task makes them: nothing is sampled from them here (generator/sampling.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import _locale
 import _signal  # type: ignore[import-not-found]  # signal.getsignal takes ten times as long
 import locale
 import os
+import resource
 import signal
 import sys
 import threading
@@ -22,6 +23,8 @@ from typing import Any
 
 from async_rl.process import STACKS_SIGNAL, dump_stacks_on_signal, ignores_interrupts
 
+LIMITS = ("NOFILE", "FSIZE", "AS", "CPU")
+"""of what a process may use (getrlimit), soft ones"""
 WATCHED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGCHLD)
 
 
@@ -49,6 +52,7 @@ class KeptState:
             KeptPart("the working directory", _directory, _change_directory),
             KeptPart("the locale", lambda: _locale.setlocale(_locale.LC_ALL), _set_locale),
             KeptPart("Python's recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+            *(_limit_part(name) for name in LIMITS),
         ]
         if (torch := sys.modules.get("torch")) is not None:  # this file is also imported where torch must not be
             self.parts += [
@@ -106,6 +110,19 @@ class KeptState:
             self.reported.add(part.name)
             with suppress(OSError, ValueError):  # a closed stream
                 print(f"the task or its reward changed {part.name}; it was put back", file=sys.stderr)
+
+
+def _limit_part(name: str) -> KeptPart:
+    number = getattr(resource, f"RLIMIT_{name}")
+
+    def read() -> int:
+        return resource.getrlimit(number)[0]
+
+    def write(soft: int) -> None:
+        with suppress(OSError, ValueError):  # the hard limit was lowered, too
+            resource.setrlimit(number, (soft, resource.getrlimit(number)[1]))
+
+    return KeptPart(f"the limit {name} (ulimit)", read, write)
 
 
 def _signal_part(number: signal.Signals) -> KeptPart:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
+import tempfile
 import threading
 import time
 from collections import Counter, deque
@@ -102,14 +104,16 @@ class TaskGuard:
     raised: int = 0
     """times that the alarm ended the step that runs"""
     armed: bool = False
-    sentinel: tuple[int, int] = (-1, -1)
-    """a file that is kept open, and its device: code that closes what is not its own closes it, too"""
+    sentinel: tuple[int, tuple[int, int]] = (-1, (-1, -1))
+    """a file that is kept open, and what it is: code that closes what is not its own closes it, or puts another in its
+    place"""
     pid: int = field(default_factory=os.getpid)
 
     def __post_init__(self) -> None:
         if self.on_stuck is not None:
-            file = os.open(os.devnull, os.O_RDONLY)
-            self.sentinel = file, os.fstat(file).st_rdev
+            with tempfile.TemporaryFile() as unique:
+                file = os.dup(unique.fileno())
+            self.sentinel = file, _what(file)
 
     def begin(self) -> None:
         """A step begins."""
@@ -134,9 +138,9 @@ class TaskGuard:
             self.arm()
 
     def _files_are_open(self) -> bool:
-        file, device = self.sentinel
+        file, what = self.sentinel
         try:
-            return os.fstat(file).st_rdev == device
+            return _what(file) == what
         except OSError:
             return False
 
@@ -245,6 +249,12 @@ class Steps:
                     guard.wait_ends(waiting)
 
 
+def _what(file: int) -> tuple[int, int]:
+    """Device and number of an open file."""
+    found = os.fstat(file)
+    return found.st_dev, found.st_ino
+
+
 def waits_in(coroutine: object) -> str:
     """Where a coroutine that waits stands, in words; empty where that is not known."""
     place = ""
@@ -257,11 +267,12 @@ def waits_in(coroutine: object) -> str:
 
 def run_to_end(main: Coroutine[Any, Any, Result]) -> Result:
     """What `asyncio.run` does, except that code which ignores its cancellation, and threads that do not come back, are
-    not waited for, and that an interrupt leaves no other traceback than its own."""
+    not waited for, that an interrupt leaves no other traceback than its own, and that nobody but `main` ends it: not
+    what code of a task left running in the event loop, nor its `stop`."""
     loop = asyncio.new_event_loop()
     try:
         asyncio.set_event_loop(loop)
-        result = loop.run_until_complete(main)
+        result = _run(loop, loop.create_task(main))
     except BaseException:
         loop.set_exception_handler(lambda *_: None)
         raise
@@ -280,6 +291,24 @@ def run_to_end(main: Coroutine[Any, Any, Result]) -> Result:
         asyncio.set_event_loop(None)
         with suppress(RuntimeError):
             _close(loop)
+
+
+def _run(loop: asyncio.AbstractEventLoop, main: asyncio.Task[Result]) -> Result:
+    told = set[str]()
+    while True:
+        try:
+            return loop.run_until_complete(main)
+        except (SystemExit, KeyboardInterrupt, RuntimeError) as error:
+            if main.done() or loop.is_closed() or is_ours(error):
+                raise
+            # the event loop was stopped, or something in it raised what asyncio lets through: it goes on
+            said = (
+                "stopped the event loop" if isinstance(error, RuntimeError) else f"raised {describe_error(error)} in it"
+            )
+            if said not in told:
+                told.add(said)
+                with suppress(OSError, ValueError):  # a closed stream
+                    print(f"the task or its reward {said}; the event loop goes on", file=sys.stderr)
 
 
 def _close(loop: asyncio.AbstractEventLoop) -> None:

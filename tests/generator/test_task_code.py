@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import resource
 import signal
 import sys
 import threading
@@ -230,6 +231,47 @@ def test_log_probs_that_are_no_numbers_are_named_with_their_version_whatever_the
 # ---------------------------------------------------------------- that do not come back
 
 
+async def stops_the_loop(*_: object) -> float:
+    asyncio.get_running_loop().stop()
+    await asyncio.sleep(0.01)
+    return 1.0
+
+
+def leaves_behind(raises: Callable[[], object]) -> Callable[..., Any]:
+    """A reward that leaves something in the event loop which raises what asyncio lets through."""
+
+    async def judge(*_: object) -> float:
+        async def later() -> None:
+            raises()
+
+        asyncio.get_running_loop().create_task(later())
+        asyncio.get_running_loop().call_soon(raises)
+        await asyncio.sleep(0.01)
+        return 1.0
+
+    return judge
+
+
+def interrupts() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        (stops_the_loop, "the task or its reward stopped the event loop; the event loop goes on"),
+        (leaves_behind(lambda: sys.exit("later")), "the task or its reward raised SystemExit: later"),
+        (leaves_behind(interrupts), "the task or its reward raised KeyboardInterrupt"),
+        (leaves_behind(lambda: next(iter(()))), ""),
+    ],
+)
+def test_what_is_left_in_the_event_loop_ends_neither_it_nor_the_generator(
+    tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str], judge: Callable[..., Any], said: str
+) -> None:
+    assert play(tokenizer, OneTurn(judge)).reward == 1.0
+    assert said in capfd.readouterr().err
+
+
 async def stubborn(session: Session) -> float:
     while True:
         with suppress(asyncio.CancelledError):
@@ -432,6 +474,9 @@ def changes_everything(folder: Path) -> Callable[..., float]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, lambda *_: None)
         signal.alarm(0)
+        for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CPU):
+            soft, hard = resource.getrlimit(limit)
+            resource.setrlimit(limit, (1000 if soft == resource.RLIM_INFINITY else soft - 1, hard))
         return 1.0
 
     return judge
@@ -450,6 +495,10 @@ def test_what_a_reward_changes_in_the_process_is_put_back(
             sys.getrecursionlimit(),
             signal.getsignal(signal.SIGTERM),
             signal.getsignal(signal.SIGALRM),
+            [
+                resource.getrlimit(limit)
+                for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CPU)
+            ],
         )
 
     before = state()
@@ -458,6 +507,7 @@ def test_what_a_reward_changes_in_the_process_is_put_back(
     said = capfd.readouterr().err
     assert "changed the working directory; it was put back" in said
     assert "changed torch's default dtype; it was put back" in said
+    assert "changed the limit NOFILE (ulimit); it was put back" in said
 
 
 def test_the_alarm_works_behind_a_reward_that_used_the_timer(tokenizer: Tokenizer) -> None:
@@ -572,3 +622,13 @@ def test_one_that_closes_files_of_the_process_ends_it() -> None:
 
     run_to_end(guard.steps(closes()))
     assert told == ["the task or its reward closed files of this process that are not its own"]
+
+    guard = TaskGuard(on_stuck=told.append)
+
+    async def replaces() -> None:
+        with open(os.devnull) as other:
+            os.dup2(other.fileno(), guard.sentinel[0])
+
+    run_to_end(guard.steps(replaces()))
+    os.close(guard.sentinel[0])
+    assert len(told) == 2
