@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 
 from async_rl.config import Settings
-from async_rl.errors import RunFailed
 from async_rl.events import GeneratorReady
 from async_rl.process import TOLD_TO_END, Terminated, fail, on_sigterm, run_process
 from async_rl.process_spec import GeneratorSpec, read_spec
@@ -69,7 +68,7 @@ async def generate(
 
 def main(spec: GeneratorSpec) -> None:
     """Generate until the run ends; ends this process."""
-    from async_rl.generator.task_code import describe_error, run_to_end
+    from async_rl.generator.task_code import run_to_end
 
     folder = RunFolder(spec.path)
 
@@ -78,13 +77,7 @@ def main(spec: GeneratorSpec) -> None:
         with make_heartbeat(
             spec.name, "generator", activity, settings.wire, spec.endpoint, pipe=spec.pipes.pulse
         ) as heartbeat:
-            try:
-                run_to_end(generate(spec, folder, settings, activity, heartbeat))
-            except SystemExit as error:
-                if isinstance(error, Terminated):
-                    raise
-                # asyncio ends its loop with the SystemExit of any of its tasks
-                raise RunFailed(f"code that the task left running called sys.exit: {describe_error(error)}") from error
+            run_to_end(generate(spec, folder, settings, activity, heartbeat))
 
     run_process(spec, work)
 
