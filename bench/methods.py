@@ -69,13 +69,25 @@ class Consistent(Guess):
         session.note_turn("void", float(not consistent))
 
 
+class Answered(Guess):
+    """The game in which the last guess is noted as the answer."""
+
+    async def rollout(self, problem: Problem, session: Session) -> Reward:
+        reward = await super().rollout(problem, session)
+        said = getattr(session, "said", ())
+        guessed = self.read(said[-1].text) if said else None
+        if guessed is not None:
+            session.note("answer", guessed)
+        return reward
+
+
 GUESS: dict[str, Any] = {"name": "guess"}
 GAINING = {"name": "guess", "args": {"information_gain": True}}
 REWARDED = {"name": "guess", "args": {"reward_consistent": 0.1}}
 NOISY = "models/guess_noisy"
 """models/guess with noise on its weights, for a policy to be taught by what it was"""
-PARTS, VALUED, FRACTIONAL, CONSISTENT = (
-    {"name": f"{HERE}:{name}"} for name in ("Parts", "Valued", "Fractional", "Consistent")
+PARTS, VALUED, FRACTIONAL, CONSISTENT, ANSWERED = (
+    {"name": f"{HERE}:{name}"} for name in ("Parts", "Valued", "Fractional", "Consistent", "Answered")
 )
 REJECTED = "reject/trajectories"
 CASES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
@@ -131,7 +143,60 @@ CASES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
     "arpo": (GUESS, {}, "batch/shared"),
     "spo": (GUESS, {}, "batch/shared"),
     "remax": (GUESS, {}, "reject/greedy/trajectories"),
-}
+    "lite_ppo": (GUESS, {}, "clip/frac"),
+    "kimi_k15": (GUESS, {}, "len/mean"),
+    "tba": (GUESS, {}, "advantage/std"),
+    "agro": (GUESS, {}, "advantage/std"),
+    "oapl": (GUESS, {}, "advantage/mean"),
+    "loop": (GUESS, {}, "clip/frac"),
+    "magistral": (GUESS, {}, "reject/equal_rewards/trajectories"),
+    "pro_rl": (GUESS, {}, "kl/regulariser"),
+    "m_grpo": (GUESS, {}, "kl/regulariser"),
+    "open_reasoner_zero": (GUESS, {}, "value/explained_variance"),
+    "dual_clip_ppo": (GUESS, {}, "clip/dual"),
+    "aipo": (GUESS, {}, "clip/frac"),
+    "reinforce_tis": (GUESS, {}, "clip/frac"),
+    "kevin": (REWARDED, {}, "advantage/std"),
+    "deep_swe": (GUESS, {"aggregate": {"constant": 16}}, "reject/truncated/trajectories"),
+    "ppo_ewma": (GUESS, {}, "clip/frac"),
+    "scale_rl": (GUESS, {}, "reject/zero_signal/trajectories"),
+    "dual_token": (GUESS, {}, "kl/regulariser"),
+    "w_reinforce": (GUESS, {}, "advantage/mean"),
+    "asym_re": (GUESS, {}, "advantage/mean"),
+    "pass_k": (GUESS, {}, "advantage/std"),
+    "pkpo": (GUESS, {}, "advantage/std"),
+    "rl_zvp": (GUESS, {}, "entropy"),
+    "agpo": (GUESS, {}, "advantage/mean"),
+    "entropy_advantage": (GUESS, {}, "entropy"),
+    "gppo": (GUESS, {}, "clip/frac"),
+    "ce_gppo": (GUESS, {}, "clip/frac"),
+    "dcpo": (GUESS, {}, "clip/frac"),
+    "l1": (GUESS, {"reward": {"length_target": 6, "length_weight": 0.05}}, "len/mean"),
+    "alp": (GUESS, {"reward": {"length_weight": 0.05}}, "len/mean"),
+    "laser": (GUESS, {"reward": {"length_target": 6}}, "len/mean"),
+    "shorter_better": (GUESS, {"reward": {"length_weight": 0.1}}, "len/mean"),
+    "efficient_reasoning": (GUESS, {"reward": {"length_weight": 0.4}}, "len/mean"),
+    "grpo_lead": (GUESS, {"reward": {"length_weight": 0.2}}, "len/mean"),
+    "dler": (FRACTIONAL, {}, "reject/zero_signal/trajectories"),
+    "gfpo": (GUESS, {}, "reject/surplus/trajectories"),
+    "pods": (GUESS, {}, "reject/surplus/trajectories"),
+    "starpo_s": (GUESS, {}, "reject/small_deviation/trajectories"),
+    "ttrl": (ANSWERED, {}, "advantage/std"),
+    "empo": (ANSWERED, {}, "advantage/std"),
+    "rent": (GUESS, {}, "entropy"),
+    "qae": (GUESS, {}, "advantage/mean"),
+    "mapo": (GUESS, {}, "advantage/std"),
+    "rs_grpo": (GUESS, {}, "advantage/std"),
+    "bnpo": (GUESS, {}, "advantage/std"),
+    "unlikeliness": (GUESS, {}, "entropy"),
+    "real": (GUESS, {}, "is/log_weight_std"),
+    "fipo": (GUESS, {}, "advantage/std"),
+    "skywork_or1": (GUESS, {"controller": [{"number": "entropy", "metric": "entropy", "target": 1.5, "law": "step",
+                                            "rate": 0.005, "low": 0.0, "high": 1.0}]}, "controlled/entropy"),
+    "vagen": (REWARDED, {}, "value/explained_variance"),
+    "tree_rl": (GUESS, {}, "batch/shared"),
+    "tree_grpo": (GUESS, {}, "batch/shared"),
+}  # fmt: skip
 OF_RUN: dict[str, Mapping[str, Any]] = {
     # recipe: settings of its run besides the recipe's own
     "ppo": {"updates": {"epochs": 4, "minibatches": 4, "kl_stop": 0.05}, "optimizer": {"learning_rate": 4e-5}},
@@ -141,6 +206,10 @@ OF_RUN: dict[str, Mapping[str, Any]] = {
     "arpo": {"rollout": {"roots": 4}},
     "spo": {"rollout": {"roots": 1, "fork": "improbable_token", "per_cut": 2}},
     "remax": {"rollout": {"greedy": True}},
+    "pro_rl": {"reference": {"every": 10}},
+    "ppo_ewma": {"reference": {"average": 0.8}},
+    "tree_rl": {"rollout": {"roots": 1, "shape": "tree", "fork": "improbable_token"}},
+    "tree_grpo": {"rollout": {"roots": 2}},
 }
 
 

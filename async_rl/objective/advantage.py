@@ -105,7 +105,9 @@ def advantage_of(tokens: Tokens, recipe: Recipe, penalty: Tensor | None) -> Adva
     if settings.whiten:
         per_token = whitened(per_token, tokens)
     if settings.whiten_trajectories:
-        per_token = _whitened_trajectories(tokens.mean_trajectory(per_token), tokens)[tokens.trajectory]
+        filtered = recipe.select.drop_equal_rewards or recipe.select.drop_zero_signal
+        among = tokens.finite & ~(zero_signal & filtered)
+        per_token = _whitened_trajectories(tokens.mean_trajectory(per_token), tokens, among)[tokens.trajectory]
     per_token = torch.where(tokens.finite[tokens.trajectory], per_token, 0.0)
     return Advantage(per_token=per_token, unit=unit, opob=opob, returns=returns, zero_signal=zero_signal)
 
@@ -165,9 +167,9 @@ def parts_advantage(tokens: Tokens, settings: AdvantageSettings) -> Tensor:
     return total
 
 
-def _whitened_trajectories(values: Tensor, tokens: Tokens) -> Tensor:
-    """Mean 0 and sample std 1 over the batch's finite trajectories with tokens. [I]"""
-    counted = tokens.finite & (tokens.length > 0)
+def _whitened_trajectories(values: Tensor, tokens: Tokens, among: Tensor) -> Tensor:
+    """Mean 0 and sample std 1 over the batch's trajectories with tokens, among [I] bool. [I]"""
+    counted = among & (tokens.length > 0)
     known = values[counted]
     if len(known) < 2:
         return torch.zeros_like(values)

@@ -171,8 +171,9 @@ class TrustSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorrectionSettings:
-    """Detached weight pi_proximal / mu in front of a surrogate whose own ratio starts at the proximal
-    policy (decoupled PPO, rollout correction). Refused with the behaviour denominator: counted twice."""
+    """Detached weight pi_proximal / mu in front of a surrogate whose own ratio starts at the proximal policy (decoupled
+    PPO, rollout correction), or at a reference that follows the policy (PPO-EWMA). Refused with the behaviour
+    denominator: counted twice."""
 
     rule: Literal["none", "truncate", "interval"] = setting(
         "none", "none; truncate: min(weight, high); interval: 0 outside [low, high]"

@@ -9,9 +9,11 @@ from typing import get_args
 from async_rl.config.pool import PoolSettings
 from async_rl.errors import UserError, nearest
 from async_rl.objective.axes import EssSettings, KlSettings
+from async_rl.objective.dependent import dependent_problem
 from async_rl.objective.own import is_own_function
 from async_rl.objective.recipe import WITH_CRITIC, Measured, Recipe, kl_terms, moving_numbers
 from async_rl.objective.reuse import reuse_effect_problem, reuse_problem
+from async_rl.objective.reward_axes import RewardSettings
 from async_rl.objective.schedule import scheduled
 from async_rl.objective.shaping_axes import ShapeSettings
 
@@ -40,6 +42,7 @@ def check_recipe(recipe: Recipe) -> None:
         _forks_problem(recipe),
         _median_problem(recipe),
         reuse_problem(recipe),
+        dependent_problem(recipe),
     ):
         if problem:
             raise UserError(f"recipe {recipe.name}: {problem}")
@@ -102,11 +105,13 @@ def _ratio_problem(recipe: Recipe) -> str:
         return "ratio.denominator=group_expected is for answers; it needs ratio.level=sequence and ratio.pool=mean"
     if ratio.denominator == "mixture" and not 0 < ratio.mixture_weight < 1:
         return "ratio.mixture_weight must lie strictly between 0 and 1"
-    if recipe.correction.rule != "none" and ratio.denominator not in ("proximal", "proximal_loglinear"):
+    if recipe.correction.rule != "none" and ratio.denominator not in (
+        "proximal", "proximal_loglinear", "reference",
+    ):  # fmt: skip
         return (
             f"correction.rule={recipe.correction.rule} corrects from behaviour to the proximal policy, which "
             f"ratio.denominator={ratio.denominator} already contains: staleness would be counted twice. Set "
-            "correction.rule=none or ratio.denominator=proximal"
+            "correction.rule=none or ratio.denominator=proximal (or reference, a moving average: PPO-EWMA)"
         )
     return ""
 
@@ -232,8 +237,6 @@ def _control_problem(recipe: Recipe) -> str:
 
 def _reward_problem(recipe: Recipe) -> str:
     reward, advantage = recipe.reward, recipe.advantage
-    if reward.outcome == "reward" and reward.threshold != 0:
-        return "reward.threshold does nothing with reward.outcome=reward; set reward.outcome=indicator"
     if bool(reward.bonus_note) != (reward.bonus != 0 or "reward.bonus" in moving_numbers(recipe)):
         return "reward.bonus and reward.bonus_note, the name of the task's note, belong together"
     if 0 < reward.overlong_limit < reward.overlong_buffer:
@@ -245,7 +248,7 @@ def _reward_problem(recipe: Recipe) -> str:
     if advantage.parts == "each":
         if advantage.credit != "trajectory" or advantage.baseline in ("opob", "noted", "virtual_max"):
             return "advantage.parts=each needs advantage.credit=trajectory and a baseline of the group"
-        if reward.outcome != "reward" or reward.overlong_limit > 0:
+        if reward != RewardSettings():
             return "reward.* changes the sum of the parts, which advantage.parts=each does not look at"
         if any(kl.place == "reward" for kl in kl_terms(recipe)):
             return "advantage.parts=each compares the parts alone; kl.place=reward would do nothing"
@@ -390,8 +393,10 @@ def _pruning_problem(recipe: Recipe) -> str:
     select, advantage = recipe.select, recipe.advantage
     if not select.before_forward:
         return ""
-    if select.largest_share == 1:
-        return "select.before_forward leaves nothing out with select.largest_share=1"
+    if select.largest_share == 1 and select.keep_in_group == 0:
+        return "select.before_forward leaves nothing out with select.largest_share=1 and select.keep_in_group=0"
+    if select.keep_in_group > 0 and select.keep_by != "variance":
+        return "select.before_forward takes their tokens from trajectories; it needs select.keep_by=variance"
     if select.denominator != "kept":
         return "select.before_forward needs select.denominator=kept: who is left out is not counted"
     if advantage.credit != "trajectory" or advantage.baseline in ("opob", "noted") or advantage.whiten:
@@ -399,7 +404,9 @@ def _pruning_problem(recipe: Recipe) -> str:
             "select.before_forward knows rewards alone; it needs advantage.credit=trajectory, a baseline of the group, "
             "and no whitening over tokens"
         )
-    if recipe.reward.overlong_limit > 0 or advantage.baseline == "length_weighted":
+    reward = recipe.reward
+    of_tokens = reward.unlikely > 0 or reward.length != "none" or reward.outcome == "certainty"
+    if reward.overlong_limit > 0 or advantage.baseline == "length_weighted" or of_tokens:
         return "select.before_forward takes their tokens from trajectories, whose lengths the advantage looks at"
     if any(number.startswith(("select.", "advantage.", "reward.")) for number in moving_numbers(recipe)):
         return "select.before_forward does not know numbers of select, advantage and reward that move"
@@ -422,6 +429,8 @@ def _names_problem(recipe: Recipe, noted: Sequence[str] | None, parts: Sequence[
         "select.drop_flag": recipe.select.drop_flag,
         "advantage.note": recipe.advantage.note,
         "reward.bonus_note": recipe.reward.bonus_note,
+        "reward.answer_note": recipe.reward.answer_note,
+        "reward.length_target_note": recipe.reward.length_target_note,
     }
     for name, wanted in settings.items():
         if wanted and noted is not None and wanted not in noted:
@@ -472,7 +481,7 @@ def _setup_problem(recipe: Recipe, group_size: int, updates_per_batch: int, has_
     needs_critic = advantage.credit in WITH_CRITIC
     if needs_critic and not has_critic:
         return f"advantage.credit={advantage.credit} needs a critic; turn it on in the trainer's settings"
-    grouped = advantage.baseline not in ("none", "noted") or advantage.scale in ("group_std", "group_mean")
+    grouped = advantage.baseline not in ("none", "noted") or advantage.scale in ("group_std", "group_mean", "mixed")
     whole_batch = advantage.baseline == "opob" and recipe.opob.scope == "batch"
     if not needs_critic and group_size == 1 and grouped and advantage.baseline != "virtual_max":
         name = f"advantage.baseline={advantage.baseline}"

@@ -57,4 +57,4 @@ class GroupTable:
 
     def rank(self, table: Tensor) -> Tensor:
         """How many of the row are smaller, or alike and before it: [G, n] -> [G, n] int64. Fill with inf."""
-        return table.argsort(1, stable=True).argsort(1)
+        return table.argsort(dim=1, stable=True).argsort(dim=1)

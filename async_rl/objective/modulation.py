@@ -19,7 +19,7 @@ def with_equal_groups(tokens: Tokens, advantage: Tensor, equal: Tensor, settings
     """The advantage [T] with that of groups of equal rewards, equal [I] bool, in its place. [T]"""
     right = (tokens.reward > 0)[tokens.trajectory]
     if settings.equal == "sign":
-        value = torch.where(right, settings.equal_weight, -settings.equal_weight).to(advantage.dtype)
+        value = advantage.new_tensor([-settings.equal_weight, settings.equal_weight])[right.long()]
     else:
         assert tokens.entropy is not None
         largest = segment_max(tokens.entropy, tokens.trajectory, tokens.num_trajectories, empty=0.0)[tokens.trajectory]

@@ -55,7 +55,8 @@ def _outcome(tokens: Tokens, table: GroupTable, settings: RewardSettings) -> Ten
     reward = tokens.reward
     match settings.outcome:
         case "indicator":
-            return torch.where(reward > settings.threshold, settings.right, settings.wrong).to(reward.dtype)
+            worth = reward.new_tensor([settings.wrong, settings.right])
+            return worth[(reward > settings.threshold).long()]
         case "certainty":
             assert tokens.entropy is not None
             return -tokens.mean_trajectory(tokens.entropy)
@@ -74,7 +75,7 @@ def _agreement(tokens: Tokens, table: GroupTable, settings: RewardSettings) -> T
     answer = table.spread(noted.double(), torch.nan)
     alike = (answer[:, :, None] == answer[:, None, :]).sum(2)  # [G, n]; nan equals nothing
     if settings.outcome == "agreement":
-        return table.gather(alike / table.size.clamp(min=1))
+        return table.gather(alike.double() / table.size.clamp(min=1))
     if answer.shape[1] == 0:
         return torch.zeros_like(tokens.reward)
     columns = torch.arange(answer.shape[1], device=answer.device)
@@ -105,7 +106,7 @@ def _by_length(tokens: Tokens, table: GroupTable, settings: RewardSettings, rewa
             place = torch.where(spread > 0, 0.5 - (lengths - short) / spread.clamp(min=1.0), 0.0)
             return reward + weight * table.gather(torch.where(rights, place, place.clamp(max=0.0)))
         case "solve_rate":
-            rate = rights.sum(1, keepdim=True).clamp(min=1) / table.size.clamp(min=1)
+            rate = rights.double().sum(1, keepdim=True).clamp(min=1.0) / table.size.clamp(min=1)
             return reward - weight * length * table.gather(rate.expand_as(lengths))
         case "shortest_right":
             shortest = torch.where(rights, lengths, torch.inf).amin(1, keepdim=True)
@@ -138,7 +139,7 @@ def _marginal(table: GroupTable, reward: Tensor, k: int) -> Tensor:
     """PKPO: the mean over the sets of k answers with this one of max(set) - max(set without it), times k / n. reward
     [G, n], inf where there is none -> [G, n]"""
     groups, columns = reward.shape
-    ascending, order = reward.sort(1, stable=True)
+    ascending, order = reward.sort(dim=1, stable=True)
     known = torch.arange(columns, device=reward.device) < table.size
     ascending = torch.where(known, ascending, 0.0)
     weight = reward.new_zeros(groups, columns)

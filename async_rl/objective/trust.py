@@ -373,7 +373,7 @@ def select(tokens: Tokens, recipe: Recipe, advantage: Tensor, zero_signal: Tenso
         rejected["small_advantage"] = ~_largest(tokens.mean_trajectory(advantage.abs()), settings.largest_share)
     if settings.drop_zero_signal:
         largest = segment_max(advantage.abs(), tokens.trajectory, tokens.num_trajectories, empty=0.0)
-        baselined = recipe.advantage.baseline == "opob"
+        baselined = recipe.advantage.baseline == "opob" or recipe.advantage.whiten_trajectories
         rejected["zero_signal"] = zero_signal if baselined else largest == 0
     keep = torch.ones_like(tokens.finite)
     for mask in rejected.values():
