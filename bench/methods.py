@@ -154,7 +154,6 @@ CASES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
     "m_grpo": (GUESS, {}, "kl/regulariser"),
     "open_reasoner_zero": (GUESS, {}, "value/explained_variance"),
     "dual_clip_ppo": (GUESS, {}, "clip/dual"),
-    "aipo": (GUESS, {}, "clip/frac"),
     "reinforce_tis": (GUESS, {}, "clip/frac"),
     "kevin": (REWARDED, {}, "advantage/std"),
     "deep_swe": (GUESS, {"aggregate": {"constant": 16}}, "reject/truncated/trajectories"),
