@@ -96,7 +96,7 @@ def attempt(row: Architecture, root: Path) -> Found:
     save_file(trained, root / "weights.safetensors")
     llm = LLM(**engine_arguments(options))
     before = difference(llm, references[0])
-    llm.collective_rpc("async_rl_load", args=(str(root / "weights.safetensors"),))
+    llm.collective_rpc("async_rl_load", args=(str(root / "weights.safetensors"), 1))
     llm.reset_prefix_cache()
     after = difference(llm, references[1])
     layout = [(name, list(tensor.shape)) for name, tensor in trained.items()]

@@ -122,6 +122,8 @@ def estimate_of(
         sender = _device(placement.ranks[0], settings.trainer.device) if "ipc" in linked else "cpu"
         copy = BYTES[settings.generator.dtype] * parameters
         parts.append(Part(name="trainer: copy of the weights for links into vLLM", bytes=copy, device=sender))
+        if sender == "cpu" and ways.count("nccl") > 1:
+            parts.append(Part(name="trainer: the same while a generator is frozen", bytes=copy, device=sender))
     if links := ways.count("nccl"):
         sent = _sent_bytes(shape, links)
         gpu = _device(placement.ranks[0], settings.trainer.device)
@@ -193,7 +195,9 @@ def _host(shape: _Shape, placement: Placement, ways: Sequence[Way]) -> Iterator[
     yield Part(
         name="buffer: trajectories", bytes=settings.buffer.memory_mb << 20, device="cpu", lower="buffer.memory_mb"
     )
-    staged = BYTES[settings.generator.dtype] * shape.parameters if set(ways) & set(LINKS) else shape.weights
+    # of an architecture that is not known, and for what is quantized, the trainer's own (trainer/publish.py)
+    cast = (shape.config is not None and settings.generator.quantization == "none") or set(ways) & set(LINKS)
+    staged = BYTES[settings.generator.dtype] * shape.parameters if cast else shape.weights
     sent = 4 * shape.trained if shape.adapters_alone else staged
     if needs_segment(ways, tcp=is_tcp(settings.wire.endpoint)):
         yield Part(name="weights in shared memory, two versions", bytes=2 * sent, device="cpu")
@@ -205,7 +209,8 @@ def _host(shape: _Shape, placement: Placement, ways: Sequence[Way]) -> Iterator[
     vllm = settings.generator.engine == "vllm"
     each = PROCESS_BYTES + (VLLM_PROCESS_BYTES if vllm else 0)
     yield Part(name="generators: processes", bytes=generators * each, device="cpu", lower="generator.count")
-    fetching = sum(way not in LINKS for way in ways) if vllm else 0
+    # out of shared memory vLLM's workers copy themselves
+    fetching = sum(way == "stream" or shape.adapters_alone for way in ways if way not in LINKS) if vllm else 0
     if fetching:
         whole = shape.weights if shape.adapters_alone else staged  # the sums are float32
         yield Part(
@@ -239,7 +244,8 @@ def _trainer(shape: _Shape, name: str, device: str) -> Iterator[Part]:
     if config is None:
         return
     if needs.per_trajectory_norms and trainer.ranks > 1:
-        one = 4 * config.vocabulary * config.hidden
+        # that of a layer's matrix is summed over the ranks meanwhile (trainer/reduction.py)
+        one = 4 * config.vocabulary * config.hidden + 4 * config.hidden * config.intermediate
         yield Part(name=f"{name}: gradient of the largest weight (exact OPOB)", bytes=one, device=device)
     if shards > 1:
         whole = GATHERED_LAYERS * layer_parameters(config) * BYTES[trainer.dtype]
