@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import torch
 
 from async_rl.config import Settings
+from async_rl.config.derived import shares_gpus
 from async_rl.errors import UserError
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
@@ -27,6 +29,10 @@ from async_rl.weights.stream import WeightStream
 from async_rl.weights.way import LINKS
 from async_rl.wire.keys import RelayKeys, keys_in
 
+GPU_BLOCK = 16
+"""tokens; vLLM's block on a GPU"""
+GPU_RESERVE_BYTES = 3 << 30
+"""of a GPU, for what vLLM computes with and for CUDA's context"""
 MOST_CPU_CACHE_BYTES = 4 << 30
 """largest KV cache of vLLM on a CPU, which would otherwise take most of the machine's memory"""
 
@@ -118,6 +124,13 @@ def _make_vllm(settings: Settings, way: str) -> Engine:
     cache = vllm.kv_cache_mb << 20
     if not cache and chosen.device == "cpu":  # else vLLM takes most of the machine's memory
         cache = cpu_cache_bytes(config, chosen.max_sequences, max_context, DTYPES[chosen.dtype].itemsize)
+    layout = tensor_shapes(config) if config is not None else read_headers(Path(settings.model.path))
+    if not cache and chosen.device != "cpu" and shares_gpus(settings):
+        from vllm.platforms import current_platform
+
+        parameters = sum(map(prod, layout.values()))
+        total = int(current_platform.get_device_total_memory())
+        cache = shared_gpu_cache_bytes(settings, config, max_context, parameters=parameters, total=total)
     return VllmEngine.start(
         VllmOptions(
             model=Path(settings.model.path),
@@ -132,10 +145,41 @@ def _make_vllm(settings: Settings, way: str) -> Engine:
             head_dtype=vllm.head_dtype,
             quantization=chosen.quantization,
             speculative=vllm.speculative,
-            layout=tensor_shapes(config) if config is not None else read_headers(Path(settings.model.path)),
+            layout=layout,
             transfer=way if way in LINKS else "",
         )
     )
+
+
+def shared_gpu_cache_bytes(
+    settings: Settings, config: DecoderConfig | None, max_context: int, *, parameters: int, total: int
+) -> int:
+    """Bytes for keys and values on each GPU that a trainer shares: what all sequences in full length take, within what
+    `vllm.memory_share` leaves beside the weights. vLLM itself would take what is free when it starts, which depends on
+    whether the trainer has started.
+
+    Args:
+        parameters: of the model.
+        total: bytes of the GPU.
+
+    Raises UserError where that is too little for one sequence, or the sizes of keys and values are not known.
+    """
+    chosen, vllm = settings.generator, settings.vllm
+    if config is None:
+        raise UserError(
+            "vllm.kv_cache_mb is not set: beside a trainer on the same GPU it must be, and it does not follow from "
+            f"{settings.model.path}/config.json; set it"
+        )
+    item, workers = DTYPES[chosen.dtype].itemsize, vllm.tensor_parallel
+    context = -(-max_context // GPU_BLOCK) * GPU_BLOCK * config.kv_width * item // min(workers, config.kv_heads)
+    room = int(vllm.memory_share * total) - parameters * item // workers - GPU_RESERVE_BYTES
+    if room < context:
+        raise UserError(
+            f"vllm.memory_share={vllm.memory_share:g} of {total / 1e9:.0f} GB leaves no room for a sequence of "
+            f"{max_context} tokens beside the weights; raise it (and lower trainer.memory_share), or lower "
+            "generator.max_context"
+        )
+    return min(room, (chosen.max_sequences + 1) * context)
 
 
 def cpu_cache_bytes(config: DecoderConfig | None, max_sequences: int, max_context: int, item_bytes: int) -> int:

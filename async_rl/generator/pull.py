@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from async_rl.errors import RunFailed, UserError
@@ -66,6 +67,30 @@ class InPlace(Protocol):
 
 
 @runtime_checkable
+class SharedReader(Protocol):
+    """A `TensorReader` whose tensors lie in memory that other processes of this host can map."""
+
+    path: Path
+
+    def wait_for_version(self) -> int:
+        """The newest version, as soon as there is one. Raises WeightsError."""
+        ...
+
+    def shapes(self) -> Mapping[str, Sequence[int]]:
+        """Of the tensors, by name."""
+        ...
+
+
+@runtime_checkable
+class SharedLoader(Protocol):
+    """An engine whose processes read shared memory themselves."""
+
+    async def load_shared(self, reader: SharedReader) -> None:
+        """`Engine.load` with the newest version there. Raises what it raises."""
+        ...
+
+
+@runtime_checkable
 class Linkable(Protocol):
     """An engine that takes weights from the trainer's calls: vLLM."""
 
@@ -86,6 +111,11 @@ class ReaderSource:
         try:
             if isinstance(self._reader, PlaceReader) and isinstance(engine, InPlace):
                 await engine.load_in_place(self._reader.read_into)
+                return
+            if isinstance(self._reader, SharedReader) and isinstance(engine, SharedLoader):
+                newest = await asyncio.to_thread(self._reader.wait_for_version)
+                if newest > engine.version or first:
+                    await engine.load_shared(self._reader)
                 return
             version, tensors = await asyncio.to_thread(self._reader.read)
             if version > engine.version or first:

@@ -28,6 +28,8 @@ from async_rl.weights.vllm_release import SPANS, installed_release
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from async_rl.generator.pull import SharedReader
+
 
 LOAD_DEADLINE_S = 600.0
 """longest time the workers may take to load weights"""
@@ -217,9 +219,7 @@ class VllmEngine:
     async def load(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Replace the weights in flight. Raises RunFailed when vLLM does not load them in time; ValueError, with
         nothing changed, for tensors of another model."""
-        for name, shape in self._options.layout.items():
-            if name in weights and tuple(weights[name].shape) != tuple(shape):
-                raise ValueError(f"{name} has shape {list(weights[name].shape)}, not {list(shape)}")
+        self._check_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()})
         async with self._loading:
             with tempfile.TemporaryDirectory(prefix="async-rl-", dir=shared_folder()) as folder:
                 file = Path(folder) / "weights.safetensors"
@@ -227,6 +227,22 @@ class VllmEngine:
                 await self._pause()
                 await self._ask_workers("async_rl_load", str(file), version)
                 await self._resume(version)
+
+    async def load_shared(self, reader: SharedReader) -> None:
+        """Have every worker copy the newest version out of shared memory into its parameters. Raises as `load`."""
+        async with self._loading:
+            version = reader.wait_for_version()
+            self._check_shapes(reader.shapes())
+            await self._pause()
+            # All of one version: where the trainer has gone on meanwhile, all of the newest.
+            while not all(await self._ask_workers("async_rl_load_shared", str(reader.path), version)):
+                version = reader.wait_for_version()
+            await self._resume(version)
+
+    def _check_shapes(self, given: Mapping[str, Sequence[int]]) -> None:
+        for name, shape in self._options.layout.items():
+            if name in given and tuple(given[name]) != tuple(shape):
+                raise ValueError(f"{name} has shape {list(given[name])}, not {list(shape)}")
 
     async def handle_call(self, method: str, version: int, detail: Mapping[str, Any]) -> None:
         """Execute a call of the trainer's side of a link (generator/pull.py). Nothing is sampled between start and

@@ -10,6 +10,7 @@ import select
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from async_rl.generator.vllm_engine import OWNER
 from async_rl.generator.vllm_layout import find_blocks
 from async_rl.weights.blocks import Block, Shown, show
+from async_rl.weights.shared_memory import WeightReader
 from async_rl.weights.vllm_links import rebuild_arguments
 
 WHOLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,10 +72,23 @@ class Weights:
     _given: dict[str, Shown] | None = None
     """of a quantized model: what the newest file had at the sampled places, in the place of what is held"""
     _given_version: int = -1
+    _shared: WeightReader | None = None
+    """its pages stay mapped"""
 
     def async_rl_load(self, path: str, version: int) -> None:
         """Copy the weights of a safetensors file into the model, in place. A quantized model is made anew from them."""
-        tensors = load_file(path)
+        self._take(load_file(path), version)
+
+    def async_rl_load_shared(self, path: str, version: int) -> bool:
+        """The same out of the trainer's shared memory, without a copy in between. False when that does not hold this
+        version whole any more; parameters may be of several versions then."""
+        reader = self._shared
+        if reader is None or str(reader.path) != path:
+            reader = self._shared = WeightReader(Path(path))
+        keep = self.model_config.quantization is not None  # it is made of them layer by layer, perhaps later
+        return reader.lend(version, lambda given: self._take({n: t.clone() if keep else t for n, t in given}, version))
+
+    def _take(self, tensors: dict[str, torch.Tensor], version: int) -> None:
         if self.model_config.quantization is None:
             self.get_model().load_weights(tensors.items())
         else:

@@ -104,13 +104,12 @@ def make_publisher(
 
 
 def segment_dtype(settings: Settings, learner: Learner) -> torch.dtype | None:
-    """The dtype of the weights in shared memory: that of the embedded engine, which casts them to it anyway, so half of
-    the bytes of float32 travel. None: the trainer's own, where something else reads them: adapters, which are added to
-    the base in float32; another engine or model, which may keep some in float32."""
+    """The dtype of the weights in shared memory: that of the engine, which casts them to it anyway, so half of the
+    bytes of float32 travel. None: the trainer's own, where something else is made of them: adapters, which are added to
+    the base in float32; a quantized model; one of another architecture, of which an engine may keep some in float32."""
     chosen = settings.generator
     alone = learner.adapters is not None and learner.options.send_adapters
-    own = chosen.engine == "embedded" and isinstance(learner.model, Decoder)
-    if alone or not own:
+    if alone or chosen.quantization != "none" or not isinstance(learner.model, Decoder):
         return None
     return DTYPES[chosen.dtype]
 

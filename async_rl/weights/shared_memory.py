@@ -21,7 +21,7 @@ import platform
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -302,6 +302,25 @@ class WeightReader:
         those that are published."""
         return self._wait_for(lambda: self._copy_into(targets), self._timeout_s if seconds is None else seconds)
 
+    def wait_for_version(self) -> int:
+        """The newest version, as soon as there is one. Raises WeightsError after the reader's `timeout_s`."""
+        return self._wait_for(lambda: version if (version := self.latest()) >= 0 else None, self._timeout_s)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that are published, by name; known once a version is."""
+        return {place.name: place.shape for place in self._places}
+
+    def lend(self, version: int, use: Callable[[Iterator[tuple[str, Tensor]]], object]) -> bool:
+        """Let `use` read the tensors of `version` where they lie, without a copy of them. False when the publisher has
+        gone on to write over them, before or meanwhile: `use` may then have seen parts of another version."""
+        self.latest()
+        whole = next((found for buffer in (0, 1) if (found := self._whole_in(buffer, version)) is not None), None)
+        if whole is None or not whole.has(self._bytes(whole.buffer)):
+            return False
+        source = self._tensor(whole.buffer)
+        use((place.name, tensor_of(source, place)) for place in self._places)
+        return self._unchanged(whole) and whole.has(self._bytes(whole.buffer))
+
     def _wait_for(self, attempt: Callable[[], T | None], seconds: float) -> T:
         """The first thing that `attempt`, made when there is a version, gives."""
         deadline = time.monotonic() + seconds
@@ -349,9 +368,7 @@ class WeightReader:
         content = self._bytes(whole.buffer)
         if not whole.has(content):
             return None
-        # From its address, because torch warns of memory that cannot be written.
-        memory = (ctypes.c_char * len(content)).from_address(content.ctypes.data)
-        source = torch.frombuffer(memory, dtype=torch.uint8)
+        source = self._tensor(whole.buffer)
         with torch.no_grad():
             for place in self._places:
                 overwrite(targets[place.name], tensor_of(source, place))
@@ -363,12 +380,15 @@ class WeightReader:
         if self.latest() < 0 or self._map is None:
             return None
         newest = self._words[_NEWEST]
-        buffer = 0 if self._words[_VERSION] == newest else 1
+        return self._whole_in(0 if self._words[_VERSION] == newest else 1, newest)
+
+    def _whole_in(self, buffer: int, version: int) -> _Whole | None:
+        """The buffer, if it holds `version` whole now."""
         sequence = self._words[_SEQUENCE + buffer]
-        if newest < 0 or sequence % 2 or self._words[_VERSION + buffer] != newest:
+        if version < 0 or sequence % 2 or self._words[_VERSION + buffer] != version:
             return None
         checksum = self._words[_CHECKSUM + buffer]
-        return _Whole(version=newest, buffer=buffer, sequence=sequence, checksum=checksum)
+        return _Whole(version=version, buffer=buffer, sequence=sequence, checksum=checksum)
 
     def _unchanged(self, whole: _Whole) -> bool:
         return self._words[_SEQUENCE + whole.buffer] == whole.sequence
@@ -377,6 +397,13 @@ class WeightReader:
         """The bytes of a buffer, where they lie."""
         assert self._map is not None
         return np.frombuffer(self._map, np.uint8, self._buffer_bytes, self._first + buffer * self._buffer_bytes)
+
+    def _tensor(self, buffer: int) -> Tensor:  # [bytes of one buffer] uint8
+        """The same, from its address, because torch warns of memory that cannot be written."""
+        import torch
+
+        content = self._bytes(buffer)
+        return torch.frombuffer((ctypes.c_char * len(content)).from_address(content.ctypes.data), dtype=torch.uint8)
 
     def _why(self, seconds: float, overtaken: int) -> str:
         if self._map is None:

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 from support_contexts import judge, meet
-from support_models import write_folder
+from support_models import make_decoder, write_folder
 from support_served import CONFIG, CONTEXT, TOLERANCE, Served, ask, clean, prompt
 
-from async_rl.errors import RunFailed
+from async_rl.errors import RunFailed, UserError
 from async_rl.generator.engine import Completion
+from async_rl.generator.pull import ReaderSource
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.weights.canary import fingerprint
+from async_rl.weights.shared_memory import WeightPublisher, WeightReader
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make vllm)")
 pytestmark = pytest.mark.xdist_group("vllm")
@@ -197,6 +199,59 @@ def test_a_turn_that_waits_for_a_seat_can_be_given_up(served: Served) -> None:
     assert (given_up.finish, list(given_up.tokens)) == ("aborted", [])
     assert [len(completion.tokens) for completion in done] == [100] * (seats + 1)
     assert served.engine._seats._free == seats
+
+
+def test_workers_copy_a_version_out_of_shared_memory_themselves(served: Served, tmp_path: Path) -> None:
+    """Nothing of it passes through this process, and where the trainer goes on meanwhile they take what is newest."""
+    before, path = served.engine.version, tmp_path / "segment"
+    models = {v: make_decoder(CONFIG, v) for v in range(before + 1, before + 7)}
+    served.models |= models
+
+    def weights(version: int) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in models[version].named_parameters()}
+
+    def held(version: int) -> bool:
+        shown = served.run(served.engine.fingerprint())
+        return served.engine.version == version and shown == fingerprint(weights(version), version)
+
+    with WeightPublisher(path, weights(before + 1)) as publisher:
+        reader = WeightReader(path, timeout_s=20.0)
+        reader.read = None  # type: ignore[method-assign,assignment]  # no copy is made here
+        source = ReaderSource(reader)
+        publisher.publish(weights(before + 1), before + 1)
+        served.run(source.pull_into(served.engine, first=False))
+        assert held(before + 1)
+        (done,) = served.ask([ask(300, prompt(3, 9), 20)])
+        expected = clean(served.model, [*prompt(3, 9), *done.tokens])[8:]
+        assert np.allclose(done.log_probs, expected, atol=TOLERANCE)
+        served.run(source.pull_into(served.engine, first=False))
+        assert held(before + 1), "nothing newer: nothing changes"
+
+        pause, published = served.engine._pause, [before + 2]
+
+        async def pause_late() -> None:
+            """The trainer publishes three versions after this one was found."""
+            await pause()
+            while published[-1] < before + 5:
+                published.append(published[-1] + 1)
+                publisher.publish(weights(published[-1]), published[-1])
+
+        publisher.publish(weights(before + 2), before + 2)
+        served.engine._pause = pause_late
+        try:
+            served.run(source.pull_into(served.engine, first=False))
+        finally:
+            del served.engine._pause
+        assert held(before + 5)
+        other = dict(weights(before + 5))
+        other["model.norm.weight"] = torch.zeros(CONFIG.hidden + 1)
+        with WeightPublisher(tmp_path / "other", other) as wrong:
+            wrong.publish(other, before + 6)
+            pull = ReaderSource(WeightReader(tmp_path / "other")).pull_into(served.engine, first=False)
+            with pytest.raises(UserError, match=r"not the one that is trained: model\.norm\.weight has shape"):
+                served.run(pull)
+        assert held(before + 5)
+        source.close()
 
 
 def test_weights_of_another_model_are_refused_and_change_nothing(served: Served) -> None:

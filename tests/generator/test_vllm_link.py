@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,67 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         record=lambda event: events.append({"event": event.event, **event.detail()}),
     ) as server:
         yield Trained(server, endpoint, events)
+
+
+def test_links_do_not_queue_behind_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own packing, whose streams are kept for the whole process: one link stands still in its group, and another
+    one sends meanwhile. Without a GPU, streams are counted things that are waited for in order."""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from vllm.distributed.weight_transfer import packed_tensor
+
+    from async_rl.weights.vllm_links import own_streams
+
+    class Stream:
+        """What is given to a stream is done in order."""
+
+        def __init__(self, device: object = None) -> None:
+            self.last: threading.Event | None = None
+
+        def synchronize(self) -> None:
+            assert self.last is None or self.last.wait(20)
+
+    entered = threading.local()
+
+    def stream(one: Stream) -> Any:
+        entered.stream = one
+        return nullcontext()
+
+    monkeypatch.setattr(packed_tensor, "_get_streams", cache(packed_tensor._get_streams.__wrapped__))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    own_streams()
+    own_streams()  # each link says so
+
+    begun = threading.Event()
+
+    def send(frozen: threading.Event | None) -> None:
+        def broadcast(tensor: torch.Tensor, src: int) -> None:
+            done = threading.Event()
+            if frozen is None and entered.stream.last is None:
+                done.set()
+            entered.stream.last = done if frozen is None else frozen
+            begun.set()
+
+        packed_tensor.packed_nccl_broadcast_producer(
+            iterator=iter([(str(i), torch.zeros(8)) for i in range(4)]), group=SimpleNamespace(broadcast=broadcast),
+            src=0, post_iter_func=lambda pair: pair[1], buffer_size_bytes=40, num_buffers=4,
+        )  # fmt: skip
+
+    thaw = threading.Event()
+    frozen = threading.Thread(target=send, args=(thaw,), daemon=True)
+    frozen.start()
+    assert begun.wait(10)
+    other = threading.Thread(target=send, args=(None,), daemon=True)
+    other.start()
+    other.join(10)
+    assert not other.is_alive()
+    assert frozen.is_alive()
+    thaw.set()
+    frozen.join(10)
+    assert not frozen.is_alive()
 
 
 def hold(served: Served, version: int) -> None:
