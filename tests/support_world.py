@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -16,10 +16,12 @@ from async_rl.buffer.core import Core
 from async_rl.buffer.sampler import SamplerRules
 from async_rl.buffer.staleness import DropPolicy, PacePolicy, Policy, WaitPolicy
 from async_rl.buffer.verification import FABRICATED
+from async_rl.config.rollout import RolloutSettings
 from async_rl.events import Event, GeneratorQuarantined, ProblemRefused
 from async_rl.instruments.world.buffer import WorldWatch
 from async_rl.instruments.world.clock import Network
 from async_rl.instruments.world.decoding import TurnByTurn
+from async_rl.instruments.world.generator import SimulatedDecoder
 from async_rl.instruments.world.world import World, WorldPlan
 from async_rl.trajectory import Trajectory
 from async_rl.wire import messages as msg
@@ -67,6 +69,8 @@ def make_world(
     turn_s: float = 0.4,
     network: Network | None = None,
     sampler: SamplerRules | None = None,
+    rollout: RolloutSettings | None = None,
+    decoder: Callable[..., SimulatedDecoder] = TurnByTurn,
     **plan: Any,
 ) -> World:
     """A world around a real state machine, watched. Without `store` what is written is kept in memory."""
@@ -76,13 +80,13 @@ def make_world(
             steps=steps,
             generators=generators,
             sequences=groups_at_once * group_size,
-            decoder=lambda generator: TurnByTurn(
+            decoder=lambda generator: decoder(
                 generator=generator, turn_s=turn_s, spread=spread, failure=failure, saving=0.5
             ),
             network=network or Network(),
             **plan,
         ),
-        lambda: fresh_core(policy, group_size, drop_zero_signal, groups_at_once, sampler),
+        lambda: fresh_core(policy, group_size, drop_zero_signal, groups_at_once, sampler, rollout),
         watch=watch or Invariants(policy=policy),
         store=store if store is not None else FakeStore(),
     )
@@ -94,6 +98,7 @@ def fresh_core(
     drop_zero_signal: bool,
     groups_at_once: int,
     sampler: SamplerRules | None = None,
+    rollout: RolloutSettings | None = None,
 ) -> Core:
     core = make_core(
         policy,
@@ -103,6 +108,7 @@ def fresh_core(
         max_permits=groups_at_once,
         verify_share=0.2,
         sampler=sampler,
+        rollout=rollout or RolloutSettings(),
     )
     core.trainer = b""  # it comes by itself
     return core
