@@ -79,4 +79,5 @@ def add_over_ranks(
 
 def _of_one_baseline(micro_batches: int) -> tuple[Reach, ...]:
     """`Share.reach` where every trajectory counts for one baseline."""
-    return ("round",) if micro_batches == 1 else ("rounds",) * micro_batches
+    far: Reach = "round" if micro_batches == 1 else "rounds"
+    return (far,) * micro_batches
