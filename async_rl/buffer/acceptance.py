@@ -264,6 +264,8 @@ class Acceptance:
 def _goes_down(trajectory: Trajectory) -> bool:
     """Whether versions go down within a context. Contexts may have been sampled in turn: behind the end of one, another
     begins that is older."""
+    if len(trajectory.versions) < 2:  # the usual case
+        return False
     found = [(a.end, b.start) for a, b in pairwise(trajectory.versions) if a.version > b.version]
     return any(not any(end <= start <= begin for start in trajectory.contexts) for end, begin in found)
 
@@ -281,7 +283,10 @@ def _trainable(trajectory: Trajectory, plan: RolloutSettings) -> Objection | Non
     if spoken and spoken[0].start == 0:
         return Objection(kind="tokens", reason="it begins with a sampled token, which nothing predicts")
     greedy = plan.greedy and trajectory.sample == 0
-    for own in (turn.temperature for turn in spoken):
+    for turn in spoken:
+        own = turn.temperature
+        if not own and not greedy:  # as the trajectory: the usual case
+            continue
         if greedy and own != GREEDY:
             return Objection(kind="number", reason="the first sample of a group is to be greedy (rollout.greedy)")
         if own and own < LOWEST_TEMPERATURE and not greedy:
@@ -296,7 +301,7 @@ def _permitted(trajectory: Trajectory, group: Group, plan: RolloutSettings) -> O
     fork = parent_of(trajectory.sample, plan) is not None and permit.split == "train" and permit.start is None
     if not 0 <= trajectory.sample < group.size:
         said = f"sample {trajectory.sample} of {group.size}"
-    elif (trajectory.problem, trajectory.split) != (permit.problem, permit.split):
+    elif trajectory.problem != permit.problem or trajectory.split != permit.split:
         said = f"problem {trajectory.problem} ({trajectory.split}) instead of {permit.problem} ({permit.split})"
     elif trajectory.seed != sample_seed(permit.seed, trajectory.sample):
         said = "another seed"

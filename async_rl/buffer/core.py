@@ -294,11 +294,12 @@ class Core:
         begun: list[tuple[int, int]] = []
         verifiable: list[tuple[Trajectory, Group]] = []
         possible, out = self._sift(peer, finished, now)
+        sender = self.trust.named(peer)
         for place, trajectory, group in possible:
             if self.batching.late(trajectory):
                 late.append(trajectory)
                 continue
-            name = self.trust.named(peer, trajectory)
+            name = sender or trajectory.generator
             if group is None or not group.arrive(trajectory, name):
                 self.counts["trajectories_ignored"] += 1
                 continue
@@ -321,7 +322,7 @@ class Core:
         if begun:
             out.append(do.DropTurns(pairs=begun))
         if possible:
-            pairs = tuple((t.group, t.sample) for _, t, _ in possible)
+            pairs = tuple([(t.group, t.sample) for _, t, _ in possible])
             out.append(do.Send(peer=peer, message=msg.Accepted(pairs=pairs)))
         out += self.trust.sample(peer, finished, verifiable, self.trainer)
         for group in closed:
@@ -346,7 +347,7 @@ class Core:
             if group is None or group.group not in self.groups or trajectory.sample not in group.missing:
                 continue
             group.begun.add(trajectory.sample)
-            group.senders.add(self.trust.named(peer, trajectory))
+            group.senders.add(self.trust.named(peer) or trajectory.generator)
             kept.append(trajectory)
         self.counts["turns_saved"] += len(kept)
         return [*out, do.SaveTurns(trajectories=kept)] if kept else out

@@ -90,7 +90,7 @@ class Group:
     @property
     def missing(self) -> tuple[int, ...]:
         """Samples that have not arrived."""
-        return tuple(i for i in self.permit.samples if i not in self.samples)
+        return tuple([i for i in self.permit.samples if i not in self.samples])
 
     @property
     def complete(self) -> bool:

@@ -47,6 +47,8 @@ class Trust:
     def barred(self, peer: bytes, message: msg.Message) -> str:
         """Why a message of a generator is not taken; empty: it is. What a liar had sent may arrive after the Hello of
         the next process of its name, and what that sends before its own Hello."""
+        if not self.quarantine.known:
+            return ""
         last = self.admission.life(peer)
         if last is None:
             return ""
@@ -65,10 +67,10 @@ class Trust:
         names = dict.fromkeys(name for name, _ in self.quarantine.lives)
         return f" ({', '.join(names)} quarantined: {next(iter(self.quarantine.lives.values()))})" if names else ""
 
-    def named(self, peer: bytes, trajectory: Trajectory) -> str:
-        """The generator's name: as this buffer knows it, whatever the trajectory says."""
+    def named(self, peer: bytes) -> str:
+        """The generator's name as this buffer knows it, whatever its trajectories say; empty: it knows none."""
         life = self.admission.life(peer)
-        return trajectory.generator if life is None else life[0]
+        return "" if life is None else life[0]
 
     def sample(
         self, peer: bytes, message: msg.Message, fresh: Sequence[tuple[Trajectory, Group]], trainer: bytes
@@ -76,7 +78,7 @@ class Trust:
         """Those of the trajectories that have just arrived in `message` which the trainer is to verify: also all that
         come from an earlier life. What a lost generator began is no evidence against the one that ended it."""
         last = self.admission.life(peer)
-        if last is None or not trainer:
+        if last is None or not trainer or not self.sampling.share:
             return []
         name, session = last[0], self.session(peer, message)
         chosen = tuple(

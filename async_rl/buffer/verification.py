@@ -132,6 +132,11 @@ class Quarantine:
         if not of_the_launcher(name) or self.times[name] >= LIVES:
             self.names[name] = reason
 
+    @property
+    def known(self) -> bool:
+        """Whether anybody was proven to lie: the unusual case, and until then no message is looked at for it."""
+        return bool(self.lives or self.names)
+
     def reason(self, life: Life) -> str:
         """Why nothing is taken from this life; empty: it is."""
         return self.names.get(life[0], "") or self.lives.get(life, "")

@@ -116,12 +116,14 @@ class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
     @property
     def version_min(self) -> int:
         """Version of the oldest policy token; -1 when the trajectory has none."""
-        return min([span.version for span in self.versions], default=-1)
+        spans = self.versions
+        return spans[0].version if len(spans) == 1 else min([span.version for span in spans], default=-1)
 
     @property
     def version_max(self) -> int:
         """Version of the newest policy token; -1 when the trajectory has none."""
-        return max([span.version for span in self.versions], default=-1)
+        spans = self.versions
+        return spans[0].version if len(spans) == 1 else max([span.version for span in spans], default=-1)
 
     def policy_positions(self) -> NDArray[np.int64]:  # [policy tokens]
         """Positions of the policy tokens, in order."""
