@@ -35,8 +35,6 @@ def a_network_needs_ranks_that_others_start(s: Settings) -> str:
             "trainer.network does nothing with trainer.start=launcher: those ranks are on one machine and talk over "
             "its loopback; leave it out"
         )
-    if chosen.ranks == 1:
-        return "trainer.network does nothing with trainer.ranks=1: there is nobody to talk to; leave it out"
     if "/" in chosen.network:
         try:
             ipaddress.ip_network(chosen.network, strict=False)

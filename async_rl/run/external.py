@@ -118,7 +118,9 @@ class StandIn:
         return found
 
 
-def first_cause(failures: Mapping[str, Mapping[str, Any]], ranks: Mapping[str, msg.ProcessState]) -> Exception:
+def first_cause(
+    failures: Mapping[str, Mapping[str, Any]], ranks: Mapping[str, msg.ProcessState]
+) -> RunFailed | SystemExit:
     """Why the trainer has ended, from what its ranks have recorded, and what was last heard of each: a machine that
     left no record is the cause where the others only missed its ranks."""
     told = {name: str(record.get("message", "")) for name, record in failures.items()}

@@ -5,17 +5,20 @@ from __future__ import annotations
 import gc
 import json
 import os
+import socket
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
 from async_rl.config import Settings
 from async_rl.events import TrainerReady
-from async_rl.process import GRACE_S, RANK, adopt_pipes, exit_with, process_name, run_process
+from async_rl.process import GRACE_S, RANK, adopt_pipes, exit_with, fail, process_name, run_process
 from async_rl.process_spec import TrainerSpec, read_spec
 from async_rl.run_folder import RunFolder, replace_text
 from async_rl.wire import messages as msg
@@ -27,7 +30,9 @@ from async_rl_kernels import backend
 if TYPE_CHECKING:
     from async_rl.trainer.checkpoint import Progress
     from async_rl.trainer.learner import Learner
+    from async_rl.trainer.publication import Publication
     from async_rl.trainer.ranks import Ranks
+    from async_rl.trainer.team import Team
 
 
 def train(
@@ -43,7 +48,6 @@ def train(
     from async_rl.trainer.inbox import Inbox, Preempted
     from async_rl.trainer.loop import TrainerLoop, follow
     from async_rl.trainer.mismatch_watch import make_mismatch_watch
-    from async_rl.trainer.publication import make_publication
     from async_rl.trainer.team import Finish, Team
     from async_rl.trainer.verifier import make_verifier
 
@@ -59,9 +63,7 @@ def train(
     limit = settings.wire.max_message_mb << 20
     with (
         Dealer(spec.endpoint, spec.name, max_message_bytes=limit, keys=keys_in(settings.wire.keys)) as dealer,
-        closing(
-            make_publication(folder, settings, learner, spec.ways, folder.record, keepalive=team.keepalive)
-        ) as publication,
+        closing(publication_of(spec, folder, settings, learner, team)) as publication,
         ExitStack() as stack,
     ):
         team.keepalive()
@@ -151,6 +153,16 @@ def begin(folder: RunFolder, settings: Settings, version: int, activity: Activit
     return Begun(learner=learner, progress=progress, saved=saved, initial_hash=initial_hash)
 
 
+def publication_of(
+    spec: TrainerSpec, folder: RunFolder, settings: Settings, learner: Learner, team: Team
+) -> Publication:
+    """What hands out this trainer's weights."""
+    from async_rl.trainer.publication import make_publication
+
+    to = spec.weights_endpoint
+    return make_publication(folder, settings, learner, spec.ways, folder.record, keepalive=team.keepalive, upload_to=to)
+
+
 def limit_memory(settings: Settings) -> None:
     """To this process's share of the GPU it trains on: the one named, else the current one, which each rank chose."""
     import torch
@@ -176,7 +188,7 @@ def main(spec: TrainerSpec, *, owner: int | None = None) -> None:
     has started this process; 0: the launcher is on another host."""
     folder = RunFolder(spec.path)
     rank = int(os.environ.get(RANK, "0"))
-    spec = replace(spec, name=process_name(rank))
+    spec, outside = replace(spec, name=process_name(rank)), owner is not None
     if owner:
         exit_with(owner, 2 * GRACE_S)
     elif owner is None and spec.agent:
@@ -185,14 +197,37 @@ def main(spec: TrainerSpec, *, owner: int | None = None) -> None:
             own_log(folder.logs / f"{spec.name}.log")
 
     def work() -> None:
-        settings, activity = folder.settings(), Activity()
-        buffer = spec.endpoint if rank == 0 else None
+        settings, activity = settings_here(folder, spec), Activity()
+        watch: dict[str, Any] = {}
+        if outside:  # followers say that they live, too, and nobody but these pulses tells them that the run has ended
+            watch = {"host": socket.gethostname(), "on_lost": partial(end_with_buffer, spec)}
         with make_heartbeat(
-            spec.name, "trainer", activity, settings.wire, buffer, pipe=spec.pipes.pulse, agent=spec.agent
+            spec.name,
+            "trainer" if rank == 0 else msg.RANK,
+            activity,
+            settings.wire,
+            (spec.endpoint or None) if rank == 0 or outside else None,
+            pipe=spec.pipes.pulse,
+            agent=spec.agent,
+            **watch,
         ):
             train_as_rank(spec, folder, settings, activity)
 
-    run_process(spec, work, from_outside=owner is not None)
+    run_process(spec, work, from_outside=outside)
+
+
+def settings_here(folder: RunFolder, spec: TrainerSpec) -> Settings:
+    """The run's settings, with the keys of this host."""
+    settings = folder.settings()
+    return replace_fields(settings, wire=replace_fields(settings.wire, keys=spec.keys)) if spec.keys else settings
+
+
+def end_with_buffer(spec: TrainerSpec, why: str) -> None:
+    """End this rank, which somebody else has started: nobody else tells it that the run has ended, and the others may
+    keep it waiting in a collective. `why`: what the run's buffer does."""
+    message = f"the run's buffer at {spec.endpoint} {why}"
+    print(f"async-rl: {spec.name}: {message}", file=sys.stderr)
+    fail(spec, message)
 
 
 def own_log(path: Path) -> None:

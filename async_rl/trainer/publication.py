@@ -174,11 +174,12 @@ def make_publication(
     record: RecordEvent,
     *,
     keepalive: Callable[[], None] = lambda: None,
+    upload_to: str = "",
 ) -> Publication:
     """Of the publisher that `make_publisher` makes of these. Raises UserError."""
     ways = set(ways)
-    publisher = make_publisher(folder, settings, learner, ways, record, keepalive=keepalive)
-    beside = beside_training(learner, linked=bool(ways & set(LINKS)))
+    publisher = make_publisher(folder, settings, learner, ways, record, keepalive=keepalive, upload_to=upload_to)
+    beside = beside_training(learner, linked=bool(ways & set(LINKS)) or bool(upload_to))
     return Publication(publisher, beside=beside, keepalive=keepalive)
 
 

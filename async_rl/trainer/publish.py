@@ -14,12 +14,14 @@ from async_rl.run_folder import RunFolder
 from async_rl.trainer.learner import Learner
 from async_rl.weights.link import Control, LinkServer, MakeLink, Staged, WeightLink
 from async_rl.weights.shared_memory import WeightPublisher, segment_path
+from async_rl.weights.upload import WeightUpload
 from async_rl.weights.vllm_links import HAS_PACKED, IpcLink
 from async_rl.weights.vllm_release import Release, installed_release
 from async_rl.weights.way import LINKS, needs_segment
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import ipc_endpoint
 from async_rl.wire.endpoint import is_tcp
+from async_rl.wire.keys import keys_in
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +72,7 @@ def make_publisher(
     record: RecordEvent,
     make_link: Callable[[Staged], MakeLink] | None = None,
     keepalive: Callable[[], None] = lambda: None,
+    upload_to: str = "",
 ) -> Publisher:
     """The publisher of a run.
 
@@ -78,12 +81,22 @@ def make_publisher(
             somebody else starts.
         make_link: by default the links of the installed release of vLLM.
         keepalive: called often while a publication waits or copies.
+        upload_to: the run's weight server, where this process is on another machine than the run; empty: it is not.
 
     Raises UserError.
     """
     ways = set(ways)
     linked = ways & set(LINKS)
     sent = learner.sent()
+    if upload_to:
+        return WeightUpload(
+            upload_to,
+            sent,
+            keys=keys_in(settings.wire.keys),
+            timeout_s=settings.wire.timeout_s,
+            dtype=segment_dtype(settings, learner),
+            keepalive=keepalive,
+        )
     if not linked:
         return WeightPublisher(segment_path(folder.path), sent, dtype=segment_dtype(settings, learner))
     shapes = {name: tuple(tensor.shape) for name, tensor in sent.items()}
