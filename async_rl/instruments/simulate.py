@@ -188,6 +188,8 @@ class Simulation:
     tally: Tally = field(init=False)
     world: World = field(init=False)
     decoders: list[SideBySide] = field(default_factory=list)
+    left: dict[int, int] = field(default_factory=dict)
+    """of episodes that were cut (`SideBySide.left`)"""
 
     def __post_init__(self) -> None:
         chosen = self.settings.generator
@@ -227,6 +229,8 @@ class Simulation:
             token_s=self.work.token_s,
             episode_s=self.work.episode_s,
             reward=self.random.random,
+            window=self.settings.rollout.window,
+            left=self.left,
         )
         self.decoders.append(decoder)
         return decoder

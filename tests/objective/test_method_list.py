@@ -37,4 +37,4 @@ def test_the_counts_are_those_of_the_list() -> None:
     core = [method for method in list_methods() if method.tier == "core"]
     works = sum(method.state == "works" for method in core)
     assert counts()["core"].startswith(f"{works} of {len(core)} work")
-    assert any(line.startswith("part ") and "T-PPO" in line and "not here: " in line for line in describe_methods())
+    assert any(line.startswith("part ") and "VADE" in line and "not here: " in line for line in describe_methods())

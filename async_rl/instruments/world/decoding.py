@@ -187,6 +187,12 @@ class SideBySide:
     episode_s: float
     """of an episode apart from its tokens"""
     reward: Callable[[], float]
+    window: int = 0
+    """tokens behind which an episode is cut; 0: it is whole"""
+    left: dict[int, int] = field(default_factory=dict)
+    """seed of an episode that was cut -> tokens that it still has; of all generators"""
+    cut: set[Pair] = field(default_factory=set)
+    """sequences that end with the window"""
     done: float = 0.0
     at: float = 0.0
     """when `done` was so much"""
@@ -217,8 +223,14 @@ class SideBySide:
         if self.group is None or self.group[0] is not permit:
             self.group = permit, list(self.lengths(permit))
         lengths = self.group[1]
+        length = self.left.pop(permit.seed, 0) or lengths[sample % len(lengths)]
+        pair = permit.group, sample
+        if self.window and length > self.window:
+            self.left[permit.seed] = length - self.window
+            self.cut.add(pair)
+            length = self.window
         self.occupied += 1
-        self.waiting.append(((permit.group, sample), permit, lengths[sample % len(lengths)]))
+        self.waiting.append((pair, permit, length))
 
     def swap(self, version: int) -> None:
         self.advance()
@@ -284,6 +296,8 @@ class SideBySide:
         """The last token is sampled; environment and reward take their time."""
         permit, begun = self.decoding.pop(pair)
         spans = self._spans(begun)
+        is_cut = pair in self.cut
+        self.cut.discard(pair)
         made = answer(
             permit,
             pair[1],
@@ -291,8 +305,9 @@ class SideBySide:
             log_behaviour=NO_LOG_PROBS,
             turns=(Turn(start=1, length=spans[-1].end),),
             versions=spans,
-            reward=self.reward(),
-            ended=ended,
+            reward=0.0 if is_cut else self.reward(),
+            ended="window" if is_cut and ended == "finished" else ended,
+            info={OPEN: "between"} if is_cut else {},
             reason=msg.ABANDONED if ended == "aborted" else "",
         )
         self.generator.after(self.episode_s if ended == "finished" else 0.0, lambda: self._hand_in(made))
