@@ -2,8 +2,8 @@
 
     python bench/cluster.py --model models/quickstart --steps 100
 
-Starts a Ray cluster of two nodes on this machine (needs Ray), runs the same steps on it and locally, one after the other,
-and ends it. Processor time is that of all processes that were started and waited for.
+Starts a Ray cluster of two nodes on this machine (needs Ray), runs the same steps on it and locally, one after the
+other, and ends it. Processor time is that of all processes that were started and waited for.
 """
 
 from __future__ import annotations

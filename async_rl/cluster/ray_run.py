@@ -303,8 +303,8 @@ class RayRun:
             if seat.probe is None:
                 seat.deaths += 1
                 self.console.print(
-                    f"{seat.name} on {seat.node} is gone (its process, or its node); Ray starts it again where there is "
-                    f"room (death {seat.deaths}; {restarts(self.settings)} restarts are allowed)"
+                    f"{seat.name} on {seat.node} is gone (its process, or its node); Ray starts it again where there "
+                    f"is room (death {seat.deaths}; {restarts(self.settings)} restarts are allowed)"
                 )
             seat.probe = seat.actor.where.remote()
             return
