@@ -5,6 +5,7 @@ A round receives messages, lets the state machine handle them, writes and commit
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -40,6 +41,8 @@ MESSAGES_A_ROUND = 256
 """messages handled before one commit"""
 STRANGERS_S = 1.0
 """seconds between two reports of peers that were turned away"""
+TIDY_S = 20.0
+"""seconds between two full collections of garbage"""
 FEWEST_MESSAGES = 16
 """messages of one peer that may wait in the process: fewer would stop senders without need"""
 
@@ -96,7 +99,7 @@ def run_buffer(
             store.commit()
             restore(core, read_state(store), version=version)
         folder.record(BufferReady(endpoint=endpoint))
-        strangers = Strangers(router.gate)
+        strangers, tidying = Strangers(router.gate), Tidying()
         pruning = chosen.keep_steps > 0
         activity.now("serving")
         activity.looping = True
@@ -106,6 +109,7 @@ def run_buffer(
             activity.keepalive("storing and answering" if effects else "serving")
             execute(effects, store, router, folder.record, part_bytes)
             strangers.report(core, folder, time.monotonic())
+            tidying.round(time.monotonic())
             if chosen.keep_steps and (pruning or any(isinstance(effect, do.MarkConsumed) for effect in effects)):
                 pruning = store.prune(
                     keep_steps=chosen.keep_steps, oldest_live=core.oldest_live(), pool=core.batching.pool.members
@@ -283,6 +287,28 @@ def write(effect: do.Effect, store: Store) -> bool:
 
 
 # ---------------------------------------------------------------- memory
+
+
+@dataclass(slots=True)
+class Tidying:
+    """Collects garbage from time to time, without looking through what was there from the beginning.
+
+    There is next to none, so that Python hardly ever does it by itself. But only a full collection empties its lists of
+    freed tuples: up to 2000 of each length below 20, each of which grows by one with `tuple(x for ...)`. For hours the
+    process would grow by some 100 bytes a step, up to some megabytes."""
+
+    at: float = 0.0
+    """when it was last done, monotonic clock"""
+
+    def __post_init__(self) -> None:
+        gc.collect()
+        gc.freeze()
+
+    def round(self, now: float) -> None:
+        """A round is over. `now`: seconds, monotonic."""
+        if now - self.at >= TIDY_S:
+            self.at = now
+            gc.collect()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
