@@ -1,6 +1,6 @@
 """Exact OPOB over two ranks (gloo): a step with exact baselines beside one with the mean of each group.
 
-    python bench/opob_ranks.py [--rounds 5]
+    python bench/opob_ranks.py [--rounds 5] [--sharding none,full]
 
 One thread a rank, float32, the ways taken in turns. Both have the forward for the log-probs of the batch before it. In
 processor time of a rank (a busy machine disturbs it less), median of the ratios within a round, of the slower rank.
@@ -39,8 +39,8 @@ try:
 except ImportError:  # before it had a file of its own
     from async_rl.trainer.trajectory_gradient import add_over_ranks  # type: ignore[attr-defined, no-redef]
 
-CASE = {**opob.CASES["longer"], "trajectories": 64}
-"""four groups of 16 trajectories of some 165 tokens: 2,640 a group"""
+CASE = {**opob.CASES["longer"], "trajectories": 32}
+"""two groups of 16 trajectories of some 165 tokens: 2,640 a group"""
 LIMITS = {"a group in a micro-batch": 3000, "a group in a round": 1500, "a group in several rounds": 900}
 SIZE = 2
 
@@ -48,16 +48,18 @@ SIZE = 2
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=5)
-    rounds = arguments.parse_args().rounds
+    arguments.add_argument("--sharding", default="none,full")
+    given_words = arguments.parse_args()
+    rounds, shardings = given_words.rounds, given_words.sharding.split(",")
     if "RANK" in os.environ:
         with join_ranks("cpu", 600.0) as ranks:
-            print(json.dumps(measure(ranks, rounds)))
+            print(json.dumps(measure(ranks, rounds, shardings)))
         return
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     given = {"WORLD_SIZE": str(SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, __file__, "--rounds", str(rounds)]
+    command = [sys.executable, __file__, "--rounds", str(rounds), "--sharding", given_words.sharding]
     processes = [
         subprocess.Popen(command, env={**os.environ, **given, "RANK": str(r)}, stdout=subprocess.PIPE, text=True)
         for r in range(SIZE)
@@ -66,9 +68,9 @@ def main() -> None:
     print(json.dumps({name: {k: max(r[name][k] for r in of_rank) for k in of_rank[0][name]} for name in of_rank[0]}))
 
 
-def measure(ranks: Ranks, rounds: int) -> dict[str, dict[str, float]]:
+def measure(ranks: Ranks, rounds: int, shardings: list[str]) -> dict[str, dict[str, float]]:
     found = {}
-    for sharding in ("none", "full"):
+    for sharding in shardings:
         model = opob.make_model(CASE)
         if sharding == "full":
             shard(model, ranks, dtype=torch.float32)
