@@ -212,6 +212,11 @@ _stacks: BinaryIO | None = None
 """open as long as this process lives"""
 
 
+def stacks_file() -> int:
+    """Descriptor of the file that stacks are written to, among the lowest of this process; -1: there is none."""
+    return -1 if _stacks is None else _stacks.fileno()
+
+
 def dump_stacks_on_signal(path: Path | None = None) -> None:
     """From now on STACKS_SIGNAL appends the stacks of all threads to this file; without `path`: to the file named
     before. Main thread only."""

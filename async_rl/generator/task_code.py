@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from async_rl.generator.process_state import KeptState
 from async_rl.generator.step_mark import AT_ENGINE, EPISODE, Key, StepMark
-from async_rl.process import Interrupted, Terminated
+from async_rl.process import Interrupted, Terminated, stacks_file
 from async_rl.wire.heartbeat import locate, place_of
 
 Result = TypeVar("Result")
@@ -104,16 +104,16 @@ class TaskGuard:
     raised: int = 0
     """times that the alarm ended the step that runs"""
     armed: bool = False
-    sentinel: tuple[int, tuple[int, int]] = (-1, (-1, -1))
-    """a file that is kept open, and what it is: code that closes what is not its own closes it, or puts another in its
-    place"""
+    sentinels: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """files that are kept open, a low and a high one, and what they are: code that closes what is not its own closes
+    one of them, or puts another in its place"""
     pid: int = field(default_factory=os.getpid)
 
     def __post_init__(self) -> None:
         if self.on_stuck is not None:
             with tempfile.TemporaryFile() as unique:
-                file = os.dup(unique.fileno())
-            self.sentinel = file, _what(file)
+                files = os.dup(unique.fileno()), stacks_file()
+            self.sentinels = {file: _what(file) for file in files if file >= 0}
 
     def begin(self) -> None:
         """A step begins."""
@@ -138,9 +138,8 @@ class TaskGuard:
             self.arm()
 
     def _files_are_open(self) -> bool:
-        file, what = self.sentinel
         try:
-            return _what(file) == what
+            return all(_what(file) == what for file, what in self.sentinels.items())
         except OSError:
             return False
 

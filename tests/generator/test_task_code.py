@@ -618,7 +618,7 @@ def test_one_that_closes_files_of_the_process_ends_it() -> None:
     guard = TaskGuard(on_stuck=told.append)
 
     async def closes() -> None:
-        os.close(guard.sentinel[0])
+        os.close(max(guard.sentinels))
 
     run_to_end(guard.steps(closes()))
     assert told == ["the task or its reward closed files of this process that are not its own"]
@@ -627,8 +627,25 @@ def test_one_that_closes_files_of_the_process_ends_it() -> None:
 
     async def replaces() -> None:
         with open(os.devnull) as other:
-            os.dup2(other.fileno(), guard.sentinel[0])
+            os.dup2(other.fileno(), max(guard.sentinels))
 
     run_to_end(guard.steps(replaces()))
-    os.close(guard.sentinel[0])
+    os.close(max(guard.sentinels))
     assert len(told) == 2
+
+
+def test_low_files_are_watched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `os.closerange(0, 21)` closes them, before sockets notice by themselves."""
+    told: list[str] = []
+    with (tmp_path / "stacks").open("ab") as low:
+        monkeypatch.setattr("async_rl.process._stacks", low)
+        guard = TaskGuard(on_stuck=told.append)
+        os.close(next(file for file in guard.sentinels if file != low.fileno()))
+        guard.sentinels = {low.fileno(): guard.sentinels[low.fileno()]}
+
+        async def replaces() -> None:
+            with open(os.devnull) as other:
+                os.dup2(other.fileno(), low.fileno())
+
+        run_to_end(guard.steps(replaces()))
+    assert len(told) == 1
