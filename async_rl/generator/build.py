@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from math import prod
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
 from async_rl.generator.pull import LinkSource, MergingSource, ReaderSource, TensorReader, WeightSource
 from async_rl.model.architecture import DecoderConfig, tensor_shapes
-from async_rl.model.decoder import DTYPES
+from async_rl.model.decoder import DTYPES, Decoder
 from async_rl.model.folder import (
     check_folder,
     check_for_vllm,
@@ -23,7 +24,9 @@ from async_rl.model.folder import (
     load_tensors,
     read_headers,
 )
+from async_rl.model.huggingface import HuggingFaceDecoder
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.weights.from_folder import can_read, read_weights
 from async_rl.weights.shared_memory import WeightReader
 from async_rl.weights.stream import WeightStream
 from async_rl.weights.way import LINKS
@@ -99,7 +102,21 @@ def make_engine(settings: Settings, tokenizer: Tokenizer, *, way: str = "") -> E
     torch.set_num_threads(max(1, chosen.threads))
     if chosen.engine == "vllm":
         return _make_vllm(settings, way)
-    model = load_model(Path(settings.model.path), dtype=DTYPES[chosen.dtype], device=chosen.device)
+    folder = Path(settings.model.path)
+    config = check_folder(folder) if chosen.device == "cpu" else None
+    if config is None or not can_read(folder):
+        return _embedded(settings, tokenizer, load_model(folder, dtype=DTYPES[chosen.dtype], device=chosen.device))
+    # The engine lays its weights out anew. They are read into their places there, so that no second copy exists.
+    with torch.device("meta"):
+        model = Decoder(config)
+    engine = _embedded(settings, tokenizer, model.to(DTYPES[chosen.dtype]).to_empty(device="cpu"))
+    read_weights(folder, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    give_back_memory()
+    return engine
+
+
+def _embedded(settings: Settings, tokenizer: Tokenizer, model: Decoder | HuggingFaceDecoder) -> EmbeddedEngine:
+    chosen = settings.generator
     return EmbeddedEngine(
         model,
         tokenizer,
@@ -112,8 +129,15 @@ def make_engine(settings: Settings, tokenizer: Tokenizer, *, way: str = "") -> E
     )
 
 
+def give_back_memory() -> None:
+    """Memory that was freed and that the C library keeps goes back to the system, where the library can do that."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _make_vllm(settings: Settings, way: str) -> Engine:
-    from async_rl.generator.vllm_engine import VllmEngine, VllmOptions
+    from async_rl.generator.vllm_engine import VllmEngine, VllmOptions, gpu_bytes
 
     chosen, vllm = settings.generator, settings.vllm
     config = check_folder(settings.model.path)
@@ -126,11 +150,8 @@ def _make_vllm(settings: Settings, way: str) -> Engine:
         cache = cpu_cache_bytes(config, chosen.max_sequences, max_context, DTYPES[chosen.dtype].itemsize)
     layout = tensor_shapes(config) if config is not None else read_headers(Path(settings.model.path))
     if not cache and chosen.device != "cpu" and shares_gpus(settings):
-        from vllm.platforms import current_platform
-
         parameters = sum(map(prod, layout.values()))
-        total = int(current_platform.get_device_total_memory())
-        cache = shared_gpu_cache_bytes(settings, config, max_context, parameters=parameters, total=total)
+        cache = shared_gpu_cache_bytes(settings, config, max_context, parameters=parameters, total=gpu_bytes())
     return VllmEngine.start(
         VllmOptions(
             model=Path(settings.model.path),

@@ -236,12 +236,12 @@ def own(parameters: Sequence[Tensor]) -> None:
 def stack(parameters: Sequence[Tensor], *, turned: bool = False) -> Tensor:
     """Concatenate parameters [out, ...] to [sum of out, ...], or matrices to [in, sum of out] when `turned`, and make
     each a view of the result."""
-    with torch.no_grad():
-        joint = torch.cat([parameter.detach() for parameter in parameters])
-    if turned:
-        joint = joint.t().contiguous()
+    first, height = parameters[0].detach(), sum(parameter.shape[0] for parameter in parameters)
+    joint = first.new_empty((first.shape[1], height) if turned else (height, *first.shape[1:]))
     begin, rows = 0, joint.t() if turned else joint
     for parameter in parameters:
-        parameter.data = rows[begin : begin + parameter.shape[0]]
+        place = rows[begin : begin + parameter.shape[0]]
+        place.copy_(parameter.detach())
+        parameter.data = place
         begin += parameter.shape[0]
     return joint

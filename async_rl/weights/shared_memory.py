@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from async_rl.errors import UserError
-from async_rl.weights import pinned
+from async_rl.weights.pinned import copy_over, pin, unpin, wait_for_copies
 
 if TYPE_CHECKING:
     import torch
@@ -183,7 +183,7 @@ class WeightPublisher:
         if self._gpu is not None:
             # In whole pages: the first buffer begins at one.
             address = ctypes.addressof(ctypes.c_char.from_buffer(self._map, self._first))
-            self._pinned = address if pinned.pin(address, 2 * self._buffer_bytes) else 0
+            self._pinned = address if pin(address, 2 * self._buffer_bytes) else 0
         return file
 
     def _view(self, buffer: int) -> list[Tensor]:
@@ -212,9 +212,9 @@ class WeightPublisher:
             if given.device.type == "cpu":
                 view.copy_(given.detach())
             else:
-                pinned.copy_over(view, given)
+                copy_over(view, given)
         if self._gpu is not None:
-            pinned.wait_for_copies(self._gpu)
+            wait_for_copies(self._gpu)
         if missing:
             raise ValueError(f"other tensors than announced: {sorted(missing)[:5]} did not come")
         start = self._first + buffer * self._buffer_bytes
@@ -243,7 +243,7 @@ class WeightPublisher:
         self._words[_NEWEST] = _CLOSED
         self.path.unlink(missing_ok=True)
         if self._pinned:
-            pinned.unpin(self._pinned)
+            unpin(self._pinned)
         self._views.clear()
         self._words.release()
         self._map.close()
