@@ -12,7 +12,7 @@ config's. dtypes are the model's unless stated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from async_rl.model.architecture import DecoderConfig, Rope
+from async_rl.model.compiled_layer import compute_after, compute_before, serves
 from async_rl.model.elementwise import rms_norm, rotate, swiglu
 from async_rl.model.repeats import Repeats
 from async_rl_kernels.product import linear, worthwhile
@@ -157,12 +158,20 @@ class Layer(nn.Module):
         return self._compute(x, cos, sin, attention, rows)
 
     def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
-        before, after = compiled() if self.execution.compiled else (before_attention, after_attention)
+        before, after = self._ways(x)
         at = self.self_attn
         out = attention(at.layer, *before(self, x, cos, sin), window=at.window)
         if rows is not None:
             x, out = x[rows], out[rows]
         return after(self, x, out)
+
+    def _ways(self, x: Tensor) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor]]:
+        """What computes the parts before and after attention."""
+        if self.execution.compiled:
+            return compiled()
+        if (weights := plain_weights(self)) and serves(x, weights, self.self_attn.head_dim):
+            return before_at_once, after_at_once
+        return before_attention, after_attention
 
 
 def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,6 +183,35 @@ def after_attention(layer: Layer, x: Tensor, out: Tensor) -> Tensor:
     """The part of a layer after attention: x [tokens, hidden], out [tokens, heads, head_dim] -> [tokens, hidden]."""
     x = x + layer.self_attn.o_proj(out.flatten(1))
     return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def before_at_once(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`before_attention` of a plain layer, in one function."""
+    at, norm = layer.self_attn, layer.input_layernorm
+    norms = None if at.q_norm is None or at.k_norm is None else (at.q_norm.weight, at.k_norm.weight)
+    weights = at.q_proj.weight, at.k_proj.weight, at.v_proj.weight
+    return compute_before(x, cos, sin, norm.weight, weights, norms, at.head_dim, norm.eps)
+
+
+def after_at_once(layer: Layer, x: Tensor, out: Tensor) -> Tensor:
+    """`after_attention` of a plain layer, in one function."""
+    mlp, norm = layer.mlp, layer.post_attention_layernorm
+    inner = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+    return compute_after(x, out, layer.self_attn.o_proj.weight, norm.weight, inner, norm.eps)
+
+
+def plain_weights(layer: Layer) -> Sequence[Tensor]:
+    """All weights of a layer; none where a module is not as it was made here (a bias, a hook, an adapter in its place),
+    so that it must be called."""
+    at, mlp = layer.self_attn, layer.mlp
+    linears = (at.q_proj, at.k_proj, at.v_proj, at.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    norms = (layer.input_layernorm, layer.post_attention_layernorm, at.q_norm, at.k_norm)
+    modules = (at, mlp, *linears, *(norm for norm in norms if norm is not None))
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or type(m) not in OWN for m in modules):
+        return ()
+    if any(linear.bias is not None or linear.repeats is not None for linear in linears):
+        return ()
+    return [module.weight for module in modules[2:]]
 
 
 @cache
@@ -295,6 +333,10 @@ class _RepeatedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
         return linear(grad, weight.to(grad.dtype).t()).to(ctx.dtype), None, None, None
+
+
+OWN = {SelfAttention, MLP, Linear, RMSNorm}
+"""modules that compute what is written here and nothing else"""
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:  # [head_dim / 2] float32

@@ -794,3 +794,5 @@ void turn_matrix(const uint32_t *from, long rows, long columns, uint32_t *to, lo
 #endif
     }
 }
+
+#include "layers.c"

@@ -25,7 +25,10 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("native.c")
+LAYERS = Path(__file__).with_name("layers.c")
+"""a part of it"""
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
+TORCH = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
 MOST = 16384
 """elements of a row"""
 HEAD_SIZES = (16, 32, 64, 96, 128)
@@ -90,6 +93,70 @@ class Tree(Structure):
     )
 
 
+class Before(Structure):
+    """The argument of `before_forward` and `before_backward` in layers.c."""
+
+    _fields_ = (
+        ("gemm", c_void_p),
+        *((name, c_long) for name in ("rows", "hidden", "heads", "kv_heads", "size", "block")),
+        ("threads", c_int),
+        ("eps", c_float),
+        ("x", c_void_p),
+        ("x_stride", c_long),
+        *((name, c_void_p) for name in ("norm", "query_weight", "key_weight", "value_weight")),
+        *((name, c_void_p) for name in ("query_norm", "key_norm", "cos", "sin", "scale", "query_in", "key_in")),
+        *((name, c_void_p) for name in ("query", "key", "value", "room", "of_query", "of_key", "of_value")),
+        *((name, c_long) for name in ("of_query_stride", "of_key_stride", "of_value_stride")),
+        *((name, c_void_p) for name in ("of_x", "of_norm", "of_query_norm", "of_key_norm")),
+        *((name, c_void_p) for name in ("of_query_weight", "of_key_weight", "of_value_weight")),
+    )
+
+
+class After(Structure):
+    """The argument of `after_forward` and `after_backward` in layers.c."""
+
+    _fields_ = (
+        ("gemm", c_void_p),
+        *((name, c_long) for name in ("rows", "hidden", "attended", "inner", "block")),
+        ("threads", c_int),
+        ("eps", c_float),
+        *((name, c_void_p) for name in ("x", "out")),
+        *((name, c_long) for name in ("x_stride", "out_stride")),
+        *((name, c_void_p) for name in ("out_weight", "norm", "gate_weight", "up_weight", "down_weight")),
+        *((name, c_void_p) for name in ("middle", "scale", "gate", "up", "y", "room", "of_y")),
+        ("of_y_stride", c_long),
+        *((name, c_void_p) for name in ("of_x", "of_out", "of_norm")),
+        *((name, c_void_p) for name in ("of_out_weight", "of_gate_weight", "of_up_weight", "of_down_weight")),
+    )
+
+
+class DecodeLayer(Structure):
+    """A layer of `Decode`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("first_norm", "query_key_value", "out", "second_norm", "gate_up", "down")),
+        *((name, c_void_p) for name in ("norms", "keys", "values")),
+        ("window", c_long),
+    )
+
+
+class Decode(Structure):
+    """The argument of `decode` in layers.c."""
+
+    _fields_ = (
+        ("gemm", c_void_p),
+        *((name, c_long) for name in ("tokens", "hidden", "heads", "kv_heads", "size", "inner")),
+        *((name, c_long) for name in ("layers", "vocabulary", "wanted")),
+        ("threads", c_int),
+        ("eps", c_float),
+        *((name, c_void_p) for name in ("token", "position", "block", "place", "last")),
+        *((name, c_void_p) for name in ("embedding", "final_norm", "head", "rotation")),
+        ("layer", POINTER(DecodeLayer)),
+        ("attention", POINTER(Attention)),
+        *((name, c_void_p) for name in ("room", "logits")),
+    )
+
+
 P, N, F, T = c_void_p, c_long, c_float, c_int
 SIGNATURES = {
     "rms_norm": (P, N, P, F, P, N, P, N, N, T),
@@ -103,6 +170,12 @@ SIGNATURES = {
     "turn_matrix": (P, N, N, P, N, T),
     "tree_forward": (POINTER(Tree),),
     "tree_backward": (POINTER(Tree),),
+    "before_forward": (POINTER(Before),),
+    "before_backward": (POINTER(Before),),
+    "after_forward": (POINTER(After),),
+    "after_backward": (POINTER(After),),
+    "decode": (POINTER(Decode),),
+    "draw": (P, P, P, P, P, N, N),
 }
 RETURNS = {"tree_forward": c_int, "tree_backward": c_int}
 
@@ -122,13 +195,24 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+@cache
+def gemm() -> int | None:
+    """The address of `sgemm` of the library that torch multiplies with, as Fortran calls it; None where torch does not
+    show it. It uses as many threads as torch does in the thread that calls it."""
+    try:
+        return ctypes.cast(ctypes.CDLL(str(TORCH)).sgemm_, c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
 def _compiled() -> Path:
     """The library's file, made if it is not there. Raises OSError or SubprocessError."""
     compiler = shutil.which(os.environ.get("CC", "") or "cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise FileNotFoundError("no C compiler")
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=COMPILE_S, check=True).stdout
-    name = sha256(b"\0".join((SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor()))).hexdigest()[:24]
+    sources = SOURCE.read_bytes(), LAYERS.read_bytes()
+    name = sha256(b"\0".join((*sources, version, " ".join(FLAGS).encode(), _processor()))).hexdigest()[:24]
     for folder in _folders():
         file = folder / f"native-{name}.so"
         if file.is_file() and file.stat().st_uid == os.getuid():

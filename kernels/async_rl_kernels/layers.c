@@ -1,0 +1,317 @@
+// The parts of a decoder's layer before and after its attention, forward and backward, float32: what a block of rows
+// passes through, products included, while it lies in the processor's cache. Products are MKL's `sgemm`, which torch
+// brings along and model/compiled_layer.py hands over. native.c includes this file.
+//
+// Matrices are row by row; a weight is [out, in].
+
+typedef void (*Gemm)(const char *, const char *, const int *, const int *, const int *, const float *, const float *,
+                     const int *, const float *, const int *, const float *, float *, const int *);
+
+static void gemm(void *function, const char *left, const char *right, long rows, long columns, long depth, const float *a,
+                 long a_stride, const float *b, long b_stride, float keep, float *to, long stride) {
+    // column by column, as `sgemm` counts, this is the transpose: the second matrix comes first
+    int m = columns, n = rows, k = depth, lda = b_stride, ldb = a_stride, ldc = stride;
+    float one = 1.0f;
+    ((Gemm)function)(right, left, &m, &n, &k, &one, b, &lda, a, &ldb, &keep, to, &ldc);
+}
+
+// to [rows, columns] = keep * to + a [rows, depth] b [columns, depth]^T
+#define BY_WEIGHT(rows, columns, depth, a, a_stride, b, keep, to, stride)                                               \
+    gemm(l->gemm, "N", "T", rows, columns, depth, a, a_stride, b, depth, keep, to, stride)
+// to [rows, columns] = keep * to + a [rows, depth] b [depth, columns]
+#define THROUGH_WEIGHT(rows, columns, depth, a, a_stride, b, keep, to, stride)                                          \
+    gemm(l->gemm, "N", "N", rows, columns, depth, a, a_stride, b, columns, keep, to, stride)
+// to [rows, columns] = keep * to + a [depth, rows]^T b [depth, columns]
+#define OF_WEIGHT(rows, columns, depth, a, a_stride, b, b_stride, keep, to)                                             \
+    if (to) gemm(l->gemm, "T", "N", rows, columns, depth, a, a_stride, b, b_stride, keep, to, columns)
+
+static void copy_rows(const float *from, long from_stride, float *to, long stride, long rows, long n, int threads) {
+    SHARED_ROWS(rows * n)
+    for (long row = 0; row < rows; row++)
+        for (long i = 0; i < n; i++) to[row * stride + i] = from[row * from_stride + i];
+}
+
+static void add_rows_to(const float *from, long from_stride, float *to, long stride, long rows, long n, int threads) {
+    SHARED_ROWS(rows * n)
+    for (long row = 0; row < rows; row++)
+        for (long i = 0; i < n; i++) to[row * stride + i] += from[row * from_stride + i];
+}
+
+// out = x * scale * weight, as rms_norm had it
+static void norm_again(const float *x, long x_stride, const float *weight, const float *scale, float *out, long rows,
+                       long n, int threads) {
+    SHARED_ROWS(rows * n)
+    for (long row = 0; row < rows; row++)
+        for (long i = 0; i < n; i++) out[row * n + i] = x[row * x_stride + i] * scale[row] * weight[i];
+}
+
+static void scales(const float *x, float eps, float *scale, long rows, long n, int threads) {
+    SHARED_ROWS(rows * n)
+    for (long row = 0; row < rows; row++) scale[row] = 1.0f / root(square_sum(x + row * n, n) / n + eps);
+}
+
+// ---------------------------------------------------------------- before attention: norm, query, key, value, rotation
+
+typedef struct {
+    void *gemm;
+    long rows, hidden, heads, kv_heads, size;
+    long block;  // rows that go through together
+    int threads;
+    float eps;
+    const float *x; // [rows, hidden]
+    long x_stride;
+    const float *norm, *query_weight, *key_weight, *value_weight;
+    const float *query_norm, *key_norm; // [size]; null: none
+    const float *cos, *sin;             // [rows, size]
+    float *scale;                       // [rows]
+    float *query_in, *key_in;           // [rows, heads, size] before their norms; as query, key without norms
+    float *query, *key, *value;         // [rows, heads, size]
+    float *room;                        // before_room(..) floats
+    const float *of_query, *of_key, *of_value;
+    long of_query_stride, of_key_stride, of_value_stride;
+    float *of_x;                                                 // [rows, hidden]
+    float *of_norm, *of_query_norm, *of_key_norm;                // [threads, ..] of zeros, or null
+    float *of_query_weight, *of_key_weight, *of_value_weight;    // zeros, or null
+} Before;
+
+void before_forward(const Before *l) {
+    int threads = l->threads;
+    long H = l->hidden, Q = l->heads * l->size, K = l->kv_heads * l->size;
+    for (long row = 0; row < l->rows; row += l->block) {
+        long n = l->rows - row < l->block ? l->rows - row : l->block;
+        float *normed = l->room, *q = l->query_in + row * Q, *k = l->key_in + row * K;
+        rms_norm(l->x + row * l->x_stride, l->x_stride, l->norm, l->eps, normed, H, l->scale + row, n, H, threads);
+        BY_WEIGHT(n, Q, H, normed, H, l->query_weight, 0.0f, q, Q);
+        BY_WEIGHT(n, K, H, normed, H, l->key_weight, 0.0f, k, K);
+        BY_WEIGHT(n, K, H, normed, H, l->value_weight, 0.0f, l->value + row * K, K);
+        const float *cos = l->cos + row * l->size, *sin = l->sin + row * l->size;
+        turn_heads(q, Q, l->query_norm, 0, l->heads, l->eps, cos, sin, l->size, 0, l->query + row * Q, Q, n, l->heads,
+                   l->size, threads);
+        turn_heads(k, K, l->key_norm, 0, l->kv_heads, l->eps, cos, sin, l->size, 0, l->key + row * K, K, n, l->kv_heads,
+                   l->size, threads);
+    }
+}
+
+// The gradient of heads before rotation and norm, [n, heads, size] -> to
+static void heads_back(const Before *l, const float *g, long stride, long heads, long row, long n, const float *before,
+                       const float *weight, float *of_weight, float *scale, float *to) {
+    long width = heads * l->size;
+    turn_heads_back(g + row * stride, stride, l->cos + row * l->size, l->sin + row * l->size, to, width, n, heads,
+                    l->size, l->threads);
+    if (!weight) return;
+    before += row * width;
+    scales(before, l->eps, scale, n * heads, l->size, l->threads);
+    rms_norm_backward(to, l->size, before, l->size, weight, scale, to, l->size, of_weight, n * heads, l->size,
+                      l->threads, l->threads);
+}
+
+void before_backward(const Before *l) {
+    int threads = l->threads;
+    long H = l->hidden, Q = l->heads * l->size, K = l->kv_heads * l->size;
+    float *normed = l->room, *pull = normed + l->block * H, *q = pull + l->block * H, *k = q + l->block * Q;
+    float *v = k + l->block * K, *scale = v + l->block * K;
+    for (long row = 0; row < l->rows; row += l->block) {
+        long n = l->rows - row < l->block ? l->rows - row : l->block;
+        float keep = row ? 1.0f : 0.0f;
+        const float *x = l->x + row * l->x_stride;
+        heads_back(l, l->of_query, l->of_query_stride, l->heads, row, n, l->query_in, l->query_norm, l->of_query_norm,
+                   scale, q);
+        heads_back(l, l->of_key, l->of_key_stride, l->kv_heads, row, n, l->key_in, l->key_norm, l->of_key_norm, scale,
+                   k);
+        copy_rows(l->of_value + row * l->of_value_stride, l->of_value_stride, v, K, n, K, threads);
+        norm_again(x, l->x_stride, l->norm, l->scale + row, normed, n, H, threads);
+        OF_WEIGHT(Q, H, n, q, Q, normed, H, keep, l->of_query_weight);
+        OF_WEIGHT(K, H, n, k, K, normed, H, keep, l->of_key_weight);
+        OF_WEIGHT(K, H, n, v, K, normed, H, keep, l->of_value_weight);
+        THROUGH_WEIGHT(n, H, Q, q, Q, l->query_weight, 0.0f, pull, H);
+        THROUGH_WEIGHT(n, H, K, k, K, l->key_weight, 1.0f, pull, H);
+        THROUGH_WEIGHT(n, H, K, v, K, l->value_weight, 1.0f, pull, H);
+        rms_norm_backward(pull, H, x, l->x_stride, l->norm, l->scale + row, l->of_x + row * H, H, l->of_norm, n, H,
+                          threads, threads);
+    }
+}
+
+// ---------------------------------------------------------------- after attention: output, norm, SwiGLU
+
+typedef struct {
+    void *gemm;
+    long rows, hidden, attended, inner;
+    long block;
+    int threads;
+    float eps;
+    const float *x, *out; // [rows, hidden], [rows, attended]
+    long x_stride, out_stride;
+    const float *out_weight, *norm, *gate_weight, *up_weight, *down_weight;
+    float *middle;    // [rows, hidden]
+    float *scale;     // [rows]
+    float *gate, *up; // [rows, inner]; null: not kept
+    float *y;         // [rows, hidden]
+    float *room;
+    const float *of_y;
+    long of_y_stride;
+    float *of_x, *of_out; // [rows, hidden], [rows, attended]
+    float *of_norm;       // [threads, hidden] of zeros, or null
+    float *of_out_weight, *of_gate_weight, *of_up_weight, *of_down_weight;
+} After;
+
+void after_forward(const After *l) {
+    int threads = l->threads;
+    long H = l->hidden, A = l->attended, I = l->inner;
+    float *normed = l->room, *gated = normed + l->block * H, *spare = gated + l->block * I;
+    for (long row = 0; row < l->rows; row += l->block) {
+        long n = l->rows - row < l->block ? l->rows - row : l->block;
+        float *middle = l->middle + row * H, *y = l->y + row * H;
+        float *gate = l->gate ? l->gate + row * I : spare, *up = l->up ? l->up + row * I : gated;
+        copy_rows(l->x + row * l->x_stride, l->x_stride, middle, H, n, H, threads);
+        BY_WEIGHT(n, H, A, l->out + row * l->out_stride, l->out_stride, l->out_weight, 1.0f, middle, H);
+        rms_norm(middle, H, l->norm, l->eps, normed, H, l->scale + row, n, H, threads);
+        BY_WEIGHT(n, I, H, normed, H, l->gate_weight, 0.0f, gate, I);
+        BY_WEIGHT(n, I, H, normed, H, l->up_weight, 0.0f, up, I);
+        swiglu(gate, I, up, I, gated, I, n, I, threads);
+        copy_rows(middle, H, y, H, n, H, threads);
+        BY_WEIGHT(n, H, I, gated, I, l->down_weight, 1.0f, y, H);
+    }
+}
+
+// g -> of gate, of up, and silu(gate) * up itself in place of g; all [rows, n]
+static void gated_back(float *g, const float *gate, const float *up, float *of_gate, float *of_up, long rows, long n,
+                       int threads) {
+    SHARED_ROWS(rows * n)
+    for (long row = 0; row < rows; row++) {
+        long i = row * n, end = i + n;
+        vec first, second;
+        for (; i + WIDTH <= end; i += WIDTH) {
+            vec x = load(gate + i), u = load(up + i), pull = load(g + i);
+            vec s = 1.0f / (1.0f + exponential(-x)), xs = x * s;
+            store(of_up + i, pull * xs);
+            store(of_gate + i, pull * u * (s + xs * (1.0f - s)));
+            store(g + i, xs * u);
+        }
+        for (; i < end; i++) {
+            swiglu_slope(all(g[i]), all(gate[i]), all(up[i]), &first, &second);
+            vec x = all(gate[i]);
+            of_gate[i] = first[0];
+            of_up[i] = second[0];
+            g[i] = (x / (1.0f + exponential(-x)))[0] * up[i];
+        }
+    }
+}
+
+void after_backward(const After *l) {
+    int threads = l->threads;
+    long H = l->hidden, A = l->attended, I = l->inner;
+    float *normed = l->room, *pull = normed + l->block * H, *gated = pull + l->block * H;
+    float *of_gate = gated + l->block * I, *of_up = of_gate + l->block * I;
+    for (long row = 0; row < l->rows; row += l->block) {
+        long n = l->rows - row < l->block ? l->rows - row : l->block;
+        float keep = row ? 1.0f : 0.0f;
+        const float *g = l->of_y + row * l->of_y_stride, *middle = l->middle + row * H;
+        const float *out = l->out + row * l->out_stride;
+        float *of_x = l->of_x + row * H;
+        THROUGH_WEIGHT(n, I, H, g, l->of_y_stride, l->down_weight, 0.0f, gated, I);
+        gated_back(gated, l->gate + row * I, l->up + row * I, of_gate, of_up, n, I, threads);
+        OF_WEIGHT(H, I, n, g, l->of_y_stride, gated, I, keep, l->of_down_weight);
+        norm_again(middle, H, l->norm, l->scale + row, normed, n, H, threads);
+        OF_WEIGHT(I, H, n, of_gate, I, normed, H, keep, l->of_gate_weight);
+        OF_WEIGHT(I, H, n, of_up, I, normed, H, keep, l->of_up_weight);
+        THROUGH_WEIGHT(n, H, I, of_gate, I, l->gate_weight, 0.0f, pull, H);
+        THROUGH_WEIGHT(n, H, I, of_up, I, l->up_weight, 1.0f, pull, H);
+        rms_norm_backward(pull, H, middle, H, l->norm, l->scale + row, of_x, H, l->of_norm, n, H, threads, threads);
+        add_rows_to(g, l->of_y_stride, of_x, H, n, H, threads);
+        THROUGH_WEIGHT(n, A, H, of_x, H, l->out_weight, 0.0f, l->of_out + row * A, A);
+        OF_WEIGHT(H, A, n, of_x, H, out, l->out_stride, keep, l->of_out_weight);
+    }
+}
+
+// ---------------------------------------------------------------- the engine: all layers on tokens of a step
+
+typedef struct {
+    const float *first_norm, *query_key_value, *out, *second_norm, *gate_up, *down; // products' weights are [in, out]
+    const float *norms;    // [2, size] of query and key; null: none
+    float *keys, *values;  // of the cache
+    long window;
+} DecodeLayer;
+
+typedef struct {
+    void *gemm;
+    long tokens, hidden, heads, kv_heads, size, inner, layers, vocabulary, wanted;
+    int threads;
+    float eps;
+    const int64_t *token, *position, *block, *place; // [tokens]
+    const int64_t *last;                             // [wanted]: tokens whose logits are asked for
+    const float *embedding, *final_norm, *head, *rotation; // rotation [positions, 2, size]: cos, sin
+    const DecodeLayer *layer;                              // [layers]
+    Attention *attention;
+    float *room;   // tokens * (2 hidden + (2 heads + 2 kv_heads) size + 3 inner)
+    float *logits; // [wanted, vocabulary]
+} Decode;
+
+void decode(const Decode *l) {
+    long T = l->tokens, H = l->hidden, D = l->size, I = l->inner, rotated = l->heads + l->kv_heads;
+    long A = l->heads * D, width = (rotated + l->kv_heads) * D;
+    int threads = l->threads;
+    float *x = l->room, *normed = x + T * H, *each = normed + T * H, *attended = each + T * width;
+    float *gate_up = attended + T * A, *gated = gate_up + T * 2 * I;
+    for (long t = 0; t < T; t++)
+        for (long i = 0; i < H; i++) x[t * H + i] = l->embedding[l->token[t] * H + i];
+    for (const DecodeLayer *layer = l->layer; layer < l->layer + l->layers; layer++) {
+        rms_norm(x, H, layer->first_norm, l->eps, normed, H, 0, T, H, threads);
+        THROUGH_WEIGHT(T, width, H, normed, H, layer->query_key_value, 0.0f, each, width);
+        turn_heads(each, width, layer->norms, layer->norms ? layer->norms + D : 0, l->heads, l->eps, l->rotation,
+                   l->rotation + D, 2 * D, l->position, each, width, T, rotated, D, threads);
+        write_cache(each + A, each + rotated * D, width, layer->keys, layer->values, l->block, l->place, T, l->kv_heads,
+                    D);
+        Attention *a = l->attention;
+        a->query = each, a->stride = width, a->window = layer->window, a->out = attended;
+        a->keys = layer->keys, a->values = layer->values;
+        attend(a);
+        THROUGH_WEIGHT(T, H, A, attended, A, layer->out, 1.0f, x, H);
+        rms_norm(x, H, layer->second_norm, l->eps, normed, H, 0, T, H, threads);
+        THROUGH_WEIGHT(T, 2 * I, H, normed, H, layer->gate_up, 0.0f, gate_up, 2 * I);
+        swiglu(gate_up, 2 * I, gate_up + I, 2 * I, gated, I, T, I, threads);
+        THROUGH_WEIGHT(T, H, I, gated, I, layer->down, 1.0f, x, H);
+    }
+    for (long n = 0; n < l->wanted; n++)
+        rms_norm(x + l->last[n] * H, H, l->final_norm, l->eps, normed + n * H, H, 0, 1, H, 1);
+    BY_WEIGHT(l->wanted, l->vocabulary, H, normed, H, l->head, 0.0f, l->logits, l->vocabulary);
+}
+
+// ---------------------------------------------------------------- sampling: generator/sampling.py defines it
+
+// One token of each row of logits [rows, n], which are overwritten: the first one whose cumulative weight exceeds
+// uniform times the total, or at temperature 0 the likeliest. log_prob is that of the distribution sampled from.
+void draw(float *logits, const float *temperature, const double *uniform, int64_t *token, float *log_prob, long rows,
+          long n) {
+    for (long row = 0; row < rows; row++) {
+        float *x = logits + row * n, heat = temperature[row];
+        if (heat != 1.0f && heat != 0.0f)
+            for (long i = 0; i < n; i++) x[i] /= heat;
+        long likeliest = 0;
+        float peak = x[0];
+        int bad = 0;
+        for (long i = 0; i < n; i++) {
+            bad |= !(x[i] < __builtin_inff());
+            if (x[i] > peak) peak = x[i], likeliest = i;
+        }
+        token[row] = 0;
+        log_prob[row] = __builtin_nanf("");
+        if (bad || peak == -__builtin_inff()) continue;
+        long i = 0;
+        for (; i + WIDTH <= n; i += WIDTH) {
+            vec less = load(x + i) - peak;
+            store(x + i, choose(less < -87.0f, all(0), exponential(less)));
+        }
+        for (; i < n; i++) x[i] = x[i] - peak < -87.0f ? 0 : exponential(all(x[i] - peak))[0];
+        double total = 0;
+        for (i = 0; i < n; i++) total += x[i];
+        long found = likeliest;
+        if (heat != 0.0f) {
+            double target = uniform[row] * total, sum = 0;
+            for (found = 0; found < n - 1; found++)
+                if ((sum += x[found]) > target) break;
+            while (found && x[found] == 0) found--;
+        }
+        token[row] = found;
+        log_prob[row] = __builtin_log((double)x[found]) - __builtin_log(total);
+    }
+}
