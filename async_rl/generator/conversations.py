@@ -135,7 +135,7 @@ class Conversations:
             self.cancelled += 1
             self._note()
             sampling.add_done_callback(lambda done: done.cancelled() or done.exception())
-            self.session.cut(asked.context)
+            self.session.cut_off(asked.context)
             raise
         return self._end(request, asked, completion)
 

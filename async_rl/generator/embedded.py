@@ -32,7 +32,7 @@ from async_rl.generator.scheduler import Scheduler
 from async_rl.generator.slots import CheckedRequest, Slots
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
-from async_rl.model.fused_decoder import FusedDecoder
+from async_rl.model.fused_decoder import CachedStep, FusedDecoder
 from async_rl.model.huggingface import HuggingFaceDecoder, soft_cap
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.weights.canary import fingerprint
@@ -41,6 +41,11 @@ from async_rl_kernels.product import linear
 
 PROBE_ROWS = 1024
 """tokens whose logits a probe holds at once"""
+
+GO_ON_S = 0.004
+"""in which steps are taken that nothing comes between"""
+FEW = 64
+"""tokens: Python finds the largest of so many faster than numpy"""
 
 Answer = asyncio.Future[Completion]
 
@@ -239,7 +244,9 @@ class EmbeddedEngine:
         """The request's tokens, [tokens] int32. Raises ValueError for a request that cannot be served."""
         request.check()
         history = np.asarray(request.tokens, dtype=np.int32)
-        if int(history.view(np.uint32).max()) >= self._model.config.vocabulary:  # negative ones are huge
+        few = len(history) <= FEW
+        most = max(request.tokens) if few and min(request.tokens) >= 0 else int(history.view(np.uint32).max())
+        if most >= self._model.config.vocabulary:  # negative ones are huge
             raise ValueError(f"a token is outside the vocabulary of {self._model.config.vocabulary}")
         if request.session in self._answers or request.session in self._waiting:
             raise ValueError(f"session {request.session} is generating already")
@@ -320,16 +327,12 @@ class EmbeddedEngine:
         where = Places(step.block[at], step.place[at])
         attention = CacheAttention(self._cache, self._tables, rows, where, near, far, self._attention)
         self._attention = attention
-        tokens = self._to_device(slots.tokens[attention.slot, attention.position].astype(np.int64))  # [tokens]
-        hidden = self._forward(tokens, self._to_device(attention.position), attention)  # [tokens, hidden]
-        self._tables.settle()
         complete = rows.start + rows.count == slots.known[rows.slot]  # [rows]
+        logits = self._logits(attention, where, complete)
+        self._tables.settle()
         self._prefilled += int(rows.count.sum()) - int((rows.count == 1).sum())
-        if not complete.any():
+        if logits is None:
             return
-        if len(tokens) > len(rows.slot) or not complete.all():
-            hidden = hidden.index_select(0, self._to_device(attention.last[complete]))
-        logits = soft_cap(linear(hidden, self._model.head), self._model.logit_cap)
         slot = rows.slot[complete]
         if step.twins:
             place = np.empty(len(order), dtype=np.int64)
@@ -337,11 +340,68 @@ class EmbeddedEngine:
             slot = np.concatenate((slot, [twin for twin, _ in step.twins]))
             own = [*range(len(logits)), *(int(place[row]) for _, row in step.twins)]
             logits = logits.index_select(0, self._to_device(np.array(own)))
-        self._sample(slot, logits)
+        if not self._sample(slot, logits) and not step.twins and len(slot) == len(attention.row):
+            self._go_on(attention)
 
-    def _sample(self, slot: NDArray[np.int64], logits: Tensor) -> None:
+    def _logits(self, attention: CacheAttention, where: Places, complete: NDArray[np.bool_]) -> Tensor | None:
+        """Feed a step's tokens; logits of the last ones of rows that are `complete` [rows], None where none is."""
+        tokens = self._to_device(self._slots.tokens[attention.slot, attention.position].astype(np.int64))  # [tokens]
+        positions, last = self._to_device(attention.position), attention.last[complete]
+        if attention.at_once is not None and isinstance(self._forward, FusedDecoder):
+            step = CachedStep(
+                tokens=tokens,
+                positions=positions,
+                last=last,
+                attention=attention.at_once,
+                places=where.addresses,
+                keys=self._cache.key,
+                values=self._cache.value,
+            )
+            if (logits := self._forward.logits(step)) is not None:
+                return logits if len(last) else None
+        hidden = self._forward(tokens, positions, attention)  # [tokens, hidden]
+        if not len(last):
+            return None
+        if len(last) < len(tokens):
+            hidden = hidden.index_select(0, self._to_device(last))
+        return soft_cap(linear(hidden, self._model.head), self._model.logit_cap)
+
+    def _go_on(self, attention: CacheAttention) -> None:
+        """Take further steps like the last one, in which every running row was fed one token and none ended: until one
+        ends, a block is full, or GO_ON_S have passed. The event loop has nothing to add to them, and arranging each
+        anew takes longer than a step of a small model."""
+        slots, tables, slot = self._slots, self._tables, attention.slot
+        at_once = attention.at_once
+        if at_once is None or not isinstance(self._forward, FusedDecoder) or not self._forward.at_once:
+            return
+        if len(slot) < len(self._answers) or self._waiting and len(slot) < len(slots.running):
+            return
+        begun, one, last = time.perf_counter(), np.ones_like(slot), np.arange(len(slot))
+        for _ in range(int(tables.room(slot).min())):
+            if time.perf_counter() - begun > GO_ON_S:
+                break
+            attention.advance()
+            tokens = slots.tokens[slot, attention.position]
+            where = Places(*tables.append_few(slot, one, tokens))
+            logits = self._forward.logits(
+                CachedStep(
+                    tokens=torch.from_numpy(tokens.astype(np.int64)),
+                    positions=torch.from_numpy(attention.position),
+                    last=last,
+                    attention=at_once,
+                    places=where.addresses,
+                    keys=self._cache.key,
+                    values=self._cache.value,
+                )
+            )
+            assert logits is not None
+            if self._sample(slot, logits):
+                break
+        tables.settle()
+
+    def _sample(self, slot: NDArray[np.int64], logits: Tensor) -> bool:
         """Sample one token for each of `slot` [rows] from `logits` [rows, vocabulary], which are overwritten, and end
-        turns that are over."""
+        turns that are over. Returns whether one is."""
         slots = self._slots
         at = slots.known[slot]
         drawn, drawn_log_probs = sample(logits, slots.temperature[slot], uniforms(slots.seed[slot], at))  # [rows] each
@@ -361,6 +421,7 @@ class EmbeddedEngine:
         for row in np.flatnonzero(over):
             self._answer(int(slot[row]), "stop" if stopped[row] else "length")
             slots.end(int(slot[row]))
+        return bool(over.any()) or not finite.all()
 
     def _fail(self, slot: int) -> None:
         """End the turn of a running slot whose logits are not finite, and forget its session."""

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from msgspec import Struct
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(Struct, frozen=True, kw_only=True):
     """How one turn is sampled. Always from the whole vocabulary (top-p 1, no top-k): the recorded log-prob is that of
     the distribution sampled from."""
 
@@ -25,8 +26,7 @@ class SamplingParams:
     """the turn ends when its decoded text contains one of these"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(Struct, frozen=True, kw_only=True):
     """One turn to be sampled, in one context of an episode."""
 
     session: int
@@ -46,8 +46,7 @@ class Request:
             raise ValueError("a request needs tokens, max_tokens >= 1 and temperature >= 0")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
+class Completion(Struct, frozen=True, kw_only=True):
     """One sampled turn; the three lists have equal length."""
 
     tokens: Sequence[int]

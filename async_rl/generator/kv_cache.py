@@ -267,6 +267,17 @@ class CacheAttention:
         fresh = feed.count[near + far :]
         self._fresh = DocumentAttention(fresh.tolist()) if len(fresh) else None
 
+    @property
+    def at_once(self) -> native.Attention | None:
+        """The argument of the compiled function by which all tokens attend; None where some attend otherwise."""
+        return self._compiled if self._near == len(self.row) else None
+
+    def advance(self) -> None:
+        """Every token becomes the next one of its row, within the same blocks: of a step with one token a row that
+        attend by the compiled function."""
+        assert self._compiled is not None
+        self.position += 1
+
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int = 0, cap: float = 0.0
     ) -> Tensor:
@@ -439,7 +450,8 @@ class CacheAttention:
     def _arguments(self) -> native.Attention:
         """What all layers of this step call the compiled function with."""
         tables, cache = self._tables, self._cache
-        self._kept = (np.ascontiguousarray(self.slot[: self._near]), np.ascontiguousarray(self.position[: self._near]))
+        self.slot, self.position = np.ascontiguousarray(self.slot), np.ascontiguousarray(self.position)
+        self._kept = self.slot[: self._near], self.position[: self._near]
         slot, position = map(address, self._kept)
         return native.Attention(
             table=address(tables.table),

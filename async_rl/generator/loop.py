@@ -60,6 +60,8 @@ FLUSH_S = 0.004
 """finished trajectories are gathered this long into one message"""
 STATUS_S = 0.2
 """interval of the status sent to the buffer"""
+JOINED_STATUS_S = 1.0
+"""the same, of a generator that joined: there may be a thousand"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,11 +306,14 @@ class GeneratorLoop:
         """Send the status at a steady pace, resend what is late, and check that the buffer lives."""
         self.activity.now("waiting for permits")
         self.activity.looping = True
-        before = time.monotonic()
+        before = now = due = time.monotonic()
         while True:
+            self.guard.look()
             self.guard.arm()
             self._update_activity()
-            await self._send_status()
+            if now >= due:
+                due = now + (JOINED_STATUS_S - STATUS_S / 2 if self.options.joined else 0.0)
+                await self._send_status()
             await asyncio.sleep(STATUS_S)
             now = time.monotonic()
             if now - before > RESEND_S:  # stopped, or held up by a task: nothing could be received meanwhile

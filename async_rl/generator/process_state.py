@@ -4,6 +4,9 @@ Put back are the working directory, the locale, the soft limits on memory, files
 limit, torch's default dtype, default device, number of threads and precision of matrix products, and in the main thread
 the handlers of the signals that this process needs. The states of the random generators of Python, numpy and torch are
 left as the task makes them: nothing is sampled from them here (generator/sampling.py).
+
+Limits and locale take several microseconds to read, as much as a step of a game: they are looked at once in `LOOK_S` at
+most.
 """
 
 from __future__ import annotations
@@ -16,15 +19,19 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from async_rl.process import STACKS_SIGNAL, dump_stacks_on_signal, ignores_interrupts
 
 LIMITS = ("NOFILE", "FSIZE", "AS", "CPU")
 """of what a process may use (getrlimit), soft ones"""
+LOOK_S = 0.001
+"""between two looks at what takes long to read"""
 WATCHED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGCHLD)
 
 
@@ -37,6 +44,8 @@ class KeptPart:
     write: Callable[[Any], Any]
     value: Any = None
     """that it shall have"""
+    slow: bool = False
+    """it takes long to read"""
 
 
 @dataclass(slots=True, eq=False)
@@ -46,11 +55,17 @@ class KeptState:
     parts: list[KeptPart] = field(default_factory=list)
     reported: set[str] = field(default_factory=set)
     """parts of which the log has been told"""
+    quick: list[KeptPart] = field(default_factory=list)
+    reads: list[Callable[[], Any]] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
+    """of the parts that are read quickly"""
+    looked: float = 0.0
+    """when the others were looked at last; monotonic clock"""
 
     def __post_init__(self) -> None:
         self.parts = [
             KeptPart("the working directory", _directory, _change_directory),
-            KeptPart("the locale", lambda: _locale.setlocale(_locale.LC_ALL), _set_locale),
+            KeptPart("the locale", partial(_locale.setlocale, _locale.LC_ALL), _set_locale, slow=True),
             KeptPart("Python's recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
             *(_limit_part(name) for name in LIMITS),
         ]
@@ -72,6 +87,11 @@ class KeptState:
             ]
         for part in self.parts:
             part.value = part.read()
+        self._sort()
+
+    def _sort(self) -> None:
+        self.quick = [part for part in self.parts if not part.slow]
+        self.reads, self.values = [part.read for part in self.quick], [part.value for part in self.quick]
 
     def watch_signals(self) -> None:
         """Handlers as they are now are put back, too. Main thread only."""
@@ -81,18 +101,26 @@ class KeptState:
         self.parts.append(
             KeptPart(
                 f"the handler of {STACKS_SIGNAL.name}",
-                lambda: _signal.getsignal(STACKS_SIGNAL),
+                partial(_signal.getsignal, STACKS_SIGNAL),
                 lambda _: dump_stacks_on_signal(),
                 _signal.getsignal(STACKS_SIGNAL),
             )
         )
+        self._sort()
 
     def leave_signals(self) -> None:
         """Handlers are not put back any more."""
         self.parts = [part for part in self.parts if not part.name.startswith("the handler of ")]
+        self._sort()
 
-    def restore(self) -> bool:
-        """Put back what has changed. Returns whether anything had."""
+    def restore(self, now: float | None = None) -> bool:
+        """Put back what has changed. Returns whether anything had. `now`: monotonic clock; None: look at everything,
+        however long that takes."""
+        if now is not None and now - self.looked < LOOK_S:
+            if [read() for read in self.reads] == self.values:
+                return False
+        else:
+            self.looked = time.monotonic()
         changed = False
         for part in self.parts:
             if part.read() != part.value:
@@ -122,12 +150,11 @@ def _limit_part(name: str) -> KeptPart:
         with suppress(OSError, ValueError):  # the hard limit was lowered, too
             resource.setrlimit(number, (soft, resource.getrlimit(number)[1]))
 
-    return KeptPart(f"the limit {name} (ulimit)", read, write)
+    return KeptPart(f"the limit {name} (ulimit)", read, write, slow=True)
 
 
 def _signal_part(number: signal.Signals) -> KeptPart:
-    def read() -> Any:
-        return _signal.getsignal(number)
+    read = partial(_signal.getsignal, number)
 
     def write(value: Any) -> None:
         if value is not None:  # else a handler that Python did not set

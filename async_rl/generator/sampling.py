@@ -17,6 +17,7 @@ from torch import Tensor
 from async_rl.generator.engine import SamplingParams
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.trajectory.noise import uniforms
+from async_rl_kernels import native
 
 __all__ = ["StopRules", "inverse_cdf", "sample", "uniforms"]
 
@@ -35,6 +36,8 @@ def sample(logits: Tensor, temperature: NDArray[np.float32], uniform: NDArray[np
     Returns:
         tokens [rows] int64, and their log-probs [rows] float32 under the distribution sampled from.
     """
+    if logits.shape[1] <= 4 * BLOCK and logits.is_contiguous() and native.usable(logits):
+        return _drawn(logits, temperature, uniform)
     logits = logits.float()
     greedy = temperature == 0
     if (temperature != 1).any():
@@ -47,6 +50,24 @@ def sample(logits: Tensor, temperature: NDArray[np.float32], uniform: NDArray[np
         tokens = torch.where(torch.from_numpy(greedy).to(logits.device), likeliest, tokens)
     weight = weights.gather(1, tokens[:, None]).squeeze(1)
     return tokens, (weight.double().log_() - total.log()).float()
+
+
+def _drawn(
+    logits: Tensor, temperature: NDArray[np.float32], uniform: NDArray[np.float64]
+) -> tuple[Tensor, Tensor]:  # as `sample`
+    """`sample` of a small vocabulary by a compiled function."""
+    library = native.library()
+    assert library is not None
+    rows, vocabulary = logits.shape
+    temperature, uniform = np.ascontiguousarray(temperature), np.ascontiguousarray(uniform)
+    assert temperature.dtype == np.float32
+    assert uniform.dtype == np.float64
+    tokens, log_probs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    library.draw(
+        logits.data_ptr(), temperature.ctypes.data, uniform.ctypes.data, tokens.data_ptr(), log_probs.data_ptr(), rows,
+        vocabulary,
+    )  # fmt: skip
+    return tokens, log_probs
 
 
 def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:

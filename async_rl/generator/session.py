@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 import numpy as np
+from msgspec import Struct
 from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
@@ -71,8 +71,7 @@ def make_tickets(permit: Permit, seeds: Sequence[int] | None = None) -> list[Tic
     ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TurnRequest:
+class TurnRequest(Struct, frozen=True, kw_only=True):
     """What a turn is to be like; see `task.Session.generate`."""
 
     max_tokens: int
@@ -164,6 +163,7 @@ class EpisodeSession:
         self.contexts: list[Context] = []
         self._now = self.open_context()
         self._said: list[tuple[Context, int, Utterance]] = []  # turns in order of time, with context and index in it
+        self._spoken: tuple[Completion | None, str] = None, ""  # the last turn and its text
         self._begun = 0  # turns sampled or being sampled
         self._stopped = False
         self._ended: Ended = "finished"
@@ -252,6 +252,8 @@ class EpisodeSession:
         )
         completion = await self.take_turn(self._now, asked)
         self._stopped = completion.finish == "stop"
+        if completion is self._spoken[0]:
+            return self._spoken[1]
         return self.tokenizer.turn_text(with_given(self._start, completion.tokens), stop)
 
     def append(self, text: str) -> None:
@@ -394,7 +396,7 @@ class EpisodeSession:
         what cannot be asked.
         """
         if self._ticket.greedy:
-            asked = dataclasses.replace(asked, temperature=0.0)
+            asked = replace(asked, temperature=0.0)
         temperature = self.check_turn(asked)
         if context.busy:
             raise ValueError("a turn of this context is being sampled; wait for it")
@@ -460,7 +462,7 @@ class EpisodeSession:
         """Tokens so far of the turn that is being sampled in a context."""
         return self._engine.sampled(context.key) if context.busy else ()
 
-    def cut(self, context: Context) -> None:
+    def cut_off(self, context: Context) -> None:
         """End the turn of a context that nobody waits for any more. What was sampled of it is kept."""
         context.unwanted = True
         self._engine.release(context.key)
@@ -475,6 +477,7 @@ class EpisodeSession:
 
     def _say(self, context: Context, number: int, completion: Completion, asked: TurnRequest) -> None:
         text = self.tokenizer.turn_text(with_given(self._start, completion.tokens), asked.stop)
+        self._spoken = completion, text
         tokens = () if number == WHOLE else tuple(completion.tokens)
         self._said.append((context, number, Utterance(text=text, tokens=tokens, agent=asked.agent)))
 
@@ -486,14 +489,14 @@ class EpisodeSession:
             params=SamplingParams(
                 max_tokens=room,
                 temperature=temperature,
-                stop_tokens=tuple(sorted({*self.tokenizer.end_ids, *asked.stop_tokens})),
+                stop_tokens=self.tokenizer.ends_with(asked.stop_tokens),
                 stop_strings=tuple(asked.stop),
             ),
             seed=context.seed,
         )
         completion = await self.untimed(self._engine.generate(request))
-        finite = np.isfinite(completion.log_probs)
-        if not finite.all():
+        if not all(map(math.isfinite, completion.log_probs)):
+            finite = np.isfinite(completion.log_probs)
             self.engine_error = LogitsNotFinite(completion.versions[int(finite.argmin())])
             raise self.engine_error
         return completion
@@ -502,7 +505,7 @@ class EpisodeSession:
         """What the engine answers, or a wait for other episodes: the time until then is not the task's."""
         key = self._ticket.permit.group, self._ticket.sample
         self._sampling += 1
-        AT_ENGINE[key] += 1
+        AT_ENGINE[key] = AT_ENGINE.get(key, 0) + 1
         try:
             return await call
         except (RunFailed, LogitsNotFinite) as error:
@@ -510,9 +513,9 @@ class EpisodeSession:
             raise
         finally:
             self._sampling -= 1
-            AT_ENGINE[key] -= 1
-            if not AT_ENGINE[key]:
-                del AT_ENGINE[key]
+            left = AT_ENGINE.pop(key) - 1
+            if left:
+                AT_ENGINE[key] = left
             self._task_since = time.monotonic()
 
     def _recalled(self, context: Context, room: int, temperature: float) -> Completion | None:

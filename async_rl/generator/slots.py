@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from async_rl.generator.engine import Request
 from async_rl.generator.kv_blocks import BlockTables, Ints
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckedRequest:
+class CheckedRequest(Struct, frozen=True, kw_only=True):
     """A request that can be sampled: its tokens as an array, and its stop rule."""
 
     request: Request
@@ -92,8 +91,10 @@ class Slots:
     def in_common(self, slot: int, history: NDArray[np.int32]) -> int:
         """How many cached tokens of a slot are the first ones of `history`."""
         same = min(int(self.tables.cached[slot]), len(history))
+        if self.tokens[slot, :same].tobytes() == history[:same].tobytes():
+            return same
         differs = np.flatnonzero(self.tokens[slot, :same] != history[:same])
-        return int(differs[0]) if len(differs) else same
+        return int(differs[0])
 
     def end(self, slot: int) -> None:
         """End the turn; the session keeps its slot for the next one."""

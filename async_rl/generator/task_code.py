@@ -134,6 +134,11 @@ class TaskGuard:
             self.on_stuck("the task or its reward closed files of this process that are not its own")
         if self.mark is not None:
             self.mark.clear()
+        if self.state.restore(now) and self.armed:
+            self.arm()
+
+    def look(self) -> None:
+        """Between two steps: put back also what a step of a moment ago changed."""
         if self.state.restore() and self.armed:
             self.arm()
 
@@ -152,7 +157,7 @@ class TaskGuard:
         """A step has ended with a wait. Returns the episode whose code something else may run meanwhile (a thread),
         for `wait_ends`; None: it waits for the engine."""
         key = EPISODE.get()
-        if self.mark is None or key is None or AT_ENGINE[key]:
+        if self.mark is None or key is None or key in AT_ENGINE:
             return None
         self.mark.hold(key)
         return key

@@ -12,11 +12,16 @@ Shapes: tokens are all tokens of a step; hidden, intermediate, heads and head_di
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from async_rl.model.decoder import Attention, Decoder, Layer, RMSNorm
@@ -50,6 +55,20 @@ class FusedDecoder:
             x = layer(x, turn, attention)
         return self._between.norm(x, self.decoder.model.norm.weight)
 
+    def logits(self, step: CachedStep) -> Tensor | None:
+        """Logits [wanted, vocabulary] of some tokens of a step, all layers in one compiled function; None where it does
+        not serve: another processor, biases, no compiler."""
+        return self._compiled_steps.logits(step)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether `logits` serves."""
+        return self._compiled_steps.serve
+
+    @cached_property
+    def _compiled_steps(self) -> CompiledSteps:
+        return CompiledSteps(self.decoder, self._layers, self._between)
+
 
 class FusedLayer:
     """One layer with joint weights for the projections that share an input: x [tokens, hidden], overwritten ->
@@ -69,6 +88,18 @@ class FusedLayer:
         self._norms: Tensor | None = None
         if at.q_norm is not None and at.k_norm is not None:
             self._norms = join_norms([at.q_norm, at.k_norm])
+
+    def compiled(self) -> native.DecodeLayer | None:
+        """For `CompiledSteps`, without the cache; None where a product is another than it computes."""
+        products = [self._qkv.inward, self._out.inward, self._gate_up.inward, self._down.inward]
+        if any(weight is None for weight in products):
+            return None
+        each, out, gate_up, down = (weight.data_ptr() for weight in products if weight is not None)
+        return native.DecodeLayer(
+            first_norm=self._first_norm.data_ptr(), query_key_value=each, out=out,
+            second_norm=self._second_norm.data_ptr(), gate_up=gate_up, down=down,
+            norms=None if self._norms is None else self._norms.data_ptr(), window=self._window,
+        )  # fmt: skip
 
     def __call__(self, x: Tensor, turn: Turn, attention: Attention) -> Tensor:
         tokens, between = x.shape[0], self._between
@@ -138,20 +169,20 @@ class CompiledBetween:
         """As `TorchBetween`."""
         library = native.library()
         assert library is not None
-        self._library, self._eps, self._rotation = library, float(eps), rotation.contiguous()
+        self.library, self.eps, self.rotation = library, float(eps), rotation.contiguous()
         self._threads = torch.get_num_threads()
 
     def turn(self, positions: Tensor) -> Turn:
-        return positions, self._rotation
+        return positions, self.rotation
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         rows, size = x.shape
         out = torch.empty_like(x)
-        self._library.rms_norm(
+        self.library.rms_norm(
             x.data_ptr(),
             x.stride(0),
             weight.data_ptr(),
-            self._eps,
+            self.eps,
             out.data_ptr(),
             size,
             None,
@@ -166,8 +197,8 @@ class CompiledBetween:
         tokens, heads, size = both.shape
         at, cos = both.data_ptr(), rotation.data_ptr()
         norm = None if norms is None else norms.data_ptr()
-        self._library.turn_heads(
-            at, both.stride(0), norm, None if norm is None else norm + 4 * size, queries, self._eps,
+        self.library.turn_heads(
+            at, both.stride(0), norm, None if norm is None else norm + 4 * size, queries, self.eps,
             cos, cos + 4 * size, 2 * size, positions.data_ptr(), at, both.stride(0), tokens, heads, size, self._threads,
         )  # fmt: skip
         return both
@@ -176,7 +207,68 @@ class CompiledBetween:
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, size)
         at = gate_up.data_ptr()
-        self._library.swiglu(at, 2 * size, at + 4 * size, 2 * size, out.data_ptr(), size, rows, size, self._threads)
+        self.library.swiglu(at, 2 * size, at + 4 * size, 2 * size, out.data_ptr(), size, rows, size, self._threads)
+        return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedStep:
+    """A step whose tokens all attend to the cache by a compiled function."""
+
+    tokens: Tensor  # [tokens] int64
+    positions: Tensor  # [tokens] int64
+    last: NDArray[np.int64]  # [wanted]
+    """the tokens whose logits are asked for"""
+    attention: native.Attention
+    places: tuple[int, int]
+    """addresses of the blocks and places to which keys and values are written, [tokens] int64 each"""
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    """the cache of each layer"""
+
+
+class CompiledSteps:
+    """The forward pass of a decoder on tokens that attend to a cache, as one compiled function: in a step of a small
+    model calls and their arguments take longer than what they compute."""
+
+    def __init__(self, decoder: Decoder, layers: Sequence[FusedLayer], between: Between) -> None:
+        self._decoder = decoder
+        self._layers: ctypes.Array[native.DecodeLayer] | None = None
+        self._between = between
+        self._room = torch.empty(0)
+        if isinstance(between, CompiledBetween) and native.gemm() is not None and native.usable(decoder.head):
+            made = [layer.compiled() for layer in layers]
+            if None not in made:
+                self._layers = (native.DecodeLayer * len(made))(*made)
+
+    @property
+    def serve(self) -> bool:
+        return self._layers is not None
+
+    def logits(self, step: CachedStep) -> Tensor | None:
+        """As `FusedDecoder.logits`."""
+        if self._layers is None:
+            return None
+        assert isinstance(self._between, CompiledBetween)
+        c, tokens, (block, place) = self._decoder.config, len(step.tokens), step.places
+        for layer, keys, values in zip(self._layers, step.keys, step.values, strict=True):
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+        need = tokens * (2 * c.hidden + (2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.intermediate)
+        if len(self._room) < need:
+            self._room = torch.empty(2 * need)
+        out = torch.empty(len(step.last), c.vocabulary)
+        rotation, model = self._between.rotation, self._decoder.model
+        self._between.library.decode(
+            native.Decode(
+                gemm=native.gemm(), tokens=tokens, hidden=c.hidden, heads=c.heads, kv_heads=c.kv_heads, size=c.head_dim,
+                inner=c.intermediate, layers=len(self._layers), vocabulary=c.vocabulary, wanted=len(step.last),
+                threads=torch.get_num_threads(), eps=self._between.eps, token=step.tokens.data_ptr(),
+                position=step.positions.data_ptr(), block=block, place=place, last=step.last.ctypes.data,
+                embedding=model.embed_tokens.weight.data_ptr(), final_norm=model.norm.weight.data_ptr(),
+                head=self._decoder.head.data_ptr(), rotation=rotation.data_ptr(), layer=self._layers,
+                attention=ctypes.pointer(step.attention), room=self._room.data_ptr(), logits=out.data_ptr(),
+            )
+        )  # fmt: skip
         return out
 
 
@@ -192,6 +284,11 @@ class JointProduct:
         self._inward = product.PREFERS_MKL and first.dtype == torch.float32 and first.device.type == "cpu"
         self._weight = stack(weights, turned=self._inward)  # [in, out] when inward, else [out, in]
         self._bias = stack(biases) if biases else None  # [out]
+
+    @property
+    def inward(self) -> Tensor | None:
+        """The weight [in, out]; None where it is laid otherwise, or there is a bias."""
+        return self._weight if self._inward and self._bias is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, in] -> x @ weight.T + bias [rows, out]."""

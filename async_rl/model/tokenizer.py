@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 CONFIG = "tokenizer_config.json"
 MORE_TEMPLATES = "additional_chat_templates"
 """folder of named chat templates, in a model folder"""
+SHORT, MOST_SHORT = 16, 4096
+"""characters or tokens of a text that is remembered, and how many are"""
 _PLAIN_CHAT = tuple({"role": role, "content": role[0]} for role in ("user", "assistant", "user"))
 
 
@@ -81,6 +83,9 @@ class Tokenizer:
         self._templates: dict[str, Any] = {}  # compiled, by name
         self._found: dict[str, str] | None = None  # templates' texts
         self._takes_parts: bool | None = None
+        # short texts behind others, which games say over and over
+        self._encoded: dict[str, list[int]] = {}
+        self._decoded: dict[tuple[int, ...], str] = {}
 
     @classmethod
     def of(cls, model: ModelSettings) -> Tokenizer:
@@ -109,7 +114,9 @@ class Tokenizer:
         Raises ValueError for a character that the tokenizer has no token for (a character tokenizer would drop it
         silently), and for a token that the model has no embedding for.
         """
-        if self._alphabet is not None:
+        if len(text) <= SHORT and behind and not first and (known := self._encoded.get(text)) is not None:
+            return known.copy()
+        if self._alphabet is not None and not self._alphabet.issuperset(text):
             unknown = sorted(set(self._outside_special(text)) - self._alphabet)
             if unknown:
                 raise ValueError(f"the tokenizer of {self.folder} has no token for {unknown[0]!r}")
@@ -117,6 +124,8 @@ class Tokenizer:
         if first and self._first and ids[: len(self._first)] != self._first:
             ids = [*self._first, *ids]
         self._check_embedded(ids)
+        if len(text) <= SHORT and behind and not first and len(self._encoded) < MOST_SHORT:
+            self._encoded[text] = ids.copy()
         return ids
 
     def lengths(self, texts: Sequence[str], *, first: bool = False) -> list[int]:
@@ -132,9 +141,23 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, special: bool = False, behind: bool = False) -> str:
         """Text of tokens. Special tokens are part of it: a tag that a task reads may be one. Only end tokens are left
         out, unless `special`. `behind`: the tokens stand behind others, so that a space in front is text."""
-        kept = [int(i) for i in ids if special or int(i) not in self.end_ids]
+        if not special:
+            ids = [i for i in ids if i not in self.end_ids]
+        kept = tuple(map(int, ids))
+        if behind and (known := self._decoded.get(kept)) is not None:
+            return known
         text: str = (self._behind if behind else self._tokenizer).decode(kept, skip_special_tokens=False)
+        if behind and len(kept) <= SHORT and len(self._decoded) < MOST_SHORT:
+            self._decoded[kept] = text
         return text
+
+    def ends_with(self, more: Sequence[int] = ()) -> tuple[int, ...]:
+        """The end tokens and `more`, in order."""
+        return tuple(sorted({*self.end_ids, *more})) if more else self._ends
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        return tuple(sorted(self.end_ids))
 
     def turn_text(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
         """Text of a sampled turn, up to the stop string that ended it and with it. The token that completes a stop
