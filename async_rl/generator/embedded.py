@@ -374,7 +374,7 @@ class EmbeddedEngine:
         at_once = attention.at_once
         if at_once is None or not isinstance(self._forward, FusedDecoder) or not self._forward.at_once:
             return
-        if len(slot) < len(self._answers) or self._waiting and len(slot) < len(slots.running):
+        if len(slot) < len(self._answers) or (self._waiting and len(slot) < len(slots.running)):
             return
         begun, one, last = time.perf_counter(), np.ones_like(slot), np.arange(len(slot))
         for _ in range(int(tables.room(slot).min())):
