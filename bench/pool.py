@@ -88,6 +88,16 @@ CASES: dict[str, tuple[str, Sequence[str]]] = {
         ),
     ),
     "HPT": ("hpt", (*SHOWN, "pool.place=instead", "pool.when=failed", SHORT)),
+    "SRFT": ("srft", (*SHOWN, "pool.place=join", "optimizer.learning_rate=5e-5")),
+    "CHORD": (
+        "chord",
+        (
+            *SHOWN, "pool.place=extra", "pool.rows=4",
+            "recipe.schedule=[{number: reuse.nll, start: 0.9, end: 0.05, until: 25, course: cosine}, "
+            "{number: policy_weight, start: 0.1, end: 0.95, until: 25, course: cosine}]",
+        ),
+    ),
+    "RLEP on guess": ("dapo", ("pool.source=successes", "pool.place=join", "pool.rows=2")),
 }  # fmt: skip
 
 
