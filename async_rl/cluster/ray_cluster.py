@@ -185,7 +185,7 @@ class RayCluster:
 
 def reach(address: str) -> None:
     """Raises UserError where nothing listens at a cluster's address; Ray itself would wait for it for a minute."""
-    given = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
+    given = _found_here() if address == "auto" else address
     if given in ("auto", "local"):
         return
     host, colon, port = given.rpartition(":")
@@ -194,7 +194,17 @@ def reach(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), REACH_S).close()
     except OSError as error:
-        raise UserError(f"{_no_cluster(given)} ({error.strerror or error})") from None
+        raise UserError(f"{_no_cluster(given if address != 'auto' else 'auto')} ({given}: {error})") from None
+
+
+def _found_here() -> str:
+    """The address that Ray would take for "auto": the environment's, or that of the last `ray start`, which may be gone;
+    "auto" where there is none."""
+    with suppress(Exception):  # not part of Ray's interface: then Ray itself says it, later
+        from ray._private.services import canonicalize_bootstrap_address
+
+        return canonicalize_bootstrap_address("auto") or "auto"
+    return "auto"
 
 
 def _keep_quiet() -> None:
