@@ -454,10 +454,6 @@ class AlarmRaised(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunRolledBack(Event):
-    """The run went back to an earlier checkpoint after an alarm."""
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MismatchFound(Event):
     """Engine and trainer disagree more at equal weights than the recipe bears; once in a run (guard.mismatch)."""
 
@@ -472,6 +468,10 @@ class MismatchFound(Event):
     remedy: str
     """settings to change"""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRolledBack(Event):
+    """The run went back to an earlier checkpoint after an alarm."""
 
     event: ClassVar[str] = "rollback"
     version: int
