@@ -4,7 +4,7 @@
 
 The buffer is `python -m async_rl.buffer` with its store, as a run starts it. The generators are fakes, many in a
 process: each has the two sockets of a real one, says Hello, asks for permits, sends trajectories of so many tokens in
-messages as a real one cuts them, its status five times and its pulse once a second, and for each version of the weights
+messages as a real one cuts them, its status and its pulse once a second, and for each version of the weights
 that it holds the evidence (of a model with 291 tensors). The trainer asks a batch ahead, takes it as fast as it comes
 and publishes. A step has as many groups of 8 as there are generators, 64 at least.
 
@@ -54,15 +54,15 @@ from async_rl.trajectory.types import sample_seed
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer, _buffers, _connected
 from async_rl.wire.endpoint import free_port
-from async_rl.wire.frames import decode, encode, portions
+from async_rl.wire.frames import HARMLESS, decode, encode, portions
 from async_rl.wire.keys import Keys, make_keys
 
 GROUP_SIZE, MAX_STALENESS, PROMPT_SHARE, SEQUENCES = 8, 8, 8, 32
 """a trajectory's prompt is one in eight of its tokens; a generator takes four groups at once"""
-STATUS_S, PULSE_S = 0.2, 1.0
+STATUS_S, PULSE_S = 1.0, 1.0
 TENSORS = 291
 """of a 7B model, whose evidence a generator shows"""
-WARM_UP_S, START_S = 3.0, 120.0
+WARM_UP_S, START_S = 3.0, 600.0
 LIMIT = 1 << 30
 EVIDENCE = tuple((f"model.layers.{i // 9}.self_attn.projection_{i % 9}.weight", i * 2**40) for i in range(TENSORS))
 
@@ -128,7 +128,14 @@ class Fake:
                     await self.send(msg.Holds(version=version, session=self.session))
                 case msg.Accepted(pairs=pairs):
                     self.context.accepted += len(pairs)
-                case msg.Refused(what=what, reason=reason):
+                case msg.Unknown():  # a connection broke, and the Hello was lost with it
+                    self.context.rejoined += 1
+                    self.groups.clear()
+                    self.received = self.limit = self.running = 0
+                    await self.say_hello()
+                    await self.evidence()
+                    await self.want()
+                case msg.Refused(what=what, reason=reason, kind=kind) if kind not in HARMLESS:
                     raise RuntimeError(f"{self.name}: the buffer refused {what}: {reason}")
                 case msg.Stop():
                     return
@@ -144,7 +151,7 @@ class Fake:
         made = tuple(self.context.trajectory(permit, sample, self.version, self.tokens) for sample in permit.samples)
         for some in portions(made):
             await self.send(msg.Finished(trajectories=some, session=self.session))
-        self.running -= len(made)
+        self.running = max(0, self.running - len(made))
         self.groups.discard(permit.group)
         await self.want()
 
@@ -187,6 +194,7 @@ class Context:
     waits: list[float] = field(default_factory=list)
     sent: int = 0
     accepted: int = 0
+    rejoined: int = 0
     columns: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def trajectory(self, permit: msg.Permit, sample: int, version: int, tokens: int) -> Trajectory:
@@ -244,7 +252,8 @@ class Context:
 
 
 def generators(endpoint: str, keys: str, numbers: Sequence[int], tokens: int, delay_s: float, pipe: Any) -> None:
-    """A process of fakes. Answers each word on the pipe with (sent, accepted, waits since the last word)."""
+    """A process of fakes. Answers each word on the pipe with (messages sent, trajectories accepted, waits since the
+    last word, Hellos said anew)."""
     more_files()
     shared = zmq.asyncio.Context()
     shared.set(zmq.MAX_SOCKETS, 1 << 16)
@@ -260,7 +269,7 @@ def generators(endpoint: str, keys: str, numbers: Sequence[int], tokens: int, de
 
         def tell() -> None:
             pipe.recv()
-            pipe.send((context.sent, context.accepted, context.waits))
+            pipe.send((context.sent, context.accepted, context.waits, context.rejoined))
             context.waits = []
 
         loop.add_reader(pipe.fileno(), tell)
@@ -373,7 +382,7 @@ def case(folder: Path, count: int, tokens: int, rate: float, seconds: float, pro
         others.append(spawn.Process(target=generators, args=chosen, daemon=True))
         pipes.append(ours)
 
-    def ask() -> list[tuple[int, int, list[float]]]:
+    def ask() -> list[tuple[int, int, list[float], int]]:
         for pipe in pipes:
             pipe.send("")
         return [pipe.recv() for pipe in pipes]
@@ -411,7 +420,7 @@ def case(folder: Path, count: int, tokens: int, rate: float, seconds: float, pro
     io = sum(value for name, value in spent.items() if "IO" in name)
     accepted = sum(b[1] - a[1] for a, b in zip(sent, now, strict=True))
     messages = sum(b[0] - a[0] for a, b in zip(sent, now, strict=True)) + trainer.sent - told
-    waits = sorted(wait for _, _, some in now for wait in some)
+    waits = sorted(wait for _, _, some, _ in now for wait in some)
     return {
         "generators": count,
         "tokens": tokens,
@@ -429,6 +438,7 @@ def case(folder: Path, count: int, tokens: int, rate: float, seconds: float, pro
         "permit_p50_ms": 1e3 * statistics.median(waits) if waits else float("nan"),
         "permit_p99_ms": 1e3 * waits[int(0.99 * (len(waits) - 1))] if waits else float("nan"),
         "permits": len(waits),
+        "rejoined": sum(rejoined for *_, rejoined in now),
         "threads": {name: round(value / took, 3) for name, value in spent.items() if value},
     }
 

@@ -37,6 +37,8 @@ from async_rl.wire.keys import Gate, keys_in
 
 POLL_S = 0.05
 """longest wait for a message; then time passes for the state machine without one"""
+TICK_S = 0.02
+"""least time that passes for it at once: it looks at every generator then"""
 MESSAGES_A_ROUND = 256
 """messages handled before one commit"""
 STRANGERS_S = 1.0
@@ -45,6 +47,8 @@ TIDY_S = 20.0
 """seconds between two full collections of garbage"""
 FEWEST_MESSAGES = 16
 """messages of one peer that may wait in the process: fewer would stop senders without need"""
+FEWEST_IN_ALL = 1024
+"""messages of all peers that may wait, whatever the budget"""
 
 
 def make_welcome(folder: RunFolder, settings: Settings, *, task_digest: str, segment: str, weights: str) -> msg.Welcome:
@@ -100,12 +104,14 @@ def run_buffer(
             restore(core, read_state(store), version=version)
         folder.record(BufferReady(endpoint=endpoint))
         strangers, tidying = Strangers(router.gate), Tidying()
-        pruning = chosen.keep_steps > 0
+        pruning, ticks = chosen.keep_steps > 0, Ticks()
         activity.now("serving")
         activity.looping = True
         while not core.ended:
             activity.keepalive("serving")
-            effects = receive(router, core, memory.handled_bytes)
+            effects = receive(router, core, memory.handled_bytes, ticks)
+            peers = 1 + max(settings.generator.count, len(core.admission.generators))
+            router.limit_queues(peers, queued_messages(chosen.memory_mb << 20, peers=peers))
             activity.keepalive("storing and answering" if effects else "serving")
             execute(effects, store, router, folder.record, part_bytes)
             strangers.report(core, folder, time.monotonic())
@@ -155,7 +161,21 @@ class Strangers:
         folder.record(PeersTurnedAway(count=self.reported, reasons=self.gate.reasons))
 
 
-def receive(router: Router, core: Core, most_bytes: int) -> list[do.Effect]:
+@dataclass(slots=True)
+class Ticks:
+    """When time passed for the state machine last."""
+
+    last: float = float("-inf")
+
+    def tick(self, core: Core, now: float) -> list[do.Effect]:
+        """Let time pass, unless it did just now."""
+        if now - self.last < TICK_S:
+            return []
+        self.last = now
+        return core.tick(now)
+
+
+def receive(router: Router, core: Core, most_bytes: int, ticks: Ticks | None = None) -> list[do.Effect]:
     """Wait a moment for messages and handle those that are there, as many as `most_bytes` of trajectories allow."""
     out: list[do.Effect] = []
     received = router.receive(POLL_S)
@@ -171,7 +191,7 @@ def receive(router: Router, core: Core, most_bytes: int) -> list[do.Effect]:
         if most_bytes <= 0:
             break
         received = router.receive(0.0)
-    return out + core.tick(steady_time())
+    return out + (ticks or Ticks()).tick(core, steady_time())
 
 
 def trajectory_bytes(message: msg.Message) -> int:
@@ -336,6 +356,13 @@ def divide_memory(budget_bytes: int, *, peers: int) -> MemoryShares:
     return MemoryShares(
         cache_bytes=2 * eighth,
         handled_bytes=eighth,
-        queued_messages=min(UNREAD_IN, max(FEWEST_MESSAGES, eighth // PORTION_BYTES // max(1, peers))),
+        queued_messages=queued_messages(budget_bytes, peers=peers),
         part_bytes=eighth,
     )
+
+
+def queued_messages(budget_bytes: int, *, peers: int) -> int:
+    """Messages of each of so many peers that may wait to be handled. Of many peers few of each: they do not all send at
+    once."""
+    fewest = max(1, min(FEWEST_MESSAGES, FEWEST_IN_ALL // max(1, peers)))
+    return min(UNREAD_IN, max(fewest, budget_bytes // 8 // PORTION_BYTES // max(1, peers)))

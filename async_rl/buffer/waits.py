@@ -31,6 +31,8 @@ STEPS_SEEN = 5
 """training steps of which the longest counts"""
 SHOWN_S = 1.0
 """shorter waits are in no snapshot"""
+MOST_NAMED = 8
+"""generators that a reason names"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -162,9 +164,11 @@ class Waits:
             return f"{text}; {self._oldest(open_groups, now)}"
         if not generators:
             return f"{text}; {self._nobody()}"
-        behind = ", ".join(f"{g.name} holds version {g.version}" for g in generators.values())
+        named = list(generators.items())[:MOST_NAMED]
+        behind = ", ".join(f"{g.name} holds version {g.version}" for _, g in named)
         text = f"{text}; no group is running, newest weights are version {self.ledger.published}, {behind}"
-        return "; ".join([text, *(self.presence.describe(peer, now) for peer in generators)])
+        more = [f"and {len(generators) - len(named)} more generators"] if len(generators) > len(named) else []
+        return "; ".join([text, *(self.presence.describe(peer, now) for peer, _ in named), *more])
 
     def evaluation_reason(self, evaluation: RunningEvaluation, now: float) -> str:
         """Who an evaluation waits for, since when."""

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import math
 import os
+import resource
 import socket
 import tempfile
 import threading
@@ -43,6 +44,8 @@ _LARGE_FRAME_BYTES = 1024 * 1024
 give the memory back under the GIL"""
 UNREAD_IN, _UNREAD_OUT = 1024, 1 << 16
 """messages from one peer that may wait to be handled; messages to one peer that may wait to be read"""
+_BACKLOG = 4096
+"""connections that may wait to be accepted; the system's own limit may be lower (net.core.somaxconn)"""
 _KEPT_BYTES = 8 * 1024 * 1024
 """memory of a few frames; up to twice as much freed memory stays with the process"""
 
@@ -86,6 +89,7 @@ class Router:
         """`queued_messages`: messages of each peer that may wait to be handled; beyond them the peer keeps what it
         sends. `keys`: needed for tcp. Raises UserError when the endpoint is malformed or taken, or has no keys."""
         self._max_message_bytes = max_message_bytes
+        self._peers = 0
         self.refused: Counter[str] = Counter()
         """what could not be decoded, by WireKind"""
         self.gate: Gate | None = None
@@ -94,6 +98,7 @@ class Router:
         endpoint = require_keys(endpoint, keys)
         if self._socket_file is not None:
             _remove_stale(self._socket_file, endpoint)
+        _raise_file_limit()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         _set_options(self._socket, max_message_bytes)
@@ -102,6 +107,7 @@ class Router:
         # against peers that flood (the limit only slows them down) or never read (no sound peer reaches that limit)
         self._socket.set(zmq.RCVHWM, queued_messages)
         self._socket.set(zmq.SNDHWM, _UNREAD_OUT)
+        self._socket.set(zmq.BACKLOG, _BACKLOG)  # a thousand generators may come at once
         try:
             if keys is not None and is_tcp(endpoint):
                 self.gate = Gate(self._context, self._socket, keys)
@@ -141,6 +147,13 @@ class Router:
                 return False
             raise
         return True
+
+    def limit_queues(self, peers: int, messages: int) -> None:
+        """From now on, of each of these peers so many messages may wait to be handled. Cheap while their number stays;
+        peers that have connected since keep what they began with until it changes."""
+        if peers != self._peers:
+            self._peers = peers
+            self._socket.set(zmq.RCVHWM, messages)
 
     def close(self) -> None:
         self._close(linger=round(LINGER_S * 1000))
@@ -292,6 +305,16 @@ def _keep_freed_memory() -> None:
     The block itself is never touched, so it takes no memory.
     """
     bytes(_KEPT_BYTES)
+
+
+@cache
+def _raise_file_limit() -> None:
+    """Let this process open as many files as it may: each peer of a listening socket is one, a generator two, and many
+    systems begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # no more than some systems allow
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _set_options(made: zmq.Socket, max_message_bytes: int) -> None:
