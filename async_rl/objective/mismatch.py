@@ -33,7 +33,7 @@ MEAN: Change = {"ratio.pool": "mean"}
 TOKEN: Change = {"ratio.level": "token"}
 WHY = (
     (DECOUPLED, "the trust rule then acts on what training moved, and the mismatch is a weight of its own"),
-    (MASK, "tokens on which the two disagree by more are left out, the others keep their weight"),
+    (MASK, "what the two disagree about by more is left out, the rest keeps its weight"),
     (MEAN, "a mean of log-ratios does not spread with the length"),
     (TOKEN, "ratios of tokens do not spread with the length"),
 )
