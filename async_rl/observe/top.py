@@ -37,6 +37,8 @@ WIDE = 118
 """a terminal with as many columns is divided into two halves"""
 BLOCKS = "▁▂▃▄▅▆▇█"
 EIGHTHS = " ▏▎▍▌▋▊▉█"
+MOST_GENERATORS = 12
+"""in the table of processes"""
 MOST_LAGS = 9
 """rows of a histogram; larger values are counted together"""
 STYLES = {"bad": "red", "note": "yellow", "plain": "dim"}
@@ -365,7 +367,8 @@ def _processes(view: RunView, width: int) -> RenderableType:
     roomy = width >= 56
     if roomy:
         table.add_column("heard", justify="right", no_wrap=True)
-    for row in rows:
+    shown, more = _chosen(rows)
+    for row in shown:
         version = row.get("version", view.live.get("published") if row.get("role") == "trainer" else None)
         silent = _seconds(row.get("silent_s"))
         style = "red" if silent > 10 else "yellow" if silent > 5 else ""
@@ -376,7 +379,21 @@ def _processes(view: RunView, width: int) -> RenderableType:
             duration(_seconds(row.get("since_s"))),
         ]
         table.add_row(*cells, *([Text(f"{duration(silent)} ago", style=style)] if roomy else []))
-    return table
+    return Group(table, Text(more, style="dim")) if more else table
+
+
+def _chosen(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
+    """Rows of processes that are shown, and the others in words. Of many generators those that are silent longest."""
+    generators = [row for row in rows if row.get("role") == "generator"]
+    if len(generators) <= MOST_GENERATORS:
+        return list(rows), ""
+    by_silence = sorted(generators, key=lambda row: -_seconds(row.get("silent_s")))
+    shown, rest = by_silence[:MOST_GENERATORS], by_silence[MOST_GENERATORS:]
+    versions = sorted({int(row["version"]) for row in rest if "version" in row})
+    hold = f", with version {versions[0]} to {versions[-1]}" if versions else ""
+    heard = duration(_seconds(rest[0].get("silent_s")))
+    others = [row for row in rows if row.get("role") != "generator"]
+    return [*others, *shown], f"and {len(rest)} more generators{hold}, all heard within {heard}"
 
 
 def _waits(view: RunView, width: int) -> RenderableType:

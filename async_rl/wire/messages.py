@@ -21,6 +21,8 @@ KEEPER = "/keeper"
 """end of the identity of the process beside a generator that joined, which tells how that ended (run/keeper.py)"""
 RANK = "rank"
 """role in the pulses of a follower among the trainer's ranks, where somebody else has started them"""
+MOST_COLUMNS = 16
+"""of one kind with a name of a generator, in a metric row"""
 PULSE = "/pulse"
 """suffix of the identity of the socket that a process sends its pulses through"""
 
@@ -464,11 +466,15 @@ class BufferCounters(WireStruct, frozen=True, kw_only=True):
             "store/commits": float(self.store_commits),
             "held_up/batches": float(self.batches_held_up),
             "held_up/seconds": self.held_up_seconds,
-            **{f"held_up/by/{name}": float(count) for name, count in self.held_up_by.items()},
+            **{f"held_up/by/{name}": float(count) for name, count in self._held_up_most()},
             "staleness/depth": self.pipeline_depth,
             **(self.dropped.metrics() if self.dropped is not None else {}),
             **(self.sampler.metrics() if self.sampler is not None else {}),
         }
+
+    def _held_up_most(self) -> list[tuple[str, int]]:
+        """Generators by the batches that waited for them: a row has room for a few of a thousand."""
+        return sorted(self.held_up_by.items(), key=lambda item: -item[1])[:MOST_COLUMNS]
 
 
 class Batch(WireStruct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from support_buffer import TRAINER, make_core
 
 from async_rl.buffer.loop import TICK_S, Ticks, queued_messages
 from async_rl.buffer.staleness import PacePolicy
+from async_rl.observe.top import _chosen
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Router
 
@@ -33,6 +34,24 @@ def test_few_messages_of_each_may_wait() -> None:
     assert few[-1] == 1
     for peers, each in zip((8, 64, 1000), few[1:], strict=True):
         assert peers * each <= 1024
+
+
+def test_a_row_of_metrics_names_those_that_held_up_most() -> None:
+    row = msg.BufferCounters(held_up_by={f"g{number}": number for number in range(1000)}).metrics()
+    assert sorted(name for name in row if name.startswith("held_up/by/"))[0] == "held_up/by/g984"
+    assert sum(name.startswith("held_up/by/") for name in row) == 16
+
+
+def test_top_shows_those_that_are_silent_longest(tmp_path: Path) -> None:
+    trainer = {"name": "trainer", "role": "trainer", "silent_s": 0.1}
+    many = [
+        {"name": f"g{number}", "role": "generator", "version": number % 3, "silent_s": number / 100}
+        for number in range(1000)
+    ]
+    shown, more = _chosen([trainer, *many])
+    assert [row["name"] for row in shown] == ["trainer", *(f"g{number}" for number in range(999, 987, -1))]
+    assert more == "and 988 more generators, with version 0 to 2, all heard within 9.9 s"
+    assert _chosen([trainer, *many[:12]]) == ([trainer, *many[:12]], "")
 
 
 def test_all_of_them_are_looked_at_now_and_then_only() -> None:
