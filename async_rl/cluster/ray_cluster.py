@@ -117,7 +117,10 @@ class RayCluster:
         return placed
 
     def is_placed(self, placed: Placed) -> bool:
-        return bool(placed.group.wait(0))
+        """Whether there is the room that was asked for."""
+        from ray.util.placement_group import placement_group_table
+
+        return bool(placement_group_table(placed.group).get("state") == "CREATED")
 
     # ------------------------------------------------------------------ actors
 
@@ -198,7 +201,7 @@ def reach(address: str) -> None:
 
 
 def _found_here() -> str:
-    """The address that Ray would take for "auto": the environment's, or that of the last `ray start`, which may be gone;
+    """The address that Ray would take for "auto": of the environment or of the last `ray start`, which may be gone;
     "auto" where there is none."""
     with suppress(Exception):  # not part of Ray's interface: then Ray itself says it, later
         from ray._private.services import canonicalize_bootstrap_address

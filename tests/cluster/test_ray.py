@@ -30,9 +30,14 @@ class Slow(Guess):
 
 
 def test_a_node_with_two_generators_dies_and_another_comes(tmp_path: Path, tiny_model: Path) -> None:
-    with nodes(num_cpus=2) as cluster:
+    with nodes(num_cpus=2, resources={"trainers": 1}) as cluster:
         first = add(cluster, num_cpus=2, resources={"generators": 2})
-        words = ("cluster.generators=2", "trainer.steps=100000", *ON_GENERATOR_NODES)
+        words = (
+            "cluster.generators=2",
+            "cluster.trainer_resources={trainers: 1}",
+            "trainer.steps=100000",
+            *ON_GENERATOR_NODES,
+        )
         run = ray_run(cluster, tmp_path, tiny_model, *words)
         run.wait_for(lambda: run.steps >= 5 and len(run.events("generator_joined")) == 2, "both generators' work")
         assert asked(cluster, NAMES) == str(
