@@ -67,7 +67,10 @@ def describe_error(error: BaseException) -> str:
     except BaseException as other:
         text = f"its text cannot be had: {type(other).__name__}"
     text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent
-    place = place_of((error.__cause__ or error).__traceback__)
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    place = next((found for one in (*chain[1:], error) if (found := place_of(one.__traceback__))), "")
     return f"{type(error).__name__}{': ' * bool(text)}{text}{f' ({place})' * bool(place)}"
 
 

@@ -155,6 +155,10 @@ def raising(error: BaseException) -> Callable[..., float]:
     return judge
 
 
+def nothing_left(*_: object) -> float:
+    return next(iter(()))
+
+
 async def raises_later(*_: object) -> float:
     await asyncio.sleep(0)
     raise SystemExit("in a coroutine")
@@ -175,6 +179,7 @@ HERE = r" \(test_task_code\.py:\d+ \w+\)$"
         (raising(KeyboardInterrupt("not by a signal")), "KeyboardInterrupt: not by a signal" + HERE),
         (raising(GeneratorExit()), "GeneratorExit" + HERE),
         (raising(TimeoutError("sandbox")), "RewardError: reward 'mine' raised TimeoutError: sandbox" + HERE),
+        (nothing_left, "RewardError: reward 'mine' raised RuntimeError: coroutine raised StopIteration" + HERE),
         (recurses, "RewardError: reward 'mine' raised RecursionError: .*"),
         (raising(KeyError("\ud800")), r"RewardError: .*KeyError"),
         (raising(Unspeakable()), r"RuntimeError: no words" + HERE),
