@@ -223,7 +223,8 @@ def leaves_through(columns: Columns) -> dict[tuple[int, int], list[int]]:
 def test_tree_rl_credits_the_gain_since_the_prompt_and_since_the_parent(seed: int) -> None:
     columns = forked(seed)
     assert columns.forks is not None
-    through, children = leaves_through(columns), {}
+    through = leaves_through(columns)
+    children: dict[tuple[int, int], list[int]] = {}
     for child, (parent, shared) in enumerate(columns.forks.tolist()):
         children.setdefault((parent, shared), []).append(child)
     size = [len(tokens) for tokens in of_answer(columns)]
