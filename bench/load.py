@@ -1,6 +1,7 @@
 """One buffer process and up to 1,000 joined generators: real sockets (TCP on the loopback, CURVE), no engines.
 
     python bench/load.py [--generators N ...] [--tokens N ...] [--seconds S] [--rate TOKENS_PER_S] [--profile FILE]
+    python bench/load.py --ingest [--tokens N ...]
 
 The buffer is `python -m async_rl.buffer` with its store, as a run starts it. The generators are fakes, many in a
 process: each has the two sockets of a real one, says Hello, asks for permits, sends trajectories of so many tokens in
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import heapq
+import itertools
 import json
 import multiprocessing
 import os
@@ -35,7 +37,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -465,6 +467,73 @@ def as_buffer(profile: str, text: str) -> None:
     buffer.main(parse_spec(BufferSpec, [text]))
 
 
+# ---------------------------------------------------------------- without sockets
+
+
+@dataclass
+class Sent:
+    """Where the buffer's answers go: encoded, and kept."""
+
+    messages: list[msg.Message] = field(default_factory=list)
+
+    def send(self, peer: bytes, message: msg.Message) -> bool:
+        encode(message)
+        self.messages.append(message)
+        return True
+
+    def take(self, kind: type) -> list[Any]:
+        found = [message for message in self.messages if isinstance(message, kind)]
+        self.messages.clear()
+        return found
+
+
+def ingest(folder: Path, tokens: int, groups: int) -> str:
+    """Processor time of the buffer's main thread for each trajectory, by part: in one process, which nothing else of
+    the machine can hold up between two clocks."""
+    from async_rl.buffer.build import make_core
+    from async_rl.buffer.loop import execute
+    from async_rl.buffer.store import Store
+
+    settings = settings_of(groups, "", "")
+    core = make_core(settings, train_problems=100_000, vocabulary=32_000)
+    core.rules = core.admission.rules = replace(core.rules, max_permits=groups)
+    core.acceptance.rules = core.rules
+    wire, clock, spent = Sent(), time.process_time, {"decode": 0.0, "handle": 0.0, "store": 0.0, "batch": 0.0}
+    with Store(folder / "trajectories.sqlite", durability="process", create=True) as store:
+
+        def say(peer: bytes, frames: list[Any], *parts: str) -> None:
+            times = [clock()]
+            message = decode(frames)
+            times.append(clock())
+            effects = core.handle(peer, message, time.monotonic())
+            times.append(clock())
+            execute(effects, store, wire, lambda _: None, 32 << 20)  # type: ignore[arg-type]
+            times.append(clock())
+            for part, (begun, ended) in zip(parts, itertools.pairwise(times), strict=False):
+                spent[part] += ended - begun
+
+        say(b"trainer", encode(msg.Hello(role="trainer", name="trainer", pid=1)))
+        say(b"g", encode(msg.Hello(role="generator", name="g", pid=2)))
+        say(b"g", encode(msg.Want(limit=groups, version=0)))
+        context = Context(None)
+        permits = [permit for message in wire.take(msg.Permits) for permit in message.permits]
+        for permit in permits:
+            made = tuple(context.trajectory(permit, sample, 0, tokens) for sample in permit.samples)
+            for some in portions(made):
+                frames = [bytes(frame) for frame in encode(msg.Finished(trajectories=some))]
+                say(b"g", frames, "decode", "handle", "store")
+        wire.take(msg.Batch)
+        have, total = 0, 1
+        while have < total:
+            say(b"trainer", encode(msg.NextBatch(step=0, after=have)), "batch", "batch", "batch")
+            for batch in wire.take(msg.Batch):
+                have, total = have + len(batch.blobs), batch.total
+    each = {part: 1e6 * seconds / (len(permits) * GROUP_SIZE) for part, seconds in spent.items()}
+    whole = sum(each.values())
+    shown = ", ".join(f"{part} {cost:.0f}" for part, cost in each.items())
+    return f"{tokens:6} tokens: {whole:.0f} us a trajectory ({shown}), {tokens / whole:.1f} M tokens/s"
+
+
 HEAD = (
     "generators  tokens         load  messages/s   tokens/s   core    io  us/message  limit, tokens/s   MB (peak)"
     "    permits, ms p50    p99"
@@ -494,7 +563,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the stores are written (default: a temporary one)")
     parser.add_argument("--profile", default="", metavar="FILE", help="write a cProfile of the last case's buffer")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    parser.add_argument("--ingest", action="store_true", help="without sockets: processor time by part")
     args = parser.parse_args()
+    if args.ingest:
+        for tokens in args.tokens:
+            with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+                print(ingest(Path(folder), tokens, max(16, min(512, (64 << 20) // (64 * tokens)))), flush=True)
+        return
     more_files()
     print("" if args.json else HEAD, flush=True)
     for tokens in args.tokens:

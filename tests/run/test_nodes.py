@@ -103,9 +103,8 @@ def test_two_machines_take_the_steps_of_one_process(tmp_path: Path, tiny_model: 
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("number", [OTHER, RUN])
 def test_a_machine_that_dies_is_named_and_the_run_goes_on_with_fewer_ranks(
-    number: int, tmp_path: Path, tiny_model: Path, machines: TwoMachines
+    tmp_path: Path, tiny_model: Path, machines: TwoMachines
 ) -> None:
     words = settings(tmp_path, 2, "trainer.steps=100000", "checkpoint.every=1", "wire.frozen_after_s=4")
     config = write_config(tmp_path, tiny_model, *words)
@@ -115,31 +114,43 @@ def test_a_machine_that_dies_is_named_and_the_run_goes_on_with_fewer_ranks(
     trainers = [torchrun(machines, n, run.folder.path, nodes=2, ranks=1) for n in (0, 1)]
     run.wait_for(lambda: "checkpoint" in run.events(), "a checkpoint")
     lost = time.monotonic()
-    if number == OTHER:  # rank 0 is there, not the run
-        machines.lose(OTHER)
-        said = run.said()
-        assert time.monotonic() - lost < 30
-        assert run.process.returncode == 1, said
-        assert NAMES[OTHER] in said
-        assert "--resume" in said
-        trainers[RUN].communicate(timeout=60)
-        assert trainers[RUN].returncode != 0
-    else:  # the run itself is gone: what is left of the trainer ends, too
-        machines.lose(RUN)
-        trainers[OTHER].communicate(timeout=180)
-        assert trainers[OTHER].returncode != 0
-        return
+    machines.lose(OTHER)  # rank 0 is there
+    said = run.said()
+    assert time.monotonic() - lost < 30
+    assert run.process.returncode == 1, said
+    assert NAMES[OTHER] in said
+    assert "--resume" in said
+    trainers[RUN].communicate(timeout=60)
+    assert trainers[RUN].returncode != 0
+
     done = max(row["step"] for row in read_rows(run.folder.metrics)) + 2
-    RunOnMachine.resume = (f"trainer.steps={done}", "trainer.ranks=1", "trainer.nodes=1", "trainer.network=")
+    awaited = list(read_rows(run.folder.events))
+    RunOnMachine.resume = (f"trainer.steps={done}", "trainer.ranks=1", "trainer.nodes=1")
     try:
         again = RunOnMachine(config, run.folder, longest_s=240)
     finally:
         RunOnMachine.resume = ()
-    before = sum(row["event"] == "trainer_awaited" for row in read_rows(run.folder.events))
     again.wait_for(
-        lambda: sum(row["event"] == "trainer_awaited" for row in read_rows(run.folder.events)) > before, "the run"
+        lambda: any(row["event"] == "trainer_awaited" for row in list(read_rows(run.folder.events))[len(awaited) :]),
+        "the run",
     )
     alone = torchrun(machines, RUN, run.folder.path, nodes=1, ranks=1)
     said = again.said()
     assert again.process.returncode == 0, said + alone.communicate(timeout=60)[0]
     assert [row["step"] for row in read_rows(run.folder.metrics)] == list(range(done))
+
+
+@pytest.mark.nightly
+def test_ranks_end_soon_when_the_run_is_ended(tmp_path: Path, tiny_model: Path, machines: TwoMachines) -> None:
+    config = write_config(tmp_path, tiny_model, *settings(tmp_path, 2, "trainer.steps=100000"))
+    RunOnMachine.machines = machines
+    run = RunOnMachine(config, RunFolder(tmp_path / "run"), longest_s=240)
+    run.wait_for_event("trainer_awaited")
+    trainers = [torchrun(machines, n, run.folder.path, nodes=2, ranks=1) for n in (0, 1)]
+    run.wait_for_training()
+    run.press_ctrl_c()
+    said = run.said()
+    assert run.process.returncode == 130, said
+    for trainer in trainers:
+        out, _ = trainer.communicate(timeout=60)  # long before wire.timeout_s
+        assert trainer.returncode != 0, out
