@@ -48,4 +48,17 @@ def guessed_tokens_are_samples(s: Settings) -> str:
     return ""
 
 
-VLLM_RELATIONS = (quantized_rollouts_need_vllm_on_a_gpu, guessed_tokens_are_samples)
+def guesses_are_verified_on_a_gpu(s: Settings) -> str:
+    if s.vllm.speculative and s.generator.device == "cpu":
+        return (
+            "vllm.speculative needs a GPU: on a CPU vLLM 0.32 verifies guessed tokens at a temperature out of memory "
+            "that nobody wrote, and log-probs are wrong or no numbers; set generator.device=cuda, or leave it out"
+        )
+    return ""
+
+
+VLLM_RELATIONS = (
+    quantized_rollouts_need_vllm_on_a_gpu,
+    guessed_tokens_are_samples,
+    guesses_are_verified_on_a_gpu,
+)
