@@ -123,6 +123,7 @@ CASES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
     "forking_tokens": (GUESS, {}, "entropy"),
     "entropy_turns": (GUESS, {}, "clip/frac"),
     "reweighted_grpo": (GUESS, {}, "clip/frac"),
+    "ar_lopti": (GUESS, {}, "updates/done"),
     "empg": (GUESS, {}, "clip/frac"),
     "cppo": (GUESS, {}, "reject/small_advantage/trajectories"),
     "balanced_grpo": (GUESS, {}, "reject/group_reward/trajectories"),
@@ -200,6 +201,7 @@ OF_RUN: dict[str, Mapping[str, Any]] = {
     # recipe: settings of its run besides the recipe's own
     "ppo": {"updates": {"epochs": 4, "minibatches": 4, "kl_stop": 0.05}, "optimizer": {"learning_rate": 4e-5}},
     "see_upo": {"optimizer": {"learning_rate": 4e-5}},
+    "ar_lopti": {"optimizer": {"learning_rate": 4e-5}},
     "archer": {"critic": {"epochs": 3, "target_average": 0.9}, "optimizer": {"learning_rate": 4e-5}},
     "on_policy_distillation": {"model": {"path": NOISY}, "teachers": {"before": {"path": "models/guess"}}},
     "arpo": {"rollout": {"roots": 4}},

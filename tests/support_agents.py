@@ -15,8 +15,9 @@ from support_tokenizers import ENDOFTEXT, IM_END, IM_START, byte_folder
 
 from async_rl.generator.endpoint import Endpoint
 from async_rl.generator.engine import Completion, Request
+from async_rl.generator.places import Slots
 from async_rl.generator.rollout import run_episode
-from async_rl.generator.session import EpisodeSession, Slots, make_tickets
+from async_rl.generator.session import EpisodeSession, make_tickets
 from async_rl.generator.task_code import TaskGuard
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.task import Problem, Task

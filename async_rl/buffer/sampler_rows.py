@@ -89,6 +89,17 @@ class SamplerReader:
         found = self._all("SELECT start FROM decisions WHERE group_id = ?", (group,)) if self._has("decisions") else []
         return found[0][0] if found else None
 
+    def cut_last(self) -> list[tuple[int, int, int, int, str]]:
+        """(group, position, attempt, problem, generator) of the pieces that have not gone on and are not refused, in
+        the order of admission (buffer/windows.py)."""
+        newest = "SELECT max(group_id) AS group_id FROM groups WHERE split = 'train' GROUP BY position"
+        query = (
+            f"SELECT group_id, position, attempt, g.problem, t.generator FROM ({newest}) "
+            "JOIN groups g USING (group_id) JOIN trajectories t USING (group_id) "
+            "WHERE t.ended = 'window' AND g.refused_because IS NULL ORDER BY group_id"
+        )
+        return [tuple(row) for row in self._all(query)]
+
     def _has(self, table: str) -> bool:
         return bool(self._all("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (table,)))
 

@@ -232,17 +232,6 @@ class StoreReader(SamplerReader, PoolReader):
         )
         return [tuple(row) for row in self._all(found)]
 
-    def cut_last(self) -> list[tuple[int, int, int, int, str]]:
-        """(group, position, attempt, problem, generator) of the pieces that have not gone on and are not refused, in
-        the order of admission (buffer/windows.py)."""
-        newest = "SELECT max(group_id) AS group_id FROM groups WHERE split = 'train' GROUP BY position"
-        query = (
-            f"SELECT group_id, position, attempt, g.problem, t.generator FROM ({newest}) "
-            "JOIN groups g USING (group_id) JOIN trajectories t USING (group_id) "
-            "WHERE t.ended = 'window' AND g.refused_because IS NULL ORDER BY group_id"
-        )
-        return [tuple(row) for row in self._all(query)]
-
     def lengths(self, ends: Sequence[int]) -> list[tuple[str, int, int, int]]:
         """(trained, dropped or refused; bucket; trajectories; policy tokens) of training trajectories that are in a
         batch, were dropped as stale or refused otherwise, by the buckets of policy tokens that end below `ends`.

@@ -27,7 +27,8 @@ from async_rl.generator.chat import Chat, HistoryRewritten
 from async_rl.generator.chat_request import Answer, ChatRequest, Message, RequestError, as_message
 from async_rl.generator.contexts import Context
 from async_rl.generator.engine import Completion
-from async_rl.generator.session import EpisodeSession, TurnLimit, TurnRequest
+from async_rl.generator.session import EpisodeSession, TurnLimit
+from async_rl.generator.turn_request import TurnRequest
 from async_rl.model.messages import with_text
 from async_rl.task.tool_formats import FORMATS, TAGS, detect
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from async_rl.errors import RunFailed, UserError, nearest
 from async_rl.generator.endpoint import Endpoint
-from async_rl.generator.session import Slots
+from async_rl.generator.places import Slots
 from async_rl.generator.step_mark import MarkedThreads, StepMark
 from async_rl.generator.task_code import describe_error, is_ours
 from async_rl.task.protocol import Task

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 import numpy as np
-from msgspec import Struct
 from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
 from async_rl.generator.chat import Chat
 from async_rl.generator.contexts import STOPS, Context, RecordedTurns, lay_out
 from async_rl.generator.engine import Completion, Engine, LogitsNotFinite, Request, SamplingParams
+from async_rl.generator.places import Slots
 from async_rl.generator.start import OTHER_WAY, WHOLE, GivenStart, with_given
 from async_rl.generator.step_mark import AT_ENGINE
+from async_rl.generator.turn_request import TurnRequest
 from async_rl.model.tokenizer import Tokenizer, adapted, prompt_tokens
 from async_rl.steady_clock import steady_time
 from async_rl.task.protocol import Connection, Problem, Score, Utterance
@@ -71,17 +72,6 @@ def make_tickets(permit: Permit, seeds: Sequence[int] | None = None) -> list[Tic
     ]
 
 
-class TurnRequest(Struct, frozen=True, kw_only=True):
-    """What a turn is to be like; see `task.Session.generate`."""
-
-    max_tokens: int
-    stop: Sequence[str] = ()
-    stop_tokens: Sequence[int] = ()
-    temperature: float | None = None
-    state_key: int = -1
-    agent: str = ""
-
-
 class AgentDoor(Protocol):
     """Where agents reach the episodes of a process; implemented by `endpoint.Endpoint`."""
 
@@ -92,27 +82,6 @@ class AgentDoor(Protocol):
     def close(self, connection: Connection) -> None:
         """The episode is over: its key is valid no longer."""
         ...
-
-
-class Slots:
-    """Places that the episodes of a process share.
-
-    Args:
-        limits: how many there are of each name.
-    """
-
-    def __init__(self, limits: Mapping[str, int]) -> None:
-        self._places = {name: asyncio.Semaphore(limit) for name, limit in limits.items()}
-
-    def of(self, name: str) -> asyncio.Semaphore:
-        """Raises ValueError for a name that is not known."""
-        if name not in self._places:
-            known = ", ".join(self._places) or "none"
-            raise ValueError(
-                f"there are no slots named '{name}' (known: {known}); name them in the task's `slots`, or in "
-                "generator.task_slots"
-            )
-        return self._places[name]
 
 
 class EpisodeSession:

@@ -136,7 +136,7 @@ def coefficients(columns: Columns, recipe: Recipe, state: ObjectiveState) -> tup
         _measure_critic(meter, returns, loss)
 
     if columns.turn_pass is not None:
-        now = updated_now(tokens, recipe.turn_order, columns.turn_pass)
+        now = updated_now(tokens, recipe, columns.turn_pass)
         policy, clipped = policy * now, clipped * now
         entropy = None if entropy is None else entropy * now
         if value_grad is not None and value_share is not None:
@@ -264,7 +264,7 @@ def _surrogate(columns: Columns, recipe: Recipe, state: ObjectiveState) -> Surro
         base = base * factor(tokens, recipe.shape)
     if recipe.trust.rule == "none" and recipe.trust.loss_weight != 1:
         base = base * recipe.trust.loss_weight
-    if columns.turn_pass is not None:
+    if columns.turn_pass is not None and recipe.turn_order != "together":
         base = base * weight_of_updated(tokens, ratio, recipe.turn_order, columns.turn_pass)
     if recipe.bias.kappa == "per_trajectory":
         kappa = kappa_per_trajectory(tokens, rule.full, rule.weight, rule.advantage, recipe.bias)

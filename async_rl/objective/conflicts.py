@@ -34,6 +34,7 @@ def check_recipe(recipe: Recipe) -> None:
         _groupwise_problem(recipe),
         _schedule_problem(recipe),
         _turn_order_problem(recipe),
+        _token_order_problem(recipe),
         _critic_problem(recipe),
         _controller_problem(recipe),
         _teaching_problem(recipe),
@@ -286,6 +287,24 @@ def _critic_problem(recipe: Recipe) -> str:
         )
     if recipe.trust.loss_weight != 1 and recipe.trust.rule not in ("none", "regress"):
         return f"trust.loss_weight does nothing with trust.rule={recipe.trust.rule}; it is for none and regress"
+    return ""
+
+
+def _token_order_problem(recipe: Recipe) -> str:
+    order = f"token_order={recipe.token_order}"
+    if recipe.token_order == "together":
+        return f"token_order_at does nothing with {order}; leave it out" if recipe.token_order_at != 0.5 else ""
+    if recipe.turn_order != "together":
+        return f"{order} and turn_order={recipe.turn_order} exclude each other; set one of them to together"
+    if recipe.ratio.level not in ("none", "token") or recipe.trust.rule in ("regress", "disco"):
+        return (
+            f"{order} parts answers, and ratio.level={recipe.ratio.level} with trust.rule={recipe.trust.rule} looks at "
+            "more than a token; it needs ratio.level=token"
+        )
+    if recipe.advantage.credit == "turn_q":
+        return f"{order} does not go with advantage.credit=turn_q, whose critic learns whole turns"
+    if recipe.advantage.baseline == "opob" or recipe.positive_nll or recipe.bias.kappa != "none":
+        return f"{order} parts answers, and advantage.baseline=opob, positive_nll and bias.kappa look at whole ones"
     return ""
 
 

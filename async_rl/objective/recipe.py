@@ -104,6 +104,12 @@ class Recipe:
         "its own: from the last to the first (SeeUPO) or from the first; the advantage is then times the ratios of "
         "the turns updated before, and denominators are still those of all turns",
     )
+    token_order: Literal["together", "improbable_first", "probable_first"] = setting(
+        "together",
+        "all tokens are updated together, or those whose probability under mu is below `token_order_at` first and the "
+        "others in a second pass over the batch (AR-Lopti), or these first; denominators are still those of all tokens",
+    )
+    token_order_at: float = setting(0.5, "probability that parts the two passes of token_order", above=0, below=1)
     aggregate: AggregateSettings = field(default_factory=AggregateSettings)
     ess: EssSettings = field(default_factory=EssSettings)
     bias: BiasSettings = field(default_factory=BiasSettings)
@@ -205,6 +211,14 @@ def kl_terms(recipe: Recipe) -> tuple[KlSettings, ...]:
     return tuple(
         kl for number, kl in enumerate((recipe.kl, *recipe.more_kl)) if kl.coefficient != 0 or (number == 0 and moving)
     )
+
+
+def passes(recipe: Recipe) -> int | None:
+    """In how many passes over a batch its tokens are updated one after another; None: as many as a trajectory of the
+    minibatch has turns."""
+    if recipe.turn_order != "together":
+        return None
+    return 1 if recipe.token_order == "together" else 2
 
 
 @lru_cache(maxsize=256)

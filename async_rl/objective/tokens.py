@@ -87,7 +87,8 @@ class Columns:
     reused: Reused | None = None
     """what came back from the experience pool; None: nothing did"""
     turn_pass: int | None = None
-    """which turns this update is for, where a recipe updates turns one after another (turn_order.py); None: all"""
+    """which turns, or tokens, this update is for, where a recipe updates them one after another (turn_order.py); None:
+    all"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
-"""Turns that are updated one after another, each in a pass of its own, with the ratios of those updated before it as a
-factor (SeeUPO, arXiv 2602.06554; docs/algorithms.md#ordered-turns).
+"""Turns, or tokens, that are updated one after another, each in a pass of its own: turns with the ratios of those
+updated before them as a factor (SeeUPO, arXiv 2602.06554; docs/algorithms.md#ordered-turns), tokens by their
+probability (AR-Lopti, arXiv 2505.12929; #ordered-tokens).
 
 Shapes: T policy tokens, U turns with tokens, I trajectories. A turn's place says in which pass it is updated, from 0.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from async_rl.objective.recipe import Recipe
 from async_rl.objective.tokens import Ratio, Tokens, segment_sum, weight_of
 
 
@@ -22,9 +24,14 @@ def places(tokens: Tokens, order: str) -> Tensor:
     return before if order == "first_first" else turns[trajectory] - 1 - before
 
 
-def updated_now(tokens: Tokens, order: str, number: int) -> Tensor:
-    """1 on the tokens of the turns that pass `number` updates, 0 on the others. [T]"""
-    return (places(tokens, order) == number)[tokens.turn].to(tokens.log_prob.dtype)
+def updated_now(tokens: Tokens, recipe: Recipe, number: int) -> Tensor:
+    """1 on the tokens that pass `number` updates, 0 on the others. [T]"""
+    if recipe.turn_order != "together":
+        now = (places(tokens, recipe.turn_order) == number)[tokens.turn]
+    else:
+        improbable = tokens.log_behaviour.exp() < recipe.token_order_at
+        now = improbable == ((number == 0) == (recipe.token_order == "improbable_first"))
+    return now.to(tokens.log_prob.dtype)
 
 
 def weight_of_updated(tokens: Tokens, ratio: Ratio, order: str, number: int) -> Tensor:

@@ -24,7 +24,7 @@ from async_rl.model.varlen import choose_backend
 from async_rl.objective.conflicts import check_effect
 from async_rl.objective.library import load_recipe
 from async_rl.objective.own import is_own_function
-from async_rl.objective.recipe import Recipe, Requirements, requirements
+from async_rl.objective.recipe import Recipe, Requirements, passes, requirements
 from async_rl.run.demonstrations import demonstrations_of
 from async_rl.run.fitting import fit_prompts
 from async_rl.run.inputs import Inputs, inputs_of
@@ -249,7 +249,7 @@ def check_idle(settings: Settings) -> None:
             "optimizer.schedule to linear or cosine"
         )
     recipe, updates = load_recipe(settings.recipe), settings.updates
-    if updates.kl_stop and updates.epochs * updates.minibatches == 1 and recipe.turn_order == "together":
+    if updates.kl_stop and updates.epochs * updates.minibatches == 1 and passes(recipe) == 1:
         raise UserError(
             "updates.kl_stop does nothing with one update a batch, which is always taken; set updates.epochs or "
             "updates.minibatches, or leave it out"

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from math import cos, pi
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from async_rl.config import OptimizerSettings, ReferenceSettings, UpdatesSettings
 from async_rl.objective import Coefficients, Columns, ObjectiveState
 from async_rl.objective.coefficients import finish, objective_of
-from async_rl.objective.recipe import Recipe, requirements
+from async_rl.objective.recipe import Recipe, passes, requirements
 from async_rl.trainer.critic import Critic
 from async_rl.trainer.forward import ModelArithmetic, batch_log_probs
 from async_rl.trainer.gradient import Pass
@@ -149,7 +150,7 @@ class Learner:
         """
         started = time.perf_counter()
         plan, taken = self.options.updates, Taken()
-        several = plan.epochs * plan.minibatches > 1 or self.recipe.turn_order != "together"
+        several = plan.epochs * plan.minibatches > 1 or passes(self.recipe) != 1
         start = self._start(batch) if plan.minibatches > 1 else None
         for epoch in range(plan.epochs):
             before = taken.done
@@ -174,14 +175,19 @@ class Learner:
         )
 
     def _updates(self, batch: PackedBatch, epoch: int) -> Iterator[tuple[Part, int | None]]:
-        """The minibatches of a pass over the batch, each once, or once for each turn of its longest trajectory."""
-        for part in parts_of(batch, self.options.updates, seed=self.options.seed, step=self.version, epoch=epoch):
-            if self.recipe.turn_order == "together":
-                yield part, None
+        """The minibatches of an epoch, each once, or once for each turn of its longest trajectory; or all of them once
+        for each part of the tokens (`token_order`)."""
+        many = passes(self.recipe)
+        for number, part in product(range(many or 1), self._parts(batch, epoch)):
+            if many is not None:
+                yield part, None if many == 1 else number
                 continue
             sampled = part.batch.trajectory_of_turn[part.batch.turn_of_token.unique()]
             for turn_pass in range(int(sampled.bincount().max()) if len(sampled) else 1):
                 yield part, turn_pass
+
+    def _parts(self, batch: PackedBatch, epoch: int) -> list[Part]:
+        return list(parts_of(batch, self.options.updates, seed=self.options.seed, step=self.version, epoch=epoch))
 
     def _train(self, part: Part, start: Start | None, taken: Taken, turn_pass: int | None) -> Start:
         """One update, unless it cannot be taken. `start`: of the whole batch; None: this is its first update. Returns

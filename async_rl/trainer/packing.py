@@ -38,7 +38,7 @@ from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import Requirements, requirements
 from async_rl.objective.tokens import Noted, Reused
 from async_rl.trainer.noted import noted_columns, taught
-from async_rl.trainer.pieces import Earlier, earlier_of
+from async_rl.trainer.pieces import Earlier, cut_among, earlier_of
 from async_rl.trainer.plans import forks_among, greedy_among
 from async_rl.trainer.pruning import pruned
 from async_rl.trainer.reused import reused_columns
@@ -275,7 +275,6 @@ def pack_batch(
         policy_of_piece = [t.policy_positions() for t in pieces]
     sizes = Sizes(pieces, shared=shared and not apart)
     share, parts = _divided(pieces, sizes, micro_batch_tokens, over, device)
-    cut = [t.ended == "window" for t in ordered]
     noted = Noted()
     if needs is not None and (needs.noted or needs.parts):
         noted = noted_columns(ordered, needs, reward_weights or {}, device)
@@ -289,7 +288,7 @@ def pack_batch(
         noted=noted,
         reused=reused_columns(ordered, device) if any(SOURCE in t.info for t in ordered) else None,
         forks=forks_among(ordered, device) if any(FORK in t.info for t in ordered) else None,
-        cut=tensor(cut, torch.bool) if any(cut) else None,
+        cut=cut_among(ordered, device),
         earlier=earlier_of(ordered, partial(again, needs=None)) if needs is not None and needs.earlier else None,
         greedy=greedy_among(ordered, device) if any(turn.temperature == GREEDY for _, turn in turns) else None,
         taught=taught(ordered, teachers, device) if teachers else {},

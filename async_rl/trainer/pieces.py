@@ -39,6 +39,12 @@ class Earlier:
         return target[self.first] * discount ** self.distance.to(target.dtype)
 
 
+def cut_among(ordered: Sequence[Trajectory], device: str | torch.device) -> Tensor | None:  # [I] bool
+    """Which of the trajectories are pieces of episodes that go on; None: none is."""
+    cut = [t.ended == "window" for t in ordered]
+    return torch.tensor(cut, device=device) if any(cut) else None
+
+
 def earlier_of(ordered: Sequence[Trajectory], pack: Callable[[Sequence[Trajectory]], PackedBatch]) -> Earlier | None:
     """What was given to the pieces among these trajectories that end their episodes; None: nothing. `pack`: of
     trajectories, in this order."""

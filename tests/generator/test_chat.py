@@ -292,8 +292,9 @@ def test_score_is_that_of_the_text_behind_the_context_and_leaves_no_trace(tokeni
 
 
 def test_at_most_so_many_episodes_hold_a_slot_and_waiting_is_not_the_tasks_time(tokenizer: Tokenizer) -> None:
+    from async_rl.generator.places import Slots
     from async_rl.generator.rollout import run_episode
-    from async_rl.generator.session import EpisodeSession, Slots, make_tickets
+    from async_rl.generator.session import EpisodeSession, make_tickets
     from async_rl.generator.task_code import TaskGuard
     from async_rl.wire.messages import Permit
 

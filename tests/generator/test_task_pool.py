@@ -15,8 +15,9 @@ from support_models import qwen3_config, write_folder
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, Engine, Request
+from async_rl.generator.places import Slots
 from async_rl.generator.rollout import run_episode
-from async_rl.generator.session import EpisodeSession, Slots, Ticket
+from async_rl.generator.session import EpisodeSession, Ticket
 from async_rl.generator.task_code import TaskGuard
 from async_rl.generator.task_pool import FarTask, TaskPool
 from async_rl.model.tokenizer import Tokenizer

@@ -19,6 +19,7 @@ WAYS = {
     "ranks": (*PPO, "updates.epochs=2", "updates.minibatches=2", "trainer.ranks=2"),
     "reference": ("recipe=dr_grpo", "recipe.kl.coefficient=0.1", "reference.average=0.5"),
     "turns": ("recipe=see_upo", "updates.epochs=2"),
+    "tokens": ("recipe=ar_lopti", "updates.minibatches=2"),
     "q heads": ("recipe=archer", "critic.warmup_steps=0", "critic.target_average=0.5", "critic.epochs=2"),
     "distribution": (*PPO, "critic.loss=hl_gauss", "critic.low=0", "recipe.gae.value_clip=0"),
     "soft bellman": ("recipe=oreo", "critic.warmup_steps=0"),

@@ -298,6 +298,53 @@ def test_turns_are_updated_one_after_another_with_the_ratios_of_those_before(ord
         torch.testing.assert_close(learner.weights()[name], parameter.detach(), rtol=0, atol=1e-9, msg=name)
 
 
+# ------------------------------------------------------------------ tokens in order
+
+
+@pytest.mark.parametrize("order", ["improbable_first", "probable_first"])
+def test_improbable_tokens_are_updated_in_a_pass_of_their_own(order: str) -> None:
+    """AR-Lopti: -mean over all tokens of min(r A, clip(r) A), A damped by the policy's probability, with the advantages
+    of one part of the tokens set to 0 in each of two updates."""
+    at = 0.1  # the model of the test is unsure of everything
+    recipe = {"name": "ar_lopti", "token_order": order, "token_order_at": at, "kl": {"coefficient": 0.0}}
+    learner = make(recipe, UpdatesSettings())
+    report = train(learner, 1)[0]
+    assert report.metrics["updates/done"] == 2
+    policy = model_of(1)
+    groups = [
+        {"params": [p for p in policy.parameters() if (p.ndim >= 2) == m], "weight_decay": 0.01 * m}
+        for m in (True, False)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(RATES.beta1, RATES.beta2), eps=1e-4)
+    batch = sorted(batch_of(0), key=lambda t: (t.group, t.sample))
+    rewards: dict[int, list[float]] = {}
+    for t in batch:
+        rewards.setdefault(t.group, []).append(t.reward)
+    answers = [t for t in batch if t.num_policy_tokens]
+    both = [0, 0]
+    for number in range(2):
+        losses = []
+        for t in answers:
+            same = rewards[t.group]
+            advantage = (t.reward - np.mean(same)) / (np.std(same, ddof=1) + 1e-6)
+            log_behaviour = torch.from_numpy(t.log_behaviour[t.policy_positions()]).double()
+            log_prob = alone(policy, t)
+            damped = advantage * (0.7 + 0.3 * log_prob.detach().exp())
+            now = (log_behaviour.exp() < at) == ((number == 0) == (order == "improbable_first"))
+            both[number] += int(now.sum())
+            weight = torch.where(now, damped, 0.0)
+            ratio = (log_prob - log_behaviour).exp()
+            least = torch.minimum(ratio * weight, ratio.clamp(0.8, 1.24) * weight)
+            losses.append(-torch.where(weight < 0, torch.maximum(least, 10.0 * weight), least))
+        optimizer.zero_grad()
+        torch.cat(losses).mean().backward()
+        nn.utils.clip_grad_norm_(list(policy.parameters()), 0.7)
+        optimizer.step()
+    assert min(both) > 5, both
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(learner.weights()[name], parameter.detach(), rtol=0, atol=1e-9, msg=name)
+
+
 # ------------------------------------------------------------------ the reference
 
 

@@ -91,7 +91,7 @@ def test_an_error_of_the_environment_is_a_failed_episode(url: str, tokenizer: To
 
 
 def test_more_episodes_than_the_server_takes_wait_for_a_place(url: str, tokenizer: Tokenizer) -> None:
-    from async_rl.generator.session import Slots
+    from async_rl.generator.places import Slots
 
     task = made(url, sessions=2)
     secret = task.problems("train")[0].data["seed"] % 10
