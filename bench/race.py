@@ -1,6 +1,6 @@
 """async_rl beside what one would use instead: the same machine, model, rows, samples, learning rate. One command.
 
-    python bench/race.py [--work small|smollm2] [--steps N] [--rounds R] [--only NAME ...] [--smollm2 FOLDER]
+    python bench/race.py [--work small|vowels|smollm2] [--steps N] [--rounds R] [--only NAME ...] [--smollm2 FOLDER]
                          [--learning-rate X] [--target REWARD] [--passive]
 
 Contestants, one at a time, each in processes of its own on all cores:
@@ -8,10 +8,15 @@ Contestants, one at a time, each in processes of its own on all cores:
 - sync: the same with max_staleness=0
 - trl: GRPOTrainer (`make foreign` fetches it), see bench/race_trl.py
 - plain: a straight loop of torch and transformers, bench/race_plain.py
-verl does not run without a GPU: its rollout needs vLLM or SGLang servers that it places on GPUs by ray (0.9.1).
+verl 0.9.1 has a name for the CPU (`trainer.device`), but does not run on one: its rollouts are servers of vLLM, SGLang
+or TensorRT-LLM and no others (verl/workers/rollout/base.py; that of transformers is no longer among them), and
+the pool of its workers counts GPUs or NPUs in ray and raises ValueError where there are fewer than asked for
+(single_controller/ray/base.py, _check_resource_available), one at least a worker.
 
 Work loads, both float32:
 - small: 0.86 M parameters (4 layers of 128), 8 groups of 8 samples of at most 32 tokens behind prompts of 32
+- vowels: the same, with a reward that each contestant learns within its steps (the share of vowels), for the time to
+  a reward; letters in reverse, the reward of `small`, are not learned in sixty steps by anybody
 - smollm2: SmolLM2-135M-Instruct (`make models/smollm2`), 8 groups of 4 samples of at most 16 tokens behind 45
 
 Printed for each: seconds a step and trained tokens a second (medians of the steady steps: the first third is left
@@ -40,6 +45,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from race_reward import VOWELS
 
 HERE = Path(__file__).resolve().parent
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -55,10 +61,13 @@ class Work:
     max_tokens: int
     learning_rate: float
     steps: int
+    target: float | None = None
+    """reward whose time is looked for"""
 
 
 WORKS = {
     "small": Work(groups=8, group_size=8, max_tokens=32, learning_rate=5e-4, steps=60),
+    "vowels": Work(groups=8, group_size=8, max_tokens=32, learning_rate=1e-3, steps=60, target=0.8),
     "smollm2": Work(groups=8, group_size=4, max_tokens=16, learning_rate=1e-5, steps=6),
 }
 CONTESTANTS = ("async_rl", "sync", "trl", "plain")
@@ -82,9 +91,9 @@ def rows_of(work: str) -> list[dict[str, Any]]:
     """Prompts and answers, made from a fixed seed."""
     draw, made = random.Random(0), []
     for _ in range(ROWS):
-        if work == "small":
+        if work != "smollm2":
             text = "".join(draw.choices(LETTERS, k=31))
-            made.append({"prompt": f"{text}=", "answer": text[::-1]})
+            made.append({"prompt": f"{text}=", "answer": text[::-1] if work == "small" else VOWELS})
         else:
             a, b = draw.randint(10, 99), draw.randint(10, 99)
             chat = [{"role": "user", "content": f"What is {a} + {b}? Give only the number."}]
@@ -102,7 +111,7 @@ def settings_of(name: str, work: str, model: Path, rows: Path, chosen: Work) -> 
             "args": {
                 "path": str(rows),
                 "eval_share": 0.01,
-                "as_chat": work != "small",
+                "as_chat": work == "smollm2",
                 "reward": f"{HERE / 'race_reward.py'}:score",
                 "max_tokens": chosen.max_tokens,
             },
@@ -271,13 +280,14 @@ def main() -> None:
     results: dict[str, list[Result]] = {name: [] for name in arguments.only}
     with tempfile.TemporaryDirectory(prefix="race-") as name:
         place = Path(name)
-        model = make_small(place / "model") if arguments.work == "small" else arguments.smollm2.resolve()
+        model = arguments.smollm2.resolve() if arguments.work == "smollm2" else make_small(place / "model")
         print(f"{'':10}  s/step  tokens/s  processor s/step  peak MB  reward  s to target", flush=True)
         for number in range(arguments.rounds):
             for contestant in arguments.only:
                 found = race(
-                    contestant, arguments.work, model, chosen, place / str(number) / contestant, arguments.target
-                )
+                    contestant, arguments.work, model, chosen, place / str(number) / contestant,
+                    usual.target if arguments.target is None else arguments.target,
+                )  # fmt: skip
                 results[contestant].append(found)
                 print(line(contestant, found), flush=True)
     if "async_rl" in results:
