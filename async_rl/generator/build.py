@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from math import prod
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 
 from async_rl.config import Settings
 from async_rl.config.derived import shares_gpus
-from async_rl.errors import UserError
+from async_rl.errors import RunFailed, UserError
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
 from async_rl.generator.pull import LinkSource, MergingSource, ReaderSource, TensorReader, WeightSource
@@ -137,7 +139,7 @@ def give_back_memory() -> None:
 
 
 def _make_vllm(settings: Settings, way: str) -> Engine:
-    from async_rl.generator.vllm_engine import VllmEngine, VllmOptions, gpu_bytes
+    from async_rl.generator.vllm_engine import VllmEngine, VllmOptions
 
     chosen, vllm = settings.generator, settings.vllm
     config = check_folder(settings.model.path)
@@ -170,6 +172,16 @@ def _make_vllm(settings: Settings, way: str) -> Engine:
             transfer=way if way in LINKS else "",
         )
     )
+
+
+def gpu_bytes() -> int:
+    """Memory of the first GPU that this process may use. Another process asks: in this one CUDA must not begin before
+    vLLM's own have been started. Raises RunFailed. Not run on a GPU."""
+    ask = "import torch; print(torch.cuda.get_device_properties(0).total_memory)"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RunFailed(f"the memory of the GPU cannot be read: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return int(done.stdout)
 
 
 def shared_gpu_cache_bytes(

@@ -364,13 +364,6 @@ class VllmEngine:
         self._busy_since = now if self._running else 0.0
 
 
-def gpu_bytes() -> int:
-    """Memory of the first GPU that this process may use, asked of the driver: it makes no context there."""
-    from vllm.platforms import current_platform
-
-    return int(current_platform.get_device_total_memory())
-
-
 def engine_arguments(options: VllmOptions) -> dict[str, Any]:
     """Keyword arguments of vLLM's AsyncEngineArgs."""
     chosen: dict[str, Any] = {

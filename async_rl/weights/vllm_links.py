@@ -18,6 +18,7 @@ only to processes of this host.
 from __future__ import annotations
 
 import base64
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -294,11 +295,10 @@ def _on_device(staged: Staged) -> None:
 def own_streams() -> None:
     """vLLM (since 0.32) keeps the streams of its packing for the whole process, where the transfers of all links would
     queue behind the one that stands still. Each thread, that is each link, gets its own."""
-    from vllm.distributed.weight_transfer import packed_tensor
-
-    shared = getattr(packed_tensor, "_get_streams", None)
-    if hasattr(shared, "__wrapped__"):
-        packed_tensor._get_streams = _PerThread(shared.__wrapped__)
+    packing = sys.modules.get("vllm.distributed.weight_transfer.packed_tensor")  # vLLM's sending side imports it
+    make = getattr(getattr(packing, "_get_streams", None), "__wrapped__", None)
+    if make is not None:
+        packing._get_streams = _PerThread(make)  # type: ignore[union-attr]
 
 
 class _PerThread:
