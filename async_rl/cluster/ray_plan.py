@@ -246,10 +246,14 @@ class Scaler:
     too_few_at: float = field(default=-math.inf)
     """when that was"""
 
+    def is_over(self, read: Reading) -> bool:
+        """Whether the stretch is long enough to decide by; where steps take longer, it lasts longer."""
+        return read.seconds >= self.scale_s and read.steps >= FEWEST_STEPS
+
     def decide(self, read: Reading, now: float) -> Decision:
         """The number after a stretch of at least `scale_s` that began when the last change was carried out. `now`:
         seconds of any clock."""
-        if read.seconds < self.scale_s or read.steps < FEWEST_STEPS:
+        if not self.is_over(read):
             return Decision(wanted=self.wanted)
         if now - self.too_few_at > FORGET * self.scale_s:
             self.too_few = 0

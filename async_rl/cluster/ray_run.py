@@ -349,7 +349,7 @@ class RayRun:
         found = self.cluster.get(self.buffer.waits.remote(anew=False))
         read = Reading(**found)
         decision = self.scaler.decide(read, time.monotonic())
-        if read.seconds >= self.scaler.scale_s:
+        if self.scaler.is_over(read):
             self.cluster.get(self.buffer.waits.remote(anew=True))
         difference = decision.wanted - len(staying)
         if decision.reason:
