@@ -7,9 +7,9 @@ with beginnings of a group counted once and the last layer's rows that predict n
 with torch's own product. For `exact` they are more: the gradient of a row's input is each trajectory's own, also in a
 beginning that several share, and norms take products of a trajectory's tokens among each other.
 
-The gradient is timed beside them, in turns: `plain` (no baseline by norms) and `exact` (OPOB with exact norms), forward,
-backward and AdamW. Times are the processor's, ratios medians of those within a round. Memory is the most that torch
-held during a step, against 16 bytes a parameter (weights, gradient, two moments) plus the counted activations
+The gradient is timed beside them, in turns, forward, backward and AdamW: `plain` (no baseline by norms) and `exact`
+(OPOB with exact norms). Times are the processor's, ratios medians of those within a round. Memory is the most that
+torch held during a step, against 16 bytes a parameter (weights, gradient, two moments) plus the counted activations
 (`model.architecture.activation_bytes`).
 
 Targets: plain <= 1.25 and exact <= 1.5 times their products, memory <= 1.3.
@@ -26,7 +26,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from operator import truediv
 from pathlib import Path
 from typing import Any
 
