@@ -59,7 +59,7 @@ def _read(stream: Any, entry: Mapping[str, Any], target: Tensor, buffer: Tensor)
     for begin in range(0, len(rows), some):
         part = rows[begin : begin + some]
         taken = buffer[: len(part) * row_bytes]
-        _fill(stream, memoryview(taken.numpy()))
+        _fill(stream, taken.numpy().data)
         overwrite(part, taken.view(dtype).view(part.shape))
     return buffer
 
