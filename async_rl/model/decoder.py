@@ -205,13 +205,14 @@ def plain_weights(layer: Layer) -> Sequence[Tensor]:
     so that it must be called."""
     at, mlp = layer.self_attn, layer.mlp
     linears = (at.q_proj, at.k_proj, at.v_proj, at.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    norms = (layer.input_layernorm, layer.post_attention_layernorm, at.q_norm, at.k_norm)
-    modules = (at, mlp, *linears, *(norm for norm in norms if norm is not None))
+    either = (layer.input_layernorm, layer.post_attention_layernorm, at.q_norm, at.k_norm)
+    norms = [norm for norm in either if norm is not None]
+    modules = (at, mlp, *linears, *norms)
     if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or type(m) not in OWN for m in modules):
         return ()
     if any(linear.bias is not None or linear.repeats is not None for linear in linears):
         return ()
-    return [module.weight for module in modules[2:]]
+    return [*(linear.weight for linear in linears), *(norm.weight for norm in norms)]
 
 
 @cache

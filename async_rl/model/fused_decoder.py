@@ -237,8 +237,8 @@ class CompiledSteps:
         self._between = between
         self._room = torch.empty(0)
         if isinstance(between, CompiledBetween) and native.gemm() is not None and native.usable(decoder.head):
-            made = [layer.compiled() for layer in layers]
-            if None not in made:
+            made = [one for layer in layers if (one := layer.compiled()) is not None]
+            if len(made) == len(layers):
                 self._layers = (native.DecodeLayer * len(made))(*made)
 
     @property
