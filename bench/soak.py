@@ -63,6 +63,8 @@ LEAST_GROWTH_KB = 512.0
 CACHE_FULL_KB = 1.5 * 4096
 """size of the store from which on as many of its pages are in the buffer's memory as may be"""
 LONGEST_STEP_S = 60.0
+END_S = 300.0
+"""for the run to come to its end on a machine with much else to do"""
 MOST_ROW_BYTES = 250.0
 """that stay in the store of a trajectory whose tokens are deleted"""
 POINTS = 200
@@ -213,11 +215,11 @@ class Soak:
             awake(pid)
         if code is None:
             self.launcher.send_signal(signal.SIGINT)
-            self.launcher.wait(60)
+            self.launcher.wait(END_S)
         for joiner in self.joiners:
             if joiner.poll() is None:
                 joiner.terminate()
-            joiner.wait(60)
+            joiner.wait(END_S)
         return code
 
     def result(self) -> dict[str, Any]:
