@@ -148,7 +148,7 @@ CASES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
     "kimi_k15": (GUESS, {}, "len/mean"),
     "tba": (GUESS, {}, "advantage/std"),
     "agro": (GUESS, {}, "advantage/std"),
-    "oapl": (GUESS, {}, "advantage/mean"),
+    "oapl": (GUESS, {"trust": {"beta": 0.5, "loss_weight": 2.0}}, "advantage/mean"),
     "loop": (GUESS, {}, "clip/frac"),
     "magistral": (GUESS, {}, "reject/equal_rewards/trajectories"),
     "pro_rl": (GUESS, {}, "kl/regulariser"),
