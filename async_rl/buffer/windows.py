@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass, field
+from typing import Literal
 
 from async_rl.buffer.ledger import Group
 from async_rl.buffer.sampler import Decision, StartChoice
 
-SOURCE = "window"
+SOURCE: Literal["window"] = "window"
 """of starts that are earlier pieces"""
 
 

@@ -131,10 +131,11 @@ class Critic:
         self.optimizer.zero_grad(set_to_none=True)
         if earlier is not None:
             assert share is not None
-            own, more = int((share > 0).sum()), len(earlier[1])
-            value_grad, share = value_grad * (own / (own + more)), share * (own / (own + more))
-            self._train_on(*earlier, 1 / (own + more))
-            metrics["critic/earlier"] = more / (own + more)
+            more = len(earlier[1])
+            every = int((share > 0).sum()) + more
+            value_grad, share = value_grad * (1 - more / every), share * (1 - more / every)
+            self._train_on(*earlier, 1 / every)
+            metrics["critic/earlier"] = more / every
         if self._distribution is None:
             own = self._batch.own(value_grad)
             for micro in self._batch.micro_batches:
