@@ -186,12 +186,12 @@ class Buffer(Beside):
         for row in self.rows.new():
             self.steps += 1
             self.waited_s += float(row.get("time/wait_for_batch", 0.0))
+            self.connected = int(row.get("generators", 0))
         with suppress(OSError, msgspec.DecodeError, TypeError):
             found = msgspec.json.decode(self.folder.live.read_bytes())
             held = [p["held"] for p in found["processes"] if p.get("role") == "generator" and "held" in p]
-            self.connected = len(held)
-            if held:
-                self.idle.append(sum(one == 0 for one in held) / len(held))
+            if self.connected:  # one that has never had work has no row
+                self.idle.append(1 - min(1.0, sum(one > 0 for one in held) / self.connected))
         now = time.monotonic()
         answer: Answer = {
             "steps": self.steps,
