@@ -30,7 +30,7 @@ class Served:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-        self.engine = self.run(self._make(folder, changes), 300.0)
+        self.engine = self.run(self._make(folder, changes), 900.0)  # half a minute on an idle machine
         self.models = {0: make_decoder(CONFIG, 0)}
 
     async def _make(self, folder: Path, changes: dict[str, Any]) -> Any:
