@@ -395,7 +395,7 @@ def case(folder: Path, count: int, tokens: int, rate: float, seconds: float, pro
             other.start()
         deadline = time.monotonic() + START_S
         while trainer.steps < 2:
-            assert buffer.poll() is None, (folder / "buffer.log").read_text()
+            assert buffer.poll() is None, run.failure("buffer").read_text()
             assert all(other.is_alive() for other in others), "a process of fakes has ended"
             assert time.monotonic() < deadline, "no two steps were formed"
             time.sleep(0.1)
