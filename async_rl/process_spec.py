@@ -79,7 +79,7 @@ class TrainerSpec(ProcessSpec, frozen=True, kw_only=True, forbid_unknown_fields=
     agent: int = 0
     """process number of the agent that started this rank; 0: there is none"""
     weights_endpoint: str = ""
-    """of the weight server, which rank 0 sends its weights to where it is on another machine than the run; else empty"""
+    """of the weight server, to which rank 0 sends its weights from another machine than the run's; else empty"""
     keys: str = ""
     """folder of this machine's keys; empty: wire.keys"""
 

@@ -110,8 +110,8 @@ class VllmSettings:
     )
     kv_cache_mb: int = setting(
         0,
-        "memory for keys and values; 0: on a GPU of its own what `memory_share` leaves; on a CPU, and within that share "
-        "of a GPU with a trainer on it, what max_sequences full sequences need",
+        "memory for keys and values; 0: on a GPU of its own what `memory_share` leaves; on a CPU, and within that "
+        "share of a GPU with a trainer on it, what max_sequences full sequences need",
         unit="MB",
         min=0,
         max=100_000_000,

@@ -505,7 +505,7 @@ stale data.""",
                 "for a transfer of an older one",
             ),
             Metric("time/publish_wait", "s", "of the step, seconds that the optimizer waited for that copy"),
-            Metric("time/generator_busy", "s", "seconds generators decoded"),
+            Metric("time/generator_busy", "s", "seconds in which generators had sequences to decode"),
             Metric(
                 "time/task_busy",
                 "s",
@@ -540,8 +540,8 @@ DERIVED: Mapping[str, str] = MappingProxyType(
     {
         "tokens_per_s/trained": "policy tokens trained a second of wall time, from one step's end to the next",
         "tokens_per_s/generated": "policy tokens generated a second of wall time",
-        "busy/generators": "share of the time in which the generators decoded (time/generator_busy), on average over "
-        "them",
+        "busy/generators": "share of the time in which the generators had sequences to decode (time/generator_busy), "
+        "on average over them",
     }
 )
 """curves that the report computes from the metrics, and what they mean"""

@@ -141,8 +141,8 @@ class Start(WireStruct, frozen=True, kw_only=True):
     """What the answers of a group begin with: context without loss, which nobody samples."""
 
     source: str
-    """field: the beginning of a text in the data; success, failure: of a stored answer; window: all that the episode said
-    in earlier pieces, behind which it goes on"""
+    """field: the beginning of a text in the data; success, failure: of a stored answer; window: all that the episode
+    said in earlier pieces, behind which it goes on"""
     share: float
     """of the text that is given"""
     field: str = ""

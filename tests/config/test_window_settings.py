@@ -55,7 +55,7 @@ def test_a_task_that_judges_groups_has_no_pieces(tmp_path: Path) -> None:
 
 
 def test_the_critic_learns_earlier_tokens_as_returns_alone() -> None:
-    with pytest.raises(UserError, match="gae.value_earlier trains the critic on returns"):
+    with pytest.raises(UserError, match=r"gae\.value_earlier trains the critic on returns"):
         load_recipe({"name": "t_ppo", "gae": {"critic_trace": 0.9}})
 
 

@@ -547,9 +547,9 @@ LOSSES: dict[str, Callable[[Columns], Loss]] = {
     "loop": loop, "magistral": magistral, "asym_re": asym_re, "qae": qae, "mapo": mapo, "bnpo": bnpo,
     "rl_zvp": equal_groups("rl_zvp"), "agpo": equal_groups("agpo"), "tba": regression("reference", "tba"),
     "agro": regression("reference", "agro"), "oapl": regression("behaviour", "oapl"), "real": real, "pro_rl": pro_rl,
-    "reinforce_tis": truncated(2.0, "none"), "scale_rl": truncated(5.0, "batch"), "deep_swe": deep_swe, "ppo_ewma": ppo_ewma,
-    "dual_token": dual_token, "gppo": beyond(1.0, 1.0), "ce_gppo": beyond(0.75, 1.0), "dcpo": dcpo,
-    "entropy_advantage": entropy_advantage, "fipo": fipo, "gfpo": gfpo, "pods": pods,
+    "reinforce_tis": truncated(2.0, "none"), "scale_rl": truncated(5.0, "batch"), "deep_swe": deep_swe,
+    "ppo_ewma": ppo_ewma, "dual_token": dual_token, "gppo": beyond(1.0, 1.0), "ce_gppo": beyond(0.75, 1.0),
+    "dcpo": dcpo, "entropy_advantage": entropy_advantage, "fipo": fipo, "gfpo": gfpo, "pods": pods,
 }  # fmt: skip
 SMALLER: dict[str, dict[str, object]] = {"laser": {"reward": {"length_target": 4}}}
 """a target that answers of a few tokens can miss"""
