@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Protocol, cast
 
 from async_rl.buffer import effects as do
 from async_rl.buffer.admission import Admission
@@ -77,6 +78,12 @@ class Objection:
     reason: str
 
 
+class _OfALife(Protocol):
+    """A message that one life of a generator sends."""
+
+    session: int
+
+
 @dataclass(slots=True, kw_only=True)
 class Acceptance:
     """Checks messages and trajectories. Reads the state machine's parts and changes nothing in them."""
@@ -98,9 +105,13 @@ class Acceptance:
             return Objection(kind="quarantine", reason=f"quarantined: {why}")
         if kind in OF_GENERATORS and peer not in self.admission.generators:
             return Objection(kind="stranger", reason="say Hello first")
-        if kind in OF_ONE_SESSION and self.admission.known(peer, message.session) is None:
+        if kind in OF_ONE_SESSION and self.admission.known(peer, cast(_OfALife, message).session) is None:
             return Objection(kind="stranger", reason="say Hello first: this is another life of the generator")
-        if kind in OF_A_LIFE and message.session and self.admission.known(peer, message.session) is None:
+        if (
+            kind in OF_A_LIFE
+            and (session := cast(_OfALife, message).session)
+            and self.admission.known(peer, session) is None
+        ):
             return Objection(kind="stranger", reason="another life of the generator loaded these weights")
         if isinstance(message, msg.Gone) and peer.endswith(KEEPER):
             return self._told_by_keeper(peer.removesuffix(KEEPER), message)

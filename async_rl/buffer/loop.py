@@ -30,7 +30,7 @@ from async_rl.steady_clock import steady_time
 from async_rl.trajectory.codec import WireError, unpack
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import UNREAD_IN, Router
-from async_rl.wire.endpoint import this_host
+from async_rl.wire.endpoint import is_tcp, this_host
 from async_rl.wire.frames import PORTION_BYTES
 from async_rl.wire.heartbeat import Activity
 from async_rl.wire.keys import Gate, keys_in
@@ -49,6 +49,9 @@ FEWEST_MESSAGES = 16
 """messages of one peer that may wait in the process: fewer would stop senders without need"""
 FEWEST_IN_ALL = 1024
 """messages of all peers that may wait, whatever the budget"""
+MAY_JOIN = 63
+"""generators that may join over TCP, for the share of each in what may wait: how many will come is not known, and a
+socket's limits are set once"""
 
 
 def make_welcome(folder: RunFolder, settings: Settings, *, task_digest: str, segment: str, weights: str) -> msg.Welcome:
@@ -74,7 +77,8 @@ def run_buffer(
     A store that exists is continued, for a trainer that begins at `version`."""
     limit = settings.wire.max_message_mb << 20
     chosen = settings.buffer
-    memory = divide_memory(chosen.memory_mb << 20, peers=settings.generator.count + 1)
+    joining = MAY_JOIN if is_tcp(endpoint) else 0
+    memory = divide_memory(chosen.memory_mb << 20, peers=1 + settings.generator.count + joining)
     part_bytes = min(memory.part_bytes, limit // 2)
     begun = store_begun(folder.store)
     with (
@@ -110,8 +114,6 @@ def run_buffer(
         while not core.ended:
             activity.keepalive("serving")
             effects = receive(router, core, memory.handled_bytes, ticks)
-            peers = 1 + max(settings.generator.count, len(core.admission.generators))
-            router.limit_queues(peers, queued_messages(chosen.memory_mb << 20, peers=peers))
             activity.keepalive("storing and answering" if effects else "serving")
             execute(effects, store, router, folder.record, part_bytes)
             strangers.report(core, folder, time.monotonic())

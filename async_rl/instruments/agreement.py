@@ -96,10 +96,10 @@ def measure_log_probs(settings: Settings, task: Task, *, parameters: int) -> tup
         raise UserError(f"no episode could be sampled: {episodes[0].reason}")
     packed = pack_batch(usable, micro_batch_tokens=settings.trainer.micro_batch_tokens, device=settings.trainer.device)
     arithmetic = ModelArithmetic(temperature=settings.generator.temperature, dtype=DTYPES[settings.trainer.dtype])
-    found = batch_log_probs(trainer, packed, arithmetic).log_prob
-    expected, shown = found.tolist(), packed.log_behaviour.tolist()
-    on = _sampled(f"{packed.num_policy_tokens} tokens of {len(usable)} episodes", expected, shown, len(usable))
-    return _compared(expected, shown), on
+    found = batch_log_probs(trainer, packed, arithmetic).log_prob.tolist()
+    engines = packed.log_behaviour.tolist()
+    on = _sampled(f"{packed.num_policy_tokens} tokens of {len(usable)} episodes", found, engines, len(usable))
+    return _compared(found, engines), on
 
 
 def _sampled(text: str, expected: Sequence[float], shown: Sequence[float], trajectories: int) -> Sampled:

@@ -27,7 +27,7 @@ from async_rl.errors import UserError
 from async_rl.events import EvaluationReported, RunResumed
 from async_rl.observe import timeline
 from async_rl.observe.charts import Curve, charts_for, curve
-from async_rl.observe.console import conclusion, summary_rows
+from async_rl.observe.conclusion import conclusion, summary_rows
 from async_rl.observe.glossary import meaning
 from async_rl.observe.record import RunRecord, incidents, read_run
 from async_rl.observe.samples import samples

@@ -148,7 +148,7 @@ class PackedBatch:
     """what came back from the experience pool; None: nothing did"""
     cut: Tensor | None = None  # [I] bool
     """as `objective.Columns.cut`"""
-    earlier: Earlier | None = None
+    earlier: Earlier[PackedBatch] | None = None
     """tokens on which the critic alone is trained; None: there are none"""
     forks: Tensor | None = None  # [I, 2] int64
     """as `objective.Columns.forks`"""
@@ -289,7 +289,7 @@ def pack_batch(
         reused=reused_columns(ordered, device) if any(SOURCE in t.info for t in ordered) else None,
         forks=forks_among(ordered, device) if any(FORK in t.info for t in ordered) else None,
         cut=cut_among(ordered, device),
-        earlier=earlier_of(ordered, partial(again, needs=None)) if needs is not None and needs.earlier else None,
+        earlier=None if needs is None or not needs.earlier else earlier_of(ordered, partial(again, needs=None), device),
         greedy=greedy_among(ordered, device) if any(turn.temperature == GREEDY for _, turn in turns) else None,
         taught=taught(ordered, teachers, device) if teachers else {},
         micro_batches=tuple(_pack_parts(pieces, policy_of_piece, parts, device, sizes if shared else None)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,15 +19,15 @@ from torch import Tensor
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.given import given_in
 
-if TYPE_CHECKING:
-    from async_rl.trainer.packing import PackedBatch
+Batch = TypeVar("Batch")
+"""what trajectories are packed into (trainer/packing.py, which knows this file)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Earlier:
+class Earlier(Generic[Batch]):
     """The tokens that were given to the last pieces of a batch. E: their number."""
 
-    batch: PackedBatch
+    batch: Batch
     """the same pieces, as if those tokens were their policy tokens"""
     first: Tensor  # [E] int64
     """row, in the columns of the batch itself, of the first token that the piece sampled"""
@@ -45,7 +45,9 @@ def cut_among(ordered: Sequence[Trajectory], device: str | torch.device) -> Tens
     return torch.tensor(cut, device=device) if any(cut) else None
 
 
-def earlier_of(ordered: Sequence[Trajectory], pack: Callable[[Sequence[Trajectory]], PackedBatch]) -> Earlier | None:
+def earlier_of(
+    ordered: Sequence[Trajectory], pack: Callable[[Sequence[Trajectory]], Batch], device: str | torch.device
+) -> Earlier[Batch] | None:
     """What was given to the pieces among these trajectories that end their episodes; None: nothing. `pack`: of
     trajectories, in this order."""
     chosen: list[Trajectory] = []
@@ -61,10 +63,8 @@ def earlier_of(ordered: Sequence[Trajectory], pack: Callable[[Sequence[Trajector
         row += own
     if not chosen:
         return None
-    batch = pack(chosen)
-    device = batch.log_behaviour.device
     return Earlier(
-        batch=batch,
+        batch=pack(chosen),
         first=torch.from_numpy(np.concatenate(first)).to(device),
         distance=torch.from_numpy(np.concatenate(distance)).to(device),
     )

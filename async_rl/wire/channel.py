@@ -89,7 +89,6 @@ class Router:
         """`queued_messages`: messages of each peer that may wait to be handled; beyond them the peer keeps what it
         sends. `keys`: needed for tcp. Raises UserError when the endpoint is malformed or taken, or has no keys."""
         self._max_message_bytes = max_message_bytes
-        self._peers = 0
         self.refused: Counter[str] = Counter()
         """what could not be decoded, by WireKind"""
         self.gate: Gate | None = None
@@ -105,6 +104,7 @@ class Router:
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._socket.set(zmq.ROUTER_HANDOVER, 1)
         # against peers that flood (the limit only slows them down) or never read (no sound peer reaches that limit)
+        # set once: a sender whose limit changes under way may never be told that its messages were read, and stops
         self._socket.set(zmq.RCVHWM, queued_messages)
         self._socket.set(zmq.SNDHWM, _UNREAD_OUT)
         self._socket.set(zmq.BACKLOG, _BACKLOG)  # a thousand generators may come at once
@@ -147,13 +147,6 @@ class Router:
                 return False
             raise
         return True
-
-    def limit_queues(self, peers: int, messages: int) -> None:
-        """From now on, of each of these peers so many messages may wait to be handled. Cheap while their number stays;
-        peers that have connected since keep what they began with until it changes."""
-        if peers != self._peers:
-            self._peers = peers
-            self._socket.set(zmq.RCVHWM, messages)
 
     def close(self) -> None:
         self._close(linger=round(LINGER_S * 1000))

@@ -558,12 +558,10 @@ SMALLER: dict[str, dict[str, object]] = {"laser": {"reward": {"length_target": 4
 def answered(seed: int) -> Columns:
     """Groups of six with answers noted, one group without a difference, ratios up to e^2."""
     columns = batch(seed, groups=4, size=6, spread=0.7, equal=True)
-    random = np.random.default_rng(seed)
-    said = random.integers(0, 3, len(columns.reward)).astype(float)
+    said = np.random.default_rng(seed).integers(0, 3, len(columns.reward)).astype(float)
     said[5] = math.nan
     reward = columns.reward.clone()
-    if seed % 2:
-        reward[18:] = 0.0  # all wrong
+    reward[18:] *= 1 - seed % 2  # all wrong
     return replace(columns, reward=reward, noted=Noted(trajectory={"answer": torch.tensor(said)}))
 
 
@@ -582,27 +580,21 @@ def test_the_coefficients_are_the_gradient_of_the_published_loss(
 def test_the_target_of_a_length_may_be_noted_by_the_task(
     descent: Callable[..., Tensor], assert_equal: Callable[..., None]
 ) -> None:
-    columns = answered(0)
-    asked = torch.arange(len(columns.reward)).double() % 5 + 1
-    columns = replace(columns, noted=Noted(trajectory={"asked": asked}))
+    asked = torch.arange(24).double() % 5 + 1
+    columns = replace(answered(0), noted=Noted(trajectory={"asked": asked}))
     long = lengths(columns)
     exact = [float(r) - 0.1 * abs(float(a) - n) for r, a, n in zip(columns.reward, asked, long, strict=True)]
     most = [min(max(0.1 * (float(a) - n) + 0.5, 0.0), 1.0) for a, n in zip(asked, long, strict=True)]
-    for rule, rewards in (
-        ("target", exact),
-        ("target_max", [float(r) * m for r, m in zip(columns.reward, most, strict=True)]),
-    ):
+    capped = (columns.reward * torch.tensor(most)).tolist()
+    for rule, rewards in (("target", exact), ("target_max", capped)):
         reward = {"length": rule, "length_weight": 0.1, "length_target": 0, "length_target_note": "asked"}
-        got = policy_of(columns, "l1", reward=reward)
-        assert_equal(
-            got,
-            descent(ppo(columns, by_group(columns, standardised, torch.tensor(rewards, dtype=torch.float64))), columns),
-        )
+        advantages = by_group(columns, standardised, torch.tensor(rewards, dtype=torch.float64))
+        wanted = descent(ppo(columns, advantages), columns)
+        assert_equal(policy_of(columns, "l1", reward=reward), wanted)
 
 
 def test_pass_k_as_large_as_the_group_is_the_leave_one_out_of_the_maximum() -> None:
-    columns = answered(2)
-    columns = replace(columns, reward=torch.arange(24).double() % 6, log_behaviour=columns.log_prob)
+    columns = replace(answered(2), reward=torch.arange(24).double() % 6, log_behaviour=answered(2).log_prob)
     got = policy_of(columns, "pkpo", reward={"pass_k": 6}, aggregate={"mode": "seq_mean_token_sum"}) * 24
     best = torch.tensor([5.0 - 4.0 if i % 6 == 5 else 0.0 for i in range(24)], dtype=torch.float64)
     torch.testing.assert_close(got, spread(columns, best))

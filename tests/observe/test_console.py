@@ -14,7 +14,8 @@ from support_run import quick_settings
 from support_story import Story
 
 from async_rl.events import EvaluationReported, StepSkipped
-from async_rl.observe.console import FULL, Console, conclusion, evaluation_line, figure, layout_for, step_line
+from async_rl.observe.conclusion import conclusion
+from async_rl.observe.console import FULL, Console, evaluation_line, figure, layout_for, step_line
 from async_rl.trainer.summary import gain_interval, judged, mean_judged
 
 

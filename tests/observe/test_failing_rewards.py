@@ -14,7 +14,8 @@ from support_story import Story
 from async_rl.buffer.store import Store
 from async_rl.events import EvaluationReported
 from async_rl.observe.charts import charts_for
-from async_rl.observe.console import evaluation_line, layout_for, step_line, summary_rows
+from async_rl.observe.conclusion import summary_rows
+from async_rl.observe.console import evaluation_line, layout_for, step_line
 from async_rl.observe.glossary import find_metric
 from async_rl.observe.record import read_run
 from async_rl.observe.report import report_data

@@ -12,7 +12,8 @@ from support_run import quick_settings, train
 from async_rl.buffer.store import StoreReader
 from async_rl.config import Settings
 from async_rl.errors import UserError
-from async_rl.observe.console import Console, length_bias
+from async_rl.observe.conclusion import length_bias
+from async_rl.observe.console import Console
 from async_rl.run.launcher import resume_training
 from async_rl.run_folder import RunFolder, read_rows
 

@@ -60,8 +60,7 @@ class Process:
     frozen_until: float = 0.0
 
     def after(self, delay: float, action: Action) -> None:
-        clock = self.clock
-        heappush(clock.events, (clock.now + delay, next(clock.count), partial(self.when_awake, action)))
+        self.clock.at(delay, partial(self.when_awake, action))
 
     def when_awake(self, action: Action) -> None:
         """Run `action` now, at the end of the freeze, or never."""
