@@ -178,14 +178,19 @@ def check_recipe(settings: Settings, task: Task, tokenizer: Tokenizer, *, built_
         has_critic=needs.value,
         single_turn=task.single_turn,
         credits_turns=task.credits_turns,
-        noted=task.noted,
+        noted=(noted := _noted_by(task)),
         parts=task.reward_parts,
         pool=settings.pool,
     )
-    notes += check_teachers(settings, recipe, tokenizer, task.noted) + check_rollout(settings, recipe)
+    notes += check_teachers(settings, recipe, tokenizer, noted) + check_rollout(settings, recipe)
     check_windows(settings, recipe, judges_groups=has_group_reward(task))
     check_signal(settings, task)
     return notes + describe_warmups(settings, has_critic=needs.value)
+
+
+def _noted_by(task: Task) -> Sequence[str] | None:
+    """Names that the task says it notes; None: it does not say."""
+    return task.noted if "noted" in {*getattr(task, "__dict__", ()), *vars(type(task))} else None
 
 
 def check_sampler(settings: Settings, task: Task) -> ProblemSources | None:

@@ -35,6 +35,7 @@ class Arithmetic(GeneratedTask):
 
     name = "arithmetic"
     repeatable = True
+    noted = ()
     single_turn = True
     Settings = ArithmeticSettings
 

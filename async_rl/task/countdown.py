@@ -60,6 +60,7 @@ class Countdown(GeneratedTask):
 
     name = "countdown"
     repeatable = True
+    noted = ()
     single_turn = True
     Settings = CountdownSettings
 

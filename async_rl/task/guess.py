@@ -69,6 +69,7 @@ class Guess(Task):
 
     name = "guess"
     repeatable = True
+    noted = ()
     Settings = GuessSettings
 
     def __init__(self, settings: GuessSettings) -> None:

@@ -75,6 +75,7 @@ class Letters(GeneratedTask):
 class Sort(Letters):
     name = "sort"
     repeatable = True
+    noted = ()
 
     def solve(self, letters: str) -> str:
         return "".join(sorted(letters))
@@ -83,6 +84,7 @@ class Sort(Letters):
 class Reverse(Letters):
     name = "reverse"
     repeatable = True
+    noted = ()
 
     def solve(self, letters: str) -> str:
         return letters[::-1]

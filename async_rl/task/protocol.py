@@ -364,7 +364,8 @@ class Task:
 
     noted: Sequence[str] | None = None
     """names that its episodes give to `Session.note`, `note_turn` and `note_tokens`; a recipe that reads another one is
-    refused when a run begins. None: not told"""
+    refused when a run begins. None: not told. It is believed of the class that says it, not of those that derive from
+    that, which may note more"""
 
     looked_at: int = 500
     """problems of each split that are looked at before a run begins (lengths, control tokens, the digest by which hosts

@@ -317,3 +317,9 @@ def test_a_port_or_socket_in_use_is_refused_and_left_alone(refused: Refused, lis
     assert "it is in use; end the other run or choose another port" in refused(f"wire.endpoint=tcp://:{port}", words)
     assert "is in use by another process" in refused(f"wire.endpoint=ipc://{path}")
     assert path.exists()
+
+
+def test_a_recipe_that_reads_what_the_task_does_not_note_is_refused(refused: Refused) -> None:
+    assert refused("recipe=ttrl").endswith(
+        "reward.answer_note names 'answer', and this task notes nothing (Session.note, Session.note_turn)"
+    )
