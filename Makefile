@@ -128,7 +128,7 @@ soak: .venv/installed-dev
 	$(BIN)/python bench/soak.py
 
 # Longer proofs: tests marked `nightly`, and 10,000 conversations for each real tokenizer (20 minutes of one core).
-nightly: .venv/installed-dev tokenizers ray
+nightly: .venv/installed-dev tokenizers ray numba
 	OMP_NUM_THREADS=1 ASYNC_RL_NIGHTLY=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m nightly
 	OMP_NUM_THREADS=1 ASYNC_RL_CONVERSATIONS=10000 $(BIN)/python -m pytest -n 0 tests/model/test_real_tokenizers.py
 
