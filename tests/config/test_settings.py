@@ -192,6 +192,13 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
         ("generator.device=cuda", "generator.gpus=0", "generator.count=0"), "joining generators name their own device",
     ),
     "cluster_settings_need_ray": (("cluster.generators=4",), "does nothing with cluster.engine=local"),
+    "pieces_go_on_alone": (("rollout.window=8",), "rollout.window needs batch.group_size=1 (now "),
+    "nodes_need_an_external_trainer": (
+        ("trainer.nodes=2", "trainer.ranks=2"), "the run starts its ranks on its own machine",
+    ),
+    "a_network_needs_ranks_that_others_start": (
+        ("trainer.network=10.0.0.0/8",), "does nothing with trainer.start=launcher",
+    ),
     "ray_takes_the_place_of_settings": (
         ("cluster.engine=ray", "guard.rollback=true"), "whose ranks are actors of Ray with cluster.engine=ray",
     ),
