@@ -389,8 +389,10 @@ def activation_bytes(
     checkpointing: bool = False,
     sharded: bool = False,
 ) -> int:
-    """Bytes kept for the backward pass of a micro-batch of `tokens`. With checkpointing: every layer's input, and one
-    layer whole. `sharded`: weights are gathered layer by layer in bfloat16, so autocast keeps no copies of them."""
+    """Bytes kept for the backward pass of a micro-batch of `tokens` by torch's own operations; compiled ones keep less
+    (model/compiled_layer.py). With checkpointing: every layer's input, and one layer whole.
+
+    `sharded`: weights are gathered layer by layer in bfloat16, so autocast keeps no copies of them."""
     kept = kept_bytes(c, bfloat16=bfloat16, packed=packed)
     layers = c.layers * kept.boundary + kept.layer if checkpointing else c.layers * kept.layer
     if not bfloat16 or sharded:

@@ -249,7 +249,8 @@ ranks.close()
 
 
 def test_the_trainers_part_is_what_a_trainer_takes(tmp_path: Path) -> None:
-    """Peak of a real step on 4000 packed tokens, within a quarter of the estimate."""
+    """Peak of a real step on 4000 packed tokens, within a quarter of the estimate. It counts what torch's own operations
+    keep; compiled ones (model/compiled_layer.py) keep less."""
     from async_rl.config.schema import to_yaml
 
     model = tmp_path / "model"
@@ -258,12 +259,17 @@ def test_the_trainers_part_is_what_a_trainer_takes(tmp_path: Path) -> None:
     settings = quick_settings(model, "trainer.micro_batch_tokens=4096", "recipe.name=grpo")
     config = tmp_path / "config.yaml"
     config.write_text(to_yaml(settings))
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(config)], capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    peaks = []
+    for native in ("0", "1"):
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(config)], capture_output=True, text=True, check=False, timeout=120,
+            env={**os.environ, "ASYNC_RL_NATIVE": native},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
     said = sum(part.bytes for part in estimate(settings).parts if part.name.startswith("trainer"))
-    assert int(done.stdout) == pytest.approx(said, rel=0.25)
+    assert peaks[0] == pytest.approx(said, rel=0.25)
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 @pytest.mark.nightly

@@ -36,8 +36,11 @@ def reinforce(recipe: Recipe) -> Recipe:
     )
 
 
-ANOTHER_OBJECTIVE = ("a_star_po", "bpo", "copg", "disco", "gbpo", "gepo", "gvpo", "rebel")
-"""not REINFORCE even on policy: regressions, a discrimination, a target ratio, a ratio that is not 1"""
+ANOTHER_OBJECTIVE = (
+    "a_star_po", "agro", "bpo", "copg", "disco", "gbpo", "gepo", "gvpo", "kimi_k15", "oapl", "ppo_ewma", "real", "rebel",
+    "tba",
+)  # fmt: skip
+"""not REINFORCE even on policy: regressions, discriminations, a target ratio, a ratio that is not 1 or to a reference"""
 
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if n not in ("clip_cov", "opo", *ANOTHER_OBJECTIVE)])

@@ -585,7 +585,7 @@ def test_the_target_of_a_length_may_be_noted_by_the_task(
     long = lengths(columns)
     exact = [float(r) - 0.1 * abs(float(a) - n) for r, a, n in zip(columns.reward, asked, long, strict=True)]
     most = [min(max(0.1 * (float(a) - n) + 0.5, 0.0), 1.0) for a, n in zip(asked, long, strict=True)]
-    capped = (columns.reward * torch.tensor(most)).tolist()
+    capped = (columns.reward * torch.tensor(most, dtype=torch.float64)).tolist()
     for rule, rewards in (("target", exact), ("target_max", capped)):
         reward = {"length": rule, "length_weight": 0.1, "length_target": 0, "length_target_note": "asked"}
         advantages = by_group(columns, standardised, torch.tensor(rewards, dtype=torch.float64))
