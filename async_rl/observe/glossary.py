@@ -189,8 +189,10 @@ intended.""",
 `zero_signal` (no advantage on any token), `equal_rewards` (those of its group), `group_reward` (the group's mean is
 outside `select.group_*`), `flag` (marked by the task, `select.drop_flag`), `no_teacher` (distillation
 alone, and no teacher spoke), `greedy` (sampled greedily, as a baseline), `no_greedy` (of a group without one),
-`small_advantage` (`select.largest_share`), `surplus` (beyond `select.keep_in_group`), `not_noted` (without the number `advantage.note`). A trajectory may have several. Whether the
-rejected stay in the loss's denominators is `select.denominator`.""",
+`small_advantage` (`select.largest_share`), `small_deviation` (of a group whose rewards differ least,
+`select.deviating_share`), `surplus` (beyond `select.keep_in_group`), `not_noted` (without the number
+`advantage.note`). A trajectory may have several. Whether the rejected stay in the loss's denominators is
+`select.denominator`.""",
         metrics=(
             Metric("reject/tokens", "share", "share of the tokens that was rejected for any reason"),
             Metric("reject/trajectories", "share", "share of the trajectories"),

@@ -249,7 +249,7 @@ ranks.close()
 
 
 def test_the_trainers_part_is_what_a_trainer_takes(tmp_path: Path) -> None:
-    """Peak of a real step on 4000 packed tokens, within a quarter of the estimate. It counts what torch's own operations
+    """Peak of a real step on 4000 packed tokens, within a quarter of the estimate. It counts what torch's operations
     keep; compiled ones (model/compiled_layer.py) keep less."""
     from async_rl.config.schema import to_yaml
 

@@ -37,10 +37,10 @@ def reinforce(recipe: Recipe) -> Recipe:
 
 
 ANOTHER_OBJECTIVE = (
-    "a_star_po", "agro", "bpo", "copg", "disco", "gbpo", "gepo", "gvpo", "kimi_k15", "oapl", "ppo_ewma", "real", "rebel",
-    "tba",
+    "a_star_po", "agro", "bpo", "copg", "disco", "gbpo", "gepo", "gvpo", "kimi_k15", "oapl", "ppo_ewma", "real",
+    "rebel", "tba",
 )  # fmt: skip
-"""not REINFORCE even on policy: regressions, discriminations, a target ratio, a ratio that is not 1 or to a reference"""
+"""not REINFORCE even on policy: regressions, discriminations, a target ratio, a ratio that is not 1 there"""
 
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if n not in ("clip_cov", "opo", *ANOTHER_OBJECTIVE)])
