@@ -123,6 +123,7 @@ class Learner:
         self.recipe = recipe
         self.options = options
         self.needs = requirements(recipe)
+        self.passes = passes(recipe)
         self._objective = objective_of(recipe)
         self.reference = reference
         self.critic = critic
@@ -150,7 +151,7 @@ class Learner:
         """
         started = time.perf_counter()
         plan, taken = self.options.updates, Taken()
-        several = plan.epochs * plan.minibatches > 1 or passes(self.recipe) != 1
+        several = plan.epochs * plan.minibatches > 1 or self.passes != 1
         start = self._start(batch) if plan.minibatches > 1 else None
         for epoch in range(plan.epochs):
             before = taken.done
@@ -177,7 +178,7 @@ class Learner:
     def _updates(self, batch: PackedBatch, epoch: int) -> Iterator[tuple[Part, int | None]]:
         """The minibatches of an epoch, each once, or once for each turn of its longest trajectory; or all of them once
         for each part of the tokens (`token_order`)."""
-        many = passes(self.recipe)
+        many = self.passes
         for number, part in product(range(many or 1), self._parts(batch, epoch)):
             if many is not None:
                 yield part, None if many == 1 else number

@@ -288,7 +288,7 @@ def pack_batch(
         noted=noted,
         reused=reused_columns(ordered, device) if any(SOURCE in t.info for t in ordered) else None,
         forks=forks_among(ordered, device) if any(FORK in t.info for t in ordered) else None,
-        cut=cut_among(ordered, device),
+        cut=cut_among(ordered, device) if any(t.ended == "window" for t in ordered) else None,
         earlier=None if needs is None or not needs.earlier else earlier_of(ordered, partial(again, needs=None), device),
         greedy=greedy_among(ordered, device) if any(turn.temperature == GREEDY for _, turn in turns) else None,
         taught=taught(ordered, teachers, device) if teachers else {},

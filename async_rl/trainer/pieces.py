@@ -39,10 +39,9 @@ class Earlier(Generic[Batch]):
         return target[self.first] * discount ** self.distance.to(target.dtype)
 
 
-def cut_among(ordered: Sequence[Trajectory], device: str | torch.device) -> Tensor | None:  # [I] bool
-    """Which of the trajectories are pieces of episodes that go on; None: none is."""
-    cut = [t.ended == "window" for t in ordered]
-    return torch.tensor(cut, device=device) if any(cut) else None
+def cut_among(ordered: Sequence[Trajectory], device: str | torch.device) -> Tensor:  # [I] bool
+    """Which of the trajectories are pieces of episodes that go on."""
+    return torch.tensor([t.ended == "window" for t in ordered], device=device)
 
 
 def earlier_of(
