@@ -17,8 +17,8 @@ MOST_FILES = 37
 """a GRPO step of one rank passed through 49 before rooms were merged, and 24 then; since 0.4.0 shared prefixes, the
 robust reference and the decoder's own gradients have files of their own (30), since 0.5.0 compiled functions, lanes,
 the model's arithmetic, updates in minibatches, the pass over one of them, and beginnings that are sent once (36), since
-0.6.0 whole layers as compiled functions and publication beside training. What a run does not use (pool, forks, notes, KL,
-windows) is not passed through"""
+0.6.0 whole layers as compiled functions and publication beside training. What a run does not use (pool, forks, notes,
+KL, windows) is not passed through"""
 ROOT = Path(__file__).parent.parent.parent
 
 
