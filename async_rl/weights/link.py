@@ -84,6 +84,8 @@ class Staged:
         self._newest = self._copies[0]
         self._changed = threading.Condition()
         self._written: _Copy | None = None
+        self._waits = False
+        """a writer waits for a copy: transfers that follow each other closely would never leave it one"""
         self._mine = threading.local()
         """the copy that a thread reads, inside `held`"""
 
@@ -125,7 +127,11 @@ class Staged:
         if version <= self.version:
             raise ValueError(f"version {version} is not newer than {self.version}")
         with self._changed:
-            copy = self._written = self._free_copy(seconds, keepalive)
+            try:
+                copy = self._written = self._free_copy(seconds, keepalive)
+            finally:
+                self._waits = False
+                self._changed.notify_all()
             copy.version = -1
         try:
             self._fill(copy, tensors)
@@ -153,6 +159,8 @@ class Staged:
                     f"trainer waited {seconds:g} s for {', '.join(self.readers)} to take weights version "
                     f"{', '.join(map(str, versions))}, and the transfer cannot be ended; resume the run"
                 )
+            # where there is a second copy, transfers of this version may first begin: its readers end by themselves
+            self._waits = self._most == 1 or seconds - left >= PING_S
             keepalive()
             self._changed.wait_for(lambda: any(not copy.readers for copy in self._copies), min(left, PING_S))
 
@@ -176,7 +184,7 @@ class Staged:
         RunFailed after `seconds`."""
         with self._changed:
             began = time.monotonic()
-            if not self._changed.wait_for(lambda: self._newest is not self._written, seconds):
+            if not self._changed.wait_for(lambda: not self._waits and self._newest is not self._written, seconds):
                 raise RunFailed(f"{who} waited {time.monotonic() - began:.0f} s for the trainer to copy its weights")
             copy = self._newest
             copy.readers.append(who)

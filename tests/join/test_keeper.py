@@ -19,7 +19,7 @@ from async_rl.wire import messages as msg
 from async_rl.wire.channel import Router
 from async_rl.wire.heartbeat import Activity, Heartbeat
 
-LIMIT_S = 0.5
+LIMIT_S = 3.0  # a crash writes its stacks first
 
 
 def generator(end: Callable[[], None], *, in_task: bool) -> Callable[[Traces], int]:

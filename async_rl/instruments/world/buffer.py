@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from types import ModuleType
 from typing import Any, get_args
 
 from msgspec.structs import replace
@@ -52,10 +53,10 @@ class WorldWatch:
 
 
 @cache
-def _execute() -> Callable[..., None]:
-    from async_rl.buffer.loop import execute  # sockets and SQLite, for those who have a store only
+def _loop() -> ModuleType:
+    from async_rl.buffer import loop  # sockets and SQLite, for those who have a store only
 
-    return execute
+    return loop
 
 
 class Killed(Exception):
@@ -141,7 +142,7 @@ class SimulatedBuffer(Process):
         if self.doomed and self.writes:
             self.left = self.clock.random.randint(0, len(effects) + 2)
         try:
-            _execute()(effects, Disk(self), Wire(self), self.watch.recorded, 1 << 30)
+            _loop().execute(effects, Disk(self), Wire(self), self.watch.recorded, 1 << 30)
         except Killed:
             self.killed(self.core if self.committed else None)
             return
