@@ -28,6 +28,7 @@ def begin(config: Path, run: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.nightly
 def test_a_run_of_which_everything_is_killed_loses_nothing(tmp_path: Path, tiny_model: Path) -> None:
     config = write_config(
         tmp_path,

@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.nightly) if name == "demo_lora" else name for name in DEMOS]
+    "name", [pytest.param(name, marks=pytest.mark.nightly) if name != "demo" else name for name in DEMOS]
 )
 def test_it_runs_and_ends_with_answers_before_and_after(name: str, model: Path, tmp_path: Path) -> None:
     if name != "demo_tools" and importlib.util.find_spec("reasoning_gym") is None:

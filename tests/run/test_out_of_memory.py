@@ -46,6 +46,7 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.nightly
 def test_a_trainer_without_memory_says_what_to_lower_and_the_run_goes_on_with_it(
     tmp_path: Path, greedy_model: Path
 ) -> None:

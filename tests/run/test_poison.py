@@ -53,6 +53,7 @@ def test_it_is_refused_with_its_place_and_the_run_goes_on(
     assert audit.returncode == 0, audit.stdout
 
 
+@pytest.mark.nightly
 def test_a_held_out_problem_fails_and_is_counted_apart(tmp_path: Path, tiny_model: Path) -> None:
     run = begin(tmp_path, tiny_model, "leave", "trainer.steps=3", held_out=(20, 3))
     (tmp_path / "train.jsonl").write_text("".join(f'{{"prompt": "{i}<", "answer": "x"}}\n' for i in range(12)))

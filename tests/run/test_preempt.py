@@ -42,7 +42,7 @@ def events(run: Run, kind: type) -> list[object]:
     ("order", "whole"),
     [
         pytest.param(signal.SIGTERM, True, id="term-to-all"),
-        pytest.param(signal.SIGUSR1, False, id="usr1"),
+        pytest.param(signal.SIGUSR1, False, id="usr1", marks=pytest.mark.nightly),
         pytest.param(signal.SIGTERM, False, id="term", marks=pytest.mark.nightly),
         pytest.param(signal.SIGHUP, False, id="hup", marks=pytest.mark.nightly),
         pytest.param(signal.SIGUSR1, True, id="usr1-to-all", marks=pytest.mark.nightly),

@@ -100,6 +100,7 @@ def test_a_frozen_follower_is_named_and_the_run_ends(start: Callable[..., Run]) 
     assert run.left_behind() == []
 
 
+@pytest.mark.nightly
 def test_no_rank_outlives_what_started_it_and_the_run_can_be_resumed(start: Callable[..., Run], tmp_path: Path) -> None:
     run = start()
     ranks = ranks_of(run)
@@ -127,6 +128,7 @@ def test_ctrl_c_ends_all_ranks_and_leaves_nothing(start: Callable[..., Run]) -> 
     assert run.left_behind() == []
 
 
+@pytest.mark.nightly
 def test_no_rank_outlives_a_killed_launcher(start: Callable[..., Run]) -> None:
     run = start()
     seen = descendants(run.process.pid)

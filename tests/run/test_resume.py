@@ -200,6 +200,7 @@ def test_a_killed_generator_is_started_again_and_nobody_else_notices(tmp_path: P
     audit(folder)
 
 
+@pytest.mark.nightly
 def test_too_many_deaths_end_a_run_and_what_cannot_be_resumed_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     command, folder = start(tmp_path, tiny_model, "generator.max_restarts=1", "trainer.steps=5000")
     wait_until(lambda: trained(folder) >= 1, command)

@@ -93,6 +93,7 @@ def test_a_run_goes_back_once_and_nothing_is_lost_or_trained_twice(tmp_path: Pat
     assert [step.step for step in scored.scores[0].steps] == list(range(14))
 
 
+@pytest.mark.nightly
 def test_a_finished_run_that_went_back_goes_on_at_the_lower_rate(tmp_path: Path, tiny_model: Path) -> None:
     folder = train(quick_settings(tiny_model, *NERVOUS, *BACK, "trainer.steps=8"), tmp_path / "run")
     before = read_rollback(folder)
@@ -142,7 +143,7 @@ def gone_back_late(settings: Settings, tmp_path: Path) -> RunFolder:
 @pytest.mark.parametrize(
     "changes",
     [
-        (),
+        pytest.param((), marks=pytest.mark.nightly),
         pytest.param(("checkpoint.every=5", "checkpoint.keep=1", "guard.rollback=false"), marks=pytest.mark.nightly),
     ],
 )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support_command import wait_for, write_config
 
 from async_rl.run_folder import RunFolder, read_rows
@@ -15,6 +16,7 @@ from async_rl.run_folder import RunFolder, read_rows
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "slurm.sbatch"
 
 
+@pytest.mark.nightly
 def test_a_job_that_is_ended_and_queued_again_trains_every_step_once(tmp_path: Path, tiny_model: Path) -> None:
     config = write_config(tmp_path, tiny_model, "trainer.steps=100000", "checkpoint.every=100000")
     commands = tmp_path / "bin"

@@ -100,7 +100,7 @@ def test_the_engine_comes_first_where_it_rounds_what_the_trainer_does_not() -> N
     assert "recipe" not in remedy_of(load_recipe({"name": "icepop"}), HALF, 0.045, updates=1)
 
 
-@pytest.mark.parametrize("updates", [1, 4])
+@pytest.mark.parametrize("updates", [1, pytest.param(4, marks=pytest.mark.nightly)])
 def test_every_setting_that_it_names_loads_and_makes_the_spread_a_smaller_share_of_the_bounds(updates: int) -> None:
     named = 0
     for name in list_recipes():
