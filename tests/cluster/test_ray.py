@@ -27,6 +27,19 @@ class Slow(Guess):
             await asyncio.sleep(SLOW_S)
         return await super().rollout(problem, session)
 """
+OWN_RECIPE = """
+import time
+from pathlib import Path
+import torch
+from async_rl import Coefficients, Columns
+
+def reinforce(columns: Columns) -> Coefficients:
+    if not Path(SLOW_FILE).exists():
+        time.sleep(2.0)  # now the trainer is the slower side
+    of_token = columns.trajectory_of_turn[columns.turn_of_token]
+    policy = (columns.reward - columns.reward.mean())[of_token] / len(of_token)
+    return Coefficients(policy=policy.to(columns.log_prob.dtype), metrics={})
+"""
 
 
 def test_a_node_with_two_generators_dies_and_another_comes(tmp_path: Path, tiny_model: Path) -> None:
@@ -87,14 +100,17 @@ def test_ctrl_c_ends_the_run_in_one_line_and_it_goes_on_with_ray_and_without(tmp
 
 
 def test_generators_come_and_go_by_who_waits_and_the_users_code_goes_with_them(
-    tmp_path: Path, tiny_model: Path
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))  # where the audit finds the task
     slow = tmp_path / "slow"
     slow.touch()
     (tmp_path / "task.py").write_text(OWN_TASK.replace("SLOW_FILE", repr(str(slow))))
     (tmp_path / "pace.py").write_text("SLOW_S = 3.0\n")
+    (tmp_path / "patient.py").write_text(OWN_RECIPE.replace("SLOW_FILE", repr(str(slow))))
     with nodes(num_cpus=4) as cluster:
         words = ("cluster.generators=1..3", "cluster.scale_s=6", "trainer.steps=100000", "task.name=task.py:Slow")
+        words = (*words, "recipe=patient.py:reinforce")
         run = ray_run(cluster, tmp_path, tiny_model, *words, "task.args={num_secrets: 8, max_turns: 3}")
         run.wait_for(lambda: len(run.events("generator_joined")) >= 3, "three generators")
         slow.unlink()
