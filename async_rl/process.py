@@ -98,54 +98,46 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Inside, a signal is kept, and raises Interrupted at the end. For short work that must not be left half done."""
-    waiting: list[int] = []
-    held = [s for s in SIGNALS if signal.getsignal(s) == _interrupt]
+def _collected(usual: Callable[[int, FrameType | None], None]) -> Iterator[list[str]]:
+    """Inside, signals that `usual` handles add their name to the list, and nothing else happens."""
+    came: list[str] = []
+    held = [s for s in SIGNALS if signal.getsignal(s) == usual]
     if threading.current_thread() is not threading.main_thread():
         held = []
     for s in held:
-        signal.signal(s, lambda number, _: waiting.append(number))
+        signal.signal(s, lambda number, _: came.append(signal.Signals(number).name))
     try:
-        yield
+        yield came
     finally:
         for s in held:
-            signal.signal(s, _interrupt)
+            signal.signal(s, usual)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside, a signal is kept, and raises Interrupted at the end. For short work that must not be left half done."""
+    waiting: list[str] = []
+    try:
+        with _collected(_interrupt) as waiting:
+            yield
+    finally:
         if waiting:
-            _interrupt(waiting[0], None)
+            _interrupt(signal.Signals[waiting[0]], None)
 
 
 @contextmanager
 def noted_signals() -> Iterator[list[str]]:
     """Inside, a signal adds its name to the list and raises nothing: for code that must not be cut short, or that
     would turn Interrupted into something else, and that looks at the list often."""
-    came: list[str] = []
-    held = [s for s in SIGNALS if signal.getsignal(s) == _interrupt]
-    if threading.current_thread() is not threading.main_thread():
-        held = []
-    for s in held:
-        signal.signal(s, lambda number, _: came.append(signal.Signals(number).name))
-    try:
+    with _collected(_interrupt) as came:
         yield came
-    finally:
-        for s in held:
-            signal.signal(s, _interrupt)
 
 
 @contextmanager
 def further_signals() -> Iterator[list[str]]:
     """Signals that arrive inside, after an Interrupted, add their name to the list and do nothing else."""
-    came: list[str] = []
-    held = [s for s in SIGNALS if signal.getsignal(s) == _nothing]
-    if threading.current_thread() is not threading.main_thread():
-        held = []
-    for s in held:
-        signal.signal(s, lambda number, _: came.append(signal.Signals(number).name))
-    try:
+    with _collected(_nothing) as came:
         yield came
-    finally:
-        for s in held:
-            signal.signal(s, _nothing)
 
 
 def ignore_interrupts(*, to_the_end: bool = False) -> None:

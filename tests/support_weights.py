@@ -14,7 +14,7 @@ import torch
 from async_rl.weights import WeightReader
 from async_rl.weights.relay_tree import RelayTree
 from async_rl.weights.shared_memory import TensorPlace, WeightCopy, layout_to_json
-from async_rl.weights.stream import Relays, Shelf, answer
+from async_rl.weights.stream import Intake, Relays, Shelf, answer
 from async_rl.wire.channel import Router
 from async_rl.wire.keys import Keys
 
@@ -65,8 +65,8 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 
 @contextmanager
-def served(path: Path, keys: Keys) -> Iterator[str]:
-    """The endpoint of a weight server on a thread."""
+def served(path: Path, keys: Keys, intake: Intake | None = None) -> Iterator[str]:
+    """The endpoint of a weight server on a thread; `intake`: of versions that a trainer elsewhere sends."""
     over, endpoint, ready = threading.Event(), [""], threading.Event()
 
     def serve() -> None:
@@ -76,7 +76,7 @@ def served(path: Path, keys: Keys) -> Iterator[str]:
             shelf = Shelf(reader.latest, reader.copy, chunk_bytes=100_000)
             relays = Relays(RelayTree())
             while not over.is_set():
-                answer(router, shelf, relays)
+                answer(router, shelf, relays, intake)
 
     thread = threading.Thread(target=serve)
     thread.start()

@@ -159,7 +159,8 @@ class Staged:
                     f"trainer waited {seconds:g} s for {', '.join(self.readers)} to take weights version "
                     f"{', '.join(map(str, versions))}, and the transfer cannot be ended; resume the run"
                 )
-            # where there is a second copy, transfers of this version may first begin: its readers end by themselves
+            # New transfers wait from here on, or there would always be one. With a second copy they may begin for a
+            # moment yet, so that those whose turn has come get this version.
             self._waits = self._most == 1 or seconds - left >= PING_S
             keepalive()
             self._changed.wait_for(lambda: any(not copy.readers for copy in self._copies), min(left, PING_S))

@@ -57,7 +57,7 @@ class Activity:
         """The main thread begins to do this."""
         starts, self._round = self._state[0] == STARTING, self._clock()
         self._state = (doing, self._round)
-        if starts:  # a process that starts may be silent for longer: the launcher must know at once that it has
+        if starts:  # a process that starts may be silent for longer: the launcher must hear at once when it has
             self.woken.set()
 
     def keepalive(self, doing: str) -> None:

@@ -253,6 +253,24 @@ def ordered() -> Iterator[Trajectory]:
     return (t for t in sorted(batch_of(0), key=lambda t: (t.group, t.sample)) if t.num_policy_tokens)
 
 
+def adamw(policy: nn.Module) -> torch.optim.AdamW:
+    """Torch's own, with the settings that `make` gives."""
+    groups = [
+        {"params": [p for p in policy.parameters() if (p.ndim >= 2) == m], "weight_decay": 0.01 * m}
+        for m in (True, False)
+    ]
+    return torch.optim.AdamW(groups, lr=2e-3, betas=(RATES.beta1, RATES.beta2), eps=1e-4)
+
+
+def answers_of_the_batch() -> tuple[dict[int, list[float]], list[Trajectory]]:
+    """The rewards of each group, and the trajectories with policy tokens in order."""
+    batch = sorted(batch_of(0), key=lambda t: (t.group, t.sample))
+    rewards: dict[int, list[float]] = {}
+    for t in batch:
+        rewards.setdefault(t.group, []).append(t.reward)
+    return rewards, [t for t in batch if t.num_policy_tokens]
+
+
 # ------------------------------------------------------------------ turns in order
 
 
@@ -266,16 +284,7 @@ def test_turns_are_updated_one_after_another_with_the_ratios_of_those_before(ord
     report = train(learner, 1)[0]
     assert report.metrics["updates/done"] == 4
     policy = model_of(1)
-    groups = [
-        {"params": [p for p in policy.parameters() if (p.ndim >= 2) == m], "weight_decay": 0.01 * m}
-        for m in (True, False)
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(RATES.beta1, RATES.beta2), eps=1e-4)
-    batch = sorted(batch_of(0), key=lambda t: (t.group, t.sample))
-    rewards: dict[int, list[float]] = {}
-    for t in batch:
-        rewards.setdefault(t.group, []).append(t.reward)
-    answers = [t for t in batch if t.num_policy_tokens]
+    optimizer, (rewards, answers) = adamw(policy), answers_of_the_batch()
     for _ in range(2):
         for turn_pass in range(2):
             losses = []
@@ -311,16 +320,7 @@ def test_improbable_tokens_are_updated_in_a_pass_of_their_own(order: str) -> Non
     report = train(learner, 1)[0]
     assert report.metrics["updates/done"] == 2
     policy = model_of(1)
-    groups = [
-        {"params": [p for p in policy.parameters() if (p.ndim >= 2) == m], "weight_decay": 0.01 * m}
-        for m in (True, False)
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(RATES.beta1, RATES.beta2), eps=1e-4)
-    batch = sorted(batch_of(0), key=lambda t: (t.group, t.sample))
-    rewards: dict[int, list[float]] = {}
-    for t in batch:
-        rewards.setdefault(t.group, []).append(t.reward)
-    answers = [t for t in batch if t.num_policy_tokens]
+    optimizer, (rewards, answers) = adamw(policy), answers_of_the_batch()
     both = [0, 0]
     for number in range(2):
         losses = []

@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support_weights import SOON_S, content, same, tensors
+from support_weights import SOON_S, content, same, served, tensors
 
 from async_rl.errors import RunFailed
 from async_rl.weights import WeightReader
-from async_rl.weights.relay_tree import RelayTree
 from async_rl.weights.shared_memory import TensorPlace, WeightCopy, layout_to_json, shared_folder
-from async_rl.weights.stream import Intake, Relays, SegmentOfIntake, Shelf, Transfer, WeightStream, answer
+from async_rl.weights.stream import Intake, SegmentOfIntake, Shelf, Transfer, WeightStream
 from async_rl.weights.upload import WeightUpload
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Router
 from async_rl.wire.keys import Keys, make_keys
 
 
-@contextmanager
-def run_with_intake(path: Path, keys: Keys) -> Iterator[str]:
+def run_with_intake(path: Path, keys: Keys) -> AbstractContextManager[str]:
     """The endpoint of a run's weight server, on a thread, whose trainer is elsewhere; `path`: of its segment."""
-    over, endpoint, ready = threading.Event(), [""], threading.Event()
-
-    def serve() -> None:
-        with Router("tcp://:*", keys=keys) as router, WeightReader(path) as reader:
-            shelf = Shelf(reader.latest, reader.copy, chunk_bytes=100_000)
-            intake = Intake(SegmentOfIntake(path).publish)
-            endpoint[0] = router.endpoint
-            ready.set()
-            while not over.is_set():
-                answer(router, shelf, Relays(RelayTree()), intake)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        assert ready.wait(SOON_S)
-        yield endpoint[0]
-    finally:
-        over.set()
-        thread.join()
+    return served(path, keys, Intake(SegmentOfIntake(path).publish))
 
 
 def test_a_version_is_in_the_runs_memory_when_publish_returns(tmp_path: Path) -> None:
