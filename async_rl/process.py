@@ -210,8 +210,9 @@ def stacks_file() -> int:
 
 
 def dump_stacks_on_signal(path: Path | None = None) -> None:
-    """From now on STACKS_SIGNAL appends the stacks of all threads to this file; without `path`: to the file named
-    before. Main thread only."""
+    """From now on STACKS_SIGNAL, or a crash, appends the stacks of all threads to this file; without `path`: to the one
+    named before. To be called again where libraries were loaded since: some of them (tvm_ffi, which vLLM loads) take
+    over the handler of crashes and write elsewhere. Main thread only."""
     global _stacks
     if path is not None:
         _stacks = path.open("ab")
@@ -219,7 +220,8 @@ def dump_stacks_on_signal(path: Path | None = None) -> None:
         faulthandler.unregister(STACKS_SIGNAL)
         signal.signal(STACKS_SIGNAL, signal.SIG_DFL)
         faulthandler.register(STACKS_SIGNAL, file=_stacks, all_threads=True)
-        faulthandler.enable(file=_stacks, all_threads=True)  # and when it crashes
+        faulthandler.disable()  # where it is enabled, enabling it takes no handler back
+        faulthandler.enable(file=_stacks, all_threads=True)
 
 
 def is_out_of_memory(message: str) -> bool:

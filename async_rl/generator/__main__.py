@@ -6,7 +6,7 @@ import gc
 
 from async_rl.config import Settings
 from async_rl.events import GeneratorReady
-from async_rl.process import TOLD_TO_END, Terminated, fail, on_sigterm, run_process
+from async_rl.process import TOLD_TO_END, Terminated, dump_stacks_on_signal, fail, on_sigterm, run_process
 from async_rl.process_spec import GeneratorSpec, read_spec
 from async_rl.run_folder import RunFolder
 from async_rl.wire.channel import AsyncDealer, ipc_endpoint
@@ -31,6 +31,7 @@ async def generate(
 
     tokenizer = Tokenizer.of(settings.model)
     engine = make_engine(settings, tokenizer, way=spec.way)
+    dump_stacks_on_signal()  # the engine's libraries are loaded
     limit = settings.wire.max_message_mb << 20
     dealer = AsyncDealer(spec.endpoint, spec.name, max_message_bytes=limit, keys=keys_in(settings.wire.keys))
     links = ipc_endpoint(folder.path, "weights")

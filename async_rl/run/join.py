@@ -445,6 +445,7 @@ class JoinedGenerator:
         here = self.welcome.host == this_host() and (segment.exists() or not server) and not relayed
         weights = make_weights(self.settings, segment, server, self.identity, here=here)
         engine = make_engine(self.settings, tokenizer)
+        dump_stacks_on_signal()  # the engine's libraries are loaded
         limit = self.settings.wire.max_message_mb << 20
         dealer = AsyncDealer(self.target.endpoint, self.identity, max_message_bytes=limit, keys=self.target.keys)
         try:

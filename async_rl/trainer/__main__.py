@@ -18,7 +18,16 @@ from msgspec.structs import replace
 
 from async_rl.config import Settings
 from async_rl.events import TrainerReady
-from async_rl.process import GRACE_S, RANK, adopt_pipes, exit_with, fail, process_name, run_process
+from async_rl.process import (
+    GRACE_S,
+    RANK,
+    adopt_pipes,
+    dump_stacks_on_signal,
+    exit_with,
+    fail,
+    process_name,
+    run_process,
+)
 from async_rl.process_spec import TrainerSpec, read_spec
 from async_rl.run_folder import RunFolder, replace_text
 from async_rl.wire import messages as msg
@@ -95,6 +104,7 @@ def train(
             loop.resume(begun.progress, saved=begun.saved)
         kernels, attention = backend(settings.trainer.device), backend_of(settings)
         folder.record(TrainerReady(weights_bytes=learner.sent_bytes, kernels=kernels, attention=attention))
+        dump_stacks_on_signal()  # the model's libraries are loaded
         gc.freeze()  # objects of imports and set-up are never garbage: later collections skip them
         try:
             summary = loop.run()

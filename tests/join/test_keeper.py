@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
@@ -109,6 +110,17 @@ def test_how_it_ended_is_told(
     assert (gone.name, gone.groups) == ("guest", groups)
     assert said in gone.reason
     assert said in capfd.readouterr().err
+
+
+def test_a_crash_leaves_its_stacks_where_a_library_took_its_handler_over(tmp_path: Path) -> None:
+    """As tvm_ffi does, which vLLM loads."""
+    if (pid := os.fork()) == 0:
+        dump_stacks_on_signal(tmp_path / "stacks")
+        ctypes.CDLL(None).signal(int(signal.SIGSEGV), None)
+        dump_stacks_on_signal()
+        crash()
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGSEGV
+    assert inside(crash).split()[1] in (tmp_path / "stacks").read_text()
 
 
 def test_a_signal_for_the_keeper_goes_to_the_generator(tmp_path: Path) -> None:
