@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 SHORTEST = 8
 """tokens: a shorter common beginning is computed for every document anew, since each run costs calls of attention"""
+
+MOST_TABLE = 1 << 20
+"""numbers; documents of fewer, when each is as long as the longest, are compared at once"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +72,12 @@ def make_tree(
     """
     groups = [0] * len(documents) if groups is None else groups
     planned = [0] * len(documents) if planned is None else planned
-    lengths = np.array([len(d) for d in documents], np.int64)
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    order = sorted(range(len(documents)), key=lambda i: documents[i].astype(">i4").tobytes())
-    common = [0] + [shared_tokens(documents[a], documents[b]) for a, b in pairwise(order)]  # with the one before
-    row_of_token = np.empty(int(lengths.sum()), np.int64)
-    token_of_row: list[NDArray[np.int64]] = []
+    lengths = [len(d) for d in documents]
+    starts = [0, *accumulate(lengths)]
+    order, common = _sorted(documents, starts)
+    rows_of: list[tuple[int, int, int]] = []  # (first token, first row, tokens) of each document in each run
     runs: list[tuple[int, int]] = []  # (begin, end)
+    first_token: list[int] = []  # of each run
     last_of: dict[int, int] = {}  # number of a run -> last
     rows = 0
 
@@ -93,9 +95,8 @@ def make_tree(
         if not chosen and begin < planned[first]:
             chosen = all(groups[i] == groups[first] for i in order[low:high])
         if chosen and shared > begin:
-            token_of_row.append(np.arange(starts[first] + begin, starts[first] + shared))
-            for i in order[low:high]:
-                row_of_token[starts[i] + begin : starts[i] + shared] = np.arange(rows, rows + shared - begin)
+            first_token.append(starts[first] + begin)
+            rows_of += [(starts[i] + begin, rows, shared - begin) for i in order[low:high]]
             runs.append((rows, rows + shared - begin))
             rows += shared - begin
             stack.append(len(runs) - 1)
@@ -103,12 +104,40 @@ def make_tree(
         if not alone:
             cuts = [low, *(i for i in range(low + 1, high) if common[i] == shared), high]
             stack.extend((a, b, at) for a, b in reversed(list(pairwise(cuts))))
+    token, row, count = np.array(rows_of, np.int64).reshape(-1, 3).T
+    row_of_token = np.empty(starts[-1], np.int64)
+    row_of_token[_ranges(token, count)] = _ranges(row, count)
     return PrefixTree(
-        runs=tuple(Run(begin=b, end=e, last=last_of[n]) for n, (b, e) in enumerate(runs)),
-        documents=tuple(int(n) for n in lengths),
+        runs=tuple([Run(begin=b, end=e, last=last_of[n]) for n, (b, e) in enumerate(runs)]),
+        documents=tuple(lengths),
         row_of_token=row_of_token,
-        token_of_row=np.concatenate(token_of_row),
+        token_of_row=_ranges(np.array(first_token, np.int64), np.array([e - b for b, e in runs], np.int64)),
     )
+
+
+def _sorted(documents: Sequence[NDArray[np.int32]], starts: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The documents in order of their tokens, and how many each has in common with the one before it there. `starts`:
+    [documents + 1], where each would begin if they lay one behind the other."""
+    tokens = np.concatenate(documents) if documents else np.zeros(0, np.int32)
+    keys = tokens.astype(">i4").tobytes()
+    order = sorted(range(len(documents)), key=lambda i: keys[4 * starts[i] : 4 * starts[i + 1]])
+    longest = max(map(len, documents), default=0)
+    if longest * len(documents) > MOST_TABLE:
+        return order, [0] + [shared_tokens(documents[a], documents[b]) for a, b in pairwise(order)]
+    length = np.diff(np.array(starts))[order]
+    table = np.full((len(order), longest + 1), -1, tokens.dtype)  # the last column is equal nowhere
+    table[np.repeat(np.arange(len(order)), length), _ranges(np.zeros_like(length), length)] = tokens[
+        _ranges(np.array(starts)[order], length)
+    ]
+    differs = table[1:] != table[:-1]
+    differs[:, -1] = True
+    least = np.minimum(length[1:], length[:-1])
+    return order, [0, *np.minimum(differs.argmax(1), least).tolist()]
+
+
+def _ranges(start: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:  # [sum of count]
+    """start[0], start[0] + 1, ..., start[1], ...: `count[i]` numbers from `start[i]` on."""
+    return np.arange(int(count.sum())) + np.repeat(start - (count.cumsum() - count), count)
 
 
 def shared_tokens(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
@@ -120,5 +149,8 @@ def shared_tokens(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
 
 def common_beginning(documents: Sequence[NDArray[np.int32]], shortest: int = SHORTEST) -> int:
     """Tokens that all documents begin with; 0 where they are fewer than `shortest`."""
+    head = documents[0][:shortest].tobytes()
+    if any(d[:shortest].tobytes() != head for d in documents[1:]):
+        return 0
     found = min((shared_tokens(documents[0], d) for d in documents[1:]), default=0)
     return found if found >= shortest else 0

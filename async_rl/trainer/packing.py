@@ -258,9 +258,8 @@ def pack_batch(
     ordered = sorted(trajectories, key=lambda t: (t.group, t.sample))
     policy_positions = [t.policy_positions() for t in ordered]
     for trajectory, where in zip(ordered, policy_positions, strict=True):
-        assert all((where != begin).all() for begin in (0, *trajectory.contexts)), (
-            f"group {trajectory.group}: a policy token without a prompt"
-        )
+        begins = (trajectory.contexts and np.isin(where, trajectory.contexts).any()) or 0 in where[:1]  # they rise
+        assert not begins, f"group {trajectory.group}: a policy token without a prompt"
     turns = [(i, turn) for i, trajectory in enumerate(ordered) for turn in trajectory.turns]
     turn_lengths = np.array([turn.length for _, turn in turns], np.int64)
     groups = np.unique([t.group for t in ordered], return_inverse=True)[1]

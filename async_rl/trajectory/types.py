@@ -26,6 +26,8 @@ GREEDY = -1.0
 LOWEST_TEMPERATURE = 0.01
 """of turns that are not greedy. Below it vLLM samples at this one, and log-probs would be those of another policy"""
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
+_FEW = 128
+"""tokens: in so many Python finds the policy's faster than numpy"""
 
 
 class Turn(Struct, frozen=True, kw_only=True, gc=False):
@@ -127,12 +129,18 @@ class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
 
     def policy_positions(self) -> NDArray[np.int64]:  # [policy tokens]
         """Positions of the policy tokens, in order."""
-        if not self.turns:
-            return np.zeros(0, dtype=np.int64)
+        if len(self.turns) == 1:
+            turn = self.turns[0]
+            return np.arange(turn.start, turn.start + turn.length, dtype=np.int64)
+        if len(self.tokens) <= _FEW:
+            where = [position for t in self.turns for position in range(t.start, t.start + t.length)]
+            return np.array(where, dtype=np.int64)
         return np.concatenate([np.arange(t.start, t.start + t.length, dtype=np.int64) for t in self.turns])
 
     def policy_versions(self) -> NDArray[np.int64]:  # [policy tokens]
         """Version of the weights that sampled each policy token, in order."""
+        if len(self.versions) == 1:
+            return np.full(self.num_policy_tokens, self.versions[0].version, dtype=np.int64)
         version = np.full(len(self.tokens), -1, dtype=np.int64)
         for span in self.versions:
             version[span.start : span.end] = span.version
