@@ -16,7 +16,7 @@ The buffer's process keeps pages of the store in memory, a quarter of buffer.mem
 for their bookkeeping. Until these are there it grows by some 200 bytes a trajectory, so it is looked at from when the
 store is half as large again as the cache; a soak of a few minutes does not get there and has no "buffer" in its lives.
 Nothing else in it grows: the state machine's books are bounded by the groups under way, and Python's lists of freed
-tuples, which would fill for hours, are emptied (buffer/loop.py, Tidying).
+tuples, which would fill for hours, are emptied (tidying.py).
 """
 
 from __future__ import annotations

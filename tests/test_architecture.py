@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
         # what everything stands on, each importing only those before it
-        "version errors finding stall_timer steady_clock",
+        "version errors finding stall_timer steady_clock tidying",
         "trajectory",
         "config",
         "events process_spec",

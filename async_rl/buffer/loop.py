@@ -5,7 +5,6 @@ A round receives messages, lets the state machine handle them, writes and commit
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import time
@@ -27,6 +26,7 @@ from async_rl.errors import RunFailed
 from async_rl.events import BufferReady, MessageRefused, PeersTurnedAway, RecordEvent
 from async_rl.run_folder import RunFolder, read_rollback
 from async_rl.steady_clock import steady_time
+from async_rl.tidying import Tidying, set_up
 from async_rl.trajectory.codec import WireError, unpack
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import UNREAD_IN, Router
@@ -43,8 +43,6 @@ MESSAGES_A_ROUND = 256
 """messages handled before one commit"""
 STRANGERS_S = 1.0
 """seconds between two reports of peers that were turned away"""
-TIDY_S = 20.0
-"""seconds between two full collections of garbage"""
 FEWEST_MESSAGES = 16
 """messages of one peer that may wait in the process: fewer would stop senders without need"""
 FEWEST_IN_ALL = 1024
@@ -108,6 +106,7 @@ def run_buffer(
             restore(core, read_state(store), version=version)
         folder.record(BufferReady(endpoint=endpoint))
         strangers, tidying = Strangers(router.gate), Tidying()
+        set_up()
         pruning, ticks = chosen.keep_steps > 0, Ticks()
         activity.now("serving")
         activity.looping = True
@@ -309,28 +308,6 @@ def write(effect: do.Effect, store: Store) -> bool:
 
 
 # ---------------------------------------------------------------- memory
-
-
-@dataclass(slots=True)
-class Tidying:
-    """Collects garbage from time to time, without looking through what was there from the beginning.
-
-    There is next to none, so that Python hardly ever does it by itself. But only a full collection empties its lists of
-    freed tuples: up to 2000 of each length below 20, each of which grows by one with `tuple(x for ...)`. For hours the
-    process would grow by some 100 bytes a step, up to some megabytes."""
-
-    at: float = 0.0
-    """when it was last done, monotonic clock"""
-
-    def __post_init__(self) -> None:
-        gc.collect()
-        gc.freeze()
-
-    def round(self, now: float) -> None:
-        """A round is over. `now`: seconds, monotonic."""
-        if now - self.at >= TIDY_S:
-            self.at = now
-            gc.collect()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

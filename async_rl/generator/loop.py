@@ -44,6 +44,7 @@ from async_rl.generator.teachers import TeacherServers
 from async_rl.stall_timer import StallTimer
 from async_rl.task.protocol import Task
 from async_rl.task.weigh import Weights
+from async_rl.tidying import Tidying
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.codec import WireError
 from async_rl.weights.canary import probe_tokens
@@ -174,6 +175,7 @@ class GeneratorLoop:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """an episode has ended, or has turns to save"""
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    tidying: Tidying = field(default_factory=Tidying)
 
     def __post_init__(self) -> None:
         o = self.options
@@ -320,6 +322,7 @@ class GeneratorLoop:
                 self.outbox.excuse(now - before)
             before = now
             await self._send_finished(self.outbox.late(now))
+            self.tidying.round(now)
             self.deadline.check(self.outbox, now)
 
     async def _await_leave(self) -> None:

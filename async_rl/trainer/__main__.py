@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import socket
@@ -30,6 +29,7 @@ from async_rl.process import (
 )
 from async_rl.process_spec import TrainerSpec, read_spec
 from async_rl.run_folder import RunFolder, replace_text
+from async_rl.tidying import set_up
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer
 from async_rl.wire.heartbeat import Activity, make_heartbeat
@@ -105,7 +105,7 @@ def train(
         kernels, attention = backend(settings.trainer.device), backend_of(settings)
         folder.record(TrainerReady(weights_bytes=learner.sent_bytes, kernels=kernels, attention=attention))
         dump_stacks_on_signal()  # the model's libraries are loaded
-        gc.freeze()  # objects of imports and set-up are never garbage: later collections skip them
+        set_up()
         try:
             summary = loop.run()
         except (RolledBack, Preempted):  # the launcher starts the run again from there, or ends it

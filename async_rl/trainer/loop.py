@@ -22,6 +22,7 @@ from async_rl.process import is_out_of_memory
 from async_rl.run_folder import RunFolder, append_row, read_rows, to_disk
 from async_rl.steady_clock import steady_time
 from async_rl.task.order import choose_held_out
+from async_rl.tidying import Tidying
 from async_rl.trainer.alarm import Guard
 from async_rl.trainer.canary_watch import CanaryWatch
 from async_rl.trainer.checkpoint import Progress, delete_old, save_part, write_checkpoint
@@ -132,6 +133,7 @@ class TrainerLoop:
     """newest version that is in a checkpoint, or in one that is being finished"""
     saving: Saving | None = None
     """the checkpoint that is being finished"""
+    tidying: Tidying = field(default_factory=Tidying)
 
     def resume(self, progress: Progress, *, saved: int) -> None:
         """Go on behind a checkpoint, of version `saved`, that was loaded into the learner."""
@@ -242,6 +244,7 @@ class TrainerLoop:
             self.finish_checkpoint()
         if step.number + 1 < self.settings.trainer.steps and self.checkpoint_due(step.number + 1):
             self.checkpoint()
+        self.tidying.round(time.monotonic())
 
     # Before the first step and after the last.
 
@@ -539,7 +542,7 @@ def follow(settings: Settings, learner: Learner, activity: Activity) -> None:
     """What a rank does that does not lead: its share of whatever the leader orders, until the run is done.
 
     Raises RunFailed when the leader is gone."""
-    ranks, shards = learner.ranks, HeldShards(learner=learner)
+    ranks, shards, tidying = learner.ranks, HeldShards(learner=learner), Tidying()
     activity.now(WAITING)
     while True:
         match receive_order(ranks):
@@ -548,6 +551,7 @@ def follow(settings: Settings, learner: Learner, activity: Activity) -> None:
                 waited = ranks.waited_s
                 learner.step(pack_step(settings, trajectories, learner.over, needs=learner.needs))
                 wait_metrics(ranks, waited)
+                tidying.round(time.monotonic())
             case Gather():
                 activity.now(f"gathering version {learner.version}")
                 for _ in learner.full_weights():

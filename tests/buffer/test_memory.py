@@ -168,31 +168,6 @@ def test_memory_stays_flat_over_fifty_thousand_short_trajectories_once_the_cache
     assert grown[-1] - grown[19] < 0.5, f"after 25,600 and after 76,800 trajectories: {grown} MB"
 
 
-FREED = """
-import sys
-from async_rl.buffer.loop import TIDY_S, Tidying
-
-tidying = Tidying() if sys.argv[1] == "tidy" else None
-before = sys.getallocatedblocks()
-for number in range(150):
-    for length in range(1, 20):
-        [tuple(x for x in range(length)) for _ in range(15)]
-    if tidying is not None:
-        tidying.round(1000 + TIDY_S * number)
-print(sys.getallocatedblocks() - before)
-"""
-
-
-def test_freed_tuples_do_not_gather() -> None:
-    """A tuple made of a generator leaves a place in one of Python's lists of freed ones: up to 2000 of each length.
-    Such places were what the buffer grew by for an hour."""
-    found = []
-    for how in ("tidy", "by itself"):
-        done = subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, text=True, check=True)
-        found.append(int(done.stdout))
-    assert found[0] < 6000 < 20_000 < found[1]
-
-
 def test_the_parts_of_a_budget_fit_into_it() -> None:
     for megabytes in (16, 256, 4096):
         for peers in (1, 3, 200):
