@@ -11,8 +11,9 @@ import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Collection, Iterable, Sequence
-from itertools import repeat
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal
@@ -49,10 +50,11 @@ CACHE_BYTES = 64 << 20
 """pages kept in memory"""
 PRUNED_AT_ONCE = 16
 """groups whose payloads are deleted in one portion, so that no message waits for a long deletion"""
-_INSERT = (
-    "INSERT INTO trajectories (group_id, sample, split, problem, version_min, version_max, reward, length, "
-    "policy_length, num_turns, ended, reason, generator, started_at, finished_at) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+ROWS_AT_ONCE = 16
+"""trajectories that one statement inserts: each statement gives Python's lock back, and has to wait for it again"""
+_COLUMNS = (
+    "group_id, sample, split, problem, version_min, version_max, reward, length, policy_length, num_turns, ended, "
+    "reason, generator, started_at, finished_at"
 )
 
 
@@ -77,7 +79,9 @@ class Store(SamplerWriter, PoolWriter, StoreReader):
         self.processor_seconds = 0.0
         """of them, those on a processor"""
         self.commits = 0
-        self._beginnings = Beginnings(self.load_one)
+        self._beginnings = Beginnings(self._whole_one)
+        self._coming: dict[tuple[int, int], Blob] = {}
+        """what the next statement inserts, by group and sample"""
         if create and store_begun(path):
             raise UserError(f"{path}: there is a store already; choose another run folder or resume this one")
         if not create and not path.is_file():
@@ -125,22 +129,46 @@ class Store(SamplerWriter, PoolWriter, StoreReader):
         """Store them; returns the (group, sample) of those that were there before, which stay as they are.
 
         `blobs`: the bytes of each, as they arrived; empty when they are not at hand."""
-        known = []
+        known: list[tuple[int, int]] = []
         assert len(blobs) in (0, len(trajectories))
-        with explained(self.path, max_bytes=self.max_bytes):
-            execute = self._begun().execute
-            for t, blob in zip(trajectories, blobs or repeat(b""), strict=False):
-                what = (t.group, t.sample, t.split, t.problem, t.version_min, t.version_max, t.reward)
-                size = (len(t.tokens), t.num_policy_tokens, len(t.turns))
-                how = (t.ended, t.reason, t.generator, t.started_at, t.finished_at)
-                if (inserted := execute(_INSERT, (*what, *size, *how))).rowcount == 0:
-                    known.append((t.group, t.sample))
-                else:
-                    # the id just given; a trajectory of a pruned group is so late that its group was dropped
-                    if t.group >= self._pruned_groups:
-                        number, payload = inserted.lastrowid, self._beginnings.cut(t, blob or pack(t))
-                        execute("INSERT INTO payloads VALUES (?, ?)", (number, payload))
+        with self._writing():
+            for first in range(0, len(trajectories), ROWS_AT_ONCE):
+                some = slice(first, first + ROWS_AT_ONCE)
+                known += self._insert(trajectories[some], blobs[some])
         return known
+
+    def _insert(self, trajectories: Sequence[Trajectory], blobs: Sequence[Blob]) -> list[tuple[int, int]]:
+        """As `add_trajectories`, of those that one statement takes."""
+        execute = self._begun().execute
+        given: list[Any] = []
+        for t in trajectories:
+            given += (t.group, t.sample, t.split, t.problem, t.version_min, t.version_max, t.reward)
+            given += (len(t.tokens), t.num_policy_tokens, len(t.turns))
+            given += (t.ended, t.reason, t.generator, t.started_at, t.finished_at)
+        inserted = execute(_inserting(len(trajectories)), given)
+        # numbered in their order, one after another
+        last, fresh = inserted.lastrowid or 0, inserted.rowcount
+        new = range(len(trajectories)) if fresh == len(trajectories) else self._fresh(trajectories, last, fresh)
+        payloads: list[Any] = []
+        for number, place in enumerate(new, start=last - fresh + 1):
+            t = trajectories[place]
+            if t.group >= self._pruned_groups:  # else it is so late that its group was dropped
+                self._coming[t.group, t.sample] = blob = blobs[place] if blobs else pack(t)
+                payloads += (number, self._beginnings.cut(t, blob))
+        self._coming.clear()
+        if payloads:
+            execute(_inserting_payloads(len(payloads) // 2), payloads)
+        return [(t.group, t.sample) for place, t in enumerate(trajectories) if place not in new]
+
+    def _whole_one(self, group: int, sample: int) -> Blob | None:
+        """The blob of one that is stored, or about to be."""
+        return self._coming.get((group, sample)) or self.load_one(group, sample)
+
+    def _fresh(self, trajectories: Sequence[Trajectory], last: int, count: int) -> list[int]:
+        """Places of those that were not there before: the last `count` rows, up to number `last`."""
+        rows = self._all("SELECT group_id, sample FROM trajectories WHERE id > ? ORDER BY id", (last - count,))
+        names = [(t.group, t.sample) for t in trajectories]
+        return [names.index(name) for name in rows] if count else []
 
     def save_turns(self, trajectories: Iterable[Trajectory]) -> None:
         """Finished turns of running episodes, each in place of what was saved of it before."""
@@ -275,8 +303,19 @@ class Store(SamplerWriter, PoolWriter, StoreReader):
         os.close(self._lock)
 
     def _write(self, statement: str, values: Sequence[Any]) -> sqlite3.Cursor:
-        with explained(self.path, max_bytes=self.max_bytes):
+        with self._writing():
             return self._begun().execute(statement, values)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A statement that fails takes its transaction with it: half a round is never committed."""
+        try:
+            with explained(self.path, max_bytes=self.max_bytes):
+                yield
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
 
     def _begun(self) -> sqlite3.Connection:
         """The connection with a transaction open."""
@@ -291,6 +330,21 @@ class Store(SamplerWriter, PoolWriter, StoreReader):
             f"BEGIN; {TABLES} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA};"
             f"INSERT INTO meta VALUES ('schema', {SCHEMA}), ('consumed_step', -1); COMMIT;"
         )
+
+
+@cache
+def _inserting(rows: int) -> str:
+    return f"INSERT INTO trajectories ({_COLUMNS}) VALUES {_places(15, rows)} ON CONFLICT DO NOTHING"
+
+
+@cache
+def _inserting_payloads(rows: int) -> str:
+    return f"INSERT INTO payloads VALUES {_places(2, rows)}"
+
+
+def _places(columns: int, rows: int) -> str:
+    """Example: `(?, ?), (?, ?), (?, ?)`."""
+    return ", ".join([f"({', '.join('?' * columns)})"] * rows)
 
 
 def store_begun(path: Path) -> bool:
