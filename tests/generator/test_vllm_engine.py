@@ -308,6 +308,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.nightly
 def test_vllms_processes_end_with_a_killed_owner(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", CONFIG)
     script = tmp_path / "owner.py"

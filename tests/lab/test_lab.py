@@ -91,6 +91,7 @@ def test_a_lab_whose_worker_is_killed_loses_one_cell_and_the_next_call_runs_that
     assert run(other, folder.path) == [name for name in names if "vcpo" in name], "a cell of other settings is run"
 
 
+@pytest.mark.nightly
 def test_ctrl_c_ends_a_lab_at_once_and_the_same_command_goes_on(tiny_model: Path, tmp_path: Path) -> None:
     config, out = tmp_path / "lab.yaml", tmp_path / "out"
     longer = {"trainer": {"steps": 40}, "generator": {"max_sequences": 256}}

@@ -136,6 +136,7 @@ def judge(t: Trajectory) -> None:
     assert t.reward == t.info["reward/even"] + 0.5 * t.info["reward/heard"]
 
 
+@pytest.mark.nightly
 def test_the_evaluation_of_a_folder_is_played_by_agents(tmp_path: Path, chat_model: Path, monkeypatch) -> None:
     (tmp_path / "crowd.py").write_text(textwrap.dedent(TASK))
     monkeypatch.chdir(tmp_path)

@@ -85,9 +85,8 @@ def test_the_buffers_clock_is_not_the_one_on_the_wall(monkeypatch: pytest.Monkey
     assert abs(steady_time() - time.time()) < 600
 
 
-@pytest.mark.parametrize(
-    "first", ["launcher", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("buffer", "generator-0"))]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("first", ["launcher", "buffer", "generator-0"])
 def test_after_a_sleep_nobody_is_taken_for_frozen(start: Callable[..., Run], first: str) -> None:
     """Every process stands still for longer than a frozen one may, and they wake one after another."""
     run = start("trainer.steps=40")

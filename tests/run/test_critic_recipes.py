@@ -25,7 +25,9 @@ def calculator_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("recipe", ["ppo", "s_ppo", "turn_ppo", "st_ppo"])
+@pytest.mark.parametrize(
+    "recipe", ["st_ppo", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("ppo", "s_ppo", "turn_ppo"))]
+)
 def test_a_critic_recipe_warms_its_critic_up_and_then_trains_the_policy(
     recipe: str, tmp_path: Path, calculator_model: Path
 ) -> None:

@@ -47,7 +47,8 @@ def test_nobody_starts_it(tmp_path: Path, tiny_model: Path) -> None:
     assert run.left_behind() == []
 
 
-@pytest.mark.parametrize("ends", [pytest.param("trainer", marks=pytest.mark.nightly), "launcher"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("ends", ["trainer", "launcher"])
 def test_neither_side_outlives_the_other(ends: str, tmp_path: Path, tiny_model: Path) -> None:
     words = (*EXTERNAL, "trainer.steps=100000", "wire.frozen_after_s=3")
     run = Run(write_config(tmp_path, tiny_model, *words), RunFolder(tmp_path / "run"))

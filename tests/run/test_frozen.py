@@ -53,7 +53,9 @@ def test_a_stopped_generator_is_ended_and_started_anew_and_the_run_finishes(star
     assert run.left_behind() == []
 
 
-@pytest.mark.parametrize("name", ["buffer", "trainer", "generator-0"])
+@pytest.mark.parametrize(
+    "name", ["trainer", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("buffer", "generator-0"))]
+)
 def test_without_buffer_or_trainer_or_restarts_the_run_ends_and_names_it(start: Callable[..., Run], name: str) -> None:
     run = start("trainer.steps=100000", "generator.max_restarts=0")
     run.wait_for_training()
@@ -85,6 +87,7 @@ def test_a_generator_stopped_for_a_moment_is_left_alone(start: Callable[..., Run
     assert json.loads(run.folder.live.read_text())["state"] == "ended"
 
 
+@pytest.mark.nightly
 def test_a_generator_told_to_end_leaves_and_its_next_life_goes_on(start: Callable[..., Run]) -> None:
     run = start("trainer.steps=80")
     run.wait_for_training()

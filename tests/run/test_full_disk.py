@@ -71,6 +71,7 @@ def test_a_run_that_keeps_its_newest_steps_stays_below_that_limit_and_replays_fr
         resume_training(folder.path, ["trainer.steps=30"], console=Console(quiet=True))
 
 
+@pytest.mark.nightly
 def test_files_that_may_not_grow_end_a_run_without_a_traceback(tiny_model: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_model, *SMALL)
     command = f"ulimit -f 300; exec '{sys.executable}' -m async_rl run '{config}' --run-dir '{tmp_path}/run' --quiet"
@@ -189,6 +190,7 @@ def test_wherever_a_disk_is_full_the_run_says_so_and_goes_on_when_there_is_room(
     ends_well_when_there_is_room(folder, said, run.process.returncode)
 
 
+@pytest.mark.nightly
 def test_a_disk_that_fills_up_in_the_middle_of_a_run(
     tiny_model: Path, tmp_path: Path, disk: Callable[[int], Path]
 ) -> None:
@@ -206,6 +208,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_run(
     ends_well_when_there_is_room(folder, said, run.process.returncode)
 
 
+@pytest.mark.nightly
 def test_files_and_pages_for_people_say_that_the_disk_is_full_and_leave_no_rest(
     tiny_model: Path, tmp_path: Path, disk: Callable[[int], Path]
 ) -> None:
@@ -234,7 +237,8 @@ def test_a_record_that_was_cut_short_is_named_with_its_remedy(tmp_path: Path) ->
 # ------------------------------------------------------------------------------------------------ few open files
 
 
-@pytest.mark.parametrize(("limit", "code"), [(64, 0), pytest.param(24, None, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize(("limit", "code"), [(64, 0), (24, None)])
 def test_few_open_files_are_enough_or_are_named(tiny_model: Path, tmp_path: Path, limit: int, code: int | None) -> None:
     config = write_config(tmp_path, tiny_model, "trainer.steps=8", "checkpoint.every=2", "generator.count=2")
     command = f"ulimit -n {limit}; exec '{sys.executable}' -m async_rl run '{config}' --run-dir '{tmp_path}/run'"
@@ -278,6 +282,7 @@ def test_retention_that_would_do_nothing_is_refused(tiny_model: Path) -> None:
         quick_settings(tiny_model, "buffer.keep_steps=3", "checkpoint.every=0")
 
 
+@pytest.mark.nightly
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_folder_and_it_goes_on(
     tiny_model: Path, tmp_path: Path
 ) -> None:

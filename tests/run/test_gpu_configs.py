@@ -109,6 +109,7 @@ def test_a_model_that_is_not_there_is_refused_with_ways_to_get_one() -> None:
     assert "--fake-model" in done.stderr
 
 
+@pytest.mark.nightly
 def test_doctor_looks_at_a_rehearsal() -> None:
     done = run_command("doctor", CONFIGS / "one_gpu.yaml", "--fake-model", "--json", timeout_s=120)
     found = {finding["check"]: finding for finding in json.loads(done.stdout)}

@@ -51,7 +51,13 @@ def test_on_ctrl_c_generators_hand_over_what_is_done_before_the_buffer_ends(star
     assert left == {"generator-0", "generator-1"}
 
 
-@pytest.mark.parametrize("moment", ["started", "trainer_ready"])  # imports begin; the first evaluation begins
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "started",  # imports begin
+        pytest.param("trainer_ready", marks=pytest.mark.nightly),  # the first evaluation begins
+    ],
+)
 def test_ctrl_c_ends_everything_soon(start: Callable[..., Run], moment: str) -> None:
     run = start()
     run.wait_for_event(moment)
@@ -65,6 +71,7 @@ def test_ctrl_c_ends_everything_soon(start: Callable[..., Run], moment: str) -> 
     assert run.left_behind() == []
 
 
+@pytest.mark.nightly
 def test_an_order_to_end_followed_by_impatience_leaves_nothing(start: Callable[..., Run]) -> None:
     run = start()
     run.wait_for_training()
@@ -79,7 +86,7 @@ def test_an_order_to_end_followed_by_impatience_leaves_nothing(start: Callable[.
     assert "interrupted" in run.events()
 
 
-@pytest.mark.parametrize("name", ["buffer", "trainer"])
+@pytest.mark.parametrize("name", ["buffer", pytest.param("trainer", marks=pytest.mark.nightly)])
 def test_a_process_killed_from_outside_ends_the_run_with_its_name(start: Callable[..., Run], name: str) -> None:
     run = start()
     run.wait_for_training()
@@ -91,6 +98,7 @@ def test_a_process_killed_from_outside_ends_the_run_with_its_name(start: Callabl
     assert run.left_behind() == []
 
 
+@pytest.mark.nightly
 def test_children_of_a_killed_launcher_end_and_what_it_left_stops_no_later_run(
     start: Callable[..., Run], tmp_path: Path
 ) -> None:
@@ -129,6 +137,7 @@ def test_a_reader_that_goes_away_is_no_failure_of_the_run(tmp_path: Path, tiny_m
     check_finished(RunFolder(tmp_path / "run"), "its reader has gone")
 
 
+@pytest.mark.nightly
 def test_an_output_that_is_full_is_no_failure_of_the_run(tmp_path: Path, tiny_model: Path) -> None:
     config = write_config(tmp_path, tiny_model, "trainer.steps=5")
     command = [sys.executable, "-m", "async_rl", "run", str(config), "--run-dir", str(tmp_path / "run")]
@@ -177,6 +186,7 @@ def test_a_reward_that_fails_now_and_then_ends_its_trajectories_only(start: Call
     assert json.loads(run.folder.summary.read_text())["trajectories_failed"] > 0
 
 
+@pytest.mark.nightly
 def test_too_many_failures_in_a_row_end_the_run_with_the_reason(start: Callable[..., Run], tmp_path: Path) -> None:
     words = dataset(tmp_path, "interrupted_rewards:never")
     run = start(*words, "buffer.max_failures=8", PYTHONPATH=python_path(tmp_path))

@@ -147,6 +147,7 @@ def launch(settings: Any, path: Path, lies: dict[int, str]) -> RunFolder:
     return folder
 
 
+@pytest.mark.nightly
 def test_the_launchers_own_liar_is_started_again_once_and_then_ends_the_run(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,11 +52,14 @@ class RunOnMachine(Run):
         )  # fmt: skip
 
 
-def torchrun(machines: TwoMachines, number: int, run: Path, *, nodes: int, ranks: int) -> subprocess.Popen[str]:
-    """As the run says it, with the address of each machine."""
+def torchrun(
+    machines: TwoMachines, number: int, run: Path, *, nodes: int, ranks: int, meets: int = RUN
+) -> subprocess.Popen[str]:
+    """As the run says it, with the address of each machine. `meets`: number of the machine that holds the meeting
+    point."""
     meeting = [
         "--nnodes", str(nodes), "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d", "--rdzv-id", run.name,
-        "--rdzv-endpoint", f"{NAMES[RUN]}:29400", "--local-addr", ADDRESSES[number],
+        "--rdzv-endpoint", f"{NAMES[meets]}:29400", "--local-addr", ADDRESSES[number],
     ]  # fmt: skip
     words = ["-m", "torch.distributed.run", *meeting, "-m", "async_rl", "train", str(run)]
     return subprocess.Popen(
@@ -103,15 +106,16 @@ def test_two_machines_take_the_steps_of_one_process(tmp_path: Path, tiny_model: 
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("meets", [RUN, OTHER])
 def test_a_machine_that_dies_is_named_and_the_run_goes_on_with_fewer_ranks(
-    tmp_path: Path, tiny_model: Path, machines: TwoMachines
+    meets: int, tmp_path: Path, tiny_model: Path, machines: TwoMachines
 ) -> None:
     words = settings(tmp_path, 2, "trainer.steps=100000", "checkpoint.every=1", "wire.frozen_after_s=4")
     config = write_config(tmp_path, tiny_model, *words)
     RunOnMachine.machines = machines
     run = RunOnMachine(config, RunFolder(tmp_path / "run"), longest_s=240)
     run.wait_for_event("trainer_awaited")
-    trainers = [torchrun(machines, n, run.folder.path, nodes=2, ranks=1) for n in (0, 1)]
+    trainers = [torchrun(machines, n, run.folder.path, nodes=2, ranks=1, meets=meets) for n in (0, 1)]
     run.wait_for(lambda: "checkpoint" in run.events(), "a checkpoint")
     lost = time.monotonic()
     machines.lose(OTHER)  # rank 0 is there
@@ -120,8 +124,10 @@ def test_a_machine_that_dies_is_named_and_the_run_goes_on_with_fewer_ranks(
     assert run.process.returncode == 1, said
     assert NAMES[OTHER] in said
     assert "--resume" in said
-    trainers[RUN].communicate(timeout=60)
+    told, _ = trainers[RUN].communicate(timeout=60)
     assert trainers[RUN].returncode != 0
+    if meets == OTHER:  # torchrun would wait for it for minutes
+        assert f"its meeting point ({NAMES[OTHER]}:29400) has died or cannot be reached" in told, told
 
     done = max(row["step"] for row in read_rows(run.folder.metrics)) + 2
     awaited = list(read_rows(run.folder.events))

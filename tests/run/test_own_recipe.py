@@ -64,6 +64,7 @@ def test_a_hand_written_reinforce_trains_the_weights_that_the_librarys_trains(tm
     assert again.difference is None
 
 
+@pytest.mark.nightly
 def test_every_rank_runs_the_function(tmp_path: Path, tiny_model: Path) -> None:
     file = tmp_path / "own_on_ranks.py"
     file.write_text(FUNCTION)

@@ -84,13 +84,8 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> No
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(
-    "kills",
-    [
-        (("buffer", 4),),
-        pytest.param((("buffer", 4), ("trainer", 7), ("launcher", 9)), marks=pytest.mark.nightly),
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("kills", [(("buffer", 4),), (("buffer", 4), ("trainer", 7), ("launcher", 9))])
 def test_a_run_that_is_killed_gives_back_what_was_stored_and_keeps_what_may_come_back(
     sort_model: Path, tmp_path: Path, kills: tuple[tuple[str, int], ...]
 ) -> None:

@@ -72,6 +72,7 @@ def test_nothing_trained_is_lost_or_trained_again(start: Start, order: signal.Si
     assert audit.returncode == 0, audit.stdout
 
 
+@pytest.mark.nightly
 def test_without_signals_named_the_run_ends_at_once(start: Start) -> None:
     run = start("checkpoint.signals=[]")
     run.process.terminate()

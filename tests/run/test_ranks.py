@@ -91,6 +91,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_name_and_its_log(
     assert run.left_behind() == []
 
 
+@pytest.mark.nightly
 def test_a_frozen_follower_is_named_and_the_run_ends(start: Callable[..., Run]) -> None:
     run = start("wire.frozen_after_s=3")
     os.kill(ranks_of(run)[1], signal.SIGSTOP)
@@ -116,6 +117,7 @@ def test_no_rank_outlives_what_started_it_and_the_run_can_be_resumed(start: Call
     assert [row["step"] for row in read_rows(run.folder.metrics)] == list(range(done))
 
 
+@pytest.mark.nightly
 def test_ctrl_c_ends_all_ranks_and_leaves_nothing(start: Callable[..., Run]) -> None:
     run = start()
     run.seen |= descendants(run.process.pid)

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support_command import LONGEST_S, Run, write_config
 
 from async_rl.run_folder import RunFolder, read_rows
 
 
+@pytest.mark.nightly
 def test_a_joined_generator_that_was_frozen_begins_anew_when_it_wakes(tmp_path: Path, tiny_model: Path) -> None:
     config = write_config(tmp_path, tiny_model, "trainer.steps=100000", "wire.frozen_after_s=3")
     run = Run(config, RunFolder(tmp_path / "run"))

@@ -116,9 +116,19 @@ FIRST = {
 }
 
 
-def test_each_change_is_refused_by_name_and_goes_on_when_accepted(project: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (change_one_answer, change_reward, change_tokenizer),
+        pytest.param((change_rows, append_a_row, take_a_row_away, add_a_field), marks=pytest.mark.nightly),
+    ],
+)
+def test_each_change_is_refused_by_name_and_goes_on_when_accepted(
+    changes: tuple[Callable[[Path], None], ...], project: Path
+) -> None:
     run = RunFolder(project / "run")
-    for change, kind in CHANGES.items():
+    for change in changes:
+        kind = CHANGES[change]
         kept = project.parent / "kept"
         shutil.copytree(project, kept)
         change(project)

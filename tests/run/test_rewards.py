@@ -54,6 +54,7 @@ def config(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     )  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_a_killed_generator_leaves_whole_groups_and_every_view_has_the_parts(tmp_path: Path, config: Path) -> None:
     run = Run(config, RunFolder(tmp_path / "run"))
     run.wait_for(lambda: len(list(read_rows(run.folder.metrics))) > 3, "some steps")

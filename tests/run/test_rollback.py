@@ -117,9 +117,8 @@ MOMENTS: dict[str, Callable[[RunFolder], bool]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "moment", ["a step is trained", *(pytest.param(m, marks=pytest.mark.nightly) for m in list(MOMENTS)[:-1])]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_killed_while_it_goes_back_is_resumed_there(moment: str, tmp_path: Path, tiny_model: Path) -> None:
     run = Run(write_config(tmp_path, tiny_model, *NERVOUS, *BACK), RunFolder(tmp_path / "run"))
     wait_for(lambda: MOMENTS[moment](run.folder) or run.process.poll() is not None, moment, 60.0)

@@ -47,7 +47,7 @@ def dataset_settings(folder: Path, model: Path, *overrides: str) -> Settings:
     return quick_settings(model, "task={name: dataset, args: {}}", *words, "trainer.steps=8", *overrides)
 
 
-@pytest.mark.parametrize("policy", ["wait", "drop"])
+@pytest.mark.parametrize("policy", ["drop", pytest.param("wait", marks=pytest.mark.nightly)])
 def test_some_slow_problems_under_each_policy(
     policy: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

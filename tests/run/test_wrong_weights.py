@@ -34,7 +34,9 @@ class FaultyLauncher(Launcher):
         super().spawn(command)
 
 
-@pytest.mark.parametrize("fault", ["one", "old", "partial"])
+@pytest.mark.parametrize(
+    "fault", ["one", *(pytest.param(fault, marks=pytest.mark.nightly) for fault in ("old", "partial"))]
+)
 def test_wrong_weights_end_the_run_at_that_step_with_the_names_of_the_tensors(
     fault: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +72,7 @@ def test_wrong_weights_end_the_run_at_that_step_with_the_names_of_the_tensors(
             assert f"{event['tensors'][0]}, {event['tensors'][1]}" in message
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.nightly)])
 def test_an_honest_run_of_two_generators_is_checked_and_never_trips(
     dtype: str, tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -88,7 +90,7 @@ def test_an_honest_run_of_two_generators_is_checked_and_never_trips(
 ADAPTERS = ("lora.rank=2", "lora.send=adapter", "optimizer.learning_rate=0.02", "recipe=grpo")
 
 
-@pytest.mark.parametrize("fault", ["adapter", "none"])
+@pytest.mark.parametrize("fault", ["adapter", pytest.param("none", marks=pytest.mark.nightly)])
 def test_wrong_adapters_end_the_run_at_that_step_with_the_names_of_the_weights(
     fault: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +114,7 @@ def test_wrong_adapters_end_the_run_at_that_step_with_the_names_of_the_weights(
         assert all("_proj" in name for name in event["tensors"])
 
 
-@pytest.mark.parametrize("send", ["merged", "adapter"])
+@pytest.mark.parametrize("send", ["adapter", pytest.param("merged", marks=pytest.mark.nightly)])
 def test_a_run_of_adapters_is_checked_by_the_canary_and_replays_to_the_bit(
     send: str, tmp_path: Path, tiny_model: Path
 ) -> None:

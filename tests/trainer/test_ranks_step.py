@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from async_rl.model.create import write_character_tokenizer
 from async_rl.model.folder import load_tensors, save_folder
 from async_rl.trainer.ranks import LAUNCHED, join_ranks, one_rank
 
-pytestmark = pytest.mark.xdist_group("ranks")  # what the ranks did takes a minute, and is made once
-SIZES = (2, 4)
+pytestmark = pytest.mark.xdist_group("ranks")  # what the ranks did is made once
+SIZES = (2, 4) if os.environ.get("ASYNC_RL_NIGHTLY") else (2,)
+"""numbers of ranks that are started; four take a minute of two cores"""
 TOLERANCE = 1e-11
 """of weights around 1 in float64, behind two steps that moved them by about 0.03; sums are in another order"""
 FLOAT32 = 1e-5
@@ -31,7 +33,14 @@ BFLOAT16 = 0.05
 length of the movement; 0.02 was seen sharded, 0.012 from another order of trajectories alone"""
 NOT_COMPARED = ("batch/micro_batches", "batch/rank_imbalance", "batch/shared")
 """metrics that say how the work was shared"""
-ALL = [(size, key, case, sharding) for size in SIZES for key, case, sharding in support.keys(size)]
+ALL = [
+    pytest.param(
+        size, key, case, sharding, id=f"{size} ranks, {sharding}, {case.name}",
+        marks=pytest.mark.nightly if size > 2 else (),
+    )
+    for size in (2, 4)
+    for key, case, sharding in support.keys(size)
+]  # fmt: skip
 
 Outcome = tuple[dict[str, Tensor], list[dict[str, float]]]
 
@@ -56,9 +65,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return folders
 
 
-@pytest.mark.parametrize(
-    ("size", "key", "case", "sharding"), ALL, ids=[f"{size} ranks, {s}, {c.name}" for size, _, c, s in ALL]
-)
+@pytest.mark.parametrize(("size", "key", "case", "sharding"), ALL)
 def test_ranks_take_the_step_of_one_process(
     size: int, key: str, case: support.Case, sharding: str, together: dict[int, Path], alone: dict[str, Outcome]
 ) -> None:
