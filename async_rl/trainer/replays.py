@@ -1,7 +1,9 @@
 """Episodes played again by a child process (`Replays`), beside the training: a thread asks it and waits for it.
 
-The code of a task runs there and nowhere near the trainer. What differs is asked once more of a second child: when
-the two disagree, the task is not repeatable, and nothing is compared any more.
+The code of a task runs there and nowhere near the trainer. What differs is asked twice more of a second child, and so
+are episodes that were played before, whatever came of them: when the two children disagree anywhere, the task is not
+repeatable, and nothing is compared any more. That is how a reward with noise is told from a lie: noise is in what the
+children say as often as in what a generator says. For a proof they must have agreed on SURE episodes.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import queue
 import sys
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +31,15 @@ MOST_WAITING = 64
 POLL_S = 0.01
 CLOSE_S = 3.0
 """longest time for its end"""
+KEPT = 64
+"""episodes that were played last and are asked again when one differs"""
+MOST_CONFIRMED = 8
+"""times that they are asked again; what differs afterwards is only asked again itself"""
+CONFIRM_S = 10.0
+"""longest time for these, each time"""
+SURE = 20
+"""episodes that both children must have agreed on before a generator is proven to report other rewards: of a reward
+that is a toss of a coin they do with a probability of 2^-20"""
 MOST_LOST = 3
 """episodes in a row that the child did not come back from: then it is not asked any more"""
 
@@ -45,7 +57,7 @@ class Played:
     whole: bool = False
     """more than its prompt was compared"""
     unlike: bool = False
-    """two children disagreed"""
+    """two children disagreed; the reason says where"""
 
 
 @dataclass(slots=True)
@@ -65,6 +77,12 @@ class Replays:
     """questions that are not answered"""
     confirming: bool = False
     """something differs, and the second child is asked"""
+    kept: deque[tuple[Trajectory, tuple[str, str]]] = field(default_factory=lambda: deque(maxlen=KEPT))
+    """the last episodes played, and what the first child said of each"""
+    doubts: int = 0
+    """episodes that the first child found to differ"""
+    agreed: set[tuple[str, int, int]] = field(default_factory=set)
+    """(split, group, sample) of the first SURE episodes that both children agreed on"""
     children: tuple[JsonChild, JsonChild] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -143,16 +161,42 @@ class Replays:
             self.over = self.over or self.lost >= MOST_LOST
             return None
         self.lost = 0
-        lie, reason, unlike = str(found["lie"]), str(found["reason"]), False
-        if lie:
-            self.confirming = True
-            again = self._ask(self.children[1], trajectory)
-            self.confirming = False
-            if again is None:
+        said, whole = _said(found), bool(found["played"])
+        self.kept.append((trajectory, said))
+        if not said[0]:
+            return Played(ticket=ticket, trajectory=trajectory, whole=whole)
+        self.confirming = True
+        unlike = self._disagreement(trajectory, said)
+        self.confirming = False
+        if unlike is None:
+            return None
+        lie, why = said
+        return Played(
+            ticket=ticket, trajectory=trajectory, lie=lie, reason=unlike or why, whole=whole, unlike=bool(unlike)
+        )
+
+    def _disagreement(self, trajectory: Trajectory, said: tuple[str, str]) -> str | None:
+        """What the second child says otherwise, of this episode, of those before it, or of this one asked again; empty:
+        nothing; None: it does not come back."""
+        self.doubts += 1
+        others = self.kept if self.doubts <= MOST_CONFIRMED else ()
+        deadline = time.monotonic() + CONFIRM_S
+        for one, before in [(trajectory, said), *others, (trajectory, said)]:
+            if time.monotonic() > deadline and one is not trajectory:
+                continue
+            if (found := self._ask(self.children[1], one)) is None:
                 return None
-            unlike = (again["lie"], again["reason"]) != (lie, reason)
-        whole = bool(found["played"])
-        return Played(ticket=ticket, trajectory=trajectory, lie=lie, reason=reason, whole=whole, unlike=unlike)
+            if (again := _said(found)) != before:
+                told = " and then: ".join(reason or "all is as reported" for _, reason in (before, again))
+                return f"sample {one.sample} of group {one.group}, played again twice: {told}"
+            if len(self.agreed) < SURE:
+                self.agreed.add((one.split, one.group, one.sample))
+        return ""
+
+    @property
+    def sure(self) -> bool:
+        """Whether the children have agreed often enough for a proof."""
+        return len(self.agreed) >= SURE
 
     def _ask(self, child: JsonChild, trajectory: Trajectory) -> Any:
         """The child's answer; None when there is none."""
@@ -162,3 +206,7 @@ class Replays:
         except (BrokenPipeError, ValueError):
             child.stop()
             return None
+
+
+def _said(answer: Any) -> tuple[str, str]:
+    return str(answer["lie"]), str(answer["reason"])

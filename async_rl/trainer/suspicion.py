@@ -38,6 +38,11 @@ class Suspicion:
         for number, share in enumerate(LYING):
             ratio = share / HONEST if wrong else (1 - share) / (1 - HONEST)
             self.logs[number] = max(0.0, self.logs[number]) + math.log(ratio)
+        return self.proves
+
+    @property
+    def proves(self) -> bool:
+        """Whether a lie is proven."""
         return self.level >= PROOF
 
     @property

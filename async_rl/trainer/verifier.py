@@ -145,8 +145,8 @@ class Verifier:
     """(life, kind of check) -> its statistic"""
     doubted: set[tuple[Life, str]] = field(default_factory=set)
     """(life, lie) that was reported"""
-    unrepeatable: set[tuple[str, int]] = field(default_factory=set)
-    """(split, problem) whose replay came out otherwise: it counts once"""
+    unrepeatable: set[tuple[Life, str, int]] = field(default_factory=set)
+    """(life, split, problem) whose replay came out otherwise: it counts once"""
     random: np.random.Generator = field(default_factory=np.random.default_rng)
     counted: Counted = field(default_factory=Counted)
     start_s: float = START_S
@@ -313,28 +313,32 @@ class Verifier:
         """Take in what came of an episode that was played again."""
         self.counted.replayed += played.whole
         if played.unlike:
-            trajectory = played.trajectory
-            reason = f"sample {trajectory.sample} of group {trajectory.group}, played again twice: {played.reason}"
-            self.record(RewardsNotRepeatable(step=self.learner.version, reason=reason))
+            self.record(RewardsNotRepeatable(step=self.learner.version, reason=played.reason))
             return
         one = Pending(life=played.ticket, trajectory=played.trajectory)
-        problem = (played.trajectory.split, played.trajectory.problem)
+        problem = (one.life, played.trajectory.split, played.trajectory.problem)
         self._add(one, "prompts", "prompts", played.reason if played.lie == "prompts" else "")
         if not played.whole:
             return
-        if played.lie == "rewards" and problem in self.unrepeatable:
+        reason = played.reason if played.lie == "rewards" else ""
+        if reason and problem in self.unrepeatable:
+            if self.suspicions[one.life, "rewards"].proves and self.replays.sure:
+                self._tell(one, "rewards", reason, proven=True)
             return
-        if played.lie == "rewards":
+        if reason:
             self.unrepeatable.add(problem)
-        self._add(one, "rewards", "rewards", played.reason if played.lie == "rewards" else "")
+        self._add(one, "rewards", "rewards", reason, sure=self.replays.sure)
 
-    def _add(self, one: Pending, check: str, lie: str, reason: str) -> None:
-        """One more finding about a generator; an empty reason: all is well. Tells the buffer what it is to do."""
+    def _add(self, one: Pending, check: str, lie: str, reason: str, *, sure: bool = True) -> None:
+        """One more finding about a generator; an empty reason: all is well. `sure`: it may prove something."""
         assert check in CHECKS
         suspicion = self.suspicions.setdefault((one.life, check), Suspicion())
         proven = suspicion.add(bool(reason))
-        if not reason:
-            return
+        if reason:
+            self._tell(one, lie, reason, proven=proven and sure)
+
+    def _tell(self, one: Pending, lie: str, reason: str, *, proven: bool) -> None:
+        """Record a finding, and tell the buffer what it is to do."""
         self.counted.wrong += 1
         trajectory = one.trajectory
         where = f"sample {trajectory.sample} of group {trajectory.group}: {reason}"
