@@ -14,6 +14,8 @@ from async_rl.objective.tokens import LARGEST_LOG_RATIO, Ratio, Tokens, pooled, 
 
 MOVING_BOUNDS = ("sat", "bapo", "aspo", "mix_ppo", "dcpo")
 """rules that clip like PPO, at bounds of their own"""
+LARGEST_PADDING = 4
+"""rows of a table for each value in it, up to which sorting the table is cheaper than sorting all values twice"""
 
 
 def moving_bounds(
@@ -183,16 +185,24 @@ def most_entropy(tokens: Tokens, share: float) -> Tensor:
 def highest(values: Tensor, segment: Tensor, num_segments: int, share: float) -> Tensor:
     """The `share` of each segment's rows, rounded up, with the highest values. [rows] -> [rows] bool.
 
-    Of equal values the first count as higher.
+    Of equal values the first count as higher. `segment` is non-decreasing.
     """
-    order = torch.argsort(values, descending=True, stable=True)
-    order = order[torch.argsort(segment[order], stable=True)]  # by segment, then from high to low
     size = torch.bincount(segment, minlength=num_segments)
     begin = size.cumsum(0) - size
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - begin[segment[order]]
     wanted = (size.double() * share - 1e-9).ceil()
-    return rank < wanted[segment]
+    longest = int(size.max()) if num_segments else 0
+    if num_segments * longest > LARGEST_PADDING * len(values):  # few segments are much longer than the rest
+        order = torch.argsort(values, descending=True, stable=True)
+        order = order[torch.argsort(segment[order], stable=True)]  # by segment, then from high to low
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=order.device) - begin[segment[order]]
+        return rank < wanted[segment]
+    place = torch.arange(len(values), device=values.device) - begin[segment]
+    table = values.new_full((num_segments, longest), -torch.inf)
+    table[segment, place] = values
+    order = table.argsort(dim=1, descending=True, stable=True)
+    among = torch.arange(longest, device=values.device) < wanted[:, None]
+    return torch.zeros_like(among).scatter_(1, order, among)[segment, place]
 
 
 def quantile(values: Tensor, share: float) -> Tensor:

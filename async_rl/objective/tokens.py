@@ -307,11 +307,15 @@ def tokens_of(columns: Columns, recipe: Recipe, need: Requirements) -> Tokens:
     broken = segment_sum((~token_finite).double(), trajectory, trajectories) > 0
     finite = rewarded & ~broken
     ok = ~broken[trajectory]
+    whole = bool(ok.all())
 
     def clean(column: Tensor | None) -> Tensor | None:  # [T] -> [T], [T, 4] -> [T, 4]
         if column is None:
             return None
-        return torch.where(ok if column.ndim == 1 else ok[:, None], column.double(), 0.0).nan_to_num()
+        values = column.double()
+        if whole and bool(torch.isfinite(values.sum())):  # nothing to clean, as nearly always
+            return values
+        return torch.where(ok if column.ndim == 1 else ok[:, None], values, 0.0).nan_to_num()
 
     def must(column: Tensor) -> Tensor:  # [T] -> [T]
         cleaned = clean(column)

@@ -8,7 +8,7 @@ forks from an earlier one of its group, so going backwards every answer is met b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,8 +28,9 @@ def path_mean(tokens: Tokens, advantage: Tensor) -> Tensor:
     places: list[int] = []
     sums: list[float] = []
     counts: list[float] = []
-    for child in range(len(forks) - 1, -1, -1):
-        parent, shared = forks[child]
+    parents, shares = (column.tolist() for column in forks)
+    for child in range(len(parents) - 1, -1, -1):
+        parent, shared = parents[child], shares[child]
         if parent < 0:
             continue
         # its own and its forks' advantages hold for the parent's tokens before the fork
@@ -38,7 +39,7 @@ def path_mean(tokens: Tokens, advantage: Tensor) -> Tensor:
         counts += [number[child], -number[child]]
         total[parent] += total[child]
         number[parent] += number[child]
-    place = torch.tensor(places, device=advantage.device)
+    place = torch.tensor(places, dtype=torch.int64, device=advantage.device)
     ends = advantage.new_zeros(2, tokens.num_tokens + 1)
     ends.index_add_(1, place, advantage.new_tensor([sums, counts]))
     through = ends.cumsum(1)[:, :-1]
@@ -46,36 +47,17 @@ def path_mean(tokens: Tokens, advantage: Tensor) -> Tensor:
     return (advantage[tokens.trajectory] * ok + through[0]) / (ok + through[1]).clamp(min=1.0)
 
 
-@dataclass(slots=True)
-class _Answer:
-    """One trajectory as the tree has it."""
-
-    reward: float
-    counted: bool
-    cuts: dict[int, list[int]] = field(default_factory=dict)
-    """own tokens before a fork -> the answers that fork there"""
-    values: list[tuple[int, float]] = field(default_factory=list)
-    """(own tokens before the cut, value there), rising"""
-    ends: int = 0
-    """answers that go through its first token and count"""
-
-    @property
-    def first(self) -> float:
-        """Value at the end of its first segment."""
-        return self.values[0][1] if self.values else self.reward
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Segment:
-    """A piece of an answer between two forks, as it has it for itself."""
+class _Segments:
+    """Pieces of answers between two forks, in the order of the answers and their tokens; all [segments]."""
 
-    tokens: int
-    before: float
+    tokens: Tensor  # int64
+    before: Tensor
     """value where it begins"""
-    behind: float
-    begin: float
+    behind: Tensor
+    begin: Tensor
     """value of the prompt"""
-    ends: int
+    ends: Tensor
     """answers that go through it and count"""
 
 
@@ -86,72 +68,79 @@ def segment_gain(tokens: Tokens, reward: Tensor) -> Tensor:
     there, each with the value at the end of its next segment; the value of the prompt is that mean over the answers
     that begin with it; the value of an end is its reward. Answers that do not count are in no mean.
     """
-    found = [s.behind - s.before for s in _segments(tokens, reward) for _ in range(s.tokens)]
-    return torch.where(tokens.finite[tokens.trajectory], reward.new_tensor(found), 0.0)
+    found = _segments(tokens, reward)
+    gain = (found.behind - found.before).repeat_interleave(found.tokens)
+    return torch.where(tokens.finite[tokens.trajectory], gain, 0.0)
 
 
 def tree_gain(tokens: Tokens, reward: Tensor) -> Tensor:
     """TreeRL: the value behind a token's segment less that before it, plus the same less that of the prompt, both
     divided by the root of the number of answers that go through it. reward [I] -> [T]"""
-    found = [
-        (2 * s.behind - s.before - s.begin) / max(s.ends, 1) ** 0.5
-        for s in _segments(tokens, reward)
-        for _ in range(s.tokens)
-    ]
-    return torch.where(tokens.finite[tokens.trajectory], reward.new_tensor(found), 0.0)
+    found = _segments(tokens, reward)
+    gain = (2 * found.behind - found.before - found.begin) / found.ends.clamp(min=1.0).sqrt()
+    return torch.where(tokens.finite[tokens.trajectory], gain.repeat_interleave(found.tokens), 0.0)
 
 
 def root_of(tokens: Tokens) -> Tensor:
     """The answer from the prompt that each answer goes back to, its number in the batch: [I] int64."""
     forks = _forks_of(tokens)
     found = list(range(tokens.num_trajectories))
-    for number, (parent, _) in enumerate(forks or []):
-        if parent >= 0:
-            found[number] = found[parent]
+    if forks is not None:
+        for number, parent in enumerate(forks[0].tolist()):
+            if parent >= 0:
+                found[number] = found[parent]
     return torch.tensor(found, dtype=torch.int64, device=tokens.group_of_trajectory.device)
 
 
-def _segments(tokens: Tokens, reward: Tensor) -> list[_Segment]:
-    """Those of every answer, in the order of its own tokens. reward [I]."""
-    forks = _forks_of(tokens) or [(-1, 0)] * tokens.num_trajectories
-    of_each = zip(reward.tolist(), tokens.finite.tolist(), strict=True)
-    answers = [_Answer(reward=r, counted=ok) for r, ok in of_each]
-    group = tokens.group_of_trajectory.tolist()
-    roots: dict[int, list[int]] = {}
-    for number, (parent, shared) in enumerate(forks):
-        if parent >= 0:
-            answers[parent].cuts.setdefault(shared, []).append(number)
-        else:
-            roots.setdefault(group[number], []).append(number)
-    for answer in reversed(answers):
-        ahead, answer.ends = answer.reward, int(answer.counted)
-        for cut in sorted(answer.cuts, reverse=True):
-            ahead = _mean([ahead] * answer.counted + [answers[c].first for c in answer.cuts[cut] if answers[c].counted])
-            answer.values.insert(0, (cut, ahead))
-            answer.ends += sum(answers[c].ends for c in answer.cuts[cut])
-    begins = {g: _mean([answers[i].first for i in every if answers[i].counted]) for g, every in roots.items()}
-    lengths = tokens.length.long().tolist()
-    found: list[_Segment] = []
-    for number, answer in enumerate(answers):
-        parent, shared = forks[number]
-        begin = begins.get(group[number], 0.0)
-        before = begin if parent < 0 else dict(answers[parent].values)[shared]
-        at, ends = 0, answer.ends
-        for cut, value in [*answer.values, (lengths[number], answer.reward)]:
-            found.append(_Segment(tokens=cut - at, before=before, behind=value, begin=begin, ends=ends))
-            ends -= sum(answers[c].ends for c in answer.cuts.get(cut, []))
-            before, at = value, cut
-    return found
+def _segments(tokens: Tokens, reward: Tensor) -> _Segments:
+    """Those of every answer. reward [I].
+
+    A segment ends in a point: a place where others fork, or the end of its answer. Points are in the order of the
+    answers and their tokens, so that the point before a point is the one where its segment begins. M places, F forks.
+    """
+    number = torch.arange(tokens.num_trajectories, device=reward.device)
+    forks = _forks_of(tokens)
+    parent, shared = forks if forks is not None else (torch.full_like(number, -1), torch.zeros_like(number))
+    counted, length = tokens.finite.to(reward.dtype), tokens.length.long()
+    fork = (parent >= 0).nonzero()[:, 0]
+    stride = length.max() + 1 if len(length) else 1
+    place, place_of_fork = torch.unique(parent[fork] * stride + shared[fork], return_inverse=True)  # [M], [F]
+    owner = place // stride
+    point = torch.arange(len(place), device=reward.device) + owner  # [M], behind the ends of the answers before
+    last = torch.searchsorted(owner, number, right=True) + number  # [I], the point of each answer's end
+    first = torch.zeros_like(last)
+    first[1:] = last[:-1] + 1
+
+    weight = counted[owner].index_add(0, place_of_fork, counted[fork]).clamp(min=1.0)
+    value = reward.new_zeros(len(place) + len(number)).index_copy(0, last, reward)
+    ends = torch.zeros_like(value).index_copy(0, last, counted)
+    while True:  # each round is right one fork further up; a tree has as many as it is deep
+        ahead = (value[point + 1] * counted[owner]).index_add(0, place_of_fork, value[first[fork]] * counted[fork])
+        through = ends[point + 1].index_add(0, place_of_fork, ends[first[fork]])
+        known, known_ends = value.index_copy(0, point, ahead / weight), ends.index_copy(0, point, through)
+        if torch.equal(known, value) and torch.equal(known_ends, ends):
+            break
+        value, ends = known, known_ends
+
+    root, group = parent < 0, tokens.group_of_trajectory
+    roots = tokens.sum_group(counted * root).clamp(min=1.0)
+    begin = (tokens.sum_group(value[first] * counted * root) / roots)[group]
+    position = torch.zeros_like(ends, dtype=torch.int64).index_copy(0, last, length)
+    position.index_copy_(0, point, place % stride)
+    before, at = value.roll(1), position.roll(1)
+    before[first], at[first] = begin, 0
+    before[first[fork]] = value[point[place_of_fork]]
+    answer = number.repeat_interleave(last - first + 1)
+    return _Segments(tokens=position - at, before=before, behind=value, begin=begin[answer], ends=ends)
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-def _forks_of(tokens: Tokens) -> list[tuple[int, int]] | None:
-    """(trajectory that it goes on from, or -1; policy tokens of that one before the fork) of each; None: no fork."""
+def _forks_of(tokens: Tokens) -> tuple[Tensor, Tensor] | None:
+    """Of each answer: the trajectory that it goes on from, or -1, and the policy tokens of that one before the fork;
+    two [I] int64. None: no fork."""
     forks = tokens.columns.forks
     if forks is None:
         return None
-    length = tokens.length.long().tolist()
-    return [(p, min(shared, length[p])) if 0 <= p < i else (-1, 0) for i, (p, shared) in enumerate(forks.tolist())]
+    parent, shared = forks.long().unbind(1)
+    ok = (parent >= 0) & (parent < torch.arange(len(parent), device=parent.device))
+    shared = torch.minimum(shared, tokens.length.long()[parent.clamp(min=0)])
+    return torch.where(ok, parent, -1), torch.where(ok, shared, 0)

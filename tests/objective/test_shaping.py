@@ -15,6 +15,7 @@ from async_rl.errors import UserError
 from async_rl.objective import Columns, ObjectiveState
 from async_rl.objective.coefficients import coefficients
 from async_rl.objective.conflicts import check_effect
+from async_rl.objective.gates import highest
 from async_rl.objective.library import load_recipe
 from async_rl.objective.recipe import requirements
 from async_rl.objective.tokens import Noted
@@ -170,3 +171,14 @@ def test_names_that_the_task_does_not_give_are_refused() -> None:
         check_effect(recipe, **setup, noted=["vodi"])
     with pytest.raises(UserError, match="plain number"):
         check_effect(load_recipe({"name": "gdpo"}), **setup, parts=())
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 5, 4, 1], [1, 1, 200, 2, 1, 1], []], ids=["alike", "one very long", "none"])
+def test_the_highest_of_each_segment_are_found_whatever_their_lengths(lengths: list[int]) -> None:
+    values = torch.randint(0, 4, (sum(lengths),), generator=torch.Generator().manual_seed(0)).double()
+    segment = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    wanted: list[bool] = []
+    for part in values.split(lengths):
+        first = sorted(range(len(part)), key=lambda t: (-float(part[t]), t))[: math.ceil(0.3 * len(part) - 1e-9)]
+        wanted += [t in first for t in range(len(part))]
+    assert highest(values, segment, len(lengths), 0.3).tolist() == wanted

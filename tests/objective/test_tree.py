@@ -34,6 +34,12 @@ def test_a_token_has_the_mean_advantage_of_the_answers_that_go_through_it(seed: 
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
 
+def test_a_batch_whose_answers_all_begin_with_the_prompt_has_no_shared_token() -> None:
+    columns = replace(forked(0), forks=torch.tensor([[-1, 0]]).expand(18, 2))
+    got = policy_of(columns, "arpo", **OFF)
+    torch.testing.assert_close(got, policy_of(replace(columns, forks=None), "arpo", **OFF))
+
+
 class Node:
     """A place in the tree of a group: behind so many tokens of an answer."""
 
@@ -60,8 +66,10 @@ class Node:
         return min([s for p, s in columns.forks.tolist() if p == answer] + [len(of_answer(columns)[answer])])
 
 
-def test_a_segment_is_credited_with_what_it_did_to_the_value() -> None:
-    """One root of 6 tokens with reward 1, cut behind 2 and 4; forks with rewards 0 and 0 there and 1, 0 there."""
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_segment_is_credited_with_what_it_did_to_the_value(counts: bool) -> None:
+    """One root of 6 tokens with reward 1, cut behind 2 and 4; forks with rewards 0 and 0 there and 1, 0 there, of which
+    the last one counts, or does not because its log-probs are broken."""
     owner = torch.arange(5).repeat_interleave(torch.tensor([6, 4, 4, 2, 2]))
     n = len(owner)
     columns = replace(
@@ -71,11 +79,13 @@ def test_a_segment_is_credited_with_what_it_did_to_the_value() -> None:
         entropy=torch.ones(n, dtype=torch.float64), reward=torch.tensor([1.0, 0, 0, 1, 0], dtype=torch.float64),
         forks=torch.tensor([[-1, 0], [0, 2], [0, 2], [0, 4], [0, 4]]),
     )  # fmt: skip
-    at_four = (1 + 1 + 0) / 3
+    if not counts:
+        columns = replace(columns, log_prob=torch.where(owner == 4, torch.nan, columns.log_prob))
+    at_four = (1 + 1 + 0) / 3 if counts else (1 + 1) / 2
     at_two = (at_four + 0 + 0) / 3
     prompt = at_two  # the only root's
     wanted = [at_two - prompt] * 2 + [at_four - at_two] * 2 + [1 - at_four] * 2
-    wanted += [0 - at_two] * 8 + [1 - at_four] * 2 + [0 - at_four] * 2
+    wanted += [0 - at_two] * 8 + [1 - at_four] * 2 + [0 - at_four if counts else 0.0] * 2
     got = policy_of(columns, "spo", mask={"probability_below": 1.0}, **OFF) * 5
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64))
 
