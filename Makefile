@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install vllm triton numba openenv ray tokenizers foreign test nightly schedules soak check docs quickstart demo clean
+.PHONY: install vllm triton numba openenv ray tokenizers foreign test nightly schedules soak fuzz check docs quickstart demo clean
 
 install: .venv/installed
 
@@ -126,6 +126,11 @@ schedules: .venv/installed-dev
 # An hour of a real run under faults: does anything grow (bench/soak.py)?
 soak: .venv/installed-dev
 	$(BIN)/python bench/soak.py
+
+# Ten million inputs of people, agents and other processes (bench/fuzz_input.py): an hour and a half of one core.
+fuzz: .venv/installed-dev
+	for pair in request:4000000 answer:4000000 messages:1400000 blobs:500000 agents:80000 rows:10000 settings:10000; do \
+		OMP_NUM_THREADS=1 $(BIN)/python bench/fuzz_input.py --target $${pair%:*} --inputs $${pair#*:} || exit 1; done
 
 # Longer proofs: tests marked `nightly`, and 10,000 conversations for each real tokenizer (20 minutes of one core).
 nightly: .venv/installed-dev tokenizers ray numba
