@@ -82,6 +82,7 @@ def make_core(
         frozen_after_s=settings.wire.frozen_after_s,
         stall_report_s=settings.wire.stall_report_s,
         sampler=make_sampler(settings, train_problems, sources),
+        absence_s=0.0 if settings.generator.count else settings.generator.start_timeout_s,
         how_to_join="" if settings.generator.count else f": async-rl generate --run {run}",
     )
     return Core(rules, problem_at=order)

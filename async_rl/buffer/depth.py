@@ -248,6 +248,8 @@ class Rules:
     """a generator that has been silent for so long is lost"""
     stall_report_s: float = 10.0
     """waits that last longer are reported"""
+    absence_s: float = 0.0
+    """for so long nobody waits in vain while no generator is connected: those that join by themselves may be late"""
     how_to_join: str = ""
     """what follows "no generator is connected" where the launcher starts none"""
     sampler: SamplerRules | None = None

@@ -103,12 +103,16 @@ class Waits:
     """seconds between the last publications"""
     published_at: float = field(default=math.nan)
     """when weights were last published; nan: not yet"""
+    absent_since: float = field(default=math.nan)
+    """when the last generator left, or the run began; nan: one is connected"""
+    absences: int = 0
+    """grows while generators that join by themselves are away and may be"""
 
     @property
     def progress(self) -> int:
-        """A number that grows with everything that generators do."""
+        """A number that grows with everything that generators do, and while none is there and none need be."""
         trajectories = self.counts["trajectories_train"] + self.counts["trajectories_eval"]
-        return trajectories + self.counts["turns_saved"] + self.admission.tokens_generated
+        return trajectories + self.counts["turns_saved"] + self.admission.tokens_generated + self.absences
 
     @property
     def usual_s(self) -> float:
@@ -133,6 +137,7 @@ class Waits:
     def tick(self, now: float) -> list[do.Effect]:
         """Tell a waiting trainer whom it waits for; report what waits too long."""
         out: list[do.Effect] = []
+        self._note_absence(now)
         if self.batch is not None and now - self.batch.notified >= NOTICE_S:
             self.batch.notified = now
             waiting = msg.Waiting(
@@ -144,6 +149,16 @@ class Waits:
             out.append(do.Send(peer=self.batch.peer, message=waiting))
         self._mark_idle(now)
         return out + self._report(now)
+
+    def _note_absence(self, now: float) -> None:
+        """A run whose generators join by themselves waits for the first, and for others when all have left."""
+        if self.admission.generators:
+            self.absent_since = math.nan
+            return
+        if math.isnan(self.absent_since):
+            self.absent_since = now
+        if now - self.absent_since < self.admission.rules.absence_s and not self.quarantined():
+            self.absences += 1
 
     def rows(self, now: float) -> list[msg.StandingWait]:
         """All waits of more than SHOWN_S."""

@@ -168,6 +168,7 @@ def back_to_local(recorded: Settings, words: Sequence[str]) -> list[str]:
     fewest, _ = bounds_of(recorded.cluster, recorded.generator.count)
     back = [
         f"generator.count={fewest}",
+        f"generator.start_timeout_s={GeneratorSettings.start_timeout_s}",
         "trainer.start=launcher",
         "wire.endpoint=auto",
         "wire.keys=''",

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from async_rl.config.cluster_checks import CLUSTER_RELATIONS
+from async_rl.config.generator import GeneratorSettings
 from async_rl.config.gpu_checks import GPU_RELATIONS
 from async_rl.config.node_checks import NODE_RELATIONS
 from async_rl.config.pool_checks import POOL_RELATIONS
@@ -334,6 +335,16 @@ def start_timeout_needs_an_external_trainer(s: Settings) -> str:
     return ""
 
 
+def absent_generators_join_by_themselves(s: Settings) -> str:
+    joins = s.generator.count == 0 or s.cluster.engine == "ray"
+    if not joins and s.generator.start_timeout_s != GeneratorSettings.start_timeout_s:
+        return (
+            f"generator.start_timeout_s does nothing with generator.count={s.generator.count}: the run starts its "
+            "generators itself"
+        )
+    return ""
+
+
 def one_cuda_device_holds_one_rank(s: Settings) -> str:
     device, ranks = s.trainer.device, s.trainer.ranks
     if device.startswith("cuda") and device != "cuda" and ranks > 1:
@@ -570,6 +581,7 @@ RELATIONS: tuple[Relation, ...] = (
     external_trainer_is_placed_by_others,
     external_trainer_is_not_started_again,
     start_timeout_needs_an_external_trainer,
+    absent_generators_join_by_themselves,
     *NODE_RELATIONS,
     one_cuda_device_holds_one_rank,
     sharding_needs_ranks,

@@ -19,6 +19,14 @@ class GeneratorSettings:
         min=0,
         max=1024,
     )
+    start_timeout_s: float = setting(
+        600.0,
+        "longest time without any generator, at the start or later, where all join by themselves; then the run still "
+        "waits wire.timeout_s",
+        unit="seconds",
+        above=0,
+        max=1_000_000,
+    )
     engine: Literal["embedded", "vllm"] = setting(
         "embedded", "what samples: the embedded torch engine, or vLLM (see vllm.*)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +72,24 @@ def test_a_name_is_one_generators_while_it_lives(core: Core) -> None:
     assert told(core.handle(b"x/2", JOIN, 3.0), msg.Welcome)
     core.handle(b"x/2", hello("mine", joined=True), 3.0)
     assert b"x/2" in core.admission.generators
+
+
+def test_nobody_waits_in_vain_for_generators_that_may_be_late() -> None:
+    """What the trainer is told counts as progress for `absence_s` after the last one has left."""
+    core = make_core(PACE)
+    core.admission.rules = replace(core.rules, absence_s=30.0)
+    core.handle(TRAINER, msg.NextBatch(step=0), 0.0)
+
+    def moves(times: list[float]) -> list[bool]:
+        told_of = [told(core.tick(time), msg.Waiting)[0].progress for time in times]
+        return [a < b for a, b in itertools.pairwise(told_of)]
+
+    assert moves([5.0, 15.0, 25.0, 34.0]) == [True, True, True]
+    assert moves([40.0, 50.0]) == [False]
+    core.handle(b"x/1", hello("mine", joined=True), 51.0)
+    assert moves([53.0, 56.0]) == [False]  # one is there, and does nothing
+    core.lost(b"x/1", 57.0)
+    assert moves([59.0, 62.0]) == [True]
 
 
 def test_a_run_that_starts_no_generator_says_how_one_joins() -> None:

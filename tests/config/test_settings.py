@@ -181,6 +181,9 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "external_trainer_is_not_started_again": (("trainer.start=external", "guard.rollback=true"), "leave one of"),
     "start_timeout_needs_an_external_trainer": (("trainer.start_timeout_s=5",), "nobody is waited for"),
+    "absent_generators_join_by_themselves": (
+        ("generator.start_timeout_s=5",), "the run starts its generators itself",
+    ),
     "a_rank_has_one_gpu": (("trainer.device=cuda", "trainer.gpus=0-1"), "each rank has one GPU"),
     "one_cuda_device_holds_one_rank": (("trainer.device=cuda:1", "trainer.ranks=2"), "NCCL takes one rank a GPU"),
     "sharding_needs_ranks": (("trainer.sharding=full",), "nobody to share the weights with"),
