@@ -19,6 +19,7 @@ from async_rl.process_spec import TrainerSpec
 from async_rl.run.child import arithmetic_environment
 from async_rl.run.join import awaited_trainer, launcher_pid
 from async_rl.run.preflight import check_device
+from async_rl.run.torchrun_watch import start_watch
 from async_rl.run_folder import RunFolder
 from async_rl.version import __version__
 from async_rl.wire.endpoint import (
@@ -83,6 +84,7 @@ def train_for(run: Path, connect: str = "", keys: Path | None = None) -> None:
     here = rank_environment(os.environ)
     wanted = awaited_trainer(folder, settings)
     check_fit(wanted, settings, here)
+    start_watch(os.environ, folder.summary)
     rank = int(here.get("RANK", "0"))
     endpoint, upload_to = reached_from_here(wanted, rank, connect)
     if is_tcp(endpoint):
