@@ -6,15 +6,17 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
-from support_command import run_command, wait_for, write_config
-from support_slurm import free_ports, program
+from support_command import run_command, write_config
+from support_ports import HeldPorts
+from support_slurm import program
 
 from async_rl.cluster.kubernetes import BUFFER_PORT, CONFIG, KEYS, RUNS, SECRET, WEIGHTS_PORT
 from async_rl.run_folder import RunFolder, read_rows
@@ -102,13 +104,16 @@ def test_what_does_not_fit_is_refused(
 
 
 class Pods:
-    """Starts the containers of manifests as processes of this machine: what is mounted lies in folders of `root`, the
-    Service's name is the loopback, and its ports are free ones."""
+    """The kubelet of one machine: it starts the containers of manifests as processes, and those of the Deployment again
+    when they end. What is mounted lies in folders of `root`, the Service's name is the loopback, and its ports are held
+    for this test."""
 
     def __init__(self, root: Path, documents: dict[str, Any]) -> None:
         self.root = root
-        self.started: list[subprocess.Popen[str]] = []
-        buffer, weights = free_ports(2)
+        self.started: dict[str, subprocess.Popen[bytes]] = {}
+        self.always: dict[str, dict[str, Any]] = {}
+        self.ports = HeldPorts(2)
+        buffer, weights = self.ports.numbers
         name = documents["Service"]["metadata"]["name"]
         self.places = {
             f"tcp://{name}:": "tcp://127.0.0.1:",
@@ -131,23 +136,70 @@ class Pods:
             )
         return text
 
-    def start(self, document: dict[str, Any], pod_name: str) -> subprocess.Popen[str]:
+    def start(self, document: dict[str, Any], name: str) -> subprocess.Popen[bytes]:
+        """Start the container of a pod; the one of a Deployment is started again when it ends, until `evict`."""
+        if document["kind"] == "Deployment":
+            self.always[name] = document
         [container] = pod(document)["containers"]
-        words = [self.here(word, pod_name) for word in container["command"]]
+        words = [self.here(word, name) for word in container["command"]]
         path = f"{self.root / 'bin'}:{os.environ['PATH']}"
-        process = subprocess.Popen(
-            words, env={**os.environ, "PATH": path}, cwd=self.root, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        self.started.append(process)
+        with self.log(name).open("ab") as log:
+            process = subprocess.Popen(
+                words, env={**os.environ, "PATH": path}, cwd=self.root, stdout=log, stderr=subprocess.STDOUT
+            )
+        self.started[name] = process
         return process
+
+    def log(self, name: str) -> Path:
+        return self.root / f"{name}.log"
+
+    def wait_for(self, condition: Callable[[], object], what: str, longest_s: float) -> None:
+        """Wait while the run's pod lives; what ended of the Deployment is started again. Says at once what every pod
+        has printed where the run ends before, and when it was in vain."""
+        job, deadline = self.started["run"], time.monotonic() + longest_s
+        while not condition():
+            ended = job.poll() is not None and not condition()
+            assert not ended, f"the run ended with {job.returncode} before {what}:\n{self.account()}"
+            assert time.monotonic() < deadline, f"waited {longest_s:g} s for {what}:\n{self.account()}"
+            for name, document in self.always.items():
+                if self.started[name].poll() is not None:
+                    self.start(document, name)
+            time.sleep(0.05)
+
+    def evict(self, name: str) -> int:
+        """End a pod as the kubelet does, by SIGTERM to its container's first process; its exit code."""
+        self.always.pop(name, None)
+        self.started[name].terminate()
+        return self.ended(name)
+
+    def ended(self, name: str) -> int:
+        """The exit code of a pod that ends now."""
+        try:
+            return self.started[name].wait(240)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"waited 240 s for the end of {name}:\n{self.account()}") from None
+
+    def account(self) -> str:
+        """What every pod has printed, and the record of the run."""
+        shown = {name: self.log(name).read_text() for name in self.started}
+        files = [*self.folders[RUNS].glob("*/events.jsonl"), *self.folders[RUNS].glob("*/logs/*")]
+        shown |= {str(path): path.read_text()[-5000:] for path in files}
+        codes = {name: process.poll() for name, process in self.started.items()}
+        return f"exit codes: {codes}\n" + "".join(f"--- {name}\n{text}\n" for name, text in shown.items())
 
     def stop(self) -> None:
         """End what a test that failed has left."""
-        for process in self.started:
+        self.always.clear()
+        for process in self.started.values():
             if process.poll() is None:
                 process.terminate()
+        for process in self.started.values():
+            try:
                 process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.ports.close()
 
     def probe(self, document: dict[str, Any], kind: str) -> bool:
         [container] = pod(document)["containers"]
@@ -163,7 +215,7 @@ class Eviction:
         config = write_config(folder, model, *fast, "trainer.steps=100000", "name=run")
         documents = by_kind(launch(folder, config, "--generators", 1))
         self.job, self.deployment = documents["Job"], documents["Deployment"]
-        assert run_command("keys", folder / "secret").returncode == 0
+        assert run_command("keys", folder / "secret", timeout_s=240).returncode == 0
         (folder / "secret" / "client.key_secret").chmod(0o640)  # as a Secret's files are, with a group of the pod's
         self.pods, self.run = Pods(folder, documents), RunFolder(folder / "runs" / "run")
 
@@ -174,29 +226,29 @@ class Eviction:
     def train_and_evict(self) -> None:
         """Three steps with every pod of the manifests, then SIGTERM."""
         assert not self.pods.probe(self.job, "startupProbe")
-        job = self.pods.start(self.job, "run")
-        replicas = self.deployment["spec"]["replicas"]
-        generators = [self.pods.start(self.deployment, f"generator-{i}") for i in range(replicas)]
-        wait_for(lambda: len(self.steps) >= 3, "three steps", 240)
+        self.pods.start(self.job, "run")
+        names = [f"generator-{i}" for i in range(self.deployment["spec"]["replicas"])]
+        for name in names:
+            self.pods.start(self.deployment, name)
+        self.pods.wait_for(lambda: len(self.steps) >= 3, "three steps", 400)
         assert self.pods.probe(self.job, "livenessProbe")
-        job.terminate()  # as the kubelet does, to the container's first process
-        out, _ = job.communicate(timeout=240)
-        assert job.returncode == 143, out
-        for generator in generators:
-            generator.terminate()
-        said = [generator.communicate(timeout=240)[0] for generator in generators]
-        assert any(" joins " in text for text in said), said
+        assert self.pods.evict("run") == 143, self.pods.account()
+        for name in names:
+            self.pods.evict(name)
+            assert " joins " in self.pods.log(name).read_text(), self.pods.account()
         assert "checkpoint" in {row["event"] for row in read_rows(self.run.events)}
 
     def go_on(self, until: int) -> None:
         """A second pod, which ends by itself."""
         text = self.run.config.read_text()
         self.run.config.write_text(text.replace("steps: 100000", f"steps: {until}"))
-        job = self.pods.start(self.job, "run")
-        generator = self.pods.start(self.deployment, "generator-2")
-        out, _ = job.communicate(timeout=240)
-        assert job.returncode == 0, out
-        assert "the run has ended: it is done" in generator.communicate(timeout=240)[0]
+        self.pods.start(self.job, "run")
+        self.pods.start(self.deployment, "generator-9")
+        self.pods.wait_for(lambda: len(self.steps) >= until, "the last step", 400)
+        self.pods.always.clear()
+        assert self.pods.ended("run") == 0, self.pods.account()
+        self.pods.ended("generator-9")
+        assert "the run has ended: it is done" in self.pods.log("generator-9").read_text(), self.pods.account()
 
 
 @pytest.fixture
