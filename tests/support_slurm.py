@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from support_ports import HeldPorts
+
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged")
 SRUN = """
 import os, signal, subprocess, sys
@@ -90,22 +92,13 @@ def installed() -> bool:
     return os.geteuid() == 0 and all(shutil.which(name, path=there) for name in PROGRAMS)
 
 
-def free_ports(number: int) -> list[int]:
-    probes = [socket.socket() for _ in range(number)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 @contextmanager
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
     """A cluster of three nodes, all on this machine; the environment in which `sbatch` and the others find it. Ends
     every daemon that it has started."""
     (folder / "state").mkdir(parents=True)
-    control, *nodes = free_ports(4)
+    held = HeldPorts(4)
+    control, *nodes = held.numbers
     host, config, key, door = socket.gethostname(), folder / "slurm.conf", folder / "munge.key", folder / "munge.socket"
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
@@ -151,6 +144,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
                 except subprocess.TimeoutExpired:
                     daemon.kill()
                     daemon.wait()
+            held.close()
 
 
 def said(command: list[str], environment: dict[str, str]) -> str:

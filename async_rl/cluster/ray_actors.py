@@ -29,7 +29,7 @@ import msgspec
 from async_rl.cluster.ray_process import AnyOrder, GeneratorOrder, Outcome, RankOrder, RunOrder
 from async_rl.run.child import describe_end, memory_kills
 from async_rl.run_folder import RowTail, RunFolder, read_rows
-from async_rl.wire.endpoint import as_reached_by, this_host
+from async_rl.wire.endpoint import as_reached_by, hold_port, port_of, this_host
 
 SHARED_MEMORY = Path("/dev/shm")
 MOST_LINES = 10_000
@@ -176,10 +176,9 @@ class Buffer(Beside):
         return as_reached_by(endpoint, f"tcp://{where_am_i()['ip']}:0") if ready else ""
 
     def port(self, address: str) -> int:
-        """A port of this node that was free a moment ago: where the trainer's ranks meet."""
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return int(probe.getsockname()[1])
+        """A port of this node that is held for the trainer's ranks, which meet there."""
+        self.meeting = hold_port(address)
+        return port_of(self.meeting)
 
     def waits(self, *, anew: bool) -> Answer:
         """Who waited for whom since the last call with `anew`."""

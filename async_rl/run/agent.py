@@ -29,7 +29,7 @@ from async_rl.process import MISSED, TOLD_TO_END, Terminated, process_name, run_
 from async_rl.process_spec import TrainerSpec, read_spec
 from async_rl.run.child import describe_end, memory_kills
 from async_rl.run_folder import RunFolder
-from async_rl.wire.endpoint import LOOPBACK, free_port
+from async_rl.wire.endpoint import LOOPBACK, hold_port, port_of
 from async_rl.wire.heartbeat import Activity, make_heartbeat
 
 GIVE_WAY_S = 2
@@ -45,7 +45,7 @@ def serve(spec: TrainerSpec, folder: RunFolder, settings: Settings) -> None:
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here: nobody else is listened to
     kills_before = memory_kills()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, hold_port() as meeting:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -53,7 +53,7 @@ def serve(spec: TrainerSpec, folder: RunFolder, settings: Settings) -> None:
             run_id="trainer",
             role="trainer",
             rdzv_backend="static",
-            rdzv_endpoint=f"{LOOPBACK}:{free_port()}",
+            rdzv_endpoint=f"{LOOPBACK}:{port_of(meeting)}",
             rdzv_configs={"rank": 0, "timeout": int(settings.wire.timeout_s)},
             local_addr=LOOPBACK,
             max_restarts=0,

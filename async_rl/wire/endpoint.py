@@ -25,9 +25,23 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 def free_port() -> int:
     """A port of the loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+    with hold_port() as held:
+        return port_of(held)
+
+
+def hold_port(address: str = LOOPBACK) -> socket.socket:
+    """A socket that holds a port of this machine, at one of its addresses, until it is closed: the system gives the
+    port to nobody who asks for any. A program that sets SO_REUSEADDR, as ZeroMQ and torch do, can listen there all
+    the same, since nobody listens here."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind((address, 0))
+    return held
+
+
+def port_of(held: socket.socket) -> int:
+    """The port that a socket is bound to."""
+    return int(held.getsockname()[1])
 
 
 def is_tcp(endpoint: str) -> bool:
