@@ -27,7 +27,7 @@ SMALL = {
     "RAY_raylet_start_wait_time_s": "300",
     "OMP_NUM_THREADS": "1",
 }
-FAST = ("cluster.engine=ray", "cluster.trainer_cpus=0.1", "cluster.generator_cpus=0.5", "wire.frozen_after_s=5")
+FAST = ("cluster.engine=ray", "cluster.trainer_cpus=0.1", "cluster.generator_cpus=0.5", "wire.timeout_s=240")
 LONGEST_S = 400.0
 
 
