@@ -16,6 +16,8 @@ from async_rl.trajectory.codec import WireError, unpack
 
 SHOWN = 3
 """problems"""
+ASKED = 4
+"""times as many are looked at, since some may have failed"""
 WIDTH = 80
 """columns of the lines in which they are shown"""
 ROLE = re.compile(r"\s*(user|human|tool|system|developer|environment)\n", re.IGNORECASE)
@@ -34,7 +36,7 @@ def answers_before_and_after(folder: RunFolder, settings: Settings, most: int = 
     """
     try:
         with StoreSurvey(folder.store) as store:
-            groups = store.held_out_twice(most)
+            groups = store.held_out_twice(ASKED * most)
             pairs = [(_first_sample(store, first), _first_sample(store, last)) for first, last in groups]
         tokenizer = Tokenizer.of(settings.model)
     except (UserError, OSError, ValueError):
@@ -47,7 +49,7 @@ def answers_before_and_after(folder: RunFolder, settings: Settings, most: int = 
         }
         for old, new in pairs
         if old is not None and new is not None
-    ]
+    ][:most]
 
 
 def answer_lines(found: Sequence[Mapping[str, Any]], width: int = WIDTH) -> Iterator[str]:
@@ -76,7 +78,7 @@ def _first_sample(store: StoreSurvey, group: int) -> Trajectory | None:
             found = unpack(blob)
         except WireError:  # damaged
             return None
-        return found if found.turns and found.reward == found.reward else None
+        return found if found.turns and not found.failed else None
     return None
 
 

@@ -107,7 +107,8 @@ def learning(s: Mapping[str, Any]) -> tuple[str, str]:
     low, high = interval
     if low > 0 or high < 0:
         return "learned" if low > 0 else "got worse", ""
-    return "shows no clear change", f" (gain {low:.2f} to {high:.2f}, 95 % of a bootstrap over episodes)"
+    same = ", which all earned the same" if low == high else ""
+    return "shows no clear change", f" (gain {low:.2f} to {high:.2f}, 95 % of a bootstrap over episodes{same})"
 
 
 def conclusion(s: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from rich.console import Console as RichConsole
 from support_real_tokenizers import NAMES, TEMPLATES, ours
 from support_run import quick_settings, train
@@ -19,7 +20,7 @@ from async_rl.observe.answers import answer_lines, answer_of, answers_before_and
 from async_rl.observe.console import Console
 from async_rl.run_folder import RunFolder
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
-from async_rl.trajectory.codec import unpack
+from async_rl.trajectory.codec import pack, unpack
 
 
 def episode(prompt: Sequence[int], *said: Sequence[int], reward: float = 1.0) -> Trajectory:
@@ -98,3 +99,32 @@ def test_no_line_is_wider_than_80_columns_and_both_ends_are_kept() -> None:
     assert lines[2].startswith("    before -12.35  ") or lines[2].startswith("    before -12.34  ")
     assert shortened("short", 80) == "short"
     assert all(len(shortened("y" * n, 30)) == min(n, 30) for n in range(60))
+
+
+class Recorded:
+    """A store with two evaluations of so many problems, of which the first three failed in the second one."""
+
+    def __init__(self, path: Path) -> None:
+        pass
+
+    def __enter__(self) -> Recorded:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def held_out_twice(self, most: int) -> list[tuple[int, int]]:
+        return [(number, 100 + number) for number in range(8)][:most]
+
+    def load_groups(self, groups: Sequence[int]) -> list[bytes]:
+        made = episode([1], [2, 3], reward=groups[0] % 100)
+        failed = replace(made, ended="error", reason="KeyError", reward=0.0)
+        return [bytes(pack(failed if 100 <= groups[0] < 103 else made))]
+
+
+def test_a_held_out_episode_that_failed_is_not_shown_as_one_without_reward(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("async_rl.observe.answers.StoreSurvey", Recorded)
+    shown = answers_before_and_after(RunFolder(tmp_path), quick_settings(tiny_model))
+    assert [one["before"]["reward"] for one in shown] == [3.0, 4.0, 5.0]
