@@ -50,13 +50,13 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, "--version") == f"async-rl {__version__}\n"
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_a_program_of_ones_own_runs_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         run_command(["--version"])
     assert (end.value.code, capsys.readouterr().out) == (0, f"async-rl {__version__}\n")
 
 
+@pytest.mark.parametrize("name", NAMES)
 def test_help_says_what_a_command_is_for_and_its_examples_can_be_typed(
     capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
