@@ -52,7 +52,7 @@ def test_a_run_ends_with_the_first_held_out_problems_before_and_after(tmp_path: 
         assert shown["question"] == "?"
         for when, version in (("before", 0), ("after", 4)):
             whole = made[problem, version]
-            assert shown[when] == {"text": tokenizer.decode(whole.tokens[1:]), "reward": whole.reward}
+            assert shown[when] == {"text": tokenizer.decode(whole.tokens[1:].tolist()), "reward": whole.reward}
 
     out = RichConsole(record=True, width=80)
     Console(out=out).summary(summary)
