@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,10 @@ DETAIL_STEPS = 40
 """newest steps of which every span is drawn"""
 DETAIL_TRAJECTORIES = 60_000
 """newest trajectories that are looked through for these spans"""
+MOST_LANES = 24
+"""generators that have a lane of their own; of more, those that worked least"""
+NOT_GENERATORS = (timeline.TRAINER, timeline.HELD_OUT, "buffer", "weights", "tracker")
+"""beginnings of the names of other lanes"""
 MOST_EVENTS = 2_000
 MOST_INCIDENTS = 50
 MOST_FAILURES = 12
@@ -365,9 +369,17 @@ def _timeline(record: RunRecord, newest: Sequence[Surveyed], start: float, end: 
     busy = timeline.busy_share(record, edges)
     lanes.append({"name": "generators", "shares": {"generating": [round(float(v), 3) for v in busy]}})
     alive = timeline.lives(record)
-    for name in sorted({span.lane for span in alive}):
-        shares = _shares([span for span in alive if span.lane == name], edges)
+    of_lane = by_lane(alive)
+    shown, rest = divided(of_lane)
+    for name in shown:
+        shares = _shares(of_lane[name], edges)
         lanes.append({"name": f"{name} (process)" if name == timeline.TRAINER else name, "shares": shares})
+    if rest:
+        each = [_shares(of_lane[name], edges) for name in rest]
+        doings = sorted({doing for one in each for doing in one})
+        sums = {doing: np.sum([one[doing] for one in each if doing in one], axis=0) for doing in doings}
+        mean = {doing: [round(float(v) / len(rest), 3) for v in found] for doing, found in sums.items()}
+        lanes.append({"name": _and_more(rest), "shares": mean})
     told = [m for m in timeline.marks(record.events) if m.kind != "started" or len(record.events) < 200]
     return {
         "edges": [start, end],
@@ -398,17 +410,47 @@ def _detail(record: RunRecord, newest: Sequence[Surveyed], alive: Sequence[timel
     high = max(span.end for span in spans)
     spans += [s for s in timeline.generator_spans(newest) if s.end > low and s.start < high]
     spans += [s for s in alive if s.doing == "starting" and s.end > low and s.lane != timeline.TRAINER]
-    lanes: dict[str, list[list[Any]]] = {}
-    for s in spans:
-        begin, stop = max(low, s.start) - low, min(high, s.end) - low
-        lanes.setdefault(s.lane, []).append([round(begin, 4), round(stop, 4), s.doing, s.text])
+    of_lane = by_lane(spans)
+    shown, rest = divided(of_lane)
+    drawn = {
+        name: [
+            [round(max(low, s.start) - low, 4), round(min(high, s.end) - low, 4), s.doing, s.text]
+            for s in of_lane[name]
+        ]
+        for name in reversed(shown)
+    }
     return {
         "first": first,
         "last": last,
         "start": low,
         "seconds": round(high - low, 4),
-        "lanes": [{"name": name, "spans": found} for name, found in sorted(lanes.items(), reverse=True)],
+        "lanes": [
+            *({"name": name, "spans": found} for name, found in drawn.items()),
+            *([{"name": _and_more(rest), "spans": []}] if rest else []),
+        ],
     }
+
+
+def by_lane(spans: Sequence[timeline.Span]) -> dict[str, list[timeline.Span]]:
+    """The spans of each lane."""
+    found: dict[str, list[timeline.Span]] = {}
+    for span in spans:
+        found.setdefault(span.lane, []).append(span)
+    return found
+
+
+def divided(of_lane: Mapping[str, Sequence[timeline.Span]]) -> tuple[list[str], list[str]]:
+    """Names of the lanes that are drawn, in order, and of the generators that are not, where there are many."""
+    generators = [name for name in of_lane if not name.startswith(NOT_GENERATORS)]
+    worked = {
+        name: sum(span.end - span.start for span in of_lane[name] if span.doing != "waiting") for name in generators
+    }
+    rest = set(sorted(generators, key=lambda name: (worked[name], name))[MOST_LANES:])
+    return sorted(set(of_lane) - rest), sorted(rest)
+
+
+def _and_more(rest: Sequence[str]) -> str:
+    return f"and {len(rest)} more"
 
 
 def _events(record: RunRecord) -> list[list[Any]]:

@@ -390,7 +390,8 @@ def _chosen(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]],
     by_silence = sorted(generators, key=lambda row: -_seconds(row.get("silent_s")))
     shown, rest = by_silence[:MOST_GENERATORS], by_silence[MOST_GENERATORS:]
     versions = sorted({int(row["version"]) for row in rest if "version" in row})
-    hold = f", with version {versions[0]} to {versions[-1]}" if versions else ""
+    newest = f" to {versions[-1]}" if len(versions) > 1 else ""
+    hold = f", with version {versions[0]}{newest}" if versions else ""
     heard = duration(_seconds(rest[0].get("silent_s")))
     others = [row for row in rows if row.get("role") != "generator"]
     return [*others, *shown], f"and {len(rest)} more generators{hold}, all heard within {heard}"

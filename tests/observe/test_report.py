@@ -19,8 +19,9 @@ from async_rl.errors import UserError
 from async_rl.events import ProcessFailed
 from async_rl.model.tokenizer import Tokenizer
 from async_rl.observe.record import read_run
-from async_rl.observe.report import page, report_data, write_report
+from async_rl.observe.report import MOST_LANES, by_lane, divided, page, report_data, write_report
 from async_rl.observe.samples import pieces
+from async_rl.observe.timeline import Span
 from async_rl.trajectory import VersionSpan
 from async_rl.trajectory.codec import unpack
 
@@ -227,3 +228,16 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, tiny_model: Pat
     folder = Story(path=tmp_path / "run", model=tiny_model, steps=2).write()
     with pytest.raises(UserError, match="choose another --out"):
         write_report([folder.path], tmp_path / "no" / "such" / "page.html")
+
+
+def test_of_a_thousand_generators_those_that_worked_least_have_a_lane() -> None:
+    spans = [Span(lane=f"generator-{i}", doing="generating", start=0.0, end=100.0 - i % 97) for i in range(1000)]
+    spans += [Span(lane=f"generator-{i}", doing="waiting", start=100.0 - i % 97, end=100.0) for i in range(1000)]
+    spans += [Span(lane=name, doing="alive", start=0.0, end=1.0) for name in ("trainer", "trainer-rank-1", "buffer")]
+    shown, rest = divided(by_lane(spans))
+    generators = [name for name in shown if name.startswith("generator")]
+    assert len(generators) == MOST_LANES
+    assert len(rest) == 1000 - MOST_LANES
+    assert {"trainer", "trainer-rank-1", "buffer"} <= set(shown)
+    assert all(int(name.removeprefix("generator-")) % 97 >= 94 for name in generators)
+    assert divided(by_lane(spans[:MOST_LANES])) == (sorted(s.lane for s in spans[:MOST_LANES]), [])
