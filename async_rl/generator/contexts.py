@@ -6,20 +6,25 @@ which they were opened, so a context can go on at any time, also while another o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from async_rl.generator.chat import Chat
 from async_rl.generator.engine import Completion
+from async_rl.task.protocol import Utterance
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
 STOPS = "turns_stopped"
 """info of an unfinished trajectory: for each turn 1 when it ended by a stop, x when it was given up, else 0"""
+WHOLE = -1
+"""number of a given turn (start.py), which is none of its context's turns"""
+_STOPPED = {"stop": "1", "aborted": "x"}
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -59,13 +64,29 @@ class Context:
         self.log_probs.extend([0.0] * len(tokens))
         self.versions.extend([-1] * len(tokens))
 
-    def add_turn(self, completion: Completion, turn: Mapping[str, Any]) -> None:
-        """Append a sampled turn. `turn`: further fields of its record."""
-        self.turns.append(Turn(start=len(self.tokens), length=len(completion.tokens), **turn))
+    def add_turn(self, completion: Completion, state_key: int, agent: str, temperature: float) -> None:
+        """Append a sampled turn. `temperature`: as `Turn.temperature` records it."""
+        start, length = len(self.tokens), len(completion.tokens)
+        turn = Turn(start=start, length=length, state_key=state_key, agent=agent, temperature=temperature)
+        self.turns.append(turn)
         self.tokens = [*self.tokens, *completion.tokens]
         self.log_probs.extend(completion.log_probs)
         self.versions.extend(completion.versions)
-        self.stops += {"stop": "1", "aborted": "x"}.get(completion.finish, "0")
+        self.stops += _STOPPED.get(completion.finish, "0")
+
+
+class Spoken(Struct, frozen=True):
+    """A turn, of which an `Utterance` is made when a task asks."""
+
+    context: Context
+    number: int
+    """of the turn in the context, or WHOLE"""
+    text: str
+    tokens: Sequence[int]
+    agent: str
+
+    def utterance(self) -> Utterance:
+        return Utterance(text=self.text, tokens=() if self.number == WHOLE else tuple(self.tokens), agent=self.agent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +104,16 @@ class Columns:
 def lay_out(contexts: Sequence[Context]) -> Columns:
     """The columns of a trajectory. Contexts in which nothing was sampled or given are left out, unless that is all of
     them: then the first one is kept."""
+    if len(contexts) == 1:
+        only = contexts[0]
+        return Columns(
+            tokens=np.array(only.tokens, dtype=np.int32),
+            log_behaviour=np.array(only.log_probs, dtype=np.float32),
+            turns=tuple(only.turns),
+            versions=_spans(only.versions),
+            contexts=(),
+            stops=only.stops,
+        )
     spoken = [context for context in contexts if context.turns or context.given] or list(contexts[:1])
     turns: list[Turn] = []
     starts: list[int] = []
@@ -109,13 +140,16 @@ def lay_out(contexts: Sequence[Context]) -> Columns:
 def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
     """Runs of equal versions; environment tokens (-1) between two runs of one version do not split it."""
     spans: list[VersionSpan] = []
+    now, start, end = -1, 0, 0
     for position, version in enumerate(versions):
-        if version < 0:
-            continue
-        if spans and spans[-1].version == version:
-            spans[-1] = VersionSpan(version=version, start=spans[-1].start, end=position + 1)
-        else:
-            spans.append(VersionSpan(version=version, start=position, end=position + 1))
+        if version >= 0:
+            if version != now:
+                if now >= 0:
+                    spans.append(VersionSpan(version=now, start=start, end=end))
+                now, start = version, position
+            end = position + 1
+    if now >= 0:
+        spans.append(VersionSpan(version=now, start=start, end=end))
     return tuple(spans)
 
 

@@ -48,6 +48,7 @@ FEW = 64
 """tokens: Python finds the largest of so many faster than numpy"""
 
 Answer = asyncio.Future[Completion]
+Finish = Literal["stop", "length", "aborted"]
 
 
 class EmbeddedEngine:
@@ -133,17 +134,19 @@ class EmbeddedEngine:
     async def generate(self, request: Request) -> Completion:
         """Sample one turn. Raises ValueError for a request that cannot be right, LogitsNotFinite when the model gives
         such logits for it, RunFailed when the engine has died."""
-        history = self._checked(request)
+        slot = self._slots.of(request.session)
+        known = 0 if slot is None or request.session in self._answers else self._slots.goes_on(slot, request.tokens)
+        history = self._checked(request, known)
         if self._closed:
             return Completion(tokens=(), log_probs=(), versions=(), finish="aborted")
-        if len(history) >= self._max_context:
+        if len(request.tokens) >= self._max_context:
             return Completion(tokens=(), log_probs=(), versions=(), finish="length")
         rule = self._rules.number(request.params, self._rules_in_use)
-        checked = CheckedRequest(request=request, history=history, rule=rule)
+        checked = CheckedRequest(request=request, history=history, rule=rule, known=known)
         answer: Answer = asyncio.get_running_loop().create_future()
         self._start_task()
-        if self._slots.of(request.session) is not None:  # between two turns: it has its slot already
-            self._begin(checked, answer)
+        if slot is not None:  # between two turns: it has its slot already
+            self._begin(slot, checked, answer)
         else:
             self._waiting[request.session] = (checked, answer)
         self._wake.set()
@@ -218,7 +221,7 @@ class EmbeddedEngine:
         if slot is None:
             return
         if self._slots.running[slot]:
-            self._answer(slot, "aborted")
+            self._answer(np.array([slot]), ["aborted"])
         self._slots.clear(slot)
 
     def stats(self) -> EngineStats:
@@ -240,12 +243,14 @@ class EmbeddedEngine:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def _checked(self, request: Request) -> NDArray[np.int32]:
-        """The request's tokens, [tokens] int32. Raises ValueError for a request that cannot be served."""
+    def _checked(self, request: Request, known: int) -> NDArray[np.int32]:
+        """The request's tokens behind those `known`, [tokens] int32. Raises ValueError for a request that cannot be
+        served."""
         request.check()
-        history = np.asarray(request.tokens, dtype=np.int32)
+        tokens = request.tokens[known:] if known else request.tokens
+        history = np.asarray(tokens, dtype=np.int32)
         few = len(history) <= FEW
-        most = max(request.tokens) if few and min(request.tokens) >= 0 else int(history.view(np.uint32).max())
+        most = max(tokens) if few and min(tokens) >= 0 else int(history.view(np.uint32).max())
         if most >= self._model.config.vocabulary:  # negative ones are huge
             raise ValueError(f"a token is outside the vocabulary of {self._model.config.vocabulary}")
         if request.session in self._answers or request.session in self._waiting:
@@ -301,19 +306,17 @@ class EmbeddedEngine:
         """Give waiting requests a slot, in order."""
         while self._waiting:
             session = next(iter(self._waiting))
-            if self._slots.take(session) is None:
+            if (slot := self._slots.take(session)) is None:
                 return
             checked, answer = self._waiting.pop(session)
-            self._begin(checked, answer)
+            self._begin(slot, checked, answer)
 
-    def _begin(self, checked: CheckedRequest, answer: Answer) -> None:
-        session = checked.request.session
-        slot = self._slots.of(session)
-        assert slot is not None
-        copy = self._tables.truncate(slot, self._slots.in_common(slot, checked.history))
-        self._cache.copy([copy] if copy is not None else [])
+    def _begin(self, slot: int, checked: CheckedRequest, answer: Answer) -> None:
+        if not checked.known:  # else all that is cached stays
+            copy = self._tables.truncate(slot, self._slots.in_common(slot, checked.history))
+            self._cache.copy([copy] if copy is not None else [])
         self._slots.start(slot, checked)
-        self._answers[session] = answer
+        self._answers[checked.request.session] = answer
 
     @torch.inference_mode()  # no tensor of a step outlives the engine
     def _step(self) -> None:
@@ -417,11 +420,11 @@ class EmbeddedEngine:
         slots.known[slot] = at + 1
         self._generated += len(slot)
         stopped = self._rules.ended(slots.rule[slot], token, slot, slots.new_tokens)
-        over = stopped | (at + 1 >= slots.limit[slot])
-        for row in np.flatnonzero(over):
-            self._answer(int(slot[row]), "stop" if stopped[row] else "length")
-            slots.end(int(slot[row]))
-        return bool(over.any()) or not finite.all()
+        over = np.flatnonzero(stopped | (at + 1 >= slots.limit[slot]))
+        if len(over):
+            self._answer(slot[over], ["stop" if stop else "length" for stop in stopped[over].tolist()])
+            slots.end(slot[over])
+        return bool(len(over)) or not finite.all()
 
     def _fail(self, slot: int) -> None:
         """End the turn of a running slot whose logits are not finite, and forget its session."""
@@ -434,17 +437,23 @@ class EmbeddedEngine:
         self._cache.zero([SCRATCH, *own])
         self._slots.clear(slot)
 
-    def _answer(self, slot: int, finish: Literal["stop", "length", "aborted"]) -> None:
-        """Complete the turn of a running slot."""
+    def _answer(self, slot: NDArray[np.int64], finish: Sequence[Finish]) -> None:
+        """Complete the turns of running slots [n]; `finish` [n]."""
         slots = self._slots
-        turn = slice(int(slots.turn_start[slot]), int(slots.known[slot]))
-        self._finish(
-            self._answers.pop(slots.session[slot]),
-            slots.tokens[slot, turn].tolist(),
-            slots.log_probs[slot, turn].tolist(),
-            slots.versions[slot, turn].tolist(),
-            finish,
-        )
+        begin = slots.turn_start[slot]
+        length = slots.known[slot] - begin
+        if len(slot) * int(length.max()) > 4 * int(length.sum()) + FEW:  # one is much longer than the others
+            for row, how in enumerate(finish):
+                self._answer(slot[row : row + 1], [how])
+            return
+        column = begin[:, None] + np.arange(length.max())
+        at = slot[:, None], np.minimum(column, self._max_context - 1)
+        turns = [slots.tokens[at].tolist(), slots.log_probs[at].tolist(), slots.versions[at].tolist()]
+        if length.min() < length.max():
+            turns = [[row[:n] for row, n in zip(rows, length.tolist(), strict=True)] for rows in turns]
+        slots.hold(slot, turns[0])
+        for session, how, *turn in zip(slots.session[slot].tolist(), finish, *turns, strict=True):
+            self._finish(self._answers.pop(session), *turn, how)
 
     def _finish(
         self,
@@ -452,7 +461,7 @@ class EmbeddedEngine:
         tokens: Sequence[int],
         log_probs: Sequence[float],
         versions: Sequence[int],
-        finish: Literal["stop", "length", "aborted"],
+        finish: Finish,
     ) -> None:
         if not answer.done():
             answer.set_result(Completion(tokens=tokens, log_probs=log_probs, versions=versions, finish=finish))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import LogitsNotFinite
 from async_rl.generator.session import EpisodeAborted, EpisodeSession, Ticket, TurnLimit
-from async_rl.generator.task_code import TaskGuard, TaskOverrun, describe_error, is_ours, reason_of, waits_in
+from async_rl.generator.task_code import Steps, TaskGuard, TaskOverrun, describe_error, is_ours, reason_of, waits_in
 from async_rl.generator.task_wire import FarError
 from async_rl.task.protocol import Task
 from async_rl.task.weigh import ROLLOUT, Weighed, Weights, has_group_reward
@@ -124,7 +124,7 @@ async def outcome_of(guard: TaskGuard, work: Coroutine[Any, Any, Result], late: 
     try:
         while not running.done() and not reason:
             left, _ = late()
-            await asyncio.wait({running}, timeout=max(0.0, left))
+            await _done_within(running, max(0.0, left))
             if not running.done():
                 _, reason = late()
     finally:
@@ -136,6 +136,24 @@ async def outcome_of(guard: TaskGuard, work: Coroutine[Any, Any, Result], late: 
     if running.cancelled():  # by the task, before it began
         return asyncio.CancelledError()
     return running.result()
+
+
+async def _done_within(running: asyncio.Task[Any], seconds: float) -> None:
+    """Wait for the end of an asyncio task, at most so long. A third of the work of `asyncio.wait`."""
+    loop = asyncio.get_running_loop()
+    woken = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not woken.done():
+            woken.set_result(None)
+
+    timer = loop.call_later(seconds, wake)
+    running.add_done_callback(wake)
+    try:
+        await woken
+    finally:
+        timer.cancel()
+        running.remove_done_callback(wake)
 
 
 async def _rollout(task: Task, session: EpisodeSession, ticket: Ticket, weights: Weights) -> Weighed:
@@ -154,7 +172,7 @@ async def _rollout(task: Task, session: EpisodeSession, ticket: Ticket, weights:
 async def _outcome(guard: TaskGuard, work: Coroutine[Any, Any, Result]) -> Result | BaseException:
     """What is returned, or what was raised instead: asyncio would let a SystemExit end the whole event loop."""
     try:
-        return await guard.steps(work)
+        return await Steps(guard, work)
     except BaseException as error:
         if is_ours(error):
             raise

@@ -15,10 +15,10 @@ from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
 from async_rl.generator.chat import Chat
-from async_rl.generator.contexts import STOPS, Context, RecordedTurns, lay_out
+from async_rl.generator.contexts import STOPS, WHOLE, Context, RecordedTurns, Spoken, lay_out
 from async_rl.generator.engine import Completion, Engine, LogitsNotFinite, Request, SamplingParams
 from async_rl.generator.places import Slots
-from async_rl.generator.start import OTHER_WAY, WHOLE, GivenStart, with_given
+from async_rl.generator.start import OTHER_WAY, GivenStart, with_given
 from async_rl.generator.step_mark import AT_ENGINE
 from async_rl.generator.turn_request import TurnRequest
 from async_rl.model.tokenizer import Tokenizer, adapted, prompt_tokens
@@ -124,6 +124,7 @@ class EpisodeSession:
         self._engine = engine
         self.tokenizer = tokenizer
         self._ticket = ticket
+        self._key = ticket.permit.group, ticket.sample
         self.session_id = session_id
         self.max_context = max_context
         self._max_turns = min(max_turns, ticket.permit.max_turns or max_turns)
@@ -131,7 +132,7 @@ class EpisodeSession:
         self.problem: Problem | None = None
         self.contexts: list[Context] = []
         self._now = self.open_context()
-        self._said: list[tuple[Context, int, Utterance]] = []  # turns in order of time, with context and index in it
+        self._said: list[Spoken] = []  # turns in order of time
         self._spoken: tuple[Completion | None, str] = None, ""  # the last turn and its text
         self._begun = 0  # turns sampled or being sampled
         self._stopped = False
@@ -176,7 +177,7 @@ class EpisodeSession:
 
     @property
     def said(self) -> Sequence[Utterance]:
-        return [utterance for _, _, utterance in self._said]
+        return [spoken.utterance() for spoken in self._said]
 
     @property
     def split(self) -> Split:
@@ -325,10 +326,10 @@ class EpisodeSession:
 
     def _change_turn(self, agent: str | None, change: Callable[[Turn], Turn]) -> None:
         """Of the turn generated last (by this agent); one that was given has no record. Raises ValueError."""
-        own = [one for one in self._said if agent is None or one[2].agent == agent]
+        own = [one for one in self._said if agent is None or one.agent == agent]
         if not own:
             raise ValueError("no turn has been generated yet" + (f" by {agent!r}" if agent is not None else ""))
-        context, number, _ = own[-1]
+        context, number = own[-1].context, own[-1].number
         if number != WHOLE:
             context.turns[number] = change(context.turns[number])
 
@@ -440,15 +441,13 @@ class EpisodeSession:
         """Record a turn, also one that the engine gave up behind some tokens."""
         if completion.finish == "aborted" and not completion.tokens:
             return
-        turn = {"state_key": asked.state_key, "agent": asked.agent, "temperature": temperature}
-        context.add_turn(completion, turn)
+        context.add_turn(completion, asked.state_key, asked.agent, temperature)
         self._say(context, len(context.turns) - 1, completion, asked)
 
     def _say(self, context: Context, number: int, completion: Completion, asked: TurnRequest) -> None:
         text = self.tokenizer.turn_text(with_given(self._start, completion.tokens), asked.stop)
         self._spoken = completion, text
-        tokens = () if number == WHOLE else tuple(completion.tokens)
-        self._said.append((context, number, Utterance(text=text, tokens=tokens, agent=asked.agent)))
+        self._said.append(Spoken(context, number, text, completion.tokens, asked.agent))
 
     async def _sample(self, context: Context, room: int, temperature: float, asked: TurnRequest) -> Completion:
         """One turn by the engine. Raises LogitsNotFinite, or RunFailed when the engine has died."""
@@ -472,7 +471,7 @@ class EpisodeSession:
 
     async def untimed(self, call: Awaitable[Answer]) -> Answer:
         """What the engine answers, or a wait for other episodes: the time until then is not the task's."""
-        key = self._ticket.permit.group, self._ticket.sample
+        key = self._key
         self._sampling += 1
         AT_ENGINE[key] = AT_ENGINE.get(key, 0) + 1
         try:
@@ -526,7 +525,7 @@ class EpisodeSession:
     @property
     def transcript(self) -> str:
         """Everything behind the prompt of the context that spoke last: turns, and what the environment said."""
-        context = self._said[-1][0] if self._said else self._now
+        context = self._said[-1].context if self._said else self._now
         return self.tokenizer.decode(context.tokens[context.prompt :], behind=True)
 
     def abandon(self, reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import numpy as np
 from msgspec import Struct
@@ -17,8 +18,11 @@ class CheckedRequest(Struct, frozen=True, kw_only=True):
 
     request: Request
     history: NDArray[np.int32]  # [tokens]
+    """of the request; where it goes on from `known` tokens, those behind them"""
     rule: int
     """number of its stop rule (sampling.StopRules)"""
+    known: int = 0
+    """tokens that the session's slot holds already"""
 
 
 class Slots:
@@ -47,6 +51,8 @@ class Slots:
         self.arrival = np.zeros(n, dtype=np.int64)
         self.running = np.zeros(n, dtype=bool)
         self.session = np.full(n, -1, dtype=object)
+        self.held: list[list[int]] = [[] for _ in range(n)]
+        """tokens of a slot, those of its turn once that has ended; empty: not known as a list"""
         self._max_context = max_context
         self._slot_of: dict[int, int] = {}
         self._free = list(range(n))
@@ -75,9 +81,9 @@ class Slots:
 
     def start(self, slot: int, checked: CheckedRequest) -> None:
         """Begin a turn, before which the cache is cut back to what the old history has in common with the new one."""
-        request, history = checked.request, checked.history
-        n = len(history)
-        self.tokens[slot, :n] = history
+        request = checked.request
+        n = checked.known + len(checked.history)
+        self.tokens[slot, checked.known : n] = checked.history
         self.known[slot] = self.turn_start[slot] = n
         self.limit[slot] = min(n + request.params.max_tokens, self._max_context)
         self.temperature[slot] = request.params.temperature
@@ -86,6 +92,7 @@ class Slots:
         self.arrival[slot] = self._arrivals
         self._arrivals += 1
         self.running[slot] = True
+        self.held[slot] = request.tokens.copy() if type(request.tokens) is list else []
         self._idle.pop(slot, None)
 
     def in_common(self, slot: int, history: NDArray[np.int32]) -> int:
@@ -96,16 +103,30 @@ class Slots:
         differs = np.flatnonzero(self.tokens[slot, :same] != history[:same])
         return int(differs[0])
 
-    def end(self, slot: int) -> None:
-        """End the turn; the session keeps its slot for the next one."""
+    def goes_on(self, slot: int, tokens: Sequence[int]) -> int:
+        """How many tokens of an idle slot `tokens` begins with: all, or 0. To compare lists takes a tenth of what it
+        takes to make an array of one."""
+        held = self.held[slot]
+        n = len(held)
+        return n if n and type(tokens) is list and n < len(tokens) and tokens[:n] == held else 0
+
+    def end(self, slot: Ints) -> None:
+        """End the turns of these slots [n]; the sessions keep them for the next ones."""
         self.running[slot] = False
-        self._idle[slot] = None
+        self._idle.update(dict.fromkeys(slot.tolist()))
+
+    def hold(self, slot: Ints, turns: Sequence[Sequence[int]]) -> None:
+        """Note the turns [n] of slots [n], which end now."""
+        for number, turn in zip(slot.tolist(), turns, strict=True):
+            if held := self.held[number]:
+                held += turn
 
     def clear(self, slot: int) -> None:
         """Forget the session in `slot`."""
         self._slot_of.pop(self.session[slot])
         self._idle.pop(slot, None)
         self.session[slot] = -1
+        self.held[slot] = []
         self.running[slot] = False
         self.known[slot] = 0
         self.tables.clear(slot)

@@ -23,8 +23,6 @@ from async_rl.wire.messages import Start
 PIECE = "window"
 """source of a start that is an earlier piece of the same episode"""
 OTHER_WAY = "the environment answered otherwise than in the episode's earlier piece, so the episode cannot go on"
-WHOLE = -1
-"""number of a given turn, which is none of its context's turns"""
 
 
 class OtherWay(ValueError):

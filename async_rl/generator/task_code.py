@@ -159,8 +159,7 @@ class TaskGuard:
     def wait_begins(self) -> Key | None:
         """A step has ended with a wait. Returns the episode whose code something else may run meanwhile (a thread),
         for `wait_ends`; None: it waits for the engine."""
-        key = EPISODE.get()
-        if self.mark is None or key is None or key in AT_ENGINE:
+        if self.mark is None or (key := EPISODE.get()) is None or key in AT_ENGINE:
             return None
         self.mark.hold(key)
         return key

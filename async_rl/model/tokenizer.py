@@ -83,9 +83,9 @@ class Tokenizer:
         self._templates: dict[str, Any] = {}  # compiled, by name
         self._found: dict[str, str] | None = None  # templates' texts
         self._takes_parts: bool | None = None
-        # short texts behind others, which games say over and over
-        self._encoded: dict[str, list[int]] = {}
-        self._decoded: dict[tuple[int, ...], str] = {}
+        # short texts (and whether they are prompts) and turns (with their stop strings), which games say all the time
+        self._encoded: dict[tuple[str, bool], list[int]] = {}
+        self._turns: dict[tuple[tuple[int, ...], tuple[str, ...]], str] = {}
 
     @classmethod
     def of(cls, model: ModelSettings) -> Tokenizer:
@@ -114,7 +114,7 @@ class Tokenizer:
         Raises ValueError for a character that the tokenizer has no token for (a character tokenizer would drop it
         silently), and for a token that the model has no embedding for.
         """
-        if len(text) <= SHORT and behind and not first and (known := self._encoded.get(text)) is not None:
+        if behind is not first and (known := self._encoded.get((text, first))) is not None:
             return known.copy()
         if self._alphabet is not None and not self._alphabet.issuperset(text):
             unknown = sorted(set(self._outside_special(text)) - self._alphabet)
@@ -124,8 +124,8 @@ class Tokenizer:
         if first and self._first and ids[: len(self._first)] != self._first:
             ids = [*self._first, *ids]
         self._check_embedded(ids)
-        if len(text) <= SHORT and behind and not first and len(self._encoded) < MOST_SHORT:
-            self._encoded[text] = ids.copy()
+        if len(text) <= SHORT and behind is not first and len(self._encoded) < MOST_SHORT:
+            self._encoded[text, first] = ids.copy()
         return ids
 
     def lengths(self, texts: Sequence[str], *, first: bool = False) -> list[int]:
@@ -143,12 +143,7 @@ class Tokenizer:
         out, unless `special`. `behind`: the tokens stand behind others, so that a space in front is text."""
         if not special:
             ids = [i for i in ids if i not in self.end_ids]
-        kept = tuple(map(int, ids))
-        if behind and (known := self._decoded.get(kept)) is not None:
-            return known
-        text: str = (self._behind if behind else self._tokenizer).decode(kept, skip_special_tokens=False)
-        if behind and len(kept) <= SHORT and len(self._decoded) < MOST_SHORT:
-            self._decoded[kept] = text
+        text: str = (self._behind if behind else self._tokenizer).decode(list(map(int, ids)), skip_special_tokens=False)
         return text
 
     def ends_with(self, more: Sequence[int] = ()) -> tuple[int, ...]:
@@ -163,13 +158,19 @@ class Tokenizer:
         """Text of a sampled turn, up to the stop string that ended it and with it. The token that completes a stop
         string may go on behind it; that rest is not part of the text. The text of an end token is, when a stop string
         names it."""
+        key = tuple(ids), tuple(stop)
+        if (known := self._turns.get(key)) is not None:
+            return known
         text = self.decode(ids, behind=True)
         if len(ids) and int(ids[-1]) in self.end_ids:
             end = self.decode(ids[-1:], special=True)
             if any(end in string for string in stop):
                 text = self.decode(ids, special=True, behind=True)
         ends = [text.find(string) + len(string) for string in stop if string in text]
-        return text[: min(ends, default=len(text))]
+        text = text[: min(ends, default=len(text))]
+        if len(ids) <= SHORT and len(self._turns) < MOST_SHORT:
+            self._turns[key] = text
+        return text
 
     def is_added(self, token: int) -> bool:
         """The token was added to the vocabulary: a mark (end of text, a tag), no piece of words."""

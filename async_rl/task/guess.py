@@ -104,8 +104,9 @@ class Guess(Task):
     async def rollout(self, problem: Problem, session: Session) -> float:
         secret: int = problem.data["secret"]
         known = Interval(0, self.settings.num_secrets - 1)
-        gain = InformationGain(session, f"{secret:0{self.num_digits}d}")
+        gain = None
         if self.settings.information_gain:
+            gain = InformationGain(session, f"{secret:0{self.num_digits}d}")
             await gain.begin()
         for _ in range(self.settings.max_turns):
             text = await session.generate(max_tokens=self.num_digits, state_key=self.state_key(known))
@@ -117,7 +118,7 @@ class Guess(Task):
             session.append(answer)
             if answer == FOUND:
                 return 1.0
-            if self.settings.information_gain and session.turn < self.settings.max_turns:
+            if gain is not None and session.turn < self.settings.max_turns:
                 await gain.reward_turn()
             known.learn(guess, answer)
         session.end_at_turn_limit()
