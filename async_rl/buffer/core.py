@@ -381,6 +381,7 @@ class Core:
 
     def _count(self, trajectory: Trajectory) -> None:
         self.counts[f"trajectories_{trajectory.split}"] += 1
+        self.admission.arrived_tokens += trajectory.num_policy_tokens
         if trajectory.failed:
             self.counts["trajectories_failed"] += 1
             self.failures_in_row += 1

@@ -114,7 +114,7 @@ def restore(core: Core, stored: StoredState, *, version: int) -> None:
     ledger, admission = core.ledger, core.admission
     ledger.step, ledger.next_group = stored.step, stored.next_group
     admission.position = stored.position
-    admission.lost_tokens = stored.tokens_generated
+    admission.lost_tokens = admission.arrived_tokens = stored.tokens_generated
     ledger.published = core.consumed = version
     core.counts.update(stored.counts)
     for reason, count in stored.failures:

@@ -104,6 +104,18 @@ def test_a_batch_is_formed_once_and_answered_identically_when_asked_again() -> N
     assert [e.groups for e in first + again if isinstance(e, do.FormBatch)] == [(0,)]
 
 
+def test_no_more_tokens_are_trained_than_generated_whenever_generators_said_it_last() -> None:
+    core = make_core(PacePolicy(groups_per_step=1, max_staleness=1, pipeline_depth=2.0, window=1), group_size=1)
+    core.handle(b"g", msg.Hello(role="generator", name="g", pid=1), 0.0)
+    core.handle(b"g", msg.Want(limit=9, version=0), 0.0)
+    core.handle(b"g", msg.Finished(trajectories=(trajectory(0, 0, 0),)), 0.0)
+    sent = core.handle(TRAINER, msg.NextBatch(step=0), 0.0)
+    (batch,) = (effect for effect in sent if isinstance(effect, do.SendBatch))
+    assert batch.counters.tokens_generated == 1, "it has told of none yet"
+    core.admission.generators[b"g"].tokens_generated = 5  # two episodes more are under way
+    assert core.counters().tokens_generated == 5
+
+
 def test_a_trajectory_that_is_too_old_is_refused_when_the_batch_is_formed() -> None:
     core = make_core(PacePolicy(groups_per_step=1, max_staleness=0, pipeline_depth=1.0, window=1), group_size=1)
     core.handle(b"g", msg.Hello(role="generator", name="g", pid=1), 0.0)
