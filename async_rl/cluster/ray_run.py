@@ -205,10 +205,7 @@ class RayRun:
         while not self.endpoint:
             look = self.look()
             if look["refused"]:
-                raise UserError(
-                    f"Ray placed the buffer on {look['ip']} (cluster.run_on=anywhere), but {look['refused']}; put the "
-                    "run's folder on storage that every node sees (--run-dir), or set cluster.run_on=here"
-                )
+                raise UserError(self.unseen(look))
             self.endpoint, self.buffer_node = look["endpoint"], look["ip"]
             if look["over"]:
                 self.result()
@@ -221,6 +218,19 @@ class RayRun:
             self.scaler = Scaler(
                 fewest=self.plan.fewest, most=self.plan.most, scale_s=chosen.scale_s, wanted=self.plan.fewest
             )
+
+    def unseen(self, look: Mapping[str, Any]) -> str:
+        """That the buffer's node does not see the run's folder."""
+        chosen = self.settings.cluster.run_on
+        either = (
+            "set cluster.run_on=here"
+            if chosen == "anywhere"
+            else "give this machine's other nodes, of the same host name, the files that it sees"
+        )
+        return (
+            f"Ray placed the buffer on {look['ip']} (cluster.run_on={chosen}), but {look['refused']}; put the run's "
+            f"folder on storage that every node sees (--run-dir), or {either}"
+        )
 
     def common(self) -> dict[str, Any]:
         return {"parent": 0, "directory": os.getcwd(), "keys": "", "outcome": ""}
