@@ -25,6 +25,7 @@ SMALL = {
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_raylet_start_wait_time_s": "300",
+    "RAY_worker_niceness": "0",
     "OMP_NUM_THREADS": "1",
 }
 FAST = ("cluster.engine=ray", "cluster.trainer_cpus=0.1", "cluster.generator_cpus=0.5", "wire.timeout_s=240")
