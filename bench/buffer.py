@@ -4,9 +4,10 @@
 
 No sockets and no store: the messages of a whole run are made first (four generators, 64 groups of 16 a step,
 max_staleness 4), then the same messages go through a fresh core, five times; rates are per second of one
-processor's time. The mix is that of a run: trajectories in messages of 1 to 4 in random order of arrival,
-permits asked for and weights held as they come, counters from every generator, a trainer that asks a batch
-ahead.
+processor's time. `messages_per_s_with_pool`: the same with a sampler that looks at statistics and each kind of
+experience pool (POOLS) at its default size. The mix is that of a run: trajectories in messages of 1 to 4 in random
+order of arrival, permits asked for and weights held as they come, counters from every generator, a trainer that
+asks a batch ahead.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from async_rl.buffer.depth import Rules
 from async_rl.buffer.sampler import SamplerRules
 from async_rl.buffer.staleness import PacePolicy
 from async_rl.config import default_window
+from async_rl.config.pool import PoolSettings
 from async_rl.config.sampler import SamplerSettings
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.types import sample_seed
@@ -49,11 +51,19 @@ SAMPLER = SamplerRules(
     largest=GROUP_SIZE,
     problems=10_000,
 )
+POOLS = {
+    "groups": PoolSettings(source="groups", share=0.4, max_uses=4),
+    "successes": PoolSettings(source="successes", place="replace", when="no_signal"),
+    "best": PoolSettings(source="best", place="join", rows=2),
+    "signal": PoolSettings(source="priority", place="instead", when="no_signal", rows=4),
+    "advantage": PoolSettings(source="priority", priority="advantage", share=0.2),
+    "recency": PoolSettings(source="priority", priority="recency", share=0.2),
+}
 Sent = tuple[bytes, msg.Message, float]
 
 
-def make_core(sampled: bool = False) -> Core:
-    """`sampled`: with a sampler that looks at statistics wherever it can."""
+def make_core(sampled: bool = False, pool: str = "") -> Core:
+    """`sampled`: with a sampler that looks at statistics wherever it can. `pool`: a name in POOLS."""
     window = default_window(GROUPS, MAX_STALENESS, 0.3)
     pace = PacePolicy(
         groups_per_step=GROUPS, max_staleness=MAX_STALENESS, pipeline_depth=MAX_STALENESS + 1.0, window=window
@@ -62,12 +72,13 @@ def make_core(sampled: bool = False) -> Core:
         policy=pace,
         group_size=GROUP_SIZE,
         temperature=1.0,
-        drop_zero_signal=True,
+        drop_zero_signal=not pool,  # what the pool replaces is trained
         max_failures=10**9,
         max_refusals=10**9,
         seed=0,
         vocabulary=1,
         sampler=SAMPLER if sampled else None,
+        pool=POOLS[pool] if pool else PoolSettings(),
     )
     return Core(rules, problem_at=lambda position: position)
 
@@ -168,9 +179,9 @@ class Play:
         )
 
 
-def replay(sent: list[Sent], sampled: bool = False) -> float:
+def replay(sent: list[Sent], sampled: bool = False, pool: str = "") -> float:
     """Processor seconds for all messages on a fresh core."""
-    core = make_core(sampled)
+    core = make_core(sampled, pool)
     handle = core.handle
     started = time.process_time()
     for peer, message, now in sent:
@@ -178,6 +189,12 @@ def replay(sent: list[Sent], sampled: bool = False) -> float:
     seconds = time.process_time() - started
     assert core.step > 0
     return seconds
+
+
+def with_pool(name: str, messages: int) -> int:
+    """Messages per second with a sampler and this pool."""
+    sent = Play(Random(0), make_core(sampled=True, pool=name)).run(messages)
+    return round(len(sent) / statistics.median(replay(sent, sampled=True, pool=name) for _ in range(ROUNDS)))
 
 
 def microseconds(sent: list[Sent]) -> dict[str, dict[str, float]]:
@@ -217,6 +234,7 @@ def main() -> None:
     sent = play.run(arguments.messages)
     gc.freeze()  # a buffer does not keep a run's messages for the collector to look through
     with_sampler = Play(Random(0), make_core(sampled=True)).run(arguments.messages)
+    pooled = {name: with_pool(name, arguments.messages) for name in POOLS}
     pairs = [(replay(sent), replay(with_sampler, sampled=True)) for _ in range(ROUNDS)]
     seconds, seconds_sampled = [list(some) for some in zip(*pairs, strict=True)]
     trajectories = sum(len(m.trajectories) for _, m, _ in sent if isinstance(m, msg.Finished))
@@ -225,6 +243,7 @@ def main() -> None:
         "messages_per_s_all": [round(len(sent) / s) for s in seconds],
         "target_messages_per_s": TARGET,
         "messages_per_s_with_sampler": round(len(with_sampler) / statistics.median(seconds_sampled)),
+        "messages_per_s_with_pool": pooled,
         "trajectories_per_s": round(trajectories / statistics.median(seconds)),
         "messages": len(sent),
         "steps": play.core.step,

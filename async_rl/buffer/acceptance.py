@@ -306,10 +306,14 @@ def _trainable(trajectory: Trajectory, plan: RolloutSettings) -> Objection | Non
     return None
 
 
+def _may_fork(sample: int, permit: msg.Permit, plan: RolloutSettings) -> bool:
+    """Whether this sample of a permit may go on from another one."""
+    return permit.split == "train" and permit.start is None and parent_of(sample, plan) is not None
+
+
 def _permitted(trajectory: Trajectory, group: Group, plan: RolloutSettings) -> Objection | None:
     """Why the trajectory is not one that the permit names, or None."""
     permit = group.permit
-    fork = parent_of(trajectory.sample, plan) is not None and permit.split == "train" and permit.start is None
     if not 0 <= trajectory.sample < group.size:
         said = f"sample {trajectory.sample} of {group.size}"
     elif trajectory.problem != permit.problem or trajectory.split != permit.split:
@@ -318,7 +322,9 @@ def _permitted(trajectory: Trajectory, group: Group, plan: RolloutSettings) -> O
         said = "another seed"
     elif trajectory.temperature != permit.temperature:
         said = f"temperature {trajectory.temperature:g} instead of {permit.temperature:g}"
-    elif (permit.start is None) == (GIVEN in trajectory.info) and not (trajectory.failed or fork):
+    elif (permit.start is None) == (GIVEN in trajectory.info) and not (
+        trajectory.failed or _may_fork(trajectory.sample, permit, plan)
+    ):
         said = "with a start" if permit.start is not None else "without a start"
     elif (hint := trajectory.info.get(HINT)) != _hint(permit) and not trajectory.failed:
         said = f"with {hint} of a text in its prompt"

@@ -312,7 +312,7 @@ class Core:
             if trajectory.sample in group.begun:
                 group.begun.remove(trajectory.sample)
                 begun.append((trajectory.group, trajectory.sample))
-            self._count(trajectory)
+            self._count(trajectory, group)
             if group.complete:
                 closed.append(group)
         if fresh:
@@ -379,9 +379,10 @@ class Core:
             return entry[1]
         return self.ledger.groups.get(number) or self.batching.discarded.running.get(number)
 
-    def _count(self, trajectory: Trajectory) -> None:
-        self.counts[f"trajectories_{trajectory.split}"] += 1
-        self.admission.arrived_tokens += trajectory.num_policy_tokens
+    def _count(self, trajectory: Trajectory, group: Group) -> None:
+        """It has arrived in `group`."""
+        self.counts["trajectories_train" if trajectory.split == "train" else "trajectories_eval"] += 1
+        self.admission.arrived_tokens += group.samples[trajectory.sample].policy_length
         if trajectory.failed:
             self.counts["trajectories_failed"] += 1
             self.failures_in_row += 1

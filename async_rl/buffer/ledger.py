@@ -109,7 +109,7 @@ class Group:
     @property
     def version_min(self) -> int:
         """Version of the oldest policy token of the usable samples; -1 when there is none."""
-        return min((s.version_min for s in self.usable if s.version_min >= 0), default=-1)
+        return min([s.version_min for s in self.samples.values() if s.version_min >= 0 and not s.failed], default=-1)
 
     def give(self, peer: bytes, version: int) -> None:
         """To a generator that holds `version`."""

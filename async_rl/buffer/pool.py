@@ -14,6 +14,9 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from heapq import nsmallest
+from itertools import islice
+from operator import neg, truediv
 from random import Random
 from statistics import median
 
@@ -128,16 +131,14 @@ class Pool:
 
     def expire(self, step: int) -> None:
         """Remove what may not come back at `step` or later: too old, used up, or of a generator that lied."""
-        chosen = self.settings
+        chosen, members = self.settings, self.members.values()
         liars = {name for name, since in self.forgotten if since == step}
-        gone = [
-            member.name
-            for member in self.members.values()
-            if (chosen.max_age and 0 <= member.oldest < step - chosen.max_age)
-            or (chosen.max_uses and member.uses >= chosen.max_uses)
-            or member.generator in liars
-        ]
-        for name in gone:
+        gone = [member for member in members if member.generator in liars] if liars else []
+        if (first := step - chosen.max_age) > 0 and chosen.max_age:
+            gone += [member for member in members if 0 <= member.oldest < first]
+        if chosen.max_uses:
+            gone += [member for member in members if member.uses >= chosen.max_uses]
+        for name in {member.name for member in gone}:
             self._remove(name)
 
     def draw(self, step: int, groups: Sequence[FreshGroup]) -> Drawn:
@@ -156,8 +157,9 @@ class Pool:
     def use(self, rows: Iterable[Reuse]) -> None:
         """These have come back once more."""
         for row in rows:
-            member = self.members[row.group, row.sample]
-            self.members[member.name] = replace(member, uses=member.uses + 1)
+            name = row.group, row.sample
+            member = self.members[name]
+            self.members[name] = replace(member, uses=member.uses + 1)
 
     def add(self, groups: Iterable[FreshGroup]) -> None:
         """These are in a batch now, and may come back in later ones."""
@@ -187,22 +189,28 @@ class Pool:
 
     def _take(self, group: FreshGroup, mean: float, std: float) -> None:
         chosen = self.settings
-        sampled = {number: s for number, s in group.samples.items() if s.version_min >= 0 and s.policy_length}
+        sampled = [(number, s) for number, s in group.samples.items() if s.version_min >= 0 and s.policy_length]
         if chosen.source == "groups" and (std == 0 < group.size - 1 or len(sampled) < group.size):
             return  # nothing to compare, or not whole
-        oldest = min((s.version_min for s in sampled.values()), default=-1)
-        for number, sample in sampled.items():
+        whole = chosen.source == "groups"
+        oldest = min([sample.version_min for _, sample in sampled], default=-1)
+        found = []
+        for number, sample in sampled:
             member = Member(
                 group=group.group,
                 sample=number,
                 problem=group.problem,
                 reward=sample.reward,
-                oldest=oldest if chosen.source == "groups" else sample.version_min,
+                oldest=oldest if whole else sample.version_min,
                 advantage=(sample.reward - mean) / (std + STD_EPSILON) if std > 0 else 0.0,
                 generator=sample.generator,
             )
-            if chosen.source == "groups" or self._worth(member) > chosen.above:
-                self._insert(member)
+            if whole or self._worth(member) > chosen.above:
+                found.append(member)
+        if chosen.source in ("successes", "priority"):  # of these the newest stay, so that others need not enter
+            found = found[-chosen.per_problem :]
+        for member in found:
+            self._insert(member)
         self._shrink()
 
     def _worth(self, member: Member) -> float:
@@ -220,26 +228,33 @@ class Pool:
         return member.reward
 
     def _insert(self, member: Member) -> None:
-        self.members[member.name] = member
+        name = member.name
+        self.members[name] = member
         alike = self.by_problem.setdefault(member.problem, [])
-        alike.append(member.name)
+        alike.append(name)
         if self.settings.source not in ("groups", "demonstrations") and len(alike) > self.settings.per_problem:
             best = self.settings.source == "best"
             self._remove(min(alike, key=lambda name: self.members[name].reward) if best else alike[0])
 
     def _shrink(self) -> None:
         """Down to `pool.size`, oldest first; whole groups leave together."""
-        while len(self.members) > self.settings.size:
-            first = next(iter(self.members))
-            whole = self.settings.source == "groups"
-            for name in [n for n in self.by_problem[self.members[first].problem] if n[0] == first[0]]:
-                if whole or name == first:
-                    self._remove(name)
+        excess = len(self.members) - self.settings.size
+        if excess <= 0:
+            return
+        whole = self.settings.source == "groups"
+        leaving: list[Name] = []
+        for name in self.members:
+            if len(leaving) >= excess and not (whole and name[0] == leaving[-1][0]):
+                break
+            leaving.append(name)
+        for name in leaving:
+            self._remove(name)
 
     def _remove(self, name: Name) -> None:
         problem = self.members.pop(name).problem
-        self.by_problem[problem].remove(name)
-        if not self.by_problem[problem]:
+        alike = self.by_problem[problem]
+        alike.remove(name)
+        if not alike:
             del self.by_problem[problem]
 
     # ------------------------------------------------------------------ what comes back
@@ -253,12 +268,12 @@ class Pool:
         else:
             fresh = sum(len(group.samples) for group in groups)
             wanted = share_of(chosen.share, fresh) if chosen.share else chosen.rows
-            found = self._ranked(self.members.values(), moment)[:wanted]
-        rows = []
-        for place, member in enumerate(found):
-            whole = chosen.source == "groups"
-            own = POOL_GROUPS + (member.group if whole else place)
-            rows.append(moment.row(member, self._source, as_group=own, as_sample=member.sample if whole else 0))
+            found = self._first(wanted, self.members, moment)
+        row, source = moment.row, self._source
+        if source == "groups":
+            rows = [row(m, source, as_group=POOL_GROUPS + m.group, as_sample=m.sample) for m in found]
+        else:
+            rows = [row(m, source, as_group=POOL_GROUPS + place, as_sample=0) for place, m in enumerate(found)]
         return Drawn(rows=tuple(rows))
 
     def _whole_groups(self, wanted: int, moment: Moment) -> list[Member]:
@@ -276,13 +291,16 @@ class Pool:
         out: list[Name] = []
         taken: set[Name] = set()
         apart = chosen.place == "instead" and chosen.source == "priority"
-        for group in groups:
-            if not self._asks(group):
-                continue
-            names: Iterable[Name] = self.members if apart else self.by_problem.get(group.problem, ())
-            free = [self.members[name] for name in names if name not in taken]
-            found = self._ranked(free, moment)[: chosen.rows]
-            taken.update(member.name for member in found)
+        asking = [group for group in groups if self._asks(group)]
+        wanted = len(asking) * chosen.rows
+        order = iter(self._first(wanted, self.members, moment) if apart and asking else ())
+        for group in asking:
+            if apart:  # one group after the other takes from the same draw
+                found = list(islice(order, chosen.rows))
+            else:
+                free = [name for name in self.by_problem.get(group.problem, ()) if name not in taken]
+                found = self._first(chosen.rows, free, moment)
+                taken.update(member.name for member in found)
             for number, member in enumerate(found):
                 own, sample = (POOL_GROUPS + len(rows), 0) if apart else (group.group, group.size + number)
                 rows.append(moment.row(member, self._source, as_group=own, as_sample=sample))
@@ -306,25 +324,35 @@ class Pool:
             return False
         return math.fsum(rewards) / len(rewards) <= self.settings.gate
 
-    def _ranked(self, candidates: Iterable[Member], moment: Moment) -> list[Member]:
-        """Candidates, those to take first. Each gets a random number, in the order of their names."""
-        ordered = sorted(candidates, key=lambda member: member.name)
-        keyed = [(self._key(member, moment), member.name, member) for member in ordered]
-        return [member for _, _, member in sorted(keyed, key=lambda one: one[:2])]
-
-    def _key(self, member: Member, moment: Moment) -> tuple[float, float]:
-        chance = max(moment.random.random(), 1e-300)
+    def _first(self, wanted: int, candidates: Iterable[Name], moment: Moment) -> list[Member]:
+        """So many of the candidates, in the order in which they come back. Each may get a random number, in the order
+        of their names."""
+        members = [self.members[name] for name in sorted(candidates)]
+        random = moment.random.random
+        keys: list[float] | list[tuple[float, float]]
         match self.settings.source:
             case "demonstrations":
-                return member.uses, chance
+                keys = [(member.uses, random()) for member in members]
             case "best":
-                return -member.reward, -member.group
+                keys = [(-member.reward, -member.group) for member in members]
             case "priority":  # without replacement, in proportion to the weight: Efraimidis and Spirakis, 2006
-                recency = self.settings.priority == "recency"
-                weight = 1.0 / (1 + moment.step - member.oldest) if recency else self._worth(member)
-                return -math.log(chance) / max(weight, 1e-300), 0.0
+                chances = map(math.log, [random() or 1e-300 for _ in members])
+                keys = list(map(truediv, map(neg, chances), self._weights(members, moment.step)))
             case _:
-                return chance, 0.0
+                keys = [random() for _ in members]
+        return [members[place] for place in nsmallest(wanted, range(len(keys)), key=keys.__getitem__)]
+
+    def _weights(self, members: Sequence[Member], step: int) -> list[float]:
+        """How likely each comes back, against the others; above `pool.above`, and so above 0."""
+        match self.settings.priority:
+            case "recency":
+                return [1.0 / (1 + step - member.oldest) for member in members]
+            case "signal":
+                return [abs(member.advantage) for member in members]
+            case "advantage":
+                return [member.advantage for member in members]
+            case "reward":
+                return [member.reward for member in members]
 
 
 def share_of(share: float, fresh: int) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from async_rl.trajectory.types import Trajectory
@@ -24,9 +25,9 @@ _GROUP, _SAMPLE, _USES, _AGE = "pool/group", "pool/sample", "pool/uses", "pool/a
 _ADVANTAGE, _BASELINE, _SCALE = "pool/advantage", "pool/baseline", "pool/scale"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reuse:
-    """A row of a batch that comes from the pool."""
+class Reuse(Struct, frozen=True, kw_only=True, gc=False):
+    """A row of a batch that comes from the pool. A struct, which is made in a fraction of a dataclass's time: a batch
+    may have hundreds."""
 
     source: Source
     group: int
