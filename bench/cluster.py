@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
     chosen = parser.parse_args()
-    os.environ["RAY_worker_niceness"] = "0"  # as the processes of a local run
+    os.environ.update({"RAY_worker_niceness": "0"})  # as the processes of a local run
     from ray.cluster_utils import Cluster
 
     with tempfile.TemporaryDirectory() as place:
