@@ -36,6 +36,7 @@ THINGS = (
     f"{TRANSFER}.ipc_engine.IPCWeightTransferInitInfo",
     f"{TRANSFER}.ipc_engine.IPCWeightTransferUpdateInfo",
     f"{TRANSFER}.nccl_common.NCCLWeightTransferInitInfo",
+    f"{TRANSFER}.nccl_common.stateless_init_process_group",
     f"{TRANSFER}.nccl_common.trainer_init",
     f"{TRANSFER}.nccl_engine.NCCLTrainerInitInfo",
     f"{TRANSFER}.nccl_engine.NCCLTrainerSendWeightsArgs",

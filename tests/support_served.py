@@ -50,7 +50,7 @@ class Served:
         }
         return VllmEngine.start(VllmOptions(**given | changes))
 
-    def run(self, work: Coroutine[Any, Any, Result], seconds: float = 120.0) -> Result:
+    def run(self, work: Coroutine[Any, Any, Result], seconds: float = 600.0) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(seconds)
 
     def ask(self, requests: Sequence[Request]) -> list[Completion]:

@@ -339,6 +339,11 @@ class WeightsSettings:
         above=0,
         max=1_000_000,
     )
+    broadcast: bool = setting(
+        False,
+        "nccl: each version goes to all generators at once, in one NCCL group that is formed anew when generators come "
+        "or go, in place of one transfer after another",
+    )
     endpoint: str = setting(
         "auto",
         "where the weight server listens, tcp://HOST:PORT as for wire.endpoint; auto: a free port beside the buffer's",

@@ -57,7 +57,26 @@ def guesses_are_verified_on_a_gpu(s: Settings) -> str:
     return ""
 
 
+def a_broadcast_is_loaded_as_it_comes(s: Settings) -> str:
+    if not s.weights.broadcast:
+        return ""
+    if s.weights.transport not in ("auto", "nccl"):
+        return (
+            f"weights.broadcast is about weights over nccl, and weights.transport is {s.weights.transport}; leave one "
+            "of them out"
+        )
+    if s.generator.engine != "vllm":
+        return f"weights.broadcast is for vLLM, and generator.engine is {s.generator.engine}; leave it out"
+    if s.generator.quantization != "none":
+        return (
+            f"weights.broadcast loads tensors as they come, and generator.quantization={s.generator.quantization} "
+            "makes whole layers anew; leave weights.broadcast out"
+        )
+    return ""
+
+
 VLLM_RELATIONS = (
+    a_broadcast_is_loaded_as_it_comes,
     quantized_rollouts_need_vllm_on_a_gpu,
     guessed_tokens_are_samples,
     guesses_are_verified_on_a_gpu,

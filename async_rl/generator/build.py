@@ -169,7 +169,7 @@ def _make_vllm(settings: Settings, way: str) -> Engine:
             quantization=chosen.quantization,
             speculative=vllm.speculative,
             layout=layout,
-            transfer=way if way in LINKS else "",
+            transfer=way if way in LINKS and not (way == "nccl" and settings.weights.broadcast) else "",
         )
     )
 

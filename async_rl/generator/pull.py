@@ -26,6 +26,11 @@ POLL_S = 0.1
 """longest wait for one message, and pause before asking again for a version that does not exist yet"""
 
 
+class TransferEnded(Exception):
+    """A transfer ended on the way, and may be begun again: what the engine holds is not whole, and it does not
+    generate."""
+
+
 class WeightSource(Protocol):
     """Where a generator gets its weights."""
 
@@ -96,7 +101,7 @@ class Linkable(Protocol):
 
     async def handle_call(self, method: str, version: int, detail: Mapping[str, Any]) -> None:
         """Execute a call of the trainer's side of vLLM: init, start, update or finish. Tokens sampled after finish
-        carry `version`. Raises RunFailed."""
+        carry `version`. Raises RunFailed, and TransferEnded for a broadcast in which another engine has gone."""
         ...
 
 
@@ -204,6 +209,9 @@ class LinkSource:
                 await self._answer(call)
                 return False
             await asyncio.wait_for(engine.handle_call(call.method, call.version, call.detail), left)
+        except TransferEnded as error:
+            await self._answer(call, again=str(error))
+            return False
         except TimeoutError:
             reason = f"its part of '{call.method}' did not come from the trainer within {self._timeout_s:g} s"
             await self._answer(call, reason)
@@ -226,8 +234,8 @@ class LinkSource:
                 f"of version {self._version}, and this generator holds version {after}"
             )
 
-    async def _answer(self, call: msg.LinkCall, error: str = "") -> None:
-        await self._dealer.send(msg.LinkAnswer(session=self._session, number=call.number, error=error))
+    async def _answer(self, call: msg.LinkCall, error: str = "", again: str = "") -> None:
+        await self._dealer.send(msg.LinkAnswer(session=self._session, number=call.number, error=error, again=again))
 
     def close(self) -> None:
         self._dealer.close(linger_s=0.5)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, EngineStats, Request, SamplingParams
+from async_rl.generator.pull import TransferEnded
 from async_rl.generator.seats import Seats
 from async_rl.weights.blocks import join
 from async_rl.weights.shared_memory import shared_folder
@@ -90,7 +91,8 @@ class VllmOptions:
     layout: Mapping[str, tuple[int, ...]]
     """shapes of the model's weights, under the trainer's names"""
     transfer: str = ""
-    """vLLM's back end for weights that the trainer sends straight into the workers (nccl, ipc); empty: none"""
+    """vLLM's back end for weights that the trainer sends straight into the workers (nccl, ipc); empty: none, also
+    where one broadcast goes to all engines (weights/broadcast.py)"""
     worker: str = "async_rl.generator.vllm_worker.Weights"
     """class that vLLM mixes into its worker"""
 
@@ -250,19 +252,27 @@ class VllmEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
         match method:
+            case "init" if "lifeline" in detail:  # of a broadcast
+                if not all(await self._ask_workers("async_rl_join", dict(detail))):
+                    raise TransferEnded("the group of the broadcast did not come about")
             case "init":
                 request = WeightTransferInitRequest(init_info=dict(detail))
                 await self._served(self._llm.init_weight_transfer_engine(request))
             case "start":
                 await self._pause()
-                await self._served(self._llm.start_weight_update())
+                if self._options.transfer:
+                    await self._served(self._llm.start_weight_update())
+            case "update" if "broadcast" in detail:
+                if not all(await self._ask_workers("async_rl_receive", dict(detail))):
+                    raise TransferEnded("the broadcast ended on the way")
             case "update" if "handles" in detail:
                 await self._ask_workers("async_rl_update_ipc", dict(detail))
             case "update":
                 update = WeightTransferUpdateRequest(update_info=dict(detail))
                 await self._served(self._llm.update_weights(update))
             case "finish":
-                await self._served(self._llm.finish_weight_update())
+                if self._options.transfer:
+                    await self._served(self._llm.finish_weight_update())
                 await self._resume(version)
             case _:
                 raise RunFailed(f"the trainer wants '{method[:40]}' of vLLM, which this program does not know")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from async_rl.generator.vllm_engine import OWNER
 from async_rl.generator.vllm_layout import find_blocks
 from async_rl.weights.blocks import Block, Shown, show
+from async_rl.weights.communicator import Meeting, Receiver
 from async_rl.weights.shared_memory import WeightReader
 from async_rl.weights.vllm_links import rebuild_arguments
 
@@ -74,6 +75,9 @@ class Weights:
     _given_version: int = -1
     _shared: WeightReader | None = None
     """its pages stay mapped"""
+    _receiver: Receiver | None = None
+    device: torch.device
+    """of vLLM's worker"""
 
     def async_rl_load(self, path: str, version: int) -> None:
         """Copy the weights of a safetensors file into the model, in place. A quantized model is made anew from them."""
@@ -97,6 +101,22 @@ class Weights:
             self.reload_weights(weights_iterator=iter(tensors.items()))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+    def async_rl_join(self, detail: dict[str, int]) -> bool:
+        """Join the group over which the trainer sends weights to several engines at once. False when it did not come
+        about. `detail`: a `Meeting`, with the rank of this engine's first worker."""
+        if self._receiver is None:
+            self._receiver = Receiver(self.device)
+        return self._receiver.join(Meeting(**{**detail, "rank": detail["rank"] + self.rank}))
+
+    def async_rl_receive(self, update: dict[str, Any]) -> bool:
+        """Receive a version in that group, into the model's parameters. False when the group ended on the way."""
+        assert self._receiver is not None, "the trainer's call to join comes first"
+        sent = [(name, dtype, list(shape)) for name, dtype, shape in update["broadcast"]]
+        whole = self._receiver.receive(sent, self.get_model().load_weights, packed_bytes=update["packed_bytes"])
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return whole
 
     def async_rl_update_ipc(self, update: dict[str, Any]) -> None:
         """Load tensors that the trainer holds on this GPU, by handles that are plain numbers and bytes

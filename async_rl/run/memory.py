@@ -183,8 +183,10 @@ class _Shape:
 
 def _sent_bytes(shape: _Shape, links: int) -> int:
     """What the sending GPU holds: vLLM packs tensors until a buffer is full, the largest whole, from a copy on the GPU;
-    one link packs at a time (weights/link.py)."""
+    one link packs at a time (weights/link.py). A broadcast has one buffer and one group."""
     largest = shape.parameters if shape.config is None else shape.config.vocabulary * shape.config.hidden
+    if shape.settings.weights.broadcast:
+        return max(PACKED_BYTES, BYTES[shape.settings.generator.dtype] * largest) + LINK_BYTES
     return 2 * BYTES[shape.settings.generator.dtype] * largest + 2 * PACKED_BYTES + links * LINK_BYTES
 
 

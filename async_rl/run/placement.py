@@ -294,6 +294,11 @@ def choose_ways(settings: Settings, placement: Placement, *, ipc_works: bool) ->
             "weights.timeout_s does nothing here: it is for weights over nccl or ipc, and no generator of this run "
             "gets them so; leave weights.timeout_s out"
         )
+    if settings.weights.broadcast and found.count("nccl") < 2:
+        raise UserError(
+            f"weights.broadcast is for several generators that get weights over nccl, and here {found.count('nccl')} "
+            "do; leave weights.broadcast out"
+        )
     if settings.weights.relay:
         raise UserError(
             "weights.relay does nothing here: the generators that the launcher starts are on the trainer's host; give "

@@ -12,6 +12,7 @@ from async_rl.events import RecordEvent
 from async_rl.model.decoder import DTYPES, Decoder
 from async_rl.run_folder import RunFolder
 from async_rl.trainer.learner import Learner
+from async_rl.weights.broadcast import Broadcast
 from async_rl.weights.link import Control, LinkServer, MakeLink, Staged, WeightLink
 from async_rl.weights.shared_memory import WeightPublisher, segment_path
 from async_rl.weights.upload import WeightUpload
@@ -106,9 +107,10 @@ def make_publisher(
     links = LinkServer(
         ipc_endpoint(folder.path, "weights"),
         staged,
-        (make_link or links_by_release(installed_release()))(staged),
+        (make_link or links_by_release(installed_release(), broadcast=settings.weights.broadcast))(staged),
         timeout_s=settings.weights.timeout_s,
         record=record,
+        in_turns=not settings.weights.broadcast,
         keepalive=keepalive,
     )
     if not needs_segment(ways, tcp=is_tcp(settings.wire.endpoint)):
@@ -127,11 +129,17 @@ def segment_dtype(settings: Settings, learner: Learner) -> torch.dtype | None:
     return DTYPES[chosen.dtype]
 
 
-def links_by_release(release: Release) -> Callable[[Staged], MakeLink]:
+def links_by_release(release: Release, *, broadcast: bool = False) -> Callable[[Staged], MakeLink]:
+    """Of an installed vLLM. `broadcast`: NCCL's go to all generators at once."""
+
     def of(staged: Staged) -> MakeLink:
+        together = Broadcast(staged) if broadcast else None
+
         def make(ask: msg.AskLink, control: Control) -> WeightLink:
             if ask.way == "ipc":
                 return IpcLink(control, staged, has_packed=release >= HAS_PACKED)
+            if together is not None:
+                return together.member(ask, control)
             from async_rl.weights.vllm_links import make_nccl_link
 
             return make_nccl_link(control, staged, workers=ask.workers, release=release)

@@ -21,7 +21,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -203,6 +203,10 @@ class LinkLost(Exception):
     """The transfer failed; the message says why and on which side."""
 
 
+class TransferEnded(LinkLost):
+    """It ended on the way through no fault of this generator, which takes it again."""
+
+
 class WeightLink(Protocol):
     """The connection to one generator's workers. Made and used in a thread of its own; `close` is called in another."""
 
@@ -278,6 +282,8 @@ class Control:
             if answer.number == self._number:
                 if answer.error:
                     raise LinkLost(f"{self._peer} could not do '{method}': {answer.error}")
+                if answer.again:
+                    raise TransferEnded(f"{self._peer}: {answer.again}")
                 self.progressed()
                 return
 
@@ -348,6 +354,7 @@ class LinkServer:
         timeout_s: float,
         record: RecordEvent,
         closing_s: float = CLOSING_S,
+        in_turns: bool = True,
         keepalive: Callable[[], None] = lambda: None,
     ) -> None:
         """
@@ -355,6 +362,7 @@ class LinkServer:
             endpoint: a Unix socket, so that only processes of this host and this user can ask.
             timeout_s: longest time of one transfer.
             closing_s: longest time that the end of a late transfer may take beyond that.
+            in_turns: one link sends at a time; else they agree among themselves (weights/broadcast.py).
             keepalive: called every `PING_S` while a publication waits for transfers.
 
         Raises UserError when the endpoint cannot be bound.
@@ -366,7 +374,7 @@ class LinkServer:
         self._out: queue.SimpleQueue[tuple[bytes, msg.Message]] = queue.SimpleQueue()
         self._peers: dict[str, _Peer] = {}
         """by the name of the generator"""
-        self._turns = Turns()
+        self._turns = Turns() if in_turns else None
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="weight-links", daemon=True)
         self._thread.start()
@@ -442,7 +450,8 @@ class LinkServer:
             self._router.send(address, msg.Refused(what="AskLink", reason=reason))
             return
         control = Control(ask.name, lambda message: self._out.put((address, message)), self._timeout_s)
-        control.progressed = lambda: self._turns.progressed(f"{ask.name} {ask.session}")
+        if (turns := self._turns) is not None:
+            control.progressed = lambda: turns.progressed(f"{ask.name} {ask.session}")
         peer = self._peers[ask.name] = _Peer(address=address, ask=ask, control=control, process=process)
         threading.Thread(target=self._run, args=(peer,), name=f"link {ask.name}", daemon=True).start()
         peer.asks.put(ask)
@@ -504,7 +513,7 @@ class LinkServer:
             if peer.lost:
                 raise LinkLost(peer.lost)
             peer.control.version = version
-            with self._turns.of(f"{ask.name} {ask.session}"):
+            with self._turns.of(f"{ask.name} {ask.session}") if self._turns else nullcontext():
                 peer.busy_since = time.monotonic()  # its own time begins now
                 peer.link.send()
             peer.given = version

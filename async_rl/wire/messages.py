@@ -773,6 +773,8 @@ class LinkAnswer(WireStruct, frozen=True, kw_only=True):
     number: int
     error: str = ""
     """why it could not be done"""
+    again: str = ""
+    """why it came to nothing, through no fault of this side; it may be asked for again"""
 
 
 # fmt: off

@@ -126,6 +126,7 @@ BROKEN: dict[str, tuple[tuple[str, ...], str]] = {
     "checkpoint_signals_are_known": (("checkpoint.signals=[SIGKILL]",), "names 'SIGKILL'; a run can be told"),
     "grace_needs_signals": (("checkpoint.signals=[]", "checkpoint.grace_s=9"), "does nothing with checkpoint"),
     "quantized_rollouts_need_vllm_on_a_gpu": (("generator.quantization=fp8",), "is done by vLLM"),
+    "a_broadcast_is_loaded_as_it_comes": (("weights.broadcast=true",), "weights.broadcast is for vLLM"),
     "guesses_are_verified_on_a_gpu": (
         ("generator.engine=vllm", "vllm.speculative={method: ngram}"), "verifies guessed tokens at a temperature",
     ),

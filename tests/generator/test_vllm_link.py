@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -220,6 +221,69 @@ def test_another_life_of_the_generator_meets_the_trainer_anew(served: Served, tr
     served.run(link.pull_into(served.engine, first=True))
     assert served.run(served.engine.fingerprint()) == fingerprint(dict(served.models[6].named_parameters()), 6)
     assert [event["reason"] for event in trained.events] == ["generator-0 has begun anew"]
+    served.run(closed(link))
+
+
+def test_one_broadcast_goes_to_vllm_and_to_another_generator(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both generate meanwhile: vLLM's worker receives in a group of three. Then the other one leaves."""
+    from dataclasses import replace
+
+    from support_broadcast import Engine, generate
+
+    from async_rl.weights import broadcast
+
+    for name in ("GATHER_S", "STALL_S", "OPEN_S", "ANSWER_S"):  # however slow this machine is, nobody is left out
+        monkeypatch.setattr(broadcast, name, 300.0)
+    monkeypatch.setattr(served.engine, "_options", replace(served.engine._options, transfer=""))
+    shapes = {name: tuple(p.shape) for name, p in make_decoder(CONFIG).named_parameters()}
+    staged, events = Staged(shapes, torch.float32, "cpu"), []
+    together = broadcast.Broadcast(staged, packed_bytes=10_000)
+    endpoint = f"ipc://{tmp_path}/links.sock"
+    said: queue.SimpleQueue[tuple[object, ...]] = queue.SimpleQueue()
+    over, other = threading.Event(), Engine(shapes, lambda *words: said.put(words))
+    work = generate(other, endpoint, "generator-1", lambda *words: said.put(words), over.is_set)
+    thread = threading.Thread(target=asyncio.run, args=(work,), daemon=True)
+    requests = [ask(i, prompt(i, 3), 110) for i in range(4)]
+
+    with LinkServer(endpoint, staged, together.member, timeout_s=300.0, record=events.append, in_turns=False) as server:
+        link = Trained(server, endpoint, []).link()
+
+        async def updated(version: int) -> None:
+            hold(served, version)
+            server.publish({n: p.detach() for n, p in served.models[version].named_parameters()}, version)
+            await link.pull_into(served.engine, first=version == 7)
+
+        async def with_two_updates() -> list[Completion]:
+            await updated(7)
+            thread.start()
+            while await asyncio.to_thread(said.get, True, 120.0) != expected(7):
+                pass
+            turns = [asyncio.ensure_future(served.engine.generate(request)) for request in requests]
+            start = served.engine.stats().tokens_generated
+            for number, share in ((8, 20), (9, 60)):
+                while served.engine.stats().tokens_generated < start + share * len(requests):
+                    await asyncio.sleep(0.001)
+                await updated(number)
+            return await asyncio.gather(*turns)
+
+        def expected(version: int) -> tuple[object, ...]:
+            shown = fingerprint(dict(served.models[version].named_parameters()), version)
+            return ("holds", version, *sorted(shown.values()))
+
+        for request, done in zip(requests, served.run(with_two_updates()), strict=True):
+            versions, whole = np.array(done.versions), [*request.tokens, *done.tokens]
+            assert set(done.versions) == {7, 8, 9}
+            for version in (7, 8, 9):
+                right = clean(served.models[version], whole)[len(request.tokens) - 1 :]
+                mine = versions == version
+                assert np.allclose(np.array(done.log_probs)[mine], right[mine], atol=TOLERANCE)
+        assert served.run(served.engine.fingerprint()) == fingerprint(dict(served.models[9].named_parameters()), 9)
+        assert [said.get(timeout=120.0) for _ in range(3)] == [("joins", 3), expected(8), expected(9)]
+        over.set()
+        thread.join(120.0)
+        assert not events
     served.run(closed(link))
 
 

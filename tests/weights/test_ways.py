@@ -136,6 +136,22 @@ def test_a_deadline_of_links_without_links_is_refused(tmp_path: Path) -> None:
         choose_ways(settings, placement([()], [()]), ipc_works=True)
 
 
+def test_a_broadcast_is_for_several_generators_over_nccl(tmp_path: Path) -> None:
+    words = ("generator.engine=vllm", "generator.device=cuda", "trainer.device=cuda", "generator.count=2")
+    words += ("trainer.memory_share=0.5", "vllm.memory_share=0.4", "weights.broadcast=true")
+    settings = quick_settings(tmp_path, *words)
+    assert choose_ways(settings, placement([(0,), (1,)], [(4,)]), ipc_works=True) == ("nccl", "nccl")
+    for ranks, count in (((0,), 1), ((), 0)):
+        with pytest.raises(UserError, match=f"several generators that get weights over nccl, and here {count} do"):
+            choose_ways(settings, placement([(0,), (1,)], [ranks]), ipc_works=True)
+    for word, reason in (
+        ("weights.transport=shared_memory", "about weights over nccl, and weights.transport is shared_memory"),
+        ("generator.quantization=fp8", "loads tensors as they come"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            quick_settings(tmp_path, *words, word, "generator.dtype=bfloat16")
+
+
 def test_links_are_said_in_words() -> None:
     assert describe_links(("shared_memory", "shared_memory")) == []
     assert describe_links(("ipc", "nccl", "nccl")) == [
