@@ -6,7 +6,8 @@
 A Qwen3 of `--size` with random weights, made here (no network). vLLM and trainer share one GPU. Each section runs in
 a process of its own for at most LIMITS seconds, leaves FOLDER/SECTION.json, and prints it in one line; what is not done
 by then says "not measured" and why. Sections that have been measured are not measured again, so several short calls
-fill one table. The most worth first:
+fill one table. Numbers of two kinds of GPU are not mixed: those of the other kind stay, in files of their own. The most
+worth first:
 
 kernels       the Triton kernels against their definition, forward and backward
 engine        tokens/s of the engine alone, seconds of a weight update, log-probs against the trainer's
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -148,6 +150,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="async-rl-gpu-") as name:
         table = Table(command=command, out=arguments.out, results=arguments.results or Path(name) / "results")
         plan = plan_of(arguments, Path(name), table)
+        table.resume()
         if plan is None:
             table.write()
             sys.exit("no GPU here: every row is not measured (--fake-model proves the script on a CPU)")
@@ -286,6 +289,15 @@ def version(package: str) -> str:
         return "not installed"
 
 
+def read_row(file: Path) -> dict[str, Any] | None:
+    """None for what is no row."""
+    try:
+        row: dict[str, Any] = json.loads(file.read_text())
+    except (ValueError, OSError):
+        return None
+    return row if {"section", "device", "found"} <= row.keys() else None
+
+
 class Table:
     """Rows in order; written anew after each section."""
 
@@ -296,9 +308,7 @@ class Table:
         self._out, self._results = out, results
         results.mkdir(parents=True, exist_ok=True)
         self._rows: list[tuple[str, str]] = []
-        self._found: dict[str, dict[str, Any]] = {
-            file.stem: json.loads(file.read_text())["found"] for file in results.glob("*.json")
-        }
+        self._found: dict[str, dict[str, Any]] = {}
         self._head = {
             "command": f"`{command}`", "commit": commit() or "not known", "torch": torch.__version__,
             "python": platform.python_version(), "vllm": version("vllm"),
@@ -306,6 +316,16 @@ class Table:
 
     def say(self, name: str, value: str) -> None:
         self._head[name] = value
+
+    def resume(self) -> None:
+        """Take over what earlier calls measured on this device: the numbers of two cards are not comparable, and those
+        of a rehearsal mean nothing. Without a device: what was measured on the one that left most."""
+        rows = [row for row in map(read_row, self._results.glob("*.json")) if row is not None]
+        if rows and "device" not in self._head:
+            self._head["device"] = Counter(row["device"] for row in rows).most_common(1)[0][0]
+        for row in rows:
+            if row["device"] == self._head["device"]:
+                self._found[row["section"]] = row["found"]
 
     def has(self, section: str) -> bool:
         """Whether it was measured, here or in an earlier call."""
@@ -316,10 +336,21 @@ class Table:
             return  # it is made anew for each call
         self._found[section] = found
         row = json.dumps({"section": section, "seconds": round(seconds, 1), **self._head, "found": found})
-        (self._results / f"{section}.json").write_text(row + "\n")
+        self._keep(section, row + "\n")
         print(row, file=sys.stderr, flush=True)
         if self._out is not None:
             self._out.write_text(self.text())
+
+    def _keep(self, section: str, row: str) -> None:
+        """Whole or not at all: a loan may end at any moment. What another device left keeps a file of its own."""
+        file = self._results / f"{section}.json"
+        before = read_row(file) if file.exists() else None
+        if before is not None and before["device"] != self._head["device"]:
+            other = "".join(letter if letter.isalnum() else "-" for letter in before["device"])
+            file.rename(file.with_suffix(f".{other}.json"))
+        partial = file.with_suffix(".partial")
+        partial.write_text(row)
+        partial.replace(file)
 
     def text(self) -> str:
         lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in self._head.items()), ""]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -52,11 +53,38 @@ def test_a_run_is_summed_up_behind_its_first_steps() -> None:
 def test_without_a_gpu_every_row_is_not_measured(tmp_path: Path) -> None:
     out = tmp_path / "table.md"
     command = [sys.executable, str(BENCH / "gpu.py"), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 1
     assert "no GPU here" in done.stderr
     rows = [line for line in out.read_text().splitlines() if "not measured" in line]
     assert len(rows) == len(loaded("gpu").LIMITS) + 1
+
+
+def test_a_call_goes_on_with_what_the_same_device_measured_and_with_nothing_else(tmp_path: Path) -> None:
+    gpu = loaded("gpu")
+
+    def table(device: str) -> Any:
+        made = gpu.Table(command="", out=None, results=tmp_path)
+        made.say("device", device)
+        made.resume()
+        return made
+
+    table("NVIDIA H100, 80 GB").add("engine", {"tokens/s generated": 1}, seconds=2.0)
+    (tmp_path / "trainer.json").write_text('{"section": "trai')  # the loan ended here
+    again = table("NVIDIA H100, 80 GB")
+    assert again.has("engine")
+    assert not again.has("trainer")
+    other = table("CPU (a rehearsal)")
+    assert not other.has("engine")
+    other.add("engine", {"tokens/s generated": 2}, seconds=2.0)
+    other.add("trainer", {"not measured": "why"}, seconds=2.0)
+    assert table("CPU (a rehearsal)").has("engine")
+    assert not table("CPU (a rehearsal)").has("trainer")  # it is tried again
+    assert table("NVIDIA H100, 80 GB").has("engine")
+    assert "| engine | tokens/s generated | 1 |" in table("NVIDIA H100, 80 GB").text()
+    away = gpu.Table(command="", out=None, results=tmp_path)
+    away.resume()  # on a machine without a GPU
+    assert "| engine | tokens/s generated |" in away.text()
 
 
 @pytest.mark.nightly
