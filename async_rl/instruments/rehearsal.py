@@ -235,6 +235,7 @@ RULES: dict[str, Rule] = {
     "wire.keys": (always(""), HERE),
     "weights.endpoint": (always("auto"), HERE),
     "weights.transport": (always("auto"), NO_GPU),
+    "weights.broadcast": (always(False), NO_GPU),
     "trackers": (always([]), "nothing to keep"),
 }
 """setting -> rule; None is the setting's default"""
