@@ -323,7 +323,7 @@ def generate_for(found: Admitted, log: Callable[[str], None], traces: Traces | N
     """Generate until the run ends. `log`: writes a line for the user; `traces`: for the process beside this one. Raises
     UserError when it cannot take part, RunFailed when the buffer is gone, Interrupted when told to leave."""
     welcome = found.welcome
-    if welcome.host == this_host() and Path(welcome.folder).is_dir():
+    if sees_files_of(welcome):
         os.chdir(welcome.folder)  # relative paths in the run's settings begin there
     settings = threads_here(found.settings)
     # torch reads these when it is imported
@@ -331,6 +331,12 @@ def generate_for(found: Admitted, log: Callable[[str], None], traces: Traces | N
     check_device("generator.device", settings.generator.device)
     check_sources(settings, welcome)
     JoinedGenerator(found.target, found.name, settings, welcome, log, found.identity, traces).run()
+
+
+def sees_files_of(welcome: msg.Welcome) -> bool:
+    """Whether the run's files are here, where the run has them. Containers of one machine share its identity and often
+    the name of their working folder, and not the files."""
+    return welcome.host == this_host() and RunFolder(Path(welcome.folder, welcome.run)).config.is_file()
 
 
 def request_join(target: JoinTarget, name: str) -> msg.Welcome:

@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 from support_command import LONGEST_S, Run, write_config
 
+from async_rl.run.join import sees_files_of
 from async_rl.run_folder import RunFolder, read_rows
+from async_rl.wire.endpoint import this_host
 from async_rl.wire.keys import make_keys
+from async_rl.wire.messages import Welcome
 
 
 class Joiner:
@@ -135,3 +138,14 @@ def test_generators_of_other_shells_and_hosts_carry_a_run_and_come_and_go(
     finally:
         if run.process.poll() is None:
             run.process.kill()
+
+
+def test_a_container_of_the_same_machine_does_not_work_in_a_folder_of_the_same_name(tmp_path: Path) -> None:
+    told = {"settings": {}, "task_digest": "", "segment": "", "weights": "", "folder": str(tmp_path)}
+    beside = Welcome(run="runs/x", host=this_host(), **told)
+    assert not sees_files_of(beside)  # the folder is here, the run is not
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    RunFolder(tmp_path / "runs" / "x").config.touch()
+    assert sees_files_of(beside)
+    assert sees_files_of(Welcome(run=str(tmp_path / "runs" / "x"), host=this_host(), **told))
+    assert not sees_files_of(Welcome(run="runs/x", host="another", **told))
