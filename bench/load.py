@@ -419,7 +419,8 @@ def case(folder: Path, count: int, tokens: int, rate: float, seconds: float, pro
                 other.kill()
     spent = {name: after[name] - before.get(name, 0.0) for name in after}
     core = spent[next(name for name in spent if name.startswith(f"{buffer.pid} "))]
-    io = sum(value for name, value in spent.items() if "IO" in name)
+    io = max(value for name, value in spent.items() if "IO" in name)
+    store = sum(value for name, value in spent.items() if "ZMQ" not in name) - core
     accepted = sum(b[1] - a[1] for a, b in zip(sent, now, strict=True))
     messages = sum(b[0] - a[0] for a, b in zip(sent, now, strict=True)) + trainer.sent - told
     waits = sorted(wait for _, _, some, _ in now for wait in some)
@@ -434,7 +435,8 @@ def case(folder: Path, count: int, tokens: int, rate: float, seconds: float, pro
         "core": core / took,
         "io": io / took,
         "us_a_message": 1e6 * core / messages,
-        "limit_tokens_per_s": accepted * tokens / max(core, io),
+        "store": store / took,
+        "limit_tokens_per_s": accepted * tokens / max(core, io, store),
         "resident_mb": memory[0],
         "peak_mb": memory[1],
         "permit_p50_ms": 1e3 * statistics.median(waits) if waits else float("nan"),

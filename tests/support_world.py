@@ -118,6 +118,7 @@ def play(world: World) -> Invariants:
     """To the end of the run, and look back on it."""
     try:
         world.play()
+        world.buffer.finish()
         assert isinstance(world.watch, Invariants)
         world.watch.audit(world)
     except Exception as error:

@@ -3,7 +3,7 @@ whatever a peer was told is in the store."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from async_rl.buffer.ledger import Group
@@ -133,6 +133,18 @@ class Remember:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prune:
+    """Delete some payloads that nothing needs any more."""
+
+    keep_steps: int
+    """batches that stay, of those that are in a checkpoint"""
+    oldest_live: int
+    """lowest number of a group that is not finished with"""
+    pool: Collection[tuple[int, int]]
+    """(group, sample) that may come back"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AddEvaluation:
     """Store the result of a complete evaluation."""
 
@@ -189,7 +201,7 @@ class EndRun:
 # fmt: off
 Write = (
     AddGroup | AddDecision | AddOutcome | AddTrajectories | AddDropped | SaveTurns | DropTurns | RefuseGroup
-    | FormBatch | MarkTrained | MarkConsumed | Remember | AddEvaluation
+    | FormBatch | MarkTrained | MarkConsumed | Remember | Prune | AddEvaluation
 )
 # fmt: on
 Effect = Write | Send | SendTurns | SendBatch | RecordRefusal | Note | EndRun

@@ -1,6 +1,7 @@
 """The buffer process: sockets and the store around the state machine (`run_buffer`).
 
 A round receives messages, lets the state machine handle them, writes and commits what follows, and only then answers.
+Large rounds are written by a thread beside (store_thread.py), while the next messages are handled.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from async_rl.buffer.pool_restore import open_pool
 from async_rl.buffer.restore import read_state, restore
 from async_rl.buffer.starts import read_start, with_starts
 from async_rl.buffer.store import Store, store_begun
+from async_rl.buffer.store_thread import Sender, StoreThread
 from async_rl.config import Settings
 from async_rl.config.sources import read_sources
 from async_rl.errors import RunFailed
@@ -41,6 +43,8 @@ TICK_S = 0.02
 """least time that passes for it at once: it looks at every generator then"""
 MESSAGES_A_ROUND = 256
 """messages handled before one commit"""
+ROUND_S = 0.02
+"""seconds that a round takes before its answers leave, but for a last message"""
 STRANGERS_S = 1.0
 """seconds between two reports of peers that were turned away"""
 FEWEST_MESSAGES = 16
@@ -85,6 +89,7 @@ def run_buffer(
             durability=chosen.durability,
             create=not begun,
             cache_bytes=memory.cache_bytes,
+            recent_bytes=memory.recent_bytes,
             max_bytes=chosen.max_store_mb << 20,
         ) as store,
         Router(
@@ -105,23 +110,50 @@ def run_buffer(
             store.commit()
             restore(core, read_state(store), version=version)
         folder.record(BufferReady(endpoint=endpoint))
-        strangers, tidying = Strangers(router.gate), Tidying()
+        strangers, tidying, ticks = Strangers(router.gate), Tidying(), Ticks()
         set_up()
-        pruning, ticks = chosen.keep_steps > 0, Ticks()
+
+        def carry_out(effects: Sequence[do.Effect], sender: Sender) -> None:
+            execute(effects, store, sender, folder.record, part_bytes)
+
         activity.now("serving")
         activity.looping = True
-        while not core.ended:
-            activity.keepalive("serving")
-            effects = receive(router, core, memory.handled_bytes, ticks)
-            activity.keepalive("storing and answering" if effects else "serving")
-            execute(effects, store, router, folder.record, part_bytes)
-            strangers.report(core, folder, time.monotonic())
-            tidying.round(time.monotonic())
-            if chosen.keep_steps and (pruning or any(isinstance(effect, do.MarkConsumed) for effect in effects)):
-                pruning = store.prune(
-                    keep_steps=chosen.keep_steps, oldest_live=core.oldest_live(), pool=core.batching.pool.members
-                )
-                store.commit()
+        with StoreThread(carry_out) as storing:
+            router.watch(storing.fileno())
+            try:
+                while not core.ended:
+                    if not storing.stuck:
+                        activity.keepalive("storing and answering" if storing.waiting_bytes else "serving")
+                    effects = receive_beside(storing, router, core, memory.handled_bytes, ticks)
+                    if chosen.keep_steps and (store.pruning or any(isinstance(e, do.MarkConsumed) for e in effects)):
+                        effects.append(prune(core, chosen.keep_steps))
+                    storing.put(effects)
+                    deliver(storing, router)
+                    strangers.report(core, folder, time.monotonic())
+                    tidying.round(time.monotonic())
+                storing.finish()
+            finally:
+                deliver(storing, router)
+
+
+def receive_beside(storing: StoreThread, router: Router, core: Core, most_bytes: int, ticks: Ticks) -> list[do.Effect]:
+    """As `receive`; nothing is received while as much as may be handled waits for the store."""
+    room = most_bytes - storing.waiting_bytes
+    if room > 0:
+        return receive(router, core, room, ticks)
+    storing.wait(POLL_S)
+    return []
+
+
+def prune(core: Core, keep_steps: int) -> do.Prune:
+    """What may be deleted as things stand: all of it may be at any later time."""
+    return do.Prune(keep_steps=keep_steps, oldest_live=core.oldest_live(), pool=frozenset(core.batching.pool.members))
+
+
+def deliver(storing: StoreThread, router: Router) -> None:
+    """Send what is answered."""
+    for peer, message, frames in storing.answers():
+        router.send_frames(peer, message, frames)
 
 
 @contextmanager
@@ -180,6 +212,7 @@ def receive(router: Router, core: Core, most_bytes: int, ticks: Ticks | None = N
     """Wait a moment for messages and handle those that are there, as many as `most_bytes` of trajectories allow."""
     out: list[do.Effect] = []
     received = router.receive(POLL_S)
+    begun = time.monotonic()
     for _ in range(MESSAGES_A_ROUND):
         if received is None:
             break
@@ -189,7 +222,7 @@ def receive(router: Router, core: Core, most_bytes: int, ticks: Ticks | None = N
         else:
             out += core.handle(peer, message, steady_time())
             most_bytes -= trajectory_bytes(message)
-        if most_bytes <= 0:
+        if most_bytes <= 0 or time.monotonic() - begun > ROUND_S:
             break
         received = router.receive(0.0)
     return out + (ticks or Ticks()).tick(core, steady_time())
@@ -202,7 +235,7 @@ def trajectory_bytes(message: msg.Message) -> int:
     return sum(t.tokens.nbytes + t.log_behaviour.nbytes for t in message.trajectories)
 
 
-def execute(effects: Sequence[do.Effect], store: Store, router: Router, record: RecordEvent, part_bytes: int) -> None:
+def execute(effects: Sequence[do.Effect], store: Store, router: Sender, record: RecordEvent, part_bytes: int) -> None:
     """Write everything, commit, and only then answer. `record` writes an event into the run's record; `part_bytes`: of
     a batch, sent at once. Raises RunFailed when the effects end the run with an error."""
     if not effects:
@@ -235,7 +268,7 @@ def execute(effects: Sequence[do.Effect], store: Store, router: Router, record: 
                 raise RunFailed(reason)
 
 
-def send_batch(effect: do.SendBatch, store: Store, router: Router, part_bytes: int) -> None:
+def send_batch(effect: do.SendBatch, store: Store, router: Sender, part_bytes: int) -> None:
     """Send the batch, or a part of it of bounded size; the trainer asks for the rest."""
     if effect.step < store.first_step():
         raise RunFailed(
@@ -251,7 +284,7 @@ def send_batch(effect: do.SendBatch, store: Store, router: Router, part_bytes: i
         store_processor_seconds=store.processor_seconds,
         store_commits=store.commits,
     )
-    views = tuple(memoryview(blob) for blob in blobs)
+    views = tuple([memoryview(blob) for blob in blobs])
     message = msg.Batch(step=effect.step, blobs=views, after=effect.after, total=total, counters=counters)
     router.send(effect.peer, message)
 
@@ -294,6 +327,8 @@ def write(effect: do.Effect, store: Store) -> bool:
             store.mark_consumed(step=step, oldest=oldest)
         case do.Remember(key=key, value=value):
             store.set_meta(key, json.dumps(value))
+        case do.Prune(keep_steps=keep_steps, oldest_live=oldest_live, pool=pool):
+            store.prune(keep_steps=keep_steps, oldest_live=oldest_live, pool=pool)
         case do.AddEvaluation(result=result, finished_at=at):
             store.add_evaluation(
                 evaluation=result.evaluation,
@@ -320,6 +355,8 @@ class MemoryShares:
 
     cache_bytes: int
     """pages of the store"""
+    recent_bytes: int
+    """trajectories of groups that are in no batch yet: what fits is not read back"""
     handled_bytes: int
     """trajectories received and not yet committed"""
     queued_messages: int
@@ -330,10 +367,12 @@ class MemoryShares:
 
 
 def divide_memory(budget_bytes: int, *, peers: int) -> MemoryShares:
-    """A quarter for pages, an eighth each for what is handled and queued, three eighths for a batch being sent."""
+    """A quarter for pages and recent trajectories, an eighth each for what is handled and queued, three eighths for a
+    batch being sent."""
     eighth = budget_bytes // 8
     return MemoryShares(
-        cache_bytes=2 * eighth,
+        cache_bytes=eighth // 2,
+        recent_bytes=eighth + eighth // 2,
         handled_bytes=eighth,
         queued_messages=queued_messages(budget_bytes, peers=peers),
         part_bytes=eighth,

@@ -12,7 +12,7 @@ from typing import Any
 
 from async_rl.buffer.pool import Member, Name
 from async_rl.trajectory.beginnings import name_of
-from async_rl.trajectory.codec import pack, unpack
+from async_rl.trajectory.codec import Blob, pack, unpack
 from async_rl.trajectory.reuse import Drawn, Reuse, without_effect
 from async_rl.trajectory.types import Trajectory
 
@@ -100,9 +100,9 @@ class PoolReader(ABC):
 
     def part_with_pool(
         self, drawn: Drawn, fresh: Sequence[tuple[int, int]], *, after: int, most_bytes: int
-    ) -> tuple[int, list[bytes]]:
+    ) -> tuple[int, list[Blob]]:
         """`StoreReader.load_part` of a batch in which something came back. fresh: its (group, sample), in order."""
-        found: list[bytes] = []
+        found: list[Blob] = []
         taken = 0
         for place in range(after, len(fresh) + len(drawn.rows)):
             if place < len(fresh):

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from functools import cache
 from math import isnan
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from async_rl.buffer.pool_store import PoolWriter
+from async_rl.buffer.recent import Recent
 from async_rl.buffer.sampler_rows import SamplerWriter
 from async_rl.buffer.store_reader import (
     APPLICATION_ID,
@@ -50,8 +51,8 @@ CACHE_BYTES = 64 << 20
 """pages kept in memory"""
 PRUNED_AT_ONCE = 16
 """groups whose payloads are deleted in one portion, so that no message waits for a long deletion"""
-ROWS_AT_ONCE = 16
-"""trajectories that one statement inserts: each statement gives Python's lock back, and has to wait for it again"""
+ROWS_AT_ONCE = (64, 16, 8, 4, 2, 1)
+"""that one statement inserts: each statement gives Python's lock back, and has to wait for it again"""
 _COLUMNS = (
     "group_id, sample, split, problem, version_min, version_max, reward, length, policy_length, num_turns, ended, "
     "reason, generator, started_at, finished_at"
@@ -68,9 +69,11 @@ class Store(SamplerWriter, PoolWriter, StoreReader):
         durability: Durability,
         create: bool,
         cache_bytes: int = CACHE_BYTES,
+        recent_bytes: int = 0,
         max_bytes: int = 0,
     ) -> None:
         """`create`: make a new file; else go on with one that exists. `cache_bytes`: of pages kept in memory.
+        `recent_bytes`: of trajectories kept in memory until their batch was read.
         `max_bytes`: size the file may reach, without its write-ahead log; 0: no limit. Raises UserError."""
         self.path = path
         self.max_bytes = max_bytes
@@ -79,6 +82,12 @@ class Store(SamplerWriter, PoolWriter, StoreReader):
         self.processor_seconds = 0.0
         """of them, those on a processor"""
         self.commits = 0
+        self.pruning = True
+        """whether there may be payloads that nothing needs"""
+        self._new_groups: list[tuple[Any, ...]] = []
+        self._new_trajectories: list[tuple[Trajectory, Blob]] = []
+        """added, and inserted before anything else is done"""
+        self._recent = Recent(most_bytes=recent_bytes)
         self._beginnings = Beginnings(self._whole_one)
         self._coming: dict[tuple[int, int], Blob] = {}
         """what the next statement inserts, by group and sample"""
@@ -98,6 +107,7 @@ class Store(SamplerWriter, PoolWriter, StoreReader):
                 self._connection.execute(f"PRAGMA synchronous = {'FULL' if durability == 'power' else 'NORMAL'}")
                 self._pruned_groups = int(self.meta("pruned_groups", 0))
                 """payloads of groups with lower numbers are deleted"""
+                self._recent.newest = self.next_numbers()[1] - 1
                 self._connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_BYTES // PAGE_BYTES}")
                 self._connection.execute(f"PRAGMA cache_size = -{max(1, cache_bytes >> 10)}")
                 if max_bytes:  # never below what is there already: then nothing more fits
@@ -119,56 +129,66 @@ class Store(SamplerWriter, PoolWriter, StoreReader):
         attempt: int = 0,
     ) -> None:
         """Adding a group again changes only its generator (its permit was issued anew)."""
-        self._write(
-            "INSERT INTO groups (group_id, problem, split, position, attempt, admitted_version, admitted_at, "
-            "generator) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET generator = excluded.generator",
-            (group, problem, split, position, attempt, admitted_version, admitted_at, generator),
-        )
+        if split == "train":
+            self._recent.begin(group)
+        self._new_groups.append((group, problem, split, position, attempt, admitted_version, admitted_at, generator))
 
-    def add_trajectories(self, trajectories: Sequence[Trajectory], blobs: Sequence[Blob] = ()) -> list[tuple[int, int]]:
-        """Store them; returns the (group, sample) of those that were there before, which stay as they are.
+    def add_trajectories(self, trajectories: Sequence[Trajectory], blobs: Sequence[Blob] = ()) -> None:
+        """Store them; those that were there before stay as they are.
 
         `blobs`: the bytes of each, as they arrived; empty when they are not at hand."""
-        known: list[tuple[int, int]] = []
         assert len(blobs) in (0, len(trajectories))
-        with self._writing():
-            for first in range(0, len(trajectories), ROWS_AT_ONCE):
-                some = slice(first, first + ROWS_AT_ONCE)
-                known += self._insert(trajectories[some], blobs[some])
-        return known
+        self._new_trajectories += zip(trajectories, blobs or map(pack, trajectories), strict=True)
+        if len(self._new_trajectories) >= ROWS_AT_ONCE[0]:
+            self._flush()
 
-    def _insert(self, trajectories: Sequence[Trajectory], blobs: Sequence[Blob]) -> list[tuple[int, int]]:
-        """As `add_trajectories`, of those that one statement takes."""
-        execute = self._begun().execute
+    def _flush(self) -> None:
+        """Insert what waits for it: many rows a statement."""
+        if not self._new_groups and not self._new_trajectories:
+            return
+        groups, self._new_groups = self._new_groups, []
+        new, self._new_trajectories = self._new_trajectories, []
+        with self._writing():
+            execute = self._begun_already().execute
+            for some in _portions(groups):
+                execute(_inserting_groups(len(some)), [value for row in some for value in row])
+            for some in _portions(new):
+                self._insert(some)
+
+    def _insert(self, new: Sequence[tuple[Trajectory, Blob]]) -> None:
+        execute = self._connection.execute
         given: list[Any] = []
-        for t in trajectories:
+        for t, _ in new:
             given += (t.group, t.sample, t.split, t.problem, t.version_min, t.version_max, t.reward)
             given += (len(t.tokens), t.num_policy_tokens, len(t.turns))
             given += (t.ended, t.reason, t.generator, t.started_at, t.finished_at)
-        inserted = execute(_inserting(len(trajectories)), given)
+        inserted = execute(_inserting(len(new)), given)
         # numbered in their order, one after another
         last, fresh = inserted.lastrowid or 0, inserted.rowcount
-        new = range(len(trajectories)) if fresh == len(trajectories) else self._fresh(trajectories, last, fresh)
+        places = range(len(new)) if fresh == len(new) else self._fresh([t for t, _ in new], last, fresh)
         payloads: list[Any] = []
-        for number, place in enumerate(new, start=last - fresh + 1):
-            t = trajectories[place]
+        for number, place in enumerate(places, start=last - fresh + 1):
+            t, blob = new[place]
             if t.group >= self._pruned_groups:  # else it is so late that its group was dropped
-                self._coming[t.group, t.sample] = blob = blobs[place] if blobs else pack(t)
-                payloads += (number, self._beginnings.cut(t, blob))
+                self._coming[t.group, t.sample] = blob
+                payloads += (number, payload := self._beginnings.cut(t, blob))
+                self._recent.add(t.group, t.sample, payload)
         self._coming.clear()
         if payloads:
             execute(_inserting_payloads(len(payloads) // 2), payloads)
-        return [(t.group, t.sample) for place, t in enumerate(trajectories) if place not in new]
-
-    def _whole_one(self, group: int, sample: int) -> Blob | None:
-        """The blob of one that is stored, or about to be."""
-        return self._coming.get((group, sample)) or self.load_one(group, sample)
 
     def _fresh(self, trajectories: Sequence[Trajectory], last: int, count: int) -> list[int]:
         """Places of those that were not there before: the last `count` rows, up to number `last`."""
-        rows = self._all("SELECT group_id, sample FROM trajectories WHERE id > ? ORDER BY id", (last - count,))
+        query = "SELECT group_id, sample FROM trajectories WHERE id > ? ORDER BY id"
+        rows = self._connection.execute(query, (last - count,)).fetchall() if count else []
         names = [(t.group, t.sample) for t in trajectories]
-        return [names.index(name) for name in rows] if count else []
+        return [names.index(name) for name in rows]
+
+    def _whole_one(self, group: int, sample: int) -> Blob | None:
+        """The blob of one that is stored, or about to be."""
+        if (coming := self._coming.get((group, sample))) is not None:
+            return coming
+        return self.load_one(group, sample)
 
     def save_turns(self, trajectories: Iterable[Trajectory]) -> None:
         """Finished turns of running episodes, each in place of what was saved of it before."""
@@ -182,6 +202,8 @@ class Store(SamplerWriter, PoolWriter, StoreReader):
 
     def refuse_group(self, group: int, reason: str) -> None:
         """It will not be trained. It and its trajectories stay, with the reason."""
+        self._flush()
+        self._recent.drop(group)
         self._write("UPDATE groups SET refused_because = ? WHERE group_id = ?", (reason, group))
         self._write("UPDATE trajectories SET refused_because = ? WHERE group_id = ?", (reason, group))
 
@@ -190,6 +212,8 @@ class Store(SamplerWriter, PoolWriter, StoreReader):
         self.add_trajectories(trajectories)
         reason = "(SELECT refused_because FROM groups WHERE groups.group_id = trajectories.group_id)"
         for group in {t.group for t in trajectories}:
+            self._flush()
+            self._recent.drop(group)
             self._write(f"UPDATE trajectories SET refused_because = {reason} WHERE group_id = ?", (group,))
 
     def form_batch(self, *, step: int, groups: Sequence[int], formed_at: float) -> None:
@@ -201,14 +225,18 @@ class Store(SamplerWriter, PoolWriter, StoreReader):
             if json.loads(formed[0][0]) != list(groups):
                 raise StoreError(f"{self.path}: the batch of step {step} was formed before, with other groups")
             return
-        for group in groups:
-            free = "group_id = ? AND step IS NULL AND refused_because IS NULL"
-            if self._write(f"UPDATE groups SET step = ? WHERE {free}", (step, group)).rowcount != 1:
-                raise StoreError(f"{self.path}: group {group} is not free for the batch of step {step}")
-            self._write("UPDATE trajectories SET step = ? WHERE group_id = ?", (step, group))
+        these = json.dumps(list(groups))
+        among = "group_id IN (SELECT value FROM json_each(?))"
+        free = f"{among} AND step IS NULL AND refused_because IS NULL"
+        if self._write(f"UPDATE groups SET step = ? WHERE {free}", (step, these)).rowcount != len(groups):
+            taken = self._all(f"SELECT group_id FROM groups WHERE {among} AND step = ?", (these, step))
+            other = next(group for group in groups if (group,) not in taken)
+            raise StoreError(f"{self.path}: group {other} is not free for the batch of step {step}")
+        self._write(f"UPDATE trajectories SET step = ? WHERE {among}", (step, these))
+        self._recent.form(groups)
         self._write(
             "INSERT INTO batches (step, groups, formed_at) VALUES (?, ?, ?)",
-            (step, json.dumps(list(groups)), formed_at),
+            (step, these, formed_at),
         )
 
     def mark_trained(self, *, step: int, trained_at: float) -> None:
@@ -227,6 +255,10 @@ class Store(SamplerWriter, PoolWriter, StoreReader):
         evaluated groups admitted before the groups of all later batches. Rows stay. `oldest_live`: lowest number
         of a group that is not finished with; `pool`: (group, sample) that may come back, whose payloads are kept. True
         when something was deleted: there may be more."""
+        self.pruning = self._prune(keep_steps, oldest_live, pool)
+        return self.pruning
+
+    def _prune(self, keep_steps: int, oldest_live: int, pool: Collection[tuple[int, int]]) -> bool:
         first = min(self.consumed_step() + 1 - keep_steps, int(self.meta("oldest_checkpoint", 0)))
         if first <= 0:
             return False
@@ -292,10 +324,31 @@ class Store(SamplerWriter, PoolWriter, StoreReader):
 
     def commit(self) -> None:
         """Make everything written so far durable. Nothing to write: nothing is done."""
+        self._flush()
         if self._connection.in_transaction:
             with explained(self.path, max_bytes=self.max_bytes):
                 self._connection.execute("COMMIT")
             self.commits += 1
+
+    def load_part(self, step: int, *, after: int, most_bytes: int) -> tuple[int, list[Blob]] | None:
+        found = super().load_part(step, after=after, most_bytes=most_bytes)
+        if found is not None and after + len(found[1]) == found[0]:
+            for (groups,) in self._all("SELECT groups FROM batches WHERE step = ?", (step,)):
+                for group in json.loads(groups):
+                    self._recent.drop(group)
+        return found
+
+    def _stored(self, step: int, group: int) -> list[tuple[int, Blob]]:
+        recent = self._recent.payloads(group)
+        return super()._stored(step, group) if recent is None else recent
+
+    def _all(self, query: str, given: Sequence[Any] = ()) -> list[Any]:
+        self._flush()
+        return super()._all(query, given)
+
+    def _rows(self, row: type[Row], query: str, given: Sequence[Any] = ()) -> Iterator[Row]:
+        self._flush()
+        return super()._rows(row, query, given)
 
     def close(self) -> None:
         """What was not committed is lost."""
@@ -318,7 +371,11 @@ class Store(SamplerWriter, PoolWriter, StoreReader):
             raise
 
     def _begun(self) -> sqlite3.Connection:
-        """The connection with a transaction open."""
+        """The connection with a transaction open, and all that was added before."""
+        self._flush()
+        return self._begun_already()
+
+    def _begun_already(self) -> sqlite3.Connection:
         if not self._connection.in_transaction:
             self._connection.execute("BEGIN IMMEDIATE")
         return self._connection
@@ -330,6 +387,26 @@ class Store(SamplerWriter, PoolWriter, StoreReader):
             f"BEGIN; {TABLES} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA};"
             f"INSERT INTO meta VALUES ('schema', {SCHEMA}), ('consumed_step', -1); COMMIT;"
         )
+
+
+Row = TypeVar("Row")
+
+
+def _portions(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """A few lengths, so that few statements are prepared."""
+    first = 0
+    while first < len(rows):
+        length = next(n for n in ROWS_AT_ONCE if n <= len(rows) - first)
+        yield rows[first : first + length]
+        first += length
+
+
+@cache
+def _inserting_groups(rows: int) -> str:
+    return (
+        "INSERT INTO groups (group_id, problem, split, position, attempt, admitted_version, admitted_at, "
+        f"generator) VALUES {_places(8, rows)} ON CONFLICT DO UPDATE SET generator = excluded.generator"
+    )
 
 
 @cache

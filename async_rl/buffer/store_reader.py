@@ -22,7 +22,7 @@ from async_rl.buffer.pool_store import PoolReader
 from async_rl.buffer.sampler_rows import SamplerReader
 from async_rl.errors import RunFailed, UserError
 from async_rl.trajectory.beginnings import HEAD_BYTES, Joining, is_cut, name_of, refers_to, whole_bytes
-from async_rl.trajectory.codec import WireError
+from async_rl.trajectory.codec import Blob, WireError
 from async_rl.wire.messages import ABANDONED
 
 SCHEMA = 3
@@ -80,6 +80,7 @@ _TRAJECTORY = (
     "group_id, sample, split, problem, step, version_min, version_max, reward, length, policy_length, "
     "num_turns, ended, reason, refused_because, generator, started_at, finished_at"
 )
+_NAMES = "SELECT group_id, sample FROM trajectories JOIN payloads USING (id)"
 _PAYLOADS = "SELECT payload FROM trajectories JOIN payloads USING (id)"
 MOST_SCANNED = 200_000
 """trajectories read for one survey (about half a second); of a larger store, evenly spread stretches are read"""
@@ -313,10 +314,10 @@ class StoreReader(SamplerReader, PoolReader):
         batch = self._all("SELECT groups FROM batches WHERE step = ?", (step,))
         if not batch:
             return None
-        of_groups = [self._stored(step, group) for group in json.loads(batch[0][0])]
+        of_groups = [[payload for _, payload in self._stored(step, group)] for group in json.loads(batch[0][0])]
         return self.with_pool(step, [blob for of_group in of_groups for blob in self._whole(of_group)])
 
-    def load_part(self, step: int, *, after: int, most_bytes: int) -> tuple[int, list[bytes]] | None:
+    def load_part(self, step: int, *, after: int, most_bytes: int) -> tuple[int, list[Blob]] | None:
         """(trajectories of the whole batch, blobs of those behind the first `after`): as many as `most_bytes`
         hold when they are whole, one at least. So a batch is read piece by piece, whatever its size. They are cut as in
         the store, and refer to nothing that is not among them (`beginnings.join_all`). None: not formed."""
@@ -324,43 +325,49 @@ class StoreReader(SamplerReader, PoolReader):
         if not batch:
             return None
         groups = json.loads(batch[0][0])
-        query = (
-            f"SELECT id, sample, length(payload), substr(payload, 1, {HEAD_BYTES}) "
-            "FROM trajectories JOIN payloads USING (id) WHERE group_id = ? AND step = ? ORDER BY sample"
-        )
-        sizes = [
-            (number, group, sample, whole_bytes(head, size))
-            for group in groups
-            for number, sample, size, head in self._all(query, (group, step))
-        ]
         if drawn := self.drawn(step):
-            names = [(group, sample) for _, group, sample, _ in sizes]
+            query = f"{_NAMES} WHERE group_id = ? AND step = ? ORDER BY sample"
+            names = [name for group in groups for name in self._all(query, (group, step))]
             return self.part_with_pool(drawn, names, after=after, most_bytes=most_bytes)
-        if after == 0 and sum(size for *_, size in sizes) <= most_bytes:  # as nearly always: a query for each group
-            return len(sizes), [blob for group in groups for blob in self._stored(step, group)]
-        found: list[bytes] = []
-        taken = 0
+        sizes = self._sizes(step, batch[0][0])
+        found: list[Blob] = []
         there: set[tuple[int, int]] = set()
-        for _, group, sample, size in sizes[after:]:
-            if there and taken + size > most_bytes:
-                break
-            there.add((group, sample))
-            taken += size
-        for number, *_ in sizes[after : after + len(there)]:
-            ((payload,),) = self._all("SELECT payload FROM payloads WHERE id = ?", (number,))
-            found += self._whole([payload]) if is_cut(payload) and not _among(payload, there) else [payload]
-        return len(sizes), found
+        place = taken = 0
+        for group in groups:
+            if place + sizes[group] <= after:
+                place += sizes[group]
+                continue
+            for sample, payload in self._stored(step, group)[max(0, after - place) :]:
+                size = whole_bytes(payload[:HEAD_BYTES], len(payload))
+                if there and taken + size > most_bytes:
+                    return sizes.total(), self._complete(found, there)
+                found.append(payload)
+                there.add((group, sample))
+                taken += size
+            place += sizes[group]
+        return sizes.total(), self._complete(found, there)
 
-    def _stored(self, step: int, group: int) -> list[bytes]:
-        """Payloads of a group of the batch of `step`, as they are in the store."""
-        query = f"{_PAYLOADS} WHERE group_id = ? AND step = ? ORDER BY sample"
-        return [payload for (payload,) in self._all(query, (group, step))]
+    def _sizes(self, step: int, groups: str) -> Counter[int]:
+        """group -> trajectories of it in the batch of `step`. `groups`: JSON list."""
+        among = "WHERE group_id IN (SELECT value FROM json_each(?)) AND step = ? GROUP BY group_id"
+        counted = f"SELECT group_id, count(*) AS n FROM trajectories JOIN payloads USING (id) {among}"
+        ((found,),) = self._all(f"SELECT json_group_array(json_array(group_id, n)) FROM ({counted})", (groups, step))
+        return Counter(dict(json.loads(found)))
 
-    def _whole(self, payloads: list[bytes]) -> list[bytes]:
+    def _complete(self, found: list[Blob], there: Container[tuple[int, int]]) -> list[Blob]:
+        """The payloads, whole where they refer to none of `there`."""
+        return [self._whole([p])[0] if is_cut(p) and not _among(p, there) else p for p in found]
+
+    def _stored(self, step: int, group: int) -> list[tuple[int, Blob]]:
+        """(sample, payload) of a group of the batch of `step`, as they are in the store."""
+        query = "SELECT sample, payload FROM trajectories JOIN payloads USING (id) WHERE group_id = ? AND step = ?"
+        return [(sample, payload) for sample, payload in self._all(f"{query} ORDER BY sample", (group, step))]
+
+    def _whole(self, payloads: Sequence[Blob]) -> list[bytes]:
         """The whole blobs of payloads of one group. One that refers to what is damaged or gone stays as it is: who
         unpacks it is told."""
         if not any(map(is_cut, payloads)):
-            return payloads
+            return [bytes(payload) for payload in payloads]
         joining = Joining({})
         waiting = list(payloads)
         whole: list[bytes] = []
@@ -377,7 +384,7 @@ class StoreReader(SamplerReader, PoolReader):
             try:
                 whole.append(bytes(joining.whole(payload)))
             except WireError:
-                whole.append(payload)
+                whole.append(bytes(payload))
         return whole
 
     def load_turns(self, pairs: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -448,7 +455,7 @@ class StoreReader(SamplerReader, PoolReader):
             )
 
 
-def _among(payload: bytes, there: Container[tuple[int, int]]) -> bool:
+def _among(payload: Blob, there: Container[tuple[int, int]]) -> bool:
     """Whether a cut payload refers to one of these; also for a damaged one, which nothing makes whole."""
     try:
         return refers_to(payload) in there
@@ -457,9 +464,9 @@ def _among(payload: bytes, there: Container[tuple[int, int]]) -> bool:
 
 
 def connect(path: Path, *, mode: str) -> sqlite3.Connection:
-    """A connection to the file. `mode`: ro or rw."""
+    """A connection to the file, for one thread at a time. `mode`: ro or rw."""
     uri = f"{path.resolve().as_uri()}?mode={mode}"
-    return sqlite3.connect(uri, uri=True, timeout=LOCK_WAIT_S, isolation_level=None)
+    return sqlite3.connect(uri, uri=True, timeout=LOCK_WAIT_S, isolation_level=None, check_same_thread=False)
 
 
 @contextmanager

@@ -120,6 +120,12 @@ class Router:
             raise _endpoint_error(endpoint, error) from None
         self.endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
         """where it listens, with the port the system chose for tcp://HOST:*"""
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+
+    def watch(self, file: int) -> None:
+        """From now on `receive` waits no longer when this file is readable."""
+        self._poller.register(file, zmq.POLLIN)
 
     def receive(self, seconds: float) -> tuple[bytes, Message | WireError] | None:
         """(peer, its message), or None when none came within `seconds`.
@@ -127,7 +133,9 @@ class Router:
         What cannot be decoded comes as a `WireError` (and is counted in `refused`), so that its sender can be told."""
         if self.gate is not None and seconds > 0:
             self.gate.poll()
-        if not self._socket.poll(max(0, round(seconds * 1000))):
+        if seconds > 0:
+            self._poller.poll(round(seconds * 1000))
+        if not self._socket.poll(0):
             return None
         frames = self._socket.recv_multipart(copy=False)
         peer = frames[0].bytes
@@ -140,8 +148,12 @@ class Router:
     def send(self, peer: bytes, message: Message) -> bool:
         """Send to one peer; False when it is not there (any more) or takes nothing. Raises UserError for a message that
         exceeds the limit."""
+        return self.send_frames(peer, message, encode(message))
+
+    def send_frames(self, peer: bytes, message: Message, frames: list[Blob]) -> bool:
+        """As `send`, of a message that was encoded before."""
         try:
-            _send(self._socket, [peer, *_within(encode(message), message, self._max_message_bytes)])
+            _send(self._socket, [peer, *_within(frames, message, self._max_message_bytes)])
         except zmq.ZMQError as error:
             if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 return False

@@ -25,6 +25,8 @@ PORTION_BYTES = 256 << 10
 """trajectories that leave in one message, where there are several"""
 _FRAME_BYTES = 256 << 10
 """blobs are joined until a frame is this long: few frames cost less, and all of them cost a copy once"""
+_BATCH_FRAME_BYTES = 1 << 20
+"""of a batch: frames of this length leave without a copy (channel.py)"""
 _MOST_WHOLE_BYTES = 16 << 20
 """of the trajectories of a message in which some are cut, put together again: more than a generator sends at once"""
 _MOST_BATCH_BYTES = 1 << 30
@@ -59,7 +61,9 @@ def encode(message: Message) -> list[Blob]:
         case Finished(trajectories=trajectories) | Turns(trajectories=trajectories) | Verify(trajectories=trajectories):
             values["trajectories"] = _join(_packed(trajectories, _MOST_WHOLE_BYTES), frames)
         case Batch(trajectories=trajectories, blobs=blobs):
-            values["trajectories"] = _join([*_packed(trajectories, _MOST_BATCH_BYTES), *blobs], frames)
+            values["trajectories"] = _join(
+                [*_packed(trajectories, _MOST_BATCH_BYTES), *blobs], frames, _BATCH_FRAME_BYTES
+            )
     try:
         frames[0] = msgpack.packb(
             [SCHEMA, kind.__name__, values], default=msgspec.structs.asdict, unicode_errors="replace"
@@ -121,7 +125,7 @@ def _packed(trajectories: Sequence[Trajectory], most_bytes: int) -> list[Blob]:
     return cut_all(trajectories, map(pack, trajectories), most_bytes)
 
 
-def _join(blobs: Iterable[Blob], frames: list[Blob]) -> list[list[int]]:
+def _join(blobs: Iterable[Blob], frames: list[Blob], frame_bytes: int = _FRAME_BYTES) -> list[list[int]]:
     """Append the blobs, joined, to `frames`; returns the lengths of those in each frame."""
     layout: list[list[int]] = []
     lengths: list[int] = []
@@ -131,7 +135,7 @@ def _join(blobs: Iterable[Blob], frames: list[Blob]) -> list[list[int]]:
         joined.append(blob)
         lengths.append(len(blob))
         size += len(blob)
-        if size >= _FRAME_BYTES:
+        if size >= frame_bytes:
             layout.append(lengths)
             frames.append(b"".join(joined))
             lengths, joined, size = [], [], 0

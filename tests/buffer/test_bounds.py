@@ -231,5 +231,6 @@ def test_a_store_that_turns_read_only_under_its_writer_says_so(tmp_path: Path) -
     with new_store(tmp_path) as store:
         store.commit()
         store._connection.execute("PRAGMA query_only = 1")
+        add_group(store, 0)
         with pytest.raises(StoreError, match=r"\.sqlite: .*readonly.*; make the file and its folder writable"):
-            add_group(store, 0)
+            store.commit()

@@ -86,11 +86,11 @@ def test_what_was_committed_comes_back_after_closing(tmp_path: Path, durability:
         assert {row.refused_because for row in store.trajectories() if row.group == 1} == {"zero_signal"}
 
 
-def test_a_trajectory_stored_twice_stays_as_it_was_and_is_reported(tmp_path: Path) -> None:
+def test_a_trajectory_stored_twice_stays_as_it_was(tmp_path: Path) -> None:
     with new_store(tmp_path) as store:
-        assert store.add_trajectories([trajectory(0, 0), trajectory(0, 1)]) == []
+        store.add_trajectories([trajectory(0, 0), trajectory(0, 1)])
         again = replace(trajectory(0, 1), reward=9.0)
-        assert store.add_trajectories([again, trajectory(0, 2), trajectory(0, 2)]) == [(0, 1), (0, 2)]
+        store.add_trajectories([again, trajectory(0, 2), trajectory(0, 2)])
         store.commit()
         assert [row.reward for row in store.trajectories()] == [0.0, 0.25, 0.5]
         assert [unpack(blob).sample for blob in store.load_groups([0])] == [0, 1, 2]
@@ -101,7 +101,7 @@ def test_bytes_that_came_with_trajectories_are_stored_as_they_are(tmp_path: Path
     received = decode(encode(Finished(trajectories=sent)))
     assert isinstance(received, Finished)
     with new_store(tmp_path) as store:
-        assert store.add_trajectories(received.trajectories, received.blobs) == []
+        store.add_trajectories(received.trajectories, received.blobs)
         store.commit()
         assert [bytes(blob) for blob in store.load_groups([0])] == [pack(t) for t in sent]
 
@@ -249,8 +249,9 @@ def test_a_store_that_another_program_holds_names_it(tmp_path: Path, monkeypatch
         store.commit()
         other = sqlite3.connect(store.path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
+        add_group(store, 0)
         with pytest.raises(StoreError, match=r"another program held it for 0\.05 s"):
-            add_group(store, 0)
+            store.commit()
         other.execute("ROLLBACK")
         other.close()
         add_group(store, 0)

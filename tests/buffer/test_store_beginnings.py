@@ -66,7 +66,7 @@ def test_samples_that_arrive_one_by_one_share_their_prompt_in_the_store(tmp_path
         admit(store, 0)
         admit(store, 1)
         for t in arriving:
-            assert store.add_trajectories([t], [pack(t)]) == []
+            store.add_trajectories([t], [pack(t)])
             store.commit()
         store.form_batch(step=0, groups=[1, 0], formed_at=1.0)
         store.commit()
@@ -123,6 +123,7 @@ def test_what_is_rolled_back_is_referred_to_by_nobody(tmp_path: Path) -> None:
     admit(store, 0)
     store.commit()
     store.add_trajectories([first])
+    assert store.counts()["trajectories"] == 1
     store._connection.execute("ROLLBACK")
     store.add_trajectories([second, third])
     store.commit()
@@ -157,6 +158,7 @@ def test_a_store_of_an_older_version_is_gone_on_with(tmp_path: Path) -> None:
         store.commit()
         for number, t in enumerate(before[1:], 2):  # as 0.4.0 stored them
             store.add_trajectories([t])
+            assert store.counts()["trajectories"] == number
             store._connection.execute("UPDATE payloads SET payload = ? WHERE id = ?", (pack(t), number))
         store._connection.execute("COMMIT")
         store._connection.execute("PRAGMA user_version = 2")

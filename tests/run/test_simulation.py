@@ -20,6 +20,14 @@ def test_two_hundred_schedules_of_losses_delays_restarts_and_reorderings(block: 
         play(some_world(seed))
 
 
+@pytest.mark.parametrize("block", [0, *(pytest.param(block, marks=pytest.mark.nightly) for block in range(1, 10))])
+def test_the_store_may_be_behind_what_is_decided(block: int) -> None:
+    """As with its thread in a run: rounds are stored and answered some time after they were decided, several at once,
+    and a death takes with it what nobody was told."""
+    for seed in range(100 * block, 100 * block + 100):
+        play(some_world(seed, behind_s=(0.02, 0.3, 2.0)[seed % 3]))
+
+
 def test_a_group_that_is_given_to_a_generator_and_refused_in_one_round_has_no_turns_left() -> None:
     """Permit, Abandon and the deletion of its turns leave together; the generator ends what it has begun anew."""
     seen = play(some_world(3774))

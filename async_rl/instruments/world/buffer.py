@@ -82,6 +82,10 @@ class SimulatedBuffer(Process):
     awake: bool = False
     doomed: bool = False
     """it is killed in the middle of the next round that writes something"""
+    behind_s: float = 0.0
+    """seconds by which the store's thread is behind the state machine; 0: a round is stored before the next one"""
+    behind: list[list[do.Effect]] = field(default_factory=list)
+    """rounds that are decided and not stored"""
     left: int = -1
     """writes, commits and answers until then; -1: it lives"""
     writes: list[do.Effect] = field(default_factory=list)
@@ -115,7 +119,30 @@ class SimulatedBuffer(Process):
         for peer, message in taken:
             effects += self.core.handle(peer, message, self.clock.now)
         effects += self.core.tick(self.clock.now)
-        self.execute(effects)
+        if not self.behind_s or not effects:
+            self.execute(effects)
+            return
+        self.behind.append(effects)
+        if len(self.behind) == 1:
+            self.after(self.clock.about(self.behind_s), self.catch_up)
+
+    def catch_up(self) -> None:
+        """Store some of the rounds that wait, and answer them."""
+        number = self.clock.random.randint(1, len(self.behind))
+        some, self.behind = self.behind[:number], self.behind[number:]
+        self.execute([effect for effects in some for effect in effects])
+        if self.behind:
+            self.after(self.clock.about(self.behind_s), self.catch_up)
+
+    def finish(self) -> None:
+        """Store all rounds that wait: the run is over."""
+        some, self.behind = self.behind, []
+        self.execute([effect for effects in some for effect in effects])
+
+    @property
+    def settled(self) -> Core | None:
+        """The state machine, when all that it decided is committed."""
+        return self.core if self.committed and not self.behind else None
 
     def execute(self, effects: Sequence[do.Effect]) -> None:
         if self.store is None:
@@ -144,10 +171,10 @@ class SimulatedBuffer(Process):
         try:
             _loop().execute(effects, Disk(self), Wire(self), self.watch.recorded, 1 << 30)
         except Killed:
-            self.killed(self.core if self.committed else None)
+            self.killed(self.settled)
             return
         if self.left >= 0:
-            self.killed(self.core)
+            self.killed(self.settled)
         self.watch.round(self.core)
 
     def spend(self) -> None:

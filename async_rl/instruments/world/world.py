@@ -47,6 +47,8 @@ class WorldPlan:
     alone, and no later question makes up for one that it forgets"""
     streams: bool = False
     """weights come as streams: the first that a generator gets may be one version behind the newest"""
+    behind_s: float = 0.0
+    """seconds by which what the buffer decides is stored and answered later, by a thread of its own; 0: at once"""
     save_every: int = 0
     """steps between checkpoints; 0: none but the last"""
     evaluate_every: int = 0
@@ -131,6 +133,7 @@ class World:
             store=self.store,
             watch=self.watch,
             ticks=self.plan.reports,
+            behind_s=self.plan.behind_s,
             killed=self.fall,
             failed=self.fail,
         )
@@ -264,7 +267,7 @@ class World:
             case "kill buffer":
                 self.buffer.doomed = True
             case "kill trainer" | "kill launcher":
-                self.fall(self.buffer.core)
+                self.fall(self.buffer.settled)
             case "freeze buffer":
                 self.buffer.freeze(self.clock.about(8.0))
             case "freeze trainer":
