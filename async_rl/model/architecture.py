@@ -37,6 +37,8 @@ CHUNK_ELEMENTS = 1 << 22
 """logits that exist at a time (async_rl_kernels.logprob)"""
 CHUNK_BUFFERS = 4
 """buffers of one chunk: logits, log-probs, probabilities, their gradient"""
+KEPT_ELEMENTS = 1 << 25
+"""logits that are kept on a CPU for the backward pass (async_rl_kernels.logprob.CPU_KEPT)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -402,10 +404,11 @@ def activation_bytes(
 
 
 def log_prob_bytes(c: DecoderConfig, tokens: int) -> int:
-    """Bytes for the log-probs of `tokens` policy tokens: their hidden states with gradient, one chunk of logits, and
-    the head's gradient before it is added."""
+    """Bytes for the log-probs of `tokens` policy tokens: their hidden states with gradient, one chunk of logits, all of
+    them where they are few, and the head's gradient before it is added."""
     rows = min(tokens, max(1, CHUNK_ELEMENTS // c.vocabulary))
-    return FLOAT * (3 * tokens * c.hidden + CHUNK_BUFFERS * rows * c.vocabulary + c.vocabulary * c.hidden)
+    kept = tokens * c.vocabulary if tokens * c.vocabulary <= KEPT_ELEMENTS else 0
+    return FLOAT * (3 * tokens * c.hidden + CHUNK_BUFFERS * rows * c.vocabulary + kept + c.vocabulary * c.hidden)
 
 
 def layer_parameters(c: DecoderConfig, *, matrices: bool = False) -> int:

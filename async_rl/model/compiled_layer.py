@@ -110,7 +110,7 @@ class _Before(torch.autograd.Function):
             norms += [_sums(w, threads, needed) for w, needed in zip(kept[8:10], wanted[7:9], strict=True)]
             arguments.query_in, arguments.key_in = kept[10].data_ptr(), kept[11].data_ptr()
             arguments.of_query_norm, arguments.of_key_norm = map(_at, norms[1:])
-        weights = [torch.zeros_like(w) if n else None for w, n in zip(kept[5:8], wanted[4:7], strict=True)]
+        weights = [_unwritten(w, len(kept[0])) if n else None for w, n in zip(kept[5:8], wanted[4:7], strict=True)]
         arguments.of_norm = _at(norms[0])
         arguments.of_query_weight, arguments.of_key_weight, arguments.of_value_weight = map(_at, weights)
         of_x = torch.empty_like(kept[0], memory_format=torch.contiguous_format)
@@ -185,7 +185,7 @@ class _After(torch.autograd.Function):
         arguments = _after(ctx, kept)
         wanted = ctx.needs_input_grad
         weights = [
-            torch.zeros_like(w) if n else None
+            _unwritten(w, len(pull)) if n else None
             for w, n in zip((out_weight, *inner_weights), (wanted[2], *wanted[4:7]), strict=True)
         ]
         of_norm = _sums(norm, arguments.threads, wanted[3])
@@ -232,6 +232,11 @@ def _after(ctx: Any, kept: Sequence[Tensor]) -> native.After:
 def _sums(weight: Tensor, threads: int, needed: bool) -> Tensor | None:
     """Where each thread sums the gradient of a norm's weight."""
     return weight.new_zeros(threads, len(weight)) if needed else None
+
+
+def _unwritten(weight: Tensor, rows: int) -> Tensor:
+    """Memory for the gradient of a weight, which the first block of rows writes, where there is one."""
+    return torch.empty_like(weight) if rows else torch.zeros_like(weight)
 
 
 def _at(tensor: Tensor | None) -> int | None:

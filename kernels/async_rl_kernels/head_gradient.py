@@ -14,7 +14,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from async_rl_kernels.logprob import LogProbs, Pull, head_sums, product_dtype, tile_kernels, tile_limits, tiles_for
+from async_rl_kernels.logprob import (
+    CPU_KEPT,
+    LogProbs,
+    Pull,
+    head_sums,
+    product_dtype,
+    tile_kernels,
+    tile_limits,
+    tiles_for,
+)
 from async_rl_kernels.product import batched_product, product, put_product
 from async_rl_kernels.segment_gradient import Segments, weight_norm_squares
 
@@ -51,11 +60,13 @@ class HeadGradient:
         self._scale = 1.0 / temperature
         self._kernels = tile_kernels(hidden)
         with torch.no_grad():
-            sums, _ = head_sums(hidden, weight, targets, self._scale, tiles_for(hidden, weight), self._kernels)
+            sums = head_sums(hidden, weight, targets, self._scale, tiles_for(hidden, weight), self._kernels)
         self.log_probs = LogProbs(log_prob=sums.log_prob, entropy=sums.entropy, prob_square_sum=sums.prob_square_sum)
         self._log_normaliser = sums.log_normaliser
         self._coefficients: Tensor | None = None
-        self._kept: Tensor | None = None
+        self._kept: Tensor | None = None  # [T, V]
+        few = max(self._tile_elements, CPU_KEPT if hidden.device.type == "cpu" and tile_elements is None else 0)
+        self._keeps = len(hidden) * len(weight) <= few
 
     def backward(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """d(loss)/d(hidden) [T, H], and |G_i|^2 of the weight, [S] float64, of loss = -sum_t coefficients_t log pi_t.
@@ -74,6 +85,10 @@ class HeadGradient:
                 norm_squares[part] += weight_norm_squares(self._hidden[rows], [tile], block)
                 if tile.numel() == self.segments.rows * len(self._weight):
                     self._kept = tile
+                elif self._keeps:
+                    if self._kept is None:
+                        self._kept = tile.new_empty(self.segments.rows, len(self._weight))
+                    self._kept[rows, ids] = tile
         return gradient.to(self._dtype), norm_squares
 
     def accumulate(self, total: Tensor, multipliers: Tensor, *, first: int = 0) -> None:

@@ -71,7 +71,7 @@ typedef struct {
     long of_query_stride, of_key_stride, of_value_stride;
     float *of_x;                                                 // [rows, hidden]
     float *of_norm, *of_query_norm, *of_key_norm;                // [threads, ..] of zeros, or null
-    float *of_query_weight, *of_key_weight, *of_value_weight;    // zeros, or null
+    float *of_query_weight, *of_key_weight, *of_value_weight;    // written by the first block, or null
 } Before;
 
 void before_forward(const Before *l) {

@@ -4,8 +4,9 @@ Formulas: docs/algorithms.md#linear-logprob. Definition: reference.linear_logpro
 
 Shapes: T tokens, H hidden, V vocabulary ids (of this rank's part of the head). Logits x = hidden . weight / temperature
 are [T, V], and only a tile of them, [rows, ids], exists at a time, in the forward and again in the backward (computed
-again: one more product). `head_sums` and `head_gradients` walk the tiles, `TileKernels` are what is done to one: in
-torch operations here, on CUDA in one pass over the tile (logprob_triton). Sums are float32, float64 for float64 input.
+again, one more product, unless they are few: `keeps`). `head_sums` and `head_gradients` walk the tiles, `TileKernels`
+are what is done to one: in torch operations here, on CUDA in one pass over the tile (logprob_triton). Sums are float32,
+float64 for float64 input.
 
 The products are left to cuBLAS or oneDNN: they are 4096 deep, which is what those are best at. A fused kernel would
 save the tile's way to memory and back, 14 to 22 bytes a logit, about 1/8 of the time of the products of a 4096-wide
@@ -14,6 +15,7 @@ head on an H200 (bench/kernels_gpu.py has the arithmetic), and pay for it with s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +29,8 @@ CPU_TILE = 1 << 22, 1024
 """logits of a tile, and rows from which on a tile is cut along the vocabulary too; 16 MiB of float32"""
 CUDA_TILE = 1 << 25, 8192
 """the same on CUDA; 128 MiB of float32"""
+CPU_KEPT = 1 << 25
+"""logits that are kept on a CPU for the backward pass, 128 MiB of float32; where there are more, none are"""
 PIECE_ELEMENTS = 1 << 17
 """logits that go through all operations before the next ones: they stay in the second-level cache"""
 
@@ -98,14 +102,13 @@ class _LinearLogProb(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         local = targets if shard is None else targets - shard.start
         keep = any(ctx.needs_input_grad)
-        sums, kept = head_sums(
-            hidden, weight, local, scale, tiles, kernels, cap=cap, products=products, keep_single=keep
-        )
+        kept: list[Tensor] | None = [] if keep and keeps(tiles, hidden) else None
+        sums = head_sums(hidden, weight, local, scale, tiles, kernels, cap=cap, products=products, kept=kept)
         if shard is not None:
             sums = shard.combined(sums)
         entropy, square = sums.entropy, sums.prob_square_sum
         ctx.chosen = scale, cap, products, shard, tiles, kernels
-        ctx.save_for_backward(hidden, weight, local, sums.log_normaliser, entropy, square, kept)
+        ctx.save_for_backward(hidden, weight, local, sums.log_normaliser, entropy, square, *(kept or ()))
         ctx.set_materialize_grads(False)
         return sums.log_prob, entropy, square
 
@@ -113,7 +116,7 @@ class _LinearLogProb(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, grad_square: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, local, log_normaliser, entropy, square, kept = ctx.saved_tensors
+        hidden, weight, local, log_normaliser, entropy, square, *kept = ctx.saved_tensors
         scale, cap, products, shard, tiles, kernels = ctx.chosen
         if grad_log_prob is None and grad_entropy is None and grad_square is None:
             return (None,) * 9
@@ -127,7 +130,7 @@ class _LinearLogProb(torch.autograd.Function):
         grad_hidden, grad_weight = head_gradients(
             hidden, weight, local, scale, pull, tiles, kernels,
             need_hidden=of_hidden, need_weight=of_weight, cap=cap, products=products,
-            kept=None if kept is None else kept.clone(),
+            kept=kept,
         )  # fmt: skip
         if shard is not None and grad_hidden is not None:
             grad_hidden = shard.summed(grad_hidden)
@@ -213,24 +216,30 @@ def head_sums(
     *,
     cap: Tensor | None = None,
     products: torch.dtype | None = None,
-    keep_single: bool = False,
-) -> tuple[VocabularySums, Tensor | None]:
-    """Sums over the ids of `weight` [T], and the (capped) logits [T, V] if they are a single tile and `keep_single`.
+    kept: list[Tensor] | None = None,
+) -> VocabularySums:
+    """Sums over the ids of `weight` [T]. kept: gets the (capped) logits, tile by tile.
 
     hidden [T, H], weight [V, H], local [T] int64: each target's row of `weight`, which may lie outside. cap [T].
     scale: 1 / temperature. products: dtype that both are rounded to before they are multiplied; None: as they are.
     """
     hidden = hidden.to(products or hidden.dtype)
     parts = VocabularySums.empty((len(tiles.id_parts), len(hidden)), product_dtype(hidden), hidden.device)
-    kept: Tensor | None = None
     for number, ids in enumerate(tiles.id_parts):
         head = weight[ids].to(hidden.dtype)
         for rows in tiles.row_parts:
             logits = capped(product(hidden[rows], head), cap, rows)
-            kept = logits.clone() if keep_single and tiles.single else None
             kernels.sums(logits, local[rows] - ids.start, scale, parts.part(number).rows(rows))
+            if kept is not None:
+                kept.append(logits)
             del logits  # before the next one is made
-    return parts.combined(), kept
+    return parts.combined()
+
+
+def keeps(tiles: Tiles, hidden: Tensor) -> bool:
+    """Whether the logits stay in memory until the backward pass: those of a single tile, on a CPU up to CPU_KEPT."""
+    few = hidden.device.type == "cpu" and tiles.tokens * tiles.vocabulary <= CPU_KEPT
+    return few or tiles.single
 
 
 def head_gradients(
@@ -246,7 +255,7 @@ def head_gradients(
     need_weight: bool,
     cap: Tensor | None = None,
     products: torch.dtype | None = None,
-    kept: Tensor | None = None,
+    kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, Tensor | None]:
     """d(loss)/d(hidden) [T, H] and d(loss)/d(weight) [V, H], in the inputs' dtype; None for what is not needed.
 
@@ -254,24 +263,27 @@ def head_gradients(
     only that of the hidden states is summed over tiles (float32 for bfloat16 inputs). The other way round the running
     sum would have the head's size, 2.5 GB for 151,936 x 4096.
 
-    kept: the logits [T, V] of a single tile, which are overwritten.
+    kept: the logits of every tile, as `head_sums` gave them; empty: they are computed again.
     """
     exact = product_dtype(hidden)
     total_hidden = torch.zeros_like(hidden, dtype=exact) if need_hidden else None
-    grad_weight = torch.zeros_like(weight) if need_weight else None
+    grad_weight = None
+    if need_weight:  # every row is written by the first product, if there is one
+        grad_weight = torch.empty_like(weight) if len(hidden) else torch.zeros_like(weight)
     states = hidden.to(products or hidden.dtype)
     # On CUDA tensor cores multiply tiles of the inputs' dtype; on a CPU a tile stays as it is.
     dtype = states.dtype if hidden.device.type == "cuda" else exact
+    there = iter(kept)
     for number, ids in enumerate(tiles.id_parts):
         head = weight[ids].to(states.dtype)
         total_weight = None
         if grad_weight is not None:
             total_weight = grad_weight[ids] if weight.dtype == exact else torch.zeros_like(head, dtype=exact)
         for first, rows in enumerate(tiles.row_parts):
-            logits = capped(product(states[rows], head), cap, rows) if kept is None else kept
+            logits = next(there) if kept else capped(product(states[rows], head), cap, rows)
             # d(cap tanh(x / cap)) / dx
             slope = None if cap is None else (logits / cap[rows, None]).square_().neg_().add_(1)
-            tile = kernels.gradient(logits, local[rows] - ids.start, scale, pull.rows(rows), dtype)
+            tile = kernels.gradient(logits, local[rows] - ids.start, scale, pull.rows(rows), dtype, keep=bool(kept))
             if slope is not None:
                 tile.mul_(slope.to(tile.dtype))
             del logits, slope
@@ -410,15 +422,17 @@ class Pull:
 class TileKernels(Protocol):
     """What is done to a tile between two matrix products.
 
-    logits [rows, ids] = hidden . weight, float32 or better, contiguous; may be overwritten. local [rows] int64: the
-    target's column, which may lie outside the tile. scale: 1 / temperature.
+    logits [rows, ids] = hidden . weight, float32 or better, contiguous. local [rows] int64: the target's column, which
+    may lie outside the tile. scale: 1 / temperature.
     """
 
     def sums(self, logits: Tensor, local: Tensor, scale: float, out: VocabularySums) -> None:
-        """Write the sums over the ids to `out` [rows]."""
+        """Write the sums over the ids to `out` [rows]. The logits stay as they are."""
 
-    def gradient(self, logits: Tensor, local: Tensor, scale: float, pull: Pull, dtype: torch.dtype) -> Tensor:
-        """d(loss)/d(logits) [rows, ids] in `dtype`."""
+    def gradient(
+        self, logits: Tensor, local: Tensor, scale: float, pull: Pull, dtype: torch.dtype, *, keep: bool = False
+    ) -> Tensor:
+        """d(loss)/d(logits) [rows, ids] in `dtype`. keep: the logits stay as they are; else they may be overwritten."""
 
 
 class TorchTile:
@@ -430,23 +444,26 @@ class TorchTile:
         chosen = logits.gather(1, local.clamp(0, width - 1)[:, None]).squeeze(1)
         out.chosen.copy_(torch.where(inside, chosen * scale, 0.0))
         for rows in pieces(logits):
-            x = logits[rows]
-            if scale != 1.0:
-                x = x.mul_(scale)
+            x = logits[rows] if scale == 1.0 else logits[rows] * scale
             torch.amax(x, 1, out=out.largest[rows])
-            x = x.sub_(out.largest[rows, None])
+            x = x - out.largest[rows, None]
             weight = x.exp()
             torch.sum(weight, 1, out=out.total[rows])
             out.spread[rows] = torch.linalg.vecdot(weight, x)
             out.square[rows] = torch.linalg.vecdot(weight, weight)
 
-    def gradient(self, logits: Tensor, local: Tensor, scale: float, pull: Pull, dtype: torch.dtype) -> Tensor:
+    def gradient(
+        self, logits: Tensor, local: Tensor, scale: float, pull: Pull, dtype: torch.dtype, *, keep: bool = False
+    ) -> Tensor:
         """pi_j (-g - e (log pi_j + H) + 2 q (pi_j - S)) and g more at the target, times the scale."""
+        found = torch.empty_like(logits) if keep else logits
         for rows in pieces(logits):
-            x, of = logits[rows], pull.rows(rows)
+            x, of = found[rows], pull.rows(rows)
             if scale != 1.0:
-                x = x.mul_(scale)
-            x = x.sub_(of.log_normaliser[:, None])
+                torch.mul(logits[rows], scale, out=x)
+                x.sub_(of.log_normaliser[:, None])
+            else:
+                torch.sub(logits[rows], of.log_normaliser[:, None], out=x)
             if of.entropy is None and of.square is None:
                 x.exp_().mul_((-scale * of.log_prob)[:, None])
                 continue
@@ -459,9 +476,9 @@ class TorchTile:
             x.mul_(scale)
         width = logits.shape[1]
         inside = (local >= 0) & (local < width)
-        at_target = torch.where(inside, scale * pull.log_prob, 0.0).to(logits.dtype)
-        logits.scatter_add_(1, local.clamp(0, width - 1)[:, None], at_target[:, None])
-        return logits.to(dtype)
+        at_target = torch.where(inside, scale * pull.log_prob, 0.0).to(found.dtype)
+        found.scatter_add_(1, local.clamp(0, width - 1)[:, None], at_target[:, None])
+        return found.to(dtype)
 
 
 def pieces(tile: Tensor) -> list[slice]:

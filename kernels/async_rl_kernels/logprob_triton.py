@@ -112,11 +112,13 @@ class TritonTile:
                     BLOCK=block_of(width), num_warps=WARPS,
                 )  # fmt: skip
 
-    def gradient(self, logits: Tensor, local: Tensor, scale: float, pull: Pull, dtype: torch.dtype) -> Tensor:
+    def gradient(
+        self, logits: Tensor, local: Tensor, scale: float, pull: Pull, dtype: torch.dtype, *, keep: bool = False
+    ) -> Tensor:
         """[rows, ids], [rows] -> [rows, ids] in `dtype`."""
         rows, width = logits.shape
         assert logits.stride(1) == 1
-        out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+        out = logits if dtype == logits.dtype and not keep else torch.empty_like(logits, dtype=dtype)
         block = block_of(width)
         none = (pull.log_prob, pull.log_prob)  # not read
         of_entropy, entropy = pull.entropy or none
