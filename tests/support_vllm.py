@@ -29,7 +29,7 @@ INSTANCES = {
     ("vllm_worker.py", "self"): WORKER,
 }
 """what a name of ours is in a file"""
-OURS = {"model_config", "model_runner", "rank", "_given", "_given_version", "_shared"}
+OURS = {"model_config", "model_runner", "rank", "_given", "_given_version", "_shared", "_receiver"}
 """attributes that no signature shows"""
 SINCE: dict[str, Release] = {
     "vllm.outputs.CompletionOutput.weight_versions": SPANS,

@@ -76,8 +76,7 @@ class Weights:
     _shared: WeightReader | None = None
     """its pages stay mapped"""
     _receiver: Receiver | None = None
-    device: torch.device
-    """of vLLM's worker"""
+    """its end of a broadcast"""
 
     def async_rl_load(self, path: str, version: int) -> None:
         """Copy the weights of a safetensors file into the model, in place. A quantized model is made anew from them."""
@@ -106,7 +105,7 @@ class Weights:
         """Join the group over which the trainer sends weights to several engines at once. False when it did not come
         about. `detail`: a `Meeting`, with the rank of this engine's first worker."""
         if self._receiver is None:
-            self._receiver = Receiver(self.device)
+            self._receiver = Receiver(next(self.get_model().parameters()).device)
         return self._receiver.join(Meeting(**{**detail, "rank": detail["rank"] + self.rank}))
 
     def async_rl_receive(self, update: dict[str, Any]) -> bool:
