@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from async_rl.generator.pull import LinkSource, TransferEnded
-from async_rl.weights import communicator
+from async_rl.weights import receiver
 from async_rl.weights.canary import fingerprint
-from async_rl.weights.communicator import Meeting, Receiver
+from async_rl.weights.communicator import Meeting
+from async_rl.weights.receiver import Receiver
 
 Say = Callable[..., None]
 STOPS_AT = 2
@@ -87,7 +88,7 @@ def main(endpoint: str, name: str, stop: str, shapes: str) -> None:
         say(stop)
         os.kill(os.getpid(), signal.SIGSTOP if stop == "freezes" else signal.SIGKILL)
 
-    communicator.MEET_S = 300.0  # however slow this machine is
+    receiver.MEET_S = 300.0  # however slow this machine is
     engine = Engine(json.loads(shapes), say, end if stop else None)
     asyncio.run(generate(engine, endpoint, name, say, lambda: False))
 

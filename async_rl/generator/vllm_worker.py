@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from async_rl.generator.vllm_engine import OWNER
 from async_rl.generator.vllm_layout import find_blocks
 from async_rl.weights.blocks import Block, Shown, show
-from async_rl.weights.communicator import Meeting, Receiver
+from async_rl.weights.communicator import Meeting
+from async_rl.weights.receiver import Receiver
 from async_rl.weights.shared_memory import WeightReader
 from async_rl.weights.vllm_links import rebuild_arguments
 

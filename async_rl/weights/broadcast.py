@@ -31,8 +31,6 @@ from async_rl.weights.communicator import (
     GroupEnded,
     Meeting,
     Sent,
-    connect,
-    open_store,
     plan_buffers,
     room_for,
     used,
@@ -40,6 +38,7 @@ from async_rl.weights.communicator import (
     wait_for,
 )
 from async_rl.weights.link import Control, LinkLost, Staged, TransferEnded
+from async_rl.weights.receiver import connect, open_store
 from async_rl.wire import messages as msg
 from async_rl.wire.endpoint import LOOPBACK, free_port
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 from support_broadcast import STOPS_AT, Engine, generate
 
-from async_rl.weights import broadcast, communicator
+from async_rl.weights import broadcast, receiver
 from async_rl.weights.broadcast import Broadcast
 from async_rl.weights.canary import fingerprint
 from async_rl.weights.communicator import GroupEnded, Meeting, plan_buffers, room_for, used, views
@@ -102,7 +102,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trained
     # however slow this machine is, nobody who is known is left out or given up
     for name in ("GATHER_S", "OPEN_S", "ANSWER_S"):
         monkeypatch.setattr(broadcast, name, 300.0)
-    monkeypatch.setattr(communicator, "MEET_S", 300.0)
+    monkeypatch.setattr(receiver, "MEET_S", 300.0)
     monkeypatch.setattr(broadcast, "FIRST_S", 0.2)
     monkeypatch.setattr(broadcast, "STALL_S", 300.0)
     trained = Trained(tmp_path)
@@ -239,11 +239,12 @@ def test_one_that_does_not_come_is_waited_for_once(trained: Trained, monkeypatch
 def test_a_broadcast_ends_when_the_trainer_dies(tmp_path: Path) -> None:
     """A worker waits in a collective call whose sender is gone: the connection that it keeps ends, and so does its
     wait."""
-    from async_rl.weights.communicator import Receiver
+    from async_rl.weights.receiver import Receiver
 
     script = (
         "import socket, sys, torch\n"
-        "from async_rl.weights.communicator import Meeting, connect, open_store\n"
+        "from async_rl.weights.communicator import Meeting\n"
+        "from async_rl.weights.receiver import connect, open_store\n"
         "store, line = open_store(0, here=True), socket.create_server(('127.0.0.1', 0))\n"
         "ports = dict(store=store.port, lifeline=line.getsockname()[1], opened=0)\n"
         "print(ports['store'], ports['lifeline'], flush=True)\n"
