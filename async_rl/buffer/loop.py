@@ -45,6 +45,8 @@ MESSAGES_A_ROUND = 256
 """messages handled before one commit"""
 ROUND_S = 0.02
 """seconds that a round takes before its answers leave, but for a last message"""
+MOST_PART_BYTES = 8 << 20
+"""of a batch that is sent at once: memory of a larger one is given back to the system, and is paid for again"""
 STRANGERS_S = 1.0
 """seconds between two reports of peers that were turned away"""
 FEWEST_MESSAGES = 16
@@ -81,7 +83,7 @@ def run_buffer(
     chosen = settings.buffer
     joining = MAY_JOIN if is_tcp(endpoint) else 0
     memory = divide_memory(chosen.memory_mb << 20, peers=1 + settings.generator.count + joining)
-    part_bytes = min(memory.part_bytes, limit // 2)
+    part_bytes = min(memory.part_bytes, MOST_PART_BYTES, limit // 2)
     begun = store_begun(folder.store)
     with (
         Store(
