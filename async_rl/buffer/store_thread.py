@@ -30,7 +30,7 @@ ROUNDS_AT_ONCE = 64
 STUCK_S = 1.0
 """a round that waits so long shows that the disk is held up"""
 _M_ARENA_MAX = -8
-_SWITCH_S = 0.0005
+_SWITCH_S = 0.0002
 """after so long a thread that waits for Python's lock is given it; Python's own 5 ms are many statements of SQLite"""
 
 
