@@ -28,7 +28,7 @@ from async_rl.model.decoder import Decoder
 from async_rl.trainer.forward import ModelArithmetic, log_probs
 from async_rl.trainer.trajectory_gradient import TrajectoryGradient
 from async_rl_kernels import linear_logprob, reference
-from async_rl_kernels.segment_gradient import Segments, weight_norm_squares
+from async_rl_kernels.segment_gradient import Segments, segment_sums, weight_norm_squares
 
 Way = Callable[[], Any]
 
@@ -203,6 +203,29 @@ def norms(rounds: int, where: Where | None = None) -> dict[str, Any]:
     return found
 
 
+def head_sums(rounds: int, where: Where | None = None) -> dict[str, Any]:
+    """Gradients of the queries' norm, summed over heads and each segment: in pieces, as the trainer does; as a product
+    with one-hot rows, in which a NaN of one segment reaches all; one bag a segment; beside reading the values once."""
+    where = where or Where()
+    rows, width, _ = where.layer
+    heads = max(1, width // 128)
+    values = randn(rows * heads, 128, where=where, dtype=torch.float32)
+    segments = Segments(equal(rows, where.segments), where.device)
+    hot = torch.nn.functional.one_hot(segments.ids, len(segments)).float().T.contiguous()
+    order = torch.arange(rows, device=where.device)
+    by_row = values.unflatten(0, (-1, heads))
+    ways: dict[str, Way] = {
+        "read": lambda: values.sum(),
+        "pieces": lambda: segment_sums(values, segments),
+        "one_hot": lambda: hot @ by_row.sum(1),
+        "bags": lambda: torch.nn.functional.embedding_bag(order, by_row.sum(1), segments.starts, mode="sum"),
+    }
+    found = in_turns(ways, rounds * 3, where, 20)
+    for name in ("pieces", "one_hot", "bags"):
+        found[name]["over_read"] = ratio(found[name], found["read"])
+    return found
+
+
 def opob_step(rounds: int, where: Where | None = None, budget_s: float = 120) -> dict[str, Any]:
     """A whole step, optimizer included, of a 1.5B Qwen-architecture model in bfloat16 over float32 weights.
     Target: exact_over_group_mean <= 1.15."""
@@ -286,5 +309,6 @@ SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "ceilings": ceilings,
     "logprob": logprob,
     "norms": norms,
+    "head_sums": head_sums,
     "opob_step": opob_step,
 }

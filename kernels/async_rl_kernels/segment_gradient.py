@@ -213,7 +213,8 @@ def segment_sums(values: Tensor, segments: Segments, scale: Tensor | None = None
     if repeats > 1:
         values = values if scale is None else values * scale.to(values.dtype)[:, None]
         values, scale = values.unflatten(0, (-1, repeats)).sum(1), None
-    # In two steps: on CUDA one thread adds up a bag, which for a long answer would be thousands of rows.
+    # In two steps: on CUDA one thread adds up a bag, which for a long answer would be thousands of rows. Not a product
+    # with one-hot rows: in that a NaN of one segment, times zero, reaches the sums of all.
     starts, first = segments.pieces
     sums = _bags(values, torch.arange(len(values), device=values.device), starts, scale)
     return _bags(sums, torch.arange(len(sums), device=values.device), first)

@@ -25,9 +25,9 @@ def sections() -> Iterator[Any]:
     sys.path.remove(str(BENCH))
 
 
-@pytest.mark.parametrize("name", ["ceilings", "logprob", "norms", "opob_step"])
+@pytest.mark.parametrize("name", ["ceilings", "logprob", "norms", "head_sums", "opob_step"])
 def test_a_section_measures_what_it_names(sections: Any, name: str) -> None:
-    assert list(sections.SECTIONS) == ["ceilings", "logprob", "norms", "opob_step"]
+    assert list(sections.SECTIONS) == ["ceilings", "logprob", "norms", "head_sums", "opob_step"]
     found = sections.SECTIONS[name](1, sections.Where(**TINY))
     rows = {"norms": found.get("ragged")}.get(name, found)
     measured = [row["ms"] for row in rows.values() if isinstance(row, dict)]
