@@ -214,6 +214,7 @@ RULES: dict[str, Rule] = {
     "trainer.memory_share": (always(1.0), NO_GPU),
     "trainer.start": (always("launcher"), HERE),
     "trainer.start_timeout_s": (always(None), HERE),
+    "generator.start_timeout_s": (always(None), HERE),
     "pin_threads": (always(False), HERE),
     "generator.device": (always("cpu"), NO_GPU),
     "generator.dtype": (always("float32"), NO_GPU),
