@@ -138,7 +138,6 @@ def test_ranks_are_spread_over_nodes_and_one_that_dies_ends_the_run(tmp_path: Pa
         said = run.said()
         assert run.process.returncode == 1, said
         assert "goes on with the run" in said
-        add(cluster, num_cpus=2, resources={"trainers": 1})
         done = run.steps
         run.start(["--resume", "run", "trainer.ranks=1", "cluster.ranks_per_node=0", f"trainer.steps={done + 2}"])
         said = run.said()
