@@ -192,3 +192,34 @@ def test_a_temperature_of_zero_is_refused() -> None:
 def test_a_target_outside_the_vocabulary_is_refused(target: int) -> None:
     with pytest.raises(IndexError, match=f"a target is {target}, the vocabulary has 3 ids"):
         linear_logprob(torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([target]))
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_logits_that_are_kept_and_those_computed_again_give_the_same_bits_twice(
+    monkeypatch: pytest.MonkeyPatch, capped: bool
+) -> None:
+    found = []
+    for most in (1 << 25, 0):
+        monkeypatch.setattr("async_rl_kernels.logprob.CPU_KEPT", most)
+        h, w, y, up = inputs(13, 8, 97, 0, torch.float32)
+        cap = 0.2 + up[0].abs().float() if capped else None
+        tiles = Tiles(tokens=13, vocabulary=97, rows=5, ids=40)
+        got = linear_logprob(h, w, y, temperature=0.7, cap=cap, tiles=tiles)
+        loss = (up[0] * got.log_prob + up[1] * got.entropy + up[2] * got.prob_square_sum).sum()
+        found.append([torch.autograd.grad(loss, [h, w], retain_graph=True) for _ in range(2)])
+    first = found[0][0]
+    for every in (*found[0], *found[1]):
+        assert all(torch.equal(a, b) for a, b in zip(every, first, strict=True))
+
+
+def test_a_long_head_is_right_without_kept_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("async_rl_kernels.logprob.CPU_KEPT", 0)
+    h, w, y, up = inputs(13, 8, 97, 1)
+    got = linear_logprob(h, w, y, tiles=Tiles(tokens=13, vocabulary=97, rows=5, ids=40))
+    want = reference.linear_logprob(h, w, y)
+    for a, b in zip(
+        torch.autograd.grad((up[0] * got.log_prob + up[1] * got.entropy).sum(), [h, w]),
+        torch.autograd.grad((up[0] * want[0] + up[1] * want[1]).sum(), [h, w]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
