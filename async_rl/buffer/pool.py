@@ -19,6 +19,7 @@ from itertools import islice
 from operator import neg, truediv
 from random import Random
 from statistics import median
+from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -166,9 +167,7 @@ class Pool:
         for group in groups:
             if not (rewards := group.rewards):
                 continue
-            mean = math.fsum(rewards) / len(rewards)
-            square = math.fsum((reward - mean) ** 2 for reward in rewards)
-            std = math.sqrt(square / (len(rewards) - 1)) if len(rewards) > 1 else 0.0
+            mean, std = mean_and_std(rewards)
             self.history.append((mean, std))
             if self.settings.source != "demonstrations":
                 self._take(group, mean, std)
@@ -322,14 +321,14 @@ class Pool:
         rewards = group.rewards
         if not rewards or (self.settings.when == "no_signal" and max(rewards) > min(rewards)):
             return False
-        return math.fsum(rewards) / len(rewards) <= self.settings.gate
+        return mean_and_std(rewards)[0] <= self.settings.gate
 
     def _first(self, wanted: int, candidates: Iterable[Name], moment: Moment) -> list[Member]:
         """So many of the candidates, in the order in which they come back. Each may get a random number, in the order
         of their names."""
         members = [self.members[name] for name in sorted(candidates)]
         random = moment.random.random
-        keys: list[float] | list[tuple[float, float]]
+        keys: Sequence[Any]  # numbers, or pairs of them
         match self.settings.source:
             case "demonstrations":
                 keys = [(member.uses, random()) for member in members]
@@ -362,3 +361,15 @@ def share_of(share: float, fresh: int) -> int:
 
 def _number(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def mean_and_std(rewards: Sequence[float]) -> tuple[float, float]:
+    """Of finite rewards, at least one; also where their sums or squares are beyond all floats."""
+    try:
+        mean = math.fsum(rewards) / len(rewards)
+        square = math.fsum((reward - mean) ** 2 for reward in rewards)
+    except OverflowError:
+        scale = max(map(abs, rewards))
+        mean, std = mean_and_std([reward / scale for reward in rewards])
+        return mean * scale, std * scale
+    return mean, math.sqrt(square / (len(rewards) - 1)) if len(rewards) > 1 else 0.0
