@@ -282,6 +282,28 @@ def dapo(columns: Columns) -> Loss:
     return loss
 
 
+def grpo_tcr(columns: Columns) -> Loss:
+    advantage = spread(columns, standardised(columns))
+    return lambda log_prob: -clipped((log_prob - columns.log_behaviour).exp(), advantage, 0.2, 0.315).mean()
+
+
+def over_turn(columns: Columns) -> Loss:
+    """Truncated answers are compared with the others, and count, but are not trained."""
+    whole = (~columns.truncated[columns.trajectory_of_turn[columns.turn_of_token]]).double()
+    advantage = spread(columns, standardised(columns)) * whole
+    return lambda log_prob: -clipped((log_prob - columns.log_behaviour).exp(), advantage, 0.2, 0.28).mean()
+
+
+def vc_ppo(columns: Columns) -> Loss:
+    """GAE with lambda .95 of values that are 0, whitened over the batch."""
+    advantage = torch.zeros_like(columns.log_prob)
+    for i, tokens in enumerate(of_answer(columns)):
+        for place, t in enumerate(tokens):
+            advantage[t] = columns.reward[i] * 0.95 ** (len(tokens) - 1 - place)
+    advantage = (advantage - advantage.mean()) / (advantage.var(correction=1) + 1e-8).sqrt()
+    return lambda log_prob: -clipped((log_prob - columns.log_behaviour).exp(), advantage, 0.2, 0.2).mean()
+
+
 def intellect2(columns: Columns) -> Loss:
     mixed = [m for m in of_group(columns) if len(set(columns.reward[m].tolist())) > 1]
     kept = [t for members in mixed for i in members for t in of_answer(columns)[i]]
@@ -422,6 +444,9 @@ def aspo(columns: Columns) -> Loss:
 
 CASES: dict[str, tuple[str, Callable[[Columns], Loss], dict[str, Any]]] = {
     "dapo": ("dapo", dapo, {}),
+    "grpo-tcr": ("grpo_tcr", grpo_tcr, {}),
+    "over-turn": ("over_turn", over_turn, {}),
+    "vc-ppo": ("vc_ppo", vc_ppo, {}),
     "intellect2": ("intellect2", intellect2, {"entropy": 0.0}),
     "raft": ("raft", lambda c: raft(c, False), {"reward": {"threshold": 0.3}}),
     "raft++": ("raft_pp", lambda c: raft(c, True), {"reward": {"threshold": 0.3}}),

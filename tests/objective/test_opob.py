@@ -78,7 +78,8 @@ def test_published_weights_are_their_formulas(
 ) -> None:
     columns = make_columns(seed)
     cap = 1.5
-    recipe = load_recipe({"name": "vcpo", "opob": {"weight": weight}, "trust": {"cap": cap}})
+    name = "vcpo_published" if weight == "reference_code" else "vcpo"
+    recipe = load_recipe({"name": name, "opob": {"weight": weight}, "trust": {"cap": cap}})
     got, _ = coefficients(columns, recipe, ObjectiveState())
     assert got.baseline is not None
     owner, score = tokens_of_trajectory(columns), scores(columns, seed)
