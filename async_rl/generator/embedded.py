@@ -452,8 +452,8 @@ class EmbeddedEngine:
         if length.min() < length.max():
             turns = [[row[:n] for row, n in zip(rows, length.tolist(), strict=True)] for rows in turns]
         slots.hold(slot, turns[0])
-        for session, how, *turn in zip(slots.session[slot].tolist(), finish, *turns, strict=True):
-            self._finish(self._answers.pop(session), *turn, how)
+        for session, how, tokens, log_probs, versions in zip(slots.session[slot].tolist(), finish, *turns, strict=True):
+            self._finish(self._answers.pop(session), tokens, log_probs, versions, how)
 
     def _finish(
         self,

@@ -227,8 +227,8 @@ class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
     def _versions_cover_turns(self) -> bool:
         """Whether every policy token lies in a span; turns and spans are in order and disjoint."""
         if self.turns and len(self.versions) == 1:
-            span, first, last = self.versions[0], self.turns[0], self.turns[-1]
-            if span.start <= first.start and last.start + last.length <= span.end:
+            only, final = self.versions[0], self.turns[-1]
+            if only.start <= self.turns[0].start and final.start + final.length <= only.end:
                 return True
         spans = iter(self.versions)
         covered = end = 0
