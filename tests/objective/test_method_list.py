@@ -64,7 +64,7 @@ def test_what_works_has_its_coefficients_tested() -> None:
 
 
 def test_what_works_has_a_row_of_what_came_out() -> None:
-    tables = texts(TESTS.parent / "bench", "METHODS.md", "LAB.md")
+    tables = texts(TESTS.parent, "bench/METHODS.md", "bench/LAB.md")
     rows = "\n".join(line for line in tables.splitlines() if line.startswith("|"))
     assert [name for name in WORKS if not named(name, rows)] == []
 
