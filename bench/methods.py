@@ -206,7 +206,7 @@ CASES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
     "gspo": (GUESS, {}, "clip/frac"),
     "gspo_token": (GUESS, {}, "clip/frac"),
     "icepop": (GUESS, {}, "clip/frac"),
-    "kl_cov": (GUESS, {"trust": {"covariance_fraction": 0.02}}, "clip/frac"),
+    "kl_cov": (GUESS, {}, "clip/frac"),
     "m2po": (GUESS, {}, "clip/frac"),
     "max_rl": (GUESS, {}, "advantage/std"),
     "mis": (GUESS, {}, "reject/trajectories"),
