@@ -364,12 +364,7 @@ def _number(text: str) -> int:
 
 
 def mean_and_std(rewards: Sequence[float]) -> tuple[float, float]:
-    """Of finite rewards, at least one; also where their sums or squares are beyond all floats."""
-    try:
-        mean = math.fsum(rewards) / len(rewards)
-        square = math.fsum((reward - mean) ** 2 for reward in rewards)
-    except OverflowError:
-        scale = max(map(abs, rewards))
-        mean, std = mean_and_std([reward / scale for reward in rewards])
-        return mean * scale, std * scale
+    """Of rewards, at least one: their mean and their standard deviation, 0 of a single one."""
+    mean = math.fsum(rewards) / len(rewards)
+    square = math.fsum((reward - mean) ** 2 for reward in rewards)
     return mean, math.sqrt(square / (len(rewards) - 1)) if len(rewards) > 1 else 0.0

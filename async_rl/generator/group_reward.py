@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from async_rl.generator.rollout import late_after, outcome_of
 from async_rl.generator.session import LONGEST_REASON, EpisodeSession
 from async_rl.generator.task_code import TaskGuard, describe_error, is_ours, reason_of, waits_in
 from async_rl.task.protocol import Problem, Reward, Sample, Task
-from async_rl.task.weigh import GROUP, RewardError, Weighed, Weights
+from async_rl.task.weigh import GROUP, RewardError, Weighed, Weights, finite
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.parts import PREFIX, parts_in
 from async_rl.wire import messages as msg
@@ -112,8 +111,7 @@ class GroupJudge:
     def _summed(self, own: Weighed, reward: Reward) -> Weighed:
         """The reward of the episode and that of the group together."""
         found = own + self.weights.weigh(reward, number=GROUP)
-        if not math.isfinite(found.total):
-            raise RewardError(f"the sum of the rewards of rollout and group is {found.total}")
+        finite(found.total, "the sum of the rewards of rollout and group is")
         self.weights.check(found)
         return found
 

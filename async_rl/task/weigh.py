@@ -10,6 +10,7 @@ from typing import Any
 
 from async_rl.errors import UserError, nearest
 from async_rl.task.protocol import Task
+from async_rl.trajectory.types import MOST_REWARD
 
 MOST_PARTS = 64
 """parts of one episode"""
@@ -56,7 +57,8 @@ class Weights:
         Args:
             number: name of the part that a plain number is recorded as; empty: a plain number has no parts.
 
-        Raises RewardError for anything else than a finite number or a mapping of names to finite numbers and None."""
+        Raises RewardError for anything else than a number of at most MOST_REWARD in size or a mapping of names to such
+        numbers and None."""
         if not isinstance(reward, Mapping):
             value = finite(reward, "the reward is")
             return self.weigh({number: value}) if number else Weighed(total=value)
@@ -69,8 +71,7 @@ class Weights:
             if value is not None:
                 parts[name] = finite(value, f"the reward's part '{name}' is")
         total = sum((self.chosen.get(name, 1.0) * value for name, value in parts.items()), 0.0)
-        if not math.isfinite(total):
-            raise RewardError(f"the weighed sum of the reward's parts is {total}")
+        finite(total, "the weighed sum of the reward's parts is")
         return Weighed(total=total, parts=parts, named=frozenset(reward), nothing=not reward)
 
     def check(self, found: Weighed) -> None:
@@ -113,11 +114,14 @@ def has_group_reward(task: Task) -> bool:
 
 
 def finite(value: Any, said: str) -> float:
-    """`value` as a number. Raises RewardError, which begins with `said`, for anything else than a finite one."""
+    """`value` as a number. Raises RewardError, which begins with `said`, for anything else than one of at most
+    MOST_REWARD in size."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         raise RewardError(f"{said} {value!r:.100}, not a number") from None
     if not math.isfinite(number):
         raise RewardError(f"{said} {number}")
+    if abs(number) > MOST_REWARD:
+        raise RewardError(f"{said} {number:g}; a reward lies between -{MOST_REWARD:g} and {MOST_REWARD:g}")
     return number

@@ -13,6 +13,8 @@ POOL_PREFIX = "pool/"
 """of what the experience pool says of a trajectory (reuse.py)"""
 MOST_NOTES = 32
 """numbers of one trajectory that become metrics"""
+LARGEST = 3e38
+"""size of a number that is shown, at most; whatever is no finite float32 has no mean"""
 
 
 def parts_in(info: Mapping[str, float | str]) -> dict[str, float]:
@@ -27,7 +29,7 @@ def parts_in(info: Mapping[str, float | str]) -> dict[str, float]:
     return {
         name.removeprefix(PREFIX): float(value)
         for name, value in info.items()
-        if name.startswith(PREFIX) and not isinstance(value, str)
+        if name.startswith(PREFIX) and not isinstance(value, str) and abs(value) <= LARGEST
     }
 
 
@@ -43,7 +45,7 @@ def notes_in(info: Mapping[str, float | str]) -> dict[str, float]:
     numbers = (
         (name, v) for name, v in info.items() if not isinstance(v, str) and not name.startswith((PREFIX, POOL_PREFIX))
     )
-    return {name: float(value) for name, value in islice(numbers, MOST_NOTES) if math.isfinite(value)}
+    return {name: float(value) for name, value in islice(numbers, MOST_NOTES) if abs(value) <= LARGEST}
 
 
 def part_means(episodes: Iterable[Mapping[str, float]]) -> dict[str, float]:

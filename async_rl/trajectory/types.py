@@ -23,6 +23,8 @@ returned NaN; because the engine gave the request up. "window": it did not end; 
 (`rollout.window`), and another trajectory goes on where it was cut."""
 GREEDY = -1.0
 """`Turn.temperature` of a turn that took the likeliest tokens in an episode that otherwise samples"""
+MOST_REWARD = 1e15
+"""size of a reward, at most: the squares of a batch's sum to a float32"""
 LOWEST_TEMPERATURE = 0.01
 """of turns that are not greedy. Below it vLLM samples at this one, and log-probs would be those of another policy"""
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
@@ -176,8 +178,8 @@ class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
             start, length = turn.start, turn.length
             if length < 0 or start < position or start + length > n:
                 return f"turn at {start}+{length} is out of order or outside {n} tokens"
-            if not math.isfinite(turn.reward):
-                return "a turn's reward is not finite"
+            if not abs(turn.reward) <= MOST_REWARD:
+                return f"a turn's reward is not finite, or beyond {MOST_REWARD:g}"
             if (turn.notes or turn.token_notes) and (noted := _wrong_notes(turn)):
                 return noted
             if turn.temperature and not (0 < turn.temperature < math.inf or turn.temperature == GREEDY):
@@ -201,8 +203,8 @@ class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
                 return "a behaviour log-prob is not finite or above zero"
         if n and tokens.item(tokens.argmin()) < 0:
             return "a token is below zero"
-        if self.ended != "error" and not math.isfinite(self.reward):
-            return "the reward is not finite"
+        if self.ended != "error" and not abs(self.reward) <= MOST_REWARD:
+            return f"the reward is not finite, or beyond {MOST_REWARD:g}"
         if not (math.isfinite(self.started_at) and math.isfinite(self.finished_at)):
             return "its times are not finite"
         return None

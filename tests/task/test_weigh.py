@@ -62,7 +62,8 @@ def test_a_part_that_does_not_apply_adds_nothing_and_is_in_no_mean() -> None:
         ({"": 1.0}, "called ''"),
         ({"x" * 61: 1.0}, "1 to 60 characters"),
         ({str(i): 0.0 for i in range(65)}, "65 parts"),
-        ({"a": 1e308, "b": 1e308}, "inf"),
+        (1e16, r"the reward is 1e\+16; a reward lies between -1e\+15 and 1e\+15"),
+        ({"a": 9e14, "b": 9e14}, r"weighed sum of the reward's parts is 1.8e\+15"),
     ],
 )
 def test_what_is_no_reward_is_refused_with_the_reason(returned: Any, message: str) -> None:

@@ -14,10 +14,11 @@ from msgspec.structs import replace
 
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 from async_rl.trajectory.codec import SCHEMA, WireError, pack, unpack
-from async_rl.trajectory.types import GREEDY, turn_temperature
+from async_rl.trajectory.types import GREEDY, MOST_REWARD, turn_temperature
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+REWARDS = st.floats(-MOST_REWARD, MOST_REWARD)
 NAMES = st.text(max_size=8)
 TEMPERATURES = st.just(0.0) | st.just(GREEDY) | st.floats(0, 10, exclude_min=True)
 
@@ -41,7 +42,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
     contexts: list[int] = []
     for _ in range(draw(st.integers(0, 5))):
         length = draw(st.integers(0, 7))
-        reward = 0.0 if plain else draw(FLOATS)
+        reward = 0.0 if plain else draw(REWARDS)
         key = -1 if plain else draw(st.integers(-1, 2**63 - 1))
         agent = draw(NAMES) if several else ""
         temperature = draw(TEMPERATURES) if several else 0.0
@@ -77,7 +78,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         log_behaviour=log_behaviour,
         turns=tuple(turns),
         versions=tuple(spans),
-        reward=draw(FLOATS),
+        reward=draw(REWARDS),
         ended=draw(st.sampled_from(["finished", "length", "turn_limit", "error", "aborted"])),
         temperature=draw(FLOATS),
         contexts=tuple(contexts),
@@ -198,6 +199,8 @@ def test_texts_of_any_other_type_are_refused_or_still_valid(one: object, two: ob
         ({"versions": (VersionSpan(version=1, start=0, end=3),)}, "no version"),
         ({"turns": (Turn(start=8, length=2), Turn(start=0, length=8))}, "out of order"),
         ({"reward": math.inf}, "not finite"),
+        ({"reward": -1e200}, "beyond 1e"),
+        ({"turns": (Turn(start=0, length=10, reward=1e200),)}, "beyond 1e"),
         ({"log_behaviour": np.full(20, 0.5, dtype=np.float32)}, "above zero"),
         ({"log_behaviour": np.full(20, np.nan, dtype=np.float32)}, "not finite"),
         ({"group": -1}, "below zero"),

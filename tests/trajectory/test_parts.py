@@ -11,6 +11,7 @@ def test_numbers_that_were_noted_are_apart_from_parts_of_the_reward() -> None:
     info = {"tool_calls": 2.0, "reward/format": 1.0, "level": "hard", "broken": math.nan, "agent/requests": 3.0}
     assert notes_in(info) == {"tool_calls": 2.0, "agent/requests": 3.0}
     assert parts_in(info) == {"format": 1.0}
+    assert parts_in({"reward/a": 1e300, "reward/b": math.inf}) == notes_in({"a": 1e300, "b": -math.inf}) == {}
     assert notes_in({}) == {}
 
 
