@@ -57,7 +57,8 @@ MOST_COPIES = 2
 HOLD_S = 10.0
 """a reader that has requested nothing for so long is taken for gone"""
 RETRY_S = 3.0
-"""a reader that has received nothing for so long repeats its request"""
+"""a reader that has received nothing for so long repeats its request, and waits twice as long the next time"""
+LONGEST_RETRY_S = 30.0
 MOST_CHUNK_BYTES = 1 << 28
 """an offer of larger chunks is refused"""
 SERVE_POLL_S = 0.2
@@ -186,6 +187,9 @@ class Transfer:
     """time of the last message"""
     progress_at: float = 0.0
     """time of the last offer or chunk"""
+    patience_s: float = RETRY_S
+    """silence after which chunks are asked for again: where many share a slow line that is no loss, and each repetition
+    would bring its chunks twice"""
     reason: str = ""
     """why the server has nothing newer"""
     damaged: int = 0
@@ -216,9 +220,11 @@ class Transfer:
 
     def tick(self, now: float) -> list[msg.Message]:
         """Repeat requests that were not answered."""
-        pause_s = RETRY_S if self.offer is not None or not self.reason else RETRY_S / 30
+        pause_s = self.patience_s if self.offer is not None or not self.reason else RETRY_S / 30
         if self.whole or now - self.received_at < pause_s:
             return []
+        if self.offer is not None:
+            self.patience_s = min(2 * self.patience_s, LONGEST_RETRY_S)
         return self.resume(now)
 
     def resume(self, now: float) -> list[msg.Message]:

@@ -129,6 +129,21 @@ def test_a_version_that_is_being_fetched_stays_while_newer_ones_are_published() 
     assert link.reader.offer.version == 0
 
 
+def test_a_line_that_is_slow_is_not_filled_with_what_is_asked_for_twice() -> None:
+    """Many readers share the server's line, and a chunk takes longer than the time after which it is asked for again."""
+    link, came = Link(Segment(100 * CHUNK, newest=0)), 0
+    while not link.reader.whole:
+        while link.up:
+            link.to_server()
+        for _ in range(8):
+            link.wait(RETRY_S / 3)
+            link.shelf.handle(b"another reader", msg.AskChunks(version=0, chunks=(0,)), link.now)
+        came += 1
+        link.to_reader()
+        assert came <= 100 + 3 * CREDIT
+    assert link.reader.restarts == 0
+
+
 def test_readers_of_the_same_version_share_a_copy_and_what_is_fetched_is_dropped() -> None:
     segment = Segment(4 * CHUNK, newest=3)
     shelf = Shelf(segment.latest, segment.take, chunk_bytes=CHUNK)
