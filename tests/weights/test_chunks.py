@@ -130,7 +130,7 @@ def test_a_version_that_is_being_fetched_stays_while_newer_ones_are_published() 
 
 
 def test_a_line_that_is_slow_is_not_filled_with_what_is_asked_for_twice() -> None:
-    """Many readers share the server's line, and a chunk takes longer than the time after which it is asked for again."""
+    """Readers share the server's line, and a chunk takes longer than the time after which it is asked for again."""
     link, came = Link(Segment(100 * CHUNK, newest=0)), 0
     while not link.reader.whole:
         while link.up:
