@@ -54,8 +54,8 @@ CREDIT = 8
 """most chunks requested by one reader and not yet received"""
 MOST_COPIES = 2
 """versions kept at once: one that is being fetched and a newer one"""
-HOLD_S = 10.0
-"""a reader that has requested nothing for so long is taken for gone"""
+HOLD_S = 40.0
+"""a reader that has requested nothing for so long is taken for gone; more than LONGEST_RETRY_S"""
 RETRY_S = 3.0
 """a reader that has received nothing for so long repeats its request, and waits twice as long the next time"""
 LONGEST_RETRY_S = 30.0
