@@ -11,7 +11,8 @@ simulated. Only root, or a user who may make user namespaces, can run it; the na
 Printed, for each fan-out: seconds from the readers' first question until the last machine has the version whole (the
 program checks each chunk and the whole; so does this script, once more), against
 
-- the bound: bytes / line, plus what a chunk takes over each hop of the chain (as bench/relays.py counts it)
+- the bound: bytes / line, plus what a chunk takes over each further hop of the chain (as bench/relays.py counts it, but
+  without the 20 KB of it that tc lets through an idle line at once)
 - one server: what the machines take that fetch from the server without relays, measured with few machines and a part of
   the bytes, times what was left out: the server's line is full all the time, so the time is proportional to both
 
@@ -58,13 +59,15 @@ from async_rl.wire.keys import Keys, RelayKeys, make_keys
 NEW_USERS, NEW_NETWORK, DIE_WITH_PARENT = 0x10000000, 0x40000000, 1
 LIBC = ctypes.CDLL(None, use_errno=True)
 SERVER_PORT, RELAY_PORT = 5556, 6000
-BURST, QUEUE_MS = "96kb", 400
-"""what a line lets through at once, and what waits for it at most"""
+BURST_BYTES, QUEUE_MS = 20_480, 400
+"""what an idle line lets through at once, and what waits for it at most"""
+LONGEST_SEGMENT = 16_384
+"""bytes that the kernel hands to a line as one: within the burst, or tc cuts it into packets at some cost"""
 PATIENCE = 6
 """a measurement is given up after so many times its bound"""
 START_S = 120.0
 """time the processes have to start"""
-FEW, PART = 4, 8
+FEW, PART = 4, 16
 """without relays: so many machines, and one of so many parts of the bytes"""
 
 Work = Callable[[Connection], None]
@@ -88,11 +91,9 @@ class Case:
 
     @property
     def bound(self) -> float:
-        return (
-            self.once + (self.machines - 1) * self.chunk_bytes / self.line
-            if self.fan_out
-            else self.machines * self.once
-        )
+        if self.fan_out == 0:
+            return self.machines * self.once
+        return self.once + (self.machines - 1) * max(0, self.chunk_bytes - BURST_BYTES) / self.line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +165,7 @@ def _address(number: int) -> str:
 
 
 def _shaped(device: str, line: float) -> str:
-    return f"qdisc add dev {device} root tbf rate {line * 8:.0f}bit burst {BURST} latency {QUEUE_MS}ms"
+    return f"qdisc add dev {device} root tbf rate {line * 8:.0f}bit burst {BURST_BYTES}b latency {QUEUE_MS}ms"
 
 
 def may_make_networks() -> None:
@@ -190,7 +191,7 @@ def as_machine(number: int, line: float, work: Work) -> Work:
         pipe.send("unplugged")
         pipe.recv()
         address = f"address add {_address(number)}/16 dev cable"
-        _commands("ip", ["link set lo up", address, "link set cable up"])
+        _commands("ip", ["link set lo up", address, f"link set cable gso_max_size {LONGEST_SEGMENT} up"])
         _commands("tc", [_shaped("cable", line)])
         pipe.send("plugged in")
         work(pipe)
@@ -342,7 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machines", type=int, default=64)
     parser.add_argument("--megabytes", type=float, default=32.0)
-    parser.add_argument("--megabits", type=float, default=8.0, help="a second, of each machine's line (default 8)")
+    parser.add_argument("--megabits", type=float, default=4.0, help="a second, of each machine's line (default 4)")
     parser.add_argument("--fan-out", type=int, nargs="+", default=[1])
     parser.add_argument("--chunk-kb", type=int, default=0, help="default: a five hundredth of the bytes, 1 KB at least")
     args = parser.parse_args()
