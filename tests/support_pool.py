@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
@@ -15,6 +15,7 @@ from support_world_store import FakeStore
 from async_rl.buffer import effects as do
 from async_rl.buffer.core import Core
 from async_rl.buffer.ledger import SampleRecord
+from async_rl.buffer.pool import KEY as POOL_KEY
 from async_rl.buffer.pool import FreshGroup, Pool
 from async_rl.buffer.store import TrajectoryRow
 from async_rl.buffer.store_reader import BatchRow
@@ -96,6 +97,8 @@ class PoolInvariants(Invariants):
     kept: dict[tuple[int, int], Trajectory] = field(default_factory=dict)
     """every trajectory as it was stored"""
     uses: Counter[tuple[int, int]] = field(default_factory=Counter)
+    remembered: Mapping[str, Any] = field(default_factory=lambda: {"forgotten": ()})
+    """which generators the pool forgot, and before which step"""
     seen: Counter[str] = field(default_factory=Counter)
 
     def written(self, effects: Sequence[do.Effect]) -> None:
@@ -104,6 +107,8 @@ class PoolInvariants(Invariants):
             match effect:
                 case do.AddTrajectories(trajectories=many):
                     self.kept.update({(t.group, t.sample): t for t in many})
+                case do.Remember(key=key, value=value) if key == POOL_KEY:
+                    self.remembered = value
                 case do.FormBatch(step=step, drawn=drawn):
                     self.drawn[step] = drawn
                     for row in drawn.rows:
@@ -154,16 +159,13 @@ class PoolInvariants(Invariants):
         self.draw_again()
 
     def draw_again(self) -> None:
-        """What came back follows from the seed, the step, and the batches before."""
+        """What came back follows from the seed, the step, the batches before, and who was forgotten when."""
         pool = Pool(settings=self.pool, seed=0)
-        liars = self.counts["generator_quarantined"]
+        pool.restore(self.remembered)
         for step in range(len(self.formed)):
             fresh = [self.fresh(group) for group in self.formed[step]]
             pool.expire(step)
-            if not liars:
-                assert pool.draw(step, fresh) == self.drawn[step]
-            else:
-                assert all((row.group, row.sample) in pool.members for row in self.drawn[step].rows)
+            assert pool.draw(step, fresh) == self.drawn[step]
             pool.use(self.drawn[step].rows)
             pool.add(fresh)
 
