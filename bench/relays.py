@@ -1,4 +1,5 @@
-"""Weights to many machines: one server for all, against relays. A simulation of the real state machines.
+"""Weights to many machines: one server for all, against relays. A simulation of the real state machines; real processes
+and sockets, over slower lines: bench/relays_real.py.
 
     python bench/relays.py [--machines N ...] [--gigabytes X] [--gigabits X] [--fan-out F ...] [--latency-ms X]
 
