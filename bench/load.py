@@ -18,7 +18,10 @@ store                   likewise of the thread beside, which stores and reads ba
 limit, tokens/s         tokens/s at which the busiest thread would use one core up; with cores for all of them. Threads
                         share Python's lock, which is free inside SQLite and ZeroMQ alone: --ingest counts what is not
 MB                      resident memory of the buffer's process, at its end; its peak
-permits, ms             from a generator's request to its permits, median and 99th percentile
+stored, ms              from sending trajectories to the word that they are stored, median and 99th percentile: what any
+                        message waits behind those of others, and a commit
+permits, s              from a request for permits to them: that, and the wait for the staleness rule, which gives
+                        none before the batches ahead are taken
 """
 
 from __future__ import annotations
@@ -131,6 +134,9 @@ class Fake:
                     await self.send(msg.Holds(version=version, session=self.session))
                 case msg.Accepted(pairs=pairs):
                     self.context.accepted += len(pairs)
+                    now = time.monotonic()
+                    sent = [self.context.sent_at.pop(pair, 0.0) for pair in pairs]
+                    self.context.stored += [now - at for at in sent if at]
                 case msg.Unknown():  # a connection broke, and the Hello was lost with it
                     self.context.rejoined += 1
                     self.groups.clear()
@@ -153,6 +159,7 @@ class Fake:
         """Send all samples of a group, as a real generator cuts them into messages, and ask for another one."""
         made = tuple(self.context.trajectory(permit, sample, self.version, self.tokens) for sample in permit.samples)
         for some in portions(made):
+            self.context.sent_at[some[-1].group, some[-1].sample] = time.monotonic()
             await self.send(msg.Finished(trajectories=some, session=self.session))
         self.running = max(0, self.running - len(made))
         self.groups.discard(permit.group)
@@ -195,6 +202,11 @@ class Context:
     due: list[tuple[float, int, int, msg.Permit]] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     waits: list[float] = field(default_factory=list)
+    """for permits"""
+    sent_at: dict[tuple[int, int], float] = field(default_factory=dict)
+    """when a message left, by its last trajectory"""
+    stored: list[float] = field(default_factory=list)
+    """from there to the word that it is stored"""
     sent: int = 0
     accepted: int = 0
     rejoined: int = 0
@@ -255,8 +267,8 @@ class Context:
 
 
 def generators(endpoint: str, keys: str, numbers: Sequence[int], tokens: int, delay_s: float, pipe: Any) -> None:
-    """A process of fakes. Answers each word on the pipe with (messages sent, trajectories accepted, waits since the
-    last word, Hellos said anew)."""
+    """A process of fakes. Answers each word on the pipe with (messages sent, trajectories accepted, waits for
+    permits and for what is stored since the last word, Hellos said anew)."""
     more_files()
     shared = zmq.asyncio.Context()
     shared.set(zmq.MAX_SOCKETS, 1 << 16)
@@ -272,8 +284,8 @@ def generators(endpoint: str, keys: str, numbers: Sequence[int], tokens: int, de
 
         def tell() -> None:
             pipe.recv()
-            pipe.send((context.sent, context.accepted, context.waits, context.rejoined))
-            context.waits = []
+            pipe.send((context.sent, context.accepted, context.waits, context.stored, context.rejoined))
+            context.waits, context.stored = [], []
 
         loop.add_reader(pipe.fileno(), tell)
         for fake in context.fakes:
@@ -385,7 +397,7 @@ def case(folder: Path, count: int, tokens: int, rate: float, seconds: float, pro
         others.append(spawn.Process(target=generators, args=chosen, daemon=True))
         pipes.append(ours)
 
-    def ask() -> list[tuple[int, int, list[float], int]]:
+    def ask() -> list[tuple[int, int, list[float], list[float], int]]:
         for pipe in pipes:
             pipe.send("")
         return [pipe.recv() for pipe in pipes]
@@ -424,7 +436,8 @@ def case(folder: Path, count: int, tokens: int, rate: float, seconds: float, pro
     store = sum(value for name, value in spent.items() if "ZMQ" not in name) - core
     accepted = sum(b[1] - a[1] for a, b in zip(sent, now, strict=True))
     messages = sum(b[0] - a[0] for a, b in zip(sent, now, strict=True)) + trainer.sent - told
-    waits = sorted(wait for _, _, some, _ in now for wait in some)
+    waits = [wait for _, _, some, *_ in now for wait in some]
+    stored = [wait for *_, some, _ in now for wait in some]
     return {
         "generators": count,
         "tokens": tokens,
@@ -440,9 +453,9 @@ def case(folder: Path, count: int, tokens: int, rate: float, seconds: float, pro
         "limit_tokens_per_s": accepted * tokens / max(core, io, store),
         "resident_mb": memory[0],
         "peak_mb": memory[1],
-        "permit_p50_ms": 1e3 * statistics.median(waits) if waits else float("nan"),
-        "permit_p99_ms": 1e3 * waits[int(0.99 * (len(waits) - 1))] if waits else float("nan"),
+        "permit_s": quantiles(waits),
         "permits": len(waits),
+        "stored_s": quantiles(stored),
         "rejoined": sum(rejoined for *_, rejoined in now),
         "threads": {name: round(value / took, 3) for name, value in spent.items() if value},
     }
@@ -470,19 +483,28 @@ def as_buffer(profile: str, text: str) -> None:
     buffer.main(parse_spec(BufferSpec, [text]))
 
 
+def quantiles(waits: Sequence[float]) -> tuple[float, float]:
+    """Median and 99th percentile."""
+    if not waits:
+        return float("nan"), float("nan")
+    return statistics.median(waits), sorted(waits)[int(0.99 * (len(waits) - 1))]
+
+
 HEAD = (
     "generators  tokens         load  messages/s   tokens/s   core store    io  us/message  limit, tokens/s   MB (peak)"
-    "    permits, ms p50    p99"
+    "  stored, ms p50   p99  permits, s p50   p99"
 )
 
 
 def show(row: dict) -> str:
     load = f"at {row['rate'] / 1e6:.3g} M/s" if row["rate"] else "flat out"
+    stored, permits = row["stored_s"], row["permit_s"]
     return (
         f"{row['generators']:10}  {row['tokens']:6}  {load:>11}  {row['messages_per_s']:10.0f}  "
         f"{row['tokens_per_s'] / 1e6:7.2f} M  {row['core']:5.2f} {row['store']:5.2f} {row['io']:5.2f}  "
         f"{row['us_a_message']:10.1f}  {row['limit_tokens_per_s'] / 1e6:13.2f} M  "
-        f"{row['resident_mb']:4.0f} ({row['peak_mb']:4.0f})  {row['permit_p50_ms']:17.1f}  {row['permit_p99_ms']:5.1f}"
+        f"{row['resident_mb']:4.0f} ({row['peak_mb']:4.0f})  "
+        f"{1e3 * stored[0]:14.1f} {1e3 * stored[1]:5.0f}  {permits[0]:14.2f} {permits[1]:5.2f}"
     )
 
 
