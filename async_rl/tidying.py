@@ -15,7 +15,7 @@ MOST_SHARE = 0.002
 """of the time, at most, that is spent on it: rounds that take long become rare"""
 
 
-def set_up() -> None:
+def freeze_set_up() -> None:
     """Setting up is over: what imports and set-up made is never garbage, and later collections skip it. Those come
     after YOUNG new objects instead of 700: a step of many short episodes makes 20,000 that live until its end, and was
     interrupted thirty times to look at them."""

@@ -51,7 +51,7 @@ from async_rl.model.tokenizer import Tokenizer
 from async_rl.run.evaluate import Limits, sample_episodes
 from async_rl.run_folder import append_row
 from async_rl.task import make_task
-from async_rl.tidying import set_up
+from async_rl.tidying import freeze_set_up
 from async_rl.trainer import learner as learner_module
 from async_rl.trainer.build import make_learner
 from async_rl.trainer.checkpoint import save_checkpoint
@@ -224,7 +224,7 @@ async def measured(settings: Settings, place: Path, steps: int) -> dict[str, flo
         trainer.send(msg.Hello(role="trainer", name="trainer", pid=os.getpid()))
         trainer.send(msg.Published(version=0, ess=-1.0))
         generator.send(msg.Holds(version=0))
-        set_up()  # as the processes of a run do
+        freeze_set_up()  # as the processes of a run do
         watch(clock, stack)
         parts = Parts(
             settings=settings,

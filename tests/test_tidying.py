@@ -12,9 +12,9 @@ from async_rl.tidying import TIDY_S, Tidying
 
 TUPLES = """
 import sys
-from async_rl.tidying import TIDY_S, Tidying, set_up
+from async_rl.tidying import TIDY_S, Tidying, freeze_set_up
 
-set_up()
+freeze_set_up()
 tidying = Tidying() if sys.argv[1] == "tidy" else None
 before = sys.getallocatedblocks()
 for number in range(150):

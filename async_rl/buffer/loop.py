@@ -28,7 +28,7 @@ from async_rl.errors import RunFailed
 from async_rl.events import BufferReady, MessageRefused, PeersTurnedAway, RecordEvent
 from async_rl.run_folder import RunFolder, read_rollback
 from async_rl.steady_clock import steady_time
-from async_rl.tidying import Tidying, set_up
+from async_rl.tidying import Tidying, freeze_set_up
 from async_rl.trajectory.codec import WireError, unpack
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import UNREAD_IN, Router
@@ -113,7 +113,7 @@ def run_buffer(
             restore(core, read_state(store), version=version)
         folder.record(BufferReady(endpoint=endpoint))
         strangers, tidying, ticks = Strangers(router.gate), Tidying(), Ticks()
-        set_up()
+        freeze_set_up()
 
         def carry_out(effects: Sequence[do.Effect], sender: Sender) -> None:
             execute(effects, store, sender, folder.record, part_bytes)

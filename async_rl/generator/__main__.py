@@ -7,7 +7,7 @@ from async_rl.events import GeneratorReady
 from async_rl.process import TOLD_TO_END, Terminated, dump_stacks_on_signal, fail, on_sigterm, run_process
 from async_rl.process_spec import GeneratorSpec, read_spec
 from async_rl.run_folder import RunFolder
-from async_rl.tidying import set_up
+from async_rl.tidying import freeze_set_up
 from async_rl.wire.channel import AsyncDealer, ipc_endpoint
 from async_rl.wire.heartbeat import Activity, Heartbeat, make_heartbeat
 from async_rl.wire.keys import keys_in
@@ -42,7 +42,7 @@ async def generate(
         task = in_processes(make_task(settings.task.name, settings.task.args), settings)
         mark = StepMark.create(folder.step_mark(spec.name))
         mark.watch_exit()
-        set_up()
+        freeze_set_up()
         loop = GeneratorLoop(
             make_options(settings, spec.name),
             engine,

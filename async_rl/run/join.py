@@ -32,7 +32,7 @@ from async_rl.run.child import arithmetic_environment
 from async_rl.run.placement import threads_here
 from async_rl.run.preflight import check_device, task_digest
 from async_rl.run_folder import RunFolder
-from async_rl.tidying import set_up
+from async_rl.tidying import freeze_set_up
 from async_rl.trajectory.codec import WireError
 from async_rl.version import __version__
 from async_rl.weights.shared_memory import WeightsError
@@ -472,7 +472,7 @@ class JoinedGenerator:
             for number in SIGNALS:
                 asyncio.get_running_loop().add_signal_handler(number, self.leave, loop, number)
             self.log(f"{self.name} joins {self.welcome.run} at {self.target.endpoint}; Ctrl-C leaves")
-            set_up()
+            freeze_set_up()
             await loop.run()
             stats = engine.stats()
             self.log(

@@ -29,7 +29,7 @@ from async_rl.process import (
 )
 from async_rl.process_spec import TrainerSpec, read_spec
 from async_rl.run_folder import RunFolder, replace_text
-from async_rl.tidying import set_up
+from async_rl.tidying import freeze_set_up
 from async_rl.wire import messages as msg
 from async_rl.wire.channel import Dealer
 from async_rl.wire.heartbeat import Activity, make_heartbeat
@@ -105,7 +105,7 @@ def train(
         kernels, attention = backend(settings.trainer.device), backend_of(settings)
         folder.record(TrainerReady(weights_bytes=learner.sent_bytes, kernels=kernels, attention=attention))
         dump_stacks_on_signal()  # the model's libraries are loaded
-        set_up()
+        freeze_set_up()
         try:
             summary = loop.run()
         except (RolledBack, Preempted):  # the launcher starts the run again from there, or ends it
