@@ -224,6 +224,15 @@ def dump_stacks_on_signal(path: Path | None = None) -> None:
         faulthandler.enable(file=_stacks, all_threads=True)
 
 
+def state_of(pid: int) -> str:
+    """The letter that the system gives a process's state (proc(5): T stopped, Z ended and not yet waited for); empty:
+    there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
 def is_out_of_memory(message: str) -> bool:
     """Whether an error's message tells of a failed allocation."""
     return any(words in message for words in OUT_OF_MEMORY)

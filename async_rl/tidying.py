@@ -1,4 +1,4 @@
-"""What keeps the memory of a process that runs for days flat (`Tidying`)."""
+"""What keeps the memory of a process that runs for days flat (`Tidying`), and the C library's heaps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ YOUNG = 10_000
 """containers made and not freed since the last look for garbage among them"""
 MOST_SHARE = 0.002
 """of the time, at most, that is spent on it: rounds that take long become rare"""
+_M_ARENA_MAX = -8
+"""of glibc's mallopt"""
 
 
 def freeze_set_up() -> None:
@@ -53,3 +55,11 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))
+
+
+def share_heap() -> None:
+    """Threads that begin from now on take memory from one heap: what one of them frees, the others use. Does nothing
+    where the C library is not glibc."""
+    choose = getattr(ctypes.CDLL(None), "mallopt", None)
+    if choose is not None:
+        choose(_M_ARENA_MAX, 1)

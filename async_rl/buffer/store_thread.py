@@ -7,7 +7,6 @@ works, so this takes a processor of its own; a round that is small is carried ou
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import threading
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from async_rl.buffer import effects as do
+from async_rl.tidying import share_heap
 from async_rl.trajectory.codec import Blob
 from async_rl.wire.frames import encode
 from async_rl.wire.messages import Message
@@ -29,7 +29,6 @@ ROUNDS_AT_ONCE = 64
 """that one commit takes"""
 STUCK_S = 1.0
 """a round that waits so long shows that the disk is held up"""
-_M_ARENA_MAX = -8
 _SWITCH_S = 0.0002
 """after so long a thread that waits for Python's lock is given it; Python's own 5 ms are many statements of SQLite"""
 
@@ -148,7 +147,7 @@ class StoreThread:
     def _start(self) -> None:
         if self._thread is None:
             sys.setswitchinterval(_SWITCH_S)
-            _share_heap()
+            share_heap()
             self._thread = threading.Thread(target=self._run, name="store", daemon=True)
             self._thread.start()
 
@@ -176,13 +175,6 @@ class StoreThread:
                 os.write(self._write, b"x")
             if self._error is not None:
                 return
-
-
-def _share_heap() -> None:
-    """Threads that begin from now on take memory from one heap: what one of them frees, the other uses. Does nothing
-    where the C library is not glibc."""
-    if (choose := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        choose(_M_ARENA_MAX, 1)
 
 
 def _bytes_of(effect: do.Effect) -> int:

@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 
 from async_rl.errors import RunFailed, UserError
-from async_rl.process import Interrupted, exit_with, ignore_interrupts, interruptible
+from async_rl.process import Interrupted, exit_with, ignore_interrupts, interruptible, state_of
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 LEAVE_S = 10.0
@@ -150,9 +150,7 @@ def _second(order: AnyOrder, first: int) -> None:
 
 def _leave_nothing(order: Order, reader: int) -> None:
     """Remove the keys, and where nobody (process number `reader`) is left to read the outcome, that as well."""
-    there = False
-    with suppress(OSError):
-        there = Path(f"/proc/{reader}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    there = state_of(reader) not in ("", "Z")
     shutil.rmtree(order.keys if there else Path(order.keys).parent, ignore_errors=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
 from math import prod
@@ -28,6 +27,7 @@ from async_rl.model.folder import (
 )
 from async_rl.model.huggingface import HuggingFaceDecoder
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.tidying import trim_heap
 from async_rl.weights.from_folder import can_read, read_weights
 from async_rl.weights.shared_memory import WeightReader
 from async_rl.weights.stream import WeightStream
@@ -113,7 +113,7 @@ def make_engine(settings: Settings, tokenizer: Tokenizer, *, way: str = "") -> E
         model = Decoder(config)
     engine = _embedded(settings, tokenizer, model.to(DTYPES[chosen.dtype]).to_empty(device="cpu"))
     read_weights(folder, {name: parameter.detach() for name, parameter in model.named_parameters()})
-    give_back_memory()
+    trim_heap()
     return engine
 
 
@@ -129,13 +129,6 @@ def _embedded(settings: Settings, tokenizer: Tokenizer, model: Decoder | Hugging
         device=chosen.device,
         dtype=DTYPES[chosen.dtype],
     )
-
-
-def give_back_memory() -> None:
-    """Memory that was freed and that the C library keeps goes back to the system, where the library can do that."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _make_vllm(settings: Settings, way: str) -> Engine:

@@ -25,7 +25,7 @@ from types import FrameType
 from typing import Any
 
 from async_rl.generator.step_mark import Marks
-from async_rl.process import SIGNALS
+from async_rl.process import SIGNALS, state_of
 from async_rl.run.blame import Blame, blame
 from async_rl.run.child import KILLED_FOR_MEMORY, describe_end, memory_kills
 from async_rl.run.join import JoinTarget, Traces
@@ -39,6 +39,8 @@ SEND_S = 3.0
 """time the message has to leave"""
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """signals of somebody else"""
+STOPPED = ("T", "t", "")
+"""states of a process that somebody has stopped (SIGSTOP, Ctrl-Z), or that is gone"""
 DIES_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of prctl(2)"""
 LEFT = 0
@@ -131,7 +133,7 @@ class Keeper:
         """It was silent for too long. It is ended where code of a task holds it up; one that somebody stopped, or that
         is swapped out, may go on later."""
         state = self.vitals.states[self.pid]
-        stacks = "" if _stopped(self.pid) else read_stacks(self.pid, traces.stacks)
+        stacks = "" if state_of(self.pid) in STOPPED else read_stacks(self.pid, traces.stacks)
         if not state.doing or not stacks or not blame(Marks.read(traces.marks), frozen=stacks).groups:
             state.heard = now
             return
@@ -163,10 +165,3 @@ class Keeper:
         dealer = Dealer(self.target.endpoint, f"{self.identity}{msg.KEEPER}", keys=self.target.keys)
         dealer.send(gone)
         dealer.close(linger_s=SEND_S)
-
-
-def _stopped(pid: int) -> bool:
-    """Whether somebody has stopped it (SIGSTOP, Ctrl-Z)."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    return True

@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from async_rl.process import state_of
+
 POLL_S = 1.0
 WAIT_S = 15.0
 """time a torchrun has to end after its ranks"""
@@ -68,9 +70,8 @@ def _has_ranks(torchrun: int) -> bool:
     with suppress(OSError):
         for thread in Path(f"/proc/{torchrun}/task").iterdir():
             for child in (thread / "children").read_text().split():
-                with suppress(OSError):
-                    if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                        return True
+                if state_of(int(child)) not in ("", "Z"):
+                    return True
     return False
 
 

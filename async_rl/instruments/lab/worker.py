@@ -7,7 +7,6 @@ appears whole or not at all).
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -27,6 +26,7 @@ from async_rl.config.schema import structured
 from async_rl.errors import RunFailed, UserError
 from async_rl.instruments.lab.record import CellRecord, write_record
 from async_rl.run_folder import replace_text
+from async_rl.tidying import trim_heap
 
 if TYPE_CHECKING:
     from async_rl.instruments.lab.exact_lag import FirstBatches
@@ -60,16 +60,8 @@ def main() -> None:
         except Exception as error:  # a process boundary: reported, and it ends this cell
             traceback.print_exc()
             failed = f"{type(error).__name__}: {error}"
-        return_memory()
+        trim_heap()  # blocks of one cell rarely fit the next, which adds up to gigabytes
         send("done", name=job["name"], failed=failed)
-
-
-def return_memory() -> None:
-    """Return to the system what a cell freed and glibc keeps: blocks of one cell rarely fit the next, which adds up to
-    gigabytes."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
-    if trim is not None:
-        trim(0)
 
 
 def _jobs() -> Iterator[dict[str, Any]]:
