@@ -17,7 +17,7 @@ class Recent:
     most_bytes: int
     """that are kept"""
     newest: int = -1
-    """number of the newest group; what was stored of it, or of one before it, may be more than is here"""
+    """number of the newest group admitted; of groups up to it, some trajectories may be in the file alone"""
     groups: dict[int, dict[int, Blob]] = field(default_factory=dict)
     """group -> sample -> payload as it is stored"""
     formed: set[int] = field(default_factory=set)
@@ -45,7 +45,7 @@ class Recent:
         self.formed |= self.groups.keys() & set(groups)
 
     def drop(self, group: int) -> None:
-        """It is on its way no longer, or does not fit."""
+        """Forget a group: it was refused, its batch was read, or it does not fit."""
         self.formed.discard(group)
         self.num_bytes -= sum(map(len, self.groups.pop(group, {}).values()))
 

@@ -101,14 +101,14 @@ class StoreThread:
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> None:
-        """Until some round is done, at most so long. Raises what one failed with."""
+        """Wait until a round is done, `seconds` at most. Raises what a round failed with."""
         with self._changed:
             if self._rounds and self._error is None:
                 self._changed.wait(seconds)
         self._raise()
 
     def finish(self) -> None:
-        """Until all rounds are done. Raises what one failed with."""
+        """Wait until all rounds are done. Raises what a round failed with."""
         while self._rounds:
             self.wait(STUCK_S)
         self._raise()

@@ -21,7 +21,7 @@ from async_rl.generator.rollout import late_after, outcome_of
 from async_rl.generator.session import LONGEST_REASON, EpisodeSession
 from async_rl.generator.task_code import TaskGuard, describe_error, is_ours, reason_of, waits_in
 from async_rl.task.protocol import Problem, Reward, Sample, Task
-from async_rl.task.weigh import GROUP, RewardError, Weighed, Weights, finite
+from async_rl.task.weigh import GROUP, RewardError, Weighed, Weights, as_reward
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.parts import PREFIX, parts_in
 from async_rl.wire import messages as msg
@@ -111,7 +111,7 @@ class GroupJudge:
     def _summed(self, own: Weighed, reward: Reward) -> Weighed:
         """The reward of the episode and that of the group together."""
         found = own + self.weights.weigh(reward, number=GROUP)
-        finite(found.total, "the sum of the rewards of rollout and group is")
+        as_reward(found.total, "the sum of the rewards of rollout and group is")
         self.weights.check(found)
         return found
 

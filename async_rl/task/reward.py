@@ -26,7 +26,7 @@ from async_rl.task.calling import (
 from async_rl.task.json_child import JsonChild
 from async_rl.task.protocol import Problem, Sample, Session, Utterance
 from async_rl.task.protocol import Reward as RewardValue
-from async_rl.task.weigh import RewardError, finite
+from async_rl.task.weigh import RewardError, as_reward
 from async_rl.trajectory import Ended
 from async_rl.trajectory.parts import PREFIX
 
@@ -105,10 +105,10 @@ class Reward:
             for key, more in value.items():
                 if key != "score":
                     note(f"{PREFIX}{key}", float(more)) if is_number(more) else note(str(key), str(more))
-            return finite(value["score"], said)
+            return as_reward(value["score"], said)
         if isinstance(value, Mapping):
-            return {key: None if part is None else finite(part, f"{said} {key}:") for key, part in value.items()}
-        return finite(value, said)
+            return {key: None if part is None else as_reward(part, f"{said} {key}:") for key, part in value.items()}
+        return as_reward(value, said)
 
 
 def is_number(value: Any) -> bool:

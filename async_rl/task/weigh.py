@@ -60,7 +60,7 @@ class Weights:
         Raises RewardError for anything else than a number of at most MOST_REWARD in size or a mapping of names to such
         numbers and None."""
         if not isinstance(reward, Mapping):
-            value = finite(reward, "the reward is")
+            value = as_reward(reward, "the reward is")
             return self.weigh({number: value}) if number else Weighed(total=value)
         if len(reward) > MOST_PARTS:
             raise RewardError(f"the reward has {len(reward)} parts; {MOST_PARTS} are possible")
@@ -69,9 +69,9 @@ class Weights:
             if not isinstance(name, str) or not NAME.fullmatch(name):
                 raise RewardError(f"a part of the reward is called {name!r:.80}; a name has 1 to 60 characters, no /")
             if value is not None:
-                parts[name] = finite(value, f"the reward's part '{name}' is")
+                parts[name] = as_reward(value, f"the reward's part '{name}' is")
         total = sum((self.chosen.get(name, 1.0) * value for name, value in parts.items()), 0.0)
-        finite(total, "the weighed sum of the reward's parts is")
+        as_reward(total, "the weighed sum of the reward's parts is")
         return Weighed(total=total, parts=parts, named=frozenset(reward), nothing=not reward)
 
     def check(self, found: Weighed) -> None:
@@ -113,7 +113,7 @@ def has_group_reward(task: Task) -> bool:
     return bool(getattr(task, "has_group_reward", False))
 
 
-def finite(value: Any, said: str) -> float:
+def as_reward(value: Any, said: str) -> float:
     """`value` as a number. Raises RewardError, which begins with `said`, for anything else than one of at most
     MOST_REWARD in size."""
     try:

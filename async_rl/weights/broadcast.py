@@ -92,7 +92,7 @@ class _Round:
     """they hold it, and generate again"""
     failed: dict[Member, str] = field(default_factory=dict)
     until: float = 0.0
-    """waits so long for others of whom nothing is known yet"""
+    """monotonic time until which it waits for generators that may be starting beside one that is new"""
     done: bool = False
 
 
@@ -318,7 +318,7 @@ def _update(control: Control, update: dict[str, Any]) -> None:
 
 
 def _errors(calls: dict[Member, _Call], seconds: float) -> dict[Member, str]:
-    """Of those that fail or do not return within `seconds`."""
+    """Why a call failed, or that it did not return within `seconds`, by member; those that succeeded are left out."""
     end = time.monotonic() + seconds
     found = {member: call.wait(end - time.monotonic()) for member, call in calls.items()}
     return {member: f"{member.name}: {error}" for member, error in found.items() if error}
