@@ -115,7 +115,7 @@ class CompiledParts:
 
     def backward(self, gradient: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, out, log_sum = saved
-        found = query.new_empty(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
+        found = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
         inputs, arguments = self._arguments(query, key, value, out, log_sum)
         gradient = _heads_in_rows(gradient)
         arguments.gradient, arguments.gradient_stride = gradient.data_ptr(), gradient.stride(0)

@@ -7,6 +7,9 @@
 
 #include <stdint.h>
 #include <stdlib.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
@@ -21,11 +24,20 @@ typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
 
 static inline vec load(const float *from) { return *(const vec *)from; }
 static inline void store(float *to, vec value) { *(vec *)to = value; }
-static inline vec all(float value) { return (vec){} + value; }
+static inline vec all(float v) { return (vec){v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v}; }
 
 static inline vec choose(ivec where, vec yes, vec no) {
     return (vec)((where & (ivec)yes) | (~where & (ivec)no));
 }
+
+#ifdef __AVX512F__
+// the second one where either is not a number
+static inline vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline vec smaller(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
+static inline vec larger(vec a, vec b) { return choose(a > b, a, b); }
+static inline vec smaller(vec a, vec b) { return choose(a < b, a, b); }
+#endif
 
 // Halves are put together, so that a compiler needs few instructions.
 typedef float vec8 __attribute__((vector_size(32), aligned(4), may_alias));
@@ -56,10 +68,8 @@ static inline float peak_of(vec v) { // of numbers; NaN may be lost
     return a > b ? a : b;
 }
 
-// e^x; below -87 the smallest normal number instead of less
-static inline vec exponential(vec x) {
-    x = choose(x < -87.0f, all(-87.0f), x);
-    x = choose(x > 88.0f, all(88.0f), x);
+// e^x where it is a normal number
+static inline vec exponential_within(vec x) {
     vec magic = all(12582912.0f);
     vec shifted = x * 1.44269504089f + magic;
     vec n = shifted - magic;
@@ -75,6 +85,9 @@ static inline vec exponential(vec x) {
     ivec power = ((ivec)shifted - 0x4B400000 + 127) << 23;
     return p * (vec)power; // a product: the sum of the bits would lose NaN
 }
+
+// e^x; below -87 the smallest normal number instead of less
+static inline vec exponential(vec x) { return exponential_within(smaller(all(88.0f), larger(all(-87.0f), x))); }
 
 static inline float root(float x) { return __builtin_sqrtf(x); }
 
@@ -392,334 +405,6 @@ void attend(const Attention *a) {
         }
 }
 
-// ---------------------------------------------------------------- attention in training: merged_attention.py
-
-// Rows of a run attend to themselves up to their own place and to all rows of the runs above it (`parent`, -1: none).
-typedef struct {
-    const float *query, *key, *value; // [rows, heads, size] and [rows, kv_heads, size]
-    long query_stride, key_stride, value_stride;
-    const int64_t *runs; // [runs, 3]: begin, end, parent
-    long count, rows, heads, kv_heads, size;
-    long longest; // most keys of a row, each run's rounded up to WIDTH
-    float scale;
-    int threads;
-    float *out, *log_sum; // [rows, heads, size], [rows, heads]
-    const float *gradient; // of out
-    long gradient_stride;
-    float *of_query, *of_key, *of_value; // gradients; those of keys and values begin as zeros
-} Tree;
-
-#define QUERIES 4 // attend together
-#define DEPTH 64  // runs above each other: merged_attention.py
-
-typedef struct {
-    const float *query[QUERIES];
-    long index[QUERIES]; // row * heads + head
-    long row[QUERIES];
-    long real;        // of them; the others repeat the last
-    long number;      // of pieces
-    long begin[DEPTH], length[DEPTH], at[DEPTH]; // pieces of keys: rows, and their first place among the scores
-    long above;       // places of the runs above
-    long places;      // scores of a query
-} Together;
-
-static long padded(long n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
-
-// Rows begin <= row < end of [rows, .., D] as [D, padded length] from `to` on.
-static void turn_rows(const float *from, long stride, long begin, long end, float *to, int D) {
-    long width = padded(end - begin);
-    for (long j = begin; j < end; j++)
-        for (int d = 0; d < D; d++) to[d * width + j - begin] = from[j * stride + d];
-    for (int d = 0; d < D; d++)
-        for (long j = end - begin; j < width; j++) to[d * width + j] = 0;
-}
-
-// The places of each run among turned rows [.. * D]
-static long run_places(const Tree *a, long *place) {
-    long total = 0;
-    for (long r = 0; r < a->count; r++) {
-        place[r] = total;
-        total += padded(a->runs[3 * r + 1] - a->runs[3 * r]);
-    }
-    return total;
-}
-
-static void pieces_of(const Tree *a, long run, Together *b) {
-    b->number = b->above = 0;
-    for (long r = run; r >= 0; r = a->runs[3 * r + 2]) {
-        b->begin[b->number] = a->runs[3 * r];
-        b->length[b->number] = a->runs[3 * r + 1] - a->runs[3 * r];
-        b->at[b->number] = b->above;
-        if (b->number++) b->above += padded(a->runs[3 * r + 1] - a->runs[3 * r]);
-    }
-    b->at[0] = b->above; // the run itself is last, since these see a part of it
-}
-
-// products [QUERIES, width] of vectors [D] and turned rows [D, stride]
-HERE void products(const float *const *vectors, const float *turned, long stride, long width, float *to, long to_stride,
-                   int D) {
-    long j = 0;
-    for (; j + 2 * WIDTH <= width; j += 2 * WIDTH) {
-        vec sum[QUERIES] = {}, more[QUERIES] = {};
-        for (int d = 0; d < D; d++) {
-            vec k = load(turned + d * stride + j), l = load(turned + d * stride + j + WIDTH);
-#pragma GCC unroll 4
-            for (int i = 0; i < QUERIES; i++) {
-                sum[i] += vectors[i][d] * k;
-                more[i] += vectors[i][d] * l;
-            }
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < QUERIES; i++) {
-            store(to + i * to_stride + j, sum[i]);
-            store(to + i * to_stride + j + WIDTH, more[i]);
-        }
-    }
-    if (j == width) return;
-    vec sum[QUERIES] = {};
-    for (int d = 0; d < D; d++) {
-        vec k = load(turned + d * stride + j);
-#pragma GCC unroll 4
-        for (int i = 0; i < QUERIES; i++) sum[i] += vectors[i][d] * k;
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < QUERIES; i++) store(to + i * to_stride + j, sum[i]);
-}
-
-// sum [QUERIES][D / WIDTH] += weights [QUERIES, ..] of rows [length, D]. The sums of a few columns are kept in registers,
-// which a compiler does where every index is a constant.
-#define COLUMNS 4
-HERE void add_columns(vec (*sum)[8], const float *weights, long weights_stride, const float *rows, long stride,
-                      long length, const int first, const int columns) {
-    vec here[QUERIES][COLUMNS];
-#pragma GCC unroll 4
-    for (int i = 0; i < QUERIES; i++)
-#pragma GCC unroll 4
-        for (int c = 0; c < columns; c++) here[i][c] = sum[i][first + c];
-    for (long j = 0; j < length; j++)
-#pragma GCC unroll 4
-        for (int c = 0; c < columns; c++) {
-            vec v = load(rows + j * stride + (first + c) * WIDTH);
-#pragma GCC unroll 4
-            for (int i = 0; i < QUERIES; i++) here[i][c] += weights[i * weights_stride + j] * v;
-        }
-#pragma GCC unroll 4
-    for (int i = 0; i < QUERIES; i++)
-#pragma GCC unroll 4
-        for (int c = 0; c < columns; c++) sum[i][first + c] = here[i][c];
-}
-
-HERE void add_rows(vec (*sum)[8], const float *weights, long weights_stride, const float *rows, long stride, long length,
-                   const int D) {
-    const int columns = D / WIDTH < COLUMNS ? D / WIDTH : COLUMNS;
-    add_columns(sum, weights, weights_stride, rows, stride, length, 0, columns);
-    if (D / WIDTH > COLUMNS)
-        add_columns(sum, weights, weights_stride, rows, stride, length, COLUMNS, D / WIDTH - COLUMNS);
-}
-
-// rows [length, D] += weights^T of vectors [QUERIES][D]
-HERE void add_to_rows(float *rows, long stride, const float *weights, long weights_stride, const float *const *vectors,
-                      long length, int D) {
-    for (int c = 0; c < D / WIDTH; c++) {
-        vec v[QUERIES];
-#pragma GCC unroll 4
-        for (int i = 0; i < QUERIES; i++) v[i] = load(vectors[i] + c * WIDTH);
-        for (long j = 0; j < length; j++) {
-            vec sum = load(rows + j * stride + c * WIDTH);
-#pragma GCC unroll 4
-            for (int i = 0; i < QUERIES; i++) sum += weights[i * weights_stride + j] * v[i];
-            store(rows + j * stride + c * WIDTH, sum);
-        }
-    }
-}
-
-// Scores of these queries; those of rows that they do not see are -1e30.
-HERE void scores_of(const Tree *a, Together *b, const float *keys, const long *place, long run, float *scores,
-                    int D) {
-    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    long r = run;
-    for (long piece = 0; piece < b->number; piece++, r = a->runs[3 * r + 2]) {
-        long stride = padded(b->length[piece]), width = stride;
-        if (!piece) width = padded(b->row[b->real - 1] - b->begin[0] + 1);
-        float *to = scores + b->at[piece];
-        products(b->query, keys + place[r] * D, stride, width, to, a->longest, D);
-        if (!piece) b->places = b->above + width;
-        else if (b->length[piece] == width) {
-            for (int i = 0; i < QUERIES; i++)
-                for (long j = 0; j < width; j += WIDTH)
-                    store(to + i * a->longest + j, load(to + i * a->longest + j) * a->scale);
-            continue;
-        }
-        for (int i = 0; i < QUERIES; i++) {
-            long seen = piece ? b->length[piece] : b->row[i] - b->begin[0] + 1;
-            for (long j = 0; j < width; j += WIDTH) {
-                vec s = load(to + i * a->longest + j) * a->scale;
-                store(to + i * a->longest + j, choose(lane + (int)j < (int)seen, s, all(-1e30f)));
-            }
-        }
-    }
-}
-
-HERE vec weight_of(vec score, float peak) {
-    return (vec)((ivec)exponential(score - peak) & ~(score <= -1e29f));
-}
-
-HERE void tree_forward_head(const Tree *a, long kv, const float *keys, const long *place, float *scores, const int D) {
-    long shared = a->heads / a->kv_heads;
-    Together b;
-    for (long run = 0; run < a->count; run++) {
-        pieces_of(a, run, &b);
-        long begin = a->runs[3 * run], queries = (a->runs[3 * run + 1] - begin) * shared;
-        for (long first = 0; first < queries; first += QUERIES) {
-            b.real = queries - first < QUERIES ? queries - first : QUERIES;
-            for (int i = 0; i < QUERIES; i++) {
-                long n = first + (i < b.real ? i : b.real - 1);
-                b.row[i] = begin + n / shared;
-                b.index[i] = b.row[i] * a->heads + kv * shared + n % shared;
-                b.query[i] = a->query + b.row[i] * a->query_stride + (kv * shared + n % shared) * D;
-            }
-            scores_of(a, &b, keys, place, run, scores, D);
-            float total[QUERIES];
-            for (int i = 0; i < QUERIES; i++) {
-                float *s = scores + i * a->longest;
-                vec peaks = all(-1e30f), sum = {};
-                for (long j = 0; j < b.places; j += WIDTH) {
-                    vec v = load(s + j);
-                    peaks = choose(v > peaks, v, peaks);
-                }
-                float peak = peak_of(peaks);
-                for (long j = 0; j < b.places; j += WIDTH) {
-                    vec p = weight_of(load(s + j), peak);
-                    sum += p;
-                    store(s + j, p);
-                }
-                total[i] = sum_of(sum);
-                if (i < b.real) a->log_sum[b.index[i]] = peak + __builtin_logf(total[i]);
-            }
-            vec sum[QUERIES][8] = {};
-            for (long piece = 0; piece < b.number; piece++) {
-                long length = piece ? b.length[piece] : b.row[b.real - 1] - begin + 1;
-                add_rows(sum, scores + b.at[piece], a->longest, a->value + b.begin[piece] * a->value_stride + kv * D,
-                         a->value_stride, length, D);
-            }
-            for (int i = 0; i < b.real; i++)
-                for (int c = 0; c < D / WIDTH; c++)
-                    store(a->out + b.index[i] * D + c * WIDTH, sum[i][c] / total[i]);
-        }
-    }
-}
-
-HERE void tree_backward_head(const Tree *a, long kv, const float *keys, const float *values, const long *place,
-                             float *scores, float *slopes, const int D) {
-    long shared = a->heads / a->kv_heads, step = a->kv_heads * D;
-    Together b;
-    const float *gradient[QUERIES];
-    for (long run = 0; run < a->count; run++) {
-        pieces_of(a, run, &b);
-        long begin = a->runs[3 * run], queries = (a->runs[3 * run + 1] - begin) * shared;
-        for (long first = 0; first < queries; first += QUERIES) {
-            b.real = queries - first < QUERIES ? queries - first : QUERIES;
-            float pull[QUERIES];
-            for (int i = 0; i < QUERIES; i++) {
-                long n = first + (i < b.real ? i : b.real - 1), head = kv * shared + n % shared;
-                b.row[i] = begin + n / shared;
-                b.index[i] = b.row[i] * a->heads + head;
-                b.query[i] = a->query + b.row[i] * a->query_stride + head * D;
-                gradient[i] = a->gradient + b.row[i] * a->gradient_stride + head * D;
-                vec sum = {};
-                for (int c = 0; c < D / WIDTH; c++)
-                    sum += load(gradient[i] + c * WIDTH) * load(a->out + b.index[i] * D + c * WIDTH);
-                pull[i] = sum_of(sum);
-            }
-            scores_of(a, &b, keys, place, run, scores, D);
-            long r = run;
-            for (long piece = 0; piece < b.number; piece++, r = a->runs[3 * r + 2])
-                products(gradient, values + place[r] * D, padded(b.length[piece]),
-                         piece ? padded(b.length[piece]) : b.places - b.above, slopes + b.at[piece], a->longest, D);
-            for (int i = 0; i < QUERIES; i++) {
-                float *s = scores + i * a->longest, *t = slopes + i * a->longest;
-                float log_sum = a->log_sum[b.index[i]];
-                for (long j = 0; j < b.places; j += WIDTH) {
-                    vec p = i < b.real ? weight_of(load(s + j), log_sum) : all(0);
-                    vec slope = p * (load(t + j) - pull[i]) * a->scale;
-                    store(s + j, p);
-                    store(t + j, i < b.real ? slope : all(0));
-                }
-            }
-            vec sum[QUERIES][8] = {};
-            for (long piece = 0; piece < b.number; piece++) {
-                long length = piece ? b.length[piece] : b.row[b.real - 1] - begin + 1, row = b.begin[piece];
-                float *s = scores + b.at[piece], *t = slopes + b.at[piece];
-                add_rows(sum, t, a->longest, a->key + row * a->key_stride + kv * D, a->key_stride, length, D);
-                add_to_rows(a->of_key + row * step + kv * D, step, t, a->longest, b.query, length, D);
-                add_to_rows(a->of_value + row * step + kv * D, step, s, a->longest, gradient, length, D);
-            }
-            for (int i = 0; i < b.real; i++)
-                for (int c = 0; c < D / WIDTH; c++) store(a->of_query + b.index[i] * D + c * WIDTH, sum[i][c]);
-        }
-    }
-}
-
-#define EACH_SIZE(call)                                                                                                \
-    switch (a->size) {                                                                                                 \
-        case 16: call(16); break;                                                                                      \
-        case 32: call(32); break;                                                                                      \
-        case 64: call(64); break;                                                                                      \
-        case 96: call(96); break;                                                                                      \
-        case 128: call(128); break;                                                                                    \
-    }
-
-// Both return 0, or 1 where memory ran out. Heads are shared by threads, so every sum has one order.
-int tree_forward(const Tree *a) {
-    long *place = malloc(a->count * sizeof(long));
-    if (!place) return 1;
-    long places = run_places(a, place), threads = a->threads;
-    int failed = 0;
-#pragma omp parallel for num_threads(threads) if (threads > 1) reduction(| : failed)
-    for (long kv = 0; kv < a->kv_heads; kv++) {
-        float *keys = malloc((places + QUERIES * a->longest / a->size + 1) * a->size * sizeof(float));
-        if (!keys) {
-            failed = 1;
-            continue;
-        }
-        for (long r = 0; r < a->count; r++)
-            turn_rows(a->key + kv * a->size, a->key_stride, a->runs[3 * r], a->runs[3 * r + 1],
-                      keys + place[r] * a->size, a->size);
-#define FORWARD(D) tree_forward_head(a, kv, keys, place, keys + places * a->size, D)
-        EACH_SIZE(FORWARD)
-        free(keys);
-    }
-    free(place);
-    return failed;
-}
-
-int tree_backward(const Tree *a) {
-    long *place = malloc(a->count * sizeof(long));
-    if (!place) return 1;
-    long places = run_places(a, place), threads = a->threads;
-    int failed = 0;
-#pragma omp parallel for num_threads(threads) if (threads > 1) reduction(| : failed)
-    for (long kv = 0; kv < a->kv_heads; kv++) {
-        long turned = places * a->size, rest = QUERIES * a->longest;
-        float *keys = malloc(2 * (turned + rest) * sizeof(float)), *values = keys + turned;
-        if (!keys) {
-            failed = 1;
-            continue;
-        }
-        for (long r = 0; r < a->count; r++) {
-            turn_rows(a->key + kv * a->size, a->key_stride, a->runs[3 * r], a->runs[3 * r + 1],
-                      keys + place[r] * a->size, a->size);
-            turn_rows(a->value + kv * a->size, a->value_stride, a->runs[3 * r], a->runs[3 * r + 1],
-                      values + place[r] * a->size, a->size);
-        }
-#define BACKWARD(D) tree_backward_head(a, kv, keys, values, place, values + turned, values + turned + rest, D)
-        EACH_SIZE(BACKWARD)
-        free(keys);
-    }
-    free(place);
-    return failed;
-}
-
 // ---------------------------------------------------------------- a matrix turned, bit by bit
 
 // `to` [columns, rows], its rows `stride` floats apart, becomes the transpose of `from` [rows, columns]. Where the
@@ -729,8 +414,6 @@ int tree_backward(const Tree *a) {
 #define TILE_COLUMNS 64
 
 #ifdef __AVX__
-#include <immintrin.h>
-
 static inline void turn_eight(const float *from, long columns, __m256 *s) {
     __m256 r[8];
     for (int i = 0; i < 8; i++)
@@ -795,4 +478,5 @@ void turn_matrix(const uint32_t *from, long rows, long columns, uint32_t *to, lo
     }
 }
 
+#include "tree.c"
 #include "layers.c"

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("native.c")
-LAYERS = Path(__file__).with_name("layers.c")
-"""a part of it"""
+PARTS = tuple(Path(__file__).with_name(name) for name in ("tree.c", "layers.c"))
+"""what it includes"""
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 TORCH = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
 MOST = 16384
@@ -65,7 +65,7 @@ class Attention(Structure):
 
 
 class Tree(Structure):
-    """The argument of `tree_forward` and `tree_backward` in native.c."""
+    """The argument of `tree_forward` and `tree_backward` in tree.c."""
 
     _fields_ = (
         ("query", c_void_p),
@@ -211,7 +211,7 @@ def _compiled() -> Path:
     if compiler is None:
         raise FileNotFoundError("no C compiler")
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=COMPILE_S, check=True).stdout
-    sources = SOURCE.read_bytes(), LAYERS.read_bytes()
+    sources = (file.read_bytes() for file in (SOURCE, *PARTS))
     name = sha256(b"\0".join((*sources, version, " ".join(FLAGS).encode(), _processor()))).hexdigest()[:24]
     for folder in _folders():
         file = folder / f"native-{name}.so"
