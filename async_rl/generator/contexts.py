@@ -7,11 +7,10 @@ which they were opened, so a context can go on at any time, also while another o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
@@ -27,8 +26,7 @@ WHOLE = -1
 _STOPPED = {"stop": "1", "aborted": "x"}
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class Context:
+class Context(Struct, eq=False, kw_only=True):
     """One sequence for the model. Tokens are only ever appended."""
 
     number: int
@@ -75,7 +73,7 @@ class Context:
         self.stops += _STOPPED.get(completion.finish, "0")
 
 
-class Spoken(Struct, frozen=True):
+class Spoken(Struct, frozen=True, eq=False, gc=False):
     """A turn, of which an `Utterance` is made when a task asks."""
 
     context: Context
@@ -89,8 +87,7 @@ class Spoken(Struct, frozen=True):
         return Utterance(text=self.text, tokens=() if self.number == WHOLE else tuple(self.tokens), agent=self.agent)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Columns:
+class Columns(Struct, frozen=True, eq=False, kw_only=True):
     """The contexts of an episode, laid out as a trajectory has them."""
 
     tokens: NDArray[np.int32]  # [tokens]
@@ -139,6 +136,13 @@ def lay_out(contexts: Sequence[Context]) -> Columns:
 
 def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
     """Runs of equal versions; environment tokens (-1) between two runs of one version do not split it."""
+    found = {*versions}
+    found.discard(-1)
+    if not found:
+        return ()
+    if len(found) == 1:  # as nearly always
+        only = found.pop()
+        return (VersionSpan(version=only, start=versions.index(only), end=len(versions) - versions[::-1].index(only)),)
     spans: list[VersionSpan] = []
     now, start, end = -1, 0, 0
     for position, version in enumerate(versions):

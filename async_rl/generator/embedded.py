@@ -110,7 +110,8 @@ class EmbeddedEngine:
         self._slots = Slots(max_sequences, self._max_context, self._tables)
         self._attention: CacheAttention | None = None  # of the last step
         self._scheduler = Scheduler(self._slots, self._tables, prefill_tokens)
-        self._rules = StopRules(tokenizer, model.config.vocabulary)
+        self._vocabulary = model.config.vocabulary
+        self._rules = StopRules(tokenizer, self._vocabulary)
         self._waiting: dict[int, tuple[CheckedRequest, Answer]] = {}  # by session, in order of arrival
         self._answers: dict[int, Answer] = {}  # of running sessions
         self._version = 0
@@ -119,6 +120,7 @@ class EmbeddedEngine:
         """the weights are those of one version"""
         self._whole.set()
         self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop  # from the first request on
         self._closed = False
         self._busy_seconds = 0.0
         self._generated = self._prefilled = 0
@@ -135,7 +137,9 @@ class EmbeddedEngine:
         """Sample one turn. Raises ValueError for a request that cannot be right, LogitsNotFinite when the model gives
         such logits for it, RunFailed when the engine has died."""
         slot = self._slots.of(request.session)
-        known = 0 if slot is None or request.session in self._answers else self._slots.goes_on(slot, request.tokens)
+        known = 0
+        if slot is not None and request.session not in self._answers:
+            known = self._slots.goes_on(slot, request.tokens)
         history = self._checked(request, known)
         if self._closed:
             return Completion(tokens=(), log_probs=(), versions=(), finish="aborted")
@@ -143,8 +147,9 @@ class EmbeddedEngine:
             return Completion(tokens=(), log_probs=(), versions=(), finish="length")
         rule = self._rules.number(request.params, self._rules_in_use)
         checked = CheckedRequest(request=request, history=history, rule=rule, known=known)
-        answer: Answer = asyncio.get_running_loop().create_future()
-        self._start_task()
+        if self._task is None or self._task.done():
+            self._start_task()
+        answer: Answer = self._loop.create_future()
         if slot is not None:  # between two turns: it has its slot already
             self._begin(slot, checked, answer)
         else:
@@ -159,7 +164,9 @@ class EmbeddedEngine:
     def sampled(self, session: int) -> Sequence[int]:
         """Tokens so far of the turn that is being sampled for a session; none where none is."""
         slot = self._slots.of(session)
-        found: list[int] = [] if slot is None or session not in self._answers else self._slots.new_tokens(slot).tolist()
+        if slot is None or session not in self._answers or slot in self._slots.resumed:
+            return []
+        found: list[int] = self._slots.new_tokens(slot).tolist()
         return found
 
     async def load(self, weights: Mapping[str, Tensor], version: int) -> None:
@@ -220,7 +227,9 @@ class EmbeddedEngine:
         slot = self._slots.of(session)
         if slot is None:
             return
-        if self._slots.running[slot]:
+        if slot in self._slots.resumed:
+            self._finish(self._answers.pop(session), (), (), (), "aborted")
+        elif self._slots.running[slot]:
             self._answer(np.array([slot]), ["aborted"])
         self._slots.clear(slot)
 
@@ -229,7 +238,7 @@ class EmbeddedEngine:
             busy_seconds=self._busy_seconds,
             tokens_generated=self._generated,
             tokens_prefilled=self._prefilled,
-            running=int(self._slots.running.sum()),
+            running=int(self._slots.running.sum()) + len(self._slots.resumed),
             waiting=len(self._waiting),
             cache_bytes=self._tables.touched * self._cache.block_bytes,
         )
@@ -243,27 +252,31 @@ class EmbeddedEngine:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def _checked(self, request: Request, known: int) -> NDArray[np.int32]:
-        """The request's tokens behind those `known`, [tokens] int32. Raises ValueError for a request that cannot be
-        served."""
+    def _checked(self, request: Request, known: int) -> NDArray[np.int32] | list[int]:
+        """The request's tokens, [tokens] int32; where some are `known`, a list of those behind them. Raises ValueError
+        for a request that cannot be served."""
         request.check()
         tokens = request.tokens[known:] if known else request.tokens
-        history = np.asarray(tokens, dtype=np.int32)
-        few = len(history) <= FEW
-        most = max(tokens) if few and min(tokens) >= 0 else int(history.view(np.uint32).max())
-        if most >= self._model.config.vocabulary:  # negative ones are huge
-            raise ValueError(f"a token is outside the vocabulary of {self._model.config.vocabulary}")
+        history = tokens if known and isinstance(tokens, list) else np.asarray(tokens, dtype=np.int32)
+        if len(tokens) <= FEW and min(tokens) >= 0:
+            most = max(tokens)
+        else:
+            most = int(np.asarray(history, dtype=np.int32).view(np.uint32).max())
+        if most >= self._vocabulary:  # negative ones are huge
+            raise ValueError(f"a token is outside the vocabulary of {self._vocabulary}")
         if request.session in self._answers or request.session in self._waiting:
             raise ValueError(f"session {request.session} is generating already")
         return history
 
     def _rules_in_use(self) -> set[int]:
         running = self._slots.rule[self._slots.running].tolist()
-        return {*running, *(checked.rule for checked, _ in self._waiting.values())}
+        begin = [*self._slots.resumed.values(), *(checked for checked, _ in self._waiting.values())]
+        return {*running, *(checked.rule for checked in begin)}
 
     def _start_task(self) -> None:
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run(), name="embedded engine")
+            self._loop = asyncio.get_running_loop()
+            self._task = self._loop.create_task(self._run(), name="embedded engine")
             self._task.add_done_callback(self._ended)
         elif self._task.done() and not self._closed:
             raise self._death(self._task)
@@ -278,6 +291,7 @@ class EmbeddedEngine:
                 answer.set_exception(error)
         self._answers.clear()
         self._waiting.clear()
+        self._slots.resumed.clear()
         self._slots.running[:] = False
 
     @staticmethod
@@ -303,7 +317,8 @@ class EmbeddedEngine:
             self._busy_seconds += time.perf_counter() - begun
 
     def _admit(self) -> None:
-        """Give waiting requests a slot, in order."""
+        """Begin the turns of sessions that have a slot, then give waiting requests one, in order."""
+        self._slots.start_resumed()
         while self._waiting:
             session = next(iter(self._waiting))
             if (slot := self._slots.take(session)) is None:
@@ -312,10 +327,13 @@ class EmbeddedEngine:
             self._begin(slot, checked, answer)
 
     def _begin(self, slot: int, checked: CheckedRequest, answer: Answer) -> None:
-        if not checked.known:  # else all that is cached stays
+        if checked.known:  # all that is cached stays
+            self._slots.resume(slot, checked)
+        else:
+            assert isinstance(checked.history, np.ndarray)
             copy = self._tables.truncate(slot, self._slots.in_common(slot, checked.history))
             self._cache.copy([copy] if copy is not None else [])
-        self._slots.start(slot, checked)
+            self._slots.start(slot, checked)
         self._answers[checked.request.session] = answer
 
     @torch.inference_mode()  # no tensor of a step outlives the engine

@@ -50,7 +50,7 @@ TOLD = (RequestError, TurnLimit, EpisodeAborted, RunFailed, LogitsNotFinite, Val
 
 @dataclass(slots=True, eq=False)
 class Endpoint:
-    """Implements `session.AgentDoor`.
+    """Implements `agent_door.AgentDoor`.
 
     Example: `endpoint = Endpoint(); session = EpisodeSession(..., agents=endpoint); ...; await endpoint.shut()`.
     """

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class SamplingParams(Struct, frozen=True, kw_only=True):
+class SamplingParams(Struct, frozen=True, kw_only=True, gc=False):
     """How one turn is sampled. Always from the whole vocabulary (top-p 1, no top-k): the recorded log-prob is that of
     the distribution sampled from."""
 
@@ -26,7 +26,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     """the turn ends when its decoded text contains one of these"""
 
 
-class Request(Struct, frozen=True, kw_only=True):
+class Request(Struct, frozen=True, kw_only=True, gc=False):
     """One turn to be sampled, in one context of an episode."""
 
     session: int
@@ -46,7 +46,7 @@ class Request(Struct, frozen=True, kw_only=True):
             raise ValueError("a request needs tokens, max_tokens >= 1 and temperature >= 0")
 
 
-class Completion(Struct, frozen=True, kw_only=True):
+class Completion(Struct, frozen=True, kw_only=True, gc=False):
     """One sampled turn; the three lists have equal length."""
 
     tokens: Sequence[int]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
@@ -33,8 +34,7 @@ Key = tuple[int, int]
 """(group, sample)"""
 
 
-@dataclass(slots=True, eq=False)
-class Episode:
+class Episode(Struct, eq=False):
     """One running episode."""
 
     ticket: Ticket

@@ -9,7 +9,6 @@ generator delivered it), failed, or offers no place begins with the prompt.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -57,12 +56,12 @@ class Forks:
             return ticket
         at = place_of(parent, found[1], forks_of(found[0], permit.size or self.samples, self.plan), self.plan)
         start = None if at is None else start_at(parent, at)
-        return ticket if start is None else dataclasses.replace(ticket, permit=replace(permit, start=start))
+        return ticket if start is None else replace(ticket, permit=replace(permit, start=start))
 
     def planned(self, ticket: Ticket) -> Ticket:
         """A ticket as the plan has it: whether the sample is greedy."""
         greedy = self.plan.greedy and ticket.permit.split == "train" and ticket.sample == 0
-        return dataclasses.replace(ticket, greedy=True) if greedy else ticket
+        return replace(ticket, greedy=True) if greedy else ticket
 
     def finished(self, ticket: Ticket, trajectory: Trajectory) -> Trajectory:
         """The trajectory of an episode that has ended, with its fork noted."""

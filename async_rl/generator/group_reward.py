@@ -8,12 +8,12 @@ sees whole groups; those that were not asked for are not sent. Turns that a lost
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
@@ -29,8 +29,7 @@ from async_rl.wire import messages as msg
 STRANGE_CANCEL = "CancelledError: the task or its reward cancelled asyncio tasks that are not its own"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Played:
+class Played(Struct, frozen=True, eq=False, kw_only=True):
     """A finished episode that waits for the others of its group."""
 
     trajectory: Trajectory
@@ -183,7 +182,7 @@ class WaitingGroups:
             for place, played in enumerate(group.played):
                 if played.unsent is not None:
                     taken.append(played.unsent)
-                    group.played[place] = dataclasses.replace(played, unsent=None)
+                    group.played[place] = replace(played, unsent=None)
         return taken
 
     def sessions(self) -> list[EpisodeSession]:

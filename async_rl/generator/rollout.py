@@ -12,7 +12,7 @@ from async_rl.generator.engine import LogitsNotFinite
 from async_rl.generator.session import EpisodeAborted, EpisodeSession, Ticket, TurnLimit
 from async_rl.generator.task_code import Steps, TaskGuard, TaskOverrun, describe_error, is_ours, reason_of, waits_in
 from async_rl.generator.task_wire import FarError
-from async_rl.task.protocol import Task
+from async_rl.task.protocol import Problem, Task
 from async_rl.task.weigh import ROLLOUT, Weighed, Weights, has_group_reward
 from async_rl.trajectory import Trajectory
 from async_rl.trajectory.parts import PREFIX
@@ -63,7 +63,9 @@ async def play_episode(
     try:
         outcome = await outcome_of(guard, rollout, late)
     finally:  # also when this generator gives the episode up
-        await _torn_down(task, session, guard, timeout_s)
+        own = getattr(type(task), "teardown_episode", Task.teardown_episode) is not Task.teardown_episode
+        if own and session.problem is not None:  # it was begun
+            await _tear_down(task, session.problem, session, guard, timeout_s)
     if session.engine_error is not None:
         outcome = session.engine_error
     elif session.cut and not session.abandoned:  # whatever the task made of that
@@ -75,13 +77,11 @@ async def play_episode(
     return _ended(session, outcome), Weighed(total=0.0, nothing=True)
 
 
-async def _torn_down(task: Task, session: EpisodeSession, guard: TaskGuard, timeout_s: float) -> None:
-    """Call `Task.teardown_episode`, where the task has one and the episode was begun."""
-    if getattr(type(task), "teardown_episode", Task.teardown_episode) is Task.teardown_episode or not session.problem:
-        return
+async def _tear_down(task: Task, problem: Problem, session: EpisodeSession, guard: TaskGuard, timeout_s: float) -> None:
+    """Call `Task.teardown_episode`."""
     limit = guard.limit_s or timeout_s
     late = late_after(limit, lambda: f"it took more than {limit:g} s")
-    outcome = await outcome_of(guard, task.teardown_episode(session.problem, session), late)
+    outcome = await outcome_of(guard, task.teardown_episode(problem, session), late)
     if isinstance(outcome, BaseException):
         session.note("teardown_error", reason_of(outcome))
 
@@ -118,16 +118,27 @@ def late_after(limit_s: float, reason: Callable[[], str]) -> Late:
 async def outcome_of(guard: TaskGuard, work: Coroutine[Any, Any, Result], late: Late) -> Result | BaseException:
     """What code of the task returns, or what it raised: TaskOverrun when `late` says that it is to end. Raises what a
     person or the launcher orders."""
-    running = asyncio.create_task(_outcome(guard, work))
-    running.add_done_callback(lambda _: work.close())  # it may have been cancelled before it began
+    loop = asyncio.get_running_loop()
+    running, woken = loop.create_task(_outcome(guard, work)), loop.create_future()
+
+    def ended(_: object) -> None:
+        work.close()  # it may have been cancelled before it began
+        if not woken.done():
+            woken.set_result(None)
+
+    running.add_done_callback(ended)
     reason = ""
     try:
-        while not running.done() and not reason:
+        while not reason:
             left, _ = late()
-            await _done_within(running, max(0.0, left))
-            if not running.done():
-                _, reason = late()
+            guard.timer.wake(woken, max(0.0, left))
+            await woken
+            if running.done():
+                break
+            woken = loop.create_future()  # its time has come: it is waited for again
+            _, reason = late()
     finally:
+        guard.timer.forget(woken)
         if not running.done():
             running.cancel()
             running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
@@ -136,24 +147,6 @@ async def outcome_of(guard: TaskGuard, work: Coroutine[Any, Any, Result], late: 
     if running.cancelled():  # by the task, before it began
         return asyncio.CancelledError()
     return running.result()
-
-
-async def _done_within(running: asyncio.Task[Any], seconds: float) -> None:
-    """Wait for the end of an asyncio task, at most so long. A third of the work of `asyncio.wait`."""
-    loop = asyncio.get_running_loop()
-    woken = loop.create_future()
-
-    def wake(_: object = None) -> None:
-        if not woken.done():
-            woken.set_result(None)
-
-    timer = loop.call_later(seconds, wake)
-    running.add_done_callback(wake)
-    try:
-        await woken
-    finally:
-        timer.cancel()
-        running.remove_done_callback(wake)
 
 
 async def _rollout(task: Task, session: EpisodeSession, ticket: Ticket, weights: Weights) -> Weighed:
@@ -181,7 +174,8 @@ async def _outcome(guard: TaskGuard, work: Coroutine[Any, Any, Result]) -> Resul
 
 def _task_s(session: EpisodeSession, guard: TaskGuard) -> float:
     """Seconds since the engine gave this episode's code the word; those do not count in which another held up all."""
-    return session.task_s - guard.stood_s(session.task_s)
+    spent = session.task_s
+    return spent - guard.stood_s(spent) if guard.stood else spent
 
 
 def _lateness(session: EpisodeSession, rollout: object, deadline: float, timeout_s: float, guard: TaskGuard) -> str:

@@ -123,6 +123,7 @@ class StopRules:
         self._vocabulary = vocabulary
         self._text: list[str] | None = None
         self._index: dict[RuleKey, int] = {}
+        self._last: tuple[RuleKey | None, int] = None, -1
         self._strings: list[tuple[str, ...]] = []
         self._ends = np.zeros((MAX_RULES, vocabulary), dtype=bool)
         self._maybe = np.zeros((MAX_RULES, vocabulary), dtype=bool)
@@ -130,7 +131,9 @@ class StopRules:
     def number(self, params: SamplingParams, in_use: Callable[[], Collection[int]]) -> int:
         """The number of a request's rule, compiled on first use. `in_use()` gives the rules of unfinished requests,
         which are not overwritten. Raises ValueError for a stop token outside the vocabulary."""
-        key = (params.stop_tokens, params.stop_strings)
+        key = params.stop_tokens, params.stop_strings
+        if key == self._last[0]:  # its tuples are the same ones, usually: no hash to be computed
+            return self._last[1]
         found = self._index.get(key)
         if found is None:
             if len(self._strings) < MAX_RULES:
@@ -140,6 +143,7 @@ class StopRules:
                 found = self._replaceable(in_use())
             self._compile(found, params)
             self._index[key] = found
+        self._last = key, found
         return found
 
     def ended(

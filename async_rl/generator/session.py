@@ -7,13 +7,14 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, Protocol, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import numpy as np
+from msgspec import Struct
 from msgspec.structs import replace
 
 from async_rl.errors import RunFailed
+from async_rl.generator.agent_door import AgentDoor
 from async_rl.generator.chat import Chat
 from async_rl.generator.contexts import STOPS, WHOLE, Context, RecordedTurns, Spoken, lay_out
 from async_rl.generator.engine import Completion, Engine, LogitsNotFinite, Request, SamplingParams
@@ -51,8 +52,7 @@ class OtherEpisode(Exception):
     """The recorded turns do not belong to this episode: its environment answered differently."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ticket:
+class Ticket(Struct, frozen=True, kw_only=True):
     """Which trajectory an episode will become: one sample of a permit's group."""
 
     permit: Permit
@@ -72,23 +72,19 @@ def make_tickets(permit: Permit, seeds: Sequence[int] | None = None) -> list[Tic
     ]
 
 
-class AgentDoor(Protocol):
-    """Where agents reach the episodes of a process; implemented by `endpoint.Endpoint`."""
-
-    def open(self, session: EpisodeSession) -> Connection:
-        """Let agents play an episode. Raises UserError when that cannot be."""
-        ...
-
-    def close(self, connection: Connection) -> None:
-        """The episode is over: its key is valid no longer."""
-        ...
-
-
 class EpisodeSession:
     """Implements `task.Session`, and keeps the episode's contexts.
 
     Tokens are only ever appended; nothing is re-tokenised.
     """
+
+    __slots__ = (
+        "__dict__", "__weakref__", "_agents", "_begun", "_clock", "_connection", "_ended", "_engine", "_generator",
+        "_held", "_info", "_key", "_max_turns", "_now", "_on_turn", "_over", "_record", "_said", "_sampling", "_slots",
+        "_spoken", "_start", "_stopped", "_task_since", "_ticket", "_window", "abandoned", "agent_tokens", "contexts",
+        "cut", "diverged", "engine_error", "kept", "max_context", "problem", "refused", "session_id", "started_at",
+        "tokenizer",
+    )  # fmt: skip  # more than 30 attributes: a dictionary of its own for each session takes longer
 
     def __init__(
         self,
@@ -133,7 +129,7 @@ class EpisodeSession:
         self.contexts: list[Context] = []
         self._now = self.open_context()
         self._said: list[Spoken] = []  # turns in order of time
-        self._spoken: tuple[Completion | None, str] = None, ""  # the last turn and its text
+        self._spoken: Completion | None = None  # the last turn
         self._begun = 0  # turns sampled or being sampled
         self._stopped = False
         self._ended: Ended = "finished"
@@ -222,8 +218,8 @@ class EpisodeSession:
         )
         completion = await self.take_turn(self._now, asked)
         self._stopped = completion.finish == "stop"
-        if completion is self._spoken[0]:
-            return self._spoken[1]
+        if completion is self._spoken:
+            return self._said[-1].text
         return self.tokenizer.turn_text(with_given(self._start, completion.tokens), stop)
 
     def append(self, text: str) -> None:
@@ -370,7 +366,9 @@ class EpisodeSession:
         temperature = self.check_turn(asked)
         if context.busy:
             raise ValueError("a turn of this context is being sampled; wait for it")
-        room = min(asked.max_tokens, self.max_context - len(context.tokens))
+        room = self.max_context - len(context.tokens)
+        if asked.max_tokens < room:
+            room = asked.max_tokens
         if room < 1:
             context.truncated = True
             self._ended = "length"
@@ -385,26 +383,39 @@ class EpisodeSession:
                 self._say(context, WHOLE, whole, asked)
                 return whole
             room -= len(self._start.opened)
-        left = self._left(room)
-        room, free = min(room, left), room
+        free = room
+        if self._window and (left := self._left(room)) < room:
+            room = left
         context.busy = True
         self._begun += 1
         try:
-            recorded = turn_temperature(asked.temperature, self._ticket.permit.temperature)
-            recalled = self._recalled(context, room, recorded)
-            completion = recalled or await self._sample(context, room, temperature, asked)
-            if not self._over:
-                self._keep(context, completion, asked, recorded)
+            recorded = 0.0
+            if asked.temperature is not None:
+                recorded = turn_temperature(asked.temperature, self._ticket.permit.temperature)
+            recalled = None if self._record is None else self._recalled(context, room, recorded)
+            if recalled is None:
+                request = self._request(context, room, temperature, asked)
+                completion = await self.untimed(self._engine.generate(request))
+                if not all(map(math.isfinite, completion.log_probs)):
+                    raise self._not_finite(completion)
+            else:
+                completion = recalled
+            # also one that the engine gave up behind some tokens is recorded
+            if not self._over and (completion.tokens or completion.finish != "aborted"):
+                context.add_turn(completion, asked.state_key, asked.agent, recorded)
+                self._say(context, len(context.turns) - 1, completion, asked)
         finally:
             context.busy = False
-            self._begun = len(self._said) + sum(other.busy for other in self.contexts)
+            self._begun = len(self._said)
+            if len(self.contexts) > 1:
+                self._begun += sum(other.busy for other in self.contexts)
         if completion.finish == "aborted":  # the trajectory keeps the tokens that came
             raise EpisodeAborted(self.abandoned or "the engine gave the request up")
-        if completion.finish != "stop" and room < free:
+        if room < free and completion.finish != "stop":
             self._cut("turn")
         if self._on_turn is not None and recalled is None:
             self._on_turn()
-        if completion.finish != "stop" and room + len(with_given(self._start, ())) < asked.max_tokens:
+        if room < asked.max_tokens - len(with_given(self._start, ())) and completion.finish != "stop":
             context.truncated = True
             self._ended = "length"
         return completion
@@ -437,37 +448,25 @@ class EpisodeSession:
         context.unwanted = True
         self._engine.release(context.key)
 
-    def _keep(self, context: Context, completion: Completion, asked: TurnRequest, temperature: float) -> None:
-        """Record a turn, also one that the engine gave up behind some tokens."""
-        if completion.finish == "aborted" and not completion.tokens:
-            return
-        context.add_turn(completion, asked.state_key, asked.agent, temperature)
-        self._say(context, len(context.turns) - 1, completion, asked)
-
     def _say(self, context: Context, number: int, completion: Completion, asked: TurnRequest) -> None:
-        text = self.tokenizer.turn_text(with_given(self._start, completion.tokens), asked.stop)
-        self._spoken = completion, text
-        self._said.append(Spoken(context, number, text, completion.tokens, asked.agent))
+        tokens = completion.tokens
+        text = self.tokenizer.turn_text(tokens if self._start is None else with_given(self._start, tokens), asked.stop)
+        self._spoken = completion
+        self._said.append(Spoken(context, number, text, tokens, asked.agent))
 
-    async def _sample(self, context: Context, room: int, temperature: float, asked: TurnRequest) -> Completion:
-        """One turn by the engine. Raises LogitsNotFinite, or RunFailed when the engine has died."""
-        request = Request(
-            session=context.key,
-            tokens=context.tokens,
-            params=SamplingParams(
-                max_tokens=room,
-                temperature=temperature,
-                stop_tokens=self.tokenizer.ends_with(asked.stop_tokens),
-                stop_strings=tuple(asked.stop),
-            ),
-            seed=context.seed,
+    def _request(self, context: Context, room: int, temperature: float, asked: TurnRequest) -> Request:
+        params = SamplingParams(
+            max_tokens=room,
+            temperature=temperature,
+            stop_tokens=self.tokenizer.ends_with(asked.stop_tokens),
+            stop_strings=tuple(asked.stop),
         )
-        completion = await self.untimed(self._engine.generate(request))
-        if not all(map(math.isfinite, completion.log_probs)):
-            finite = np.isfinite(completion.log_probs)
-            self.engine_error = LogitsNotFinite(completion.versions[int(finite.argmin())])
-            raise self.engine_error
-        return completion
+        return Request(session=context.key, tokens=context.tokens, params=params, seed=context.seed)
+
+    def _not_finite(self, completion: Completion) -> LogitsNotFinite:
+        first = int(np.isfinite(completion.log_probs).argmin())
+        self.engine_error = error = LogitsNotFinite(completion.versions[first])
+        return error
 
     async def untimed(self, call: Awaitable[Answer]) -> Answer:
         """What the engine answers, or a wait for other episodes: the time until then is not the task's."""

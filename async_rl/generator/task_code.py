@@ -22,7 +22,10 @@ from dataclasses import dataclass, field
 from types import CoroutineType, FrameType
 from typing import Any, TypeVar
 
+from msgspec import Struct
+
 from async_rl.generator.process_state import KeptState
+from async_rl.generator.shared_timer import SharedTimer
 from async_rl.generator.step_mark import AT_ENGINE, EPISODE, Key, StepMark
 from async_rl.process import Interrupted, Terminated, stacks_file
 from async_rl.wire.heartbeat import locate, place_of
@@ -107,6 +110,8 @@ class TaskGuard:
     raised: int = 0
     """times that the alarm ended the step that runs"""
     armed: bool = False
+    timer: SharedTimer = field(default_factory=SharedTimer)
+    """ends the waits for episodes"""
     sentinels: dict[int, tuple[int, int]] = field(default_factory=dict)
     """files that are kept open, a low and a high one, and what they are: code that closes what is not its own closes
     one of them, or puts another in its place"""
@@ -218,21 +223,22 @@ class TaskGuard:
             raise TaskOverrun(why)
 
 
-@dataclass(slots=True)
-class Steps:
+class Steps(Struct, eq=False):
     """An awaitable that runs a coroutine step by step. Cancelling it throws into the coroutine, as awaiting does."""
 
     guard: TaskGuard
     coroutine: Coroutine[Any, Any, Any]
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        guard, run, given = self.guard, self.coroutine.send, None
+        guard, send, throw = self.guard, self.coroutine.send, self.coroutine.throw
+        run: Callable[[Any], Any] = send
+        given: Any = None
         while True:
-            while guard.quiet_until > time.monotonic():
+            while guard.quiet_until and guard.quiet_until > time.monotonic():
                 try:
                     yield
                 except BaseException as error:
-                    run, given = self.coroutine.throw, error
+                    run, given = throw, error
                     break
             guard.begin()
             try:
@@ -241,15 +247,15 @@ class Steps:
                 return end.value
             finally:
                 guard.end()
-            run, given = self.coroutine.send, None
-            waiting = guard.wait_begins()
+            run = send
+            waiting = None if guard.mark is None else guard.wait_begins()
             try:
                 given = yield waits_for
             except GeneratorExit:
                 self.coroutine.close()
                 raise
             except BaseException as error:
-                run, given = self.coroutine.throw, error
+                run, given = throw, error
             finally:
                 if waiting is not None:
                     guard.wait_ends(waiting)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 
-class TurnRequest(Struct, frozen=True, kw_only=True):
+class TurnRequest(Struct, frozen=True, kw_only=True, gc=False):
     """What a turn is to be like; see `task.Session.generate`."""
 
     max_tokens: int

@@ -80,6 +80,7 @@ class Guess(Task):
         require_range("seed", settings.seed, 0, 2**63 - 1)
         self.settings: GuessSettings = settings
         self.num_digits = len(str(settings.num_secrets - 1))
+        self._numbers = {f"{number:0{self.num_digits}d}": number for number in range(settings.num_secrets)}
         if settings.information_gain:
             self.repeatable = False  # its rewards depend on the weights
         order = PromptOrder(settings.num_secrets, settings.seed)
@@ -108,9 +109,10 @@ class Guess(Task):
         if self.settings.information_gain:
             gain = InformationGain(session, f"{secret:0{self.num_digits}d}")
             await gain.begin()
-        for _ in range(self.settings.max_turns):
-            text = await session.generate(max_tokens=self.num_digits, state_key=self.state_key(known))
-            if session.truncated and not text:
+        most, digits = self.settings.max_turns, self.num_digits
+        for _ in range(most):
+            text = await session.generate(max_tokens=digits, state_key=self.state_key(known))
+            if not text and session.truncated:
                 return 0.0  # the context is full: no further guess can be made
             guess = self.read(text)
             self.judge(session, consistent=known.allows(guess))
@@ -118,7 +120,7 @@ class Guess(Task):
             session.append(answer)
             if answer == FOUND:
                 return 1.0
-            if gain is not None and session.turn < self.settings.max_turns:
+            if gain is not None and session.turn < most:
                 await gain.reward_turn()
             known.learn(guess, answer)
         session.end_at_turn_limit()
@@ -134,11 +136,8 @@ class Guess(Task):
         return known.low * (self.settings.num_secrets + 1) + known.high + 1
 
     def read(self, text: str) -> int | None:
-        """The number guessed, or None. Only ASCII digits count: `str.isdigit` also accepts others."""
-        if len(text) != self.num_digits or not (text.isascii() and text.isdigit()):
-            return None
-        number = int(text)
-        return number if number < self.settings.num_secrets else None
+        """The number guessed, or None. Only ASCII digits count."""
+        return self._numbers.get(text)
 
     @staticmethod
     def answer(secret: int, guess: int | None) -> str:

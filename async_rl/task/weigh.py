@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct
+
 from async_rl.errors import UserError, nearest
 from async_rl.task.protocol import Task
 from async_rl.trajectory.types import MOST_REWARD
@@ -24,12 +26,11 @@ class RewardError(Exception):
     """What a task or a reward function returned is no reward, or it raised."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weighed:
+class Weighed(Struct, frozen=True, kw_only=True):
     """The reward of one episode."""
 
     total: float
-    parts: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = {}
     """as they were returned, unweighted; those given as None left out. Empty: the reward is a plain number"""
     named: frozenset[str] = frozenset()
     """all names that were returned, also those given as None"""

@@ -175,10 +175,10 @@ class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
             return f"{len(log)} log-probs for {n} tokens"
         position = 0
         for turn in self.turns:
-            start, length = turn.start, turn.length
+            start, length, reward = turn.start, turn.length, turn.reward
             if length < 0 or start < position or start + length > n:
                 return f"turn at {start}+{length} is out of order or outside {n} tokens"
-            if not abs(turn.reward) <= MOST_REWARD:
+            if reward and not abs(reward) <= MOST_REWARD:
                 return f"a turn's reward is not finite, or beyond {MOST_REWARD:g}"
             if (turn.notes or turn.token_notes) and (noted := _wrong_notes(turn)):
                 return noted
