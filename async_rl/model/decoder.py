@@ -25,8 +25,11 @@ from torch.utils.checkpoint import checkpoint
 
 from async_rl.model.architecture import DecoderConfig, Rope
 from async_rl.model.compiled_layer import compute_after, compute_before, serves
+from async_rl.model.compiled_stack import compute_layers, divide
 from async_rl.model.elementwise import rms_norm, rotate, swiglu
 from async_rl.model.repeats import Repeats
+from async_rl.model.tree_attention import TreeAttention
+from async_rl_kernels import native
 from async_rl_kernels.product import linear, worthwhile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -84,10 +87,35 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention, rows: Tensor | None = None) -> Tensor:
         x = self.model.embed_tokens(tokens)  # [tokens, hidden]
         cos, sin = self.rotation(positions, x.dtype)
+        if (found := self._at_once(x, cos, sin, attention, rows)) is not None:
+            return self.model.norm(found)
         last = len(self.model.layers) - 1
         for number, layer in enumerate(self.model.layers):
             x = layer(x, cos, sin, attention, rows if number == last else None)
         return self.model.norm(x)
+
+    def _at_once(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None) -> Tensor | None:
+        """x [tokens, hidden] behind all layers, or of `rows`, by compiled functions; None where they do not serve."""
+        if not isinstance(attention, TreeAttention) or attention.tree.num_rows != len(x) or not len(self.model.layers):
+            return None
+        layers = [weights_at_once(layer) for layer in self.model.layers]
+        every = [weight for weights in layers for weight in weights if weight is not None]
+        size = self.config.head_dim
+        if not all(layers) or size not in native.HEAD_SIZES or not serves(x, every, size):
+            return None
+        trees = attention.trees([self.config.window(number) for number in range(len(layers))])
+        if trees is None:
+            return None
+        widest = self.config.hidden * self.config.intermediate
+        every_row, asked_for = (divide(trees, len(x), asked, widest) for asked in (None, rows))
+        if every_row is None or asked_for is None:
+            return None
+        if every_row.count > 1:
+            return compute_layers(x, cos, sin, asked_for, layers, size, self.config.norm_eps)
+        for number, weights in enumerate(layers):
+            way = asked_for if number == len(layers) - 1 else every_row
+            x = compute_layers(x, cos, sin, way, [weights], size, self.config.norm_eps)
+        return x
 
     def set_execution(self, execution: LayerExecution) -> LayerExecution:
         """Compute every layer in this way from now on; returns the way until now."""
@@ -213,6 +241,19 @@ def plain_weights(layer: Layer) -> Sequence[Tensor]:
     if any(linear.bias is not None or linear.repeats is not None for linear in linears):
         return ()
     return [*(linear.weight for linear in linears), *(norm.weight for norm in norms)]
+
+
+def weights_at_once(layer: nn.Module) -> list[Tensor | None]:
+    """The weights of a plain layer as `compute_layers` takes them; none where the layer must be called."""
+    if type(layer) is not Layer or layer.execution != LayerExecution() or not plain_weights(layer):
+        return []
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return []
+    at, mlp = layer.self_attn, layer.mlp
+    norms = [None if norm is None else norm.weight for norm in (at.q_norm, at.k_norm)]
+    first = layer.input_layernorm.weight, at.q_proj.weight, at.k_proj.weight, at.v_proj.weight, *norms
+    second = layer.post_attention_layernorm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+    return [*first, at.o_proj.weight, *second]
 
 
 @cache

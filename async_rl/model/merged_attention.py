@@ -80,8 +80,8 @@ class CompiledParts:
     def __init__(self, runs: list[tuple[int, int, int]], longest: int) -> None:
         """runs: (begin, end, number of the run above or -1), each behind the one above it. longest: most keys of a
         row, each run's rounded up to native.WIDTH."""
-        self._runs = torch.tensor(runs, dtype=torch.int64)
-        self._longest = longest
+        self.runs = torch.tensor(runs, dtype=torch.int64)
+        self.longest = longest
 
     @classmethod
     def of_tree(cls, tree: PrefixTree) -> CompiledParts | None:
@@ -137,13 +137,13 @@ class CompiledParts:
             query_stride=query.stride(0),
             key_stride=key.stride(0),
             value_stride=value.stride(0),
-            runs=self._runs.data_ptr(),
-            count=len(self._runs),
+            runs=self.runs.data_ptr(),
+            count=len(self.runs),
             rows=rows,
             heads=heads,
             kv_heads=key.shape[1],
             size=size,
-            longest=self._longest,
+            longest=self.longest,
             scale=size**-0.5,
             threads=torch.get_num_threads(),
             out=out.data_ptr(),

@@ -13,12 +13,14 @@ Shapes: R rows, H query heads, KV heads of keys and values, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from async_rl.model.attention import DocumentAttention, bounds_of, half_precision
-from async_rl.model.merged_attention import Parts, RepeatedProduct, TreeProduct, documents_of, parts_of
+from async_rl.model.merged_attention import CompiledParts, Parts, RepeatedProduct, TreeProduct, documents_of, parts_of
 from async_rl.model.prefix_tree import PrefixTree, Run
 from async_rl.model.repeats import Repeats
 from async_rl.model.varlen import Kernel
@@ -55,6 +57,13 @@ class TreeAttention:
             out: Tensor = TreeProduct.apply(query, key, value, self._parts)
             return out
         return self._laid_out(layer, query, key, value, window, cap)
+
+    def trees(self, windows: Sequence[int]) -> CompiledParts | None:
+        """What says which row attends to which, for functions that compute several layers at once, with these windows,
+        on a CPU; None where other ways than the compiled one serve."""
+        if any(0 < window < self._longest for window in windows):
+            return None
+        return CompiledParts.of_tree(self.tree)
 
     def _laid_out(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int, cap: float) -> Tensor:
         if self._repeats is None or self._repeats.rows.device != query.device:

@@ -31,12 +31,6 @@ static void copy_rows(const float *from, long from_stride, float *to, long strid
         for (long i = 0; i < n; i++) to[row * stride + i] = from[row * from_stride + i];
 }
 
-static void add_rows_to(const float *from, long from_stride, float *to, long stride, long rows, long n, int threads) {
-    SHARED_ROWS(rows * n)
-    for (long row = 0; row < rows; row++)
-        for (long i = 0; i < n; i++) to[row * stride + i] += from[row * from_stride + i];
-}
-
 // out = x * scale * weight, as rms_norm had it
 static void norm_again(const float *x, long x_stride, const float *weight, const float *scale, float *out, long rows,
                        long n, int threads) {
@@ -70,8 +64,10 @@ typedef struct {
     const float *of_query, *of_key, *of_value;
     long of_query_stride, of_key_stride, of_value_stride;
     float *of_x;                                                 // [rows, hidden]
-    float *of_norm, *of_query_norm, *of_key_norm;                // [threads, ..] of zeros, or null
-    float *of_query_weight, *of_key_weight, *of_value_weight;    // written by the first block, or null
+    float *of_norm, *of_query_norm, *of_key_norm;                // [threads, ..] to add to, or null
+    float *of_query_weight, *of_key_weight, *of_value_weight;    // or null
+    int keep;          // whether these are added to; else the first block writes them
+    const float *more; // [rows, hidden], added to of_x, or null
 } Before;
 
 void before_forward(const Before *l) {
@@ -112,7 +108,7 @@ void before_backward(const Before *l) {
     float *v = k + l->block * K, *scale = v + l->block * K;
     for (long row = 0; row < l->rows; row += l->block) {
         long n = l->rows - row < l->block ? l->rows - row : l->block;
-        float keep = row ? 1.0f : 0.0f;
+        float keep = row || l->keep ? 1.0f : 0.0f;
         const float *x = l->x + row * l->x_stride;
         heads_back(l, l->of_query, l->of_query_stride, l->heads, row, n, l->query_in, l->query_norm, l->of_query_norm,
                    scale, q);
@@ -126,8 +122,8 @@ void before_backward(const Before *l) {
         THROUGH_WEIGHT(n, H, Q, q, Q, l->query_weight, 0.0f, pull, H);
         THROUGH_WEIGHT(n, H, K, k, K, l->key_weight, 1.0f, pull, H);
         THROUGH_WEIGHT(n, H, K, v, K, l->value_weight, 1.0f, pull, H);
-        rms_norm_backward(pull, H, x, l->x_stride, l->norm, l->scale + row, l->of_x + row * H, H, l->of_norm, n, H,
-                          threads, threads);
+        norm_rows_backward(pull, H, x, l->x_stride, l->norm, l->scale + row, l->more ? l->more + row * H : 0, H,
+                           l->of_x + row * H, H, l->of_norm, n, H, threads, threads);
     }
 }
 
@@ -150,8 +146,9 @@ typedef struct {
     const float *of_y;
     long of_y_stride;
     float *of_x, *of_out; // [rows, hidden], [rows, attended]
-    float *of_norm;       // [threads, hidden] of zeros, or null
-    float *of_out_weight, *of_gate_weight, *of_up_weight, *of_down_weight;
+    float *of_norm;       // [threads, hidden] to add to, or null
+    float *of_out_weight, *of_gate_weight, *of_up_weight, *of_down_weight; // or null
+    int keep; // whether these are added to; else the first block writes them
 } After;
 
 void after_forward(const After *l) {
@@ -204,7 +201,7 @@ void after_backward(const After *l) {
     float *of_gate = gated + l->block * I, *of_up = of_gate + l->block * I;
     for (long row = 0; row < l->rows; row += l->block) {
         long n = l->rows - row < l->block ? l->rows - row : l->block;
-        float keep = row ? 1.0f : 0.0f;
+        float keep = row || l->keep ? 1.0f : 0.0f;
         const float *g = l->of_y + row * l->of_y_stride, *middle = l->middle + row * H;
         const float *out = l->out + row * l->out_stride;
         float *of_x = l->of_x + row * H;
@@ -216,8 +213,8 @@ void after_backward(const After *l) {
         OF_WEIGHT(I, H, n, of_up, I, normed, H, keep, l->of_up_weight);
         THROUGH_WEIGHT(n, H, I, of_gate, I, l->gate_weight, 0.0f, pull, H);
         THROUGH_WEIGHT(n, H, I, of_up, I, l->up_weight, 1.0f, pull, H);
-        rms_norm_backward(pull, H, middle, H, l->norm, l->scale + row, of_x, H, l->of_norm, n, H, threads, threads);
-        add_rows_to(g, l->of_y_stride, of_x, H, n, H, threads);
+        norm_rows_backward(pull, H, middle, H, l->norm, l->scale + row, g, l->of_y_stride, of_x, H, l->of_norm, n, H,
+                           threads, threads);
         THROUGH_WEIGHT(n, A, H, of_x, H, l->out_weight, 0.0f, l->of_out + row * A, A);
         OF_WEIGHT(H, A, n, of_x, H, out, l->out_stride, keep, l->of_out_weight);
     }

@@ -119,9 +119,9 @@ void rms_norm(const float *x, long x_stride, const float *weight, float eps, flo
     }
 }
 
-// One row: of_x = s (g w - x s^2 mean(g w x)), and of_weight += g x s unless it is null.
-static inline void norm_backward(const float *g, const float *x, const float *w, float s, float *of_x, float *of_weight,
-                                 long n) {
+// One row: of_x = s (g w - x s^2 mean(g w x)) + more, and of_weight += g x s; more and of_weight may be null.
+static inline void norm_backward(const float *g, const float *x, const float *w, float s, const float *more,
+                                 float *of_x, float *of_weight, long n) {
     vec total = {};
     long i = 0;
     for (; i + WIDTH <= n; i += WIDTH) total += load(g + i) * load(w + i) * load(x + i);
@@ -130,7 +130,10 @@ static inline void norm_backward(const float *g, const float *x, const float *w,
     float pull = (sum_of(total) + rest) * s * s / n;
     if (of_weight)
         for (long j = 0; j < n; j++) of_weight[j] += g[j] * x[j] * s;
-    for (long j = 0; j < n; j++) of_x[j] = s * (g[j] * w[j] - x[j] * pull);
+    if (more)
+        for (long j = 0; j < n; j++) of_x[j] = s * (g[j] * w[j] - x[j] * pull) + more[j];
+    else
+        for (long j = 0; j < n; j++) of_x[j] = s * (g[j] * w[j] - x[j] * pull);
 }
 
 static inline void flush(float *part, float *total, long n) {
@@ -144,29 +147,36 @@ static inline void flush(float *part, float *total, long n) {
 
 // The gradients of the inputs of rows begin <= row < end; that of the weight is added to of_weight [n] unless null.
 static void norms_backward(const float *g, long g_stride, const float *x, long x_stride, const float *weight,
-                           const float *scale, float *of_x, long of_stride, float *of_weight, long begin, long end,
-                           long n) {
+                           const float *scale, const float *more, long more_stride, float *of_x, long of_stride,
+                           float *of_weight, long begin, long end, long n) {
     float part[MOST];
     if (of_weight)
         for (long i = 0; i < n; i++) part[i] = 0;
     for (long row = begin; row < end; row++) {
-        norm_backward(g + row * g_stride, x + row * x_stride, weight, scale[row], of_x + row * of_stride,
-                      of_weight ? part : 0, n);
+        norm_backward(g + row * g_stride, x + row * x_stride, weight, scale[row], more ? more + row * more_stride : 0,
+                      of_x + row * of_stride, of_weight ? part : 0, n);
         if (of_weight && ((row - begin) % TOGETHER == TOGETHER - 1 || row == end - 1)) flush(part, of_weight, n);
     }
 }
 
-// of_weight: null, or [runs, n] of zeros, `runs` of rows whose sums are the caller's to add up.
-void rms_norm_backward(const float *g, long g_stride, const float *x, long x_stride, const float *weight,
-                       const float *scale, float *of_x, long of_stride, float *of_weight, long rows, long n, long runs,
-                       int threads) {
+// of_weight: null, or [runs, n] to which the sums of each of `runs` of rows are added. more: null, or added to of_x.
+static void norm_rows_backward(const float *g, long g_stride, const float *x, long x_stride, const float *weight,
+                               const float *scale, const float *more, long more_stride, float *of_x, long of_stride,
+                               float *of_weight, long rows, long n, long runs, int threads) {
     long each = (rows + runs - 1) / runs;
     SHARED_ROWS(rows * n)
     for (long run = 0; run < runs; run++) {
         long end = (run + 1) * each < rows ? (run + 1) * each : rows;
-        norms_backward(g, g_stride, x, x_stride, weight, scale, of_x, of_stride, of_weight ? of_weight + run * n : 0,
-                       run * each, end, n);
+        norms_backward(g, g_stride, x, x_stride, weight, scale, more, more_stride, of_x, of_stride,
+                       of_weight ? of_weight + run * n : 0, run * each, end, n);
     }
+}
+
+void rms_norm_backward(const float *g, long g_stride, const float *x, long x_stride, const float *weight,
+                       const float *scale, float *of_x, long of_stride, float *of_weight, long rows, long n, long runs,
+                       int threads) {
+    norm_rows_backward(g, g_stride, x, x_stride, weight, scale, 0, 0, of_x, of_stride, of_weight, rows, n, runs,
+                       threads);
 }
 
 // ---------------------------------------------------------------- heads: norm, then rotation
@@ -480,3 +490,4 @@ void turn_matrix(const uint32_t *from, long rows, long columns, uint32_t *to, lo
 
 #include "tree.c"
 #include "layers.c"
+#include "stack.c"

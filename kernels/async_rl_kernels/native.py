@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("native.c")
-PARTS = tuple(Path(__file__).with_name(name) for name in ("tree.c", "layers.c"))
+PARTS = tuple(Path(__file__).with_name(name) for name in ("tree.c", "layers.c", "stack.c"))
 """what it includes"""
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 TORCH = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
@@ -109,6 +109,8 @@ class Before(Structure):
         *((name, c_long) for name in ("of_query_stride", "of_key_stride", "of_value_stride")),
         *((name, c_void_p) for name in ("of_x", "of_norm", "of_query_norm", "of_key_norm")),
         *((name, c_void_p) for name in ("of_query_weight", "of_key_weight", "of_value_weight")),
+        ("keep", c_int),
+        ("more", c_void_p),
     )
 
 
@@ -127,6 +129,25 @@ class After(Structure):
         ("of_y_stride", c_long),
         *((name, c_void_p) for name in ("of_x", "of_out", "of_norm")),
         *((name, c_void_p) for name in ("of_out_weight", "of_gate_weight", "of_up_weight", "of_down_weight")),
+        ("keep", c_int),
+    )
+
+
+class Stack(Structure):
+    """The argument of `stack_forward` and `stack_backward` in stack.c."""
+
+    _fields_ = (
+        ("gemm", c_void_p),
+        *((name, c_long) for name in ("rows", "hidden", "heads", "kv_heads", "size", "inner", "layers")),
+        *((name, c_long) for name in ("block", "widest")),
+        ("threads", c_int),
+        ("eps", c_float),
+        *((name, c_void_p) for name in ("x", "cos", "sin", "parts")),
+        ("count", c_long),
+        ("runs", c_void_p),
+        ("longest", c_long),
+        ("scale", c_float),
+        *((name, c_void_p) for name in ("asked", "layer", "room", "of_y", "of_x")),
     )
 
 
@@ -174,10 +195,19 @@ SIGNATURES = {
     "before_backward": (POINTER(Before),),
     "after_forward": (POINTER(After),),
     "after_backward": (POINTER(After),),
+    "stack_room": (POINTER(Stack),),
+    "stack_forward": (POINTER(Stack),),
+    "stack_backward": (POINTER(Stack),),
     "decode": (POINTER(Decode),),
     "draw": (P, P, P, P, P, N, N),
 }
-RETURNS = {"tree_forward": c_int, "tree_backward": c_int}
+RETURNS = {
+    "tree_forward": c_int,
+    "tree_backward": c_int,
+    "stack_room": c_long,
+    "stack_forward": c_int,
+    "stack_backward": c_int,
+}
 
 
 @cache
