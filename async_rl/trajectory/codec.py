@@ -26,13 +26,12 @@ import struct
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import repeat
 from typing import Any, Literal, get_args
 
 import msgpack
 import msgspec
 import numpy as np
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 from numpy.typing import NDArray
 
 from async_rl.trajectory.turn_notes import MOST_NAMES, Notes
@@ -55,6 +54,7 @@ _REWARDS, _KEYS, _DENSE, _TEMPERATURES, _AGENTS, _CONTEXTS, _NOTES = 1, 2, 4, 8,
 _ALL_FLAGS = _REWARDS | _KEYS | _DENSE | _TEMPERATURES | _AGENTS | _CONTEXTS | _NOTES
 _SPLITS = get_args(Split)
 _ENDINGS = get_args(Ended)
+_LAST = len(_ENDINGS) - 1
 _FEW = 128
 """tokens that are not the policy's: sending their log-probs, all zero, costs less than leaving them out"""
 _SHORT_TEXT = 128
@@ -64,8 +64,12 @@ _MOST_TURNS = 1 << 16
 """turns, spans of versions, or contexts"""
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 _ZEROS = bytes(8)
+_SMALL = 1 << 14
+"""bytes of a blob that is copied"""
+_EIGHT = _REWARDS | _KEYS | _TEMPERATURES
+_EIGHTS = [flags.bit_count() for flags in range(_EIGHT + 1)]
+"""columns of 8 bytes a turn, notes aside, by flags"""
 _LENGTH = "a trajectory of {} bytes does not have the length its header says"
-_TURN, _SPAN = struct.Struct("<ii"), struct.Struct("<iii")
 # half a surrogate pair in an error's text must not lose the trajectory
 _pack_text = msgpack.Packer(unicode_errors="replace").pack
 
@@ -91,24 +95,25 @@ def pack(trajectory: Trajectory) -> bytes:
     turns = trajectory.turns
     tokens, log_behaviour = trajectory.tokens, trajectory.log_behaviour
     assert tokens.dtype == _INT32 and log_behaviour.dtype == _FLOAT32 and tokens.ndim == 1  # noqa: PT018
-    flags, eights = 0, b""
-    integers = [number for turn in turns for number in (turn.start, turn.length)]
-    rewards, keys = [turn.reward for turn in turns], [turn.state_key for turn in turns]
+    flags, eights, noted, many = 0, b"", None, len(turns)
+    starts, lengths, rewards, keys, agents, temperatures, notes, token_notes = _columns(turns)
+    integers: list[int] = [0] * (2 * many)
+    integers[::2], integers[1::2] = starts, lengths
     try:
         if any(rewards):
             flags |= _REWARDS
-            eights = struct.pack(f"<{len(rewards)}d", *rewards)
-        if keys.count(-1) != len(keys):
+            eights = struct.pack(f"<{many}d", *rewards)
+        if keys.count(-1) != many:
             flags |= _KEYS
-            eights += struct.pack(f"<{len(keys)}q", *keys)
-        if any(temperatures := [turn.temperature for turn in turns]):
+            eights += struct.pack(f"<{many}q", *keys)
+        if any(temperatures):
             flags |= _TEMPERATURES
-            eights += struct.pack(f"<{len(turns)}d", *temperatures)
-        noted = Notes.of(turns) if any(turn.notes or turn.token_notes for turn in turns) else None
-        if noted is not None:
+            eights += struct.pack(f"<{many}d", *temperatures)
+        if any(notes) or any(token_notes):
+            noted = Notes.of(turns)
             flags |= _NOTES
             eights += noted.of_turns(turns)
-        num_other = len(tokens) - sum(integers[1::2])
+        num_other = len(tokens) - sum(lengths)
         if num_other <= max(len(tokens) // 4, _FEW):
             flags |= _DENSE
             log_policy = log_behaviour.tobytes()
@@ -118,12 +123,13 @@ def pack(trajectory: Trajectory) -> bytes:
         num_log = len(log_policy) // 4
         if noted is not None:
             log_policy += noted.of_tokens(turns, num_log, dense=bool(flags & _DENSE))
-        integers += [number for s in trajectory.versions for number in (s.version, s.start, s.end)]
+        for span in trajectory.versions:
+            integers += (span.version, span.start, span.end)
         if trajectory.contexts:
             flags |= _CONTEXTS
             integers += trajectory.contexts
         names: dict[str, int] = {}
-        if any(agents := [turn.agent for turn in turns]):
+        if any(agents):
             flags |= _AGENTS
             integers += [names.setdefault(agent, len(names)) for agent in agents]
         fours = struct.pack(f"<{len(integers)}i", *integers)
@@ -134,6 +140,11 @@ def pack(trajectory: Trajectory) -> bytes:
         raise ValueError(f"a number of the trajectory does not fit its column: {error}") from None
     padding = _ZEROS[: -len(text) % 8]
     return b"".join((head, text, padding, eights, tokens.tobytes(), log_policy, fours))
+
+
+def _columns(turns: Sequence[Turn]) -> Sequence[Sequence[Any]]:
+    """The fields of turns, each in the order of the turns."""
+    return tuple(zip(*map(astuple, turns), strict=True)) if turns else ((),) * len(Turn.__struct_fields__)
 
 
 def _head(
@@ -176,6 +187,8 @@ def unpack(blob: Blob) -> Trajectory:
     """The trajectory of one blob, checked. Its columns are read-only views into the blob where that is possible.
 
     Raises WireError."""
+    if len(blob) <= _SMALL:  # it may lie at any offset of the socket's buffer, and bytes are cut faster than views
+        blob = bytes(blob)
     # fmt: off
     (
         text_bytes, group, sample, problem, seed, reward, temperature, started_at,
@@ -183,43 +196,40 @@ def unpack(blob: Blob) -> Trajectory:
     ) = _fixed(blob)
     # fmt: on
     offset = _FIXED.size + text_bytes + -text_bytes % 8
-    noted = _note_names(blob, text_bytes) if flags & _NOTES else Notes()
-    on_turns, on_tokens = len(noted.turn_names), len(noted.token_names)
-    by_turn = 2 + bool(flags & _AGENTS)
-    fours = num_tokens + num_log * (1 + on_tokens) + by_turn * num_turns + 3 * num_spans + num_contexts
-    eights = num_turns * (_eights(flags) + on_turns)
-    if offset + 8 * eights + 4 * (fours + fours % 2) != len(blob):
+    on_turns = on_tokens = 0
+    if flags & _NOTES:
+        noted = _note_names(blob, text_bytes)
+        on_turns, on_tokens = len(noted.turn_names), len(noted.token_names)
+    places = 2 * num_turns + 3 * num_spans
+    by_turn = num_turns if flags & _AGENTS else 0
+    numbers = places + num_contexts + by_turn
+    fours = num_tokens + num_log * (1 + on_tokens) + numbers
+    if offset + 8 * num_turns * (_EIGHTS[flags & _EIGHT] + on_turns) + 4 * (fours + fours % 2) != len(blob):
         raise WireError(_LENGTH.format(len(blob)), "trajectory")
-    _check_sizes(text_bytes, num_turns, num_spans, num_contexts)
-    if group < 0 or sample < 0 or problem < 0:
-        raise WireError("a trajectory's group, sample or problem is below zero", "columns")
-    _check_kinds(split, ended, flags, num_contexts)
-    reason, generator, info, names, *_ = _said(blob[_FIXED.size : _FIXED.size + text_bytes], flags)
-    eight: dict[int, Sequence[Any]] = {}
-    for flag, kind in ((_REWARDS, "d"), (_KEYS, "q"), (_TEMPERATURES, "d")):
-        if flags & flag:
-            eight[flag] = struct.unpack_from(f"<{num_turns}{kind}", blob, offset)
-            offset += 8 * num_turns
-    turn_notes = [struct.unpack_from(f"<{num_turns}d", blob, offset + 8 * num_turns * i) for i in range(on_turns)]
-    offset += 8 * num_turns * on_turns
-    tokens = np.frombuffer(blob, np.int32, num_tokens, offset)
+    large = num_contexts or text_bytes + numbers > _MOST_TURNS
+    if large or split > 1 or ended > _LAST or flags >= _CONTEXTS or group < 0 or sample < 0 or problem < 0:
+        _check_numbers(blob)
+    reason, generator, info, names, _, _ = _said(blob[_FIXED.size : _FIXED.size + text_bytes], flags)
+    rewards, keys, temperatures = _eights(blob, offset, num_turns, flags) if flags & _EIGHT else (None, None, None)
+    offset += 8 * num_turns * _EIGHTS[flags & _EIGHT]
+    turn_notes: list[tuple[float, ...]] = []
+    token_notes: list[NDArray[np.float32]] = []
+    for _ in range(on_turns):
+        turn_notes.append(struct.unpack_from(f"<{num_turns}d", blob, offset))
+        offset += 8 * num_turns
+    tokens = np.frombuffer(blob, _INT32, num_tokens, offset)
     offset += 4 * num_tokens
-    columns = [np.frombuffer(blob, np.float32, num_log, offset + 4 * num_log * i) for i in range(1 + on_tokens)]
-    log_behaviour, *token_notes = columns
-    offset += 4 * num_log * len(columns)
-    if not tokens.flags.aligned:  # a small frame lies at any offset of the socket's buffer
+    log_behaviour = np.frombuffer(blob, _FLOAT32, num_log, offset)
+    offset += 4 * num_log
+    for _ in range(on_tokens):
+        token_notes.append(np.frombuffer(blob, _FLOAT32, num_log, offset))
+        offset += 4 * num_log
+    if not tokens.flags.aligned:
         tokens, log_behaviour = tokens.copy(), log_behaviour.copy()
-    # a copy: an iterator over a memoryview that stays in a traceback crashes the garbage collector of Python 3.11
-    places = bytes(blob[offset:])
-    middle = _TURN.size * num_turns
-    turns = _turns(places[:middle], eight.get(_REWARDS), eight.get(_KEYS))
-    last = middle + _SPAN.size * num_spans
-    spans = _SPAN.iter_unpack(places[middle:last])
-    contexts: tuple[int, ...] = struct.unpack_from(f"<{num_contexts}i", places, last) if num_contexts else ()
+    found = struct.unpack_from(f"<{numbers}i", blob, offset)
+    turns = _turns(found[: 2 * num_turns], rewards, keys)
     if flags & (_AGENTS | _TEMPERATURES):
-        spoken = struct.unpack_from(f"<{num_turns}i", places, last + 4 * num_contexts) if flags & _AGENTS else None
-        turns = _described(turns, spoken, names, eight.get(_TEMPERATURES))
-    versions = tuple([VersionSpan(version=version, start=start, end=end) for version, start, end in spans])
+        turns = _described(turns, found[places + num_contexts :] if flags & _AGENTS else None, names, temperatures)
     if not flags & _DENSE:
         log_behaviour, *token_notes = [_spread(c, turns, num_tokens) for c in (log_behaviour, *token_notes)]
     if flags & _NOTES:
@@ -233,31 +243,50 @@ def unpack(blob: Blob) -> Trajectory:
         tokens=tokens,
         log_behaviour=log_behaviour,
         turns=turns,
-        versions=versions,
+        versions=_spans(found[2 * num_turns : places]),
         reward=reward,
         ended=_ENDINGS[ended],
         temperature=temperature,
-        contexts=contexts,
+        contexts=found[places : places + num_contexts],
         reason=reason,
         generator=generator,
         started_at=started_at,
         finished_at=finished_at,
-        info=info,
+        info=info.copy(),
     )
     if (wrong := trajectory.check()) is not None:
         raise WireError(f"trajectory {sample} of group {group}: {wrong}", "columns")
     return trajectory
 
 
-def _check_sizes(text_bytes: int, num_turns: int, num_spans: int, num_contexts: int) -> None:
-    """Raises WireError for a trajectory that is too large."""
+def _eights(
+    blob: Blob, offset: int, num_turns: int, flags: int
+) -> tuple[Sequence[float] | None, Sequence[int] | None, Sequence[float] | None]:
+    """Rewards, keys and temperatures of the turns, where there are any."""
+    rewards = keys = None
+    if flags & _REWARDS:
+        rewards = struct.unpack_from(f"<{num_turns}d", blob, offset)
+        offset += 8 * num_turns
+    if flags & _KEYS:
+        keys = struct.unpack_from(f"<{num_turns}q", blob, offset)
+        offset += 8 * num_turns
+    return rewards, keys, struct.unpack_from(f"<{num_turns}d", blob, offset) if flags & _TEMPERATURES else None
+
+
+def _check_numbers(blob: Blob) -> None:
+    """Raises WireError for a trajectory that is too large, or whose numbers stand for nothing: what `unpack` does not
+    see at once to be neither."""
+    # fmt: off
+    (
+        text_bytes, group, sample, problem, _, _, _, _, _, _, _,
+        num_turns, num_spans, split, ended, flags, num_contexts,
+    ) = _fixed(blob)
+    # fmt: on
     if text_bytes > _MOST_TEXT_BYTES or max(num_turns, num_spans, num_contexts) > _MOST_TURNS:
         said = f"{text_bytes} bytes of text, {num_turns} turns, {num_spans} spans, {num_contexts + 1} contexts"
         raise WireError(f"a trajectory of {said}", "size")
-
-
-def _check_kinds(split: int, ended: int, flags: int, num_contexts: int) -> None:
-    """Raises WireError for numbers that stand for nothing."""
+    if group < 0 or sample < 0 or problem < 0:
+        raise WireError("a trajectory's group, sample or problem is below zero", "columns")
     if split >= len(_SPLITS) or ended >= len(_ENDINGS) or flags > _ALL_FLAGS:
         raise WireError("a trajectory of unknown split, ending or flags", "trajectory")
     if bool(flags & _CONTEXTS) != bool(num_contexts):
@@ -268,27 +297,24 @@ def tokens_in(blob: Blob) -> tuple[int, int]:
     """(offset, number) of the tokens in the blob of a trajectory. Raises WireError when it cannot hold them."""
     text_bytes, *_, num_tokens, _, num_turns, _, _, _, flags, _ = _fixed(blob)
     noted = _note_names(blob, text_bytes) if flags & _NOTES else Notes()
-    offset: int = _FIXED.size + text_bytes + -text_bytes % 8 + 8 * num_turns * (_eights(flags) + len(noted.turn_names))
+    offset: int = (
+        _FIXED.size + text_bytes + -text_bytes % 8 + 8 * num_turns * (_EIGHTS[flags & _EIGHT] + len(noted.turn_names))
+    )
     if offset + 4 * num_tokens > len(blob):
         raise WireError(_LENGTH.format(len(blob)), "trajectory")
     return offset, num_tokens
 
 
-def _eights(flags: int) -> int:
-    """Columns of 8 bytes a turn, notes aside."""
-    return bool(flags & _REWARDS) + bool(flags & _KEYS) + bool(flags & _TEMPERATURES)
-
-
-def _fixed(blob: Blob) -> list[Any]:
+def _fixed(blob: Blob) -> tuple[Any, ...]:
     """The numbers of the fixed part, from the text's bytes on."""
     if len(blob) < _FIXED.size:
         raise WireError(f"a trajectory of {len(blob)} bytes is truncated", "trajectory")
-    magic, schema, *numbers = _FIXED.unpack_from(blob)
-    if magic != _MAGIC:
+    numbers = _FIXED.unpack_from(blob)
+    if numbers[0] != _MAGIC:
         raise WireError("not a trajectory", "trajectory")
-    if schema != SCHEMA:
-        raise WireError(f"a trajectory of schema {schema}; this program reads {SCHEMA}", "schema")
-    return numbers
+    if numbers[1] != SCHEMA:
+        raise WireError(f"a trajectory of schema {numbers[1]}; this program reads {SCHEMA}", "schema")
+    return numbers[2:]
 
 
 def _note_names(blob: Blob, text_bytes: int) -> Notes:
@@ -301,12 +327,24 @@ def _note_names(blob: Blob, text_bytes: int) -> Notes:
     return Notes(turn_names=tuple(turn_names), token_names=tuple(token_names))
 
 
-def _turns(packed: bytes, rewards: Sequence[float] | None, keys: Sequence[int] | None) -> tuple[Turn, ...]:
-    places = _TURN.iter_unpack(packed)
-    if rewards is None and keys is None:
-        return tuple([Turn(start=start, length=length) for start, length in places])
-    rest = zip(places, rewards or repeat(0.0), keys or repeat(-1), strict=False)
-    return tuple([Turn(start=s, length=n, reward=reward, state_key=key) for (s, n), reward, key in rest])
+def _turns(places: Sequence[int], rewards: Sequence[float] | None, keys: Sequence[int] | None) -> tuple[Turn, ...]:
+    """`places`: start and length of each."""
+    starts, lengths = places[::2], places[1::2]
+    if keys is None and rewards is None:
+        return tuple([Turn(start=start, length=length) for start, length in zip(starts, lengths, strict=True)])
+    if rewards is None:
+        assert keys is not None
+        return tuple([Turn(start=s, length=n, state_key=k) for s, n, k in zip(starts, lengths, keys, strict=True)])
+    rest = zip(starts, lengths, rewards, keys or (-1,) * len(starts), strict=True)
+    return tuple([Turn(start=s, length=n, reward=reward, state_key=key) for s, n, reward, key in rest])
+
+
+def _spans(numbers: Sequence[int]) -> tuple[VersionSpan, ...]:
+    """`numbers`: version, start and end of each."""
+    if len(numbers) == 3:
+        return (VersionSpan(version=numbers[0], start=numbers[1], end=numbers[2]),)
+    each = zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
+    return tuple([VersionSpan(version=version, start=start, end=end) for version, start, end in each])
 
 
 def _described(
@@ -367,11 +405,10 @@ Said = tuple[str, str, dict[str, float | str], Sequence[str], Sequence[str], Seq
 
 
 def _said(packed: Blob, flags: int) -> Said:
-    """What the text says; info is not shared with the cache."""
+    """What the text says; info is that of the cache."""
     if len(packed) > _SHORT_TEXT:
         return _text(packed, flags)
-    reason, generator, info, *names = _short_text(bytes(packed), flags & (_AGENTS | _NOTES))
-    return reason, generator, info.copy(), names[0], names[1], names[2]
+    return _short_text(bytes(packed), flags & (_AGENTS | _NOTES))
 
 
 def _text(packed: Blob, flags: int) -> Said:

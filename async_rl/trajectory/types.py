@@ -65,7 +65,7 @@ class VersionSpan(Struct, frozen=True, kw_only=True, gc=False):
     end: int
 
 
-class Trajectory(Struct, frozen=True, kw_only=True, eq=False):
+class Trajectory(Struct, frozen=True, kw_only=True, eq=False, gc=False):
     """One episode. Policy tokens are exactly those inside `turns`; all others came from the prompt or the environment
     and carry no loss.
 
