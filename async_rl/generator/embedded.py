@@ -25,6 +25,7 @@ from torch import Tensor
 
 from async_rl.errors import RunFailed
 from async_rl.generator.engine import Completion, EngineStats, LogitsNotFinite, Request
+from async_rl.generator.further_steps import FurtherSteps
 from async_rl.generator.kv_blocks import BLOCK, SCRATCH, BlockTables, Ints, block_bytes, cache_blocks
 from async_rl.generator.kv_cache import CacheAttention, Feed, KVCache, Places, arrange
 from async_rl.generator.sampling import StopRules, sample, uniforms
@@ -42,8 +43,8 @@ from async_rl_kernels.product import linear
 PROBE_ROWS = 1024
 """tokens whose logits a probe holds at once"""
 
-GO_ON_S = 0.004
-"""in which steps are taken that nothing comes between"""
+GO_ON_S, FULL_S = 0.004, 0.02
+"""in which steps are taken that nothing comes between: where a request may come meanwhile, and where every slot runs"""
 FEW = 64
 """tokens: Python finds the largest of so many faster than numpy"""
 
@@ -112,6 +113,9 @@ class EmbeddedEngine:
         self._scheduler = Scheduler(self._slots, self._tables, prefill_tokens)
         self._vocabulary = model.config.vocabulary
         self._rules = StopRules(tokenizer, self._vocabulary)
+        self._further: FurtherSteps | None = None
+        if isinstance(self._forward, FusedDecoder):
+            self._further = FurtherSteps.made(self._slots, self._tables, self._rules, self._cache, self._forward)
         self._waiting: dict[int, tuple[CheckedRequest, Answer]] = {}  # by session, in order of arrival
         self._answers: dict[int, Answer] = {}  # of running sessions
         self._version = 0
@@ -343,7 +347,7 @@ class EmbeddedEngine:
         step = self._scheduler.next_step()
         self._cache.reserve(self._tables.touched)
         self._cache.copy(step.copies)
-        rows, order, near, far = arrange(step.feed, plain=self._cache.plain)
+        rows, order, near, far = arrange(step.feed, plain=self._cache.plain, at_once=self._at_once)
         at = rows_at(step.feed, order)
         where = Places(step.block[at], step.place[at])
         attention = CacheAttention(self._cache, self._tables, rows, where, near, far, self._attention)
@@ -363,6 +367,11 @@ class EmbeddedEngine:
             logits = logits.index_select(0, self._to_device(np.array(own)))
         if not self._sample(slot, logits) and not step.twins and len(slot) == len(attention.row):
             self._go_on(attention)
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether one compiled function computes a whole step."""
+        return self._cache.compiled is not None and isinstance(self._forward, FusedDecoder) and self._forward.at_once
 
     def _logits(self, attention: CacheAttention, where: Places, complete: NDArray[np.bool_]) -> Tensor | None:
         """Feed a step's tokens; logits of the last ones of rows that are `complete` [rows], None where none is."""
@@ -389,36 +398,19 @@ class EmbeddedEngine:
 
     def _go_on(self, attention: CacheAttention) -> None:
         """Take further steps like the last one, in which every running row was fed one token and none ended: until one
-        ends, a block is full, or GO_ON_S have passed. The event loop has nothing to add to them, and arranging each
-        anew takes longer than a step of a small model."""
-        slots, tables, slot = self._slots, self._tables, attention.slot
-        at_once = attention.at_once
-        if at_once is None or not isinstance(self._forward, FusedDecoder) or not self._forward.at_once:
+        may end, a block is full, or the event loop is to have its turn."""
+        slots, slot = self._slots, attention.slot
+        if self._further is None or attention.at_once is None or len(slot) < len(self._answers):
             return
-        if len(slot) < len(self._answers) or (self._waiting and len(slot) < len(slots.running)):
+        full = len(slot) == len(slots.running)
+        if self._waiting and not full:
             return
-        begun, one, last = time.perf_counter(), np.ones_like(slot), np.arange(len(slot))
-        for _ in range(int(tables.room(slot).min())):
-            if time.perf_counter() - begun > GO_ON_S:
-                break
-            attention.advance()
-            tokens = slots.tokens[slot, attention.position]
-            where = Places(*tables.append_few(slot, one, tokens))
-            logits = self._forward.logits(
-                CachedStep(
-                    tokens=torch.from_numpy(tokens.astype(np.int64)),
-                    positions=torch.from_numpy(attention.position),
-                    last=last,
-                    attention=at_once,
-                    places=where.addresses,
-                    keys=self._cache.key,
-                    values=self._cache.value,
-                )
-            )
-            assert logits is not None
-            if self._sample(slot, logits):
-                break
-        tables.settle()
+        taken = self._further.take(attention, self._version, FULL_S if full else GO_ON_S)
+        if taken is None:
+            return
+        self._tables.settle()
+        self._generated += (taken.steps - 1) * len(slot)
+        self._end_turns(slot, taken.token, taken.log_prob)
 
     def _sample(self, slot: NDArray[np.int64], logits: Tensor) -> bool:
         """Sample one token for each of `slot` [rows] from `logits` [rows, vocabulary], which are overwritten, and end
@@ -427,18 +419,27 @@ class EmbeddedEngine:
         at = slots.known[slot]
         drawn, drawn_log_probs = sample(logits, slots.temperature[slot], uniforms(slots.seed[slot], at))  # [rows] each
         token, log_prob = drawn.cpu().numpy(), drawn_log_probs.cpu().numpy()
+        noted, at_noted = slot, at
         finite = np.isfinite(log_prob)
+        if not finite.all():
+            noted, at_noted = slot[finite], at[finite]
+        slots.tokens[noted, at_noted] = token[finite]
+        slots.log_probs[noted, at_noted] = log_prob[finite]
+        slots.versions[noted, at_noted] = self._version
+        slots.known[noted] = at_noted + 1
+        return self._end_turns(slot, token, log_prob)
+
+    def _end_turns(self, slot: NDArray[np.int64], token: NDArray[np.int64], log_prob: NDArray[np.float32]) -> bool:
+        """End the turns of `slot` [rows] that are over with the tokens just sampled, and those whose log-probs are not
+        finite, whose tokens are not noted. Returns whether one has ended."""
+        slots, finite = self._slots, np.isfinite(log_prob)
         if not finite.all():
             for lost in slot[~finite]:
                 self._fail(int(lost))
-            slot, at, token, log_prob = slot[finite], at[finite], token[finite], log_prob[finite]
-        slots.tokens[slot, at] = token
-        slots.log_probs[slot, at] = log_prob
-        slots.versions[slot, at] = self._version
-        slots.known[slot] = at + 1
+            slot, token = slot[finite], token[finite]
         self._generated += len(slot)
         stopped = self._rules.ended(slots.rule[slot], token, slot, slots.new_tokens)
-        over = np.flatnonzero(stopped | (at + 1 >= slots.limit[slot]))
+        over = np.flatnonzero(stopped | (slots.known[slot] >= slots.limit[slot]))
         if len(over):
             self._answer(slot[over], ["stop" if stop else "length" for stop in stopped[over].tolist()])
             slots.end(slot[over])

@@ -57,7 +57,7 @@ class BlockTables:
         """of these, places whose keys and values were there before this step"""
         self.first = np.zeros(blocks, dtype=np.int64)
         """position of the first place in its sequences"""
-        self._tokens = np.zeros((blocks, size), dtype=np.int32)
+        self.tokens = np.zeros((blocks, size), dtype=np.int32)
         self._number = np.zeros(blocks, dtype=np.int64)
         """of this use of the block, never given twice; -1: not to be found by its tokens"""
         self._parent = np.zeros(blocks, dtype=np.int64)
@@ -111,7 +111,7 @@ class BlockTables:
             block = int(self.table[slot, self.length[slot] - 1])
             at = int(self.filled[block])
             end = min(len(tokens), begin + self.size - at)
-            self._tokens[block, at : at + end - begin] = tokens[begin:end]
+            self.tokens[block, at : at + end - begin] = tokens[begin:end]
             blocks[begin:end] = block
             places[begin:end] = np.arange(at, at + end - begin)
             self.filled[block] += end - begin
@@ -127,7 +127,7 @@ class BlockTables:
         last = self.table[slot, self.length[slot] - 1]
         block = np.repeat(last, count)
         place = np.arange(len(block)) + np.repeat(self.filled[last] - (count.cumsum() - count), count)
-        self._tokens[block, place] = tokens
+        self.tokens[block, place] = tokens
         self.filled[last] += count
         self.cached[slot] += count
         return block, place
@@ -160,7 +160,7 @@ class BlockTables:
                 return None
             rest = history[at : at + self.size]
             among = np.array(children)
-            equal = self._tokens[among, : len(rest)] == rest
+            equal = self.tokens[among, : len(rest)] == rest
             equal &= np.arange(len(rest)) < self.filled[among, None]
             alike = np.where(equal.all(1), len(rest), equal.argmin(1))  # [children]
             best = int(alike.argmax())
@@ -226,7 +226,7 @@ class BlockTables:
         self.holders[source] += 1  # it must not be the block that is taken
         block = self._extend(slot)
         self.holders[source] -= 1
-        self._tokens[block, :tokens] = self._tokens[source, :tokens]
+        self.tokens[block, :tokens] = self.tokens[source, :tokens]
         self.filled[block] = self._settled[block] = tokens
         self.cached[slot] += tokens
         return BlockCopy(source=source, target=block, tokens=tokens)

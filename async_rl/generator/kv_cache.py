@@ -3,8 +3,8 @@
 Layout: per layer, blocks of BLOCK places (kv_blocks.py says who holds which). On a CPU a decode step attends block by
 block, by a compiled function (async_rl_kernels.native) or, where there is no compiler, by torch's products: every block
 is multiplied with the queries of all tokens whose sequence holds it, where it lies, and the parts of one token are
-added up. So no key is copied, a beginning that several sequences share is read once for all of them, and keys lie as
-[head_dim, places], which is what the product wants. Elsewhere the blocks of a row are gathered first.
+added up. So no key is copied, and a beginning that several sequences share is read once for all of them. Elsewhere the
+blocks of a row are gathered first.
 
 Shapes: rows are the sequences that a step feeds, tokens all tokens fed, packed row by row; places those of a block;
 queries are the most tokens of one row, or of one block; length is the number of places that a row attends to; parts are
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,9 +42,8 @@ DENSE = 0.66
 
 
 class KVCache:
-    """Storage of `max_blocks` blocks, [blocks, kv_heads, head_dim, BLOCK] for keys and [blocks, kv_heads, BLOCK,
-    head_dim] for values and, unless `plain`, for keys. It grows on demand and starts as zeros: masked places must be
-    finite."""
+    """Storage of `max_blocks` blocks, [blocks, kv_heads, BLOCK, head_dim] for keys and for values. It grows on demand
+    and starts as zeros: masked places must be finite."""
 
     def __init__(
         self,
@@ -80,10 +80,9 @@ class KVCache:
             return
         assert blocks <= self.max_blocks
         grown = min(self.max_blocks, max(blocks, 2 * self.blocks))
-        places = (BLOCK, self.head_dim)
-        for tensors, shape in ((self.key, places[::-1] if self.plain else places), (self.value, places)):
+        for tensors in (self.key, self.value):
             for layer in range(self.layers):  # one after another: the old one is freed before the next is made
-                store = self._zeros((grown, self.kv_heads, *shape))
+                store = self._zeros((grown, self.kv_heads, BLOCK, self.head_dim))
                 if self.blocks:
                     store[: self.blocks] = tensors[layer]
                     tensors[layer] = store
@@ -102,12 +101,8 @@ class KVCache:
         """Carry out copies, in order."""
         for copy in copies:
             self.reserve(max(copy.source, copy.target) + 1)
-            for key, value in zip(self.key, self.value, strict=True):
-                if self.plain:
-                    key[copy.target, :, :, : copy.tokens] = key[copy.source, :, :, : copy.tokens]
-                else:
-                    key[copy.target, :, : copy.tokens] = key[copy.source, :, : copy.tokens]
-                value[copy.target, :, : copy.tokens] = value[copy.source, :, : copy.tokens]
+            for store in (*self.key, *self.value):
+                store[copy.target, :, : copy.tokens] = store[copy.source, :, : copy.tokens]
 
     def zero(self, blocks: Sequence[int]) -> None:
         """Zero blocks whose contents are not finite."""
@@ -129,22 +124,16 @@ class KVCache:
 
     def _write(self, layer: int, where: Tensor, key: Tensor, value: Tensor) -> None:  # where [tokens * kv_heads] int64
         size = self.head_dim
-        self.value[layer].view(-1, size).index_copy_(0, where, value.reshape(-1, size))
-        if self.plain:
-            turned = self.key[layer].view(-1, size, BLOCK).transpose(1, 2)  # [blocks * kv_heads, BLOCK, head_dim]
-            turned.index_put_((where // BLOCK, where % BLOCK), key.reshape(-1, size))
-        else:
-            self.key[layer].view(-1, size).index_copy_(0, where, key.reshape(-1, size))
+        for store, new in ((self.key, key), (self.value, value)):
+            store[layer].view(-1, size).index_copy_(0, where, new.reshape(-1, size))
 
     def gather(self, layer: int, blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values in `blocks` [rows * n]: [rows, kv_heads, n * BLOCK, head_dim] each."""
         key = self.key[layer].index_select(0, blocks)
-        if self.plain:
-            key = key.transpose(2, 3)
         value = self.value[layer].index_select(0, blocks)
         shape = (rows, -1, self.kv_heads, BLOCK, self.head_dim)
         return (
-            key.reshape(shape).transpose(1, 2).reshape(rows, self.kv_heads, -1, self.head_dim),
+            key.view(shape).transpose(1, 2).reshape(rows, self.kv_heads, -1, self.head_dim),
             value.view(shape).transpose(1, 2).reshape(rows, self.kv_heads, -1, self.head_dim),
         )
 
@@ -165,7 +154,7 @@ class Places:
         return self._rows
 
 
-def address(array: Ints) -> int:
+def address(array: NDArray[Any]) -> int:
     """Of the first element of a contiguous array, for compiled functions."""
     found: int = array.__array_interface__["data"][0]
     return found
@@ -271,12 +260,6 @@ class CacheAttention:
     def at_once(self) -> native.Attention | None:
         """The argument of the compiled function by which all tokens attend; None where some attend otherwise."""
         return self._compiled if self._near == len(self.row) else None
-
-    def advance(self) -> None:
-        """Every token becomes the next one of its row, within the same blocks: of a step with one token a row that
-        attend by the compiled function."""
-        assert self._compiled is not None
-        self.position += 1
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int = 0, cap: float = 0.0
@@ -422,7 +405,7 @@ class CacheAttention:
         """query [near tokens, heads, head_dim] -> masked scores times log2(e), [n * kv_heads, queries *
         shared heads, BLOCK]."""
         size = query.shape[-1]
-        key = self._of(call, self._cache.key[layer])  # [n * kv_heads, head_dim, BLOCK]
+        key = self._of(call, self._cache.key[layer]).mT  # [n * kv_heads, head_dim, BLOCK]
         if call.owners is not None:
             query = query.index_select(0, call.owners)
         query = _by_block(query, call, self._cache.kv_heads)
@@ -562,8 +545,10 @@ def _by_part(values: Tensor, call: BlockCall, kv_heads: int) -> Tensor:
     return split.transpose(1, 2).reshape(call.n * call.queries, -1)
 
 
-def arrange(feed: Feed, *, plain: bool) -> tuple[Feed, Ints, int, int]:
-    """(sorted feed, order of its rows, number of near rows, number of far rows)."""
+def arrange(feed: Feed, *, plain: bool, at_once: bool) -> tuple[Feed, Ints, int, int]:
+    """(sorted feed, order of its rows, number of near rows, number of far rows). `at_once`: all are near."""
+    if at_once:
+        return feed, np.arange(len(feed.slot)), len(feed.slot), 0
     fresh = (feed.start == 0) & (feed.count > 1)
     near = ~fresh & (feed.count <= SMALL_APPEND) if plain else np.zeros(len(fresh), dtype=bool)
     if near.all():

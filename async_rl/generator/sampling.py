@@ -125,8 +125,8 @@ class StopRules:
         self._index: dict[RuleKey, int] = {}
         self._last: tuple[RuleKey | None, int] = None, -1
         self._strings: list[tuple[str, ...]] = []
-        self._ends = np.zeros((MAX_RULES, vocabulary), dtype=bool)
-        self._maybe = np.zeros((MAX_RULES, vocabulary), dtype=bool)
+        self.ends = np.zeros((MAX_RULES, vocabulary), dtype=bool)
+        self.maybe = np.zeros((MAX_RULES, vocabulary), dtype=bool)
 
     def number(self, params: SamplingParams, in_use: Callable[[], Collection[int]]) -> int:
         """The number of a request's rule, compiled on first use. `in_use()` gives the rules of unfinished requests,
@@ -155,8 +155,8 @@ class StopRules:
     ) -> NDArray[np.bool_]:
         """Which rows end with their last token: [rows] bool. `rule`, `token` and `slot` are [rows]; `turn_of(slot)`
         gives the tokens of a turn."""
-        ends = self._ends[rule, token]
-        for row in np.flatnonzero(self._maybe[rule, token] & ~ends):
+        ends = self.ends[rule, token]
+        for row in np.flatnonzero(self.maybe[rule, token] & ~ends):
             strings = self._strings[rule[row]]
             # A character takes at most four tokens (one a byte).
             tail = turn_of(int(slot[row]))[-4 * max(map(len, strings)) - 4 :].tolist()
@@ -173,7 +173,7 @@ class StopRules:
         raise ValueError(f"more than {MAX_RULES} different stop rules run at once")
 
     def _compile(self, number: int, params: SamplingParams) -> None:
-        ends, maybe = self._ends[number], self._maybe[number]
+        ends, maybe = self.ends[number], self.maybe[number]
         ends[:] = False
         maybe[:] = False
         ends[[token for token in self._tokenizer.end_ids if token < self._vocabulary]] = True

@@ -109,7 +109,8 @@ class Scheduler:
     def _feed_few(self, draft: _Draft, slot: Ints) -> None:
         slots, tables = self._slots, self._tables
         column = np.maximum(tables.length[slot] - 1, 0)
-        slot = slot[np.argsort(tables.table[slot, column], kind="stable")]  # by block: attention finds them in order
+        # by block: attention reads what they share once, and finds the others in order
+        slot = slot[np.lexsort((tables.table[slot, column], tables.table[slot, 0]))]
         start = tables.cached[slot].copy()
         count = slots.known[slot] - start
         row = np.repeat(np.arange(len(slot)), count)

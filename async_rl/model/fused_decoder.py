@@ -27,6 +27,9 @@ from torch import Tensor, nn
 from async_rl.model.decoder import Attention, Decoder, Layer, RMSNorm
 from async_rl_kernels import native, product
 
+BLOCK_ROWS = 512
+"""tokens of a step that pass through all layers together: what lies between layers is no larger than that"""
+
 
 class FusedDecoder:
     """The forward pass of `decoder`, without autograd. It takes over the storage of the decoder's parameters: do not
@@ -59,6 +62,11 @@ class FusedDecoder:
         """Logits [wanted, vocabulary] of some tokens of a step, all layers in one compiled function; None where it does
         not serve: another processor, biases, no compiler."""
         return self._compiled_steps.logits(step)
+
+    def argument(self, step: CachedStep) -> tuple[native.Decode, Tensor]:
+        """(what the compiled function takes to compute the logits of a step, where it writes them [wanted,
+        vocabulary]). What `step` refers to must outlive the call."""
+        return self._compiled_steps.argument(step)
 
     @property
     def at_once(self) -> bool:
@@ -250,26 +258,33 @@ class CompiledSteps:
         if self._layers is None:
             return None
         assert isinstance(self._between, CompiledBetween)
-        c, tokens, (block, place) = self._decoder.config, len(step.tokens), step.places
+        argument, logits = self.argument(step)
+        self._between.library.decode(argument)
+        return logits
+
+    def argument(self, step: CachedStep) -> tuple[native.Decode, Tensor]:
+        """As `FusedDecoder.argument`."""
+        assert self._layers is not None
+        assert isinstance(self._between, CompiledBetween)
+        c, tokens, wanted, (block, place) = self._decoder.config, len(step.tokens), len(step.last), step.places
         for layer, keys, values in zip(self._layers, step.keys, step.values, strict=True):
             layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
-        need = tokens * (2 * c.hidden + (2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.intermediate)
+        rows = min(tokens, BLOCK_ROWS)
+        need = rows * (2 * c.hidden + (2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.intermediate)
+        need += wanted * c.hidden
         if len(self._room) < need:
             self._room = torch.empty(2 * need)
-        out = torch.empty(len(step.last), c.vocabulary)
+        out = torch.empty(wanted, c.vocabulary)
         rotation, model = self._between.rotation, self._decoder.model
-        self._between.library.decode(
-            native.Decode(
-                gemm=native.gemm(), tokens=tokens, hidden=c.hidden, heads=c.heads, kv_heads=c.kv_heads, size=c.head_dim,
-                inner=c.intermediate, layers=len(self._layers), vocabulary=c.vocabulary, wanted=len(step.last),
-                threads=torch.get_num_threads(), eps=self._between.eps, token=step.tokens.data_ptr(),
-                position=step.positions.data_ptr(), block=block, place=place, last=step.last.ctypes.data,
-                embedding=model.embed_tokens.weight.data_ptr(), final_norm=model.norm.weight.data_ptr(),
-                head=self._decoder.head.data_ptr(), rotation=rotation.data_ptr(), layer=self._layers,
-                attention=ctypes.pointer(step.attention), room=self._room.data_ptr(), logits=out.data_ptr(),
-            )
-        )  # fmt: skip
-        return out
+        return native.Decode(
+            gemm=native.gemm(), tokens=tokens, hidden=c.hidden, heads=c.heads, kv_heads=c.kv_heads, size=c.head_dim,
+            inner=c.intermediate, layers=len(self._layers), vocabulary=c.vocabulary, wanted=wanted, block_rows=rows,
+            threads=torch.get_num_threads(), eps=self._between.eps, token=step.tokens.data_ptr(),
+            position=step.positions.data_ptr(), block=block, place=place, last=step.last.ctypes.data,
+            embedding=model.embed_tokens.weight.data_ptr(), final_norm=model.norm.weight.data_ptr(),
+            head=self._decoder.head.data_ptr(), rotation=rotation.data_ptr(), layer=self._layers,
+            attention=ctypes.pointer(step.attention), room=self._room.data_ptr(), logits=out.data_ptr(),
+        ), out  # fmt: skip
 
 
 class JointProduct:

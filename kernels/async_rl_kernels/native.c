@@ -7,6 +7,7 @@
 
 #include <stdint.h>
 #include <stdlib.h>
+#include <time.h>
 #ifdef __AVX__
 #include <immintrin.h>
 #endif
@@ -278,142 +279,7 @@ void swiglu_backward(const float *g, long g_stride, const float *gate, long gate
     }
 }
 
-// ---------------------------------------------------------------- the engine's cache
-
-// key, value [tokens, kv_heads, size] to `place` of `block` of stores [blocks, kv_heads, size, BLOCK] and
-// [blocks, kv_heads, BLOCK, size]
-void write_cache(const float *key, const float *value, long stride, float *keys, float *values, const int64_t *block,
-                 const int64_t *place, long tokens, long kv_heads, long size) {
-    for (long t = 0; t < tokens; t++) {
-        float *to_key = keys + block[t] * kv_heads * size * BLOCK + place[t];
-        float *to_value = values + (block[t] * kv_heads * BLOCK + place[t]) * size;
-        for (long h = 0; h < kv_heads; h++) {
-            const float *k = key + t * stride + h * size, *v = value + t * stride + h * size;
-            for (long i = 0; i < size; i++) to_key[(h * size + i) * BLOCK] = k[i];
-            for (long i = 0; i < size; i++) to_value[h * BLOCK * size + i] = v[i];
-        }
-    }
-}
-
-typedef struct {
-    const float *query; // [tokens, heads, size]
-    long stride;
-    const float *keys, *values;
-    const int64_t *table; // [slots, columns]
-    long columns;
-    const int64_t *length;        // [slots]
-    const int64_t *filled, *first; // [blocks]
-    const int64_t *slot, *position; // [tokens]
-    long tokens, heads, kv_heads, size, window, threads;
-    float scale;
-    float *out; // [tokens, heads, size]
-} Attention;
-
 #define HERE static inline __attribute__((always_inline))
-
-// G query heads of one key-value head, from `head` on, of one token. D and G are constants once this is inlined.
-HERE void attend_heads(const Attention *a, long token, long head, long kv, const int D, const int G) {
-    const float *query = a->query + token * a->stride + head * D;
-    long slot = a->slot[token], position = a->position[token];
-    vec sum[G][D / WIDTH];
-    float peak[G], total[G];
-#pragma GCC unroll 4
-    for (int g = 0; g < G; g++) {
-        peak[g] = -1e30f;
-        total[g] = 0;
-#pragma GCC unroll 8
-        for (int i = 0; i < D / WIDTH; i++) sum[g][i] = (vec){};
-    }
-    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (long column = 0; column < a->length[slot]; column++) {
-        long block = a->table[slot * a->columns + column];
-        long first = a->first[block];
-        long high = position - first + 1;
-        if (high > a->filled[block]) high = a->filled[block];
-        long low = a->window ? position - a->window + 1 - first : 0;
-        if (low < 0) low = 0;
-        if (low >= high) continue;
-        const float *key = a->keys + (block * a->kv_heads + kv) * D * BLOCK;
-        const float *value = a->values + (block * a->kv_heads + kv) * D * BLOCK;
-        vec near[G], far[G];
-#pragma GCC unroll 4
-        for (int g = 0; g < G; g++) near[g] = far[g] = (vec){};
-        if (high > WIDTH)
-            for (int d = 0; d < D; d++) {
-                vec u = load(key + d * BLOCK), v = load(key + d * BLOCK + WIDTH);
-#pragma GCC unroll 8
-                for (int g = 0; g < G; g++) {
-                    near[g] += query[g * D + d] * u;
-                    far[g] += query[g * D + d] * v;
-                }
-            }
-        else
-            for (int d = 0; d < D; d++) {
-                vec u = load(key + d * BLOCK);
-#pragma GCC unroll 8
-                for (int g = 0; g < G; g++) near[g] += query[g * D + d] * u;
-            }
-        ivec seen_near = (lane >= (int)low) & (lane < (int)high);
-        ivec seen_far = (lane + WIDTH >= (int)low) & (lane + WIDTH < (int)high);
-        float weight[G][BLOCK];
-#pragma GCC unroll 4
-        for (int g = 0; g < G; g++) {
-            vec u = choose(seen_near, near[g] * a->scale, all(-1e30f));
-            vec v = choose(seen_far, far[g] * a->scale, all(-1e30f));
-            vec more = choose(u > v, u, v);
-            float most = peak[g];
-            float here = peak_of(more);
-            most = here > most ? here : most;
-            vec p = (vec)((ivec)exponential(u - most) & seen_near), q = (vec)((ivec)exponential(v - most) & seen_far);
-            store(weight[g], p);
-            store(weight[g] + WIDTH, q);
-            float before = exponential(all(peak[g] - most))[0];
-            total[g] = total[g] * before + sum_of(p + q);
-            peak[g] = most;
-#pragma GCC unroll 8
-            for (int i = 0; i < D / WIDTH; i++) sum[g][i] *= before;
-        }
-        for (long j = low; j < high; j++) {
-#pragma GCC unroll 8
-            for (int i = 0; i < D / WIDTH; i++) {
-                vec v = load(value + j * D + i * WIDTH);
-#pragma GCC unroll 8
-                for (int g = 0; g < G; g++) sum[g][i] += weight[g][j] * v;
-            }
-        }
-    }
-#pragma GCC unroll 4
-    for (int g = 0; g < G; g++)
-#pragma GCC unroll 8
-        for (int i = 0; i < D / WIDTH; i++)
-            store(a->out + (token * a->heads + head + g) * D + i * WIDTH, sum[g][i] / total[g]);
-}
-
-#define OF_SIZE(D)                                                                                                      \
-    case D:                                                                                                             \
-        for (; left >= 4; left -= 4, head += 4) attend_heads(a, token, head, kv, D, 4);                                 \
-        if (left == 3) attend_heads(a, token, head, kv, D, 3);                                                          \
-        if (left == 2) attend_heads(a, token, head, kv, D, 2);                                                          \
-        if (left == 1) attend_heads(a, token, head, kv, D, 1);                                                          \
-        break;
-
-// Tokens of `slot` at `position` attend to what its chain holds up to there. size is 16, 32, 64, 96 or 128.
-void attend(const Attention *a) {
-    long shared = a->heads / a->kv_heads, threads = a->threads;
-    // keys of one head that several tokens share stay in the first-level cache
-#pragma omp parallel for collapse(2) num_threads(threads) schedule(static) if (threads > 1 && a->tokens * a->heads > 64)
-    for (long kv = 0; kv < a->kv_heads; kv++)
-        for (long token = 0; token < a->tokens; token++) {
-            long head = kv * shared, left = shared;
-            switch (a->size) {
-                OF_SIZE(16)
-                OF_SIZE(32)
-                OF_SIZE(64)
-                OF_SIZE(96)
-                OF_SIZE(128)
-            }
-        }
-}
 
 // ---------------------------------------------------------------- a matrix turned, bit by bit
 
@@ -491,3 +357,4 @@ void turn_matrix(const uint32_t *from, long rows, long columns, uint32_t *to, lo
 #include "tree.c"
 #include "layers.c"
 #include "stack.c"
+#include "decode.c"

@@ -16,7 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from ctypes import POINTER, Structure, c_float, c_int, c_long, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int, c_long, c_void_p
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("native.c")
-PARTS = tuple(Path(__file__).with_name(name) for name in ("tree.c", "layers.c", "stack.c"))
+PARTS = tuple(Path(__file__).with_name(name) for name in ("tree.c", "layers.c", "stack.c", "decode.c"))
 """what it includes"""
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 TORCH = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
@@ -39,7 +39,7 @@ COMPILE_S = 120.0
 
 
 class Attention(Structure):
-    """The argument of `attend` in native.c."""
+    """The argument of `attend` in decode.c."""
 
     _fields_ = (
         ("query", c_void_p),
@@ -162,12 +162,12 @@ class DecodeLayer(Structure):
 
 
 class Decode(Structure):
-    """The argument of `decode` in layers.c."""
+    """The argument of `decode` in decode.c."""
 
     _fields_ = (
         ("gemm", c_void_p),
         *((name, c_long) for name in ("tokens", "hidden", "heads", "kv_heads", "size", "inner")),
-        *((name, c_long) for name in ("layers", "vocabulary", "wanted")),
+        *((name, c_long) for name in ("layers", "vocabulary", "wanted", "block_rows")),
         ("threads", c_int),
         ("eps", c_float),
         *((name, c_void_p) for name in ("token", "position", "block", "place", "last")),
@@ -175,6 +175,23 @@ class Decode(Structure):
         ("layer", POINTER(DecodeLayer)),
         ("attention", POINTER(Attention)),
         *((name, c_void_p) for name in ("room", "logits")),
+    )
+
+
+class Steps(Structure):
+    """The argument of `take_steps` in decode.c."""
+
+    _fields_ = (
+        ("decode", POINTER(Decode)),
+        ("attention", POINTER(Attention)),
+        ("most", c_long),
+        ("seconds", c_double),
+        *((name, c_void_p) for name in ("token", "position", "place", "block", "uniform", "heat", "log_prob", "drawn")),
+        *((name, c_void_p) for name in ("tokens", "versions", "log_probs")),
+        ("context", c_long),
+        *((name, c_void_p) for name in ("known", "limit", "rule", "seed", "temperature")),
+        ("version", c_int),
+        *((name, c_void_p) for name in ("ends", "maybe", "filled", "cached", "block_tokens")),
     )
 
 
@@ -200,6 +217,7 @@ SIGNATURES = {
     "stack_backward": (POINTER(Stack),),
     "decode": (POINTER(Decode),),
     "draw": (P, P, P, P, P, N, N),
+    "take_steps": (POINTER(Steps),),
 }
 RETURNS = {
     "tree_forward": c_int,
@@ -207,6 +225,7 @@ RETURNS = {
     "stack_room": c_long,
     "stack_forward": c_int,
     "stack_backward": c_int,
+    "take_steps": c_long,
 }
 
 

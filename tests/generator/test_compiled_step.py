@@ -13,6 +13,7 @@ from support_models import llama_config, make_decoder, mistral_config, qwen2_con
 
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Request, SamplingParams
+from async_rl.generator.further_steps import FurtherSteps
 from async_rl.generator.sampling import sample
 from async_rl.generator.scheduler import Scheduler
 from async_rl.model.fused_decoder import FusedDecoder
@@ -52,7 +53,7 @@ def asked() -> list[Request]:
 def test_the_same_tokens_and_log_probs(
     name: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, answered, arranged = CONFIGS[name], [], 0
+    config, answered, further, arranged = CONFIGS[name], [], [], 0
     next_step = Scheduler.next_step
 
     def counted(self: Scheduler) -> Any:
@@ -67,9 +68,17 @@ def test_the_same_tokens_and_log_probs(
         answered.append(compiled(self, step))
         return answered[-1]
 
+    take = FurtherSteps.take
+
+    def taken(self: FurtherSteps, *arguments: Any) -> Any:
+        if (found := take(self, *arguments)) is not None:
+            further.append(found.steps)
+        return found
+
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        monkeypatch.setattr(FurtherSteps, "take", taken)
         monkeypatch.setattr(FusedDecoder, "logits", watched)
         monkeypatch.setattr(Scheduler, "next_step", counted)
         found = run(EmbeddedEngine(make_decoder(config), tokenizer), asked())
@@ -79,8 +88,9 @@ def test_the_same_tokens_and_log_probs(
         expected = run(EmbeddedEngine(make_decoder(config), tokenizer), asked())
     finally:
         torch.set_num_threads(before)
-    assert len(answered) > 20
-    assert arranged < len(answered)  # some steps follow from those before
+    assert arranged == len(answered)
+    assert max(further) > 1  # some steps follow from those before
+    assert len(answered) + sum(further) > 20
     assert all(logits is not None for logits in answered)
     for one, other in zip(found, expected, strict=True):
         assert list(one.tokens) == list(other.tokens)
