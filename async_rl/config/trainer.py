@@ -80,8 +80,8 @@ class TrainerSettings:
     threads: int = setting(0, "CPU threads of a trainer rank; 0: by cores and model", unit="threads", min=0, max=1024)
     lanes: int = setting(
         0,
-        "parts of a micro-batch that a rank computes side by side on a CPU, each with `threads` threads of its own: "
-        "for small models. 0: by cores and model, 1 where `threads` is given",
+        "parts of a micro-batch that a rank computes side by side on a CPU: they share `threads`, one each at least; "
+        "and each holds a gradient of its own. 0: by cores and model, 1 where `threads` is given",
         unit="parts",
         min=0,
         max=64,

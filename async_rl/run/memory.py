@@ -235,6 +235,9 @@ def _trainer(shape: _Shape, name: str, device: str) -> Iterator[Part]:
         yield Part(name=f"{name}: CUDA", bytes=CONTEXT_BYTES, device=device)
     yield Part(name=f"{name}: weights", bytes=shape.weights // shards, device=device)
     yield Part(name=f"{name}: gradients", bytes=trained // shards, device=device)
+    if trainer.lanes > 1 and not needs.per_trajectory_norms and shards == 1:
+        more = (trainer.lanes - 1) * trained
+        yield Part(name=f"{name}: gradients of further lanes", bytes=more, device=device, lower="trainer.lanes")
     yield Part(name=f"{name}: optimizer (AdamW)", bytes=2 * trained // shards, device=device)
     if needs.reference:
         yield Part(name=f"{name}: reference model", bytes=shape.weights // shards, device=device)

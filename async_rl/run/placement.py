@@ -111,7 +111,9 @@ ANYWHERE = "every process on the CPU, on any core"
 TRAINER_GAINS, GENERATOR_GAINS = 2_000_000, 20_000_000
 """parameters of a model from which on a second thread is worth its waking, in a trainer and in a generator"""
 MOST_LANES = 4
-"""of the trainer of a smaller model: with more, Python's lock holds them up"""
+"""of the trainer: with more, Python's lock holds them up"""
+LANES_OF_LARGE, TOO_LARGE = 2, 500_000_000
+"""lanes from TRAINER_GAINS parameters on, and parameters from which on there are none: each lane holds a gradient"""
 
 
 def place(settings: Settings, machine: Machine, heads: Heads | None) -> Placement:
@@ -230,7 +232,7 @@ def _cores(settings: Settings, machine: Machine, generators: int, ranks: int) ->
     if not settings.pin_threads:
         return [()] * (generators + ranks)
     sizes = [max(1, settings.generator.threads)] * generators + [
-        max(1, settings.trainer.threads) * max(1, settings.trainer.lanes)
+        max(1, settings.trainer.threads, settings.trainer.lanes)
     ] * ranks
     if sum(sizes) > len(machine.cores):
         raise UserError(
@@ -337,8 +339,9 @@ def with_threads(settings: Settings, cores: int, parameters: int) -> Settings:
         return max(1, cores // max(1, beside)) if device == "cpu" and parameters >= gains else 1
 
     lanes = trainer.lanes or 1
-    if not trainer.lanes and not trainer.threads and trainer.device == "cpu" and parameters < TRAINER_GAINS:
-        lanes = 1 if settings.pin_threads else max(1, min(MOST_LANES, cores // max(1, ranks)))
+    if not trainer.lanes and not trainer.threads and trainer.device == "cpu" and parameters < TOO_LARGE:
+        most = MOST_LANES if parameters < TRAINER_GAINS else LANES_OF_LARGE
+        lanes = 1 if settings.pin_threads else max(1, min(most, cores // max(1, ranks)))
     threads = chosen(trainer.threads, trainer.device, ranks, TRAINER_GAINS)
     return replace(
         settings,

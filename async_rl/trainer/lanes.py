@@ -1,9 +1,9 @@
 """A micro-batch in several parts that are computed side by side on a CPU, each by a thread of its own (a lane).
 
-A small model gains little when several threads share each of its operations: waking them costs as much as they do.
-Lanes are woken twice a step. Parts are whole subtrees of the shared prefixes, of about equally many rows; a beginning
-that all trajectories have in common is computed in each. Gradients of the parts are added in a fixed order, so a step
-is the same bits every time with as many lanes.
+Threads that share each operation are woken for each and wait for each other in each, for long where a generator is at
+work on the same cores. Lanes are woken twice a step. Parts are whole subtrees of the shared prefixes, of about equally
+many rows; a beginning that all trajectories have in common is computed in each. Gradients of the parts are added in a
+fixed order, so a step is the same bits every time with as many lanes and threads. Each lane holds its own gradient.
 
 Shapes: N rows and p predicting rows of a micro-batch, H hidden.
 """
@@ -104,15 +104,21 @@ class _SideBySide(torch.autograd.Function):
 
 
 def in_lanes(function: Callable[[Given], Made], given: Sequence[Given]) -> list[Made]:
-    """The function of each, all at the same time: the last in this thread."""
-    waiting = [_pool(len(given) - 1, torch.get_num_threads()).submit(function, one) for one in given[:-1]]
-    last = function(given[-1])
-    return [*(future.result() for future in waiting), last]
+    """The function of each, all at the same time: the last in this thread. They share its threads."""
+    threads = torch.get_num_threads()
+    each = max(1, threads // len(given))
+    pool = _pool(len(given) - 1, each)
+    torch.set_num_threads(each)  # OpenMP keeps the number for each thread, MKL for the process
+    try:
+        waiting = [pool.submit(function, one) for one in given[:-1]]
+        last = function(given[-1])
+        return [*(future.result() for future in waiting), last]
+    finally:
+        torch.set_num_threads(threads)
 
 
 @cache
 def _pool(lanes: int, threads: int) -> ThreadPoolExecutor:
-    """torch's number of threads is kept by each thread for itself."""
     return ThreadPoolExecutor(lanes, "lane", initializer=torch.set_num_threads, initargs=(threads,))
 
 

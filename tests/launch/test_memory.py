@@ -257,10 +257,11 @@ def test_the_trainers_part_is_what_a_trainer_takes(tmp_path: Path) -> None:
     alphabet = make_task("guess", {}).alphabet  # type: ignore[attr-defined]
     create_model_folder(model, alphabet=alphabet, hidden=256, layers=8, heads=4, intermediate=1024, max_context=256)
     settings = quick_settings(model, "trainer.micro_batch_tokens=4096", "recipe.name=grpo")
+    in_lanes = replace(settings, trainer=replace(settings.trainer, lanes=3))
     config = tmp_path / "config.yaml"
-    config.write_text(to_yaml(settings))
     peaks = []
-    for native in ("0", "1"):
+    for native, chosen in (("0", settings), ("1", settings), ("1", in_lanes)):
+        config.write_text(to_yaml(chosen))
         done = subprocess.run(
             [sys.executable, "-c", MEASURE, str(config)], capture_output=True, text=True, check=False, timeout=120,
             env={**os.environ, "ASYNC_RL_NATIVE": native},
@@ -270,6 +271,9 @@ def test_the_trainers_part_is_what_a_trainer_takes(tmp_path: Path) -> None:
     said = sum(part.bytes for part in estimate(settings).parts if part.name.startswith("trainer"))
     assert peaks[0] == pytest.approx(said, rel=0.25)
     assert peaks[1] < 1.1 * peaks[0]
+    more = sum(part.bytes for part in estimate(in_lanes).parts if part.name.startswith("trainer")) - said
+    assert more > 40e6, "two gradients of 6 M parameters"
+    assert peaks[1] < peaks[2] < 1.25 * (said + more), (peaks, said, more)
 
 
 @pytest.mark.nightly

@@ -110,3 +110,17 @@ def test_an_error_in_a_lane_is_the_callers() -> None:
 
     with pytest.raises(RuntimeError, match="lane 0"):
         lanes.in_lanes(lambda n: refused(n) if n == 0 else n, [0, 1])
+
+
+@pytest.mark.parametrize(("threads", "each"), [(1, 1), (4, 2), (5, 2)])
+def test_lanes_share_the_threads(threads: int, each: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert lanes.in_lanes(lambda _: torch.get_num_threads(), [0, 1]) == [each, each]
+        assert torch.get_num_threads() == threads
+        with pytest.raises(ZeroDivisionError):
+            lanes.in_lanes(lambda n: 1 / n, [1, 0])
+        assert torch.get_num_threads() == threads, "also behind an error"
+    finally:
+        torch.set_num_threads(before)
