@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, TypeVar
 
 from async_rl.task.protocol import Connection
 
-if TYPE_CHECKING:
-    from async_rl.generator.session import EpisodeSession
+Episode = TypeVar("Episode", contravariant=True)
+"""`session.EpisodeSession`, which knows its door"""
 
 
-class AgentDoor(Protocol):
+class AgentDoor(Protocol[Episode]):
     """Where agents reach the episodes of a process; implemented by `endpoint.Endpoint`."""
 
-    def open(self, session: EpisodeSession) -> Connection:
+    def open(self, session: Episode) -> Connection:
         """Let agents play an episode. Raises UserError when that cannot be."""
         ...
 

@@ -7,6 +7,7 @@ which they were opened, so a context can go on at any time, also while another o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from async_rl.generator.chat import Chat
 from async_rl.generator.engine import Completion
+from async_rl.model.tokenizer import Tokenizer
 from async_rl.task.protocol import Utterance
 from async_rl.trajectory import Trajectory, Turn, VersionSpan
 
@@ -71,6 +73,12 @@ class Context(Struct, eq=False, kw_only=True):
         self.log_probs.extend(completion.log_probs)
         self.versions.extend(completion.versions)
         self.stops += _STOPPED.get(completion.finish, "0")
+
+
+@lru_cache(maxsize=16)
+def first_tokens(tokenizer: Tokenizer, text: str) -> Sequence[int]:
+    """Tokens of a text that is a whole prompt, which all samples of a group begin with. Raises ValueError."""
+    return tuple(tokenizer.encode(text, first=True))
 
 
 class Spoken(Struct, frozen=True, eq=False, gc=False):

@@ -16,13 +16,13 @@ from msgspec.structs import replace
 from async_rl.errors import RunFailed
 from async_rl.generator.agent_door import AgentDoor
 from async_rl.generator.chat import Chat
-from async_rl.generator.contexts import STOPS, WHOLE, Context, RecordedTurns, Spoken, lay_out
+from async_rl.generator.contexts import STOPS, WHOLE, Context, RecordedTurns, Spoken, first_tokens, lay_out
 from async_rl.generator.engine import Completion, Engine, LogitsNotFinite, Request, SamplingParams
 from async_rl.generator.places import Slots
 from async_rl.generator.start import OTHER_WAY, GivenStart, with_given
 from async_rl.generator.step_mark import AT_ENGINE
 from async_rl.generator.turn_request import TurnRequest
-from async_rl.model.tokenizer import Tokenizer, adapted, prompt_tokens
+from async_rl.model.tokenizer import Tokenizer, adapted, prompt_text
 from async_rl.steady_clock import steady_time
 from async_rl.task.protocol import Connection, Problem, Score, Utterance
 from async_rl.trajectory import Ended, Split, Trajectory, Turn
@@ -99,7 +99,7 @@ class EpisodeSession:
         record: Trajectory | None = None,
         on_turn: Callable[[], None] | None = None,
         generator: str = "",
-        agents: AgentDoor | None = None,
+        agents: AgentDoor[EpisodeSession] | None = None,
         slots: Slots | None = None,
         window: int = 0,
     ) -> None:
@@ -501,16 +501,14 @@ class EpisodeSession:
         """Raises ValueError when it is empty or too long, UserError for what the chat template refuses."""
         problem = self.problem
         assert problem is not None
+        tools, arguments = problem.tools, problem.template_args
+        tokens: Sequence[int]
         if isinstance(prompt, str):
-            own = prompt is problem.prompt  # further texts have no use for the problem's tools
-            tools, arguments = (problem.tools, problem.template_args) if own else ((), {})
-            tokens = prompt_tokens(prompt, self.tokenizer, tools=tools, arguments=arguments)
+            if prompt is problem.prompt:  # further texts have no use for the problem's tools
+                prompt = prompt_text(prompt, self.tokenizer, tools=tools, arguments=arguments)
+            tokens = first_tokens(self.tokenizer, prompt)
         else:
-            context.chat = Chat(
-                tokenizer=self.tokenizer,
-                tools=problem.tools,
-                arguments=problem.template_args,
-            )
+            context.chat = Chat(tokenizer=self.tokenizer, tools=tools, arguments=arguments)
             tokens = context.chat.begin(prompt)
         if not tokens:
             raise ValueError("the prompt is empty")
