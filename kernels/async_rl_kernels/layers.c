@@ -36,12 +36,21 @@ static void norm_again(const float *x, long x_stride, const float *weight, const
                        long n, int threads) {
     SHARED_ROWS(rows * n)
     for (long row = 0; row < rows; row++)
-        for (long i = 0; i < n; i++) out[row * n + i] = x[row * x_stride + i] * scale[row] * weight[i];
+        scaled(x + row * x_stride, weight, scale[row], out + row * n, n);
 }
 
-static void scales(const float *x, float eps, float *scale, long rows, long n, int threads) {
+// sum += x, and its norm as rms_norm has it -> out; the sum also to copy
+static void add_and_norm(float *sum, const float *x, long x_stride, const float *weight, float eps, float *out,
+                         float *scale, float *copy, long rows, long n, int threads) {
     SHARED_ROWS(rows * n)
-    for (long row = 0; row < rows; row++) scale[row] = 1.0f / root(square_sum(x + row * n, n) / n + eps);
+    for (long row = 0; row < rows; row++) {
+        float *to = sum + row * n;
+        const float *more = x + row * x_stride;
+        for (long i = 0; i < n; i++) to[i] += more[i];
+        scale[row] = 1.0f / root(square_sum(to, n) / n + eps);
+        scaled(to, weight, scale[row], out + row * n, n);
+        for (long i = 0; i < n; i++) copy[row * n + i] = to[i];
+    }
 }
 
 // ---------------------------------------------------------------- before attention: norm, query, key, value, rotation
@@ -88,33 +97,62 @@ void before_forward(const Before *l) {
     }
 }
 
-// The gradient of heads before rotation and norm, [n, heads, size] -> to
+// Heads of rows begin <= t < end: the gradient before rotation and norm -> to; that of the norm's weight is added to
+// of_weight unless it is null.
+HERE void heads_of_rows_back(const Before *l, const float *g, long stride, long heads, const float *before,
+                             const float *weight, float *of_weight, long row, long begin, long end, float *to,
+                             const long size) {
+    float part[MOST];
+    for (long i = 0; i < size; i++) part[i] = 0;
+    long width = heads * size, summed = 0;
+    for (long t = begin; t < end; t++) {
+        const float *c = l->cos + (row + t) * size, *s = l->sin + (row + t) * size;
+        for (long h = 0; h < heads; h++) {
+            const float *x = before + (row + t) * width + h * size;
+            float *here = to + t * width + h * size;
+            turn_head_back(g + (row + t) * stride + h * size, c, s, here, size);
+            if (!weight) continue;
+            float scale = 1.0f / root(square_sum(x, size) / size + l->eps);
+            norm_backward(here, x, weight, scale, 0, here, of_weight ? part : 0, size);
+            if (of_weight && (++summed == TOGETHER || (t == end - 1 && h == heads - 1))) {
+                flush(part, of_weight, size);
+                summed = 0;
+            }
+        }
+    }
+}
+
+// [n, heads, size] from `row` on
 static void heads_back(const Before *l, const float *g, long stride, long heads, long row, long n, const float *before,
-                       const float *weight, float *of_weight, float *scale, float *to) {
-    long width = heads * l->size;
-    turn_heads_back(g + row * stride, stride, l->cos + row * l->size, l->sin + row * l->size, to, width, n, heads,
-                    l->size, l->threads);
-    if (!weight) return;
-    before += row * width;
-    scales(before, l->eps, scale, n * heads, l->size, l->threads);
-    rms_norm_backward(to, l->size, before, l->size, weight, scale, to, l->size, of_weight, n * heads, l->size,
-                      l->threads, l->threads);
+                       const float *weight, float *of_weight, float *to) {
+    long runs = l->threads, each = (n + runs - 1) / runs, threads = l->threads, D = l->size;
+    SHARED_ROWS(n * heads * D)
+    for (long run = 0; run < runs; run++) {
+        long end = (run + 1) * each < n ? (run + 1) * each : n;
+        float *total = of_weight ? of_weight + run * D : 0;
+        if (D == 32) heads_of_rows_back(l, g, stride, heads, before, weight, total, row, run * each, end, to, 32);
+        else if (D == 64) heads_of_rows_back(l, g, stride, heads, before, weight, total, row, run * each, end, to, 64);
+        else heads_of_rows_back(l, g, stride, heads, before, weight, total, row, run * each, end, to, D);
+    }
 }
 
 void before_backward(const Before *l) {
     int threads = l->threads;
     long H = l->hidden, Q = l->heads * l->size, K = l->kv_heads * l->size;
     float *normed = l->room, *pull = normed + l->block * H, *q = pull + l->block * H, *k = q + l->block * Q;
-    float *v = k + l->block * K, *scale = v + l->block * K;
+    float *room = k + l->block * K;
     for (long row = 0; row < l->rows; row += l->block) {
         long n = l->rows - row < l->block ? l->rows - row : l->block;
         float keep = row || l->keep ? 1.0f : 0.0f;
         const float *x = l->x + row * l->x_stride;
+        const float *v = l->of_value + row * l->of_value_stride;
         heads_back(l, l->of_query, l->of_query_stride, l->heads, row, n, l->query_in, l->query_norm, l->of_query_norm,
-                   scale, q);
-        heads_back(l, l->of_key, l->of_key_stride, l->kv_heads, row, n, l->key_in, l->key_norm, l->of_key_norm, scale,
-                   k);
-        copy_rows(l->of_value + row * l->of_value_stride, l->of_value_stride, v, K, n, K, threads);
+                   q);
+        heads_back(l, l->of_key, l->of_key_stride, l->kv_heads, row, n, l->key_in, l->key_norm, l->of_key_norm, k);
+        if (l->of_value_stride != K) {
+            copy_rows(v, l->of_value_stride, room, K, n, K, threads);
+            v = room;
+        }
         norm_again(x, l->x_stride, l->norm, l->scale + row, normed, n, H, threads);
         OF_WEIGHT(Q, H, n, q, Q, normed, H, keep, l->of_query_weight);
         OF_WEIGHT(K, H, n, k, K, normed, H, keep, l->of_key_weight);
@@ -159,13 +197,12 @@ void after_forward(const After *l) {
         long n = l->rows - row < l->block ? l->rows - row : l->block;
         float *middle = l->middle + row * H, *y = l->y + row * H;
         float *gate = l->gate ? l->gate + row * I : spare, *up = l->up ? l->up + row * I : gated;
-        copy_rows(l->x + row * l->x_stride, l->x_stride, middle, H, n, H, threads);
-        BY_WEIGHT(n, H, A, l->out + row * l->out_stride, l->out_stride, l->out_weight, 1.0f, middle, H);
-        rms_norm(middle, H, l->norm, l->eps, normed, H, l->scale + row, n, H, threads);
+        BY_WEIGHT(n, H, A, l->out + row * l->out_stride, l->out_stride, l->out_weight, 0.0f, middle, H);
+        add_and_norm(middle, l->x + row * l->x_stride, l->x_stride, l->norm, l->eps, normed, l->scale + row, y, n, H,
+                     threads);
         BY_WEIGHT(n, I, H, normed, H, l->gate_weight, 0.0f, gate, I);
         BY_WEIGHT(n, I, H, normed, H, l->up_weight, 0.0f, up, I);
         swiglu(gate, I, up, I, gated, I, n, I, threads);
-        copy_rows(middle, H, y, H, n, H, threads);
         BY_WEIGHT(n, H, I, gated, I, l->down_weight, 1.0f, y, H);
     }
 }
@@ -179,7 +216,7 @@ static void gated_back(float *g, const float *gate, const float *up, float *of_g
         vec first, second;
         for (; i + WIDTH <= end; i += WIDTH) {
             vec x = load(gate + i), u = load(up + i), pull = load(g + i);
-            vec s = 1.0f / (1.0f + exponential(-x)), xs = x * s;
+            vec s = sigmoid(x), xs = x * s;
             store(of_up + i, pull * xs);
             store(of_gate + i, pull * u * (s + xs * (1.0f - s)));
             store(g + i, xs * u);
@@ -189,7 +226,7 @@ static void gated_back(float *g, const float *gate, const float *up, float *of_g
             vec x = all(gate[i]);
             of_gate[i] = first[0];
             of_up[i] = second[0];
-            g[i] = (x / (1.0f + exponential(-x)))[0] * up[i];
+            g[i] = (x * sigmoid(x))[0] * up[i];
         }
     }
 }

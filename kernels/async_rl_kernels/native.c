@@ -18,6 +18,8 @@ typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
 #define BLOCK 32 // places of a block of the cache: generator/kv_blocks.py
 #define MOST 16384 // elements of a row whose gradient is summed here: native.py
 
+#define HERE static inline __attribute__((always_inline))
+
 #define ENOUGH 65536 // elements from which on several threads share them
 #define PRAGMA(words) _Pragma(#words)
 #define SHARED_ROWS(elements)                                                                                           \
@@ -90,6 +92,17 @@ static inline vec exponential_within(vec x) {
 // e^x; below -87 the smallest normal number instead of less
 static inline vec exponential(vec x) { return exponential_within(smaller(all(88.0f), larger(all(-87.0f), x))); }
 
+// 1 / (1 + e^-x)
+static inline vec sigmoid(vec x) {
+    vec d = 1.0f + exponential(-x);
+#ifdef __AVX512F__
+    vec about = (vec)_mm512_rcp14_ps((__m512)d); // one step of Newton's method makes its 14 bits 28
+    return about * (2.0f - d * about);
+#else
+    return 1.0f / d;
+#endif
+}
+
 static inline float root(float x) { return __builtin_sqrtf(x); }
 
 static inline float square_sum(const float *x, long n) {
@@ -107,6 +120,13 @@ static inline float square_sum(const float *x, long n) {
 
 // ---------------------------------------------------------------- norms
 
+// to = x * s * weight, a row; `to` may be x
+static inline void scaled(const float *x, const float *weight, float s, float *to, long n) {
+    long i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) store(to + i, load(x + i) * s * load(weight + i));
+    for (; i < n; i++) to[i] = x[i] * s * weight[i];
+}
+
 // out = x / rms(x) * weight; scale [rows] = 1 / rms(x) unless it is null
 void rms_norm(const float *x, long x_stride, const float *weight, float eps, float *out, long out_stride, float *scale,
               long rows, long n, int threads) {
@@ -116,11 +136,11 @@ void rms_norm(const float *x, long x_stride, const float *weight, float eps, flo
         float *to = out + row * out_stride;
         float s = 1.0f / root(square_sum(from, n) / n + eps);
         if (scale) scale[row] = s;
-        for (long i = 0; i < n; i++) to[i] = from[i] * s * weight[i];
+        scaled(from, weight, s, to, n);
     }
 }
 
-// One row: of_x = s (g w - x s^2 mean(g w x)) + more, and of_weight += g x s; more and of_weight may be null.
+// One row: of_x = s (g w - x s^2 mean(g w x)) + more, and of_weight += g x s; more and of_weight may be null, of_x g.
 static inline void norm_backward(const float *g, const float *x, const float *w, float s, const float *more,
                                  float *of_x, float *of_weight, long n) {
     vec total = {};
@@ -129,12 +149,17 @@ static inline void norm_backward(const float *g, const float *x, const float *w,
     float rest = 0;
     for (; i < n; i++) rest += g[i] * w[i] * x[i];
     float pull = (sum_of(total) + rest) * s * s / n;
-    if (of_weight)
-        for (long j = 0; j < n; j++) of_weight[j] += g[j] * x[j] * s;
-    if (more)
-        for (long j = 0; j < n; j++) of_x[j] = s * (g[j] * w[j] - x[j] * pull) + more[j];
-    else
-        for (long j = 0; j < n; j++) of_x[j] = s * (g[j] * w[j] - x[j] * pull);
+    for (i = 0; i + WIDTH <= n; i += WIDTH) {
+        vec one = load(g + i), at = load(x + i), slope = s * (one * load(w + i) - at * pull);
+        if (of_weight) store(of_weight + i, load(of_weight + i) + one * at * s);
+        if (more) slope += load(more + i);
+        store(of_x + i, slope);
+    }
+    for (; i < n; i++) {
+        float one = g[i], at = x[i];
+        if (of_weight) of_weight[i] += one * at * s;
+        of_x[i] = s * (one * w[i] - at * pull) + (more ? more[i] : 0);
+    }
 }
 
 static inline void flush(float *part, float *total, long n) {
@@ -182,32 +207,51 @@ void rms_norm_backward(const float *g, long g_stride, const float *x, long x_str
 
 // ---------------------------------------------------------------- heads: norm, then rotation
 
+// One head, [size] each. by: scale and weight of its norm, w null: none.
+HERE void turn_head(const float *x, float by, const float *w, const float *c, const float *s, float *to, long size) {
+    long half = size / 2, i = 0;
+    for (; i + WIDTH <= half; i += WIDTH) {
+        vec a = load(x + i), b = load(x + i + half);
+        if (w) a = a * by * load(w + i), b = b * by * load(w + i + half);
+        store(to + i, a * load(c + i) + b * load(s + i));
+        store(to + i + half, b * load(c + i + half) + a * load(s + i + half));
+    }
+    for (; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        if (w) a = a * by * w[i], b = b * by * w[i + half];
+        to[i] = a * c[i] + b * s[i];
+        to[i + half] = b * c[i + half] + a * s[i + half];
+    }
+}
+
+// The gradient of one head turned back
+HERE void turn_head_back(const float *g, const float *c, const float *s, float *to, long size) {
+    long half = size / 2, i = 0;
+    for (; i + WIDTH <= half; i += WIDTH) {
+        vec a = load(g + i), b = load(g + i + half);
+        store(to + i, a * load(c + i) + b * load(s + i + half));
+        store(to + i + half, b * load(c + i + half) + a * load(s + i));
+    }
+    for (; i < half; i++) {
+        float a = g[i], b = g[i + half];
+        to[i] = a * c[i] + b * s[i + half];
+        to[i + half] = b * c[i + half] + a * s[i];
+    }
+}
+
 // x [tokens, heads, size] -> out; weight null: no norm. heads from `kind` on have the second weight (engine: keys).
 // cos, sin: of token t at `position[t]` rows of `turn` floats (position null: t); sin is negative in its first half.
 void turn_heads(const float *x, long x_stride, const float *weight, const float *second, long kind, float eps,
                 const float *cos, const float *sin, long turn, const int64_t *position, float *out, long out_stride,
                 long tokens, long heads, long size, int threads) {
-    long half = size / 2;
     SHARED_ROWS(tokens * heads * size)
     for (long t = 0; t < tokens; t++) {
-        float normed[size];
         long at = (position ? position[t] : t) * turn;
-        const float *c = cos + at, *s = sin + at;
         for (long h = 0; h < heads; h++) {
-            const float *from = x + t * x_stride + h * size;
-            float *to = out + t * out_stride + h * size;
-            const float *w = h < kind ? weight : second;
-            float by = 1.0f;
-            if (w) {
-                by = 1.0f / root(square_sum(from, size) / size + eps);
-                for (long i = 0; i < size; i++) normed[i] = from[i] * by * w[i];
-            } else
-                for (long i = 0; i < size; i++) normed[i] = from[i];
-            for (long i = 0; i < half; i++) {
-                float a = normed[i], b = normed[i + half];
-                to[i] = a * c[i] + b * s[i];
-                to[i + half] = b * c[i + half] + a * s[i + half];
-            }
+            const float *from = x + t * x_stride + h * size, *w = h < kind ? weight : second;
+            float *to = out + t * out_stride + h * size, by = w ? 1.0f / root(square_sum(from, size) / size + eps) : 1;
+            if (size == 32) turn_head(from, by, w, cos + at, sin + at, to, 32);
+            else turn_head(from, by, w, cos + at, sin + at, to, size);
         }
     }
 }
@@ -215,20 +259,11 @@ void turn_heads(const float *x, long x_stride, const float *weight, const float 
 // The inverse rotation: the gradient of the rotated heads g -> of_x.
 void turn_heads_back(const float *g, long g_stride, const float *cos, const float *sin, float *of_x, long of_stride,
                      long tokens, long heads, long size, int threads) {
-    long half = size / 2;
     SHARED_ROWS(tokens * heads * size)
-    for (long t = 0; t < tokens; t++) {
-        const float *c = cos + t * size, *s = sin + t * size;
-        for (long h = 0; h < heads; h++) {
-            const float *from = g + t * g_stride + h * size;
-            float *to = of_x + t * of_stride + h * size;
-            for (long i = 0; i < half; i++) {
-                float a = from[i], b = from[i + half];
-                to[i] = a * c[i] + b * s[i + half];
-                to[i + half] = b * c[i + half] + a * s[i];
-            }
-        }
-    }
+    for (long t = 0; t < tokens; t++)
+        for (long h = 0; h < heads; h++)
+            turn_head_back(g + t * g_stride + h * size, cos + t * size, sin + t * size, of_x + t * of_stride + h * size,
+                           size);
 }
 
 // ---------------------------------------------------------------- silu(gate) * up
@@ -242,17 +277,17 @@ void swiglu(const float *gate, long gate_stride, const float *up, long up_stride
         long i = 0;
         for (; i + WIDTH <= n; i += WIDTH) {
             vec x = load(a + i);
-            store(to + i, x / (1.0f + exponential(-x)) * load(b + i));
+            store(to + i, x * sigmoid(x) * load(b + i));
         }
         for (; i < n; i++) {
             vec x = all(a[i]);
-            to[i] = (x / (1.0f + exponential(-x)))[0] * b[i];
+            to[i] = (x * sigmoid(x))[0] * b[i];
         }
     }
 }
 
 static inline void swiglu_slope(vec g, vec x, vec up, vec *of_gate, vec *of_up) {
-    vec s = 1.0f / (1.0f + exponential(-x));
+    vec s = sigmoid(x);
     *of_up = g * x * s;
     *of_gate = g * up * s * (1.0f + x * (1.0f - s));
 }
@@ -278,8 +313,6 @@ void swiglu_backward(const float *g, long g_stride, const float *gate, long gate
         }
     }
 }
-
-#define HERE static inline __attribute__((always_inline))
 
 // ---------------------------------------------------------------- a matrix turned, bit by bit
 
