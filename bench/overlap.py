@@ -8,7 +8,7 @@ are balanced in this process: the sequences decoded at once are chosen such that
 long as training on it. The learning rate is so small that episodes keep their lengths.
 
 `--pinned`: each side has a core of its own (`pin_threads`), as each has its own GPU elsewhere. Without it a synchronous
-trainer uses both cores while nothing is generated, so there is less to save: no more than 1.5 / 1 where both sides take a
+trainer uses both cores while nothing is generated, so less can be saved: 1.5 times at most where both sides take a
 core as long.
 
 Targets: asynchronous time a step <= 1.1 x max(generating, training), and >= 1.6 x faster than synchronous.
