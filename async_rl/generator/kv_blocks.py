@@ -15,6 +15,7 @@ Shapes: slots are places of sequences, columns the blocks of the longest chain.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,23 +101,27 @@ class BlockTables:
         writable = (length > 0) & (self.holders[last] == 1)
         return np.where(writable, self.size - self.filled[last], 0)
 
-    def append(self, slot: int, tokens: NDArray[np.int32]) -> tuple[Ints, Ints]:
-        """(blocks, places in them), both [tokens], of tokens appended to a slot. There must be blocks enough."""
+    def append(self, slot: int, tokens: NDArray[np.int32], ends: Sequence[int] = ()) -> tuple[Ints, Ints]:
+        """(blocks, places in them), both [tokens], of tokens appended to a slot. There must be blocks enough. `ends`:
+        numbers of tokens behind which another block begins, ascending."""
         blocks = np.empty(len(tokens), dtype=np.int64)
         places = np.empty(len(tokens), dtype=np.int64)
         begin = 0
-        while begin < len(tokens):
-            if not self.room(np.array([slot])).any():
+        for last in (*ends, len(tokens)):
+            if begin:
                 self._extend(slot)
-            block = int(self.table[slot, self.length[slot] - 1])
-            at = int(self.filled[block])
-            end = min(len(tokens), begin + self.size - at)
-            self.tokens[block, at : at + end - begin] = tokens[begin:end]
-            blocks[begin:end] = block
-            places[begin:end] = np.arange(at, at + end - begin)
-            self.filled[block] += end - begin
-            self.cached[slot] += end - begin
-            begin = end
+            while begin < last:
+                if not self.room(np.array([slot])).any():
+                    self._extend(slot)
+                block = int(self.table[slot, self.length[slot] - 1])
+                at = int(self.filled[block])
+                end = min(last, begin + self.size - at)
+                self.tokens[block, at : at + end - begin] = tokens[begin:end]
+                blocks[begin:end] = block
+                places[begin:end] = np.arange(at, at + end - begin)
+                self.filled[block] += end - begin
+                self.cached[slot] += end - begin
+                begin = end
         return blocks, places
 
     def append_few(self, slot: Ints, count: Ints, tokens: NDArray[np.int32]) -> tuple[Ints, Ints]:
@@ -163,7 +168,7 @@ class BlockTables:
             equal = self.tokens[among, : len(rest)] == rest
             equal &= np.arange(len(rest)) < self.filled[among, None]
             alike = np.where(equal.all(1), len(rest), equal.argmin(1))  # [children]
-            best = int(alike.argmax())
+            best = int((2 * alike + (alike == self.filled[among])).argmax())  # of two a whole one
             block, tokens = int(among[best]), int(alike[best])
             if tokens == 0:
                 return None

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from async_rl.generator.kv_blocks import SCRATCH, BlockCopy, BlockTables, Ints
 from async_rl.generator.kv_cache import SMALL_APPEND, Feed
+from async_rl.generator.partings import partings
 from async_rl.generator.slots import Slots
 
 LEAST_SHARED = 16
@@ -91,9 +92,23 @@ class Scheduler:
         if few.any():
             self._feed_few(draft, order[few])
         rest, preemptable = order[~few].tolist(), not few.any()
+        ends = self._ends(rest)
         for i, slot in enumerate(rest):
-            self._feed(draft, slot, rest[i + 1 :] if preemptable else [])
+            self._feed(draft, slot, rest[i + 1 :] if preemptable else [], ends.get(slot, []))
         return draft.step()
+
+    def _ends(self, slots: list[int]) -> dict[int, list[int]]:
+        """Where blocks are to end, of slots that begin, so that others find what they have in common with them."""
+        held, begins = self._slots, [slot for slot in slots if not self._tables.length[slot]]
+        different = {
+            held.tokens[slot, : held.known[slot]].tobytes(): slot
+            for slot in reversed(begins)
+            if held.known[slot] > LEAST_SHARED
+        }
+        if len(different) < 2:
+            return {}
+        first = list(different.values())  # of those with one history the first is fed
+        return dict(zip(first, partings([held.tokens[s, : held.known[s]] for s in first], LEAST_SHARED), strict=True))
 
     def _few(self, order: Ints) -> NDArray[np.bool_]:
         """Which running slots [n] lack so few tokens that they are fed together: none if budget or blocks are short."""
@@ -118,8 +133,9 @@ class Scheduler:
         block, place = tables.append_few(slot, count, slots.tokens[slot[row], position])
         draft.put(slot.tolist(), start.tolist(), count.tolist(), block, place)
 
-    def _feed(self, draft: _Draft, slot: int, younger: list[int]) -> None:
-        """Add a slot to the step, as far as budget and blocks allow. `younger`: slots that may lose their blocks."""
+    def _feed(self, draft: _Draft, slot: int, younger: list[int], ends: list[int]) -> None:
+        """Add a slot to the step, as far as budget and blocks allow. `younger`: slots that may lose their blocks;
+        `ends`: numbers of tokens behind which a block is to end."""
         slots, tables = self._slots, self._tables
         known, oldest = int(slots.known[slot]), not draft.slots
         history = slots.tokens[slot, :known]
@@ -141,7 +157,9 @@ class Scheduler:
             return
         if lacks > 1 and draft.budget <= 0:
             return
-        need = int(tables.lacking(np.array([slot]), np.array([count]))[0])
+        start = int(tables.cached[slot])
+        ends = [end - start for end in ends if start < end < start + count]
+        need = int(tables.lacking(np.array([slot]), np.array([count]))[0]) + len(ends)
         if begins and not oldest:  # one that only begins leaves a block to each of the others, and takes none away
             need, younger = need + len(draft.slots), []
         if not self._make_room(need, younger):
@@ -149,9 +167,9 @@ class Scheduler:
                 tables.clear(slot)
             if not oldest:
                 return
-            count = min(known, draft.budget + 1)  # it is alone now, and its chain had gaps
+            count, ends = min(known, draft.budget + 1), []  # it is alone now, and its chain had gaps
         start = int(tables.cached[slot])
-        block, place = tables.append(slot, history[start : start + count])
+        block, place = tables.append(slot, history[start : start + count], ends)
         draft.put_one(slot, start, block, place, key if start + count == known else None)
 
     def _make_room(self, need: int, younger: list[int]) -> bool:

@@ -95,6 +95,37 @@ def test_prompts_that_only_begin_alike_share_their_beginning(tokenizer):
     assert engine.stats().tokens_prefilled < 0.6 * sum(len(request.tokens) for request in requests)
 
 
+def test_what_groups_of_one_step_begin_with_is_fed_once_also_after_an_update(tokenizer):
+    """27 of 45 tokens: as a chat template puts before every question, and no multiple of a block."""
+    system = prompt(99, 27)
+    requests = [ask(4 * g + i, [*system, g + 3, *prompt(g, 17)], 24) for g in range(3) for i in range(4)]
+    weights = {name: p.detach() for name, p in make_decoder(CONFIG).named_parameters()}
+    engine = make_engine(tokenizer)
+    fed = []
+
+    async def go() -> list[Completion]:
+        done = [asyncio.create_task(engine.generate(request)) for request in requests]
+        while engine.stats().tokens_generated < 24:
+            await asyncio.sleep(0)
+        fed.append(engine.stats().tokens_prefilled)
+        again = sum(len(engine.sampled(request.session)) for request in requests)
+        await engine.load(weights, 1)
+        while engine.stats().tokens_prefilled == fed[0]:
+            await asyncio.sleep(0)
+        fed.append(engine.stats().tokens_prefilled - fed[0] - again)
+        await engine.close()
+        return [await each for each in done]
+
+    found = asyncio.run(go())
+    assert fed[0] == 27 + 3 * 18
+    assert fed[1] <= 27 + 3 * 18
+    expected = alone(tokenizer, requests)
+    for some, other in zip(found, expected, strict=True):
+        assert len(some.tokens) > 2
+        assert list(some.tokens) == list(other.tokens[: len(some.tokens)])
+        assert np.allclose(some.log_probs, other.log_probs[: len(some.tokens)], atol=TOLERANCE)
+
+
 def test_a_prompt_that_is_in_the_cache_is_found_by_a_later_request(tokenizer):
     engine = make_engine(tokenizer)
     first, second, branch = ask(0, prompt(1, 45), 60), ask(1, prompt(1, 45)), None
