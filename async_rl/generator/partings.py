@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ def partings(histories: Sequence[NDArray[np.int32]], least: int) -> list[list[in
     blocks hold what it has in common with others and nothing else. Between two ends, and before the first, there are
     `least` tokens at least."""
     order = sorted(range(len(histories)), key=lambda i: histories[i].tobytes())
-    common = [_in_common(histories[i], histories[j]) for i, j in zip(order, order[1:], strict=False)]
+    common = [_in_common(histories[i], histories[j]) for i, j in pairwise(order)]
     ends: list[list[int]] = [[] for _ in histories]
     todo = [(0, len(order), 0)]  # histories begin <= i < last in this order have so many tokens in common
     while todo:
