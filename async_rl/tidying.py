@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 TIDY_S = 20.0
 """seconds between two rounds of tidying, at least"""
-YOUNG = 10_000
+YOUNG = 50_000
 """containers made and not freed since the last look for garbage among them"""
 MOST_SHARE = 0.002
 """of the time, at most, that is spent on it: rounds that take long become rare"""
@@ -20,7 +20,7 @@ _M_ARENA_MAX = -8
 def freeze_set_up() -> None:
     """Setting up is over: what imports and set-up made is never garbage, and later collections skip it. Those come
     after YOUNG new objects instead of 700: a step of many short episodes makes 20,000 that live until its end, and was
-    interrupted thirty times to look at them."""
+    interrupted thirty times to look at them. What garbage there is waits for `Tidying`."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG, *gc.get_threshold()[1:])

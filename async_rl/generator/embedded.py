@@ -140,10 +140,11 @@ class EmbeddedEngine:
     async def generate(self, request: Request) -> Completion:
         """Sample one turn. Raises ValueError for a request that cannot be right, LogitsNotFinite when the model gives
         such logits for it, RunFailed when the engine has died."""
-        slot = self._slots.of(request.session)
-        known = 0
-        if slot is not None and request.session not in self._answers:
-            known = self._slots.goes_on(slot, request.tokens)
+        session = request.session
+        if session in self._answers or session in self._waiting:
+            raise ValueError(f"session {session} is generating already")
+        slot = self._slots.of(session)
+        known = 0 if slot is None else self._slots.goes_on(slot, request.tokens)
         history = self._checked(request, known)
         if self._closed:
             return Completion(tokens=(), log_probs=(), versions=(), finish="aborted")
@@ -157,12 +158,12 @@ class EmbeddedEngine:
         if slot is not None:  # between two turns: it has its slot already
             self._begin(slot, checked, answer)
         else:
-            self._waiting[request.session] = (checked, answer)
+            self._waiting[session] = (checked, answer)
         self._wake.set()
         try:
             return await answer
         except asyncio.CancelledError:
-            self.release(request.session)
+            self.release(session)
             raise
 
     def sampled(self, session: int) -> Sequence[int]:
@@ -262,14 +263,14 @@ class EmbeddedEngine:
         request.check()
         tokens = request.tokens[known:] if known else request.tokens
         history = tokens if known and isinstance(tokens, list) else np.asarray(tokens, dtype=np.int32)
-        if len(tokens) <= FEW and min(tokens) >= 0:
+        if len(tokens) == 1:
+            most = tokens[0] if tokens[0] >= 0 else self._vocabulary
+        elif len(tokens) <= FEW and min(tokens) >= 0:
             most = max(tokens)
         else:
             most = int(np.asarray(history, dtype=np.int32).view(np.uint32).max())
         if most >= self._vocabulary:  # negative ones are huge
             raise ValueError(f"a token is outside the vocabulary of {self._vocabulary}")
-        if request.session in self._answers or request.session in self._waiting:
-            raise ValueError(f"session {request.session} is generating already")
         return history
 
     def _rules_in_use(self) -> set[int]:

@@ -80,10 +80,10 @@ class EpisodeSession:
 
     __slots__ = (
         "__dict__", "__weakref__", "_agents", "_begun", "_clock", "_connection", "_ended", "_engine", "_generator",
-        "_held", "_info", "_key", "_max_turns", "_now", "_on_turn", "_over", "_record", "_said", "_sampling", "_slots",
-        "_spoken", "_start", "_stopped", "_task_since", "_ticket", "_window", "abandoned", "agent_tokens", "contexts",
-        "cut", "diverged", "engine_error", "kept", "max_context", "problem", "refused", "session_id", "started_at",
-        "tokenizer",
+        "_held", "_info", "_key", "_max_turns", "_now", "_on_turn", "_over", "_params", "_record", "_said", "_sampling",
+        "_slots", "_spoken", "_start", "_stopped", "_task_since", "_ticket", "_window", "abandoned", "agent_tokens",
+        "contexts", "cut", "diverged", "engine_error", "kept", "max_context", "problem", "refused", "session_id",
+        "started_at", "tokenizer",
     )  # fmt: skip  # more than 30 attributes: a dictionary of its own for each session takes longer
 
     def __init__(
@@ -131,6 +131,7 @@ class EpisodeSession:
         self._said: list[Spoken] = []  # turns in order of time
         self._spoken: Completion | None = None  # the last turn
         self._begun = 0  # turns sampled or being sampled
+        self._params: SamplingParams | None = None
         self._stopped = False
         self._ended: Ended = "finished"
         self._info: dict[str, float | str] = {}
@@ -366,9 +367,7 @@ class EpisodeSession:
         temperature = self.check_turn(asked)
         if context.busy:
             raise ValueError("a turn of this context is being sampled; wait for it")
-        room = self.max_context - len(context.tokens)
-        if asked.max_tokens < room:
-            room = asked.max_tokens
+        room = min(asked.max_tokens, self.max_context - len(context.tokens))
         if room < 1:
             context.truncated = True
             self._ended = "length"
@@ -455,17 +454,21 @@ class EpisodeSession:
         self._said.append(Spoken(context, number, text, tokens, asked.agent))
 
     def _request(self, context: Context, room: int, temperature: float, asked: TurnRequest) -> Request:
-        params = SamplingParams(
-            max_tokens=room,
-            temperature=temperature,
-            stop_tokens=self.tokenizer.ends_with(asked.stop_tokens),
-            stop_strings=tuple(asked.stop),
-        )
+        plain = not asked.stop and not asked.stop_tokens
+        params = self._params if plain else None  # of the turn before
+        if params is None or params.max_tokens != room or params.temperature != temperature:
+            params = SamplingParams(
+                max_tokens=room,
+                temperature=temperature,
+                stop_tokens=self.tokenizer.ends_with(asked.stop_tokens),
+                stop_strings=tuple(asked.stop),
+            )
+            self._params = params if plain else None
         return Request(session=context.key, tokens=context.tokens, params=params, seed=context.seed)
 
     def _not_finite(self, completion: Completion) -> LogitsNotFinite:
-        first = int(np.isfinite(completion.log_probs).argmin())
-        self.engine_error = error = LogitsNotFinite(completion.versions[first])
+        error = LogitsNotFinite(completion.versions[int(np.isfinite(completion.log_probs).argmin())])
+        self.engine_error = error
         return error
 
     async def untimed(self, call: Awaitable[Answer]) -> Answer:
