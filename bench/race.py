@@ -4,8 +4,9 @@
                          [--learning-rate X] [--target REWARD] [--passive]
 
 Contestants, one at a time, each in processes of its own on all cores:
-- async_rl: generator and trainer side by side, `recipe=grpo`, max_staleness 2, everything else as it is by default
-- sync: the same with max_staleness=0
+- async_rl: generator and trainer side by side, `recipe=grpo`, max_staleness 2, sequences of two batches at once,
+  everything else as it is by default
+- sync: the same with max_staleness=0, sequences of one batch
 - trl: GRPOTrainer (`make foreign` fetches it), see bench/race_trl.py
 - plain: a straight loop of torch and transformers, bench/race_plain.py
 verl 0.9.1 has a name for the CPU (`trainer.device`), but does not run on one: its rollouts are servers of vLLM, SGLang
@@ -103,6 +104,7 @@ def rows_of(work: str) -> list[dict[str, Any]]:
 
 def settings_of(name: str, work: str, model: Path, rows: Path, chosen: Work) -> dict[str, Any]:
     """async_rl's settings."""
+    batches = 1 if name == "sync" else 2  # a step of the engine reads all weights, for however many sequences
     return {
         "name": name,
         "model": {"path": str(model)},
@@ -119,7 +121,7 @@ def settings_of(name: str, work: str, model: Path, rows: Path, chosen: Work) -> 
         "recipe": {"name": "grpo"},
         "batch": {"groups_per_step": chosen.groups, "group_size": chosen.group_size},
         "staleness": {"max_staleness": 0 if name == "sync" else 2},
-        "generator": {"max_sequences": chosen.groups * chosen.group_size, "max_context": 128},
+        "generator": {"max_sequences": chosen.groups * chosen.group_size * batches, "max_context": 128},
         "trainer": {"steps": chosen.steps},
         "optimizer": {"learning_rate": chosen.learning_rate, "warmup_steps": 0},
         "evaluation": {"every": 0, "problems": 8, "samples": 1},
