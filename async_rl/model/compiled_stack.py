@@ -1,9 +1,9 @@
 """Layers of a decoder as one function, forward and backward, for training on a CPU among the rows of a tree.
 
-Called layer by layer, everything that one layer hands to the next goes through memory, and each call costs a few dozen
-microseconds of Python. Here a part of the rows, whole trees of them, goes through all layers before the next part does
-(kernels: stack.c, of compiled_layer's and merged_attention's functions). Where all rows are one part, the caller gains
-nothing from several layers at once and passes one, so that what it keeps is given back layer by layer.
+Called part by part of a layer, everything that one hands to the next goes through memory, and each call costs a few
+dozen microseconds of Python. Here some rows, whole trees, go through all layers before the next rows do (stack.c, made
+of compiled_layer's and merged_attention's functions). Where weights are large nothing stays in the caches: the caller
+passes one layer at a time, and what it keeps is given back layer by layer in the backward pass.
 
 Shapes: n rows, hidden, inner (of the MLP), heads, kv_heads and size (of a head).
 """

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from async_rl.model.architecture import DecoderConfig, Rope
-from async_rl.model.compiled_layer import compute_after, compute_before, serves
+from async_rl.model.compiled_layer import CACHED, compute_after, compute_before, serves
 from async_rl.model.compiled_stack import compute_layers, divide
 from async_rl.model.elementwise import rms_norm, rotate, swiglu
 from async_rl.model.repeats import Repeats
@@ -107,15 +107,16 @@ class Decoder(nn.Module):
         if trees is None:
             return None
         widest = self.config.hidden * self.config.intermediate
-        every_row, asked_for = (divide(trees, len(x), asked, widest) for asked in (None, rows))
-        if every_row is None or asked_for is None:
+        asked_for, eps = divide(trees, len(x), rows, widest), self.config.norm_eps
+        if asked_for is None:
             return None
-        if every_row.count > 1:
-            return compute_layers(x, cos, sin, asked_for, layers, size, self.config.norm_eps)
-        for number, weights in enumerate(layers):
-            way = asked_for if number == len(layers) - 1 else every_row
-            x = compute_layers(x, cos, sin, way, [weights], size, self.config.norm_eps)
-        return x
+        if widest <= CACHED:
+            return compute_layers(x, cos, sin, asked_for, layers, size, eps)
+        every_row = divide(trees, len(x), None, widest)
+        assert every_row is not None
+        for weights in layers[:-1]:
+            x = compute_layers(x, cos, sin, every_row, [weights], size, eps)
+        return compute_layers(x, cos, sin, asked_for, layers[-1:], size, eps)
 
     def set_execution(self, execution: LayerExecution) -> LayerExecution:
         """Compute every layer in this way from now on; returns the way until now."""
