@@ -34,7 +34,7 @@ def on_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "PREFERS_MKL", True)
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -94,7 +94,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize(("groups", "large"), [(1, False), (14, False), (14, True)])
+@pytest.mark.parametrize(
+    ("groups", "large", "threads"), [(1, False, 1), (14, False, 1), (14, True, 1), (1, False, 2)], indirect=["threads"]
+)
 @pytest.mark.usefixtures("threads")
 def test_values_and_gradients(
     name: str, groups: int, large: bool, taken: list[int], monkeypatch: pytest.MonkeyPatch
