@@ -43,7 +43,7 @@ from async_rl_kernels.product import linear
 PROBE_ROWS = 1024
 """tokens whose logits a probe holds at once"""
 
-GO_ON_S, FULL_S = 0.004, 0.02
+GO_ON_S, FULL_S = 0.01, 0.02
 """in which steps are taken that nothing comes between: where a request may come meanwhile, and where every slot runs"""
 FEW = 64
 """tokens: Python finds the largest of so many faster than numpy"""
