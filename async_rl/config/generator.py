@@ -77,7 +77,14 @@ class GeneratorSettings:
         "what the engine keeps its layers' matrices in: `fp8` (vLLM on a GPU) halves their memory and traffic; what "
         "its log-probs differ by from the trainer's is measured (kl/mismatch) and stands in every ratio",
     )
-    threads: int = setting(0, "CPU threads of a generator; 0: by cores and model", unit="threads", min=0, max=1024)
+    threads: int = setting(
+        0,
+        "CPU threads of a generator, the embedded engine's at most: a step takes one where the trainer keeps the cores busy; "
+        "0: by cores and model",
+        unit="threads",
+        min=0,
+        max=1024,
+    )
     save_turns_after_s: float = setting(
         20.0,
         "the finished turns of an episode that has run longer are kept, so that it goes on there should its "

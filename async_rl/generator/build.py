@@ -15,6 +15,7 @@ from async_rl.errors import RunFailed, UserError
 from async_rl.generator.embedded import EmbeddedEngine
 from async_rl.generator.engine import Engine
 from async_rl.generator.pull import LinkSource, MergingSource, ReaderSource, TensorReader, WeightSource
+from async_rl.generator.thread_share import ThreadShare
 from async_rl.model.architecture import DecoderConfig, tensor_shapes
 from async_rl.model.decoder import DTYPES, Decoder
 from async_rl.model.folder import (
@@ -119,6 +120,8 @@ def make_engine(settings: Settings, tokenizer: Tokenizer, *, way: str = "") -> E
 
 def _embedded(settings: Settings, tokenizer: Tokenizer, model: Decoder | HuggingFaceDecoder) -> EmbeddedEngine:
     chosen = settings.generator
+    # without staleness the trainer waits meanwhile, and the same run gives the same bits again
+    beside = settings.staleness.max_staleness > 0 and chosen.device == settings.trainer.device == "cpu"
     return EmbeddedEngine(
         model,
         tokenizer,
@@ -128,6 +131,7 @@ def _embedded(settings: Settings, tokenizer: Tokenizer, model: Decoder | Hugging
         kv_on_update=chosen.kv_on_update,
         device=chosen.device,
         dtype=DTYPES[chosen.dtype],
+        around_step=ThreadShare(most=chosen.threads) if beside and chosen.threads > 1 else None,
     )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import numpy as np
@@ -65,6 +66,7 @@ class EmbeddedEngine:
             with the old one ("keep": cheaper, but later tokens are sampled from neither policy).
         prefill_tokens: most prompt and environment tokens in one step.
         device, dtype: the model's own unless given.
+        around_step: a context in which each step and each probe run.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class EmbeddedEngine:
         prefill_tokens: int = 2048,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        around_step: AbstractContextManager[None] | None = None,
     ) -> None:
         if max_sequences < 1 or prefill_tokens < 1:
             raise ValueError("max_sequences and prefill_tokens must be at least 1")
@@ -94,6 +97,7 @@ class EmbeddedEngine:
             self._forward = FusedDecoder(self._model, self._max_context)
         else:
             self._forward = self._model
+        self._around_step = around_step or nullcontext()
         self._recompute = kv_on_update == "recompute"
         config = model.config
         each = block_bytes(config.layers, config.kv_heads, config.head_dim, dtype.itemsize)
@@ -210,7 +214,7 @@ class EmbeddedEngine:
         if len(ids) < 2:
             return []
         found: list[float] = []
-        with torch.no_grad():
+        with torch.no_grad(), self._around_step:
             positions = torch.arange(len(ids), device=self._device)
             hidden = self._forward(ids, positions, DocumentAttention([len(ids)]))  # [tokens, hidden]
             for begin in range(0, len(ids) - 1, PROBE_ROWS):
@@ -317,7 +321,8 @@ class EmbeddedEngine:
             begun = time.perf_counter()
             self._admit()
             if self._answers:
-                self._step()
+                with self._around_step:
+                    self._step()
             await asyncio.sleep(0)  # what sessions do for these sequences is part of generating
             self._busy_seconds += time.perf_counter() - begun
 

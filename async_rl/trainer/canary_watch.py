@@ -17,6 +17,7 @@ from async_rl.config import Settings
 from async_rl.errors import RunFailed
 from async_rl.events import CanaryFailed, CanarySilent, RecordEvent
 from async_rl.model.tokenizer import Tokenizer
+from async_rl.trainer.lanes import one_lane
 from async_rl.trainer.ranks import is_sharded
 from async_rl.trainer.team import Team
 from async_rl.weights.canary import Comparison, Evidence, compare, fingerprint, in_bunches, probe_tokens, tolerance_of
@@ -102,11 +103,12 @@ class CanaryWatch:
         """Make the evidence of the learner's present weights; call it after they were published."""
         started = time.monotonic()
         version = self.learner.version
-        self.expected[version] = Evidence(
-            version=version,
-            digests=self._digests(version),
-            log_probs=self.team.probe(self.learner, self.options.probe),
-        )
+        with one_lane(self.learner.options.arithmetic.lanes):
+            self.expected[version] = Evidence(
+                version=version,
+                digests=self._digests(version),
+                log_probs=self.team.probe(self.learner, self.options.probe),
+            )
         while len(self.expected) > REMEMBERED:
             del self.expected[next(iter(self.expected))]
         self.seconds += time.monotonic() - started

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from async_rl.model.attention import DocumentAttention
+from async_rl.model.decoder import Decoder
 from async_rl.trainer.arithmetic import ModelArithmetic
-from async_rl.trainer.lanes import side_by_side
-from async_rl.trainer.packing import MicroBatch, PackedBatch
+from async_rl.trainer.lanes import parts_of, side_by_side
+from async_rl.trainer.packing import MicroBatch, PackedBatch, Rows
 from async_rl.trainer.ranks import free, is_sharded
 from async_rl_kernels import LogProbs, linear_logprob, min_p_log_prob
 
@@ -24,39 +26,39 @@ if TYPE_CHECKING:
     from async_rl.model.lora import WithoutAdapters
 
 
-def hidden_states(model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: ModelArithmetic) -> Tensor:
-    """Hidden states that predict the policy tokens, [t, H], not stretched."""
-    if (found := side_by_side(model, micro, arithmetic)) is not None:
-        return micro.of_policy(found)
-    with arithmetic.autocast(micro.tokens.device):
-        attention = micro.attention(arithmetic.kernel)
-        return micro.of_policy(model(micro.tokens, micro.positions, attention, micro.predicting))
-
-
 def log_probs(
     model: Model | WithoutAdapters, micro: MicroBatch, arithmetic: ModelArithmetic, *, proxy_share: float = 0.0
 ) -> LogProbs:
     """Log-prob, entropy and sum of squared probabilities of every policy token, [t] each; with `proxy_share` the
     log-prob under the proxy that keeps this share of the likeliest token's probability, too."""
-    hidden, head = hidden_states(model, micro, arithmetic), model.head  # a sharded head is whole behind the forward
-    hidden = micro.stretched(hidden.to(head.dtype))
-    cap, products, temperature = logit_caps(model, micro), arithmetic.products(head.device), arithmetic.temperature
-    found = linear_logprob(hidden, head, micro.targets, temperature=temperature, cap=cap, products=products)
+    compute = partial(_log_probs, model, arithmetic, proxy_share)
+    parts = parts_of(model, micro, arithmetic)
+    return side_by_side(cast(Decoder, model), parts, compute) if len(parts) > 1 else compute(micro)
+
+
+def _log_probs(model: Model | WithoutAdapters, arithmetic: ModelArithmetic, proxy_share: float, rows: Rows) -> LogProbs:
+    with arithmetic.autocast(rows.tokens.device):
+        attention = rows.attention(arithmetic.kernel)
+        hidden = rows.of_policy(model(rows.tokens, rows.positions, attention, rows.predicting))
+    head = model.head  # a sharded head is whole behind the forward
+    hidden = rows.stretched(hidden.to(head.dtype))
+    cap, products, temperature = logit_caps(model, rows), arithmetic.products(head.device), arithmetic.temperature
+    found = linear_logprob(hidden, head, rows.targets, temperature=temperature, cap=cap, products=products)
     if not proxy_share:
         return found
     proxy = min_p_log_prob(
-        hidden, head, micro.targets, share=proxy_share, temperature=temperature, cap=cap, products=products
+        hidden, head, rows.targets, share=proxy_share, temperature=temperature, cap=cap, products=products
     )
     return replace(found, log_proxy=proxy)
 
 
-def logit_caps(model: Model | WithoutAdapters, micro: MicroBatch) -> Tensor | None:
+def logit_caps(model: Model | WithoutAdapters, rows: Rows) -> Tensor | None:
     """`cap` of linear_logprob for every policy token, [t]. It grows with the stretch of a hidden state: logits are then
     those of the capped ones at the turn's temperature."""
     if not model.logit_cap:
         return None
-    every = torch.full((len(micro.targets), 1), model.logit_cap, device=micro.targets.device)
-    return micro.stretched(every).squeeze(1)
+    every = torch.full((len(rows.targets), 1), model.logit_cap, device=rows.targets.device)
+    return rows.stretched(every).squeeze(1)
 
 
 @torch.no_grad()

@@ -5,13 +5,14 @@ work on the same cores. Lanes are woken twice a step. Parts are whole subtrees o
 many rows; a beginning that all trajectories have in common is computed in each. Gradients of the parts are added in a
 fixed order, so a step is the same bits every time with as many lanes and threads. Each lane holds its own gradient.
 
-Shapes: N rows and p predicting rows of a micro-batch, H hidden.
+Shapes: N rows and t policy tokens of a micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -22,17 +23,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from async_rl.model.attention import DocumentAttention
-from async_rl.model.decoder import Attention, Decoder
+from async_rl.model.decoder import Decoder
 from async_rl.model.prefix_tree import PrefixTree, Run
-from async_rl.model.tree_attention import TreeAttention
 from async_rl.trainer.arithmetic import ModelArithmetic
+from async_rl.trainer.packing import MicroBatch, Rows
 from async_rl.trainer.ranks import is_sharded
+from async_rl_kernels import LogProbs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from async_rl.trainer.packing import MicroBatch
 
 Made = TypeVar("Made")
 Given = TypeVar("Given")
@@ -43,39 +42,62 @@ MOST_REPEATED = 0.1
 """rows that every part computes, as a share of all"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Part:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part(Rows):
     """What one lane computes: rows of a micro-batch."""
 
-    tokens: Tensor  # [n] int64
-    positions: Tensor  # [n] int64
-    predicting: Tensor  # [predicting rows of the part] int64
-    documents: tuple[int, ...]
-    tree: PrefixTree | None
-
-    def attention(self) -> Attention:
-        return DocumentAttention(self.documents) if self.tree is None else TreeAttention(self.tree)
+    chosen: Tensor  # [its policy tokens] int64
+    """which of the micro-batch's they are"""
 
 
-def side_by_side(model: object, micro: MicroBatch, arithmetic: ModelArithmetic) -> Tensor | None:
-    """Hidden states [p, H] of the rows `micro.predicting`; None where lanes do not serve: one lane, another device,
-    another model than the built-in decoder, too few rows, or none to divide them at."""
+Compute = Callable[[Part], LogProbs]
+"""a part's forward"""
+
+
+def parts_of(model: object, micro: MicroBatch, arithmetic: ModelArithmetic) -> list[Part]:
+    """What is computed side by side; none where lanes do not serve: one lane, another device, another model than the
+    built-in decoder, too few rows, or no place to divide them at."""
     if arithmetic.lanes < 2 or micro.tokens.device.type != "cpu" or not isinstance(model, Decoder) or is_sharded(model):
-        return None
-    parts = divided(micro, arithmetic.lanes)
-    if len(parts) < 2:
-        return None
+        return []
+    return divided(micro, arithmetic.lanes)
+
+
+def side_by_side(model: Decoder, parts: Sequence[Part], compute: Compute) -> LogProbs:
+    """The columns of all policy tokens of a micro-batch, [t] each; `compute` gives those of a part."""
     if not torch.is_grad_enabled():
-        return torch.cat(in_lanes(partial(_forward, model, arithmetic, False), parts))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    hidden: Tensor = _SideBySide.apply(model, parts, arithmetic, parameters, *parameters)
-    return hidden
+        columns = _together(parts, in_lanes(partial(_computed, compute, False), parts))
+    else:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        columns = _SideBySide.apply(parts, compute, parameters, *parameters)
+    log_prob, entropy, square, proxy = columns
+    assert log_prob is not None
+    assert entropy is not None
+    assert square is not None
+    return LogProbs(log_prob=log_prob, entropy=entropy, prob_square_sum=square, log_proxy=proxy)
 
 
-def _forward(model: Decoder, arithmetic: ModelArithmetic, graph: bool, part: Part) -> Tensor:
-    with torch.set_grad_enabled(graph), arithmetic.autocast(part.tokens.device):
-        found: Tensor = model(part.tokens, part.positions, part.attention(), part.predicting)
-        return found
+Found = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""the columns of LogProbs; only the first three are differentiable"""
+
+
+def _computed(compute: Compute, graph: bool, part: Part) -> Found:
+    with torch.set_grad_enabled(graph):
+        found = compute(part)
+        return found.log_prob, found.entropy, found.prob_square_sum, found.log_proxy
+
+
+def _together(parts: Sequence[Part], found: Sequence[Found]) -> tuple[Tensor | None, ...]:
+    """The columns of all parts, each in the order of the micro-batch, without their graphs."""
+    columns: list[Tensor | None] = []
+    for some in zip(*found, strict=True):
+        if some[0] is None:
+            columns.append(None)
+            continue
+        column = some[0].new_empty(sum(len(part.chosen) for part in parts))
+        for part, own in zip(parts, some, strict=True):
+            column[part.chosen] = own.detach()
+        columns.append(column)
+    return tuple(columns)
 
 
 class _SideBySide(torch.autograd.Function):
@@ -83,36 +105,48 @@ class _SideBySide(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, model: Decoder, parts: Sequence[Part], arithmetic: ModelArithmetic, own: list[Tensor], *_: Tensor
-    ) -> Tensor:
-        ctx.found = in_lanes(partial(_forward, model, arithmetic, True), parts)
-        ctx.own = own
-        return torch.cat([hidden.detach() for hidden in ctx.found])
+        ctx: Any, parts: Sequence[Part], compute: Compute, own: list[Tensor], *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        ctx.found = in_lanes(partial(_computed, compute, True), parts)
+        ctx.parts, ctx.own = parts, own
+        ctx.set_materialize_grads(False)
+        columns = _together(parts, ctx.found)
+        if columns[3] is not None:
+            ctx.mark_non_differentiable(columns[3])
+        return columns
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        def of_part(pair: tuple[Tensor, Tensor]) -> Sequence[Tensor | None]:
-            hidden, pull = pair
-            return torch.autograd.grad(hidden, ctx.own, pull, retain_graph=True, allow_unused=True)
+    def backward(ctx: Any, *pulls: Tensor | None) -> tuple[Tensor | None, ...]:
+        def of_part(pair: tuple[Part, Found]) -> Sequence[Tensor | None]:
+            part, columns = pair
+            asked = [(c, pull[part.chosen]) for c, pull in zip(columns[:3], pulls, strict=False) if pull is not None]
+            outputs, gradients = zip(*asked, strict=True)
+            return torch.autograd.grad(outputs, ctx.own, gradients, retain_graph=True, allow_unused=True)
 
-        pulls = gradient.split([len(hidden) for hidden in ctx.found])
         totals: list[Tensor | None] = [None] * len(ctx.own)
-        for found in in_lanes(of_part, list(zip(ctx.found, pulls, strict=True))):
+        for found in in_lanes(of_part, list(zip(ctx.parts, ctx.found, strict=True))):
             totals = [b if a is None else a if b is None else a.add_(b) for a, b in zip(totals, found, strict=True)]
-        return None, None, None, None, *totals
+        return None, None, None, *totals
 
 
 def in_lanes(function: Callable[[Given], Made], given: Sequence[Given]) -> list[Made]:
     """The function of each, all at the same time: the last in this thread. They share its threads."""
-    threads = torch.get_num_threads()
-    each = max(1, threads // len(given))
-    pool = _pool(len(given) - 1, each)
-    torch.set_num_threads(each)  # OpenMP keeps the number for each thread, MKL for the process
-    try:
+    with one_lane(len(given)):
+        pool = _pool(len(given) - 1, torch.get_num_threads())
         waiting = [pool.submit(function, one) for one in given[:-1]]
         last = function(given[-1])
         return [*(future.result() for future in waiting), last]
+
+
+@contextmanager
+def one_lane(lanes: int) -> Iterator[None]:
+    """Computes with the threads of one of so many lanes: also what is too small for more, like a probe, which threads
+    that wait for each other beside a generator make slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // lanes))  # OpenMP keeps the number for each thread, MKL for the process
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -139,7 +173,8 @@ def divided(micro: MicroBatch, lanes: int) -> list[Part]:
     predicting = micro.predicting.numpy()
     if (np.diff(predicting) < 0).any():
         return []
-    return [_part(micro, predicting, common, begin, end) for begin, end in pairwise(bounds)]
+    found = [_part(micro, predicting, common, begin, end) for begin, end in pairwise(bounds)]
+    return found if all(len(part.chosen) for part in found) else []
 
 
 def _subtrees(micro: MicroBatch) -> tuple[int, list[int]]:
@@ -162,8 +197,10 @@ def _part(micro: MicroBatch, predicting: NDArray[np.int64], common: int, begin: 
     """Rows begin <= row < end, with the `common` first ones before them."""
     kept = np.arange(begin, end) if begin == 0 else np.concatenate((np.arange(common), np.arange(begin, end)))
     shift = 0 if begin == 0 else begin - common
-    chosen = torch.from_numpy(kept)
-    own = predicting[(predicting >= begin) & (predicting < end)] - shift
+    rows = torch.from_numpy(kept)
+    own = predicting[(predicting >= begin) & (predicting < end)]
+    predictors = micro.predictors.numpy()
+    chosen = torch.from_numpy(np.flatnonzero((predictors >= begin) & (predictors < end)))
     if micro.tree is None:
         bounds = np.cumsum((0, *micro.documents))
         first, last = np.searchsorted(bounds, (begin, end))
@@ -172,11 +209,15 @@ def _part(micro: MicroBatch, predicting: NDArray[np.int64], common: int, begin: 
         tree = _subtree(micro.tree, common, begin, end)
         documents = tree.documents
     return Part(
-        tokens=micro.tokens[chosen],
-        positions=micro.positions[chosen],
-        predicting=torch.from_numpy(own),
+        tokens=micro.tokens[rows],
+        positions=micro.positions[rows],
+        predicting=torch.from_numpy(own - shift),
+        place=None if micro.place is None else torch.from_numpy(np.searchsorted(own, predictors[chosen.numpy()])),
+        targets=micro.targets[chosen],
+        stretch=None if micro.stretch is None else micro.stretch[chosen],
         documents=documents,
         tree=tree,
+        chosen=chosen,
     )
 
 

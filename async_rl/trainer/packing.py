@@ -50,60 +50,26 @@ from async_rl.trajectory.types import GREEDY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch:
-    """Trajectories that go through the model in one packed forward.
-
-    They are consecutive in the batch or, over ranks, in the rank's share (then slices count in the share). t policy
-    tokens, N rows: without a tree those of all tokens.
-    """
+class Rows:
+    """What one packed forward computes: N rows and t policy tokens, which p of them predict."""
 
     tokens: Tensor  # [N] int64
     positions: Tensor  # [N] int64, from 0 in every document
-    lengths: tuple[int, ...]
-    """tokens of each trajectory"""
     documents: tuple[int, ...]
     """tokens of each document: the trajectories' contexts, which do not see each other"""
-    predictors: Tensor  # [t] int64
-    """row whose hidden state predicts the policy token (that of the token before it)"""
     predicting: Tensor  # [p] int64
-    """the rows among them, each once"""
-    predictor_tokens: Tensor  # [t] int64
-    """index of the token before the policy token among those of the trajectories, one behind the other; without a tree
-    `predictors`"""
+    """the rows whose hidden states predict policy tokens, each once"""
     place: Tensor | None  # [t] int64
-    """index of each of `predictors` in `predicting`; None: they are equal"""
-    sampled: Tensor  # [t] int64
-    """row of the policy token itself"""
+    """index in `predicting` of the row that predicts each policy token; None: one after the other"""
     targets: Tensor  # [t] int64, the policy tokens
-    trajectories: slice
-    """which trajectories of the batch (where long ones are cut: which pieces of them)"""
-    policy: slice
-    """which policy tokens of the batch's columns"""
-    policy_lengths: tuple[int, ...]
-    """policy tokens of each trajectory"""
     stretch: Tensor | None = None  # [t] float64
     """factor on the hidden state that predicts each token, which turns logits at the trajectory's temperature into
     those at its turn's: the first temperature / the second; None: no turn has its own"""
-    counted: int
-    """rows that count against `trainer.micro_batch_tokens`: N, or all tokens where each trajectory is differentiated
-    by itself"""
     tree: PrefixTree | None = None
     """of the documents; None: they have no beginning in common, or share none"""
-    idle: bool = False
-    """a stand-in of two tokens and one prediction that counts for nothing, where this rank has fewer
-    micro-batches than others: a sharded model's forward needs every rank"""
-
-    def rows(self, column: Tensor) -> Tensor:
-        """Its rows of a column of the share's policy tokens, [own T] -> [t]; [1] of 0 for a stand-in."""
-        return column.new_zeros(1) if self.idle else column[self.policy]
-
-    def owners(self) -> Tensor:  # [t] int64
-        """The trajectory of each policy token, counted from 0 in the micro-batch."""
-        lengths = torch.tensor(self.policy_lengths)
-        return torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(self.tokens.device)
 
     def attention(self, kernel: Kernel | None = None) -> Attention:
-        """Attention among its rows."""
+        """Attention among the rows."""
         return DocumentAttention(self.documents, kernel) if self.tree is None else TreeAttention(self.tree, kernel)
 
     def of_policy(self, hidden: Tensor) -> Tensor:
@@ -116,6 +82,46 @@ class MicroBatch:
         Logits are linear in them, so this is exact for log-probs and gradients.
         """
         return hidden if self.stretch is None else hidden * self.stretch[:, None].to(hidden.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch(Rows):
+    """Trajectories that go through the model in one packed forward.
+
+    They are consecutive in the batch or, over ranks, in the rank's share (then slices count in the share). Without a
+    tree the N rows are those of all tokens.
+    """
+
+    lengths: tuple[int, ...]
+    """tokens of each trajectory"""
+    predictors: Tensor  # [t] int64
+    """row whose hidden state predicts the policy token (that of the token before it)"""
+    predictor_tokens: Tensor  # [t] int64
+    """index of the token before the policy token among those of the trajectories, one behind the other; without a tree
+    `predictors`"""
+    sampled: Tensor  # [t] int64
+    """row of the policy token itself"""
+    trajectories: slice
+    """which trajectories of the batch (where long ones are cut: which pieces of them)"""
+    policy: slice
+    """which policy tokens of the batch's columns"""
+    policy_lengths: tuple[int, ...]
+    """policy tokens of each trajectory"""
+    counted: int
+    """rows that count against `trainer.micro_batch_tokens`: N, or all tokens where each trajectory is differentiated
+    by itself"""
+    idle: bool = False
+    """a stand-in of two tokens and one prediction that counts for nothing, where this rank has fewer
+    micro-batches than others: a sharded model's forward needs every rank"""
+
+    def rows(self, column: Tensor) -> Tensor:
+        """Its rows of a column of the share's policy tokens, [own T] -> [t]; [1] of 0 for a stand-in."""
+        return column.new_zeros(1) if self.idle else column[self.policy]
+
+    def owners(self) -> Tensor:  # [t] int64
+        """The trajectory of each policy token, counted from 0 in the micro-batch."""
+        lengths = torch.tensor(self.policy_lengths)
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(self.tokens.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

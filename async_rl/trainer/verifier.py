@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from async_rl.config import Settings
 from async_rl.events import RecordEvent, RewardsNotRepeatable, TrajectoryDoubted
 from async_rl.trainer.held_versions import HeldOverRanks, HeldVersions
+from async_rl.trainer.lanes import one_lane
 from async_rl.trainer.ranks import is_sharded
 from async_rl.trainer.replays import Replays
 from async_rl.trainer.rescoring import (
@@ -234,7 +235,8 @@ class Verifier:
         return found
 
     def _under(self, version: int, wanted: Sequence[Wanted]) -> list[Scored]:
-        return self.held.score(version, wanted, most_tokens=self.options.most_tokens)
+        with one_lane(self.learner.options.arithmetic.lanes):
+            return self.held.score(version, wanted, most_tokens=self.options.most_tokens)
 
     # ------------------------------------------------------------------ judging
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -72,6 +73,24 @@ def test_the_gradient_is_that_of_one_lane(common: int, shared: bool, number: int
         model.initialise(0, std=0.2)
         without = log_probs(model, micro, ModelArithmetic(temperature=0.9, lanes=number)).log_prob
     assert torch.equal(without, side_by_side[0])
+
+
+def test_columns_of_turns_that_have_a_temperature_and_of_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each policy token finds its row, its factor and its place again."""
+    monkeypatch.setattr(lanes, "LEAST_ROWS", 16)
+    micro = packed(common=9, shared=True)
+    micro = replace(micro, stretch=torch.linspace(0.5, 2.0, len(micro.targets), dtype=torch.float64))
+    model = Decoder(CONFIG)
+    model.initialise(0, std=0.2)
+    one, three = (
+        log_probs(model, micro, ModelArithmetic(temperature=0.9, lanes=number), proxy_share=0.3) for number in (1, 3)
+    )
+    assert len(lanes.parts_of(model, micro, ModelArithmetic(temperature=0.9, lanes=3))) == 3
+    for name in ("log_prob", "entropy", "prob_square_sum", "log_proxy"):
+        torch.testing.assert_close(getattr(three, name), getattr(one, name), rtol=1e-5, atol=1e-5)
+    assert three.log_proxy is not None
+    assert not three.log_proxy.requires_grad
+    assert three.log_prob.requires_grad
 
 
 def test_every_row_of_a_part_has_its_history(monkeypatch: pytest.MonkeyPatch) -> None:
