@@ -79,8 +79,8 @@ class GeneratorSettings:
     )
     threads: int = setting(
         0,
-        "CPU threads of a generator, the embedded engine's at most: a step takes one where the trainer keeps the cores busy; "
-        "0: by cores and model",
+        "CPU threads of a generator, of the embedded engine at most: where the trainer keeps the cores busy, a step "
+        "takes one. 0: by cores and model",
         unit="threads",
         min=0,
         max=1024,
