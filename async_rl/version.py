@@ -1,3 +1,3 @@
 """The version of the package, stated once: the build, `async-rl --version` and the report read it here."""
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
