@@ -49,11 +49,11 @@ from async_rl.run_folder import RunFolder, read_rows
 from async_rl.task import make_task
 from async_rl.task.order import PromptOrder
 from async_rl.trainer.build import make_learner
-from async_rl.trainer.packing import pack_batch
+from async_rl.trainer.packing import pack_step
 
 SKIPPED = 6
 """steps at the start of a run that are not counted: the pipeline fills, memory is touched first"""
-LADDER = (6, 8, 12, 16, 24, 32, 48, 64)
+LADDER = (16, 24, 32, 48, 64, 96)
 """sequences decoded at once that are tried"""
 TASK: dict[str, Any] = {
     "name": "reverse",
@@ -124,7 +124,7 @@ def seconds_of_one_side(settings: Settings) -> tuple[float, float]:
             started = time.process_time()  # one thread: what it would take on a core of its own
             episodes = await sample_episodes(engine, task, tokenizer, tickets_of(settings, order, step), Limits())
             generated = time.process_time()
-            learner.step(pack_batch(episodes, micro_batch_tokens=settings.trainer.micro_batch_tokens))
+            learner.step(pack_step(settings, episodes, needs=learner.needs))
             generating, training = generated - started, time.process_time() - generated
         await engine.close()
         return generating, training
