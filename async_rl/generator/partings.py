@@ -8,13 +8,15 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from async_rl.model.prefix_tree import shared_tokens
+
 
 def partings(histories: Sequence[NDArray[np.int32]], least: int) -> list[list[int]]:
     """For each history [tokens], all different: after how many of its tokens a block is to end, ascending, so that
     blocks hold what it has in common with others and nothing else. Between two ends, and before the first, there are
     `least` tokens at least."""
     order = sorted(range(len(histories)), key=lambda i: histories[i].tobytes())
-    common = [_in_common(histories[i], histories[j]) for i, j in pairwise(order)]
+    common = [shared_tokens(histories[i], histories[j]) for i, j in pairwise(order)]
     ends: list[list[int]] = [[] for _ in histories]
     todo = [(0, len(order), 0)]  # histories begin <= i < last in this order have so many tokens in common
     while todo:
@@ -32,10 +34,3 @@ def partings(histories: Sequence[NDArray[np.int32]], least: int) -> list[list[in
                 begin = i + 1
         todo.append((begin, last, depth))
     return ends
-
-
-def _in_common(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
-    """How many tokens both begin with."""
-    n = min(len(one), len(other))
-    differs = np.flatnonzero(one[:n] != other[:n])
-    return int(differs[0]) if len(differs) else n

@@ -19,15 +19,15 @@ import torch
 LOOK_S = 0.25
 """of steps, between two looks"""
 CROWDED = 0.2
-"""of the time in steps, spent waiting for cores by all threads of this process together: one thread from then on"""
+"""seconds for which all threads together wait for a core, in a second of steps: beyond it, steps take one thread"""
 FREE = 0.6
-"""idle cores while one thread was at work: all threads from then on"""
+"""idle cores beside one working thread: beyond it, steps take all threads"""
 BUSY = 0.8
 """of the time between two looks: with less spent in steps, idle cores say nothing"""
 PAUSE_S, LONGEST_PAUSE_S = 1.0, 16.0
-"""until more threads are tried again after they were too many; twice as long each time they are at once"""
+"""pause after all threads were too many, before they are tried again. It doubles when a new try fails soon"""
 TRIED_S = 2.0
-"""more threads that were too many within this time after they were taken were so at once"""
+"""a try that fails within this time has failed soon"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +94,8 @@ class ThreadShare:
         crowded = self._usage.waited - before.waited > CROWDED * in_steps
         free = in_steps > BUSY * spent and self._usage.idle - before.idle > FREE * spent
         if self.threads > 1 and crowded:
-            at_once = now - self._taken < TRIED_S
-            self._pause = min(LONGEST_PAUSE_S, 2 * self._pause) if at_once else PAUSE_S
+            soon = now - self._taken < TRIED_S
+            self._pause = min(LONGEST_PAUSE_S, 2 * self._pause) if soon else PAUSE_S
             self.threads, self._until = 1, now + self._pause
         elif self.threads < self.most and free and now >= self._until:
             self.threads, self._taken = self.most, now

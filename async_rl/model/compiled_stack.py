@@ -1,9 +1,9 @@
 """Layers of a decoder as one function, forward and backward, for training on a CPU among the rows of a tree.
 
-Called part by part of a layer, everything that one hands to the next goes through memory, and each call costs a few
-dozen microseconds of Python. Here some rows, whole trees, go through all layers before the next rows do (stack.c, made
-of compiled_layer's and merged_attention's functions). Where weights are large nothing stays in the caches: the caller
-passes one layer at a time, and what it keeps is given back layer by layer in the backward pass.
+A function for each part of a layer writes its results to memory, where the next function reads them, and each call
+costs a few dozen microseconds of Python. Here some rows, whole trees, go through all layers before the next rows do
+(stack.c calls the functions of compiled_layer and merged_attention). Large weights leave no room for rows in the
+caches: then the caller passes one layer at a time, and the backward pass gives memory back layer by layer.
 
 Shapes: n rows, hidden, inner (of the MLP), heads, kv_heads and size (of a head).
 """

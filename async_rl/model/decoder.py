@@ -229,6 +229,11 @@ def after_at_once(layer: Layer, x: Tensor, out: Tensor) -> Tensor:
     return compute_after(x, out, layer.self_attn.o_proj.weight, norm.weight, inner, norm.eps)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
 def plain_weights(layer: Layer) -> Sequence[Tensor]:
     """All weights of a layer; none where a module is not as it was made here (a bias, a hook, an adapter in its place),
     so that it must be called."""
@@ -237,7 +242,7 @@ def plain_weights(layer: Layer) -> Sequence[Tensor]:
     either = (layer.input_layernorm, layer.post_attention_layernorm, at.q_norm, at.k_norm)
     norms = [norm for norm in either if norm is not None]
     modules = (at, mlp, *linears, *norms)
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or type(m) not in OWN for m in modules):
+    if any(is_hooked(module) or type(module) not in OWN for module in modules):
         return ()
     if any(linear.bias is not None or linear.repeats is not None for linear in linears):
         return ()
@@ -246,9 +251,7 @@ def plain_weights(layer: Layer) -> Sequence[Tensor]:
 
 def weights_at_once(layer: nn.Module) -> list[Tensor | None]:
     """The weights of a plain layer as `compute_layers` takes them; none where the layer must be called."""
-    if type(layer) is not Layer or layer.execution != LayerExecution() or not plain_weights(layer):
-        return []
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+    if type(layer) is not Layer or layer.execution != LayerExecution() or is_hooked(layer) or not plain_weights(layer):
         return []
     at, mlp = layer.self_attn, layer.mlp
     norms = [None if norm is None else norm.weight for norm in (at.q_norm, at.k_norm)]

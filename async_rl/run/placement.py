@@ -113,7 +113,7 @@ TRAINER_GAINS, GENERATOR_GAINS = 2_000_000, 20_000_000
 MOST_LANES = 4
 """of the trainer: with more, Python's lock holds them up"""
 LANES_OF_LARGE, TOO_LARGE = 2, 500_000_000
-"""lanes from TRAINER_GAINS parameters on, and parameters from which on there are none: each lane holds a gradient"""
+"""lanes of a model of TRAINER_GAINS parameters or more; one of TOO_LARGE has none: each lane holds a gradient"""
 
 
 def place(settings: Settings, machine: Machine, heads: Heads | None) -> Placement:

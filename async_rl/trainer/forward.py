@@ -16,7 +16,7 @@ from torch import Tensor
 from async_rl.model.attention import DocumentAttention
 from async_rl.model.decoder import Decoder
 from async_rl.trainer.arithmetic import ModelArithmetic
-from async_rl.trainer.lanes import parts_of, side_by_side
+from async_rl.trainer.lanes import lane_parts, side_by_side
 from async_rl.trainer.packing import MicroBatch, PackedBatch, Rows
 from async_rl.trainer.ranks import free, is_sharded
 from async_rl_kernels import LogProbs, linear_logprob, min_p_log_prob
@@ -32,7 +32,7 @@ def log_probs(
     """Log-prob, entropy and sum of squared probabilities of every policy token, [t] each; with `proxy_share` the
     log-prob under the proxy that keeps this share of the likeliest token's probability, too."""
     compute = partial(_log_probs, model, arithmetic, proxy_share)
-    parts = parts_of(model, micro, arithmetic)
+    parts = lane_parts(model, micro, arithmetic)
     return side_by_side(cast(Decoder, model), parts, compute) if len(parts) > 1 else compute(micro)
 
 

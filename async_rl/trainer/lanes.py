@@ -54,7 +54,7 @@ Compute = Callable[[Part], LogProbs]
 """a part's forward"""
 
 
-def parts_of(model: object, micro: MicroBatch, arithmetic: ModelArithmetic) -> list[Part]:
+def lane_parts(model: object, micro: MicroBatch, arithmetic: ModelArithmetic) -> list[Part]:
     """What is computed side by side; none where lanes do not serve: one lane, another device, another model than the
     built-in decoder, too few rows, or no place to divide them at."""
     if arithmetic.lanes < 2 or micro.tokens.device.type != "cpu" or not isinstance(model, Decoder) or is_sharded(model):
@@ -141,8 +141,8 @@ def in_lanes(function: Callable[[Given], Made], given: Sequence[Given]) -> list[
 
 @contextmanager
 def one_lane(lanes: int) -> Iterator[None]:
-    """Computes with the threads of one of so many lanes: also what is too small for more, like a probe, which threads
-    that wait for each other beside a generator make slower."""
+    """Inside, this thread computes with its share of the threads, one of `lanes`. It also serves small computations,
+    like a probe: more threads would wait for each other where a generator takes the cores, and make them slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // lanes))  # OpenMP keeps the number for each thread, MKL for the process
     try:

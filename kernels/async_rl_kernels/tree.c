@@ -308,21 +308,24 @@ static long divide(const Tree *a, long *root, long *place, long *roots) {
         case 128: call(128); break;                                                                                    \
     }
 
-// Both return 0, or 1 where memory ran out. Trees and heads are shared by threads, so every sum has one order.
-int tree_forward(const Tree *a) {
+// Returns 0, or 1 where memory ran out. Trees and heads are shared by threads, so every sum has one order.
+static int below_all(const Tree *a, int backward) {
     long *place = malloc((2 * a->count + 1) * sizeof(long)), roots, failed = 0;
     if (!place) return 1;
     long *root = place + a->count, places = divide(a, root, place, &roots), threads = a->threads;
+    long floats = backward ? 4 * places * a->size + 2 * TILE * a->longest : places * a->size + QUERIES * a->longest;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
-        float *room = malloc((places * a->size + QUERIES * a->longest) * sizeof(float));
+        float *room = malloc(floats * sizeof(float));
         failed = !room;
 #pragma omp for collapse(2)
         for (long tree = 0; tree < roots; tree++)
             for (long kv = 0; kv < a->kv_heads; kv++)
                 if (room) {
-#define FORWARD(D) forward_below(a, kv, root[tree], root[tree + 1], place, room, places, D)
-                    EACH_SIZE(FORWARD)
+#define BELOW(D)                                                                                                       \
+    if (backward) backward_below(a, kv, root[tree], root[tree + 1], place, room, places, D);                           \
+    else forward_below(a, kv, root[tree], root[tree + 1], place, room, places, D)
+                    EACH_SIZE(BELOW)
                 }
         free(room);
     }
@@ -330,23 +333,6 @@ int tree_forward(const Tree *a) {
     return failed;
 }
 
-int tree_backward(const Tree *a) {
-    long *place = malloc((2 * a->count + 1) * sizeof(long)), roots, failed = 0;
-    if (!place) return 1;
-    long *root = place + a->count, places = divide(a, root, place, &roots), threads = a->threads;
-#pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
-    {
-        float *room = malloc((4 * places * a->size + 2 * TILE * a->longest) * sizeof(float));
-        failed = !room;
-#pragma omp for collapse(2)
-        for (long tree = 0; tree < roots; tree++)
-            for (long kv = 0; kv < a->kv_heads; kv++)
-                if (room) {
-#define BACKWARD(D) backward_below(a, kv, root[tree], root[tree + 1], place, room, places, D)
-                    EACH_SIZE(BACKWARD)
-                }
-        free(room);
-    }
-    free(place);
-    return failed;
-}
+int tree_forward(const Tree *a) { return below_all(a, 0); }
+
+int tree_backward(const Tree *a) { return below_all(a, 1); }

@@ -85,7 +85,7 @@ def test_columns_of_turns_that_have_a_temperature_and_of_the_proxy(monkeypatch: 
     one, three = (
         log_probs(model, micro, ModelArithmetic(temperature=0.9, lanes=number), proxy_share=0.3) for number in (1, 3)
     )
-    assert len(lanes.parts_of(model, micro, ModelArithmetic(temperature=0.9, lanes=3))) == 3
+    assert len(lanes.lane_parts(model, micro, ModelArithmetic(temperature=0.9, lanes=3))) == 3
     for name in ("log_prob", "entropy", "prob_square_sum", "log_proxy"):
         torch.testing.assert_close(getattr(three, name), getattr(one, name), rtol=1e-5, atol=1e-5)
     assert three.log_proxy is not None
